@@ -1,0 +1,216 @@
+//! How instances, devices and their figures are described, on every surface: the engine's own
+//! interface, the control socket, `--json`.
+//!
+//! Pure data. Adding an optional field is compatible; renaming or removing one is not.
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect::Type;
+
+/// Name of the instance that always exists.
+pub const DEFAULT_INSTANCE: &str = "default";
+
+/// What an instance may have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct InstanceSpec {
+    /// 1 to 64 of `a-z A-Z 0-9 . _ -`, not starting with a dot or a dash.
+    pub name: String,
+    /// Devices at the most.
+    pub max_devices: u32,
+    /// Worker threads; 0: one for each CPU it may use, at least two.
+    pub workers: u32,
+    /// CPUs that the workers may run on, as in "0-3,8"; none: all.
+    pub cpus: Option<String>,
+}
+
+/// An instance as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase")]
+pub struct InstanceInfo {
+    /// Its name.
+    pub name: String,
+    /// Devices at the most.
+    pub max_devices: u32,
+    /// Devices now.
+    pub devices: u32,
+    /// Worker threads.
+    pub workers: u32,
+    /// CPUs that the workers may run on; none: all.
+    pub cpus: Option<String>,
+    /// Directory of its device names.
+    pub directory: String,
+}
+
+/// How to serve an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AttachSpec {
+    /// Instance that gets the device.
+    pub instance: String,
+    /// The image's path as the caller knows it: shown to users, and used to take the device back
+    /// after a restart of the daemon. The file itself comes as a file descriptor.
+    pub path: String,
+    /// Device number wanted; none: the lowest free one.
+    pub number: Option<u32>,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// First byte of the image that the device shows.
+    pub offset: u64,
+    /// Bytes at the most; 0: to the end of the image.
+    pub size_limit: u64,
+    /// Logical block size, 512 to 4096; 0: the smallest that the image allows.
+    pub block_size: u32,
+    /// Use the page cache instead of direct I/O.
+    pub buffered: bool,
+    /// Queues; 0: one for each worker of the instance.
+    pub queues: u32,
+    /// Queue depth: requests in flight in each queue; 0: 128.
+    pub depth: u32,
+    /// Path of the feature ladder, forced; none: the best that the kernel grants.
+    pub data_path: Option<DataPath>,
+}
+
+/// How requests and their data travel between the kernel and the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Type)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataPath {
+    /// Data is copied to a buffer of the daemon and back (Linux 6.1).
+    Copy,
+    /// The request's pages are the buffer; one command a request (Linux 6.16).
+    Auto,
+    /// The request's pages are the buffer; commands in batches (Linux 7.0).
+    Batch,
+}
+
+impl DataPath {
+    /// The word used on the command line and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DataPath::Copy => "copy",
+            DataPath::Auto => "auto",
+            DataPath::Batch => "batch",
+        }
+    }
+}
+
+/// What state a device is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// It serves.
+    Live,
+    /// It serves, but its image was found shorter than it was: reads past the end fail.
+    Degraded,
+    /// The kernel or a worker did not answer in time: it is no longer touched.
+    Stuck,
+}
+
+/// A device as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceInfo {
+    /// Instance that owns it.
+    pub instance: String,
+    /// Its number within the instance.
+    pub number: u32,
+    /// The path users open, e.g. `/run/loopengine/default/loop0`.
+    pub path: String,
+    /// The kernel's own node, e.g. `/dev/ublkb3`.
+    pub node: String,
+    /// The image's path as the caller gave it.
+    pub image: String,
+    /// State.
+    pub state: DeviceState,
+    /// Bytes.
+    pub size: u64,
+    /// First byte of the image that the device shows.
+    pub offset: u64,
+    /// Bytes at the most; 0: to the end of the image.
+    pub size_limit: u64,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// It goes through the page cache.
+    pub buffered: bool,
+    /// Queues.
+    pub queues: u32,
+    /// Queue depth.
+    pub depth: u32,
+    /// How data travels.
+    pub data_path: DataPath,
+}
+
+/// Figures of one device since it was attached, over all its queues.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceStats {
+    /// The path users open.
+    pub path: String,
+    /// The image.
+    pub image: String,
+    /// Nanoseconds of the monotonic clock when these were read: subtract two for rates.
+    pub at_ns: u64,
+    /// Reads completed.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes completed.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes completed.
+    pub flushes: u64,
+    /// Discards and write-zeroes completed.
+    pub discards: u64,
+    /// Requests that were failed.
+    pub errors: u64,
+    /// Operations resubmitted after a short or interrupted one.
+    pub resubmits: u64,
+    /// Operations known to leave the fast path for a kernel helper thread (fsync, fallocate, EAGAIN).
+    pub punts: u64,
+    /// Requests whose buffer had to be registered by hand.
+    pub fallbacks: u64,
+    /// Requests that arrived, and arrivals (wake-ups with at least one): their quotient is the batch size.
+    pub requests: u64,
+    /// See `requests`.
+    pub batches: u64,
+    /// Requests in flight now.
+    pub in_flight: u64,
+    /// Latency from arrival to completion in the daemon, of a sample of reads and writes.
+    pub latency: LatencySummary,
+}
+
+/// Percentiles of a latency, in nanoseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase")]
+pub struct LatencySummary {
+    /// Requests that were measured.
+    pub samples: u64,
+    /// Half were faster than this.
+    pub p50_ns: u64,
+    /// 90 % were faster.
+    pub p90_ns: u64,
+    /// 99 % were faster.
+    pub p99_ns: u64,
+    /// 99.9 % were faster.
+    pub p999_ns: u64,
+    /// The slowest.
+    pub max_ns: u64,
+}
+
+/// What this kernel grants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "camelCase")]
+pub struct Features {
+    /// Kernel release, e.g. `7.3.4+deb13-amd64`.
+    pub kernel: String,
+    /// Names of the driver's feature flags, as in ublk_cmd.h, without the prefix `UBLK_F_`.
+    pub flags: Vec<String>,
+    /// Paths of the ladder that work here, best first.
+    pub data_paths: Vec<DataPath>,
+    /// Devices outlive the daemon and can be taken back.
+    pub recovery: bool,
+    /// Devices can be resized.
+    pub resize: bool,
+}
