@@ -152,16 +152,13 @@ impl Image {
         self.facts.block_device
     }
 
-    /// Looks at the file's size again, after it was made larger or smaller.
+    /// The geometry that follows from the file's present size; `geometry` keeps what it was.
     ///
-    /// When the file has become too small to be shown at all, this is an error and the geometry
-    /// stays as it was.
-    pub fn refresh(&mut self) -> Result<Geometry> {
+    /// When the file has become too small to be shown at all, this is an error.
+    pub fn refreshed(&self) -> Result<Geometry> {
         let size = probe::size(self.file.as_fd(), self.facts.block_device, &self.name)?;
         let facts = Facts { size, ..self.facts };
-        self.geometry = Geometry::compute(&facts, &self.source, &self.name)?;
-        self.facts = facts;
-        Ok(self.geometry)
+        Geometry::compute(&facts, &self.source, &self.name)
     }
 }
 

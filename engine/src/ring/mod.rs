@@ -4,12 +4,14 @@
 //! request. Not `Send` in spirit: made, used and dropped by one worker.
 
 pub mod buffers;
+mod enter;
 pub mod inflight;
 pub mod setup;
 pub mod token;
 
 use std::os::fd::RawFd;
 
+use enter::RingName;
 use io_uring::{IoUring, cqueue, squeue};
 
 pub use buffers::{ArrivalBuffers, BufferSlots};
@@ -27,6 +29,7 @@ const NO_FILE: RawFd = -1;
 /// Field order is drop order: the io_uring goes before the memory it was given.
 pub struct Ring {
     io: IoUring,
+    name: RingName,
     /// Which registered buffers are whose.
     pub buffers: BufferSlots,
     /// Where the kernel writes arrivals.
@@ -44,11 +47,10 @@ impl std::fmt::Debug for Ring {
 impl Ring {
     /// Makes a ring for the calling thread.
     pub fn new(sizes: &Sizes) -> Result<Ring> {
-        let (mut io, arrivals) = setup::make(sizes)?;
-        // Saves the file lookup of every enter; the ring works without.
-        let _ = io.submitter().register_ring_fd();
+        let (io, arrivals) = setup::make(sizes)?;
+        let name = RingName::of(&io);
         let drained = Vec::with_capacity(io.params().cq_entries() as usize);
-        Ok(Ring { io, buffers: BufferSlots::new(sizes.buffers), arrivals, drained })
+        Ok(Ring { io, name, buffers: BufferSlots::new(sizes.buffers), arrivals, drained })
     }
 
     /// Puts `file` at `place` of the file table.
@@ -88,13 +90,16 @@ impl Ring {
     /// Submits everything queued and waits for `want` completions.
     pub fn enter(&mut self, want: usize) -> Result<()> {
         loop {
-            match self.io.submitter().submit_and_wait(want) {
-                Ok(_) => return Ok(()),
-                // EBUSY: completions have overflowed; they are flushed by this very call, and the
-                // caller drains them. EAGAIN: the kernel is out of requests for the moment.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => return Ok(()),
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
-                Err(error) => return Err(Error::os(error, "io_uring_enter")),
+            let queue = self.io.submission();
+            let (queued, events) = (queue.len() as u32, queue.taskrun() || queue.cq_overflow());
+            drop(queue);
+            let Err(error) = self.name.enter(queued, want as u32, events) else { return Ok(()) };
+            match error.raw_os_error() {
+                // EBUSY: completions have overflowed; this very call flushes them, and the caller
+                // drains them. EAGAIN: the kernel is out of requests for the moment.
+                Some(libc::EBUSY | libc::EAGAIN) => return Ok(()),
+                Some(libc::EINTR) => continue,
+                _ => return Err(Error::os(error, "io_uring_enter")),
             }
         }
     }

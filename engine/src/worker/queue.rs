@@ -83,7 +83,7 @@ impl<T: Transport> DeviceQueue<T> {
             active: InFlight::new(depth),
             linked: 0,
             flushes: FlushQueue::new(depth),
-            discards: DiscardQueue::new(depth, u64::from(geometry.discard_granularity)),
+            discards: DiscardQueue::new(depth, geometry.discard_granularity),
             arrived: Vec::with_capacity(usize::from(depth)),
             finished: Vec::with_capacity(usize::from(depth)),
             stats: QueueStats::default(),

@@ -90,17 +90,20 @@ impl Device {
                     _ => error,
                 })?;
         let info: sys::ublksrv_ctrl_dev_info = from_bytes(&answer)?;
+        // Unknown flags are dropped in silence, and there are no more queues than CPUs: what counts
+        // is what the driver wrote back.
+        let asked = parameters;
+        let parameters = Parameters { queues: info.nr_hw_queues, ..asked };
         let device = Device { id: info.dev_id, granted, parameters };
-        // Unknown flags are dropped in silence: what counts is what the driver wrote back.
-        let path_flags = u64::from(Granted::flags_of(parameters.path));
-        let kept = (info.nr_hw_queues, info.queue_depth) == (parameters.queues, parameters.depth);
-        if info.flags & path_flags != path_flags || !kept {
+        let path_flags = u64::from(Granted::flags_of(asked.path));
+        let served = (1..=asked.queues).contains(&info.nr_hw_queues) && info.queue_depth == asked.depth;
+        if info.flags & path_flags != path_flags || !served {
             let _ = device.delete();
             let context = format!(
                 "the driver does not grant path {} with {} queues of depth {}",
-                parameters.path.as_str(),
-                parameters.queues,
-                parameters.depth
+                asked.path.as_str(),
+                asked.queues,
+                asked.depth
             );
             return Err(Error::new(Kind::Unsupported, context));
         }
@@ -124,6 +127,11 @@ impl Device {
     /// Its number at the driver.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// What it was made with.
+    pub fn parameters(&self) -> Parameters {
+        self.parameters
     }
 
     /// Its block device node.
