@@ -1,11 +1,62 @@
-//! Places for images: temporary directories, loop devices, file systems on loop devices. All are
-//! gone when their values are.
+//! What the tests share: places for images (temporary directories, loop devices, file systems on
+//! loop devices), all gone when their values are; and how images are taken and refused.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
+use loopengine::image::{Image, Source};
+use loopengine::{Error, Kind, Result};
+use rustix::fs::OFlags;
 use tempfile::TempDir;
+
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const PLAIN: Source = Source {
+    offset: 0,
+    size_limit: 0,
+    block_size: 0,
+    read_only: false,
+    buffered: false,
+};
+pub(crate) const READ_ONLY: Source = Source {
+    read_only: true,
+    ..PLAIN
+};
+pub(crate) const BUFFERED: Source = Source {
+    buffered: true,
+    ..PLAIN
+};
+
+pub(crate) fn image_file(path: &Path, size: u64) {
+    let file = File::create(path).unwrap();
+    file.set_len(size).unwrap();
+}
+
+pub(crate) fn attach(path: &Path, source: &Source) -> Result<Image> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!source.read_only)
+        .open(path)
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    Image::open(file.into(), source, &path.to_string_lossy())
+}
+
+pub(crate) fn flags(image: &Image) -> OFlags {
+    rustix::fs::fcntl_getfl(image.fd()).unwrap()
+}
+
+/// One line, with a next step, of the kind expected.
+#[track_caller]
+pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T>, kind: Kind, text: &str) -> Error {
+    let error = result.unwrap_err();
+    assert_eq!(error.kind(), kind, "{error}");
+    assert!(error.to_string().contains(text), "'{error}' lacks '{text}'");
+    assert!(!error.to_string().contains('\n'), "{error:?}");
+    assert!(error.next_step().is_some(), "what next? {error}");
+    error
+}
 
 /// A test, or a part of one, that cannot run here.
 pub(crate) fn skipped(why: &str) {
@@ -14,11 +65,13 @@ pub(crate) fn skipped(why: &str) {
 
 /// A directory on the disk of this machine.
 pub(crate) fn temporary() -> TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+        .or_else(|_| tempfile::tempdir())
+        .expect("a temporary directory")
 }
 
 /// Runs a command whose words are separated by blanks; its output, or what went wrong.
-pub(crate) fn run(command: &str) -> Result<String, String> {
+pub(crate) fn run(command: &str) -> std::result::Result<String, String> {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap_or_default())
         .args(words)
@@ -74,7 +127,15 @@ struct Mount(PathBuf);
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if let Err(why) = run(&format!("umount {}", self.0.display())) {
+        // Commands that other tests start hold all our files open for a moment, until they exec.
+        let umount = format!("umount {}", self.0.display());
+        for _ in 0..100 {
+            if run(&umount).is_ok() {
+                return;
+            }
+            sleep(Duration::from_millis(20));
+        }
+        if let Err(why) = run(&format!("{umount} --lazy")) {
             eprintln!("left behind: {why}");
         }
     }
