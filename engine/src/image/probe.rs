@@ -16,6 +16,10 @@ use crate::error::{Error, Result};
 /// Blocks above this would only make sense to a file system that uses larger pages.
 const PHYSICAL_MAX: u32 = 4096;
 
+/// Magic number of the one file system that takes unaligned direct I/O and, in silence, does it
+/// through the page cache. It aligns to its blocks, and does not say so.
+const BTRFS: u32 = 0x9123_683e;
+
 /// Everything that can be learnt about a file without touching it; `can_punch` is left false.
 pub(super) fn facts(
     file: BorrowedFd<'_>,
@@ -73,7 +77,14 @@ fn file_alignment(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> {
         Some((0, _) | (_, 0)) => Err(no_direct_io(name)),
         Some(alignment) => Ok(alignment),
         // Not every file system tells (tmpfs), and no kernel before 6.1.
-        None => alignment_by_reading(file, name),
+        None => {
+            let stat = rustix::fs::fstatfs(file).map_err(|e| examine(e, name))?;
+            if stat.f_type as u32 == BTRFS {
+                let block = u32::try_from(stat.f_bsize).unwrap_or(0);
+                return Ok((block, block));
+            }
+            alignment_by_reading(file, name)
+        }
     }
 }
 
