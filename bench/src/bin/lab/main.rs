@@ -12,9 +12,11 @@
 
 mod cache;
 mod kernel;
+mod powercut;
 mod programs;
 mod setup;
 mod sh;
+mod suite;
 mod vm;
 
 use std::path::PathBuf;
@@ -47,6 +49,8 @@ enum Command {
     /// One word is a line for the shell; several are a program and its arguments. Output and exit
     /// status come back; 125 means that the lab itself failed.
     Vm(VmArguments),
+    /// Run every test: on this machine, and in a VM of each kernel
+    Test(suite::Options),
 }
 
 #[derive(clap::Args)]
@@ -111,6 +115,7 @@ fn run(command: Command) -> Result<u8> {
             Ok(0)
         }
         Command::Vm(arguments) => run_vm(arguments),
+        Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }
 }
 

@@ -79,6 +79,41 @@ pub(crate) fn build_cases() -> Result<Program> {
     built.pop().context("cargo built no test program named vm")
 }
 
+/// Names of the workspace's test programs.
+pub(crate) fn test_targets() -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        packages: Vec<Package>,
+    }
+    #[derive(Deserialize)]
+    struct Package {
+        targets: Vec<Target>,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
+    }
+    let mut command = cargo(&[
+        "metadata",
+        "--no-deps",
+        "--format-version",
+        "1",
+        "--offline",
+    ]);
+    let said = sh::capture(&mut command, Duration::from_secs(60))?;
+    let metadata: Metadata =
+        serde_json::from_str(&said).context("cargo metadata said something unknown")?;
+    let targets = metadata
+        .packages
+        .into_iter()
+        .flat_map(|package| package.targets);
+    Ok(targets
+        .filter(|target| target.kind.iter().any(|kind| kind == "test"))
+        .map(|target| target.name)
+        .collect())
+}
+
 fn build_with(words: &[&str]) -> Result<Vec<Program>> {
     let mut command = cargo(words);
     command

@@ -3,10 +3,12 @@
 //!
 //! Knows nothing of what is run.
 
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -88,7 +90,7 @@ pub(crate) fn output(command: &mut Command, limit: Duration) -> Result<Output> {
             return Err(error);
         }
     };
-    let collect = |reader: std::thread::JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
+    let collect = |reader: JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
     Ok(Output {
         status,
         stdout: collect(readers.0),
@@ -96,22 +98,25 @@ pub(crate) fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     })
 }
 
-/// Runs `command` with this program's own output; a status other than 0 is an error.
-pub(crate) fn show(command: &mut Command, limit: Duration) -> Result<()> {
+/// Runs `command`, hands on what it says as it comes, and returns its status with all that it said.
+pub(crate) fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String)> {
     let name = describe(command);
     let mut child = command
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot run {name}"))?;
-    match wait_for(&name, limit, || Ok(child.try_wait()?)) {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => bail!("{name}: {status}"),
-        Err(error) => {
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(error)
-        }
-    }
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let out = hand_on(child.stdout.take(), std::io::stdout(), &said);
+    let err = hand_on(child.stderr.take(), std::io::stderr(), &said);
+    let status = wait_for(&name, limit, || Ok(child.try_wait()?)).inspect_err(|_| {
+        let _ = child.kill();
+        let _ = child.wait();
+    })?;
+    let _ = (out.join(), err.join());
+    let said = std::mem::take(&mut *said.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok((status, String::from_utf8_lossy(&said).into_owned()))
 }
 
 /// `command` for a message: the program and its first words.
@@ -154,13 +159,31 @@ fn quote_word(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-fn drain<R: std::io::Read + Send + 'static>(pipe: Option<R>) -> std::thread::JoinHandle<Vec<u8>> {
+fn drain<R: Read + Send + 'static>(pipe: Option<R>) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
             let _ = pipe.read_to_end(&mut bytes);
         }
         bytes
+    })
+}
+
+fn hand_on<R: Read + Send + 'static, W: Write + Send + 'static>(
+    pipe: Option<R>,
+    mut to: W,
+    said: &Arc<Mutex<Vec<u8>>>,
+) -> JoinHandle<()> {
+    let said = Arc::clone(said);
+    std::thread::spawn(move || {
+        let Some(mut pipe) = pipe else { return };
+        let mut buffer = [0; 8192];
+        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+            let _ = to.write_all(&buffer[..length]).and_then(|()| to.flush());
+            said.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .extend_from_slice(&buffer[..length]);
+        }
     })
 }
 
