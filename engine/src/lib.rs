@@ -20,6 +20,9 @@
 //! [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
 //! what each room knows and does not know.
 
+pub mod cli;
+pub mod config;
+pub mod control;
 pub mod error;
 pub mod frontend;
 pub mod image;

@@ -2,6 +2,9 @@
 //!
 //! Knows the kernel's interfaces only. One of the three rooms with `unsafe`.
 
+pub mod mntns;
+pub mod watch;
+
 use crate::error::{Error, Result};
 
 /// Lets the calling thread run on these CPUs only; on all it already may for an empty list.

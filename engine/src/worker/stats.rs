@@ -40,7 +40,7 @@ pub struct QueueStats {
     pub in_flight: u64,
     /// A read ended before the end of the device: the image is shorter than it was.
     pub degraded: bool,
-    latency: Option<Box<Histogram<u32>>>,
+    pub(super) latency: Option<Box<Histogram<u32>>>,
 }
 
 impl QueueStats {
