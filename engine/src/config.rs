@@ -96,7 +96,11 @@ impl Config {
     pub fn parse(text: &str, name: &str) -> Result<Config> {
         let config: Config = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(1, |span| {
-                1 + text.bytes().take(span.start).filter(|&b| b == b'\n').count()
+                1 + text
+                    .bytes()
+                    .take(span.start)
+                    .filter(|&b| b == b'\n')
+                    .count()
             });
             let message = error.message().replace('\n', ", ");
             invalid(format!("{name}, line {line}: {message}"))
@@ -112,7 +116,10 @@ impl Config {
                     "{name}: the instance '{DEFAULT_INSTANCE}' is configured in [default], not in [[instance]]"
                 )));
             }
-            if self.instance[..at].iter().any(|other| other.name == table.name) {
+            if self.instance[..at]
+                .iter()
+                .any(|other| other.name == table.name)
+            {
                 return Err(invalid(format!(
                     "{name}: the instance '{}' appears twice",
                     table.name
@@ -120,7 +127,10 @@ impl Config {
             }
         }
         let limits = self.instance.iter().map(|table| table.max_devices);
-        if limits.chain([self.default.max_devices]).any(|max| max == Some(0)) {
+        if limits
+            .chain([self.default.max_devices])
+            .any(|max| max == Some(0))
+        {
             return Err(invalid(format!("{name}: max_devices must be 1 or more")));
         }
         Ok(())
@@ -176,7 +186,9 @@ fn read(path: &Path) -> Result<String> {
         .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text))
         .map_err(|error| Error::os(error, format!("cannot read {shown}")))?;
     if text.len() as u64 > FILE_BYTES_MAX {
-        return Err(invalid(format!("{shown} is larger than {FILE_BYTES_MAX} bytes")));
+        return Err(invalid(format!(
+            "{shown} is larger than {FILE_BYTES_MAX} bytes"
+        )));
     }
     Ok(text)
 }
@@ -210,7 +222,13 @@ mod tests {
         let engine = config.engine(PathBuf::from("/run/x"));
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
-        assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
+        assert_eq!(
+            engine.tuning,
+            Tuning {
+                linked_commit: true,
+                poll_us: 50
+            }
+        );
         let instances: Vec<_> = config.instances().collect();
         assert_eq!(instances[0].max_devices, 4);
         assert_eq!(instances[1].max_devices, MAX_DEVICES);
@@ -231,7 +249,10 @@ mod tests {
     #[test]
     fn a_named_file_must_exist() {
         let missing = Path::new("/nonexistent/loopengine.toml");
-        assert_eq!(Config::load(Some(missing)).unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(
+            Config::load(Some(missing)).unwrap_err().kind(),
+            Kind::NotFound
+        );
     }
 
     proptest! {

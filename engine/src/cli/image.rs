@@ -27,8 +27,14 @@ pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
         .map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
     let kind = meta.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
-        return Err(invalid(format!("{shown} is {what}")).hint("give an image file or a block device"));
+        let what = if kind.is_dir() {
+            "a directory"
+        } else {
+            "neither a file nor a block device"
+        };
+        return Err(
+            invalid(format!("{shown} is {what}")).hint("give an image file or a block device")
+        );
     }
     let size = (&file)
         .seek(SeekFrom::End(0))
@@ -50,12 +56,14 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     opened.map_err(|error| {
         let message = format!("cannot open {shown}: {}", reason(&error));
         match error.kind() {
-            ErrorKind::NotFound => Error::new(Kind::NotFound, message)
-                .hint(format!("make an image with 'loopengine create {shown} --size 10G'")),
+            ErrorKind::NotFound => Error::new(Kind::NotFound, message).hint(format!(
+                "make an image with 'loopengine create {shown} --size 10G'"
+            )),
             ErrorKind::IsADirectory => invalid(format!("{shown} is a directory"))
                 .hint("give an image file or a block device"),
-            ErrorKind::PermissionDenied if read_only => Error::new(Kind::Denied, message)
-                .hint("this user must be able to read the image"),
+            ErrorKind::PermissionDenied if read_only => {
+                Error::new(Kind::Denied, message).hint("this user must be able to read the image")
+            }
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                 Error::new(Kind::Denied, message)
                     .hint("attach it with --read-only, or as a user who may write to it")
@@ -77,13 +85,19 @@ fn check(shown: &str, size: u64, spec: &AttachSpec) -> Result<()> {
         return Err(invalid(message).hint(format!("give a multiple of {unit} to --offset")));
     }
     if !spec.size_limit.is_multiple_of(unit) {
-        let message = format!("the size limit {} is not a multiple of {unit}", spec.size_limit);
+        let message = format!(
+            "the size limit {} is not a multiple of {unit}",
+            spec.size_limit
+        );
         return Err(invalid(message).hint(format!("give a multiple of {unit} to --size-limit")));
     }
     let rest = match size.checked_sub(spec.offset) {
         Some(rest) if rest >= unit => rest,
         _ => {
-            let message = format!("{shown} has {size} bytes: nothing is left after the offset {}", spec.offset);
+            let message = format!(
+                "{shown} has {size} bytes: nothing is left after the offset {}",
+                spec.offset
+            );
             return Err(invalid(message).hint("give a smaller --offset"));
         }
     };
@@ -116,7 +130,12 @@ mod tests {
     use super::*;
 
     fn spec(offset: u64, size_limit: u64, block_size: u32) -> AttachSpec {
-        AttachSpec { offset, size_limit, block_size, ..crate::cli::attach::plain("default") }
+        AttachSpec {
+            offset,
+            size_limit,
+            block_size,
+            ..crate::cli::attach::plain("default")
+        }
     }
 
     fn verdict(size: u64, spec: &AttachSpec) -> String {
@@ -135,7 +154,10 @@ mod tests {
         assert!(verdict(4096, &spec(1 << 40, 0, 0)).contains("smaller --offset"));
         assert!(verdict(4096, &spec(0, 100, 0)).contains("--size-limit"));
         let odd = verdict(1000, &spec(0, 0, 0));
-        assert!(odd.contains("truncate -s %512") && odd.contains("--size-limit 512"), "{odd}");
+        assert!(
+            odd.contains("truncate -s %512") && odd.contains("--size-limit 512"),
+            "{odd}"
+        );
     }
 
     #[test]
@@ -145,7 +167,10 @@ mod tests {
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
         for read_only in [true, false] {
-            let mut spec = AttachSpec { read_only, ..spec(0, 0, 0) };
+            let mut spec = AttachSpec {
+                read_only,
+                ..spec(0, 0, 0)
+            };
             let error = open(&path, &mut spec).unwrap_err();
             assert!(error.message().contains("neither a file"), "{error}");
         }

@@ -39,7 +39,11 @@ fn table(devices: Vec<DeviceInfo>) -> String {
     let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };
-        let mode = if device.buffered { format!("{mode},buffered") } else { mode.to_owned() };
+        let mode = if device.buffered {
+            format!("{mode},buffered")
+        } else {
+            mode.to_owned()
+        };
         let state = match device.state {
             DeviceState::Live => "live",
             DeviceState::Degraded => "degraded",

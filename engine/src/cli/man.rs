@@ -11,6 +11,9 @@ use crate::instance::spec::*;
 use super::doctor::{Check, Verdict};
 use super::{EXIT_CODES, examples};
 
+/// What the foot of every page says.
+const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
+
 /// Names and texts of all pages.
 pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     let mut command = super::command().disable_help_subcommand(true);
@@ -18,8 +21,23 @@ pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     let mut pages = Vec::new();
     collect(&command, "", &mut pages)
         .map_err(|error| Error::os(error, "cannot write a manual page"))?;
-    pages.push(("loopengine-json.7".to_owned(), json_page().to_roff().into_bytes()));
+    let mut json = Vec::new();
+    json_page()
+        .to_writer(&mut json)
+        .map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    pages.push(("loopengine-json.7".to_owned(), json));
     Ok(pages)
+}
+
+/// Every section that was written on its own defines the apostrophe anew; once is enough.
+fn one_preamble(text: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(text);
+    let defines = |line: &str| line.starts_with(".ie ") || line.starts_with(".el ");
+    let lines = text.lines().enumerate();
+    let kept = lines.filter(|(at, line)| *at < 2 || !defines(line));
+    kept.flat_map(|(_, line)| [line.trim_end(), "\n"])
+        .collect::<String>()
+        .into_bytes()
 }
 
 fn collect(
@@ -32,9 +50,14 @@ fn collect(
         path => format!("loopengine-{}", path.replace(' ', "-")),
     };
     // Examples have a section of their own.
-    let shown = command.clone().after_long_help(None::<&str>).display_name(name.clone());
+    let shown = command
+        .clone()
+        .after_long_help(None::<&str>)
+        .display_name(name.clone());
     let shown = shown.bin_name(format!("loopengine {path}").trim_end().to_owned());
-    let man = Man::new(shown).title(name.to_uppercase()).manual("loopengine").date("");
+    // Pages have no date: they would be stale every day. roff wants an empty argument in quotes.
+    let man = Man::new(shown).title(name.to_uppercase()).date("\"\"");
+    let man = man.source(SOURCE).manual("loopengine");
     let mut text = Vec::new();
     man.render_title(&mut text)?;
     man.render_name_section(&mut text)?;
@@ -47,7 +70,7 @@ fn collect(
         man.render_subcommands_section(&mut text)?;
     }
     own_sections(path).to_writer(&mut text)?;
-    pages.push((format!("{name}.1"), text));
+    pages.push((format!("{name}.1"), one_preamble(&text)));
     for sub in subcommands {
         let path = format!("{path} {}", sub.get_name());
         collect(sub, path.trim_start(), pages)?;
@@ -109,9 +132,18 @@ fn configuration(roff: &mut Roff) {
         (
             "[default]",
             &[
-                ("max_devices = N", "Devices that the instance 'default' may have."),
-                ("workers = N", "Its worker threads; 0: one for each CPU that it may use, two at least."),
-                ("cpus = \"LIST\"", "CPUs that its workers may run on, as in \"0-3,8\"; left out: all."),
+                (
+                    "max_devices = N",
+                    "Devices that the instance 'default' may have.",
+                ),
+                (
+                    "workers = N",
+                    "Its worker threads; 0: one for each CPU that it may use, two at least.",
+                ),
+                (
+                    "cpus = \"LIST\"",
+                    "CPUs that its workers may run on, as in \"0-3,8\"; left out: all.",
+                ),
             ],
         ),
         (
@@ -124,13 +156,18 @@ fn configuration(roff: &mut Roff) {
         (
             "[[instance]]",
             &[
-                ("name = \"NAME\"", "An instance to create at start. As many of these tables as there are instances."),
+                (
+                    "name = \"NAME\"",
+                    "An instance to create at start. As many of these tables as there are instances.",
+                ),
                 ("max_devices, workers, cpus", "As in [default]."),
             ],
         ),
     ];
     roff.control("SH", ["CONFIGURATION"]);
-    roff.text([roman("A TOML file. Options of the command line win. A key that is not listed here is an error.")]);
+    roff.text([roman(
+        "A TOML file. Options of the command line win. A key that is not listed here is an error.",
+    )]);
     for (table, keys) in KEYS {
         roff.control("SS", [*table]);
         for (key, means) in *keys {
@@ -156,14 +193,19 @@ fn json_page() -> Roff {
     const PRINTED: &[(&str, &str)] = &[
         ("loopengine instance list", "An array of InstanceInfo."),
         ("loopengine list", "An array of DeviceInfo."),
-        ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
+        (
+            "loopengine stats",
+            "An array of DeviceStats; with --watch, one such array a line.",
+        ),
         ("loopengine features", "One Features."),
         ("loopengine doctor", "An array of Check."),
     ];
     let mut roff = Roff::new();
-    roff.control("TH", ["LOOPENGINE-JSON", "7", "", "", "loopengine"]);
+    roff.control("TH", ["LOOPENGINE-JSON", "7", "\"\"", SOURCE, "loopengine"]);
     roff.control("SH", ["NAME"]);
-    roff.text([roman("loopengine-json - what the commands of loopengine print with --json")]);
+    roff.text([roman(
+        "loopengine-json - what the commands of loopengine print with --json",
+    )]);
     roff.control("SH", ["DESCRIPTION"]);
     for (command, prints) in PRINTED {
         tagged(&mut roff, command, prints);
@@ -178,7 +220,11 @@ fn json_page() -> Roff {
                 roff.text([roman(words(object.comments()))]);
                 for field in object.fields() {
                     roff.control("TP", []);
-                    roff.text([bold(field.name().as_str()), roman(" "), italic(type_name(field.ty()))]);
+                    roff.text([
+                        bold(field.name().as_str()),
+                        roman(" "),
+                        italic(type_name(field.ty())),
+                    ]);
                     roff.text([roman(words(field.comments()))]);
                 }
             }

@@ -66,7 +66,9 @@ fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn Backend) -> Vec<
             DEFAULT_INSTANCE => "takes effect at the next start",
             _ => "takes effect when the instance is created anew",
         };
-        notes.push(format!("workers or CPUs of instance '{name}' changed: {how}"));
+        notes.push(format!(
+            "workers or CPUs of instance '{name}' changed: {how}"
+        ));
     }
     if old.max_devices != new.max_devices {
         let max = new.max_devices;
@@ -76,4 +78,113 @@ fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn Backend) -> Vec<
         });
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::instance::Selector;
+    use crate::instance::spec::*;
+
+    /// Writes down what it is asked for; knows the instance `there` already.
+    #[derive(Default)]
+    struct Asked(Mutex<Vec<String>>);
+
+    impl Backend for Asked {
+        fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
+            self.0.lock().unwrap().push(format!("create {}", spec.name));
+            let kind = match spec.name.as_str() {
+                "there" => Kind::Exists,
+                "bad" => Kind::Invalid,
+                _ => {
+                    return Ok(InstanceInfo {
+                        name: spec.name.clone(),
+                        max_devices: spec.max_devices,
+                        devices: 0,
+                        workers: 2,
+                        cpus: None,
+                        directory: String::new(),
+                    });
+                }
+            };
+            Err(Error::new(kind, "no").hint("stop"))
+        }
+        fn set_max_devices(&self, name: &str, max: u32) -> Result<()> {
+            self.0.lock().unwrap().push(format!("limit {name} {max}"));
+            Ok(())
+        }
+        fn features(&self) -> Result<Features> {
+            unreachable!()
+        }
+        fn instances(&self) -> Vec<InstanceInfo> {
+            unreachable!()
+        }
+        fn remove_instance(&self, _: &str, _: bool) -> Result<()> {
+            unreachable!()
+        }
+        fn attach(&self, _: &AttachSpec, _: OwnedFd) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn detach(&self, _: &Selector, _: bool) -> Result<Vec<String>> {
+            unreachable!()
+        }
+        fn resize(&self, _: &str) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn devices(&self, _: &Selector) -> Result<Vec<DeviceInfo>> {
+            unreachable!()
+        }
+        fn stats(&self, _: &Selector) -> Result<Vec<DeviceStats>> {
+            unreachable!()
+        }
+    }
+
+    fn config(text: &str) -> Config {
+        Config::parse(text, "test").unwrap()
+    }
+
+    fn applied(old: &str, new: &str) -> (Vec<String>, Vec<String>) {
+        let asked = Asked::default();
+        let notes = apply(&config(old), &config(new), &asked);
+        (asked.0.into_inner().unwrap(), notes)
+    }
+
+    #[test]
+    fn at_start_what_is_there_already_is_no_failure() {
+        let asked = Asked::default();
+        let text = "[[instance]]\nname='there'\n[[instance]]\nname='new'\n";
+        create_all(&config(text), &asked).unwrap();
+        assert_eq!(*asked.0.lock().unwrap(), ["create there", "create new"]);
+        let error = create_all(&config("[[instance]]\nname='bad'\n"), &asked).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(error.message().contains("'bad'"), "{error}");
+        assert_eq!(error.next_step(), Some("stop"));
+    }
+
+    #[test]
+    fn only_what_changed_is_done() {
+        let same = "[[instance]]\nname='a'\n[tuning]\npoll_us=3\n";
+        assert_eq!(
+            applied(same, same),
+            (vec![], vec!["nothing changed".to_owned()])
+        );
+    }
+
+    #[test]
+    fn new_instances_and_limits_are_applied_the_rest_is_told() {
+        let old = "[[instance]]\nname='a'\nmax_devices=1\n[[instance]]\nname='gone'\n";
+        let new = "[default]\nmax_devices=9\nworkers=7\n[tuning]\npoll_us=3\n\
+                   [[instance]]\nname='a'\nmax_devices=2\n[[instance]]\nname='b'\n";
+        let (asked, notes) = applied(old, new);
+        assert_eq!(asked, ["limit a 2", "create b", "limit default 9"]);
+        let told = |words: &str| notes.iter().any(|note| note.contains(words));
+        assert!(
+            told("[tuning] changed") && told("workers or CPUs of instance 'default'"),
+            "{notes:?}"
+        );
+        assert!(told("instance 'gone' is no longer configured"), "{notes:?}");
+    }
 }

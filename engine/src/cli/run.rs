@@ -40,9 +40,13 @@ pub(super) fn with_device(
 ) -> Result<u8> {
     daemon::runtime()?.block_on(async {
         // First of all, so that no signal can leave the device behind.
-        let mut signals = Signals::new()
-            .map_err(|error| Error::os(error, "cannot handle signals"))?;
-        let device = Client::connect(run_dir).await?.attach(spec, image).await?.path;
+        let mut signals =
+            Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
+        let device = Client::connect(run_dir)
+            .await?
+            .attach(spec, image)
+            .await?
+            .path;
         let ran = run(&device, words, &mut signals).await;
         let detached = detach(run_dir, &device).await;
         match (ran, detached) {
@@ -69,9 +73,7 @@ async fn run(device: &str, words: &[OsString], signals: &mut Signals) -> Result<
         .args(arguments)
         .env(DEVICE_ENV, device)
         .spawn()
-        .map_err(|error| {
-            Error::os(error, format!("cannot run {}", program.display()))
-        })?;
+        .map_err(|error| Error::os(error, format!("cannot run {}", program.display())))?;
     let waited = wait(&mut child, signals).await;
     let status = waited.map_err(|error| {
         let _ = child.kill();
@@ -211,7 +213,13 @@ mod tests {
     #[test]
     fn where_the_device_goes() {
         assert_eq!(inserted(&["fsck", "-n"]), ["fsck", "-n", "/dev/x"]);
-        assert_eq!(inserted(&["dd", "if={}", "of=y"]), ["dd", "if=/dev/x", "of=y"]);
-        assert_eq!(inserted(&["echo", "{}{}", "{", "}"]), ["echo", "/dev/x/dev/x", "{", "}"]);
+        assert_eq!(
+            inserted(&["dd", "if={}", "of=y"]),
+            ["dd", "if=/dev/x", "of=y"]
+        );
+        assert_eq!(
+            inserted(&["echo", "{}{}", "{", "}"]),
+            ["echo", "/dev/x/dev/x", "{", "}"]
+        );
     }
 }

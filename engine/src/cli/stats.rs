@@ -101,8 +101,21 @@ fn frame(text: &str, screen: bool, round: u64) -> String {
 
 fn totals(stats: &[DeviceStats]) -> Table {
     let heads = [
-        "DEVICE", "READS", "READ", "WRITES", "WRITTEN", "FLUSHES", "DISCARDS", "ERRORS", "P50",
-        "P99", "P99.9", "BATCH", "PUNTS", "FALLBACKS", "INFLIGHT",
+        "DEVICE",
+        "READS",
+        "READ",
+        "WRITES",
+        "WRITTEN",
+        "FLUSHES",
+        "DISCARDS",
+        "ERRORS",
+        "P50",
+        "P99",
+        "P99.9",
+        "BATCH",
+        "PUNTS",
+        "FALLBACKS",
+        "INFLIGHT",
     ];
     let mut table = Table::new(&heads, RIGHT);
     for device in stats {
@@ -129,17 +142,28 @@ fn totals(stats: &[DeviceStats]) -> Table {
 
 fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
     let heads = [
-        "DEVICE", "READ/S", "READ", "WRITE/S", "WRITTEN", "FLUSH/S", "ERRORS", "P50", "P99",
-        "P99.9", "BATCH", "PUNT/S", "FALLBACK/S", "INFLIGHT",
+        "DEVICE",
+        "READ/S",
+        "READ",
+        "WRITE/S",
+        "WRITTEN",
+        "FLUSH/S",
+        "ERRORS",
+        "P50",
+        "P99",
+        "P99.9",
+        "BATCH",
+        "PUNT/S",
+        "FALLBACK/S",
+        "INFLIGHT",
     ];
     let mut table = Table::new(&heads, RIGHT);
     for device in now {
         // A device that is new counts from nothing, one of the same name that was attached anew
         // too (its counts are lower): `saturating_sub` never shows nonsense.
         let old = before.iter().find(|old| old.path == device.path);
-        let since = |count: fn(&DeviceStats) -> u64| {
-            count(device).saturating_sub(old.map_or(0, count))
-        };
+        let since =
+            |count: fn(&DeviceStats) -> u64| count(device).saturating_sub(old.map_or(0, count));
         let seconds = match old.map(|old| device.at_ns.saturating_sub(old.at_ns)) {
             Some(ns) if ns > 0 => ns as f64 / 1e9,
             _ => 1.0,
@@ -228,7 +252,10 @@ mod tests {
     #[test]
     fn a_device_attached_anew_shows_no_nonsense() {
         let text = rates(&[device(2_000, 500)], &[device(1_000, 5)]).render();
-        assert!(text.lines().nth(1).unwrap().split_whitespace().nth(1) == Some("0"), "{text}");
+        assert!(
+            text.lines().nth(1).unwrap().split_whitespace().nth(1) == Some("0"),
+            "{text}"
+        );
         rates(&[], &[device(5, 5)]).render();
     }
 

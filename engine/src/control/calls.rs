@@ -9,9 +9,16 @@ use crate::instance::spec::{AttachSpec, InstanceSpec};
 #[zlink::proxy(interface = "io.loopengine")]
 pub(super) trait Calls {
     async fn get_features(&mut self) -> zlink::Result<Result<Granted, Fault>>;
-    async fn create_instance(&mut self, spec: &InstanceSpec) -> zlink::Result<Result<Instance, Fault>>;
+    async fn create_instance(
+        &mut self,
+        spec: &InstanceSpec,
+    ) -> zlink::Result<Result<Instance, Fault>>;
     async fn list_instances(&mut self) -> zlink::Result<Result<Instances, Fault>>;
-    async fn remove_instance(&mut self, name: &str, force: bool) -> zlink::Result<Result<(), Fault>>;
+    async fn remove_instance(
+        &mut self,
+        name: &str,
+        force: bool,
+    ) -> zlink::Result<Result<(), Fault>>;
     async fn attach(
         &mut self,
         spec: &AttachSpec,
@@ -30,5 +37,9 @@ pub(super) trait Calls {
         device: Option<&str>,
         instance: Option<&str>,
     ) -> zlink::Result<Result<Devices, Fault>>;
-    async fn get_stats(&mut self, device: Option<&str>, instance: Option<&str>) -> zlink::Result<Result<Stats, Fault>>;
+    async fn get_stats(
+        &mut self,
+        device: Option<&str>,
+        instance: Option<&str>,
+    ) -> zlink::Result<Result<Stats, Fault>>;
 }

@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use zlink::tokio::unix::Stream;
 use zlink::{ReadyListener, Server};
 
-use super::guard::Guarded;
+use super::guard::{Guarded, IDLE_MAX};
 use super::{Backend, ControlService};
 
 /// Connections at a time; more wait in the socket's backlog.
@@ -96,9 +96,11 @@ async fn connection(
             peer.uid(),
             peer.pid().unwrap_or(0)
         );
-        return Ok(timeout(REFUSAL_MAX, refuse(stream)).await.unwrap_or(Ok(()))?);
+        return Ok(timeout(REFUSAL_MAX, refuse(stream))
+            .await
+            .unwrap_or(Ok(()))?);
     }
-    let socket = Guarded::new(Stream::try_from(stream)?, stop);
+    let socket = Guarded::new(Stream::try_from(stream)?, stop, IDLE_MAX);
     Server::new(ReadyListener::new(socket), ControlService::new(backend))
         .run()
         .await

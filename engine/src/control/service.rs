@@ -1,7 +1,7 @@
 //! The methods of the interface: what they take, what they answer, and nothing else.
 //!
-//! Every method hands its work to a blocking thread, because the engine blocks. The comments here
-//! are what a varlink client sees, except that zlink does not carry those of methods.
+//! Every method hands its work to a blocking thread, because the engine blocks. The comments of
+//! the methods, and of the types, are part of the description that varlink clients get.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -46,8 +46,10 @@ fn select(device: Option<String>, instance: Option<String>) -> Result<Selector> 
         (Some(device), None) => Ok(Selector::Device(device)),
         (None, Some(instance)) => Ok(Selector::Instance(instance)),
         (None, None) => Ok(Selector::All),
-        (Some(_), Some(_)) => Err(Error::new(Kind::Invalid, "both a device and an instance given")
-            .hint("give one of them, or neither for all devices")),
+        (Some(_), Some(_)) => Err(
+            Error::new(Kind::Invalid, "both a device and an instance given")
+                .hint("give one of them, or neither for all devices"),
+        ),
     }
 }
 
@@ -58,8 +60,10 @@ fn select_strictly(
     all: bool,
 ) -> Result<Selector> {
     match (select(device, instance)?, all) {
-        (Selector::All, false) => Err(Error::new(Kind::Invalid, "no device given")
-            .hint("give a device, an instance, or all")),
+        (Selector::All, false) => {
+            Err(Error::new(Kind::Invalid, "no device given")
+                .hint("give a device, an instance, or all"))
+        }
         (which @ Selector::All, true) => Ok(which),
         (which, false) => Ok(which),
         (_, true) => Err(Error::new(Kind::Invalid, "both all devices and some given")
@@ -87,7 +91,9 @@ impl ControlService {
 
     /// Creates an instance.
     async fn create_instance(&self, spec: InstanceSpec) -> std::result::Result<Instance, Fault> {
-        let instance = self.ask(move |backend| backend.create_instance(&spec)).await?;
+        let instance = self
+            .ask(move |backend| backend.create_instance(&spec))
+            .await?;
         Ok(Instance { instance })
     }
 
@@ -104,7 +110,8 @@ impl ControlService {
         force: Option<bool>,
     ) -> std::result::Result<(), Fault> {
         let force = force.unwrap_or(false);
-        self.ask(move |backend| backend.remove_instance(&name, force)).await
+        self.ask(move |backend| backend.remove_instance(&name, force))
+            .await
     }
 
     /// Serves an image, which comes as the call's only file descriptor.

@@ -14,8 +14,8 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 /// How deep device-mapper and md stacks are searched for a disk of ours.
 const STACK_DEPTH_MAX: u32 = 4;
 
-/// The mounts of the calling process, and a file that can be polled for changes of them.
-pub const MOUNTINFO: &str = "/proc/self/mountinfo";
+/// The mounts that the calling thread sees; can be polled for changes of them.
+pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
 /// Moves the calling thread, and every thread it starts later, into a mount namespace of its own.
 /// Unmounts elsewhere still reach it (so it does not keep anybody's disk busy), its own do not
@@ -163,5 +163,48 @@ mod tests {
         assert!(!is_ublk_device(Path::new("/dev/ublkbackup"), 0));
         assert!(!is_ublk_device(Path::new("/dev/ublk-control"), 0));
         assert!(!is_ublk_device(Path::new("/dev/sda"), 0));
+    }
+
+    /// Only the thread that asks for it gets a namespace, so a thread of the test can try.
+    #[test]
+    fn mounts_of_ublk_disks_are_left_and_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = dir.path().join("ublkb7");
+        let other = dir.path().join("other disk");
+        fs::create_dir(&ours).unwrap();
+        fs::create_dir(&other).unwrap();
+        let tried = std::thread::spawn(move || {
+            if let Err(error) = enter_own() {
+                eprintln!("skipped: no mount namespace of its own here: {error}");
+                return;
+            }
+            let mount = |source: &Path, target: &Path| {
+                let none = None::<&std::ffi::CStr>;
+                rustix::mount::mount(
+                    source,
+                    target,
+                    "tmpfs",
+                    rustix::mount::MountFlags::empty(),
+                    none,
+                )
+                .unwrap();
+            };
+            let own = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
+            assert_ne!(own, fs::read_link("/proc/self/ns/mnt").unwrap());
+            mount(&other, &other);
+            // A file system that is known by its source, twice on top of each other.
+            mount(&ours, &other);
+            mount(&ours, &other);
+            let (detached, failed) = detach_ublk_mounts().unwrap();
+            assert_eq!(detached, [other.clone(), other.clone()], "{failed:?}");
+            assert_eq!(failed, [""; 0]);
+            let table = fs::read_to_string(MOUNTINFO).unwrap();
+            assert!(
+                !table.contains("ublkb7") && table.contains(r"other\040disk"),
+                "{table}"
+            );
+            assert_eq!(detach_ublk_mounts().unwrap(), (vec![], vec![]));
+        });
+        tried.join().unwrap();
     }
 }
