@@ -21,10 +21,7 @@ pub const CONFIG_FILE: &str = "/etc/loopengine.toml";
 pub const MAX_DEVICES: u32 = 256;
 
 /// The worker switches that measured best.
-pub const TUNING: Tuning = Tuning {
-    linked_commit: false,
-    poll_us: 0,
-};
+pub const TUNING: Tuning = Tuning { linked_commit: false, poll_us: 0 };
 
 /// Larger files are not configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -95,13 +92,9 @@ impl Config {
     /// Parses `text`; `name` is what errors call it.
     pub fn parse(text: &str, name: &str) -> Result<Config> {
         let config: Config = toml::from_str(text).map_err(|error| {
-            let line = error.span().map_or(1, |span| {
-                1 + text
-                    .bytes()
-                    .take(span.start)
-                    .filter(|&b| b == b'\n')
-                    .count()
-            });
+            let line = error
+                .span()
+                .map_or(1, |span| 1 + text.bytes().take(span.start).filter(|&b| b == b'\n').count());
             let message = error.message().replace('\n', ", ");
             invalid(format!("{name}, line {line}: {message}"))
         })?;
@@ -116,21 +109,12 @@ impl Config {
                     "{name}: the instance '{DEFAULT_INSTANCE}' is configured in [default], not in [[instance]]"
                 )));
             }
-            if self.instance[..at]
-                .iter()
-                .any(|other| other.name == table.name)
-            {
-                return Err(invalid(format!(
-                    "{name}: the instance '{}' appears twice",
-                    table.name
-                )));
+            if self.instance[..at].iter().any(|other| other.name == table.name) {
+                return Err(invalid(format!("{name}: the instance '{}' appears twice", table.name)));
             }
         }
         let limits = self.instance.iter().map(|table| table.max_devices);
-        if limits
-            .chain([self.default.max_devices])
-            .any(|max| max == Some(0))
-        {
+        if limits.chain([self.default.max_devices]).any(|max| max == Some(0)) {
             return Err(invalid(format!("{name}: max_devices must be 1 or more")));
         }
         Ok(())
@@ -166,11 +150,7 @@ impl Config {
 
     /// All that the engine wants to know.
     pub fn engine(&self, run_dir: PathBuf) -> EngineConfig {
-        EngineConfig {
-            run_dir,
-            default_instance: self.default_instance(),
-            tuning: self.tuning(),
-        }
+        EngineConfig { run_dir, default_instance: self.default_instance(), tuning: self.tuning() }
     }
 }
 
@@ -186,9 +166,7 @@ fn read(path: &Path) -> Result<String> {
         .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text))
         .map_err(|error| Error::os(error, format!("cannot read {shown}")))?;
     if text.len() as u64 > FILE_BYTES_MAX {
-        return Err(invalid(format!(
-            "{shown} is larger than {FILE_BYTES_MAX} bytes"
-        )));
+        return Err(invalid(format!("{shown} is larger than {FILE_BYTES_MAX} bytes")));
     }
     Ok(text)
 }
@@ -222,13 +200,7 @@ mod tests {
         let engine = config.engine(PathBuf::from("/run/x"));
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
-        assert_eq!(
-            engine.tuning,
-            Tuning {
-                linked_commit: true,
-                poll_us: 50
-            }
-        );
+        assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
         let instances: Vec<_> = config.instances().collect();
         assert_eq!(instances[0].max_devices, 4);
         assert_eq!(instances[1].max_devices, MAX_DEVICES);
@@ -249,10 +221,7 @@ mod tests {
     #[test]
     fn a_named_file_must_exist() {
         let missing = Path::new("/nonexistent/loopengine.toml");
-        assert_eq!(
-            Config::load(Some(missing)).unwrap_err().kind(),
-            Kind::NotFound
-        );
+        assert_eq!(Config::load(Some(missing)).unwrap_err().kind(), Kind::NotFound);
     }
 
     proptest! {

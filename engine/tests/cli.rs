@@ -21,10 +21,7 @@ fn ok(ran: &Ran) -> &str {
 
 fn fails(ran: &Ran, code: i32, says: &str) {
     assert_eq!((ran.code, ran.out.as_str()), (code, ""), "{ran:?}");
-    assert!(
-        ran.err.starts_with("loopengine: ") && ran.err.contains(says),
-        "{ran:?}"
-    );
+    assert!(ran.err.starts_with("loopengine: ") && ran.err.contains(says), "{ran:?}");
     assert_eq!(ran.err.matches('\n').count(), 1, "one line: {ran:?}");
 }
 
@@ -32,34 +29,14 @@ fn fails(ran: &Ran, code: i32, says: &str) {
 fn attach_prints_the_path_alone() {
     let daemon = Daemon::start();
     let image = daemon.image("a.img", 1 << 20);
-    assert_eq!(
-        ok(&daemon.run(&["attach", "a.img"])),
-        "/run/fake/default/loop0\n"
-    );
-    assert_eq!(
-        daemon.fake.received(&image),
-        Some(true),
-        "by its absolute path, writable"
-    );
+    assert_eq!(ok(&daemon.run(&["attach", "a.img"])), "/run/fake/default/loop0\n");
+    assert_eq!(daemon.fake.received(&image), Some(true), "by its absolute path, writable");
     let second = daemon.image("b.img", 1 << 20);
-    assert_eq!(
-        ok(&daemon.run(&["attach", "--read-only", "b.img"])),
-        "/run/fake/default/loop1\n"
-    );
+    assert_eq!(ok(&daemon.run(&["attach", "--read-only", "b.img"])), "/run/fake/default/loop1\n");
     assert_eq!(daemon.fake.received(&second), Some(false));
-    assert_eq!(
-        ok(&daemon.run(&["detach", "default/loop0"])),
-        "/run/fake/default/loop0\n"
-    );
-    fails(
-        &daemon.run(&["detach", "default/loop0"]),
-        3,
-        "no such device",
-    );
-    assert_eq!(
-        ok(&daemon.run(&["detach", "--all"])),
-        "/run/fake/default/loop1\n"
-    );
+    assert_eq!(ok(&daemon.run(&["detach", "default/loop0"])), "/run/fake/default/loop0\n");
+    fails(&daemon.run(&["detach", "default/loop0"]), 3, "no such device");
+    assert_eq!(ok(&daemon.run(&["detach", "--all"])), "/run/fake/default/loop1\n");
     assert_eq!(ok(&daemon.run(&["detach", "--all"])), "");
 }
 
@@ -69,33 +46,18 @@ fn attach_passes_every_option() {
     daemon.image("a.img", 1 << 20);
     ok(&daemon.run(&["instance", "create", "build", "--max", "3", "--cpus", "0"]));
     let options = "--offset 8k --size-limit 64K --block-size 4k --buffered --queues 3 --depth 7 --path auto -i build -r";
-    let words: Vec<&str> = ["attach", "a.img"]
-        .into_iter()
-        .chain(options.split(' '))
-        .collect();
+    let words: Vec<&str> = ["attach", "a.img"].into_iter().chain(options.split(' ')).collect();
     ok(&daemon.run(&words));
     let listed = daemon.run(&["list", "--json", "-i", "build"]);
     let devices: Vec<DeviceInfo> = serde_json::from_str(ok(&listed)).unwrap();
     let device = &devices[0];
-    assert_eq!(
-        (device.offset, device.size_limit, device.block_size),
-        (8192, 65536, 4096)
-    );
-    assert_eq!(
-        (device.queues, device.depth, device.data_path),
-        (3, 7, DataPath::Auto)
-    );
+    assert_eq!((device.offset, device.size_limit, device.block_size), (8192, 65536, 4096));
+    assert_eq!((device.queues, device.depth, device.data_path), (3, 7, DataPath::Auto));
     assert!(device.buffered && device.read_only);
     let table = daemon.run(&["list"]);
     let lines: Vec<&str> = ok(&table).lines().collect();
-    assert!(
-        lines[0].starts_with("DEVICE") && lines[0].ends_with("IMAGE"),
-        "{lines:?}"
-    );
-    assert!(
-        lines[1].contains("ro,buffered") && lines[1].contains("4096"),
-        "{lines:?}"
-    );
+    assert!(lines[0].starts_with("DEVICE") && lines[0].ends_with("IMAGE"), "{lines:?}");
+    assert!(lines[1].contains("ro,buffered") && lines[1].contains("4096"), "{lines:?}");
 }
 
 #[test]
@@ -139,36 +101,18 @@ fn run_gives_the_device_to_a_command() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     let run = |words: &[&str]| {
-        let words: Vec<&str> = ["attach", "a.img", "--run"]
-            .iter()
-            .chain(words)
-            .copied()
-            .collect();
+        let words: Vec<&str> = ["attach", "a.img", "--run"].iter().chain(words).copied().collect();
         daemon.run(&words)
     };
     let device = "/run/fake/default/loop0";
     assert_eq!(ok(&run(&["echo", "-n"])), device);
-    assert_eq!(
-        ok(&run(&["echo", "if={}", "x"])),
-        format!("if={device} x\n")
-    );
+    assert_eq!(ok(&run(&["echo", "if={}", "x"])), format!("if={device} x\n"));
     let shell = "echo $LOOPENGINE_DEVICE; exit 42";
     let ran = run(&["sh", "-c", shell]);
-    assert_eq!(
-        (ran.code, ran.out.as_str()),
-        (42, format!("{device}\n").as_str())
-    );
+    assert_eq!((ran.code, ran.out.as_str()), (42, format!("{device}\n").as_str()));
     assert_eq!(run(&["sh", "-c", "kill -9 $$"]).code, 137);
-    fails(
-        &run(&["/nonexistent/command"]),
-        3,
-        "cannot run /nonexistent/command",
-    );
-    assert_eq!(
-        ok(&daemon.run(&["list", "--json"])),
-        "[]\n",
-        "nothing is left attached"
-    );
+    fails(&run(&["/nonexistent/command"]), 3, "cannot run /nonexistent/command");
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "nothing is left attached");
 }
 
 #[test]
@@ -199,9 +143,7 @@ fn run_detaches_when_it_is_told_to_end() {
         .spawn()
         .unwrap();
     let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap())
-        .read_line(&mut line)
-        .unwrap();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let pid = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     let started = Instant::now();
@@ -218,27 +160,13 @@ fn instances() {
     fails(&daemon.run(&["instance", "create", "one"]), 4, "exists");
     let listed = daemon.run(&["instance", "list", "--json"]);
     let infos: Vec<InstanceInfo> = serde_json::from_str(ok(&listed)).unwrap();
-    assert_eq!(
-        (
-            infos[1].name.as_str(),
-            infos[1].max_devices,
-            infos[1].workers
-        ),
-        ("one", 1, 4)
-    );
+    assert_eq!((infos[1].name.as_str(), infos[1].max_devices, infos[1].workers), ("one", 1, 4));
     ok(&daemon.run(&["attach", "-i", "one", "a.img"]));
     fails(&daemon.run(&["attach", "-i", "one", "a.img"]), 5, "full");
     let table = daemon.run(&["instance", "list"]);
-    assert!(
-        ok(&table).starts_with("NAME     DEVICES  MAX  WORKERS  CPUS  DIRECTORY\n"),
-        "{table:?}"
-    );
+    assert!(ok(&table).starts_with("NAME     DEVICES  MAX  WORKERS  CPUS  DIRECTORY\n"), "{table:?}");
     ok(&daemon.run(&["instance", "remove", "one"]));
-    fails(
-        &daemon.run(&["instance", "remove", "one"]),
-        3,
-        "no instance",
-    );
+    fails(&daemon.run(&["instance", "remove", "one"]), 3, "no instance");
 }
 
 #[test]
@@ -250,14 +178,8 @@ fn a_device_in_use_needs_force() {
     ok(&daemon.run(&["attach", "a.img"]));
     fails(&daemon.run(&["detach", "default/loop0"]), 4, "in use");
     let both = daemon.run(&["detach", "default/loop0", "default/loop1"]);
-    assert_eq!(
-        (both.code, both.out.as_str()),
-        (4, "/run/fake/default/loop1\n")
-    );
-    assert_eq!(
-        ok(&daemon.run(&["detach", "--force", "--all"])),
-        "/run/fake/default/loop0\n"
-    );
+    assert_eq!((both.code, both.out.as_str()), (4, "/run/fake/default/loop1\n"));
+    assert_eq!(ok(&daemon.run(&["detach", "--force", "--all"])), "/run/fake/default/loop0\n");
 }
 
 #[test]
@@ -265,12 +187,7 @@ fn resize_prints_the_new_size() {
     let daemon = Daemon::start();
     let image = daemon.image("a.img", 4096);
     ok(&daemon.run(&["attach", "a.img"]));
-    std::fs::File::options()
-        .write(true)
-        .open(image)
-        .unwrap()
-        .set_len(8192)
-        .unwrap();
+    std::fs::File::options().write(true).open(image).unwrap().set_len(8192).unwrap();
     assert_eq!(ok(&daemon.run(&["resize", "default/loop0"])), "8192\n");
     fails(&daemon.run(&["resize", "default/loop9"]), 3, "no device");
 }
@@ -284,10 +201,7 @@ fn stats_once_and_every_second() {
     let stats: Vec<DeviceStats> = serde_json::from_str(ok(&json)).unwrap();
     assert_eq!((stats[0].in_flight, stats[0].latency.p50_ns), (3, 10_000));
     let table = daemon.run(&["stats", "default/loop0"]);
-    assert!(
-        ok(&table).contains("10.0us") && table.out.contains("4.0"),
-        "{table:?}"
-    );
+    assert!(ok(&table).contains("10.0us") && table.out.contains("4.0"), "{table:?}");
     // The fake's clock advances by a second a reading, and by 1000 reads.
     let watched = daemon.run(&["stats", "--watch", "--count", "2"]);
     let lines: Vec<&str> = ok(&watched).lines().collect();
@@ -308,12 +222,8 @@ fn a_reader_that_leaves_ends_the_watch() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     ok(&daemon.run(&["attach", "a.img"]));
-    let mut child = daemon
-        .command(&["stats", "--watch"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        daemon.command(&["stats", "--watch"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut out = child.stdout.take().unwrap();
     out.read_exact(&mut [0; 6]).unwrap();
     drop(out);
@@ -325,23 +235,10 @@ fn a_reader_that_leaves_ends_the_watch() {
 fn output_that_cannot_be_written_is_an_error() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
-    let full = std::fs::File::options()
-        .write(true)
-        .open("/dev/full")
-        .unwrap();
-    let ran = Ran::from(
-        daemon
-            .command(&["attach", "a.img"])
-            .stdout(full)
-            .output()
-            .unwrap(),
-    );
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let ran = Ran::from(daemon.command(&["attach", "a.img"]).stdout(full).output().unwrap());
     fails(&ran, 1, "standard output");
-    assert_eq!(
-        ok(&daemon.run(&["list", "--json"])),
-        "[]\n",
-        "nobody learnt its name"
-    );
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "nobody learnt its name");
 }
 
 #[test]
@@ -369,27 +266,11 @@ fn create_makes_images() {
     let path = daemon.image("x", 0).with_file_name("new.img");
     ok(&daemon.run(&["create", "new.img", "--size", "3M"]));
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 3 << 20);
-    fails(
-        &daemon.run(&["create", "new.img", "--size", "3M"]),
-        4,
-        "exists",
-    );
+    fails(&daemon.run(&["create", "new.img", "--size", "3M"]), 4, "exists");
     std::fs::remove_file(&path).unwrap();
-    fails(
-        &daemon.run(&["create", "new.img", "--size", "1000"]),
-        2,
-        "multiple of 512",
-    );
-    fails(
-        &daemon.run(&["create", "new.img", "--size", "0"]),
-        2,
-        "--size",
-    );
-    fails(
-        &daemon.run(&["create", "no/new.img", "--size", "1M"]),
-        3,
-        "directory",
-    );
+    fails(&daemon.run(&["create", "new.img", "--size", "1000"]), 2, "multiple of 512");
+    fails(&daemon.run(&["create", "new.img", "--size", "0"]), 2, "--size");
+    fails(&daemon.run(&["create", "no/new.img", "--size", "1M"]), 3, "directory");
     assert!(!path.exists());
     let ran = daemon.run(&["create", "new.img", "--size", "2M", "--preallocate"]);
     if ran.code == 7 {
@@ -402,10 +283,7 @@ fn create_makes_images() {
     // More than any file system has: refused, and nothing left behind.
     let huge = path.with_file_name("huge.img");
     let ran = daemon.run(&["create", "huge.img", "--size", "7E", "--preallocate"]);
-    assert!(
-        ran.code != 0 && ran.err.matches('\n').count() == 1,
-        "{ran:?}"
-    );
+    assert!(ran.code != 0 && ran.err.matches('\n').count() == 1, "{ran:?}");
     assert!(!huge.exists(), "{ran:?}");
 }
 
@@ -416,12 +294,7 @@ fn serve_refuses_before_it_makes_anything() {
     let config = dir.path().join("loopengine.toml");
     let serve = || {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_loopengine"));
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(&config)
-            .arg("--run-dir")
-            .arg(&run_dir);
+        command.arg("serve").arg("--config").arg(&config).arg("--run-dir").arg(&run_dir);
         Ran::from(command.output().unwrap())
     };
     std::fs::write(&config, "[default]\n\nmax_device = 3\n").unwrap();

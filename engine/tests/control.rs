@@ -19,12 +19,7 @@ use loopengine::instance::spec::*;
 use support::{Daemon, KINDS, attach, block_on, instance};
 
 fn open(path: &std::path::Path) -> OwnedFd {
-    File::options()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap()
-        .into()
+    File::options().read(true).write(true).open(path).unwrap().into()
 }
 
 #[test]
@@ -36,10 +31,7 @@ fn every_call_there_and_back() {
         assert_eq!(client.daemon_pid(), Some(std::process::id().cast_signed()));
         assert_eq!(client.features().await.unwrap().kernel, "0.0-fake");
 
-        let spec = InstanceSpec {
-            cpus: Some("0-1".into()),
-            ..instance("build", 7)
-        };
+        let spec = InstanceSpec { cpus: Some("0-1".into()), ..instance("build", 7) };
         let made = client.create_instance(&spec).await.unwrap();
         assert_eq!((made.max_devices, made.cpus.as_deref()), (7, Some("0-1")));
         assert_eq!(client.instances().await.unwrap().len(), 2);
@@ -55,40 +47,22 @@ fn every_call_there_and_back() {
         };
         let device = client.attach(&spec, open(&image)).await.unwrap();
         assert_eq!(device.path, "/run/fake/build/loop0");
-        assert_eq!(
-            (device.offset, device.size_limit, device.block_size),
-            (512, 4096, 4096)
-        );
+        assert_eq!((device.offset, device.size_limit, device.block_size), (512, 4096, 4096));
         assert_eq!((device.queues, device.depth), (3, 5));
-        assert_eq!(
-            (device.data_path, device.state),
-            (DataPath::Copy, DeviceState::Live)
-        );
+        assert_eq!((device.data_path, device.state), (DataPath::Copy, DeviceState::Live));
         assert_eq!(daemon.fake.received(&image), Some(true));
 
         let of_build = Selector::Instance("build".into());
         let this = Selector::Device("build/loop0".into());
-        assert_eq!(
-            client.devices(&Selector::All).await.unwrap(),
-            [device.clone()]
-        );
-        assert_eq!(client.devices(&of_build).await.unwrap(), [device.clone()]);
-        assert_eq!(
-            client
-                .devices(&Selector::Instance("x".into()))
-                .await
-                .unwrap(),
-            []
-        );
+        let devices = client.devices(&Selector::All).await.unwrap();
+        assert_eq!(devices, std::slice::from_ref(&device));
+        let devices = client.devices(&of_build).await.unwrap();
+        assert_eq!(devices, std::slice::from_ref(&device));
+        assert_eq!(client.devices(&Selector::Instance("x".into())).await.unwrap(), []);
         let stats = client.stats(&this).await.unwrap();
         assert_eq!((stats[0].in_flight, stats[0].latency.p999_ns), (3, 40_000));
 
-        File::options()
-            .write(true)
-            .open(&image)
-            .unwrap()
-            .set_len(2 << 20)
-            .unwrap();
+        File::options().write(true).open(&image).unwrap().set_len(2 << 20).unwrap();
         assert_eq!(client.resize("build/loop0").await.unwrap().size, 2 << 20);
         assert_eq!(client.detach(&this, false).await.unwrap(), [device.path]);
         assert_eq!(client.detach(&Selector::All, false).await.unwrap(), [""; 0]);
@@ -111,10 +85,7 @@ fn errors_keep_kind_message_and_hint() {
             assert_eq!(error.next_step(), Some("do something else"));
         }
         // A panic of the engine is an error of one call, not the end of the daemon.
-        let error = client
-            .attach(&attach("panic", &image), open(&image))
-            .await
-            .unwrap_err();
+        let error = client.attach(&attach("panic", &image), open(&image)).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Internal);
         client.instances().await.unwrap();
     });
@@ -192,9 +163,7 @@ fn connections_are_bounded_and_the_next_waits() {
 /// Sends `message`, answers what comes back.
 fn raw(daemon: &Daemon, message: &str) -> String {
     let mut socket = UnixStream::connect(daemon.run_dir().join(SOCKET)).unwrap();
-    socket
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     socket.write_all(message.as_bytes()).unwrap();
     socket.write_all(&[0]).unwrap();
     let mut answer = Vec::new();
@@ -215,19 +184,10 @@ fn raw(daemon: &Daemon, message: &str) -> String {
 fn any_varlink_client_can_look_around() {
     let daemon = Daemon::start();
     let info = raw(&daemon, r#"{"method":"org.varlink.service.GetInfo"}"#);
-    assert!(
-        info.contains("\"io.loopengine\"") && info.contains("org.varlink.service"),
-        "{info}"
-    );
+    assert!(info.contains("\"io.loopengine\"") && info.contains("org.varlink.service"), "{info}");
     let unknown = raw(&daemon, r#"{"method":"io.loopengine.Nonsense"}"#);
-    assert!(
-        unknown.contains("org.varlink.service.MethodNotFound"),
-        "{unknown}"
-    );
-    let list = raw(
-        &daemon,
-        r#"{"method":"io.loopengine.ListInstances","parameters":{}}"#,
-    );
+    assert!(unknown.contains("org.varlink.service.MethodNotFound"), "{unknown}");
+    let list = raw(&daemon, r#"{"method":"io.loopengine.ListInstances","parameters":{}}"#);
     assert!(list.contains("\"maxDevices\":4"), "{list}");
 }
 
@@ -238,16 +198,10 @@ fn bad_calls_are_refused() {
     let spec = attach("default", std::path::Path::new("/a.img"));
     let call = String::from_utf8(codec::encode_attach(&spec).unwrap()).unwrap();
     let answer = raw(&daemon, &call);
-    assert!(
-        answer.contains("io.loopengine.Invalid") && answer.contains("0 file"),
-        "{answer}"
-    );
+    assert!(answer.contains("io.loopengine.Invalid") && answer.contains("0 file"), "{answer}");
     // Taking devices away has no default.
-    for parameters in [
-        "{}",
-        r#"{"device":"loop0","all":true}"#,
-        r#"{"device":"loop0","instance":"default"}"#,
-    ] {
+    for parameters in ["{}", r#"{"device":"loop0","all":true}"#, r#"{"device":"loop0","instance":"default"}"#]
+    {
         let call = format!(r#"{{"method":"io.loopengine.Detach","parameters":{parameters}}}"#);
         let answer = raw(&daemon, &call);
         assert!(answer.contains("io.loopengine.Invalid"), "{answer}");
@@ -300,27 +254,18 @@ fn a_dead_daemon_is_named() {
     let connect = || block_on(async { Client::connect(dir.path()).await.unwrap_err() });
     let missing = connect();
     assert_eq!(missing.kind(), Kind::Unavailable);
-    assert_eq!(
-        missing.next_step(),
-        Some("start it with 'loopengine serve'")
-    );
+    assert_eq!(missing.next_step(), Some("start it with 'loopengine serve'"));
     // A socket that nobody listens on any more.
     drop(std::os::unix::net::UnixListener::bind(dir.path().join(SOCKET)).unwrap());
     let refused = connect();
     assert_eq!(refused.kind(), Kind::Unavailable);
-    assert!(
-        refused.message().ends_with("connection refused"),
-        "{refused}"
-    );
+    assert!(refused.message().ends_with("connection refused"), "{refused}");
 }
 
 #[test]
 fn a_client_that_goes_away_takes_nothing_along() {
     let daemon = Daemon::start();
-    for message in [
-        "{\"method\":\"io.loop",
-        "{\"method\":\"io.loopengine.ListInstances\"}\0",
-    ] {
+    for message in ["{\"method\":\"io.loop", "{\"method\":\"io.loopengine.ListInstances\"}\0"] {
         let mut socket = UnixStream::connect(daemon.run_dir().join(SOCKET)).unwrap();
         socket.write_all(message.as_bytes()).unwrap();
     }

@@ -39,16 +39,9 @@ fn compare(name: &str, generated: &Path) {
     let (want, have) = (files(generated), files(&kept));
     assert!(!want.is_empty());
     let names = |files: &BTreeMap<String, String>| files.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(
-        names(&want),
-        names(&have),
-        "{name}: run 'UPDATE=1 cargo test --test fresh'"
-    );
+    assert_eq!(names(&want), names(&have), "{name}: run 'UPDATE=1 cargo test --test fresh'");
     for (file, text) in want {
-        assert!(
-            text == have[&file],
-            "{name}/{file} is stale: run 'UPDATE=1 cargo test --test fresh'"
-        );
+        assert!(text == have[&file], "{name}/{file} is stale: run 'UPDATE=1 cargo test --test fresh'");
     }
 }
 
@@ -87,28 +80,18 @@ fn interface() {
     let have = fs::read_to_string(&file).unwrap_or_default();
     // White space aside: the description of zlink has none to spare.
     let dense = |text: &str| text.split_whitespace().collect::<String>();
-    assert!(
-        dense(text) == dense(&have),
-        "run 'UPDATE=1 cargo test --test fresh'"
-    );
+    assert!(dense(text) == dense(&have), "run 'UPDATE=1 cargo test --test fresh'");
 }
 
 /// One field a line, comments above what they describe.
 fn laid_out(text: &str) -> String {
-    let text = text
-        .replace("(#", "(\n#")
-        .replace(", #", ",\n#")
-        .replace("#  ", "# ");
+    let text = text.replace("(#", "(\n#").replace(", #", ",\n#").replace("#  ", "# ");
     let mut out = String::new();
     let mut inside = false;
     for line in text.trim().lines() {
         let line = line.trim();
         let ends = inside && line.ends_with(')') && !line.starts_with('#');
-        let line = if ends {
-            line.strip_suffix(')').unwrap()
-        } else {
-            line
-        };
+        let line = if ends { line.strip_suffix(')').unwrap() } else { line };
         if !line.is_empty() || !ends {
             let indent = if inside && !line.is_empty() { "  " } else { "" };
             out.push_str(&format!("{indent}{line}\n"));

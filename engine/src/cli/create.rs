@@ -69,20 +69,14 @@ impl Args {
 
 fn create(path: &Path) -> Result<File> {
     let shown = path.display();
-    let made = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path);
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     made.map_err(|error| {
         let message = format!("cannot create {shown}: {}", reason(&error));
         match error.kind() {
             ErrorKind::AlreadyExists => {
                 Error::new(Kind::Exists, message).hint("remove it first, or give another name")
             }
-            ErrorKind::NotFound => {
-                Error::new(Kind::NotFound, message).hint("make its directory first")
-            }
+            ErrorKind::NotFound => Error::new(Kind::NotFound, message).hint("make its directory first"),
             _ => Error::os(error, format!("cannot create {shown}")),
         }
     })
@@ -92,10 +86,8 @@ fn create(path: &Path) -> Result<File> {
 /// listens for Ctrl-C.
 fn preallocate(file: File, size: u64, path: &Path) -> Result<()> {
     let shown = path.display();
-    let cannot_start =
-        |error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'");
-    let runtime =
-        tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;
+    let cannot_start = |error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'");
+    let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot_start)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot_start)?;

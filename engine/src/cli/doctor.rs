@@ -62,27 +62,12 @@ pub(crate) struct Check {
 
 impl Check {
     fn ok(name: &str, found: impl Into<String>) -> Check {
-        Check {
-            name: name.into(),
-            verdict: Verdict::Ok,
-            found: found.into(),
-            advice: None,
-        }
+        Check { name: name.into(), verdict: Verdict::Ok, found: found.into(), advice: None }
     }
 
-    fn bad(
-        verdict: Verdict,
-        name: &str,
-        found: impl Into<String>,
-        advice: impl Into<String>,
-    ) -> Check {
+    fn bad(verdict: Verdict, name: &str, found: impl Into<String>, advice: impl Into<String>) -> Check {
         let advice = Some(advice.into());
-        Check {
-            name: name.into(),
-            verdict,
-            found: found.into(),
-            advice,
-        }
+        Check { name: name.into(), verdict, found: found.into(), advice }
     }
 
     fn warning(name: &str, found: impl Into<String>, advice: impl Into<String>) -> Check {
@@ -109,9 +94,7 @@ impl Args {
         } else {
             out::print(&text(&checks))?;
         }
-        Ok(u8::from(
-            checks.iter().any(|check| check.verdict == Verdict::Problem),
-        ))
+        Ok(u8::from(checks.iter().any(|check| check.verdict == Verdict::Problem)))
     }
 }
 
@@ -123,10 +106,7 @@ fn text(checks: &[Check]) -> String {
             Verdict::Warning => "warning",
             Verdict::Problem => "problem",
         };
-        text.push_str(&format!(
-            "{verdict:<8} {:<16} {}\n",
-            check.name, check.found
-        ));
+        text.push_str(&format!("{verdict:<8} {:<16} {}\n", check.name, check.found));
         if let Some(advice) = &check.advice {
             text.push_str(&format!("{:<25} -> {advice}\n", ""));
         }
@@ -141,11 +121,7 @@ fn driver() -> Check {
     }
     if Path::new("/sys/module/ublk_drv").exists() {
         let found = format!("ublk_drv is loaded, but {UBLK_CONTROL} is missing");
-        return Check::problem(
-            name,
-            found,
-            "make it visible here; a container needs it passed in",
-        );
+        return Check::problem(name, found, "make it visible here; a container needs it passed in");
     }
     Check::problem(name, "ublk_drv is not loaded", driver_hint())
 }
@@ -160,15 +136,8 @@ fn permission() -> Check {
         Ok(_) => Check::ok(name, format!("root may use {UBLK_CONTROL}")),
         Err(rustix::io::Errno::NOENT) => Check::ok(name, "this user is root"),
         Err(error) => {
-            let found = format!(
-                "root may not open {UBLK_CONTROL}: {}",
-                reason(&error.into())
-            );
-            Check::problem(
-                name,
-                found,
-                "allow the device in this container or security policy",
-            )
+            let found = format!("root may not open {UBLK_CONTROL}: {}", reason(&error.into()));
+            Check::problem(name, found, "allow the device in this container or security policy")
         }
     }
 }
@@ -198,18 +167,10 @@ fn features() -> Check {
     match Engine::features() {
         Ok(features) if features.data_paths.is_empty() => {
             let found = format!("none works on kernel {}", features.kernel);
-            Check::problem(
-                name,
-                found,
-                "use Linux 6.1 or newer; 6.16 or newer is faster",
-            )
+            Check::problem(name, found, "use Linux 6.1 or newer; 6.16 or newer is faster")
         }
         Ok(features) => {
-            let words: Vec<&str> = features
-                .data_paths
-                .iter()
-                .map(|path| path.as_str())
-                .collect();
+            let words: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
             let found = format!("{} (kernel {})", words.join(" "), features.kernel);
             match words.len() {
                 1 => Check::warning(name, found, "use Linux 6.16 or newer for speed"),
@@ -217,10 +178,7 @@ fn features() -> Check {
             }
         }
         Err(error) => {
-            let advice = error
-                .next_step()
-                .unwrap_or("see the check 'driver'")
-                .to_owned();
+            let advice = error.next_step().unwrap_or("see the check 'driver'").to_owned();
             Check::problem(name, format!("unknown: {}", error.message()), advice)
         }
     }
@@ -229,19 +187,13 @@ fn features() -> Check {
 fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
     let name = "daemon";
     let asked = daemon::ask(run_dir, async |client| {
-        client
-            .instances()
-            .await
-            .map(|instances| (instances, client.daemon_pid()))
+        client.instances().await.map(|instances| (instances, client.daemon_pid()))
     });
     match asked {
         Ok((instances, pid)) => {
             let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
             let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
-            let found = format!(
-                "process {pid_text} serves {} instances, {devices} devices",
-                instances.len()
-            );
+            let found = format!("process {pid_text} serves {} instances, {devices} devices", instances.len());
             (Check::ok(name, found), pid)
         }
         Err(error) => {
@@ -259,20 +211,13 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
 /// Of the daemon if it runs, else of this process.
 fn open_files(daemon: Option<i32>) -> Check {
     let name = "open files";
-    let limit = daemon
-        .and_then(limit_of)
-        .or_else(|| getrlimit(Resource::Nofile).maximum);
+    let limit = daemon.and_then(limit_of).or_else(|| getrlimit(Resource::Nofile).maximum);
     match limit {
         None => Check::ok(name, "no limit"),
         Some(limit) if limit >= FILES_MIN => Check::ok(name, format!("up to {limit}")),
         Some(limit) => {
-            let advice =
-                format!("raise it to {FILES_MIN} (LimitNOFILE= of the service, 'ulimit -Hn')");
-            Check::warning(
-                name,
-                format!("up to {limit}: enough for some devices only"),
-                advice,
-            )
+            let advice = format!("raise it to {FILES_MIN} (LimitNOFILE= of the service, 'ulimit -Hn')");
+            Check::warning(name, format!("up to {limit}: enough for some devices only"), advice)
         }
     }
 }
@@ -280,9 +225,7 @@ fn open_files(daemon: Option<i32>) -> Check {
 /// The hard limit of another process; proc(5) has it in the fifth column.
 fn limit_of(pid: i32) -> Option<u64> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
-    let line = limits
-        .lines()
-        .find(|line| line.starts_with("Max open files"))?;
+    let line = limits.lines().find(|line| line.starts_with("Max open files"))?;
     line.split_whitespace().nth(4)?.parse().ok()
 }
 
@@ -298,11 +241,7 @@ fn mount_namespace(daemon: i32) -> Check {
         ),
         (Err(error), _) | (_, Err(error)) => {
             let found = format!("cannot be compared: {}", reason(&error));
-            Check::warning(
-                name,
-                found,
-                "run this as root, in the daemon's process namespace",
-            )
+            Check::warning(name, found, "run this as root, in the daemon's process namespace")
         }
     }
 }
@@ -311,16 +250,11 @@ fn mount_namespace(daemon: i32) -> Check {
 fn direct_io(path: &Path) -> Result<Check> {
     let name = "direct I/O";
     let shown = path.display();
-    let meta =
-        fs::metadata(path).map_err(|error| Error::os(error, format!("cannot look at {shown}")))?;
+    let meta = fs::metadata(path).map_err(|error| Error::os(error, format!("cannot look at {shown}")))?;
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
     let probe = if meta.is_dir() {
         // A directory has no direct I/O; a nameless file in it shows what its files have.
-        open(
-            path,
-            flags | OFlags::TMPFILE | OFlags::RDWR,
-            Mode::RUSR | Mode::WUSR,
-        )
+        open(path, flags | OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR)
     } else {
         open(path, flags | OFlags::RDONLY, Mode::empty())
     };

@@ -27,20 +27,12 @@ impl Args {
 }
 
 fn text(features: &Features) -> String {
-    let paths: Vec<&str> = features
-        .data_paths
-        .iter()
-        .map(|path| path.as_str())
-        .collect();
+    let paths: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
     let yes = |granted: bool| if granted { "yes" } else { "no" };
     format!(
         "kernel    {}\npaths     {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
         features.kernel,
-        if paths.is_empty() {
-            "none".to_owned()
-        } else {
-            paths.join(" ")
-        },
+        if paths.is_empty() { "none".to_owned() } else { paths.join(" ") },
         yes(features.recovery),
         yes(features.resize),
         features.flags.join(" ")

@@ -22,19 +22,11 @@ const SECTOR: u64 = 512;
 pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
     let shown = path.display();
     let file = open_file(path, spec.read_only)?;
-    let meta = file
-        .metadata()
-        .map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
+    let meta = file.metadata().map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
     let kind = meta.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        let what = if kind.is_dir() {
-            "a directory"
-        } else {
-            "neither a file nor a block device"
-        };
-        return Err(
-            invalid(format!("{shown} is {what}")).hint("give an image file or a block device")
-        );
+        let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
+        return Err(invalid(format!("{shown} is {what}")).hint("give an image file or a block device"));
     }
     let size = (&file)
         .seek(SeekFrom::End(0))
@@ -48,26 +40,21 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let shown = path.display();
     // Without O_NONBLOCK, a FIFO would keep us waiting for its other end.
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path);
+    let opened =
+        OpenOptions::new().read(true).write(!read_only).custom_flags(flags.bits().cast_signed()).open(path);
     opened.map_err(|error| {
         let message = format!("cannot open {shown}: {}", reason(&error));
         match error.kind() {
-            ErrorKind::NotFound => Error::new(Kind::NotFound, message).hint(format!(
-                "make an image with 'loopengine create {shown} --size 10G'"
-            )),
-            ErrorKind::IsADirectory => invalid(format!("{shown} is a directory"))
-                .hint("give an image file or a block device"),
+            ErrorKind::NotFound => Error::new(Kind::NotFound, message)
+                .hint(format!("make an image with 'loopengine create {shown} --size 10G'")),
+            ErrorKind::IsADirectory => {
+                invalid(format!("{shown} is a directory")).hint("give an image file or a block device")
+            }
             ErrorKind::PermissionDenied if read_only => {
                 Error::new(Kind::Denied, message).hint("this user must be able to read the image")
             }
-            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-                Error::new(Kind::Denied, message)
-                    .hint("attach it with --read-only, or as a user who may write to it")
-            }
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Error::new(Kind::Denied, message)
+                .hint("attach it with --read-only, or as a user who may write to it"),
             _ => Error::os(error, format!("cannot open {shown}")),
         }
     })
@@ -85,19 +72,14 @@ fn check(shown: &str, size: u64, spec: &AttachSpec) -> Result<()> {
         return Err(invalid(message).hint(format!("give a multiple of {unit} to --offset")));
     }
     if !spec.size_limit.is_multiple_of(unit) {
-        let message = format!(
-            "the size limit {} is not a multiple of {unit}",
-            spec.size_limit
-        );
+        let message = format!("the size limit {} is not a multiple of {unit}", spec.size_limit);
         return Err(invalid(message).hint(format!("give a multiple of {unit} to --size-limit")));
     }
     let rest = match size.checked_sub(spec.offset) {
         Some(rest) if rest >= unit => rest,
         _ => {
-            let message = format!(
-                "{shown} has {size} bytes: nothing is left after the offset {}",
-                spec.offset
-            );
+            let message =
+                format!("{shown} has {size} bytes: nothing is left after the offset {}", spec.offset);
             return Err(invalid(message).hint("give a smaller --offset"));
         }
     };
@@ -130,12 +112,7 @@ mod tests {
     use super::*;
 
     fn spec(offset: u64, size_limit: u64, block_size: u32) -> AttachSpec {
-        AttachSpec {
-            offset,
-            size_limit,
-            block_size,
-            ..crate::cli::attach::plain("default")
-        }
+        AttachSpec { offset, size_limit, block_size, ..crate::cli::attach::plain("default") }
     }
 
     fn verdict(size: u64, spec: &AttachSpec) -> String {
@@ -154,10 +131,7 @@ mod tests {
         assert!(verdict(4096, &spec(1 << 40, 0, 0)).contains("smaller --offset"));
         assert!(verdict(4096, &spec(0, 100, 0)).contains("--size-limit"));
         let odd = verdict(1000, &spec(0, 0, 0));
-        assert!(
-            odd.contains("truncate -s %512") && odd.contains("--size-limit 512"),
-            "{odd}"
-        );
+        assert!(odd.contains("truncate -s %512") && odd.contains("--size-limit 512"), "{odd}");
     }
 
     #[test]
@@ -167,10 +141,7 @@ mod tests {
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
         for read_only in [true, false] {
-            let mut spec = AttachSpec {
-                read_only,
-                ..spec(0, 0, 0)
-            };
+            let mut spec = AttachSpec { read_only, ..spec(0, 0, 0) };
             let error = open(&path, &mut spec).unwrap_err();
             assert!(error.message().contains("neither a file"), "{error}");
         }

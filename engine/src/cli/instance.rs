@@ -66,21 +66,17 @@ impl Command {
         match self {
             Command::Create(args) => args.run(run_dir),
             Command::List(args) => args.run(run_dir),
-            Command::Remove(args) => daemon::ask(run_dir, async |client| {
-                client.remove_instance(&args.name, args.force).await
-            }),
+            Command::Remove(args) => {
+                daemon::ask(run_dir, async |client| client.remove_instance(&args.name, args.force).await)
+            }
         }
     }
 }
 
 impl Create {
     fn run(self, run_dir: &Path) -> Result<()> {
-        let spec = InstanceSpec {
-            name: self.name,
-            max_devices: self.max,
-            workers: self.workers,
-            cpus: self.cpus,
-        };
+        let spec =
+            InstanceSpec { name: self.name, max_devices: self.max, workers: self.workers, cpus: self.cpus };
         daemon::ask(run_dir, async |client| client.create_instance(&spec).await).map(drop)
     }
 }

@@ -33,17 +33,11 @@ impl Args {
 }
 
 fn table(devices: Vec<DeviceInfo>) -> String {
-    let heads = [
-        "DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE",
-    ];
+    let heads = ["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
     let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };
-        let mode = if device.buffered {
-            format!("{mode},buffered")
-        } else {
-            mode.to_owned()
-        };
+        let mode = if device.buffered { format!("{mode},buffered") } else { mode.to_owned() };
         let state = match device.state {
             DeviceState::Live => "live",
             DeviceState::Degraded => "degraded",

@@ -19,12 +19,9 @@ pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     let mut command = super::command().disable_help_subcommand(true);
     command.build();
     let mut pages = Vec::new();
-    collect(&command, "", &mut pages)
-        .map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    collect(&command, "", &mut pages).map_err(|error| Error::os(error, "cannot write a manual page"))?;
     let mut json = Vec::new();
-    json_page()
-        .to_writer(&mut json)
-        .map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    json_page().to_writer(&mut json).map_err(|error| Error::os(error, "cannot write a manual page"))?;
     pages.push(("loopengine-json.7".to_owned(), json));
     Ok(pages)
 }
@@ -35,25 +32,16 @@ fn one_preamble(text: &[u8]) -> Vec<u8> {
     let defines = |line: &str| line.starts_with(".ie ") || line.starts_with(".el ");
     let lines = text.lines().enumerate();
     let kept = lines.filter(|(at, line)| *at < 2 || !defines(line));
-    kept.flat_map(|(_, line)| [line.trim_end(), "\n"])
-        .collect::<String>()
-        .into_bytes()
+    kept.flat_map(|(_, line)| [line.trim_end(), "\n"]).collect::<String>().into_bytes()
 }
 
-fn collect(
-    command: &clap::Command,
-    path: &str,
-    pages: &mut Vec<(String, Vec<u8>)>,
-) -> std::io::Result<()> {
+fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>)>) -> std::io::Result<()> {
     let name = match path {
         "" => "loopengine".to_owned(),
         path => format!("loopengine-{}", path.replace(' ', "-")),
     };
     // Examples have a section of their own.
-    let shown = command
-        .clone()
-        .after_long_help(None::<&str>)
-        .display_name(name.clone());
+    let shown = command.clone().after_long_help(None::<&str>).display_name(name.clone());
     let shown = shown.bin_name(format!("loopengine {path}").trim_end().to_owned());
     // Pages have no date: they would be stale every day. roff wants an empty argument in quotes.
     let man = Man::new(shown).title(name.to_uppercase()).date("\"\"");
@@ -89,7 +77,11 @@ fn own_sections(path: &str) -> Roff {
     }
     if path == "attach" {
         roff.control("PP", []);
-        roff.text([roman("With "), bold("--run"), roman(", the exit status of the command; 128 and the number of the signal if one ended it.")]);
+        roff.text([
+            roman("With "),
+            bold("--run"),
+            roman(", the exit status of the command; 128 and the number of the signal if one ended it."),
+        ]);
     }
     let files = examples::files(path);
     if !files.is_empty() {
@@ -132,26 +124,14 @@ fn configuration(roff: &mut Roff) {
         (
             "[default]",
             &[
-                (
-                    "max_devices = N",
-                    "Devices that the instance 'default' may have.",
-                ),
-                (
-                    "workers = N",
-                    "Its worker threads; 0: one for each CPU that it may use, two at least.",
-                ),
-                (
-                    "cpus = \"LIST\"",
-                    "CPUs that its workers may run on, as in \"0-3,8\"; left out: all.",
-                ),
+                ("max_devices = N", "Devices that the instance 'default' may have."),
+                ("workers = N", "Its worker threads; 0: one for each CPU that it may use, two at least."),
+                ("cpus = \"LIST\"", "CPUs that its workers may run on, as in \"0-3,8\"; left out: all."),
             ],
         ),
         (
             "[tuning]",
-            &[
-                ("linked_commit = true|false", "As --linked-commit."),
-                ("poll_us = N", "As --poll-us."),
-            ],
+            &[("linked_commit = true|false", "As --linked-commit."), ("poll_us = N", "As --poll-us.")],
         ),
         (
             "[[instance]]",
@@ -193,19 +173,14 @@ fn json_page() -> Roff {
     const PRINTED: &[(&str, &str)] = &[
         ("loopengine instance list", "An array of InstanceInfo."),
         ("loopengine list", "An array of DeviceInfo."),
-        (
-            "loopengine stats",
-            "An array of DeviceStats; with --watch, one such array a line.",
-        ),
+        ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
         ("loopengine features", "One Features."),
         ("loopengine doctor", "An array of Check."),
     ];
     let mut roff = Roff::new();
     roff.control("TH", ["LOOPENGINE-JSON", "7", "\"\"", SOURCE, "loopengine"]);
     roff.control("SH", ["NAME"]);
-    roff.text([roman(
-        "loopengine-json - what the commands of loopengine print with --json",
-    )]);
+    roff.text([roman("loopengine-json - what the commands of loopengine print with --json")]);
     roff.control("SH", ["DESCRIPTION"]);
     for (command, prints) in PRINTED {
         tagged(&mut roff, command, prints);
@@ -220,11 +195,7 @@ fn json_page() -> Roff {
                 roff.text([roman(words(object.comments()))]);
                 for field in object.fields() {
                     roff.control("TP", []);
-                    roff.text([
-                        bold(field.name().as_str()),
-                        roman(" "),
-                        italic(type_name(field.ty())),
-                    ]);
+                    roff.text([bold(field.name().as_str()), roman(" "), italic(type_name(field.ty()))]);
                     roff.text([roman(words(field.comments()))]);
                 }
             }

@@ -82,10 +82,7 @@ pub(crate) const EXIT_CODES: &[(u8, &str)] = &[
     (6, "Permission denied."),
     (7, "Not supported by this kernel, file system or device."),
     (8, "The daemon or the ublk driver cannot be reached."),
-    (
-        9,
-        "No answer before the deadline. The state of the device is unknown.",
-    ),
+    (9, "No answer before the deadline. The state of the device is unknown."),
 ];
 
 /// The exit code of a failure.

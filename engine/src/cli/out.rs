@@ -27,7 +27,6 @@ pub(super) fn json_line(value: &impl Serialize) -> Result<bool> {
 }
 
 fn encode(text: serde_json::Result<String>) -> Result<bool> {
-    let text =
-        text.map_err(|error| Error::new(Kind::Internal, format!("cannot encode: {error}")))?;
+    let text = text.map_err(|error| Error::new(Kind::Internal, format!("cannot encode: {error}")))?;
     print(&(text + "\n"))
 }

@@ -66,9 +66,7 @@ fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn Backend) -> Vec<
             DEFAULT_INSTANCE => "takes effect at the next start",
             _ => "takes effect when the instance is created anew",
         };
-        notes.push(format!(
-            "workers or CPUs of instance '{name}' changed: {how}"
-        ));
+        notes.push(format!("workers or CPUs of instance '{name}' changed: {how}"));
     }
     if old.max_devices != new.max_devices {
         let max = new.max_devices;
@@ -167,10 +165,7 @@ mod tests {
     #[test]
     fn only_what_changed_is_done() {
         let same = "[[instance]]\nname='a'\n[tuning]\npoll_us=3\n";
-        assert_eq!(
-            applied(same, same),
-            (vec![], vec!["nothing changed".to_owned()])
-        );
+        assert_eq!(applied(same, same), (vec![], vec!["nothing changed".to_owned()]));
     }
 
     #[test]
@@ -181,10 +176,7 @@ mod tests {
         let (asked, notes) = applied(old, new);
         assert_eq!(asked, ["limit a 2", "create b", "limit default 9"]);
         let told = |words: &str| notes.iter().any(|note| note.contains(words));
-        assert!(
-            told("[tuning] changed") && told("workers or CPUs of instance 'default'"),
-            "{notes:?}"
-        );
+        assert!(told("[tuning] changed") && told("workers or CPUs of instance 'default'"), "{notes:?}");
         assert!(told("instance 'gone' is no longer configured"), "{notes:?}");
     }
 }

@@ -40,13 +40,8 @@ pub(super) fn with_device(
 ) -> Result<u8> {
     daemon::runtime()?.block_on(async {
         // First of all, so that no signal can leave the device behind.
-        let mut signals =
-            Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
-        let device = Client::connect(run_dir)
-            .await?
-            .attach(spec, image)
-            .await?
-            .path;
+        let mut signals = Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
+        let device = Client::connect(run_dir).await?.attach(spec, image).await?.path;
         let ran = run(&device, words, &mut signals).await;
         let detached = detach(run_dir, &device).await;
         match (ran, detached) {
@@ -143,10 +138,7 @@ async fn detach(run_dir: &Path, device: &str) -> Result<()> {
 /// `{}` in any word becomes the device; without any, the device becomes the last word.
 fn insert(words: &[OsString], device: &str) -> Vec<OsString> {
     let mut found = false;
-    let mut out: Vec<OsString> = words
-        .iter()
-        .map(|word| replace(word, device, &mut found))
-        .collect();
+    let mut out: Vec<OsString> = words.iter().map(|word| replace(word, device, &mut found)).collect();
     if !found {
         out.push(device.into());
     }
@@ -213,13 +205,7 @@ mod tests {
     #[test]
     fn where_the_device_goes() {
         assert_eq!(inserted(&["fsck", "-n"]), ["fsck", "-n", "/dev/x"]);
-        assert_eq!(
-            inserted(&["dd", "if={}", "of=y"]),
-            ["dd", "if=/dev/x", "of=y"]
-        );
-        assert_eq!(
-            inserted(&["echo", "{}{}", "{", "}"]),
-            ["echo", "/dev/x/dev/x", "{", "}"]
-        );
+        assert_eq!(inserted(&["dd", "if={}", "of=y"]), ["dd", "if=/dev/x", "of=y"]);
+        assert_eq!(inserted(&["echo", "{}{}", "{", "}"]), ["echo", "/dev/x/dev/x", "{", "}"]);
     }
 }

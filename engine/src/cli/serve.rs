@@ -86,20 +86,11 @@ impl Args {
     fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<()> {
         reload::create_all(config, &**engine)?;
         let listener = run_dir.bind()?;
-        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).map_err(|error| {
-            Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'")
-        })?;
+        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
+            .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
-        let Tuning {
-            linked_commit,
-            poll_us,
-        } = config.tuning();
-        tracing::info!(
-            linked_commit,
-            poll_us,
-            "serving {}",
-            run_dir.path().display()
-        );
+        let Tuning { linked_commit, poll_us } = config.tuning();
+        tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
         runtime.block_on(self.until_stopped(listener, backend, config.clone()))
     }
 
@@ -116,8 +107,7 @@ impl Args {
         let mut hangup = signal(SignalKind::hangup()).map_err(cannot)?;
         let listener = UnixListener::from_std(listener).map_err(cannot)?;
         let (stop, stopping) = watch::channel(false);
-        let mut served =
-            tokio::task::spawn_local(server::serve(listener, Arc::clone(&backend), stopping));
+        let mut served = tokio::task::spawn_local(server::serve(listener, Arc::clone(&backend), stopping));
         let mounts = tokio::task::spawn_local(watch_mounts());
         tell(&[NotifyState::Ready]);
         loop {
@@ -151,9 +141,7 @@ impl Args {
                 let applied = new.clone();
                 let apply = move || reload::apply(&old, &applied, &*backend);
                 match tokio::task::spawn_blocking(apply).await {
-                    Ok(notes) => notes
-                        .iter()
-                        .for_each(|note| tracing::info!("reload: {note}")),
+                    Ok(notes) => notes.iter().for_each(|note| tracing::info!("reload: {note}")),
                     Err(error) => tracing::error!("reload failed: {error}"),
                 }
                 *config = new;
@@ -164,10 +152,7 @@ impl Args {
     }
 }
 
-async fn again(
-    terminate: &mut tokio::signal::unix::Signal,
-    interrupt: &mut tokio::signal::unix::Signal,
-) {
+async fn again(terminate: &mut tokio::signal::unix::Signal, interrupt: &mut tokio::signal::unix::Signal) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -183,9 +168,7 @@ fn impatient() -> Error {
 fn stop(engine: Arc<Engine>) -> Result<()> {
     let Some(engine) = Arc::into_inner(engine) else {
         let message = "calls are still being handled: devices are left as they are";
-        return Err(
-            Error::new(Kind::Deadline, message).hint("start the daemon again to take them back")
-        );
+        return Err(Error::new(Kind::Deadline, message).hint("start the daemon again to take them back"));
     };
     let runtime = super::daemon::runtime()?;
     let stopped = runtime.block_on(async {
@@ -213,10 +196,8 @@ fn stop(engine: Arc<Engine>) -> Result<()> {
 /// Does this machine have what the daemon needs?
 fn check_possible() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        return Err(
-            Error::new(Kind::Denied, "only root can serve block devices")
-                .hint("run it with sudo, or as the systemd service loopengine"),
-        );
+        return Err(Error::new(Kind::Denied, "only root can serve block devices")
+            .hint("run it with sudo, or as the systemd service loopengine"));
     }
     if !Path::new(UBLK_CONTROL).exists() {
         let message = format!("the ublk driver is not there ({UBLK_CONTROL} is missing)");
@@ -244,10 +225,7 @@ pub(super) fn module_exists(release: &str) -> bool {
     let known = std::fs::read_to_string(list).unwrap_or_default();
     known.lines().any(|line| {
         let path = line.split(':').next().unwrap_or_default();
-        path.rsplit('/')
-            .next()
-            .unwrap_or_default()
-            .starts_with("ublk_drv.ko")
+        path.rsplit('/').next().unwrap_or_default().starts_with("ublk_drv.ko")
     })
 }
 

@@ -52,11 +52,7 @@ impl Args {
             return self.watch(run_dir, &which);
         }
         let stats = daemon::ask(run_dir, async |client| client.stats(&which).await)?;
-        let shown = if self.json {
-            out::json(&stats)
-        } else {
-            out::print(&totals(&stats).render())
-        };
+        let shown = if self.json { out::json(&stats) } else { out::print(&totals(&stats).render()) };
         shown.map(drop)
     }
 
@@ -162,8 +158,7 @@ fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
         // A device that is new counts from nothing, one of the same name that was attached anew
         // too (its counts are lower): `saturating_sub` never shows nonsense.
         let old = before.iter().find(|old| old.path == device.path);
-        let since =
-            |count: fn(&DeviceStats) -> u64| count(device).saturating_sub(old.map_or(0, count));
+        let since = |count: fn(&DeviceStats) -> u64| count(device).saturating_sub(old.map_or(0, count));
         let seconds = match old.map(|old| device.at_ns.saturating_sub(old.at_ns)) {
             Some(ns) if ns > 0 => ns as f64 / 1e9,
             _ => 1.0,
@@ -190,9 +185,8 @@ fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
 }
 
 /// All columns but the first hold numbers.
-const RIGHT: &[bool] = &[
-    false, true, true, true, true, true, true, true, true, true, true, true, true, true, true,
-];
+const RIGHT: &[bool] =
+    &[false, true, true, true, true, true, true, true, true, true, true, true, true, true, true];
 
 fn ratio(requests: u64, batches: u64) -> String {
     match batches {
@@ -252,10 +246,7 @@ mod tests {
     #[test]
     fn a_device_attached_anew_shows_no_nonsense() {
         let text = rates(&[device(2_000, 500)], &[device(1_000, 5)]).render();
-        assert!(
-            text.lines().nth(1).unwrap().split_whitespace().nth(1) == Some("0"),
-            "{text}"
-        );
+        assert!(text.lines().nth(1).unwrap().split_whitespace().nth(1) == Some("0"), "{text}");
         rates(&[], &[device(5, 5)]).render();
     }
 

@@ -10,10 +10,7 @@ impl Table {
     /// Columns by their head, and which of them are aligned to the right.
     pub(super) fn new(heads: &[&'static str], right: &'static [bool]) -> Self {
         let head = heads.iter().map(|head| (*head).to_owned()).collect();
-        Self {
-            rows: vec![head],
-            right,
-        }
+        Self { rows: vec![head], right }
     }
 
     /// Adds a row. Control characters in it (an image may have any name) are made harmless.

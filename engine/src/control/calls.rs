@@ -9,16 +9,9 @@ use crate::instance::spec::{AttachSpec, InstanceSpec};
 #[zlink::proxy(interface = "io.loopengine")]
 pub(super) trait Calls {
     async fn get_features(&mut self) -> zlink::Result<Result<Granted, Fault>>;
-    async fn create_instance(
-        &mut self,
-        spec: &InstanceSpec,
-    ) -> zlink::Result<Result<Instance, Fault>>;
+    async fn create_instance(&mut self, spec: &InstanceSpec) -> zlink::Result<Result<Instance, Fault>>;
     async fn list_instances(&mut self) -> zlink::Result<Result<Instances, Fault>>;
-    async fn remove_instance(
-        &mut self,
-        name: &str,
-        force: bool,
-    ) -> zlink::Result<Result<(), Fault>>;
+    async fn remove_instance(&mut self, name: &str, force: bool) -> zlink::Result<Result<(), Fault>>;
     async fn attach(
         &mut self,
         spec: &AttachSpec,

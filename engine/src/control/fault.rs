@@ -85,10 +85,7 @@ mod tests {
                     error = error.hint(hint);
                 }
                 let text = serde_json::to_string(&Fault::from(error)).unwrap();
-                assert!(
-                    text.contains(&format!("\"io.loopengine.{kind:?}\"")),
-                    "{text}"
-                );
+                assert!(text.contains(&format!("\"io.loopengine.{kind:?}\"")), "{text}");
                 let back = Error::from(serde_json::from_str::<Fault>(&text).unwrap());
                 assert_eq!(back.kind(), kind);
                 assert_eq!(back.message(), "a message");
@@ -101,12 +98,6 @@ mod tests {
     fn a_hint_may_be_left_out() {
         let text = r#"{"error":"io.loopengine.Busy","parameters":{"message":"in use"}}"#;
         let fault: Fault = serde_json::from_str(text).unwrap();
-        assert_eq!(
-            fault,
-            Fault::Busy {
-                message: "in use".into(),
-                hint: None
-            }
-        );
+        assert_eq!(fault, Fault::Busy { message: "in use".into(), hint: None });
     }
 }

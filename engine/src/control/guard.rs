@@ -28,11 +28,7 @@ pub(super) struct Guarded {
 
 impl Guarded {
     pub(super) fn new(stream: Stream, stop: watch::Receiver<bool>, idle_max: Duration) -> Self {
-        Self {
-            stream,
-            stop,
-            idle_max,
-        }
+        Self { stream, stop, idle_max }
     }
 }
 
@@ -45,14 +41,7 @@ impl Socket for Guarded {
     fn split(self) -> (GuardedRead, GuardedWrite) {
         let (read, write) = self.stream.split();
         let (stop, idle_max) = (self.stop, self.idle_max);
-        (
-            GuardedRead {
-                read,
-                stop,
-                idle_max,
-            },
-            GuardedWrite { write },
-        )
+        (GuardedRead { read, stop, idle_max }, GuardedWrite { write })
     }
 }
 

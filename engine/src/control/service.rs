@@ -32,9 +32,7 @@ impl ControlService {
             Ok(answer) => answer.map_err(Fault::from),
             Err(_) => {
                 let message = "the daemon failed while it handled this call";
-                Err(Error::new(Kind::Internal, message)
-                    .hint("please report what its log says")
-                    .into())
+                Err(Error::new(Kind::Internal, message).hint("please report what its log says").into())
             }
         }
     }
@@ -46,23 +44,16 @@ fn select(device: Option<String>, instance: Option<String>) -> Result<Selector> 
         (Some(device), None) => Ok(Selector::Device(device)),
         (None, Some(instance)) => Ok(Selector::Instance(instance)),
         (None, None) => Ok(Selector::All),
-        (Some(_), Some(_)) => Err(
-            Error::new(Kind::Invalid, "both a device and an instance given")
-                .hint("give one of them, or neither for all devices"),
-        ),
+        (Some(_), Some(_)) => Err(Error::new(Kind::Invalid, "both a device and an instance given")
+            .hint("give one of them, or neither for all devices")),
     }
 }
 
 /// Exactly one of `device`, `instance` and `all`: what takes devices away has no default.
-fn select_strictly(
-    device: Option<String>,
-    instance: Option<String>,
-    all: bool,
-) -> Result<Selector> {
+fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) -> Result<Selector> {
     match (select(device, instance)?, all) {
         (Selector::All, false) => {
-            Err(Error::new(Kind::Invalid, "no device given")
-                .hint("give a device, an instance, or all"))
+            Err(Error::new(Kind::Invalid, "no device given").hint("give a device, an instance, or all"))
         }
         (which @ Selector::All, true) => Ok(which),
         (which, false) => Ok(which),
@@ -91,9 +82,7 @@ impl ControlService {
 
     /// Creates an instance.
     async fn create_instance(&self, spec: InstanceSpec) -> std::result::Result<Instance, Fault> {
-        let instance = self
-            .ask(move |backend| backend.create_instance(&spec))
-            .await?;
+        let instance = self.ask(move |backend| backend.create_instance(&spec)).await?;
         Ok(Instance { instance })
     }
 
@@ -104,14 +93,9 @@ impl ControlService {
     }
 
     /// Removes an instance; with `force`, with devices that are in use.
-    async fn remove_instance(
-        &self,
-        name: String,
-        force: Option<bool>,
-    ) -> std::result::Result<(), Fault> {
+    async fn remove_instance(&self, name: String, force: Option<bool>) -> std::result::Result<(), Fault> {
         let force = force.unwrap_or(false);
-        self.ask(move |backend| backend.remove_instance(&name, force))
-            .await
+        self.ask(move |backend| backend.remove_instance(&name, force)).await
     }
 
     /// Serves an image, which comes as the call's only file descriptor.
@@ -162,9 +146,7 @@ impl ControlService {
         device: Option<String>,
         instance: Option<String>,
     ) -> std::result::Result<Devices, Fault> {
-        let devices = self
-            .ask(move |backend| backend.devices(&select(device, instance)?))
-            .await?;
+        let devices = self.ask(move |backend| backend.devices(&select(device, instance)?)).await?;
         Ok(Devices { devices })
     }
 
@@ -174,9 +156,7 @@ impl ControlService {
         device: Option<String>,
         instance: Option<String>,
     ) -> std::result::Result<Stats, Fault> {
-        let stats = self
-            .ask(move |backend| backend.stats(&select(device, instance)?))
-            .await?;
+        let stats = self.ask(move |backend| backend.stats(&select(device, instance)?)).await?;
         Ok(Stats { stats })
     }
 }

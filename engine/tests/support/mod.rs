@@ -72,22 +72,14 @@ impl Fake {
     pub fn received(&self, path: &Path) -> Option<bool> {
         let meta = std::fs::metadata(path).unwrap();
         let state = self.state.lock().unwrap();
-        let served = state
-            .devices
-            .iter()
-            .find(|d| d.info.image == path.to_str().unwrap())?;
+        let served = state.devices.iter().find(|d| d.info.image == path.to_str().unwrap())?;
         assert_eq!(served.file, (meta.dev(), meta.ino()));
         Some(served.writable)
     }
 }
 
 pub fn instance(name: &str, max_devices: u32) -> InstanceSpec {
-    InstanceSpec {
-        name: name.to_owned(),
-        max_devices,
-        workers: 2,
-        cpus: None,
-    }
+    InstanceSpec { name: name.to_owned(), max_devices, workers: 2, cpus: None }
 }
 
 pub fn attach(instance: &str, path: &Path) -> AttachSpec {
@@ -111,11 +103,7 @@ fn error(kind: Kind, text: String) -> Error {
 }
 
 fn info(state: &State, spec: &InstanceSpec) -> InstanceInfo {
-    let devices = state
-        .devices
-        .iter()
-        .filter(|d| d.info.instance == spec.name)
-        .count();
+    let devices = state.devices.iter().filter(|d| d.info.instance == spec.name).count();
     InstanceInfo {
         name: spec.name.clone(),
         max_devices: spec.max_devices,
@@ -150,10 +138,7 @@ impl Backend for Fake {
     fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
         let mut state = self.state.lock().unwrap();
         if state.instances.contains_key(&spec.name) {
-            return Err(error(
-                Kind::Exists,
-                format!("instance '{}' exists", spec.name),
-            ));
+            return Err(error(Kind::Exists, format!("instance '{}' exists", spec.name)));
         }
         state.instances.insert(spec.name.clone(), spec.clone());
         Ok(info(&state, spec))
@@ -161,11 +146,7 @@ impl Backend for Fake {
 
     fn instances(&self) -> Vec<InstanceInfo> {
         let state = self.state.lock().unwrap();
-        state
-            .instances
-            .values()
-            .map(|spec| info(&state, spec))
-            .collect()
+        state.instances.values().map(|spec| info(&state, spec)).collect()
     }
 
     fn set_max_devices(&self, name: &str, max_devices: u32) -> Result<()> {
@@ -189,12 +170,7 @@ impl Backend for Fake {
             "panic" => panic!("as the test wants it"),
             "slow" => {
                 let released = self.released.0.lock().unwrap();
-                drop(
-                    self.released
-                        .1
-                        .wait_while(released, |released| !*released)
-                        .unwrap(),
-                );
+                drop(self.released.1.wait_while(released, |released| !*released).unwrap());
             }
             name => {
                 for kind in KINDS {
@@ -208,21 +184,12 @@ impl Backend for Fake {
         let meta = File::from(image).metadata().unwrap();
         let mut state = self.state.lock().unwrap();
         let Some(instance) = state.instances.get(&spec.instance).cloned() else {
-            return Err(error(
-                Kind::NotFound,
-                format!("no instance '{}'", spec.instance),
-            ));
+            return Err(error(Kind::NotFound, format!("no instance '{}'", spec.instance)));
         };
-        let numbers = state
-            .devices
-            .iter()
-            .filter(|d| d.info.instance == spec.instance);
+        let numbers = state.devices.iter().filter(|d| d.info.instance == spec.instance);
         let numbers: Vec<u32> = numbers.map(|d| d.info.number).collect();
         if numbers.len() >= instance.max_devices as usize {
-            return Err(error(
-                Kind::Quota,
-                format!("instance '{}' is full", spec.instance),
-            ));
+            return Err(error(Kind::Quota, format!("instance '{}' is full", spec.instance)));
         }
         let number = (0..).find(|n| !numbers.contains(n)).unwrap();
         let device = DeviceInfo {
@@ -252,16 +219,12 @@ impl Backend for Fake {
 
     fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let mut state = self.state.lock().unwrap();
-        let found: Vec<_> = state
-            .devices
-            .extract_if(.., |d| is(which, &d.info))
-            .collect();
+        let found: Vec<_> = state.devices.extract_if(.., |d| is(which, &d.info)).collect();
         if found.is_empty() && matches!(which, Selector::Device(_)) {
             return Err(error(Kind::NotFound, format!("no such device: {which:?}")));
         }
-        let (busy, gone): (Vec<_>, Vec<_>) = found
-            .into_iter()
-            .partition(|d| !force && d.info.image.ends_with("busy.img"));
+        let (busy, gone): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|d| !force && d.info.image.ends_with("busy.img"));
         let paths = gone.into_iter().map(|d| d.info.path).collect();
         let in_use = busy.first().map(|d| d.info.path.clone());
         state.devices.extend(busy);
@@ -346,12 +309,7 @@ impl Daemon {
             });
             run_dir.unbind();
         });
-        Daemon {
-            fake,
-            dir,
-            stop,
-            thread: Some(thread),
-        }
+        Daemon { fake, dir, stop, thread: Some(thread) }
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -373,9 +331,7 @@ impl Daemon {
     /// The program, told where this daemon is.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_loopengine"));
-        command
-            .args(words)
-            .env("LOOPENGINE_RUN_DIR", self.run_dir());
+        command.args(words).env("LOOPENGINE_RUN_DIR", self.run_dir());
         command.current_dir(self.dir.path());
         command
     }
@@ -417,14 +373,9 @@ impl From<Output> for Ran {
 
 /// Runs `work` on a runtime as clients have one, within a deadline.
 pub fn block_on<T>(work: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let limit = Duration::from_secs(30);
-        tokio::time::timeout(limit, work)
-            .await
-            .expect("the test hangs")
+        tokio::time::timeout(limit, work).await.expect("the test hangs")
     })
 }
