@@ -63,7 +63,7 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fi
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from list" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from list" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s f -l force -d 'Also if devices of it are in use. Whoever uses them gets input/output errors'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s f -l force -d 'Also if it has devices. Whoever uses them gets input/output errors'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "create" -d 'Create an instance'

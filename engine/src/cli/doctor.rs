@@ -167,7 +167,7 @@ fn features() -> Check {
     match Engine::features() {
         Ok(features) if features.data_paths.is_empty() => {
             let found = format!("none works on kernel {}", features.kernel);
-            Check::problem(name, found, "use Linux 6.1 or newer; 6.16 or newer is faster")
+            Check::problem(name, found, "use Linux 6.5 or newer; 6.16 or newer is faster")
         }
         Ok(features) => {
             let words: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();

@@ -29,7 +29,7 @@ pub(super) fn of(command: &str) -> &'static [Example] {
         )],
         "instance list" => &[("For programs.", "loopengine instance list --json")],
         "instance remove" => {
-            &[("Remove an instance and its unused devices.", "loopengine instance remove build")]
+            &[("Remove an instance that has no devices any more.", "loopengine instance remove build")]
         }
         "attach" => &[
             ("Serve an image; the device path is printed.", "loopengine attach disk.img"),

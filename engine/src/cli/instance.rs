@@ -49,14 +49,14 @@ pub(super) struct List {
 
 /// Remove an instance.
 ///
-/// Fails if one of its devices is in use, unless '--force' is given. The instance 'default' cannot
+/// Fails if it has devices, unless '--force' is given. The instance 'default' cannot
 /// be removed.
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
     /// Its name.
     name: String,
 
-    /// Also if devices of it are in use. Whoever uses them gets input/output errors.
+    /// Also if it has devices. Whoever uses them gets input/output errors.
     #[arg(short, long)]
     force: bool,
 }

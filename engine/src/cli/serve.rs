@@ -31,8 +31,8 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 ///
 /// Serves devices until SIGTERM or SIGINT, which stop them in good order; a second one ends the
 /// daemon at once. Devices of a daemon that was killed are taken back at the next start. SIGHUP
-/// rereads the configuration: new instances are created; what else changed is logged, and done at
-/// the next start. Logs to standard error; RUST_LOG sets what. Needs root and the ublk driver.
+/// rereads the configuration: new instances are created, limits changed; what else changed is
+/// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root and the ublk driver.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
@@ -84,7 +84,9 @@ impl Args {
     }
 
     fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<()> {
-        reload::create_all(config, &**engine)?;
+        for note in reload::create_all(config, &**engine)? {
+            tracing::info!("{note}");
+        }
         let listener = run_dir.bind()?;
         let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
             .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
@@ -214,7 +216,7 @@ pub(super) fn driver_hint() -> String {
         return "run 'modprobe ublk_drv'".to_owned();
     }
     format!(
-        "run 'modprobe ublk_drv'; if kernel {release} has no such module, use Linux 6.1 or newer \
+        "run 'modprobe ublk_drv'; if kernel {release} has no such module, use Linux 6.5 or newer \
          with CONFIG_BLK_DEV_UBLK"
     )
 }
