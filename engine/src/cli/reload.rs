@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::control::Backend;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
 
 /// Creates the instances of `config`. One that is there already (taken back from an earlier
@@ -98,6 +98,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::error::Kind;
     use crate::instance::Selector;
     use crate::instance::spec::*;
 
