@@ -48,6 +48,14 @@ pub(super) struct Args {
     poll_us: Option<u32>,
 }
 
+/// How the daemon was asked to end.
+enum End {
+    /// By one signal.
+    InOrder,
+    /// By a second one.
+    AtOnce,
+}
+
 fn parse_switch(word: &str) -> std::result::Result<bool, String> {
     match word {
         "on" => Ok(true),
@@ -71,8 +79,15 @@ impl Args {
         let engine = Arc::new(engine);
         let served = self.serve(&config, &run_dir, &engine);
         run_dir.unbind();
-        let stopped = stop(engine);
-        served.and(stopped)
+        match served {
+            Ok(End::AtOnce) => {
+                // Its drop would wait for what the user no longer wants to wait for.
+                std::mem::forget(engine);
+                Err(impatient())
+            }
+            Ok(End::InOrder) => stop(engine),
+            Err(error) => stop(engine).and(Err(error)),
+        }
     }
 
     fn load(&self) -> Result<Config> {
@@ -83,7 +98,7 @@ impl Args {
         Ok(config)
     }
 
-    fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<()> {
+    fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<End> {
         for note in reload::create_all(config, &**engine)? {
             tracing::info!("{note}");
         }
@@ -93,7 +108,12 @@ impl Args {
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
-        runtime.block_on(self.until_stopped(listener, backend, config.clone()))
+        let ended = runtime.block_on(self.until_stopped(listener, backend, config.clone()));
+        if Arc::strong_count(engine) > 1 {
+            // Calls are still being handled; the drop of the runtime would wait for them.
+            std::mem::forget(runtime);
+        }
+        ended
     }
 
     /// Serves until a signal says stop, then lets calls end.
@@ -102,7 +122,7 @@ impl Args {
         listener: StdListener,
         backend: Arc<dyn Backend>,
         mut config: Config,
-    ) -> Result<()> {
+    ) -> Result<End> {
         let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
@@ -128,8 +148,8 @@ impl Args {
         mounts.abort();
         let _ = stop.send(true);
         tokio::select! {
-            _ = &mut served => Ok(()),
-            () = again(&mut terminate, &mut interrupt) => Err(impatient()),
+            _ = &mut served => Ok(End::InOrder),
+            () = again(&mut terminate, &mut interrupt) => Ok(End::AtOnce),
         }
     }
 

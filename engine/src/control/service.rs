@@ -83,6 +83,7 @@ impl ControlService {
     /// Creates an instance.
     async fn create_instance(&self, spec: InstanceSpec) -> std::result::Result<Instance, Fault> {
         let instance = self.ask(move |backend| backend.create_instance(&spec)).await?;
+        tracing::info!("created instance {}", instance.name);
         Ok(Instance { instance })
     }
 
@@ -95,7 +96,12 @@ impl ControlService {
     /// Removes an instance; with `force`, with devices that are in use.
     async fn remove_instance(&self, name: String, force: Option<bool>) -> std::result::Result<(), Fault> {
         let force = force.unwrap_or(false);
-        self.ask(move |backend| backend.remove_instance(&name, force)).await
+        self.ask(move |backend| {
+            backend.remove_instance(&name, force)?;
+            tracing::info!("removed instance {name}");
+            Ok(())
+        })
+        .await
     }
 
     /// Serves an image, which comes as the call's only file descriptor.
@@ -114,6 +120,7 @@ impl ControlService {
                 backend.attach(&spec, image)
             })
             .await?;
+        tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);
         Ok(Device { device })
     }
 
@@ -131,6 +138,9 @@ impl ControlService {
                 backend.detach(&which, force.unwrap_or(false))
             })
             .await?;
+        for path in &detached {
+            tracing::info!("detached {path}");
+        }
         Ok(Detached { detached })
     }
 
