@@ -266,10 +266,10 @@ fn create_makes_images() {
     let path = daemon.image("x", 0).with_file_name("new.img");
     ok(&daemon.run(&["create", "new.img", "--size", "3M"]));
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 3 << 20);
-    fails(&daemon.run(&["create", "new.img", "--size", "3M"]), 4, "exists");
+    fails(&daemon.run(&["create", "new.img", "--size", "3M"]), 4, "File exists");
     std::fs::remove_file(&path).unwrap();
     fails(&daemon.run(&["create", "new.img", "--size", "1000"]), 2, "multiple of 512");
-    fails(&daemon.run(&["create", "new.img", "--size", "0"]), 2, "--size");
+    fails(&daemon.run(&["create", "new.img", "--size", "0"]), 2, "empty image");
     fails(&daemon.run(&["create", "no/new.img", "--size", "1M"]), 3, "directory");
     assert!(!path.exists());
     let ran = daemon.run(&["create", "new.img", "--size", "2M", "--preallocate"]);
@@ -308,4 +308,26 @@ fn serve_refuses_before_it_makes_anything() {
         fails(&serve(), 8, "modprobe ublk_drv");
     }
     assert!(!run_dir.exists());
+}
+
+#[test]
+fn create_leaves_nothing_when_it_is_interrupted() {
+    // A directory on a file system that reserves space only by writing it would be slow enough to
+    // be interrupted; anywhere else the job is done before the signal comes. Both are right.
+    let daemon = Daemon::start();
+    let path = daemon.image("x", 0).with_file_name("new.img");
+    let mut child = daemon
+        .command(&["create", "new.img", "--size", "1G", "--preallocate"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !path.exists() && started.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+    let made = child.wait().unwrap().success();
+    assert_eq!(path.exists(), made);
+    let _ = std::fs::remove_file(path);
 }
