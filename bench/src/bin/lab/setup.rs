@@ -12,12 +12,13 @@ use crate::kernel::{self, Line};
 use crate::{cache, sh};
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 15] = [
     ("qemu-system-x86", "the VM"),
     ("busybox-static", "its first program"),
     ("cpio", "its first file system"),
     ("file", "the kernel's version"),
     ("kmod", "the kernel's modules"),
+    ("xz-utils", "the kernel's modules"),
     ("binutils", "programs small enough to be copied into the VM"),
     ("fio", "load and figures"),
     ("xfsprogs", "XFS"),
