@@ -77,6 +77,9 @@ const MODULES: [&str; 10] = [
     "ext4",
     "btrfs",
 ];
+/// Directory of the kernels. Its number goes with what is done to a kernel once it is unpacked, so
+/// that two revisions of the lab do not take it from each other.
+pub(crate) const HOME: &str = "kernels-2";
 /// Name of the file that says which kernel is ready.
 const MARK: &str = "unpacked";
 /// A kernel is about 110 MB.
@@ -84,7 +87,7 @@ const FETCH_LIMIT: Duration = Duration::from_secs(900);
 
 /// The kernel of `line` if it has been unpacked under `cache`.
 pub(crate) fn find(cache: &Path, line: Line) -> Option<Kernel> {
-    let modules = cache.join("kernels").join(line.name()).join("lib/modules");
+    let modules = cache.join(HOME).join(line.name()).join("lib/modules");
     let release = std::fs::read_to_string(modules.join(MARK))
         .ok()?
         .trim()
@@ -126,7 +129,7 @@ pub(crate) fn fetch(cache: &Path, line: Line) -> Result<Kernel> {
             FETCH_LIMIT,
         )?;
     }
-    install(&root, &release, &cache.join("kernels").join(line.name()))?;
+    install(&root, &release, &cache.join(HOME).join(line.name()))?;
     find(cache, line).with_context(|| format!("kernel {release} was unpacked but is not there"))
 }
 

@@ -95,7 +95,7 @@ fn complete(lab: &Lab) -> Result<bool> {
 pub(crate) fn forget_kernels() -> Result<()> {
     let cache = cache::directory()?;
     let _turn = cache::lock(&cache)?;
-    let kernels = cache.join("kernels");
+    let kernels = cache.join(kernel::HOME);
     if kernels.exists() {
         std::fs::remove_dir_all(kernels)?;
     }
