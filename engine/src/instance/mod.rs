@@ -1,15 +1,33 @@
-//! Who owns what: instances own devices and workers, devices own images.
+//! Who owns what: an engine owns instances, an instance owns devices and workers, a device owns
+//! its image.
 //!
-//! Every call here may block for as long as its deadline says (seconds at worst): callers on an
-//! asynchronous runtime use a blocking thread.
+//! Every call here may block for as long as its deadlines say (seconds at worst): callers on an
+//! asynchronous runtime use a blocking thread. Knows nothing of sockets and command lines.
 
+mod claims;
+mod names;
+mod pool;
+mod served;
 pub mod spec;
+mod state;
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::{self, Device, Granted, Parameters, Stop};
+use crate::sys;
+use names::{DeviceName, check_instance_name, parse_device};
+use pool::{Instance, Shared};
 use spec::*;
+use state::StateDir;
+
+/// Devices of one instance at the most.
+pub const MAX_DEVICES: u32 = 4096;
+/// Instances of one daemon at the most.
+pub const MAX_INSTANCES: usize = 1024;
 
 /// What the engine needs to know to start.
 #[derive(Clone, Debug)]
@@ -45,67 +63,243 @@ pub enum Selector {
 
 /// All instances of one daemon.
 #[derive(Debug)]
-pub struct Engine {}
+pub struct Engine {
+    shared: Shared,
+    tuning: Tuning,
+    instances: Mutex<BTreeMap<String, Arc<Instance>>>,
+}
 
 impl Engine {
     /// Checks that ublk is there, takes back the devices of a previous daemon that used the same
     /// run directory, and creates the instance `default`. The strings are notes for the log about
     /// what was and was not taken back.
     pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
-        let _ = config;
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+        sys::raise_file_limit();
+        let granted = Granted::ask()?;
+        if granted.paths().is_empty() {
+            return Err(Error::new(Kind::Unsupported, "this kernel's ublk driver is too old")
+                .hint("Linux 6.5 or newer is needed"));
+        }
+        let shared = Shared {
+            owner: owner_mark(&config.run_dir),
+            state: StateDir::new(&config.run_dir),
+            run_dir: config.run_dir,
+            granted,
+            claims: Default::default(),
+        };
+        let engine = Engine { shared, tuning: config.tuning, instances: Mutex::default() };
+        let mut notes = engine.take_back();
+        if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
+            engine.create_instance(&config.default_instance)?;
+        }
+        notes.extend(engine.delete_orphans());
+        Ok((engine, notes))
     }
 
     /// What the kernel grants. Works without an engine.
     pub fn features() -> Result<Features> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+        ublk::features()
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
+        self.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Recreates the instances of a previous daemon and takes their devices back.
+    fn take_back(&self) -> Vec<String> {
+        let (found, mut notes) = self.shared.state.load();
+        for (spec, devices) in found {
+            let instance = match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
+                Ok(instance) => instance,
+                Err(error) => {
+                    notes.push(format!("instance {} was not taken back: {error}", spec.name));
+                    continue;
+                }
+            };
+            for (number, record) in devices {
+                let (id, image) = (record.id, record.spec.path.clone());
+                if !self.is_ours(id) {
+                    notes.push(format!("{}/loop{number} ({image}) is no longer there", spec.name));
+                    self.shared.state.remove_device(&spec.name, number);
+                    continue;
+                }
+                notes.push(match instance.recover(number, record) {
+                    Ok(()) => format!("{}/loop{number} ({image}) was taken back", spec.name),
+                    Err(error) => format!("{}/loop{number} ({image}) was not taken back: {error}", spec.name),
+                });
+            }
+        }
+        notes
+    }
+
+    fn is_ours(&self, id: u32) -> bool {
+        ublk::present_devices().contains(&id) && Device::owner(id).is_ok_and(|(owner, _)| owner == self.shared.owner)
+    }
+
+    /// Deletes devices that a previous daemon had begun to make, or to take away.
+    fn delete_orphans(&self) -> Vec<String> {
+        let known = |id: u32| self.table().values().any(|instance| instance.number_of(id).is_some());
+        let mut notes = Vec::new();
+        for id in ublk::present_devices() {
+            if known(id) || !self.is_ours(id) {
+                continue;
+            }
+            let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: self.shared.owner };
+            let device = Device::existing(self.shared.granted, id, parameters);
+            notes.push(match device.stop(Stop::Always).and_then(|()| device.delete()) {
+                Ok(()) => format!("ublk device {id} was left over and is deleted"),
+                Err(error) => format!("ublk device {id} was left over and cannot be deleted: {error}"),
+            });
+        }
+        notes
     }
 
     /// Creates an instance.
-    pub fn create_instance(&self, _spec: &InstanceSpec) -> Result<InstanceInfo> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
+        check_instance_name(&spec.name)?;
+        // Held while the workers start (milliseconds), so that no name is taken twice.
+        let mut table = self.table();
+        if table.contains_key(&spec.name) {
+            return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
+        }
+        if table.len() >= MAX_INSTANCES {
+            return Err(Error::new(Kind::Quota, format!("there are {MAX_INSTANCES} instances already")));
+        }
+        let instance = Arc::new(Instance::start(&self.shared, spec, self.tuning)?);
+        let info = instance.info();
+        table.insert(spec.name.clone(), instance);
+        Ok(info)
     }
 
     /// All instances, by name.
     pub fn instances(&self) -> Vec<InstanceInfo> {
-        Vec::new()
+        self.table().values().map(|instance| instance.info()).collect()
+    }
+
+    /// Changes how many devices an instance may have.
+    pub fn set_max_devices(&self, name: &str, max_devices: u32) -> Result<()> {
+        self.instance(name)?.set_max_devices(max_devices)
     }
 
     /// Removes an instance; with `force`, detaches its devices even if they are in use.
-    pub fn remove_instance(&self, _name: &str, _force: bool) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn remove_instance(&self, name: &str, force: bool) -> Result<()> {
+        if name == DEFAULT_INSTANCE {
+            return Err(Error::new(Kind::Invalid, "the instance 'default' cannot be removed"));
+        }
+        let instance = self.instance(name)?;
+        if !force && !instance.numbers().is_empty() {
+            return Err(Error::new(Kind::Busy, format!("instance {name} has devices"))
+                .hint("detach them first; --force detaches them all the same"));
+        }
+        self.detach(&Selector::Instance(name.to_owned()), force)?;
+        instance.close();
+        if !instance.numbers().is_empty() {
+            return Err(Error::new(Kind::Busy, format!("instance {name} has devices")).hint("try again"));
+        }
+        instance.erase();
+        self.table().remove(name);
+        Ok(())
     }
 
     /// Serves `image` (opened by the caller, for writing unless the device is read-only) as a
     /// device, and returns once it can be used. Nothing is left behind when it fails.
-    pub fn attach(&self, _spec: &AttachSpec, _image: OwnedFd) -> Result<DeviceInfo> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        self.instance(&spec.instance)?.attach(spec, image)
     }
 
     /// Takes devices away. Without `force` a device in use is left alone, and the error says so.
     /// With [`Selector::All`] or `Instance` goes on after a failure and reports the first.
     /// Returns the paths of the devices that are gone.
-    pub fn detach(&self, _which: &Selector, _force: bool) -> Result<Vec<String>> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
+        let when = if force { Stop::Always } else { Stop::IfUnused };
+        let mut gone = Vec::new();
+        let mut first = None;
+        for (instance, only) in self.select(which)? {
+            let numbers = only.map_or_else(|| instance.numbers(), |number| vec![number]);
+            for number in numbers {
+                match instance.detach(number, when) {
+                    Ok(path) => gone.push(path),
+                    Err(error) => first = first.or(Some(error)),
+                }
+            }
+        }
+        first.map_or(Ok(gone), Err)
     }
 
     /// Adapts a device to the present size of its image.
-    pub fn resize(&self, _device: &str) -> Result<DeviceInfo> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn resize(&self, device: &str) -> Result<DeviceInfo> {
+        match &self.select(&Selector::Device(device.to_owned()))?[..] {
+            [(instance, Some(number))] => instance.resize(*number),
+            _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
+        }
     }
 
     /// Devices, by instance and number.
-    pub fn devices(&self, _which: &Selector) -> Result<Vec<DeviceInfo>> {
-        Ok(Vec::new())
+    pub fn devices(&self, which: &Selector) -> Result<Vec<DeviceInfo>> {
+        let mut devices = Vec::new();
+        for (instance, only) in self.select(which)? {
+            devices.extend(instance.devices(only)?);
+        }
+        Ok(devices)
     }
 
     /// Figures of devices.
-    pub fn stats(&self, _which: &Selector) -> Result<Vec<DeviceStats>> {
-        Ok(Vec::new())
+    pub fn stats(&self, which: &Selector) -> Result<Vec<DeviceStats>> {
+        let mut stats = Vec::new();
+        for (instance, only) in self.select(which)? {
+            stats.extend(instance.stats(only)?);
+        }
+        Ok(stats)
     }
 
     /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
     pub fn shutdown(self) -> Vec<String> {
-        Vec::new()
+        let mut notes = Vec::new();
+        for instance in self.table().values() {
+            instance.close();
+            for number in instance.numbers() {
+                if let Err(error) = instance.detach(number, Stop::Always) {
+                    notes.push(format!("{}/loop{number} did not stop: {error}", instance.info().name));
+                }
+            }
+            if instance.numbers().is_empty() {
+                instance.erase();
+            }
+        }
+        notes
     }
+
+    fn instance(&self, name: &str) -> Result<Arc<Instance>> {
+        self.table().get(name).cloned().ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("there is no instance {name:?}"))
+                .hint(format!("'loopengine instance create {name}' makes it"))
+        })
+    }
+
+    /// Instances, each with one number or all of its devices.
+    fn select(&self, which: &Selector) -> Result<Vec<(Arc<Instance>, Option<u32>)>> {
+        match which {
+            Selector::All => Ok(self.table().values().map(|instance| (instance.clone(), None)).collect()),
+            Selector::Instance(name) => Ok(vec![(self.instance(name)?, None)]),
+            Selector::Device(name) => match parse_device(name, &self.shared.run_dir)? {
+                DeviceName::Number(instance, number) => Ok(vec![(self.instance(&instance)?, Some(number))]),
+                DeviceName::Node(id) => {
+                    let table = self.table();
+                    let found = table.values().find_map(|instance| Some((instance.clone(), instance.number_of(id)?)));
+                    found.map(|(instance, number)| vec![(instance, Some(number))]).ok_or_else(|| {
+                        Error::new(Kind::NotFound, format!("{name} is none of this daemon's devices"))
+                            .hint("'loopengine list' shows all")
+                    })
+                }
+            },
+        }
+    }
+}
+
+/// A mark for ublk devices, by which a later daemon with the same run directory knows its own:
+/// "LOOPENG" folded with an FNV-1a hash of the directory.
+fn owner_mark(run_dir: &Path) -> u64 {
+    use std::os::unix::ffi::OsStrExt;
+    let hash = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    run_dir.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325 ^ 0x4c_4f4f_5045_4e47, hash)
 }
