@@ -64,13 +64,31 @@ pub(crate) struct Kernel {
 /// Meta package whose dependency is the newest kernel.
 const META: &str = "linux-image-amd64";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Modules that a VM of the lab loads.
+const MODULES: [&str; 10] = [
+    "9p",
+    "9pnet_virtio",
+    "overlay",
+    "virtio_blk",
+    "ublk_drv",
+    "null_blk",
+    "loop",
+    "xfs",
+    "ext4",
+    "btrfs",
+];
+/// Directory of the kernels. Its number goes with what is done to a kernel once it is unpacked, so
+/// that two revisions of the lab do not take it from each other.
+pub(crate) const HOME: &str = "kernels-2";
+/// Name of the file that says which kernel is ready.
+const MARK: &str = "unpacked";
 /// A kernel is about 110 MB.
 const FETCH_LIMIT: Duration = Duration::from_secs(900);
 
 /// The kernel of `line` if it has been unpacked under `cache`.
 pub(crate) fn find(cache: &Path, line: Line) -> Option<Kernel> {
-    let modules = cache.join("kernels").join(line.name()).join("lib/modules");
-    let release = std::fs::read_to_string(modules.join("ready"))
+    let modules = cache.join(HOME).join(line.name()).join("lib/modules");
+    let release = std::fs::read_to_string(modules.join(MARK))
         .ok()?
         .trim()
         .to_owned();
@@ -111,7 +129,7 @@ pub(crate) fn fetch(cache: &Path, line: Line) -> Result<Kernel> {
             FETCH_LIMIT,
         )?;
     }
-    install(&root, &release, &cache.join("kernels").join(line.name()))?;
+    install(&root, &release, &cache.join(HOME).join(line.name()))?;
     find(cache, line).with_context(|| format!("kernel {release} was unpacked but is not there"))
 }
 
@@ -137,16 +155,46 @@ fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
         )
         .with_context(|| format!("the packages of kernel {release} hold no image"))?;
     }
-    sh::capture(
-        Command::new(sh::which("depmod")?)
-            .arg("-b")
-            .arg(base)
-            .arg(release),
-        Duration::from_secs(120),
-    )?;
+    depmod(base, release)?;
+    decompress(base, release)?;
+    depmod(base, release)?;
     // Last: a kernel without this mark is fetched again.
-    std::fs::write(modules.join("ready"), release)?;
+    std::fs::write(modules.join(MARK), release)?;
     Ok(())
+}
+
+/// Unpacks the modules that the lab loads: an emulated CPU takes seconds for a large one.
+fn decompress(base: &Path, release: &str) -> Result<()> {
+    let mut query = Command::new(sh::which("modprobe")?);
+    query
+        .arg("-d")
+        .arg(base)
+        .args(["-S", release, "--show-depends", "-a"])
+        .args(MODULES);
+    let said = sh::capture(&mut query, Duration::from_secs(60))?;
+    for file in said
+        .lines()
+        .filter_map(|line| line.strip_prefix("insmod "))
+        .map(str::trim)
+    {
+        // Several modules share what they depend on.
+        if file.ends_with(".xz") && Path::new(file).exists() {
+            sh::capture(
+                Command::new("xz").args(["-d", file]),
+                Duration::from_secs(60),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn depmod(base: &Path, release: &str) -> Result<()> {
+    let mut depmod = Command::new(sh::which("depmod")?);
+    sh::capture(
+        depmod.arg("-b").arg(base).arg(release),
+        Duration::from_secs(120),
+    )
+    .map(drop)
 }
 
 /// apt with lists and sources of its own, so that this machine's are left alone.

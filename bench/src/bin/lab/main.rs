@@ -11,11 +11,13 @@
 //! the engine's insides.
 
 mod cache;
+mod engine;
 mod kernel;
 mod powercut;
 mod programs;
 mod setup;
 mod sh;
+mod store;
 mod suite;
 mod vm;
 
@@ -51,6 +53,11 @@ enum Command {
     Vm(VmArguments),
     /// Run every test: on this machine, and in a VM of each kernel
     Test(suite::Options),
+    /// Make a file system in memory, for tests and figures: inside a VM, or anywhere as root
+    Store(store::Options),
+    /// The guest's half of the power cuts
+    #[command(hide = true, subcommand)]
+    PowerCut(powercut::guest::Round),
 }
 
 #[derive(clap::Args)]
@@ -115,6 +122,8 @@ fn run(command: Command) -> Result<u8> {
             Ok(0)
         }
         Command::Vm(arguments) => run_vm(arguments),
+        Command::Store(options) => store::run(&options).map(|()| 0),
+        Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }
 }

@@ -12,12 +12,13 @@ use crate::kernel::{self, Line};
 use crate::{cache, sh};
 
 /// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 15] = [
     ("qemu-system-x86", "the VM"),
     ("busybox-static", "its first program"),
     ("cpio", "its first file system"),
     ("file", "the kernel's version"),
     ("kmod", "the kernel's modules"),
+    ("xz-utils", "the kernel's modules"),
     ("binutils", "programs small enough to be copied into the VM"),
     ("fio", "load and figures"),
     ("xfsprogs", "XFS"),
@@ -94,7 +95,7 @@ fn complete(lab: &Lab) -> Result<bool> {
 pub(crate) fn forget_kernels() -> Result<()> {
     let cache = cache::directory()?;
     let _turn = cache::lock(&cache)?;
-    let kernels = cache.join("kernels");
+    let kernels = cache.join(kernel::HOME);
     if kernels.exists() {
         std::fs::remove_dir_all(kernels)?;
     }

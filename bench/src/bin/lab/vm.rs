@@ -225,7 +225,7 @@ impl Vm {
              mkdir -p /run/lab && cp {session}/bin/* /run/lab/\n\
              export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
              export HOME=/root LAB_VM=1 LAB_KERNEL={kernel} LAB_MODE={mode} LAB_CPUS=$(nproc)\n\
-             modprobe -q ublk_drv\n\
+             modprobe -q -a ublk_drv virtio_blk\n\
              cd {here} 2>/dev/null || cd /\n\
              bash {session}/command\n\
              echo $? >{session}/status.new && mv {session}/status.new {session}/status\n"

@@ -1,13 +1,14 @@
 //! Power cuts: what the guest was told is durable must be there after its machine was killed.
 //!
-//! Boots a VM with a disk, lets the guest (powercut.sh) write through a device of the engine, kills
+//! Boots a VM with a disk, lets the guest write through a device of the engine, kills
 //! QEMU in the middle, boots again on the same disk and compares. Knows nothing of the engine but
 //! its command line.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
+
+pub(crate) mod guest;
 
 use crate::kernel::Line;
 use crate::programs::Program;
@@ -16,9 +17,8 @@ use crate::sh;
 use crate::suite::Tally;
 use crate::vm::{Mode, Vm};
 
-const GUEST: &str = include_str!("powercut.sh");
-/// Promises to wait for; the cut comes a moment after the last.
-const PROMISES: usize = 45;
+/// Promises to wait for; the cut comes in the middle of the next.
+const PROMISES: usize = 300;
 const DISK_BYTES: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -74,47 +74,40 @@ fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> 
     let disk = directory.path().join("disk");
     std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
     let machine = Vm {
-        disks: vec![disk.clone()],
+        disks: vec![disk],
         limit: LIMIT,
         ..Vm::new(lab.kernel(line)?, Mode::Smp)
     };
-    let promised = promises(&machine, lab, programs, fs, &disk)?;
+    let promised = promises(&machine, lab, programs, fs)?;
+    let list = directory.path().join("promises");
+    std::fs::write(&list, promised.join("\n"))?;
     let mut said = Vec::new();
-    let script = format!(
-        "FS={fs} ROUND=keep\nDURABLE={}\n{GUEST}",
-        sh::quote(&[promised.join("\n")])
+    let line = format!(
+        "lab power-cut keep --promises {}",
+        sh::quote(&[list.to_string_lossy()])
     );
-    let status = machine.run(lab, programs, &script, &mut |bytes| {
+    let status = machine.run(lab, programs, &line, &mut |bytes| {
         said.extend_from_slice(bytes)
     })?;
-    let said = String::from_utf8_lossy(&said).into_owned();
     if status != 0 {
         bail!(
             "the second boot failed with status {status}: {}",
-            said.trim()
+            last_line(&said)
         );
     }
-    Ok(said)
+    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 /// The first boot, up to the cut: what was promised, as "fsync 12".
-fn promises(
-    machine: &Vm,
-    lab: &Lab,
-    programs: &[Program],
-    fs: &str,
-    disk: &Path,
-) -> Result<Vec<String>> {
-    let script = format!("FS={fs} ROUND=promise\n{GUEST}");
+fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<Vec<String>> {
     let mut said = Vec::new();
-    let mut running = machine.start(lab, programs, &script)?;
+    let mut running = machine.start(lab, programs, &format!("lab power-cut promise --fs {fs}"))?;
     let start = Instant::now();
     while promised(&said).len() < PROMISES {
         if let Some(status) = running.turn(&mut |bytes| said.extend_from_slice(bytes))? {
-            let said = String::from_utf8_lossy(&said);
             bail!(
                 "the first boot ended with status {status} before the cut: {}",
-                said.trim()
+                last_line(&said)
             );
         }
         if start.elapsed() > LIMIT {
@@ -127,8 +120,16 @@ fn promises(
     }
     running.kill();
     running.pass_on(&mut |bytes| said.extend_from_slice(bytes))?;
-    std::fs::metadata(disk).context("the disk is gone")?;
     Ok(promised(&said))
+}
+
+fn last_line(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
+    said.trim_end()
+        .lines()
+        .next_back()
+        .unwrap_or("it said nothing")
+        .to_owned()
 }
 
 /// Promises among lines of output, the last one only if its line is complete.
