@@ -66,6 +66,11 @@ impl Disk {
         Ok(Disk { file, path })
     }
 
+    /// The open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Reads as much as one call gives.
     pub(crate) fn try_read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut data = Aligned::new(len);

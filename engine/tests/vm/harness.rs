@@ -194,7 +194,7 @@ impl Case {
         }
         if let Err(Stop::Fail(_)) = &result {
             host::print_logs(&dir);
-            host::print_kernel_log(30);
+            host::print_kernel_log(&self.name, 40);
         }
         let _ = std::fs::remove_dir_all(&dir);
         result

@@ -132,6 +132,10 @@ pub(crate) fn mark_kernel_log(case: &str) {
     }
 }
 
+fn since_marker<'a>(log: &'a str, case: &str) -> &'a str {
+    log.rfind(&marker(case)).map_or(log, |at| &log[at..])
+}
+
 fn kernel_log() -> String {
     tools::ok(&["dmesg"]).unwrap_or_default()
 }
@@ -148,8 +152,7 @@ pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
         "stall",
     ];
     let log = kernel_log();
-    let since = log.rfind(&marker(case)).map_or(&log[..], |at| &log[at..]);
-    since
+    since_marker(&log, case)
         .lines()
         .filter(|line| BAD.iter().any(|bad| line.contains(bad)))
         // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock.
@@ -159,9 +162,11 @@ pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
         .collect()
 }
 
-/// Prints the end of the kernel's log.
-pub(crate) fn print_kernel_log(lines: usize) {
-    eprintln!("--- kernel log\n{}", tools::tail(&kernel_log(), lines));
+/// Prints the end of what the kernel said since a case began.
+pub(crate) fn print_kernel_log(case: &str, lines: usize) {
+    let log = kernel_log();
+    let since = since_marker(&log, case);
+    eprintln!("--- kernel log\n{}", tools::tail(since, lines));
 }
 
 /// Prints the ends of the logs in a case's directory.
@@ -189,7 +194,6 @@ pub(crate) fn print_stuck() {
             print_thread(&task.path(), ours.contains(&pid));
         }
     }
-    print_kernel_log(40);
 }
 
 fn print_thread(task: &Path, ours: bool) {

@@ -4,6 +4,7 @@
 //! Every 512-byte sector says which block and which round it belongs to. After the fault each must
 //! hold the last acknowledged round, or one that was under way.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -44,6 +45,7 @@ pub(crate) struct Writers {
     threads: Vec<JoinHandle<Res<Book>>>,
     stop: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
+    failed: Arc<AtomicU64>,
 }
 
 /// What the writers acknowledged.
@@ -56,19 +58,22 @@ impl Writers {
     pub(crate) fn start(device: &str, bytes: u64, count: u64, on_error: OnError) -> Res<Writers> {
         let stop = Arc::new(AtomicBool::new(false));
         let written = Arc::new(AtomicU64::new(0));
+        let failed = Arc::new(AtomicU64::new(0));
         let blocks = bytes / BLOCK as u64 / count;
         let mut threads = Vec::new();
         for number in 0..count {
             let disk = Disk::open(device)?;
-            let (stop, written) = (stop.clone(), written.clone());
+            let (stop, counts) = (stop.clone(), (written.clone(), failed.clone()));
             threads.push(std::thread::spawn(move || {
-                write(&disk, number * blocks, blocks, on_error, &stop, &written)
+                let work = number * blocks..(number + 1) * blocks;
+                write(&disk, work, on_error, &stop, &counts)
             }));
         }
         Ok(Writers {
             threads,
             stop,
             written,
+            failed,
         })
     }
 
@@ -79,6 +84,15 @@ impl Writers {
             (self.written.load(Ordering::Relaxed) >= goal).then_some(())
         });
         ensure!(reached.is_some(), "no {more} writes in {deadline:?}");
+        Ok(())
+    }
+
+    /// Waits until this many writes have failed.
+    pub(crate) fn failures(&self, count: u64, deadline: Duration) -> Res {
+        let reached = tools::until(deadline, || {
+            (self.failed.load(Ordering::Relaxed) >= count).then_some(())
+        });
+        ensure!(reached.is_some(), "no {count} failures in {deadline:?}");
         Ok(())
     }
 
@@ -109,12 +123,12 @@ impl Drop for Writers {
 
 fn write(
     disk: &Disk,
-    first_block: u64,
-    blocks: u64,
+    work: Range<u64>,
     on_error: OnError,
     stop: &AtomicBool,
-    written: &AtomicU64,
+    (written, failed): &(Arc<AtomicU64>, Arc<AtomicU64>),
 ) -> Res<Book> {
+    let (first_block, blocks) = (work.start, work.end - work.start);
     let mut numbers = Numbers::new(first_block);
     let mut book = Book {
         first_block,
@@ -142,6 +156,7 @@ fn write(
             Ok(short) => fail!("a write of {BLOCK} bytes took only {short}"),
             Err(error) => {
                 book.errors.push(error);
+                failed.fetch_add(1, Ordering::Relaxed);
                 if on_error == OnError::End || book.errors.len() > 10_000 {
                     break;
                 }

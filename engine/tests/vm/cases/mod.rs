@@ -1,9 +1,16 @@
 //! The cases, by theme. Each file knows one theme and gives a list.
 
+mod commands;
+mod durability;
+mod errors;
+mod faults;
 mod filesystem;
+mod geometry;
 mod many;
 mod recovery;
+mod resize;
 mod verify;
+mod zeroes;
 
 use crate::harness::Case;
 
@@ -16,9 +23,16 @@ const MIB: u64 = 1 << 20;
 /// Every case, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
     [
+        commands::cases(),
         filesystem::cases(),
         verify::cases(),
+        zeroes::cases(),
+        geometry::cases(),
+        resize::cases(),
+        faults::cases(),
+        durability::cases(),
         recovery::cases(),
+        errors::cases(),
         many::cases(),
     ]
     .into_iter()
