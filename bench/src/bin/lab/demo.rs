@@ -49,17 +49,8 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     }
     if !options.vm && engine::can_run_here() {
         println!("This machine has ublk: the demo runs on it.\n");
-        let mut programs = programs::build()?;
-        programs.retain(|program| program.name == "loopengine");
-        let directory = programs.pop().context("cargo built no loopengine")?.path;
-        let path = format!(
-            "{}:{}",
-            directory.parent().unwrap_or(Path::new("/")).display(),
-            std::env::var("PATH").unwrap_or_default()
-        );
-        // In a process of its own, so that loopengine is on its PATH.
-        let mut again = Command::new(std::env::current_exe()?);
-        let (status, _) = sh::tee(again.args(["demo", "--inside"]).env("PATH", path), vm::LIMIT)?;
+        let mut again = programs::again(&["demo", "--inside"])?;
+        let (status, _) = sh::tee(&mut again, vm::LIMIT)?;
         return Ok(if status.success() { 0 } else { 1 });
     }
     let lab = setup::ensure()?;

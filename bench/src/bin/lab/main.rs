@@ -13,6 +13,7 @@
 mod cache;
 mod demo;
 mod engine;
+mod figures;
 mod fio;
 mod kernel;
 mod powercut;
@@ -57,6 +58,8 @@ enum Command {
     Vm(VmArguments),
     /// Serve two instances, put real file systems into real images, and show a short table
     Demo(demo::Options),
+    /// Take the figures of the README, with the manifest that makes them anew
+    Figures(figures::Options),
     /// Run every test: on this machine, and in a VM of each kernel
     Test(suite::Options),
     /// Make a file system in memory, for tests and figures: inside a VM, or anywhere as root
@@ -123,6 +126,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Store(options) => store::run(&options).map(|()| 0),
         Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
         Command::Demo(options) => demo::run(&options),
+        Command::Figures(options) => figures::run(&options),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }
 }

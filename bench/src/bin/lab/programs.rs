@@ -3,6 +3,7 @@
 //!
 //! Knows cargo, not what the programs do.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -52,6 +53,17 @@ fn said_by_cargo_run(variable: &str) -> bool {
 /// Builds `loopengine` and `lab`.
 pub(crate) fn build() -> Result<Vec<Program>> {
     build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"])
+}
+
+/// This program once more, on this machine, with the freshly built programs on its PATH.
+pub(crate) fn again<S: AsRef<OsStr>>(words: &[S]) -> Result<Command> {
+    let programs = build()?;
+    let engine = programs.iter().find(|program| program.name == "loopengine");
+    let directory = engine.and_then(|program| program.path.parent()).context("cargo built no loopengine")?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(words).env("PATH", format!("{}:{path}", directory.display()));
+    Ok(command)
 }
 
 /// Builds the kernel cases: one program, named `vm`.

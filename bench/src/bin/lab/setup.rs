@@ -30,7 +30,8 @@ const PACKAGES: [(&str, &str); 15] = [
     ("python3-venv", "virtme-ng"),
 ];
 
-const VIRTME: &str = "virtme-ng==1.42";
+/// As pip takes it.
+pub(crate) const VIRTME: &str = "virtme-ng==1.42";
 const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
 
 /// A machine on which VMs can be booted.
