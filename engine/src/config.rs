@@ -21,10 +21,7 @@ pub const CONFIG_FILE: &str = "/etc/loopengine.toml";
 pub const MAX_DEVICES: u32 = 256;
 
 /// The worker switches that measured best.
-pub const TUNING: Tuning = Tuning {
-    linked_commit: false,
-    poll_us: 0,
-};
+pub const TUNING: Tuning = Tuning { linked_commit: false, poll_us: 0 };
 
 /// Larger files are not configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -95,9 +92,9 @@ impl Config {
     /// Parses `text`; `name` is what errors call it.
     pub fn parse(text: &str, name: &str) -> Result<Config> {
         let config: Config = toml::from_str(text).map_err(|error| {
-            let line = error.span().map_or(1, |span| {
-                1 + text.bytes().take(span.start).filter(|&b| b == b'\n').count()
-            });
+            let line = error
+                .span()
+                .map_or(1, |span| 1 + text.bytes().take(span.start).filter(|&b| b == b'\n').count());
             let message = error.message().replace('\n', ", ");
             invalid(format!("{name}, line {line}: {message}"))
         })?;
@@ -113,10 +110,7 @@ impl Config {
                 )));
             }
             if self.instance[..at].iter().any(|other| other.name == table.name) {
-                return Err(invalid(format!(
-                    "{name}: the instance '{}' appears twice",
-                    table.name
-                )));
+                return Err(invalid(format!("{name}: the instance '{}' appears twice", table.name)));
             }
         }
         let limits = self.instance.iter().map(|table| table.max_devices);
@@ -156,11 +150,7 @@ impl Config {
 
     /// All that the engine wants to know.
     pub fn engine(&self, run_dir: PathBuf) -> EngineConfig {
-        EngineConfig {
-            run_dir,
-            default_instance: self.default_instance(),
-            tuning: self.tuning(),
-        }
+        EngineConfig { run_dir, default_instance: self.default_instance(), tuning: self.tuning() }
     }
 }
 

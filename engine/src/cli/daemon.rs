@@ -14,10 +14,7 @@ pub(super) fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 /// Connects to the daemon of `run_dir` and lets `work` make its calls.
-pub(super) fn ask<T>(
-    run_dir: &Path,
-    work: impl AsyncFnOnce(&mut Client) -> Result<T>,
-) -> Result<T> {
+pub(super) fn ask<T>(run_dir: &Path, work: impl AsyncFnOnce(&mut Client) -> Result<T>) -> Result<T> {
     runtime()?.block_on(async {
         let mut client = Client::connect(run_dir).await?;
         work(&mut client).await

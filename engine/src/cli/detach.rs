@@ -56,10 +56,44 @@ impl Args {
     }
 }
 
-/// A relative path means something to us only: the daemon has another working directory.
+/// What a user calls a device, as the daemon understands it: it has another working directory, and
+/// knows its own paths only. So a path that leads to a disk becomes the path of that disk.
 pub(super) fn device(name: String) -> Selector {
-    let relative = name.starts_with("./") || name.starts_with("../");
-    let full = relative.then(|| std::path::absolute(&name).ok()).flatten();
-    let full = full.and_then(|path| path.into_os_string().into_string().ok());
-    Selector::Device(full.unwrap_or(name))
+    let is_path = ["/", "./", "../"].iter().any(|start| name.starts_with(start));
+    if !is_path {
+        return Selector::Device(name);
+    }
+    let leads_to = std::fs::canonicalize(&name).ok().filter(|path| path.starts_with("/dev"));
+    let path = leads_to.or_else(|| std::path::absolute(&name).ok());
+    let path = path.and_then(|path| path.into_os_string().into_string().ok());
+    Selector::Device(path.unwrap_or(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sent(name: &str) -> String {
+        match device(name.to_owned()) {
+            Selector::Device(name) => name,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn paths_become_absolute_and_names_stay() {
+        assert_eq!(sent("loop0"), "loop0");
+        assert_eq!(sent("default/loop0"), "default/loop0");
+        assert_eq!(sent("/nonexistent/loop0"), "/nonexistent/loop0");
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(sent("./nonexistent"), here.join("nonexistent").to_str().unwrap());
+    }
+
+    #[test]
+    fn a_link_to_a_disk_becomes_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("loop0");
+        std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+        assert_eq!(sent(link.to_str().unwrap()), "/dev/null");
+    }
 }

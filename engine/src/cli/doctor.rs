@@ -167,7 +167,7 @@ fn features() -> Check {
     match Engine::features() {
         Ok(features) if features.data_paths.is_empty() => {
             let found = format!("none works on kernel {}", features.kernel);
-            Check::problem(name, found, "use Linux 6.1 or newer; 6.16 or newer is faster")
+            Check::problem(name, found, "use Linux 6.5 or newer; 6.16 or newer is faster")
         }
         Ok(features) => {
             let words: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
@@ -193,10 +193,7 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
         Ok((instances, pid)) => {
             let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
             let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
-            let found = format!(
-                "process {pid_text} serves {} instances, {devices} devices",
-                instances.len()
-            );
+            let found = format!("process {pid_text} serves {} instances, {devices} devices", instances.len());
             (Check::ok(name, found), pid)
         }
         Err(error) => {
@@ -253,8 +250,7 @@ fn mount_namespace(daemon: i32) -> Check {
 fn direct_io(path: &Path) -> Result<Check> {
     let name = "direct I/O";
     let shown = path.display();
-    let meta = fs::metadata(path)
-        .map_err(|error| Error::os(error, format!("cannot look at {shown}")))?;
+    let meta = fs::metadata(path).map_err(|error| Error::os(error, format!("cannot look at {shown}")))?;
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
     let probe = if meta.is_dir() {
         // A directory has no direct I/O; a nameless file in it shows what its files have.

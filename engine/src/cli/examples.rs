@@ -8,25 +8,40 @@ pub(super) fn of(command: &str) -> &'static [Example] {
     match command {
         "" => &[
             ("Start the daemon.", "loopengine serve"),
-            ("Make an image, serve it, make a file system, mount it.", "loopengine create disk.img --size 10G && dev=$(loopengine attach disk.img) && mkfs.ext4 $dev && mount $dev /mnt"),
+            (
+                "Make an image, serve it, make a file system, mount it.",
+                "loopengine create disk.img --size 10G && dev=$(loopengine attach disk.img) && mkfs.ext4 $dev && mount $dev /mnt",
+            ),
             ("End it all.", "umount /mnt && loopengine detach $dev"),
         ],
         "serve" => &[
             ("Serve, with the default configuration.", "loopengine serve"),
-            ("Serve privately, apart from another daemon.", "loopengine serve --run-dir /run/private --config private.toml"),
+            (
+                "Serve privately, apart from another daemon.",
+                "loopengine serve --run-dir /run/private --config private.toml",
+            ),
             ("Reread the configuration of the service.", "systemctl reload loopengine"),
         ],
         "instance" => &[("See which instances there are.", "loopengine instance list")],
-        "instance create" => &[
-            ("An instance with at most 16 devices, on two CPUs.", "loopengine instance create build --max 16 --cpus 2-3"),
-        ],
+        "instance create" => &[(
+            "An instance with at most 16 devices, on two CPUs.",
+            "loopengine instance create build --max 16 --cpus 2-3",
+        )],
         "instance list" => &[("For programs.", "loopengine instance list --json")],
-        "instance remove" => &[("Remove an instance and its unused devices.", "loopengine instance remove build")],
+        "instance remove" => {
+            &[("Remove an instance that has no devices any more.", "loopengine instance remove build")]
+        }
         "attach" => &[
             ("Serve an image; the device path is printed.", "loopengine attach disk.img"),
-            ("The second partition of an image that starts at 1 MiB, read-only.", "loopengine attach disk.img --read-only --offset 1M"),
+            (
+                "The second partition of an image that starts at 1 MiB, read-only.",
+                "loopengine attach disk.img --read-only --offset 1M",
+            ),
             ("Check a file system, and leave nothing behind.", "loopengine attach disk.img --run fsck -n"),
-            ("Where the device is not the last word.", "loopengine attach disk.img --run dd if={} of=copy.img bs=1M"),
+            (
+                "Where the device is not the last word.",
+                "loopengine attach disk.img --run dd if={} of=copy.img bs=1M",
+            ),
         ],
         "create" => &[
             ("A sparse image.", "loopengine create disk.img --size 10G"),
@@ -36,9 +51,10 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             ("One device.", "loopengine detach /run/loopengine/default/loop0"),
             ("Every device of an instance.", "loopengine detach --all --instance build"),
         ],
-        "resize" => &[
-            ("Grow an image, its device and its file system.", "truncate -s 20G disk.img && loopengine resize loop0 && resize2fs /run/loopengine/default/loop0"),
-        ],
+        "resize" => &[(
+            "Grow an image, its device and its file system.",
+            "truncate -s 20G disk.img && loopengine resize loop0 && resize2fs /run/loopengine/default/loop0",
+        )],
         "list" => &[
             ("All devices.", "loopengine list"),
             ("Their images, for a program.", "loopengine list --json | jq -r '.[].image'"),
@@ -48,15 +64,21 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             ("Rates of one, every second.", "loopengine stats loop0 --watch"),
         ],
         "features" => &[("What this kernel can do.", "loopengine features")],
-        "doctor" => &[("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images")],
+        "doctor" => {
+            &[("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images")]
+        }
         _ => &[],
     }
 }
 
 /// Files that a subcommand uses.
 pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
-    const SOCKET: (&str, &str) = ("/run/loopengine/control", "The daemon's control socket (varlink, interface io.loopengine). Root only.");
-    const NAMES: (&str, &str) = ("/run/loopengine/NAME/loopN", "Device number N of the instance NAME: a link to /dev/ublkbM.");
+    const SOCKET: (&str, &str) = (
+        "/run/loopengine/control",
+        "The daemon's control socket (varlink, interface io.loopengine). Root only.",
+    );
+    const NAMES: (&str, &str) =
+        ("/run/loopengine/NAME/loopN", "Device number N of the instance NAME: a link to /dev/ublkbM.");
     match command {
         "" | "serve" => &[
             ("/etc/loopengine.toml", "Configuration; see loopengine-serve(1)."),

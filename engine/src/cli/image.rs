@@ -22,9 +22,7 @@ const SECTOR: u64 = 512;
 pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
     let shown = path.display();
     let file = open_file(path, spec.read_only)?;
-    let meta = file
-        .metadata()
-        .map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
+    let meta = file.metadata().map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
     let kind = meta.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
@@ -42,24 +40,21 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let shown = path.display();
     // Without O_NONBLOCK, a FIFO would keep us waiting for its other end.
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path);
+    let opened =
+        OpenOptions::new().read(true).write(!read_only).custom_flags(flags.bits().cast_signed()).open(path);
     opened.map_err(|error| {
         let message = format!("cannot open {shown}: {}", reason(&error));
         match error.kind() {
             ErrorKind::NotFound => Error::new(Kind::NotFound, message)
                 .hint(format!("make an image with 'loopengine create {shown} --size 10G'")),
-            ErrorKind::IsADirectory => invalid(format!("{shown} is a directory"))
-                .hint("give an image file or a block device"),
-            ErrorKind::PermissionDenied if read_only => Error::new(Kind::Denied, message)
-                .hint("this user must be able to read the image"),
-            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-                Error::new(Kind::Denied, message)
-                    .hint("attach it with --read-only, or as a user who may write to it")
+            ErrorKind::IsADirectory => {
+                invalid(format!("{shown} is a directory")).hint("give an image file or a block device")
             }
+            ErrorKind::PermissionDenied if read_only => {
+                Error::new(Kind::Denied, message).hint("this user must be able to read the image")
+            }
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Error::new(Kind::Denied, message)
+                .hint("attach it with --read-only, or as a user who may write to it"),
             _ => Error::os(error, format!("cannot open {shown}")),
         }
     })
@@ -83,7 +78,8 @@ fn check(shown: &str, size: u64, spec: &AttachSpec) -> Result<()> {
     let rest = match size.checked_sub(spec.offset) {
         Some(rest) if rest >= unit => rest,
         _ => {
-            let message = format!("{shown} has {size} bytes: nothing is left after the offset {}", spec.offset);
+            let message =
+                format!("{shown} has {size} bytes: nothing is left after the offset {}", spec.offset);
             return Err(invalid(message).hint("give a smaller --offset"));
         }
     };

@@ -49,14 +49,14 @@ pub(super) struct List {
 
 /// Remove an instance.
 ///
-/// Fails if one of its devices is in use, unless '--force' is given. The instance 'default' cannot
+/// Fails if it has devices, unless '--force' is given. The instance 'default' cannot
 /// be removed.
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
     /// Its name.
     name: String,
 
-    /// Also if devices of it are in use. Whoever uses them gets input/output errors.
+    /// Also if it has devices. Whoever uses them gets input/output errors.
     #[arg(short, long)]
     force: bool,
 }
@@ -66,21 +66,17 @@ impl Command {
         match self {
             Command::Create(args) => args.run(run_dir),
             Command::List(args) => args.run(run_dir),
-            Command::Remove(args) => daemon::ask(run_dir, async |client| {
-                client.remove_instance(&args.name, args.force).await
-            }),
+            Command::Remove(args) => {
+                daemon::ask(run_dir, async |client| client.remove_instance(&args.name, args.force).await)
+            }
         }
     }
 }
 
 impl Create {
     fn run(self, run_dir: &Path) -> Result<()> {
-        let spec = InstanceSpec {
-            name: self.name,
-            max_devices: self.max,
-            workers: self.workers,
-            cpus: self.cpus,
-        };
+        let spec =
+            InstanceSpec { name: self.name, max_devices: self.max, workers: self.workers, cpus: self.cpus };
         daemon::ask(run_dir, async |client| client.create_instance(&spec).await).map(drop)
     }
 }

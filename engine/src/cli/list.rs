@@ -33,9 +33,7 @@ impl Args {
 }
 
 fn table(devices: Vec<DeviceInfo>) -> String {
-    let heads = [
-        "DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE",
-    ];
+    let heads = ["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
     let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };

@@ -11,22 +11,31 @@ use crate::instance::spec::*;
 use super::doctor::{Check, Verdict};
 use super::{EXIT_CODES, examples};
 
+/// What the foot of every page says.
+const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
+
 /// Names and texts of all pages.
 pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     let mut command = super::command().disable_help_subcommand(true);
     command.build();
     let mut pages = Vec::new();
-    collect(&command, "", &mut pages)
-        .map_err(|error| Error::os(error, "cannot write a manual page"))?;
-    pages.push(("loopengine-json.7".to_owned(), json_page().to_roff().into_bytes()));
+    collect(&command, "", &mut pages).map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    let mut json = Vec::new();
+    json_page().to_writer(&mut json).map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    pages.push(("loopengine-json.7".to_owned(), json));
     Ok(pages)
 }
 
-fn collect(
-    command: &clap::Command,
-    path: &str,
-    pages: &mut Vec<(String, Vec<u8>)>,
-) -> std::io::Result<()> {
+/// Every section that was written on its own defines the apostrophe anew; once is enough.
+fn one_preamble(text: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(text);
+    let defines = |line: &str| line.starts_with(".ie ") || line.starts_with(".el ");
+    let lines = text.lines().enumerate();
+    let kept = lines.filter(|(at, line)| *at < 2 || !defines(line));
+    kept.flat_map(|(_, line)| [line.trim_end(), "\n"]).collect::<String>().into_bytes()
+}
+
+fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>)>) -> std::io::Result<()> {
     let name = match path {
         "" => "loopengine".to_owned(),
         path => format!("loopengine-{}", path.replace(' ', "-")),
@@ -34,7 +43,9 @@ fn collect(
     // Examples have a section of their own.
     let shown = command.clone().after_long_help(None::<&str>).display_name(name.clone());
     let shown = shown.bin_name(format!("loopengine {path}").trim_end().to_owned());
-    let man = Man::new(shown).title(name.to_uppercase()).manual("loopengine").date("");
+    // Pages have no date: they would be stale every day. roff wants an empty argument in quotes.
+    let man = Man::new(shown).title(name.to_uppercase()).date("\"\"");
+    let man = man.source(SOURCE).manual("loopengine");
     let mut text = Vec::new();
     man.render_title(&mut text)?;
     man.render_name_section(&mut text)?;
@@ -47,7 +58,7 @@ fn collect(
         man.render_subcommands_section(&mut text)?;
     }
     own_sections(path).to_writer(&mut text)?;
-    pages.push((format!("{name}.1"), text));
+    pages.push((format!("{name}.1"), one_preamble(&text)));
     for sub in subcommands {
         let path = format!("{path} {}", sub.get_name());
         collect(sub, path.trim_start(), pages)?;
@@ -66,7 +77,11 @@ fn own_sections(path: &str) -> Roff {
     }
     if path == "attach" {
         roff.control("PP", []);
-        roff.text([roman("With "), bold("--run"), roman(", the exit status of the command; 128 and the number of the signal if one ended it.")]);
+        roff.text([
+            roman("With "),
+            bold("--run"),
+            roman(", the exit status of the command; 128 and the number of the signal if one ended it."),
+        ]);
     }
     let files = examples::files(path);
     if !files.is_empty() {
@@ -116,21 +131,23 @@ fn configuration(roff: &mut Roff) {
         ),
         (
             "[tuning]",
-            &[
-                ("linked_commit = true|false", "As --linked-commit."),
-                ("poll_us = N", "As --poll-us."),
-            ],
+            &[("linked_commit = true|false", "As --linked-commit."), ("poll_us = N", "As --poll-us.")],
         ),
         (
             "[[instance]]",
             &[
-                ("name = \"NAME\"", "An instance to create at start. As many of these tables as there are instances."),
+                (
+                    "name = \"NAME\"",
+                    "An instance to create at start. As many of these tables as there are instances.",
+                ),
                 ("max_devices, workers, cpus", "As in [default]."),
             ],
         ),
     ];
     roff.control("SH", ["CONFIGURATION"]);
-    roff.text([roman("A TOML file. Options of the command line win. A key that is not listed here is an error.")]);
+    roff.text([roman(
+        "A TOML file. Options of the command line win. A key that is not listed here is an error.",
+    )]);
     for (table, keys) in KEYS {
         roff.control("SS", [*table]);
         for (key, means) in *keys {
@@ -161,7 +178,7 @@ fn json_page() -> Roff {
         ("loopengine doctor", "An array of Check."),
     ];
     let mut roff = Roff::new();
-    roff.control("TH", ["LOOPENGINE-JSON", "7", "", "", "loopengine"]);
+    roff.control("TH", ["LOOPENGINE-JSON", "7", "\"\"", SOURCE, "loopengine"]);
     roff.control("SH", ["NAME"]);
     roff.text([roman("loopengine-json - what the commands of loopengine print with --json")]);
     roff.control("SH", ["DESCRIPTION"]);

@@ -40,8 +40,7 @@ pub(super) fn with_device(
 ) -> Result<u8> {
     daemon::runtime()?.block_on(async {
         // First of all, so that no signal can leave the device behind.
-        let mut signals = Signals::new()
-            .map_err(|error| Error::os(error, "cannot handle signals"))?;
+        let mut signals = Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
         let device = Client::connect(run_dir).await?.attach(spec, image).await?.path;
         let ran = run(&device, words, &mut signals).await;
         let detached = detach(run_dir, &device).await;
@@ -69,9 +68,7 @@ async fn run(device: &str, words: &[OsString], signals: &mut Signals) -> Result<
         .args(arguments)
         .env(DEVICE_ENV, device)
         .spawn()
-        .map_err(|error| {
-            Error::os(error, format!("cannot run {}", program.display()))
-        })?;
+        .map_err(|error| Error::os(error, format!("cannot run {}", program.display())))?;
     let waited = wait(&mut child, signals).await;
     let status = waited.map_err(|error| {
         let _ = child.kill();
@@ -141,10 +138,7 @@ async fn detach(run_dir: &Path, device: &str) -> Result<()> {
 /// `{}` in any word becomes the device; without any, the device becomes the last word.
 fn insert(words: &[OsString], device: &str) -> Vec<OsString> {
     let mut found = false;
-    let mut out: Vec<OsString> = words
-        .iter()
-        .map(|word| replace(word, device, &mut found))
-        .collect();
+    let mut out: Vec<OsString> = words.iter().map(|word| replace(word, device, &mut found)).collect();
     if !found {
         out.push(device.into());
     }

@@ -31,8 +31,8 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 ///
 /// Serves devices until SIGTERM or SIGINT, which stop them in good order; a second one ends the
 /// daemon at once. Devices of a daemon that was killed are taken back at the next start. SIGHUP
-/// rereads the configuration: new instances are created; what else changed is logged, and done at
-/// the next start. Logs to standard error; RUST_LOG sets what. Needs root and the ublk driver.
+/// rereads the configuration: new instances are created, limits changed; what else changed is
+/// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root and the ublk driver.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
@@ -46,6 +46,14 @@ pub(super) struct Args {
     /// Microseconds for which a worker that had work looks for more before it sleeps.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: Option<u32>,
+}
+
+/// How the daemon was asked to end.
+enum End {
+    /// By one signal.
+    InOrder,
+    /// By a second one.
+    AtOnce,
 }
 
 fn parse_switch(word: &str) -> std::result::Result<bool, String> {
@@ -71,8 +79,15 @@ impl Args {
         let engine = Arc::new(engine);
         let served = self.serve(&config, &run_dir, &engine);
         run_dir.unbind();
-        let stopped = stop(engine);
-        served.and(stopped)
+        match served {
+            Ok(End::AtOnce) => {
+                // Its drop would wait for what the user no longer wants to wait for.
+                std::mem::forget(engine);
+                Err(impatient())
+            }
+            Ok(End::InOrder) => stop(engine),
+            Err(error) => stop(engine).and(Err(error)),
+        }
     }
 
     fn load(&self) -> Result<Config> {
@@ -83,16 +98,22 @@ impl Args {
         Ok(config)
     }
 
-    fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<()> {
-        reload::create_all(config, &**engine)?;
+    fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<End> {
+        for note in reload::create_all(config, &**engine)? {
+            tracing::info!("{note}");
+        }
         let listener = run_dir.bind()?;
-        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).map_err(|error| {
-            Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'")
-        })?;
+        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
+            .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
-        runtime.block_on(self.until_stopped(listener, backend, config.clone()))
+        let ended = runtime.block_on(self.until_stopped(listener, backend, config.clone()));
+        if Arc::strong_count(engine) > 1 {
+            // Calls are still being handled; the drop of the runtime would wait for them.
+            std::mem::forget(runtime);
+        }
+        ended
     }
 
     /// Serves until a signal says stop, then lets calls end.
@@ -101,18 +122,14 @@ impl Args {
         listener: StdListener,
         backend: Arc<dyn Backend>,
         mut config: Config,
-    ) -> Result<()> {
+    ) -> Result<End> {
         let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
         let mut hangup = signal(SignalKind::hangup()).map_err(cannot)?;
         let listener = UnixListener::from_std(listener).map_err(cannot)?;
         let (stop, stopping) = watch::channel(false);
-        let mut served = tokio::task::spawn_local(server::serve(
-            listener,
-            Arc::clone(&backend),
-            stopping,
-        ));
+        let mut served = tokio::task::spawn_local(server::serve(listener, Arc::clone(&backend), stopping));
         let mounts = tokio::task::spawn_local(watch_mounts());
         tell(&[NotifyState::Ready]);
         loop {
@@ -131,8 +148,8 @@ impl Args {
         mounts.abort();
         let _ = stop.send(true);
         tokio::select! {
-            _ = &mut served => Ok(()),
-            () = again(&mut terminate, &mut interrupt) => Err(impatient()),
+            _ = &mut served => Ok(End::InOrder),
+            () = again(&mut terminate, &mut interrupt) => Ok(End::AtOnce),
         }
     }
 
@@ -157,10 +174,7 @@ impl Args {
     }
 }
 
-async fn again(
-    terminate: &mut tokio::signal::unix::Signal,
-    interrupt: &mut tokio::signal::unix::Signal,
-) {
+async fn again(terminate: &mut tokio::signal::unix::Signal, interrupt: &mut tokio::signal::unix::Signal) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -176,8 +190,7 @@ fn impatient() -> Error {
 fn stop(engine: Arc<Engine>) -> Result<()> {
     let Some(engine) = Arc::into_inner(engine) else {
         let message = "calls are still being handled: devices are left as they are";
-        return Err(Error::new(Kind::Deadline, message)
-            .hint("start the daemon again to take them back"));
+        return Err(Error::new(Kind::Deadline, message).hint("start the daemon again to take them back"));
     };
     let runtime = super::daemon::runtime()?;
     let stopped = runtime.block_on(async {
@@ -223,7 +236,7 @@ pub(super) fn driver_hint() -> String {
         return "run 'modprobe ublk_drv'".to_owned();
     }
     format!(
-        "run 'modprobe ublk_drv'; if kernel {release} has no such module, use Linux 6.1 or newer \
+        "run 'modprobe ublk_drv'; if kernel {release} has no such module, use Linux 6.5 or newer \
          with CONFIG_BLK_DEV_UBLK"
     )
 }

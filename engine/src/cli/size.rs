@@ -70,7 +70,9 @@ mod tests {
         assert_eq!(parse("10G"), Ok(10 << 30));
         assert_eq!(parse("2TiB"), Ok(2 << 40));
         assert_eq!(parse("0"), Ok(0));
-        for bad in ["", "G", "-1", "1.5G", "1 G", "1GB", "1iB", "1kk", "1é", "99999999999999999999", "16E", "8E"] {
+        for bad in
+            ["", "G", "-1", "1.5G", "1 G", "1GB", "1iB", "1kk", "1é", "99999999999999999999", "16E", "8E"]
+        {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

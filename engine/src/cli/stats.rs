@@ -52,11 +52,7 @@ impl Args {
             return self.watch(run_dir, &which);
         }
         let stats = daemon::ask(run_dir, async |client| client.stats(&which).await)?;
-        let shown = if self.json {
-            out::json(&stats)
-        } else {
-            out::print(&totals(&stats).render())
-        };
+        let shown = if self.json { out::json(&stats) } else { out::print(&totals(&stats).render()) };
         shown.map(drop)
     }
 
@@ -101,8 +97,21 @@ fn frame(text: &str, screen: bool, round: u64) -> String {
 
 fn totals(stats: &[DeviceStats]) -> Table {
     let heads = [
-        "DEVICE", "READS", "READ", "WRITES", "WRITTEN", "FLUSHES", "DISCARDS", "ERRORS", "P50",
-        "P99", "P99.9", "BATCH", "PUNTS", "FALLBACKS", "INFLIGHT",
+        "DEVICE",
+        "READS",
+        "READ",
+        "WRITES",
+        "WRITTEN",
+        "FLUSHES",
+        "DISCARDS",
+        "ERRORS",
+        "P50",
+        "P99",
+        "P99.9",
+        "BATCH",
+        "PUNTS",
+        "FALLBACKS",
+        "INFLIGHT",
     ];
     let mut table = Table::new(&heads, RIGHT);
     for device in stats {
@@ -129,17 +138,27 @@ fn totals(stats: &[DeviceStats]) -> Table {
 
 fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
     let heads = [
-        "DEVICE", "READ/S", "READ", "WRITE/S", "WRITTEN", "FLUSH/S", "ERRORS", "P50", "P99",
-        "P99.9", "BATCH", "PUNT/S", "FALLBACK/S", "INFLIGHT",
+        "DEVICE",
+        "READ/S",
+        "READ",
+        "WRITE/S",
+        "WRITTEN",
+        "FLUSH/S",
+        "ERRORS",
+        "P50",
+        "P99",
+        "P99.9",
+        "BATCH",
+        "PUNT/S",
+        "FALLBACK/S",
+        "INFLIGHT",
     ];
     let mut table = Table::new(&heads, RIGHT);
     for device in now {
         // A device that is new counts from nothing, one of the same name that was attached anew
         // too (its counts are lower): `saturating_sub` never shows nonsense.
         let old = before.iter().find(|old| old.path == device.path);
-        let since = |count: fn(&DeviceStats) -> u64| {
-            count(device).saturating_sub(old.map_or(0, count))
-        };
+        let since = |count: fn(&DeviceStats) -> u64| count(device).saturating_sub(old.map_or(0, count));
         let seconds = match old.map(|old| device.at_ns.saturating_sub(old.at_ns)) {
             Some(ns) if ns > 0 => ns as f64 / 1e9,
             _ => 1.0,
@@ -166,9 +185,8 @@ fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
 }
 
 /// All columns but the first hold numbers.
-const RIGHT: &[bool] = &[
-    false, true, true, true, true, true, true, true, true, true, true, true, true, true, true,
-];
+const RIGHT: &[bool] =
+    &[false, true, true, true, true, true, true, true, true, true, true, true, true, true, true];
 
 fn ratio(requests: u64, batches: u64) -> String {
     match batches {

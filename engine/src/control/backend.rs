@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::instance::spec::*;
 use crate::instance::{Engine, Selector};
 
@@ -15,7 +15,7 @@ pub trait Backend: Send + Sync + 'static {
     fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo>;
     /// See [`Engine::instances`].
     fn instances(&self) -> Vec<InstanceInfo>;
-    /// Changes how many devices an instance may have. Devices it already has stay.
+    /// See [`Engine::set_max_devices`].
     fn set_max_devices(&self, name: &str, max_devices: u32) -> Result<()>;
     /// See [`Engine::remove_instance`].
     fn remove_instance(&self, name: &str, force: bool) -> Result<()>;
@@ -44,10 +44,8 @@ impl Backend for Engine {
         Engine::instances(self)
     }
 
-    fn set_max_devices(&self, name: &str, _max_devices: u32) -> Result<()> {
-        // The engine fixes the limits of an instance when it creates it.
-        let message = format!("the limit of the running instance '{name}' cannot be changed");
-        Err(Error::new(Kind::Unsupported, message).hint("restart the daemon"))
+    fn set_max_devices(&self, name: &str, max_devices: u32) -> Result<()> {
+        Engine::set_max_devices(self, name, max_devices)
     }
 
     fn remove_instance(&self, name: &str, force: bool) -> Result<()> {

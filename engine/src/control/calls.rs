@@ -30,5 +30,9 @@ pub(super) trait Calls {
         device: Option<&str>,
         instance: Option<&str>,
     ) -> zlink::Result<Result<Devices, Fault>>;
-    async fn get_stats(&mut self, device: Option<&str>, instance: Option<&str>) -> zlink::Result<Result<Stats, Fault>>;
+    async fn get_stats(
+        &mut self,
+        device: Option<&str>,
+        instance: Option<&str>,
+    ) -> zlink::Result<Result<Stats, Fault>>;
 }

@@ -45,11 +45,7 @@ impl Client {
         };
         let daemon = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let stream = Stream::try_from(stream).map_err(|error| lost(&socket, error))?;
-        Ok(Client {
-            connection: Connection::new(stream),
-            socket,
-            daemon,
-        })
+        Ok(Client { connection: Connection::new(stream), socket, daemon })
     }
 
     /// The daemon's process, as the kernel knows it.
@@ -125,11 +121,7 @@ fn parts(which: &Selector) -> (Option<&str>, Option<&str>) {
     }
 }
 
-async fn answer<T>(
-    socket: &Path,
-    limit: Duration,
-    call: impl Future<Output = Answer<T>>,
-) -> Result<T> {
+async fn answer<T>(socket: &Path, limit: Duration, call: impl Future<Output = Answer<T>>) -> Result<T> {
     match timeout(limit, call).await {
         Ok(Ok(answer)) => answer.map_err(Error::from),
         Ok(Err(error)) => Err(lost(socket, error)),

@@ -13,7 +13,7 @@ use zlink::connection::socket::{ReadHalf, ReadResult, Socket, WriteHalf};
 use zlink::tokio::unix::Stream;
 
 /// A connection on which nothing comes for this long is closed.
-const IDLE_MAX: Duration = Duration::from_secs(60);
+pub(super) const IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// A client that does not take its answer for this long is left.
 const WRITE_MAX: Duration = Duration::from_secs(10);
@@ -23,11 +23,12 @@ const WRITE_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Guarded {
     stream: Stream,
     stop: watch::Receiver<bool>,
+    idle_max: Duration,
 }
 
 impl Guarded {
-    pub(super) fn new(stream: Stream, stop: watch::Receiver<bool>) -> Self {
-        Self { stream, stop }
+    pub(super) fn new(stream: Stream, stop: watch::Receiver<bool>, idle_max: Duration) -> Self {
+        Self { stream, stop, idle_max }
     }
 }
 
@@ -39,8 +40,8 @@ impl Socket for Guarded {
 
     fn split(self) -> (GuardedRead, GuardedWrite) {
         let (read, write) = self.stream.split();
-        let stop = self.stop;
-        (GuardedRead { read, stop }, GuardedWrite { write })
+        let (stop, idle_max) = (self.stop, self.idle_max);
+        (GuardedRead { read, stop, idle_max }, GuardedWrite { write })
     }
 }
 
@@ -48,6 +49,7 @@ impl Socket for Guarded {
 pub(super) struct GuardedRead {
     read: <Stream as Socket>::ReadHalf,
     stop: watch::Receiver<bool>,
+    idle_max: Duration,
 }
 
 impl ReadHalf for GuardedRead {
@@ -56,7 +58,7 @@ impl ReadHalf for GuardedRead {
             biased;
             // Also when the sender is gone: then the server has ended.
             _ = self.stop.wait_for(|&stop| stop) => Err(zlink::Error::UnexpectedEof),
-            read = timeout(IDLE_MAX, self.read.read(buf)) => {
+            read = timeout(self.idle_max, self.read.read(buf)) => {
                 read.unwrap_or(Err(zlink::Error::SocketRead))
             }
         }
@@ -78,5 +80,40 @@ impl WriteHalf for GuardedWrite {
         timeout(WRITE_MAX, self.write.write(buf, fds, credentials))
             .await
             .unwrap_or(Err(zlink::Error::SocketWrite))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn pair(idle_max: Duration) -> (tokio::net::UnixStream, GuardedRead, watch::Sender<bool>) {
+        let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        let (stop, stopping) = watch::channel(false);
+        let guarded = Guarded::new(Stream::try_from(ours).unwrap(), stopping, idle_max);
+        (theirs, guarded.split().0, stop)
+    }
+
+    #[tokio::test]
+    async fn silence_ends_a_connection() {
+        let (_theirs, mut read, _stop) = pair(Duration::from_millis(30));
+        let started = Instant::now();
+        let error = read.read(&mut [0; 8]).await.unwrap_err();
+        assert!(matches!(error, zlink::Error::SocketRead), "{error}");
+        assert!(started.elapsed() >= Duration::from_millis(30));
+    }
+
+    #[tokio::test]
+    async fn a_stop_ends_it_at_once_and_for_good() {
+        let (theirs, mut read, stop) = pair(Duration::from_secs(60));
+        theirs.try_write(b"hello").unwrap();
+        assert_eq!(read.read(&mut [0; 8]).await.unwrap().bytes_read(), 5);
+        stop.send(true).unwrap();
+        theirs.try_write(b"again").unwrap();
+        for _ in 0..2 {
+            let error = read.read(&mut [0; 8]).await.unwrap_err();
+            assert!(matches!(error, zlink::Error::UnexpectedEof), "{error}");
+        }
     }
 }

@@ -9,14 +9,14 @@ use crate::instance::spec::{DeviceInfo, DeviceStats, Features, InstanceInfo};
 /// What this kernel grants.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct Granted {
-    /// See [`Features`].
+    /// What it grants.
     pub features: Features,
 }
 
 /// One instance.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct Instance {
-    /// See [`InstanceInfo`].
+    /// The instance as it is now.
     pub instance: InstanceInfo,
 }
 
@@ -30,7 +30,7 @@ pub struct Instances {
 /// One device.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct Device {
-    /// See [`DeviceInfo`].
+    /// The device as it is now.
     pub device: DeviceInfo,
 }
 

@@ -66,8 +66,7 @@ fn check_private(path: &Path) -> Result<()> {
     let own = rustix::process::geteuid().as_raw();
     if meta.uid() != own {
         let message = format!("the run directory {shown} belongs to user {}", meta.uid());
-        return Err(Error::new(Kind::Denied, message)
-            .hint("give a directory of your own with --run-dir"));
+        return Err(Error::new(Kind::Denied, message).hint("give a directory of your own with --run-dir"));
     }
     if meta.mode() & 0o022 != 0 {
         let message = format!("others may write to the run directory {shown}");

@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use zlink::tokio::unix::Stream;
 use zlink::{ReadyListener, Server};
 
-use super::guard::Guarded;
+use super::guard::{Guarded, IDLE_MAX};
 use super::{Backend, ControlService};
 
 /// Connections at a time; more wait in the socket's backlog.
@@ -34,11 +34,7 @@ const REFUSAL: &[u8] = b"{\"error\":\"org.varlink.service.PermissionDenied\"}\0"
 
 /// Serves `backend` until `stop` becomes true, then lets calls end (with a bound). Runs its
 /// connections as local tasks: call it inside a `LocalSet`, as tokio-uring provides one.
-pub async fn serve(
-    listener: UnixListener,
-    backend: Arc<dyn Backend>,
-    mut stop: watch::Receiver<bool>,
-) {
+pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>, mut stop: watch::Receiver<bool>) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -66,9 +62,7 @@ pub async fn serve(
         }
     }
     drop(listener);
-    let drained = timeout(DRAIN_MAX, async {
-        while connections.join_next().await.is_some() {}
-    });
+    let drained = timeout(DRAIN_MAX, async { while connections.join_next().await.is_some() {} });
     if drained.await.is_err() {
         tracing::warn!("{} calls did not end in time", connections.len());
     }
@@ -98,10 +92,8 @@ async fn connection(
         );
         return Ok(timeout(REFUSAL_MAX, refuse(stream)).await.unwrap_or(Ok(()))?);
     }
-    let socket = Guarded::new(Stream::try_from(stream)?, stop);
-    Server::new(ReadyListener::new(socket), ControlService::new(backend))
-        .run()
-        .await
+    let socket = Guarded::new(Stream::try_from(stream)?, stop, IDLE_MAX);
+    Server::new(ReadyListener::new(socket), ControlService::new(backend)).run().await
 }
 
 /// Who may call: root, and the user that the daemon runs as.

@@ -1,7 +1,7 @@
 //! The methods of the interface: what they take, what they answer, and nothing else.
 //!
-//! Every method hands its work to a blocking thread, because the engine blocks. The comments here
-//! are what a varlink client sees, except that zlink does not carry those of methods.
+//! Every method hands its work to a blocking thread, because the engine blocks. The comments of
+//! the methods, and of the types, are part of the description that varlink clients get.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -32,9 +32,7 @@ impl ControlService {
             Ok(answer) => answer.map_err(Fault::from),
             Err(_) => {
                 let message = "the daemon failed while it handled this call";
-                Err(Error::new(Kind::Internal, message)
-                    .hint("please report what its log says")
-                    .into())
+                Err(Error::new(Kind::Internal, message).hint("please report what its log says").into())
             }
         }
     }
@@ -52,14 +50,11 @@ fn select(device: Option<String>, instance: Option<String>) -> Result<Selector> 
 }
 
 /// Exactly one of `device`, `instance` and `all`: what takes devices away has no default.
-fn select_strictly(
-    device: Option<String>,
-    instance: Option<String>,
-    all: bool,
-) -> Result<Selector> {
+fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) -> Result<Selector> {
     match (select(device, instance)?, all) {
-        (Selector::All, false) => Err(Error::new(Kind::Invalid, "no device given")
-            .hint("give a device, an instance, or all")),
+        (Selector::All, false) => {
+            Err(Error::new(Kind::Invalid, "no device given").hint("give a device, an instance, or all"))
+        }
         (which @ Selector::All, true) => Ok(which),
         (which, false) => Ok(which),
         (_, true) => Err(Error::new(Kind::Invalid, "both all devices and some given")
@@ -88,6 +83,7 @@ impl ControlService {
     /// Creates an instance.
     async fn create_instance(&self, spec: InstanceSpec) -> std::result::Result<Instance, Fault> {
         let instance = self.ask(move |backend| backend.create_instance(&spec)).await?;
+        tracing::info!("created instance {}", instance.name);
         Ok(Instance { instance })
     }
 
@@ -98,13 +94,14 @@ impl ControlService {
     }
 
     /// Removes an instance; with `force`, with devices that are in use.
-    async fn remove_instance(
-        &self,
-        name: String,
-        force: Option<bool>,
-    ) -> std::result::Result<(), Fault> {
+    async fn remove_instance(&self, name: String, force: Option<bool>) -> std::result::Result<(), Fault> {
         let force = force.unwrap_or(false);
-        self.ask(move |backend| backend.remove_instance(&name, force)).await
+        self.ask(move |backend| {
+            backend.remove_instance(&name, force)?;
+            tracing::info!("removed instance {name}");
+            Ok(())
+        })
+        .await
     }
 
     /// Serves an image, which comes as the call's only file descriptor.
@@ -123,6 +120,7 @@ impl ControlService {
                 backend.attach(&spec, image)
             })
             .await?;
+        tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);
         Ok(Device { device })
     }
 
@@ -140,6 +138,9 @@ impl ControlService {
                 backend.detach(&which, force.unwrap_or(false))
             })
             .await?;
+        for path in &detached {
+            tracing::info!("detached {path}");
+        }
         Ok(Detached { detached })
     }
 
@@ -155,9 +156,7 @@ impl ControlService {
         device: Option<String>,
         instance: Option<String>,
     ) -> std::result::Result<Devices, Fault> {
-        let devices = self
-            .ask(move |backend| backend.devices(&select(device, instance)?))
-            .await?;
+        let devices = self.ask(move |backend| backend.devices(&select(device, instance)?)).await?;
         Ok(Devices { devices })
     }
 
@@ -167,9 +166,7 @@ impl ControlService {
         device: Option<String>,
         instance: Option<String>,
     ) -> std::result::Result<Stats, Fault> {
-        let stats = self
-            .ask(move |backend| backend.stats(&select(device, instance)?))
-            .await?;
+        let stats = self.ask(move |backend| backend.stats(&select(device, instance)?)).await?;
         Ok(Stats { stats })
     }
 }

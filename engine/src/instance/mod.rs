@@ -26,6 +26,8 @@ use state::StateDir;
 
 /// Devices of one instance at the most.
 pub const MAX_DEVICES: u32 = 4096;
+/// Files that a daemon may have open: some for each of several thousand devices.
+const OPEN_FILES: u64 = 1 << 18;
 /// Instances of one daemon at the most.
 pub const MAX_INSTANCES: usize = 1024;
 
@@ -74,7 +76,7 @@ impl Engine {
     /// run directory, and creates the instance `default`. The strings are notes for the log about
     /// what was and was not taken back.
     pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
-        sys::raise_file_limit();
+        sys::raise_file_limit(OPEN_FILES);
         let granted = Granted::ask()?;
         if granted.paths().is_empty() {
             return Err(Error::new(Kind::Unsupported, "this kernel's ublk driver is too old")

@@ -14,8 +14,8 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 /// How deep device-mapper and md stacks are searched for a disk of ours.
 const STACK_DEPTH_MAX: u32 = 4;
 
-/// The mounts of the calling process, and a file that can be polled for changes of them.
-pub const MOUNTINFO: &str = "/proc/self/mountinfo";
+/// The mounts that the calling thread sees; can be polled for changes of them.
+pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
 /// Moves the calling thread, and every thread it starts later, into a mount namespace of its own.
 /// Unmounts elsewhere still reach it (so it does not keep anybody's disk busy), its own do not
@@ -23,10 +23,7 @@ pub const MOUNTINFO: &str = "/proc/self/mountinfo";
 pub fn enter_own() -> io::Result<()> {
     // SAFETY: without UnshareFlags::FILES no file descriptor table is unshared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-    mount_change(
-        "/",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
     Ok(())
 }
 
@@ -66,11 +63,7 @@ fn parse(line: &str) -> Option<Mount> {
     let number = before.nth(2)?;
     let target = before.nth(1)?;
     let source = after.split(' ').nth(1)?;
-    Some(Mount {
-        number: number.to_owned(),
-        target: unescape(target),
-        source: unescape(source),
-    })
+    Some(Mount { number: number.to_owned(), target: unescape(target), source: unescape(source) })
 }
 
 /// The kernel writes space, tab, newline and backslash as `\` and three octal digits.
@@ -109,8 +102,7 @@ fn is_ublk_number(number: &str, depth: u32) -> bool {
 fn is_ublk_device(device: &Path, depth: u32) -> bool {
     let named = |part: std::path::Component<'_>| {
         let name = part.as_os_str().as_encoded_bytes();
-        name.strip_prefix(b"ublkb")
-            .is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
+        name.strip_prefix(b"ublkb").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
     };
     if device.components().any(named) {
         return true;
@@ -121,9 +113,9 @@ fn is_ublk_device(device: &Path, depth: u32) -> bool {
     let Ok(below) = fs::read_dir(device.join("slaves")) else {
         return false;
     };
-    below.flatten().any(|entry| {
-        fs::canonicalize(entry.path()).is_ok_and(|device| is_ublk_device(&device, depth - 1))
-    })
+    below
+        .flatten()
+        .any(|entry| fs::canonicalize(entry.path()).is_ok_and(|device| is_ublk_device(&device, depth - 1)))
 }
 
 /// File systems with a device number of their own (btrfs) are known by their source only.
@@ -156,12 +148,43 @@ mod tests {
     #[test]
     fn ublk_disks_are_known_by_name() {
         assert!(is_ublk_device(Path::new("/dev/ublkb3"), 0));
-        assert!(is_ublk_device(
-            Path::new("/sys/devices/virtual/block/ublkb3/ublkb3p1"),
-            0
-        ));
+        assert!(is_ublk_device(Path::new("/sys/devices/virtual/block/ublkb3/ublkb3p1"), 0));
         assert!(!is_ublk_device(Path::new("/dev/ublkbackup"), 0));
         assert!(!is_ublk_device(Path::new("/dev/ublk-control"), 0));
         assert!(!is_ublk_device(Path::new("/dev/sda"), 0));
+    }
+
+    /// Only the thread that asks for it gets a namespace, so a thread of the test can try.
+    #[test]
+    fn mounts_of_ublk_disks_are_left_and_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = dir.path().join("ublkb7");
+        let other = dir.path().join("other disk");
+        fs::create_dir(&ours).unwrap();
+        fs::create_dir(&other).unwrap();
+        let tried = std::thread::spawn(move || {
+            if let Err(error) = enter_own() {
+                eprintln!("skipped: no mount namespace of its own here: {error}");
+                return;
+            }
+            let mount = |source: &Path, target: &Path| {
+                let none = None::<&std::ffi::CStr>;
+                rustix::mount::mount(source, target, "tmpfs", rustix::mount::MountFlags::empty(), none)
+                    .unwrap();
+            };
+            let own = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
+            assert_ne!(own, fs::read_link("/proc/self/ns/mnt").unwrap());
+            mount(&other, &other);
+            // A file system that is known by its source, twice on top of each other.
+            mount(&ours, &other);
+            mount(&ours, &other);
+            let (detached, failed) = detach_ublk_mounts().unwrap();
+            assert_eq!(detached, [other.clone(), other.clone()], "{failed:?}");
+            assert_eq!(failed, [""; 0]);
+            let table = fs::read_to_string(MOUNTINFO).unwrap();
+            assert!(!table.contains("ublkb7") && table.contains(r"other\040disk"), "{table}");
+            assert_eq!(detach_ublk_mounts().unwrap(), (vec![], vec![]));
+        });
+        tried.join().unwrap();
     }
 }

@@ -33,11 +33,16 @@ pub fn declare_io_flusher() {
     }
 }
 
-/// Raises the limit on open files as far as this process may.
-pub fn raise_file_limit() {
+/// Raises the limit on open files to `wanted`, or as far as this process may (root: any). A device
+/// takes several, and a ring's table of fixed files may not be larger than the limit.
+pub fn raise_file_limit(wanted: u64) {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    let limit = |n| Rlimit { current: Some(n), maximum: Some(n) };
+    let raised = hard < wanted && setrlimit(Resource::Nofile, limit(wanted)).is_ok();
+    if !raised {
+        let _ = setrlimit(Resource::Nofile, limit(hard));
+    }
 }
 
 /// The CPUs that this process may run on.

@@ -97,7 +97,7 @@ impl<T: Transport> DeviceQueue<T> {
 
     /// A copy of its figures.
     pub fn stats(&self) -> QueueStats {
-        let in_flight = self.active.len() as u64;
+        let in_flight = (self.active.len() - self.linked) as u64;
         QueueStats { in_flight, fallbacks: self.transport.fallbacks(), ..self.stats.clone() }
     }
 
@@ -182,6 +182,8 @@ impl<T: Transport> DeviceQueue<T> {
         if commit.is_some() {
             active.stage = Stage::Linked;
             self.linked += 1;
+            // Its end is not seen, unless it fails: counted now, and taken back then.
+            self.stats.completed(request.op, request.len, 0);
         }
         if let Err((_, active)) = self.active.begin(tag, active) {
             active.owed.settled();
@@ -250,7 +252,6 @@ impl<T: Transport> DeviceQueue<T> {
     fn settle_linked(&mut self, tag: Tag) {
         if let Some(active) = self.active.finish(tag) {
             self.linked -= 1;
-            self.stats.completed(active.request.op, active.request.len, 0);
             active.owed.settled();
         }
     }
@@ -264,6 +265,7 @@ impl<T: Transport> DeviceQueue<T> {
             // The chain broke at the transfer: its commit was cancelled, and we go on by hand.
             active.stage = Stage::Transfer;
             self.linked -= 1;
+            self.stats.uncount(active.request.op, active.request.len);
         }
         let (request, stage) = (active.request, active.stage);
         if matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR) {

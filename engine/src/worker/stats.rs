@@ -71,6 +71,16 @@ impl QueueStats {
         }
     }
 
+    /// Takes back what was counted for a transfer that was expected to succeed.
+    pub fn uncount(&mut self, op: Op, bytes: u32) {
+        let (number, sum) = match op {
+            Op::Write { .. } => (&mut self.writes, &mut self.written_bytes),
+            _ => (&mut self.reads, &mut self.read_bytes),
+        };
+        *number -= 1;
+        *sum -= u64::from(bytes);
+    }
+
     /// Records a latency.
     pub fn timed(&mut self, latency_ns: u64) {
         let histogram = self.latency.get_or_insert_with(|| {

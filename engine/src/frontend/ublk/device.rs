@@ -62,13 +62,20 @@ pub struct Device {
     parameters: Parameters,
 }
 
-/// The parameters that libublk's structure ends before, in the driver's order.
+/// `struct ublk_params` up to the alignment of memory, before which libublk's ends. (It cannot be
+/// embedded: its tail padding is where the next field begins.)
 #[repr(C)]
 #[derive(Default)]
 struct FullParams {
-    base: sys::ublk_params,
+    len: u32,
+    types: u32,
+    basic: sys::ublk_param_basic,
+    discard: sys::ublk_param_discard,
+    devt: sys::ublk_param_devt,
+    zoned: sys::ublk_param_zoned,
     dma_align: sys::ublk_param_dma_align,
 }
+const _: () = assert!(std::mem::offset_of!(FullParams, dma_align) == 108);
 
 impl Device {
     /// Adds a device to the driver. It has no size and no users yet.
@@ -300,8 +307,7 @@ fn params(geometry: &Geometry, path: DataPath) -> FullParams {
         ..Default::default()
     };
     let types = sys::UBLK_PARAM_TYPE_BASIC | sys::UBLK_PARAM_TYPE_DISCARD | sys::UBLK_PARAM_TYPE_DMA_ALIGN;
-    let base = sys::ublk_params { len: size_of::<FullParams>() as u32, types, basic, discard, ..Default::default() };
-    FullParams { base, dma_align }
+    FullParams { len: size_of::<FullParams>() as u32, types, basic, discard, dma_align, ..Default::default() }
 }
 
 const PAGE: u32 = 4096;

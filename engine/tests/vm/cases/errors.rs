@@ -1,0 +1,376 @@
+//! Bad input: one line that says what and what next, a documented exit status, nothing left.
+
+use std::path::Path;
+use std::process::Command;
+
+use super::MIB;
+use crate::daemon::Daemon;
+use crate::disk::Disk;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
+use crate::store::{Mount, Store, mkfs};
+use crate::tools::{self, Done, Running, SHORT};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("errors::bad_images", Needs::Ublk, 150, bad_images),
+        case("errors::no_direct_io", Needs::Ublk, 90, no_direct_io),
+        case("errors::twice", Needs::Ublk, 90, twice),
+        case(
+            "errors::instances_and_quota",
+            Needs::Ublk,
+            120,
+            instances_and_quota,
+        ),
+        case("errors::in_use", Needs::Ublk, 90, in_use),
+        case("errors::dead_daemon", Needs::Ublk, 90, dead_daemon),
+        case("errors::second_daemon", Needs::Ublk, 90, second_daemon),
+        case("errors::no_driver", Needs::Ublk, 90, no_driver),
+        case("errors::other_user", Needs::Ublk, 90, other_user),
+    ]
+}
+
+/// One line on standard error, nothing on standard output, this exit status.
+fn refused(done: &Done, codes: &[i32], says: &str) -> Res {
+    ensure!(
+        codes.contains(&done.code),
+        "{}: exit status {} and not {codes:?}: {}",
+        done.what,
+        done.code,
+        done.err
+    );
+    ensure!(
+        done.err.trim_end().lines().count() == 1 && done.out.is_empty(),
+        "{}: not one line on standard error: {done:?}",
+        done.what
+    );
+    ensure!(
+        done.err.to_lowercase().contains(says),
+        "{}: does not say '{says}': {}",
+        done.what,
+        done.err
+    );
+    Ok(())
+}
+
+/// No device, no name, no open file more than before.
+fn nothing_left(daemon: &mut Daemon, before: &crate::daemon::Footprint) -> Res {
+    daemon.check_alive()?;
+    let devices = daemon.json(&["list"])?;
+    ensure!(
+        devices.as_array().is_some_and(Vec::is_empty),
+        "left in list: {devices}"
+    );
+    let ids = daemon.ublk_ids();
+    ensure!(ids.is_empty(), "left in the kernel: {ids:?}");
+    let after = daemon.footprint()?;
+    ensure!(after == *before, "was {before:?}, is {after:?}");
+    Ok(())
+}
+
+/// A daemon that has once had a device, so that its threads are there.
+fn warm(ctx: &Ctx, store: &Store) -> Res<(Daemon, crate::daemon::Footprint)> {
+    let daemon = Daemon::start(ctx)?;
+    let image = store.sparse("warm", MIB)?;
+    let device = daemon.attach(&[&image])?;
+    daemon.detach(&device)?;
+    let footprint = daemon.footprint()?;
+    Ok((daemon, footprint))
+}
+
+fn bad_images(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let (mut daemon, before) = warm(ctx, &store)?;
+    let good = store.sparse("good", MIB)?;
+    let empty = store.sparse("empty", 0)?;
+    let tiny = store.sparse("tiny", 100)?;
+    let locked = store.sparse("locked", MIB)?;
+    tools::ok(&["chattr", "+i", &locked])?;
+    let missing = store.path("missing");
+    let directory = store.path(".");
+    let table: [(&[&str], i32, &str); 17] = [
+        (&[&missing], 3, "missing"),
+        (&[&empty], 2, "empty"),
+        (&[&tiny], 2, "tiny"),
+        (&[&directory], 2, "directory"),
+        (&["/dev/null"], 2, "null"),
+        (&[&locked], 6, "read-only"),
+        (&[&good, "--offset", "100"], 2, "offset"),
+        (&[&good, "--offset", "1M"], 2, "offset"),
+        (&[&good, "--offset", "2G"], 2, "offset"),
+        (&[&good, "--size-limit", "100"], 2, "100"),
+        (
+            &[&good, "--block-size", "4096", "--offset", "512"],
+            2,
+            "offset",
+        ),
+        (&[&good, "--block-size", "3000"], 2, "3000"),
+        (&[&good, "--block-size", "8192"], 2, "8192"),
+        (&[&good, "--depth", "0"], 2, "depth"),
+        (&[&good, "--queues", "0"], 2, "queues"),
+        (&[&good, "--path", "sideways"], 2, "sideways"),
+        (&[&good, "-i", "nowhere"], 3, "nowhere"),
+    ];
+    for (words, code, says) in table {
+        let done = daemon.cli(&[&["attach"], words].concat())?;
+        refused(&done, &[code], says)?;
+    }
+    for (size, code) in [
+        ("10X", 2),
+        ("", 2),
+        ("0", 2),
+        ("-5", 2),
+        ("99999999999T", 2),
+    ] {
+        let path = store.path("new");
+        let done = daemon.cli(&["create", &path, &format!("--size={size}")])?;
+        refused(&done, &[code], "size").at(format!("create --size={size}"))?;
+        ensure!(
+            !Path::new(&path).exists(),
+            "a file of size '{size}' was made"
+        );
+    }
+    refused(
+        &daemon.cli(&["create", &good, "--size", "1M"])?,
+        &[4],
+        "good",
+    )?;
+    let path = store.path("huge");
+    let done = daemon.cli(&["create", &path, "--size", "4G", "--preallocate"])?;
+    refused(&done, &[5], "huge")?;
+    ensure!(!Path::new(&path).exists(), "half an image was left");
+    for words in [
+        &["detach", "/run/nothing/loop7"][..],
+        &["detach", "loop7"],
+        &["resize", "loop7"],
+        &["stats", "loop7"],
+    ] {
+        refused(&daemon.cli(words)?, &[3], "loop7")?;
+    }
+    tools::ok(&["chattr", "-i", &locked])?;
+    nothing_left(&mut daemon, &before)?;
+    daemon.stop()
+}
+
+/// Where there is no direct I/O, the error names the way out.
+fn no_direct_io(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let (mut daemon, before) = warm(ctx, &store)?;
+    let on_memory = ctx.path("image");
+    std::fs::File::create(&on_memory)?.set_len(MIB)?;
+    let done = daemon.cli(&["attach", &on_memory])?;
+    refused(&done, &[7], "--buffered")?;
+    nothing_left(&mut daemon, &before)?;
+    let device = daemon.attach(&[&on_memory, "--buffered"])?;
+    Disk::open(&device)?.write(0, &[5; 4096])?;
+    daemon.detach(&device)?;
+    ensure!(
+        std::fs::read(&on_memory)?[..4096] == [5; 4096],
+        "not written"
+    );
+
+    // ext4 that journals data has none either, though it is a disk file system.
+    let journal = store.sparse("journal", 64 * MIB)?;
+    let device = daemon.attach(&[&journal])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &["-o", "data=journal"])?;
+    let inner = format!("{}/image", mount.dir);
+    std::fs::File::create(&inner)?.set_len(MIB)?;
+    refused(&daemon.cli(&["attach", &inner])?, &[7], "--buffered")?;
+    mount.umount()?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// An image has one writer, by whatever name it is called.
+fn twice(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    daemon.ok(&["instance", "create", "other", "--max", "4"])?;
+    let image = store.sparse("image", MIB)?;
+    let (hard, soft) = (store.path("hard"), store.path("soft"));
+    std::fs::hard_link(&image, &hard)?;
+    std::os::unix::fs::symlink(&image, &soft)?;
+    let device = daemon.attach(&[&image])?;
+    for name in [&image, &hard, &soft] {
+        refused(&daemon.cli(&["attach", name])?, &[4], "attached")?;
+        refused(
+            &daemon.cli(&["attach", "-i", "other", name])?,
+            &[4],
+            "attached",
+        )?;
+    }
+    ensure!(daemon.ublk_ids().len() == 1, "{:?}", daemon.ublk_ids());
+    Disk::open(&device)?.write(0, &[1; 4096])?;
+    daemon.detach(&device)?;
+    let again = daemon.attach(&["-i", "other", &hard])?;
+    daemon.detach(&again)?;
+    daemon.stop()
+}
+
+fn instances_and_quota(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let (mut daemon, _) = warm(ctx, &store)?;
+    daemon.ok(&[
+        "instance",
+        "create",
+        "small",
+        "--max",
+        "2",
+        "--workers",
+        "1",
+    ])?;
+    let before = daemon.footprint()?;
+    let exists = daemon.cli(&["instance", "create", "small"])?;
+    refused(&exists, &[4], "small")?;
+    for name in [
+        "",
+        "../up",
+        ".hidden",
+        "a/b",
+        "white space",
+        &"x".repeat(65),
+    ] {
+        let done = daemon.cli(&["instance", "create", "--", name])?;
+        refused(&done, &[2], "name").at(format!("instance '{name}'"))?;
+    }
+    refused(
+        &daemon.cli(&["instance", "remove", "nowhere"])?,
+        &[3],
+        "nowhere",
+    )?;
+    let images: Vec<String> = (0..3)
+        .map(|number| store.sparse(&format!("image{number}"), MIB))
+        .collect::<Res<_>>()?;
+    for image in &images[..2] {
+        daemon.attach(&["-i", "small", image])?;
+    }
+    let full = daemon.cli(&["attach", "-i", "small", &images[2]])?;
+    refused(&full, &[5], "small")?;
+    ensure!(daemon.ublk_ids().len() == 2, "{:?}", daemon.ublk_ids());
+    let occupied = daemon.cli(&["instance", "remove", "small"])?;
+    refused(&occupied, &[4], "small")?;
+    let list = daemon.json(&["instance", "list"])?;
+    let small = list
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|i| i["name"] == "small");
+    ensure!(
+        small.is_some_and(|i| i["devices"] == 2 && i["maxDevices"] == 2),
+        "instance list: {list}"
+    );
+    daemon.ok(&["detach", "small/loop0"])?;
+    let third = daemon.attach(&["-i", "small", &images[2]])?;
+    ensure!(
+        third.ends_with("/small/loop0"),
+        "the free number is not used: {third}"
+    );
+    daemon.ok(&["detach", "--all"])?;
+    nothing_left(&mut daemon, &before)?;
+    daemon.ok(&["instance", "remove", "small"])?;
+    daemon.stop()
+}
+
+/// A mounted device is not taken away, unless by force.
+fn in_use(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let device = daemon.attach(&[&image])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    refused(&daemon.cli(&["detach", &device])?, &[4], "use")?;
+    refused(&daemon.cli(&["detach", "--all"])?, &[4], "use")?;
+    tools::sh(format!(
+        "echo works > {0}/file; sync -f {0}/file",
+        mount.dir
+    ))
+    .at("after a refused detach")?;
+    daemon.ok(&["detach", &device, "--force"])?;
+    drop(mount);
+    daemon.check_alive()?;
+    let device = daemon.attach(&[&image])?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    let file = std::fs::read_to_string(format!("{}/file", mount.dir))?;
+    ensure!(file == "works\n", "found {file:?}");
+    mount.umount()?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+fn dead_daemon(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    daemon.kill()?;
+    let all_refused = |daemon: &Daemon| -> Res {
+        for words in [
+            &["attach", &image][..],
+            &["detach", "--all"],
+            &["resize", "loop0"],
+            &["list"],
+            &["list", "--json"],
+            &["stats"],
+            &["instance", "list"],
+            &["attach", &image, "--run", "true"],
+        ] {
+            refused(&daemon.cli(words)?, &[8], "serve")?;
+        }
+        Ok(())
+    };
+    all_refused(&daemon).at("after SIGKILL")?;
+    daemon.restart()?;
+    daemon.check_alive()?;
+    daemon.sigterm()?;
+    daemon.wait_drained()?;
+    all_refused(&daemon).at("after SIGTERM")
+}
+
+fn second_daemon(ctx: &Ctx) -> Res {
+    let mut daemon = Daemon::start(ctx)?;
+    let second = Running::start(daemon.command(&["serve"]))?.finish(SHORT)?;
+    ensure!(
+        second.code == 4 && second.err.trim_end().lines().count() == 1,
+        "a second daemon on the same directory: {second:?}"
+    );
+    daemon.check_alive()?;
+    daemon.stop()
+}
+
+/// Without the driver: refused, with the command that helps.
+fn no_driver(ctx: &Ctx) -> Res {
+    tools::ok(&["modprobe", "-r", "ublk_drv"])?;
+    let mut command = Command::new(&ctx.host.program);
+    command.args(["serve", "--run-dir", &ctx.path("run")]);
+    let done = Running::start(command).and_then(|running| running.finish(SHORT));
+    tools::ok(&["modprobe", "ublk_drv"])?;
+    refused(&done?, &[8], "modprobe ublk_drv")
+}
+
+/// Somebody who is not root gets nothing, and is told so.
+fn other_user(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let (mut daemon, before) = warm(ctx, &store)?;
+    let image = store.sparse("image", MIB)?;
+    tools::ok(&["chmod", "644", &image])?;
+    for words in [
+        &["attach", &image][..],
+        &["attach", "--read-only", &image],
+        &["list"],
+        &["detach", "--all"],
+    ] {
+        let plain = daemon.command(words);
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .arg(plain.get_program())
+            .args(plain.get_args());
+        for (name, value) in plain.get_envs() {
+            value.map(|value| command.env(name, value));
+        }
+        let done = Running::start(command)?.finish(SHORT)?;
+        refused(&done, &[6], "")?;
+    }
+    nothing_left(&mut daemon, &before)?;
+    daemon.stop()
+}

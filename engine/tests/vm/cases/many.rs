@@ -1,0 +1,309 @@
+//! Many devices, many times: hundreds at once, a thousand in a row, more I/O than buffers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::MIB;
+use crate::daemon::{Daemon, Footprint};
+use crate::disk::{Disk, same};
+use crate::fio;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
+use crate::model::pattern;
+use crate::store::{Shape, Store};
+use crate::tools::tail;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("many::two_instances", Needs::Ublk, 120, two_instances),
+        case("many::two_hundred", Needs::Ublk, 400, two_hundred),
+        case("many::churn", Needs::Ublk, 900, churn),
+        case(
+            "many::more_io_than_buffers::auto",
+            Needs::Path("auto"),
+            400,
+            |ctx| more_io_than_buffers(ctx, "auto"),
+        ),
+        case(
+            "many::more_io_than_buffers::batch",
+            Needs::Path("batch"),
+            400,
+            |ctx| more_io_than_buffers(ctx, "batch"),
+        ),
+    ]
+}
+
+/// Two instances use the same device names and the same file names for different things.
+fn two_instances(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let mut devices = Vec::new();
+    for instance in ["red", "blue"] {
+        daemon.ok(&["instance", "create", instance, "--max", "4"])?;
+        std::fs::create_dir(store.path(instance))?;
+        for number in 0..2 {
+            let image = store.sparse(&format!("{instance}/disk{number}"), 8 * MIB)?;
+            let device = daemon.attach(&["-i", instance, &image])?;
+            ensure!(
+                device.ends_with(&format!("/{instance}/loop{number}")),
+                "device {number} of {instance} is {device}"
+            );
+            devices.push((image, device));
+        }
+    }
+    for (index, (_, device)) in devices.iter().enumerate() {
+        Disk::open(device)?.write(MIB, &pattern(index as u64, 65536))?;
+    }
+    for (index, (image, device)) in devices.iter().enumerate() {
+        let expected = pattern(index as u64, 65536);
+        same(
+            device,
+            &Disk::open_read(device)?.read(MIB, 65536)?,
+            &expected,
+        )?;
+        same(image, &Disk::open_read(image)?.read(MIB, 65536)?, &expected)?;
+    }
+    // Emptying one instance leaves the other alone.
+    daemon.ok(&["instance", "remove", "red", "--force"])?;
+    let left = daemon.json(&["list"])?;
+    let left = left.as_array().cloned().unwrap_or_default();
+    ensure!(
+        left.len() == 2 && left.iter().all(|d| d["instance"] == "blue"),
+        "left after removing red: {left:?}"
+    );
+    let (_, device) = &devices[2];
+    let data = Disk::open_read(device)?.read(MIB, 65536)?;
+    same(device, &data, &pattern(2, 65536))?;
+    daemon.ok(&["detach", "--all"])?;
+    daemon.stop()
+}
+
+/// Attaches `count` small images, a few commands at a time; gives image and device of each.
+fn attach_many(
+    daemon: &Daemon,
+    store: &Store,
+    count: u64,
+    words: &[&str],
+) -> Res<Vec<(String, String)>> {
+    let next = AtomicU64::new(0);
+    let attach = || -> Res<Vec<(String, String)>> {
+        let mut mine = Vec::new();
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
+                return Ok(mine);
+            }
+            let image = store.sparse(&format!("image{number}"), MIB)?;
+            let device = daemon.attach(&[words, &[&image]].concat())?;
+            mine.push((image, device));
+        }
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..3).map(|_| scope.spawn(attach)).collect();
+        threads.into_iter().map(|thread| thread.join()).collect()
+    });
+    let mut devices = Vec::new();
+    for result in results {
+        match result {
+            Ok(mine) => devices.extend(mine?),
+            Err(_) => fail!("an attaching thread panicked"),
+        }
+    }
+    Ok(devices)
+}
+
+/// Two hundred devices in one instance: all usable, none mixed up, all gone again.
+fn two_hundred(ctx: &Ctx) -> Res {
+    const COUNT: u64 = 200;
+    let store = Store::xfs(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    daemon.ok(&["instance", "create", "crowd", "--max", "200"])?;
+    // One device first, so that the threads of the instance are there.
+    let idle = store.sparse("idle", MIB)?;
+    let first = daemon.attach(&["-i", "crowd", &idle])?;
+    let before = daemon.footprint()?;
+    daemon.detach(&first)?;
+
+    let started = Instant::now();
+    let devices = attach_many(&daemon, &store, COUNT, &["-i", "crowd"])?;
+    let seconds = started.elapsed().as_secs_f64();
+    ensure!(daemon.ublk_ids().len() == 200, "not 200 devices");
+    let extra = store.sparse("extra", MIB)?;
+    let refused = daemon.cli(&["attach", "-i", "crowd", &extra])?;
+    ensure!(refused.code == 5, "device 201 of 200: {refused:?}");
+    let full = daemon.footprint()?;
+    ensure!(
+        full.threads == before.threads,
+        "threads grow with devices: {} for one, {} for 200",
+        before.threads,
+        full.threads
+    );
+    ctx.note(format!(
+        "200 devices attached in {seconds:.1} s by command; daemon: {} KiB resident, {} threads, {} files",
+        daemon.resident_kib()?,
+        full.threads,
+        full.fds.values().sum::<usize>()
+    ));
+
+    for (index, (_, device)) in devices.iter().enumerate() {
+        let disk = Disk::open(device)?;
+        disk.write(0, &pattern(index as u64, 4096))?;
+        disk.write(MIB - 4096, &pattern(!(index as u64), 4096))?;
+    }
+    for (index, (image, device)) in devices.iter().enumerate() {
+        for path in [device, image] {
+            let disk = Disk::open_read(path)?;
+            same(path, &disk.read(0, 4096)?, &pattern(index as u64, 4096))?;
+            let last = disk.read(MIB - 4096, 4096)?;
+            same(path, &last, &pattern(!(index as u64), 4096))?;
+        }
+    }
+    let started = Instant::now();
+    daemon.ok(&["detach", "--all"])?;
+    ctx.note(format!(
+        "all detached in {:.1} s",
+        started.elapsed().as_secs_f64()
+    ));
+    let left = daemon.ublk_ids();
+    ensure!(left.is_empty(), "left after detach --all: {left:?}");
+    daemon.check_alive()?;
+    daemon.stop()
+}
+
+/// A thousand rounds of attach, use, detach: nothing grows, nothing hangs.
+fn churn(ctx: &Ctx) -> Res {
+    const ROUNDS: u64 = 1000;
+    // Everyday: as many of the thousand as fit into this; LOOPENGINE_VM_FULL=1: all.
+    const EVERYDAY: Duration = Duration::from_secs(120);
+    const LANES: u64 = 3;
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let images: Vec<String> = (0..LANES)
+        .map(|lane| store.sparse(&format!("image{lane}"), 4 * MIB))
+        .collect::<Res<_>>()?;
+    let round = |lane: u64, number: u64| -> Res {
+        let image = &images[usize::try_from(lane)?];
+        let device = daemon.attach(&[image])?;
+        let disk = Disk::open(&device)?;
+        let data = pattern(number, 4096);
+        disk.write((number % 1024) * 4096, &data)?;
+        same(&device, &disk.read((number % 1024) * 4096, 4096)?, &data)?;
+        drop(disk);
+        daemon.detach(&device)
+    };
+    // A few rounds to warm up; what is there then must be there at the end, no more.
+    for number in 0..6 {
+        round(number % LANES, number)?;
+    }
+    let before = daemon.footprint()?;
+    let resident = daemon.resident_kib()?;
+
+    let started = Instant::now();
+    let next = AtomicU64::new(0);
+    let highest = AtomicU64::new(0);
+    let work = |lane: u64| -> Res {
+        while ctx.host.full || started.elapsed() < EVERYDAY {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= ROUNDS {
+                break;
+            }
+            round(lane, number).at(format!("round {number}"))?;
+            for id in daemon.ublk_ids() {
+                highest.fetch_max(id.into(), Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES)
+            .map(|lane| scope.spawn(move || work(lane)))
+            .collect();
+        lanes
+            .into_iter()
+            .try_for_each(|lane| lane.join().map_err(|_| "a lane panicked")?)
+    })?;
+    let done = next.load(Ordering::Relaxed).min(ROUNDS);
+    ensure!(done >= 100, "only {done} rounds in {EVERYDAY:?}");
+
+    let after: Footprint = daemon.footprint()?;
+    ensure!(after == before, "was {before:?}, is {after:?}");
+    let highest = highest.load(Ordering::Relaxed);
+    let base = u64::from(daemon_base(&daemon));
+    ensure!(
+        highest < base + 2 * LANES + 1,
+        "ublk ids are not reused: {highest} after {done} rounds"
+    );
+    let grown = daemon.resident_kib()?.saturating_sub(resident);
+    ensure!(grown < 4096, "grew by {grown} KiB in {done} rounds");
+    let left = daemon.ublk_ids();
+    ensure!(left.is_empty(), "left: {left:?}");
+    let complaints = daemon.log().lines().filter(|l| l.contains("ERROR")).count();
+    ensure!(complaints == 0, "logged: {}", tail(&daemon.log(), 5));
+    ctx.note(format!(
+        "{done} of {ROUNDS} rounds, {LANES} at a time, {:.0} ms each, {grown} KiB more, highest id {highest}",
+        started.elapsed().as_secs_f64() * 1e3 / done as f64
+    ));
+    daemon.stop()
+}
+
+/// The number after the ids that others use.
+fn daemon_base(daemon: &Daemon) -> u32 {
+    let all = crate::host::ublk_ids();
+    let mine = daemon.ublk_ids();
+    all.into_iter()
+        .filter(|id| !mine.contains(id))
+        .max()
+        .map_or(0, |id| id + 1)
+}
+
+/// 25,600 requests at once on one ring, whose buffer table has 16,384 places.
+fn more_io_than_buffers(ctx: &Ctx, path: &str) -> Res {
+    const COUNT: u64 = 200;
+    // A slow device below, so that requests pile up.
+    let shape = Shape {
+        latency_ns: 20_000_000,
+        ..Shape::default()
+    };
+    let store = Store::new(ctx, "xfs", &shape)?;
+    let mut daemon = Daemon::start(ctx)?;
+    daemon.ok(&["instance", "create", "crowd", "--max", "200"])?;
+    let words = [
+        "-i", "crowd", "--queues", "1", "--depth", "128", "--path", path,
+    ];
+    let devices = attach_many(&daemon, &store, COUNT, &words)?;
+    let mut jobs = String::from(
+        "[global]
+ioengine=io_uring
+direct=1
+verify=crc32c
+verify_fatal=1
+rw=randwrite
+bs=4k
+iodepth=128
+size=512k
+thread
+",
+    );
+    for (index, (_, device)) in devices.iter().enumerate() {
+        jobs.push_str(&format!("[job{index}]\nfilename={device}\n"));
+    }
+    let report = fio::run(ctx, &jobs, Duration::from_secs(200))?;
+    let stats = daemon.json(&["stats"])?;
+    let sum = |name: &str| -> u64 {
+        let all = stats.as_array().into_iter().flatten();
+        all.filter_map(|entry| entry[name].as_u64()).sum()
+    };
+    ctx.note(format!(
+        "{} MiB verified, {} buffers registered by hand",
+        report.read / MIB,
+        sum("fallbacks")
+    ));
+    ensure!(sum("errors") == 0, "errors counted: {}", sum("errors"));
+    ensure!(sum("fallbacks") > 0, "the buffer table never overflowed");
+    for (image, device) in &devices {
+        let shown = Disk::open_read(device)?.read(0, 524_288)?;
+        same(image, &Disk::open_read(image)?.read(0, 524_288)?, &shown)?;
+    }
+    daemon.check_alive()?;
+    daemon.ok(&["detach", "--all"])?;
+    daemon.stop()
+}

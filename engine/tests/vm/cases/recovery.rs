@@ -1,0 +1,233 @@
+//! The daemon dies, or is told to end, while devices are in use.
+
+use std::time::Duration;
+
+use super::{MIB, PATHS};
+use crate::daemon::Daemon;
+use crate::disk;
+use crate::fio;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
+use crate::ledger::{OnError, Writers};
+use crate::store::{Mount, Store, fsck, mkfs};
+use crate::tools;
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    for path in PATHS {
+        let name = format!("recovery::kill_under_verify::{path}");
+        all.push(case(name, Needs::Recovery(path), 240, move |ctx| {
+            kill_under_verify(ctx, path)
+        }));
+        let name = format!("recovery::kill_keeps_acknowledged::{path}");
+        all.push(case(name, Needs::Recovery(path), 180, move |ctx| {
+            kill_keeps_acknowledged(ctx, path)
+        }));
+        let name = format!("recovery::sigterm_under_load::{path}");
+        all.push(case(name, Needs::Path(path), 180, move |ctx| {
+            sigterm_under_load(ctx, path)
+        }));
+    }
+    all.push(case(
+        "recovery::kill_with_many_devices",
+        Needs::Recovery("copy"),
+        180,
+        kill_with_many_devices,
+    ));
+    all.push(case(
+        "recovery::sigterm_with_mounted_file_system",
+        Needs::Ublk,
+        150,
+        sigterm_with_mounted_file_system,
+    ));
+    all
+}
+
+/// fio --verify goes on over two deaths of the daemon and does not see an error.
+fn kill_under_verify(ctx: &Ctx, path: &str) -> Res {
+    const SIZE: u64 = 96 * MIB;
+    let store = Store::xfs(ctx)?;
+    let image = store.allocated("image", SIZE)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--path", path])?;
+    let before = daemon.info(&device)?;
+    let ids = daemon.ublk_ids();
+
+    // Slow enough to be at work, reading and writing, when the daemon is killed.
+    let jobs = format!(
+        "[global]
+filename={device}
+ioengine=io_uring
+direct=1
+verify=crc32c
+verify_fatal=1
+randrepeat=1
+size=48m
+thread
+[writer]
+rw=randwrite
+bssplit=512/10:4k/60:64k/20:256k/10
+iodepth=16
+rate=,6m
+[mixed]
+rw=randrw
+bsrange=512-128k
+blockalign=512
+iodepth=8
+offset=48m
+rate=3m,3m
+"
+    );
+    let mut work = fio::start(ctx, &jobs)?;
+    for round in 1..=2 {
+        std::thread::sleep(Duration::from_secs(3));
+        ensure!(work.alive(), "fio ended before the daemon was killed");
+        daemon.kill()?;
+        ensure!(
+            daemon.ublk_ids() == ids,
+            "the device went with the daemon: {:?} of {ids:?}",
+            daemon.ublk_ids()
+        );
+        std::thread::sleep(Duration::from_millis(300 * round));
+        daemon.restart().at("start after kill -9")?;
+    }
+    ensure!(work.alive(), "fio ended before the last restart");
+    let after = daemon.info(&device)?;
+    ensure!(
+        after == before,
+        "not the same device: {after}, was {before}"
+    );
+    work.finish(Duration::from_secs(120))?.clean()?;
+
+    let shown = disk::read_all(&device, 0, SIZE)?;
+    disk::same("image", &disk::read_all(&image, 0, SIZE)?, &shown)?;
+    daemon.detach(&device)?;
+    // A device that was taken back leaves its number free like any other.
+    let again = daemon.attach(&[&image, "--path", path])?;
+    ensure!(again == device, "{device} came back as {again}");
+    disk::same("device", &disk::read_all(&again, 0, SIZE)?, &shown)?;
+    daemon.detach(&again)?;
+    daemon.stop()
+}
+
+/// Every write that was acknowledged before, during and after three deaths is there.
+fn kill_keeps_acknowledged(ctx: &Ctx, path: &str) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--path", path])?;
+    let writers = Writers::start(&device, 64 * MIB, 8, OnError::End)?;
+    for _ in 0..3 {
+        writers.progress(200, Duration::from_secs(30))?;
+        daemon.kill()?;
+        daemon.restart()?;
+    }
+    writers.progress(200, Duration::from_secs(30))?;
+    let ledger = writers.stop(Duration::from_secs(30))?;
+    ensure!(
+        ledger.errors().is_empty(),
+        "writers met errors: {:?}",
+        ledger.errors()
+    );
+    ledger.check(&device, 0)?;
+    daemon.detach(&device)?;
+    ledger.check(&image, 0)?;
+    ctx.note(format!(
+        "{} blocks acknowledged, none lost",
+        ledger.acknowledged()
+    ));
+    daemon.stop()
+}
+
+/// SIGTERM under load: ends in time, leaves no device, loses no acknowledged write.
+fn sigterm_under_load(ctx: &Ctx, path: &str) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let idle = store.sparse("idle", 8 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--path", path])?;
+    daemon.attach(&[&idle, "--path", path])?;
+    let writers = Writers::start(&device, 64 * MIB, 12, OnError::End)?;
+    writers.progress(300, Duration::from_secs(30))?;
+    daemon.sigterm()?;
+    daemon.wait_drained()?;
+    let ledger = writers.stop(Duration::from_secs(30))?;
+    ensure!(
+        !ledger.errors().is_empty(),
+        "the device went away and no writer noticed"
+    );
+    ledger.check(&image, 0)?;
+    ctx.note(format!(
+        "{} blocks acknowledged, none lost",
+        ledger.acknowledged()
+    ));
+    // A daemon that ended in good order has nothing to take back.
+    daemon.restart()?;
+    let left = daemon.json(&["list"])?;
+    ensure!(
+        left.as_array().is_some_and(Vec::is_empty),
+        "devices came back after SIGTERM: {left}"
+    );
+    daemon.stop()
+}
+
+/// Twenty devices in two instances, idle and busy, are all taken back under their names.
+fn kill_with_many_devices(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    daemon.ok(&["instance", "create", "other", "--max", "32"])?;
+    let mut devices = Vec::new();
+    for number in 0..20 {
+        let image = store.sparse(&format!("image{number}"), 4 * MIB)?;
+        let instance = ["default", "other"][number % 2];
+        devices.push(daemon.attach(&["-i", instance, &image])?);
+        disk::Disk::open(&devices[number])?.write(4096, &vec![number as u8 + 1; 4096])?;
+    }
+    let before = daemon.json(&["list"])?;
+    daemon.kill()?;
+    daemon.restart()?;
+    let after = daemon.json(&["list"])?;
+    ensure!(after == before, "was {before}, is {after}");
+    for (number, device) in devices.iter().enumerate() {
+        let data = disk::Disk::open(device)?.read(4096, 4096)?;
+        disk::same(device, &data, &vec![number as u8 + 1; 4096])?;
+    }
+    daemon.ok(&["detach", "--all"])?;
+    ensure!(
+        daemon.ublk_ids().is_empty(),
+        "left after detach --all: {:?}",
+        daemon.ublk_ids()
+    );
+    daemon.stop()
+}
+
+/// A mounted device does not keep the daemon from ending; what was synced is in the image.
+fn sigterm_with_mounted_file_system(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    tools::sh(format!(
+        "head -c 1000000 /dev/urandom > {0}/synced; sha256sum < {0}/synced > {1}; sync -f {0}/synced",
+        mount.dir,
+        ctx.path("sum")
+    ))?;
+    daemon.sigterm()?;
+    daemon.wait_drained()?;
+    // The file system has lost its disk; unmounting it must still work.
+    drop(mount);
+    daemon.restart()?;
+    let device = daemon.attach(&[&image])?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    tools::sh(format!(
+        "sha256sum < {}/synced | cmp - {}",
+        mount.dir,
+        ctx.path("sum")
+    ))
+    .at("a synced file after SIGTERM")?;
+    mount.umount()?;
+    fsck("ext4", &device)?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}

@@ -1,0 +1,148 @@
+//! fio writes, reads back and compares, at sizes from a sector to a mebibyte and many depths.
+
+use std::time::Duration;
+
+use super::{MIB, PATHS};
+use crate::daemon::Daemon;
+use crate::disk;
+use crate::fio;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::store::Store;
+
+const RUN: Duration = Duration::from_secs(150);
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    for path in PATHS {
+        all.push(case(
+            format!("verify::mixed::{path}"),
+            Needs::Path(path),
+            240,
+            move |ctx| mixed(ctx, path, &[], &[]),
+        ));
+        all.push(case(
+            format!("verify::one_queue::{path}"),
+            Needs::Path(path),
+            240,
+            move |ctx| mixed(ctx, path, &[], &["--queues", "1", "--depth", "16"]),
+        ));
+    }
+    for path in ["auto", "batch"] {
+        for (name, linked, poll) in [("linked", "on", "0"), ("polled", "off", "100")] {
+            let options = ["--linked-commit", linked, "--poll-us", poll];
+            all.push(case(
+                format!("verify::{name}::{path}"),
+                Needs::Path(path),
+                240,
+                move |ctx| mixed(ctx, path, &options, &[]),
+            ));
+        }
+    }
+    all.push(case("verify::buffered", Needs::Ublk, 240, buffered));
+    all
+}
+
+/// Four jobs on parts of their own: one at a time and small; deep and mixed; deeper and smaller;
+/// reads among writes with fsync.
+fn jobs(device: &str, part_mib: u64) -> String {
+    format!(
+        "[global]
+filename={device}
+ioengine=io_uring
+direct=1
+verify=crc32c
+verify_fatal=1
+do_verify=1
+randrepeat=1
+size={part_mib}m
+thread
+[one]
+rw=randwrite
+iodepth=1
+bssplit=512/20:1k/10:4k/40:12k/20:64k/10
+offset=0
+io_size=6m
+[deep]
+rw=randwrite
+iodepth=32
+bssplit=512/5:3k/5:4k/40:40k/10:128k/20:512k/10:1m/10
+offset={part_mib}m
+[deeper]
+rw=randwrite
+iodepth=128
+bssplit=512/30:4k/60:8k/10
+offset={two}m
+io_size=10m
+[mixed]
+rw=randrw
+rwmixread=40
+fsync=24
+iodepth=16
+bsrange=512-1m
+blockalign=512
+offset={three}m
+",
+        two = 2 * part_mib,
+        three = 3 * part_mib
+    )
+}
+
+fn mixed(ctx: &Ctx, path: &str, serve: &[&str], attach: &[&str]) -> Res {
+    const PART_MIB: u64 = 24;
+    let store = Store::xfs(ctx)?;
+    // Half with blocks, half holes: both kinds of write are met.
+    let bytes = 4 * PART_MIB * MIB;
+    let image = store.allocated("image", bytes / 2)?;
+    std::fs::File::options()
+        .write(true)
+        .open(&image)?
+        .set_len(bytes)?;
+    let mut daemon = Daemon::with(ctx, serve)?;
+    let device = daemon.attach(&[&[&image[..], "--path", path], attach].concat())?;
+    let used = daemon.info(&device)?["dataPath"].clone();
+    ensure!(used == path, "asked for path {path}, got {used}");
+
+    let report = fio::run(ctx, &jobs(&device, PART_MIB), RUN)?;
+    ensure!(
+        report.written > 40 * MIB && report.read > 20 * MIB,
+        "fio did too little: {report:?}"
+    );
+    let stats = daemon.stats(&device)?;
+    ensure!(stats["errors"] == 0, "errors counted: {stats}");
+    ensure!(
+        stats["writtenBytes"].as_u64() >= Some(report.written),
+        "fio wrote {} bytes, counted were {stats}",
+        report.written
+    );
+    // What the device shows is what the image holds, byte for byte, read past every cache.
+    let shown = disk::read_all(&device, 0, bytes)?;
+    disk::same(
+        "image and device",
+        &disk::read_all(&image, 0, bytes)?,
+        &shown,
+    )?;
+    daemon.check_alive()?;
+    daemon.detach(&device)?;
+    disk::same(
+        "image after detach",
+        &disk::read_all(&image, 0, bytes)?,
+        &shown,
+    )?;
+    daemon.stop()
+}
+
+/// The page cache instead of direct I/O, asked for in words, on a memory file system.
+fn buffered(ctx: &Ctx) -> Res {
+    const PART_MIB: u64 = 12;
+    let image = ctx.path("image");
+    std::fs::File::create(&image)?.set_len(4 * PART_MIB * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--buffered"])?;
+    let info = daemon.info(&device)?;
+    ensure!(info["buffered"] == true, "not shown as buffered: {info}");
+    fio::run(ctx, &jobs(&device, PART_MIB), RUN)?;
+    let shown = disk::read_all(&device, 0, 4 * PART_MIB * MIB)?;
+    daemon.detach(&device)?;
+    disk::same("image after detach", &std::fs::read(&image)?, &shown)?;
+    daemon.stop()
+}

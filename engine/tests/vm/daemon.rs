@@ -1,0 +1,341 @@
+//! One daemon under test, and the commands given to it.
+//!
+//! Knows `loopengine serve` and how the other subcommands are called. Knows nothing of images and
+//! file systems. Dropping it leaves nothing: a daemon that was killed is started once more, so that
+//! it can take its devices away.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::harness::{At, Ctx, Res, ending, ensure, fail};
+use crate::host;
+use crate::tools::{self, Done, Running};
+
+/// From start to READY=1, taking devices back included.
+const READY: Duration = Duration::from_secs(60);
+/// From SIGTERM to the end.
+pub(crate) const DRAIN: Duration = Duration::from_secs(60);
+/// For one command.
+const COMMAND: Duration = Duration::from_secs(90);
+
+/// A daemon with a run directory of its own.
+pub(crate) struct Daemon {
+    program: String,
+    run_dir: String,
+    notify: String,
+    log: String,
+    options: Vec<String>,
+    child: Option<Child>,
+    had_before: Vec<u32>,
+}
+
+/// What a daemon holds of the machine.
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub(crate) struct Footprint {
+    /// Threads.
+    pub(crate) threads: usize,
+    /// Open files, by what they lead to (numbers left out).
+    pub(crate) fds: BTreeMap<String, usize>,
+}
+
+impl Daemon {
+    /// Starts a daemon and waits until it is ready.
+    pub(crate) fn start(ctx: &Ctx) -> Res<Daemon> {
+        Daemon::with(ctx, &[])
+    }
+
+    /// Starts a daemon with options of `serve`.
+    pub(crate) fn with(ctx: &Ctx, options: &[&str]) -> Res<Daemon> {
+        let mut daemon = Daemon {
+            program: ctx.host.program.clone(),
+            run_dir: ctx.path("run"),
+            notify: ctx.path("notify"),
+            log: ctx.path("daemon.log"),
+            options: options.iter().map(|o| o.to_string()).collect(),
+            child: None,
+            had_before: host::ublk_ids(),
+        };
+        daemon.restart()?;
+        Ok(daemon)
+    }
+
+    /// Starts the program on the same run directory; the one before must be gone.
+    pub(crate) fn restart(&mut self) -> Res {
+        ensure!(self.child.is_none(), "the daemon runs already");
+        // Absent the first time.
+        let _ = std::fs::remove_file(&self.notify);
+        let socket = UnixDatagram::bind(&self.notify).at("notify socket")?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .at(&self.log)?;
+        let child = Command::new(&self.program)
+            .args(["serve", "--run-dir", &self.run_dir])
+            .args(&self.options)
+            .env("NOTIFY_SOCKET", &self.notify)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .at("start the daemon")?;
+        tools::remember(child.id());
+        self.child = Some(child);
+        self.wait_ready(&socket)
+    }
+
+    fn wait_ready(&mut self, socket: &UnixDatagram) -> Res {
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let end = Instant::now() + READY;
+        let mut message = [0; 512];
+        while Instant::now() < end {
+            if let Ok(len) = socket.recv(&mut message)
+                && String::from_utf8_lossy(&message[..len]).contains("READY=1")
+            {
+                return Ok(());
+            }
+            if let Some(child) = &mut self.child
+                && let Some(status) = child.try_wait()?
+            {
+                tools::forget(child.id());
+                self.child = None;
+                fail!("the daemon ended before it was ready: {status}");
+            }
+        }
+        fail!("the daemon was not ready after {READY:?}");
+    }
+
+    /// A command for this daemon, not yet started.
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env("LOOPENGINE_RUN_DIR", &self.run_dir).args(words);
+        command
+    }
+
+    /// Gives a command and waits for its end, however it ends.
+    pub(crate) fn cli(&self, words: &[&str]) -> Res<Done> {
+        Running::start(self.command(words))?.finish(COMMAND)
+    }
+
+    /// Gives a command that must succeed.
+    pub(crate) fn ok(&self, words: &[&str]) -> Res<String> {
+        Ok(self.cli(words)?.ok()?.out)
+    }
+
+    /// Gives a reading command and parses its JSON. A list in an object counts as the list.
+    pub(crate) fn json(&self, words: &[&str]) -> Res<Value> {
+        let text = self.ok(&[words, &["--json"]].concat())?;
+        let value: Value = serde_json::from_str(&text).at(format!("{words:?} --json"))?;
+        match &value {
+            Value::Object(map) if map.len() == 1 => {
+                Ok(map.values().next().cloned().unwrap_or_default())
+            }
+            _ => Ok(value),
+        }
+    }
+
+    /// Attaches an image; what comes back is the path of a device that can be used.
+    pub(crate) fn attach(&self, words: &[&str]) -> Res<String> {
+        let out = self.ok(&[&["attach"], words].concat())?;
+        let path = out.trim_end();
+        ensure!(
+            path.starts_with('/') && out == format!("{path}\n"),
+            "attach printed {out:?} and not a path alone"
+        );
+        ensure!(
+            File::open(path).is_ok(),
+            "attach returned {path} before it could be opened"
+        );
+        Ok(path.to_string())
+    }
+
+    /// Detaches a device; it and its name must be gone.
+    pub(crate) fn detach(&self, device: &str) -> Res {
+        let node = disk_name(device)?;
+        self.ok(&["detach", device])?;
+        ensure!(
+            !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
+            "{node} still there after detach"
+        );
+        ensure!(
+            std::fs::symlink_metadata(device).is_err(),
+            "{device} still there after detach"
+        );
+        Ok(())
+    }
+
+    /// What `list --json` says of a device.
+    pub(crate) fn info(&self, device: &str) -> Res<Value> {
+        self.entry("list", device)
+    }
+
+    /// What `stats --json` says of a device.
+    pub(crate) fn stats(&self, device: &str) -> Res<Value> {
+        self.entry("stats", device)
+    }
+
+    fn entry(&self, command: &str, device: &str) -> Res<Value> {
+        let all = self.json(&[command])?;
+        let found = all
+            .as_array()
+            .and_then(|list| list.iter().find(|entry| entry["path"] == device));
+        match found {
+            Some(entry) => Ok(entry.clone()),
+            None => fail!("{command} does not know {device}: {all}"),
+        }
+    }
+
+    /// Ids of devices that came since this daemon was made.
+    pub(crate) fn ublk_ids(&self) -> Vec<u32> {
+        let mut ids = host::ublk_ids();
+        ids.retain(|id| !self.had_before.contains(id));
+        ids
+    }
+
+    /// Whether the process is there.
+    pub(crate) fn alive(&mut self) -> bool {
+        matches!(self.child.as_mut().map(Child::try_wait), Some(Ok(None)))
+    }
+
+    /// Fails unless the process is there and answers.
+    pub(crate) fn check_alive(&mut self) -> Res {
+        ensure!(self.alive(), "the daemon is gone");
+        self.json(&["list"]).at("the daemon does not answer")?;
+        Ok(())
+    }
+
+    /// Kills the process with SIGKILL and waits for its end.
+    pub(crate) fn kill(&mut self) -> Res {
+        let Some(mut child) = self.child.take() else {
+            fail!("no daemon to kill");
+        };
+        ensure!(
+            tools::end(&mut child, Duration::from_secs(30)),
+            "the daemon did not die of SIGKILL"
+        );
+        Ok(())
+    }
+
+    /// Sends SIGTERM, without waiting.
+    pub(crate) fn sigterm(&self) -> Res {
+        let pid = self.pid()?;
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        kill_process(pid.ok_or("pid")?, Signal::TERM)?;
+        Ok(())
+    }
+
+    /// Waits for the end after SIGTERM: in time, exit status 0, no device left.
+    pub(crate) fn wait_drained(&mut self) -> Res {
+        let Some(mut child) = self.child.take() else {
+            fail!("no daemon to wait for");
+        };
+        let Some(status) = tools::wait(&mut child, DRAIN) else {
+            host::print_stuck();
+            tools::end(&mut child, Duration::from_secs(10));
+            fail!("the daemon still ran {DRAIN:?} after SIGTERM");
+        };
+        tools::forget(child.id());
+        ensure!(
+            status.success(),
+            "the daemon ended with {status} after SIGTERM"
+        );
+        let left = self.ublk_ids();
+        ensure!(left.is_empty(), "devices left after SIGTERM: {left:?}");
+        Ok(())
+    }
+
+    /// Ends the daemon as an init system would; nothing may be left.
+    pub(crate) fn stop(mut self) -> Res {
+        self.sigterm()?;
+        self.wait_drained()
+    }
+
+    fn pid(&self) -> Res<u32> {
+        match &self.child {
+            Some(child) => Ok(child.id()),
+            None => fail!("the daemon is not running"),
+        }
+    }
+
+    /// Threads and open files.
+    pub(crate) fn footprint(&self) -> Res<Footprint> {
+        let proc = format!("/proc/{}", self.pid()?);
+        let mut fds = BTreeMap::new();
+        for entry in std::fs::read_dir(format!("{proc}/fd"))?.flatten() {
+            // A file that is closed meanwhile does not count.
+            if let Ok(target) = std::fs::read_link(entry.path()) {
+                let name = target.display().to_string();
+                let kind = name.split(|c: char| c.is_ascii_digit()).next();
+                *fds.entry(kind.unwrap_or("").to_string()).or_default() += 1;
+            }
+        }
+        let threads = std::fs::read_dir(format!("{proc}/task"))?
+            .flatten()
+            .filter(|task| {
+                let comm = std::fs::read_to_string(task.path().join("comm"));
+                // io_uring's helpers come and go with the load, tokio's blocking pool as well.
+                !comm.is_ok_and(|c| c.starts_with("iou-wrk") || c.starts_with("tokio"))
+            })
+            .count();
+        Ok(Footprint { threads, fds })
+    }
+
+    /// Resident memory in KiB.
+    pub(crate) fn resident_kib(&self) -> Res<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?))?;
+        let line = status.lines().find(|l| l.starts_with("VmRSS:"));
+        let figure = line.and_then(|l| l.split_whitespace().nth(1));
+        Ok(figure.ok_or("no VmRSS")?.parse()?)
+    }
+
+    /// The end of what the daemon logged.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.child.is_none() && !self.ublk_ids().is_empty() && !ending() {
+            // Devices outlived a killed daemon, as they should; only a daemon can remove them.
+            let _ = self.restart();
+        }
+        if self.child.is_none() {
+            return;
+        }
+        let drained = self.sigterm().and_then(|()| {
+            let child = self.child.as_mut().ok_or("gone")?;
+            tools::wait(child, Duration::from_secs(20)).ok_or("still there")?;
+            Ok(())
+        });
+        if let Some(mut child) = self.child.take() {
+            if drained.is_ok() {
+                tools::forget(child.id());
+            } else {
+                eprintln!("  the daemon did not end in good order; killed");
+                tools::end(&mut child, Duration::from_secs(10));
+            }
+        }
+    }
+}
+
+/// The kernel's name of a device, e.g. `ublkb3`.
+pub(crate) fn disk_name(device: &str) -> Res<String> {
+    let node = std::fs::canonicalize(device).at(device)?;
+    let name = node.file_name().map(|n| n.to_string_lossy().into_owned());
+    Ok(name.ok_or("no name")?)
+}
+
+/// An attribute of a device's queue, e.g. `logical_block_size`.
+pub(crate) fn queue_attribute(device: &str, name: &str) -> Res<String> {
+    let path = format!("/sys/block/{}/queue/{name}", disk_name(device)?);
+    Ok(std::fs::read_to_string(&path).at(&path)?.trim().to_string())
+}

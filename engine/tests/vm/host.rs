@@ -1,0 +1,213 @@
+//! The machine: may cases run here, what does its kernel grant, what does it say.
+//!
+//! Knows /proc, /sys, the kernel's log and `loopengine features`. Knows no case.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use crate::harness::{At, Needs, Res, Stop, fail, skip};
+use crate::tools;
+
+/// Everything of a run lives here, in memory.
+pub(crate) const SCRATCH: &str = "/run/loopengine-cases";
+
+/// What was found out once, before the first case.
+#[derive(Debug)]
+pub(crate) struct Host {
+    /// The program under test, copied to memory: the lab's shared root is slow.
+    pub(crate) program: String,
+    /// Paths of the ladder that work here.
+    pub(crate) data_paths: Vec<String>,
+    /// Devices can be resized.
+    pub(crate) resize: bool,
+    /// Devices outlive the daemon.
+    pub(crate) recovery: bool,
+    /// Full lengths instead of those for everyday.
+    pub(crate) full: bool,
+}
+
+impl Host {
+    /// The machine, or why no case can run on it.
+    pub(crate) fn get() -> Res<&'static Host> {
+        static HOST: OnceLock<Res<Host>> = OnceLock::new();
+        HOST.get_or_init(Host::probe).as_ref().map_err(Stop::clone)
+    }
+
+    fn probe() -> Res<Host> {
+        if !rustix::process::geteuid().is_root() {
+            skip!("needs root; run 'cargo lab test'");
+        }
+        let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        let allowed = std::env::var_os("LOOPENGINE_VM_CASES").is_some_and(|v| v == "1");
+        if !cmdline.contains("virtme") && !allowed {
+            skip!("not in the lab's VM; run 'cargo lab test', or set LOOPENGINE_VM_CASES=1");
+        }
+        tools::sh("modprobe -a ublk_drv xfs ext4 && modprobe null_blk nr_devices=0")
+            .at("kernel modules")?;
+        if !Path::new("/dev/ublk-control").exists() {
+            skip!("this kernel has no ublk: /dev/ublk-control is missing");
+        }
+        if !Path::new("/sys/kernel/config/nullb").exists() {
+            tools::ok(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
+        }
+        let program = copy_program()?;
+        let done = tools::run(&[&program, "features", "--json"])?.ok()?;
+        let features: Value = serde_json::from_str(&done.out).at("features --json")?;
+        let Some(paths) = features["dataPaths"].as_array() else {
+            fail!("features --json has no dataPaths: {}", done.out);
+        };
+        let host = Host {
+            program,
+            data_paths: paths
+                .iter()
+                .filter_map(|p| p.as_str().map(String::from))
+                .collect(),
+            resize: features["resize"] == true,
+            recovery: features["recovery"] == true,
+            full: std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1"),
+        };
+        eprintln!("{host:?}");
+        Ok(host)
+    }
+
+    /// Skips unless the kernel has what a case needs.
+    pub(crate) fn meets(&self, needs: Needs) -> Res {
+        match needs {
+            Needs::Path(path) | Needs::Recovery(path)
+                if !self.data_paths.iter().any(|p| p == path) =>
+            {
+                skip!("this kernel does not grant the data path '{path}'")
+            }
+            Needs::Recovery(_) if !self.recovery => skip!("this kernel grants no recovery"),
+            Needs::Resize if !self.resize => skip!("this kernel does not resize ublk devices"),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn copy_program() -> Res<String> {
+    let given = match std::env::var("LOOPENGINE") {
+        Ok(path) => path,
+        Err(_) => tools::ok(&["sh", "-c", "command -v loopengine"])
+            .at("no program 'loopengine' on PATH, and LOOPENGINE is not set")?,
+    };
+    std::fs::create_dir_all(SCRATCH)?;
+    let copy = format!("{SCRATCH}/loopengine");
+    std::fs::copy(&given, &copy).at(format!("copy {given}"))?;
+    Ok(copy)
+}
+
+/// Numbers of the ublk devices there are, by any of the names the kernel gives them.
+pub(crate) fn ublk_ids() -> Vec<u32> {
+    let mut ids = BTreeSet::new();
+    for (folder, prefix) in [
+        ("/sys/block", "ublkb"),
+        ("/sys/class/ublk-char", "ublkc"),
+        ("/dev", "ublkc"),
+        ("/dev", "ublkb"),
+    ] {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            ids.extend(
+                name.strip_prefix(prefix)
+                    .and_then(|n| n.parse::<u32>().ok()),
+            );
+        }
+    }
+    ids.into_iter().collect()
+}
+
+fn marker(case: &str) -> String {
+    format!("loopengine case {case} begins")
+}
+
+/// Puts a line into the kernel's log, from which complaints are read.
+pub(crate) fn mark_kernel_log(case: &str) {
+    if let Ok(mut log) = std::fs::OpenOptions::new().write(true).open("/dev/kmsg") {
+        let _ = writeln!(log, "{}", marker(case));
+    }
+}
+
+fn since_marker<'a>(log: &'a str, case: &str) -> &'a str {
+    log.rfind(&marker(case)).map_or(log, |at| &log[at..])
+}
+
+fn kernel_log() -> String {
+    tools::ok(&["dmesg"]).unwrap_or_default()
+}
+
+/// What the kernel found wrong with itself since the case began.
+pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
+    const BAD: [&str; 7] = [
+        "BUG:",
+        "WARNING:",
+        "Oops",
+        "general protection",
+        "blocked for more than",
+        "refcount_t:",
+        "stall",
+    ];
+    let log = kernel_log();
+    since_marker(&log, case)
+        .lines()
+        .filter(|line| BAD.iter().any(|bad| line.contains(bad)))
+        // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock.
+        .filter(|line| !line.contains("clocksource") && !line.contains("rcu_preempt"))
+        .take(5)
+        .map(String::from)
+        .collect()
+}
+
+/// Prints the end of what the kernel said since a case began.
+pub(crate) fn print_kernel_log(case: &str, lines: usize) {
+    let log = kernel_log();
+    let since = since_marker(&log, case);
+    eprintln!("--- kernel log\n{}", tools::tail(since, lines));
+}
+
+/// Prints the ends of the logs in a case's directory.
+pub(crate) fn print_logs(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|e| e == "log") {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            eprintln!("--- {}\n{}", path.display(), tools::tail(&text, 40));
+        }
+    }
+}
+
+/// Prints where every thread of the case's processes, and every thread in the kernel's
+/// uninterruptible sleep, stands.
+pub(crate) fn print_stuck() {
+    let ours = tools::running();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Ok(pid) = name.parse::<u32>() else {
+            continue;
+        };
+        let tasks = std::fs::read_dir(entry.path().join("task"));
+        for task in tasks.into_iter().flatten().flatten() {
+            print_thread(&task.path(), ours.contains(&pid));
+        }
+    }
+}
+
+fn print_thread(task: &Path, ours: bool) {
+    let read = |name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+    let stat = read("stat");
+    let state = stat.rsplit(')').next().unwrap_or("").trim();
+    if ours || state.starts_with('D') {
+        let (comm, wchan) = (read("comm"), read("wchan"));
+        let stack = read("stack").replace('\n', " ");
+        let state = state.chars().next().unwrap_or('?');
+        eprintln!(
+            "{} {} {state} in {wchan}: {stack}",
+            task.display(),
+            comm.trim()
+        );
+    }
+}

@@ -1,0 +1,29 @@
+//! Kernel cases: the real `loopengine` program against the real block layer, file systems and fio.
+//!
+//! Runs as root on a kernel with ublk, meant for the lab's throw-away VM; anywhere else every case
+//! is skipped, says why, and the exit status is 0. Knows the program only by its public command
+//! line (`loopengine` on PATH, or `$LOOPENGINE`); links nothing of the engine.
+//!
+//! `LOOPENGINE_VM_CASES=1` allows a run outside a VM, `LOOPENGINE_VM_FULL=1` asks for full lengths
+//! (1,000 churn rounds, say). Name filters, `--list`, `--exact` and `--skip` work as in any test.
+
+mod cases;
+mod daemon;
+mod disk;
+mod fio;
+mod harness;
+mod host;
+mod ledger;
+mod model;
+mod store;
+mod tools;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut args = libtest_mimic::Arguments::from_args();
+    // The cases share ublk ids, two CPUs and the kernel's log: one at a time.
+    args.test_threads = Some(1);
+    let trials = cases::all().into_iter().map(harness::Case::into_trial);
+    libtest_mimic::run(&args, trials.collect()).exit_code()
+}
