@@ -34,11 +34,7 @@ impl Daemon {
             .stderr(file)
             .spawn()
             .context("cannot run loopengine")?;
-        let mut daemon = Daemon {
-            child,
-            run_dir: run_dir.to_owned(),
-            log,
-        };
+        let mut daemon = Daemon { child, run_dir: run_dir.to_owned(), log };
         let socket = run_dir.join("control");
         sh::wait_for("loopengine serve", LIMIT, || {
             if let Some(status) = daemon.child.try_wait()? {
@@ -76,10 +72,7 @@ impl Daemon {
     pub(crate) fn stop(mut self) -> Result<()> {
         let status = self.end()?;
         if !status.success() {
-            bail!(
-                "loopengine serve ended with {status}: {}",
-                self.last_words()
-            );
+            bail!("loopengine serve ended with {status}: {}", self.last_words());
         }
         Ok(())
     }
@@ -90,18 +83,12 @@ impl Daemon {
         {
             kill_process(pid, Signal::TERM)?;
         }
-        sh::wait_for("loopengine serve to end", LIMIT, || {
-            Ok(self.child.try_wait()?)
-        })
+        sh::wait_for("loopengine serve to end", LIMIT, || Ok(self.child.try_wait()?))
     }
 
     fn last_words(&self) -> String {
         let said = std::fs::read_to_string(&self.log).unwrap_or_default();
-        said.trim_end()
-            .lines()
-            .next_back()
-            .unwrap_or("it said nothing")
-            .to_owned()
+        said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
     }
 }
 
@@ -127,10 +114,7 @@ pub(crate) fn data_paths() -> Result<Vec<String>> {
     struct Features {
         data_paths: Vec<String>,
     }
-    let said = sh::capture(
-        Command::new("loopengine").args(["features", "--json"]),
-        LIMIT,
-    )?;
+    let said = sh::capture(Command::new("loopengine").args(["features", "--json"]), LIMIT)?;
     let features: Features = serde_json::from_str(&said).context("loopengine features --json")?;
     Ok(features.data_paths)
 }

@@ -65,18 +65,8 @@ pub(crate) struct Kernel {
 const META: &str = "linux-image-amd64";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Modules that a VM of the lab loads.
-const MODULES: [&str; 10] = [
-    "9p",
-    "9pnet_virtio",
-    "overlay",
-    "virtio_blk",
-    "ublk_drv",
-    "null_blk",
-    "loop",
-    "xfs",
-    "ext4",
-    "btrfs",
-];
+const MODULES: [&str; 10] =
+    ["9p", "9pnet_virtio", "overlay", "virtio_blk", "ublk_drv", "null_blk", "loop", "xfs", "ext4", "btrfs"];
 /// Directory of the kernels. Its number goes with what is done to a kernel once it is unpacked, so
 /// that two revisions of the lab do not take it from each other.
 pub(crate) const HOME: &str = "kernels-2";
@@ -88,16 +78,9 @@ const FETCH_LIMIT: Duration = Duration::from_secs(900);
 /// The kernel of `line` if it has been unpacked under `cache`.
 pub(crate) fn find(cache: &Path, line: Line) -> Option<Kernel> {
     let modules = cache.join(HOME).join(line.name()).join("lib/modules");
-    let release = std::fs::read_to_string(modules.join(MARK))
-        .ok()?
-        .trim()
-        .to_owned();
+    let release = std::fs::read_to_string(modules.join(MARK)).ok()?.trim().to_owned();
     let image = modules.join(&release).join("vmlinuz");
-    (!release.is_empty() && image.exists()).then_some(Kernel {
-        line,
-        release,
-        image,
-    })
+    (!release.is_empty() && image.exists()).then_some(Kernel { line, release, image })
 }
 
 /// Fetches and unpacks the newest kernel of `line` under `cache`.
@@ -118,16 +101,10 @@ pub(crate) fn fetch(cache: &Path, line: Line) -> Result<Kernel> {
     std::fs::create_dir(&debs)?;
     let mut download = vec!["download"];
     download.extend(packages.iter().map(String::as_str));
-    sh::capture(
-        apt.command("apt-get", &download).current_dir(&debs),
-        FETCH_LIMIT,
-    )?;
+    sh::capture(apt.command("apt-get", &download).current_dir(&debs), FETCH_LIMIT)?;
     let root = work.path().join("root");
     for deb in std::fs::read_dir(&debs)? {
-        sh::capture(
-            Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root),
-            FETCH_LIMIT,
-        )?;
+        sh::capture(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root), FETCH_LIMIT)?;
     }
     install(&root, &release, &cache.join(HOME).join(line.name()))?;
     find(cache, line).with_context(|| format!("kernel {release} was unpacked but is not there"))
@@ -142,18 +119,14 @@ fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
         .with_context(|| format!("the packages of kernel {release} hold no modules"))?;
     let modules = base.join("lib/modules");
     if modules.exists() {
-        std::fs::remove_dir_all(&modules)
-            .with_context(|| format!("cannot replace {}", modules.display()))?;
+        std::fs::remove_dir_all(&modules).with_context(|| format!("cannot replace {}", modules.display()))?;
     }
     std::fs::create_dir_all(&modules)?;
     let home = modules.join(release);
     std::fs::rename(&found, &home)?;
     if !home.join("vmlinuz").exists() {
-        std::fs::rename(
-            root.join(format!("boot/vmlinuz-{release}")),
-            home.join("vmlinuz"),
-        )
-        .with_context(|| format!("the packages of kernel {release} hold no image"))?;
+        std::fs::rename(root.join(format!("boot/vmlinuz-{release}")), home.join("vmlinuz"))
+            .with_context(|| format!("the packages of kernel {release} hold no image"))?;
     }
     depmod(base, release)?;
     decompress(base, release)?;
@@ -166,23 +139,12 @@ fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
 /// Unpacks the modules that the lab loads: an emulated CPU takes seconds for a large one.
 fn decompress(base: &Path, release: &str) -> Result<()> {
     let mut query = Command::new(sh::which("modprobe")?);
-    query
-        .arg("-d")
-        .arg(base)
-        .args(["-S", release, "--show-depends", "-a"])
-        .args(MODULES);
+    query.arg("-d").arg(base).args(["-S", release, "--show-depends", "-a"]).args(MODULES);
     let said = sh::capture(&mut query, Duration::from_secs(60))?;
-    for file in said
-        .lines()
-        .filter_map(|line| line.strip_prefix("insmod "))
-        .map(str::trim)
-    {
+    for file in said.lines().filter_map(|line| line.strip_prefix("insmod ")).map(str::trim) {
         // Several modules share what they depend on.
         if file.ends_with(".xz") && Path::new(file).exists() {
-            sh::capture(
-                Command::new("xz").args(["-d", file]),
-                Duration::from_secs(60),
-            )?;
+            sh::capture(Command::new("xz").args(["-d", file]), Duration::from_secs(60))?;
         }
     }
     Ok(())
@@ -190,11 +152,7 @@ fn decompress(base: &Path, release: &str) -> Result<()> {
 
 fn depmod(base: &Path, release: &str) -> Result<()> {
     let mut depmod = Command::new(sh::which("depmod")?);
-    sh::capture(
-        depmod.arg("-b").arg(base).arg(release),
-        Duration::from_secs(120),
-    )
-    .map(drop)
+    sh::capture(depmod.arg("-b").arg(base).arg(release), Duration::from_secs(120)).map(drop)
 }
 
 /// apt with lists and sources of its own, so that this machine's are left alone.
@@ -205,9 +163,7 @@ struct Apt {
 impl Apt {
     fn new(work: &Path, suite: &str) -> Result<Apt> {
         if !Path::new(KEYRING).exists() {
-            bail!(
-                "{KEYRING} is missing: the lab needs Debian, or its package debian-archive-keyring"
-            );
+            bail!("{KEYRING} is missing: the lab needs Debian, or its package debian-archive-keyring");
         }
         let targets = sh::capture(
             Command::new("apt-get").args([
@@ -218,16 +174,13 @@ impl Apt {
             ]),
             Duration::from_secs(60),
         )?;
-        let mirror = mirror(&targets)
-            .context("apt has no Debian mirror: add one to /etc/apt/sources.list.d")?;
+        let mirror =
+            mirror(&targets).context("apt has no Debian mirror: add one to /etc/apt/sources.list.d")?;
         for directory in ["lists/partial", "archives/partial"] {
             std::fs::create_dir_all(work.join(directory))?;
         }
         let sources = work.join("sources.list");
-        std::fs::write(
-            &sources,
-            format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"),
-        )?;
+        std::fs::write(&sources, format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"))?;
         let options = [
             format!("Dir::Etc::sourcelist={}", sources.display()),
             "Dir::Etc::sourceparts=/dev/null".into(),
@@ -236,21 +189,12 @@ impl Apt {
             "APT::Sandbox::User=root".into(),
             "Acquire::Languages=none".into(),
         ];
-        Ok(Apt {
-            options: options
-                .into_iter()
-                .flat_map(|option| ["-o".into(), option])
-                .collect(),
-        })
+        Ok(Apt { options: options.into_iter().flat_map(|option| ["-o".into(), option]).collect() })
     }
 
     fn command(&self, program: &str, words: &[&str]) -> Command {
         let mut command = Command::new(program);
-        command
-            .arg("-qq")
-            .args(&self.options)
-            .args(words)
-            .env("LC_ALL", "C");
+        command.arg("-qq").args(&self.options).args(words).env("LC_ALL", "C");
         command
     }
 
@@ -259,24 +203,13 @@ impl Apt {
     }
 
     fn cache(&self, words: &[&str]) -> Result<String> {
-        sh::capture(
-            &mut self.command("apt-cache", words),
-            Duration::from_secs(60),
-        )
+        sh::capture(&mut self.command("apt-cache", words), Duration::from_secs(60))
     }
 }
 
 /// Mirror of Debian itself among lines of "URI release": neither the security archive nor a vendor's.
 fn mirror(targets: &str) -> Option<&str> {
-    let suites = [
-        "bookworm",
-        "trixie",
-        "stable",
-        "oldstable",
-        "testing",
-        "unstable",
-        "sid",
-    ];
+    let suites = ["bookworm", "trixie", "stable", "oldstable", "testing", "unstable", "sid"];
     targets
         .lines()
         .filter_map(|line| line.split_once(' '))
@@ -287,17 +220,10 @@ fn mirror(targets: &str) -> Option<&str> {
 /// Name of the image package that the newest version of the meta package wants.
 fn newest_image(show: &str, prefix: &str) -> Option<String> {
     let field = |stanza: &str, name: &str| {
-        stanza.lines().find_map(|line| {
-            line.strip_prefix(name)?
-                .strip_prefix(": ")
-                .map(str::to_owned)
-        })
+        stanza.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ").map(str::to_owned))
     };
     let numbers = |version: &str| -> Vec<u64> {
-        version
-            .split(|c: char| !c.is_ascii_digit())
-            .filter_map(|number| number.parse().ok())
-            .collect()
+        version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
     };
     show.split("\n\n")
         .filter_map(|stanza| Some((field(stanza, "Version")?, field(stanza, "Depends")?)))
@@ -309,10 +235,7 @@ fn newest_image(show: &str, prefix: &str) -> Option<String> {
 /// The packages that together are the kernel `image`: since 7.0 the image package is but a shell
 /// around a binary and a modules package.
 fn parts(show: &str, image: &str) -> Vec<String> {
-    let depends = show
-        .lines()
-        .find_map(|line| line.strip_prefix("Depends: "))
-        .unwrap_or_default();
+    let depends = show.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
     let mut parts = names(depends);
     parts.retain(|name| name.starts_with("linux-binary-") || name.starts_with("linux-modules-"));
     if parts.is_empty() {
@@ -323,17 +246,12 @@ fn parts(show: &str, image: &str) -> Vec<String> {
 
 /// "linux-image-" and a release that begins with a digit.
 fn is_image(name: &str) -> bool {
-    name.strip_prefix("linux-image-")
-        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    name.strip_prefix("linux-image-").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 /// Names in a field such as "a (>= 1), b | c".
 fn names(depends: &str) -> Vec<String> {
-    depends
-        .split([',', '|'])
-        .filter_map(|part| part.split_whitespace().next())
-        .map(str::to_owned)
-        .collect()
+    depends.split([',', '|']).filter_map(|part| part.split_whitespace().next()).map(str::to_owned).collect()
 }
 
 #[cfg(test)]
@@ -347,14 +265,8 @@ mod tests {
 
     #[test]
     fn the_newest_of_a_line_is_taken() {
-        assert_eq!(
-            newest_image(SHOW, "7.").as_deref(),
-            Some("linux-image-7.12.1+deb13-amd64")
-        );
-        assert_eq!(
-            newest_image(SHOW, "6.12.").as_deref(),
-            Some("linux-image-6.12.107+deb13-amd64")
-        );
+        assert_eq!(newest_image(SHOW, "7.").as_deref(), Some("linux-image-7.12.1+deb13-amd64"));
+        assert_eq!(newest_image(SHOW, "6.12.").as_deref(), Some("linux-image-6.12.107+deb13-amd64"));
         assert_eq!(newest_image(SHOW, "5."), None);
         assert_eq!(newest_image("", "7."), None);
     }
@@ -362,14 +274,8 @@ mod tests {
     #[test]
     fn a_kernel_is_one_package_or_several() {
         let split = "Depends: dracut | initramfs-tools (>= 0.120), linux-binary-7.3.4 (= 1), linux-modules-7.3.4 (= 1)\n";
-        assert_eq!(
-            parts(split, "x"),
-            ["linux-binary-7.3.4", "linux-modules-7.3.4"]
-        );
-        assert_eq!(
-            parts("Depends: kmod, initramfs-tools\n", "linux-image-6.12"),
-            ["linux-image-6.12"]
-        );
+        assert_eq!(parts(split, "x"), ["linux-binary-7.3.4", "linux-modules-7.3.4"]);
+        assert_eq!(parts("Depends: kmod, initramfs-tools\n", "linux-image-6.12"), ["linux-image-6.12"]);
     }
 
     #[test]

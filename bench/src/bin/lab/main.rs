@@ -11,10 +11,15 @@
 //! the engine's insides.
 
 mod cache;
+mod demo;
 mod engine;
+mod figures;
+mod fio;
 mod kernel;
 mod powercut;
 mod programs;
+mod report;
+mod rig;
 mod setup;
 mod sh;
 mod store;
@@ -51,6 +56,10 @@ enum Command {
     /// One word is a line for the shell; several are a program and its arguments. Output and exit
     /// status come back; 125 means that the lab itself failed.
     Vm(VmArguments),
+    /// Serve two instances, put real file systems into real images, and show a short table
+    Demo(demo::Options),
+    /// Take the figures of the README, with the manifest that makes them anew
+    Figures(figures::Options),
     /// Run every test: on this machine, and in a VM of each kernel
     Test(suite::Options),
     /// Make a file system in memory, for tests and figures: inside a VM, or anywhere as root
@@ -94,20 +103,12 @@ const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let failure = if matches!(arguments.command, Command::Vm(_)) {
-        LAB_FAILED
-    } else {
-        1
-    };
+    let failure = if matches!(arguments.command, Command::Vm(_)) { LAB_FAILED } else { 1 };
     match sh::watch_signals().and_then(|()| run(arguments.command)) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("lab: {error:#}");
-            ExitCode::from(if sh::interrupted().is_err() {
-                INTERRUPTED
-            } else {
-                failure
-            })
+            ExitCode::from(if sh::interrupted().is_err() { INTERRUPTED } else { failure })
         }
     }
 }
@@ -124,6 +125,8 @@ fn run(command: Command) -> Result<u8> {
         Command::Vm(arguments) => run_vm(arguments),
         Command::Store(options) => store::run(&options).map(|()| 0),
         Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
+        Command::Demo(options) => demo::run(&options),
+        Command::Figures(options) => figures::run(&options),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }
 }

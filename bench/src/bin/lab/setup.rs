@@ -30,7 +30,8 @@ const PACKAGES: [(&str, &str); 15] = [
     ("python3-venv", "virtme-ng"),
 ];
 
-const VIRTME: &str = "virtme-ng==1.42";
+/// As pip takes it.
+pub(crate) const VIRTME: &str = "virtme-ng==1.42";
 const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
 
 /// A machine on which VMs can be booted.
@@ -62,9 +63,7 @@ pub(crate) fn ensure() -> Result<Lab> {
             "the lab sets itself up on Debian only: run it on Debian 12 or 13, for instance in a container"
         );
     }
-    let lab = Lab {
-        cache: cache::directory()?,
-    };
+    let lab = Lab { cache: cache::directory()? };
     if complete(&lab)? {
         return Ok(lab);
     }
@@ -73,10 +72,7 @@ pub(crate) fn ensure() -> Result<Lab> {
     virtual_environment(&lab)?;
     for line in Line::ALL {
         if kernel::find(&lab.cache, line).is_none() {
-            eprintln!(
-                "setup: fetching and unpacking Debian's kernel {} (about 110 MB)",
-                line.name()
-            );
+            eprintln!("setup: fetching and unpacking Debian's kernel {} (about 110 MB)", line.name());
             let kernel = kernel::fetch(&lab.cache, line)?;
             eprintln!("setup: kernel {} is ready", kernel.release);
         }
@@ -85,9 +81,7 @@ pub(crate) fn ensure() -> Result<Lab> {
 }
 
 fn complete(lab: &Lab) -> Result<bool> {
-    let kernels = Line::ALL
-        .iter()
-        .all(|line| kernel::find(&lab.cache, *line).is_some());
+    let kernels = Line::ALL.iter().all(|line| kernel::find(&lab.cache, *line).is_some());
     Ok(kernels && has_virtme(lab) && missing_packages()?.is_empty())
 }
 
@@ -123,10 +117,7 @@ fn packages() -> Result<()> {
         bail!("packages are missing and only root can install them: sudo apt-get install {list}");
     }
     for package in &missing {
-        let purpose = PACKAGES
-            .iter()
-            .find(|(name, _)| name == package)
-            .map_or("", |(_, purpose)| purpose);
+        let purpose = PACKAGES.iter().find(|(name, _)| name == package).map_or("", |(_, purpose)| purpose);
         eprintln!("setup: installing {package} ({purpose})");
     }
     let apt = |words: &[&str]| {
@@ -145,9 +136,7 @@ fn packages() -> Result<()> {
 
 fn missing_packages() -> Result<Vec<&'static str>> {
     let mut query = Command::new("dpkg-query");
-    query
-        .args(["-W", "-f", "${db:Status-Status} ${Package}\n"])
-        .args(PACKAGES.map(|(name, _)| name));
+    query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(PACKAGES.map(|(name, _)| name));
     // Its status is 1 when a package was never heard of.
     let output = sh::output(&mut query, Duration::from_secs(60))?;
     Ok(not_installed(&String::from_utf8_lossy(&output.stdout)))
@@ -155,15 +144,8 @@ fn missing_packages() -> Result<Vec<&'static str>> {
 
 /// Packages that lines of "status name" do not call installed.
 fn not_installed(status: &str) -> Vec<&'static str> {
-    let installed: Vec<&str> = status
-        .lines()
-        .filter_map(|line| line.strip_prefix("installed "))
-        .collect();
-    PACKAGES
-        .iter()
-        .map(|(name, _)| *name)
-        .filter(|name| !installed.contains(name))
-        .collect()
+    let installed: Vec<&str> = status.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
+    PACKAGES.iter().map(|(name, _)| *name).filter(|name| !installed.contains(name)).collect()
 }
 
 fn virtual_environment(lab: &Lab) -> Result<()> {
@@ -176,19 +158,9 @@ fn virtual_environment(lab: &Lab) -> Result<()> {
         std::fs::remove_dir_all(&home)?;
     }
     // Debian's own Python: one from elsewhere may lie where a guest does not see it.
-    let python = if Path::new("/usr/bin/python3").exists() {
-        "/usr/bin/python3"
-    } else {
-        "python3"
-    };
-    sh::capture(
-        Command::new(python).args(["-m", "venv"]).arg(&home),
-        INSTALL_LIMIT,
-    )?;
-    sh::capture(
-        Command::new(home.join("bin/pip")).args(["install", "--quiet", VIRTME]),
-        INSTALL_LIMIT,
-    )?;
+    let python = if Path::new("/usr/bin/python3").exists() { "/usr/bin/python3" } else { "python3" };
+    sh::capture(Command::new(python).args(["-m", "venv"]).arg(&home), INSTALL_LIMIT)?;
+    sh::capture(Command::new(home.join("bin/pip")).args(["install", "--quiet", VIRTME]), INSTALL_LIMIT)?;
     // Last: an environment without this mark is made anew.
     std::fs::write(home.join("installed"), VIRTME)?;
     Ok(())
@@ -205,14 +177,9 @@ mod tests {
 
     #[test]
     fn only_what_is_missing_is_installed() {
-        let all: String = PACKAGES
-            .iter()
-            .map(|(name, _)| format!("installed {name}\n"))
-            .collect();
+        let all: String = PACKAGES.iter().map(|(name, _)| format!("installed {name}\n")).collect();
         assert!(not_installed(&all).is_empty());
-        let without = all
-            .replace("installed fio\n", "config-files fio\n")
-            .replace("installed cpio\n", "");
+        let without = all.replace("installed fio\n", "config-files fio\n").replace("installed cpio\n", "");
         assert_eq!(not_installed(&without), ["cpio", "fio"]);
     }
 }

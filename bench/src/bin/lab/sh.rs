@@ -25,11 +25,7 @@ static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 /// a VM or a mounted file system is never left behind.
 pub(crate) fn watch_signals() -> Result<()> {
     let flag = Arc::clone(STOP.get_or_init(Arc::default));
-    for signal in [
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-        signal_hook::consts::SIGHUP,
-    ] {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&flag)).context("cannot watch signals")?;
     }
     Ok(())
@@ -91,11 +87,7 @@ pub(crate) fn output(command: &mut Command, limit: Duration) -> Result<Output> {
         }
     };
     let collect = |reader: JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
-    Ok(Output {
-        status,
-        stdout: collect(readers.0),
-        stderr: collect(readers.1),
-    })
+    Ok(Output { status, stdout: collect(readers.0), stderr: collect(readers.1) })
 }
 
 /// Runs `command`, hands on what it says as it comes, and returns its status with all that it said.
@@ -122,12 +114,7 @@ pub(crate) fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus,
 /// `command` for a message: the program and its first words.
 pub(crate) fn describe(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
-    words.extend(
-        command
-            .get_args()
-            .take(4)
-            .map(|word| word.to_string_lossy().into_owned()),
-    );
+    words.extend(command.get_args().take(4).map(|word| word.to_string_lossy().into_owned()));
     if command.get_args().len() > 4 {
         words.push("…".into());
     }
@@ -180,9 +167,7 @@ fn hand_on<R: Read + Send + 'static, W: Write + Send + 'static>(
         let mut buffer = [0; 8192];
         while let Ok(length @ 1..) = pipe.read(&mut buffer) {
             let _ = to.write_all(&buffer[..length]).and_then(|()| to.flush());
-            said.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .extend_from_slice(&buffer[..length]);
+            said.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..length]);
         }
     })
 }
@@ -193,11 +178,7 @@ fn last_words(output: &Output) -> String {
         .iter()
         .find_map(|bytes| {
             let text = String::from_utf8_lossy(bytes);
-            text.lines()
-                .rev()
-                .map(str::trim)
-                .find(|line| !line.is_empty())
-                .map(str::to_owned)
+            text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
         })
         .unwrap_or_else(|| "it said nothing".into())
 }
@@ -208,21 +189,9 @@ mod tests {
 
     #[test]
     fn words_survive_a_shell() {
-        let words = [
-            "printf",
-            "%s|",
-            "plain",
-            "two words",
-            "it's",
-            "",
-            "$HOME;`x`\"\\",
-        ];
+        let words = ["printf", "%s|", "plain", "two words", "it's", "", "$HOME;`x`\"\\"];
         let line = quote(&words);
-        let said = capture(
-            Command::new("sh").args(["-c", &line]),
-            Duration::from_secs(10),
-        )
-        .unwrap();
+        let said = capture(Command::new("sh").args(["-c", &line]), Duration::from_secs(10)).unwrap();
         assert_eq!(said, "plain|two words|it's||$HOME;`x`\"\\|");
     }
 
@@ -230,13 +199,8 @@ mod tests {
     fn a_failure_is_one_line_with_the_last_words() {
         let mut command = Command::new("sh");
         command.args(["-c", "echo first >&2; echo the reason >&2; exit 3"]);
-        let error = capture(&mut command, Duration::from_secs(10))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.ends_with("the reason") && error.contains('3') && !error.contains('\n'),
-            "{error}"
-        );
+        let error = capture(&mut command, Duration::from_secs(10)).unwrap_err().to_string();
+        assert!(error.ends_with("the reason") && error.contains('3') && !error.contains('\n'), "{error}");
     }
 
     #[test]

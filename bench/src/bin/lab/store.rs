@@ -62,9 +62,7 @@ impl Store {
     /// Makes one of `size_mb` MiB at `directory`.
     pub(crate) fn new(fs: Fs, size_mb: u32, directory: &Path) -> Result<Store> {
         make(fs, size_mb, directory)?;
-        Ok(Store {
-            directory: directory.to_owned(),
-        })
+        Ok(Store { directory: directory.to_owned() })
     }
 }
 
@@ -77,16 +75,10 @@ impl Drop for Store {
 }
 
 fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
-    sh::capture(
-        Command::new(sh::which("modprobe")?).args(["null_blk", "nr_devices=0"]),
-        LIMIT,
-    )
-    .context("this kernel has no null_blk")?;
+    sh::capture(Command::new(sh::which("modprobe")?).args(["null_blk", "nr_devices=0"]), LIMIT)
+        .context("this kernel has no null_blk")?;
     if !Path::new(NULLB).exists() {
-        sh::capture(
-            Command::new("mount").args(["-t", "configfs", "none", "/sys/kernel/config"]),
-            LIMIT,
-        )?;
+        sh::capture(Command::new("mount").args(["-t", "configfs", "none", "/sys/kernel/config"]), LIMIT)?;
     }
     let (name, home) = new_device()?;
     // As many queues as CPUs, at most two, as in the figures that ours are compared with.
@@ -109,22 +101,10 @@ fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
     let mkfs: &[&str] = match fs {
         Fs::Xfs => &["mkfs.xfs", "-q", "-f"],
         // Without lazy initialisation: no kernel thread writes behind a measurement's back.
-        Fs::Ext4 => &[
-            "mkfs.ext4",
-            "-q",
-            "-F",
-            "-E",
-            "lazy_itable_init=0,lazy_journal_init=0",
-        ],
+        Fs::Ext4 => &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
     };
-    sh::capture(
-        Command::new(sh::which(mkfs[0])?)
-            .args(&mkfs[1..])
-            .arg(&node),
-        LIMIT,
-    )?;
-    std::fs::create_dir_all(directory)
-        .with_context(|| format!("cannot make {}", directory.display()))?;
+    sh::capture(Command::new(sh::which(mkfs[0])?).args(&mkfs[1..]).arg(&node), LIMIT)?;
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     sh::capture(Command::new("mount").arg(&node).arg(directory), LIMIT).map(drop)
 }
 
@@ -134,8 +114,7 @@ fn new_device() -> Result<(String, PathBuf)> {
         let name = format!("labstore{number}");
         let home = Path::new(NULLB).join(&name);
         if !home.exists() {
-            std::fs::create_dir(&home)
-                .with_context(|| format!("cannot make {}", home.display()))?;
+            std::fs::create_dir(&home).with_context(|| format!("cannot make {}", home.display()))?;
             return Ok((name, home));
         }
     }
@@ -145,12 +124,7 @@ fn new_device() -> Result<(String, PathBuf)> {
 fn remove(directory: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mounts")?;
     let name = device_of(&mounts, directory)
-        .with_context(|| {
-            format!(
-                "{} is not a store of the lab: see `findmnt`",
-                directory.display()
-            )
-        })?
+        .with_context(|| format!("{} is not a store of the lab: see `findmnt`", directory.display()))?
         .to_owned();
     sh::capture(Command::new("umount").arg(directory), LIMIT)?;
     let home = Path::new(NULLB).join(name);
@@ -171,9 +145,7 @@ fn device_of<'a>(mounts: &'a str, directory: &Path) -> Option<&'a str> {
 
 /// Turns the I/O scheduler of the block device `node` off, the same for whoever is compared.
 pub(crate) fn set_scheduler_none(node: &Path) -> Result<()> {
-    let real = node
-        .canonicalize()
-        .with_context(|| format!("no device {}", node.display()))?;
+    let real = node.canonicalize().with_context(|| format!("no device {}", node.display()))?;
     let name = real.file_name().unwrap_or_default();
     let file = Path::new("/sys/block").join(name).join("queue/scheduler");
     std::fs::write(&file, "none").with_context(|| format!("cannot write {}", file.display()))
@@ -186,10 +158,7 @@ mod tests {
     #[test]
     fn only_a_store_is_removed() {
         let mounts = "/dev/sda1 /data ext4 rw 0 0\n/dev/labstore0 /run/store xfs rw 0 0\n";
-        assert_eq!(
-            device_of(mounts, Path::new("/run/store")),
-            Some("labstore0")
-        );
+        assert_eq!(device_of(mounts, Path::new("/run/store")), Some("labstore0"));
         assert_eq!(device_of(mounts, Path::new("/data")), None);
         assert_eq!(device_of(mounts, Path::new("/nowhere")), None);
     }

@@ -51,11 +51,7 @@ impl AddAssign for Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} passed, {} failed, {} skipped",
-            self.passed, self.failed, self.skipped
-        )
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
     }
 }
 
@@ -76,13 +72,9 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     };
     let filter = options.filter.as_deref();
     phase("tests on this machine".into(), &mut || host_tests(filter))?;
-    phase("examples in the documentation".into(), &mut || {
-        doc_tests(filter)
-    })?;
+    phase("examples in the documentation".into(), &mut || doc_tests(filter))?;
     if options.host {
-        phase("kernel cases on this machine".into(), &mut || {
-            cases_here(options)
-        })?;
+        phase("kernel cases on this machine".into(), &mut || cases_here(options))?;
     } else {
         let lab = setup::ensure()?;
         let mut programs = programs::build()?;
@@ -127,38 +119,19 @@ fn summarise(phases: &[(String, Tally, Duration)]) -> bool {
 /// Unit, property and command-line tests: everything but the kernel cases.
 fn host_tests(filter: Option<&str>) -> Result<Tally> {
     if sh::which("cargo-nextest").is_ok() {
-        let words = [
-            "nextest",
-            "run",
-            "--workspace",
-            "--cargo-profile",
-            "lab",
-            "--no-fail-fast",
-            "--no-tests=pass",
-        ];
+        let words =
+            ["nextest", "run", "--workspace", "--cargo-profile", "lab", "--no-fail-fast", "--no-tests=pass"];
         let mut command = programs::cargo(&words);
         command
-            .args([
-                "--status-level=fail",
-                "--final-status-level=fail",
-                "-E",
-                "not binary(vm)",
-            ])
+            .args(["--status-level=fail", "--final-status-level=fail", "-E", "not binary(vm)"])
             .args(filter);
         let (status, said) = sh::tee(&mut command, HOST_LIMIT)?;
-        return settle(
-            "cargo nextest",
-            status.success(),
-            nextest(&said, filter.is_some()),
-        );
+        return settle("cargo nextest", status.success(), nextest(&said, filter.is_some()));
     }
     // Without nextest: every target of the workspace but the kernel cases, by name.
     let mut command = programs::cargo(&["test", "--workspace", "--quiet", "--no-fail-fast"]);
     command.args(programs::PROFILE).args(["--lib", "--bins"]);
-    for name in programs::test_targets()?
-        .iter()
-        .filter(|name| *name != "vm")
-    {
+    for name in programs::test_targets()?.iter().filter(|name| *name != "vm") {
         command.args(["--test", name]);
     }
     let (status, said) = sh::tee(command.args(filter), HOST_LIMIT)?;
@@ -176,27 +149,15 @@ fn doc_tests(filter: Option<&str>) -> Result<Tally> {
 }
 
 fn cases_in_vm(lab: &Lab, line: Line, programs: &[Program], options: &Options) -> Result<Tally> {
-    let machine = Vm {
-        limit: CASES_LIMIT,
-        ..Vm::new(lab.kernel(line)?, Mode::Smp)
-    };
-    let full = if options.quick {
-        ""
-    } else {
-        "LOOPENGINE_VM_FULL=1 "
-    };
+    let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
+    let full = if options.quick { "" } else { "LOOPENGINE_VM_FULL=1 " };
     let mut words = vec!["vm", "--test-threads=1"];
     words.extend(options.filter.as_deref());
     let mut said = Vec::new();
-    let result = machine.run(
-        lab,
-        programs,
-        &format!("{full}{}", sh::quote(&words)),
-        &mut |bytes| {
-            vm::to_stdout(bytes);
-            said.extend_from_slice(bytes);
-        },
-    );
+    let result = machine.run(lab, programs, &format!("{full}{}", sh::quote(&words)), &mut |bytes| {
+        vm::to_stdout(bytes);
+        said.extend_from_slice(bytes);
+    });
     let said = String::from_utf8_lossy(&said);
     match result {
         Ok(status) => cases("the kernel cases", status == 0, &said),
@@ -225,12 +186,8 @@ fn cases_here(options: &Options) -> Result<Tally> {
     let engine = programs.iter().find(|program| program.name == "loopengine");
     let engine = engine.context("cargo built no program named loopengine")?;
     let mut command = Command::new(&cases_program.path);
-    command
-        .arg("--test-threads=1")
-        .args(options.filter.as_deref());
-    command
-        .env("LOOPENGINE", &engine.path)
-        .env("LOOPENGINE_VM_CASES", "1");
+    command.arg("--test-threads=1").args(options.filter.as_deref());
+    command.env("LOOPENGINE", &engine.path).env("LOOPENGINE_VM_CASES", "1");
     let (status, said) = sh::tee(&mut command, CASES_LIMIT)?;
     cases("the kernel cases", status.success(), &said)
 }
@@ -239,9 +196,7 @@ fn cases_here(options: &Options) -> Result<Tally> {
 fn cases(what: &str, success: bool, said: &str) -> Result<Tally> {
     let mut tally = settle(what, success, libtest(said))?;
     if tally.passed == 0 && tally.failed == 0 && tally.skipped > 0 {
-        println!(
-            "lab: every kernel case was skipped, for the reasons above: that counts as a failure"
-        );
+        println!("lab: every kernel case was skipped, for the reasons above: that counts as a failure");
         tally.failed = 1;
     }
     Ok(tally)
@@ -259,10 +214,8 @@ fn settle(what: &str, success: bool, tally: Option<Tally>) -> Result<Tally> {
 
 /// Sum of lines such as "test result: ok. 3 passed; 0 failed; 1 ignored; …".
 fn libtest(said: &str) -> Option<Tally> {
-    let results: Vec<&str> = said
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("test result: "))
-        .collect();
+    let results: Vec<&str> =
+        said.lines().filter_map(|line| line.trim().strip_prefix("test result: ")).collect();
     let mut total = Tally::default();
     for result in &results {
         total += Tally {
@@ -277,10 +230,7 @@ fn libtest(said: &str) -> Option<Tally> {
 /// nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped". What a filter
 /// leaves out it calls skipped too.
 fn nextest(said: &str, filtered: bool) -> Option<Tally> {
-    let line = said
-        .lines()
-        .rev()
-        .find(|line| line.trim_start().starts_with("Summary ["))?;
+    let line = said.lines().rev().find(|line| line.trim_start().starts_with("Summary ["))?;
     Some(Tally {
         passed: before(line, "passed"),
         failed: before(line, "failed") + before(line, "timed out"),
@@ -291,15 +241,9 @@ fn nextest(said: &str, filtered: bool) -> Option<Tally> {
 /// Tally of single lines "test NAME ... ok", for a run that never came to its end.
 fn seen(said: &str) -> Tally {
     let count = |end: &str| {
-        said.lines()
-            .filter(|line| line.starts_with("test ") && line.trim_end().ends_with(end))
-            .count() as u64
+        said.lines().filter(|line| line.starts_with("test ") && line.trim_end().ends_with(end)).count() as u64
     };
-    Tally {
-        passed: count("... ok"),
-        failed: count("... FAILED"),
-        skipped: count("... ignored"),
-    }
+    Tally { passed: count("... ok"), failed: count("... FAILED"), skipped: count("... ignored") }
 }
 
 /// The number before `word` in `text`; 0 if there is none.
@@ -307,10 +251,7 @@ fn before(text: &str, word: &str) -> u64 {
     let Some((head, _)) = text.split_once(&format!(" {word}")) else {
         return 0;
     };
-    head.rsplit(' ')
-        .next()
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0)
+    head.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -318,11 +259,7 @@ mod tests {
     use super::*;
 
     fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
-        Tally {
-            passed,
-            failed,
-            skipped,
-        }
+        Tally { passed, failed, skipped }
     }
 
     #[test]
@@ -331,8 +268,7 @@ mod tests {
             test result: FAILED. 5 passed; 1 failed; 0 ignored; 0 measured\n";
         assert_eq!(libtest(said), Some(tally(7, 1, 1)));
         assert_eq!(libtest("error: no such thing"), None);
-        let summary =
-            "     Summary [   0.093s] 12 tests run: 11 passed (1 slow), 1 failed, 3 skipped\n";
+        let summary = "     Summary [   0.093s] 12 tests run: 11 passed (1 slow), 1 failed, 3 skipped\n";
         assert_eq!(nextest(summary, false), Some(tally(11, 1, 3)));
         assert_eq!(nextest(summary, true), Some(tally(11, 1, 0)));
         assert_eq!(nextest("", false), None);
@@ -342,14 +278,8 @@ mod tests {
 
     #[test]
     fn a_bad_exit_status_never_passes() {
-        assert_eq!(
-            settle("x", false, Some(tally(3, 0, 0))).unwrap(),
-            tally(3, 1, 0)
-        );
-        assert_eq!(
-            settle("x", true, Some(tally(3, 0, 1))).unwrap(),
-            tally(3, 0, 1)
-        );
+        assert_eq!(settle("x", false, Some(tally(3, 0, 0))).unwrap(), tally(3, 1, 0));
+        assert_eq!(settle("x", true, Some(tally(3, 0, 1))).unwrap(), tally(3, 0, 1));
         assert!(settle("x", false, None).is_err());
     }
 

@@ -123,47 +123,26 @@ impl Vm {
             .tempdir_in(&lab.cache)
             .context("cannot make a session")?;
         programs::stage(programs, &session.path().join("bin"))?;
-        std::fs::copy(sh::which("fio")?, session.path().join("bin/fio"))
-            .context("cannot copy fio")?;
+        std::fs::copy(sh::which("fio")?, session.path().join("bin/fio")).context("cannot copy fio")?;
         std::fs::write(session.path().join("command"), command)?;
         let script = session.path().join("guest");
         std::fs::write(&script, self.guest_script(session.path()))?;
         let console = File::create(session.path().join("console"))?;
-        let output = File::options()
-            .create(true)
-            .append(true)
-            .read(true)
-            .open(session.path().join("output"))?;
+        let output =
+            File::options().create(true).append(true).read(true).open(session.path().join("output"))?;
 
         // `timeout` ends the VM even if this program is killed. It leads a process group of its
         // own, through which all of the VM can be ended at once.
         let mut boot = Command::new("timeout");
-        boot.arg("--signal=KILL")
-            .arg((self.limit.as_secs() + 10).to_string())
-            .arg(lab.vng());
+        boot.arg("--signal=KILL").arg((self.limit.as_secs() + 10).to_string()).arg(lab.vng());
         self.arguments(session.path(), &mut boot)?;
-        boot.arg("--")
-            .arg(format!("sh {}", sh::quote(&[script.to_string_lossy()])));
-        boot.process_group(0)
-            .stdin(Stdio::null())
-            .stdout(console.try_clone()?)
-            .stderr(console);
+        boot.arg("--").arg(format!("sh {}", sh::quote(&[script.to_string_lossy()])));
+        boot.process_group(0).stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
         // virtme-ng looks for its other half, and for depmod and the like, on PATH.
         let path = std::env::var("PATH").unwrap_or_default();
-        boot.env(
-            "PATH",
-            format!("{}/venv/bin:{path}:/usr/sbin:/sbin", lab.cache.display()),
-        );
-        let child = boot
-            .spawn()
-            .context("cannot start virtme-ng: run `cargo lab setup`")?;
-        Ok(Running {
-            child,
-            session,
-            output,
-            start: Instant::now(),
-            limit: self.limit,
-        })
+        boot.env("PATH", format!("{}/venv/bin:{path}:/usr/sbin:/sbin", lab.cache.display()));
+        let child = boot.spawn().context("cannot start virtme-ng: run `cargo lab setup`")?;
+        Ok(Running { child, session, output, start: Instant::now(), limit: self.limit })
     }
 
     fn arguments(&self, session: &Path, boot: &mut Command) -> Result<()> {
@@ -174,9 +153,7 @@ impl Vm {
             "--user",
             "root",
         ]);
-        boot.args(["--memory", &self.memory])
-            .arg("--rwdir")
-            .arg(session);
+        boot.args(["--memory", &self.memory]).arg("--rwdir").arg(session);
         match self.mode {
             Mode::Smp => boot.args(["--cpus", "2"]),
             Mode::Icount => boot.args(["--cpus", "1", "--qemu-opts=-icount shift=0,sleep=off"]),
@@ -187,21 +164,15 @@ impl Vm {
             boot.args(["--append", "idle=poll"]);
         }
         for share in &self.shares {
-            let share = share
-                .canonicalize()
-                .with_context(|| format!("cannot share {}", share.display()))?;
+            let share = share.canonicalize().with_context(|| format!("cannot share {}", share.display()))?;
             if cache::hidden_in_guest(&share) {
-                bail!(
-                    "{} cannot be shared: a VM has its own files there",
-                    share.display()
-                );
+                bail!("{} cannot be shared: a VM has its own files there", share.display());
             }
             boot.arg("--rwdir").arg(share);
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            let disk = disk
-                .canonicalize()
-                .with_context(|| format!("cannot use {} as a disk", disk.display()))?;
+            let disk =
+                disk.canonicalize().with_context(|| format!("cannot use {} as a disk", disk.display()))?;
             let path = disk.to_string_lossy().replace(',', ",,");
             boot.arg(format!(
                 "--qemu-opts=-drive file={path},format=raw,cache=writethrough,if=none,id=lab{index} \
@@ -214,10 +185,7 @@ impl Vm {
     /// What the guest runs as root: programs to memory, for the shared root is slow, then the command.
     fn guest_script(&self, session: &Path) -> String {
         let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
-        let (session, here) = (
-            sh::quote(&[session.to_string_lossy()]),
-            sh::quote(&[here.to_string_lossy()]),
-        );
+        let (session, here) = (sh::quote(&[session.to_string_lossy()]), sh::quote(&[here.to_string_lossy()]));
         let (kernel, mode) = (self.kernel.line.name(), self.mode.name());
         format!(
             "echo >{session}/booted\n\
@@ -225,6 +193,7 @@ impl Vm {
              mkdir -p /run/lab && cp {session}/bin/* /run/lab/\n\
              export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
              export HOME=/root LAB_VM=1 LAB_KERNEL={kernel} LAB_MODE={mode} LAB_CPUS=$(nproc)\n\
+             ulimit -n 1048576\n\
              modprobe -q -a ublk_drv virtio_blk\n\
              cd {here} 2>/dev/null || cd /\n\
              bash {session}/command\n\
@@ -242,10 +211,7 @@ impl Running {
         let gone = self.child.try_wait()?.is_some();
         self.pass_on(sink)?;
         if let Some(status) = status {
-            let status = status
-                .trim()
-                .parse()
-                .context("the VM returned no exit status")?;
+            let status = status.trim().parse().context("the VM returned no exit status")?;
             return Ok(Some(status));
         }
         if gone {
@@ -275,10 +241,7 @@ impl Running {
                 return Err(self.console("the VM ended while it booted"));
             }
             if self.start.elapsed() > BOOT_LIMIT {
-                return Err(self.console(&format!(
-                    "the VM did not come up in {} s",
-                    BOOT_LIMIT.as_secs()
-                )));
+                return Err(self.console(&format!("the VM did not come up in {} s", BOOT_LIMIT.as_secs())));
             }
             sh::interrupted()?;
             std::thread::sleep(sh::TICK);
@@ -300,10 +263,7 @@ impl Running {
     fn console(&self, what: &str) -> anyhow::Error {
         let said = std::fs::read(self.session.path().join("console")).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
-        let lines: Vec<&str> = said
-            .lines()
-            .filter(|line| !line.trim().is_empty())
-            .collect();
+        let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
         let tail = lines[lines.len().saturating_sub(30)..].join("\n  ");
         anyhow!("{what}; its console said:\n  {tail}")
     }

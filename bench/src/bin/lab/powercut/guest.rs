@@ -53,10 +53,7 @@ pub(crate) fn run(round: &Round) -> Result<()> {
 fn promise(fs: &str) -> Result<()> {
     tool(&[&format!("mkfs.{fs}"), "-q", DISK])?;
     tool(&["mount", DISK, STORE])?;
-    let (blocks, files) = (
-        Path::new(STORE).join("blocks"),
-        Path::new(STORE).join("files"),
-    );
+    let (blocks, files) = (Path::new(STORE).join("blocks"), Path::new(STORE).join("files"));
     for image in [&blocks, &files] {
         tool(&["fallocate", "-l", "64M", &image.to_string_lossy()])?;
     }
@@ -71,17 +68,12 @@ fn promise(fs: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for number in 0..BLOCKS / 2 {
         // A flush: the write is answered, then made durable.
-        plain.write_all_at(
-            Aligned::new(&pattern("fsync", number)).bytes(),
-            number * 2 * BLOCK as u64,
-        )?;
+        plain.write_all_at(Aligned::new(&pattern("fsync", number)).bytes(), number * 2 * BLOCK as u64)?;
         plain.sync_all()?;
         writeln!(out, "durable fsync {number}")?;
         // FUA: durable when answered.
-        through.write_all_at(
-            Aligned::new(&pattern("fua", number)).bytes(),
-            (number * 2 + 1) * BLOCK as u64,
-        )?;
+        through
+            .write_all_at(Aligned::new(&pattern("fua", number)).bytes(), (number * 2 + 1) * BLOCK as u64)?;
         writeln!(out, "durable fua {number}")?;
         // FUA as journals use it: nothing follows the commit record.
         let mut file = File::create(file_path(number))?;

@@ -23,22 +23,12 @@ const DISK_BYTES: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// A case: its name, and the kinds of promises that it is about.
-const CASES: [(&str, &[&str]); 2] = [
-    ("power_cut::fsync", &["fsync"]),
-    ("power_cut::fua", &["fua", "file"]),
-];
+const CASES: [(&str, &[&str]); 2] = [("power_cut::fsync", &["fsync"]), ("power_cut::fua", &["fua", "file"])];
 
 /// Runs the cases that `filter` allows on the kernel of `line`.
-pub(crate) fn run(
-    lab: &Lab,
-    line: Line,
-    programs: &[Program],
-    filter: Option<&str>,
-) -> Result<Tally> {
-    let wanted: Vec<_> = CASES
-        .iter()
-        .filter(|(name, _)| filter.is_none_or(|text| name.contains(text)))
-        .collect();
+pub(crate) fn run(lab: &Lab, line: Line, programs: &[Program], filter: Option<&str>) -> Result<Tally> {
+    let wanted: Vec<_> =
+        CASES.iter().filter(|(name, _)| filter.is_none_or(|text| name.contains(text))).collect();
     let mut tally = Tally::default();
     if wanted.is_empty() {
         return Ok(tally);
@@ -48,10 +38,8 @@ pub(crate) fn run(
     let outcome = cut(lab, line, programs, fs);
     sh::interrupted()?;
     for (name, kinds) in wanted {
-        let verdict = outcome
-            .as_ref()
-            .map_err(|error| format!("{error:#}"))
-            .and_then(|said| judge(said, kinds));
+        let verdict =
+            outcome.as_ref().map_err(|error| format!("{error:#}")).and_then(|said| judge(said, kinds));
         match verdict {
             Ok(kept) => {
                 println!("test {name} ... ok ({kept} writes kept, {fs})");
@@ -68,32 +56,18 @@ pub(crate) fn run(
 
 /// Both boots; what the second one found.
 fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> {
-    let directory = tempfile::Builder::new()
-        .prefix("power-cut-")
-        .tempdir_in(&lab.cache)?;
+    let directory = tempfile::Builder::new().prefix("power-cut-").tempdir_in(&lab.cache)?;
     let disk = directory.path().join("disk");
     std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
-    let machine = Vm {
-        disks: vec![disk],
-        limit: LIMIT,
-        ..Vm::new(lab.kernel(line)?, Mode::Smp)
-    };
+    let machine = Vm { disks: vec![disk], limit: LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
     let promised = promises(&machine, lab, programs, fs)?;
     let list = directory.path().join("promises");
     std::fs::write(&list, promised.join("\n"))?;
     let mut said = Vec::new();
-    let line = format!(
-        "lab power-cut keep --promises {}",
-        sh::quote(&[list.to_string_lossy()])
-    );
-    let status = machine.run(lab, programs, &line, &mut |bytes| {
-        said.extend_from_slice(bytes)
-    })?;
+    let line = format!("lab power-cut keep --promises {}", sh::quote(&[list.to_string_lossy()]));
+    let status = machine.run(lab, programs, &line, &mut |bytes| said.extend_from_slice(bytes))?;
     if status != 0 {
-        bail!(
-            "the second boot failed with status {status}: {}",
-            last_line(&said)
-        );
+        bail!("the second boot failed with status {status}: {}", last_line(&said));
     }
     Ok(String::from_utf8_lossy(&said).into_owned())
 }
@@ -105,17 +79,10 @@ fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<V
     let start = Instant::now();
     while promised(&said).len() < PROMISES {
         if let Some(status) = running.turn(&mut |bytes| said.extend_from_slice(bytes))? {
-            bail!(
-                "the first boot ended with status {status} before the cut: {}",
-                last_line(&said)
-            );
+            bail!("the first boot ended with status {status} before the cut: {}", last_line(&said));
         }
         if start.elapsed() > LIMIT {
-            bail!(
-                "only {} writes were durable after {} s",
-                promised(&said).len(),
-                LIMIT.as_secs()
-            );
+            bail!("only {} writes were durable after {} s", promised(&said).len(), LIMIT.as_secs());
         }
     }
     running.kill();
@@ -125,11 +92,7 @@ fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<V
 
 fn last_line(said: &[u8]) -> String {
     let said = String::from_utf8_lossy(said);
-    said.trim_end()
-        .lines()
-        .next_back()
-        .unwrap_or("it said nothing")
-        .to_owned()
+    said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
 }
 
 /// Promises among lines of output, the last one only if its line is complete.
@@ -146,11 +109,7 @@ fn judge(said: &str, kinds: &[&str]) -> Result<usize, String> {
     let of = |verdict: &str| -> Vec<&str> {
         said.lines()
             .filter_map(|line| line.strip_prefix(verdict)?.strip_prefix(' '))
-            .filter(|promise| {
-                kinds
-                    .iter()
-                    .any(|kind| promise.split(' ').next() == Some(kind))
-            })
+            .filter(|promise| kinds.iter().any(|kind| promise.split(' ').next() == Some(kind)))
             .collect()
     };
     let (kept, lost) = (of("kept"), of("lost"));
@@ -177,21 +136,14 @@ mod tests {
 
     #[test]
     fn a_promise_counts_once_its_line_is_complete() {
-        assert_eq!(
-            promised(b"noise\ndurable fsync 0\ndurable fua 1"),
-            ["fsync 0"]
-        );
+        assert_eq!(promised(b"noise\ndurable fsync 0\ndurable fua 1"), ["fsync 0"]);
     }
 
     #[test]
     fn one_lost_write_fails_the_case_it_belongs_to() {
         let said = "kept fsync 0\nlost fua 0\nkept file 0\nclean\n";
         assert_eq!(judge(said, &["fsync"]), Ok(1));
-        assert!(
-            judge(said, &["fua", "file"])
-                .unwrap_err()
-                .contains("1 of 2")
-        );
+        assert!(judge(said, &["fua", "file"]).unwrap_err().contains("1 of 2"));
         assert!(judge("kept file 0\ndamaged\n", &["file"]).is_err());
         assert!(judge("", &["fsync"]).is_err());
     }
