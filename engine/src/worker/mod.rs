@@ -7,7 +7,7 @@
 mod handle;
 pub mod queue;
 pub mod stats;
-mod translate;
+pub mod translate;
 pub mod transport;
 
 use std::os::fd::{AsRawFd, OwnedFd};
