@@ -17,17 +17,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::{self, Device, Granted, Parameters, Stop};
+use crate::frontend::ublk::{self, Device, Granted, Parameters, Stop, Waiting};
 use crate::sys;
 use names::{DeviceName, check_instance_name, parse_device};
 use pool::{Instance, Shared};
 use spec::*;
-use state::StateDir;
+use state::{DeviceRecord, StateDir};
 
 /// Devices of one instance at the most.
 pub const MAX_DEVICES: u32 = 4096;
 /// Files that a daemon may have open: some for each of several thousand devices.
 const OPEN_FILES: u64 = 1 << 18;
+/// How long writing back may take before devices in use are stopped.
+const WRITE_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Instances of one daemon at the most.
 pub const MAX_INSTANCES: usize = 1024;
 
@@ -90,11 +92,13 @@ impl Engine {
             claims: Default::default(),
         };
         let engine = Engine { shared, tuning: config.tuning, instances: Mutex::default() };
-        let mut notes = engine.take_back();
+        let (mut notes, spoken_for, complete) = engine.take_back();
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;
         }
-        notes.extend(engine.delete_orphans());
+        if complete {
+            notes.extend(engine.delete_orphans(&spoken_for));
+        }
         Ok((engine, notes))
     }
 
@@ -107,46 +111,68 @@ impl Engine {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Recreates the instances of a previous daemon and takes their devices back.
-    fn take_back(&self) -> Vec<String> {
+    /// Recreates the instances of a previous daemon and takes their devices back. Returns notes,
+    /// the numbers at the driver that are spoken for, and whether that is all of them.
+    fn take_back(&self) -> (Vec<String>, Vec<u32>, bool) {
         let (found, mut notes) = self.shared.state.load();
+        let mut complete = notes.is_empty();
+        let mut spoken_for = Vec::new();
+        let mut waiting = Vec::new();
         for (spec, devices) in found {
-            let instance = match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
-                Ok(instance) => instance,
+            spoken_for.extend(devices.iter().map(|(_, record)| record.id));
+            match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
+                Ok(instance) => {
+                    waiting.extend(devices.into_iter().map(|(number, record)| (instance.clone(), number, record)));
+                }
                 Err(error) => {
+                    complete = false;
                     notes.push(format!("instance {} was not taken back: {error}", spec.name));
-                    continue;
                 }
-            };
-            for (number, record) in devices {
-                let (id, image) = (record.id, record.spec.path.clone());
-                if !self.is_ours(id) {
-                    notes.push(format!("{}/loop{number} ({image}) is no longer there", spec.name));
-                    self.shared.state.remove_device(&spec.name, number);
-                    continue;
-                }
-                notes.push(match instance.recover(number, record) {
-                    Ok(()) => format!("{}/loop{number} ({image}) was taken back", spec.name),
-                    Err(error) => format!("{}/loop{number} ({image}) was not taken back: {error}", spec.name),
-                });
             }
         }
-        notes
+        // Some at a time: each may have to wait for the last operations of the dead daemon.
+        for some in waiting.chunks(16) {
+            let one = |(instance, number, record): &(Arc<Instance>, u32, DeviceRecord)| {
+                self.take_back_one(instance, *number, record)
+            };
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = some.iter().map(|device| scope.spawn(move || one(device))).collect();
+                notes.extend(threads.into_iter().filter_map(|thread| thread.join().ok()));
+            });
+        }
+        (notes, spoken_for, complete)
     }
 
-    fn is_ours(&self, id: u32) -> bool {
-        ublk::present_devices().contains(&id) && Device::owner(id).is_ok_and(|(owner, _)| owner == self.shared.owner)
+    fn take_back_one(&self, instance: &Instance, number: u32, record: &DeviceRecord) -> String {
+        let name = format!("{}/loop{number} ({})", record.spec.instance, record.spec.path);
+        let examined = match ublk::present_devices().contains(&record.id) {
+            true => Device::examine(record.id),
+            false => Ok((0, Waiting::ForNothing)),
+        };
+        match examined {
+            // Never started, stopped, or another's by now: nobody waits for it.
+            Ok((mark, waiting)) if mark != record.mark || waiting == Waiting::ForNothing => {
+                self.shared.state.remove_device(&record.spec.instance, number);
+                format!("{name} is no longer there")
+            }
+            _ => match instance.recover(number, record.clone()) {
+                Ok(()) => format!("{name} was taken back"),
+                Err(error) => format!("{name} was not taken back: {error}"),
+            },
+        }
     }
 
     /// Deletes devices that a previous daemon had begun to make, or to take away.
-    fn delete_orphans(&self) -> Vec<String> {
+    fn delete_orphans(&self, spoken_for: &[u32]) -> Vec<String> {
         let known = |id: u32| self.table().values().any(|instance| instance.number_of(id).is_some());
         let mut notes = Vec::new();
         for id in ublk::present_devices() {
-            if known(id) || !self.is_ours(id) {
+            let Ok((mark, waiting)) = Device::examine(id) else { continue };
+            let nobodys = waiting == Waiting::ForNothing || !spoken_for.contains(&id);
+            if known(id) || !self.shared.is_ours(mark) || !nobodys {
                 continue;
             }
-            let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: self.shared.owner };
+            let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark };
             let device = Device::existing(self.shared.granted, id, parameters);
             notes.push(match device.stop(Stop::Always).and_then(|()| device.delete()) {
                 Ok(()) => format!("ublk device {id} was left over and is deleted"),
@@ -194,12 +220,17 @@ impl Engine {
                 .hint("detach them first; --force detaches them all the same"));
         }
         self.detach(&Selector::Instance(name.to_owned()), force)?;
-        instance.close();
-        if !instance.numbers().is_empty() {
+        if !instance.close_if_empty() {
             return Err(Error::new(Kind::Busy, format!("instance {name} has devices")).hint("try again"));
         }
-        instance.erase();
-        self.table().remove(name);
+        let mut table = self.table();
+        if table.get(name).is_some_and(|present| Arc::ptr_eq(present, &instance)) {
+            instance.erase();
+            table.remove(name);
+        }
+        drop(table);
+        // Its workers end here, where nobody waits for the table.
+        drop(instance);
         Ok(())
     }
 
@@ -214,6 +245,9 @@ impl Engine {
     /// Returns the paths of the devices that are gone.
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { Stop::Always } else { Stop::IfUnused };
+        if force {
+            write_everything_back();
+        }
         let mut gone = Vec::new();
         let mut first = None;
         for (instance, only) in self.select(which)? {
@@ -257,6 +291,7 @@ impl Engine {
     /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
     pub fn shutdown(self) -> Vec<String> {
         let mut notes = Vec::new();
+        write_everything_back();
         for instance in self.table().values() {
             instance.close();
             for number in instance.numbers() {
@@ -287,7 +322,8 @@ impl Engine {
                 DeviceName::Number(instance, number) => Ok(vec![(self.instance(&instance)?, Some(number))]),
                 DeviceName::Node(id) => {
                     let table = self.table();
-                    let found = table.values().find_map(|instance| Some((instance.clone(), instance.number_of(id)?)));
+                    let found =
+                        table.values().find_map(|instance| Some((instance.clone(), instance.number_of(id)?)));
                     found.map(|(instance, number)| vec![(instance, Some(number))]).ok_or_else(|| {
                         Error::new(Kind::NotFound, format!("{name} is none of this daemon's devices"))
                             .hint("'loopengine list' shows all")
@@ -298,10 +334,24 @@ impl Engine {
     }
 }
 
-/// A mark for ublk devices, by which a later daemon with the same run directory knows its own:
-/// "LOOPENG" folded with an FNV-1a hash of the directory.
-fn owner_mark(run_dir: &Path) -> u64 {
+/// Has the kernel write back what its caches hold for devices that are going to be stopped in use:
+/// once they are stopping, the driver fails what is written late. What takes too long is lost then,
+/// as it would be with a disk that is pulled out.
+fn write_everything_back() {
+    let (done, is_done) = crossbeam::channel::bounded(1);
+    std::thread::spawn(move || {
+        rustix::fs::sync();
+        let _ = done.send(());
+    });
+    if is_done.recv_timeout(WRITE_BACK_LIMIT).is_err() {
+        tracing::warn!("not all data could be written back before the devices are stopped");
+    }
+}
+
+/// Half of the mark of ublk devices, by which a later daemon with the same run directory knows its
+/// own: an FNV-1a hash of the directory.
+fn owner_mark(run_dir: &Path) -> u32 {
     use std::os::unix::ffi::OsStrExt;
-    let hash = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    run_dir.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325 ^ 0x4c_4f4f_5045_4e47, hash)
+    let hash = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    run_dir.as_os_str().as_bytes().iter().fold(0x811c_9dc5, hash)
 }

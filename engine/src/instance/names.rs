@@ -20,15 +20,15 @@ pub fn check_instance_name(name: &str) -> Result<()> {
     if fits {
         return Ok(());
     }
-    Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance"))
-        .hint("use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', not 'control' or 'lock'"))
+    Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance")).hint(
+        "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', not 'control' or 'lock'",
+    ))
 }
 
 /// "0-3,8" as numbers, ascending, each once.
 pub fn parse_cpus(list: &str) -> Result<Vec<usize>> {
-    let bad = || {
-        Error::new(Kind::Invalid, format!("{list:?} is not a list of CPUs")).hint("write it like 0-3,8")
-    };
+    let bad =
+        || Error::new(Kind::Invalid, format!("{list:?} is not a list of CPUs")).hint("write it like 0-3,8");
     let number = |text: &str| text.parse::<usize>().ok().filter(|cpu| *cpu <= CPU_MAX).ok_or_else(bad);
     let mut cpus = Vec::new();
     for part in list.split(',') {
@@ -58,13 +58,16 @@ pub enum DeviceName {
 /// Understands a device's name; `run_dir` is where instances live.
 pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName> {
     let unknown = || {
-        Error::new(Kind::Invalid, format!("{text:?} does not name a device"))
-            .hint(format!("use a path such as {}/{DEFAULT_INSTANCE}/loop0, or NAME/loop0; 'loopengine list' shows all", run_dir.display()))
+        Error::new(Kind::Invalid, format!("{text:?} does not name a device")).hint(format!(
+            "use a path such as {}/{DEFAULT_INSTANCE}/loop0, or NAME/loop0; 'loopengine list' shows all",
+            run_dir.display()
+        ))
     };
     if let Some(number) = text.strip_prefix("/dev/ublkb") {
         return number.parse().map(DeviceName::Node).map_err(|_| unknown());
     }
-    let inside = std::path::Path::new(text).strip_prefix(run_dir).ok().and_then(|rest| rest.to_str()).unwrap_or(text);
+    let inside =
+        std::path::Path::new(text).strip_prefix(run_dir).ok().and_then(|rest| rest.to_str()).unwrap_or(text);
     let (instance, device) = inside.split_once('/').unwrap_or((DEFAULT_INSTANCE, inside));
     let number = device.strip_prefix("loop").and_then(|number| number.parse().ok()).ok_or_else(unknown)?;
     check_instance_name(instance).map_err(|_| unknown())?;
@@ -105,7 +108,9 @@ mod tests {
         assert_eq!(parse_device("ci/loop7", run).unwrap(), number("ci", 7));
         assert_eq!(parse_device("loop0", run).unwrap(), number("default", 0));
         assert_eq!(parse_device("/dev/ublkb3", run).unwrap(), DeviceName::Node(3));
-        for bad in ["", "/dev/loop0", "../loop0", "a/b/loop1", "loop", "loop-1", "/dev/ublkb", "control/loop1"] {
+        for bad in
+            ["", "/dev/loop0", "../loop0", "a/b/loop1", "loop", "loop-1", "/dev/ublkb", "control/loop1"]
+        {
             assert!(parse_device(bad, run).is_err(), "{bad:?}");
         }
     }

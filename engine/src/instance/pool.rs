@@ -36,12 +36,26 @@ pub struct Shared {
     pub run_dir: PathBuf,
     /// What the driver grants.
     pub granted: Granted,
-    /// Marks ublk devices as this daemon's.
-    pub owner: u64,
+    /// Upper half of the mark of ublk devices of this run directory.
+    pub owner: u32,
     /// Images in use.
     pub claims: Claims,
     /// State that outlives the daemon.
     pub state: StateDir,
+}
+
+impl Shared {
+    /// A mark for a new device: whose it is, and a number that tells it from the next one with
+    /// the same number at the driver.
+    fn new_mark(&self) -> u64 {
+        let nonce = std::hash::BuildHasher::build_hasher(&std::hash::RandomState::new());
+        u64::from(self.owner) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
+    }
+
+    /// Whether a device has such a mark.
+    pub fn is_ours(&self, mark: u64) -> bool {
+        (mark >> 32) as u32 == self.owner
+    }
 }
 
 /// A device's entry in its instance's table.
@@ -84,7 +98,10 @@ impl Instance {
     /// Starts the workers and makes the directory.
     pub fn start(shared: &Shared, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
         if !(1..=MAX_DEVICES).contains(&spec.max_devices) {
-            return Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_DEVICES} devices")));
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("an instance can have 1 to {MAX_DEVICES} devices"),
+            ));
         }
         let cpus = spec.cpus.as_deref().map(parse_cpus).transpose()?.unwrap_or_default();
         let count = worker_count(spec.workers, &cpus)?;
@@ -105,8 +122,13 @@ impl Instance {
             let _ = fs::remove_dir(&directory);
         })?;
         shared.state.save_instance(spec)?;
-        let table =
-            Table { spec: spec.clone(), devices: BTreeMap::new(), generations: Vec::new(), free: Vec::new(), closed: false };
+        let table = Table {
+            spec: spec.clone(),
+            devices: BTreeMap::new(),
+            generations: Vec::new(),
+            free: Vec::new(),
+            closed: false,
+        };
         Ok(Instance { shared: shared.clone(), directory, workers: workers.into(), table: Mutex::new(table) })
     }
 
@@ -130,7 +152,10 @@ impl Instance {
     /// Changes how many devices it may have; devices that are there stay.
     pub fn set_max_devices(&self, max_devices: u32) -> Result<()> {
         if !(1..=MAX_DEVICES).contains(&max_devices) {
-            return Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_DEVICES} devices")));
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("an instance can have 1 to {MAX_DEVICES} devices"),
+            ));
         }
         let mut table = self.table();
         table.spec.max_devices = max_devices;
@@ -147,11 +172,12 @@ impl Instance {
         let (identity, geometry) = (image.identity(), image.geometry());
         let device = Device::add(self.shared.granted, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
-        let served = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh)?;
+        let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
         let number = reservation.number;
         let record = DeviceRecord {
             spec: AttachSpec { number: Some(number), data_path: Some(parameters.path), ..spec.clone() },
             id,
+            mark: parameters.owner,
             identity,
             data_path: parameters.path,
             queues: parameters.queues,
@@ -159,42 +185,49 @@ impl Instance {
             block_size: geometry.block_size,
             size: geometry.size,
         };
-        if let Err(error) = self.publish(number, &record) {
+        let outcome = begun.and_then(|()| self.publish(number, &record));
+        let attached = Arc::new(Attached { record, served, _claim: Some(claim) });
+        if let Err(error) = outcome {
+            let undone = attached.served.stop(Stop::Always);
             self.unpublish(number);
-            if let Err(undo) = served.end(Stop::Always) {
-                tracing::error!(%undo, id, "a failed device could not be taken away");
+            if let Err(undo) = undone.and_then(|()| attached.served.release()) {
+                // It may yet come to life: its number, slot and image stay taken.
+                tracing::error!(%undo, id, "a device that failed cannot be taken away either");
+                reservation.fill(attached);
             }
             return Err(error);
         }
-        let attached = Arc::new(Attached { record, served, _claim: Some(claim) });
         reservation.fill(attached.clone());
         Ok(self.describe(number, &attached))
     }
 
-    /// Takes a device back that a daemon before this one served.
+    /// Takes a device back that a daemon before this one served. Whatever fails, it keeps its
+    /// entry: a device with users is never forgotten.
     pub fn recover(&self, number: u32, record: DeviceRecord) -> Result<()> {
         let parameters = Parameters {
             path: record.data_path,
             queues: record.queues,
             depth: record.depth,
-            owner: self.shared.owner,
+            owner: record.mark,
         };
-        if usize::from(record.queues) > self.workers.len() {
-            return Err(Error::new(Kind::Unsupported, "it has more queues than the instance has workers now"));
-        }
-        let reservation = self.reserve(Some(number))?;
-        let device = || Device::existing(self.shared.granted, record.id, parameters);
+        let reservation = self.reserve_again(number)?;
+        let device = Device::existing(self.shared.granted, record.id, parameters);
         let source = Source { block_size: record.block_size, ..source(&record.spec) };
-        let begun = Image::reopen(Path::new(&record.spec.path), &source, &record.identity).and_then(|image| {
-            let claim = self.shared.claims.claim(image.identity(), record.spec.read_only, &record.spec.path)?;
-            let served = Served::begin(device(), &self.workers, reservation.slot, image, Begin::Recovered)?;
-            Ok((served, claim))
+        let path = Path::new(&record.spec.path);
+        let image = Image::reopen(path, &source, &record.identity).and_then(|image| {
+            let claim =
+                self.shared.claims.claim(image.identity(), record.spec.read_only, &record.spec.path)?;
+            Ok((image, claim))
         });
-        let (served, claim, outcome) = match begun {
-            Ok((served, claim)) => (served, Some(claim), Ok(())),
+        let slot = reservation.slot;
+        let (served, claim, outcome) = match image {
+            Ok((image, claim)) => {
+                let (served, outcome) = Served::begin(device, &self.workers, slot, image, Begin::Recovered);
+                (served, Some(claim), outcome)
+            }
             Err(error) => {
                 let geometry = last_known(&record);
-                (Served::abandoned(device(), &self.workers, reservation.slot, geometry), None, Err(error))
+                (Served::abandoned(device, &self.workers, slot, geometry), None, Err(error))
             }
         };
         let published = self.publish(number, &record);
@@ -210,13 +243,17 @@ impl Instance {
             match std::mem::replace(entry, Entry::Reserved) {
                 Entry::Live(attached) => attached,
                 Entry::Reserved => {
-                    let context = format!("{} is being attached or detached", self.device_path(number).display());
+                    let context =
+                        format!("{} is being attached or detached", self.device_path(number).display());
                     return Err(Error::new(Kind::Busy, context).hint("try again"));
                 }
             }
         };
         let path = self.device_path(number).display().to_string();
-        if let Err(error) = attached.served.end(when) {
+        // The names go while the number at the driver is still taken: they must never lead to the
+        // device that has it next.
+        let stopped = attached.served.stop(when).inspect(|()| self.unpublish(number));
+        if let Err(error) = stopped.and_then(|()| attached.served.release()) {
             self.table().devices.insert(number, Entry::Live(attached));
             return Err(match error.kind() {
                 Kind::Busy => Error::new(Kind::Busy, format!("{path} is in use"))
@@ -224,7 +261,6 @@ impl Instance {
                 _ => error,
             });
         }
-        self.unpublish(number);
         let slot = attached.served.slot();
         drop(attached);
         let mut table = self.table();
@@ -252,7 +288,8 @@ impl Instance {
 
     /// All devices that are served, or the one with this number.
     pub fn devices(&self, only: Option<u32>) -> Result<Vec<DeviceInfo>> {
-        self.chosen(only).map(|chosen| chosen.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
+        self.chosen(only)
+            .map(|chosen| chosen.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
     }
 
     /// Figures of the same.
@@ -261,12 +298,24 @@ impl Instance {
             let path = self.device_path(*number).display().to_string();
             attached.served.stats(path, attached.record.spec.path.clone())
         };
-        self.chosen(only)?.iter().map(figures).collect()
+        let chosen = self.chosen(only)?;
+        match only {
+            Some(_) => chosen.iter().map(figures).collect(),
+            // One that is stuck, or just going, does not hide the others.
+            None => Ok(chosen.iter().filter_map(|device| figures(device).ok()).collect()),
+        }
     }
 
-    /// Takes nothing more; the last step before it is dropped.
+    /// Takes nothing more.
     pub fn close(&self) {
         self.table().closed = true;
+    }
+
+    /// Takes nothing more, if it has nothing now; false when it has.
+    pub fn close_if_empty(&self) -> bool {
+        let mut table = self.table();
+        table.closed |= table.devices.is_empty();
+        table.devices.is_empty()
     }
 
     /// Its directory and state go. All devices must be gone.
@@ -335,7 +384,8 @@ impl Instance {
         let queues = if spec.queues == 0 { workers } else { spec.queues };
         if queues > workers {
             let context = format!("{queues} queues, but instance {} has {workers} workers", spec.instance);
-            return Err(Error::new(Kind::Invalid, context).hint("make an instance with more: instance create --workers"));
+            return Err(Error::new(Kind::Invalid, context)
+                .hint("make an instance with more: instance create --workers"));
         }
         let depth = if spec.depth == 0 { DEFAULT_DEPTH } else { spec.depth };
         if depth > MAX_DEPTH {
@@ -346,11 +396,13 @@ impl Instance {
             Some(path) if self.shared.granted.allows(path) => path,
             Some(path) => {
                 let context = format!("this kernel does not grant path {}", path.as_str());
-                return Err(Error::new(Kind::Unsupported, context).hint("'loopengine features' shows what it grants"));
+                return Err(
+                    Error::new(Kind::Unsupported, context).hint("'loopengine features' shows what it grants")
+                );
             }
             None => self.shared.granted.paths().first().copied().unwrap_or(DataPath::Copy),
         };
-        Ok(Parameters { path, queues: queues as u16, depth: depth as u16, owner: self.shared.owner })
+        Ok(Parameters { path, queues: queues as u16, depth: depth as u16, owner: self.shared.new_mark() })
     }
 
     /// Makes a device known under its name, and to a later daemon.
@@ -377,15 +429,33 @@ impl Instance {
         }
         let number = match wanted {
             Some(number) if table.devices.contains_key(&number) => {
-                return Err(Error::new(Kind::Exists, format!("{} exists", self.device_path(number).display())));
+                return Err(Error::new(
+                    Kind::Exists,
+                    format!("{} exists", self.device_path(number).display()),
+                ));
             }
             Some(number) => number,
             None => (0..).find(|number| !table.devices.contains_key(number)).unwrap_or(u32::MAX),
         };
         if table.devices.len() >= table.spec.max_devices as usize {
             let context = format!("instance {name} has its {} devices already", table.spec.max_devices);
-            return Err(Error::new(Kind::Quota, context).hint("detach one, or make an instance with a larger --max"));
+            return Err(
+                Error::new(Kind::Quota, context).hint("detach one, or make an instance with a larger --max")
+            );
         }
+        Ok(self.let_slot(&mut table, number))
+    }
+
+    /// The same for a device that exists already: quotas are for new ones.
+    fn reserve_again(&self, number: u32) -> Result<Reservation<'_>> {
+        let mut table = self.table();
+        if table.devices.contains_key(&number) {
+            return Err(Error::new(Kind::Exists, format!("{} exists", self.device_path(number).display())));
+        }
+        Ok(self.let_slot(&mut table, number))
+    }
+
+    fn let_slot(&self, table: &mut Table, number: u32) -> Reservation<'_> {
         let index = match table.free.pop() {
             Some(index) => {
                 table.generations[usize::from(index)] += 1;
@@ -398,7 +468,7 @@ impl Instance {
         };
         let slot = SlotId { index, generation: table.generations[usize::from(index)] & 0xff_ffff };
         table.devices.insert(number, Entry::Reserved);
-        Ok(Reservation { instance: self, number, slot, filled: false })
+        Reservation { instance: self, number, slot, filled: false }
     }
 }
 

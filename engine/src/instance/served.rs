@@ -3,7 +3,7 @@
 //! Knows how the three are put together and taken apart, and in which order; does not know names,
 //! quotas or other devices.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::spec::{DeviceState, DeviceStats, LatencySummary};
 use crate::error::{Error, Kind, Result};
@@ -24,7 +24,15 @@ pub struct Served {
     /// None: the image could not be found again, and nobody serves the device.
     image: Option<Arc<Image>>,
     geometry: Mutex<Geometry>,
-    stuck: Mutex<bool>,
+    life: Mutex<Life>,
+}
+
+/// Whether a device can be talked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Serving,
+    /// The kernel or a worker did not answer, or it is being taken away.
+    Stuck,
 }
 
 /// How a ublk device becomes one that works.
@@ -37,9 +45,15 @@ pub enum Begin {
 }
 
 impl Served {
-    /// Serves a device that was added, or is there already. On failure nothing of it is left,
-    /// except that a device to be recovered still waits for a daemon.
-    pub fn begin(device: Device, workers: &Workers, slot: SlotId, image: Image, how: Begin) -> Result<Served> {
+    /// Serves a device that was added, or is there already. When that fails, what there is of it
+    /// comes back all the same, for the caller to take away or to keep as stuck.
+    pub fn begin(
+        device: Device,
+        workers: &Workers,
+        slot: SlotId,
+        image: Image,
+        how: Begin,
+    ) -> (Served, Result<()>) {
         let geometry = image.geometry();
         let served = Served {
             device,
@@ -47,24 +61,19 @@ impl Served {
             slot,
             image: Some(Arc::new(image)),
             geometry: Mutex::new(geometry),
-            stuck: Mutex::new(false),
+            life: Mutex::new(Life::Serving),
         };
-        match served.bring_up(&geometry, how) {
-            Ok(()) => Ok(served),
-            Err(error) if how == Begin::Fresh => {
-                if let Err(undo) = served.end(Stop::Always) {
-                    tracing::error!(%undo, id = served.device.id(), "a failed device could not be taken away");
-                }
-                Err(error)
-            }
-            Err(error) => Err(error),
+        let outcome = served.bring_up(&geometry, how);
+        if outcome.is_err() {
+            *served.life() = Life::Stuck;
         }
+        (served, outcome)
     }
 
     /// A device that nobody can serve now: it can only be taken away.
     pub fn abandoned(device: Device, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
-        let (geometry, stuck) = (Mutex::new(geometry), Mutex::new(true));
-        Served { device, workers: workers.clone(), slot, image: None, geometry, stuck }
+        let (geometry, life) = (Mutex::new(geometry), Mutex::new(Life::Stuck));
+        Served { device, workers: workers.clone(), slot, image: None, geometry, life }
     }
 
     fn bring_up(&self, geometry: &Geometry, how: Begin) -> Result<()> {
@@ -73,7 +82,11 @@ impl Served {
             Begin::Recovered => self.device.begin_recovery()?,
         }
         let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Internal, "no image"))?;
-        for (worker, transport) in self.workers.iter().zip(self.device.queues()?) {
+        let queues = self.device.queues()?;
+        if queues.len() > self.workers.len() {
+            return Err(Error::new(Kind::Unsupported, "it has more queues than the instance has workers now"));
+        }
+        for (worker, transport) in self.workers.iter().zip(queues) {
             worker.add(Job { slot: self.slot, transport, image: image.clone() })?;
         }
         match how {
@@ -82,43 +95,56 @@ impl Served {
         }
     }
 
-    /// Takes the device away: the block device first, then its queues, then its number.
-    pub fn end(&self, when: Stop) -> Result<()> {
-        self.device.stop(when)?;
-        if let Err(error) = self.release() {
-            *self.stuck.lock().unwrap_or_else(PoisonError::into_inner) = true;
-            return Err(error);
+    /// Held while the device changes, so that nothing is asked of one that is going.
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the block device go away. `release` must follow.
+    pub fn stop(&self, when: Stop) -> Result<()> {
+        let mut life = self.life();
+        match self.device.stop(when) {
+            // Gone already: a stop that was given up has ended after all.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => {
+                if error.kind() == Kind::Deadline {
+                    *life = Life::Stuck;
+                }
+                return Err(error);
+            }
+            Ok(()) => {}
         }
+        // It can be told nothing from here on.
+        *life = Life::Stuck;
         Ok(())
     }
 
-    fn release(&self) -> Result<()> {
-        let queues = usize::from(self.device.parameters().queues);
-        if self.image.is_some() {
-            for worker in self.workers.iter().take(queues) {
-                match worker.remove(self.slot) {
-                    Err(error) if error.kind() != Kind::NotFound => return Err(error),
-                    _ => {}
-                }
-            }
+    /// Takes the queues of a stopped device from the workers, and gives its number back.
+    pub fn release(&self) -> Result<()> {
+        let _life = self.life();
+        for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
+            ignore_missing(worker.remove(self.slot))?;
         }
-        self.device.delete()
+        ignore_missing(self.device.delete())
     }
 
     /// Adapts to the image's present size. Returns the new one.
     pub fn resize(&self) -> Result<u64> {
         let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Io, "the image is gone"))?;
-        let mut geometry = self.geometry.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = image.refreshed()?;
+        let life = self.life();
+        if *life == Life::Stuck {
+            return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
+        }
+        let (old, new) = (self.geometry(), image.refreshed()?);
         // Requests up to the larger size must be served while the two sides disagree.
-        if new.size >= geometry.size {
+        if new.size >= old.size {
             self.tell_workers(new)?;
             self.device.resize(new.size)?;
         } else {
             self.device.resize(new.size)?;
             self.tell_workers(new)?;
         }
-        *geometry = new;
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = new;
         Ok(new.size)
     }
 
@@ -142,12 +168,19 @@ impl Served {
         *self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// State, as far as it can be known without asking the workers long.
+    /// State, as far as it can be known without waiting long.
     pub fn state(&self) -> DeviceState {
-        if *self.stuck.lock().unwrap_or_else(PoisonError::into_inner) {
+        let life = match self.life.try_lock() {
+            Ok(life) => *life,
+            Err(TryLockError::Poisoned(life)) => *life.into_inner(),
+            // It is being changed just now; what it is asked is answered by the workers.
+            Err(TryLockError::WouldBlock) => Life::Serving,
+        };
+        if life == Life::Stuck {
             return DeviceState::Stuck;
         }
         match self.queue_stats() {
+            Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
             Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,
             Ok(_) => DeviceState::Live,
             Err(_) => DeviceState::Stuck,
@@ -183,6 +216,13 @@ impl Served {
             in_flight: sum(|queue| queue.in_flight),
             latency: summarise(&queues),
         })
+    }
+}
+
+fn ignore_missing(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == Kind::NotFound => Ok(()),
+        outcome => outcome,
     }
 }
 

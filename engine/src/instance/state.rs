@@ -22,6 +22,8 @@ pub struct DeviceRecord {
     pub spec: AttachSpec,
     /// Its number at the driver.
     pub id: u32,
+    /// The mark that the driver keeps for it.
+    pub mark: u64,
     /// The image, to know it again.
     pub identity: Identity,
     /// How data travels.
@@ -35,6 +37,9 @@ pub struct DeviceRecord {
     /// Bytes.
     pub size: u64,
 }
+
+/// An instance and its devices by number, as a daemon before this one left them.
+pub type Remembered = (InstanceSpec, Vec<(u32, DeviceRecord)>);
 
 /// The directory of these files.
 #[derive(Clone, Debug)]
@@ -83,7 +88,7 @@ impl StateDir {
 
     /// Everything noted: instances with their devices by number. What cannot be read is left out
     /// and described.
-    pub fn load(&self) -> (Vec<(InstanceSpec, Vec<(u32, DeviceRecord)>)>, Vec<String>) {
+    pub fn load(&self) -> (Vec<Remembered>, Vec<String>) {
         let mut found = Vec::new();
         let mut notes = Vec::new();
         for dir in subdirectories(&self.0) {
@@ -97,11 +102,15 @@ impl StateDir {
             let mut devices = Vec::new();
             for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
                 let name = entry.file_name();
-                let number = name.to_str().and_then(|name| name.strip_prefix("loop")?.strip_suffix(".json")?.parse().ok());
+                let number = name
+                    .to_str()
+                    .and_then(|name| name.strip_prefix("loop")?.strip_suffix(".json")?.parse().ok());
                 let Some(number) = number else { continue };
                 match read(&entry.path()) {
                     Ok(record) => devices.push((number, record)),
-                    Err(error) => notes.push(format!("state of {} was not read: {error}", entry.path().display())),
+                    Err(error) => {
+                        notes.push(format!("state of {} was not read: {error}", entry.path().display()))
+                    }
                 }
             }
             devices.sort_by_key(|(number, _)| *number);
@@ -113,7 +122,13 @@ impl StateDir {
 }
 
 fn subdirectories(dir: &Path) -> Vec<PathBuf> {
-    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect()
 }
 
 fn replace(path: &Path, value: &impl Serialize) -> Result<()> {
@@ -157,7 +172,17 @@ mod tests {
         };
         let identity = Identity { dev: 1, ino: 2, rdev: 0, born_ns: 9 };
         let data_path = DataPath::Batch;
-        DeviceRecord { spec, id: 7, identity, data_path, queues: 2, depth: 128, block_size: 512, size: 1 << 20 }
+        DeviceRecord {
+            spec,
+            id: 7,
+            mark: 11,
+            identity,
+            data_path,
+            queues: 2,
+            depth: 128,
+            block_size: 512,
+            size: 1 << 20,
+        }
     }
 
     #[test]

@@ -34,8 +34,9 @@ impl RingName {
         let fd = ring.as_raw_fd();
         let mut update = Update { offset: u32::MAX, reserved: 0, data: fd as u64 };
         // SAFETY: one update, valid for the duration of the call, as the kernel's structure.
-        let done =
-            unsafe { libc::syscall(libc::SYS_io_uring_register, fd, REGISTER_RING_FDS, &raw mut update, 1u32) };
+        let done = unsafe {
+            libc::syscall(libc::SYS_io_uring_register, fd, REGISTER_RING_FDS, &raw mut update, 1u32)
+        };
         match (done, RawFd::try_from(update.offset)) {
             (1, Ok(index)) => RingName { fd: index, flags: ENTER_REGISTERED_RING },
             _ => RingName { fd, flags: 0 },
@@ -43,8 +44,8 @@ impl RingName {
     }
 
     /// Submits `submit` entries and waits for `want` completions; with `events`, runs what leads
-    /// to completions even where none is waited for.
-    pub fn enter(self, submit: u32, want: u32, events: bool) -> io::Result<()> {
+    /// to completions even where none is waited for. Returns how many were submitted.
+    pub fn enter(self, submit: u32, want: u32, events: bool) -> io::Result<u32> {
         let events = if want > 0 || events { ENTER_GETEVENTS } else { 0 };
         let flags = self.flags | events;
         // SAFETY: integers, and no signal set.
@@ -52,6 +53,6 @@ impl RingName {
             let none = std::ptr::null::<libc::c_void>();
             libc::syscall(libc::SYS_io_uring_enter, self.fd, submit, want, flags, none, 0usize)
         };
-        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        u32::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 }

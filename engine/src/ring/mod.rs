@@ -93,7 +93,13 @@ impl Ring {
             let queue = self.io.submission();
             let (queued, events) = (queue.len() as u32, queue.taskrun() || queue.cq_overflow());
             drop(queue);
-            let Err(error) = self.name.enter(queued, want as u32, events) else { return Ok(()) };
+            let error = match self.name.enter(queued, want as u32, events) {
+                Ok(submitted) if submitted == queued => return Ok(()),
+                // The kernel stopped half-way, perhaps within a chain: what follows would run
+                // without what it must wait for.
+                Ok(_) => return Err(Error::new(Kind::Internal, "the kernel took only a part of a submission")),
+                Err(error) => error,
+            };
             match error.raw_os_error() {
                 // EBUSY: completions have overflowed; this very call flushes them, and the caller
                 // drains them. EAGAIN: the kernel is out of requests for the moment.
@@ -126,5 +132,4 @@ impl Ring {
         drained.clear();
         self.drained = drained;
     }
-
 }

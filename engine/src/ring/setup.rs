@@ -96,7 +96,9 @@ fn give_tables(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
     submitter.register_files_sparse(sizes.files).map_err(|error| {
         failed("cannot register a file table")(error).hint("raise the limit on open files (LimitNOFILE=)")
     })?;
-    submitter.register_buffers_sparse(u32::from(sizes.buffers)).map_err(failed("cannot register a buffer table"))?;
+    submitter
+        .register_buffers_sparse(u32::from(sizes.buffers))
+        .map_err(failed("cannot register a buffer table"))?;
     let arrivals = ArrivalBuffers::new(sizes.arrivals)?;
     let (address, entries) = arrivals.registration();
     // SAFETY: the memory belongs to `arrivals`, which `Ring` drops after the io_uring.
@@ -104,7 +106,9 @@ fn give_tables(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
         .map_err(failed("cannot register arrival buffers"))?;
     // Helper threads for what blocks: fsync, fallocate, holes. Bounded, for a stuck file system
     // would otherwise collect one thread a request.
-    submitter.register_iowq_max_workers(&mut [32, 8]).map_err(failed("cannot bound io_uring's helper threads"))?;
+    submitter
+        .register_iowq_max_workers(&mut [32, 8])
+        .map_err(failed("cannot bound io_uring's helper threads"))?;
     Ok(arrivals)
 }
 
@@ -120,7 +124,8 @@ const OPERATIONS: [u8; 8] = [
     opcode::Nop::CODE,
 ];
 /// Registrations of a running worker: files of devices that come and go, and its own ring fd.
-const REGISTRATIONS: [u8; 3] = [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
+const REGISTRATIONS: [u8; 3] =
+    [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
 
 fn restrict(ring: &IoUring) -> Result<()> {
     let allowed = squeue::Flags::FIXED_FILE
@@ -140,6 +145,8 @@ fn restrict(ring: &IoUring) -> Result<()> {
 }
 
 fn enable(ring: IoUring) -> Result<IoUring> {
-    ring.submitter().register_enable_rings().map_err(|error| Error::os(error, "cannot enable the io_uring"))?;
+    ring.submitter()
+        .register_enable_rings()
+        .map_err(|error| Error::os(error, "cannot enable the io_uring"))?;
     Ok(ring)
 }

@@ -34,7 +34,9 @@ pub enum Step {
 impl Step {
     fn from_bits(bits: u8) -> Option<Step> {
         use Step::*;
-        [Wake, Data, Flush, Punch, Fetch, Commit, Prepare, Register, Unregister, Idle].get(usize::from(bits)).copied()
+        [Wake, Data, Flush, Punch, Fetch, Commit, Prepare, Register, Unregister, Idle]
+            .get(usize::from(bits))
+            .copied()
     }
 }
 
@@ -61,7 +63,10 @@ pub struct Token {
 impl Token {
     /// Packs a token.
     pub const fn pack(step: Step, slot: SlotId, tag: Tag) -> u64 {
-        (step as u64) << 56 | ((slot.generation & 0xff_ffff) as u64) << 32 | (slot.index as u64) << 16 | tag as u64
+        (step as u64) << 56
+            | ((slot.generation & 0xff_ffff) as u64) << 32
+            | (slot.index as u64) << 16
+            | tag as u64
     }
 
     /// Unpacks what [`Token::pack`] packed; none for anything else.

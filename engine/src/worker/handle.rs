@@ -53,8 +53,8 @@ pub struct WorkerHandle<T> {
 impl<T: Transport> WorkerHandle<T> {
     /// Starts a worker on the given CPUs (all when there are none) and waits until its ring is up.
     pub fn start(name: String, sizes: Sizes, switches: Switches, cpus: Vec<usize>) -> Result<Self> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC)
-            .map_err(|error| Error::os(error, "cannot make an eventfd"))?;
+        let wake =
+            eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Error::os(error, "cannot make an eventfd"))?;
         let theirs = wake.try_clone().map_err(|error| Error::os(error, "cannot duplicate an eventfd"))?;
         let (messages, inbox) = bounded(BACKLOG);
         let (up, is_up) = bounded(1);
@@ -151,7 +151,9 @@ fn serve<T: Transport>(
         }
     };
     let _ = up.send(Ok(()));
-    if let Err(error) = worker.run() {
+    let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
+    let ended = served.unwrap_or_else(|_| Err(Error::new(Kind::Internal, "a worker panicked")));
+    if let Err(error) = ended {
         // Its devices would hang for ever. The kernel keeps them and what is in flight for the
         // next daemon, if this one ends now.
         tracing::error!(%error, "a worker cannot go on: the daemon ends; restart it to take the devices back");

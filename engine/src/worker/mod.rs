@@ -7,7 +7,7 @@
 mod handle;
 pub mod queue;
 pub mod stats;
-mod translate;
+pub mod translate;
 pub mod transport;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -92,13 +92,13 @@ impl<T: Transport> Worker<T> {
                     told = true;
                     continue;
                 }
-                self.dispatch(token, entry, now_ns);
+                self.dispatch(token, entry, now_ns)?;
             }
             self.ring.recycle(drained);
             if !self.starved.is_empty() {
-                self.feed_starved();
+                self.feed_starved()?;
             }
-            want = 1 + self.send_answers();
+            want = 1 + self.send_answers()?;
             if told && !self.listen_and_obey()? {
                 return Ok(());
             }
@@ -121,7 +121,7 @@ impl<T: Transport> Worker<T> {
                 }
                 std::hint::spin_loop();
                 looks = looks.wrapping_add(1);
-                if looks % 64 == 0 && last_work.elapsed() >= self.switches.poll {
+                if looks.is_multiple_of(64) && last_work.elapsed() >= self.switches.poll {
                     break;
                 }
             }
@@ -129,44 +129,42 @@ impl<T: Transport> Worker<T> {
         self.ring.enter(want)
     }
 
-    fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry, now_ns: u64) {
+    fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry, now_ns: u64) -> Result<()> {
         let slot = self.queues.get_mut(usize::from(token.slot.index)).and_then(Option::as_mut);
         // A late completion of a device that is gone: its generation is another.
-        let Some(queue) = slot.filter(|queue| queue.place().slot == token.slot) else { return };
+        let Some(queue) = slot.filter(|queue| queue.place().slot == token.slot) else { return Ok(()) };
         if self.touched.last() != Some(&token.slot.index) {
             self.touched.push(token.slot.index);
         }
         if let Err(error) = queue.on_event(token, entry, &mut self.ring, now_ns) {
-            tracing::error!(slot = token.slot.index, %error, "a queue has failed");
+            judge(queue, error)?;
         }
         if queue.is_starved() && !self.starved.contains(&token.slot.index) {
             self.starved.push(token.slot.index);
         }
+        Ok(())
     }
 
     /// Lets queues that wait for buffer slots have those that came free in this round.
-    fn feed_starved(&mut self) {
+    fn feed_starved(&mut self) -> Result<()> {
         let (queues, ring) = (&mut self.queues, &mut self.ring);
+        let mut outcome = Ok(());
         self.starved.retain(|&index| {
             let Some(Some(queue)) = queues.get_mut(usize::from(index)) else { return false };
-            if let Err(error) = queue.retry_starved(ring) {
-                tracing::error!(slot = index, %error, "a queue has failed");
-            }
+            outcome = std::mem::replace(&mut outcome, Ok(())).and(queue.retry_starved(ring));
             queue.is_starved()
         });
+        outcome
     }
 
     /// Sends the answers of this round; returns how many completions they add at once.
-    fn send_answers(&mut self) -> usize {
+    fn send_answers(&mut self) -> Result<usize> {
         let mut added = 0;
         while let Some(index) = self.touched.pop() {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
-            match queue.flush(&mut self.ring) {
-                Ok(commits) => added += commits,
-                Err(error) => tracing::error!(slot = index, %error, "answers were not sent"),
-            }
+            added += queue.flush(&mut self.ring)?;
         }
-        added
+        Ok(added)
     }
 
     /// Asks to be woken by the next message.
@@ -252,6 +250,17 @@ impl<T: Transport> Worker<T> {
             false
         });
     }
+}
+
+/// What a failure means. Of our own books (a tag twice, no room on the ring): nothing is certain
+/// any more, and the worker ends. Of the driver: this queue is not to be trusted.
+fn judge<T: Transport>(queue: &mut DeviceQueue<T>, error: Error) -> Result<()> {
+    if error.kind() == Kind::Internal {
+        return Err(error);
+    }
+    tracing::error!(slot = queue.place().slot.index, %error, "a queue has failed");
+    queue.set_failed();
+    Ok(())
 }
 
 impl<T> Drop for Worker<T> {

@@ -60,6 +60,9 @@ pub struct DeviceQueue<T> {
     linked: usize,
     flushes: FlushQueue,
     discards: DiscardQueue,
+    /// The hole that is being punched: offset and length.
+    punch: Option<(u64, u64)>,
+    gathered_retries: u8,
     arrived: Vec<Request>,
     finished: Vec<Tag>,
     stats: QueueStats,
@@ -67,7 +70,13 @@ pub struct DeviceQueue<T> {
 
 impl<T: Transport> DeviceQueue<T> {
     /// Puts the queue's files in place and asks the driver for requests.
-    pub fn new(place: Place, mut transport: T, image: Arc<Image>, linked_commit: bool, ring: &mut Ring) -> Result<Self> {
+    pub fn new(
+        place: Place,
+        mut transport: T,
+        image: Arc<Image>,
+        linked_commit: bool,
+        ring: &mut Ring,
+    ) -> Result<Self> {
         use std::os::fd::AsRawFd;
         let depth = transport.depth();
         let geometry = image.geometry();
@@ -84,10 +93,17 @@ impl<T: Transport> DeviceQueue<T> {
             linked: 0,
             flushes: FlushQueue::new(depth),
             discards: DiscardQueue::new(depth, geometry.discard_granularity),
+            punch: None,
+            gathered_retries: 0,
             arrived: Vec::with_capacity(usize::from(depth)),
             finished: Vec::with_capacity(usize::from(depth)),
             stats: QueueStats::default(),
         })
+    }
+
+    /// The driver refused something: requests may hang, and the device is not to be trusted.
+    pub fn set_failed(&mut self) {
+        self.stats.failed = true;
     }
 
     /// Where it stands.
@@ -122,7 +138,13 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     /// Takes one completion of this queue.
-    pub fn on_event(&mut self, token: Token, entry: &cqueue::Entry, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    pub fn on_event(
+        &mut self,
+        token: Token,
+        entry: &cqueue::Entry,
+        ring: &mut Ring,
+        now_ns: u64,
+    ) -> Result<()> {
         match token.step {
             Step::Data => self.on_data(token.tag, entry.result(), ring, now_ns),
             Step::Flush => self.on_flush(entry.result(), ring, now_ns),
@@ -133,8 +155,11 @@ impl<T: Transport> DeviceQueue<T> {
                     return Ok(());
                 }
                 self.stats.batches += 1;
+                // A request that comes alone to an idle queue is answered fastest by a chain; many
+                // at once are cheaper answered together.
+                let alone = self.arrived.len() == 1 && self.active.len() == self.linked;
                 let arrived = std::mem::take(&mut self.arrived);
-                let taken = arrived.iter().try_for_each(|request| self.accept(*request, ring, now_ns));
+                let taken = arrived.iter().try_for_each(|request| self.accept(*request, alone, ring, now_ns));
                 self.arrived = arrived;
                 self.arrived.clear();
                 taken
@@ -158,7 +183,7 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     /// Takes a request on.
-    fn accept(&mut self, request: Request, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn accept(&mut self, request: Request, alone: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
         let tag = request.tag;
         if self.active.get_mut(tag).is_some_and(|active| active.stage == Stage::Linked) {
             // The tag comes round again, so its chain has gone through.
@@ -175,28 +200,30 @@ impl<T: Transport> DeviceQueue<T> {
             arrived_ns: (sampled && transfers).then_some(now_ns),
         };
         let refusal = self.refusal(&request);
-        let commit = match (transfers && self.linked_commit && !sampled, refusal) {
+        let commit = match (transfers && alone && self.linked_commit && !sampled, refusal) {
             (true, None) => self.transport.linked_commit(tag, request.len),
             _ => None,
         };
         if commit.is_some() {
             active.stage = Stage::Linked;
-            self.linked += 1;
-            // Its end is not seen, unless it fails: counted now, and taken back then.
-            self.stats.completed(request.op, request.len, 0);
         }
         if let Err((_, active)) = self.active.begin(tag, active) {
             active.owed.settled();
             return Err(Error::new(Kind::Internal, format!("the driver handed out tag {tag} twice")));
+        }
+        if commit.is_some() {
+            self.linked += 1;
+            // Its end is not seen, unless it fails: counted now, and taken back then.
+            self.stats.completed(request.op, request.len, 0);
         }
         if let Some(errno) = refusal {
             return self.finish(tag, -errno, ring, now_ns);
         }
         match (request.op, commit) {
             (Op::Read | Op::Write { .. }, Some(commit)) => {
-                let transfer = self.transfer(&request, 0).flags(
-                    squeue::Flags::FIXED_FILE | squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS,
-                );
+                let transfer = self
+                    .transfer(&request, 0)
+                    .flags(squeue::Flags::FIXED_FILE | squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS);
                 ring.push_chain(&[transfer, commit])
             }
             (Op::Read | Op::Write { .. }, None) => ring.push(&self.transfer(&request, 0)),
@@ -259,7 +286,10 @@ impl<T: Transport> DeviceQueue<T> {
     /// An operation on the image for one request has ended.
     fn on_data(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
         let Some(active) = self.active.get_mut(tag) else {
-            return Err(Error::new(Kind::Internal, format!("an operation ended for tag {tag}, which is not in flight")));
+            return Err(Error::new(
+                Kind::Internal,
+                format!("an operation ended for tag {tag}, which is not in flight"),
+            ));
         };
         if active.stage == Stage::Linked {
             // The chain broke at the transfer: its commit was cancelled, and we go on by hand.
@@ -280,10 +310,17 @@ impl<T: Transport> DeviceQueue<T> {
             Stage::Transfer | Stage::WritingZeroes if result > 0 => {
                 active.done = active.done.saturating_add(result.unsigned_abs()).min(request.len);
                 if active.done < request.len {
+                    // In the middle of a block: the image ends there (direct I/O stops nowhere else).
+                    if !active.done.is_multiple_of(self.geometry.block_size) {
+                        self.stats.degraded |= request.op == Op::Read;
+                        return self.finish(tag, -libc::EIO, ring, now_ns);
+                    }
                     return self.resubmit(tag, ring);
                 }
                 match (stage, request.op) {
-                    (Stage::WritingZeroes, Op::WriteZeroes { fua, .. }) => self.zeroed(tag, fua, ring, now_ns),
+                    (Stage::WritingZeroes, Op::WriteZeroes { fua, .. }) => {
+                        self.zeroed(tag, fua, ring, now_ns)
+                    }
                     _ => self.finish(tag, request.len.cast_signed(), ring, now_ns),
                 }
             }
@@ -316,7 +353,9 @@ impl<T: Transport> DeviceQueue<T> {
                 translate::write_zeroes(image, offset + u64::from(done), request.len - done)
             }
             (Stage::Syncing, _) => translate::sync(image),
-            (_, Op::WriteZeroes { unmap, .. }) => translate::zero(image, offset, u64::from(request.len), unmap),
+            (_, Op::WriteZeroes { unmap, .. }) => {
+                translate::zero(image, offset, u64::from(request.len), unmap)
+            }
             _ => self.transfer(&request, done),
         };
         ring.push(&self.token(entry, Step::Data, tag))
@@ -331,6 +370,14 @@ impl<T: Transport> DeviceQueue<T> {
         ring.push(&self.token(translate::sync(self.place.image()), Step::Data, tag))
     }
 
+    /// Whether an operation of the whole queue was interrupted and may be sent again.
+    fn try_again(&mut self, result: i32) -> bool {
+        let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
+        self.gathered_retries = if interrupted { self.gathered_retries.saturating_add(1) } else { 0 };
+        self.stats.resubmits += u64::from(interrupted);
+        interrupted && self.gathered_retries <= RETRIES
+    }
+
     fn start_flush(&mut self, ring: &mut Ring) -> Result<()> {
         if !self.flushes.start() {
             return Ok(());
@@ -340,6 +387,9 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     fn on_flush(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        if self.try_again(result) {
+            return ring.push(&self.token(translate::sync(self.place.image()), Step::Flush, 0));
+        }
         self.finished.extend(self.flushes.done());
         self.finish_all(result, ring, now_ns)?;
         self.start_flush(ring)
@@ -349,6 +399,7 @@ impl<T: Transport> DeviceQueue<T> {
         while let Some(punch) = self.discards.next() {
             if punch.len > 0 {
                 self.stats.punts += 1;
+                self.punch = Some((punch.offset, punch.len));
                 let entry = translate::punch(self.place.image(), punch.offset, punch.len);
                 return ring.push(&self.token(entry, Step::Punch, 0));
             }
@@ -360,6 +411,9 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     fn on_punch(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        if let (true, Some((offset, len))) = (self.try_again(result), self.punch) {
+            return ring.push(&self.token(translate::punch(self.place.image(), offset, len), Step::Punch, 0));
+        }
         self.finished.extend(self.discards.done());
         self.finish_all(result, ring, now_ns)?;
         self.start_punch(ring, now_ns)

@@ -40,6 +40,8 @@ pub struct QueueStats {
     pub in_flight: u64,
     /// A read ended before the end of the device: the image is shorter than it was.
     pub degraded: bool,
+    /// The driver refused something that it must not refuse.
+    pub failed: bool,
     pub(super) latency: Option<Box<Histogram<u32>>>,
 }
 

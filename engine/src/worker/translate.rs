@@ -15,7 +15,14 @@ struct Zeroes([u8; ZEROES_LEN as usize]);
 static ZEROES: Zeroes = Zeroes([0; ZEROES_LEN as usize]);
 
 /// The transfer of bytes `done..len` of a read or write; `file_offset` is that of byte 0.
-pub fn transfer(op: Op, image: types::Fixed, data: Data, file_offset: u64, done: u32, len: u32) -> squeue::Entry {
+pub fn transfer(
+    op: Op,
+    image: types::Fixed,
+    data: Data,
+    file_offset: u64,
+    done: u32,
+    len: u32,
+) -> squeue::Entry {
     let (offset, rest) = (file_offset + u64::from(done), len - done);
     let flags = match op {
         Op::Write { fua: true } => libc::RWF_DSYNC,

@@ -126,7 +126,8 @@ impl Batch {
 
     fn fetch(&mut self, ring: &mut Ring) -> Result<()> {
         let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
-        let header = sys::ublk_batch_io { q_id: self.queue, elem_bytes: size_of::<Tag>() as u8, ..Default::default() };
+        let header =
+            sys::ublk_batch_io { q_id: self.queue, elem_bytes: size_of::<Tag>() as u8, ..Default::default() };
         let entry = opcode::UringCmd16::new(place.frontend(), sys::UBLK_U_IO_FETCH_IO_CMDS)
             .cmd(payload(header))
             .build()
@@ -177,7 +178,9 @@ impl Batch {
                 Some(tags) => {
                     for &tag in tags {
                         match self.descriptors.read(tag) {
-                            Some(described) if described.needs_registration => by_hand.push(described.request),
+                            Some(described) if described.needs_registration => {
+                                by_hand.push(described.request)
+                            }
                             Some(described) => arrived.push(described.request),
                             None => faults = Err(Error::new(Kind::Internal, "tag out of range")),
                         }
@@ -198,7 +201,9 @@ impl Batch {
             libc::ENODEV | libc::ECANCELED => self.ended = true,
             // The arrival buffers had run out, or the multishot ended for reasons of its own: the
             // tags stay queued at the driver.
-            errno if errno <= 0 || errno == libc::ENOBUFS => self.fetch(ring)?,
+            errno if errno <= 0 || matches!(errno, libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN | libc::EINTR) => {
+                self.fetch(ring)?;
+            }
             _ => {
                 self.ended = true;
                 return Err(refused(result, "fetching requests"));
@@ -248,7 +253,8 @@ impl Batch {
     fn send(&self, number: usize, ring: &mut Ring) -> Result<()> {
         let commit = &self.commits[number];
         let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &commit.elements[commit.taken..])?;
-        let slot = self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
+        let slot =
+            self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
         ring.push(&entry.user_data(Token::pack(Step::Commit, slot, number as Tag)))
     }
 
@@ -257,7 +263,8 @@ impl Batch {
         let index = usize::from(element.tag);
         self.singles[index] = element;
         let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &self.singles[index..=index])?;
-        let slot = self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
+        let slot =
+            self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
         Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(Step::Commit, slot, SINGLE)))
     }
 
@@ -275,18 +282,20 @@ impl Batch {
         };
         let taken = usize::try_from(result).unwrap_or(0) / ELEMENT_BYTES;
         commit.taken += taken;
-        if taken > 0 && commit.taken < commit.elements.len() {
-            return self.send(number, ring);
-        }
-        commit.busy = false;
-        let left = commit.elements.len().saturating_sub(commit.taken);
-        commit.elements.clear();
         self.outstanding -= 1;
-        match left {
-            0 => Ok(()),
-            _ if -result == libc::ENODEV => Ok(()),
-            _ => Err(refused(result, "answers")),
+        let retry = matches!(-result, libc::EAGAIN | libc::EINTR | libc::ENOMEM);
+        if taken == 0 && !retry && commit.taken < commit.elements.len() {
+            // The driver refuses the first of those left: only this one is given up.
+            commit.taken += 1;
         }
+        if commit.taken < commit.elements.len() {
+            self.outstanding += 1;
+            self.send(number, ring)?;
+        } else {
+            commit.busy = false;
+            commit.elements.clear();
+        }
+        if result < 0 && !retry && result != -libc::ENODEV { Err(refused(result, "an answer")) } else { Ok(()) }
     }
 
     pub(super) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {

@@ -57,7 +57,8 @@ pub(super) fn run(command: Command, limit: Duration) -> Result<(i32, Vec<u8>)> {
     let mut ring = take_ring()?;
     // SAFETY: `buffer` is moved nowhere before the completion has come; if it does not come, it is
     // leaked below together with the ring.
-    unsafe { ring.submission().push(&entry) }.map_err(|_| Error::new(Kind::Internal, "control ring is full"))?;
+    unsafe { ring.submission().push(&entry) }
+        .map_err(|_| Error::new(Kind::Internal, "control ring is full"))?;
     match wait(&mut ring, limit) {
         Some(result) => {
             keep_ring(ring);
@@ -80,10 +81,16 @@ pub(super) fn run(command: Command, limit: Duration) -> Result<(i32, Vec<u8>)> {
 fn open() -> Result<File> {
     File::options().read(true).write(true).open(NODE).map_err(|error| {
         let hint = match error.raw_os_error() {
-            Some(libc::ENOENT) => "load the driver with 'modprobe ublk_drv' (Linux 6.1 or newer with CONFIG_BLK_DEV_UBLK)",
+            Some(libc::ENOENT) => {
+                "load the driver with 'modprobe ublk_drv' (Linux 6.1 or newer with CONFIG_BLK_DEV_UBLK)"
+            }
             _ => "run the daemon as root",
         };
-        let kind = if error.kind() == std::io::ErrorKind::PermissionDenied { Kind::Denied } else { Kind::Unavailable };
+        let kind = if error.kind() == std::io::ErrorKind::PermissionDenied {
+            Kind::Denied
+        } else {
+            Kind::Unavailable
+        };
         Error::os(error, format!("cannot open {NODE}")).with_kind(kind).hint(hint)
     })
 }

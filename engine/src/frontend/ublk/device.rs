@@ -30,6 +30,8 @@ const MAX_REQUEST_COPIED: u32 = 512 << 10;
 const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// How long to wait for something that is known to happen soon.
 const SOON: Duration = Duration::from_secs(3);
+/// How long a dead daemon's last operations on the image may take.
+const RECOVERY: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_micros(500);
 
 /// What a device is made with; it cannot change later.
@@ -41,7 +43,7 @@ pub struct Parameters {
     pub queues: u16,
     /// Requests in flight in each.
     pub depth: u16,
-    /// Marks the device as ours; see [`Device::owner`].
+    /// Marks the device as ours; see [`Device::examine`].
     pub owner: u64,
 }
 
@@ -52,6 +54,15 @@ pub enum Stop {
     IfUnused,
     /// In any case; what its users do from now on fails.
     Always,
+}
+
+/// What a device without a daemon is in the middle of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// It was never started, or is stopped: nobody can have it open.
+    ForNothing,
+    /// It has users, whose requests wait.
+    ForDaemon,
 }
 
 /// One ublk device.
@@ -90,12 +101,14 @@ impl Device {
             ublksrv_flags: parameters.owner,
             ..Default::default()
         };
-        let (_, answer) =
-            run(Command { buffer: to_bytes(&info), ..command("ADD_DEV", sys::UBLK_U_CMD_ADD_DEV, u32::MAX) }, LIMIT)
-                .map_err(|error| match error.kind() {
-                    Kind::Denied => error.hint("the daemon needs root (CAP_SYS_ADMIN)"),
-                    _ => error,
-                })?;
+        let (_, answer) = run(
+            Command { buffer: to_bytes(&info), ..command("ADD_DEV", sys::UBLK_U_CMD_ADD_DEV, u32::MAX) },
+            LIMIT,
+        )
+        .map_err(|error| match error.kind() {
+            Kind::Denied => error.hint("the daemon needs root (CAP_SYS_ADMIN)"),
+            _ => error,
+        })?;
         let info: sys::ublksrv_ctrl_dev_info = from_bytes(&answer)?;
         // Unknown flags are dropped in silence, and there are no more queues than CPUs: what counts
         // is what the driver wrote back.
@@ -122,13 +135,17 @@ impl Device {
         Device { id, granted, parameters }
     }
 
-    /// Whose device this is: the mark of its [`Parameters`], and whether it waits for a daemon.
-    pub fn owner(id: u32) -> Result<(u64, bool)> {
+    /// The mark of a device's [`Parameters`], and what it waits for.
+    pub fn examine(id: u32) -> Result<(u64, Waiting)> {
         let buffer = to_bytes(&sys::ublksrv_ctrl_dev_info::default());
         let (_, answer) =
             run(Command { buffer, ..command("GET_DEV_INFO", sys::UBLK_U_CMD_GET_DEV_INFO, id) }, LIMIT)?;
         let info: sys::ublksrv_ctrl_dev_info = from_bytes(&answer)?;
-        Ok((info.ublksrv_flags, u32::from(info.state) == sys::UBLK_S_DEV_QUIESCED))
+        let waiting = match u32::from(info.state) {
+            sys::UBLK_S_DEV_DEAD => Waiting::ForNothing,
+            _ => Waiting::ForDaemon,
+        };
+        Ok((info.ublksrv_flags, waiting))
     }
 
     /// Its number at the driver.
@@ -159,7 +176,8 @@ impl Device {
         let file = open_soon(&format!("/dev/ublkc{}", self.id))?;
         (0..queues)
             .map(|queue| {
-                let file = file.try_clone().map_err(|error| Error::os(error, "cannot duplicate a descriptor"))?;
+                let file =
+                    file.try_clone().map_err(|error| Error::os(error, "cannot duplicate a descriptor"))?;
                 let descriptors = Descriptors::map(&file, queue, depth)?;
                 Ok(UblkQueue(match path {
                     DataPath::Batch => Kinds::Batch(Batch::new(file, queue, depth, descriptors)),
@@ -187,7 +205,7 @@ impl Device {
     /// Begins to take it back from a daemon that is gone.
     pub fn begin_recovery(&self) -> Result<()> {
         // The driver lets go of the dead daemon in its own time.
-        retry_while_busy(SOON, || {
+        retry_while_busy(RECOVERY, || {
             run(command("START_USER_RECOVERY", sys::UBLK_U_CMD_START_USER_RECOVERY, self.id), LIMIT).map(drop)
         })
     }
@@ -195,7 +213,8 @@ impl Device {
     /// Has taken it back: all queues are served again.
     pub fn end_recovery(&self) -> Result<()> {
         let pid = u64::from(std::process::id());
-        let end = Command { data: pid, ..command("END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY, self.id) };
+        let end =
+            Command { data: pid, ..command("END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY, self.id) };
         run(end, LIMIT)?;
         self.take_scheduler_off();
         Ok(())
@@ -210,7 +229,10 @@ impl Device {
     /// Changes its size.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         if !self.granted.has(sys::UBLK_F_UPDATE_SIZE) {
-            return Err(Error::new(Kind::Unsupported, "this kernel cannot resize ublk devices (Linux 6.16 can)"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                "this kernel cannot resize ublk devices (Linux 6.16 can)",
+            ));
         }
         let update =
             Command { data: bytes / SECTOR, ..command("UPDATE_SIZE", sys::UBLK_U_CMD_UPDATE_SIZE, self.id) };
@@ -224,9 +246,14 @@ impl Device {
             Stop::Always => stop(),
             Stop::IfUnused if self.granted.has(sys::UBLK_F_SAFE_STOP_DEV) => {
                 // Whoever looks at a new disk (udev, blkid) has it open for a moment.
-                retry_while_busy(Duration::from_millis(300), || {
+                let attempt = retry_while_busy(Duration::from_millis(300), || {
                     run(command("TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV, self.id), LIMIT).map(drop)
-                })
+                });
+                match attempt {
+                    // The disk has gone already; what is left of the device has not.
+                    Err(error) if error.kind() == Kind::NotFound => stop(),
+                    outcome => outcome,
+                }
             }
             Stop::IfUnused => {
                 retry_while_busy(Duration::from_millis(300), || self.claim_alone())?;
@@ -240,7 +267,9 @@ impl Device {
         use std::os::unix::fs::OpenOptionsExt;
         let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(self.node());
         match opened {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(Error::os(error, "the device is in use")),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                Err(Error::os(error, "the device is in use"))
+            }
             _ => Ok(()),
         }
     }
@@ -326,7 +355,8 @@ fn open_soon(path: &str) -> Result<File> {
             }
             // The node is being made, or a dead daemon's hold on it ends.
             Err(error)
-                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY)) && Instant::now() < deadline =>
+                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY))
+                    && Instant::now() < deadline =>
             {
                 std::thread::sleep(PAUSE);
             }
@@ -339,7 +369,9 @@ fn retry_while_busy(limit: Duration, mut attempt: impl FnMut() -> Result<()>) ->
     let deadline = Instant::now() + limit;
     loop {
         match attempt() {
-            Err(error) if error.kind() == Kind::Busy && Instant::now() < deadline => std::thread::sleep(4 * PAUSE),
+            Err(error) if error.kind() == Kind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(4 * PAUSE)
+            }
             outcome => return outcome,
         }
     }

@@ -66,7 +66,10 @@ impl Granted {
 
     /// Paths that work here, best first.
     pub fn paths(self) -> Vec<DataPath> {
-        [DataPath::Batch, DataPath::Auto, DataPath::Copy].into_iter().filter(|path| self.allows(*path)).collect()
+        [DataPath::Batch, DataPath::Auto, DataPath::Copy]
+            .into_iter()
+            .filter(|path| self.allows(*path))
+            .collect()
     }
 
     /// The flags that make a path.
@@ -74,7 +77,9 @@ impl Granted {
         match path {
             DataPath::Copy => 0,
             DataPath::Auto => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG,
-            DataPath::Batch => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_BATCH_IO,
+            DataPath::Batch => {
+                sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_BATCH_IO
+            }
         }
     }
 

@@ -53,7 +53,14 @@ impl Descriptors {
         let offset = u64::from(sys::UBLKSRV_CMD_BUF_OFFSET) + u64::from(queue) * stride as u64;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe {
-            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED | MapFlags::POPULATE, file.as_fd(), offset)
+            mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED | MapFlags::POPULATE,
+                file.as_fd(),
+                offset,
+            )
         }
         .map_err(|error| Error::os(error, "cannot map the request descriptors"))?;
         let start = NonNull::new(start.cast()).ok_or_else(|| Error::new(Kind::Internal, "mapped at zero"))?;
@@ -85,7 +92,11 @@ impl Descriptors {
         };
         // A length beyond 4 GiB cannot come (the limits that we set are far below); it would be
         // refused as reaching past the end.
-        let len = if op == Op::Flush { 0 } else { u32::try_from(u64::from(raw.nr_sectors) * SECTOR).unwrap_or(u32::MAX) };
+        let len = if op == Op::Flush {
+            0
+        } else {
+            u32::try_from(u64::from(raw.nr_sectors) * SECTOR).unwrap_or(u32::MAX)
+        };
         let offset = raw.start_sector.saturating_mul(SECTOR);
         let request = Request { tag, op, offset: if op == Op::Flush { 0 } else { offset }, len };
         Some(Described { request, needs_registration: flags & sys::UBLK_IO_F_NEED_REG_BUF != 0 })
@@ -105,8 +116,9 @@ impl CopyBuffers {
         let bytes = usize::from(depth) * each;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) }
-            .map_err(|error| Error::os(error, "no memory for data buffers"))?;
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) }
+                .map_err(|error| Error::os(error, "no memory for data buffers"))?;
         let start = NonNull::new(start.cast()).ok_or_else(|| Error::new(Kind::Internal, "mapped at zero"))?;
         Ok(Self { mapping: Mapping { start, bytes }, each })
     }

@@ -17,6 +17,6 @@ mod per_io;
 mod queue;
 
 pub use control::present_devices;
-pub use device::{Device, Parameters, Stop};
+pub use device::{Device, Parameters, Stop, Waiting};
 pub use features::{Granted, features};
 pub use queue::UblkQueue;

@@ -38,7 +38,13 @@ pub(super) struct PerIo {
 }
 
 impl PerIo {
-    pub(super) fn new(file: File, queue: u16, depth: u16, descriptors: Descriptors, buffers: Buffers) -> Self {
+    pub(super) fn new(
+        file: File,
+        queue: u16,
+        depth: u16,
+        descriptors: Descriptors,
+        buffers: Buffers,
+    ) -> Self {
         Self { file, queue, descriptors, buffers, place: None, armed: 0, depth }
     }
 
@@ -89,7 +95,10 @@ impl PerIo {
         let (tag, result) = (token.tag, entry.result());
         match token.step {
             Step::Fetch if result == 0 => {
-                let described = self.descriptors.read(tag).ok_or_else(|| Error::new(Kind::Internal, "tag out of range"))?;
+                let described = self
+                    .descriptors
+                    .read(tag)
+                    .ok_or_else(|| Error::new(Kind::Internal, "tag out of range"))?;
                 match &mut self.buffers {
                     Buffers::Registered(fallback) if described.needs_registration => {
                         fallback.arrived(described.request, self.place, self.queue, ring)
@@ -114,7 +123,11 @@ impl PerIo {
             Step::Register | Step::Unregister => {
                 let Buffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
                 if let Some(completion) = fallback.on_event(token, result, ring, arrived)? {
-                    ring.push(&self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, completion.tag, completion.result)?)?;
+                    ring.push(&self.command(
+                        sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ,
+                        completion.tag,
+                        completion.result,
+                    )?)?;
                 }
                 Ok(())
             }

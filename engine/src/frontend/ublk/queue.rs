@@ -189,10 +189,19 @@ impl Fallback {
     }
 
     /// A request has arrived whose buffer must be registered by hand.
-    pub(super) fn arrived(&mut self, request: Request, place: Option<Place>, queue: u16, ring: &mut Ring) -> Result<()> {
+    pub(super) fn arrived(
+        &mut self,
+        request: Request,
+        place: Option<Place>,
+        queue: u16,
+        ring: &mut Ring,
+    ) -> Result<()> {
         use crate::request::Op;
         if !matches!(request.op, Op::Read | Op::Write { .. }) {
-            return Err(Error::new(Kind::Internal, "a buffer is to be registered for a request without data"));
+            return Err(Error::new(
+                Kind::Internal,
+                "a buffer is to be registered for a request without data",
+            ));
         }
         self.count += 1;
         self.starved.push_back(request);
@@ -208,7 +217,14 @@ impl Fallback {
             self.spare[index] = slot;
             self.pending[index] = Some(request);
             self.busy += 1;
-            ring.push(&registration(sys::UBLK_U_IO_REGISTER_IO_BUF, Step::Register, place, queue, request.tag, slot)?)?;
+            ring.push(&registration(
+                sys::UBLK_U_IO_REGISTER_IO_BUF,
+                Step::Register,
+                place,
+                queue,
+                request.tag,
+                slot,
+            )?)?;
         }
         Ok(())
     }
@@ -224,7 +240,14 @@ impl Fallback {
         let index = usize::from(completion.tag);
         self.answered[index] = Some(completion);
         let slot = self.spare[index];
-        ring.push(&registration(sys::UBLK_U_IO_UNREGISTER_IO_BUF, Step::Unregister, place, queue, completion.tag, slot)?)
+        ring.push(&registration(
+            sys::UBLK_U_IO_UNREGISTER_IO_BUF,
+            Step::Unregister,
+            place,
+            queue,
+            completion.tag,
+            slot,
+        )?)
     }
 
     /// A registration or its opposite has ended. Returns an answer that can be given now.
