@@ -45,16 +45,17 @@ impl Drop for LoopDevice {
     }
 }
 
-/// The devices, in the order of the table. Fields are dropped in this order.
-pub(crate) struct Rig {
+/// The devices, in the order of the table.
+pub(crate) struct Rig<'a> {
+    daemon: &'a Daemon,
     _loop_device: LoopDevice,
     /// What is measured.
     pub(crate) targets: Vec<Target>,
 }
 
-impl Rig {
+impl<'a> Rig<'a> {
     /// Makes `image` of `size_mb` MiB and every device on it; one of the engine for each of `paths`.
-    pub(crate) fn new(image: &Path, size_mb: u32, daemon: &Daemon, paths: &[String]) -> Result<Rig> {
+    pub(crate) fn new(image: &Path, size_mb: u32, daemon: &'a Daemon, paths: &[String]) -> Result<Rig<'a>> {
         make_image(image, size_mb)?;
         let loop_device = LoopDevice::new(image)?;
         let target = |name: &str, path: &Path| Target { name: name.to_owned(), path: path.to_owned() };
@@ -67,7 +68,17 @@ impl Rig {
         for target in targets.iter().filter(|target| target.name != RAW) {
             store::set_scheduler_none(&target.path)?;
         }
-        Ok(Rig { _loop_device: loop_device, targets })
+        Ok(Rig { daemon, _loop_device: loop_device, targets })
+    }
+}
+
+impl Drop for Rig<'_> {
+    fn drop(&mut self) {
+        for target in self.targets.iter().filter(|target| ![RAW, REFERENCE].contains(&target.name.as_str())) {
+            if let Err(error) = self.daemon.detach(&target.path) {
+                eprintln!("lab: {error:#}");
+            }
+        }
     }
 }
 
