@@ -238,12 +238,18 @@ fn nextest(said: &str, filtered: bool) -> Option<Tally> {
     })
 }
 
-/// Tally of single lines "test NAME ... ok", for a run that never came to its end.
+/// Tally of single verdicts, for a run that never came to its end: "test NAME ... ok", the last
+/// word on a line of its own when the case said something.
 fn seen(said: &str) -> Tally {
-    let count = |end: &str| {
-        said.lines().filter(|line| line.starts_with("test ") && line.trim_end().ends_with(end)).count() as u64
+    let verdict = |line: &str| {
+        let line = line.trim_end();
+        let last = line.rsplit("... ").next().unwrap_or(line).trim();
+        (line.starts_with("test ") || line == last).then(|| last.to_owned())
     };
-    Tally { passed: count("... ok"), failed: count("... FAILED"), skipped: count("... ignored") }
+    let verdicts: Vec<String> = said.lines().filter_map(verdict).collect();
+    let count =
+        |word: &str| verdicts.iter().filter(|verdict| verdict.split(' ').next() == Some(word)).count() as u64;
+    Tally { passed: count("ok"), failed: count("FAILED"), skipped: count("ignored") }
 }
 
 /// The number before `word` in `text`; 0 if there is none.
@@ -272,8 +278,9 @@ mod tests {
         assert_eq!(nextest(summary, false), Some(tally(11, 1, 3)));
         assert_eq!(nextest(summary, true), Some(tally(11, 1, 0)));
         assert_eq!(nextest("", false), None);
-        let cut = "test a ... ok\ntest b ... FAILED\ntest c ... ignored\ntest d ...";
-        assert_eq!(seen(cut), tally(1, 1, 1));
+        let cut = "test a ... ok\ntest b ... FAILED\ntest c ...   c: skipped: x\nignored (x)\n\
+            test e ...   e: 1.2 s\nok\ntest d ...";
+        assert_eq!(seen(cut), tally(2, 1, 1));
     }
 
     #[test]
