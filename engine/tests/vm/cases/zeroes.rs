@@ -258,7 +258,10 @@ fn discard_under_load(ctx: &Ctx) -> Res {
                         match lane {
                             0 | 2 => {
                                 let words = ["-o", &offset.to_string(), "-l", &STEP.to_string()];
-                                tools::ok(&[&["blkdiscard"], &words[..], &[device]].concat())?;
+                                // -f: not exclusively, for several are at it.
+                                tools::ok(
+                                    &[&["blkdiscard", "-f"], &words[..], &[device]].concat(),
+                                )?;
                             }
                             1 => (0..8).try_for_each(|_| open.write(offset, fresh))?,
                             _ => {}
