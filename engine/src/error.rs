@@ -48,12 +48,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error without a source.
     pub fn new(kind: Kind, context: impl Into<String>) -> Self {
-        Self {
-            kind,
-            context: context.into(),
-            hint: None,
-            source: None,
-        }
+        Self { kind, context: context.into(), hint: None, source: None }
     }
 
     /// An error of the operating system, with its kind derived from the errno.
@@ -63,21 +58,14 @@ impl Error {
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Kind::NotFound,
             Some(libc::EEXIST) => Kind::Exists,
             Some(libc::EBUSY) => Kind::Busy,
-            Some(libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
-                Kind::Quota
-            }
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Kind::Quota,
             Some(libc::EACCES | libc::EPERM | libc::EROFS) => Kind::Denied,
             Some(libc::EINVAL | libc::ENAMETOOLONG | libc::ENOTDIR | libc::EISDIR) => Kind::Invalid,
             Some(libc::EOPNOTSUPP | libc::ENOSYS) => Kind::Unsupported,
             Some(libc::ETIME | libc::ETIMEDOUT) => Kind::Deadline,
             _ => Kind::Io,
         };
-        Self {
-            kind,
-            context: context.into(),
-            hint: None,
-            source: Some(Box::new(error)),
-        }
+        Self { kind, context: context.into(), hint: None, source: Some(Box::new(error)) }
     }
 
     /// The next step for the user, as a sentence without a full stop ("run 'modprobe ublk_drv'").

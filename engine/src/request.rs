@@ -58,3 +58,60 @@ pub struct Completion {
     /// Bytes done (always all of them), 0 for operations without data, or a negative errno.
     pub result: i32,
 }
+
+/// The duty to answer one request, exactly once.
+///
+/// Whoever takes a request on holds one; [`Owed::pay`] is the only way to a [`Completion`]. One
+/// that is dropped unpaid is a request that the block layer would wait for for ever: a panic
+/// where debug assertions are on, an error in the log elsewhere.
+#[derive(Debug)]
+#[must_use = "a request that is not completed hangs its submitter"]
+pub struct Owed(Tag);
+
+impl Owed {
+    /// Takes on request `tag`.
+    pub fn new(tag: Tag) -> Self {
+        Self(tag)
+    }
+
+    /// Answers it.
+    pub fn pay(self, result: i32) -> Completion {
+        let tag = self.0;
+        std::mem::forget(self);
+        Completion { tag, result }
+    }
+
+    /// The driver has taken the answer itself (a linked commit), or has ended the request (its
+    /// device is gone).
+    pub fn settled(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        debug_assert!(false, "request {} was dropped without a completion", self.0);
+        tracing::error!(tag = self.0, "a request was dropped without a completion");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "dropped without a completion")]
+    fn an_unpaid_request_is_a_panic() {
+        drop(Owed::new(3));
+    }
+
+    #[test]
+    fn a_paid_request_is_quiet() {
+        assert_eq!(Owed::new(3).pay(-5), Completion { tag: 3, result: -5 });
+        Owed::new(4).settled();
+    }
+}

@@ -1,15 +1,37 @@
-//! Who owns what: instances own devices and workers, devices own images.
+//! Who owns what: an engine owns instances, an instance owns devices and workers, a device owns
+//! its image.
 //!
-//! Every call here may block for as long as its deadline says (seconds at worst): callers on an
-//! asynchronous runtime use a blocking thread.
+//! Every call here may block for as long as its deadlines say (seconds at worst): callers on an
+//! asynchronous runtime use a blocking thread. Knows nothing of sockets and command lines.
 
+mod claims;
+mod names;
+mod pool;
+mod served;
 pub mod spec;
+mod state;
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::{self, Device, Granted, Parameters, Stop, Waiting};
+use crate::sys;
+use names::{DeviceName, check_instance_name, parse_device};
+use pool::{Instance, Shared};
 use spec::*;
+use state::{DeviceRecord, StateDir};
+
+/// Devices of one instance at the most.
+pub const MAX_DEVICES: u32 = 4096;
+/// Files that a daemon may have open: some for each of several thousand devices.
+const OPEN_FILES: u64 = 1 << 18;
+/// How long writing back may take before devices in use are stopped.
+const WRITE_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+/// Instances of one daemon at the most.
+pub const MAX_INSTANCES: usize = 1024;
 
 /// What the engine needs to know to start.
 #[derive(Clone, Debug)]
@@ -45,67 +67,293 @@ pub enum Selector {
 
 /// All instances of one daemon.
 #[derive(Debug)]
-pub struct Engine {}
+pub struct Engine {
+    shared: Shared,
+    tuning: Tuning,
+    instances: Mutex<BTreeMap<String, Arc<Instance>>>,
+}
 
 impl Engine {
     /// Checks that ublk is there, takes back the devices of a previous daemon that used the same
     /// run directory, and creates the instance `default`. The strings are notes for the log about
     /// what was and was not taken back.
     pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
-        let _ = config;
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+        sys::raise_file_limit(OPEN_FILES);
+        let granted = Granted::ask()?;
+        if granted.paths().is_empty() {
+            return Err(Error::new(Kind::Unsupported, "this kernel's ublk driver is too old")
+                .hint("Linux 6.5 or newer is needed"));
+        }
+        let shared = Shared {
+            owner: owner_mark(&config.run_dir),
+            state: StateDir::new(&config.run_dir),
+            run_dir: config.run_dir,
+            granted,
+            claims: Default::default(),
+        };
+        let engine = Engine { shared, tuning: config.tuning, instances: Mutex::default() };
+        let (mut notes, spoken_for, complete) = engine.take_back();
+        if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
+            engine.create_instance(&config.default_instance)?;
+        }
+        if complete {
+            notes.extend(engine.delete_orphans(&spoken_for));
+        }
+        Ok((engine, notes))
     }
 
     /// What the kernel grants. Works without an engine.
     pub fn features() -> Result<Features> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+        ublk::features()
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
+        self.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Recreates the instances of a previous daemon and takes their devices back. Returns notes,
+    /// the numbers at the driver that are spoken for, and whether that is all of them.
+    fn take_back(&self) -> (Vec<String>, Vec<u32>, bool) {
+        let (found, mut notes) = self.shared.state.load();
+        let mut complete = notes.is_empty();
+        let mut spoken_for = Vec::new();
+        let mut waiting = Vec::new();
+        for (spec, devices) in found {
+            spoken_for.extend(devices.iter().map(|(_, record)| record.id));
+            match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
+                Ok(instance) => {
+                    waiting.extend(
+                        devices.into_iter().map(|(number, record)| (instance.clone(), number, record)),
+                    );
+                }
+                Err(error) => {
+                    complete = false;
+                    notes.push(format!("instance {} was not taken back: {error}", spec.name));
+                }
+            }
+        }
+        // Some at a time: each may have to wait for the last operations of the dead daemon.
+        for some in waiting.chunks(16) {
+            let one = |(instance, number, record): &(Arc<Instance>, u32, DeviceRecord)| {
+                self.take_back_one(instance, *number, record)
+            };
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = some.iter().map(|device| scope.spawn(move || one(device))).collect();
+                notes.extend(threads.into_iter().filter_map(|thread| thread.join().ok()));
+            });
+        }
+        (notes, spoken_for, complete)
+    }
+
+    fn take_back_one(&self, instance: &Instance, number: u32, record: &DeviceRecord) -> String {
+        let name = format!("{}/loop{number} ({})", record.spec.instance, record.spec.path);
+        let examined = match ublk::present_devices().contains(&record.id) {
+            true => Device::examine(record.id),
+            false => Ok((0, Waiting::ForNothing)),
+        };
+        match examined {
+            // Never started, stopped, or another's by now: nobody waits for it.
+            Ok((mark, waiting)) if mark != record.mark || waiting == Waiting::ForNothing => {
+                self.shared.state.remove_device(&record.spec.instance, number);
+                format!("{name} is no longer there")
+            }
+            _ => match instance.recover(number, record.clone()) {
+                Ok(()) => format!("{name} was taken back"),
+                Err(error) => format!("{name} was not taken back: {error}"),
+            },
+        }
+    }
+
+    /// Deletes devices that a previous daemon had begun to make, or to take away.
+    fn delete_orphans(&self, spoken_for: &[u32]) -> Vec<String> {
+        let known = |id: u32| self.table().values().any(|instance| instance.number_of(id).is_some());
+        let mut notes = Vec::new();
+        for id in ublk::present_devices() {
+            let Ok((mark, waiting)) = Device::examine(id) else { continue };
+            let nobodys = waiting == Waiting::ForNothing || !spoken_for.contains(&id);
+            if known(id) || !self.shared.is_ours(mark) || !nobodys {
+                continue;
+            }
+            let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark };
+            let device = Device::existing(self.shared.granted, id, parameters);
+            notes.push(match device.stop(Stop::Always).and_then(|()| device.delete()) {
+                Ok(()) => format!("ublk device {id} was left over and is deleted"),
+                Err(error) => format!("ublk device {id} was left over and cannot be deleted: {error}"),
+            });
+        }
+        notes
     }
 
     /// Creates an instance.
-    pub fn create_instance(&self, _spec: &InstanceSpec) -> Result<InstanceInfo> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
+        check_instance_name(&spec.name)?;
+        // Held while the workers start (milliseconds), so that no name is taken twice.
+        let mut table = self.table();
+        if table.contains_key(&spec.name) {
+            return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
+        }
+        if table.len() >= MAX_INSTANCES {
+            return Err(Error::new(Kind::Quota, format!("there are {MAX_INSTANCES} instances already")));
+        }
+        let instance = Arc::new(Instance::start(&self.shared, spec, self.tuning)?);
+        let info = instance.info();
+        table.insert(spec.name.clone(), instance);
+        Ok(info)
     }
 
     /// All instances, by name.
     pub fn instances(&self) -> Vec<InstanceInfo> {
-        Vec::new()
+        self.table().values().map(|instance| instance.info()).collect()
+    }
+
+    /// Changes how many devices an instance may have.
+    pub fn set_max_devices(&self, name: &str, max_devices: u32) -> Result<()> {
+        self.instance(name)?.set_max_devices(max_devices)
     }
 
     /// Removes an instance; with `force`, detaches its devices even if they are in use.
-    pub fn remove_instance(&self, _name: &str, _force: bool) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn remove_instance(&self, name: &str, force: bool) -> Result<()> {
+        if name == DEFAULT_INSTANCE {
+            return Err(Error::new(Kind::Invalid, "the instance 'default' cannot be removed"));
+        }
+        let instance = self.instance(name)?;
+        if !force && !instance.numbers().is_empty() {
+            return Err(Error::new(Kind::Busy, format!("instance {name} has devices"))
+                .hint("detach them first; --force detaches them all the same"));
+        }
+        self.detach(&Selector::Instance(name.to_owned()), force)?;
+        if !instance.close_if_empty() {
+            return Err(Error::new(Kind::Busy, format!("instance {name} has devices")).hint("try again"));
+        }
+        let mut table = self.table();
+        if table.get(name).is_some_and(|present| Arc::ptr_eq(present, &instance)) {
+            instance.erase();
+            table.remove(name);
+        }
+        drop(table);
+        // Its workers end here, where nobody waits for the table.
+        drop(instance);
+        Ok(())
     }
 
     /// Serves `image` (opened by the caller, for writing unless the device is read-only) as a
     /// device, and returns once it can be used. Nothing is left behind when it fails.
-    pub fn attach(&self, _spec: &AttachSpec, _image: OwnedFd) -> Result<DeviceInfo> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        self.instance(&spec.instance)?.attach(spec, image)
     }
 
     /// Takes devices away. Without `force` a device in use is left alone, and the error says so.
     /// With [`Selector::All`] or `Instance` goes on after a failure and reports the first.
     /// Returns the paths of the devices that are gone.
-    pub fn detach(&self, _which: &Selector, _force: bool) -> Result<Vec<String>> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
+        let when = if force { Stop::Always } else { Stop::IfUnused };
+        if force {
+            write_everything_back();
+        }
+        let mut gone = Vec::new();
+        let mut first = None;
+        for (instance, only) in self.select(which)? {
+            let numbers = only.map_or_else(|| instance.numbers(), |number| vec![number]);
+            for number in numbers {
+                match instance.detach(number, when) {
+                    Ok(path) => gone.push(path),
+                    Err(error) => first = first.or(Some(error)),
+                }
+            }
+        }
+        first.map_or(Ok(gone), Err)
     }
 
     /// Adapts a device to the present size of its image.
-    pub fn resize(&self, _device: &str) -> Result<DeviceInfo> {
-        Err(Error::new(Kind::Unsupported, "not built yet"))
+    pub fn resize(&self, device: &str) -> Result<DeviceInfo> {
+        match &self.select(&Selector::Device(device.to_owned()))?[..] {
+            [(instance, Some(number))] => instance.resize(*number),
+            _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
+        }
     }
 
     /// Devices, by instance and number.
-    pub fn devices(&self, _which: &Selector) -> Result<Vec<DeviceInfo>> {
-        Ok(Vec::new())
+    pub fn devices(&self, which: &Selector) -> Result<Vec<DeviceInfo>> {
+        let mut devices = Vec::new();
+        for (instance, only) in self.select(which)? {
+            devices.extend(instance.devices(only)?);
+        }
+        Ok(devices)
     }
 
     /// Figures of devices.
-    pub fn stats(&self, _which: &Selector) -> Result<Vec<DeviceStats>> {
-        Ok(Vec::new())
+    pub fn stats(&self, which: &Selector) -> Result<Vec<DeviceStats>> {
+        let mut stats = Vec::new();
+        for (instance, only) in self.select(which)? {
+            stats.extend(instance.stats(only)?);
+        }
+        Ok(stats)
     }
 
     /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
     pub fn shutdown(self) -> Vec<String> {
-        Vec::new()
+        let mut notes = Vec::new();
+        write_everything_back();
+        for instance in self.table().values() {
+            instance.close();
+            for number in instance.numbers() {
+                if let Err(error) = instance.detach(number, Stop::Always) {
+                    notes.push(format!("{}/loop{number} did not stop: {error}", instance.info().name));
+                }
+            }
+            if instance.numbers().is_empty() {
+                instance.erase();
+            }
+        }
+        notes
     }
+
+    fn instance(&self, name: &str) -> Result<Arc<Instance>> {
+        self.table().get(name).cloned().ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("there is no instance {name:?}"))
+                .hint(format!("'loopengine instance create {name}' makes it"))
+        })
+    }
+
+    /// Instances, each with one number or all of its devices.
+    fn select(&self, which: &Selector) -> Result<Vec<(Arc<Instance>, Option<u32>)>> {
+        match which {
+            Selector::All => Ok(self.table().values().map(|instance| (instance.clone(), None)).collect()),
+            Selector::Instance(name) => Ok(vec![(self.instance(name)?, None)]),
+            Selector::Device(name) => match parse_device(name, &self.shared.run_dir)? {
+                DeviceName::Number(instance, number) => Ok(vec![(self.instance(&instance)?, Some(number))]),
+                DeviceName::Node(id) => {
+                    let table = self.table();
+                    let found =
+                        table.values().find_map(|instance| Some((instance.clone(), instance.number_of(id)?)));
+                    found.map(|(instance, number)| vec![(instance, Some(number))]).ok_or_else(|| {
+                        Error::new(Kind::NotFound, format!("{name} is none of this daemon's devices"))
+                            .hint("'loopengine list' shows all")
+                    })
+                }
+            },
+        }
+    }
+}
+
+/// Has the kernel write back what its caches hold for devices that are going to be stopped in use:
+/// once they are stopping, the driver fails what is written late. What takes too long is lost then,
+/// as it would be with a disk that is pulled out.
+fn write_everything_back() {
+    let (done, is_done) = crossbeam::channel::bounded(1);
+    std::thread::spawn(move || {
+        rustix::fs::sync();
+        let _ = done.send(());
+    });
+    if is_done.recv_timeout(WRITE_BACK_LIMIT).is_err() {
+        tracing::warn!("not all data could be written back before the devices are stopped");
+    }
+}
+
+/// Half of the mark of ublk devices, by which a later daemon with the same run directory knows its
+/// own: an FNV-1a hash of the directory.
+fn owner_mark(run_dir: &Path) -> u32 {
+    use std::os::unix::ffi::OsStrExt;
+    let hash = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    run_dir.as_os_str().as_bytes().iter().fold(0x811c_9dc5, hash)
 }

@@ -4,14 +4,15 @@
 //! Pure data. Adding an optional field is compatible; renaming or removing one is not.
 
 use serde::{Deserialize, Serialize};
-use zlink::introspect::Type;
+use zlink::introspect::CustomType;
 
 /// Name of the instance that always exists.
 pub const DEFAULT_INSTANCE: &str = "default";
 
 /// What an instance may have.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[zlink(rename_all = "camelCase")]
 pub struct InstanceSpec {
     /// 1 to 64 of `a-z A-Z 0-9 . _ -`, not starting with a dot or a dash.
     pub name: String,
@@ -24,8 +25,9 @@ pub struct InstanceSpec {
 }
 
 /// An instance as it is now.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct InstanceInfo {
     /// Its name.
     pub name: String,
@@ -42,8 +44,9 @@ pub struct InstanceInfo {
 }
 
 /// How to serve an image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[zlink(rename_all = "camelCase")]
 pub struct AttachSpec {
     /// Instance that gets the device.
     pub instance: String,
@@ -71,8 +74,9 @@ pub struct AttachSpec {
 }
 
 /// How requests and their data travel between the kernel and the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Type)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "kebab-case")]
+#[zlink(rename_all = "lowercase")]
 pub enum DataPath {
     /// Data is copied to a buffer of the daemon and back (Linux 6.1).
     Copy,
@@ -94,8 +98,9 @@ impl DataPath {
 }
 
 /// What state a device is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "kebab-case")]
+#[zlink(rename_all = "lowercase")]
 pub enum DeviceState {
     /// It serves.
     Live,
@@ -106,8 +111,9 @@ pub enum DeviceState {
 }
 
 /// A device as it is now.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct DeviceInfo {
     /// Instance that owns it.
     pub instance: String,
@@ -142,8 +148,9 @@ pub struct DeviceInfo {
 }
 
 /// Figures of one device since it was attached, over all its queues.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct DeviceStats {
     /// The path users open.
     pub path: String,
@@ -182,8 +189,9 @@ pub struct DeviceStats {
 }
 
 /// Percentiles of a latency, in nanoseconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct LatencySummary {
     /// Requests that were measured.
     pub samples: u64,
@@ -200,8 +208,9 @@ pub struct LatencySummary {
 }
 
 /// What this kernel grants.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct Features {
     /// Kernel release, e.g. `7.3.4+deb13-amd64`.
     pub kernel: String,

@@ -142,9 +142,7 @@ impl Daemon {
         let text = self.ok(&[words, &["--json"]].concat())?;
         let value: Value = serde_json::from_str(&text).at(format!("{words:?} --json"))?;
         match &value {
-            Value::Object(map) if map.len() == 1 => {
-                Ok(map.values().next().cloned().unwrap_or_default())
-            }
+            Value::Object(map) if map.len() == 1 => Ok(map.values().next().cloned().unwrap_or_default()),
             _ => Ok(value),
         }
     }
@@ -157,10 +155,7 @@ impl Daemon {
             path.starts_with('/') && out == format!("{path}\n"),
             "attach printed {out:?} and not a path alone"
         );
-        ensure!(
-            File::open(path).is_ok(),
-            "attach returned {path} before it could be opened"
-        );
+        ensure!(File::open(path).is_ok(), "attach returned {path} before it could be opened");
         Ok(path.to_string())
     }
 
@@ -172,10 +167,7 @@ impl Daemon {
             !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
             "{node} still there after detach"
         );
-        ensure!(
-            std::fs::symlink_metadata(device).is_err(),
-            "{device} still there after detach"
-        );
+        ensure!(std::fs::symlink_metadata(device).is_err(), "{device} still there after detach");
         Ok(())
     }
 
@@ -191,9 +183,7 @@ impl Daemon {
 
     fn entry(&self, command: &str, device: &str) -> Res<Value> {
         let all = self.json(&[command])?;
-        let found = all
-            .as_array()
-            .and_then(|list| list.iter().find(|entry| entry["path"] == device));
+        let found = all.as_array().and_then(|list| list.iter().find(|entry| entry["path"] == device));
         match found {
             Some(entry) => Ok(entry.clone()),
             None => fail!("{command} does not know {device}: {all}"),
@@ -224,10 +214,7 @@ impl Daemon {
         let Some(mut child) = self.child.take() else {
             fail!("no daemon to kill");
         };
-        ensure!(
-            tools::end(&mut child, Duration::from_secs(30)),
-            "the daemon did not die of SIGKILL"
-        );
+        ensure!(tools::end(&mut child, Duration::from_secs(30)), "the daemon did not die of SIGKILL");
         Ok(())
     }
 
@@ -250,10 +237,7 @@ impl Daemon {
             fail!("the daemon still ran {DRAIN:?} after SIGTERM");
         };
         tools::forget(child.id());
-        ensure!(
-            status.success(),
-            "the daemon ended with {status} after SIGTERM"
-        );
+        ensure!(status.success(), "the daemon ended with {status} after SIGTERM");
         let left = self.ublk_ids();
         ensure!(left.is_empty(), "devices left after SIGTERM: {left:?}");
         Ok(())

@@ -70,13 +70,7 @@ impl Running {
         remember(child.id());
         let out = child.stdout.take().map(reader);
         let err = child.stderr.take().map(reader);
-        Ok(Running {
-            what,
-            child,
-            out,
-            err,
-            reaped: false,
-        })
+        Ok(Running { what, child, out, err, reaped: false })
     }
 
     /// Whether it still runs.
@@ -93,9 +87,8 @@ impl Running {
         };
         self.reaped = true;
         forget(self.child.id());
-        let text = |thread: Option<JoinHandle<String>>| {
-            thread.and_then(|t| t.join().ok()).unwrap_or_default()
-        };
+        let text =
+            |thread: Option<JoinHandle<String>>| thread.and_then(|t| t.join().ok()).unwrap_or_default();
         Ok(Done {
             what: std::mem::take(&mut self.what),
             code: code(status),
@@ -215,10 +208,7 @@ pub(crate) fn forget(pid: u32) {
 
 /// Processes started here and not yet waited for.
 pub(crate) fn running() -> Vec<u32> {
-    RUNNING
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone()
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Kills every process started here.
@@ -229,9 +219,7 @@ pub(crate) fn kill_all() {
 /// A status as a shell would give it.
 pub(crate) fn code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 fn kill_group(pid: u32) {

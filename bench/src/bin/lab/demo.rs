@@ -1,0 +1,250 @@
+//! `lab demo`: real file systems in real images, and a short table.
+//!
+//! Runs where ublk is: on this machine if it has it, else in the lab's VM. Cleans up after itself
+//! on every way out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::engine::{self, Daemon};
+use crate::fio::{self, Length};
+use crate::kernel::Line;
+use crate::rig::Rig;
+use crate::store::{Fs, Store};
+use crate::vm::{self, Mode, Vm};
+use crate::{programs, report, setup, sh};
+
+/// What to show, and where.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Kernel of the VM
+    #[arg(long, value_enum, default_value = "7")]
+    kernel: Line,
+    /// Use a VM even if this machine has ublk
+    #[arg(long)]
+    vm: bool,
+    /// This is where to run, with loopengine on PATH
+    #[arg(long, hide = true)]
+    inside: bool,
+}
+
+const TOOL_LIMIT: Duration = Duration::from_secs(180);
+/// What is copied: enough to be real, little enough for an emulated CPU.
+const TREE_BYTES_MAX: u64 = 24 << 20;
+const TREE_FILES_MAX: usize = 300;
+const TREE_SOURCES: [&str; 3] = ["/etc", "/usr/share/doc", "/usr/lib/x86_64-linux-gnu"];
+/// mkfs.xfs refuses less than 300 MB. Sparse: it takes what is written.
+const IMAGE: &str = "320M";
+const ROUNDS: usize = 3;
+const JOBS: [fio::Job; 3] = [fio::QD1, fio::QD32, fio::SEQ];
+
+/// Runs the demo; its exit code.
+pub(crate) fn run(options: &Options) -> Result<u8> {
+    if options.inside {
+        return show().map(|()| 0);
+    }
+    if !options.vm && engine::can_run_here() {
+        println!("This machine has ublk: the demo runs on it.\n");
+        let mut again = programs::again(&["demo", "--inside"])?;
+        let (status, _) = sh::tee(&mut again, vm::LIMIT)?;
+        return Ok(if status.success() { 0 } else { 1 });
+    }
+    let lab = setup::ensure()?;
+    let kernel = lab.kernel(options.kernel)?;
+    println!("No ublk here: the demo runs in a throw-away VM with Linux {}.\n", kernel.release);
+    let machine = Vm::new(kernel, Mode::Smp);
+    let status = machine.run(&lab, &programs::build()?, "lab demo --inside", &mut vm::to_stdout)?;
+    Ok(u8::try_from(status).unwrap_or(1))
+}
+
+fn show() -> Result<()> {
+    let start = Instant::now();
+    let home = tempfile::Builder::new().prefix("loopengine-demo-").tempdir_in("/run")?;
+    let place = home.path().join("store");
+    let _store = Store::new(Fs::Xfs, 900, &place)?;
+    say("store", "XFS in memory (null_blk), for the images to lie on");
+    let daemon = Daemon::start(&home.path().join("loopengine"))?;
+    for instance in ["red", "blue"] {
+        daemon.run(&["instance", "create", instance])?;
+    }
+    let paths = engine::data_paths()?;
+    say("serve", &format!("instances red and blue; data paths here: {}", paths.join(", ")));
+
+    let tree = home.path().join("tree");
+    let (files, bytes) = gather(&tree)?;
+    say("tree", &format!("{files} files, {} MB, from {}", bytes >> 20, TREE_SOURCES.join(", ")));
+    for (instance, kind) in [("red", "ext4"), ("blue", "xfs")] {
+        file_system(&daemon, instance, kind, &place, &tree, home.path())?;
+    }
+
+    say(
+        "measure",
+        &format!("{ROUNDS} interleaved rounds; each number a median, × is the ratio to kernel loop"),
+    );
+    let best = paths.first().cloned().context("the kernel grants no data path")?;
+    let rig = Rig::new(&place.join("bench.img"), 256, &daemon, &[best])?;
+    let mut rounds = Vec::new();
+    for round in 0..ROUNDS {
+        let mut targets = rig.targets.clone();
+        let turn = round % targets.len();
+        targets.rotate_left(turn);
+        let length = Length { ramp_ms: 100, run_ms: 700 };
+        rounds.push(fio::parse(&fio::run(&JOBS, &targets, length, home.path())?)?);
+    }
+    drop(rig);
+    daemon.stop()?;
+    println!("\n{}", report::terminal(&JOBS, &rounds));
+    println!("All checks passed, {} s.", start.elapsed().as_secs());
+    Ok(())
+}
+
+/// An image with a file system, filled, checked, taken away, brought back and checked again.
+fn file_system(
+    daemon: &Daemon,
+    instance: &str,
+    kind: &str,
+    place: &Path,
+    tree: &Path,
+    home: &Path,
+) -> Result<()> {
+    let image = place.join(format!("{kind}.img"));
+    let mount = home.join(kind);
+    fs::create_dir(&mount)?;
+    sh::capture(Command::new("loopengine").arg("create").arg(&image).args(["--size", IMAGE]), TOOL_LIMIT)?;
+    let device = daemon.attach(&image, &["--instance", instance])?;
+    say("attach", &format!("{} is {}", image.display(), device.display()));
+    let mkfs = format!("mkfs.{kind}");
+    tool(&mkfs, &["-q"], &device)?;
+    {
+        let _mounted = Mounted::new(&device, &mount, "rw")?;
+        sh::capture(Command::new("cp").arg("-a").arg(tree.join(".")).arg(&mount), TOOL_LIMIT)?;
+        sums(tree, &mount)?;
+    }
+    check(kind, &device)?;
+    say(kind, "mkfs, mount, copy, checksums, umount, file system check: all good");
+    daemon.detach(&device)?;
+    let device = daemon.attach(&image, &["--instance", instance])?;
+    {
+        let _mounted = Mounted::new(&device, &mount, "ro")?;
+        sums(tree, &mount)?;
+    }
+    check(kind, &device)?;
+    daemon.detach(&device)?;
+    say(kind, "detached, attached again: checksums and file system check good");
+    fs::remove_file(&image).with_context(|| format!("cannot remove {}", image.display()))
+}
+
+fn check(kind: &str, device: &Path) -> Result<()> {
+    match kind {
+        "ext4" => tool("e2fsck", &["-f", "-n"], device),
+        _ => tool("xfs_repair", &["-n"], device),
+    }
+}
+
+fn tool(program: &str, words: &[&str], device: &Path) -> Result<()> {
+    sh::capture(Command::new(sh::which(program)?).args(words).arg(device), TOOL_LIMIT).map(drop)
+}
+
+/// Compares the checksums that lie in `tree` with the files of `copy`.
+fn sums(tree: &Path, copy: &Path) -> Result<()> {
+    let mut check = Command::new("sha256sum");
+    check.args(["--check", "--quiet", "--strict"]).arg(tree.with_extension("sums")).current_dir(copy);
+    sh::capture(&mut check, TOOL_LIMIT).map(drop)
+}
+
+/// A mounted file system, until this is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(device: &Path, directory: &Path, options: &str) -> Result<Mounted> {
+        let mut mount = Command::new("mount");
+        sh::capture(mount.args(["-o", options]).arg(device).arg(directory), TOOL_LIMIT)?;
+        Ok(Mounted(directory.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = sh::capture(Command::new("umount").arg(&self.0), TOOL_LIMIT) {
+            eprintln!("lab: {error:#}");
+        }
+    }
+}
+
+/// Copies some of this system's files to `tree`, their checksums beside it; how many and how large.
+fn gather(tree: &Path) -> Result<(usize, u64)> {
+    let (mut files, mut bytes) = (Vec::new(), 0);
+    for (index, source) in TREE_SOURCES.iter().enumerate() {
+        // Each source gets its share, and what those before it left over.
+        let share = |whole: u64| whole * (index as u64 + 1) / TREE_SOURCES.len() as u64;
+        let (count_max, bytes_max) = (share(TREE_FILES_MAX as u64) as usize, share(TREE_BYTES_MAX));
+        walk(Path::new(source), &mut |file, size| {
+            if files.len() < count_max && bytes + size <= bytes_max {
+                files.push(file.to_owned());
+                bytes += size;
+            }
+            files.len() < count_max && bytes < bytes_max
+        });
+    }
+    if files.is_empty() {
+        bail!("found no file to copy in {}", TREE_SOURCES.join(", "));
+    }
+    for file in &files {
+        let copy = tree.join(file.strip_prefix("/").unwrap_or(file));
+        fs::create_dir_all(copy.parent().unwrap_or(tree))?;
+        fs::copy(file, &copy).with_context(|| format!("cannot copy {}", file.display()))?;
+    }
+    let names = files.iter().map(|file| file.strip_prefix("/").unwrap_or(file));
+    let sums = sh::capture(Command::new("sha256sum").arg("--").args(names).current_dir(tree), TOOL_LIMIT)?;
+    fs::write(tree.with_extension("sums"), sums)?;
+    Ok((files.len(), bytes))
+}
+
+/// Calls `visit` with the readable regular files under `directory` until it says no.
+fn walk(directory: &Path, visit: &mut dyn FnMut(&Path, u64) -> bool) -> bool {
+    let mut entries: Vec<_> = fs::read_dir(directory).into_iter().flatten().flatten().collect();
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let Ok(meta) = entry.path().symlink_metadata() else { continue };
+        let go_on = if meta.is_dir() {
+            walk(&entry.path(), visit)
+        } else if meta.is_file() && meta.len() > 0 && fs::File::open(entry.path()).is_ok() {
+            visit(&entry.path(), meta.len())
+        } else {
+            true
+        };
+        if !go_on {
+            return false;
+        }
+    }
+    true
+}
+
+fn say(what: &str, text: &str) {
+    println!("  {what:<9}{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walk_sees_regular_files_and_stops_when_told() {
+        let home = tempfile::tempdir().unwrap();
+        fs::create_dir(home.path().join("sub")).unwrap();
+        for name in ["a", "sub/b", "z"] {
+            fs::write(home.path().join(name), name).unwrap();
+        }
+        std::os::unix::fs::symlink("a", home.path().join("link")).unwrap();
+        let mut seen = Vec::new();
+        walk(home.path(), &mut |file, _| {
+            seen.push(file.strip_prefix(home.path()).unwrap().to_owned());
+            seen.len() < 2
+        });
+        assert_eq!(seen, [Path::new("a"), Path::new("sub/b")]);
+    }
+}

@@ -1,0 +1,135 @@
+//! The program under test, by its public command line: a daemon, and devices attached to it.
+//!
+//! Needs `loopengine` on PATH, root and ublk. Dropping the daemon ends it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::sh;
+
+/// An emulated CPU starts programs slowly.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A daemon with a run directory of its own.
+pub(crate) struct Daemon {
+    child: Child,
+    run_dir: PathBuf,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts one and waits until it answers.
+    pub(crate) fn start(run_dir: &Path) -> Result<Daemon> {
+        // Its image files must not lie on one of its own devices, nor must its log.
+        let log = run_dir.with_extension("log");
+        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let child = command(run_dir, &["serve"])
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .context("cannot run loopengine")?;
+        let mut daemon = Daemon { child, run_dir: run_dir.to_owned(), log };
+        let socket = run_dir.join("control");
+        sh::wait_for("loopengine serve", LIMIT, || {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("loopengine serve: {status}: {}", daemon.last_words());
+            }
+            Ok(socket.exists().then_some(()))
+        })?;
+        daemon.run(&["list"])?;
+        Ok(daemon)
+    }
+
+    /// Runs a subcommand and returns what it printed.
+    pub(crate) fn run(&self, words: &[&str]) -> Result<String> {
+        sh::capture(&mut command(&self.run_dir, words), LIMIT)
+    }
+
+    /// Attaches `image` with the options `words` and returns the device.
+    pub(crate) fn attach(&self, image: &Path, words: &[&str]) -> Result<PathBuf> {
+        let mut attach = command(&self.run_dir, &["attach"]);
+        let said = sh::capture(attach.args(words).arg(image), LIMIT)?;
+        Ok(PathBuf::from(said.trim_end()))
+    }
+
+    /// Detaches `device`.
+    pub(crate) fn detach(&self, device: &Path) -> Result<()> {
+        sh::capture(command(&self.run_dir, &["detach"]).arg(device), LIMIT).map(drop)
+    }
+
+    /// Process id of the daemon.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as a service manager would.
+    pub(crate) fn stop(mut self) -> Result<()> {
+        let status = self.end()?;
+        if !status.success() {
+            bail!("loopengine serve ended with {status}: {}", self.last_words());
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<std::process::ExitStatus> {
+        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
+            && self.child.try_wait()?.is_none()
+        {
+            kill_process(pid, Signal::TERM)?;
+        }
+        sh::wait_for("loopengine serve to end", LIMIT, || Ok(self.child.try_wait()?))
+    }
+
+    fn last_words(&self) -> String {
+        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
+        said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.end().is_err() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn command(run_dir: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new("loopengine");
+    command.args(words).env("LOOPENGINE_RUN_DIR", run_dir);
+    command
+}
+
+/// Paths of the feature ladder that work here, best first.
+pub(crate) fn data_paths() -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Features {
+        data_paths: Vec<String>,
+    }
+    let said = sh::capture(Command::new("loopengine").args(["features", "--json"]), LIMIT)?;
+    let features: Features = serde_json::from_str(&said).context("loopengine features --json")?;
+    Ok(features.data_paths)
+}
+
+/// Whether this machine can serve devices itself: root, and a kernel with ublk.
+pub(crate) fn can_run_here() -> bool {
+    if !rustix::process::geteuid().is_root() {
+        return false;
+    }
+    let control = Path::new("/dev/ublk-control");
+    if !control.exists()
+        && let Ok(modprobe) = sh::which("modprobe")
+    {
+        // No module is an answer too.
+        let _ = sh::capture(Command::new(modprobe).args(["-q", "ublk_drv"]), LIMIT);
+    }
+    control.exists()
+}

@@ -1,0 +1,177 @@
+//! The guest's half of the power cuts: promises before the cut, and what is left of them after it.
+//!
+//! The images' blocks are unwritten when they are served, so what the engine does not commit
+//! together with its metadata reads as zeros after the cut. Knows nothing of VMs.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
+
+use crate::engine::Daemon;
+use crate::sh;
+
+/// What the guest does in this boot.
+#[derive(clap::Subcommand)]
+pub(crate) enum Round {
+    /// Make a file system on the disk, serve images on it and write durably until the power is cut
+    Promise {
+        #[arg(long)]
+        fs: String,
+    },
+    /// Look for what was promised; promises come one a line, as "fsync 12"
+    Keep {
+        #[arg(long, value_name = "FILE")]
+        promises: PathBuf,
+    },
+}
+
+const DISK: &str = "/dev/vda";
+const STORE: &str = "/run/store";
+const INSIDE: &str = "/run/inside";
+const LIMIT: Duration = Duration::from_secs(120);
+const BLOCK: usize = 4096;
+/// Blocks that are promised; noise goes to as many behind them.
+const BLOCKS: u64 = 8192;
+
+/// Runs one of the two boots.
+pub(crate) fn run(round: &Round) -> Result<()> {
+    for directory in [STORE, INSIDE] {
+        std::fs::create_dir_all(directory)?;
+    }
+    match round {
+        Round::Promise { fs } => promise(fs),
+        Round::Keep { promises } => keep(promises),
+    }
+}
+
+fn promise(fs: &str) -> Result<()> {
+    tool(&[&format!("mkfs.{fs}"), "-q", DISK])?;
+    tool(&["mount", DISK, STORE])?;
+    let (blocks, files) = (Path::new(STORE).join("blocks"), Path::new(STORE).join("files"));
+    for image in [&blocks, &files] {
+        tool(&["fallocate", "-l", "64M", &image.to_string_lossy()])?;
+    }
+    tool(&["sync"])?;
+    let daemon = Daemon::start(Path::new("/run/loopengine-power-cut"))?;
+    let (blocks, files) = (daemon.attach(&blocks, &[])?, daemon.attach(&files, &[])?);
+    tool(&["mkfs.ext4", "-q", &files.to_string_lossy()])?;
+    tool(&["mount", &files.to_string_lossy(), INSIDE])?;
+
+    let plain = open(&blocks, OFlags::empty())?;
+    let through = open(&blocks, OFlags::DSYNC)?;
+    let mut out = std::io::stdout().lock();
+    for number in 0..BLOCKS / 2 {
+        // A flush: the write is answered, then made durable.
+        plain.write_all_at(Aligned::new(&pattern("fsync", number)).bytes(), number * 2 * BLOCK as u64)?;
+        plain.sync_all()?;
+        writeln!(out, "durable fsync {number}")?;
+        // FUA: durable when answered.
+        through
+            .write_all_at(Aligned::new(&pattern("fua", number)).bytes(), (number * 2 + 1) * BLOCK as u64)?;
+        writeln!(out, "durable fua {number}")?;
+        // FUA as journals use it: nothing follows the commit record.
+        let mut file = File::create(file_path(number))?;
+        file.write_all(&pattern("file", number))?;
+        file.sync_all()?;
+        writeln!(out, "durable file {number}")?;
+        // What nobody asked to be durable goes on beside it.
+        plain.write_all_at(
+            Aligned::new(&pattern("noise", number)).bytes(),
+            (BLOCKS + number) * BLOCK as u64,
+        )?;
+        out.flush()?;
+    }
+    bail!("every block is written and the power is still on")
+}
+
+fn keep(promises: &Path) -> Result<()> {
+    tool(&["modprobe", "loop"])?;
+    tool(&["mount", DISK, STORE])?;
+    let image = Path::new(STORE).join("files");
+    // Replays the journal, as anyone's next mount would.
+    tool(&["mount", "-o", "loop", &image.to_string_lossy(), INSIDE])?;
+    let blocks = File::open(Path::new(STORE).join("blocks"))?;
+    let promises = std::fs::read_to_string(promises).context("cannot read the promises")?;
+    for promise in promises.lines() {
+        let (kind, number) = promise.split_once(' ').context("a promise is two words")?;
+        let number: u64 = number.parse().context("a promise has a number")?;
+        let mut found = vec![0; BLOCK];
+        let read = match kind {
+            "fsync" => blocks.read_exact_at(&mut found, number * 2 * BLOCK as u64),
+            "fua" => blocks.read_exact_at(&mut found, (number * 2 + 1) * BLOCK as u64),
+            _ => std::fs::read(file_path(number)).map(|bytes| found = bytes),
+        };
+        let kept = read.is_ok() && found == pattern(kind, number);
+        println!("{} {promise}", if kept { "kept" } else { "lost" });
+    }
+    tool(&["umount", INSIDE])?;
+    match tool(&["e2fsck", "-f", "-n", &image.to_string_lossy()]) {
+        Ok(()) => println!("clean"),
+        Err(error) => println!("damaged: {error:#}"),
+    }
+    Ok(())
+}
+
+fn open(device: &Path, flags: OFlags) -> Result<File> {
+    let flags = (OFlags::DIRECT | flags).bits();
+    OpenOptions::new()
+        .write(true)
+        .custom_flags(i32::try_from(flags)?)
+        .open(device)
+        .with_context(|| format!("cannot open {}", device.display()))
+}
+
+fn file_path(number: u64) -> PathBuf {
+    Path::new(INSIDE).join(format!("file-{number}"))
+}
+
+/// A block that says whose it is, all over.
+fn pattern(kind: &str, number: u64) -> Vec<u8> {
+    let word = format!("{kind} {number}\n");
+    word.bytes().cycle().take(BLOCK).collect()
+}
+
+fn tool(words: &[&str]) -> Result<()> {
+    sh::capture(Command::new(sh::which(words[0])?).args(&words[1..]), LIMIT).map(drop)
+}
+
+/// A copy of a block at an address that direct I/O takes.
+struct Aligned {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl Aligned {
+    fn new(block: &[u8]) -> Aligned {
+        let mut buffer = vec![0; block.len() + BLOCK];
+        let start = buffer.as_ptr().align_offset(BLOCK);
+        buffer[start..start + block.len()].copy_from_slice(block);
+        Aligned { buffer, start }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.start + self.buffer.len() - BLOCK]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_for_direct_io_is_aligned_and_whole() {
+        for number in [0, 7, 12_345] {
+            let block = pattern("fua", number);
+            let aligned = Aligned::new(&block);
+            assert_eq!(aligned.bytes(), block);
+            assert_eq!(aligned.bytes().as_ptr().addr() % BLOCK, 0);
+        }
+        assert_ne!(pattern("fua", 1), pattern("fua", 2));
+    }
+}

@@ -1,0 +1,150 @@
+//! Power cuts: what the guest was told is durable must be there after its machine was killed.
+//!
+//! Boots a VM with a disk, lets the guest write through a device of the engine, kills
+//! QEMU in the middle, boots again on the same disk and compares. Knows nothing of the engine but
+//! its command line.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+pub(crate) mod guest;
+
+use crate::kernel::Line;
+use crate::programs::Program;
+use crate::setup::Lab;
+use crate::sh;
+use crate::suite::Tally;
+use crate::vm::{Mode, Vm};
+
+/// Promises to wait for; the cut comes in the middle of the next.
+const PROMISES: usize = 300;
+const DISK_BYTES: u64 = 768 << 20;
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// A case: its name, and the kinds of promises that it is about.
+const CASES: [(&str, &[&str]); 2] = [("power_cut::fsync", &["fsync"]), ("power_cut::fua", &["fua", "file"])];
+
+/// Runs the cases that `filter` allows on the kernel of `line`.
+pub(crate) fn run(lab: &Lab, line: Line, programs: &[Program], filter: Option<&str>) -> Result<Tally> {
+    let wanted: Vec<_> =
+        CASES.iter().filter(|(name, _)| filter.is_none_or(|text| name.contains(text))).collect();
+    let mut tally = Tally::default();
+    if wanted.is_empty() {
+        return Ok(tally);
+    }
+    // XFS on one kernel and ext4 on the other: both are seen, in half the time.
+    let fs = if line == Line::Seven { "xfs" } else { "ext4" };
+    let outcome = cut(lab, line, programs, fs);
+    sh::interrupted()?;
+    for (name, kinds) in wanted {
+        let verdict =
+            outcome.as_ref().map_err(|error| format!("{error:#}")).and_then(|said| judge(said, kinds));
+        match verdict {
+            Ok(kept) => {
+                println!("test {name} ... ok ({kept} writes kept, {fs})");
+                tally.passed += 1;
+            }
+            Err(why) => {
+                println!("test {name} ... FAILED: {why}");
+                tally.failed += 1;
+            }
+        }
+    }
+    Ok(tally)
+}
+
+/// Both boots; what the second one found.
+fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> {
+    let directory = tempfile::Builder::new().prefix("power-cut-").tempdir_in(&lab.cache)?;
+    let disk = directory.path().join("disk");
+    std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
+    let machine = Vm { disks: vec![disk], limit: LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
+    let promised = promises(&machine, lab, programs, fs)?;
+    let list = directory.path().join("promises");
+    std::fs::write(&list, promised.join("\n"))?;
+    let mut said = Vec::new();
+    let line = format!("lab power-cut keep --promises {}", sh::quote(&[list.to_string_lossy()]));
+    let status = machine.run(lab, programs, &line, &mut |bytes| said.extend_from_slice(bytes))?;
+    if status != 0 {
+        bail!("the second boot failed with status {status}: {}", last_line(&said));
+    }
+    Ok(String::from_utf8_lossy(&said).into_owned())
+}
+
+/// The first boot, up to the cut: what was promised, as "fsync 12".
+fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<Vec<String>> {
+    let mut said = Vec::new();
+    let mut running = machine.start(lab, programs, &format!("lab power-cut promise --fs {fs}"))?;
+    let start = Instant::now();
+    while promised(&said).len() < PROMISES {
+        if let Some(status) = running.turn(&mut |bytes| said.extend_from_slice(bytes))? {
+            bail!("the first boot ended with status {status} before the cut: {}", last_line(&said));
+        }
+        if start.elapsed() > LIMIT {
+            bail!("only {} writes were durable after {} s", promised(&said).len(), LIMIT.as_secs());
+        }
+    }
+    running.kill();
+    running.pass_on(&mut |bytes| said.extend_from_slice(bytes))?;
+    Ok(promised(&said))
+}
+
+fn last_line(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
+    said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
+}
+
+/// Promises among lines of output, the last one only if its line is complete.
+fn promised(said: &[u8]) -> Vec<String> {
+    let said = String::from_utf8_lossy(said);
+    said.split_inclusive('\n')
+        .filter_map(|line| line.strip_suffix('\n')?.strip_prefix("durable "))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Number of promises of `kinds` that were kept, or what is wrong.
+fn judge(said: &str, kinds: &[&str]) -> Result<usize, String> {
+    let of = |verdict: &str| -> Vec<&str> {
+        said.lines()
+            .filter_map(|line| line.strip_prefix(verdict)?.strip_prefix(' '))
+            .filter(|promise| kinds.iter().any(|kind| promise.split(' ').next() == Some(kind)))
+            .collect()
+    };
+    let (kept, lost) = (of("kept"), of("lost"));
+    if !lost.is_empty() {
+        return Err(format!(
+            "{} of {} durable writes were lost: {}",
+            lost.len(),
+            lost.len() + kept.len(),
+            lost.join(", ")
+        ));
+    }
+    if kept.is_empty() {
+        return Err("nothing was compared".into());
+    }
+    if kinds.contains(&"file") && !said.lines().any(|line| line == "clean") {
+        return Err("the file system in the image is damaged".into());
+    }
+    Ok(kept.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_promise_counts_once_its_line_is_complete() {
+        assert_eq!(promised(b"noise\ndurable fsync 0\ndurable fua 1"), ["fsync 0"]);
+    }
+
+    #[test]
+    fn one_lost_write_fails_the_case_it_belongs_to() {
+        let said = "kept fsync 0\nlost fua 0\nkept file 0\nclean\n";
+        assert_eq!(judge(said, &["fsync"]), Ok(1));
+        assert!(judge(said, &["fua", "file"]).unwrap_err().contains("1 of 2"));
+        assert!(judge("kept file 0\ndamaged\n", &["file"]).is_err());
+        assert!(judge("", &["fsync"]).is_err());
+    }
+}

@@ -1,0 +1,163 @@
+//! The workspace's programs, built with the lab's profile, and copies of them small enough to
+//! travel into a VM.
+//!
+//! Knows cargo, not what the programs do.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::sh;
+
+/// Profile of everything that the lab builds, so that no step compiles anew what another has.
+pub(crate) const PROFILE: [&str; 2] = ["--profile", "lab"];
+const BUILD_LIMIT: Duration = Duration::from_secs(3600);
+
+/// A program that cargo built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Program {
+    /// Its name inside the VM.
+    pub(crate) name: String,
+    /// Where it lies.
+    pub(crate) path: PathBuf,
+}
+
+/// Root of the workspace.
+pub(crate) fn workspace() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).to_owned()
+}
+
+/// A cargo command in the workspace. The one that runs this program, if it does.
+pub(crate) fn cargo(words: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(words).current_dir(workspace()).stdin(Stdio::null());
+    // What `cargo run` says of this package is not so of what is built now.
+    let said = std::env::vars_os().filter(|(key, _)| key.to_str().is_some_and(said_by_cargo_run));
+    for (key, _) in said {
+        command.env_remove(key);
+    }
+    command
+}
+
+fn said_by_cargo_run(variable: &str) -> bool {
+    variable.starts_with("CARGO_PKG_")
+        || variable.starts_with("CARGO_MANIFEST_")
+        || variable == "LD_LIBRARY_PATH"
+}
+
+/// Builds `loopengine` and `lab`.
+pub(crate) fn build() -> Result<Vec<Program>> {
+    build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"])
+}
+
+/// This program once more, on this machine, with the freshly built programs on its PATH.
+pub(crate) fn again<S: AsRef<OsStr>>(words: &[S]) -> Result<Command> {
+    let programs = build()?;
+    let engine = programs.iter().find(|program| program.name == "loopengine");
+    let directory = engine.and_then(|program| program.path.parent()).context("cargo built no loopengine")?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(words).env("PATH", format!("{}:{path}", directory.display()));
+    Ok(command)
+}
+
+/// Builds the kernel cases: one program, named `vm`.
+pub(crate) fn build_cases() -> Result<Program> {
+    let words = ["test", "--package", "loopengine", "--test", "vm", "--no-run"];
+    let mut built = build_with(&words)?;
+    built.retain(|program| program.name == "vm");
+    built.pop().context("cargo built no test program named vm")
+}
+
+/// Names of the workspace's test programs.
+pub(crate) fn test_targets() -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        packages: Vec<Package>,
+    }
+    #[derive(Deserialize)]
+    struct Package {
+        targets: Vec<Target>,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
+    }
+    let mut command = cargo(&["metadata", "--no-deps", "--format-version", "1", "--offline"]);
+    let said = sh::capture(&mut command, Duration::from_secs(60))?;
+    let metadata: Metadata = serde_json::from_str(&said).context("cargo metadata said something unknown")?;
+    let targets = metadata.packages.into_iter().flat_map(|package| package.targets);
+    Ok(targets
+        .filter(|target| target.kind.iter().any(|kind| kind == "test"))
+        .map(|target| target.name)
+        .collect())
+}
+
+fn build_with(words: &[&str]) -> Result<Vec<Program>> {
+    let mut command = cargo(words);
+    command.args(PROFILE).args(["--quiet", "--message-format=json-render-diagnostics"]);
+    let name = sh::describe(&command);
+    // Compiler messages go straight to the user.
+    let child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {name}"))?;
+    let deadline = std::thread::spawn(move || child.wait_with_output());
+    let output = sh::wait_for(&name, BUILD_LIMIT, || Ok(deadline.is_finished().then_some(())))
+        .and_then(|()| Ok(deadline.join().map_err(|_| anyhow::anyhow!("{name}: lost its output"))??))?;
+    if !output.status.success() {
+        bail!("{name}: {}", output.status);
+    }
+    Ok(executables(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Executables among cargo's messages, one JSON object a line.
+fn executables(messages: &str) -> Vec<Program> {
+    #[derive(Deserialize)]
+    struct Message {
+        executable: Option<PathBuf>,
+        target: Target,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+    }
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok())
+        .filter_map(|message| Some(Program { name: message.target.name, path: message.executable? }))
+        .collect()
+}
+
+/// Copies `programs` to `directory` without their debug information: a VM reads files slowly.
+pub(crate) fn stage(programs: &[Program], directory: &Path) -> Result<()> {
+    std::fs::create_dir_all(directory)?;
+    for program in programs {
+        let mut strip = Command::new(sh::which("strip")?);
+        strip.arg("--strip-debug").arg("-o").arg(directory.join(&program.name)).arg(&program.path);
+        sh::capture(&mut strip, Duration::from_secs(60))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_found_among_messages() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"name":"anyhow"},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"lab","kind":["bin"]},"executable":"/t/lab/lab"}
+not json
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(executables(messages), [Program { name: "lab".into(), path: "/t/lab/lab".into() }]);
+    }
+
+    #[test]
+    fn the_workspace_is_the_one_with_the_engine() {
+        assert!(workspace().join("engine/Cargo.toml").exists());
+    }
+}

@@ -1,0 +1,185 @@
+//! `lab setup`: what the lab needs and this machine lacks. Run again it does nothing, quickly.
+//!
+//! Knows Debian's packages and the virtual environment; kernels are in `kernel`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::kernel::{self, Line};
+use crate::{cache, sh};
+
+/// Debian packages, and what each is for.
+const PACKAGES: [(&str, &str); 15] = [
+    ("qemu-system-x86", "the VM"),
+    ("busybox-static", "its first program"),
+    ("cpio", "its first file system"),
+    ("file", "the kernel's version"),
+    ("kmod", "the kernel's modules"),
+    ("xz-utils", "the kernel's modules"),
+    ("binutils", "programs small enough to be copied into the VM"),
+    ("fio", "load and figures"),
+    ("xfsprogs", "XFS"),
+    ("e2fsprogs", "ext4"),
+    ("gdisk", "partition tables"),
+    ("util-linux", "losetup, blkdiscard, fallocate"),
+    ("mount", "mount, losetup"),
+    ("libclang-dev", "building libublk"),
+    ("python3-venv", "virtme-ng"),
+];
+
+/// As pip takes it.
+pub(crate) const VIRTME: &str = "virtme-ng==1.42";
+const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
+
+/// A machine on which VMs can be booted.
+#[derive(Clone, Debug)]
+pub(crate) struct Lab {
+    /// Directory of all that the lab has fetched.
+    pub(crate) cache: PathBuf,
+}
+
+impl Lab {
+    /// The program that boots VMs.
+    pub(crate) fn vng(&self) -> PathBuf {
+        self.cache.join("venv/bin/vng")
+    }
+
+    /// The kernel of `line`.
+    pub(crate) fn kernel(&self, line: Line) -> Result<kernel::Kernel> {
+        match kernel::find(&self.cache, line) {
+            Some(kernel) => Ok(kernel),
+            None => bail!("kernel {} is not there: run `cargo lab setup`", line.name()),
+        }
+    }
+}
+
+/// Makes sure of everything, saying on standard error what it does and nothing when all is there.
+pub(crate) fn ensure() -> Result<Lab> {
+    if !Path::new("/etc/debian_version").exists() || sh::which("dpkg-query").is_err() {
+        bail!(
+            "the lab sets itself up on Debian only: run it on Debian 12 or 13, for instance in a container"
+        );
+    }
+    let lab = Lab { cache: cache::directory()? };
+    if complete(&lab)? {
+        return Ok(lab);
+    }
+    let _turn = cache::lock(&lab.cache)?;
+    packages()?;
+    virtual_environment(&lab)?;
+    for line in Line::ALL {
+        if kernel::find(&lab.cache, line).is_none() {
+            eprintln!("setup: fetching and unpacking Debian's kernel {} (about 110 MB)", line.name());
+            let kernel = kernel::fetch(&lab.cache, line)?;
+            eprintln!("setup: kernel {} is ready", kernel.release);
+        }
+    }
+    Ok(lab)
+}
+
+fn complete(lab: &Lab) -> Result<bool> {
+    let kernels = Line::ALL.iter().all(|line| kernel::find(&lab.cache, *line).is_some());
+    Ok(kernels && has_virtme(lab) && missing_packages()?.is_empty())
+}
+
+/// Removes the kernels, so that the next set-up fetches the newest.
+pub(crate) fn forget_kernels() -> Result<()> {
+    let cache = cache::directory()?;
+    let _turn = cache::lock(&cache)?;
+    let kernels = cache.join(kernel::HOME);
+    if kernels.exists() {
+        std::fs::remove_dir_all(kernels)?;
+    }
+    Ok(())
+}
+
+/// What `lab setup` reports at its end.
+pub(crate) fn report(lab: &Lab) -> Result<()> {
+    for line in Line::ALL {
+        println!("kernel {:<5} {}", line.name(), lab.kernel(line)?.release);
+    }
+    println!("{:<12} {}", "virtme-ng", lab.vng().display());
+    println!("{:<12} {}", "files", lab.cache.display());
+    println!("ready: try `cargo lab demo`");
+    Ok(())
+}
+
+fn packages() -> Result<()> {
+    let missing = missing_packages()?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let list = missing.join(" ");
+    if !rustix::process::geteuid().is_root() {
+        bail!("packages are missing and only root can install them: sudo apt-get install {list}");
+    }
+    for package in &missing {
+        let purpose = PACKAGES.iter().find(|(name, _)| name == package).map_or("", |(_, purpose)| purpose);
+        eprintln!("setup: installing {package} ({purpose})");
+    }
+    let apt = |words: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command
+            .args(["-qq", "-o", "DPkg::Lock::Timeout=120"])
+            .args(words)
+            .env("DEBIAN_FRONTEND", "noninteractive");
+        sh::capture(&mut command, INSTALL_LIMIT).map(drop)
+    };
+    apt(&["update"])?;
+    let mut words = vec!["install", "-y", "--no-install-recommends"];
+    words.extend(missing.iter().copied());
+    apt(&words)
+}
+
+fn missing_packages() -> Result<Vec<&'static str>> {
+    let mut query = Command::new("dpkg-query");
+    query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(PACKAGES.map(|(name, _)| name));
+    // Its status is 1 when a package was never heard of.
+    let output = sh::output(&mut query, Duration::from_secs(60))?;
+    Ok(not_installed(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Packages that lines of "status name" do not call installed.
+fn not_installed(status: &str) -> Vec<&'static str> {
+    let installed: Vec<&str> = status.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
+    PACKAGES.iter().map(|(name, _)| *name).filter(|name| !installed.contains(name)).collect()
+}
+
+fn virtual_environment(lab: &Lab) -> Result<()> {
+    let home = lab.cache.join("venv");
+    if has_virtme(lab) {
+        return Ok(());
+    }
+    eprintln!("setup: installing {VIRTME} into {}", home.display());
+    if home.exists() {
+        std::fs::remove_dir_all(&home)?;
+    }
+    // Debian's own Python: one from elsewhere may lie where a guest does not see it.
+    let python = if Path::new("/usr/bin/python3").exists() { "/usr/bin/python3" } else { "python3" };
+    sh::capture(Command::new(python).args(["-m", "venv"]).arg(&home), INSTALL_LIMIT)?;
+    sh::capture(Command::new(home.join("bin/pip")).args(["install", "--quiet", VIRTME]), INSTALL_LIMIT)?;
+    // Last: an environment without this mark is made anew.
+    std::fs::write(home.join("installed"), VIRTME)?;
+    Ok(())
+}
+
+fn has_virtme(lab: &Lab) -> bool {
+    let mark = lab.cache.join("venv/installed");
+    std::fs::read_to_string(mark).is_ok_and(|what| what == VIRTME) && lab.vng().exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_missing_is_installed() {
+        let all: String = PACKAGES.iter().map(|(name, _)| format!("installed {name}\n")).collect();
+        assert!(not_installed(&all).is_empty());
+        let without = all.replace("installed fio\n", "config-files fio\n").replace("installed cpio\n", "");
+        assert_eq!(not_installed(&without), ["cpio", "fio"]);
+    }
+}

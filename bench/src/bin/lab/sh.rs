@@ -1,0 +1,212 @@
+//! Running other programs: every run has a deadline, ends on Ctrl-C, and fails with one line that
+//! names the program and the last thing it said.
+//!
+//! Knows nothing of what is run.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// How often a wait looks again.
+pub(crate) const TICK: Duration = Duration::from_millis(50);
+
+/// What `interrupted` says; `main` turns it into exit code 130.
+pub(crate) const INTERRUPTED: &str = "interrupted";
+
+static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// From here on SIGINT, SIGTERM and SIGHUP are noted instead of ending the program at once, so that
+/// a VM or a mounted file system is never left behind.
+pub(crate) fn watch_signals() -> Result<()> {
+    let flag = Arc::clone(STOP.get_or_init(Arc::default));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&flag)).context("cannot watch signals")?;
+    }
+    Ok(())
+}
+
+/// Fails once the user asked to stop.
+pub(crate) fn interrupted() -> Result<()> {
+    if STOP.get().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+        bail!(INTERRUPTED);
+    }
+    Ok(())
+}
+
+/// Waits in small steps until `done` gives a value; an error after `limit`, naming `what`.
+pub(crate) fn wait_for<T>(
+    what: &str,
+    limit: Duration,
+    mut done: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = done()? {
+            return Ok(value);
+        }
+        interrupted()?;
+        if start.elapsed() > limit {
+            bail!("{what}: not done after {} s", limit.as_secs());
+        }
+        std::thread::sleep(TICK);
+    }
+}
+
+/// Runs `command` and returns what it printed on standard output; a status other than 0 is an error.
+pub(crate) fn capture(command: &mut Command, limit: Duration) -> Result<String> {
+    let name = describe(command);
+    let output = output(command, limit)?;
+    if !output.status.success() {
+        bail!("{name}: {}: {}", output.status, last_words(&output));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `command` to its end, whatever its status.
+pub(crate) fn output(command: &mut Command, limit: Duration) -> Result<Output> {
+    let name = describe(command);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    let readers = (drain(child.stdout.take()), drain(child.stderr.take()));
+    let status = match wait_for(&name, limit, || Ok(child.try_wait()?)) {
+        Ok(status) => status,
+        Err(error) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+    };
+    let collect = |reader: JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
+    Ok(Output { status, stdout: collect(readers.0), stderr: collect(readers.1) })
+}
+
+/// Runs `command`, hands on what it says as it comes, and returns its status with all that it said.
+pub(crate) fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String)> {
+    let name = describe(command);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let out = hand_on(child.stdout.take(), std::io::stdout(), &said);
+    let err = hand_on(child.stderr.take(), std::io::stderr(), &said);
+    let status = wait_for(&name, limit, || Ok(child.try_wait()?)).inspect_err(|_| {
+        let _ = child.kill();
+        let _ = child.wait();
+    })?;
+    let _ = (out.join(), err.join());
+    let said = std::mem::take(&mut *said.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok((status, String::from_utf8_lossy(&said).into_owned()))
+}
+
+/// `command` for a message: the program and its first words.
+pub(crate) fn describe(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy().into_owned()];
+    words.extend(command.get_args().take(4).map(|word| word.to_string_lossy().into_owned()));
+    if command.get_args().len() > 4 {
+        words.push("…".into());
+    }
+    words.join(" ")
+}
+
+/// `program`'s place on PATH, or where the system's own programs lie.
+pub(crate) fn which(program: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(system)
+        .map(|directory| directory.join(program))
+        .find(|file| file.is_file())
+        .with_context(|| format!("{program} is not installed: run `cargo lab setup`"))
+}
+
+/// `words` as one line for a shell, each word as it is.
+pub(crate) fn quote<S: AsRef<str>>(words: &[S]) -> String {
+    let quoted: Vec<String> = words.iter().map(|word| quote_word(word.as_ref())).collect();
+    quoted.join(" ")
+}
+
+fn quote_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+fn drain<R: Read + Send + 'static>(pipe: Option<R>) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        bytes
+    })
+}
+
+fn hand_on<R: Read + Send + 'static, W: Write + Send + 'static>(
+    pipe: Option<R>,
+    mut to: W,
+    said: &Arc<Mutex<Vec<u8>>>,
+) -> JoinHandle<()> {
+    let said = Arc::clone(said);
+    std::thread::spawn(move || {
+        let Some(mut pipe) = pipe else { return };
+        let mut buffer = [0; 8192];
+        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+            let _ = to.write_all(&buffer[..length]).and_then(|()| to.flush());
+            said.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..length]);
+        }
+    })
+}
+
+/// The last line that says something, of standard error first.
+fn last_words(output: &Output) -> String {
+    [&output.stderr, &output.stdout]
+        .iter()
+        .find_map(|bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+        })
+        .unwrap_or_else(|| "it said nothing".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_survive_a_shell() {
+        let words = ["printf", "%s|", "plain", "two words", "it's", "", "$HOME;`x`\"\\"];
+        let line = quote(&words);
+        let said = capture(Command::new("sh").args(["-c", &line]), Duration::from_secs(10)).unwrap();
+        assert_eq!(said, "plain|two words|it's||$HOME;`x`\"\\|");
+    }
+
+    #[test]
+    fn a_failure_is_one_line_with_the_last_words() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo first >&2; echo the reason >&2; exit 3"]);
+        let error = capture(&mut command, Duration::from_secs(10)).unwrap_err().to_string();
+        assert!(error.ends_with("the reason") && error.contains('3') && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn a_wait_has_a_deadline() {
+        let start = Instant::now();
+        assert!(output(Command::new("sleep").arg("20"), Duration::from_millis(200)).is_err());
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
+}

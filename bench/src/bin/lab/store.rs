@@ -1,0 +1,165 @@
+//! A backing store for tests and figures: a file system on a memory-backed null_blk device, for
+//! real direct I/O that nothing else uses.
+//!
+//! Knows null_blk, mkfs and mount; nothing of what is put there. Needs root.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::sh;
+
+const LIMIT: Duration = Duration::from_secs(120);
+const NULLB: &str = "/sys/kernel/config/nullb";
+
+/// File system of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Fs {
+    /// XFS
+    Xfs,
+    /// ext4
+    Ext4,
+}
+
+/// What to do about a store.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Its file system
+    #[arg(long, value_enum, default_value = "xfs")]
+    fs: Fs,
+    /// Its size: memory is used as it is written
+    #[arg(long, value_name = "N", default_value_t = 700)]
+    size_mb: u32,
+    /// Unmount it and give its memory back
+    #[arg(long)]
+    remove: bool,
+    /// Where it is mounted
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+}
+
+/// `lab store`.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("a store needs root: run it in `cargo lab vm`");
+    }
+    if options.remove {
+        remove(&options.directory)
+    } else {
+        make(options.fs, options.size_mb, &options.directory)
+    }
+}
+
+/// A store that is removed when it is dropped.
+pub(crate) struct Store {
+    directory: PathBuf,
+}
+
+impl Store {
+    /// Makes one of `size_mb` MiB at `directory`.
+    pub(crate) fn new(fs: Fs, size_mb: u32, directory: &Path) -> Result<Store> {
+        make(fs, size_mb, directory)?;
+        Ok(Store { directory: directory.to_owned() })
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Err(error) = remove(&self.directory) {
+            eprintln!("lab: {error:#}");
+        }
+    }
+}
+
+fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
+    sh::capture(Command::new(sh::which("modprobe")?).args(["null_blk", "nr_devices=0"]), LIMIT)
+        .context("this kernel has no null_blk")?;
+    if !Path::new(NULLB).exists() {
+        sh::capture(Command::new("mount").args(["-t", "configfs", "none", "/sys/kernel/config"]), LIMIT)?;
+    }
+    let (name, home) = new_device()?;
+    // As many queues as CPUs, at most two, as in the figures that ours are compared with.
+    let queues = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2));
+    let attributes = [
+        ("memory_backed", "1".to_owned()),
+        ("irqmode", "1".to_owned()),
+        ("submit_queues", queues.to_string()),
+        ("blocksize", "512".to_owned()),
+        ("size", size_mb.to_string()),
+        ("power", "1".to_owned()),
+    ];
+    for (attribute, value) in attributes {
+        let file = home.join(attribute);
+        std::fs::write(&file, value).with_context(|| format!("cannot set {}", file.display()))?;
+    }
+    let node = format!("/dev/{name}");
+    sh::wait_for(&node, LIMIT, || Ok(Path::new(&node).exists().then_some(())))?;
+    set_scheduler_none(Path::new(&node))?;
+    let mkfs: &[&str] = match fs {
+        Fs::Xfs => &["mkfs.xfs", "-q", "-f"],
+        // Without lazy initialisation: no kernel thread writes behind a measurement's back.
+        Fs::Ext4 => &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
+    };
+    sh::capture(Command::new(sh::which(mkfs[0])?).args(&mkfs[1..]).arg(&node), LIMIT)?;
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    sh::capture(Command::new("mount").arg(&node).arg(directory), LIMIT).map(drop)
+}
+
+/// Name and configuration directory of a device that did not exist.
+fn new_device() -> Result<(String, PathBuf)> {
+    for number in 0..64 {
+        let name = format!("labstore{number}");
+        let home = Path::new(NULLB).join(&name);
+        if !home.exists() {
+            std::fs::create_dir(&home).with_context(|| format!("cannot make {}", home.display()))?;
+            return Ok((name, home));
+        }
+    }
+    bail!("there are 64 stores already: remove one with `lab store --remove DIR`")
+}
+
+fn remove(directory: &Path) -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    let name = device_of(&mounts, directory)
+        .with_context(|| format!("{} is not a store of the lab: see `findmnt`", directory.display()))?
+        .to_owned();
+    sh::capture(Command::new("umount").arg(directory), LIMIT)?;
+    let home = Path::new(NULLB).join(name);
+    std::fs::write(home.join("power"), "0")?;
+    std::fs::remove_dir(&home).with_context(|| format!("cannot remove {}", home.display()))
+}
+
+/// The null_blk device that `mounts` say is mounted at `directory`.
+fn device_of<'a>(mounts: &'a str, directory: &Path) -> Option<&'a str> {
+    mounts.lines().rev().find_map(|line| {
+        let mut words = line.split(' ');
+        let (device, place) = (words.next()?, words.next()?);
+        (Path::new(place) == directory)
+            .then(|| device.strip_prefix("/dev/"))?
+            .filter(|name| name.starts_with("labstore"))
+    })
+}
+
+/// Turns the I/O scheduler of the block device `node` off, the same for whoever is compared.
+pub(crate) fn set_scheduler_none(node: &Path) -> Result<()> {
+    let real = node.canonicalize().with_context(|| format!("no device {}", node.display()))?;
+    let name = real.file_name().unwrap_or_default();
+    let file = Path::new("/sys/block").join(name).join("queue/scheduler");
+    std::fs::write(&file, "none").with_context(|| format!("cannot write {}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_store_is_removed() {
+        let mounts = "/dev/sda1 /data ext4 rw 0 0\n/dev/labstore0 /run/store xfs rw 0 0\n";
+        assert_eq!(device_of(mounts, Path::new("/run/store")), Some("labstore0"));
+        assert_eq!(device_of(mounts, Path::new("/data")), None);
+        assert_eq!(device_of(mounts, Path::new("/nowhere")), None);
+    }
+}

@@ -1,0 +1,282 @@
+//! A throw-away VM: this machine's files, read-only, under a kernel that has ublk.
+//!
+//! Debian's kernel has virtio_console as a module, so virtme-ng returns neither output nor status:
+//! they travel through a shared directory, the session. Emulated, because a nested or restricted
+//! /dev/kvm often cannot run a stock kernel, and because only emulation counts instructions.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::kernel::Kernel;
+use crate::programs::{self, Program};
+use crate::setup::Lab;
+use crate::{cache, sh};
+
+/// What the VM's CPUs are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// Two CPUs: for tests, and for ratios taken in interleaved rounds
+    Smp,
+    /// One CPU on which an instruction takes 1 ns: figures repeat to about 0.2 %
+    Icount,
+}
+
+impl Mode {
+    /// As it is named on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Mode::Smp => "smp",
+            Mode::Icount => "icount",
+        }
+    }
+}
+
+/// A VM to be booted.
+#[derive(Clone, Debug)]
+pub(crate) struct Vm {
+    pub(crate) kernel: Kernel,
+    pub(crate) mode: Mode,
+    /// As QEMU takes it, "3G".
+    pub(crate) memory: String,
+    /// Raw images that the guest sees as virtio disks, /dev/vda first; written through.
+    pub(crate) disks: Vec<PathBuf>,
+    /// Directories that the guest may write to, at their own paths.
+    pub(crate) shares: Vec<PathBuf>,
+    /// From start to end.
+    pub(crate) limit: Duration,
+    /// CPUs spin instead of sleeping, which makes wake-ups as cheap as on hardware.
+    pub(crate) idle_poll: bool,
+}
+
+/// Longest life of a VM, unless told otherwise.
+pub(crate) const LIMIT: Duration = Duration::from_secs(580);
+
+/// From power-on to the guest's first command; it takes 15 s on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(150);
+const BOOTS_MAX: u32 = 3;
+
+/// A VM that runs; dropping it ends it.
+pub(crate) struct Running {
+    child: Child,
+    session: tempfile::TempDir,
+    output: File,
+    start: Instant,
+    limit: Duration,
+}
+
+impl Vm {
+    /// A VM with the usual equipment.
+    pub(crate) fn new(kernel: Kernel, mode: Mode) -> Vm {
+        Vm {
+            kernel,
+            mode,
+            memory: "3G".into(),
+            disks: Vec::new(),
+            shares: Vec::new(),
+            limit: LIMIT,
+            idle_poll: false,
+        }
+    }
+
+    /// Boots it, runs the shell line `command` there with `programs` on PATH and hands each piece
+    /// of output to `sink`. Returns the command's exit status.
+    pub(crate) fn run(
+        &self,
+        lab: &Lab,
+        programs: &[Program],
+        command: &str,
+        sink: &mut dyn FnMut(&[u8]),
+    ) -> Result<i32> {
+        let mut running = self.start(lab, programs, command)?;
+        loop {
+            if let Some(status) = running.turn(sink)? {
+                return Ok(status);
+            }
+        }
+    }
+
+    /// Boots it and returns once `command` has begun.
+    pub(crate) fn start(&self, lab: &Lab, programs: &[Program], command: &str) -> Result<Running> {
+        for _ in 1..BOOTS_MAX {
+            // An emulated pair of CPUs now and then trips over the kernel's patching of itself
+            // while it boots. Past that point a VM that dies is a failure to be reported.
+            match self.boot(lab, programs, command)?.wait_until_booted() {
+                Ok(running) => return Ok(running),
+                Err(error) => eprintln!("lab: {error:#}\nlab: booting it again"),
+            }
+            sh::interrupted()?;
+        }
+        self.boot(lab, programs, command)?.wait_until_booted()
+    }
+
+    fn boot(&self, lab: &Lab, programs: &[Program], command: &str) -> Result<Running> {
+        let session = tempfile::Builder::new()
+            .prefix("session-")
+            .tempdir_in(&lab.cache)
+            .context("cannot make a session")?;
+        programs::stage(programs, &session.path().join("bin"))?;
+        std::fs::copy(sh::which("fio")?, session.path().join("bin/fio")).context("cannot copy fio")?;
+        std::fs::write(session.path().join("command"), command)?;
+        let script = session.path().join("guest");
+        std::fs::write(&script, self.guest_script(session.path()))?;
+        let console = File::create(session.path().join("console"))?;
+        let output =
+            File::options().create(true).append(true).read(true).open(session.path().join("output"))?;
+
+        // `timeout` ends the VM even if this program is killed. It leads a process group of its
+        // own, through which all of the VM can be ended at once.
+        let mut boot = Command::new("timeout");
+        boot.arg("--signal=KILL").arg((self.limit.as_secs() + 10).to_string()).arg(lab.vng());
+        self.arguments(session.path(), &mut boot)?;
+        boot.arg("--").arg(format!("sh {}", sh::quote(&[script.to_string_lossy()])));
+        boot.process_group(0).stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
+        // virtme-ng looks for its other half, and for depmod and the like, on PATH.
+        let path = std::env::var("PATH").unwrap_or_default();
+        boot.env("PATH", format!("{}/venv/bin:{path}:/usr/sbin:/sbin", lab.cache.display()));
+        let child = boot.spawn().context("cannot start virtme-ng: run `cargo lab setup`")?;
+        Ok(Running { child, session, output, start: Instant::now(), limit: self.limit })
+    }
+
+    fn arguments(&self, session: &Path, boot: &mut Command) -> Result<()> {
+        boot.arg("--run").arg(&self.kernel.image).args([
+            "--disable-kvm",
+            "--force-9p",
+            "--verbose",
+            "--user",
+            "root",
+        ]);
+        boot.args(["--memory", &self.memory]).arg("--rwdir").arg(session);
+        match self.mode {
+            Mode::Smp => boot.args(["--cpus", "2"]),
+            Mode::Icount => boot.args(["--cpus", "1", "--qemu-opts=-icount shift=0,sleep=off"]),
+        };
+        // The kernel's self-tests of its ciphers take a good second of the boot.
+        boot.args(["--append", "cryptomgr.notests"]);
+        if self.idle_poll {
+            boot.args(["--append", "idle=poll"]);
+        }
+        for share in &self.shares {
+            let share = share.canonicalize().with_context(|| format!("cannot share {}", share.display()))?;
+            if cache::hidden_in_guest(&share) {
+                bail!("{} cannot be shared: a VM has its own files there", share.display());
+            }
+            boot.arg("--rwdir").arg(share);
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            let disk =
+                disk.canonicalize().with_context(|| format!("cannot use {} as a disk", disk.display()))?;
+            let path = disk.to_string_lossy().replace(',', ",,");
+            boot.arg(format!(
+                "--qemu-opts=-drive file={path},format=raw,cache=writethrough,if=none,id=lab{index} \
+                 -device virtio-blk-pci,drive=lab{index},serial=lab{index}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// What the guest runs as root: programs to memory, for the shared root is slow, then the command.
+    fn guest_script(&self, session: &Path) -> String {
+        let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
+        let (session, here) = (sh::quote(&[session.to_string_lossy()]), sh::quote(&[here.to_string_lossy()]));
+        let (kernel, mode) = (self.kernel.line.name(), self.mode.name());
+        format!(
+            "echo >{session}/booted\n\
+             exec >>{session}/output 2>&1 </dev/null\n\
+             mkdir -p /run/lab && cp {session}/bin/* /run/lab/\n\
+             export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
+             export HOME=/root LAB_VM=1 LAB_KERNEL={kernel} LAB_MODE={mode} LAB_CPUS=$(nproc)\n\
+             ulimit -n 1048576\n\
+             modprobe -q -a ublk_drv virtio_blk\n\
+             cd {here} 2>/dev/null || cd /\n\
+             bash {session}/command\n\
+             echo $? >{session}/status.new && mv {session}/status.new {session}/status\n"
+        )
+    }
+}
+
+impl Running {
+    /// Waits a moment and hands on what the guest said meanwhile. Returns the command's exit status
+    /// once it has ended.
+    pub(crate) fn turn(&mut self, sink: &mut dyn FnMut(&[u8])) -> Result<Option<i32>> {
+        std::thread::sleep(sh::TICK);
+        let status = std::fs::read_to_string(self.session.path().join("status")).ok();
+        let gone = self.child.try_wait()?.is_some();
+        self.pass_on(sink)?;
+        if let Some(status) = status {
+            let status = status.trim().parse().context("the VM returned no exit status")?;
+            return Ok(Some(status));
+        }
+        if gone {
+            return Err(self.console("the VM ended before its command did"));
+        }
+        sh::interrupted()?;
+        if self.start.elapsed() > self.limit {
+            return Err(self.console(&format!(
+                "the VM passed its deadline of {} s and was ended (--timeout gives it more)",
+                self.limit.as_secs()
+            )));
+        }
+        Ok(None)
+    }
+
+    /// Ends it like a power cut: no process of the guest hears of it.
+    pub(crate) fn kill(&mut self) {
+        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.child.wait();
+    }
+
+    fn wait_until_booted(mut self) -> Result<Running> {
+        while !self.session.path().join("booted").exists() {
+            if self.child.try_wait()?.is_some() {
+                return Err(self.console("the VM ended while it booted"));
+            }
+            if self.start.elapsed() > BOOT_LIMIT {
+                return Err(self.console(&format!("the VM did not come up in {} s", BOOT_LIMIT.as_secs())));
+            }
+            sh::interrupted()?;
+            std::thread::sleep(sh::TICK);
+        }
+        Ok(self)
+    }
+
+    /// Hands on what the guest has said since the last time.
+    pub(crate) fn pass_on(&mut self, sink: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let mut buffer = Vec::new();
+        self.output.read_to_end(&mut buffer)?;
+        if !buffer.is_empty() {
+            sink(&buffer);
+        }
+        Ok(())
+    }
+
+    /// An error that ends with the last words of the console.
+    fn console(&self, what: &str) -> anyhow::Error {
+        let said = std::fs::read(self.session.path().join("console")).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+        let tail = lines[lines.len().saturating_sub(30)..].join("\n  ");
+        anyhow!("{what}; its console said:\n  {tail}")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Hands output on to standard output as it comes.
+pub(crate) fn to_stdout(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(bytes).and_then(|()| out.flush());
+}

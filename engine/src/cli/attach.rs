@@ -1,0 +1,128 @@
+//! `loopengine attach`: serves an image, prints the path of its device.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::error::Result;
+use crate::instance::Selector;
+use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DataPath};
+
+use super::{daemon, image, out, run, size};
+
+/// Serve an image file or block device as a block device.
+///
+/// Prints the path of the device, alone, on standard output, once the device can be used. With
+/// '--run', gives the device to a command instead, detaches it when the command ends, and exits
+/// with its status.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Image file or block device.
+    image: PathBuf,
+
+    /// Instance that gets the device.
+    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
+    instance: String,
+
+    /// Refuse writes. The image need not be writable.
+    #[arg(short, long)]
+    read_only: bool,
+
+    /// First byte of the image that the device shows: bytes, or a number and K, M, G or T.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    offset: u64,
+
+    /// Bytes that the device shows at the most; 0: up to the end of the image.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    size_limit: u64,
+
+    /// Logical block size: 512, 1024, 2048 or 4096 [default: the smallest that the image allows].
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_block)]
+    block_size: Option<u32>,
+
+    /// Go through the page cache. For file systems that have no direct I/O.
+    #[arg(long)]
+    buffered: bool,
+
+    /// Queues of the device [default: one for each worker of the instance].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    queues: Option<u32>,
+
+    /// Requests in flight in each queue [default: 128].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    depth: Option<u32>,
+
+    /// Force one way of moving data [default: the best that the kernel grants].
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    path: Option<DataPath>,
+
+    /// Number of the device in its instance [default: the lowest that is free].
+    #[arg(long, value_name = "N")]
+    number: Option<u32>,
+
+    /// Run a command with the device. Takes the rest of the line: '{}' in it is replaced by the
+    /// path of the device, which is the last argument if there is no '{}'. The path is also in the
+    /// environment variable LOOPENGINE_DEVICE.
+    #[arg(
+        long,
+        value_name = "CMD",
+        num_args = 1..,
+        allow_hyphen_values = true
+    )]
+    run: Vec<OsString>,
+}
+
+fn path_parser() -> impl clap::builder::TypedValueParser<Value = DataPath> {
+    use clap::builder::{PossibleValuesParser, TypedValueParser};
+    let paths = [DataPath::Copy, DataPath::Auto, DataPath::Batch];
+    PossibleValuesParser::new(paths.map(DataPath::as_str)).try_map(move |word| {
+        let path = paths.into_iter().find(|path| path.as_str() == word);
+        path.ok_or("unknown path")
+    })
+}
+
+/// A specification with nothing special in it.
+pub(super) fn plain(instance: &str) -> AttachSpec {
+    AttachSpec {
+        instance: instance.to_owned(),
+        path: String::new(),
+        number: None,
+        read_only: false,
+        offset: 0,
+        size_limit: 0,
+        block_size: 0,
+        buffered: false,
+        queues: 0,
+        depth: 0,
+        data_path: None,
+    }
+}
+
+impl Args {
+    pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
+        let mut spec = AttachSpec {
+            number: self.number,
+            read_only: self.read_only,
+            offset: self.offset,
+            size_limit: self.size_limit,
+            block_size: self.block_size.unwrap_or(0),
+            buffered: self.buffered,
+            queues: self.queues.unwrap_or(0),
+            depth: self.depth.unwrap_or(0),
+            data_path: self.path,
+            ..plain(&self.instance)
+        };
+        let image = image::open(&self.image, &mut spec)?;
+        if !self.run.is_empty() {
+            return run::with_device(run_dir, &spec, image, &self.run);
+        }
+        daemon::ask(run_dir, async |client| {
+            let device = client.attach(&spec, image).await?;
+            if let Err(error) = out::print(&format!("{}\n", device.path)) {
+                // Nobody learnt its name, so nobody would detach it.
+                let _ = client.detach(&Selector::Device(device.path), false).await;
+                return Err(error);
+            }
+            Ok(0)
+        })
+    }
+}

@@ -1,0 +1,79 @@
+//! `loopengine create`: makes an image file, with a progress bar, and nothing if interrupted.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::error::{Error, Kind, Result};
+use crate::image;
+
+use super::size;
+
+/// Make an image file.
+///
+/// The file is sparse unless '--preallocate' is given, and must not exist yet. Nothing is left
+/// behind when it cannot be made.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// File to make.
+    image: PathBuf,
+
+    /// Its size: bytes, or a number and K, M, G or T.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    size: u64,
+
+    /// Reserve all space now. Writes then never fail for want of space, and are faster.
+    #[arg(long)]
+    preallocate: bool,
+}
+
+impl Args {
+    pub(super) fn run(self) -> Result<()> {
+        let cannot_start = |error| Error::os(error, "cannot start").hint("run 'loopengine doctor'");
+        let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;
+        let (path, bar) = (self.image.clone(), bar(self.size)?);
+        let made = Arc::new(AtomicBool::new(false));
+        let ours = Arc::clone(&made);
+        let outcome = runtime.block_on(async {
+            let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot_start)?;
+            let mut terminate = signal(SignalKind::terminate()).map_err(cannot_start)?;
+            let job = tokio::task::spawn_blocking(move || {
+                image::create(&self.image, self.size, self.preallocate, |done, _| {
+                    ours.store(true, Ordering::Release);
+                    bar.set_position(done);
+                })
+            });
+            let stopped = tokio::select! {
+                done = job => return done.unwrap_or_else(|_| Err(interrupted())),
+                _ = interrupt.recv() => interrupted(),
+                _ = terminate.recv() => interrupted(),
+            };
+            // The job goes on until the process ends, with a file that has no name any more. Before
+            // its first progress there is none, or one that is not ours.
+            if made.load(Ordering::Acquire) {
+                let _ = std::fs::remove_file(&path);
+            }
+            Err(stopped)
+        });
+        // Its drop would wait for an interrupted job.
+        std::mem::forget(runtime);
+        outcome
+    }
+}
+
+fn interrupted() -> Error {
+    Error::new(Kind::Io, "interrupted: the image was not made")
+}
+
+/// Hides itself where nobody looks, and when it is dropped.
+fn bar(size: u64) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {eta}");
+    let style = style.map_err(|error| Error::new(Kind::Internal, format!("bad template: {error}")))?;
+    let bar = ProgressBar::new(size).with_style(style);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    Ok(bar.with_finish(indicatif::ProgressFinish::AndClear))
+}

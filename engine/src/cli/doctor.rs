@@ -1,0 +1,290 @@
+//! `loopengine doctor`: what this machine lacks, and what to do about it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
+use rustix::process::{Resource, getrlimit};
+use serde::{Deserialize, Serialize};
+use zlink::introspect::CustomType;
+
+use crate::control::reason;
+use crate::error::{Error, Kind, Result};
+use crate::instance::Engine;
+
+use super::serve::{UBLK_CONTROL, driver_hint};
+use super::{daemon, out};
+
+/// Fewer open files than this are too few for a thousand devices.
+const FILES_MIN: u64 = 8192;
+
+/// Check what the daemon needs of this machine.
+///
+/// Every line is a check: 'ok', 'warning' or 'problem', what was found, and what to do. Exits with
+/// 1 if there is a problem.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Also check whether images at this path can have direct I/O.
+    path: Option<PathBuf>,
+
+    /// Print JSON; loopengine-json(7) describes it.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "lowercase")]
+#[zlink(rename_all = "lowercase")]
+pub(crate) enum Verdict {
+    /// Nothing to do.
+    Ok,
+    /// It works, but less well, or not yet.
+    Warning,
+    /// It does not work.
+    Problem,
+}
+
+/// One check of 'loopengine doctor'.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
+pub(crate) struct Check {
+    /// What was checked.
+    pub(crate) name: String,
+    /// How it ended.
+    pub(crate) verdict: Verdict,
+    /// What was found.
+    pub(crate) found: String,
+    /// What to do; none if it is well.
+    pub(crate) advice: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &str, found: impl Into<String>) -> Check {
+        Check { name: name.into(), verdict: Verdict::Ok, found: found.into(), advice: None }
+    }
+
+    fn bad(verdict: Verdict, name: &str, found: impl Into<String>, advice: impl Into<String>) -> Check {
+        let advice = Some(advice.into());
+        Check { name: name.into(), verdict, found: found.into(), advice }
+    }
+
+    fn warning(name: &str, found: impl Into<String>, advice: impl Into<String>) -> Check {
+        Check::bad(Verdict::Warning, name, found, advice)
+    }
+
+    fn problem(name: &str, found: impl Into<String>, advice: impl Into<String>) -> Check {
+        Check::bad(Verdict::Problem, name, found, advice)
+    }
+}
+
+impl Args {
+    pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
+        let mut checks = vec![driver(), permission(), io_uring(), features()];
+        let (daemon, pid) = daemon(run_dir);
+        checks.push(daemon);
+        checks.push(open_files(pid));
+        checks.extend(pid.map(mount_namespace));
+        if let Some(path) = &self.path {
+            checks.push(direct_io(path)?);
+        }
+        if self.json {
+            out::json(&checks)?;
+        } else {
+            out::print(&text(&checks))?;
+        }
+        Ok(u8::from(checks.iter().any(|check| check.verdict == Verdict::Problem)))
+    }
+}
+
+fn text(checks: &[Check]) -> String {
+    let mut text = String::new();
+    for check in checks {
+        let verdict = match check.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warning => "warning",
+            Verdict::Problem => "problem",
+        };
+        text.push_str(&format!("{verdict:<8} {:<16} {}\n", check.name, check.found));
+        if let Some(advice) = &check.advice {
+            text.push_str(&format!("{:<25} -> {advice}\n", ""));
+        }
+    }
+    text
+}
+
+fn driver() -> Check {
+    let name = "driver";
+    if Path::new(UBLK_CONTROL).exists() {
+        return Check::ok(name, format!("ublk_drv is loaded, {UBLK_CONTROL} is there"));
+    }
+    if Path::new("/sys/module/ublk_drv").exists() {
+        let found = format!("ublk_drv is loaded, but {UBLK_CONTROL} is missing");
+        return Check::problem(name, found, "make it visible here; a container needs it passed in");
+    }
+    Check::problem(name, "ublk_drv is not loaded", driver_hint())
+}
+
+fn permission() -> Check {
+    let name = "permission";
+    if !rustix::process::geteuid().is_root() {
+        let advice = "run 'loopengine serve', and commands that talk to it, as root";
+        return Check::problem(name, "this user is not root", advice);
+    }
+    match open(UBLK_CONTROL, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => Check::ok(name, format!("root may use {UBLK_CONTROL}")),
+        Err(rustix::io::Errno::NOENT) => Check::ok(name, "this user is root"),
+        Err(error) => {
+            let found = format!("root may not open {UBLK_CONTROL}: {}", reason(&error.into()));
+            Check::problem(name, found, "allow the device in this container or security policy")
+        }
+    }
+}
+
+fn io_uring() -> Check {
+    let name = "io_uring";
+    let disabled = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
+    if disabled.trim() == "2" {
+        let advice = "run 'sysctl kernel.io_uring_disabled=0'";
+        return Check::problem(name, "disabled for everybody", advice);
+    }
+    match tokio_uring::Runtime::new(tokio_uring::builder().entries(2)) {
+        Ok(_) => Check::ok(name, "works"),
+        Err(error) if disabled.trim() == "1" => {
+            let found = format!("disabled for this user: {}", reason(&error));
+            Check::warning(name, found, "run the daemon as root")
+        }
+        Err(error) => {
+            let advice = "allow io_uring in this container or security policy (seccomp)";
+            Check::problem(name, format!("does not work: {}", reason(&error)), advice)
+        }
+    }
+}
+
+fn features() -> Check {
+    let name = "data paths";
+    match Engine::features() {
+        Ok(features) if features.data_paths.is_empty() => {
+            let found = format!("none works on kernel {}", features.kernel);
+            Check::problem(name, found, "use Linux 6.5 or newer; 6.16 or newer is faster")
+        }
+        Ok(features) => {
+            let words: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
+            let found = format!("{} (kernel {})", words.join(" "), features.kernel);
+            match words.len() {
+                1 => Check::warning(name, found, "use Linux 6.16 or newer for speed"),
+                _ => Check::ok(name, found),
+            }
+        }
+        Err(error) => {
+            let advice = error.next_step().unwrap_or("see the check 'driver'").to_owned();
+            Check::problem(name, format!("unknown: {}", error.message()), advice)
+        }
+    }
+}
+
+fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
+    let name = "daemon";
+    let asked = daemon::ask(run_dir, async |client| {
+        client.instances().await.map(|instances| (instances, client.daemon_pid()))
+    });
+    match asked {
+        Ok((instances, pid)) => {
+            let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
+            let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
+            let found = format!("process {pid_text} serves {} instances, {devices} devices", instances.len());
+            (Check::ok(name, found), pid)
+        }
+        Err(error) => {
+            let advice = error.next_step().unwrap_or("look at its log").to_owned();
+            // Not started yet is no illness.
+            let verdict = match error.kind() {
+                Kind::Unavailable => Verdict::Warning,
+                _ => Verdict::Problem,
+            };
+            (Check::bad(verdict, name, error.message(), advice), None)
+        }
+    }
+}
+
+/// Of the daemon if it runs, else of this process.
+fn open_files(daemon: Option<i32>) -> Check {
+    let name = "open files";
+    let limit = daemon.and_then(limit_of).or_else(|| getrlimit(Resource::Nofile).maximum);
+    match limit {
+        None => Check::ok(name, "no limit"),
+        Some(limit) if limit >= FILES_MIN => Check::ok(name, format!("up to {limit}")),
+        Some(limit) => {
+            let advice = format!("raise it to {FILES_MIN} (LimitNOFILE= of the service, 'ulimit -Hn')");
+            Check::warning(name, format!("up to {limit}: enough for some devices only"), advice)
+        }
+    }
+}
+
+/// The hard limit of another process; proc(5) has it in the fifth column.
+fn limit_of(pid: i32) -> Option<u64> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits.lines().find(|line| line.starts_with("Max open files"))?;
+    line.split_whitespace().nth(4)?.parse().ok()
+}
+
+fn mount_namespace(daemon: i32) -> Check {
+    let name = "mount namespace";
+    let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+    match (of("self"), of(&daemon.to_string())) {
+        (Ok(own), Ok(its)) if own != its => Check::ok(name, "the daemon has its own"),
+        (Ok(_), Ok(_)) => Check::problem(
+            name,
+            "the daemon shares it with this process, and can hang when it ends",
+            "do not mount its disks in this namespace; restart it with CAP_SYS_ADMIN",
+        ),
+        (Err(error), _) | (_, Err(error)) => {
+            let found = format!("cannot be compared: {}", reason(&error));
+            Check::warning(name, found, "run this as root, in the daemon's process namespace")
+        }
+    }
+}
+
+/// Can files at `path` (a file, a device, or a directory that will hold files) have direct I/O?
+fn direct_io(path: &Path) -> Result<Check> {
+    let name = "direct I/O";
+    let shown = path.display();
+    let meta = fs::metadata(path).map_err(|error| Error::os(error, format!("cannot look at {shown}")))?;
+    let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let probe = if meta.is_dir() {
+        // A directory has no direct I/O; a nameless file in it shows what its files have.
+        open(path, flags | OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR)
+    } else {
+        open(path, flags | OFlags::RDONLY, Mode::empty())
+    };
+    let probe = match probe {
+        Ok(probe) => probe,
+        Err(error) => {
+            let found = format!("cannot be tried at {shown}: {}", reason(&error.into()));
+            return Ok(Check::warning(name, found, "name an image instead"));
+        }
+    };
+    let known = statx(&probe, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+    let known = known.filter(|known| known.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let advice = "attach with --buffered, or keep images on XFS, ext4 or btrfs";
+    Ok(match known {
+        Some(known) if known.stx_dio_offset_align > 0 => {
+            let (offset, memory) = (known.stx_dio_offset_align, known.stx_dio_mem_align);
+            let found = format!("{shown}: offsets multiples of {offset}, memory of {memory}");
+            match offset {
+                ..=4096 => Check::ok(name, found),
+                _ => Check::problem(name, found, advice),
+            }
+        }
+        Some(_) => Check::problem(name, format!("{shown} has none"), advice),
+        None => {
+            let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&probe));
+            let direct = rustix::fs::openat(CWD, again, flags | OFlags::DIRECT, Mode::empty());
+            match direct {
+                Ok(_) => Check::ok(name, format!("{shown} has it; its alignment is not told")),
+                Err(_) => Check::problem(name, format!("{shown} has none"), advice),
+            }
+        }
+    })
+}

@@ -1,0 +1,113 @@
+//! Examples and files of every subcommand: for `--help` and for the manual pages.
+
+/// What an example does, and the line to type.
+pub(super) type Example = (&'static str, &'static str);
+
+/// The examples of a subcommand, by its words ("instance create"); the empty name is the program.
+pub(super) fn of(command: &str) -> &'static [Example] {
+    match command {
+        "" => &[
+            ("Start the daemon.", "loopengine serve"),
+            (
+                "Make an image, serve it, make a file system, mount it.",
+                "loopengine create disk.img --size 10G && dev=$(loopengine attach disk.img) && mkfs.ext4 $dev && mount $dev /mnt",
+            ),
+            ("End it all.", "umount /mnt && loopengine detach $dev"),
+        ],
+        "serve" => &[
+            ("Serve, with the default configuration.", "loopengine serve"),
+            (
+                "Serve privately, apart from another daemon.",
+                "loopengine serve --run-dir /run/private --config private.toml",
+            ),
+            ("Reread the configuration of the service.", "systemctl reload loopengine"),
+        ],
+        "instance" => &[("See which instances there are.", "loopengine instance list")],
+        "instance create" => &[(
+            "An instance with at most 16 devices, on two CPUs.",
+            "loopengine instance create build --max 16 --cpus 2-3",
+        )],
+        "instance list" => &[("For programs.", "loopengine instance list --json")],
+        "instance remove" => {
+            &[("Remove an instance that has no devices any more.", "loopengine instance remove build")]
+        }
+        "attach" => &[
+            ("Serve an image; the device path is printed.", "loopengine attach disk.img"),
+            (
+                "The second partition of an image that starts at 1 MiB, read-only.",
+                "loopengine attach disk.img --read-only --offset 1M",
+            ),
+            ("Check a file system, and leave nothing behind.", "loopengine attach disk.img --run fsck -n"),
+            (
+                "Where the device is not the last word.",
+                "loopengine attach disk.img --run dd if={} of=copy.img bs=1M",
+            ),
+        ],
+        "create" => &[
+            ("A sparse image.", "loopengine create disk.img --size 10G"),
+            ("With all its space reserved.", "loopengine create disk.img --size 10G --preallocate"),
+        ],
+        "detach" => &[
+            ("One device.", "loopengine detach /run/loopengine/default/loop0"),
+            ("Every device of an instance.", "loopengine detach --all --instance build"),
+        ],
+        "resize" => &[(
+            "Grow an image, its device and its file system.",
+            "truncate -s 20G disk.img && loopengine resize loop0 && resize2fs /run/loopengine/default/loop0",
+        )],
+        "list" => &[
+            ("All devices.", "loopengine list"),
+            ("Their images, for a program.", "loopengine list --json | jq -r '.[].image'"),
+        ],
+        "stats" => &[
+            ("Counts of all devices.", "loopengine stats"),
+            ("Rates of one, every second.", "loopengine stats loop0 --watch"),
+        ],
+        "features" => &[("What this kernel can do.", "loopengine features")],
+        "doctor" => {
+            &[("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images")]
+        }
+        _ => &[],
+    }
+}
+
+/// Files that a subcommand uses.
+pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
+    const SOCKET: (&str, &str) = (
+        "/run/loopengine/control",
+        "The daemon's control socket (varlink, interface io.loopengine). Root only.",
+    );
+    const NAMES: (&str, &str) =
+        ("/run/loopengine/NAME/loopN", "Device number N of the instance NAME: a link to /dev/ublkbM.");
+    match command {
+        "" | "serve" => &[
+            ("/etc/loopengine.toml", "Configuration; see loopengine-serve(1)."),
+            SOCKET,
+            NAMES,
+            ("/run/loopengine/lock", "Held by the daemon that owns the directory."),
+        ],
+        "create" | "features" => &[],
+        "doctor" => &[SOCKET],
+        _ => &[SOCKET, NAMES],
+    }
+}
+
+/// Adds the examples to the help of every subcommand.
+pub(super) fn add(command: clap::Command) -> clap::Command {
+    add_at(command, "")
+}
+
+fn add_at(mut command: clap::Command, path: &str) -> clap::Command {
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    for name in names {
+        let path = format!("{path} {name}").trim().to_owned();
+        command = command.mut_subcommand(&name, |sub| add_at(sub, &path));
+    }
+    let examples = of(path);
+    if examples.is_empty() {
+        return command;
+    }
+    let lines = examples.iter().map(|(does, line)| format!("  {does}\n      {line}"));
+    let text = format!("Examples:\n{}", lines.collect::<Vec<_>>().join("\n"));
+    command.after_long_help(text)
+}

@@ -1,0 +1,60 @@
+//! `loopengine features`: what this kernel grants.
+
+use crate::error::Result;
+use crate::instance::Engine;
+use crate::instance::spec::Features;
+
+use super::out;
+
+/// Show what the ublk driver of this kernel grants.
+///
+/// Asks the kernel, not the daemon, which need not run. Needs root and the ublk driver.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Print JSON; loopengine-json(7) describes it.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    pub(super) fn run(self) -> Result<()> {
+        let features = Engine::features()?;
+        if self.json {
+            return out::json(&features).map(drop);
+        }
+        out::print(&text(&features)).map(drop)
+    }
+}
+
+fn text(features: &Features) -> String {
+    let paths: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
+    let yes = |granted: bool| if granted { "yes" } else { "no" };
+    format!(
+        "kernel    {}\npaths     {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
+        features.kernel,
+        if paths.is_empty() { "none".to_owned() } else { paths.join(" ") },
+        yes(features.recovery),
+        yes(features.resize),
+        features.flags.join(" ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::spec::DataPath;
+
+    #[test]
+    fn shown() {
+        let features = Features {
+            kernel: "7.3.4".into(),
+            flags: vec!["CMD_IOCTL_ENCODE".into(), "USER_COPY".into()],
+            data_paths: vec![DataPath::Auto, DataPath::Copy],
+            recovery: true,
+            resize: false,
+        };
+        let want = "kernel    7.3.4\npaths     auto copy (best first)\nrecovery  yes\n\
+                    resize    no\nflags     CMD_IOCTL_ENCODE USER_COPY\n";
+        assert_eq!(text(&features), want);
+    }
+}

@@ -1,0 +1,65 @@
+//! `loopengine generate`: manual pages and completions, from the definitions of this command line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap_complete::Shell;
+
+use crate::error::{Error, Result};
+
+/// Write manual pages or shell completions. For packagers.
+#[derive(Debug, clap::Args)]
+#[command(hide = true)]
+pub(super) struct Args {
+    /// What to write.
+    what: What,
+
+    /// Directory to write to.
+    dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum What {
+    /// Manual pages.
+    Man,
+    /// Completions for bash, zsh and fish.
+    Completions,
+}
+
+impl Args {
+    pub(super) fn run(self) -> Result<()> {
+        match self.what {
+            What::Man => man(&self.dir),
+            What::Completions => completions(&self.dir),
+        }
+    }
+}
+
+/// Writes a completion for each shell to `dir`.
+pub fn completions(dir: &Path) -> Result<()> {
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let mut text = Vec::new();
+        clap_complete::generate(shell, &mut super::command(), "loopengine", &mut text);
+        let name = match shell {
+            Shell::Zsh => "_loopengine".to_owned(),
+            _ => format!("loopengine.{shell}"),
+        };
+        write(dir, &name, &text)?;
+    }
+    Ok(())
+}
+
+/// Writes all manual pages to `dir`.
+pub fn man(dir: &Path) -> Result<()> {
+    for (name, text) in super::man::pages()? {
+        write(dir, &name, &text)?;
+    }
+    Ok(())
+}
+
+fn write(dir: &Path, name: &str, text: &[u8]) -> Result<()> {
+    let path = dir.join(name);
+    let cannot = |error| Error::os(error, format!("cannot write {}", path.display()));
+    fs::create_dir_all(dir).map_err(cannot)?;
+    fs::write(&path, text).map_err(cannot)
+}

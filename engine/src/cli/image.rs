@@ -1,0 +1,149 @@
+//! Opens an image for the daemon, and says in one line what is wrong with it.
+//!
+//! The daemon checks again what matters to it; here the user gets the answer that names his own
+//! path and option.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::OFlags;
+
+use crate::control::reason;
+use crate::error::{Error, Kind, Result};
+use crate::instance::spec::AttachSpec;
+
+/// Sizes and offsets are multiples of it at least.
+const SECTOR: u64 = 512;
+
+/// Opens the image at `path` as `spec` wants it. Sets the path in `spec`.
+pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
+    let shown = path.display();
+    let file = open_file(path, spec.read_only)?;
+    let meta = file.metadata().map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
+    let kind = meta.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
+        return Err(invalid(format!("{shown} is {what}")).hint("give an image file or a block device"));
+    }
+    let size = (&file)
+        .seek(SeekFrom::End(0))
+        .map_err(|error| Error::os(error, format!("cannot find the size of {shown}")))?;
+    check(&shown.to_string(), size, spec)?;
+    spec.path = absolute(path)?;
+    Ok(file.into())
+}
+
+fn open_file(path: &Path, read_only: bool) -> Result<File> {
+    let shown = path.display();
+    // Without O_NONBLOCK, a FIFO would keep us waiting for its other end.
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened =
+        OpenOptions::new().read(true).write(!read_only).custom_flags(flags.bits().cast_signed()).open(path);
+    opened.map_err(|error| {
+        let message = format!("cannot open {shown}: {}", reason(&error));
+        match error.kind() {
+            ErrorKind::NotFound => Error::new(Kind::NotFound, message)
+                .hint(format!("make an image with 'loopengine create {shown} --size 10G'")),
+            ErrorKind::IsADirectory => {
+                invalid(format!("{shown} is a directory")).hint("give an image file or a block device")
+            }
+            ErrorKind::PermissionDenied if read_only => {
+                Error::new(Kind::Denied, message).hint("this user must be able to read the image")
+            }
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Error::new(Kind::Denied, message)
+                .hint("attach it with --read-only, or as a user who may write to it"),
+            _ => Error::os(error, format!("cannot open {shown}")),
+        }
+    })
+}
+
+/// Does the part of the image that `spec` wants exist, in whole sectors?
+fn check(shown: &str, size: u64, spec: &AttachSpec) -> Result<()> {
+    let unit = u64::from(spec.block_size).max(SECTOR);
+    if size == 0 {
+        return Err(invalid(format!("{shown} is empty"))
+            .hint(format!("give it a size, as with 'truncate -s 10G {shown}'")));
+    }
+    if !spec.offset.is_multiple_of(unit) {
+        let message = format!("the offset {} is not a multiple of {unit}", spec.offset);
+        return Err(invalid(message).hint(format!("give a multiple of {unit} to --offset")));
+    }
+    if !spec.size_limit.is_multiple_of(unit) {
+        let message = format!("the size limit {} is not a multiple of {unit}", spec.size_limit);
+        return Err(invalid(message).hint(format!("give a multiple of {unit} to --size-limit")));
+    }
+    let rest = match size.checked_sub(spec.offset) {
+        Some(rest) if rest >= unit => rest,
+        _ => {
+            let message =
+                format!("{shown} has {size} bytes: nothing is left after the offset {}", spec.offset);
+            return Err(invalid(message).hint("give a smaller --offset"));
+        }
+    };
+    let limited = spec.size_limit > 0 && spec.size_limit <= rest;
+    if !limited && !rest.is_multiple_of(unit) {
+        let message = format!("the size of {shown}, {size} bytes, is not a multiple of {unit}");
+        return Err(invalid(message).hint(format!(
+            "extend it with 'truncate -s %{unit} {shown}', or give --size-limit {}",
+            rest - rest % unit
+        )));
+    }
+    Ok(())
+}
+
+fn absolute(path: &Path) -> Result<String> {
+    let shown = path.display();
+    let path = std::path::absolute(path)
+        .map_err(|error| Error::os(error, format!("cannot find the full path of {shown}")))?;
+    path.into_os_string().into_string().map_err(|_| {
+        invalid(format!("the path {shown} is not UTF-8")).hint("rename the image or its directory")
+    })
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(Kind::Invalid, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(offset: u64, size_limit: u64, block_size: u32) -> AttachSpec {
+        AttachSpec { offset, size_limit, block_size, ..crate::cli::attach::plain("default") }
+    }
+
+    fn verdict(size: u64, spec: &AttachSpec) -> String {
+        check("disk.img", size, spec).map_or_else(|error| error.to_string(), |()| "ok".to_owned())
+    }
+
+    #[test]
+    fn geometry() {
+        assert_eq!(verdict(4096, &spec(0, 0, 0)), "ok");
+        assert_eq!(verdict(4096, &spec(3584, 0, 512)), "ok");
+        assert_eq!(verdict(1000, &spec(0, 512, 0)), "ok");
+        assert!(verdict(0, &spec(0, 0, 0)).contains("empty"));
+        assert!(verdict(4096, &spec(100, 0, 0)).contains("--offset"));
+        assert!(verdict(4096, &spec(512, 0, 4096)).contains("multiple of 4096"));
+        assert!(verdict(4096, &spec(4096, 0, 0)).contains("smaller --offset"));
+        assert!(verdict(4096, &spec(1 << 40, 0, 0)).contains("smaller --offset"));
+        assert!(verdict(4096, &spec(0, 100, 0)).contains("--size-limit"));
+        let odd = verdict(1000, &spec(0, 0, 0));
+        assert!(odd.contains("truncate -s %512") && odd.contains("--size-limit 512"), "{odd}");
+    }
+
+    #[test]
+    fn a_fifo_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
+        for read_only in [true, false] {
+            let mut spec = AttachSpec { read_only, ..spec(0, 0, 0) };
+            let error = open(&path, &mut spec).unwrap_err();
+            assert!(error.message().contains("neither a file"), "{error}");
+        }
+    }
+}

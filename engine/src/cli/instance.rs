@@ -1,0 +1,104 @@
+//! `loopengine instance`: pools of devices with limits and workers of their own.
+
+use std::path::Path;
+
+use crate::config::MAX_DEVICES;
+use crate::error::Result;
+use crate::instance::spec::InstanceSpec;
+
+use super::table::Table;
+use super::{daemon, out};
+
+/// Create, list and remove instances.
+///
+/// An instance is a pool of devices with numbers from 0, worker threads and limits of its own: the
+/// load of one does not stall another. The instance 'default' always exists.
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    Create(Create),
+    List(List),
+    Remove(Remove),
+}
+
+/// Create an instance.
+#[derive(Debug, clap::Args)]
+pub(super) struct Create {
+    /// Its name: 1 to 64 of letters, digits, '.', '_' and '-', not starting with '.' or '-'.
+    name: String,
+
+    /// Devices that it may have.
+    #[arg(long, value_name = "N", default_value_t = MAX_DEVICES, value_parser = clap::value_parser!(u32).range(1..))]
+    max: u32,
+
+    /// Worker threads; 0: one for each CPU that it may use, two at least.
+    #[arg(long, value_name = "N", default_value = "0")]
+    workers: u32,
+
+    /// CPUs that its workers may run on, as in '0-3,8' [default: all].
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<String>,
+}
+
+/// List instances.
+#[derive(Debug, clap::Args)]
+pub(super) struct List {
+    /// Print JSON; loopengine-json(7) describes it.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Remove an instance.
+///
+/// Fails if it has devices, unless '--force' is given. The instance 'default' cannot
+/// be removed.
+#[derive(Debug, clap::Args)]
+pub(super) struct Remove {
+    /// Its name.
+    name: String,
+
+    /// Also if it has devices. Whoever uses them gets input/output errors.
+    #[arg(short, long)]
+    force: bool,
+}
+
+impl Command {
+    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        match self {
+            Command::Create(args) => args.run(run_dir),
+            Command::List(args) => args.run(run_dir),
+            Command::Remove(args) => {
+                daemon::ask(run_dir, async |client| client.remove_instance(&args.name, args.force).await)
+            }
+        }
+    }
+}
+
+impl Create {
+    fn run(self, run_dir: &Path) -> Result<()> {
+        let spec =
+            InstanceSpec { name: self.name, max_devices: self.max, workers: self.workers, cpus: self.cpus };
+        daemon::ask(run_dir, async |client| client.create_instance(&spec).await).map(drop)
+    }
+}
+
+impl List {
+    fn run(self, run_dir: &Path) -> Result<()> {
+        let instances = daemon::ask(run_dir, async |client| client.instances().await)?;
+        if self.json {
+            return out::json(&instances).map(drop);
+        }
+        let heads = ["NAME", "DEVICES", "MAX", "WORKERS", "CPUS", "DIRECTORY"];
+        let mut table = Table::new(&heads, &[false, true, true, true]);
+        for instance in instances {
+            table.row(vec![
+                instance.name,
+                instance.devices.to_string(),
+                instance.max_devices.to_string(),
+                instance.workers.to_string(),
+                instance.cpus.unwrap_or_else(|| "all".to_owned()),
+                instance.directory,
+            ]);
+        }
+        out::print(&table.render()).map(drop)
+    }
+}

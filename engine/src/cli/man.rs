@@ -1,0 +1,232 @@
+//! Manual pages: one for each subcommand, one for the JSON that they print.
+
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, italic, roman};
+use zlink::idl;
+use zlink::introspect::CustomType;
+
+use crate::error::{Error, Result};
+use crate::instance::spec::*;
+
+use super::doctor::{Check, Verdict};
+use super::{EXIT_CODES, examples};
+
+/// What the foot of every page says.
+const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
+
+/// Names and texts of all pages.
+pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
+    let mut command = super::command().disable_help_subcommand(true);
+    command.build();
+    let mut pages = Vec::new();
+    collect(&command, "", &mut pages).map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    let mut json = Vec::new();
+    json_page().to_writer(&mut json).map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    pages.push(("loopengine-json.7".to_owned(), json));
+    Ok(pages)
+}
+
+/// Every section that was written on its own defines the apostrophe anew; once is enough.
+fn one_preamble(text: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(text);
+    let defines = |line: &str| line.starts_with(".ie ") || line.starts_with(".el ");
+    let lines = text.lines().enumerate();
+    let kept = lines.filter(|(at, line)| *at < 2 || !defines(line));
+    kept.flat_map(|(_, line)| [line.trim_end(), "\n"]).collect::<String>().into_bytes()
+}
+
+fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>)>) -> std::io::Result<()> {
+    let name = match path {
+        "" => "loopengine".to_owned(),
+        path => format!("loopengine-{}", path.replace(' ', "-")),
+    };
+    // Examples have a section of their own.
+    let shown = command.clone().after_long_help(None::<&str>).display_name(name.clone());
+    let shown = shown.bin_name(format!("loopengine {path}").trim_end().to_owned());
+    // Pages have no date: they would be stale every day. roff wants an empty argument in quotes.
+    let man = Man::new(shown).title(name.to_uppercase()).date("\"\"");
+    let man = man.source(SOURCE).manual("loopengine");
+    let mut text = Vec::new();
+    man.render_title(&mut text)?;
+    man.render_name_section(&mut text)?;
+    man.render_synopsis_section(&mut text)?;
+    man.render_description_section(&mut text)?;
+    man.render_options_section(&mut text)?;
+    let subcommands = command.get_subcommands().filter(|sub| !sub.is_hide_set());
+    let subcommands: Vec<&clap::Command> = subcommands.collect();
+    if !subcommands.is_empty() {
+        man.render_subcommands_section(&mut text)?;
+    }
+    own_sections(path).to_writer(&mut text)?;
+    pages.push((format!("{name}.1"), one_preamble(&text)));
+    for sub in subcommands {
+        let path = format!("{path} {}", sub.get_name());
+        collect(sub, path.trim_start(), pages)?;
+    }
+    Ok(())
+}
+
+fn own_sections(path: &str) -> Roff {
+    let mut roff = Roff::new();
+    if path == "serve" {
+        configuration(&mut roff);
+    }
+    roff.control("SH", ["EXIT STATUS"]);
+    for (code, means) in EXIT_CODES {
+        tagged(&mut roff, &code.to_string(), means);
+    }
+    if path == "attach" {
+        roff.control("PP", []);
+        roff.text([
+            roman("With "),
+            bold("--run"),
+            roman(", the exit status of the command; 128 and the number of the signal if one ended it."),
+        ]);
+    }
+    let files = examples::files(path);
+    if !files.is_empty() {
+        roff.control("SH", ["FILES"]);
+        for (file, means) in files {
+            tagged(&mut roff, file, means);
+        }
+    }
+    let examples = examples::of(path);
+    if !examples.is_empty() {
+        roff.control("SH", ["EXAMPLES"]);
+        for (does, line) in examples {
+            roff.control("PP", []);
+            roff.text([roman(*does)]);
+            roff.control("RS", ["4"]);
+            roff.control("nf", []);
+            roff.text([bold(*line)]);
+            roff.control("fi", []);
+            roff.control("RE", []);
+        }
+    }
+    roff.control("SH", ["SEE ALSO"]);
+    let also = match path {
+        "" => "loopengine-serve(1), loopengine-attach(1), loopengine-doctor(1), loopengine-json(7)",
+        _ => "loopengine(1), loopengine-json(7)",
+    };
+    roff.text([roman(also)]);
+    roff
+}
+
+/// A tag in bold, what it means indented below.
+fn tagged(roff: &mut Roff, tag: &str, means: &str) {
+    roff.control("TP", []);
+    roff.text([bold(tag)]);
+    roff.text([roman(means)]);
+}
+
+fn configuration(roff: &mut Roff) {
+    const KEYS: &[(&str, &[(&str, &str)])] = &[
+        (
+            "[default]",
+            &[
+                ("max_devices = N", "Devices that the instance 'default' may have."),
+                ("workers = N", "Its worker threads; 0: one for each CPU that it may use, two at least."),
+                ("cpus = \"LIST\"", "CPUs that its workers may run on, as in \"0-3,8\"; left out: all."),
+            ],
+        ),
+        (
+            "[tuning]",
+            &[("linked_commit = true|false", "As --linked-commit."), ("poll_us = N", "As --poll-us.")],
+        ),
+        (
+            "[[instance]]",
+            &[
+                (
+                    "name = \"NAME\"",
+                    "An instance to create at start. As many of these tables as there are instances.",
+                ),
+                ("max_devices, workers, cpus", "As in [default]."),
+            ],
+        ),
+    ];
+    roff.control("SH", ["CONFIGURATION"]);
+    roff.text([roman(
+        "A TOML file. Options of the command line win. A key that is not listed here is an error.",
+    )]);
+    for (table, keys) in KEYS {
+        roff.control("SS", [*table]);
+        for (key, means) in *keys {
+            tagged(roff, key, means);
+        }
+    }
+}
+
+/// All types that `--json` prints, as they describe themselves.
+const TYPES: &[&idl::CustomType<'static>] = &[
+    InstanceInfo::CUSTOM_TYPE,
+    DeviceInfo::CUSTOM_TYPE,
+    DataPath::CUSTOM_TYPE,
+    DeviceState::CUSTOM_TYPE,
+    DeviceStats::CUSTOM_TYPE,
+    LatencySummary::CUSTOM_TYPE,
+    Features::CUSTOM_TYPE,
+    Check::CUSTOM_TYPE,
+    Verdict::CUSTOM_TYPE,
+];
+
+fn json_page() -> Roff {
+    const PRINTED: &[(&str, &str)] = &[
+        ("loopengine instance list", "An array of InstanceInfo."),
+        ("loopengine list", "An array of DeviceInfo."),
+        ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
+        ("loopengine features", "One Features."),
+        ("loopengine doctor", "An array of Check."),
+    ];
+    let mut roff = Roff::new();
+    roff.control("TH", ["LOOPENGINE-JSON", "7", "\"\"", SOURCE, "loopengine"]);
+    roff.control("SH", ["NAME"]);
+    roff.text([roman("loopengine-json - what the commands of loopengine print with --json")]);
+    roff.control("SH", ["DESCRIPTION"]);
+    for (command, prints) in PRINTED {
+        tagged(&mut roff, command, prints);
+    }
+    roff.control("PP", []);
+    roff.text([roman("Later versions may add fields. They do not rename or remove any, or change what one means. A field marked optional is null or left out when there is nothing to say. The control socket uses the same types.")]);
+    roff.control("SH", ["TYPES"]);
+    for described in TYPES {
+        roff.control("SS", [described.name().as_str()]);
+        match described {
+            idl::CustomType::Object(object) => {
+                roff.text([roman(words(object.comments()))]);
+                for field in object.fields() {
+                    roff.control("TP", []);
+                    roff.text([bold(field.name().as_str()), roman(" "), italic(type_name(field.ty()))]);
+                    roff.text([roman(words(field.comments()))]);
+                }
+            }
+            idl::CustomType::Enum(choice) => {
+                roff.text([roman(words(choice.comments()))]);
+                for variant in choice.variants() {
+                    let word = format!("\"{}\"", variant.name().as_str());
+                    tagged(&mut roff, &word, &words(variant.comments()));
+                }
+            }
+        }
+    }
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([roman("loopengine(1)")]);
+    roff
+}
+
+fn words<'a>(comments: impl Iterator<Item = &'a idl::Comment<'a>>) -> String {
+    let lines: Vec<&str> = comments.map(|comment| comment.text().trim()).collect();
+    lines.join(" ").replace('`', "")
+}
+
+fn type_name(described: &idl::Type<'_>) -> String {
+    match described {
+        idl::Type::Bool => "boolean".to_owned(),
+        idl::Type::Int => "integer".to_owned(),
+        idl::Type::Float => "number".to_owned(),
+        idl::Type::String => "string".to_owned(),
+        idl::Type::Custom(name) => name.to_string(),
+        idl::Type::Optional(inner) => format!("{}, optional", type_name(inner.inner())),
+        idl::Type::Array(inner) => format!("array of {}", type_name(inner.inner())),
+        other => other.to_string(),
+    }
+}

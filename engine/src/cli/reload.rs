@@ -1,0 +1,198 @@
+//! What the configuration asks of a running engine: at start, and when it has changed.
+
+use crate::config::Config;
+use crate::control::Backend;
+use crate::error::{Error, Result};
+use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
+
+/// Creates the instances of `config`. One that is there already (taken back from an earlier
+/// daemon) only gets the limit of `config`. Answers what could not be done without a failure.
+pub(super) fn create_all(config: &Config, backend: &dyn Backend) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    let there = backend.instances();
+    for spec in config.instances().chain([config.default_instance()]) {
+        match there.iter().find(|instance| instance.name == spec.name) {
+            Some(known) if known.max_devices != spec.max_devices => {
+                notes.push(limit(&spec, backend));
+            }
+            Some(_) => {}
+            None => {
+                backend.create_instance(&spec).map_err(|error| unconfigurable(&spec.name, &error))?;
+            }
+        }
+    }
+    Ok(notes)
+}
+
+fn unconfigurable(name: &str, error: &Error) -> Error {
+    let message = format!("cannot create the configured instance '{name}': {}", error.message());
+    let whole = Error::new(error.kind(), message);
+    match error.next_step() {
+        Some(hint) => whole.hint(hint),
+        None => whole,
+    }
+}
+
+/// Makes a running engine follow the change from `old` to `new`, as far as that goes without a
+/// restart. Answers what was done and what was not.
+pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<String> {
+    let mut notes = Vec::new();
+    if old.tuning() != new.tuning() {
+        notes.push("[tuning] changed: takes effect at the next start".to_owned());
+    }
+    let before: Vec<InstanceSpec> = old.instances().chain([old.default_instance()]).collect();
+    for spec in new.instances().chain([new.default_instance()]) {
+        match before.iter().find(|known| known.name == spec.name) {
+            None => notes.push(create(&spec, backend)),
+            Some(known) => notes.extend(change(known, &spec, backend)),
+        }
+    }
+    for gone in old.instances() {
+        if !new.instances().any(|spec| spec.name == gone.name) {
+            notes.push(format!(
+                "instance '{0}' is no longer configured but stays; 'loopengine instance remove {0}' removes it",
+                gone.name
+            ));
+        }
+    }
+    if notes.is_empty() {
+        notes.push("nothing changed".to_owned());
+    }
+    notes
+}
+
+fn create(spec: &InstanceSpec, backend: &dyn Backend) -> String {
+    match backend.create_instance(spec) {
+        Ok(_) => format!("created instance '{}'", spec.name),
+        Err(error) => format!("cannot create instance '{}': {error}", spec.name),
+    }
+}
+
+fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn Backend) -> Vec<String> {
+    let mut notes = Vec::new();
+    let name = &new.name;
+    if old.workers != new.workers || old.cpus != new.cpus {
+        let how = match name.as_str() {
+            DEFAULT_INSTANCE => "takes effect at the next start",
+            _ => "takes effect when the instance is created anew",
+        };
+        notes.push(format!("workers or CPUs of instance '{name}' changed: {how}"));
+    }
+    if old.max_devices != new.max_devices {
+        notes.push(limit(new, backend));
+    }
+    notes
+}
+
+fn limit(spec: &InstanceSpec, backend: &dyn Backend) -> String {
+    let (name, max) = (&spec.name, spec.max_devices);
+    match backend.set_max_devices(name, max) {
+        Ok(()) => format!("instance '{name}' may have {max} devices now"),
+        Err(error) => format!("instance '{name}' keeps its limit: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::error::Kind;
+    use crate::instance::Selector;
+    use crate::instance::spec::*;
+
+    /// Writes down what it is asked for; knows the instance `there` already.
+    #[derive(Default)]
+    struct Asked(Mutex<Vec<String>>);
+
+    fn info(name: &str) -> InstanceInfo {
+        InstanceInfo {
+            name: name.to_owned(),
+            max_devices: crate::config::MAX_DEVICES,
+            devices: 0,
+            workers: 2,
+            cpus: None,
+            directory: String::new(),
+        }
+    }
+
+    impl Backend for Asked {
+        fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
+            self.0.lock().unwrap().push(format!("create {}", spec.name));
+            match spec.name.as_str() {
+                "bad" => Err(Error::new(Kind::Invalid, "no").hint("stop")),
+                name => Ok(info(name)),
+            }
+        }
+        fn set_max_devices(&self, name: &str, max: u32) -> Result<()> {
+            self.0.lock().unwrap().push(format!("limit {name} {max}"));
+            Ok(())
+        }
+        fn features(&self) -> Result<Features> {
+            unreachable!()
+        }
+        fn instances(&self) -> Vec<InstanceInfo> {
+            vec![info("default"), info("there")]
+        }
+        fn remove_instance(&self, _: &str, _: bool) -> Result<()> {
+            unreachable!()
+        }
+        fn attach(&self, _: &AttachSpec, _: OwnedFd) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn detach(&self, _: &Selector, _: bool) -> Result<Vec<String>> {
+            unreachable!()
+        }
+        fn resize(&self, _: &str) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn devices(&self, _: &Selector) -> Result<Vec<DeviceInfo>> {
+            unreachable!()
+        }
+        fn stats(&self, _: &Selector) -> Result<Vec<DeviceStats>> {
+            unreachable!()
+        }
+    }
+
+    fn config(text: &str) -> Config {
+        Config::parse(text, "test").unwrap()
+    }
+
+    fn applied(old: &str, new: &str) -> (Vec<String>, Vec<String>) {
+        let asked = Asked::default();
+        let notes = apply(&config(old), &config(new), &asked);
+        (asked.0.into_inner().unwrap(), notes)
+    }
+
+    #[test]
+    fn at_start_what_is_there_already_gets_its_limit() {
+        let asked = Asked::default();
+        let text = "[[instance]]\nname='there'\nmax_devices=3\n[[instance]]\nname='new'\n";
+        let notes = create_all(&config(text), &asked).unwrap();
+        assert_eq!(*asked.0.lock().unwrap(), ["limit there 3", "create new"]);
+        assert_eq!(notes, ["instance 'there' may have 3 devices now"]);
+        let error = create_all(&config("[[instance]]\nname='bad'\n"), &asked).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(error.message().contains("'bad'"), "{error}");
+        assert_eq!(error.next_step(), Some("stop"));
+    }
+
+    #[test]
+    fn only_what_changed_is_done() {
+        let same = "[[instance]]\nname='a'\n[tuning]\npoll_us=3\n";
+        assert_eq!(applied(same, same), (vec![], vec!["nothing changed".to_owned()]));
+    }
+
+    #[test]
+    fn new_instances_and_limits_are_applied_the_rest_is_told() {
+        let old = "[[instance]]\nname='a'\nmax_devices=1\n[[instance]]\nname='gone'\n";
+        let new = "[default]\nmax_devices=9\nworkers=7\n[tuning]\npoll_us=3\n\
+                   [[instance]]\nname='a'\nmax_devices=2\n[[instance]]\nname='b'\n";
+        let (asked, notes) = applied(old, new);
+        assert_eq!(asked, ["limit a 2", "create b", "limit default 9"]);
+        let told = |words: &str| notes.iter().any(|note| note.contains(words));
+        assert!(told("[tuning] changed") && told("workers or CPUs of instance 'default'"), "{notes:?}");
+        assert!(told("instance 'gone' is no longer configured"), "{notes:?}");
+    }
+}

@@ -1,0 +1,317 @@
+//! `loopengine serve`: the daemon, from the checks before it starts to the last device it stops.
+
+use std::io::{self, IsTerminal};
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::io::Interest;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::config::Config;
+use crate::control::{Backend, rundir::RunDir, server};
+use crate::error::{Error, Kind, Result};
+use crate::instance::{Engine, Tuning};
+use crate::sys::{self, mntns};
+
+use super::reload;
+
+/// The driver's control device.
+pub(super) const UBLK_CONTROL: &str = "/dev/ublk-control";
+
+/// Mount tables can change often; more often than this they are not looked at.
+const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
+
+/// Run the daemon in the foreground.
+///
+/// Serves devices until SIGTERM or SIGINT, which stop them in good order; a second one ends the
+/// daemon at once. Devices of a daemon that was killed are taken back at the next start. SIGHUP
+/// rereads the configuration: new instances are created, limits changed; what else changed is
+/// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root and the ublk driver.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Configuration file [default: /etc/loopengine.toml, if it exists].
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Commit a request in one chain with its read or write, where that is possible.
+    #[arg(long, value_name = "on|off", value_parser = parse_switch)]
+    linked_commit: Option<bool>,
+
+    /// Microseconds for which a worker that had work looks for more before it sleeps.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    poll_us: Option<u32>,
+}
+
+/// How the daemon was asked to end.
+enum End {
+    /// By one signal.
+    InOrder,
+    /// By a second one.
+    AtOnce,
+}
+
+fn parse_switch(word: &str) -> std::result::Result<bool, String> {
+    match word {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("'{word}' is neither 'on' nor 'off'")),
+    }
+}
+
+impl Args {
+    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        let config = self.load()?;
+        log();
+        check_possible()?;
+        // Before any thread is started, so that all are in it.
+        own_mounts()?;
+        let run_dir = RunDir::take(run_dir)?;
+        let (engine, notes) = Engine::start(config.engine(run_dir.path().to_owned()))?;
+        for note in notes {
+            tracing::info!("{note}");
+        }
+        let engine = Arc::new(engine);
+        let served = self.serve(&config, &run_dir, &engine);
+        run_dir.unbind();
+        match served {
+            Ok(End::AtOnce) => {
+                // Its drop would wait for what the user no longer wants to wait for.
+                std::mem::forget(engine);
+                Err(impatient())
+            }
+            Ok(End::InOrder) => stop(engine),
+            Err(error) => stop(engine).and(Err(error)),
+        }
+    }
+
+    fn load(&self) -> Result<Config> {
+        let mut config = Config::load(self.config.as_deref())?;
+        let tuning = &mut config.tuning;
+        tuning.linked_commit = self.linked_commit.or(tuning.linked_commit);
+        tuning.poll_us = self.poll_us.or(tuning.poll_us);
+        Ok(config)
+    }
+
+    fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<End> {
+        for note in reload::create_all(config, &**engine)? {
+            tracing::info!("{note}");
+        }
+        let listener = run_dir.bind()?;
+        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
+            .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
+        let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
+        let Tuning { linked_commit, poll_us } = config.tuning();
+        tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
+        let ended = runtime.block_on(self.until_stopped(listener, backend, config.clone()));
+        if Arc::strong_count(engine) > 1 {
+            // Calls are still being handled; the drop of the runtime would wait for them.
+            std::mem::forget(runtime);
+        }
+        ended
+    }
+
+    /// Serves until a signal says stop, then lets calls end.
+    async fn until_stopped(
+        &self,
+        listener: StdListener,
+        backend: Arc<dyn Backend>,
+        mut config: Config,
+    ) -> Result<End> {
+        let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
+        let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(cannot)?;
+        let listener = UnixListener::from_std(listener).map_err(cannot)?;
+        let (stop, stopping) = watch::channel(false);
+        let mut served = tokio::task::spawn_local(server::serve(listener, Arc::clone(&backend), stopping));
+        let mounts = tokio::task::spawn_local(watch_mounts());
+        tell(&[NotifyState::Ready]);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                ended = &mut served => {
+                    let message = format!("the control service ended: {ended:?}");
+                    return Err(Error::new(Kind::Internal, message));
+                }
+                _ = hangup.recv() => self.reload(&mut config, &backend).await,
+            }
+        }
+        tracing::info!("stopping");
+        tell(&[NotifyState::Stopping]);
+        mounts.abort();
+        let _ = stop.send(true);
+        tokio::select! {
+            _ = &mut served => Ok(End::InOrder),
+            () = again(&mut terminate, &mut interrupt) => Ok(End::AtOnce),
+        }
+    }
+
+    async fn reload(&self, config: &mut Config, backend: &Arc<dyn Backend>) {
+        let mut states = vec![NotifyState::Reloading];
+        states.extend(NotifyState::monotonic_usec_now());
+        tell(&states);
+        match self.load() {
+            Ok(new) => {
+                let (old, backend) = (config.clone(), Arc::clone(backend));
+                let applied = new.clone();
+                let apply = move || reload::apply(&old, &applied, &*backend);
+                match tokio::task::spawn_blocking(apply).await {
+                    Ok(notes) => notes.iter().for_each(|note| tracing::info!("reload: {note}")),
+                    Err(error) => tracing::error!("reload failed: {error}"),
+                }
+                *config = new;
+            }
+            Err(error) => tracing::error!("the configuration stays as it was: {error}"),
+        }
+        tell(&[NotifyState::Ready]);
+    }
+}
+
+async fn again(terminate: &mut tokio::signal::unix::Signal, interrupt: &mut tokio::signal::unix::Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+fn impatient() -> Error {
+    Error::new(Kind::Io, "ended before all devices were stopped")
+        .hint("start the daemon again to take them back")
+}
+
+/// Drains and stops all devices; a signal ends the wait for them.
+fn stop(engine: Arc<Engine>) -> Result<()> {
+    let Some(engine) = Arc::into_inner(engine) else {
+        let message = "calls are still being handled: devices are left as they are";
+        return Err(Error::new(Kind::Deadline, message).hint("start the daemon again to take them back"));
+    };
+    let runtime = super::daemon::runtime()?;
+    let stopped = runtime.block_on(async {
+        let cannot = |error| Error::os(error, "cannot handle signals");
+        let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
+        tokio::select! {
+            notes = tokio::task::spawn_blocking(|| engine.shutdown()) => {
+                for note in notes.unwrap_or_default() {
+                    tracing::warn!("{note}");
+                }
+                Ok(())
+            }
+            () = again(&mut terminate, &mut interrupt) => Err(impatient()),
+        }
+    });
+    // Does not wait for a shutdown that a second signal has given up.
+    runtime.shutdown_background();
+    if stopped.is_ok() {
+        tracing::info!("stopped");
+    }
+    stopped
+}
+
+/// Does this machine have what the daemon needs?
+fn check_possible() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::new(Kind::Denied, "only root can serve block devices")
+            .hint("run it with sudo, or as the systemd service loopengine"));
+    }
+    if !Path::new(UBLK_CONTROL).exists() {
+        let message = format!("the ublk driver is not there ({UBLK_CONTROL} is missing)");
+        return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
+    }
+    Ok(())
+}
+
+/// What to do when the driver is missing.
+pub(super) fn driver_hint() -> String {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    if module_exists(&release) {
+        return "run 'modprobe ublk_drv'".to_owned();
+    }
+    format!(
+        "run 'modprobe ublk_drv'; if kernel {release} has no such module, use Linux 6.5 or newer \
+         with CONFIG_BLK_DEV_UBLK"
+    )
+}
+
+/// Is the module among those installed for this kernel?
+pub(super) fn module_exists(release: &str) -> bool {
+    let list = format!("/lib/modules/{release}/modules.dep");
+    let known = std::fs::read_to_string(list).unwrap_or_default();
+    known.lines().any(|line| {
+        let path = line.split(':').next().unwrap_or_default();
+        path.rsplit('/').next().unwrap_or_default().starts_with("ublk_drv.ko")
+    })
+}
+
+fn own_mounts() -> Result<()> {
+    mntns::enter_own().map_err(|error| {
+        Error::os(error, "cannot enter a mount namespace of its own")
+            .hint("run the daemon with CAP_SYS_ADMIN, and not in a chroot")
+    })?;
+    leave_own_disks();
+    Ok(())
+}
+
+fn leave_own_disks() {
+    match mntns::detach_ublk_mounts() {
+        Ok((detached, failed)) => {
+            for path in detached {
+                tracing::debug!("left the mount {} in this namespace", path.display());
+            }
+            for failure in failed {
+                tracing::warn!("cannot leave a mount of a ublk disk: {failure}");
+            }
+        }
+        Err(error) => tracing::warn!("cannot read {}: {error}", mntns::MOUNTINFO),
+    }
+}
+
+/// Mounts made elsewhere come into this namespace too; those of ublk disks are left at once.
+async fn watch_mounts() {
+    let table = std::fs::File::open(mntns::MOUNTINFO)
+        .and_then(|file| sys::watch::watch(file.into(), Interest::PRIORITY));
+    let table = match table {
+        Ok(table) => table,
+        Err(error) => return tracing::warn!("cannot watch {}: {error}", mntns::MOUNTINFO),
+    };
+    loop {
+        match table.ready(Interest::PRIORITY).await {
+            Ok(mut ready) => ready.clear_ready(),
+            Err(error) => return tracing::warn!("cannot watch {}: {error}", mntns::MOUNTINFO),
+        }
+        let _ = tokio::task::spawn_blocking(leave_own_disks).await;
+        sleep(MOUNTS_PAUSE).await;
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(false, states) {
+        tracing::warn!("cannot notify the service manager: {error}");
+    }
+}
+
+fn log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false);
+    // The journal has its own clock.
+    let set = if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.without_time().try_init()
+    } else {
+        log.try_init()
+    };
+    drop(set);
+}

@@ -1,0 +1,114 @@
+//! Sizes in bytes, read and shown: `4096`, `1k`, `512M`, `10G`. Units are powers of 1024.
+
+const UNITS: &str = "KMGTPE";
+
+/// Reads a size. The error is a sentence for clap to show.
+pub(super) fn parse(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let wrong = || format!("'{text}' is not a size; give bytes, or a number and K, M, G or T");
+    let number: u64 = match number.parse() {
+        Ok(number) => number,
+        Err(_) if number.is_empty() => return Err(wrong()),
+        Err(_) => return Err(format!("'{text}' is too large")),
+    };
+    let unit = unit.to_ascii_uppercase();
+    let letter = unit.strip_suffix("IB").unwrap_or(&unit);
+    let shift = match letter {
+        "" if unit.is_empty() => 0,
+        letter if letter.len() == 1 => 10 * (1 + UNITS.find(letter).ok_or_else(wrong)?),
+        _ => return Err(wrong()),
+    };
+    number
+        .checked_mul(1 << shift)
+        .filter(|&bytes| i64::try_from(bytes).is_ok())
+        .ok_or_else(|| format!("'{text}' is too large"))
+}
+
+/// A logical block size.
+pub(super) fn parse_block(text: &str) -> Result<u32, String> {
+    let bytes = parse(text)?;
+    u32::try_from(bytes)
+        .ok()
+        .filter(|bytes| (512..=4096).contains(bytes) && bytes.is_power_of_two())
+        .ok_or_else(|| format!("'{text}' is not a block size; give 512, 1024, 2048 or 4096"))
+}
+
+/// A size for people: three digits and a unit, exact where it is whole.
+pub(super) fn show(bytes: u64) -> String {
+    show_f64(bytes as f64)
+}
+
+/// The same for rates.
+pub(super) fn show_f64(bytes: f64) -> String {
+    let mut value = bytes;
+    let mut unit = 'B';
+    for next in UNITS.chars() {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    match unit {
+        'B' => format!("{value:.0}B"),
+        _ if value.fract() == 0.0 || value >= 99.95 => format!("{value:.0}{unit}"),
+        _ => format!("{value:.1}{unit}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse("4096"), Ok(4096));
+        assert_eq!(parse("1k"), Ok(1024));
+        assert_eq!(parse("512M"), Ok(512 << 20));
+        assert_eq!(parse("10G"), Ok(10 << 30));
+        assert_eq!(parse("2TiB"), Ok(2 << 40));
+        assert_eq!(parse("0"), Ok(0));
+        for bad in
+            ["", "G", "-1", "1.5G", "1 G", "1GB", "1iB", "1kk", "1é", "99999999999999999999", "16E", "8E"]
+        {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn block_sizes() {
+        assert_eq!(parse_block("4k"), Ok(4096));
+        for bad in ["0", "256", "513", "8192", "1G", "-512"] {
+            assert!(parse_block(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn shown() {
+        assert_eq!(show(0), "0B");
+        assert_eq!(show(1023), "1023B");
+        assert_eq!(show(10 << 30), "10G");
+        assert_eq!(show(1536), "1.5K");
+        assert_eq!(show(u64::MAX), "16E");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "\\PC*") {
+            let _ = parse(&text);
+            let _ = parse_block(&text);
+        }
+
+        #[test]
+        fn whole_units_survive(number in 0u64..1000, unit in 0usize..5) {
+            let text = format!("{number}{}", &UNITS[unit..=unit]);
+            let bytes = parse(&text).unwrap();
+            prop_assert_eq!(bytes, number << (10 * (unit + 1)));
+            if number > 0 {
+                prop_assert_eq!(show(bytes), text);
+            }
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The configuration file, and every default that a user can change.
+//!
+//! Knows TOML and the specifications of instances; does not know who serves them. What a value
+//! means is checked by the instance that gets it; here, that it has the right form.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
+use crate::instance::{EngineConfig, Tuning};
+
+/// Where the daemon keeps its socket, its state and the names of devices.
+pub const RUN_DIR: &str = "/run/loopengine";
+
+/// Read by `serve` if it exists and no other file was named.
+pub const CONFIG_FILE: &str = "/etc/loopengine.toml";
+
+/// Devices that an instance may have unless told otherwise.
+pub const MAX_DEVICES: u32 = 256;
+
+/// The worker switches that measured best.
+pub const TUNING: Tuning = Tuning { linked_commit: true, poll_us: 0 };
+
+/// Larger files are not configuration.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// A configuration file, as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The instance `default`.
+    #[serde(default)]
+    pub default: Limits,
+    /// Switches of all workers.
+    #[serde(default)]
+    pub tuning: TuningTable,
+    /// Instances to create at start.
+    #[serde(default)]
+    pub instance: Vec<InstanceTable>,
+}
+
+/// `[default]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Devices at the most.
+    pub max_devices: Option<u32>,
+    /// Worker threads; 0 or none: one for each CPU it may use.
+    pub workers: Option<u32>,
+    /// CPUs that the workers may run on.
+    pub cpus: Option<String>,
+}
+
+/// `[tuning]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TuningTable {
+    /// See [`Tuning::linked_commit`].
+    pub linked_commit: Option<bool>,
+    /// See [`Tuning::poll_us`].
+    pub poll_us: Option<u32>,
+}
+
+/// `[[instance]]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceTable {
+    /// Its name.
+    pub name: String,
+    /// Devices at the most.
+    pub max_devices: Option<u32>,
+    /// Worker threads; 0 or none: one for each CPU it may use.
+    pub workers: Option<u32>,
+    /// CPUs that the workers may run on.
+    pub cpus: Option<String>,
+}
+
+impl Config {
+    /// Reads `file`, or [`CONFIG_FILE`] if none is named; that one may be missing.
+    pub fn load(file: Option<&Path>) -> Result<Config> {
+        let path = file.unwrap_or(Path::new(CONFIG_FILE));
+        let text = match read(path) {
+            Ok(text) => text,
+            Err(error) if file.is_none() && error.kind() == Kind::NotFound => String::new(),
+            Err(error) => return Err(error),
+        };
+        Config::parse(&text, &path.display().to_string())
+    }
+
+    /// Parses `text`; `name` is what errors call it.
+    pub fn parse(text: &str, name: &str) -> Result<Config> {
+        let config: Config = toml::from_str(text).map_err(|error| {
+            let line = error
+                .span()
+                .map_or(1, |span| 1 + text.bytes().take(span.start).filter(|&b| b == b'\n').count());
+            let message = error.message().replace('\n', ", ");
+            invalid(format!("{name}, line {line}: {message}"))
+        })?;
+        config.check(name)?;
+        Ok(config)
+    }
+
+    fn check(&self, name: &str) -> Result<()> {
+        for (at, table) in self.instance.iter().enumerate() {
+            if table.name == DEFAULT_INSTANCE {
+                return Err(invalid(format!(
+                    "{name}: the instance '{DEFAULT_INSTANCE}' is configured in [default], not in [[instance]]"
+                )));
+            }
+            if self.instance[..at].iter().any(|other| other.name == table.name) {
+                return Err(invalid(format!("{name}: the instance '{}' appears twice", table.name)));
+            }
+        }
+        let limits = self.instance.iter().map(|table| table.max_devices);
+        if limits.chain([self.default.max_devices]).any(|max| max == Some(0)) {
+            return Err(invalid(format!("{name}: max_devices must be 1 or more")));
+        }
+        Ok(())
+    }
+
+    /// The instance `default`.
+    pub fn default_instance(&self) -> InstanceSpec {
+        InstanceSpec {
+            name: DEFAULT_INSTANCE.to_owned(),
+            max_devices: self.default.max_devices.unwrap_or(MAX_DEVICES),
+            workers: self.default.workers.unwrap_or(0),
+            cpus: self.default.cpus.clone(),
+        }
+    }
+
+    /// The other instances.
+    pub fn instances(&self) -> impl Iterator<Item = InstanceSpec> + '_ {
+        self.instance.iter().map(|table| InstanceSpec {
+            name: table.name.clone(),
+            max_devices: table.max_devices.unwrap_or(MAX_DEVICES),
+            workers: table.workers.unwrap_or(0),
+            cpus: table.cpus.clone(),
+        })
+    }
+
+    /// Worker switches.
+    pub fn tuning(&self) -> Tuning {
+        Tuning {
+            linked_commit: self.tuning.linked_commit.unwrap_or(TUNING.linked_commit),
+            poll_us: self.tuning.poll_us.unwrap_or(TUNING.poll_us),
+        }
+    }
+
+    /// All that the engine wants to know.
+    pub fn engine(&self, run_dir: PathBuf) -> EngineConfig {
+        EngineConfig { run_dir, default_instance: self.default_instance(), tuning: self.tuning() }
+    }
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(Kind::Invalid, message).hint("correct the file; loopengine-serve(1) describes it")
+}
+
+fn read(path: &Path) -> Result<String> {
+    use std::io::Read;
+    let shown = path.display();
+    let mut text = String::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text))
+        .map_err(|error| Error::os(error, format!("cannot read {shown}")))?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(invalid(format!("{shown} is larger than {FILE_BYTES_MAX} bytes")));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn refused(text: &str) -> String {
+        let error = Config::parse(text, "x.toml").unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        error.message()
+    }
+
+    #[test]
+    fn nothing_is_the_defaults() {
+        let config = Config::parse("", "x.toml").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(config.tuning(), TUNING);
+        assert_eq!(config.default_instance().max_devices, MAX_DEVICES);
+        assert_eq!(config.instances().count(), 0);
+    }
+
+    #[test]
+    fn everything() {
+        let text = "[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
+                    [tuning]\nlinked_commit = true\npoll_us = 50\n\
+                    [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
+        let config = Config::parse(text, "x.toml").unwrap();
+        let engine = config.engine(PathBuf::from("/run/x"));
+        assert_eq!(engine.default_instance.max_devices, 8);
+        assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
+        assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
+        let instances: Vec<_> = config.instances().collect();
+        assert_eq!(instances[0].max_devices, 4);
+        assert_eq!(instances[1].max_devices, MAX_DEVICES);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        let message = refused("[default]\nmax_devices = 3\nmax_device = 4\n");
+        assert!(message.starts_with("x.toml, line 3: "), "{message}");
+        assert!(message.contains("max_device"), "{message}");
+        assert!(refused("[tuning]\n\npoll_us = -1\n").starts_with("x.toml, line 3: "));
+        assert!(refused("[[instance]]\nmax_devices = 1\n").contains("name"));
+        assert!(refused("[[instance]]\nname = 'default'\n").contains("[default]"));
+        assert!(refused("[[instance]]\nname='a'\n[[instance]]\nname='a'\n").contains("twice"));
+        assert!(refused("[default]\nmax_devices = 0\n").contains("max_devices"));
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let missing = Path::new("/nonexistent/loopengine.toml");
+        assert_eq!(Config::load(Some(missing)).unwrap_err().kind(), Kind::NotFound);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics_and_every_error_is_one_line(text in "\\PC{0,40}(\n\\PC{0,40}){0,5}") {
+            if let Err(error) = Config::parse(&text, "x.toml") {
+                prop_assert!(!error.to_string().contains('\n'));
+            }
+        }
+
+        #[test]
+        fn what_is_written_is_read(max in 1u32.., workers in 0u32..64, poll in any::<u32>(), linked: bool) {
+            let text = format!(
+                "[default]\nmax_devices = {max}\nworkers = {workers}\n[tuning]\npoll_us = {poll}\nlinked_commit = {linked}\n"
+            );
+            let config = Config::parse(&text, "x.toml").unwrap();
+            prop_assert_eq!(config.default_instance().max_devices, max);
+            prop_assert_eq!(config.default_instance().workers, workers);
+            prop_assert_eq!(config.tuning(), Tuning { linked_commit: linked, poll_us: poll });
+        }
+    }
+}

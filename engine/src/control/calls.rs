@@ -1,0 +1,38 @@
+//! The calls of the interface, as a client makes them.
+
+use std::os::fd::OwnedFd;
+
+use super::Fault;
+use super::reply::*;
+use crate::instance::spec::{AttachSpec, InstanceSpec};
+
+#[zlink::proxy(interface = "io.loopengine")]
+pub(super) trait Calls {
+    async fn get_features(&mut self) -> zlink::Result<Result<Granted, Fault>>;
+    async fn create_instance(&mut self, spec: &InstanceSpec) -> zlink::Result<Result<Instance, Fault>>;
+    async fn list_instances(&mut self) -> zlink::Result<Result<Instances, Fault>>;
+    async fn remove_instance(&mut self, name: &str, force: bool) -> zlink::Result<Result<(), Fault>>;
+    async fn attach(
+        &mut self,
+        spec: &AttachSpec,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Device, Fault>>;
+    async fn detach(
+        &mut self,
+        device: Option<&str>,
+        instance: Option<&str>,
+        all: bool,
+        force: bool,
+    ) -> zlink::Result<Result<Detached, Fault>>;
+    async fn resize(&mut self, device: &str) -> zlink::Result<Result<Device, Fault>>;
+    async fn list_devices(
+        &mut self,
+        device: Option<&str>,
+        instance: Option<&str>,
+    ) -> zlink::Result<Result<Devices, Fault>>;
+    async fn get_stats(
+        &mut self,
+        device: Option<&str>,
+        instance: Option<&str>,
+    ) -> zlink::Result<Result<Stats, Fault>>;
+}

@@ -1,0 +1,39 @@
+//! The control socket: a varlink service in the run directory, and its client.
+//!
+//! ```text
+//!  client ── call, image fd ──► server ── one task a connection ──► service ──► Backend (the engine)
+//!         ◄── reply or fault ──        guard: idle deadline, stop      on a blocking thread
+//! ```
+//! Knows the interface of the engine (through [`Backend`]), credentials of callers, and how errors
+//! travel. Knows nothing of ublk, rings or images.
+
+mod backend;
+mod calls;
+pub mod client;
+pub mod codec;
+mod fault;
+mod guard;
+pub mod reply;
+pub mod rundir;
+pub mod server;
+mod service;
+
+pub use backend::Backend;
+pub use client::Client;
+pub use fault::Fault;
+pub use service::ControlService;
+
+/// Name of the varlink interface; a file of this name with the ending `.varlink` describes it.
+pub const INTERFACE: &str = "io.loopengine";
+
+/// Name of the socket in the run directory.
+pub const SOCKET: &str = "control";
+
+/// What the operating system says, without the number that Rust appends.
+pub fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((text, _)) => text.to_lowercase(),
+        None => text,
+    }
+}

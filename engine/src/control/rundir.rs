@@ -1,0 +1,162 @@
+//! The run directory: made safe, locked by one daemon, with the control socket in it.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+
+use super::{SOCKET, reason};
+use crate::error::{Error, Kind, Result};
+
+/// A run directory that no other daemon can take while this lives.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Creates `path` if it is missing, refuses it if others may write to it, locks it.
+    pub fn take(path: &Path) -> Result<RunDir> {
+        let shown = path.display();
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
+        made.map_err(|error| Error::os(error, format!("cannot create the run directory {shown}")))?;
+        // Absolute, because device names in it are links that others follow.
+        let path = fs::canonicalize(path)
+            .map_err(|error| Error::os(error, format!("cannot use the run directory {shown}")))?;
+        check_private(&path)?;
+        let lock = lock(&path)?;
+        Ok(RunDir { path, _lock: lock })
+    }
+
+    /// The absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Binds the control socket, for root and the own user only. A socket that a dead daemon left
+    /// is replaced.
+    pub fn bind(&self) -> Result<UnixListener> {
+        let socket = self.path.join(SOCKET);
+        let context = || format!("cannot create the control socket {}", socket.display());
+        // Under another name until its mode is set, so that it never appears with a wrong one.
+        let fresh = self.path.join(".control.new");
+        let _ = fs::remove_file(&fresh);
+        let listener = UnixListener::bind(&fresh).map_err(|e| Error::os(e, context()))?;
+        fs::set_permissions(&fresh, Permissions::from_mode(0o600))
+            .and_then(|()| fs::rename(&fresh, &socket))
+            .and_then(|()| listener.set_nonblocking(true))
+            .map_err(|error| Error::os(error, context()))?;
+        Ok(listener)
+    }
+
+    /// Removes the socket, so that clients learn at once that nobody serves.
+    pub fn unbind(&self) {
+        let _ = fs::remove_file(self.path.join(SOCKET));
+    }
+}
+
+fn check_private(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let meta = fs::metadata(path)
+        .map_err(|error| Error::os(error, format!("cannot use the run directory {shown}")))?;
+    let own = rustix::process::geteuid().as_raw();
+    if meta.uid() != own {
+        let message = format!("the run directory {shown} belongs to user {}", meta.uid());
+        return Err(Error::new(Kind::Denied, message).hint("give a directory of your own with --run-dir"));
+    }
+    if meta.mode() & 0o022 != 0 {
+        let message = format!("others may write to the run directory {shown}");
+        return Err(Error::new(Kind::Denied, message)
+            .hint(format!("run 'chmod go-w {shown}', or give another with --run-dir")));
+    }
+    Ok(())
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let file = path.join("lock");
+    let context = || format!("cannot lock {}", file.display());
+    let mut lock = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+        .open(&file)
+        .map_err(|error| Error::os(error, context()))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut owner = String::new();
+            let _ = (&lock).take(20).read_to_string(&mut owner);
+            let shown = path.display();
+            let message = match owner.trim() {
+                "" => format!("another daemon uses {shown}"),
+                owner => format!("another daemon (process {owner}) uses {shown}"),
+            };
+            return Err(Error::new(Kind::Busy, message)
+                .hint("stop it first, or give another directory with --run-dir"));
+        }
+        Err(error) => {
+            let text = format!("{}: {}", context(), reason(&error.into()));
+            return Err(Error::new(Kind::Io, text));
+        }
+    }
+    // For the message above only.
+    let _ = lock.set_len(0);
+    let _ = writeln!(lock, "{}", std::process::id());
+    Ok(lock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_daemon_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/run");
+        let first = RunDir::take(&path).unwrap();
+        let second = RunDir::take(&path).unwrap_err();
+        assert_eq!(second.kind(), Kind::Busy);
+        assert!(second.message().contains(&std::process::id().to_string()));
+        drop(first);
+        RunDir::take(&path).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_others_may_write_to_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for mode in [0o775, 0o757, 0o1777] {
+            fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
+            assert_eq!(RunDir::take(dir.path()).unwrap_err().kind(), Kind::Denied);
+        }
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        RunDir::take(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_no_directory() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = RunDir::take(file.path()).unwrap_err();
+        assert!(error.message().contains("run directory"), "{error}");
+    }
+
+    #[test]
+    fn the_socket_is_private_and_replaces_a_stale_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::take(dir.path()).unwrap();
+        drop(run.bind().unwrap());
+        let listener = run.bind().unwrap();
+        let socket = dir.path().join(SOCKET);
+        assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
+        std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        drop(listener);
+        run.unbind();
+        assert!(!socket.exists());
+    }
+}

@@ -1,0 +1,3 @@
+//! Doors through which requests come in.
+
+pub mod ublk;

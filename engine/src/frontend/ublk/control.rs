@@ -1,0 +1,139 @@
+//! Control commands to /dev/ublk-control: one function for all, each with a deadline.
+//!
+//! A command that does not answer in time is abandoned together with its ring and its buffer: the
+//! kernel may still write to them. Rings of answered commands are kept for the next.
+
+use std::fs::File;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use libublk::sys;
+
+use crate::error::{Error, Kind, Result};
+
+type ControlRing = IoUring<squeue::Entry128, cqueue::Entry>;
+
+/// How long a command may take. START_DEV and STOP_DEV wait for I/O; none should take seconds.
+pub(super) const LIMIT: Duration = Duration::from_secs(10);
+const NODE: &str = "/dev/ublk-control";
+/// Rings kept for reuse.
+const SPARE_RINGS: usize = 4;
+
+static RINGS: Mutex<Vec<ControlRing>> = Mutex::new(Vec::new());
+
+/// A control command and what it carries.
+#[derive(Debug, Default)]
+pub(super) struct Command {
+    pub(super) name: &'static str,
+    pub(super) opcode: u32,
+    pub(super) device: u32,
+    pub(super) data: u64,
+    /// Bytes for the driver to read or to write.
+    pub(super) buffer: Vec<u8>,
+}
+
+/// Runs a command. The answer is its result and its buffer; the errno is the driver's own.
+pub(super) fn run(command: Command, limit: Duration) -> Result<(i32, Vec<u8>)> {
+    let Command { name, opcode, device, data, mut buffer } = command;
+    let node = open()?;
+    let header = sys::ublksrv_ctrl_cmd {
+        dev_id: device,
+        queue_id: u16::MAX,
+        len: buffer.len() as u16,
+        addr: if buffer.is_empty() { 0 } else { buffer.as_mut_ptr() as u64 },
+        data: [data],
+        ..Default::default()
+    };
+    let mut payload = [0u8; 80];
+    // SAFETY: the header is plain integers without padding that matters, smaller than the payload.
+    let bytes = unsafe {
+        std::slice::from_raw_parts((&raw const header).cast::<u8>(), size_of::<sys::ublksrv_ctrl_cmd>())
+    };
+    payload[..bytes.len()].copy_from_slice(bytes);
+    let fd = types::Fd(std::os::fd::AsRawFd::as_raw_fd(&node));
+    let entry = opcode::UringCmd80::new(fd, opcode).cmd(payload).build();
+
+    let mut ring = take_ring()?;
+    // SAFETY: `buffer` is moved nowhere before the completion has come; if it does not come, it is
+    // leaked below together with the ring.
+    unsafe { ring.submission().push(&entry) }
+        .map_err(|_| Error::new(Kind::Internal, "control ring is full"))?;
+    match wait(&mut ring, limit) {
+        Some(result) => {
+            keep_ring(ring);
+            if result < 0 {
+                let error = std::io::Error::from_raw_os_error(-result);
+                return Err(Error::os(error, format!("ublk {name} (device {device})")));
+            }
+            Ok((result, buffer))
+        }
+        None => {
+            std::mem::forget((ring, buffer, node));
+            Err(Error::new(
+                Kind::Deadline,
+                format!("ublk {name} (device {device}) did not answer within {} s", limit.as_secs_f32()),
+            ))
+        }
+    }
+}
+
+fn open() -> Result<File> {
+    File::options().read(true).write(true).open(NODE).map_err(|error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::ENOENT) => {
+                "load the driver with 'modprobe ublk_drv' (Linux 6.1 or newer with CONFIG_BLK_DEV_UBLK)"
+            }
+            _ => "run the daemon as root",
+        };
+        let kind = if error.kind() == std::io::ErrorKind::PermissionDenied {
+            Kind::Denied
+        } else {
+            Kind::Unavailable
+        };
+        Error::os(error, format!("cannot open {NODE}")).with_kind(kind).hint(hint)
+    })
+}
+
+fn take_ring() -> Result<ControlRing> {
+    let spare = RINGS.lock().map_or(None, |mut rings| rings.pop());
+    match spare {
+        Some(ring) => Ok(ring),
+        None => IoUring::builder().build(2).map_err(|error| Error::os(error, "cannot make a control ring")),
+    }
+}
+
+fn keep_ring(ring: ControlRing) {
+    if let Ok(mut rings) = RINGS.lock()
+        && rings.len() < SPARE_RINGS
+    {
+        rings.push(ring);
+    }
+}
+
+fn wait(ring: &mut ControlRing, limit: Duration) -> Option<i32> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let pause = types::Timespec::from(left.max(Duration::from_millis(1)));
+        let args = types::SubmitArgs::new().timespec(&pause);
+        let _ = ring.submitter().submit_with_args(1, &args);
+        if let Some(entry) = ring.completion().next() {
+            return Some(entry.result());
+        }
+        if left.is_zero() {
+            return None;
+        }
+    }
+}
+
+/// Numbers of all ublk devices that the kernel knows, whoever owns them.
+pub fn present_devices() -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/sys/class/ublk-char") else { return Vec::new() };
+    let mut numbers: Vec<u32> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkc")?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    numbers
+}

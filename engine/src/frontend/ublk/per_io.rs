@@ -1,0 +1,188 @@
+//! The transport with one command a request: copy path and automatic buffers.
+//!
+//! Every tag has one command at the driver. Its completion announces a request; the command that
+//! answers the request waits for the tag's next one at the same time.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::{cqueue, opcode, squeue};
+use libublk::sys;
+
+use super::memory::{CopyBuffers, Descriptors};
+use super::queue::{Fallback, UNREGISTERED, io_command};
+use crate::error::{Error, Kind, Result};
+use crate::request::{Completion, Request, Tag};
+use crate::ring::{Ring, Step, Token};
+use crate::worker::{Data, Place};
+
+/// Where the data of this queue's requests is.
+#[derive(Debug)]
+pub(super) enum Buffers {
+    /// Copied by the driver.
+    Copied(CopyBuffers),
+    /// Registered by the driver; filled with slot numbers when armed.
+    Registered(Fallback),
+}
+
+#[derive(Debug)]
+pub(super) struct PerIo {
+    file: File,
+    queue: u16,
+    descriptors: Descriptors,
+    buffers: Buffers,
+    place: Option<Place>,
+    /// Commands at the driver, or on their way there.
+    armed: u16,
+    depth: u16,
+}
+
+impl PerIo {
+    pub(super) fn new(
+        file: File,
+        queue: u16,
+        depth: u16,
+        descriptors: Descriptors,
+        buffers: Buffers,
+    ) -> Self {
+        Self { file, queue, descriptors, buffers, place: None, armed: 0, depth }
+    }
+
+    pub(super) fn file(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    pub(super) fn depth(&self) -> u16 {
+        self.depth
+    }
+
+    pub(super) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
+        self.place = Some(place);
+        if let Buffers::Registered(fallback) = &mut self.buffers {
+            fallback.assign(place, ring, self.depth);
+        }
+        for tag in 0..self.depth {
+            let fetch = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, -1)?;
+            ring.push(&fetch)?;
+            self.armed += 1;
+        }
+        Ok(())
+    }
+
+    /// The command that answers `tag` (or only waits for it), and waits for its next request.
+    fn command(&self, opcode: u32, tag: Tag, result: i32) -> Result<squeue::Entry> {
+        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let (address, in_entry) = match &self.buffers {
+            Buffers::Copied(buffers) => (buffers.address(tag) as u64, 0),
+            Buffers::Registered(fallback) => (0, fallback.automatic(tag)),
+        };
+        let payload = io_command(self.queue, tag, result, address);
+        Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+            .cmd(payload)
+            .addr(Some(in_entry))
+            .build()
+            .flags(squeue::Flags::FIXED_FILE)
+            .user_data(Token::pack(Step::Fetch, place.slot, tag)))
+    }
+
+    pub(super) fn on_event(
+        &mut self,
+        token: Token,
+        entry: &cqueue::Entry,
+        ring: &mut Ring,
+        arrived: &mut Vec<Request>,
+    ) -> Result<()> {
+        let (tag, result) = (token.tag, entry.result());
+        match token.step {
+            Step::Fetch if result == 0 => {
+                let described = self
+                    .descriptors
+                    .read(tag)
+                    .ok_or_else(|| Error::new(Kind::Internal, "tag out of range"))?;
+                match &mut self.buffers {
+                    Buffers::Registered(fallback) if described.needs_registration => {
+                        fallback.arrived(described.request, self.place, self.queue, ring)
+                    }
+                    _ => {
+                        arrived.push(described.request);
+                        Ok(())
+                    }
+                }
+            }
+            Step::Fetch => {
+                self.armed -= 1;
+                match -result {
+                    // The device is being stopped, or its queue is cancelled.
+                    libc::ENODEV | libc::ECANCELED => Ok(()),
+                    errno => {
+                        let error = std::io::Error::from_raw_os_error(errno);
+                        Err(Error::os(error, format!("the driver refused the command of tag {tag}")))
+                    }
+                }
+            }
+            Step::Register | Step::Unregister => {
+                let Buffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
+                if let Some(completion) = fallback.on_event(token, result, ring, arrived)? {
+                    ring.push(&self.command(
+                        sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ,
+                        completion.tag,
+                        completion.result,
+                    )?)?;
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn data(&self, tag: Tag) -> Data {
+        match &self.buffers {
+            Buffers::Copied(buffers) => Data::Memory(buffers.address(tag)),
+            Buffers::Registered(fallback) => Data::Registered(fallback.slot(tag)),
+        }
+    }
+
+    pub(super) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
+        if let Buffers::Registered(fallback) = &mut self.buffers
+            && fallback.holds(completion.tag)
+        {
+            return fallback.release(completion, self.place, self.queue, ring);
+        }
+        ring.push(&self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, completion.tag, completion.result)?)
+    }
+
+    pub(super) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
+        if matches!(&self.buffers, Buffers::Registered(fallback) if fallback.holds(tag)) {
+            return None;
+        }
+        self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, len.cast_signed()).ok()
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.armed == 0 && self.fallback().is_none_or(Fallback::is_idle)
+    }
+
+    pub(super) fn fallback(&self) -> Option<&Fallback> {
+        match &self.buffers {
+            Buffers::Copied(_) => None,
+            Buffers::Registered(fallback) => Some(fallback),
+        }
+    }
+
+    pub(super) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+        match &mut self.buffers {
+            Buffers::Copied(_) => Ok(()),
+            Buffers::Registered(fallback) => fallback.retry(self.place, self.queue, ring),
+        }
+    }
+
+    pub(super) fn fallbacks(&self) -> u64 {
+        self.fallback().map_or(0, Fallback::count)
+    }
+}
+
+/// The flags and slot with which a tag's buffer is registered by the driver.
+pub(super) fn automatic_registration(slot: u16) -> u64 {
+    debug_assert_ne!(slot, UNREGISTERED);
+    u64::from(slot) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
+}

@@ -1,0 +1,169 @@
+//! Where bytes live: the file or block device behind a device, and what may be done to it.
+//!
+//! Knows files: which descriptor, which geometry, which ranges. Does not know rings, workers,
+//! ublk or instances: a worker issues the operations, by this table:
+//!
+//! | block operation | on the file, at [`Geometry::offset`] + request offset | right when |
+//! |---|---|---|
+//! | READ | read | all bytes came; a short read goes on where it stopped. 0 before the end means that the image has shrunk: EIO, and the device is degraded |
+//! | WRITE | write | all bytes went; a short write goes on where it stopped. 0 is EIO: to ublk any result that is not negative means "all written" |
+//! | WRITE with FUA | write with RWF_DSYNC | as WRITE; the data is durable before it completes |
+//! | either, EINTR or EAGAIN | the same again | a bounded number of times, then the errno |
+//! | FLUSH | fdatasync, one for all that wait: [`FlushQueue`] | it began after the flush arrived |
+//! | DISCARD | fallocate PUNCH_HOLE, KEEP_SIZE: [`DiscardQueue`] | nothing outside the request is touched; what does not fill a block stays |
+//! | WRITE_ZEROES | fallocate PUNCH_HOLE, KEEP_SIZE, byte-exact | every byte reads as zero; EOPNOTSUPP: zeroes are written |
+//! | WRITE_ZEROES, keep blocks | fallocate ZERO_RANGE, KEEP_SIZE | as above, and the blocks stay allocated |
+//! | WRITE_ZEROES with FUA | as above, then fdatasync | durable before it completes |
+//! | any change, read-only | none: EPERM | |
+//!
+//! fallocate takes the inode's lock and waits for all direct I/O on the file, hence the merging
+//! and the limit of one punch in flight. The file itself is opened with O_DIRECT (unless
+//! buffered), and its cached pages are dropped first, since any cached page makes every direct
+//! write pay for invalidating it.
+
+mod create;
+mod discard;
+mod flush;
+mod geometry;
+mod identity;
+mod open;
+mod probe;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{Error, Kind, Result};
+
+pub use create::create;
+pub use discard::{DiscardQueue, Punch};
+pub use flush::FlushQueue;
+pub use geometry::{Facts, Geometry};
+pub use identity::Identity;
+
+/// Which part of a file is shown, and how it is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Source {
+    /// First byte of the file that the device shows.
+    pub offset: u64,
+    /// Bytes at the most; 0: to the end of the file.
+    pub size_limit: u64,
+    /// Logical block size in bytes; 0: the smallest that the file allows.
+    pub block_size: u32,
+    /// Nothing is ever written.
+    pub read_only: bool,
+    /// Through the page cache instead of by direct I/O.
+    pub buffered: bool,
+}
+
+/// An image: a file description of our own, which nobody else can change, and its geometry.
+#[derive(Debug)]
+pub struct Image {
+    file: OwnedFd,
+    /// What was found out about the file; its size is as of the last look.
+    facts: Facts,
+    source: Source,
+    identity: Identity,
+    geometry: Geometry,
+    /// The path, for messages only.
+    name: String,
+}
+
+impl Image {
+    /// Takes a file that a caller opened, and trusts nothing about it.
+    ///
+    /// The caller must have opened it for what `source` wants; only regular files and block
+    /// devices are taken. The file is then opened once more, so that nobody shares our file
+    /// description, and the caller's is closed.
+    ///
+    /// May block for as long as the file's file system likes (NFS, FUSE), and while cached pages
+    /// are written back: never call it on a worker.
+    pub fn open(file: OwnedFd, source: &Source, path_for_messages: &str) -> Result<Image> {
+        let name = printable(path_for_messages);
+        open::check_access(file.as_fd(), source.read_only, &name)?;
+        Self::adopt(file.as_fd(), source, name)
+    }
+
+    /// Opens an image again after a restart, by path, and only if it is still the same file.
+    ///
+    /// Errors: [`Kind::NotFound`] when the path leads nowhere or to another file.
+    pub fn reopen(path: &Path, source: &Source, expected: &Identity) -> Result<Image> {
+        let name = printable(&path.to_string_lossy());
+        // O_PATH looks without touching: opening some device nodes has effects.
+        let handle = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| Error::os(e, format!("cannot open image {name}")))?;
+        if !Identity::of(handle.as_fd(), &name)?.is_still(expected) {
+            return Err(Error::new(
+                Kind::NotFound,
+                format!("{name} is not the file that was attached before"),
+            )
+            .hint("put the image back at that path, or detach the device with --force"));
+        }
+        Self::adopt(handle.as_fd(), source, name)
+    }
+
+    fn adopt(handle: BorrowedFd<'_>, source: &Source, name: String) -> Result<Image> {
+        let kind = open::file_kind(handle, &name)?;
+        let file = open::reopen(handle, kind, source, &name)?;
+        let identity = Identity::of(file.as_fd(), &name)?;
+        if identity != Identity::of(handle, &name)? {
+            return Err(Error::new(
+                Kind::Internal,
+                format!("{name} became another file while it was opened"),
+            ));
+        }
+        let mut facts = probe::facts(file.as_fd(), kind, source, &name)?;
+        // Everything that can be wrong with the request is known before the file is touched.
+        Geometry::compute(&facts, source, &name)?;
+        if !source.buffered {
+            open::drop_cached_pages(file.as_fd(), source.read_only, &name)?;
+        }
+        if !source.read_only {
+            facts.can_punch = probe::can_punch(file.as_fd(), kind, facts.size);
+        }
+        Ok(Image {
+            geometry: Geometry::compute(&facts, source, &name)?,
+            file,
+            facts,
+            source: *source,
+            identity,
+            name,
+        })
+    }
+
+    /// The descriptor on which the worker's operations go.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Which file this is, whatever path led to it.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Sizes and alignments, as of the last look.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// A block device, not a regular file.
+    pub fn is_block_device(&self) -> bool {
+        self.facts.block_device
+    }
+
+    /// The geometry that follows from the file's present size; `geometry` keeps what it was.
+    ///
+    /// When the file has become too small to be shown at all, this is an error.
+    pub fn refreshed(&self) -> Result<Geometry> {
+        let size = probe::size(self.file.as_fd(), self.facts.block_device, &self.name)?;
+        let facts = Facts { size, ..self.facts };
+        Geometry::compute(&facts, &self.source, &self.name)
+    }
+}
+
+/// A path as it may stand in a one-line message or a log, whoever chose it.
+fn printable(path: &str) -> String {
+    let shown = |c: char| if c.is_control() { '?' } else { c };
+    path.chars().map(shown).collect()
+}

@@ -1,0 +1,146 @@
+//! From a file that a stranger opened to a file description of our own.
+//!
+//! Knows what a hostile caller can hand over; does not know sizes.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Advice, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::Source;
+use crate::error::{Error, Kind, Result};
+
+/// The two kinds of file that hold images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileKind {
+    Regular,
+    BlockDevice,
+}
+
+/// File systems whose files are doors to the kernel. Some check the one who opened them at every
+/// read, so opening them again with our rights would lend these to the caller.
+const KERNEL_FILE_SYSTEMS: [(u32, &str); 11] = [
+    (0x9fa0, "proc"),
+    (0x6265_6572, "sysfs"),
+    (0x6462_6720, "debugfs"),
+    (0x7472_6163, "tracefs"),
+    (0x7363_6673, "securityfs"),
+    (0x6265_6570, "configfs"),
+    (0x0027_e0eb, "cgroup"),
+    (0x6367_7270, "cgroup2"),
+    (0xcafe_4a11, "bpf"),
+    (0x6165_676c, "pstore"),
+    (0xde5e_81e4, "efivarfs"),
+];
+
+/// Refuses a file that the caller did not open for what is asked of us.
+pub(super) fn check_access(file: BorrowedFd<'_>, read_only: bool, name: &str) -> Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file).map_err(|e| Error::os(e, format!("cannot examine {name}")))?;
+    let refuse = |what: &str, hint: &str| {
+        Err(Error::new(Kind::Denied, format!("{name} was opened {what}")).hint(hint))
+    };
+    if flags.contains(OFlags::PATH) {
+        return refuse("as a path only (O_PATH)", "open it for reading and writing");
+    }
+    match flags & OFlags::RWMODE {
+        OFlags::RDWR => {}
+        OFlags::RDONLY if read_only => {}
+        OFlags::RDONLY => return refuse("for reading only", "attach it with --read-only"),
+        _ => return refuse("without read access", "open it for reading too"),
+    }
+    // Whoever may only append must not gain the right to overwrite by asking us.
+    if !read_only && flags.contains(OFlags::APPEND) {
+        return refuse("for appending only", "open it without O_APPEND");
+    }
+    Ok(())
+}
+
+/// Refuses everything that cannot be an image.
+pub(super) fn file_kind(file: BorrowedFd<'_>, name: &str) -> Result<FileKind> {
+    let examine = |e| Error::os(e, format!("cannot examine {name}"));
+    let stat = rustix::fs::fstat(file).map_err(examine)?;
+    let what = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::BlockDevice => return Ok(FileKind::BlockDevice),
+        FileType::RegularFile => {
+            let magic = rustix::fs::fstatfs(file).map_err(examine)?.f_type as u32;
+            match KERNEL_FILE_SYSTEMS.iter().find(|known| known.0 == magic) {
+                None => return Ok(FileKind::Regular),
+                Some((_, file_system)) => format!("a file of {file_system}"),
+            }
+        }
+        FileType::Directory => "a directory".to_owned(),
+        FileType::CharacterDevice => "a character device".to_owned(),
+        FileType::Fifo => "a pipe".to_owned(),
+        FileType::Socket => "a socket".to_owned(),
+        FileType::Symlink => "a symbolic link".to_owned(),
+        FileType::Unknown => "not a file".to_owned(),
+    };
+    Err(Error::new(Kind::Invalid, format!("{name} is {what}"))
+        .hint("an image is a regular file or a block device"))
+}
+
+/// Opens the same file once more. Flags of an open file belong to all who share it, and the
+/// caller could clear O_DIRECT or set O_APPEND on a shared one at any time.
+pub(super) fn reopen(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name: &str) -> Result<OwnedFd> {
+    let access = if source.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let mut flags = access | OFlags::CLOEXEC | OFlags::NOCTTY;
+    if !source.buffered {
+        flags |= OFlags::DIRECT;
+    }
+    // A lease on the file would hold us up for as long as its owner likes (45 s by default).
+    if kind == FileKind::Regular {
+        flags |= OFlags::NONBLOCK;
+    }
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let open = |flags| rustix::fs::open(&*link, flags, Mode::empty());
+    // Without access times a read never has to write the inode. Only the owner may ask for that.
+    let opened = match open(flags | OFlags::NOATIME) {
+        Err(Errno::PERM) => open(flags),
+        opened => opened,
+    };
+    let opened = opened.map_err(|error| explain(error, source, name))?;
+    // In io_uring O_NONBLOCK would turn waiting into EAGAIN.
+    rustix::fs::fcntl_getfl(&opened)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&opened, flags - OFlags::NONBLOCK))
+        .map_err(|e| Error::os(e, format!("cannot set up {name}")))?;
+    Ok(opened)
+}
+
+/// Why a file that the caller has open could not be opened again.
+fn explain(error: Errno, source: &Source, name: &str) -> Error {
+    let other = Error::os(error, format!("cannot open {name}"));
+    match error {
+        Errno::INVAL if !source.buffered => no_direct_io(name),
+        Errno::ACCESS | Errno::PERM | Errno::ROFS if !source.read_only => {
+            other.hint("attach it with --read-only, or make it writable")
+        }
+        Errno::TXTBSY => {
+            other.with_kind(Kind::Busy).hint("it is a program that is running: wait until it has ended")
+        }
+        Errno::WOULDBLOCK => Error::new(Kind::Busy, format!("another process holds a lease on {name}"))
+            .hint("end that process, or try again in a minute"),
+        Errno::NOENT => other.with_kind(Kind::Unavailable).hint("mount proc on /proc"),
+        _ => other,
+    }
+}
+
+/// The error for a file system that cannot do direct I/O on this file.
+pub(super) fn no_direct_io(name: &str) -> Error {
+    Error::new(Kind::Unsupported, format!("this file system has no direct I/O for {name}"))
+        .hint("attach with --buffered")
+}
+
+/// Writes back and drops what the page cache holds of the file: while a single page of it is
+/// cached, direct writes complete on the slow path that invalidates pages.
+pub(super) fn drop_cached_pages(file: BorrowedFd<'_>, read_only: bool, name: &str) -> Result<()> {
+    match rustix::io::retry_on_intr(|| rustix::fs::fdatasync(file)) {
+        // Who only reads need not care whether others' writes can be made durable.
+        Err(error) if !read_only => {
+            return Err(Error::os(error, format!("cannot write back what is cached of {name}")));
+        }
+        _ => {}
+    }
+    // Advice: pages that are mapped or being written stay, at the cost of speed only.
+    let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
+    Ok(())
+}

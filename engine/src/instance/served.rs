@@ -1,0 +1,247 @@
+//! One device that is served: an image, a ublk device, a queue on each of the workers.
+//!
+//! Knows how the three are put together and taken apart, and in which order; does not know names,
+//! quotas or other devices.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+
+use super::spec::{DeviceState, DeviceStats, LatencySummary};
+use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::{Device, Stop, UblkQueue};
+use crate::image::{Geometry, Image};
+use crate::ring::SlotId;
+use crate::worker::{Job, QueueStats, WorkerHandle};
+
+/// The workers of an instance, shared by its devices.
+pub type Workers = Arc<[WorkerHandle<UblkQueue>]>;
+
+/// A device with its queues on the workers.
+#[derive(Debug)]
+pub struct Served {
+    device: Device,
+    workers: Workers,
+    slot: SlotId,
+    /// None: the image could not be found again, and nobody serves the device.
+    image: Option<Arc<Image>>,
+    geometry: Mutex<Geometry>,
+    life: Mutex<Life>,
+}
+
+/// Whether a device can be talked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Serving,
+    /// The kernel or a worker did not answer, or it is being taken away.
+    Stuck,
+}
+
+/// How a ublk device becomes one that works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It is new.
+    Fresh,
+    /// A daemon before us served it.
+    Recovered,
+}
+
+impl Served {
+    /// Serves a device that was added, or is there already. When that fails, what there is of it
+    /// comes back all the same, for the caller to take away or to keep as stuck.
+    pub fn begin(
+        device: Device,
+        workers: &Workers,
+        slot: SlotId,
+        image: Image,
+        how: Begin,
+    ) -> (Served, Result<()>) {
+        let geometry = image.geometry();
+        let served = Served {
+            device,
+            workers: workers.clone(),
+            slot,
+            image: Some(Arc::new(image)),
+            geometry: Mutex::new(geometry),
+            life: Mutex::new(Life::Serving),
+        };
+        let outcome = served.bring_up(&geometry, how);
+        if outcome.is_err() {
+            *served.life() = Life::Stuck;
+        }
+        (served, outcome)
+    }
+
+    /// A device that nobody can serve now: it can only be taken away.
+    pub fn abandoned(device: Device, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
+        let (geometry, life) = (Mutex::new(geometry), Mutex::new(Life::Stuck));
+        Served { device, workers: workers.clone(), slot, image: None, geometry, life }
+    }
+
+    fn bring_up(&self, geometry: &Geometry, how: Begin) -> Result<()> {
+        match how {
+            Begin::Fresh => self.device.describe(geometry)?,
+            Begin::Recovered => self.device.begin_recovery()?,
+        }
+        let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Internal, "no image"))?;
+        let queues = self.device.queues()?;
+        if queues.len() > self.workers.len() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "it has more queues than the instance has workers now",
+            ));
+        }
+        for (worker, transport) in self.workers.iter().zip(queues) {
+            worker.add(Job { slot: self.slot, transport, image: image.clone() })?;
+        }
+        match how {
+            Begin::Fresh => self.device.start(),
+            Begin::Recovered => self.device.end_recovery(),
+        }
+    }
+
+    /// Held while the device changes, so that nothing is asked of one that is going.
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the block device go away. `release` must follow.
+    pub fn stop(&self, when: Stop) -> Result<()> {
+        let mut life = self.life();
+        match self.device.stop(when) {
+            // Gone already: a stop that was given up has ended after all.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => {
+                if error.kind() == Kind::Deadline {
+                    *life = Life::Stuck;
+                }
+                return Err(error);
+            }
+            Ok(()) => {}
+        }
+        // It can be told nothing from here on.
+        *life = Life::Stuck;
+        Ok(())
+    }
+
+    /// Takes the queues of a stopped device from the workers, and gives its number back.
+    pub fn release(&self) -> Result<()> {
+        let _life = self.life();
+        for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
+            ignore_missing(worker.remove(self.slot))?;
+        }
+        ignore_missing(self.device.delete())
+    }
+
+    /// Adapts to the image's present size. Returns the new one.
+    pub fn resize(&self) -> Result<u64> {
+        let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Io, "the image is gone"))?;
+        let life = self.life();
+        if *life == Life::Stuck {
+            return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
+        }
+        let (old, new) = (self.geometry(), image.refreshed()?);
+        // Requests up to the larger size must be served while the two sides disagree.
+        if new.size >= old.size {
+            self.tell_workers(new)?;
+            self.device.resize(new.size)?;
+        } else {
+            self.device.resize(new.size)?;
+            self.tell_workers(new)?;
+        }
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(new.size)
+    }
+
+    fn tell_workers(&self, geometry: Geometry) -> Result<()> {
+        let queues = usize::from(self.device.parameters().queues);
+        self.workers.iter().take(queues).try_for_each(|worker| worker.resize(self.slot, geometry))
+    }
+
+    /// The ublk device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its place on the workers.
+    pub fn slot(&self) -> SlotId {
+        self.slot
+    }
+
+    /// Its shape now.
+    pub fn geometry(&self) -> Geometry {
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// State, as far as it can be known without waiting long.
+    pub fn state(&self) -> DeviceState {
+        let life = match self.life.try_lock() {
+            Ok(life) => *life,
+            Err(TryLockError::Poisoned(life)) => *life.into_inner(),
+            // It is being changed just now; what it is asked is answered by the workers.
+            Err(TryLockError::WouldBlock) => Life::Serving,
+        };
+        if life == Life::Stuck {
+            return DeviceState::Stuck;
+        }
+        match self.queue_stats() {
+            Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
+            Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,
+            Ok(_) => DeviceState::Live,
+            Err(_) => DeviceState::Stuck,
+        }
+    }
+
+    fn queue_stats(&self) -> Result<Vec<QueueStats>> {
+        let queues = usize::from(self.device.parameters().queues);
+        self.workers.iter().take(queues).map(|worker| worker.stats(self.slot)).collect()
+    }
+
+    /// Figures over all queues.
+    pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
+        let queues = self.queue_stats()?;
+        let sum = |figure: fn(&QueueStats) -> u64| queues.iter().map(figure).sum();
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Ok(DeviceStats {
+            path,
+            image,
+            at_ns: now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs(),
+            reads: sum(|queue| queue.reads),
+            read_bytes: sum(|queue| queue.read_bytes),
+            writes: sum(|queue| queue.writes),
+            written_bytes: sum(|queue| queue.written_bytes),
+            flushes: sum(|queue| queue.flushes),
+            discards: sum(|queue| queue.discards),
+            errors: sum(|queue| queue.errors),
+            resubmits: sum(|queue| queue.resubmits),
+            punts: sum(|queue| queue.punts),
+            fallbacks: sum(|queue| queue.fallbacks),
+            requests: sum(|queue| queue.requests),
+            batches: sum(|queue| queue.batches),
+            in_flight: sum(|queue| queue.in_flight),
+            latency: summarise(&queues),
+        })
+    }
+}
+
+fn ignore_missing(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == Kind::NotFound => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn summarise(queues: &[QueueStats]) -> LatencySummary {
+    let mut histograms = queues.iter().filter_map(QueueStats::latency);
+    let Some(mut all) = histograms.next().cloned() else { return LatencySummary::default() };
+    for other in histograms {
+        // Same bounds everywhere, so that nothing can fail to fit.
+        let _ = all.add(other);
+    }
+    LatencySummary {
+        samples: all.len(),
+        p50_ns: all.value_at_quantile(0.5),
+        p90_ns: all.value_at_quantile(0.9),
+        p99_ns: all.value_at_quantile(0.99),
+        p999_ns: all.value_at_quantile(0.999),
+        max_ns: all.max(),
+    }
+}

@@ -1,0 +1,168 @@
+//! The two kinds of buffers that belong to a ring: slots for registered ones, and the small ones
+//! into which the kernel writes arrivals.
+//!
+//! Knows nothing of devices. Data never passes through here.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use io_uring::types::BufRingEntry;
+
+use crate::error::{Error, Kind, Result};
+
+/// Slots in the table of registered buffers; the kernel's own limit.
+pub const BUFFER_SLOTS: u16 = 16_384;
+/// The last ones are kept for requests whose own slot was taken.
+const SPARE_SLOTS: u16 = 256;
+
+/// Which slots of the table of registered buffers are whose.
+///
+/// Every tag of every device has a slot that the driver fills by itself. With more tags than
+/// slots several tags share one; if two of them are in flight at once, the later one falls back
+/// to a spare slot, which the worker fills by hand.
+#[derive(Debug)]
+pub struct BufferSlots {
+    shared: u16,
+    spare: Vec<u16>,
+}
+
+impl BufferSlots {
+    /// A table with `slots` places.
+    pub fn new(slots: u16) -> Self {
+        let spare = SPARE_SLOTS.min(slots / 2).max(1);
+        Self { shared: slots - spare, spare: (slots - spare..slots).rev().collect() }
+    }
+
+    /// The slot that the driver fills for the `n`th tag, counted over all devices.
+    pub fn automatic(&self, n: usize) -> u16 {
+        (n % usize::from(self.shared)) as u16
+    }
+
+    /// A spare slot, if one is left; give it back with [`BufferSlots::give_back`].
+    pub fn take(&mut self) -> Option<u16> {
+        self.spare.pop()
+    }
+
+    /// Gives a spare slot back.
+    pub fn give_back(&mut self, slot: u16) {
+        debug_assert!(slot >= self.shared && !self.spare.contains(&slot));
+        self.spare.push(slot);
+    }
+}
+
+/// Bytes of one arrival buffer: 128 tags, the most that the driver puts into one.
+const ARRIVAL_BYTES: usize = 256;
+const PAGE: usize = 4096;
+
+/// A ring of provided buffers, shared by all multishot fetches of a ring.
+///
+/// The memory holds the descriptor ring first and the buffers after it.
+#[derive(Debug)]
+pub struct ArrivalBuffers {
+    memory: NonNull<u8>,
+    layout: Layout,
+    entries: u16,
+    tail: u16,
+}
+
+// SAFETY: the memory is owned by this value alone; the kernel's writes to it are announced by CQEs
+// that only the owning worker reads.
+unsafe impl Send for ArrivalBuffers {}
+
+impl ArrivalBuffers {
+    /// Memory for `entries` buffers (a power of two, 1024 at the most), all offered to the kernel.
+    pub fn new(entries: u16) -> Result<Self> {
+        assert!(entries.is_power_of_two() && entries <= 1024);
+        let bytes = usize::from(entries) * (size_of::<BufRingEntry>() + ARRIVAL_BYTES);
+        let layout = Layout::from_size_align(bytes.next_multiple_of(PAGE), PAGE)
+            .map_err(|_| Error::new(Kind::Internal, "arrival buffers: impossible layout"))?;
+        // SAFETY: the layout has a size above zero, since `entries` is at least one.
+        let memory = NonNull::new(unsafe { alloc_zeroed(layout) })
+            .ok_or_else(|| Error::new(Kind::Quota, "arrival buffers: out of memory"))?;
+        let mut buffers = Self { memory, layout, entries, tail: 0 };
+        for id in 0..entries {
+            buffers.offer(id);
+        }
+        Ok(buffers)
+    }
+
+    /// Address and number of entries, for registration. Valid for as long as `self` lives.
+    pub fn registration(&self) -> (u64, u16) {
+        (self.memory.as_ptr() as u64, self.entries)
+    }
+
+    fn buffer(&self, id: u16) -> NonNull<u8> {
+        let start = usize::from(self.entries) * size_of::<BufRingEntry>() + usize::from(id) * ARRIVAL_BYTES;
+        // SAFETY: `id` is below `entries` (checked by the callers), so the place is inside `memory`.
+        unsafe { self.memory.add(start) }
+    }
+
+    /// The first `bytes` of buffer `id` as tags; none when the kernel names what it cannot have filled.
+    pub fn tags(&self, id: u16, bytes: usize) -> Option<&[u16]> {
+        if id >= self.entries || bytes > ARRIVAL_BYTES {
+            return None;
+        }
+        // SAFETY: inside the buffer, aligned to 2 (buffers are 256 bytes apart from a page's start),
+        // initialised (zeroed at birth, then written by the kernel), and left alone by the kernel
+        // until `offer`, which needs `&mut self`.
+        Some(unsafe { std::slice::from_raw_parts(self.buffer(id).cast::<u16>().as_ptr(), bytes / 2) })
+    }
+
+    /// Lets the kernel have buffer `id` (again).
+    pub fn offer(&mut self, id: u16) {
+        assert!(id < self.entries);
+        let address = self.buffer(id).as_ptr() as u64;
+        let place = self.tail & (self.entries - 1);
+        let ring = self.memory.cast::<BufRingEntry>();
+        // SAFETY: `place` is below `entries`, so the descriptor is inside `memory`; the kernel does
+        // not read it before the tail has passed it. Field by field, since the first descriptor's
+        // last field is the tail itself.
+        unsafe {
+            let entry = &mut *ring.add(usize::from(place)).as_ptr();
+            entry.set_addr(address);
+            entry.set_len(ARRIVAL_BYTES as u32);
+            entry.set_bid(id);
+        }
+        self.tail = self.tail.wrapping_add(1);
+        // SAFETY: the ring's memory is page-aligned and initialised; the tail is an aligned u16
+        // shared with the kernel, hence atomic; release publishes the descriptor.
+        unsafe { AtomicU16::from_ptr(BufRingEntry::tail(ring.as_ptr()).cast_mut()) }
+            .store(self.tail, Ordering::Release);
+    }
+}
+
+impl Drop for ArrivalBuffers {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout; the ring that knew the memory is closed
+        // before (`Ring` drops its io_uring first) or leaks this value.
+        unsafe { dealloc(self.memory.as_ptr(), self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spare_slots_run_out_and_come_back() {
+        let mut slots = BufferSlots::new(4);
+        assert_eq!((slots.automatic(0), slots.automatic(1), slots.automatic(2)), (0, 1, 0));
+        let (a, b) = (slots.take().unwrap(), slots.take().unwrap());
+        assert!(a != b && a >= 2 && b >= 2);
+        assert_eq!(slots.take(), None);
+        slots.give_back(a);
+        assert_eq!(slots.take(), Some(a));
+    }
+
+    #[test]
+    fn arrivals_outside_the_buffers_are_refused() {
+        let mut buffers = ArrivalBuffers::new(8).unwrap();
+        assert_eq!(buffers.tags(7, 4), Some(&[0, 0][..]));
+        assert_eq!(buffers.tags(8, 4), None);
+        assert_eq!(buffers.tags(0, 258), None);
+        for round in 0..100_000u32 {
+            buffers.offer((round % 8) as u16);
+        }
+    }
+}

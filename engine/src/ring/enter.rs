@@ -1,0 +1,58 @@
+//! io_uring_enter by a registered ring descriptor, which saves a file lookup a call.
+//!
+//! The io-uring crate offers this only on a borrowed `Submitter`, which a struct that owns its ring
+//! cannot keep; so the two system calls are made here.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::IoUring;
+
+const ENTER_GETEVENTS: u32 = 1 << 0;
+const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const REGISTER_RING_FDS: u32 = 20;
+
+/// `struct io_uring_rsrc_update` of <linux/io_uring.h>.
+#[repr(C)]
+struct Update {
+    offset: u32,
+    reserved: u32,
+    data: u64,
+}
+
+/// How the calling thread names its ring to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct RingName {
+    fd: RawFd,
+    flags: u32,
+}
+
+impl RingName {
+    /// Registers the ring for the calling thread. Where that is impossible its file descriptor
+    /// does as well.
+    pub fn of(ring: &IoUring) -> RingName {
+        let fd = ring.as_raw_fd();
+        let mut update = Update { offset: u32::MAX, reserved: 0, data: fd as u64 };
+        // SAFETY: one update, valid for the duration of the call, as the kernel's structure.
+        let done = unsafe {
+            libc::syscall(libc::SYS_io_uring_register, fd, REGISTER_RING_FDS, &raw mut update, 1u32)
+        };
+        match (done, RawFd::try_from(update.offset)) {
+            (1, Ok(index)) => RingName { fd: index, flags: ENTER_REGISTERED_RING },
+            _ => RingName { fd, flags: 0 },
+        }
+    }
+
+    /// Submits `submit` entries and waits for `want` completions; with `events`, runs what leads
+    /// to completions even where none is waited for. Returns how many were submitted.
+    pub fn enter(self, submit: u32, want: u32, events: bool) -> io::Result<u32> {
+        let events = if want > 0 || events { ENTER_GETEVENTS } else { 0 };
+        let flags = self.flags | events;
+        // SAFETY: integers, and no signal set.
+        let done = unsafe {
+            let none = std::ptr::null::<libc::c_void>();
+            libc::syscall(libc::SYS_io_uring_enter, self.fd, submit, want, flags, none, 0usize)
+        };
+        u32::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+}

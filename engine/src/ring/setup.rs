@@ -1,0 +1,152 @@
+//! Makes a ring, stage by stage: build it disabled, check it, give it its tables, restrict it,
+//! enable it. After the last stage it can do what the data path needs and nothing else.
+
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, squeue};
+
+use super::buffers::{ArrivalBuffers, BUFFER_SLOTS};
+use crate::error::{Error, Kind, Result};
+
+/// Group of the arrival buffers.
+pub const ARRIVAL_GROUP: u16 = 0;
+
+/// How large the tables of a ring are.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Entries of the submission queue; a power of two.
+    pub submissions: u32,
+    /// Entries of the completion queue; a power of two.
+    pub completions: u32,
+    /// Places for fixed files.
+    pub files: u32,
+    /// Places for registered buffers.
+    pub buffers: u16,
+    /// Arrival buffers; a power of two.
+    pub arrivals: u16,
+}
+
+impl Sizes {
+    /// For `devices` devices.
+    pub fn for_devices(devices: u32) -> Self {
+        Self {
+            submissions: 1024,
+            completions: 8192,
+            files: 1 + 2 * devices,
+            buffers: BUFFER_SLOTS,
+            arrivals: 64,
+        }
+    }
+}
+
+/// The stages in order. Must run on the thread that will use the ring.
+pub fn make(sizes: &Sizes) -> Result<(IoUring, ArrivalBuffers)> {
+    let ring = build_disabled(sizes)?;
+    check(&ring)?;
+    let arrivals = give_tables(&ring, sizes)?;
+    restrict(&ring)?;
+    let ring = enable(ring)?;
+    Ok((ring, arrivals))
+}
+
+fn build_disabled(sizes: &Sizes) -> Result<IoUring> {
+    let build = |without_sqarray: bool| {
+        let mut builder = IoUring::builder();
+        builder
+            .dontfork()
+            .setup_r_disabled()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_coop_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all()
+            .setup_clamp()
+            .setup_cqsize(sizes.completions);
+        if without_sqarray {
+            builder.setup_no_sqarray();
+        }
+        builder.build(sizes.submissions)
+    };
+    // The submission array is needless; kernels before 6.6 insist on it.
+    build(true).or_else(|_| build(false)).map_err(|error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::EPERM) => "allow io_uring: sysctl kernel.io_uring_disabled=0",
+            Some(libc::ENOMEM) => "raise the limit on locked memory",
+            _ => "Linux 6.1 or newer is needed",
+        };
+        Error::os(error, "cannot make an io_uring").hint(hint)
+    })
+}
+
+fn check(ring: &IoUring) -> Result<()> {
+    let params = ring.params();
+    let needed = [
+        (params.is_feature_nodrop(), "NODROP"),
+        (params.is_feature_ext_arg(), "EXT_ARG"),
+        (params.is_feature_skip_cqe_on_success(), "CQE_SKIP"),
+    ];
+    match needed.iter().find(|(granted, _)| !granted) {
+        None => Ok(()),
+        Some((_, name)) => Err(Error::new(Kind::Unsupported, format!("this kernel's io_uring lacks {name}"))),
+    }
+}
+
+fn give_tables(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
+    let submitter = ring.submitter();
+    let failed = |what: &'static str| move |error: std::io::Error| Error::os(error, what);
+    submitter.register_files_sparse(sizes.files).map_err(|error| {
+        failed("cannot register a file table")(error).hint("raise the limit on open files (LimitNOFILE=)")
+    })?;
+    submitter
+        .register_buffers_sparse(u32::from(sizes.buffers))
+        .map_err(failed("cannot register a buffer table"))?;
+    let arrivals = ArrivalBuffers::new(sizes.arrivals)?;
+    let (address, entries) = arrivals.registration();
+    // SAFETY: the memory belongs to `arrivals`, which `Ring` drops after the io_uring.
+    unsafe { submitter.register_buf_ring_with_flags(address, entries, ARRIVAL_GROUP, 0) }
+        .map_err(failed("cannot register arrival buffers"))?;
+    // Helper threads for what blocks: fsync, fallocate, holes. Bounded, for a stuck file system
+    // would otherwise collect one thread a request.
+    submitter
+        .register_iowq_max_workers(&mut [32, 8])
+        .map_err(failed("cannot bound io_uring's helper threads"))?;
+    Ok(arrivals)
+}
+
+/// Operations of the data path. Everything else answers EACCES.
+const OPERATIONS: [u8; 8] = [
+    opcode::ReadFixed::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::UringCmd16::CODE,
+    opcode::Nop::CODE,
+];
+/// Registrations of a running worker: files of devices that come and go, and its own ring fd.
+const REGISTRATIONS: [u8; 3] =
+    [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
+
+fn restrict(ring: &IoUring) -> Result<()> {
+    let allowed = squeue::Flags::FIXED_FILE
+        | squeue::Flags::IO_LINK
+        | squeue::Flags::SKIP_SUCCESS
+        | squeue::Flags::BUFFER_SELECT;
+    let mut rules: Vec<Restriction> = OPERATIONS
+        .into_iter()
+        .map(Restriction::sqe_op)
+        .chain(REGISTRATIONS.into_iter().map(Restriction::register_op))
+        .collect();
+    rules.push(Restriction::sqe_flags_allowed(allowed.bits()));
+    rules.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
+    ring.submitter()
+        .register_restrictions(&mut rules)
+        .map_err(|error| Error::os(error, "cannot restrict the io_uring"))
+}
+
+fn enable(ring: IoUring) -> Result<IoUring> {
+    ring.submitter()
+        .register_enable_rings()
+        .map_err(|error| Error::os(error, "cannot enable the io_uring"))?;
+    Ok(ring)
+}

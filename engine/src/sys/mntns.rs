@@ -1,0 +1,190 @@
+//! The daemon's own mount namespace, without mounts of its own disks.
+//!
+//! A daemon that shares a mount namespace with a mount of one of its disks can hang when it ends:
+//! the last process of a namespace unmounts what is left in it, which needs the disks that this
+//! very process served. Knows mountinfo and sysfs; knows nothing of devices or instances.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// How deep device-mapper and md stacks are searched for a disk of ours.
+const STACK_DEPTH_MAX: u32 = 4;
+
+/// The mounts that the calling thread sees; can be polled for changes of them.
+pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
+
+/// Moves the calling thread, and every thread it starts later, into a mount namespace of its own.
+/// Unmounts elsewhere still reach it (so it does not keep anybody's disk busy), its own do not
+/// leave it. Call it before the first thread is started.
+pub fn enter_own() -> io::Result<()> {
+    // SAFETY: without UnshareFlags::FILES no file descriptor table is unshared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+    Ok(())
+}
+
+/// Detaches every mount of a ublk disk from this namespace. Answers where they were, and what
+/// could not be detached. New ones come in by propagation, so call it again when
+/// [`MOUNTINFO`] changes.
+pub fn detach_ublk_mounts() -> io::Result<(Vec<PathBuf>, Vec<String>)> {
+    let mut detached = Vec::new();
+    let mut failed = Vec::new();
+    let table = fs::read_to_string(MOUNTINFO)?;
+    // Youngest first: a mount on top of another hides the older one's path.
+    for mount in table.lines().rev().filter_map(parse) {
+        if !is_ublk_number(&mount.number, STACK_DEPTH_MAX) && !is_ublk_node(&mount.source) {
+            continue;
+        }
+        match unmount(&mount.target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) => detached.push(mount.target),
+            // Already gone: an unmount elsewhere was faster.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(error) => failed.push(format!("{}: {error}", mount.target.display())),
+        }
+    }
+    Ok((detached, failed))
+}
+
+/// What interests us of a line of mountinfo(5).
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    number: String,
+    target: PathBuf,
+    source: PathBuf,
+}
+
+fn parse(line: &str) -> Option<Mount> {
+    let (before, after) = line.split_once(" - ")?;
+    let mut before = before.split(' ');
+    let number = before.nth(2)?;
+    let target = before.nth(1)?;
+    let source = after.split(' ').nth(1)?;
+    Some(Mount { number: number.to_owned(), target: unescape(target), source: unescape(source) })
+}
+
+/// The kernel writes space, tab, newline and backslash as `\` and three octal digits.
+fn unescape(text: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let code = bytes.get(at + 1..at + 4).and_then(|digits| {
+            let digits = std::str::from_utf8(digits).ok()?;
+            u8::from_str_radix(digits, 8).ok()
+        });
+        match (bytes[at], code) {
+            (b'\\', Some(code)) => {
+                out.push(code);
+                at += 4;
+            }
+            (byte, _) => {
+                out.push(byte);
+                at += 1;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(out).into()
+}
+
+/// Is this device number a ublk disk, a partition of one, or stacked on one?
+fn is_ublk_number(number: &str, depth: u32) -> bool {
+    let Ok(device) = fs::canonicalize(format!("/sys/dev/block/{number}")) else {
+        return false;
+    };
+    is_ublk_device(&device, depth)
+}
+
+fn is_ublk_device(device: &Path, depth: u32) -> bool {
+    let named = |part: std::path::Component<'_>| {
+        let name = part.as_os_str().as_encoded_bytes();
+        name.strip_prefix(b"ublkb").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
+    };
+    if device.components().any(named) {
+        return true;
+    }
+    if depth == 0 {
+        return false;
+    }
+    let Ok(below) = fs::read_dir(device.join("slaves")) else {
+        return false;
+    };
+    below
+        .flatten()
+        .any(|entry| fs::canonicalize(entry.path()).is_ok_and(|device| is_ublk_device(&device, depth - 1)))
+}
+
+/// File systems with a device number of their own (btrfs) are known by their source only.
+fn is_ublk_node(source: &Path) -> bool {
+    source.is_absolute() && fs::canonicalize(source).is_ok_and(|node| is_ublk_device(&node, 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_mountinfo() {
+        let line = r"94 31 259:2 / /mnt/my\040disk rw,relatime shared:5 - ext4 /dev/ublkb0 rw";
+        let mount = parse(line).unwrap();
+        assert_eq!(mount.number, "259:2");
+        assert_eq!(mount.target, Path::new("/mnt/my disk"));
+        assert_eq!(mount.source, Path::new("/dev/ublkb0"));
+        assert_eq!(parse("nonsense"), None);
+        assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn escapes_that_are_none_stay() {
+        assert_eq!(unescape(r"a\b"), Path::new(r"a\b"));
+        assert_eq!(unescape(r"a\04"), Path::new(r"a\04"));
+        assert_eq!(unescape(r"\134\011"), Path::new("\\\t"));
+    }
+
+    #[test]
+    fn ublk_disks_are_known_by_name() {
+        assert!(is_ublk_device(Path::new("/dev/ublkb3"), 0));
+        assert!(is_ublk_device(Path::new("/sys/devices/virtual/block/ublkb3/ublkb3p1"), 0));
+        assert!(!is_ublk_device(Path::new("/dev/ublkbackup"), 0));
+        assert!(!is_ublk_device(Path::new("/dev/ublk-control"), 0));
+        assert!(!is_ublk_device(Path::new("/dev/sda"), 0));
+    }
+
+    /// Only the thread that asks for it gets a namespace, so a thread of the test can try.
+    #[test]
+    fn mounts_of_ublk_disks_are_left_and_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = dir.path().join("ublkb7");
+        let other = dir.path().join("other disk");
+        fs::create_dir(&ours).unwrap();
+        fs::create_dir(&other).unwrap();
+        let tried = std::thread::spawn(move || {
+            if let Err(error) = enter_own() {
+                eprintln!("skipped: no mount namespace of its own here: {error}");
+                return;
+            }
+            let mount = |source: &Path, target: &Path| {
+                let none = None::<&std::ffi::CStr>;
+                rustix::mount::mount(source, target, "tmpfs", rustix::mount::MountFlags::empty(), none)
+                    .unwrap();
+            };
+            let own = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
+            assert_ne!(own, fs::read_link("/proc/self/ns/mnt").unwrap());
+            mount(&other, &other);
+            // A file system that is known by its source, twice on top of each other.
+            mount(&ours, &other);
+            mount(&ours, &other);
+            let (detached, failed) = detach_ublk_mounts().unwrap();
+            assert_eq!(detached, [other.clone(), other.clone()], "{failed:?}");
+            assert_eq!(failed, [""; 0]);
+            let table = fs::read_to_string(MOUNTINFO).unwrap();
+            assert!(!table.contains("ublkb7") && table.contains(r"other\040disk"), "{table}");
+            assert_eq!(detach_ublk_mounts().unwrap(), (vec![], vec![]));
+        });
+        tried.join().unwrap();
+    }
+}

@@ -1,0 +1,54 @@
+//! The few things that the standard library and rustix do not offer, each in a safe wrapper.
+//!
+//! Knows the kernel's interfaces only. One of the three rooms with `unsafe`.
+
+pub mod mntns;
+pub mod watch;
+
+use crate::error::{Error, Result};
+
+/// Lets the calling thread run on these CPUs only; on all it already may for an empty list.
+pub fn run_on(cpus: &[usize]) -> Result<()> {
+    if cpus.is_empty() {
+        return Ok(());
+    }
+    let mut set = rustix::thread::CpuSet::new();
+    for &cpu in cpus.iter().filter(|&&cpu| cpu < rustix::thread::CpuSet::MAX_CPU) {
+        set.set(cpu);
+    }
+    rustix::thread::sched_setaffinity(None, &set)
+        .map_err(|error| Error::os(error, format!("cannot run a worker on the CPUs {cpus:?}")))
+}
+
+/// Tells the kernel that this thread is part of the block layer's way to the disk, so that its own
+/// allocations never wait for writes that only it can do. Needs CAP_SYS_RESOURCE; without it
+/// nothing is lost but this protection.
+pub fn declare_io_flusher() {
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    // SAFETY: takes and returns integers; affects the calling thread only.
+    let done = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    if done != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(%error, "this worker may wait for its own writes when memory is short");
+    }
+}
+
+/// Raises the limit on open files to `wanted`, or as far as this process may (root: any). A device
+/// takes several, and a ring's table of fixed files may not be larger than the limit.
+pub fn raise_file_limit(wanted: u64) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    let limit = |n| Rlimit { current: Some(n), maximum: Some(n) };
+    let raised = hard < wanted && setrlimit(Resource::Nofile, limit(wanted)).is_ok();
+    if !raised {
+        let _ = setrlimit(Resource::Nofile, limit(hard));
+    }
+}
+
+/// The CPUs that this process may run on.
+pub fn allowed_cpus() -> Vec<usize> {
+    match rustix::thread::sched_getaffinity(None) {
+        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect(),
+        Err(_) => vec![0],
+    }
+}

@@ -1,0 +1,333 @@
+//! The program itself: against a daemon without ublk, and (in `cli/*.trycmd`) without any daemon.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use loopengine::instance::spec::*;
+use support::{Daemon, KINDS, Ran};
+
+#[test]
+fn without_a_daemon() {
+    trycmd::TestCases::new().case("tests/cli/*.trycmd").run();
+}
+
+fn ok(ran: &Ran) -> &str {
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{ran:?}");
+    &ran.out
+}
+
+fn fails(ran: &Ran, code: i32, says: &str) {
+    assert_eq!((ran.code, ran.out.as_str()), (code, ""), "{ran:?}");
+    assert!(ran.err.starts_with("loopengine: ") && ran.err.contains(says), "{ran:?}");
+    assert_eq!(ran.err.matches('\n').count(), 1, "one line: {ran:?}");
+}
+
+#[test]
+fn attach_prints_the_path_alone() {
+    let daemon = Daemon::start();
+    let image = daemon.image("a.img", 1 << 20);
+    assert_eq!(ok(&daemon.run(&["attach", "a.img"])), "/run/fake/default/loop0\n");
+    assert_eq!(daemon.fake.received(&image), Some(true), "by its absolute path, writable");
+    let second = daemon.image("b.img", 1 << 20);
+    assert_eq!(ok(&daemon.run(&["attach", "--read-only", "b.img"])), "/run/fake/default/loop1\n");
+    assert_eq!(daemon.fake.received(&second), Some(false));
+    assert_eq!(ok(&daemon.run(&["detach", "default/loop0"])), "/run/fake/default/loop0\n");
+    fails(&daemon.run(&["detach", "default/loop0"]), 3, "no such device");
+    assert_eq!(ok(&daemon.run(&["detach", "--all"])), "/run/fake/default/loop1\n");
+    assert_eq!(ok(&daemon.run(&["detach", "--all"])), "");
+}
+
+#[test]
+fn attach_passes_every_option() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 1 << 20);
+    ok(&daemon.run(&["instance", "create", "build", "--max", "3", "--cpus", "0"]));
+    let options = "--offset 8k --size-limit 64K --block-size 4k --buffered --queues 3 --depth 7 --path auto -i build -r";
+    let words: Vec<&str> = ["attach", "a.img"].into_iter().chain(options.split(' ')).collect();
+    ok(&daemon.run(&words));
+    let listed = daemon.run(&["list", "--json", "-i", "build"]);
+    let devices: Vec<DeviceInfo> = serde_json::from_str(ok(&listed)).unwrap();
+    let device = &devices[0];
+    assert_eq!((device.offset, device.size_limit, device.block_size), (8192, 65536, 4096));
+    assert_eq!((device.queues, device.depth, device.data_path), (3, 7, DataPath::Auto));
+    assert!(device.buffered && device.read_only);
+    let table = daemon.run(&["list"]);
+    let lines: Vec<&str> = ok(&table).lines().collect();
+    assert!(lines[0].starts_with("DEVICE") && lines[0].ends_with("IMAGE"), "{lines:?}");
+    assert!(lines[1].contains("ro,buffered") && lines[1].contains("4096"), "{lines:?}");
+}
+
+#[test]
+fn every_kind_of_error_has_its_exit_code() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    let codes = [2, 3, 4, 4, 5, 6, 7, 8, 9, 1, 1];
+    for (kind, code) in KINDS.iter().zip(codes) {
+        let ran = daemon.run(&["attach", "-i", &format!("error-{kind:?}"), "a.img"]);
+        fails(&ran, code, &format!("{kind:?} happened; do something else"));
+    }
+}
+
+#[test]
+fn bad_images_do_not_reach_the_daemon() {
+    let daemon = Daemon::start();
+    daemon.image("empty.img", 0);
+    daemon.image("odd.img", 1000);
+    daemon.image("a.img", 4096);
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["missing.img"], 3, "loopengine create missing.img"),
+        (&["."], 2, "is a directory"),
+        (&[".", "-r"], 2, "is a directory"),
+        (&["/dev/null"], 2, "neither a file nor a block device"),
+        (&["empty.img"], 2, "truncate"),
+        (&["odd.img"], 2, "truncate -s %512"),
+        (&["a.img", "--offset", "100"], 2, "--offset"),
+        (&["a.img", "--offset", "4096"], 2, "--offset"),
+        (&["a.img", "--size-limit", "100"], 2, "--size-limit"),
+        (&["a.img/b"], 2, "a.img/b"),
+    ];
+    for (words, code, says) in cases {
+        let words: Vec<&str> = ["attach"].iter().chain(*words).copied().collect();
+        fails(&daemon.run(&words), *code, says);
+    }
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n");
+}
+
+#[test]
+fn run_gives_the_device_to_a_command() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    let run = |words: &[&str]| {
+        let words: Vec<&str> = ["attach", "a.img", "--run"].iter().chain(words).copied().collect();
+        daemon.run(&words)
+    };
+    let device = "/run/fake/default/loop0";
+    assert_eq!(ok(&run(&["echo", "-n"])), device);
+    assert_eq!(ok(&run(&["echo", "if={}", "x"])), format!("if={device} x\n"));
+    let shell = "echo $LOOPENGINE_DEVICE; exit 42";
+    let ran = run(&["sh", "-c", shell]);
+    assert_eq!((ran.code, ran.out.as_str()), (42, format!("{device}\n").as_str()));
+    assert_eq!(run(&["sh", "-c", "kill -9 $$"]).code, 137);
+    fails(&run(&["/nonexistent/command"]), 3, "cannot run /nonexistent/command");
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "nothing is left attached");
+}
+
+#[test]
+fn run_says_what_it_could_not_detach() {
+    let daemon = Daemon::start();
+    daemon.image("busy.img", 4096);
+    let ran = daemon.run(&["attach", "busy.img", "--run", "true"]);
+    fails(&ran, 4, "loopengine detach /run/fake/default/loop0");
+    let ran = daemon.run(&["attach", "busy.img", "--run", "sh", "-c", "exit 7"]);
+    fails(&ran, 7, "still attached");
+}
+
+#[test]
+fn run_detaches_when_it_is_told_to_end() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    let mut child = daemon
+        .command(&[
+            "attach",
+            "a.img",
+            "--run",
+            "sh",
+            "-c",
+            "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let started = Instant::now();
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+    assert!(started.elapsed() < Duration::from_secs(8), "not by SIGKILL");
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n");
+}
+
+#[test]
+fn instances() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    ok(&daemon.run(&["instance", "create", "one", "--max", "1", "--workers", "4"]));
+    fails(&daemon.run(&["instance", "create", "one"]), 4, "exists");
+    let listed = daemon.run(&["instance", "list", "--json"]);
+    let infos: Vec<InstanceInfo> = serde_json::from_str(ok(&listed)).unwrap();
+    assert_eq!((infos[1].name.as_str(), infos[1].max_devices, infos[1].workers), ("one", 1, 4));
+    ok(&daemon.run(&["attach", "-i", "one", "a.img"]));
+    fails(&daemon.run(&["attach", "-i", "one", "a.img"]), 5, "full");
+    let table = daemon.run(&["instance", "list"]);
+    assert!(ok(&table).starts_with("NAME     DEVICES  MAX  WORKERS  CPUS  DIRECTORY\n"), "{table:?}");
+    ok(&daemon.run(&["instance", "remove", "one"]));
+    fails(&daemon.run(&["instance", "remove", "one"]), 3, "no instance");
+}
+
+#[test]
+fn a_device_in_use_needs_force() {
+    let daemon = Daemon::start();
+    daemon.image("busy.img", 4096);
+    daemon.image("a.img", 4096);
+    ok(&daemon.run(&["attach", "busy.img"]));
+    ok(&daemon.run(&["attach", "a.img"]));
+    fails(&daemon.run(&["detach", "default/loop0"]), 4, "in use");
+    let both = daemon.run(&["detach", "default/loop0", "default/loop1"]);
+    assert_eq!((both.code, both.out.as_str()), (4, "/run/fake/default/loop1\n"));
+    assert_eq!(ok(&daemon.run(&["detach", "--force", "--all"])), "/run/fake/default/loop0\n");
+}
+
+#[test]
+fn resize_prints_the_new_size() {
+    let daemon = Daemon::start();
+    let image = daemon.image("a.img", 4096);
+    ok(&daemon.run(&["attach", "a.img"]));
+    std::fs::File::options().write(true).open(image).unwrap().set_len(8192).unwrap();
+    assert_eq!(ok(&daemon.run(&["resize", "default/loop0"])), "8192\n");
+    fails(&daemon.run(&["resize", "default/loop9"]), 3, "no device");
+}
+
+#[test]
+fn stats_once_and_every_second() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    ok(&daemon.run(&["attach", "a.img"]));
+    let json = daemon.run(&["stats", "--json"]);
+    let stats: Vec<DeviceStats> = serde_json::from_str(ok(&json)).unwrap();
+    assert_eq!((stats[0].in_flight, stats[0].latency.p50_ns), (3, 10_000));
+    let table = daemon.run(&["stats", "default/loop0"]);
+    assert!(ok(&table).contains("10.0us") && table.out.contains("4.0"), "{table:?}");
+    // The fake's clock advances by a second a reading, and by 1000 reads.
+    let watched = daemon.run(&["stats", "--watch", "--count", "2"]);
+    let lines: Vec<&str> = ok(&watched).lines().collect();
+    assert_eq!(lines.len(), 3, "one head, two readings: {watched:?}");
+    for line in &lines[1..] {
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(&cells[1..3], ["1000", "3.9M/s"], "{watched:?}");
+    }
+    let json = daemon.run(&["stats", "--watch", "--count", "2", "--json"]);
+    for line in ok(&json).lines() {
+        let _: Vec<DeviceStats> = serde_json::from_str(line).unwrap();
+    }
+    ok(&daemon.run(&["stats", "-i", "nobody"]));
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_watch() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    ok(&daemon.run(&["attach", "a.img"]));
+    let mut child =
+        daemon.command(&["stats", "--watch"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 6]).unwrap();
+    drop(out);
+    let ran = Ran::from(child.wait_with_output().unwrap());
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let ran = Ran::from(daemon.command(&["attach", "a.img"]).stdout(full).output().unwrap());
+    fails(&ran, 1, "standard output");
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "nobody learnt its name");
+}
+
+#[test]
+fn doctor_knows_the_daemon() {
+    let daemon = Daemon::start();
+    let ran = daemon.run(&["doctor", "--json", "."]);
+    let checks: Vec<serde_json::Value> = serde_json::from_str(&ran.out).unwrap();
+    let verdict = |name: &str| {
+        let check = checks.iter().find(|check| check["name"] == name).unwrap();
+        check["verdict"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(verdict("daemon"), "ok", "{ran:?}");
+    // The fake daemon is a thread of this test, which shares our mount namespace.
+    assert_eq!(verdict("mount namespace"), "problem", "{ran:?}");
+    assert_eq!(ran.code, 1);
+    assert!(checks.iter().any(|check| check["name"] == "direct I/O"));
+    let text = daemon.run(&["doctor"]);
+    assert!(text.out.contains("problem  mount namespace"), "{text:?}");
+    fails(&daemon.run(&["doctor", "/nonexistent"]), 3, "/nonexistent");
+}
+
+#[test]
+fn create_makes_images() {
+    let daemon = Daemon::start();
+    let path = daemon.image("x", 0).with_file_name("new.img");
+    ok(&daemon.run(&["create", "new.img", "--size", "3M"]));
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 3 << 20);
+    fails(&daemon.run(&["create", "new.img", "--size", "3M"]), 4, "File exists");
+    std::fs::remove_file(&path).unwrap();
+    fails(&daemon.run(&["create", "new.img", "--size", "1000"]), 2, "multiple of 512");
+    fails(&daemon.run(&["create", "new.img", "--size", "0"]), 2, "empty image");
+    fails(&daemon.run(&["create", "no/new.img", "--size", "1M"]), 3, "directory");
+    assert!(!path.exists());
+    let ran = daemon.run(&["create", "new.img", "--size", "2M", "--preallocate"]);
+    if ran.code == 7 {
+        assert!(!path.exists(), "nothing is left behind");
+    } else {
+        use std::os::unix::fs::MetadataExt;
+        ok(&ran);
+        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 2 << 20);
+    }
+    // More than any file system has: refused, and nothing left behind.
+    let huge = path.with_file_name("huge.img");
+    let ran = daemon.run(&["create", "huge.img", "--size", "7E", "--preallocate"]);
+    assert!(ran.code != 0 && ran.err.matches('\n').count() == 1, "{ran:?}");
+    assert!(!huge.exists(), "{ran:?}");
+}
+
+#[test]
+fn serve_refuses_before_it_makes_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = dir.path().join("run");
+    let config = dir.path().join("loopengine.toml");
+    let serve = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_loopengine"));
+        command.arg("serve").arg("--config").arg(&config).arg("--run-dir").arg(&run_dir);
+        Ran::from(command.output().unwrap())
+    };
+    std::fs::write(&config, "[default]\n\nmax_device = 3\n").unwrap();
+    fails(&serve(), 2, "loopengine.toml, line 3: ");
+    std::fs::write(&config, "").unwrap();
+    if !rustix::process::geteuid().is_root() {
+        fails(&serve(), 6, "only root");
+    } else if std::path::Path::new("/dev/ublk-control").exists() {
+        eprintln!("skipped: this machine has ublk, so the daemon would start");
+    } else {
+        fails(&serve(), 8, "modprobe ublk_drv");
+    }
+    assert!(!run_dir.exists());
+}
+
+#[test]
+fn create_leaves_nothing_when_it_is_interrupted() {
+    // A directory on a file system that reserves space only by writing it would be slow enough to
+    // be interrupted; anywhere else the job is done before the signal comes. Both are right.
+    let daemon = Daemon::start();
+    let path = daemon.image("x", 0).with_file_name("new.img");
+    let mut child = daemon
+        .command(&["create", "new.img", "--size", "1G", "--preallocate"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !path.exists() && started.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+    let made = child.wait().unwrap().success();
+    assert_eq!(path.exists(), made);
+    let _ = std::fs::remove_file(path);
+}
