@@ -75,11 +75,7 @@ impl Daemon {
         // Absent the first time.
         let _ = std::fs::remove_file(&self.notify);
         let socket = UnixDatagram::bind(&self.notify).at("notify socket")?;
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(&self.log)
-            .at(&self.log)?;
+        let log = File::options().create(true).append(true).open(&self.log).at(&self.log)?;
         let mut command = Command::new(&self.program);
         let child = tools::localise(&mut command)
             .args(["serve", "--run-dir", &self.run_dir])

@@ -17,15 +17,7 @@ pub(crate) const SCRATCH: &str = "/run/loopengine-cases";
 
 /// Programs that cases start many times. Not fio: its libraries are many, and copying them takes as
 /// long as loading them from there each time.
-const TOOLS: [&str; 7] = [
-    "bash",
-    "blkdiscard",
-    "dmesg",
-    "mkfs.ext4",
-    "mkfs.xfs",
-    "mount",
-    "umount",
-];
+const TOOLS: [&str; 7] = ["bash", "blkdiscard", "dmesg", "mkfs.ext4", "mkfs.xfs", "mount", "umount"];
 
 /// What was found out once, before the first case.
 #[derive(Debug)]

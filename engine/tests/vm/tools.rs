@@ -24,7 +24,7 @@ static LOCAL: OnceLock<(String, String)> = OnceLock::new();
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 /// What a process left.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Done {
     /// Its command line, for messages.
     pub(crate) what: String,
@@ -130,9 +130,7 @@ pub(crate) fn copy_to_memory(names: &[&str], dir: &str) -> Res {
 pub(crate) fn localise(command: &mut Command) -> &mut Command {
     if let Some((programs, libraries)) = LOCAL.get() {
         let path = std::env::var("PATH").unwrap_or_default();
-        command
-            .env("PATH", format!("{programs}:{path}"))
-            .env("LD_LIBRARY_PATH", libraries);
+        command.env("PATH", format!("{programs}:{path}")).env("LD_LIBRARY_PATH", libraries);
     }
     command
 }
