@@ -33,6 +33,8 @@ pub(crate) struct Daemon {
     log: String,
     options: Vec<String>,
     child: Option<Child>,
+    /// Where it says READY=1, and later STOPPING=1, which it minds if nobody listens.
+    listener: Option<UnixDatagram>,
     had_before: Vec<u32>,
 }
 
@@ -60,6 +62,7 @@ impl Daemon {
             log: ctx.path("daemon.log"),
             options: options.iter().map(|o| o.to_string()).collect(),
             child: None,
+            listener: None,
             had_before: host::ublk_ids(),
         };
         daemon.restart()?;
@@ -73,7 +76,8 @@ impl Daemon {
         let _ = std::fs::remove_file(&self.notify);
         let socket = UnixDatagram::bind(&self.notify).at("notify socket")?;
         let log = File::options().create(true).append(true).open(&self.log).at(&self.log)?;
-        let child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        let child = tools::localise(&mut command)
             .args(["serve", "--run-dir", &self.run_dir])
             .args(&self.options)
             .env("NOTIFY_SOCKET", &self.notify)
@@ -85,7 +89,9 @@ impl Daemon {
             .at("start the daemon")?;
         tools::remember(child.id());
         self.child = Some(child);
-        self.wait_ready(&socket)
+        let ready = self.wait_ready(&socket);
+        self.listener = Some(socket);
+        ready
     }
 
     fn wait_ready(&mut self, socket: &UnixDatagram) -> Res {
@@ -103,7 +109,8 @@ impl Daemon {
             {
                 tools::forget(child.id());
                 self.child = None;
-                fail!("the daemon ended before it was ready: {status}");
+                let last = tools::tail(&self.log(), 1);
+                fail!("the daemon ended before it was ready: {status}: {last}");
             }
         }
         fail!("the daemon was not ready after {READY:?}");

@@ -154,7 +154,11 @@ impl Case {
                 eprintln!("skipped: {name}: {why}");
                 Ok(Completion::ignored_with(why))
             }
-            Err(Stop::Fail(what)) => Err(what.into()),
+            Err(Stop::Fail(what)) => {
+                // Now, and not only when all have run: the run may not live that long.
+                eprintln!("  {name}: failed: {what}");
+                Err(what.into())
+            }
         }
     }
 

@@ -15,6 +15,10 @@ use crate::tools;
 /// Everything of a run lives here, in memory.
 pub(crate) const SCRATCH: &str = "/run/loopengine-cases";
 
+/// Programs that cases start many times. Not fio: its libraries are many, and copying them takes as
+/// long as loading them from there each time.
+const TOOLS: [&str; 7] = ["bash", "blkdiscard", "dmesg", "mkfs.ext4", "mkfs.xfs", "mount", "umount"];
+
 /// What was found out once, before the first case.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -54,6 +58,9 @@ impl Host {
             tools::ok(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
         }
         let program = copy_program()?;
+        if cmdline.contains("virtme") {
+            tools::copy_to_memory(&[&TOOLS[..], &[&program]].concat(), SCRATCH)?;
+        }
         let done = tools::run(&[&program, "features", "--json"])?.ok()?;
         let features: Value = serde_json::from_str(&done.out).at("features --json")?;
         let Some(paths) = features["dataPaths"].as_array() else {
@@ -90,6 +97,9 @@ fn copy_program() -> Res<String> {
             .at("no program 'loopengine' on PATH, and LOOPENGINE is not set")?,
     };
     std::fs::create_dir_all(SCRATCH)?;
+    if given.starts_with("/run/") {
+        return Ok(given);
+    }
     let copy = format!("{SCRATCH}/loopengine");
     std::fs::copy(&given, &copy).at(format!("copy {given}"))?;
     Ok(copy)

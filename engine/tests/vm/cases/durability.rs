@@ -81,6 +81,8 @@ fn power_cut(ctx: &Ctx, kind: &str) -> Res {
     for block in FUA..UNSYNCED {
         disk.write(at(block), &pattern(block, 4096))?;
     }
+    // In this order: a disk that goes while its file system is alive is synced first.
+    tools::ok(&["xfs_io", "-x", "-c", "shutdown", &store.path(".")])?;
     store.disk.set("power", 0)?;
     drop((disk, durable));
     // The daemon lives; its device can be taken away although its image is gone.

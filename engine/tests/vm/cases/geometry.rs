@@ -137,7 +137,7 @@ fn offset_and_limit(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Bytes behind the last whole block are not shown and not touched.
+/// An image that is not whole blocks is refused, with the way out; taken, the rest stays untouched.
 fn odd_size(ctx: &Ctx) -> Res {
     const SIZE: u64 = MIB + 3 * 512 + 100;
     let store = Store::xfs(ctx)?;
@@ -146,14 +146,21 @@ fn odd_size(ctx: &Ctx) -> Res {
     std::fs::write(&image, &data)?;
     let daemon = Daemon::start(ctx)?;
     for (block, size) in [("512", MIB + 3 * 512), ("4096", MIB)] {
-        let device = daemon.attach(&[&image, "--block-size", block])?;
+        let limit = size.to_string();
+        let refused = daemon.cli(&["attach", &image, "--block-size", block])?;
+        ensure!(
+            refused.code == 2 && refused.err.contains(&format!("--size-limit {limit}")),
+            "{SIZE} bytes with blocks of {block}: {refused:?}"
+        );
+        let device = daemon.attach(&[&image, "--block-size", block, "--size-limit", &limit])?;
         ensure!(disk::size(&device)? == size, "{} bytes with blocks of {block}", disk::size(&device)?);
         let found = disk::read_all(&device, 0, size)?;
         same("device", &found, &data[..usize::try_from(size)?])?;
         daemon.detach(&device)?;
     }
-    let device = daemon.attach(&[&image, "--block-size", "512"])?;
-    let zeroes = vec![0; usize::try_from(MIB + 3 * 512)?];
+    let shown = MIB + 3 * 512;
+    let device = daemon.attach(&[&image, "--block-size", "512", "--size-limit", &shown.to_string()])?;
+    let zeroes = vec![0; usize::try_from(shown)?];
     disk::write_all(&device, &zeroes)?;
     daemon.detach(&device)?;
     let after = std::fs::read(&image)?;

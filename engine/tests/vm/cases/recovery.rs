@@ -56,19 +56,19 @@ thread
 rw=randwrite
 bssplit=512/10:4k/60:64k/20:256k/10
 iodepth=16
-rate=,6m
+rate=,3m
 [mixed]
 rw=randrw
 bsrange=512-128k
 blockalign=512
 iodepth=8
 offset=48m
-rate=3m,3m
+rate=2m,2m
 "
     );
     let mut work = fio::start(ctx, &jobs)?;
     for round in 1..=2 {
-        std::thread::sleep(Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(2));
         ensure!(work.alive(), "fio ended before the daemon was killed");
         daemon.kill()?;
         ensure!(

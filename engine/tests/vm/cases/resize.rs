@@ -33,7 +33,7 @@ rw=randwrite
 bssplit=512/20:4k/60:64k/20
 iodepth=16
 size=16m
-rate=,3m
+rate=,1500k
 "
     );
     fio::start(ctx, &jobs)

@@ -18,14 +18,14 @@ pub(super) fn cases() -> Vec<Case> {
             mixed(ctx, path, &[], &[])
         }));
         all.push(case(format!("verify::one_queue::{path}"), Needs::Path(path), 240, move |ctx| {
-            mixed(ctx, path, &[], &["--queues", "1", "--depth", "16"])
+            mixed(ctx, path, 8, &[], &["--queues", "1", "--depth", "16"])
         }));
     }
     for path in ["auto", "batch"] {
         for (name, linked, poll) in [("linked", "on", "0"), ("polled", "off", "100")] {
             let options = ["--linked-commit", linked, "--poll-us", poll];
             all.push(case(format!("verify::{name}::{path}"), Needs::Path(path), 240, move |ctx| {
-                mixed(ctx, path, &options, &[])
+                mixed(ctx, path, 12, &options, &[])
             }));
         }
     }
@@ -78,11 +78,10 @@ offset={three}m
     )
 }
 
-fn mixed(ctx: &Ctx, path: &str, serve: &[&str], attach: &[&str]) -> Res {
-    const PART_MIB: u64 = 24;
+fn mixed(ctx: &Ctx, path: &str, part_mib: u64, serve: &[&str], attach: &[&str]) -> Res {
     let store = Store::xfs(ctx)?;
     // Half with blocks, half holes: both kinds of write are met.
-    let bytes = 4 * PART_MIB * MIB;
+    let bytes = 4 * part_mib * MIB;
     let image = store.allocated("image", bytes / 2)?;
     std::fs::File::options().write(true).open(&image)?.set_len(bytes)?;
     let mut daemon = Daemon::with(ctx, serve)?;
@@ -90,8 +89,11 @@ fn mixed(ctx: &Ctx, path: &str, serve: &[&str], attach: &[&str]) -> Res {
     let used = daemon.info(&device)?["dataPath"].clone();
     ensure!(used == path, "asked for path {path}, got {used}");
 
-    let report = fio::run(ctx, &jobs(&device, PART_MIB), RUN)?;
-    ensure!(report.written > 40 * MIB && report.read > 20 * MIB, "fio did too little: {report:?}");
+    let report = fio::run(ctx, &jobs(&device, part_mib), RUN)?;
+    ensure!(
+        report.written > part_mib * MIB && report.read > part_mib * MIB,
+        "fio did too little: {report:?}"
+    );
     let stats = daemon.stats(&device)?;
     ensure!(stats["errors"] == 0, "errors counted: {stats}");
     ensure!(

@@ -46,7 +46,7 @@ fn store(ctx: &Ctx, kind: &str) -> Res<Store> {
     }
 }
 
-/// Three hundred zeroings and writes at any sector, compared with the same done in memory, while
+/// A hundred and sixty zeroings and writes at any sector, compared with the same done in memory, while
 /// others write to the second half of the device.
 fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     const HALF: u64 = 16 * MIB;
@@ -66,7 +66,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
 
     let open = Disk::open(&device)?;
     let mut numbers = Numbers::new(11);
-    for round in 0..300_u64 {
+    for round in 0..160_u64 {
         let offset = numbers.below(HALF / 512) * 512;
         let limit = [8 * KIB, 64 * KIB, MIB][usize::try_from(round % 3)?];
         let len = (1 + numbers.below(limit / 512)) * 512;
@@ -88,7 +88,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
                 expected[range].fill(0);
             }
         }
-        if round % 60 == 59 {
+        if round % 40 == 39 {
             let found = disk::read_all(&device, 0, HALF)?;
             same(&format!("device after round {round}"), &found, &expected)?;
         }
@@ -100,10 +100,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     let upper = disk::read_all(&device, HALF, HALF)?;
     same("the untouched half", &upper, &vec![0; upper.len()])?;
     let stats = daemon.stats(&device)?;
-    ensure!(
-        stats["discards"].as_u64() >= Some(150) && stats["errors"] == 0,
-        "stats of {half} bytes: {stats}"
-    );
+    ensure!(stats["discards"].as_u64() >= Some(80) && stats["errors"] == 0, "stats of {half} bytes: {stats}");
     daemon.ok(&["detach", "--all"])?;
     same("image", &disk::read_all(&image, 0, HALF)?, &expected)?;
     daemon.stop()
@@ -214,7 +211,8 @@ fn discard_under_load(ctx: &Ctx) -> Res {
                         match lane {
                             0 | 2 => {
                                 let words = ["-o", &offset.to_string(), "-l", &STEP.to_string()];
-                                tools::ok(&[&["blkdiscard"], &words[..], &[device]].concat())?;
+                                // -f: not exclusively, for several are at it.
+                                tools::ok(&[&["blkdiscard", "-f"], &words[..], &[device]].concat())?;
                             }
                             1 => (0..8).try_for_each(|_| open.write(offset, fresh))?,
                             _ => {}
