@@ -21,7 +21,7 @@ pub const CONFIG_FILE: &str = "/etc/loopengine.toml";
 pub const MAX_DEVICES: u32 = 256;
 
 /// The worker switches that measured best.
-pub const TUNING: Tuning = Tuning { linked_commit: false, poll_us: 0 };
+pub const TUNING: Tuning = Tuning { linked_commit: true, poll_us: 0 };
 
 /// Larger files are not configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;

@@ -28,12 +28,7 @@ const SIZE_MAX: u64 = i64::MAX as u64;
 ///
 /// Errors: [`Kind::Exists`], [`Kind::Invalid`] for a size that cannot be, [`Kind::Quota`] when
 /// the file system is full, and whatever the file system says.
-pub fn create(
-    path: &Path,
-    size: u64,
-    preallocate: bool,
-    mut progress: impl FnMut(u64, u64),
-) -> Result<()> {
+pub fn create(path: &Path, size: u64, preallocate: bool, mut progress: impl FnMut(u64, u64)) -> Result<()> {
     check_size(size)?;
     let name = path.display();
     let Some(file_name) = path.file_name() else {
@@ -45,15 +40,12 @@ pub fn create(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let directory = rustix::fs::open(
-        directory,
-        OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|e| Error::os(e, format!("cannot open directory {}", directory.display())))?;
+    let directory =
+        rustix::fs::open(directory, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| Error::os(e, format!("cannot open directory {}", directory.display())))?;
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(&directory, file_name, flags, Mode::from_raw_mode(0o666))
-        .map_err(|error| {
+    let file =
+        rustix::fs::openat(&directory, file_name, flags, Mode::from_raw_mode(0o666)).map_err(|error| {
             let os = Error::os(error, format!("cannot create {name}"));
             match error {
                 Errno::EXIST => os.hint("choose another name, or remove that file first"),
@@ -71,15 +63,12 @@ pub fn create(
 }
 
 fn check_size(size: u64) -> Result<()> {
-    let refuse = |why: &str, hint: &str| {
-        Err(Error::new(Kind::Invalid, format!("size {size} {why}")).hint(hint))
-    };
+    let refuse =
+        |why: &str, hint: &str| Err(Error::new(Kind::Invalid, format!("size {size} {why}")).hint(hint));
     match size {
         0 => refuse("makes an empty image", "choose a size, such as 1G"),
         _ if size > SIZE_MAX => refuse("is more than a file can have", "choose less than 8 EiB"),
-        _ if !size.is_multiple_of(SECTOR) => {
-            refuse("is not a multiple of 512 bytes", "choose a multiple")
-        }
+        _ if !size.is_multiple_of(SECTOR) => refuse("is not a multiple of 512 bytes", "choose a multiple"),
         _ => Ok(()),
     }
 }
@@ -91,9 +80,7 @@ fn explain(error: Errno, size: u64, preallocate: bool, name: &str) -> Error {
         Errno::FBIG => os
             .with_kind(Kind::Invalid)
             .hint("choose a smaller size: this file system allows no file that large"),
-        Errno::NOSPC | Errno::DQUOT if preallocate => {
-            os.hint("free some space, or leave out --preallocate")
-        }
+        Errno::NOSPC | Errno::DQUOT if preallocate => os.hint("free some space, or leave out --preallocate"),
         _ => os,
     }
 }
@@ -114,11 +101,7 @@ fn fill(
 }
 
 /// Takes all the space, chunk by chunk; writes zeroes where that is the only way.
-fn allocate(
-    file: &OwnedFd,
-    size: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> std::result::Result<(), Errno> {
+fn allocate(file: &OwnedFd, size: u64, progress: &mut dyn FnMut(u64, u64)) -> std::result::Result<(), Errno> {
     let mut done = 0;
     progress(done, size);
     while done < size {
@@ -148,8 +131,7 @@ fn write_zeroes(
     let mut done = from;
     while done < size {
         let len = WRITE_CHUNK.min(size - done);
-        file.write_all_at(&zeroes[..len as usize], done)
-            .map_err(errno)?;
+        file.write_all_at(&zeroes[..len as usize], done).map_err(errno)?;
         done += len;
         progress(done, size);
     }

@@ -61,22 +61,14 @@ impl DiscardQueue {
         debug_assert!(self.pending.len() < self.pending.capacity());
         let at = self.pending.partition_point(|p| p.start <= offset);
         self.arrived += 1;
-        let pending = Pending {
-            start: offset,
-            end: offset.saturating_add(len),
-            number: self.arrived,
-            tag,
-        };
+        let pending = Pending { start: offset, end: offset.saturating_add(len), number: self.arrived, tag };
         self.pending.insert(at, pending);
     }
 
     /// The next range to punch: that of the oldest discard and of all that touch it. It is in
     /// flight from now on, until [`done`](Self::done); none while one is.
     #[must_use = "the punch counts as in flight until `done`"]
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "not an iterator: `done` comes between"
-    )]
+    #[expect(clippy::should_implement_trait, reason = "not an iterator: `done` comes between")]
     pub fn next(&mut self) -> Option<Punch> {
         if self.in_flight() {
             return None;
@@ -89,10 +81,7 @@ impl DiscardQueue {
         let offset = start.checked_next_multiple_of(self.granularity);
         let end = run.end - run.end % self.granularity;
         let punch = offset.filter(|offset| *offset < end);
-        Some(punch.map_or(Punch { offset: 0, len: 0 }, |offset| Punch {
-            offset,
-            len: end - offset,
-        }))
+        Some(punch.map_or(Punch { offset: 0, len: 0 }, |offset| Punch { offset, len: end - offset }))
     }
 
     /// Among the runs of discards that touch each other, the one with the oldest discard.
@@ -101,18 +90,10 @@ impl DiscardQueue {
         let mut current: Option<Run> = None;
         for (i, p) in self.pending.iter().enumerate() {
             let run = match current {
-                Some(run) if p.start <= run.end => Run {
-                    behind: i + 1,
-                    end: run.end.max(p.end),
-                    number: run.number.min(p.number),
-                    ..run
-                },
-                _ => Run {
-                    first: i,
-                    behind: i + 1,
-                    end: p.end,
-                    number: p.number,
-                },
+                Some(run) if p.start <= run.end => {
+                    Run { behind: i + 1, end: run.end.max(p.end), number: run.number.min(p.number), ..run }
+                }
+                _ => Run { first: i, behind: i + 1, end: p.end, number: p.number },
             };
             // A run that grew replaces its former self: its number is the same or lower.
             if oldest.is_none_or(|oldest| oldest.first == run.first || run.number < oldest.number) {

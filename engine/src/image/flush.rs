@@ -19,10 +19,7 @@ pub struct FlushQueue {
 impl FlushQueue {
     /// For a queue of this depth; never allocates afterwards.
     pub fn new(depth: u16) -> Self {
-        Self {
-            waiting: Vec::with_capacity(depth.into()),
-            in_flight: Vec::with_capacity(depth.into()),
-        }
+        Self { waiting: Vec::with_capacity(depth.into()), in_flight: Vec::with_capacity(depth.into()) }
     }
 
     /// A flush arrived.

@@ -96,13 +96,9 @@ fn block_size(facts: &Facts, source: &Source, name: &str) -> Result<u32> {
         }
         wish if wish < least => Err(Error::new(
             Kind::Invalid,
-            format!(
-                "block size {wish} is less than the {least} bytes that direct I/O on {name} needs"
-            ),
+            format!("block size {wish} is less than the {least} bytes that direct I/O on {name} needs"),
         )
-        .hint(format!(
-            "attach with --block-size {least} or with --buffered"
-        ))),
+        .hint(format!("attach with --block-size {least} or with --buffered"))),
         wish => Ok(wish),
     }
 }

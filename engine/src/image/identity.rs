@@ -41,9 +41,7 @@ impl Identity {
         }
         let born = (stat.stx_mask & StatxFlags::BTIME.bits() != 0).then(|| {
             let seconds = u64::try_from(stat.stx_btime.tv_sec).unwrap_or(0);
-            seconds
-                .saturating_mul(1_000_000_000)
-                .saturating_add(stat.stx_btime.tv_nsec.into())
+            seconds.saturating_mul(1_000_000_000).saturating_add(stat.stx_btime.tv_nsec.into())
         });
         Ok(Identity {
             dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),

@@ -35,8 +35,7 @@ const KERNEL_FILE_SYSTEMS: [(u32, &str); 11] = [
 
 /// Refuses a file that the caller did not open for what is asked of us.
 pub(super) fn check_access(file: BorrowedFd<'_>, read_only: bool, name: &str) -> Result<()> {
-    let flags = rustix::fs::fcntl_getfl(file)
-        .map_err(|e| Error::os(e, format!("cannot examine {name}")))?;
+    let flags = rustix::fs::fcntl_getfl(file).map_err(|e| Error::os(e, format!("cannot examine {name}")))?;
     let refuse = |what: &str, hint: &str| {
         Err(Error::new(Kind::Denied, format!("{name} was opened {what}")).hint(hint))
     };
@@ -82,17 +81,8 @@ pub(super) fn file_kind(file: BorrowedFd<'_>, name: &str) -> Result<FileKind> {
 
 /// Opens the same file once more. Flags of an open file belong to all who share it, and the
 /// caller could clear O_DIRECT or set O_APPEND on a shared one at any time.
-pub(super) fn reopen(
-    file: BorrowedFd<'_>,
-    kind: FileKind,
-    source: &Source,
-    name: &str,
-) -> Result<OwnedFd> {
-    let access = if source.read_only {
-        OFlags::RDONLY
-    } else {
-        OFlags::RDWR
-    };
+pub(super) fn reopen(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name: &str) -> Result<OwnedFd> {
+    let access = if source.read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let mut flags = access | OFlags::CLOEXEC | OFlags::NOCTTY;
     if !source.buffered {
         flags |= OFlags::DIRECT;
@@ -124,28 +114,20 @@ fn explain(error: Errno, source: &Source, name: &str) -> Error {
         Errno::ACCESS | Errno::PERM | Errno::ROFS if !source.read_only => {
             other.hint("attach it with --read-only, or make it writable")
         }
-        Errno::TXTBSY => other
-            .with_kind(Kind::Busy)
-            .hint("it is a program that is running: wait until it has ended"),
-        Errno::WOULDBLOCK => Error::new(
-            Kind::Busy,
-            format!("another process holds a lease on {name}"),
-        )
-        .hint("end that process, or try again in a minute"),
-        Errno::NOENT => other
-            .with_kind(Kind::Unavailable)
-            .hint("mount proc on /proc"),
+        Errno::TXTBSY => {
+            other.with_kind(Kind::Busy).hint("it is a program that is running: wait until it has ended")
+        }
+        Errno::WOULDBLOCK => Error::new(Kind::Busy, format!("another process holds a lease on {name}"))
+            .hint("end that process, or try again in a minute"),
+        Errno::NOENT => other.with_kind(Kind::Unavailable).hint("mount proc on /proc"),
         _ => other,
     }
 }
 
 /// The error for a file system that cannot do direct I/O on this file.
 pub(super) fn no_direct_io(name: &str) -> Error {
-    Error::new(
-        Kind::Unsupported,
-        format!("this file system has no direct I/O for {name}"),
-    )
-    .hint("attach with --buffered")
+    Error::new(Kind::Unsupported, format!("this file system has no direct I/O for {name}"))
+        .hint("attach with --buffered")
 }
 
 /// Writes back and drops what the page cache holds of the file: while a single page of it is
@@ -154,10 +136,7 @@ pub(super) fn drop_cached_pages(file: BorrowedFd<'_>, read_only: bool, name: &st
     match rustix::io::retry_on_intr(|| rustix::fs::fdatasync(file)) {
         // Who only reads need not care whether others' writes can be made durable.
         Err(error) if !read_only => {
-            return Err(Error::os(
-                error,
-                format!("cannot write back what is cached of {name}"),
-            ));
+            return Err(Error::os(error, format!("cannot write back what is cached of {name}")));
         }
         _ => {}
     }

@@ -21,12 +21,7 @@ const PHYSICAL_MAX: u32 = 4096;
 const BTRFS: u32 = 0x9123_683e;
 
 /// Everything that can be learnt about a file without touching it; `can_punch` is left false.
-pub(super) fn facts(
-    file: BorrowedFd<'_>,
-    kind: FileKind,
-    source: &Source,
-    name: &str,
-) -> Result<Facts> {
+pub(super) fn facts(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name: &str) -> Result<Facts> {
     let block_device = kind == FileKind::BlockDevice;
     let size = size(file, block_device, name)?;
     let (offset_align, mem_align) = match (source.buffered, kind) {
@@ -108,9 +103,7 @@ fn alignment_by_reading(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> 
     for (offset_align, mem_align) in [(512, 512), (4096, 512), (4096, 4096)] {
         // 512 bytes behind the start of a page is aligned to 512 bytes and to no more.
         let start = page + mem_align % 4096;
-        let buffer = memory
-            .get_mut(start..start + offset_align)
-            .unwrap_or_default();
+        let buffer = memory.get_mut(start..start + offset_align).unwrap_or_default();
         match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *buffer, 0)) {
             Ok(_) => return Ok((offset_align as u32, mem_align as u32)),
             Err(Errno::INVAL) => {}
@@ -128,9 +121,7 @@ fn alignment_by_reading(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> 
 pub(super) fn can_punch(file: BorrowedFd<'_>, kind: FileKind, size: u64) -> bool {
     match kind {
         // The kernel punches holes in a block device with the command Write Zeroes.
-        FileKind::BlockDevice => {
-            queue_attribute(file, "write_zeroes_max_bytes").is_some_and(|most| most > 0)
-        }
+        FileKind::BlockDevice => queue_attribute(file, "write_zeroes_max_bytes").is_some_and(|most| most > 0),
         FileKind::Regular => {
             let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let tried = rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, size, 1));

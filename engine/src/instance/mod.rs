@@ -122,7 +122,9 @@ impl Engine {
             spoken_for.extend(devices.iter().map(|(_, record)| record.id));
             match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
                 Ok(instance) => {
-                    waiting.extend(devices.into_iter().map(|(number, record)| (instance.clone(), number, record)));
+                    waiting.extend(
+                        devices.into_iter().map(|(number, record)| (instance.clone(), number, record)),
+                    );
                 }
                 Err(error) => {
                     complete = false;

@@ -84,7 +84,10 @@ impl Served {
         let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Internal, "no image"))?;
         let queues = self.device.queues()?;
         if queues.len() > self.workers.len() {
-            return Err(Error::new(Kind::Unsupported, "it has more queues than the instance has workers now"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                "it has more queues than the instance has workers now",
+            ));
         }
         for (worker, transport) in self.workers.iter().zip(queues) {
             worker.add(Job { slot: self.slot, transport, image: image.clone() })?;

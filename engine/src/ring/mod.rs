@@ -97,7 +97,9 @@ impl Ring {
                 Ok(submitted) if submitted == queued => return Ok(()),
                 // The kernel stopped half-way, perhaps within a chain: what follows would run
                 // without what it must wait for.
-                Ok(_) => return Err(Error::new(Kind::Internal, "the kernel took only a part of a submission")),
+                Ok(_) => {
+                    return Err(Error::new(Kind::Internal, "the kernel took only a part of a submission"));
+                }
                 Err(error) => error,
             };
             match error.raw_os_error() {

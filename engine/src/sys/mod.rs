@@ -33,18 +33,6 @@ pub fn declare_io_flusher() {
     }
 }
 
-/// Lets the calling thread not preempt others when it wakes up on their CPU: they go on to submit,
-/// and what they submit is served together. Where a CPU is idle it wakes up as fast as ever.
-pub fn wake_patiently() {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: reads the parameters during the call; affects the calling thread only.
-    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
-    if done != 0 {
-        let error = std::io::Error::last_os_error();
-        tracing::warn!(%error, "this worker cannot have the scheduling policy 'batch'");
-    }
-}
-
 /// Raises the limit on open files to `wanted`, or as far as this process may (root: any). A device
 /// takes several, and a ring's table of fixed files may not be larger than the limit.
 pub fn raise_file_limit(wanted: u64) {

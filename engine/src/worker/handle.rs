@@ -143,9 +143,6 @@ fn serve<T: Transport>(
         return;
     }
     sys::declare_io_flusher();
-    if std::env::var_os("LE_BATCH").is_some() {
-        sys::wake_patiently();
-    }
     let mut worker = match Worker::new(sizes, switches, inbox, wake) {
         Ok(worker) => worker,
         Err(error) => {

@@ -16,16 +16,8 @@ fn creating_images() {
     create(&path, 10 * MIB, false, |_, _| panic!("nothing to report")).unwrap();
     let metadata = fs::metadata(&path).unwrap();
     assert_eq!((metadata.len(), metadata.blocks()), (10 * MIB, 0));
-    refused(
-        create(&path, MIB, true, |_, _| {}),
-        Kind::Exists,
-        "choose another name",
-    );
-    assert_eq!(
-        fs::metadata(&path).unwrap().len(),
-        10 * MIB,
-        "it was there before us"
-    );
+    refused(create(&path, MIB, true, |_, _| {}), Kind::Exists, "choose another name");
+    assert_eq!(fs::metadata(&path).unwrap().len(), 10 * MIB, "it was there before us");
 
     let path = directory.path().join("full");
     let mut reports = Vec::new();
@@ -55,11 +47,7 @@ fn what_cannot_be_created_leaves_nothing_behind() {
     if let Some(mounted) = Mounted::new("mkfs.ext4 -q", 512, "") {
         let path = mounted.path().join("image");
         refused(sparse(&path, 1 << 60), Kind::Invalid, "smaller size");
-        refused(
-            create(&path, 1 << 40, true, |_, _| {}),
-            Kind::Quota,
-            "free some space",
-        );
+        refused(create(&path, 1 << 40, true, |_, _| {}), Kind::Quota, "free some space");
         assert!(!path.exists());
     }
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);

@@ -117,27 +117,17 @@ fn geometry_of_common_images() {
     // Odd sizes lose their last partial block.
     assert_eq!(compute(&facts(1_000_001), plain).unwrap().size, 999_936);
     // A partition's offset lessens what is promised about physical blocks.
-    let offset = Source {
-        offset: 63 * 512,
-        ..plain
-    };
+    let offset = Source { offset: 63 * 512, ..plain };
     let g = compute(&facts(1 << 20), offset).unwrap();
     assert_eq!((g.size, g.physical_block_size), ((1 << 20) - 63 * 512, 512));
     // The largest sparse file there is.
     let g = compute(&facts(i64::MAX as u64), plain).unwrap();
     assert_eq!(g.size, i64::MAX as u64 - 511);
     // A file system with 4K sectors.
-    let large = Facts {
-        offset_align: 4096,
-        ..facts(1 << 20)
-    };
+    let large = Facts { offset_align: 4096, ..facts(1 << 20) };
     assert_eq!(compute(&large, plain).unwrap().block_size, 4096);
     // A block device zeroes, even if it cannot punch.
-    let device = Facts {
-        block_device: true,
-        can_punch: false,
-        ..facts(1 << 20)
-    };
+    let device = Facts { block_device: true, can_punch: false, ..facts(1 << 20) };
     let g = compute(&device, plain).unwrap();
     assert!(g.can_write_zeroes && !g.can_discard);
 }
@@ -145,112 +135,21 @@ fn geometry_of_common_images() {
 #[test]
 fn geometry_errors_say_what_and_what_next() {
     let plain = Source::default();
-    let large = Facts {
-        offset_align: 4096,
-        ..facts(1 << 20)
-    };
-    let huge = Facts {
-        offset_align: 65536,
-        ..facts(1 << 20)
-    };
+    let large = Facts { offset_align: 4096, ..facts(1 << 20) };
+    let huge = Facts { offset_align: 65536, ..facts(1 << 20) };
     let cases = [
         (facts(0), plain, Kind::Invalid, "IMAGE is empty"),
-        (
-            facts(511),
-            plain,
-            Kind::Invalid,
-            "511 bytes of IMAGE are less than one block",
-        ),
-        (
-            facts(4096),
-            Source {
-                offset: 4096,
-                ..plain
-            },
-            Kind::Invalid,
-            "not within IMAGE",
-        ),
-        (
-            facts(4096),
-            Source {
-                offset: u64::MAX - 511,
-                ..plain
-            },
-            Kind::Invalid,
-            "not within",
-        ),
-        (
-            facts(4096),
-            Source {
-                offset: u64::MAX,
-                ..plain
-            },
-            Kind::Invalid,
-            "not a multiple",
-        ),
-        (
-            facts(4096),
-            Source {
-                offset: 100,
-                ..plain
-            },
-            Kind::Invalid,
-            "not a multiple",
-        ),
-        (
-            facts(4096),
-            Source {
-                size_limit: 100,
-                ..plain
-            },
-            Kind::Invalid,
-            "100 bytes of IMAGE",
-        ),
-        (
-            facts(4096),
-            Source {
-                block_size: 1000,
-                ..plain
-            },
-            Kind::Invalid,
-            "block size 1000",
-        ),
-        (
-            facts(4096),
-            Source {
-                block_size: 256,
-                ..plain
-            },
-            Kind::Invalid,
-            "block size 256",
-        ),
-        (
-            facts(8192),
-            Source {
-                block_size: 8192,
-                ..plain
-            },
-            Kind::Invalid,
-            "block size 8192",
-        ),
-        (
-            large,
-            Source {
-                block_size: 512,
-                ..plain
-            },
-            Kind::Invalid,
-            "--block-size 4096 or",
-        ),
-        (
-            large,
-            Source {
-                offset: 512,
-                ..plain
-            },
-            Kind::Invalid,
-            "--buffered",
-        ),
+        (facts(511), plain, Kind::Invalid, "511 bytes of IMAGE are less than one block"),
+        (facts(4096), Source { offset: 4096, ..plain }, Kind::Invalid, "not within IMAGE"),
+        (facts(4096), Source { offset: u64::MAX - 511, ..plain }, Kind::Invalid, "not within"),
+        (facts(4096), Source { offset: u64::MAX, ..plain }, Kind::Invalid, "not a multiple"),
+        (facts(4096), Source { offset: 100, ..plain }, Kind::Invalid, "not a multiple"),
+        (facts(4096), Source { size_limit: 100, ..plain }, Kind::Invalid, "100 bytes of IMAGE"),
+        (facts(4096), Source { block_size: 1000, ..plain }, Kind::Invalid, "block size 1000"),
+        (facts(4096), Source { block_size: 256, ..plain }, Kind::Invalid, "block size 256"),
+        (facts(8192), Source { block_size: 8192, ..plain }, Kind::Invalid, "block size 8192"),
+        (large, Source { block_size: 512, ..plain }, Kind::Invalid, "--block-size 4096 or"),
+        (large, Source { offset: 512, ..plain }, Kind::Invalid, "--buffered"),
         (huge, plain, Kind::Unsupported, "attach with --buffered"),
     ];
     for (facts, source, kind, text) in cases {

@@ -18,11 +18,7 @@ fn a_caller_cannot_change_our_file_description() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&path)
-        .unwrap();
+    let mut file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let image = Image::open(file.try_clone().unwrap().into(), &PLAIN, "image").unwrap();
     let before = flags(&image);
     rustix::fs::fcntl_setfl(&file, OFlags::APPEND | OFlags::NONBLOCK).unwrap();
@@ -40,35 +36,15 @@ fn the_callers_rights_are_not_exceeded() {
     let options = OpenOptions::new;
 
     let file = open(options().read(true).custom_flags(libc::O_PATH));
-    refused(
-        Image::open(file, &READ_ONLY, "image"),
-        Kind::Denied,
-        "O_PATH",
-    );
+    refused(Image::open(file, &READ_ONLY, "image"), Kind::Denied, "O_PATH");
     let file = open(options().read(true));
-    refused(
-        Image::open(file, &PLAIN, "image"),
-        Kind::Denied,
-        "--read-only",
-    );
+    refused(Image::open(file, &PLAIN, "image"), Kind::Denied, "--read-only");
     let file = open(options().write(true));
-    refused(
-        Image::open(file, &PLAIN, "image"),
-        Kind::Denied,
-        "without read access",
-    );
+    refused(Image::open(file, &PLAIN, "image"), Kind::Denied, "without read access");
     let file = open(options().write(true));
-    refused(
-        Image::open(file, &READ_ONLY, "image"),
-        Kind::Denied,
-        "without read access",
-    );
+    refused(Image::open(file, &READ_ONLY, "image"), Kind::Denied, "without read access");
     let file = open(options().read(true).append(true));
-    refused(
-        Image::open(file, &PLAIN, "image"),
-        Kind::Denied,
-        "for appending only",
-    );
+    refused(Image::open(file, &PLAIN, "image"), Kind::Denied, "for appending only");
 
     // Less than what the caller has is fine, and less it is.
     let file = open(options().read(true).write(true));
@@ -89,37 +65,19 @@ fn only_regular_files_and_block_devices_are_taken() {
 
     let file = File::open(directory.path()).unwrap().into();
     refused(take(file, &READ_ONLY), Kind::Invalid, "is a directory");
-    let null = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .unwrap();
-    refused(
-        take(null.into(), &PLAIN),
-        Kind::Invalid,
-        "is a character device",
-    );
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+    refused(take(null.into(), &PLAIN), Kind::Invalid, "is a character device");
     run(&format!("mkfifo {}", at("fifo").display())).unwrap();
-    let fifo = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(at("fifo"))
-        .unwrap();
+    let fifo = OpenOptions::new().read(true).write(true).open(at("fifo")).unwrap();
     refused(take(fifo.into(), &PLAIN), Kind::Invalid, "is a pipe");
     let socket = UnixListener::bind(at("socket")).unwrap();
     refused(take(socket.into(), &PLAIN), Kind::Invalid, "is a socket");
     let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
     refused(take(event, &PLAIN), Kind::Invalid, "is not a file");
-    for path in [
-        "/proc/self/mem",
-        "/sys/kernel/mm/transparent_hugepage/enabled",
-    ] {
+    for path in ["/proc/self/mem", "/sys/kernel/mm/transparent_hugepage/enabled"] {
         match File::open(path) {
             Ok(file) => {
-                let source = Source {
-                    read_only: true,
-                    ..BUFFERED
-                };
+                let source = Source { read_only: true, ..BUFFERED };
                 refused(take(file.into(), &source), Kind::Invalid, "is a file of ");
             }
             Err(e) => skipped(&format!("{path}: {e}")),
@@ -130,10 +88,7 @@ fn only_regular_files_and_block_devices_are_taken() {
     // A path is shown as one line, whatever it is.
     let file = File::open(at("empty")).unwrap();
     let error = Image::open(file.into(), &READ_ONLY, "a\nb\x1b[31m").unwrap_err();
-    assert!(
-        error.to_string().starts_with("a?b?[31m is empty"),
-        "{error}"
-    );
+    assert!(error.to_string().starts_with("a?b?[31m is empty"), "{error}");
 }
 
 #[test]
@@ -142,10 +97,7 @@ fn refusing_an_image_leaves_it_as_it_was() {
     let path = directory.path().join("image");
     image_file(&path, MIB);
     let before = fs::metadata(&path).unwrap();
-    let bad = Source {
-        offset: 100,
-        ..PLAIN
-    };
+    let bad = Source { offset: 100, ..PLAIN };
     refused(attach(&path, &bad), Kind::Invalid, "not a multiple");
     attach(&path, &READ_ONLY).unwrap();
     let after = fs::metadata(&path).unwrap();
@@ -182,26 +134,12 @@ sys.stdin.read()";
     if line == "leased\n" {
         // The descriptor is ours from before the lease; a tenant would hand over any.
         let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-        let writable = || {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .custom_flags(libc::O_NONBLOCK)
-                .open(&link)
-        };
-        assert_eq!(
-            writable().unwrap_err().raw_os_error(),
-            Some(libc::EWOULDBLOCK)
-        );
-        let identity = Image::open(file.into(), &READ_ONLY, "image")
-            .unwrap()
-            .identity();
+        let writable =
+            || OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&link);
+        assert_eq!(writable().unwrap_err().raw_os_error(), Some(libc::EWOULDBLOCK));
+        let identity = Image::open(file.into(), &READ_ONLY, "image").unwrap().identity();
         let begun = std::time::Instant::now();
-        refused(
-            Image::reopen(&path, &PLAIN, &identity),
-            Kind::Busy,
-            "holds a lease",
-        );
+        refused(Image::reopen(&path, &PLAIN, &identity), Kind::Busy, "holds a lease");
         assert!(begun.elapsed().as_secs() < 5);
     } else {
         skipped("cannot lease a file here");

@@ -13,21 +13,10 @@ use rustix::fs::OFlags;
 use tempfile::TempDir;
 
 pub(crate) const MIB: u64 = 1 << 20;
-pub(crate) const PLAIN: Source = Source {
-    offset: 0,
-    size_limit: 0,
-    block_size: 0,
-    read_only: false,
-    buffered: false,
-};
-pub(crate) const READ_ONLY: Source = Source {
-    read_only: true,
-    ..PLAIN
-};
-pub(crate) const BUFFERED: Source = Source {
-    buffered: true,
-    ..PLAIN
-};
+pub(crate) const PLAIN: Source =
+    Source { offset: 0, size_limit: 0, block_size: 0, read_only: false, buffered: false };
+pub(crate) const READ_ONLY: Source = Source { read_only: true, ..PLAIN };
+pub(crate) const BUFFERED: Source = Source { buffered: true, ..PLAIN };
 
 pub(crate) fn image_file(path: &Path, size: u64) {
     let file = File::create(path).unwrap();
@@ -146,25 +135,15 @@ impl Mounted {
     pub(crate) fn new(mkfs: &str, sector: u32, options: &str) -> Option<Mounted> {
         let directory = temporary();
         let (file, point) = (directory.path().join("disk"), directory.path().join("mnt"));
-        File::create(&file)
-            .and_then(|f| f.set_len(400 << 20))
-            .expect("a sparse file");
+        File::create(&file).and_then(|f| f.set_len(400 << 20)).expect("a sparse file");
         std::fs::create_dir(&point).expect("a mount point");
         let device = loop_device(&file, sector)?;
-        let options = if options.is_empty() {
-            "defaults"
-        } else {
-            options
-        };
+        let options = if options.is_empty() { "defaults" } else { options };
         let node = device.path().display();
         let mounted = run(&format!("{mkfs} {node}"))
             .and_then(|_| run(&format!("mount -o {options} {node} {}", point.display())));
         match mounted {
-            Ok(_) => Some(Mounted {
-                mount: Mount(point),
-                _device: device,
-                _directory: directory,
-            }),
+            Ok(_) => Some(Mounted { mount: Mount(point), _device: device, _directory: directory }),
             Err(why) => {
                 skipped(&why);
                 None

@@ -16,56 +16,27 @@ fn check_image(directory: &Path, source: &Source, what: &str) -> Geometry {
     let path = directory.join("image");
     image_file(&path, 4 * MIB);
     // Leave dirty pages in the cache.
-    OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .unwrap()
-        .write_all(&vec![7; MIB as usize])
-        .unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().write_all(&vec![7; MIB as usize]).unwrap();
 
     let image = attach(&path, source).unwrap_or_else(|e| panic!("{what}: {e}"));
     let g = image.geometry();
     assert_eq!((g.size, g.offset), (4 * MIB, 0), "{what}");
     assert!(!image.is_block_device());
-    assert_eq!(
-        flags(&image).contains(OFlags::DIRECT),
-        !source.buffered,
-        "{what}"
-    );
-    assert!(
-        !flags(&image).contains(OFlags::NONBLOCK),
-        "{what}: io_uring would answer EAGAIN"
-    );
-    assert_eq!(
-        rustix::io::fcntl_getfd(image.fd()).unwrap(),
-        rustix::io::FdFlags::CLOEXEC
-    );
+    assert_eq!(flags(&image).contains(OFlags::DIRECT), !source.buffered, "{what}");
+    assert!(!flags(&image).contains(OFlags::NONBLOCK), "{what}: io_uring would answer EAGAIN");
+    assert_eq!(rustix::io::fcntl_getfd(image.fd()).unwrap(), rustix::io::FdFlags::CLOEXEC);
 
     // I/O of one block, at the alignment promised and at no better one.
     let block = g.block_size as usize;
     let mut memory = aligned(block, g.dma_align as usize);
-    assert_eq!(
-        rustix::io::pread(image.fd(), memory.bytes(), 0),
-        Ok(block),
-        "{what}"
-    );
-    assert!(
-        memory.bytes().iter().all(|byte| *byte == 7),
-        "{what}: not what was written"
-    );
+    assert_eq!(rustix::io::pread(image.fd(), memory.bytes(), 0), Ok(block), "{what}");
+    assert!(memory.bytes().iter().all(|byte| *byte == 7), "{what}: not what was written");
     if !source.read_only {
         memory.bytes().fill(9);
         let last = g.size - block as u64;
-        assert_eq!(
-            rustix::io::pwrite(image.fd(), memory.bytes(), last),
-            Ok(block),
-            "{what}"
-        );
+        assert_eq!(rustix::io::pwrite(image.fd(), memory.bytes(), last), Ok(block), "{what}");
         let mut seen = vec![0; block];
-        File::open(&path)
-            .unwrap()
-            .read_exact_at(&mut seen, last)
-            .unwrap();
+        File::open(&path).unwrap().read_exact_at(&mut seen, last).unwrap();
         assert!(seen.iter().all(|byte| *byte == 9), "{what}");
     } else {
         let written = rustix::io::pwrite(image.fd(), memory.bytes(), 0);
@@ -105,11 +76,7 @@ fn check_directory(directory: &Path, what: &str) {
     let read_only = check_image(directory, &READ_ONLY, what);
     assert!(read_only.read_only && !read_only.can_discard);
     let buffered = check_image(directory, &BUFFERED, what);
-    assert_eq!(
-        (buffered.block_size, buffered.dma_align),
-        (512, 512),
-        "{what}"
-    );
+    assert_eq!((buffered.block_size, buffered.dma_align), (512, 512), "{what}");
 }
 
 #[test]
@@ -142,11 +109,7 @@ fn on_file_systems_of_all_kinds() {
         };
         check_directory(mounted.path(), &what);
         let g = check_image(mounted.path(), &PLAIN, &what);
-        assert_eq!(
-            (g.block_size, g.discard_granularity),
-            (block_size, granularity),
-            "{what}"
-        );
+        assert_eq!((g.block_size, g.discard_granularity), (block_size, granularity), "{what}");
     }
 }
 
@@ -157,11 +120,7 @@ fn a_file_system_without_direct_io_is_served_buffered_only() {
     };
     let path = mounted.path().join("image");
     image_file(&path, MIB);
-    refused(
-        attach(&path, &PLAIN),
-        Kind::Unsupported,
-        "no direct I/O for",
-    );
+    refused(attach(&path, &PLAIN), Kind::Unsupported, "no direct I/O for");
     attach(&path, &BUFFERED).unwrap();
 }
 
@@ -181,16 +140,9 @@ fn block_devices() {
         assert!(g.can_write_zeroes);
         println!("loop device: {g:?}");
 
-        let size_limit = Source {
-            offset: MIB,
-            size_limit: 2 * MIB,
-            ..PLAIN
-        };
+        let size_limit = Source { offset: MIB, size_limit: 2 * MIB, ..PLAIN };
         let part = attach(device.path(), &size_limit).unwrap();
-        assert_eq!(
-            (part.geometry().offset, part.geometry().size),
-            (MIB, 2 * MIB)
-        );
+        assert_eq!((part.geometry().offset, part.geometry().size), (MIB, 2 * MIB));
         assert_eq!(part.identity(), image.identity());
 
         // Another node of the same device is the same image.
@@ -198,25 +150,13 @@ fn block_devices() {
         let number = fs::metadata(device.path()).unwrap().rdev();
         let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
         run(&format!("mknod {} b {major} {minor}", node.display())).unwrap();
-        assert_eq!(
-            attach(&node, &READ_ONLY).unwrap().identity(),
-            image.identity()
-        );
+        assert_eq!(attach(&node, &READ_ONLY).unwrap().identity(), image.identity());
         Image::reopen(&node, &PLAIN, &image.identity()).unwrap();
         fs::remove_file(&node).unwrap();
 
         // Live resize.
-        OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .set_len(65 * MIB)
-            .unwrap();
-        run(&format!(
-            "losetup --set-capacity {}",
-            device.path().display()
-        ))
-        .unwrap();
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(65 * MIB).unwrap();
+        run(&format!("losetup --set-capacity {}", device.path().display())).unwrap();
         assert_eq!(image.refreshed().unwrap().size, 65 * MIB);
         image_file(&path, 64 * MIB);
     }
@@ -231,15 +171,9 @@ fn the_largest_sparse_file() {
     image_file(&path, i64::MAX as u64);
     let image = attach(&path, &PLAIN).unwrap();
     assert_eq!(image.geometry().size, i64::MAX as u64 - 511);
-    let end = Source {
-        offset: i64::MAX as u64 - 511,
-        ..PLAIN
-    };
+    let end = Source { offset: i64::MAX as u64 - 511, ..PLAIN };
     refused(attach(&path, &end), Kind::Invalid, "511 bytes of");
-    let end = Source {
-        offset: i64::MAX as u64 - 1023,
-        ..PLAIN
-    };
+    let end = Source { offset: i64::MAX as u64 - 1023, ..PLAIN };
     assert_eq!(attach(&path, &end).unwrap().geometry().size, 512);
 }
 
@@ -249,10 +183,7 @@ fn cached_pages_are_dropped() {
     let path = directory.path().join("image");
     fs::write(&path, vec![1; 4 * MIB as usize]).unwrap();
     let cached = || {
-        let command = format!(
-            "fincore --bytes --noheadings --output RES {}",
-            path.display()
-        );
+        let command = format!("fincore --bytes --noheadings --output RES {}", path.display());
         run(&command).map(|text| text.trim().parse::<u64>().unwrap())
     };
     match cached() {

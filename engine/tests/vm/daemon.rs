@@ -33,6 +33,8 @@ pub(crate) struct Daemon {
     log: String,
     options: Vec<String>,
     child: Option<Child>,
+    /// Where it says READY=1, and later STOPPING=1, which it minds if nobody listens.
+    listener: Option<UnixDatagram>,
     had_before: Vec<u32>,
 }
 
@@ -60,6 +62,7 @@ impl Daemon {
             log: ctx.path("daemon.log"),
             options: options.iter().map(|o| o.to_string()).collect(),
             child: None,
+            listener: None,
             had_before: host::ublk_ids(),
         };
         daemon.restart()?;
@@ -72,12 +75,9 @@ impl Daemon {
         // Absent the first time.
         let _ = std::fs::remove_file(&self.notify);
         let socket = UnixDatagram::bind(&self.notify).at("notify socket")?;
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(&self.log)
-            .at(&self.log)?;
-        let child = Command::new(&self.program)
+        let log = File::options().create(true).append(true).open(&self.log).at(&self.log)?;
+        let mut command = Command::new(&self.program);
+        let child = tools::localise(&mut command)
             .args(["serve", "--run-dir", &self.run_dir])
             .args(&self.options)
             .env("NOTIFY_SOCKET", &self.notify)
@@ -89,7 +89,9 @@ impl Daemon {
             .at("start the daemon")?;
         tools::remember(child.id());
         self.child = Some(child);
-        self.wait_ready(&socket)
+        let ready = self.wait_ready(&socket);
+        self.listener = Some(socket);
+        ready
     }
 
     fn wait_ready(&mut self, socket: &UnixDatagram) -> Res {
@@ -107,7 +109,8 @@ impl Daemon {
             {
                 tools::forget(child.id());
                 self.child = None;
-                fail!("the daemon ended before it was ready: {status}");
+                let last = tools::tail(&self.log(), 1);
+                fail!("the daemon ended before it was ready: {status}: {last}");
             }
         }
         fail!("the daemon was not ready after {READY:?}");
@@ -135,9 +138,7 @@ impl Daemon {
         let text = self.ok(&[words, &["--json"]].concat())?;
         let value: Value = serde_json::from_str(&text).at(format!("{words:?} --json"))?;
         match &value {
-            Value::Object(map) if map.len() == 1 => {
-                Ok(map.values().next().cloned().unwrap_or_default())
-            }
+            Value::Object(map) if map.len() == 1 => Ok(map.values().next().cloned().unwrap_or_default()),
             _ => Ok(value),
         }
     }
@@ -150,10 +151,7 @@ impl Daemon {
             path.starts_with('/') && out == format!("{path}\n"),
             "attach printed {out:?} and not a path alone"
         );
-        ensure!(
-            File::open(path).is_ok(),
-            "attach returned {path} before it could be opened"
-        );
+        ensure!(File::open(path).is_ok(), "attach returned {path} before it could be opened");
         Ok(path.to_string())
     }
 
@@ -165,10 +163,7 @@ impl Daemon {
             !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
             "{node} still there after detach"
         );
-        ensure!(
-            std::fs::symlink_metadata(device).is_err(),
-            "{device} still there after detach"
-        );
+        ensure!(std::fs::symlink_metadata(device).is_err(), "{device} still there after detach");
         Ok(())
     }
 
@@ -184,9 +179,7 @@ impl Daemon {
 
     fn entry(&self, command: &str, device: &str) -> Res<Value> {
         let all = self.json(&[command])?;
-        let found = all
-            .as_array()
-            .and_then(|list| list.iter().find(|entry| entry["path"] == device));
+        let found = all.as_array().and_then(|list| list.iter().find(|entry| entry["path"] == device));
         match found {
             Some(entry) => Ok(entry.clone()),
             None => fail!("{command} does not know {device}: {all}"),
@@ -217,10 +210,7 @@ impl Daemon {
         let Some(mut child) = self.child.take() else {
             fail!("no daemon to kill");
         };
-        ensure!(
-            tools::end(&mut child, Duration::from_secs(30)),
-            "the daemon did not die of SIGKILL"
-        );
+        ensure!(tools::end(&mut child, Duration::from_secs(30)), "the daemon did not die of SIGKILL");
         Ok(())
     }
 
@@ -243,10 +233,7 @@ impl Daemon {
             fail!("the daemon still ran {DRAIN:?} after SIGTERM");
         };
         tools::forget(child.id());
-        ensure!(
-            status.success(),
-            "the daemon ended with {status} after SIGTERM"
-        );
+        ensure!(status.success(), "the daemon ended with {status} after SIGTERM");
         let left = self.ublk_ids();
         ensure!(left.is_empty(), "devices left after SIGTERM: {left:?}");
         Ok(())

@@ -128,12 +128,7 @@ pub(crate) fn write_all(path: &str, data: &[u8]) -> Res {
 
 /// Says where two byte strings differ first.
 pub(crate) fn same(what: &str, found: &[u8], expected: &[u8]) -> Res {
-    ensure!(
-        found.len() == expected.len(),
-        "{what}: {} bytes instead of {}",
-        found.len(),
-        expected.len()
-    );
+    ensure!(found.len() == expected.len(), "{what}: {} bytes instead of {}", found.len(), expected.len());
     if let Some(at) = (0..found.len()).find(|&i| found[i] != expected[i]) {
         let wrong = found.iter().zip(expected).filter(|(a, b)| a != b).count();
         crate::harness::fail!(

@@ -36,12 +36,8 @@ pub(crate) fn start(ctx: &Ctx, jobs: &str) -> Res<Fio> {
     let file = ctx.path("jobs.fio");
     std::fs::write(&file, jobs).at(&file)?;
     let mut command = Command::new("fio");
-    command
-        .current_dir(&ctx.dir)
-        .args(["--output-format=json", &file]);
-    Ok(Fio {
-        running: Running::start(command)?,
-    })
+    command.current_dir(&ctx.dir).args(["--output-format=json", &file]);
+    Ok(Fio { running: Running::start(command)? })
 }
 
 /// Runs fio to its end, which must be a good one.
@@ -79,14 +75,10 @@ fn parse(done: Done) -> Res<Report> {
     // fio writes remarks before its JSON.
     let start = done.out.find("\n{").map_or(0, |at| at + 1);
     let (remarks, json) = done.out.split_at(start);
-    let value: Value = serde_json::from_str(json)
-        .at(format!("fio's JSON (status {}, {})", done.code, done.err))?;
+    let value: Value =
+        serde_json::from_str(json).at(format!("fio's JSON (status {}, {})", done.code, done.err))?;
     let said: Vec<&str> = remarks.lines().chain(done.err.lines()).take(8).collect();
-    let mut report = Report {
-        code: done.code,
-        said: said.join(" | "),
-        ..Report::default()
-    };
+    let mut report = Report { code: done.code, said: said.join(" | "), ..Report::default() };
     for job in value["jobs"].as_array().into_iter().flatten() {
         report.written += job["write"]["io_bytes"].as_u64().unwrap_or(0);
         report.read += job["read"]["io_bytes"].as_u64().unwrap_or(0);

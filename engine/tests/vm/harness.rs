@@ -117,12 +117,7 @@ pub(crate) fn case(
     seconds: u64,
     body: impl FnOnce(&Ctx) -> Res + Send + 'static,
 ) -> Case {
-    Case {
-        name: name.into(),
-        needs,
-        deadline: Duration::from_secs(seconds),
-        body: Box::new(body),
-    }
+    Case { name: name.into(), needs, deadline: Duration::from_secs(seconds), body: Box::new(body) }
 }
 
 /// Time for the body to clean up once its processes are killed.
@@ -159,7 +154,11 @@ impl Case {
                 eprintln!("skipped: {name}: {why}");
                 Ok(Completion::ignored_with(why))
             }
-            Err(Stop::Fail(what)) => Err(what.into()),
+            Err(Stop::Fail(what)) => {
+                // Now, and not only when all have run: the run may not live that long.
+                eprintln!("  {name}: failed: {what}");
+                Err(what.into())
+            }
         }
     }
 
@@ -168,11 +167,7 @@ impl Case {
         host.meets(self.needs)?;
         let dir = Path::new(host::SCRATCH).join(self.name.replace("::", "-"));
         std::fs::create_dir_all(&dir).at("scratch directory")?;
-        let ctx = Ctx {
-            name: self.name.clone(),
-            dir: dir.clone(),
-            host,
-        };
+        let ctx = Ctx { name: self.name.clone(), dir: dir.clone(), host };
         let before = host::ublk_ids();
         host::mark_kernel_log(&self.name);
 
@@ -228,10 +223,6 @@ fn left_behind(before: &[u32], name: &str) -> Res {
     .unwrap_or_else(host::ublk_ids);
     ensure!(left.is_empty(), "left ublk devices behind: {left:?}");
     let complaints = host::kernel_complaints(name);
-    ensure!(
-        complaints.is_empty(),
-        "the kernel complained: {}",
-        complaints.join(" | ")
-    );
+    ensure!(complaints.is_empty(), "the kernel complained: {}", complaints.join(" | "));
     Ok(())
 }

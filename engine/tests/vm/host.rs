@@ -15,6 +15,10 @@ use crate::tools;
 /// Everything of a run lives here, in memory.
 pub(crate) const SCRATCH: &str = "/run/loopengine-cases";
 
+/// Programs that cases start many times. Not fio: its libraries are many, and copying them takes as
+/// long as loading them from there each time.
+const TOOLS: [&str; 7] = ["bash", "blkdiscard", "dmesg", "mkfs.ext4", "mkfs.xfs", "mount", "umount"];
+
 /// What was found out once, before the first case.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -46,8 +50,7 @@ impl Host {
         if !cmdline.contains("virtme") && !allowed {
             skip!("not in the lab's VM; run 'cargo lab test', or set LOOPENGINE_VM_CASES=1");
         }
-        tools::sh("modprobe -a ublk_drv xfs ext4 && modprobe null_blk nr_devices=0")
-            .at("kernel modules")?;
+        tools::sh("modprobe -a ublk_drv xfs ext4 && modprobe null_blk nr_devices=0").at("kernel modules")?;
         if !Path::new("/dev/ublk-control").exists() {
             skip!("this kernel has no ublk: /dev/ublk-control is missing");
         }
@@ -55,6 +58,9 @@ impl Host {
             tools::ok(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
         }
         let program = copy_program()?;
+        if cmdline.contains("virtme") {
+            tools::copy_to_memory(&[&TOOLS[..], &[&program]].concat(), SCRATCH)?;
+        }
         let done = tools::run(&[&program, "features", "--json"])?.ok()?;
         let features: Value = serde_json::from_str(&done.out).at("features --json")?;
         let Some(paths) = features["dataPaths"].as_array() else {
@@ -62,10 +68,7 @@ impl Host {
         };
         let host = Host {
             program,
-            data_paths: paths
-                .iter()
-                .filter_map(|p| p.as_str().map(String::from))
-                .collect(),
+            data_paths: paths.iter().filter_map(|p| p.as_str().map(String::from)).collect(),
             resize: features["resize"] == true,
             recovery: features["recovery"] == true,
             full: std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1"),
@@ -77,9 +80,7 @@ impl Host {
     /// Skips unless the kernel has what a case needs.
     pub(crate) fn meets(&self, needs: Needs) -> Res {
         match needs {
-            Needs::Path(path) | Needs::Recovery(path)
-                if !self.data_paths.iter().any(|p| p == path) =>
-            {
+            Needs::Path(path) | Needs::Recovery(path) if !self.data_paths.iter().any(|p| p == path) => {
                 skip!("this kernel does not grant the data path '{path}'")
             }
             Needs::Recovery(_) if !self.recovery => skip!("this kernel grants no recovery"),
@@ -96,6 +97,9 @@ fn copy_program() -> Res<String> {
             .at("no program 'loopengine' on PATH, and LOOPENGINE is not set")?,
     };
     std::fs::create_dir_all(SCRATCH)?;
+    if given.starts_with("/run/") {
+        return Ok(given);
+    }
     let copy = format!("{SCRATCH}/loopengine");
     std::fs::copy(&given, &copy).at(format!("copy {given}"))?;
     Ok(copy)
@@ -104,18 +108,12 @@ fn copy_program() -> Res<String> {
 /// Numbers of the ublk devices there are, by any of the names the kernel gives them.
 pub(crate) fn ublk_ids() -> Vec<u32> {
     let mut ids = BTreeSet::new();
-    for (folder, prefix) in [
-        ("/sys/block", "ublkb"),
-        ("/sys/class/ublk-char", "ublkc"),
-        ("/dev", "ublkc"),
-        ("/dev", "ublkb"),
-    ] {
+    for (folder, prefix) in
+        [("/sys/block", "ublkb"), ("/sys/class/ublk-char", "ublkc"), ("/dev", "ublkc"), ("/dev", "ublkb")]
+    {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            ids.extend(
-                name.strip_prefix(prefix)
-                    .and_then(|n| n.parse::<u32>().ok()),
-            );
+            ids.extend(name.strip_prefix(prefix).and_then(|n| n.parse::<u32>().ok()));
         }
     }
     ids.into_iter().collect()
@@ -142,15 +140,8 @@ fn kernel_log() -> String {
 
 /// What the kernel found wrong with itself since the case began.
 pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
-    const BAD: [&str; 7] = [
-        "BUG:",
-        "WARNING:",
-        "Oops",
-        "general protection",
-        "blocked for more than",
-        "refcount_t:",
-        "stall",
-    ];
+    const BAD: [&str; 7] =
+        ["BUG:", "WARNING:", "Oops", "general protection", "blocked for more than", "refcount_t:", "stall"];
     let log = kernel_log();
     since_marker(&log, case)
         .lines()
@@ -204,10 +195,6 @@ fn print_thread(task: &Path, ours: bool) {
         let (comm, wchan) = (read("comm"), read("wchan"));
         let stack = read("stack").replace('\n', " ");
         let state = state.chars().next().unwrap_or('?');
-        eprintln!(
-            "{} {} {state} in {wchan}: {stack}",
-            task.display(),
-            comm.trim()
-        );
+        eprintln!("{} {} {state} in {wchan}: {stack}", task.display(), comm.trim());
     }
 }

@@ -69,29 +69,20 @@ impl Writers {
                 write(&disk, work, on_error, &stop, &counts)
             }));
         }
-        Ok(Writers {
-            threads,
-            stop,
-            written,
-            failed,
-        })
+        Ok(Writers { threads, stop, written, failed })
     }
 
     /// Waits until this many more writes are acknowledged.
     pub(crate) fn progress(&self, more: u64, deadline: Duration) -> Res {
         let goal = self.written.load(Ordering::Relaxed) + more;
-        let reached = tools::until(deadline, || {
-            (self.written.load(Ordering::Relaxed) >= goal).then_some(())
-        });
+        let reached = tools::until(deadline, || (self.written.load(Ordering::Relaxed) >= goal).then_some(()));
         ensure!(reached.is_some(), "no {more} writes in {deadline:?}");
         Ok(())
     }
 
     /// Waits until this many writes have failed.
     pub(crate) fn failures(&self, count: u64, deadline: Duration) -> Res {
-        let reached = tools::until(deadline, || {
-            (self.failed.load(Ordering::Relaxed) >= count).then_some(())
-        });
+        let reached = tools::until(deadline, || (self.failed.load(Ordering::Relaxed) >= count).then_some(()));
         ensure!(reached.is_some(), "no {count} failures in {deadline:?}");
         Ok(())
     }
@@ -100,9 +91,7 @@ impl Writers {
     pub(crate) fn stop(mut self, deadline: Duration) -> Res<Ledger> {
         self.stop.store(true, Ordering::Relaxed);
         let threads = std::mem::take(&mut self.threads);
-        let ended = tools::until(deadline, || {
-            threads.iter().all(JoinHandle::is_finished).then_some(())
-        });
+        let ended = tools::until(deadline, || threads.iter().all(JoinHandle::is_finished).then_some(()));
         ensure!(ended.is_some(), "a write did not end in {deadline:?}");
         let mut books = Vec::new();
         for thread in threads {
@@ -130,11 +119,8 @@ fn write(
 ) -> Res<Book> {
     let (first_block, blocks) = (work.start, work.end - work.start);
     let mut numbers = Numbers::new(first_block);
-    let mut book = Book {
-        first_block,
-        entries: vec![Entry::default(); usize::try_from(blocks)?],
-        errors: Vec::new(),
-    };
+    let mut book =
+        Book { first_block, entries: vec![Entry::default(); usize::try_from(blocks)?], errors: Vec::new() };
     for round in 1.. {
         if stop.load(Ordering::Relaxed) {
             break;

@@ -29,12 +29,7 @@ pub(crate) struct Shape {
 
 impl Default for Shape {
     fn default() -> Self {
-        Shape {
-            size_mib: 1000,
-            block_size: 512,
-            cache_mib: 0,
-            latency_ns: 0,
-        }
+        Shape { size_mib: 1000, block_size: 512, cache_mib: 0, latency_ns: 0 }
     }
 }
 
@@ -62,10 +57,8 @@ impl Disk {
         // Where the kernel offers it: without FUA every durable write shows as a flush.
         let _ = disk.set("fua", 0);
         disk.set("power", 1)?;
-        tools::until(Duration::from_secs(10), || {
-            Path::new(&disk.node()).exists().then_some(())
-        })
-        .ok_or_else(|| format!("{} did not appear", disk.node()))?;
+        tools::until(Duration::from_secs(10), || Path::new(&disk.node()).exists().then_some(()))
+            .ok_or_else(|| format!("{} did not appear", disk.node()))?;
         Ok(disk)
     }
 
@@ -114,10 +107,7 @@ impl Mount {
     pub(crate) fn new(device: &str, dir: &str, options: &[&str]) -> Res<Mount> {
         std::fs::create_dir_all(dir).at(dir)?;
         tools::ok(&[&["mount"], options, &[device, dir]].concat())?;
-        Ok(Mount {
-            dir: dir.to_string(),
-            mounted: true,
-        })
+        Ok(Mount { dir: dir.to_string(), mounted: true })
     }
 
     /// Unmounts; unlike a drop, tells of a failure.
@@ -173,9 +163,7 @@ impl Store {
     /// A sparse image.
     pub(crate) fn sparse(&self, name: &str, bytes: u64) -> Res<String> {
         let path = self.path(name);
-        std::fs::File::create(&path)
-            .and_then(|file| file.set_len(bytes))
-            .at(&path)?;
+        std::fs::File::create(&path).and_then(|file| file.set_len(bytes)).at(&path)?;
         Ok(path)
     }
 
@@ -198,14 +186,7 @@ pub(crate) fn mkfs(kind: &str, device: &str) -> Res {
     let words: &[&str] = match kind {
         "xfs" => &["mkfs.xfs", "-q", "-f", device],
         // Without lazy initialisation: no kernel thread writes behind a case's back.
-        _ => &[
-            "mkfs.ext4",
-            "-q",
-            "-F",
-            "-E",
-            "lazy_itable_init=0,lazy_journal_init=0",
-            device,
-        ],
+        _ => &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", device],
     };
     tools::ok(words)?;
     Ok(())

@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,13 @@ use crate::harness::{At, Res, fail};
 /// For tools that do little.
 pub(crate) const SHORT: Duration = Duration::from_secs(60);
 
+/// Where copies of the tools are, if there are any: a directory of programs, one of libraries.
+static LOCAL: OnceLock<(String, String)> = OnceLock::new();
+
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 /// What a process left.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Done {
     /// Its command line, for messages.
     pub(crate) what: String,
@@ -57,7 +60,7 @@ impl Running {
     /// Starts `command` in a process group of its own.
     pub(crate) fn start(mut command: Command) -> Res<Running> {
         let what = format!("{command:?}").replace('"', "");
-        let mut child = command
+        let mut child = localise(&mut command)
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -67,13 +70,7 @@ impl Running {
         remember(child.id());
         let out = child.stdout.take().map(reader);
         let err = child.stderr.take().map(reader);
-        Ok(Running {
-            what,
-            child,
-            out,
-            err,
-            reaped: false,
-        })
+        Ok(Running { what, child, out, err, reaped: false })
     }
 
     /// Whether it still runs.
@@ -90,9 +87,8 @@ impl Running {
         };
         self.reaped = true;
         forget(self.child.id());
-        let text = |thread: Option<JoinHandle<String>>| {
-            thread.and_then(|t| t.join().ok()).unwrap_or_default()
-        };
+        let text =
+            |thread: Option<JoinHandle<String>>| thread.and_then(|t| t.join().ok()).unwrap_or_default();
         Ok(Done {
             what: std::mem::take(&mut self.what),
             code: code(status),
@@ -108,6 +104,35 @@ impl Drop for Running {
             end(&mut self.child, Duration::from_secs(10));
         }
     }
+}
+
+/// Copies programs (those given by a path: only their libraries) to `dir`, in memory, and uses the copies from now on: on a
+/// root file system that is shared and slow, starting a program takes up to five seconds.
+pub(crate) fn copy_to_memory(names: &[&str], dir: &str) -> Res {
+    let script = format!(
+        "mkdir -p {dir}/bin {dir}/lib
+        for name in {names}; do
+            file=$(command -v $name) || continue
+            case $name in /*) ;; *) cp -L $file {dir}/bin/ ;; esac
+            echo $file
+        done | xargs -n 1 -P 4 ldd | sed -n 's,^[^/]*\\(/[^ ]*\\.so[^ ]*\\) (.*,\\1,p' | sort -u |
+            xargs cp -L -t {dir}/lib",
+        names = names.join(" ")
+    );
+    let words = ["bash", "-euo", "pipefail", "-c", &script];
+    run_for(Duration::from_secs(180), &words)?.ok()?;
+    // Set once, by the one thread that runs before the first case.
+    let _ = LOCAL.set((format!("{dir}/bin"), format!("{dir}/lib")));
+    Ok(())
+}
+
+/// Makes a command use the copies of the tools.
+pub(crate) fn localise(command: &mut Command) -> &mut Command {
+    if let Some((programs, libraries)) = LOCAL.get() {
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{programs}:{path}")).env("LD_LIBRARY_PATH", libraries);
+    }
+    command
 }
 
 /// Runs a program with the usual deadline, whatever its exit status.
@@ -181,10 +206,7 @@ pub(crate) fn forget(pid: u32) {
 
 /// Processes started here and not yet waited for.
 pub(crate) fn running() -> Vec<u32> {
-    RUNNING
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone()
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Kills every process started here.
@@ -195,9 +217,7 @@ pub(crate) fn kill_all() {
 /// A status as a shell would give it.
 pub(crate) fn code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 fn kill_group(pid: u32) {

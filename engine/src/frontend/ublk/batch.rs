@@ -201,7 +201,10 @@ impl Batch {
             libc::ENODEV | libc::ECANCELED => self.ended = true,
             // The arrival buffers had run out, or the multishot ended for reasons of its own: the
             // tags stay queued at the driver.
-            errno if errno <= 0 || matches!(errno, libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN | libc::EINTR) => {
+            errno
+                if errno <= 0
+                    || matches!(errno, libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN | libc::EINTR) =>
+            {
                 self.fetch(ring)?;
             }
             _ => {
@@ -295,7 +298,11 @@ impl Batch {
             commit.busy = false;
             commit.elements.clear();
         }
-        if result < 0 && !retry && result != -libc::ENODEV { Err(refused(result, "an answer")) } else { Ok(()) }
+        if result < 0 && !retry && result != -libc::ENODEV {
+            Err(refused(result, "an answer"))
+        } else {
+            Ok(())
+        }
     }
 
     pub(super) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {

@@ -13,12 +13,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("commands::attach_run", Needs::Ublk, 90, attach_run),
         case("commands::create", Needs::Ublk, 90, create),
         case("commands::reading", Needs::Ublk, 90, reading),
-        case(
-            "commands::numbers_and_names",
-            Needs::Ublk,
-            90,
-            numbers_and_names,
-        ),
+        case("commands::numbers_and_names", Needs::Ublk, 90, numbers_and_names),
     ]
 }
 
@@ -41,10 +36,7 @@ fn attach_run(ctx: &Ctx) -> Res {
     ensure!(done.code == 37, "exit status 37 became {done:?}");
     gone("after a failure")?;
     let done = daemon.cli(&["attach", &image, "--run", "/no/such/program"])?;
-    ensure!(
-        done.code != 0 && done.err.trim_end().lines().count() == 1,
-        "a missing program: {done:?}"
-    );
+    ensure!(done.code != 0 && done.err.trim_end().lines().count() == 1, "a missing program: {done:?}");
     gone("after a missing program")?;
     let done = daemon.cli(&["attach", &image, "--run", "sh", "-c", "kill -9 $$"])?;
     ensure!(done.code == 137, "SIGKILL became {done:?}");
@@ -101,11 +93,7 @@ fn reading(ctx: &Ctx) -> Res {
         ("dataPath", ctx.host.data_paths[0].clone().into()),
     ] as [(&str, serde_json::Value); 10]
     {
-        ensure!(
-            info[name] == value,
-            "{name} is {} and not {value}",
-            info[name]
-        );
+        ensure!(info[name] == value, "{name} is {} and not {value}", info[name]);
     }
     let disk = Disk::open(&device)?;
     for block in 0..50 {
@@ -124,37 +112,20 @@ fn reading(ctx: &Ctx) -> Res {
         ("requests", 101),
         ("batches", 1),
     ] {
-        ensure!(
-            stats[name].as_u64() >= Some(least),
-            "{name} below {least}: {stats}"
-        );
+        ensure!(stats[name].as_u64() >= Some(least), "{name} below {least}: {stats}");
     }
     for (name, exactly) in [("errors", 0), ("inFlight", 0)] {
         ensure!(stats[name] == exactly, "{name} is not {exactly}: {stats}");
     }
     let features = daemon.json(&["features"])?;
-    ensure!(
-        features["kernel"] == tools::ok(&["uname", "-r"])?.as_str(),
-        "features: {features}"
-    );
-    for words in [
-        &["list"][..],
-        &["stats"],
-        &["features"],
-        &["instance", "list"],
-    ] {
+    ensure!(features["kernel"] == tools::ok(&["uname", "-r"])?.as_str(), "features: {features}");
+    for words in [&["list"][..], &["stats"], &["features"], &["instance", "list"]] {
         let text = daemon.ok(words)?;
         ensure!(!text.trim().is_empty(), "{words:?} prints nothing");
     }
     let text = daemon.ok(&["list"])?;
-    ensure!(
-        text.contains("loop0") && text.contains("image"),
-        "list: {text}"
-    );
-    let doctor = daemon
-        .cli(&["doctor", &image, "--json"])?
-        .ok()
-        .at("doctor")?;
+    ensure!(text.contains("loop0") && text.contains("image"), "list: {text}");
+    let doctor = daemon.cli(&["doctor", &image, "--json"])?.ok().at("doctor")?;
     serde_json::from_str::<serde_json::Value>(&doctor.out).at("doctor --json")?;
     daemon.detach(&device)?;
     daemon.stop()
@@ -168,26 +139,17 @@ fn numbers_and_names(ctx: &Ctx) -> Res {
     for number in 0..3 {
         let image = store.sparse(&format!("image{number}"), MIB)?;
         let device = daemon.attach(&[&image])?;
-        ensure!(
-            device.ends_with(&format!("/default/loop{number}")),
-            "number {number} is {device}"
-        );
+        ensure!(device.ends_with(&format!("/default/loop{number}")), "number {number} is {device}");
         devices.push(device);
     }
     let node = std::fs::canonicalize(&devices[2])?.display().to_string();
     ensure!(node.starts_with("/dev/ublkb"), "{} is {node}", devices[2]);
-    ensure!(
-        daemon.info(&devices[2])?["node"] == node.as_str(),
-        "list differs"
-    );
+    ensure!(daemon.info(&devices[2])?["node"] == node.as_str(), "list differs");
     daemon.ok(&["detach", "loop1"])?;
     daemon.ok(&["detach", &node])?;
     let image = store.path("image1");
     let device = daemon.attach(&[&image])?;
-    ensure!(
-        device == devices[1],
-        "the lowest free number is 1, got {device}"
-    );
+    ensure!(device == devices[1], "the lowest free number is 1, got {device}");
     daemon.ok(&["detach", "default/loop0"])?;
     daemon.ok(&["detach", &device])?;
     daemon.stop()

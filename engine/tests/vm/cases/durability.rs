@@ -12,38 +12,23 @@ use crate::store::{Mount, Shape, Store};
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut all = vec![case(
-        "durability::flush_and_fua_reach_the_store",
-        Needs::Ublk,
-        90,
-        reach_the_store,
-    )];
+    let mut all = vec![case("durability::flush_and_fua_reach_the_store", Needs::Ublk, 90, reach_the_store)];
     for kind in ["xfs", "ext4"] {
-        all.push(case(
-            format!("durability::power_cut::{kind}"),
-            Needs::Ublk,
-            120,
-            move |ctx| power_cut(ctx, kind),
-        ));
+        all.push(case(format!("durability::power_cut::{kind}"), Needs::Ublk, 120, move |ctx| {
+            power_cut(ctx, kind)
+        }));
     }
     all
 }
 
 /// A device whose write cache forgets when it loses power.
 fn volatile() -> Shape {
-    Shape {
-        cache_mib: 64,
-        ..Shape::default()
-    }
+    Shape { cache_mib: 64, ..Shape::default() }
 }
 
 /// Opens a device so that every write is durable when it returns (FUA).
 fn open_durable(device: &str) -> Res<std::fs::File> {
-    OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_DIRECT | libc::O_DSYNC)
-        .open(device)
-        .at(device)
+    OpenOptions::new().write(true).custom_flags(libc::O_DIRECT | libc::O_DSYNC).open(device).at(device)
 }
 
 fn reach_the_store(ctx: &Ctx) -> Res {
@@ -58,20 +43,14 @@ fn reach_the_store(ctx: &Ctx) -> Res {
         disk.write(round * 4096, &pattern(round, 4096))?;
         disk.sync()?;
         ensure!(counted()? > above, "fsync on the device: no flush counted");
-        ensure!(
-            store.disk.flushes()? > below,
-            "fsync on the device: no flush reached the store"
-        );
+        ensure!(store.disk.flushes()? > below, "fsync on the device: no flush reached the store");
     }
     let durable = open_durable(&device)?;
     for round in 5..10 {
         let below = store.disk.flushes()?;
         let data = Aligned::of(&pattern(round, 4096));
         durable.write_all_at(data.get(), round * 4096)?;
-        ensure!(
-            store.disk.flushes()? > below,
-            "a FUA write: neither flush nor FUA reached the store"
-        );
+        ensure!(store.disk.flushes()? > below, "a FUA write: neither flush nor FUA reached the store");
     }
     drop((disk, durable));
     daemon.detach(&device)?;
@@ -102,6 +81,8 @@ fn power_cut(ctx: &Ctx, kind: &str) -> Res {
     for block in FUA..UNSYNCED {
         disk.write(at(block), &pattern(block, 4096))?;
     }
+    // In this order: a disk that goes while its file system is alive is synced first.
+    tools::ok(&["xfs_io", "-x", "-c", "shutdown", &store.path(".")])?;
     store.disk.set("power", 0)?;
     drop((disk, durable));
     // The daemon lives; its device can be taken away although its image is gone.
@@ -119,21 +100,14 @@ fn power_cut(ctx: &Ctx, kind: &str) -> Res {
             _ => "written with FUA",
         };
         let found = disk.read(at(block), 4096)?;
-        same(
-            &format!("block {block}, {what}"),
-            &found,
-            &pattern(block, 4096),
-        )?;
+        same(&format!("block {block}, {what}"), &found, &pattern(block, 4096))?;
     }
     let mut lost = 0;
     for block in FUA..UNSYNCED {
         let found = disk.read(at(block), 4096)?;
         lost += u64::from(found != pattern(block, 4096));
     }
-    ctx.note(format!(
-        "all {FUA} durable blocks are there; of {} others {lost} are lost",
-        UNSYNCED - FUA
-    ));
+    ctx.note(format!("all {FUA} durable blocks are there; of {} others {lost} are lost", UNSYNCED - FUA));
     drop(disk);
     mount.umount()
 }

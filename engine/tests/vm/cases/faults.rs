@@ -24,9 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
     for path in PATHS {
         for (name, body) in bodies {
             let name = format!("faults::{name}::{path}");
-            all.push(case(name, Needs::Path(path), 150, move |ctx| {
-                body(ctx, path)
-            }));
+            all.push(case(name, Needs::Path(path), 150, move |ctx| body(ctx, path)));
         }
     }
     all
@@ -64,10 +62,7 @@ runtime=5
     );
     let mut work = fio::start(ctx, &jobs)?;
     std::thread::sleep(Duration::from_secs(2));
-    std::fs::File::options()
-        .write(true)
-        .open(&image)?
-        .set_len(END)?;
+    std::fs::File::options().write(true).open(&image)?.set_len(END)?;
 
     let disk = Disk::open_read(&device)?;
     for (offset, len) in [
@@ -96,10 +91,7 @@ runtime=5
     work.finish(Duration::from_secs(60))?.clean()?;
     let info = daemon.info(&device)?;
     ensure!(info["state"] == "degraded", "not degraded: {info}");
-    ensure!(
-        daemon.stats(&device)?["errors"].as_u64() >= Some(3),
-        "errors not counted"
-    );
+    ensure!(daemon.stats(&device)?["errors"].as_u64() >= Some(3), "errors not counted");
     daemon.check_alive()?;
     drop(disk);
     daemon.detach(&device)?;
@@ -110,10 +102,7 @@ runtime=5
 /// again when there is room.
 fn full(ctx: &Ctx, path: &str) -> Res {
     const SIZE: u64 = 64 * MIB;
-    let shape = Shape {
-        size_mib: 320,
-        ..Shape::default()
-    };
+    let shape = Shape { size_mib: 320, ..Shape::default() };
     let store = Store::new(ctx, "xfs", &shape)?;
     let image = store.sparse("image", SIZE)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -126,9 +115,7 @@ fn full(ctx: &Ctx, path: &str) -> Res {
     writers.failures(40, Duration::from_secs(60))?;
     let ledger = writers.stop(Duration::from_secs(30))?;
     let errors = ledger.errors();
-    let strange = errors
-        .iter()
-        .find(|e| !e.contains("os error 28") && !e.contains("os error 5"));
+    let strange = errors.iter().find(|e| !e.contains("os error 28") && !e.contains("os error 5"));
     ensure!(strange.is_none(), "an error of another kind: {strange:?}");
     ensure!(ledger.acknowledged() > 100, "hardly anything was written");
     ledger.check(&device, 0)?;
@@ -150,10 +137,7 @@ fn full(ctx: &Ctx, path: &str) -> Res {
 
 /// Sectors that cannot be read or written make errors where they are, and nowhere else.
 fn bad_sectors(ctx: &Ctx, path: &str) -> Res {
-    let below = store::Disk::new(&Shape {
-        size_mib: 32,
-        ..Shape::default()
-    })?;
+    let below = store::Disk::new(&Shape { size_mib: 32, ..Shape::default() })?;
     let mut data = pattern(14, 4 << 20);
     disk::write_all(&below.node(), &data)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -167,12 +151,7 @@ fn bad_sectors(ctx: &Ctx, path: &str) -> Res {
         // 512 KiB + 1 KiB to 512 KiB + 2 KiB.
         below.set("badblocks", "+1026-1027")?;
         let bad = 513 * KIB;
-        for (offset, len) in [
-            (bad, 1024),
-            (bad - 512, 1024),
-            (512 * KIB, 65536),
-            (0, 1 << 20),
-        ] {
+        for (offset, len) in [(bad, 1024), (bad - 512, 1024), (512 * KIB, 65536), (0, 1 << 20)] {
             match disk.try_read(offset, len) {
                 Ok(got) => {
                     let valid = usize::try_from(bad.saturating_sub(offset))?;
@@ -201,15 +180,11 @@ fn bad_sectors(ctx: &Ctx, path: &str) -> Res {
         }
         below.set("badblocks", "-1026-1027")?;
         let fresh = pattern(15, 4096);
-        disk.write(512 * KIB, &fresh)
-            .at("writing to healed sectors")?;
+        disk.write(512 * KIB, &fresh).at("writing to healed sectors")?;
         data[512 << 10..516 << 10].copy_from_slice(&fresh);
         same("all", &disk::read_all(&device, 0, 4 * MIB)?, &data)?;
     }
-    ensure!(
-        daemon.stats(&device)?["errors"].as_u64() >= Some(3),
-        "errors not counted"
-    );
+    ensure!(daemon.stats(&device)?["errors"].as_u64() >= Some(3), "errors not counted");
     daemon.check_alive()?;
     drop(disk);
     daemon.detach(&device)?;

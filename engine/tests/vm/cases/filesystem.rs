@@ -16,9 +16,7 @@ pub(super) fn cases() -> Vec<Case> {
     for path in PATHS {
         for kind in ["ext4", "xfs"] {
             let name = format!("filesystem::{kind}::{path}");
-            all.push(case(name, Needs::Path(path), 150, move |ctx| {
-                tree_survives(ctx, kind, path)
-            }));
+            all.push(case(name, Needs::Path(path), 150, move |ctx| tree_survives(ctx, kind, path)));
         }
     }
     all
@@ -40,29 +38,20 @@ fn tree_survives(ctx: &Ctx, kind: &str, path: &str) -> Res {
     let copy = format!("{}/tree", mount.dir);
     tools::ok(&["cp", "-a", &tree, &copy])?;
     let expected = checksums(&tree)?;
-    ensure!(
-        checksums(&copy)? == expected,
-        "the copy differs while it is cached"
-    );
+    ensure!(checksums(&copy)? == expected, "the copy differs while it is cached");
     mount.umount()?;
     fsck(kind, &device).at("check after the first use")?;
     daemon.detach(&device)?;
 
     let device = daemon.attach(&[&image, "--path", path])?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
-    ensure!(
-        checksums(&copy)? == expected,
-        "the copy differs after detach and attach"
-    );
+    ensure!(checksums(&copy)? == expected, "the copy differs after detach and attach");
     tools::ok(&["rm", "-rf", &copy])?;
     tools::ok(&["fstrim", &mount.dir])?;
     tools::ok(&["cp", "-a", &tree, &copy])?;
     mount.umount()?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
-    ensure!(
-        checksums(&copy)? == expected,
-        "the copy differs after trim and a second copy"
-    );
+    ensure!(checksums(&copy)? == expected, "the copy differs after trim and a second copy");
     mount.umount()?;
     fsck(kind, &device).at("check after trim")?;
     daemon.detach(&device)?;

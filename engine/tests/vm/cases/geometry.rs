@@ -11,26 +11,11 @@ use crate::tools;
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("geometry::block_sizes", Needs::Ublk, 90, block_sizes),
-        case(
-            "geometry::large_sectors_below",
-            Needs::Ublk,
-            90,
-            large_sectors_below,
-        ),
+        case("geometry::large_sectors_below", Needs::Ublk, 90, large_sectors_below),
         case("geometry::read_only", Needs::Ublk, 120, read_only),
-        case(
-            "geometry::offset_and_limit",
-            Needs::Ublk,
-            90,
-            offset_and_limit,
-        ),
+        case("geometry::offset_and_limit", Needs::Ublk, 90, offset_and_limit),
         case("geometry::odd_size", Needs::Ublk, 60, odd_size),
-        case(
-            "geometry::block_device_as_image",
-            Needs::Ublk,
-            90,
-            block_device,
-        ),
+        case("geometry::block_device_as_image", Needs::Ublk, 90, block_device),
         case("geometry::scheduler_and_cache", Needs::Ublk, 60, scheduler),
     ]
 }
@@ -67,10 +52,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
 
 /// Where direct I/O needs 4096, devices have 4096, and 512 is refused in words.
 fn large_sectors_below(ctx: &Ctx) -> Res {
-    let shape = Shape {
-        block_size: 4096,
-        ..Shape::default()
-    };
+    let shape = Shape { block_size: 4096, ..Shape::default() };
     let store = Store::new(ctx, "ext4", &shape)?;
     let image = store.sparse("image", 8 * MIB)?;
     let daemon = Daemon::start(ctx)?;
@@ -84,10 +66,7 @@ fn large_sectors_below(ctx: &Ctx) -> Res {
     drop(disk);
     daemon.detach(&device)?;
     let refused = daemon.cli(&["attach", &image, "--block-size", "512"])?;
-    ensure!(
-        refused.code == 2 && refused.err.contains("4096"),
-        "512 on 4K sectors: {refused:?}"
-    );
+    ensure!(refused.code == 2 && refused.err.contains("4096"), "512 on 4K sectors: {refused:?}");
     daemon.stop()
 }
 
@@ -100,14 +79,8 @@ fn read_only(ctx: &Ctx) -> Res {
     tools::ok(&["chattr", "+i", &image])?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image, "--read-only"])?;
-    ensure!(
-        tools::ok(&["blockdev", "--getro", &device])? == "1",
-        "not read-only"
-    );
-    ensure!(
-        daemon.info(&device)?["readOnly"] == true,
-        "list says writable"
-    );
+    ensure!(tools::ok(&["blockdev", "--getro", &device])? == "1", "not read-only");
+    ensure!(daemon.info(&device)?["readOnly"] == true, "list says writable");
     if let Ok(disk) = Disk::open(&device) {
         let written = disk.try_write(0, &[1; 4096]);
         ensure!(written.is_err(), "a read-only device took a write");
@@ -121,17 +94,11 @@ fn read_only(ctx: &Ctx) -> Res {
     mount.umount()?;
     // Readers may share an image.
     let second = daemon.attach(&[&image, "--read-only"])?;
-    let (one, two) = (
-        disk::read_all(&device, 0, MIB)?,
-        disk::read_all(&second, 0, MIB)?,
-    );
+    let (one, two) = (disk::read_all(&device, 0, MIB)?, disk::read_all(&second, 0, MIB)?);
     same("the second reader", &two, &one)?;
     daemon.ok(&["detach", "--all"])?;
     tools::ok(&["chattr", "-i", &image])?;
-    ensure!(
-        tools::ok(&["sha256sum", &image])? == before,
-        "the image changed"
-    );
+    ensure!(tools::ok(&["sha256sum", &image])? == before, "the image changed");
     daemon.stop()
 }
 
@@ -146,17 +113,9 @@ fn offset_and_limit(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let (offset, limit) = (OFFSET.to_string(), LIMIT.to_string());
     let device = daemon.attach(&[&image, "--offset", &offset, "--size-limit", &limit])?;
-    ensure!(
-        disk::size(&device)? == LIMIT,
-        "size {} instead of {LIMIT}",
-        disk::size(&device)?
-    );
+    ensure!(disk::size(&device)? == LIMIT, "size {} instead of {LIMIT}", disk::size(&device)?);
     let window = usize::try_from(OFFSET)?..usize::try_from(OFFSET + LIMIT)?;
-    same(
-        "window",
-        &disk::read_all(&device, 0, LIMIT)?,
-        &expected[window.clone()],
-    )?;
+    same("window", &disk::read_all(&device, 0, LIMIT)?, &expected[window.clone()])?;
     let disk = Disk::open(&device)?;
     for at in [0, 64 * KIB + 512, LIMIT - 512] {
         let data = pattern(at, 512);
@@ -164,10 +123,7 @@ fn offset_and_limit(ctx: &Ctx) -> Res {
         let start = usize::try_from(OFFSET + at)?;
         expected[start..start + 512].copy_from_slice(&data);
     }
-    ensure!(
-        disk.try_write(LIMIT, &[1; 512]).is_err(),
-        "a write behind the end was taken"
-    );
+    ensure!(disk.try_write(LIMIT, &[1; 512]).is_err(), "a write behind the end was taken");
     drop(disk);
     // All of the window, not a byte more.
     tools::ok(&["blkdiscard", "-z", &device])?;
@@ -176,15 +132,12 @@ fn offset_and_limit(ctx: &Ctx) -> Res {
     same("image", &disk::read_all(&image, 0, 8 * MIB)?, &expected)?;
 
     let device = daemon.attach(&[&image, "--offset", "7M", "--size-limit", "1G"])?;
-    ensure!(
-        disk::size(&device)? == MIB,
-        "a limit behind the end enlarges"
-    );
+    ensure!(disk::size(&device)? == MIB, "a limit behind the end enlarges");
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// Bytes behind the last whole block are not shown and not touched.
+/// An image that is not whole blocks is refused, with the way out; taken, the rest stays untouched.
 fn odd_size(ctx: &Ctx) -> Res {
     const SIZE: u64 = MIB + 3 * 512 + 100;
     let store = Store::xfs(ctx)?;
@@ -193,18 +146,21 @@ fn odd_size(ctx: &Ctx) -> Res {
     std::fs::write(&image, &data)?;
     let daemon = Daemon::start(ctx)?;
     for (block, size) in [("512", MIB + 3 * 512), ("4096", MIB)] {
-        let device = daemon.attach(&[&image, "--block-size", block])?;
+        let limit = size.to_string();
+        let refused = daemon.cli(&["attach", &image, "--block-size", block])?;
         ensure!(
-            disk::size(&device)? == size,
-            "{} bytes with blocks of {block}",
-            disk::size(&device)?
+            refused.code == 2 && refused.err.contains(&format!("--size-limit {limit}")),
+            "{SIZE} bytes with blocks of {block}: {refused:?}"
         );
+        let device = daemon.attach(&[&image, "--block-size", block, "--size-limit", &limit])?;
+        ensure!(disk::size(&device)? == size, "{} bytes with blocks of {block}", disk::size(&device)?);
         let found = disk::read_all(&device, 0, size)?;
         same("device", &found, &data[..usize::try_from(size)?])?;
         daemon.detach(&device)?;
     }
-    let device = daemon.attach(&[&image, "--block-size", "512"])?;
-    let zeroes = vec![0; usize::try_from(MIB + 3 * 512)?];
+    let shown = MIB + 3 * 512;
+    let device = daemon.attach(&[&image, "--block-size", "512", "--size-limit", &shown.to_string()])?;
+    let zeroes = vec![0; usize::try_from(shown)?];
     disk::write_all(&device, &zeroes)?;
     daemon.detach(&device)?;
     let after = std::fs::read(&image)?;
@@ -215,19 +171,12 @@ fn odd_size(ctx: &Ctx) -> Res {
 
 /// An image may be a block device.
 fn block_device(ctx: &Ctx) -> Res {
-    let below = store::Disk::new(&Shape {
-        size_mib: 64,
-        ..Shape::default()
-    })?;
+    let below = store::Disk::new(&Shape { size_mib: 64, ..Shape::default() })?;
     let data = pattern(8, 2 << 20);
     let daemon = Daemon::start(ctx)?;
     let words = ["--offset", "8M", "--size-limit", "32M"];
     let device = daemon.attach(&[&[&below.node()[..]], &words[..]].concat())?;
-    ensure!(
-        disk::size(&device)? == 32 * MIB,
-        "size {}",
-        disk::size(&device)?
-    );
+    ensure!(disk::size(&device)? == 32 * MIB, "size {}", disk::size(&device)?);
     disk::write_all(&device, &data)?;
     let found = Disk::open_read(&below.node())?.read(8 * MIB, 2 << 20)?;
     same("the device below", &found, &data)?;
@@ -248,15 +197,8 @@ fn scheduler(ctx: &Ctx) -> Res {
     for queues in ["1", "2"] {
         let device = daemon.attach(&[&image, "--queues", queues])?;
         let chosen = queue_attribute(&device, "scheduler")?;
-        ensure!(
-            chosen.contains("[none]"),
-            "scheduler {chosen} with {queues} queues"
-        );
-        for (name, value) in [
-            ("write_cache", "write back"),
-            ("fua", "1"),
-            ("rotational", "0"),
-        ] {
+        ensure!(chosen.contains("[none]"), "scheduler {chosen} with {queues} queues");
+        for (name, value) in [("write_cache", "write back"), ("fua", "1"), ("rotational", "0")] {
             let found = queue_attribute(&device, name)?;
             ensure!(found == value, "{name} is {found:?} and not {value:?}");
         }

@@ -17,18 +17,12 @@ pub(super) fn cases() -> Vec<Case> {
         case("many::two_instances", Needs::Ublk, 120, two_instances),
         case("many::two_hundred", Needs::Ublk, 400, two_hundred),
         case("many::churn", Needs::Ublk, 900, churn),
-        case(
-            "many::more_io_than_buffers::auto",
-            Needs::Path("auto"),
-            400,
-            |ctx| more_io_than_buffers(ctx, "auto"),
-        ),
-        case(
-            "many::more_io_than_buffers::batch",
-            Needs::Path("batch"),
-            400,
-            |ctx| more_io_than_buffers(ctx, "batch"),
-        ),
+        case("many::more_io_than_buffers::auto", Needs::Path("auto"), 400, |ctx| {
+            more_io_than_buffers(ctx, "auto")
+        }),
+        case("many::more_io_than_buffers::batch", Needs::Path("batch"), 400, |ctx| {
+            more_io_than_buffers(ctx, "batch")
+        }),
     ]
 }
 
@@ -55,11 +49,7 @@ fn two_instances(ctx: &Ctx) -> Res {
     }
     for (index, (image, device)) in devices.iter().enumerate() {
         let expected = pattern(index as u64, 65536);
-        same(
-            device,
-            &Disk::open_read(device)?.read(MIB, 65536)?,
-            &expected,
-        )?;
+        same(device, &Disk::open_read(device)?.read(MIB, 65536)?, &expected)?;
         same(image, &Disk::open_read(image)?.read(MIB, 65536)?, &expected)?;
     }
     // Emptying one instance leaves the other alone.
@@ -78,12 +68,7 @@ fn two_instances(ctx: &Ctx) -> Res {
 }
 
 /// Attaches `count` small images, a few commands at a time; gives image and device of each.
-fn attach_many(
-    daemon: &Daemon,
-    store: &Store,
-    count: u64,
-    words: &[&str],
-) -> Res<Vec<(String, String)>> {
+fn attach_many(daemon: &Daemon, store: &Store, count: u64, words: &[&str]) -> Res<Vec<(String, String)>> {
     let next = AtomicU64::new(0);
     let attach = || -> Res<Vec<(String, String)>> {
         let mut mine = Vec::new();
@@ -159,10 +144,7 @@ fn two_hundred(ctx: &Ctx) -> Res {
     }
     let started = Instant::now();
     daemon.ok(&["detach", "--all"])?;
-    ctx.note(format!(
-        "all detached in {:.1} s",
-        started.elapsed().as_secs_f64()
-    ));
+    ctx.note(format!("all detached in {:.1} s", started.elapsed().as_secs_f64()));
     let left = daemon.ublk_ids();
     ensure!(left.is_empty(), "left after detach --all: {left:?}");
     daemon.check_alive()?;
@@ -177,9 +159,8 @@ fn churn(ctx: &Ctx) -> Res {
     const LANES: u64 = 3;
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
-    let images: Vec<String> = (0..LANES)
-        .map(|lane| store.sparse(&format!("image{lane}"), 4 * MIB))
-        .collect::<Res<_>>()?;
+    let images: Vec<String> =
+        (0..LANES).map(|lane| store.sparse(&format!("image{lane}"), 4 * MIB)).collect::<Res<_>>()?;
     let round = |lane: u64, number: u64| -> Res {
         let image = &images[usize::try_from(lane)?];
         let device = daemon.attach(&[image])?;
@@ -214,12 +195,8 @@ fn churn(ctx: &Ctx) -> Res {
         Ok(())
     };
     std::thread::scope(|scope| {
-        let lanes: Vec<_> = (0..LANES)
-            .map(|lane| scope.spawn(move || work(lane)))
-            .collect();
-        lanes
-            .into_iter()
-            .try_for_each(|lane| lane.join().map_err(|_| "a lane panicked")?)
+        let lanes: Vec<_> = (0..LANES).map(|lane| scope.spawn(move || work(lane))).collect();
+        lanes.into_iter().try_for_each(|lane| lane.join().map_err(|_| "a lane panicked")?)
     })?;
     let done = next.load(Ordering::Relaxed).min(ROUNDS);
     ensure!(done >= 100, "only {done} rounds in {EVERYDAY:?}");
@@ -228,10 +205,7 @@ fn churn(ctx: &Ctx) -> Res {
     ensure!(after == before, "was {before:?}, is {after:?}");
     let highest = highest.load(Ordering::Relaxed);
     let base = u64::from(daemon_base(&daemon));
-    ensure!(
-        highest < base + 2 * LANES + 1,
-        "ublk ids are not reused: {highest} after {done} rounds"
-    );
+    ensure!(highest < base + 2 * LANES + 1, "ublk ids are not reused: {highest} after {done} rounds");
     let grown = daemon.resident_kib()?.saturating_sub(resident);
     ensure!(grown < 4096, "grew by {grown} KiB in {done} rounds");
     let left = daemon.ublk_ids();
@@ -249,26 +223,18 @@ fn churn(ctx: &Ctx) -> Res {
 fn daemon_base(daemon: &Daemon) -> u32 {
     let all = crate::host::ublk_ids();
     let mine = daemon.ublk_ids();
-    all.into_iter()
-        .filter(|id| !mine.contains(id))
-        .max()
-        .map_or(0, |id| id + 1)
+    all.into_iter().filter(|id| !mine.contains(id)).max().map_or(0, |id| id + 1)
 }
 
 /// 25,600 requests at once on one ring, whose buffer table has 16,384 places.
 fn more_io_than_buffers(ctx: &Ctx, path: &str) -> Res {
     const COUNT: u64 = 200;
     // A slow device below, so that requests pile up.
-    let shape = Shape {
-        latency_ns: 20_000_000,
-        ..Shape::default()
-    };
+    let shape = Shape { latency_ns: 20_000_000, ..Shape::default() };
     let store = Store::new(ctx, "xfs", &shape)?;
     let mut daemon = Daemon::start(ctx)?;
     daemon.ok(&["instance", "create", "crowd", "--max", "200"])?;
-    let words = [
-        "-i", "crowd", "--queues", "1", "--depth", "128", "--path", path,
-    ];
+    let words = ["-i", "crowd", "--queues", "1", "--depth", "128", "--path", path];
     let devices = attach_many(&daemon, &store, COUNT, &words)?;
     let mut jobs = String::from(
         "[global]
@@ -292,11 +258,7 @@ thread
         let all = stats.as_array().into_iter().flatten();
         all.filter_map(|entry| entry[name].as_u64()).sum()
     };
-    ctx.note(format!(
-        "{} MiB verified, {} buffers registered by hand",
-        report.read / MIB,
-        sum("fallbacks")
-    ));
+    ctx.note(format!("{} MiB verified, {} buffers registered by hand", report.read / MIB, sum("fallbacks")));
     ensure!(sum("errors") == 0, "errors counted: {}", sum("errors"));
     ensure!(sum("fallbacks") > 0, "the buffer table never overflowed");
     for (image, device) in &devices {

@@ -15,24 +15,13 @@ pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for path in PATHS {
         let name = format!("recovery::kill_under_verify::{path}");
-        all.push(case(name, Needs::Recovery(path), 240, move |ctx| {
-            kill_under_verify(ctx, path)
-        }));
+        all.push(case(name, Needs::Recovery(path), 240, move |ctx| kill_under_verify(ctx, path)));
         let name = format!("recovery::kill_keeps_acknowledged::{path}");
-        all.push(case(name, Needs::Recovery(path), 180, move |ctx| {
-            kill_keeps_acknowledged(ctx, path)
-        }));
+        all.push(case(name, Needs::Recovery(path), 180, move |ctx| kill_keeps_acknowledged(ctx, path)));
         let name = format!("recovery::sigterm_under_load::{path}");
-        all.push(case(name, Needs::Path(path), 180, move |ctx| {
-            sigterm_under_load(ctx, path)
-        }));
+        all.push(case(name, Needs::Path(path), 180, move |ctx| sigterm_under_load(ctx, path)));
     }
-    all.push(case(
-        "recovery::kill_with_many_devices",
-        Needs::Recovery("copy"),
-        180,
-        kill_with_many_devices,
-    ));
+    all.push(case("recovery::kill_with_many_devices", Needs::Recovery("copy"), 180, kill_with_many_devices));
     all.push(case(
         "recovery::sigterm_with_mounted_file_system",
         Needs::Ublk,
@@ -67,19 +56,19 @@ thread
 rw=randwrite
 bssplit=512/10:4k/60:64k/20:256k/10
 iodepth=16
-rate=,6m
+rate=,3m
 [mixed]
 rw=randrw
 bsrange=512-128k
 blockalign=512
 iodepth=8
 offset=48m
-rate=3m,3m
+rate=2m,2m
 "
     );
     let mut work = fio::start(ctx, &jobs)?;
     for round in 1..=2 {
-        std::thread::sleep(Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(2));
         ensure!(work.alive(), "fio ended before the daemon was killed");
         daemon.kill()?;
         ensure!(
@@ -92,10 +81,7 @@ rate=3m,3m
     }
     ensure!(work.alive(), "fio ended before the last restart");
     let after = daemon.info(&device)?;
-    ensure!(
-        after == before,
-        "not the same device: {after}, was {before}"
-    );
+    ensure!(after == before, "not the same device: {after}, was {before}");
     work.finish(Duration::from_secs(120))?.clean()?;
 
     let shown = disk::read_all(&device, 0, SIZE)?;
@@ -123,18 +109,11 @@ fn kill_keeps_acknowledged(ctx: &Ctx, path: &str) -> Res {
     }
     writers.progress(200, Duration::from_secs(30))?;
     let ledger = writers.stop(Duration::from_secs(30))?;
-    ensure!(
-        ledger.errors().is_empty(),
-        "writers met errors: {:?}",
-        ledger.errors()
-    );
+    ensure!(ledger.errors().is_empty(), "writers met errors: {:?}", ledger.errors());
     ledger.check(&device, 0)?;
     daemon.detach(&device)?;
     ledger.check(&image, 0)?;
-    ctx.note(format!(
-        "{} blocks acknowledged, none lost",
-        ledger.acknowledged()
-    ));
+    ctx.note(format!("{} blocks acknowledged, none lost", ledger.acknowledged()));
     daemon.stop()
 }
 
@@ -151,22 +130,13 @@ fn sigterm_under_load(ctx: &Ctx, path: &str) -> Res {
     daemon.sigterm()?;
     daemon.wait_drained()?;
     let ledger = writers.stop(Duration::from_secs(30))?;
-    ensure!(
-        !ledger.errors().is_empty(),
-        "the device went away and no writer noticed"
-    );
+    ensure!(!ledger.errors().is_empty(), "the device went away and no writer noticed");
     ledger.check(&image, 0)?;
-    ctx.note(format!(
-        "{} blocks acknowledged, none lost",
-        ledger.acknowledged()
-    ));
+    ctx.note(format!("{} blocks acknowledged, none lost", ledger.acknowledged()));
     // A daemon that ended in good order has nothing to take back.
     daemon.restart()?;
     let left = daemon.json(&["list"])?;
-    ensure!(
-        left.as_array().is_some_and(Vec::is_empty),
-        "devices came back after SIGTERM: {left}"
-    );
+    ensure!(left.as_array().is_some_and(Vec::is_empty), "devices came back after SIGTERM: {left}");
     daemon.stop()
 }
 
@@ -192,11 +162,7 @@ fn kill_with_many_devices(ctx: &Ctx) -> Res {
         disk::same(device, &data, &vec![number as u8 + 1; 4096])?;
     }
     daemon.ok(&["detach", "--all"])?;
-    ensure!(
-        daemon.ublk_ids().is_empty(),
-        "left after detach --all: {:?}",
-        daemon.ublk_ids()
-    );
+    ensure!(daemon.ublk_ids().is_empty(), "left after detach --all: {:?}", daemon.ublk_ids());
     daemon.stop()
 }
 
@@ -220,12 +186,8 @@ fn sigterm_with_mounted_file_system(ctx: &Ctx) -> Res {
     daemon.restart()?;
     let device = daemon.attach(&[&image])?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
-    tools::sh(format!(
-        "sha256sum < {}/synced | cmp - {}",
-        mount.dir,
-        ctx.path("sum")
-    ))
-    .at("a synced file after SIGTERM")?;
+    tools::sh(format!("sha256sum < {}/synced | cmp - {}", mount.dir, ctx.path("sum")))
+        .at("a synced file after SIGTERM")?;
     mount.umount()?;
     fsck("ext4", &device)?;
     daemon.detach(&device)?;

@@ -15,12 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("resize::grow_under_io", Needs::Resize, 120, grow),
         case("resize::shrink_under_io", Needs::Resize, 120, shrink),
-        case(
-            "resize::grow_mounted_file_system",
-            Needs::Resize,
-            120,
-            grow_mounted,
-        ),
+        case("resize::grow_mounted_file_system", Needs::Resize, 120, grow_mounted),
         case("resize::refused_in_words", Needs::Ublk, 60, refused),
     ]
 }
@@ -38,17 +33,14 @@ rw=randwrite
 bssplit=512/20:4k/60:64k/20
 iodepth=16
 size=16m
-rate=,3m
+rate=,1500k
 "
     );
     fio::start(ctx, &jobs)
 }
 
 fn set_size(image: &str, bytes: u64) -> Res {
-    std::fs::File::options()
-        .write(true)
-        .open(image)?
-        .set_len(bytes)?;
+    std::fs::File::options().write(true).open(image)?.set_len(bytes)?;
     Ok(())
 }
 
@@ -104,11 +96,7 @@ fn shrink(ctx: &Ctx) -> Res {
     disk.write(20 * MIB, &[7; 512])?;
     drop(disk);
     work.finish(Duration::from_secs(60))?.clean()?;
-    ensure!(
-        disk::size(&image)? == 20 * MIB + 512,
-        "the image has {} bytes",
-        disk::size(&image)?
-    );
+    ensure!(disk::size(&image)? == 20 * MIB + 512, "the image has {} bytes", disk::size(&image)?);
     daemon.check_alive()?;
     daemon.detach(&device)?;
     daemon.stop()
@@ -125,10 +113,7 @@ fn grow_mounted(ctx: &Ctx) -> Res {
     set_size(&image, 96 * MIB)?;
     resized(&daemon, &device, 96 * MIB)?;
     tools::ok(&["resize2fs", &device])?;
-    tools::sh(format!(
-        "head -c 60M /dev/urandom > {0}/file && sync -f {0}/file",
-        mount.dir
-    ))?;
+    tools::sh(format!("head -c 60M /dev/urandom > {0}/file && sync -f {0}/file", mount.dir))?;
     mount.umount()?;
     fsck("ext4", &device)?;
     daemon.detach(&device)?;
@@ -146,10 +131,7 @@ fn refused(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     set_size(&image, 16 * MIB)?;
     let done = daemon.cli(&["resize", &device])?;
-    ensure!(
-        done.code == 7 && done.err.lines().count() == 1,
-        "resize: {done:?}"
-    );
+    ensure!(done.code == 7 && done.err.lines().count() == 1, "resize: {done:?}");
     ensure!(disk::size(&device)? == 8 * MIB, "the device changed");
     Disk::open(&device)?.write(7 * MIB, &[1; 4096])?;
     daemon.check_alive()?;

@@ -14,28 +14,19 @@ const RUN: Duration = Duration::from_secs(150);
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for path in PATHS {
-        all.push(case(
-            format!("verify::mixed::{path}"),
-            Needs::Path(path),
-            240,
-            move |ctx| mixed(ctx, path, &[], &[]),
-        ));
-        all.push(case(
-            format!("verify::one_queue::{path}"),
-            Needs::Path(path),
-            240,
-            move |ctx| mixed(ctx, path, &[], &["--queues", "1", "--depth", "16"]),
-        ));
+        all.push(case(format!("verify::mixed::{path}"), Needs::Path(path), 240, move |ctx| {
+            mixed(ctx, path, 24, &[], &[])
+        }));
+        all.push(case(format!("verify::one_queue::{path}"), Needs::Path(path), 240, move |ctx| {
+            mixed(ctx, path, 8, &[], &["--queues", "1", "--depth", "16"])
+        }));
     }
     for path in ["auto", "batch"] {
         for (name, linked, poll) in [("linked", "on", "0"), ("polled", "off", "100")] {
             let options = ["--linked-commit", linked, "--poll-us", poll];
-            all.push(case(
-                format!("verify::{name}::{path}"),
-                Needs::Path(path),
-                240,
-                move |ctx| mixed(ctx, path, &options, &[]),
-            ));
+            all.push(case(format!("verify::{name}::{path}"), Needs::Path(path), 240, move |ctx| {
+                mixed(ctx, path, 12, &options, &[])
+            }));
         }
     }
     all.push(case("verify::buffered", Needs::Ublk, 240, buffered));
@@ -87,24 +78,20 @@ offset={three}m
     )
 }
 
-fn mixed(ctx: &Ctx, path: &str, serve: &[&str], attach: &[&str]) -> Res {
-    const PART_MIB: u64 = 24;
+fn mixed(ctx: &Ctx, path: &str, part_mib: u64, serve: &[&str], attach: &[&str]) -> Res {
     let store = Store::xfs(ctx)?;
     // Half with blocks, half holes: both kinds of write are met.
-    let bytes = 4 * PART_MIB * MIB;
+    let bytes = 4 * part_mib * MIB;
     let image = store.allocated("image", bytes / 2)?;
-    std::fs::File::options()
-        .write(true)
-        .open(&image)?
-        .set_len(bytes)?;
+    std::fs::File::options().write(true).open(&image)?.set_len(bytes)?;
     let mut daemon = Daemon::with(ctx, serve)?;
     let device = daemon.attach(&[&[&image[..], "--path", path], attach].concat())?;
     let used = daemon.info(&device)?["dataPath"].clone();
     ensure!(used == path, "asked for path {path}, got {used}");
 
-    let report = fio::run(ctx, &jobs(&device, PART_MIB), RUN)?;
+    let report = fio::run(ctx, &jobs(&device, part_mib), RUN)?;
     ensure!(
-        report.written > 40 * MIB && report.read > 20 * MIB,
+        report.written > part_mib * MIB && report.read > part_mib * MIB,
         "fio did too little: {report:?}"
     );
     let stats = daemon.stats(&device)?;
@@ -116,18 +103,10 @@ fn mixed(ctx: &Ctx, path: &str, serve: &[&str], attach: &[&str]) -> Res {
     );
     // What the device shows is what the image holds, byte for byte, read past every cache.
     let shown = disk::read_all(&device, 0, bytes)?;
-    disk::same(
-        "image and device",
-        &disk::read_all(&image, 0, bytes)?,
-        &shown,
-    )?;
+    disk::same("image and device", &disk::read_all(&image, 0, bytes)?, &shown)?;
     daemon.check_alive()?;
     daemon.detach(&device)?;
-    disk::same(
-        "image after detach",
-        &disk::read_all(&image, 0, bytes)?,
-        &shown,
-    )?;
+    disk::same("image after detach", &disk::read_all(&image, 0, bytes)?, &shown)?;
     daemon.stop()
 }
 

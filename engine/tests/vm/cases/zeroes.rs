@@ -23,33 +23,19 @@ const FREE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KE
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for path in PATHS {
-        all.push(case(
-            format!("zeroes::byte_exact::{path}"),
-            Needs::Path(path),
-            150,
-            move |ctx| byte_exact(ctx, path),
-        ));
+        all.push(case(format!("zeroes::byte_exact::{path}"), Needs::Path(path), 150, move |ctx| {
+            byte_exact(ctx, path)
+        }));
     }
     for kind in ["xfs", "ext4"] {
-        all.push(case(
-            format!("zeroes::nounmap_keeps_blocks::{kind}"),
-            Needs::Ublk,
-            90,
-            move |ctx| nounmap_keeps_blocks(ctx, kind),
-        ));
-        all.push(case(
-            format!("discard::punches::{kind}"),
-            Needs::Ublk,
-            90,
-            move |ctx| discard_punches(ctx, kind),
-        ));
+        all.push(case(format!("zeroes::nounmap_keeps_blocks::{kind}"), Needs::Ublk, 90, move |ctx| {
+            nounmap_keeps_blocks(ctx, kind)
+        }));
+        all.push(case(format!("discard::punches::{kind}"), Needs::Ublk, 90, move |ctx| {
+            discard_punches(ctx, kind)
+        }));
     }
-    all.push(case(
-        "discard::keeps_neighbours_under_load",
-        Needs::Ublk,
-        120,
-        discard_under_load,
-    ));
+    all.push(case("discard::keeps_neighbours_under_load", Needs::Ublk, 120, discard_under_load));
     all
 }
 
@@ -60,7 +46,7 @@ fn store(ctx: &Ctx, kind: &str) -> Res<Store> {
     }
 }
 
-/// Three hundred zeroings and writes at any sector, compared with the same done in memory, while
+/// A hundred and sixty zeroings and writes at any sector, compared with the same done in memory, while
 /// others write to the second half of the device.
 fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     const HALF: u64 = 16 * MIB;
@@ -80,7 +66,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
 
     let open = Disk::open(&device)?;
     let mut numbers = Numbers::new(11);
-    for round in 0..300_u64 {
+    for round in 0..160_u64 {
         let offset = numbers.below(HALF / 512) * 512;
         let limit = [8 * KIB, 64 * KIB, MIB][usize::try_from(round % 3)?];
         let len = (1 + numbers.below(limit / 512)) * 512;
@@ -102,26 +88,19 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
                 expected[range].fill(0);
             }
         }
-        if round % 60 == 59 {
+        if round % 40 == 39 {
             let found = disk::read_all(&device, 0, HALF)?;
             same(&format!("device after round {round}"), &found, &expected)?;
         }
     }
     drop(open);
     let ledger = writers.stop(Duration::from_secs(20))?;
-    ensure!(
-        ledger.errors().is_empty(),
-        "writers met errors: {:?}",
-        ledger.errors()
-    );
+    ensure!(ledger.errors().is_empty(), "writers met errors: {:?}", ledger.errors());
     ledger.check(&neighbour, 0)?;
     let upper = disk::read_all(&device, HALF, HALF)?;
     same("the untouched half", &upper, &vec![0; upper.len()])?;
     let stats = daemon.stats(&device)?;
-    ensure!(
-        stats["discards"].as_u64() >= Some(150) && stats["errors"] == 0,
-        "stats of {half} bytes: {stats}"
-    );
+    ensure!(stats["discards"].as_u64() >= Some(80) && stats["errors"] == 0, "stats of {half} bytes: {stats}");
     daemon.ok(&["detach", "--all"])?;
     same("image", &disk::read_all(&image, 0, HALF)?, &expected)?;
     daemon.stop()
@@ -156,23 +135,12 @@ fn nounmap_keeps_blocks(ctx: &Ctx, kind: &str) -> Res {
     fallocate(open.file(), KEEP, offset, len).at("zero range")?;
     expected[range].fill(0);
     let after = allocated(&image)?;
-    ensure!(
-        after >= full,
-        "zeroing that keeps blocks freed {}",
-        full - after
-    );
-    same(
-        "after zeroing",
-        &disk::read_all(&device, 0, 16 * MIB)?,
-        &expected,
-    )?;
+    ensure!(after >= full, "zeroing that keeps blocks freed {}", full - after);
+    same("after zeroing", &disk::read_all(&device, 0, 16 * MIB)?, &expected)?;
     let (words, range) = (["-o", "9437184", "-l", "1048576"], 9 << 20..10 << 20);
     tools::ok(&[&["blkdiscard", "-z"], &words[..], &[&device]].concat())?;
     expected[range].fill(0);
-    ensure!(
-        allocated(&image)? >= full,
-        "blkdiscard --zeroout freed blocks"
-    );
+    ensure!(allocated(&image)? >= full, "blkdiscard --zeroout freed blocks");
 
     fallocate(open.file(), FREE, 6 * MIB + 512, 2 * MIB).at("punch")?;
     expected[(6 << 20) + 512..(8 << 20) + 512].fill(0);
@@ -181,11 +149,7 @@ fn nounmap_keeps_blocks(ctx: &Ctx, kind: &str) -> Res {
         after <= full - (2 * MIB - 64 * KIB),
         "zeroing that may free blocks kept them: {full} before, {after} after"
     );
-    same(
-        "after punch",
-        &disk::read_all(&device, 0, 16 * MIB)?,
-        &expected,
-    )?;
+    same("after punch", &disk::read_all(&device, 0, 16 * MIB)?, &expected)?;
     drop(open);
     daemon.detach(&device)?;
     same("image", &disk::read_all(&image, 0, 16 * MIB)?, &expected)?;
@@ -203,28 +167,17 @@ fn discard_punches(ctx: &Ctx, kind: &str) -> Res {
 
     tools::ok(&["blkdiscard", "-o", "4194304", "-l", "4194304", &device])?;
     let after = allocated(&image)?;
-    ensure!(
-        after <= full - 4 * MIB + 64 * KIB,
-        "discard of 4 MiB freed {}",
-        full - after
-    );
+    ensure!(after <= full - 4 * MIB + 64 * KIB, "discard of 4 MiB freed {}", full - after);
     let file = File::open(&image)?;
     let hole = seek(&file, SeekFrom::Hole(0))?;
     let end = seek(&file, SeekFrom::Data(hole))?;
-    ensure!(
-        hole == 4 * MIB && end == 8 * MIB,
-        "the hole is at {hole} to {end}"
-    );
+    ensure!(hole == 4 * MIB && end == 8 * MIB, "the hole is at {hole} to {end}");
     // Off by a sector at both ends: the blocks at the edges are shared with data that stays.
     let (offset, len) = (10 * MIB + 512, MIB);
     let words = ["-o", &offset.to_string(), "-l", &len.to_string()];
     tools::ok(&[&["blkdiscard"], &words[..], &[&device]].concat())?;
     let found = disk::read_all(&device, 0, 16 * MIB)?;
-    let keep = [
-        0..4 << 20,
-        8 << 20..usize::try_from(offset)?,
-        usize::try_from(offset + len)?..16 << 20,
-    ];
+    let keep = [0..4 << 20, 8 << 20..usize::try_from(offset)?, usize::try_from(offset + len)?..16 << 20];
     for range in keep {
         let what = format!("kept {range:?}");
         same(&what, &found[range.clone()], &data[range])?;
@@ -258,7 +211,8 @@ fn discard_under_load(ctx: &Ctx) -> Res {
                         match lane {
                             0 | 2 => {
                                 let words = ["-o", &offset.to_string(), "-l", &STEP.to_string()];
-                                tools::ok(&[&["blkdiscard"], &words[..], &[device]].concat())?;
+                                // -f: not exclusively, for several are at it.
+                                tools::ok(&[&["blkdiscard", "-f"], &words[..], &[device]].concat())?;
                             }
                             1 => (0..8).try_for_each(|_| open.write(offset, fresh))?,
                             _ => {}
@@ -268,9 +222,7 @@ fn discard_under_load(ctx: &Ctx) -> Res {
                 })
             })
             .collect();
-        lanes
-            .into_iter()
-            .try_for_each(|lane| lane.join().map_err(|_| "a lane panicked")?)
+        lanes.into_iter().try_for_each(|lane| lane.join().map_err(|_| "a lane panicked")?)
     })?;
     let found = disk::read_all(&device, 0, 16 * MIB)?;
     for step in 0..usize::try_from(16 * MIB / STEP)? {
@@ -284,10 +236,7 @@ fn discard_under_load(ctx: &Ctx) -> Res {
         }
     }
     let after = allocated(&image)?;
-    ensure!(
-        after <= full / 2 + MIB,
-        "half was discarded; {full} before, {after} after"
-    );
+    ensure!(after <= full / 2 + MIB, "half was discarded; {full} before, {after} after");
     daemon.detach(&device)?;
     daemon.stop()
 }
