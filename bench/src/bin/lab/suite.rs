@@ -8,7 +8,7 @@ use std::ops::AddAssign;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::kernel::Line;
 use crate::programs::{self, Program};
@@ -28,9 +28,12 @@ pub(crate) struct Options {
     /// Run the kernel cases on this machine instead of in a VM: needs root and ublk
     #[arg(long)]
     host: bool,
-    /// Short runs of the kernel cases, on the 7.x kernel only
+    /// Kernel cases on the 7.x kernel only
     #[arg(long)]
     quick: bool,
+    /// Kernel cases in their full lengths: a thousand rounds where two minutes do every day
+    #[arg(long)]
+    full: bool,
 }
 
 /// How many tests ended how.
@@ -60,55 +63,107 @@ const HOST_LIMIT: Duration = Duration::from_secs(3600);
 /// Kernel cases of one kernel.
 const CASES_LIMIT: Duration = Duration::from_secs(1800);
 
+/// A part of the run that is reported by itself.
+struct Phase {
+    name: String,
+    tally: Tally,
+    time: Duration,
+}
+
+impl Phase {
+    /// Runs `body` and says to `sink` that it begins.
+    fn run(name: String, sink: Sink<'_>, body: impl FnOnce(Sink<'_>) -> Result<Tally>) -> Result<Phase> {
+        sink(format!("\n== {name}\n").as_bytes());
+        let start = Instant::now();
+        let tally = body(sink)?;
+        Ok(Phase { name, tally, time: start.elapsed() })
+    }
+}
+
+/// Where output goes, piece by piece.
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]);
+
 /// Runs everything that `options` ask for; whether all of it passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
-    let mut phases = Vec::new();
-    let mut phase = |name: String, run: &mut dyn FnMut() -> Result<Tally>| -> Result<()> {
-        println!("\n== {name}");
-        let start = Instant::now();
-        let tally = run()?;
-        phases.push((name, tally, start.elapsed()));
-        Ok(())
-    };
     let filter = options.filter.as_deref();
-    phase("tests on this machine".into(), &mut || host_tests(filter))?;
-    phase("examples in the documentation".into(), &mut || doc_tests(filter))?;
+    let out: Sink<'_> = &mut vm::to_stdout;
+    let mut phases = vec![
+        Phase::run("tests on this machine".into(), out, |_| host_tests(filter))?,
+        Phase::run("examples in the documentation".into(), out, |_| doc_tests(filter))?,
+    ];
     if options.host {
-        phase("kernel cases on this machine".into(), &mut || cases_here(options))?;
+        phases.push(Phase::run("kernel cases on this machine".into(), out, |_| cases_here(options))?);
     } else {
-        let lab = setup::ensure()?;
-        let mut programs = programs::build()?;
-        let cases = programs::build_cases()?;
-        for line in lines(options) {
-            let release = lab.kernel(line)?.release;
-            phase(format!("power cut, kernel {release}"), &mut || {
-                powercut::run(&lab, line, &programs, filter)
-            })?;
-        }
-        let any = any_case(&cases, filter)?;
-        programs.push(cases);
-        for line in lines(options).into_iter().filter(|_| any) {
-            let release = lab.kernel(line)?.release;
-            phase(format!("kernel cases, kernel {release}"), &mut || {
-                cases_in_vm(&lab, line, &programs, options)
-            })?;
-        }
+        phases.extend(in_vms(options)?);
     }
     Ok(summarise(&phases))
 }
 
-fn lines(options: &Options) -> Vec<Line> {
+/// Kernel cases and power cuts, the kernels beside each other: a VM seldom keeps both of its CPUs
+/// busy. The first kernel's output is shown as it comes, the others' when they are done.
+fn in_vms(options: &Options) -> Result<Vec<Phase>> {
+    let lab = setup::ensure()?;
+    let mut programs = programs::build()?;
+    let cases = programs::build_cases()?;
+    let any = any_case(&cases, options.filter.as_deref())?;
+    programs.push(cases);
+    let kernel = |line: Line, sink: Sink<'_>| one_kernel(&lab, line, &programs, any, options, sink);
+    let (first, others) = lines(options);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = others
+            .into_iter()
+            .map(|line| {
+                scope.spawn(move || {
+                    let mut said = Vec::new();
+                    let phases = kernel(line, &mut |bytes| said.extend_from_slice(bytes));
+                    (said, phases)
+                })
+            })
+            .collect();
+        let mut phases = kernel(first, &mut vm::to_stdout)?;
+        for other in others {
+            let (said, more) = other.join().map_err(|_| anyhow!("a kernel's thread panicked"))?;
+            vm::to_stdout(&said);
+            phases.extend(more?);
+        }
+        Ok(phases)
+    })
+}
+
+fn one_kernel(
+    lab: &Lab,
+    line: Line,
+    programs: &[Program],
+    any: bool,
+    options: &Options,
+    sink: Sink<'_>,
+) -> Result<Vec<Phase>> {
+    let release = lab.kernel(line)?.release;
+    let filter = options.filter.as_deref();
+    let mut phases = vec![Phase::run(format!("power cut, {release}"), sink, |sink| {
+        powercut::run(lab, line, programs, filter, sink)
+    })?];
+    if any {
+        phases.push(Phase::run(format!("kernel cases, {release}"), sink, |sink| {
+            cases_in_vm(lab, line, programs, options, sink)
+        })?);
+    }
+    Ok(phases)
+}
+
+/// The kernel whose output is shown as it comes, and the others.
+fn lines(options: &Options) -> (Line, Vec<Line>) {
     match options.kernel {
-        Some(line) => vec![line],
-        None if options.quick => vec![Line::Seven],
-        None => Line::ALL.to_vec(),
+        Some(line) => (line, vec![]),
+        None if options.quick => (Line::Seven, vec![]),
+        None => (Line::Seven, vec![Line::SixTwelve]),
     }
 }
 
-fn summarise(phases: &[(String, Tally, Duration)]) -> bool {
+fn summarise(phases: &[Phase]) -> bool {
     println!();
     let mut total = Tally::default();
-    for (name, tally, time) in phases {
+    for Phase { name, tally, time } in phases {
         println!("{name:<45} {tally}  ({} s)", time.as_secs());
         total += *tally;
     }
@@ -148,14 +203,20 @@ fn doc_tests(filter: Option<&str>) -> Result<Tally> {
     settle("cargo test --doc", status.success(), libtest(&said))
 }
 
-fn cases_in_vm(lab: &Lab, line: Line, programs: &[Program], options: &Options) -> Result<Tally> {
+fn cases_in_vm(
+    lab: &Lab,
+    line: Line,
+    programs: &[Program],
+    options: &Options,
+    sink: Sink<'_>,
+) -> Result<Tally> {
     let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
-    let full = if options.quick { "" } else { "LOOPENGINE_VM_FULL=1 " };
+    let full = if options.full { "LOOPENGINE_VM_FULL=1 " } else { "" };
     let mut words = vec!["vm", "--test-threads=1"];
     words.extend(options.filter.as_deref());
     let mut said = Vec::new();
     let result = machine.run(lab, programs, &format!("{full}{}", sh::quote(&words)), &mut |bytes| {
-        vm::to_stdout(bytes);
+        sink(bytes);
         said.extend_from_slice(bytes);
     });
     let said = String::from_utf8_lossy(&said);
@@ -164,7 +225,7 @@ fn cases_in_vm(lab: &Lab, line: Line, programs: &[Program], options: &Options) -
         Err(error) if sh::interrupted().is_err() => Err(error),
         Err(error) => {
             // One case took the VM with it: those before it count, those after it are not known.
-            println!("lab: {error:#}");
+            sink(format!("lab: {error:#}\n").as_bytes());
             let mut tally = seen(&said);
             tally.failed += 1;
             Ok(tally)

@@ -14,7 +14,7 @@ use crate::kernel::Line;
 use crate::programs::Program;
 use crate::setup::Lab;
 use crate::sh;
-use crate::suite::Tally;
+use crate::suite::{Sink, Tally};
 use crate::vm::{Mode, Vm};
 
 /// Promises to wait for; the cut comes in the middle of the next.
@@ -26,7 +26,13 @@ const LIMIT: Duration = Duration::from_secs(300);
 const CASES: [(&str, &[&str]); 2] = [("power_cut::fsync", &["fsync"]), ("power_cut::fua", &["fua", "file"])];
 
 /// Runs the cases that `filter` allows on the kernel of `line`.
-pub(crate) fn run(lab: &Lab, line: Line, programs: &[Program], filter: Option<&str>) -> Result<Tally> {
+pub(crate) fn run(
+    lab: &Lab,
+    line: Line,
+    programs: &[Program],
+    filter: Option<&str>,
+    sink: Sink<'_>,
+) -> Result<Tally> {
     let wanted: Vec<_> =
         CASES.iter().filter(|(name, _)| filter.is_none_or(|text| name.contains(text))).collect();
     let mut tally = Tally::default();
@@ -42,11 +48,11 @@ pub(crate) fn run(lab: &Lab, line: Line, programs: &[Program], filter: Option<&s
             outcome.as_ref().map_err(|error| format!("{error:#}")).and_then(|said| judge(said, kinds));
         match verdict {
             Ok(kept) => {
-                println!("test {name} ... ok ({kept} writes kept, {fs})");
+                sink(format!("test {name} ... ok ({kept} writes kept, {fs})\n").as_bytes());
                 tally.passed += 1;
             }
             Err(why) => {
-                println!("test {name} ... FAILED: {why}");
+                sink(format!("test {name} ... FAILED: {why}\n").as_bytes());
                 tally.failed += 1;
             }
         }
