@@ -61,7 +61,7 @@ impl fmt::Display for Tally {
 /// Tests of a phase on this machine, from a warm build.
 const HOST_LIMIT: Duration = Duration::from_secs(3600);
 /// Kernel cases of one kernel.
-const CASES_LIMIT: Duration = Duration::from_secs(1800);
+const CASES_LIMIT: Duration = Duration::from_secs(2100);
 
 /// Runs everything that `options` ask for; whether all of it passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
