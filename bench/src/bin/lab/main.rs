@@ -24,6 +24,7 @@ mod setup;
 mod sh;
 mod store;
 mod suite;
+mod tally;
 mod vm;
 
 use std::path::PathBuf;

@@ -14,7 +14,8 @@ use crate::kernel::Line;
 use crate::programs::Program;
 use crate::setup::Lab;
 use crate::sh;
-use crate::suite::{Sink, Tally};
+use crate::suite::Sink;
+use crate::tally::Tally;
 use crate::vm::{Mode, Vm};
 
 /// Promises to wait for; the cut comes in the middle of the next.

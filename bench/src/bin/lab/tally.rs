@@ -1,0 +1,129 @@
+//! How many tests ended how, read from what test programs print.
+//!
+//! Knows the words of libtest, its look-alikes and nextest; runs nothing.
+
+use std::fmt;
+use std::ops::AddAssign;
+
+/// How many tests ended how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+/// The names below the last "failures:" of each run.
+pub(crate) fn failed_names(said: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut listing = false;
+    for line in said.lines() {
+        match line.strip_prefix("    ") {
+            _ if line == "failures:" => listing = true,
+            Some(name) if listing && name.contains("::") && !name.contains(' ') => {
+                names.push(name.to_owned())
+            }
+            _ if line.starts_with("test result: ") => listing = false,
+            _ => {}
+        }
+    }
+    names
+}
+
+/// Sum of lines such as "test result: ok. 3 passed; 0 failed; 1 ignored; …".
+pub(crate) fn libtest(said: &str) -> Option<Tally> {
+    let results: Vec<&str> =
+        said.lines().filter_map(|line| line.trim().strip_prefix("test result: ")).collect();
+    let mut total = Tally::default();
+    for result in &results {
+        total += Tally {
+            passed: before(result, "passed"),
+            failed: before(result, "failed"),
+            skipped: before(result, "ignored"),
+        };
+    }
+    (!results.is_empty()).then_some(total)
+}
+
+/// nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped". What a filter
+/// leaves out it calls skipped too.
+pub(crate) fn nextest(said: &str, filtered: bool) -> Option<Tally> {
+    let line = said.lines().rev().find(|line| line.trim_start().starts_with("Summary ["))?;
+    Some(Tally {
+        passed: before(line, "passed"),
+        failed: before(line, "failed") + before(line, "timed out"),
+        skipped: if filtered { 0 } else { before(line, "skipped") },
+    })
+}
+
+/// Tally of single verdicts, for a run that never came to its end: "test NAME ... ok", the last
+/// word on a line of its own when the case said something.
+pub(crate) fn seen(said: &str) -> Tally {
+    let verdict = |line: &str| {
+        let line = line.trim_end();
+        let last = line.rsplit("... ").next().unwrap_or(line).trim();
+        (line.starts_with("test ") || line == last).then(|| last.to_owned())
+    };
+    let verdicts: Vec<String> = said.lines().filter_map(verdict).collect();
+    let count =
+        |word: &str| verdicts.iter().filter(|verdict| verdict.split(' ').next() == Some(word)).count() as u64;
+    Tally { passed: count("ok"), failed: count("FAILED"), skipped: count("ignored") }
+}
+
+/// The number before `word` in `text`; 0 if there is none.
+fn before(text: &str, word: &str) -> u64 {
+    let Some((head, _)) = text.split_once(&format!(" {word}")) else {
+        return 0;
+    };
+    head.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
+        Tally { passed, failed, skipped }
+    }
+
+    #[test]
+    fn totals_are_read_from_every_kind_of_program() {
+        let said = "running 3 tests\ntest result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; x\n\
+            test result: FAILED. 5 passed; 1 failed; 0 ignored; 0 measured\n";
+        assert_eq!(libtest(said), Some(tally(7, 1, 1)));
+        assert_eq!(libtest("error: no such thing"), None);
+        let summary = "     Summary [   0.093s] 12 tests run: 11 passed (1 slow), 1 failed, 3 skipped\n";
+        assert_eq!(nextest(summary, false), Some(tally(11, 1, 3)));
+        assert_eq!(nextest(summary, true), Some(tally(11, 1, 0)));
+        assert_eq!(nextest("", false), None);
+        let cut = "test a ... ok\ntest b ... FAILED\ntest c ...   c: skipped: x\nignored (x)\n\
+            test e ...   e: 1.2 s\nok\ntest d ...";
+        assert_eq!(seen(cut), tally(2, 1, 1));
+    }
+
+    #[test]
+    fn failed_cases_are_known_by_name() {
+        let said = "test a::b ... FAILED\n\nfailures:\n\n---- a::b ----\n    no::name of a case\n\nfailures:\n    a::b\n\
+            \ntest result: FAILED. 0 passed; 1 failed\n    not::one\n";
+        assert_eq!(failed_names(said), ["a::b"]);
+    }
+
+    #[test]
+    fn the_last_line_is_the_plain_one() {
+        assert_eq!(tally(3, 0, 1).to_string(), "3 passed, 0 failed, 1 skipped");
+    }
+}
