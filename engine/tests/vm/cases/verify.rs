@@ -15,7 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for path in PATHS {
         all.push(case(format!("verify::mixed::{path}"), Needs::Path(path), 240, move |ctx| {
-            mixed(ctx, path, &[], &[])
+            mixed(ctx, path, 24, &[], &[])
         }));
         all.push(case(format!("verify::one_queue::{path}"), Needs::Path(path), 240, move |ctx| {
             mixed(ctx, path, 8, &[], &["--queues", "1", "--depth", "16"])
