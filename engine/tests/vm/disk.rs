@@ -149,5 +149,5 @@ pub(crate) fn allocated(path: &str) -> Res<u64> {
 pub(crate) fn size(path: &str) -> Res<u64> {
     use std::io::Seek;
     let mut file = File::open(path).at(path)?;
-    Ok(file.seek(io::SeekFrom::End(0)).at(path)?)
+    file.seek(io::SeekFrom::End(0)).at(path)
 }

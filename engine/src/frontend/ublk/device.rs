@@ -198,7 +198,7 @@ impl Device {
     pub fn start(&self) -> Result<()> {
         let pid = u64::from(std::process::id());
         run(Command { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, LIMIT)?;
-        self.tune();
+        self.take_scheduler_off();
         Ok(())
     }
 
@@ -216,17 +216,18 @@ impl Device {
         let end =
             Command { data: pid, ..command("END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY, self.id) };
         run(end, LIMIT)?;
-        self.tune();
+        self.take_scheduler_off();
         Ok(())
     }
 
-    /// Takes off what belongs to a disk and not to an image on one. A scheduler costs time and keeps
-    /// requests from arriving in batches; write-back throttling measures the latency of a disk, and
-    /// the disk under the image is throttled itself. Either that stays is slow and not wrong.
-    fn tune(&self) {
-        let queue = format!("/sys/block/ublkb{}/queue", self.id);
-        let _ = std::fs::write(format!("{queue}/scheduler"), "none");
-        let _ = std::fs::write(format!("{queue}/wbt_lat_usec"), "0");
+    /// A scheduler costs time and keeps requests from arriving in batches; devices with one queue
+    /// get one. Changing it freezes the queue, which takes long, so it is looked at first. One that
+    /// stays is slow and not wrong.
+    fn take_scheduler_off(&self) {
+        let path = format!("/sys/block/ublkb{}/queue/scheduler", self.id);
+        if std::fs::read_to_string(&path).is_ok_and(|chosen| !chosen.contains("[none]")) {
+            let _ = std::fs::write(&path, "none");
+        }
     }
 
     /// Changes its size.
