@@ -58,7 +58,9 @@ pub enum DeviceName {
 /// Understands a device's name; `run_dir` is where instances live.
 pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName> {
     let unknown = || {
-        Error::new(Kind::Invalid, format!("{text:?} does not name a device")).hint(format!(
+        // A path is understood, and leads to none of ours.
+        let kind = if text.starts_with('/') { Kind::NotFound } else { Kind::Invalid };
+        Error::new(kind, format!("{text:?} does not name a device")).hint(format!(
             "use a path such as {}/{DEFAULT_INSTANCE}/loop0, or NAME/loop0; 'loopengine list' shows all",
             run_dir.display()
         ))

@@ -142,12 +142,21 @@ fn kernel_log() -> String {
 pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
     const BAD: [&str; 7] =
         ["BUG:", "WARNING:", "Oops", "general protection", "blocked for more than", "refcount_t:", "stall"];
+    // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock, its timers
+    // and its scheduler, none of which we touch.
+    const OF_EMULATED_TIME: [&str; 6] = [
+        "clocksource",
+        "rcu_preempt",
+        "rcu:",
+        "WARNING: kernel/time/",
+        "WARNING: kernel/sched/",
+        "soft lockup",
+    ];
     let log = kernel_log();
     since_marker(&log, case)
         .lines()
         .filter(|line| BAD.iter().any(|bad| line.contains(bad)))
-        // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock.
-        .filter(|line| !line.contains("clocksource") && !line.contains("rcu_preempt"))
+        .filter(|line| !OF_EMULATED_TIME.iter().any(|doubt| line.contains(doubt)))
         .take(5)
         .map(String::from)
         .collect()

@@ -17,8 +17,8 @@ type ControlRing = IoUring<squeue::Entry128, cqueue::Entry>;
 /// How long a command may take. START_DEV and STOP_DEV wait for I/O; none should take seconds.
 pub(super) const LIMIT: Duration = Duration::from_secs(10);
 const NODE: &str = "/dev/ublk-control";
-/// Rings kept for reuse.
-const SPARE_RINGS: usize = 4;
+/// Rings kept for reuse: commands seldom meet, and what they leave behind is always the same.
+const SPARE_RINGS: usize = 1;
 
 static RINGS: Mutex<Vec<ControlRing>> = Mutex::new(Vec::new());
 
