@@ -5,6 +5,7 @@
 
 pub mod buffers;
 mod enter;
+pub mod files;
 pub mod inflight;
 pub mod setup;
 pub mod token;
@@ -20,9 +21,7 @@ pub use setup::Sizes;
 pub use token::{SlotId, Step, Token};
 
 use crate::error::{Error, Kind, Result};
-
-/// A ring fd for which none is registered (see io_uring_update's `-1`).
-const NO_FILE: RawFd = -1;
+use files::FileTable;
 
 /// One io_uring with its tables.
 ///
@@ -30,6 +29,7 @@ const NO_FILE: RawFd = -1;
 pub struct Ring {
     io: IoUring,
     name: RingName,
+    files: FileTable,
     /// Which registered buffers are whose.
     pub buffers: BufferSlots,
     /// Where the kernel writes arrivals.
@@ -47,24 +47,20 @@ impl std::fmt::Debug for Ring {
 impl Ring {
     /// Makes a ring for the calling thread.
     pub fn new(sizes: &Sizes) -> Result<Ring> {
-        let (io, arrivals) = setup::make(sizes)?;
+        let (io, files, arrivals) = setup::make(sizes)?;
         let name = RingName::of(&io);
         let drained = Vec::with_capacity(io.params().cq_entries() as usize);
-        Ok(Ring { io, name, buffers: BufferSlots::new(sizes.buffers), arrivals, drained })
+        Ok(Ring { io, name, files, buffers: BufferSlots::new(sizes.buffers), arrivals, drained })
     }
 
     /// Puts `file` at `place` of the file table.
-    pub fn set_file(&self, place: u32, file: RawFd) -> Result<()> {
-        self.io
-            .submitter()
-            .register_files_update(place, &[file])
-            .map(drop)
-            .map_err(|error| Error::os(error, "cannot register a file"))
+    pub fn set_file(&mut self, place: u32, file: RawFd) -> Result<()> {
+        self.files.set(&self.io, place, file)
     }
 
-    /// Empties `place` of the file table. The file is closed once nothing in flight uses it.
-    pub fn clear_file(&self, place: u32) -> Result<()> {
-        self.set_file(place, NO_FILE)
+    /// Empties `place` of the file table. Nothing that is in flight may be about it.
+    pub fn clear_file(&mut self, place: u32) -> Result<()> {
+        self.files.clear(&self.io, place)
     }
 
     /// Queues one submission. Whatever memory it names must stay valid until its completion, or,
@@ -75,6 +71,15 @@ impl Ring {
 
     /// Queues submissions that belong together (a chain of links) and must not be torn apart.
     pub fn push_chain(&mut self, entries: &[squeue::Entry]) -> Result<()> {
+        match entries {
+            _ if !self.files.is_own() => self.queue(entries),
+            [one] => self.queue(&[self.files.resolve(one)]),
+            [one, two] => self.queue(&[self.files.resolve(one), self.files.resolve(two)]),
+            _ => Err(Error::new(Kind::Internal, "chains are of two")),
+        }
+    }
+
+    fn queue(&mut self, entries: &[squeue::Entry]) -> Result<()> {
         // SAFETY: the callers (worker and frontend) keep buffers and command elements alive as
         // documented above: a device's memory is dropped only after its queue was drained.
         if unsafe { self.io.submission().push_multiple(entries) }.is_ok() {

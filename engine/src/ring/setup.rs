@@ -5,6 +5,7 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue};
 
 use super::buffers::{ArrivalBuffers, BUFFER_SLOTS};
+use super::files::FileTable;
 use crate::error::{Error, Kind, Result};
 
 /// Group of the arrival buffers.
@@ -39,13 +40,14 @@ impl Sizes {
 }
 
 /// The stages in order. Must run on the thread that will use the ring.
-pub fn make(sizes: &Sizes) -> Result<(IoUring, ArrivalBuffers)> {
+pub fn make(sizes: &Sizes) -> Result<(IoUring, FileTable, ArrivalBuffers)> {
     let ring = build_disabled(sizes)?;
     check(&ring)?;
-    let arrivals = give_tables(&ring, sizes)?;
-    restrict(&ring)?;
+    let files = FileTable::new(&ring, sizes.files)?;
+    let arrivals = give_buffers(&ring, sizes)?;
+    restrict(&ring, &files)?;
     let ring = enable(ring)?;
-    Ok((ring, arrivals))
+    Ok((ring, files, arrivals))
 }
 
 fn build_disabled(sizes: &Sizes) -> Result<IoUring> {
@@ -90,12 +92,9 @@ fn check(ring: &IoUring) -> Result<()> {
     }
 }
 
-fn give_tables(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
+fn give_buffers(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
     let submitter = ring.submitter();
     let failed = |what: &'static str| move |error: std::io::Error| Error::os(error, what);
-    submitter.register_files_sparse(sizes.files).map_err(|error| {
-        failed("cannot register a file table")(error).hint("raise the limit on open files (LimitNOFILE=)")
-    })?;
     submitter
         .register_buffers_sparse(u32::from(sizes.buffers))
         .map_err(failed("cannot register a buffer table"))?;
@@ -127,7 +126,7 @@ const OPERATIONS: [u8; 8] = [
 const REGISTRATIONS: [u8; 3] =
     [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
 
-fn restrict(ring: &IoUring) -> Result<()> {
+fn restrict(ring: &IoUring, files: &FileTable) -> Result<()> {
     let allowed = squeue::Flags::FIXED_FILE
         | squeue::Flags::IO_LINK
         | squeue::Flags::SKIP_SUCCESS
@@ -138,7 +137,9 @@ fn restrict(ring: &IoUring) -> Result<()> {
         .chain(REGISTRATIONS.into_iter().map(Restriction::register_op))
         .collect();
     rules.push(Restriction::sqe_flags_allowed(allowed.bits()));
-    rules.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
+    if !files.is_own() {
+        rules.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
+    }
     ring.submitter()
         .register_restrictions(&mut rules)
         .map_err(|error| Error::os(error, "cannot restrict the io_uring"))

@@ -56,7 +56,7 @@ struct Worker<T> {
 
 impl<T: Transport> Worker<T> {
     fn new(sizes: &Sizes, switches: Switches, messages: Receiver<Message<T>>, wake: OwnedFd) -> Result<Self> {
-        let ring = Ring::new(sizes)?;
+        let mut ring = Ring::new(sizes)?;
         ring.set_file(WAKE.0, wake.as_raw_fd())?;
         let mut worker = Self {
             ring,
