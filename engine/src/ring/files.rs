@@ -1,15 +1,16 @@
-//! The files of a ring, by place: in the kernel's table, or in one of our own.
+//! The files of a ring, by place in the kernel's table for it.
 //!
-//! Kernels before 6.13 close what leaves their table only when every request that was in flight at
-//! that time has ended, whichever file it was about. The commands that wait for requests of idle
-//! devices never end: a detached image would stay open, and its file system could not be unmounted.
-//! There, submissions go by descriptor; for all others nothing changes.
+//! The table keeps a device's files open until the last request of the ring has ended, also after
+//! the daemon's death: recovery relies on that. Kernels before 6.13, however, close what leaves it
+//! only when every request that then used the table has ended, whichever file it was about. The
+//! commands that wait for requests of idle devices never end: a detached image would stay open, and
+//! its file system could not be unmounted. There, submissions name descriptors, and use no table.
 
 use std::os::fd::RawFd;
 
 use io_uring::{IoUring, squeue};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 
 /// "No file", to the kernel and here.
 const NONE: RawFd = -1;
@@ -17,8 +18,8 @@ const NONE: RawFd = -1;
 /// Which file is at which place.
 #[derive(Debug)]
 pub struct FileTable {
-    /// Descriptors by place; none where the kernel's own table serves.
-    own: Option<Box<[RawFd]>>,
+    /// Descriptors by place, where submissions are to name these.
+    named: Option<Box<[RawFd]>>,
 }
 
 /// Whether the kernel closes a file as soon as the last request about it has ended.
@@ -31,25 +32,23 @@ pub fn kernel_counts_users(ring: &IoUring) -> bool {
 impl FileTable {
     /// An empty table of `places`.
     pub fn new(ring: &IoUring, places: u32) -> Result<Self> {
-        if !kernel_counts_users(ring) {
-            return Ok(Self { own: Some(vec![NONE; places as usize].into()) });
-        }
+        Self::with(ring, places, !kernel_counts_users(ring))
+    }
+
+    fn with(ring: &IoUring, places: u32, by_descriptor: bool) -> Result<Self> {
         ring.submitter().register_files_sparse(places).map_err(|error| {
             Error::os(error, "cannot register a file table")
                 .hint("raise the limit on open files (LimitNOFILE=)")
         })?;
-        Ok(Self { own: None })
+        Ok(Self { named: by_descriptor.then(|| vec![NONE; places as usize].into()) })
     }
 
     /// Puts `file` at `place`.
     pub fn set(&mut self, ring: &IoUring, place: u32, file: RawFd) -> Result<()> {
-        let Some(own) = &mut self.own else {
-            let updated = ring.submitter().register_files_update(place, &[file]);
-            return updated.map(drop).map_err(|error| Error::os(error, "cannot register a file"));
-        };
-        match own.get_mut(place as usize) {
-            Some(entry) => *entry = file,
-            None => return Err(Error::new(Kind::Internal, "no such place in the file table")),
+        let updated = ring.submitter().register_files_update(place, &[file]);
+        updated.map_err(|error| Error::os(error, "cannot register a file"))?;
+        if let Some(named) = self.named.as_mut().and_then(|named| named.get_mut(place as usize)) {
+            *named = file;
         }
         Ok(())
     }
@@ -59,9 +58,9 @@ impl FileTable {
         self.set(ring, place, NONE)
     }
 
-    /// Whether submissions name places of this table, not of the kernel's.
-    pub fn is_own(&self) -> bool {
-        self.own.is_some()
+    /// Whether submissions name descriptors: whether they must be resolved.
+    pub fn by_descriptor(&self) -> bool {
+        self.named.is_some()
     }
 
     /// A submission with the place in it replaced by the descriptor there.
@@ -71,14 +70,14 @@ impl FileTable {
         const FD: usize = 4;
         const { assert!(size_of::<squeue::Entry>() == 64) };
         let mut entry = entry.clone();
-        let Some(own) = &self.own else { return entry };
+        let Some(named) = &self.named else { return entry };
         // SAFETY: an entry is the kernel's 64-byte structure (asserted above), owned by us; both
         // fields are plain integers inside it, accessed unaligned to ask nothing of its alignment.
         unsafe {
             let bytes = (&raw mut entry).cast::<u8>();
             let (flags, fd) = (bytes.add(FLAGS), bytes.add(FD).cast::<i32>());
             let place = usize::try_from(fd.read_unaligned()).unwrap_or(usize::MAX);
-            fd.write_unaligned(own.get(place).copied().unwrap_or(NONE));
+            fd.write_unaligned(named.get(place).copied().unwrap_or(NONE));
             flags.write(flags.read() & !squeue::Flags::FIXED_FILE.bits());
         }
         entry
@@ -94,7 +93,7 @@ mod tests {
     #[test]
     fn submissions_go_to_the_file_at_their_place() {
         let ring = IoUring::new(8).unwrap();
-        let mut files = FileTable { own: Some(vec![NONE; 3].into()) };
+        let mut files = FileTable::with(&ring, 3, true).unwrap();
         let open = std::fs::File::open("/dev/zero").unwrap();
         let mut bytes = [1u8; 8];
         let mut read = |files: &FileTable| {

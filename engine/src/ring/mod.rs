@@ -72,7 +72,7 @@ impl Ring {
     /// Queues submissions that belong together (a chain of links) and must not be torn apart.
     pub fn push_chain(&mut self, entries: &[squeue::Entry]) -> Result<()> {
         match entries {
-            _ if !self.files.is_own() => self.queue(entries),
+            _ if !self.files.by_descriptor() => self.queue(entries),
             [one] => self.queue(&[self.files.resolve(one)]),
             [one, two] => self.queue(&[self.files.resolve(one), self.files.resolve(two)]),
             _ => Err(Error::new(Kind::Internal, "chains are of two")),

@@ -137,7 +137,7 @@ fn restrict(ring: &IoUring, files: &FileTable) -> Result<()> {
         .chain(REGISTRATIONS.into_iter().map(Restriction::register_op))
         .collect();
     rules.push(Restriction::sqe_flags_allowed(allowed.bits()));
-    if !files.is_own() {
+    if !files.by_descriptor() {
         rules.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
     }
     ring.submitter()
