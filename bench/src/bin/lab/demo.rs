@@ -49,7 +49,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     }
     if !options.vm && engine::can_run_here() {
         println!("This machine has ublk: the demo runs on it.\n");
-        let mut again = programs::again(&["demo", "--inside"])?;
+        let mut again = programs::again(&programs::build()?, &["demo", "--inside"])?;
         let (status, _) = sh::tee(&mut again, vm::LIMIT)?;
         return Ok(if status.success() { 0 } else { 1 });
     }

@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::sh;
 
-/// Profile of everything that the lab builds, so that no step compiles anew what another has.
+/// Profile of all that the lab builds but for figures, so that no step compiles anew what another has.
 pub(crate) const PROFILE: [&str; 2] = ["--profile", "lab"];
 const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -52,12 +52,18 @@ fn said_by_cargo_run(variable: &str) -> bool {
 
 /// Builds `loopengine` and `lab`.
 pub(crate) fn build() -> Result<Vec<Program>> {
-    build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"])
+    build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"], &PROFILE)
 }
 
-/// This program once more, on this machine, with the freshly built programs on its PATH.
-pub(crate) fn again<S: AsRef<OsStr>>(words: &[S]) -> Result<Command> {
-    let programs = build()?;
+/// Builds `loopengine` as users do, which takes longer, and `lab`: for figures.
+pub(crate) fn build_release() -> Result<Vec<Program>> {
+    let mut programs = build_with(&["build", "--package", "loopengine", "--bins"], &["--release"])?;
+    programs.extend(build_with(&["build", "--package", "loopbench", "--bins"], &PROFILE)?);
+    Ok(programs)
+}
+
+/// This program once more, on this machine, with the engine among `programs` on its PATH.
+pub(crate) fn again<S: AsRef<OsStr>>(programs: &[Program], words: &[S]) -> Result<Command> {
     let engine = programs.iter().find(|program| program.name == "loopengine");
     let directory = engine.and_then(|program| program.path.parent()).context("cargo built no loopengine")?;
     let path = std::env::var("PATH").unwrap_or_default();
@@ -69,7 +75,7 @@ pub(crate) fn again<S: AsRef<OsStr>>(words: &[S]) -> Result<Command> {
 /// Builds the kernel cases: one program, named `vm`.
 pub(crate) fn build_cases() -> Result<Program> {
     let words = ["test", "--package", "loopengine", "--test", "vm", "--no-run"];
-    let mut built = build_with(&words)?;
+    let mut built = build_with(&words, &PROFILE)?;
     built.retain(|program| program.name == "vm");
     built.pop().context("cargo built no test program named vm")
 }
@@ -99,9 +105,9 @@ pub(crate) fn test_targets() -> Result<Vec<String>> {
         .collect())
 }
 
-fn build_with(words: &[&str]) -> Result<Vec<Program>> {
+fn build_with(words: &[&str], profile: &[&str]) -> Result<Vec<Program>> {
     let mut command = cargo(words);
-    command.args(PROFILE).args(["--quiet", "--message-format=json-render-diagnostics"]);
+    command.args(profile).args(["--quiet", "--message-format=json-render-diagnostics"]);
     let name = sh::describe(&command);
     // Compiler messages go straight to the user.
     let child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {name}"))?;

@@ -136,7 +136,7 @@ fn measure(options: &Options, raw: &Path) -> Result<()> {
             bail!("this machine has no ublk, or you are not root: leave --host out to use a VM");
         }
         let words = words("lab");
-        let mut again = programs::again(&words[1..])?;
+        let mut again = programs::again(&programs::build_release()?, &words[1..])?;
         let (status, _) = sh::tee(&mut again, Duration::from_secs(options.timeout))?;
         if !status.success() {
             bail!("measuring failed: {status}");
@@ -151,7 +151,7 @@ fn measure(options: &Options, raw: &Path) -> Result<()> {
         ..Vm::new(lab.kernel(options.kernel)?, options.mode)
     };
     let line = sh::quote(&words("lab"));
-    let status = machine.run(&lab, &programs::build()?, &line, &mut vm::to_stdout)?;
+    let status = machine.run(&lab, &programs::build_release()?, &line, &mut vm::to_stdout)?;
     if status != 0 {
         bail!("measuring failed in the VM with status {status}");
     }
@@ -206,7 +206,7 @@ fn text(manifest: &Manifest, jobs: &[Job], raw: &Path) -> Result<String> {
         "host" => "On hardware.\n",
         _ => "Emulated CPUs on a shared machine: only ratios within a round mean something.\n",
     });
-    text.push_str("XFS on a memory-backed null_blk, image preallocated and written, direct I/O, scheduler `none` everywhere.\n");
+    text.push_str("XFS on a memory-backed null_blk, image preallocated and written, direct I/O, scheduler `none` everywhere; loopengine built with `cargo build --release`.\n");
     text.push_str("Medians over interleaved rounds; ratios are taken within a round.\n\n");
     let rounds = rounds(raw)?;
     for job in jobs {
