@@ -41,7 +41,7 @@ complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "generate" -d 
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l config -d 'Configuration file [default: /etc/loopengine.toml, if it exists]' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l linked-commit -d 'Commit a request in one chain with its read or write, where that is possible' -r
-complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l poll-us -d 'Microseconds for which a worker that had work looks for more before it sleeps' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l poll-us -d 'Microseconds for which a worker looks for more after a lone request before it sleeps; less often where that is in vain. 0: never' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -s V -l version -d 'Print version'

@@ -43,7 +43,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     linked_commit: Option<bool>,
 
-    /// Microseconds for which a worker that had work looks for more before it sleeps.
+    /// Microseconds for which a worker looks for more after a lone request before it sleeps; less often
+    /// where that is in vain. 0: never.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: Option<u32>,
 }

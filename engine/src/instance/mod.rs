@@ -49,7 +49,7 @@ pub struct EngineConfig {
 pub struct Tuning {
     /// Read or write and its commit go to the kernel as one chain where that is possible.
     pub linked_commit: bool,
-    /// Microseconds for which a worker that had work looks for more before it sleeps; 0: never.
+    /// Microseconds for which a worker looks for more after a lone request; 0: never.
     pub poll_us: u32,
 }
 

@@ -5,6 +5,7 @@
 //! Nothing in the loop allocates, logs or waits, but for the one enter that ends each round.
 
 mod handle;
+mod poll;
 pub mod queue;
 pub mod stats;
 pub mod translate;
@@ -24,6 +25,7 @@ pub use transport::{Data, Place, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::ring::{Ring, Sizes, SlotId, Step, Token};
 use handle::Message;
+use poll::Poll;
 
 /// File table place of the eventfd that wakes the worker.
 const WAKE: types::Fixed = types::Fixed(0);
@@ -33,7 +35,7 @@ const WAKE: types::Fixed = types::Fixed(0);
 pub struct Switches {
     /// Transfer and commit go as one chain where possible.
     pub linked_commit: bool,
-    /// For how long a worker that had work looks for more before it sleeps.
+    /// For how long a worker that had lone requests looks for more before it sleeps, at the most.
     pub poll: Duration,
 }
 
@@ -77,14 +79,13 @@ impl<T: Transport> Worker<T> {
     /// Serves until it is told to stop.
     fn run(&mut self) -> Result<()> {
         let mut want = 1;
-        let mut last_work = Instant::now();
+        let mut poll = Poll::new(self.switches.poll);
+        let mut completions = 0;
         loop {
-            self.rest(want, last_work)?;
+            self.rest(want, &mut poll, completions)?;
             let now_ns = self.started.elapsed().as_nanos() as u64;
             let drained = self.ring.drain();
-            if !self.switches.poll.is_zero() && !drained.is_empty() {
-                last_work = Instant::now();
-            }
+            completions = drained.len();
             let mut told = false;
             for entry in &drained {
                 let Some(token) = Token::unpack(entry.user_data()) else { continue };
@@ -108,25 +109,23 @@ impl<T: Transport> Worker<T> {
         }
     }
 
-    /// Submits and sleeps, or looks for work for a while before it does.
-    fn rest(&mut self, want: usize, last_work: Instant) -> Result<()> {
-        if !self.switches.poll.is_zero() && last_work.elapsed() < self.switches.poll {
-            if self.ring.has_unsubmitted() {
-                self.ring.enter(0)?;
-            }
-            let mut looks = 0u32;
-            loop {
-                if self.ring.ready() {
-                    return self.ring.enter(0);
-                }
-                std::hint::spin_loop();
-                looks = looks.wrapping_add(1);
-                if looks.is_multiple_of(64) && last_work.elapsed() >= self.switches.poll {
-                    break;
-                }
+    /// Submits and sleeps, or looks for work for a moment before it does.
+    fn rest(&mut self, want: usize, poll: &mut Poll, completions: usize) -> Result<()> {
+        let Some(window) = poll.after(completions) else { return self.ring.enter(want) };
+        if self.ring.has_unsubmitted() {
+            self.ring.enter(0)?;
+        }
+        let until = Instant::now() + window;
+        while !self.ring.ready() {
+            // Looking at the clock takes longer than looking at the ring.
+            (0..16).for_each(|_| std::hint::spin_loop());
+            if Instant::now() >= until {
+                poll.learn(false);
+                return self.ring.enter(want);
             }
         }
-        self.ring.enter(want)
+        poll.learn(true);
+        self.ring.enter(0)
     }
 
     fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry, now_ns: u64) -> Result<()> {
