@@ -41,6 +41,9 @@ pub(crate) const QD32X2: Job = job!("randread-4k-qd32x2", "4K random read, depth
 /// 128K sequential read.
 pub(crate) const SEQ: Job = job!("read-128k-qd8", "128K sequential read, depth 8");
 
+/// All of them, in the order of a report.
+pub(crate) const JOBS: [Job; 4] = [QD32, QD1, SEQ, QD32X2];
+
 /// Something to be measured.
 #[derive(Clone, Debug)]
 pub(crate) struct Target {

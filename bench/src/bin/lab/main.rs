@@ -22,6 +22,7 @@ mod report;
 mod rig;
 mod setup;
 mod sh;
+mod stats;
 mod store;
 mod suite;
 mod tally;
@@ -61,6 +62,11 @@ enum Command {
     Demo(demo::Options),
     /// Take the figures of the README, with the manifest that makes them anew
     Figures(figures::Options),
+    /// Write the report of figures anew, from their raw files
+    Report {
+        /// Directory below results/
+        dir: PathBuf,
+    },
     /// Run every test: on this machine, and in a VM of each kernel
     Test(suite::Options),
     /// Make a file system in memory, for tests and figures: inside a VM, or anywhere as root
@@ -128,6 +134,7 @@ fn run(command: Command) -> Result<u8> {
         Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
         Command::Demo(options) => demo::run(&options),
         Command::Figures(options) => figures::run(&options),
+        Command::Report { dir } => figures::report(&dir),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::fio::{Job, Sample};
 use crate::rig::REFERENCE;
+use crate::stats::{interval, median};
 
 /// A line of a table: one target at one job.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +18,8 @@ pub(crate) struct Row {
     pub(crate) range: (f64, f64),
     /// Median over the rounds of IOPS divided by the kernel loop's in the same round.
     pub(crate) ratio: Option<f64>,
+    /// Where that median lies with 95 % confidence; none with too few rounds.
+    pub(crate) interval: Option<(f64, f64)>,
     /// Median of the rounds' median latencies.
     pub(crate) p50_ns: f64,
     /// Median of the rounds' 99th percentiles.
@@ -51,20 +54,9 @@ fn row(job: &Job, target: &str, rounds: &[Vec<Sample>]) -> Row {
         bandwidth: median(&all(|sample| sample.bandwidth)).unwrap_or(0.0),
         range: (iops.iter().copied().fold(f64::INFINITY, f64::min), iops.iter().copied().fold(0.0, f64::max)),
         ratio: median(&ratios),
+        interval: interval(&ratios).filter(|_| target != REFERENCE),
         p50_ns: median(&all(|sample| sample.p50_ns as f64)).unwrap_or(0.0),
         p99_ns: median(&all(|sample| sample.p99_ns as f64)).unwrap_or(0.0),
-    }
-}
-
-/// The middle one, or the mean of the two in the middle.
-pub(crate) fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => None,
-        length if length % 2 == 1 => Some(sorted[middle]),
-        _ => Some(f64::midpoint(sorted[middle - 1], sorted[middle])),
     }
 }
 
@@ -90,16 +82,28 @@ pub(crate) fn micros(ns: f64) -> String {
     format!("{:.1} µs", ns / 1000.0)
 }
 
+/// The ratio, its interval, and a mark where the interval has both sides of 1.
+fn ratio(row: &Row) -> String {
+    match (row.ratio, row.interval) {
+        (None, _) => "–".into(),
+        (Some(ratio), None) => format!("{ratio:.2}"),
+        (Some(ratio), Some((low, high))) => {
+            let mark = if low <= 1.0 && 1.0 <= high { " ≈" } else { "" };
+            format!("{ratio:.2} ({low:.2} … {high:.2}){mark}")
+        }
+    }
+}
+
 /// A table in Markdown of one job.
 pub(crate) fn markdown(job: &Job, rows: &[Row]) -> String {
     let mut text = format!("## {}\n\n", job.title);
-    text.push_str("| target | IOPS | × kernel loop | min … max | MB/s | p50 | p99 |\n|---|---:|---:|---:|---:|---:|---:|\n");
+    text.push_str("| target | IOPS | × kernel loop (95 %) | min … max | MB/s | p50 | p99 |\n|---|---:|---:|---:|---:|---:|---:|\n");
     for row in rows {
         text.push_str(&format!(
             "| {} | {} | {} | {} … {} | {} | {} | {} |\n",
             row.target,
             human(row.iops),
-            row.ratio.map_or("–".into(), |ratio| format!("{ratio:.2}")),
+            ratio(row),
             human(row.range.0),
             human(row.range.1),
             human(row.bandwidth / 1e6),
@@ -160,13 +164,22 @@ mod tests {
     }
 
     #[test]
-    fn medians_and_numbers_for_people() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0, 1.0]), Some(2.0));
+    fn numbers_for_people() {
         assert_eq!(human(76_812.0), "76.8K");
         assert_eq!(human(7_420.0), "7.42K");
         assert_eq!(human(1_250_000.0), "1.25M");
         assert_eq!(human(312.4), "312");
+    }
+
+    #[test]
+    fn a_ratio_is_marked_where_no_difference_is_shown() {
+        let rounds = |values: [f64; 5]| -> Vec<Vec<Sample>> {
+            values.iter().map(|value| vec![sample(REFERENCE, 10.0), sample("x", *value)]).collect()
+        };
+        let shown = |values| ratio(&rows(&QD1, &rounds(values))[1]);
+        assert_eq!(shown([15.0; 5]), "1.50 (1.50 … 1.50)");
+        assert!(shown([8.0, 9.0, 10.0, 11.0, 12.0]).ends_with(" ≈"));
+        assert_eq!(ratio(&rows(&QD1, &rounds([9.0; 5]))[0]), "1.00");
     }
 
     #[test]

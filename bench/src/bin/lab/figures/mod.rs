@@ -12,12 +12,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::fio::{self, Job, Sample};
 use crate::kernel::Line;
 use crate::vm::{self, Mode, Vm};
-use crate::{engine, programs, report, setup, sh};
+use crate::{engine, programs, report, setup, sh, stats};
 
 /// What to measure, and where.
 #[derive(clap::Args)]
@@ -48,7 +48,7 @@ pub(crate) struct Options {
 }
 
 /// Everything needed to take the same figures again.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Manifest {
     kernel: String,
     mode: String,
@@ -93,7 +93,15 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     measure(options, &raw)?;
     let manifest = manifest(options, &raw, date)?;
     fs::write(out.join("manifest.json"), serde_json::to_vec_pretty(&manifest)?)?;
-    let text = text(&manifest, &jobs(options), &raw)?;
+    report(&out)
+}
+
+/// Writes the report of `out` from its manifest and raw files; its exit code.
+pub(crate) fn report(out: &Path) -> Result<u8> {
+    let manifest: Manifest = read(out, "manifest.json")?.with_context(|| {
+        format!("{} has no manifest.json: it is not a directory of figures", out.display())
+    })?;
+    let text = text(&manifest, &out.join("raw"))?;
     fs::write(out.join("report.md"), &text)?;
     println!("\n{text}written to {}", out.display());
     Ok(0)
@@ -106,11 +114,8 @@ fn mode(options: &Options) -> String {
 
 /// Two jobs at a time say nothing on one CPU.
 fn jobs(options: &Options) -> Vec<Job> {
-    let mut jobs = vec![fio::QD32, fio::QD1, fio::SEQ];
-    if options.host || options.mode == Mode::Smp {
-        jobs.push(fio::QD32X2);
-    }
-    jobs
+    let two = options.host || options.mode == Mode::Smp;
+    fio::JOBS.into_iter().filter(|job| two || job.name != fio::QD32X2.name).collect()
 }
 
 fn measure(options: &Options, raw: &Path) -> Result<()> {
@@ -188,7 +193,7 @@ fn cpu_model(cpuinfo: &str) -> Option<&str> {
     cpuinfo.lines().find_map(|line| Some(line.strip_prefix("model name")?.split_once(':')?.1.trim()))
 }
 
-fn text(manifest: &Manifest, jobs: &[Job], raw: &Path) -> Result<String> {
+fn text(manifest: &Manifest, raw: &Path) -> Result<String> {
     let mut text = format!(
         "# Figures of {}: Linux {}, {}\n\nRevision {}{}, {} rounds of {} ms, {}. `{}`\n\n",
         manifest.date,
@@ -207,15 +212,19 @@ fn text(manifest: &Manifest, jobs: &[Job], raw: &Path) -> Result<String> {
         _ => "Emulated CPUs on a shared machine: only ratios within a round mean something.\n",
     });
     text.push_str("XFS on a memory-backed null_blk, image preallocated and written, direct I/O, scheduler `none` everywhere; loopengine built with `cargo build --release`.\n");
-    text.push_str("Medians over interleaved rounds; ratios are taken within a round.\n\n");
+    text.push_str("Medians over interleaved rounds; ratios are taken within a round, with the interval in which their median \
+         lies with 95 % confidence (bootstrap). ≈: no difference shown.\n\n");
     let rounds = rounds(raw)?;
-    for job in jobs {
-        text.push_str(&report::markdown(job, &report::rows(job, &rounds)));
+    for job in fio::JOBS {
+        let rows = report::rows(&job, &rounds);
+        if !rows.is_empty() {
+            text.push_str(&report::markdown(&job, &rows));
+        }
     }
     if let Some(attach) = read::<guest::Attach>(raw, "attach.json")? {
         let median = |values: &[u64]| {
             let values: Vec<f64> = values.iter().map(|value| *value as f64).collect();
-            report::median(&values).map_or("–".into(), |ns| format!("{:.1} ms", ns / 1e6))
+            stats::median(&values).map_or("–".into(), |ns| format!("{:.1} ms", ns / 1e6))
         };
         text.push_str(&format!(
             "## Attach to usable\n\nFrom the call to the first block read, median of {}: {}. \
