@@ -5,7 +5,7 @@
 //!  programs ─────────┴─ vm ──┬─ lab vm CMD
 //!                            ├─ lab demo
 //!                            ├─ lab test
-//!                            └─ lab figures
+//!                            └─ lab figures, lab gate
 //! ```
 //! This file knows the command line only. The lab uses the public program, its socket and fio, never
 //! the engine's insides.
@@ -62,6 +62,8 @@ enum Command {
     Demo(demo::Options),
     /// Take the figures of the README, with the manifest that makes them anew
     Figures(figures::Options),
+    /// Fail if an I/O costs more instructions than the committed baseline says
+    Gate(figures::gate::Arguments),
     /// Write the report of figures anew, from their raw files
     Report {
         /// Directory below results/
@@ -134,6 +136,7 @@ fn run(command: Command) -> Result<u8> {
         Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
         Command::Demo(options) => demo::run(&options),
         Command::Figures(options) => figures::run(&options),
+        Command::Gate(arguments) => figures::gate::run(&arguments),
         Command::Report { dir } => figures::report(&dir),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }

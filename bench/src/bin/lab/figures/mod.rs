@@ -3,6 +3,7 @@
 //! `guest` measures where ublk is, `varlink` speaks to the daemon for it; this file boots the VM,
 //! says what was measured with what, and turns raw files into a report.
 
+pub(crate) mod gate;
 mod guest;
 mod varlink;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fio::{self, Job, Sample};
 use crate::kernel::Line;
+use crate::programs::Program;
 use crate::vm::{self, Mode, Vm};
 use crate::{engine, programs, report, setup, sh, stats};
 
@@ -90,7 +92,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     fs::create_dir_all(&raw).with_context(|| format!("cannot make {}", raw.display()))?;
     let (out, raw) = (out.canonicalize()?, raw.canonicalize()?);
 
-    measure(options, &raw)?;
+    measure(options, &programs::build_release()?, &raw)?;
     let manifest = manifest(options, &raw, date)?;
     fs::write(out.join("manifest.json"), serde_json::to_vec_pretty(&manifest)?)?;
     report(&out)
@@ -118,7 +120,7 @@ fn jobs(options: &Options) -> Vec<Job> {
     fio::JOBS.into_iter().filter(|job| two || job.name != fio::QD32X2.name).collect()
 }
 
-fn measure(options: &Options, raw: &Path) -> Result<()> {
+fn measure(options: &Options, programs: &[Program], raw: &Path) -> Result<()> {
     let plan = &options.plan;
     let words = |program: &str| {
         let numbers = [
@@ -141,7 +143,7 @@ fn measure(options: &Options, raw: &Path) -> Result<()> {
             bail!("this machine has no ublk, or you are not root: leave --host out to use a VM");
         }
         let words = words("lab");
-        let mut again = programs::again(&programs::build_release()?, &words[1..])?;
+        let mut again = programs::again(programs, &words[1..])?;
         let (status, _) = sh::tee(&mut again, Duration::from_secs(options.timeout))?;
         if !status.success() {
             bail!("measuring failed: {status}");
@@ -156,7 +158,7 @@ fn measure(options: &Options, raw: &Path) -> Result<()> {
         ..Vm::new(lab.kernel(options.kernel)?, options.mode)
     };
     let line = sh::quote(&words("lab"));
-    let status = machine.run(&lab, &programs::build_release()?, &line, &mut vm::to_stdout)?;
+    let status = machine.run(&lab, programs, &line, &mut vm::to_stdout)?;
     if status != 0 {
         bail!("measuring failed in the VM with status {status}");
     }

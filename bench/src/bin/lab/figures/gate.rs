@@ -1,0 +1,225 @@
+//! `lab gate`: whether an I/O costs more instructions than the committed baseline says.
+//!
+//! One round in `icount`, where an instruction takes 1 ns: instructions = 10⁹ / IOPS. What is not
+//! ours (raw file, kernel loop) tells whether the two can be compared at all.
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{Options, guest, read};
+use crate::fio::Sample;
+use crate::rig::{RAW, REFERENCE};
+use crate::{kernel::Line, programs, vm::Mode};
+
+/// What to do with what is measured.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Make what is measured the new baseline
+    #[arg(long)]
+    accept: bool,
+}
+
+/// More than this share above the baseline is too much.
+const LIMIT: f64 = 0.02;
+/// If what is not ours differs by more than this share, the machine does.
+const DRIFT: f64 = 0.01;
+const BASELINE: &str = "bench/baseline.json";
+
+/// Instructions an I/O, and of what.
+#[derive(Debug, Serialize, Deserialize)]
+struct Baseline {
+    kernel: String,
+    fio: String,
+    rows: Vec<Cost>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Cost {
+    job: String,
+    target: String,
+    instructions: u64,
+}
+
+impl Cost {
+    fn of(sample: &Sample) -> Cost {
+        let instructions = (1e9 / sample.iops).round() as u64;
+        Cost { job: sample.job.clone(), target: sample.target.clone(), instructions }
+    }
+
+    fn is_ours(&self) -> bool {
+        ![RAW, REFERENCE].contains(&self.target.as_str())
+    }
+}
+
+/// One row beside its baseline.
+#[derive(Debug, PartialEq)]
+struct Compared {
+    now: Cost,
+    before: Option<u64>,
+}
+
+impl Compared {
+    /// Share by which it costs more than before.
+    fn excess(&self) -> Option<f64> {
+        self.before.map(|before| self.now.instructions as f64 / before as f64 - 1.0)
+    }
+
+    fn is_too_much(&self) -> bool {
+        self.now.is_ours() && self.excess().is_some_and(|excess| excess > LIMIT)
+    }
+
+    fn is_drift(&self) -> bool {
+        !self.now.is_ours() && self.excess().is_none_or(|excess| excess.abs() > DRIFT)
+    }
+}
+
+impl fmt::Display for Compared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Cost { job, target, instructions } = &self.now;
+        write!(f, "  {job:<20} {target:<18} {instructions:>8}")?;
+        match (self.before, self.excess()) {
+            (Some(before), Some(excess)) => write!(f, " {before:>8} {:>+7.1} %", 100.0 * excess)?,
+            _ => write!(f, " {:>8} {:>9}", "–", "new")?,
+        }
+        f.write_str(if self.is_too_much() { "  too much" } else { "" })
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Verdict {
+    Passed,
+    Failed,
+    /// What is not ours costs something else than before, or a row of the baseline is missing.
+    Incomparable,
+}
+
+fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
+    let before = |cost: &Cost| {
+        let same = |row: &&Cost| row.job == cost.job && row.target == cost.target;
+        baseline.rows.iter().find(same).map(|row| row.instructions)
+    };
+    let compared: Vec<Compared> =
+        now.iter().map(|cost| Compared { now: cost.clone(), before: before(cost) }).collect();
+    let missing = baseline
+        .rows
+        .iter()
+        .any(|row| !now.iter().any(|cost| cost.job == row.job && cost.target == row.target));
+    let verdict = if missing || compared.iter().any(Compared::is_drift) {
+        Verdict::Incomparable
+    } else if compared.iter().any(Compared::is_too_much) {
+        Verdict::Failed
+    } else {
+        Verdict::Passed
+    };
+    (compared, verdict)
+}
+
+/// Measures and compares; its exit code.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let raw = tempfile::tempdir()?;
+    let plan = guest::Plan { rounds: 1, run_ms: 1000, attaches: 0, idle: 0 };
+    let options = Options {
+        mode: Mode::Icount,
+        kernel: Line::Seven,
+        idle_poll: false,
+        host: false,
+        plan,
+        timeout: 900,
+        out: None,
+        inside: false,
+    };
+    // Of the lab's own build: everything else in CI has made it already.
+    super::measure(&options, &programs::build()?, raw.path())?;
+    let facts: guest::Facts = read(raw.path(), "facts.json")?.context("the guest left no facts")?;
+    let now: Vec<Cost> = super::rounds(raw.path())?.iter().flatten().map(Cost::of).collect();
+    let path = programs::workspace().join(BASELINE);
+    if arguments.accept {
+        return accept(path, Baseline { kernel: facts.kernel, fio: facts.fio, rows: now });
+    }
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {BASELINE}; 'cargo lab gate --accept' makes one"))?;
+    let baseline: Baseline = serde_json::from_str(&text).with_context(|| format!("{BASELINE} is damaged"))?;
+    let (compared, verdict) = compare(&baseline, &now);
+    println!("\ninstructions an I/O: now, in the baseline, and the difference");
+    compared.iter().for_each(|row| println!("{row}"));
+    Ok(match verdict {
+        Verdict::Passed => {
+            println!("gate: passed: nothing costs more than {:.0} % above the baseline", 100.0 * LIMIT);
+            0
+        }
+        Verdict::Failed => {
+            println!(
+                "gate: failed: see \"too much\" above; if it is worth it, 'cargo lab gate --accept' and commit"
+            );
+            1
+        }
+        Verdict::Incomparable => {
+            println!(
+                "gate: skipped: raw file or kernel loop cost something else than in the baseline (of {}, {}; now {}, {}): \
+                 'cargo lab gate --accept' makes a new one",
+                baseline.kernel, baseline.fio, facts.kernel, facts.fio
+            );
+            0
+        }
+    })
+}
+
+fn accept(path: PathBuf, baseline: Baseline) -> Result<u8> {
+    let mut text = serde_json::to_string_pretty(&baseline)?;
+    text.push('\n');
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("gate: {} rows written to {BASELINE}", baseline.rows.len());
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fio;
+
+    fn cost(target: &str, instructions: u64) -> Cost {
+        Cost { job: fio::QD1.name.into(), target: target.into(), instructions }
+    }
+
+    fn verdict(raw: u64, ours: u64) -> Verdict {
+        let rows = vec![cost(RAW, 13_000), cost("loopengine batch", 18_000)];
+        let baseline = Baseline { kernel: "k".into(), fio: "f".into(), rows };
+        compare(&baseline, &[cost(RAW, raw), cost("loopengine batch", ours)]).1
+    }
+
+    #[test]
+    fn more_than_two_percent_fails_and_less_does_not() {
+        assert_eq!(verdict(13_000, 18_350), Verdict::Passed);
+        assert_eq!(verdict(13_000, 10_000), Verdict::Passed);
+        assert_eq!(verdict(13_000, 18_400), Verdict::Failed);
+    }
+
+    #[test]
+    fn another_machine_is_no_verdict() {
+        assert_eq!(verdict(13_200, 18_400), Verdict::Incomparable);
+        assert_eq!(verdict(12_800, 18_000), Verdict::Incomparable);
+    }
+
+    #[test]
+    fn a_row_that_vanished_or_is_new_is_seen() {
+        let baseline =
+            Baseline { kernel: "k".into(), fio: "f".into(), rows: vec![cost("loopengine auto", 1)] };
+        let (rows, verdict) = compare(&baseline, &[cost("loopengine batch", 18_000)]);
+        assert_eq!(verdict, Verdict::Incomparable);
+        assert!(rows[0].to_string().ends_with("new"));
+        assert!(
+            Compared { now: cost("loopengine x", 103), before: Some(100) }.to_string().ends_with("too much")
+        );
+    }
+
+    #[test]
+    fn a_sample_is_turned_into_instructions() {
+        let text =
+            r#"{"jobs":[{"jobname":"j @ t","error":0,"read":{"iops":50000,"bw_bytes":1,"clat_ns":{}}}]}"#;
+        assert_eq!(Cost::of(&fio::parse(text).unwrap()[0]).instructions, 20_000);
+    }
+}
