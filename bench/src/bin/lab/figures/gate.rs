@@ -206,11 +206,11 @@ mod tests {
 
     #[test]
     fn a_row_that_vanished_or_is_new_is_seen() {
-        let baseline =
-            Baseline { kernel: "k".into(), fio: "f".into(), rows: vec![cost("loopengine auto", 1)] };
-        let (rows, verdict) = compare(&baseline, &[cost("loopengine batch", 18_000)]);
-        assert_eq!(verdict, Verdict::Incomparable);
-        assert!(rows[0].to_string().ends_with("new"));
+        let rows = vec![cost(RAW, 13_000), cost("loopengine auto", 18_000)];
+        let baseline = Baseline { kernel: "k".into(), fio: "f".into(), rows };
+        let (rows, verdict) = compare(&baseline, &[cost(RAW, 13_000), cost("loopengine batch", 18_000)]);
+        assert_eq!(verdict, Verdict::Failed);
+        assert!(rows[1].to_string().ends_with("new"));
         assert!(
             Compared { now: cost("loopengine x", 103), before: Some(100) }.to_string().ends_with("too much")
         );
