@@ -14,16 +14,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 /// How often a wait looks again.
-pub(crate) const TICK: Duration = Duration::from_millis(50);
+pub const TICK: Duration = Duration::from_millis(50);
 
 /// What `interrupted` says; `main` turns it into exit code 130.
-pub(crate) const INTERRUPTED: &str = "interrupted";
+pub const INTERRUPTED: &str = "interrupted";
 
 static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
 /// From here on SIGINT, SIGTERM and SIGHUP are noted instead of ending the program at once, so that
 /// a VM or a mounted file system is never left behind.
-pub(crate) fn watch_signals() -> Result<()> {
+pub fn watch_signals() -> Result<()> {
     let flag = Arc::clone(STOP.get_or_init(Arc::default));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&flag)).context("cannot watch signals")?;
@@ -32,7 +32,7 @@ pub(crate) fn watch_signals() -> Result<()> {
 }
 
 /// Fails once the user asked to stop.
-pub(crate) fn interrupted() -> Result<()> {
+pub fn interrupted() -> Result<()> {
     if STOP.get().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
         bail!(INTERRUPTED);
     }
@@ -40,7 +40,7 @@ pub(crate) fn interrupted() -> Result<()> {
 }
 
 /// Waits in small steps until `done` gives a value; an error after `limit`, naming `what`.
-pub(crate) fn wait_for<T>(
+pub fn wait_for<T>(
     what: &str,
     limit: Duration,
     mut done: impl FnMut() -> Result<Option<T>>,
@@ -59,7 +59,7 @@ pub(crate) fn wait_for<T>(
 }
 
 /// Runs `command` and returns what it printed on standard output; a status other than 0 is an error.
-pub(crate) fn capture(command: &mut Command, limit: Duration) -> Result<String> {
+pub fn capture(command: &mut Command, limit: Duration) -> Result<String> {
     let name = describe(command);
     let output = output(command, limit)?;
     if !output.status.success() {
@@ -69,7 +69,7 @@ pub(crate) fn capture(command: &mut Command, limit: Duration) -> Result<String> 
 }
 
 /// Runs `command` to its end, whatever its status.
-pub(crate) fn output(command: &mut Command, limit: Duration) -> Result<Output> {
+pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     let name = describe(command);
     let mut child = command
         .stdin(Stdio::null())
@@ -91,7 +91,7 @@ pub(crate) fn output(command: &mut Command, limit: Duration) -> Result<Output> {
 }
 
 /// Runs `command`, hands on what it says as it comes, and returns its status with all that it said.
-pub(crate) fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String)> {
+pub fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String)> {
     let name = describe(command);
     let mut child = command
         .stdin(Stdio::null())
@@ -112,7 +112,7 @@ pub(crate) fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus,
 }
 
 /// `command` for a message: the program and its first words.
-pub(crate) fn describe(command: &Command) -> String {
+pub fn describe(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
     words.extend(command.get_args().take(4).map(|word| word.to_string_lossy().into_owned()));
     if command.get_args().len() > 4 {
@@ -122,7 +122,7 @@ pub(crate) fn describe(command: &Command) -> String {
 }
 
 /// `program`'s place on PATH, or where the system's own programs lie.
-pub(crate) fn which(program: &str) -> Result<PathBuf> {
+pub fn which(program: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&path)
@@ -133,7 +133,7 @@ pub(crate) fn which(program: &str) -> Result<PathBuf> {
 }
 
 /// `words` as one line for a shell, each word as it is.
-pub(crate) fn quote<S: AsRef<str>>(words: &[S]) -> String {
+pub fn quote<S: AsRef<str>>(words: &[S]) -> String {
     let quoted: Vec<String> = words.iter().map(|word| quote_word(word.as_ref())).collect();
     quoted.join(" ")
 }

@@ -16,7 +16,7 @@ use crate::sh;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A daemon with a run directory of its own.
-pub(crate) struct Daemon {
+pub struct Daemon {
     child: Child,
     run_dir: PathBuf,
     log: PathBuf,
@@ -24,7 +24,7 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Starts one and waits until it answers.
-    pub(crate) fn start(run_dir: &Path) -> Result<Daemon> {
+    pub fn start(run_dir: &Path) -> Result<Daemon> {
         // Its image files must not lie on one of its own devices, nor must its log.
         let log = run_dir.with_extension("log");
         let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
@@ -47,29 +47,29 @@ impl Daemon {
     }
 
     /// Runs a subcommand and returns what it printed.
-    pub(crate) fn run(&self, words: &[&str]) -> Result<String> {
+    pub fn run(&self, words: &[&str]) -> Result<String> {
         sh::capture(&mut command(&self.run_dir, words), LIMIT)
     }
 
     /// Attaches `image` with the options `words` and returns the device.
-    pub(crate) fn attach(&self, image: &Path, words: &[&str]) -> Result<PathBuf> {
+    pub fn attach(&self, image: &Path, words: &[&str]) -> Result<PathBuf> {
         let mut attach = command(&self.run_dir, &["attach"]);
         let said = sh::capture(attach.args(words).arg(image), LIMIT)?;
         Ok(PathBuf::from(said.trim_end()))
     }
 
     /// Detaches `device`.
-    pub(crate) fn detach(&self, device: &Path) -> Result<()> {
+    pub fn detach(&self, device: &Path) -> Result<()> {
         sh::capture(command(&self.run_dir, &["detach"]).arg(device), LIMIT).map(drop)
     }
 
     /// Process id of the daemon.
-    pub(crate) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Ends it as a service manager would.
-    pub(crate) fn stop(mut self) -> Result<()> {
+    pub fn stop(mut self) -> Result<()> {
         let status = self.end()?;
         if !status.success() {
             bail!("loopengine serve ended with {status}: {}", self.last_words());
@@ -108,7 +108,7 @@ fn command(run_dir: &Path, words: &[&str]) -> Command {
 }
 
 /// Paths of the feature ladder that work here, best first.
-pub(crate) fn data_paths() -> Result<Vec<String>> {
+pub fn data_paths() -> Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Features {
@@ -120,7 +120,7 @@ pub(crate) fn data_paths() -> Result<Vec<String>> {
 }
 
 /// Whether this machine can serve devices itself: root, and a kernel with ublk.
-pub(crate) fn can_run_here() -> bool {
+pub fn can_run_here() -> bool {
     if !rustix::process::geteuid().is_root() {
         return false;
     }

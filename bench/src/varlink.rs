@@ -18,11 +18,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 const REPLY_BYTES_MAX: usize = 1 << 20;
 
 /// A connection to the daemon.
-pub(super) struct Client(UnixStream);
+pub struct Client(UnixStream);
 
 impl Client {
     /// Connects to `socket`.
-    pub(super) fn new(socket: &Path) -> Result<Client> {
+    pub fn new(socket: &Path) -> Result<Client> {
         let stream =
             UnixStream::connect(socket).with_context(|| format!("no daemon at {}", socket.display()))?;
         stream.set_read_timeout(Some(LIMIT))?;
@@ -31,7 +31,7 @@ impl Client {
     }
 
     /// Attaches `image` to `instance` and returns the device's path.
-    pub(super) fn attach(&mut self, instance: &str, image: &Path) -> Result<String> {
+    pub fn attach(&mut self, instance: &str, image: &Path) -> Result<String> {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(image)?;
         let spec = json!({
             "instance": instance, "path": image, "number": null, "readOnly": false, "offset": 0,
@@ -43,7 +43,7 @@ impl Client {
     }
 
     /// Detaches `device`.
-    pub(super) fn detach(&mut self, device: &str) -> Result<()> {
+    pub fn detach(&mut self, device: &str) -> Result<()> {
         self.call("io.loopengine.Detach", &json!({ "device": device }), None).map(drop)
     }
 

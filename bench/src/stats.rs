@@ -9,7 +9,7 @@ const RESAMPLES: usize = 4000;
 const TAIL: f64 = 0.025;
 
 /// The middle one, or the mean of the two in the middle.
-pub(crate) fn median(values: &[f64]) -> Option<f64> {
+pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     median_of_sorted(&sorted)
@@ -25,7 +25,7 @@ fn median_of_sorted(sorted: &[f64]) -> Option<f64> {
 }
 
 /// Where the median lies with 95 % confidence, by the percentile bootstrap.
-pub(crate) fn interval(values: &[f64]) -> Option<(f64, f64)> {
+pub fn interval(values: &[f64]) -> Option<(f64, f64)> {
     if values.len() < ENOUGH {
         return None;
     }

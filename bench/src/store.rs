@@ -17,7 +17,7 @@ const NULLB: &str = "/sys/kernel/config/nullb";
 
 /// File system of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Fs {
+pub enum Fs {
     /// XFS
     Xfs,
     /// ext4
@@ -26,7 +26,7 @@ pub(crate) enum Fs {
 
 /// What to do about a store.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub struct Options {
     /// Its file system
     #[arg(long, value_enum, default_value = "xfs")]
     fs: Fs,
@@ -42,7 +42,7 @@ pub(crate) struct Options {
 }
 
 /// `lab store`.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub fn run(options: &Options) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("a store needs root: run it in `cargo lab vm`");
     }
@@ -54,13 +54,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// A store that is removed when it is dropped.
-pub(crate) struct Store {
+pub struct Store {
     directory: PathBuf,
 }
 
 impl Store {
     /// Makes one of `size_mb` MiB at `directory`.
-    pub(crate) fn new(fs: Fs, size_mb: u32, directory: &Path) -> Result<Store> {
+    pub fn new(fs: Fs, size_mb: u32, directory: &Path) -> Result<Store> {
         make(fs, size_mb, directory)?;
         Ok(Store { directory: directory.to_owned() })
     }
@@ -144,7 +144,7 @@ fn device_of<'a>(mounts: &'a str, directory: &Path) -> Option<&'a str> {
 }
 
 /// Turns the I/O scheduler of the block device `node` off, the same for whoever is compared.
-pub(crate) fn set_scheduler_none(node: &Path) -> Result<()> {
+pub fn set_scheduler_none(node: &Path) -> Result<()> {
     let real = node.canonicalize().with_context(|| format!("no device {}", node.display()))?;
     let name = real.file_name().unwrap_or_default();
     let file = Path::new("/sys/block").join(name).join("queue/scheduler");

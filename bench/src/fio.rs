@@ -14,11 +14,11 @@ use crate::sh;
 
 /// A job file.
 #[derive(Debug)]
-pub(crate) struct Job {
+pub struct Job {
     /// Its name, that of the file.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// What it is called in a table.
-    pub(crate) title: &'static str,
+    pub title: &'static str,
     text: &'static str,
 }
 
@@ -33,55 +33,55 @@ macro_rules! job {
 }
 
 /// 4K random read, one at a time.
-pub(crate) const QD1: Job = job!("randread-4k-qd1", "4K random read, depth 1");
+pub const QD1: Job = job!("randread-4k-qd1", "4K random read, depth 1");
 /// 4K random read, 32 at a time.
-pub(crate) const QD32: Job = job!("randread-4k-qd32", "4K random read, depth 32");
+pub const QD32: Job = job!("randread-4k-qd32", "4K random read, depth 32");
 /// The same from two processes.
-pub(crate) const QD32X2: Job = job!("randread-4k-qd32x2", "4K random read, depth 32, 2 jobs");
+pub const QD32X2: Job = job!("randread-4k-qd32x2", "4K random read, depth 32, 2 jobs");
 /// 128K sequential read.
-pub(crate) const SEQ: Job = job!("read-128k-qd8", "128K sequential read, depth 8");
+pub const SEQ: Job = job!("read-128k-qd8", "128K sequential read, depth 8");
 
 /// All of them, in the order of a report.
-pub(crate) const JOBS: [Job; 4] = [QD32, QD1, SEQ, QD32X2];
+pub const JOBS: [Job; 4] = [QD32, QD1, SEQ, QD32X2];
 
 /// Something to be measured.
 #[derive(Clone, Debug)]
-pub(crate) struct Target {
+pub struct Target {
     /// As the table calls it.
-    pub(crate) name: String,
+    pub name: String,
     /// File or block device.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
 }
 
 /// How long a job runs.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Length {
+pub struct Length {
     /// Before it counts.
-    pub(crate) ramp_ms: u32,
+    pub ramp_ms: u32,
     /// While it counts.
-    pub(crate) run_ms: u32,
+    pub run_ms: u32,
 }
 
 /// What fio says of one job on one target.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Sample {
-    pub(crate) job: String,
-    pub(crate) target: String,
+pub struct Sample {
+    pub job: String,
+    pub target: String,
     /// I/O operations a second.
-    pub(crate) iops: f64,
+    pub iops: f64,
     /// Bytes a second.
-    pub(crate) bandwidth: f64,
+    pub bandwidth: f64,
     /// Median latency of completion.
-    pub(crate) p50_ns: u64,
+    pub p50_ns: u64,
     /// 99th percentile of it.
-    pub(crate) p99_ns: u64,
+    pub p99_ns: u64,
 }
 
 /// Separates job and target in fio's names.
 const SEPARATOR: &str = " @ ";
 
 /// Runs every job on every target, in that order, and returns fio's own JSON.
-pub(crate) fn run(jobs: &[Job], targets: &[Target], length: Length, directory: &Path) -> Result<String> {
+pub fn run(jobs: &[Job], targets: &[Target], length: Length, directory: &Path) -> Result<String> {
     let file = directory.join("round.fio");
     std::fs::write(&file, sections(jobs, targets, length))?;
     let pairs = (jobs.len() * targets.len()) as u64;
@@ -113,7 +113,7 @@ fn sections(jobs: &[Job], targets: &[Target], length: Length) -> String {
 }
 
 /// Reads fio's JSON.
-pub(crate) fn parse(json: &str) -> Result<Vec<Sample>> {
+pub fn parse(json: &str) -> Result<Vec<Sample>> {
     #[derive(Deserialize)]
     struct Report {
         jobs: Vec<Entry>,

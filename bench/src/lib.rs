@@ -1,0 +1,21 @@
+//! The harness that compares loopengine with the kernel's loop driver, FUSE and others, by fio.
+//!
+//! ```text
+//!   job ─┐                          ┌─ render: terminal, Markdown, CSV, SVG, HTML
+//!        ├─ run ── raw/ ── outcome ─┼─ compare: what became slower
+//!  target┘    └ check               └─ gate: what CI refuses
+//! ```
+//! It uses the public program, its socket and fio, never the engine's insides. `loopbench` is its
+//! command line; `lab` boots a VM for it.
+
+pub mod compare;
+pub mod daemon;
+pub mod fio;
+pub mod job;
+pub mod outcome;
+pub mod render;
+pub mod sh;
+pub mod stats;
+pub mod store;
+pub mod summary;
+pub mod varlink;
