@@ -3,6 +3,7 @@
 //! Needs `loopengine` on PATH, root and ublk. Dropping the daemon ends it.
 
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -25,13 +26,21 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one and waits until it answers.
     pub fn start(run_dir: &Path) -> Result<Daemon> {
+        Daemon::start_with(run_dir, &[])
+    }
+
+    /// The same, with options of `serve`.
+    pub fn start_with(run_dir: &Path, options: &[&str]) -> Result<Daemon> {
         // Its image files must not lie on one of its own devices, nor must its log.
         let log = run_dir.with_extension("log");
         let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let child = command(run_dir, &["serve"])
+            .args(options)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
+            // Ctrl-C on a terminal is not for it: it is stopped when its devices are not used any more.
+            .process_group(0)
             .spawn()
             .context("cannot run loopengine")?;
         let mut daemon = Daemon { child, run_dir: run_dir.to_owned(), log };
@@ -63,6 +72,11 @@ impl Daemon {
         sh::capture(command(&self.run_dir, &["detach"]).arg(device), LIMIT).map(drop)
     }
 
+    /// Its control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.run_dir.join("control")
+    }
+
     /// Process id of the daemon.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -87,14 +101,13 @@ impl Daemon {
     }
 
     fn last_words(&self) -> String {
-        let said = std::fs::read_to_string(&self.log).unwrap_or_default();
-        said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
+        sh::last_line(&self.log)
     }
 }
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if self.end().is_err() {
+        if sh::uninterrupted(|| self.end()).is_err() {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
@@ -105,6 +118,12 @@ fn command(run_dir: &Path, words: &[&str]) -> Command {
     let mut command = Command::new("loopengine");
     command.args(words).env("LOOPENGINE_RUN_DIR", run_dir);
     command
+}
+
+/// What `loopengine --version` says.
+pub fn version() -> Result<String> {
+    let said = sh::capture(Command::new(sh::which("loopengine")?).arg("--version"), LIMIT)?;
+    Ok(said.trim().to_owned())
 }
 
 /// Paths of the feature ladder that work here, best first.

@@ -8,14 +8,24 @@
 //! It uses the public program, its socket and fio, never the engine's insides. `loopbench` is its
 //! command line; `lab` boots a VM for it.
 
+pub mod check;
+pub mod collect;
 pub mod compare;
+pub mod cost;
 pub mod daemon;
 pub mod fio;
+pub mod gate;
 pub mod job;
+pub mod measure;
 pub mod outcome;
+pub mod plan;
+pub mod progress;
 pub mod render;
+pub mod run;
 pub mod sh;
+pub mod site;
 pub mod stats;
 pub mod store;
 pub mod summary;
+pub mod target;
 pub mod varlink;

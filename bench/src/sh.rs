@@ -3,9 +3,10 @@
 //!
 //! Knows nothing of what is run.
 
+use std::cell::Cell;
 use std::io::{Read, Write};
-use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -31,8 +32,23 @@ pub fn watch_signals() -> Result<()> {
     Ok(())
 }
 
+thread_local! {
+    static CLEANING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Takes something away: the user's wish to stop does not stop this.
+pub fn uninterrupted<T>(clean: impl FnOnce() -> T) -> T {
+    let before = CLEANING.replace(true);
+    let outcome = clean();
+    CLEANING.set(before);
+    outcome
+}
+
 /// Fails once the user asked to stop.
 pub fn interrupted() -> Result<()> {
+    if CLEANING.get() {
+        return Ok(());
+    }
     if STOP.get().is_some_and(|flag| flag.load(Ordering::Relaxed)) {
         bail!(INTERRUPTED);
     }
@@ -119,6 +135,17 @@ pub fn describe(command: &Command) -> String {
         words.push("…".into());
     }
     words.join(" ")
+}
+
+/// Waits until `child` has ended, whatever its status.
+pub fn ended(child: &mut Child, name: &str, limit: Duration) -> Result<()> {
+    wait_for(name, limit, || Ok(child.try_wait()?.map(drop)))
+}
+
+/// The last line of a log that says something.
+pub fn last_line(log: &Path) -> String {
+    let said = std::fs::read_to_string(log).unwrap_or_default();
+    said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
 }
 
 /// `program`'s place on PATH, or where the system's own programs lie.

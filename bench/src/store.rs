@@ -68,44 +68,84 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if let Err(error) = remove(&self.directory) {
-            eprintln!("lab: {error:#}");
+        if let Err(error) = sh::uninterrupted(|| remove(&self.directory)) {
+            eprintln!("{error:#}");
         }
     }
 }
 
 fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
-    sh::capture(Command::new(sh::which("modprobe")?).args(["null_blk", "nr_devices=0"]), LIMIT)
-        .context("this kernel has no null_blk")?;
-    if !Path::new(NULLB).exists() {
-        sh::capture(Command::new("mount").args(["-t", "configfs", "none", "/sys/kernel/config"]), LIMIT)?;
-    }
-    let (name, home) = new_device()?;
-    // As many queues as CPUs, at most two, as in the figures that ours are compared with.
-    let queues = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2));
-    let attributes = [
-        ("memory_backed", "1".to_owned()),
-        ("irqmode", "1".to_owned()),
-        ("submit_queues", queues.to_string()),
-        ("blocksize", "512".to_owned()),
-        ("size", size_mb.to_string()),
-        ("power", "1".to_owned()),
-    ];
-    for (attribute, value) in attributes {
-        let file = home.join(attribute);
-        std::fs::write(&file, value).with_context(|| format!("cannot set {}", file.display()))?;
-    }
-    let node = format!("/dev/{name}");
-    sh::wait_for(&node, LIMIT, || Ok(Path::new(&node).exists().then_some(())))?;
-    set_scheduler_none(Path::new(&node))?;
+    let device = NullBlk::new(size_mb)?;
     let mkfs: &[&str] = match fs {
         Fs::Xfs => &["mkfs.xfs", "-q", "-f"],
         // Without lazy initialisation: no kernel thread writes behind a measurement's back.
         Fs::Ext4 => &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
     };
-    sh::capture(Command::new(sh::which(mkfs[0])?).args(&mkfs[1..]).arg(&node), LIMIT)?;
+    sh::capture(Command::new(sh::which(mkfs[0])?).args(&mkfs[1..]).arg(&device.node), LIMIT)?;
     std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    sh::capture(Command::new("mount").arg(&node).arg(directory), LIMIT).map(drop)
+    sh::capture(Command::new("mount").arg(&device.node).arg(directory), LIMIT)?;
+    device.keep();
+    Ok(())
+}
+
+/// A memory-backed null_blk device; dropping it gives its memory back.
+pub struct NullBlk {
+    /// Its block device.
+    pub node: PathBuf,
+    home: Option<PathBuf>,
+}
+
+impl NullBlk {
+    /// Makes one of `size_mb` MiB: memory is used as it is written.
+    pub fn new(size_mb: u32) -> Result<NullBlk> {
+        sh::capture(Command::new(sh::which("modprobe")?).args(["null_blk", "nr_devices=0"]), LIMIT)
+            .context("this kernel has no null_blk")?;
+        if !Path::new(NULLB).exists() {
+            sh::capture(Command::new("mount").args(["-t", "configfs", "none", "/sys/kernel/config"]), LIMIT)?;
+        }
+        let (name, home) = new_device()?;
+        let device = NullBlk { node: PathBuf::from(format!("/dev/{name}")), home: Some(home.clone()) };
+        // As many queues as CPUs, at most two, as in the figures that ours are compared with.
+        let queues = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2));
+        let attributes = [
+            ("memory_backed", "1".to_owned()),
+            ("discard", "1".to_owned()),
+            ("irqmode", "1".to_owned()),
+            ("submit_queues", queues.to_string()),
+            ("blocksize", "512".to_owned()),
+            ("size", size_mb.to_string()),
+            ("power", "1".to_owned()),
+        ];
+        for (attribute, value) in attributes {
+            let file = home.join(attribute);
+            std::fs::write(&file, value).with_context(|| format!("cannot set {}", file.display()))?;
+        }
+        let node = &device.node;
+        sh::wait_for(&node.display().to_string(), LIMIT, || Ok(node.exists().then_some(())))?;
+        set_scheduler_none(node)?;
+        Ok(device)
+    }
+
+    /// It stays when this is dropped.
+    fn keep(mut self) {
+        self.home = None;
+    }
+}
+
+impl Drop for NullBlk {
+    fn drop(&mut self) {
+        if let Some(home) = &self.home
+            && let Err(error) = power_off(home)
+        {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn power_off(home: &Path) -> Result<()> {
+    std::fs::write(home.join("power"), "0")
+        .and_then(|()| std::fs::remove_dir(home))
+        .with_context(|| format!("cannot remove {}", home.display()))
 }
 
 /// Name and configuration directory of a device that did not exist.
@@ -128,8 +168,7 @@ fn remove(directory: &Path) -> Result<()> {
         .to_owned();
     sh::capture(Command::new("umount").arg(directory), LIMIT)?;
     let home = Path::new(NULLB).join(name);
-    std::fs::write(home.join("power"), "0")?;
-    std::fs::remove_dir(&home).with_context(|| format!("cannot remove {}", home.display()))
+    power_off(&home)
 }
 
 /// The null_blk device that `mounts` say is mounted at `directory`.

@@ -47,6 +47,15 @@ impl Client {
         self.call("io.loopengine.Detach", &json!({ "device": device }), None).map(drop)
     }
 
+    /// Figures of all devices.
+    pub fn stats(&mut self) -> Result<Vec<Value>> {
+        let mut reply = self.call("io.loopengine.GetStats", &json!({}), None)?;
+        match reply["stats"].take() {
+            Value::Array(devices) => Ok(devices),
+            _ => bail!("the daemon sent no figures"),
+        }
+    }
+
     fn call(&mut self, method: &str, parameters: &Value, fd: Option<BorrowedFd<'_>>) -> Result<Value> {
         let mut message = serde_json::to_vec(&json!({ "method": method, "parameters": parameters }))?;
         message.push(0);

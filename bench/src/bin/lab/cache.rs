@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::sh;
+use loopbench::sh;
 
 /// Environment variable that names the directory.
 const VARIABLE: &str = "LOOPLAB_CACHE";

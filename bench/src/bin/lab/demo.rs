@@ -10,13 +10,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::engine::{self, Daemon};
-use crate::fio::{self, Length};
+use loopbench::daemon::{self, Daemon};
+use loopbench::fio::Length;
+use loopbench::job::{self, Job};
+use loopbench::measure::Extras;
+use loopbench::run::{self, Plan};
+use loopbench::store::{Fs, Store};
+use loopbench::{collect, outcome, render, sh, target};
+
 use crate::kernel::Line;
-use crate::rig::Rig;
-use crate::store::{Fs, Store};
 use crate::vm::{self, Mode, Vm};
-use crate::{programs, report, setup, sh};
+use crate::{programs, setup};
 
 /// What to show, and where.
 #[derive(clap::Args)]
@@ -39,15 +43,15 @@ const TREE_FILES_MAX: usize = 300;
 const TREE_SOURCES: [&str; 3] = ["/etc", "/usr/share/doc", "/usr/lib/x86_64-linux-gnu"];
 /// mkfs.xfs refuses less than 300 MB. Sparse: it takes what is written.
 const IMAGE: &str = "320M";
-const ROUNDS: usize = 3;
-const JOBS: [fio::Job; 3] = [fio::QD1, fio::QD32, fio::SEQ];
+const ROUNDS: u32 = 3;
+const JOBS: [&Job; 3] = [&job::QD1, &job::QD32, &job::SEQ];
 
 /// Runs the demo; its exit code.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     if options.inside {
         return show().map(|()| 0);
     }
-    if !options.vm && engine::can_run_here() {
+    if !options.vm && daemon::can_run_here() {
         println!("This machine has ublk: the demo runs on it.\n");
         let mut again = programs::again(&programs::build()?, &["demo", "--inside"])?;
         let (status, _) = sh::tee(&mut again, vm::LIMIT)?;
@@ -71,7 +75,7 @@ fn show() -> Result<()> {
     for instance in ["red", "blue"] {
         daemon.run(&["instance", "create", instance])?;
     }
-    let paths = engine::data_paths()?;
+    let paths = daemon::data_paths()?;
     say("serve", &format!("instances red and blue; data paths here: {}", paths.join(", ")));
 
     let tree = home.path().join("tree");
@@ -86,18 +90,21 @@ fn show() -> Result<()> {
         &format!("{ROUNDS} interleaved rounds; each number a median, × is the ratio to kernel loop"),
     );
     let best = paths.first().cloned().context("the kernel grants no data path")?;
-    let rig = Rig::new(&place.join("bench.img"), 256, &daemon, &[best])?;
-    let mut rounds = Vec::new();
-    for round in 0..ROUNDS {
-        let mut targets = rig.targets.clone();
-        let turn = round % targets.len();
-        targets.rotate_left(turn);
-        let length = Length { ramp_ms: 100, run_ms: 700 };
-        rounds.push(fio::parse(&fio::run(&JOBS, &targets, length, home.path())?)?);
-    }
-    drop(rig);
     daemon.stop()?;
-    println!("\n{}", report::terminal(&JOBS, &rounds));
+    let plan = Plan {
+        mode: outcome::Mode::Smp,
+        rounds: ROUNDS,
+        length: Length { ramp_ms: 100, run_ms: 700 },
+        jobs: JOBS.into(),
+        targets: Some(vec![target::RAW.into(), job::LOOP.into(), format!("loopengine {best}")]),
+        images: None,
+        image_mb: 128,
+        extras: Extras::default(),
+        notes: Default::default(),
+    };
+    let raw = home.path().join("raw");
+    run::run(&plan, &raw, false)?;
+    println!("\n{}", render::terminal(&collect::collect(&raw)?));
     println!("All checks passed, {} s.", start.elapsed().as_secs());
     Ok(())
 }

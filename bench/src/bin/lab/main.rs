@@ -5,25 +5,17 @@
 //!  programs ─────────┴─ vm ──┬─ lab vm CMD
 //!                            ├─ lab demo
 //!                            ├─ lab test
-//!                            └─ lab figures, lab gate
+//!                            └─ lab bench, lab gate: loopbench
 //! ```
-//! This file knows the command line only. The lab uses the public program, its socket and fio, never
-//! the engine's insides.
+//! This file knows the command line only. The lab uses the public programs, never the engine's insides.
 
+mod bench;
 mod cache;
 mod demo;
-mod engine;
-mod figures;
-mod fio;
 mod kernel;
 mod powercut;
 mod programs;
-mod report;
-mod rig;
 mod setup;
-mod sh;
-mod stats;
-mod store;
 mod suite;
 mod tally;
 mod vm;
@@ -34,6 +26,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use loopbench::{collect, render, sh, store};
 
 use crate::vm::{Mode, Vm};
 
@@ -60,11 +53,11 @@ enum Command {
     Vm(VmArguments),
     /// Serve two instances, put real file systems into real images, and show a short table
     Demo(demo::Options),
-    /// Take the figures of the README, with the manifest that makes them anew
-    Figures(figures::Options),
+    /// Measure loopengine, kernel loop, FUSE and others side by side: figures and report of the README
+    Bench(bench::Options),
     /// Fail if an I/O costs more instructions than the committed baseline says
-    Gate(figures::gate::Arguments),
-    /// Write the report of figures anew, from their raw files
+    Gate(bench::Gate),
+    /// Write the report of a result anew, from its raw files
     Report {
         /// Directory below results/
         dir: PathBuf,
@@ -135,9 +128,12 @@ fn run(command: Command) -> Result<u8> {
         Command::Store(options) => store::run(&options).map(|()| 0),
         Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
         Command::Demo(options) => demo::run(&options),
-        Command::Figures(options) => figures::run(&options),
-        Command::Gate(arguments) => figures::gate::run(&arguments),
-        Command::Report { dir } => figures::report(&dir),
+        Command::Bench(options) => bench::bench(&options),
+        Command::Gate(options) => bench::gate(&options),
+        Command::Report { dir } => {
+            let outcome = collect::collect(&dir.join("raw"))?;
+            render::write(&outcome, &dir).map(|()| 0)
+        }
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::sh;
+use loopbench::sh;
 
 /// Profile of all that the lab builds but for figures, so that no step compiles anew what another has.
 pub(crate) const PROFILE: [&str; 2] = ["--profile", "lab"];
@@ -50,12 +50,12 @@ fn said_by_cargo_run(variable: &str) -> bool {
         || variable == "LD_LIBRARY_PATH"
 }
 
-/// Builds `loopengine` and `lab`.
+/// Builds `loopengine`, `loopbench` and `lab`.
 pub(crate) fn build() -> Result<Vec<Program>> {
     build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"], &PROFILE)
 }
 
-/// Builds `loopengine` as users do, which takes longer, and `lab`: for figures.
+/// Builds `loopengine` as users do, which takes longer, and the others as the lab does: for figures.
 pub(crate) fn build_release() -> Result<Vec<Program>> {
     let mut programs = build_with(&["build", "--package", "loopengine", "--bins"], &["--release"])?;
     programs.extend(build_with(&["build", "--package", "loopbench", "--bins"], &PROFILE)?);
@@ -64,11 +64,20 @@ pub(crate) fn build_release() -> Result<Vec<Program>> {
 
 /// This program once more, on this machine, with the engine among `programs` on its PATH.
 pub(crate) fn again<S: AsRef<OsStr>>(programs: &[Program], words: &[S]) -> Result<Command> {
-    let engine = programs.iter().find(|program| program.name == "loopengine");
-    let directory = engine.and_then(|program| program.path.parent()).context("cargo built no loopengine")?;
+    let mut command = with_engine(programs, "lab")?;
+    command.args(words);
+    Ok(command)
+}
+
+/// One of `programs` on this machine, with the engine among them on its PATH.
+pub(crate) fn with_engine(programs: &[Program], name: &str) -> Result<Command> {
+    let find = |name: &str| {
+        programs.iter().find(|program| program.name == name).with_context(|| format!("cargo built no {name}"))
+    };
+    let directory = find("loopengine")?.path.parent().context("loopengine lies nowhere")?;
     let path = std::env::var("PATH").unwrap_or_default();
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(words).env("PATH", format!("{}:{path}", directory.display()));
+    let mut command = Command::new(&find(name)?.path);
+    command.env("PATH", format!("{}:{path}", directory.display()));
     Ok(command)
 }
 

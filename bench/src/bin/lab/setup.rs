@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use loopbench::sh;
+
 use crate::kernel::{self, Line};
-use crate::{cache, sh};
+
+use crate::cache;
 
 /// Debian packages, and what each is for.
 const PACKAGES: [(&str, &str); 15] = [

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use loopbench::sh;
+
 use crate::kernel::Line;
 use crate::programs::{self, Program};
 use crate::setup::{self, Lab};
 use crate::tally::{Tally, failed_names, libtest, nextest, seen};
 use crate::vm::{self, Mode, Vm};
-use crate::{powercut, sh};
+
+use crate::powercut;
 
 /// What to run.
 #[derive(clap::Args)]

@@ -15,10 +15,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use loopbench::sh;
+
 use crate::kernel::Kernel;
 use crate::programs::{self, Program};
 use crate::setup::Lab;
-use crate::{cache, sh};
+
+use crate::cache;
 
 /// What the VM's CPUs are like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -13,8 +13,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::fs::OFlags;
 
-use crate::engine::Daemon;
-use crate::sh;
+use loopbench::daemon::Daemon;
+use loopbench::sh;
 
 /// What the guest does in this boot.
 #[derive(clap::Subcommand)]

@@ -10,10 +10,11 @@ use anyhow::{Result, bail};
 
 pub(crate) mod guest;
 
+use loopbench::sh;
+
 use crate::kernel::Line;
 use crate::programs::Program;
 use crate::setup::Lab;
-use crate::sh;
 use crate::suite::Sink;
 use crate::tally::Tally;
 use crate::vm::{Mode, Vm};

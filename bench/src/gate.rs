@@ -1,33 +1,30 @@
-//! `lab gate`: whether an I/O costs more instructions than the committed baseline says.
+//! Whether an I/O costs more instructions than the committed baseline says.
 //!
-//! One round in `icount`, where an instruction takes 1 ns: instructions = 10⁹ / IOPS. What is not
+//! Of a run in `icount`, where an instruction takes 1 ns: instructions = 10⁹ / IOPS. What is not
 //! ours (raw file, kernel loop) tells whether the two can be compared at all.
 
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Options, guest, read};
-use crate::fio::Sample;
-use crate::rig::{RAW, REFERENCE};
-use crate::{kernel::Line, programs, vm::Mode};
+use crate::job::{self, Job};
+use crate::outcome::{Mode, Outcome, Sample};
+use crate::target::RAW;
 
-/// What to do with what is measured.
-#[derive(clap::Args)]
-pub(crate) struct Arguments {
-    /// Make what is measured the new baseline
-    #[arg(long)]
-    accept: bool,
-}
+/// What is measured for it: 4K at depth 1 and 32, and 128K.
+pub const JOBS: [&Job; 3] = [&job::QD1, &job::QD32, &job::SEQ];
+/// On what.
+pub const TARGETS: [&str; 5] = [RAW, job::LOOP, "loopengine batch", "loopengine auto", "loopengine copy"];
 
 /// More than this share above the baseline is too much.
 const LIMIT: f64 = 0.02;
 /// If what is not ours differs by more than this share, the machine does.
 const DRIFT: f64 = 0.01;
-const BASELINE: &str = "bench/baseline.json";
+/// Its file, from the root of the work tree.
+pub const BASELINE: &str = "bench/baseline.json";
 
 /// Instructions an I/O, and of what.
 #[derive(Debug, Serialize, Deserialize)]
@@ -51,7 +48,7 @@ impl Cost {
     }
 
     fn is_ours(&self) -> bool {
-        ![RAW, REFERENCE].contains(&self.target.as_str())
+        ![RAW, job::LOOP].contains(&self.target.as_str())
     }
 }
 
@@ -118,31 +115,20 @@ fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
     (compared, verdict)
 }
 
-/// Measures and compares; its exit code.
-pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let raw = tempfile::tempdir()?;
-    let plan = guest::Plan { rounds: 1, run_ms: 1000, attaches: 0, idle: 0 };
-    let options = Options {
-        mode: Mode::Icount,
-        kernel: Line::Seven,
-        idle_poll: false,
-        host: false,
-        plan,
-        timeout: 900,
-        out: None,
-        inside: false,
-    };
-    // Of the lab's own build: everything else in CI has made it already.
-    super::measure(&options, &programs::build()?, raw.path())?;
-    let facts: guest::Facts = read(raw.path(), "facts.json")?.context("the guest left no facts")?;
-    let now: Vec<Cost> = super::rounds(raw.path())?.iter().flatten().map(Cost::of).collect();
-    let path = programs::workspace().join(BASELINE);
-    if arguments.accept {
-        return accept(path, Baseline { kernel: facts.kernel, fio: facts.fio, rows: now });
+/// Compares `outcome` with the baseline at `path`, or makes it the new one; the exit code.
+pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
+    if outcome.manifest.mode != Mode::Icount {
+        bail!("only a result taken in icount counts instructions: cargo lab gate");
     }
-    let text = fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {BASELINE}; 'cargo lab gate --accept' makes one"))?;
-    let baseline: Baseline = serde_json::from_str(&text).with_context(|| format!("{BASELINE} is damaged"))?;
+    let (kernel, fio) = (&outcome.manifest.kernel, &outcome.manifest.fio);
+    let now: Vec<Cost> = outcome.samples.iter().map(Cost::of).collect();
+    if accept {
+        return self::accept(path, &Baseline { kernel: kernel.clone(), fio: fio.clone(), rows: now });
+    }
+    let text = fs::read_to_string(path)
+        .with_context(|| format!("cannot read {}; 'cargo lab gate --accept' makes one", path.display()))?;
+    let baseline: Baseline =
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
     let (compared, verdict) = compare(&baseline, &now);
     println!("\ninstructions an I/O: now, in the baseline, and the difference");
     compared.iter().for_each(|row| println!("{row}"));
@@ -161,28 +147,27 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             println!(
                 "gate: skipped: raw file or kernel loop cost something else than in the baseline (of {}, {}; now {}, {}): \
                  'cargo lab gate --accept' makes a new one",
-                baseline.kernel, baseline.fio, facts.kernel, facts.fio
+                baseline.kernel, baseline.fio, kernel, fio
             );
             0
         }
     })
 }
 
-fn accept(path: PathBuf, baseline: Baseline) -> Result<u8> {
-    let mut text = serde_json::to_string_pretty(&baseline)?;
+fn accept(path: &Path, baseline: &Baseline) -> Result<u8> {
+    let mut text = serde_json::to_string_pretty(baseline)?;
     text.push('\n');
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    println!("gate: {} rows written to {BASELINE}", baseline.rows.len());
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("gate: {} rows written to {}", baseline.rows.len(), path.display());
     Ok(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fio;
 
     fn cost(target: &str, instructions: u64) -> Cost {
-        Cost { job: fio::QD1.name.into(), target: target.into(), instructions }
+        Cost { job: job::QD1.name.into(), target: target.into(), instructions }
     }
 
     fn verdict(raw: u64, ours: u64) -> Verdict {
@@ -214,12 +199,5 @@ mod tests {
         assert!(
             Compared { now: cost("loopengine x", 103), before: Some(100) }.to_string().ends_with("too much")
         );
-    }
-
-    #[test]
-    fn a_sample_is_turned_into_instructions() {
-        let text =
-            r#"{"jobs":[{"jobname":"j @ t","error":0,"read":{"iops":50000,"bw_bytes":1,"clat_ns":{}}}]}"#;
-        assert_eq!(Cost::of(&fio::parse(text).unwrap()[0]).instructions, 20_000);
     }
 }

@@ -1,0 +1,208 @@
+//! `lab bench` and `lab gate`: `loopbench` in a VM, and what only this side knows about it.
+//!
+//! Boots the VM, says which revision was measured with what, and has the library write the report.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use loopbench::job::Job;
+use loopbench::outcome::Outcome;
+use loopbench::{collect, daemon, gate, render, run, sh};
+
+use crate::kernel::Line;
+use crate::programs::Program;
+use crate::vm::{self, Mode, Vm};
+use crate::{programs, setup};
+
+/// What to measure, and where.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Fewer jobs, shorter rounds, fewer devices: both modes within a quarter of an hour
+    #[arg(long)]
+    quick: bool,
+    /// What the VM's CPUs are like [default: both, one after the other]
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// Kernel of the VM
+    #[arg(long, value_enum, default_value = "7")]
+    kernel: Line,
+    /// The VM's CPUs spin instead of sleeping
+    #[arg(long)]
+    idle_poll: bool,
+    /// Measure on this machine instead of in a VM: needs root and ublk
+    #[arg(long, conflicts_with_all = ["kernel", "mode", "idle_poll"])]
+    host: bool,
+    /// Go on where a run was interrupted: what is there is not measured again
+    #[arg(long)]
+    resume: bool,
+    /// Where results go, a directory a mode [default: results/DATE-lab-MODE-KERNEL]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Seconds after which a VM is ended
+    #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
+    timeout: u64,
+    /// Options of `loopbench run`, which `loopbench run --help` shows
+    #[arg(last = true, value_name = "OPTION")]
+    more: Vec<String>,
+}
+
+/// What the gate does with what it measures.
+#[derive(clap::Args)]
+pub(crate) struct Gate {
+    /// Make what is measured the new baseline
+    #[arg(long)]
+    accept: bool,
+}
+
+/// The machine on which `loopbench` runs.
+struct Stage<'a> {
+    mode: Option<Mode>,
+    kernel: Line,
+    idle_poll: bool,
+    limit: Duration,
+    programs: &'a [Program],
+}
+
+/// Memory of the VM: the images of all targets lie in it.
+const MEMORY: &str = "6G";
+
+/// Takes the figures; its exit code.
+pub(crate) fn bench(options: &Options) -> Result<u8> {
+    let programs = programs::build_release()?;
+    let modes = match (options.host, options.mode) {
+        (true, _) => vec![None],
+        (false, Some(mode)) => vec![Some(mode)],
+        (false, None) => vec![Some(Mode::Icount), Some(Mode::Smp)],
+    };
+    let date = said(Command::new("date").args(["-u", "+%F"]))?;
+    for mode in modes {
+        let place = match mode {
+            None => "host".to_owned(),
+            Some(mode) if options.idle_poll => format!("lab-{}-poll-{}", mode.name(), options.kernel.name()),
+            Some(mode) => format!("lab-{}-{}", mode.name(), options.kernel.name()),
+        };
+        let out = match &options.out {
+            Some(out) => out.join(&place),
+            None => programs::workspace().join("results").join(format!("{date}-{place}")),
+        };
+        let stage = Stage {
+            mode,
+            kernel: options.kernel,
+            idle_poll: options.idle_poll,
+            limit: Duration::from_secs(options.timeout),
+            programs: &programs,
+        };
+        let mut words: Vec<String> = notes()?;
+        words.extend(options.quick.then(|| "--quick".to_owned()));
+        words.extend(options.more.iter().cloned());
+        let start = Instant::now();
+        let outcome = measure(&stage, &words, &out, options.resume)?;
+        render::write(&outcome, &out)?;
+        println!("\n{}", render::terminal(&outcome));
+        println!("{} min; written to {}\n", start.elapsed().as_secs().div_ceil(60), out.display());
+    }
+    Ok(0)
+}
+
+/// Measures a few jobs in `icount` and compares with the baseline; its exit code.
+pub(crate) fn gate(options: &Gate) -> Result<u8> {
+    let out = tempfile::tempdir()?;
+    // Of the lab's own build: everything else in CI has made it already.
+    let programs = programs::build()?;
+    let stage = Stage {
+        mode: Some(Mode::Icount),
+        kernel: Line::Seven,
+        idle_poll: false,
+        limit: Duration::from_secs(900),
+        programs: &programs,
+    };
+    let jobs: Vec<&str> = gate::JOBS.iter().map(|job: &&Job| job.name).collect();
+    let words = [
+        "--jobs", &jobs.join(","), "--targets", &gate::TARGETS.join(","), "--rounds", "1", "--run-ms", "1000",
+        "--attaches", "0", "--idle", "0",
+    ];
+    let outcome = measure(&stage, &words.map(str::to_owned), out.path(), false)?;
+    gate::run(&outcome, &programs::workspace().join(gate::BASELINE), options.accept)
+}
+
+/// Runs `loopbench` with `words` on the stage, and collects what it leaves.
+fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Result<Outcome> {
+    let raw = out.join("raw");
+    if raw.exists() && !resume {
+        fs::remove_dir_all(&raw)?;
+    }
+    fs::create_dir_all(&raw).with_context(|| format!("cannot make {}", raw.display()))?;
+    let out = out.canonicalize()?;
+    let mode = stage.mode.map_or("host", Mode::name);
+    let mut line: Vec<String> =
+        ["run", "--raw-only", "--mode", mode, "--out", &out.to_string_lossy()].map(str::to_owned).into();
+    line.extend(resume.then(|| "--resume".to_owned()));
+    line.extend_from_slice(words);
+    let status = match stage.mode {
+        None => here(stage, &line)?,
+        Some(mode) => {
+            let lab = setup::ensure()?;
+            let machine = Vm {
+                shares: vec![out.clone()],
+                limit: stage.limit,
+                idle_poll: stage.idle_poll,
+                memory: MEMORY.into(),
+                ..Vm::new(lab.kernel(stage.kernel)?, mode)
+            };
+            line.insert(0, "loopbench".into());
+            machine.run(&lab, &with_peers(stage.programs), &sh::quote(&line), &mut vm::to_stdout)?
+        }
+    };
+    if status != 0 && !raw.join(run::FACTS).exists() {
+        bail!("measuring failed with status {status}");
+    }
+    if status != 0 {
+        println!("measuring ended early with status {status}: --resume goes on");
+    }
+    collect::collect(&raw)
+}
+
+fn here(stage: &Stage<'_>, line: &[String]) -> Result<i32> {
+    if !daemon::can_run_here() {
+        bail!("this machine has no ublk, or you are not root: leave --host out to use a VM");
+    }
+    let mut command = programs::with_engine(stage.programs, "loopbench")?;
+    let (status, _) = sh::tee(command.args(line), stage.limit)?;
+    Ok(status.code().unwrap_or(1))
+}
+
+/// Peers that are installed where the VM would not look for them.
+fn with_peers(programs: &[Program]) -> Vec<Program> {
+    let mut programs = programs.to_vec();
+    if let Ok(path) = sh::which("rublk") {
+        programs.push(Program { name: "rublk".into(), path });
+    }
+    programs
+}
+
+/// For the manifest.
+fn notes() -> Result<Vec<String>> {
+    let git = |words: &[&str]| said(Command::new("git").args(words).current_dir(programs::workspace()));
+    let first = |said: Result<String>| said.ok().and_then(|said| Some(said.lines().next()?.to_owned()));
+    // Results are not what is measured.
+    let dirty = git(&["status", "--porcelain", "--", ".", ":!results"]).map_or(true, |said| !said.is_empty());
+    let revision = git(&["rev-parse", "HEAD"]).unwrap_or_else(|_| "unknown".into());
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let pairs = [
+        ("revision", format!("{revision}{}", if dirty { " with changes" } else { "" })),
+        ("command", format!("cargo lab {}", sh::quote(&words))),
+        ("host-cpu", run::cpu_model(&cpu).unwrap_or("unknown").to_owned()),
+        ("qemu", first(said(Command::new("qemu-system-x86_64").arg("--version"))).unwrap_or_default()),
+        ("virtme-ng", setup::VIRTME.to_owned()),
+        ("build", "loopengine with cargo build --release".to_owned()),
+    ];
+    Ok(pairs.iter().flat_map(|(key, value)| ["--note".to_owned(), format!("{key}={value}")]).collect())
+}
+
+fn said(command: &mut Command) -> Result<String> {
+    Ok(sh::capture(command, Duration::from_secs(60))?.trim().to_owned())
+}

@@ -1,0 +1,100 @@
+//! From raw files to an outcome: what fio said becomes samples, latencies of all rounds are merged.
+//!
+//! Reads a directory of raw files; measures nothing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use hdrhistogram::Histogram;
+
+use crate::cost::Spent;
+use crate::fio::{self, Values};
+use crate::job;
+use crate::outcome::{Cost, Latency, Manifest, Mode, Outcome, SCHEMA, Sample, TargetInfo};
+use crate::run::{ATTACH, FACTS, Facts, IDLE, ROUND, Raw, read};
+
+/// What was measured and left in `raw`.
+pub fn collect(raw: &Path) -> Result<Outcome> {
+    let facts: Facts =
+        read(raw, FACTS)?.with_context(|| format!("{} has no {FACTS}: nothing was measured", raw.display()))?;
+    let mut targets = facts.targets;
+    let (mut samples, mut histograms) = (Vec::new(), BTreeMap::<(String, String), Vec<Histogram<u64>>>::new());
+    for name in files(raw)? {
+        let Some(one) = read::<Raw>(raw, &name)? else { continue };
+        for (target, why) in &one.failed {
+            give_up(&mut targets, target, &one.job, why);
+        }
+        for said in &one.fio {
+            for measured in fio::parse(&said.to_string()).with_context(|| name.clone())? {
+                match measured.outcome {
+                    Err(why) => give_up(&mut targets, &measured.target, &measured.job, &why),
+                    Ok(values) => {
+                        let spent = one.spent.get(&measured.target);
+                        samples.push(Sample {
+                            round: one.round,
+                            job: measured.job.clone(),
+                            target: measured.target.clone(),
+                            iops: values.iops,
+                            bytes_per_s: values.bytes_per_s,
+                            p50_ns: values.p50_ns,
+                            p99_ns: values.p99_ns,
+                            cost: cost(&facts.manifest, &measured.job, &values, spent),
+                        });
+                        histograms
+                            .entry((measured.job, measured.target))
+                            .or_default()
+                            .push(values.latency);
+                    }
+                }
+            }
+        }
+    }
+    let latencies = histograms
+        .into_iter()
+        .map(|((job, target), all)| Latency { job, target, counts: fio::counts(&fio::merge(&all)) })
+        .collect();
+    Ok(Outcome {
+        schema: SCHEMA,
+        manifest: facts.manifest,
+        warnings: facts.warnings,
+        targets,
+        jobs: facts.jobs,
+        samples,
+        latencies,
+        attach: read(raw, ATTACH)?.unwrap_or_default(),
+        idle: read(raw, IDLE)?.unwrap_or_default(),
+    })
+}
+
+/// Names of the files of rounds, in their order.
+fn files(raw: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(raw).with_context(|| format!("cannot read {}", raw.display()))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> =
+        names.filter(|name| name.starts_with(ROUND) && name.ends_with(".json")).collect();
+    names.sort();
+    Ok(names)
+}
+
+fn give_up(targets: &mut [TargetInfo], target: &str, job: &str, why: &str) {
+    if let Some(info) = targets.iter_mut().find(|info| info.name == target) {
+        info.unavailable.get_or_insert_with(|| format!("{job}: {why}"));
+    }
+}
+
+/// What an I/O cost. The server's part was counted during the ramp, too, when fio did not count.
+fn cost(manifest: &Manifest, job: &str, values: &Values, spent: Option<&Spent>) -> Cost {
+    let timed = job::by_name(job).is_none_or(|job| job.text.contains("time_based"));
+    let (run, ramp) = (f64::from(manifest.run_ms), f64::from(manifest.ramp_ms));
+    let counted = if timed && run > 0.0 { run / (run + ramp) } else { 1.0 };
+    let each = |sum: u64| sum as f64 * counted / values.total_ios as f64;
+    Cost {
+        submitter_ns: Some(values.submitter_ns),
+        engine_ns: spent.map(|spent| each(spent.cpu_ns)),
+        system_ns: (manifest.mode == Mode::Icount).then(|| 1e9 / values.iops),
+        switches: spent.map(|spent| each(spent.switches)),
+        punts: spent.and_then(|spent| spent.punts).map(each),
+    }
+}

@@ -1,0 +1,162 @@
+//! From the call that attaches an image until its first block is read, and from the call that
+//! detaches it until it is gone.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::Extras;
+use crate::daemon::Daemon;
+use crate::outcome::Attach;
+use crate::site::Site;
+use crate::target::LoopDevice;
+use crate::varlink::Client;
+use crate::{daemon, sh};
+
+const LIMIT: Duration = Duration::from_secs(120);
+const IMAGE_BYTES: u64 = 64 << 20;
+/// Starting a program is slow where CPUs are emulated: a few say enough.
+const COMMANDS: u32 = 10;
+
+/// Of kernel loop by losetup, and of the engine by its command and by calls, with one device and
+/// with many.
+pub(super) fn run(extras: &Extras, site: &Site) -> Result<Vec<Attach>> {
+    let home = site.place.directory("attach")?;
+    let images = site.place.images.join("attach");
+    fs::create_dir_all(&images)?;
+    let image = sparse(&images, "one", IMAGE_BYTES)?;
+    let mut figures = Vec::new();
+    let commands = extras.attaches.min(COMMANDS);
+
+    for present in [0, extras.present] {
+        let others: Result<Vec<LoopDevice>> =
+            (0..present).map(|n| LoopDevice::new(&sparse(&images, &n.to_string(), 1 << 20)?, true)).collect();
+        match others {
+            Ok(_others) => {
+                let by = ByLosetup;
+                figures.push(series("kernel loop", "command", present, commands, &image, by)?);
+            }
+            Err(error) => println!("attach: kernel loop: {error:#}"),
+        }
+    }
+    for (frontend, target) in [("ublk", "loopengine"), ("fuse", "loopengine fuse")] {
+        if frontend == "ublk" && !daemon::can_run_here() {
+            continue;
+        }
+        let run_dir = home.join(frontend);
+        let daemon = match Daemon::start_with(&run_dir, &["--frontend", frontend]) {
+            Ok(daemon) => daemon,
+            Err(error) => {
+                sh::interrupted()?;
+                println!("attach: {target}: {error:#}");
+                continue;
+            }
+        };
+        let mut client = Client::new(&daemon.socket())?;
+        for present in [0, extras.present] {
+            for number in 0..present {
+                client.attach("default", &sparse(&images, &number.to_string(), 1 << 20)?)?;
+            }
+            figures.push(series(target, "call", present, extras.attaches, &image, ByCall(&mut client))?);
+            figures.push(series(target, "command", present, commands, &image, ByCommand(&daemon))?);
+        }
+        daemon.stop()?;
+    }
+    fs::remove_dir_all(images)?;
+    Ok(figures)
+}
+
+/// A way to attach and detach.
+trait Way {
+    fn attach(&mut self, image: &Path) -> Result<PathBuf>;
+    fn detach(&mut self, device: &Path) -> Result<()>;
+}
+
+struct ByLosetup;
+struct ByCall<'a>(&'a mut Client);
+struct ByCommand<'a>(&'a Daemon);
+
+impl Way for ByLosetup {
+    fn attach(&mut self, image: &Path) -> Result<PathBuf> {
+        let mut command = Command::new(sh::which("losetup")?);
+        let said = sh::capture(command.args(["--direct-io=on", "--find", "--show"]).arg(image), LIMIT)?;
+        Ok(PathBuf::from(said.trim_end()))
+    }
+
+    fn detach(&mut self, device: &Path) -> Result<()> {
+        sh::capture(Command::new(sh::which("losetup")?).arg("--detach").arg(device), LIMIT).map(drop)
+    }
+}
+
+impl Way for ByCall<'_> {
+    fn attach(&mut self, image: &Path) -> Result<PathBuf> {
+        self.0.attach("default", image).map(PathBuf::from)
+    }
+
+    fn detach(&mut self, device: &Path) -> Result<()> {
+        self.0.detach(&device.to_string_lossy())
+    }
+}
+
+impl Way for ByCommand<'_> {
+    fn attach(&mut self, image: &Path) -> Result<PathBuf> {
+        self.0.attach(image, &[])
+    }
+
+    fn detach(&mut self, device: &Path) -> Result<()> {
+        self.0.detach(device)
+    }
+}
+
+fn series(
+    target: &str,
+    how: &str,
+    present: u32,
+    count: u32,
+    image: &Path,
+    mut way: impl Way,
+) -> Result<Attach> {
+    let (mut attach_ns, mut detach_ns) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        sh::interrupted()?;
+        let start = Instant::now();
+        let device = way.attach(image)?;
+        read_first_block(&device)?;
+        attach_ns.push(nanoseconds(start));
+        let start = Instant::now();
+        way.detach(&device)?;
+        detach_ns.push(nanoseconds(start));
+    }
+    println!("attach: {target} by {how}, {present} devices present: {count} times");
+    // The one that comes and goes is there, too.
+    Ok(Attach { target: target.into(), how: how.into(), present: present.max(1), attach_ns, detach_ns })
+}
+
+/// A file of `bytes` that takes no room.
+pub(super) fn sparse(directory: &Path, name: &str, bytes: u64) -> Result<PathBuf> {
+    let path = directory.join(format!("{name}.img"));
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    file.set_len(bytes)?;
+    Ok(path)
+}
+
+/// Past the page cache, as a file system's first read would come.
+fn read_first_block(device: &Path) -> Result<()> {
+    let mut buffer = vec![0; 8192];
+    let start = buffer.as_ptr().align_offset(4096);
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(i32::try_from(rustix::fs::OFlags::DIRECT.bits())?)
+        .open(device)
+        .with_context(|| format!("cannot open {}", device.display()))?;
+    file.read_exact_at(&mut buffer[start..start + 4096], 0)
+        .with_context(|| format!("cannot read {}", device.display()))
+}
+
+fn nanoseconds(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,144 @@
+//! What is to be measured, as the command line says it, and for how long that takes.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::fio::Length;
+use crate::job::{self, JOBS, Job};
+use crate::measure::Extras;
+use crate::outcome::Mode;
+use crate::run::Plan;
+
+/// A start of fio, and setting a target up: seconds, roughly, on a machine and under emulation.
+const START_S: (f64, f64) = (0.3, 2.5);
+const SET_UP_S: (f64, f64) = (1.0, 6.0);
+
+/// What to measure.
+#[derive(Args, Clone, Debug)]
+pub struct Choice {
+    /// Fewer jobs, shorter rounds, fewer devices: an answer within minutes
+    #[arg(long)]
+    pub quick: bool,
+    /// What time means here; the lab says it
+    #[arg(long, value_enum, default_value = "host", hide = true)]
+    pub mode: Mode,
+    /// Rounds: five or more give intervals; targets are interleaved within each [default: 7; quick 5; icount 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
+    /// Length of a job in a round; a fifth more is run before it counts [default: 1000; quick 500; quick icount 200]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(10..=3_600_000))]
+    pub run_ms: Option<u32>,
+    /// Jobs to run, files of fio-jobs/ without their ending [default: all]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub jobs: Vec<String>,
+    /// Targets to measure [default: all that can be set up here]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub targets: Vec<String>,
+    /// Directory for the images; without it they lie on a file system in memory, which needs null_blk
+    #[arg(long, value_name = "DIR")]
+    pub images: Option<PathBuf>,
+    /// Size of each target's image
+    #[arg(long, value_name = "MIB", default_value_t = 96, value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
+    pub image_mb: u32,
+    /// Devices that are attached to see how long it takes; 0: none [default: 50; quick 20]
+    #[arg(long, value_name = "N")]
+    pub attaches: Option<u32>,
+    /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
+    pub idle: Option<u32>,
+    /// Something for the manifest
+    #[arg(long, value_name = "KEY=VALUE", hide = true)]
+    pub note: Vec<String>,
+}
+
+impl Choice {
+    /// The plan that this means.
+    pub fn plan(&self) -> Result<Plan> {
+        let icount = self.mode == Mode::Icount;
+        let run_ms = self.run_ms.unwrap_or(match (self.quick, icount) {
+            (false, _) => 1000,
+            (true, false) => 500,
+            (true, true) => 200,
+        });
+        let note = |text: &String| {
+            let (key, value) = text.split_once('=').with_context(|| format!("--note {text:?} has no ="))?;
+            Ok((key.to_owned(), value.to_owned()))
+        };
+        let plan = Plan {
+            mode: self.mode,
+            // An emulated instruction takes as long as any other: once is enough.
+            rounds: self.rounds.unwrap_or(if icount { 1 } else { 7 - 2 * u32::from(self.quick) }),
+            length: Length { ramp_ms: run_ms / 5, run_ms },
+            jobs: self.jobs()?,
+            targets: (!self.targets.is_empty()).then(|| self.targets.clone()),
+            images: self.images.clone(),
+            image_mb: self.image_mb,
+            extras: Extras {
+                attaches: self.attaches.unwrap_or(if self.quick { 20 } else { 50 }),
+                present: 100,
+                idle: self.idle.unwrap_or(if self.quick { 100 } else { 1000 }),
+            },
+            notes: self.note.iter().map(note).collect::<Result<BTreeMap<_, _>>>()?,
+        };
+        plan.targets()?;
+        Ok(plan)
+    }
+
+    fn jobs(&self) -> Result<Vec<&'static Job>> {
+        if self.jobs.is_empty() {
+            let one_cpu = self.mode == Mode::Icount;
+            let wanted = |job: &&Job| (job.quick || !self.quick) && !(one_cpu && job.two_cpus);
+            return Ok(JOBS.iter().filter(wanted).collect());
+        }
+        let find = |name: &String| match job::by_name(name) {
+            Some(job) => Ok(job),
+            None => bail!(
+                "there is no job {name:?}; there are: {}",
+                JOBS.iter().map(|job| job.name).collect::<Vec<_>>().join(", ")
+            ),
+        };
+        self.jobs.iter().map(find).collect()
+    }
+}
+
+/// What would be run, on what, and for about how long.
+pub fn describe(plan: &Plan) -> Result<String> {
+    let targets = plan.targets()?;
+    let mut text = format!(
+        "{} rounds of {} jobs, {} ms each after {} ms that do not count\n\njobs\n",
+        plan.rounds,
+        plan.jobs.len(),
+        plan.length.run_ms,
+        plan.length.ramp_ms
+    );
+    for job in &plan.jobs {
+        text.push_str(&format!("  {:<22} {}\n", job.name, job.title));
+    }
+    text.push_str("\ntargets\n");
+    let mut able = 0;
+    for target in &targets {
+        let version = target.version();
+        able += usize::from(version.is_ok());
+        let version = version.unwrap_or_else(|error| format!("unavailable: {error:#}"));
+        text.push_str(&format!("  {:<22} {version}\n", target.name()));
+    }
+    let images = plan.images.as_ref().map_or("a file system in memory (null_blk)".into(), |directory| {
+        format!("{}", directory.display())
+    });
+    text.push_str(&format!("\nimages of {} MiB on {images}\n", plan.image_mb));
+    text.push_str(&format!("about {} min\n", (seconds(plan, able) / 60.0).ceil()));
+    Ok(text)
+}
+
+fn seconds(plan: &Plan, targets: usize) -> f64 {
+    let pick = |(host, emulated): (f64, f64)| if plan.mode == Mode::Host { host } else { emulated };
+    let length = f64::from(plan.length.ramp_ms + plan.length.run_ms) / 1000.0;
+    // A second of `icount` takes several of ours.
+    let length = if plan.mode == Mode::Icount { length * 6.0 } else { length };
+    let jobs = plan.jobs.len() as f64;
+    let round = jobs * (pick(START_S) + targets as f64 * length);
+    f64::from(plan.rounds) * round + targets as f64 * pick(SET_UP_S)
+}

@@ -1,0 +1,319 @@
+//! A run: rounds of jobs over targets that are set up, interleaved, and raw files as they come.
+//!
+//! A A' B B' would compare minutes with minutes; A B A B compares neighbours: each round takes every
+//! job once, each job every target once, one after another in a single start of fio. What is
+//! measured is kept at once: Ctrl-C loses nothing but the job it interrupts, and `--resume` goes on
+//! there. Draws no conclusions.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::cost::{Reading, Spent};
+use crate::fio::{self, Length};
+use crate::job::{Job, Needs};
+use crate::measure::{self, Extras};
+use crate::outcome::{JobInfo, Manifest, Mode, TargetInfo, Warning};
+use crate::progress::Progress;
+use crate::site::{Set, Site};
+use crate::target::{self, Kind, MANY, Target};
+use crate::{check, sh};
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub mode: Mode,
+    pub rounds: u32,
+    pub length: Length,
+    pub jobs: Vec<&'static Job>,
+    /// Names of targets; none: all.
+    pub targets: Option<Vec<String>>,
+    /// Directory for the images; none: a file system in memory.
+    pub images: Option<PathBuf>,
+    pub image_mb: u32,
+    pub extras: Extras,
+    /// For the manifest.
+    pub notes: BTreeMap<String, String>,
+}
+
+/// What a run knows before its first round.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct Facts {
+    pub manifest: Manifest,
+    pub warnings: Vec<Warning>,
+    pub targets: Vec<TargetInfo>,
+    pub jobs: Vec<JobInfo>,
+}
+
+/// One job in one round.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Raw {
+    pub round: u32,
+    pub job: String,
+    /// What fio said; several times, if it had to be started for each target.
+    pub fio: Vec<Value>,
+    /// What the processes that serve the targets spent, the ramp included, by target.
+    pub spent: BTreeMap<String, Spent>,
+    /// Why fio would not run, by target.
+    pub failed: BTreeMap<String, String>,
+}
+
+/// Its file in the directory of raw files.
+pub const FACTS: &str = "facts.json";
+pub const ATTACH: &str = "attach.json";
+pub const IDLE: &str = "idle.json";
+/// What raw files of rounds begin with.
+pub const ROUND: &str = "round-";
+
+/// Size of each of the many devices, in MiB.
+const MANY_MB: u32 = 4;
+
+impl Plan {
+    /// Targets of the plan, in the order of a table.
+    pub fn targets(&self) -> Result<Vec<Box<dyn Target>>> {
+        let mut targets = target::all();
+        let Some(names) = &self.targets else { return Ok(targets) };
+        if let Some(unknown) = names.iter().find(|name| !targets.iter().any(|target| target.name() == **name)) {
+            let known: Vec<String> = targets.iter().map(|target| target.name()).collect();
+            bail!("there is no target {unknown:?}; there are: {}", known.join(", "));
+        }
+        targets.retain(|target| names.contains(&target.name()));
+        Ok(targets)
+    }
+
+    fn needs(&self, needs: Needs) -> bool {
+        self.jobs.iter().any(|job| job.needs == needs)
+    }
+}
+
+/// Whether `job` can run on what a target is.
+fn fits(job: &Job, set: &Set) -> bool {
+    let Some(opened) = &set.opened else { return false };
+    match job.needs {
+        Needs::Data => opened.kind != Kind::Mount,
+        Needs::Block => opened.kind == Kind::Block,
+        Needs::Many => opened.many.len() == MANY,
+        Needs::Mount => opened.kind == Kind::Mount,
+    }
+}
+
+/// Measures by `plan` and leaves all that is seen in `out`; with `resume`, only what is not there.
+/// Whether all of it was measured: Ctrl-C is no error.
+pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
+    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let version = fio::version()?;
+    let mut warnings = check::machine(plan.mode);
+    let many_mb = if plan.needs(Needs::Many) { MANY_MB } else { 0 };
+    let site = Site::new(plan.images.as_deref(), plan.image_mb, many_mb)?;
+    let mut sets = Vec::new();
+    for target in plan.targets()? {
+        let (set, more) = Set::up(target, &site.place)?;
+        match &set.info.unavailable {
+            None => println!("target {}: {}", set.info.name, set.info.version),
+            Some(why) => println!("target {}: unavailable: {why}", set.info.name),
+        }
+        warnings.extend(more);
+        sets.push(set);
+    }
+    for warning in &warnings {
+        println!("warning: {}: {}", warning.what, warning.advice);
+    }
+    let mut facts = Facts {
+        manifest: manifest(plan, version.to_string())?,
+        warnings,
+        targets: sets.iter().map(|set| set.info.clone()).collect(),
+        jobs: plan.jobs.iter().map(|job| job.info()).collect(),
+    };
+    if resume {
+        same_run(&facts, out)?;
+    }
+    write(out, FACTS, &facts)?;
+    let measured = rounds(plan, &mut sets, &site, out);
+    // Everything goes before the extras: they make devices of their own.
+    sets.clear();
+    let measured = measured.and_then(|()| measure::run(&plan.extras, &site, out));
+    let complete = match measured {
+        Ok(()) => true,
+        Err(_) if sh::interrupted().is_err() => false,
+        Err(error) => return Err(error),
+    };
+    facts.manifest.complete = complete;
+    write(out, FACTS, &facts)?;
+    Ok(complete)
+}
+
+fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> {
+    let mut progress = Progress::new(u64::from(plan.rounds) * plan.jobs.len() as u64);
+    let mut broken: Vec<(String, String)> = Vec::new();
+    for round in 0..plan.rounds {
+        for job in &plan.jobs {
+            let name = format!("{ROUND}{round:02}-{}.json", job.name);
+            let what = format!("round {} of {}: {}", round + 1, plan.rounds, job.title);
+            if out.join(&name).exists() {
+                progress.step(&what);
+                continue;
+            }
+            progress.doing(&what);
+            let mut able: Vec<&Set> = sets.iter().filter(|set| fits(job, set)).collect();
+            able.retain(|set| !broken.contains(&(job.name.to_owned(), set.info.name.clone())));
+            if able.is_empty() {
+                progress.step(&format!("{what}: no target for it"));
+                continue;
+            }
+            let turn = round as usize % able.len();
+            able.rotate_left(turn);
+            let raw = one(job, round, &able, plan.length, &site.scratch())?;
+            for (target, why) in &raw.failed {
+                progress.say(&format!("{target}: {}: {why}", job.name));
+                broken.push((job.name.to_owned(), target.clone()));
+            }
+            write(out, &name, &raw)?;
+            progress.step(&what);
+        }
+    }
+    Ok(())
+}
+
+/// One job on all targets that are able to; each by itself if fio will not run on all.
+fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Raw> {
+    let mut raw = Raw {
+        round,
+        job: job.name.into(),
+        fio: Vec::new(),
+        spent: BTreeMap::new(),
+        failed: BTreeMap::new(),
+    };
+    match start(job, sets, length, scratch, &mut raw) {
+        Ok(()) => return Ok(raw),
+        Err(error) => {
+            sh::interrupted()?;
+            if let [only] = sets {
+                raw.failed.insert(only.info.name.clone(), format!("{error:#}"));
+                return Ok(raw);
+            }
+        }
+    }
+    for set in sets {
+        if let Err(error) = start(job, &[set], length, scratch, &mut raw) {
+            sh::interrupted()?;
+            raw.failed.insert(set.info.name.clone(), format!("{error:#}"));
+        }
+    }
+    Ok(raw)
+}
+
+fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Raw) -> Result<()> {
+    let opened = |set: &&Set| {
+        let opened = set.opened.clone()?;
+        Some(fio::Place { name: set.info.name.clone(), path: opened.path, many: opened.many })
+    };
+    let places: Vec<fio::Place> = sets.iter().filter_map(opened).collect();
+    let account = |set: &&Set| {
+        let server = set.opened.as_ref().and_then(|opened| opened.server);
+        server.map(|pid| (Reading::of(pid), set.punts()))
+    };
+    let before: Vec<Option<(Reading, Option<u64>)>> = sets.iter().map(account).collect();
+    let said = fio::run(job, &places, length, scratch)?;
+    for (set, before) in sets.iter().zip(before) {
+        if let (Some((before, punts)), Some((now, punts_now))) = (before, account(set)) {
+            let mut spent = now.since(&before);
+            spent.punts = punts_now.zip(punts).map(|(now, then)| now.saturating_sub(then));
+            raw.spent.insert(set.info.name.clone(), spent);
+        }
+    }
+    let mut said: Value = serde_json::from_str(&said).context("fio printed something unknown")?;
+    // Statistics of all block devices of the machine: of no use, and the larger part.
+    if let Some(report) = said.as_object_mut() {
+        report.remove("disk_util");
+    }
+    raw.fio.push(said);
+    Ok(())
+}
+
+fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    Ok(Manifest {
+        date: sh::capture(std::process::Command::new("date").args(["-u", "+%F"]), target::LIMIT)?
+            .trim()
+            .to_owned(),
+        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        mode: plan.mode,
+        cpus: std::thread::available_parallelism()?.get(),
+        host_cpu: plan
+            .notes
+            .get("host-cpu")
+            .cloned()
+            .or_else(|| cpu_model(&read("/proc/cpuinfo")).map(str::to_owned))
+            .unwrap_or_default(),
+        fio,
+        rounds: plan.rounds,
+        run_ms: plan.length.run_ms,
+        ramp_ms: plan.length.ramp_ms,
+        complete: false,
+        notes: plan.notes.clone(),
+    })
+}
+
+/// The model of the first CPU.
+pub fn cpu_model(cpuinfo: &str) -> Option<&str> {
+    cpuinfo.lines().find_map(|line| Some(line.strip_prefix("model name")?.split_once(':')?.1.trim()))
+}
+
+/// What was measured before must have been the same.
+fn same_run(now: &Facts, out: &Path) -> Result<()> {
+    let Some(before) = read::<Facts>(out, FACTS)? else { return Ok(()) };
+    let key = |facts: &Facts| {
+        let manifest = &facts.manifest;
+        let names: Vec<String> = facts.jobs.iter().map(|job| job.name.clone()).collect();
+        (manifest.kernel.clone(), manifest.mode, manifest.run_ms, manifest.fio.clone(), names)
+    };
+    if key(&before) != key(now) {
+        bail!(
+            "{} holds another run (kernel, fio, jobs or lengths differ): leave --resume out to begin anew",
+            out.display()
+        );
+    }
+    Ok(())
+}
+
+/// A raw file, if it was left.
+pub fn read<T: serde::de::DeserializeOwned>(raw: &Path, name: &str) -> Result<Option<T>> {
+    match fs::read(raw.join(name)) {
+        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(|| format!("{name} is damaged"))?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {name}")),
+    }
+}
+
+/// Writes a raw file in one step: a run that is ended in between leaves none that is half written.
+pub fn write<T: Serialize>(out: &Path, name: &str, value: &T) -> Result<()> {
+    let (path, new) = (out.join(name), out.join(format!("{name}.new")));
+    fs::write(&new, serde_json::to_vec(value)?)
+        .and_then(|()| fs::rename(&new, &path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_is_named() {
+        assert_eq!(cpu_model("vendor_id\t: X\nmodel name\t: Fast CPU @ 3 GHz\n"), Some("Fast CPU @ 3 GHz"));
+        assert_eq!(cpu_model(""), None);
+    }
+
+    #[test]
+    fn raw_files_come_back_and_damaged_ones_are_errors() {
+        let raw = tempfile::tempdir().unwrap();
+        write(raw.path(), "a.json", &vec![1, 2]).unwrap();
+        assert_eq!(read::<Vec<u32>>(raw.path(), "a.json").unwrap(), Some(vec![1, 2]));
+        assert!(read::<Vec<u32>>(raw.path(), "none.json").unwrap().is_none());
+        fs::write(raw.path().join("b.json"), "[1,").unwrap();
+        assert!(read::<Vec<u32>>(raw.path(), "b.json").unwrap_err().to_string().contains("b.json"));
+    }
+}

@@ -1,0 +1,105 @@
+//! Where a run takes place: a store for images, a directory for the rest, the targets set up there.
+//!
+//! Whatever is set up is taken away when this is dropped, last things first.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::outcome::{TargetInfo, Warning};
+use crate::store::{Fs, Store};
+use crate::target::{Opened, Place, Target};
+use crate::{check, sh};
+
+/// Room for the images of all targets; memory is used as it is written.
+const STORE_MB: u32 = 6144;
+
+/// A store and a scratch directory.
+pub struct Site {
+    // In the order in which they are to go.
+    _store: Option<Store>,
+    images: Option<tempfile::TempDir>,
+    pub place: Place,
+    home: tempfile::TempDir,
+}
+
+impl Site {
+    /// Images lie below `images`, or on a file system in memory if none is given.
+    pub fn new(images: Option<&Path>, image_mb: u32, many_mb: u32) -> Result<Site> {
+        let home = tempfile::Builder::new().prefix("loopbench-").tempdir_in("/run").or_else(|_| {
+            tempfile::Builder::new().prefix("loopbench-").tempdir().context("no directory to work in")
+        })?;
+        let (store, kept, path) = match images {
+            Some(directory) => {
+                let kept = tempfile::Builder::new()
+                    .prefix("loopbench-")
+                    .tempdir_in(directory)
+                    .with_context(|| format!("cannot put images into {}", directory.display()))?;
+                let path = kept.path().to_owned();
+                (None, Some(kept), path)
+            }
+            None => {
+                let path = home.path().join("store");
+                let store = Store::new(Fs::Xfs, STORE_MB, &path)
+                    .context("no store in memory can be made here; name a directory with --images")?;
+                (Some(store), None, path)
+            }
+        };
+        let place = Place { images: path, scratch: home.path().to_owned(), image_mb, many_mb };
+        Ok(Site { _store: store, images: kept, place, home })
+    }
+
+    /// Directory for what a run needs besides images.
+    pub fn scratch(&self) -> PathBuf {
+        self.images.as_ref().map_or(self.home.path(), |_| self.home.path()).to_owned()
+    }
+}
+
+/// A target that may be set up.
+pub struct Set {
+    target: Box<dyn Target>,
+    pub info: TargetInfo,
+    /// None: it is unavailable, and `info` says why.
+    pub opened: Option<Opened>,
+}
+
+impl Set {
+    /// Sets `target` up, or finds out why that is impossible here.
+    pub fn up(mut target: Box<dyn Target>, place: &Place) -> Result<(Set, Vec<Warning>)> {
+        let (name, about) = (target.name(), target.about());
+        let version = target.version();
+        let opened = match &version {
+            Ok(_) => target.set_up(place),
+            Err(error) => Err(anyhow::anyhow!("{error:#}")),
+        };
+        sh::interrupted()?;
+        let unavailable = opened.as_ref().err().map(|error| format!("{error:#}"));
+        let info = TargetInfo { name, about, version: version.unwrap_or_default(), unavailable };
+        let mut set = Set { target, info, opened: opened.ok() };
+        let warnings =
+            set.opened.as_ref().map_or_else(Vec::new, |opened| check::target(&set.info.name, opened));
+        if set.opened.is_none() {
+            set.down();
+        }
+        Ok((set, warnings))
+    }
+
+    /// See `Target::punts`.
+    pub fn punts(&self) -> Option<u64> {
+        self.target.punts()
+    }
+
+    fn down(&mut self) {
+        if let Err(error) = sh::uninterrupted(|| self.target.tear_down()) {
+            eprintln!("{}: {error:#}", self.info.name);
+        }
+    }
+}
+
+impl Drop for Set {
+    fn drop(&mut self) {
+        if self.opened.is_some() {
+            self.down();
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The engine, by its public program: over ublk on each path of its ladder, and over FUSE.
+//!
+//! A daemon each, so that what it costs can be told.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use super::{Kind, Opened, Place, Target, block, check_mark, engine};
+use crate::daemon::{self, Daemon};
+use crate::varlink::Client;
+
+/// One path of the ladder.
+pub(super) struct Ublk {
+    path: &'static str,
+    daemon: Option<Daemon>,
+}
+
+impl Ublk {
+    pub(super) fn new(path: &'static str) -> Ublk {
+        Ublk { path, daemon: None }
+    }
+}
+
+impl Target for Ublk {
+    fn name(&self) -> String {
+        format!("loopengine {}", self.path)
+    }
+
+    fn about(&self) -> String {
+        format!("loopengine over ublk, path {}", self.path)
+    }
+
+    fn version(&self) -> Result<String> {
+        engine()
+    }
+
+    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+        if !daemon::data_paths()?.iter().any(|path| path == self.path) {
+            bail!("this kernel does not grant path {}", self.path);
+        }
+        let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
+        let (path, many) = attach_all(place, &format!("loopengine {}", self.path), daemon, &["--path", self.path])?;
+        block(path, many, Some(daemon.pid()))
+    }
+
+    fn tear_down(&mut self) -> Result<()> {
+        self.daemon.take().map_or(Ok(()), Daemon::stop)
+    }
+
+    fn punts(&self) -> Option<u64> {
+        punts(self.daemon.as_ref()?)
+    }
+}
+
+/// The same engine, images and workers, as files.
+#[derive(Default)]
+pub(super) struct Fuse(Option<Daemon>);
+
+impl Target for Fuse {
+    fn name(&self) -> String {
+        "loopengine fuse".into()
+    }
+
+    fn about(&self) -> String {
+        "the same engine, images and workers behind FUSE, several threads, clone_fd".into()
+    }
+
+    fn version(&self) -> Result<String> {
+        engine()
+    }
+
+    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+        let daemon = self.0.insert(start(place, "loopengine fuse", "fuse")?);
+        let (path, many) = attach_all(place, "loopengine fuse", daemon, &[])?;
+        Ok(Opened { kind: Kind::File, path, many, server: Some(daemon.pid()) })
+    }
+
+    fn tear_down(&mut self) -> Result<()> {
+        self.0.take().map_or(Ok(()), Daemon::stop)
+    }
+
+    fn punts(&self) -> Option<u64> {
+        punts(self.0.as_ref()?)
+    }
+}
+
+/// A daemon with one door.
+pub(super) fn start(place: &Place, name: &str, frontend: &str) -> Result<Daemon> {
+    Daemon::start_with(&place.directory(name)?.join("run"), &["--frontend", frontend])
+}
+
+fn attach_all(place: &Place, name: &str, daemon: &Daemon, words: &[&str]) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let attach = |image: &PathBuf| -> Result<PathBuf> {
+        let device = daemon.attach(image, words)?;
+        check_mark(&device, image)?;
+        Ok(device)
+    };
+    let path = attach(&place.image(name)?)?;
+    let many = place.many(name)?.iter().map(attach).collect::<Result<_>>()?;
+    Ok((path, many))
+}
+
+/// Over all devices of a daemon.
+fn punts(daemon: &Daemon) -> Option<u64> {
+    let devices = Client::new(&daemon.socket()).and_then(|mut client| client.stats()).ok()?;
+    devices.iter().map(|device| device["punts"].as_u64().context("no punts").ok()).sum()
+}
