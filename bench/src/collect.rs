@@ -53,7 +53,7 @@ pub fn collect(raw: &Path) -> Result<Outcome> {
     }
     let latencies = histograms
         .into_iter()
-        .map(|((job, target), all)| Latency { job, target, counts: fio::counts(&fio::merge(&all)) })
+        .map(|((job, target), all)| Latency { job, target, counts: fio::latency::counts(&fio::latency::merge(&all)) })
         .collect();
     Ok(Outcome {
         schema: SCHEMA,

@@ -177,7 +177,8 @@ pub(crate) fn block(path: PathBuf, many: Vec<PathBuf>, server: Option<u32>) -> R
 /// The first word of what `program` says of its version that begins with a digit.
 pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     let output = sh::output(Command::new(sh::which(program)?).args(words), LIMIT)?;
-    let said = [output.stdout, output.stderr].concat();
+    // fuse2fs speaks on standard error, and what it calls on standard output.
+    let said = [output.stderr, output.stdout].concat();
     let said = String::from_utf8_lossy(&said);
     let number = said.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())

@@ -144,7 +144,7 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
     let status = match stage.mode {
         None => here(stage, &line)?,
         Some(mode) => {
-            let lab = setup::ensure()?;
+            let lab = setup::ensure_all()?;
             let machine = Vm {
                 shares: vec![out.clone()],
                 limit: stage.limit,

@@ -121,7 +121,7 @@ fn run(command: Command) -> Result<u8> {
             if upgrade {
                 setup::forget_kernels()?;
             }
-            setup::report(&setup::ensure()?)?;
+            setup::report(&setup::ensure_all()?)?;
             Ok(0)
         }
         Command::Vm(arguments) => run_vm(arguments),

@@ -14,8 +14,11 @@ use crate::kernel::{self, Line};
 
 use crate::cache;
 
-/// Debian packages, and what each is for.
-const PACKAGES: [(&str, &str); 15] = [
+/// A Debian package, and what it is for.
+type Package = (&'static str, &'static str);
+
+/// What a VM needs.
+const PACKAGES: [Package; 15] = [
     ("qemu-system-x86", "the VM"),
     ("busybox-static", "its first program"),
     ("cpio", "its first file system"),
@@ -31,6 +34,14 @@ const PACKAGES: [(&str, &str); 15] = [
     ("mount", "mount, losetup"),
     ("libclang-dev", "building libublk"),
     ("python3-venv", "virtme-ng"),
+];
+
+/// What the tests and the bench need besides; a demo does without.
+const MORE_PACKAGES: [Package; 4] = [
+    ("fuse3", "file systems in user space"),
+    ("fuse2fs", "ext4 without the kernel's"),
+    ("qemu-utils", "qemu-nbd, to compare with"),
+    ("chromium", "reports are looked at in a browser"),
 ];
 
 /// As pip takes it.
@@ -59,19 +70,28 @@ impl Lab {
     }
 }
 
-/// Makes sure of everything, saying on standard error what it does and nothing when all is there.
+/// Makes sure of what a VM needs, saying on standard error what it does and nothing when all is there.
 pub(crate) fn ensure() -> Result<Lab> {
+    ensure_with(&PACKAGES)
+}
+
+/// The same, and of what the tests and the bench need besides.
+pub(crate) fn ensure_all() -> Result<Lab> {
+    ensure_with(&[&PACKAGES[..], &MORE_PACKAGES].concat())
+}
+
+fn ensure_with(packages: &[Package]) -> Result<Lab> {
     if !Path::new("/etc/debian_version").exists() || sh::which("dpkg-query").is_err() {
         bail!(
             "the lab sets itself up on Debian only: run it on Debian 12 or 13, for instance in a container"
         );
     }
     let lab = Lab { cache: cache::directory()? };
-    if complete(&lab)? {
+    if complete(&lab, packages)? {
         return Ok(lab);
     }
     let _turn = cache::lock(&lab.cache)?;
-    packages()?;
+    install(packages)?;
     virtual_environment(&lab)?;
     for line in Line::ALL {
         if kernel::find(&lab.cache, line).is_none() {
@@ -83,9 +103,9 @@ pub(crate) fn ensure() -> Result<Lab> {
     Ok(lab)
 }
 
-fn complete(lab: &Lab) -> Result<bool> {
+fn complete(lab: &Lab, packages: &[Package]) -> Result<bool> {
     let kernels = Line::ALL.iter().all(|line| kernel::find(&lab.cache, *line).is_some());
-    Ok(kernels && has_virtme(lab) && missing_packages()?.is_empty())
+    Ok(kernels && has_virtme(lab) && missing_packages(packages)?.is_empty())
 }
 
 /// Removes the kernels, so that the next set-up fetches the newest.
@@ -110,17 +130,17 @@ pub(crate) fn report(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn packages() -> Result<()> {
-    let missing = missing_packages()?;
+fn install(packages: &[Package]) -> Result<()> {
+    let missing = missing_packages(packages)?;
     if missing.is_empty() {
         return Ok(());
     }
-    let list = missing.join(" ");
+    let names: Vec<&str> = missing.iter().map(|(name, _)| *name).collect();
+    let list = names.join(" ");
     if !rustix::process::geteuid().is_root() {
         bail!("packages are missing and only root can install them: sudo apt-get install {list}");
     }
-    for package in &missing {
-        let purpose = PACKAGES.iter().find(|(name, _)| name == package).map_or("", |(_, purpose)| purpose);
+    for (package, purpose) in &missing {
         eprintln!("setup: installing {package} ({purpose})");
     }
     let apt = |words: &[&str]| {
@@ -133,22 +153,22 @@ fn packages() -> Result<()> {
     };
     apt(&["update"])?;
     let mut words = vec!["install", "-y", "--no-install-recommends"];
-    words.extend(missing.iter().copied());
+    words.extend(names);
     apt(&words)
 }
 
-fn missing_packages() -> Result<Vec<&'static str>> {
+fn missing_packages(packages: &[Package]) -> Result<Vec<Package>> {
     let mut query = Command::new("dpkg-query");
-    query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(PACKAGES.map(|(name, _)| name));
+    query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(packages.iter().map(|(name, _)| name));
     // Its status is 1 when a package was never heard of.
     let output = sh::output(&mut query, Duration::from_secs(60))?;
-    Ok(not_installed(&String::from_utf8_lossy(&output.stdout)))
+    Ok(not_installed(packages, &String::from_utf8_lossy(&output.stdout)))
 }
 
 /// Packages that lines of "status name" do not call installed.
-fn not_installed(status: &str) -> Vec<&'static str> {
+fn not_installed(packages: &[Package], status: &str) -> Vec<Package> {
     let installed: Vec<&str> = status.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
-    PACKAGES.iter().map(|(name, _)| *name).filter(|name| !installed.contains(name)).collect()
+    packages.iter().filter(|(name, _)| !installed.contains(name)).copied().collect()
 }
 
 fn virtual_environment(lab: &Lab) -> Result<()> {
@@ -181,8 +201,9 @@ mod tests {
     #[test]
     fn only_what_is_missing_is_installed() {
         let all: String = PACKAGES.iter().map(|(name, _)| format!("installed {name}\n")).collect();
-        assert!(not_installed(&all).is_empty());
+        assert!(not_installed(&PACKAGES, &all).is_empty());
         let without = all.replace("installed fio\n", "config-files fio\n").replace("installed cpio\n", "");
-        assert_eq!(not_installed(&without), ["cpio", "fio"]);
+        let missing: Vec<&str> = not_installed(&PACKAGES, &without).iter().map(|(name, _)| *name).collect();
+        assert_eq!(missing, ["cpio", "fio"]);
     }
 }

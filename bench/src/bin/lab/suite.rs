@@ -82,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
 /// Kernel cases and power cuts, the kernels beside each other: a VM seldom keeps both of its CPUs
 /// busy. The first kernel's output is shown as it comes, the others' when they are done.
 fn in_vms(options: &Options) -> Result<Vec<Phase>> {
-    let lab = setup::ensure()?;
+    let lab = setup::ensure_all()?;
     let mut programs = programs::build()?;
     let cases = programs::build_cases()?;
     let any = any_case(&cases, options.filter.as_deref())?;
