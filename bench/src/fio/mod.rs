@@ -14,6 +14,8 @@ use crate::job::{Job, MANY, Needs};
 use crate::sh;
 
 pub mod latency;
+#[cfg(test)]
+mod recorded;
 mod report;
 mod version;
 
