@@ -17,6 +17,9 @@ pub enum Needs {
     Mount,
 }
 
+/// How many files or devices a job that needs many of them uses.
+pub const MANY: usize = 16;
+
 /// A job file.
 #[derive(Debug)]
 pub struct Job {
@@ -43,6 +46,132 @@ pub const LOOP: &str = "kernel loop";
 /// The same among mounted file systems.
 pub const EXT4_ON_LOOP: &str = "ext4 on kernel loop";
 
+/// A row of the table: name, what it needs, title, question, and where it differs from most.
+macro_rules! job {
+    ($name:literal on $needs:ident: $title:literal, $question:literal, $($field:ident: $value:expr),* $(,)?) => {
+        Job {
+            $($field: $value,)*
+            ..Job {
+                name: $name,
+                title: $title,
+                question: $question,
+                needs: Needs::$needs,
+                unit: None,
+                depth: None,
+                two_cpus: false,
+                quick: false,
+                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fio-jobs/", $name, ".fio")),
+            }
+        }
+    };
+}
+
+/// 4K random read, one at a time.
+pub const QD1: Job = job!(
+    "randread-4k-qd1" on Data: "4K random read, depth 1",
+    "The way there and back of a single request: bound by wake-ups and context switches.",
+    depth: Some(1), quick: true,
+);
+/// 4K random read, 32 at a time.
+pub const QD32: Job = job!(
+    "randread-4k-qd32" on Data: "4K random read, depth 32",
+    "The cost of a request when requests come in batches: bound by the CPU.",
+    depth: Some(32), quick: true,
+);
+/// The same from two processes.
+pub const QD32X2: Job = job!(
+    "randread-4k-qd32x2" on Data: "4K random read, depth 32, 2 processes",
+    "Whether two CPUs get on beside each other: bound by the number of queues and by shared locks.",
+    two_cpus: true, quick: true,
+);
+/// 128K sequential read.
+pub const SEQ: Job = job!(
+    "read-128k-qd8" on Data: "128K sequential read, depth 8",
+    "Moving data: bound by copies of memory.",
+    quick: true,
+);
+
+/// All of them, in the order of a report.
+pub const JOBS: &[Job] = &[
+    QD1,
+    job!(
+        "randread-4k-qd4" on Data: "4K random read, depth 4",
+        "Little concurrency: bound by latency still, wake-ups begin to be shared.",
+        depth: Some(4),
+    ),
+    QD32,
+    job!(
+        "randread-4k-qd128" on Data: "4K random read, depth 128",
+        "As deep as a queue of a device: bound by the CPU, batches are as large as they get.",
+        depth: Some(128),
+    ),
+    QD32X2,
+    job!(
+        "randwrite-4k-qd1" on Data: "4K random write, depth 1",
+        "A single write: bound by wake-ups, and by whatever the backing file system locks for a write.",
+    ),
+    job!(
+        "randwrite-4k-qd32" on Data: "4K random write, depth 32",
+        "The cost of a write in batches: bound by the CPU and by the backing file's lock.",
+        quick: true,
+    ),
+    job!(
+        "randwrite-4k-qd32x2" on Data: "4K random write, depth 32, 2 processes",
+        "Writes from two CPUs to one image: bound by the lock of the backing file, if one is taken.",
+        two_cpus: true,
+    ),
+    job!(
+        "mix-70-30-4k-qd32" on Data: "4K random, 70 % reads, depth 32",
+        "Reads among writes: bound by the CPU, and by reads that wait behind writes.",
+    ),
+    SEQ,
+    job!(
+        "write-128k-qd8" on Data: "128K sequential write, depth 8",
+        "Moving data the other way: bound by copies of memory.",
+    ),
+    job!(
+        "read-1m-qd4" on Data: "1M sequential read, depth 4",
+        "Requests larger than a device takes at once: bound by splitting them and by copies.",
+    ),
+    job!(
+        "write-1m-qd4" on Data: "1M sequential write, depth 4",
+        "The same for writes.",
+    ),
+    job!(
+        "fsync-4k-qd1" on Data: "4K random write, an fsync after each",
+        "Durability: bound by the flush, from the device down to the disk below. The latency is the fsync's.",
+        quick: true,
+    ),
+    job!(
+        "many-16-4k" on Many: "4K random read on 16 devices, 4 in flight on each",
+        "Many devices in use at once: bound by the CPU, and by what each device has for itself.",
+    ),
+    job!(
+        "discard-64k" on Block: "64K discard, then written again",
+        "Discards, half of the operations: bound by the file system below, which frees and allocates blocks.",
+    ),
+    job!(
+        "smallfile-create" on Mount: "Small files: create, write 4K, fsync, close",
+        "What an unpacked archive or a mail store does: bound by journal commits and flushes.",
+        unit: Some("file"), quick: true,
+    ),
+    job!(
+        "smallfile-read" on Mount: "Small files: open, read 4K not cached, close",
+        "What a build or a web server does after boot: bound by single 4K reads, one at a time.",
+        unit: Some("file"),
+    ),
+    job!(
+        "database-8k" on Mount: "8K random in a file, 70 % reads, fdatasync every 16 writes",
+        "What a database with a cache of its own does: bound by single reads, with waits for flushes.",
+        quick: true,
+    ),
+];
+
+/// The job of that name.
+pub fn by_name(name: &str) -> Option<&'static Job> {
+    JOBS.iter().find(|job| job.name == name)
+}
+
 impl Job {
     /// As a result describes it.
     pub fn info(&self) -> JobInfo {
@@ -54,5 +183,63 @@ impl Job {
             reference: if self.needs == Needs::Mount { EXT4_ON_LOOP } else { LOOP }.into(),
             depth: self.depth,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// What fio replaces in a job.
+    fn variables(text: &str) -> BTreeSet<&str> {
+        text.split("${").skip(1).map(|rest| rest.split('}').next().unwrap_or(rest)).collect()
+    }
+
+    #[test]
+    fn the_table_and_the_directory_are_the_same() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../fio-jobs");
+        let files: BTreeSet<String> = std::fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter_map(|name| name.strip_suffix(".fio").map(str::to_owned))
+            .collect();
+        let table: BTreeSet<String> = JOBS.iter().map(|job| job.name.to_owned()).collect();
+        assert_eq!(files, table);
+        assert_eq!(table.len(), JOBS.len(), "a name stands twice");
+    }
+
+    #[test]
+    fn a_file_has_one_section_of_its_name_and_the_variables_of_what_it_needs() {
+        for job in JOBS {
+            let sections: Vec<&str> = job.text.lines().filter(|line| line.starts_with('[')).collect();
+            assert_eq!(sections, [format!("[{}]", job.name)]);
+            let place = match job.needs {
+                Needs::Data | Needs::Block => "FILENAME",
+                Needs::Many => "FILENAMES",
+                Needs::Mount => "DIRECTORY",
+            };
+            let timed = BTreeSet::from([place, "RAMP", "RUNTIME"]);
+            let fixed = BTreeSet::from([place]);
+            let expected = if job.unit.is_some() { fixed } else { timed };
+            assert_eq!(variables(job.text), expected, "{}", job.name);
+        }
+    }
+
+    #[test]
+    fn what_the_table_says_of_a_file_is_so() {
+        for job in JOBS {
+            let has = |line: &str| job.text.lines().any(|other| other == line);
+            assert!(has("group_reporting=1"), "{}: a sum of its processes is read", job.name);
+            assert_eq!(has("numjobs=2"), job.two_cpus, "{}", job.name);
+            assert_eq!(has("unlink=1"), job.needs == Needs::Mount, "{}: leaves files behind", job.name);
+            assert!(job.needs != Needs::Many || has(&format!("iodepth={}", 4 * MANY)));
+            if let Some(depth) = job.depth {
+                assert!(has("rw=randread") && has(&format!("iodepth={depth}")), "{}", job.name);
+            }
+        }
+        assert_eq!(JOBS.iter().filter(|job| job.quick).count(), 8);
+        assert_eq!(by_name("read-128k-qd8").map(|job| job.title), Some(SEQ.title));
+        assert!(by_name("nosuch").is_none());
     }
 }
