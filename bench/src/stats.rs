@@ -42,6 +42,53 @@ pub fn interval(values: &[f64]) -> Option<(f64, f64)> {
     Some((*medians.get(tail)?, *medians.get(medians.len() - 1 - tail)?))
 }
 
+/// Where the quotient of two medians, `new` by `old`, lies with 95 % confidence: each side is
+/// resampled by itself, as there is nothing that pairs them.
+pub fn quotient_interval(old: &[f64], new: &[f64]) -> Option<(f64, f64)> {
+    if old.len().min(new.len()) < ENOUGH {
+        return None;
+    }
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut middle = |values: &[f64]| {
+        let sample: Vec<f64> = (0..values.len()).map(|_| values[random.usize(..values.len())]).collect();
+        median(&sample)
+    };
+    let mut quotients: Vec<f64> =
+        (0..RESAMPLES).filter_map(|_| Some(1.0 / middle(old)? * middle(new)?)).collect();
+    if !quotients.iter().all(|quotient| quotient.is_finite()) {
+        return None;
+    }
+    quotients.sort_by(f64::total_cmp);
+    let tail = (RESAMPLES as f64 * TAIL) as usize;
+    Some((*quotients.get(tail)?, *quotients.get(quotients.len() - 1 - tail)?))
+}
+
+/// The value that `share` of all lie at or below, from values and how often each was seen. None
+/// where fewer than ten lie beyond: that would be the longest of a few, not a percentile.
+pub fn percentile(counts: &[(u64, u64)], share: f64) -> Option<u64> {
+    const BEYOND: f64 = 10.0;
+    let total: f64 = counts.iter().map(|(_, often)| *often as f64).sum();
+    if total * (1.0 - share) < BEYOND * (1.0 - 1e-9) {
+        return None;
+    }
+    let mut sorted = counts.to_vec();
+    sorted.sort_unstable();
+    let mut seen = 0.0;
+    let reached = |(_, often): &&(u64, u64)| {
+        seen += *often as f64;
+        seen >= total * share
+    };
+    sorted.iter().find(reached).or(sorted.last()).map(|(value, _)| *value)
+}
+
+/// Median and 99th percentile (by rank: of fewer than a hundred the largest).
+pub fn median_and_p99(values: &[u64]) -> Option<(f64, f64)> {
+    let mut sorted: Vec<f64> = values.iter().map(|value| *value as f64).collect();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() as f64 * 0.99).ceil() as usize;
+    Some((median_of_sorted(&sorted)?, *sorted.get(rank.max(1) - 1)?))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -74,7 +121,64 @@ mod tests {
         assert!((360..=396).contains(&covered), "{covered} of 400");
     }
 
+    #[test]
+    fn a_percentile_needs_ten_beyond_it() {
+        let counts = [(10, 90), (20, 9), (30, 1)];
+        assert_eq!(percentile(&counts, 0.5), Some(10));
+        assert_eq!(percentile(&counts, 0.9), Some(10));
+        assert_eq!(percentile(&counts, 0.91), None);
+        assert_eq!(percentile(&[(30, 10), (10, 900), (20, 90)], 0.99), Some(20));
+        assert_eq!(percentile(&[], 0.5), None);
+    }
+
+    #[test]
+    fn ranks() {
+        assert_eq!(median_and_p99(&[]), None);
+        assert_eq!(median_and_p99(&[3, 1, 2]), Some((2.0, 3.0)));
+        assert_eq!(median_and_p99(&(1..=200).collect::<Vec<_>>()), Some((100.5, 198.0)));
+    }
+
+    #[test]
+    fn a_quotient_of_equal_sides_spans_one_about_as_often_as_it_says() {
+        let mut random = fastrand::Rng::with_seed(9);
+        let mut side = || -> Vec<f64> { (0..15).map(|_| 1.0 + random.f64()).collect() };
+        let spans = (0..300)
+            .filter(|_| {
+                quotient_interval(&side(), &side()).is_some_and(|(low, high)| low <= 1.0 && 1.0 <= high)
+            })
+            .count();
+        assert!((270..=299).contains(&spans), "{spans} of 300");
+    }
+
     proptest! {
+        // A case takes sixteen thousand medians.
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn a_quotient_lies_in_its_interval_and_turns_round(
+            old in prop::collection::vec(0.01f64..100.0, 5..15),
+            new in prop::collection::vec(0.01f64..100.0, 5..15)
+        ) {
+            let (low, high) = quotient_interval(&old, &new).unwrap();
+            let middle = median(&new).unwrap() / median(&old).unwrap();
+            prop_assert!(low <= middle * 1.000001 && middle <= high * 1.000001);
+            // Twice as much everywhere is a quotient twice as large.
+            let twice: Vec<f64> = new.iter().map(|value| value * 2.0).collect();
+            prop_assert_eq!(quotient_interval(&old, &twice), Some((low * 2.0, high * 2.0)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn percentiles_rise_and_are_values_that_were_seen(
+            counts in prop::collection::vec((1u64..1_000_000, 0u64..5000), 1..60)
+        ) {
+            let found: Vec<u64> =
+                [0.5, 0.9, 0.99, 0.999].iter().map_while(|share| percentile(&counts, *share)).collect();
+            prop_assert!(found.windows(2).all(|pair| pair[0] <= pair[1]));
+            prop_assert!(found.iter().all(|value| counts.iter().any(|(seen, often)| seen == value && *often > 0)));
+        }
+
         #[test]
         fn an_interval_holds_the_median_and_lies_within_the_values(
             values in prop::collection::vec(0.01f64..100.0, 5..20)

@@ -1,1 +1,96 @@
-//! Ways to write a result down.
+//! Ways to write a result down: for a terminal, as a page, as files that other programs read.
+//!
+//! ```text
+//!   outcome ─┬─ report: blocks of a document ─┬─ markdown: report.md
+//!            │     └ svg: its plots           └─ html: report.html
+//!            ├─ terminal
+//!            └─ csv, and JSON: result.json
+//! ```
+//! Knows files and what is in them. Takes no measurement, and no conclusion that `summary` does
+//! not draw.
+
+mod csv;
+mod doc;
+mod html;
+mod markdown;
+mod palette;
+mod report;
+mod svg;
+mod terminal;
+#[cfg(test)]
+mod tests;
+pub(crate) mod units;
+
+#[cfg(test)]
+#[path = "../../tests/data/synthetic.rs"]
+pub(crate) mod synthetic;
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+pub use self::terminal::terminal;
+use crate::outcome::{self, Outcome};
+
+/// Writes `result.json`, `result.csv`, `report.md`, `plots/*.svg` and `report.html` into `dir`.
+pub fn write(outcome: &Outcome, dir: &Path) -> Result<()> {
+    let outcome = &*usable(outcome);
+    let plots = dir.join("plots");
+    fs::create_dir_all(&plots).with_context(|| format!("cannot create {}", plots.display()))?;
+    // The data first: whatever goes wrong with its looks, it is there.
+    put(&dir.join(outcome::FILE), &(serde_json::to_string_pretty(outcome)? + "\n"))?;
+    put(&dir.join("result.csv"), &csv::csv(outcome))?;
+    let blocks = report::report(outcome);
+    for plot in doc::plots(&blocks) {
+        put(&plots.join(plot.file()), &plot.standalone())?;
+    }
+    put(&dir.join("report.md"), &markdown::markdown(&blocks))?;
+    put(&dir.join("report.html"), &html::html(&blocks))
+}
+
+/// Reads a `result.json`, or the one in a directory.
+pub fn read(path: &Path) -> Result<Outcome> {
+    #[derive(Deserialize)]
+    struct Version {
+        schema: u32,
+    }
+    let file = if path.is_dir() { path.join(outcome::FILE) } else { path.to_owned() };
+    let name = file.display();
+    let text = fs::read_to_string(&file).with_context(|| format!("cannot read {name}"))?;
+    // Its version alone at first: nothing else of another version has to make sense.
+    let damaged = || format!("{name} is damaged or no result of loopbench");
+    match serde_json::from_str(&text).with_context(damaged)? {
+        Version { schema: outcome::SCHEMA } => serde_json::from_str(&text).with_context(damaged),
+        Version { schema } => {
+            bail!("{name} has format {schema}; this program reads format {}", outcome::SCHEMA)
+        }
+    }
+}
+
+/// In one step: a reader sees the old file or the new one.
+fn put(path: &Path, text: &str) -> Result<()> {
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, text)
+        .and_then(|()| fs::rename(&fresh, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Without what JSON has no word for: samples that are not numbers are left out, and a warning
+/// says so.
+fn usable(outcome: &Outcome) -> Cow<'_, Outcome> {
+    let fine = |sample: &outcome::Sample| sample.iops.is_finite() && sample.bytes_per_s.is_finite();
+    let bad = outcome.samples.iter().filter(|sample| !fine(sample)).count();
+    if bad == 0 {
+        return Cow::Borrowed(outcome);
+    }
+    let mut outcome = outcome.clone();
+    outcome.samples.retain(fine);
+    outcome.warnings.push(outcome::Warning {
+        what: format!("{bad} samples are not numbers and were left out"),
+        advice: "look at what fio wrote, in raw/".into(),
+    });
+    Cow::Owned(outcome)
+}

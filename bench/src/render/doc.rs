@@ -1,0 +1,113 @@
+//! A document as blocks: what the page and the Markdown have in common.
+//!
+//! Knows what a document is made of, not how it is written or what it says.
+
+use super::svg::Plot;
+use super::units::NOTHING;
+use crate::summary::Verdict;
+
+pub(super) enum Block {
+    /// Level 1 is the document's title.
+    Heading {
+        level: usize,
+        id: String,
+        text: String,
+    },
+    /// A paragraph.
+    Text(String),
+    /// Names and what they stand for.
+    Facts(Vec<(String, String)>),
+    /// Something is wrong, and what to do about it.
+    Warning {
+        what: String,
+        advice: String,
+    },
+    Table(Table),
+    /// Beside each other where there is room.
+    Plots(Vec<Plot>),
+}
+
+pub(super) struct Table {
+    /// What it shows; for those who cannot see the heading above it.
+    pub(super) caption: String,
+    pub(super) columns: Vec<Column>,
+    pub(super) lines: Vec<Line>,
+}
+
+pub(super) struct Column {
+    pub(super) title: String,
+    pub(super) numeric: bool,
+}
+
+#[derive(Default)]
+pub(super) struct Line {
+    pub(super) cells: Vec<String>,
+    pub(super) kind: Kind,
+    /// What the line shows, for its looks; the cells say it too.
+    pub(super) verdict: Option<Verdict>,
+}
+
+/// What a line of a table is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Kind {
+    #[default]
+    Other,
+    Ours,
+    Reference,
+}
+
+impl Table {
+    /// Columns whose titles begin with `<` hold words, the others numbers.
+    pub(super) fn new(caption: impl Into<String>, titles: &[&str]) -> Table {
+        let column = |title: &&str| match title.strip_prefix('<') {
+            Some(words) => Column { title: words.to_owned(), numeric: false },
+            None => Column { title: (*title).to_owned(), numeric: true },
+        };
+        Table { caption: caption.into(), columns: titles.iter().map(column).collect(), lines: Vec::new() }
+    }
+
+    pub(super) fn line(&mut self, kind: Kind, cells: Vec<String>) {
+        self.lines.push(Line { cells, kind, verdict: None });
+    }
+
+    /// Without columns that say nothing in any line.
+    pub(super) fn condensed(mut self) -> Table {
+        let says = |index: usize| {
+            index == 0 || self.lines.iter().any(|line| line.cells.get(index).is_some_and(|c| c != NOTHING))
+        };
+        let kept: Vec<bool> = (0..self.columns.len()).map(says).collect();
+        let mut keep = kept.iter().copied();
+        self.columns.retain(|_| keep.next().unwrap_or(true));
+        for line in &mut self.lines {
+            let mut keep = kept.iter().copied();
+            line.cells.retain(|_| keep.next().unwrap_or(true));
+        }
+        self
+    }
+}
+
+/// All plots of a document.
+pub(super) fn plots(blocks: &[Block]) -> impl Iterator<Item = &Plot> {
+    let of = |block| match block {
+        &Block::Plots(ref plots) => plots.as_slice(),
+        _ => &[],
+    };
+    blocks.iter().flat_map(of)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_column_of_dashes_is_left_out() {
+        let mut table = Table::new("t", &["<a", "b", "c"]);
+        table.line(Kind::Other, vec!["x".into(), NOTHING.into(), "1".into()]);
+        table.line(Kind::Other, vec!["y".into(), NOTHING.into(), NOTHING.into()]);
+        let table = table.condensed();
+        let titles: Vec<&str> = table.columns.iter().map(|column| column.title.as_str()).collect();
+        assert_eq!(titles, ["a", "c"]);
+        assert_eq!(table.lines[1].cells, ["y", NOTHING]);
+        assert!(!table.columns[0].numeric && table.columns[1].numeric);
+    }
+}

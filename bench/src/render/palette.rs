@@ -1,0 +1,75 @@
+//! Which colour, dash and marker a target has, in every plot of a result.
+//!
+//! Colours are Okabe and Ito's, which colour-blind readers tell apart, some a little darker so that
+//! they show on white and on black. loopengine has the cool ones, others the warm ones, a reference
+//! the ink, and what has no driver at all grey. When they run out, dashes begin.
+
+use crate::outcome::Outcome;
+
+const OURS: [&str; 3] = ["#0072b2", "#43a5e0", "#009e73"];
+const OTHERS: [&str; 4] = ["#d55e00", "#cc79a7", "#d68f00", "#948b00"];
+const DASHES: [&str; 3] = ["", "6 3", "2 3"];
+
+/// The data file by itself: what nothing in between costs.
+pub(super) const RAW: &str = "raw file";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Style {
+    pub(super) colour: &'static str,
+    /// `stroke-dasharray`; empty: none.
+    pub(super) dash: &'static str,
+    /// Number of a shape.
+    pub(super) marker: usize,
+}
+
+pub(super) struct Palette(Vec<(String, Style)>);
+
+/// Whether it is loopengine that serves this target.
+pub(super) fn ours(target: &str) -> bool {
+    target.contains("loopengine")
+}
+
+impl Palette {
+    pub(super) fn new(outcome: &Outcome) -> Palette {
+        let (mut cool, mut warm) = (0, 0);
+        let mut style = |name: &str, index: usize| {
+            let (colours, taken): (&[&'static str], &mut usize) = match name {
+                name if outcome.jobs.iter().any(|job| job.reference == name) => {
+                    return Style { colour: "currentColor", dash: "", marker: 0 };
+                }
+                RAW => return Style { colour: "#8a8f98", dash: "", marker: 1 },
+                name if ours(name) => (&OURS, &mut cool),
+                _ => (&OTHERS, &mut warm),
+            };
+            let number = *taken;
+            *taken += 1;
+            let dash = DASHES[(number / colours.len()).min(DASHES.len() - 1)];
+            Style { colour: colours[number % colours.len()], dash, marker: index }
+        };
+        let names = outcome.targets.iter().map(|target| &target.name).enumerate();
+        Palette(names.map(|(index, name)| (name.clone(), style(name, index))).collect())
+    }
+
+    pub(super) fn of(&self, target: &str) -> Style {
+        let plain = Style { colour: "#8a8f98", dash: "", marker: 0 };
+        self.0.iter().find(|(name, _)| name == target).map_or(plain, |(_, style)| *style)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::render::synthetic;
+
+    #[test]
+    fn every_measured_target_looks_different() {
+        let outcome = synthetic::outcome(1);
+        let palette = Palette::new(&outcome);
+        let mut looks: Vec<(&str, &str)> = Vec::new();
+        for target in outcome.targets.iter().filter(|target| !target.name.starts_with("ext4")) {
+            let style = palette.of(&target.name);
+            assert!(!looks.contains(&(style.colour, style.dash)), "{}", target.name);
+            looks.push((style.colour, style.dash));
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The question of the whole: how loopengine compares with the kernel's loop driver, and what would
+//! serve the same file over FUSE.
+
+use super::{heading, kind};
+use crate::job::LOOP;
+use crate::outcome::{JobInfo, Outcome};
+use crate::render::doc::{Block, Kind, Table};
+use crate::render::palette::{Style, ours};
+use crate::render::svg::forest::{Group, forest};
+use crate::render::units::{NOTHING, plain, ratio, ratio_of};
+use crate::summary::{Row, rows};
+
+/// The jobs that stand for the rest. Where none of them was run, the first few do.
+const CORE: [&str; 6] = [
+    "randread-4k-qd1",
+    "randread-4k-qd32",
+    "randread-4k-qd32x2",
+    "randwrite-4k-qd32",
+    "read-128k-qd8",
+    "write-128k-qd8",
+];
+
+/// A name, whom it means, and how it is drawn.
+const CONTENDERS: [(&str, fn(&str) -> bool, Style); 3] = [
+    (
+        "loopengine, best path",
+        |target| ours(target) && !target.contains("fuse"),
+        Style { colour: "#0072b2", dash: "", marker: 0 },
+    ),
+    (
+        "loopengine behind FUSE",
+        |target| ours(target) && target.contains("fuse"),
+        Style { colour: "#009e73", dash: "", marker: 1 },
+    ),
+    (
+        "QEMU's FUSE export",
+        |target| target.contains("qemu") && target.contains("fuse"),
+        Style { colour: "#d55e00", dash: "", marker: 2 },
+    ),
+];
+
+pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
+    let jobs = core(outcome);
+    let results: Vec<(&JobInfo, [Option<Row>; 3])> = jobs
+        .iter()
+        .map(|job| {
+            let rows = rows(outcome, job);
+            (*job, CONTENDERS.map(|(_, means, _)| best(&rows, job, means)))
+        })
+        .collect();
+    let mut blocks = vec![heading(2, "answer", "In short")];
+    let reached: Vec<String> = (0..CONTENDERS.len()).filter_map(|index| span(&results, index)).collect();
+    if reached.is_empty() {
+        blocks.push(Block::Text(format!("Nothing was measured beside {LOOP}: there is no ratio to tell.")));
+        return blocks;
+    }
+    blocks.push(Block::Text(format!(
+        "Operations a second as a multiple of what {LOOP} does in the same round, over {}: {}.",
+        if results.len() == 1 { "one job".into() } else { format!("{} jobs", results.len()) },
+        reached.join("; ")
+    )));
+    let point = |row: &Row| Some((row.ratio?, row.ratio_interval));
+    let groups: Vec<Group> = results
+        .iter()
+        .map(|(job, rows)| Group {
+            title: plain(&job.title),
+            points: rows.each_ref().map(|row| row.as_ref().and_then(point)).into(),
+        })
+        .collect();
+    let legend = CONTENDERS.map(|(name, _, style)| (name.to_owned(), style));
+    let about = format!("{}. Whiskers: 95 % intervals.", reached.join("; "));
+    blocks.extend(
+        forest(&format!("Throughput as a multiple of {LOOP}"), about, &legend, &groups)
+            .map(|plot| Block::Plots(vec![plot])),
+    );
+    blocks.push(Block::Table(table(&results)));
+    blocks
+}
+
+fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
+    let titles: Vec<String> = CONTENDERS.iter().map(|(name, ..)| format!("× {name}")).collect();
+    let mut table = Table::new(
+        format!("Throughput × {LOOP}"),
+        &["<job", &titles[0], "<its path", &titles[1], &titles[2]],
+    );
+    for (job, rows) in results {
+        let cell = |index: usize| rows[index].as_ref().map_or(NOTHING.into(), ratio_of);
+        let path = rows[0].as_ref().map_or(NOTHING.into(), |row| plain(&row.target));
+        table.line(Kind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2)]);
+    }
+    table.condensed()
+}
+
+fn core(outcome: &Outcome) -> Vec<&JobInfo> {
+    let against_loop = || outcome.jobs.iter().filter(|job| job.reference == LOOP);
+    let core: Vec<&JobInfo> = against_loop().filter(|job| CORE.contains(&job.name.as_str())).collect();
+    if core.is_empty() { against_loop().take(CORE.len()).collect() } else { core }
+}
+
+/// The one with the highest ratio among those that are meant.
+fn best(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
+    let known = |row: &&Row| {
+        kind(&row.target, &job.reference) != Kind::Reference
+            && means(&row.target)
+            && row.ratio.is_some_and(f64::is_finite)
+    };
+    let better = |a: &&Row, b: &&Row| a.ratio.unwrap_or(0.0).total_cmp(&b.ratio.unwrap_or(0.0));
+    rows.iter().filter(known).max_by(better).cloned()
+}
+
+/// "loopengine, best path 0.85 to 1.36"
+fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<String> {
+    let ratios = || results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio);
+    let (least, most) = (ratios().reduce(f64::min)?, ratios().reduce(f64::max)?);
+    let name = CONTENDERS[index].0;
+    let (least, most) = (ratio(least), ratio(most));
+    Some(if least == most { format!("{name} {least}") } else { format!("{name} {least} to {most}") })
+}

@@ -1,0 +1,131 @@
+//! One job: its question, how fast each target was, how long an operation took, what it cost.
+
+use super::cost::{below, writer};
+use super::{heading, kind};
+use crate::compare::instructions;
+use crate::outcome::{JobInfo, Latency, Mode, Outcome};
+use crate::render::doc::{Block, Line, Table};
+use crate::render::palette::{Palette, RAW};
+use crate::render::svg::{bars::bars, curves, stack::stack};
+use crate::render::units::{NOTHING, change, count, known, operation, plain, rate, ratio_of, slug, time};
+use crate::stats::percentile;
+use crate::summary::{Row, rows};
+
+/// How to read the tables.
+pub(super) fn legend(outcome: &Outcome) -> String {
+    let below = "Below: what the whole system did less submitter and engine; it holds drivers, file system, \
+        kernel threads and idle time.";
+    format!(
+        "Medians over {} interleaved rounds. A ratio is the median of the ratios within each round; in \
+         parentheses where that median lies with 95 % confidence (bootstrap; it takes five rounds): ▲ faster \
+         than the reference, ▼ slower, ≈ no difference shown. min … max: the slowest and the fastest round. A \
+         percentile needs ten completions beyond it. Submitter: CPU time of fio with the kernel's work for it. \
+         Engine: CPU time of the process that serves the target. {}",
+        outcome.manifest.rounds,
+        if outcome.manifest.mode == Mode::Icount { below } else { "" }
+    )
+}
+
+pub(super) fn job(outcome: &Outcome, job: &JobInfo, palette: &Palette) -> Vec<Block> {
+    let rows = rows(outcome, job);
+    let mut blocks =
+        vec![heading(3, &format!("job-{}", slug(&job.name)), &job.title), Block::Text(job.question.clone())];
+    if rows.is_empty() {
+        blocks.push(Block::Text("Nothing was measured.".into()));
+        return blocks;
+    }
+    let mode = outcome.manifest.mode;
+    blocks.push(Block::Table(rates(job, &rows, mode)));
+    let mut latencies: Vec<&Latency> = outcome.latencies.iter().filter(|l| l.job == job.name).collect();
+    let place = |latency: &Latency| outcome.targets.iter().position(|target| target.name == latency.target);
+    latencies.sort_by_key(|latency| place(latency));
+    let plots = [
+        bars(job, &rows, palette),
+        curves::curves(job, &latencies, palette),
+        stack(job, &rows, writer(mode)),
+    ];
+    let plots: Vec<_> = plots.into_iter().flatten().collect();
+    if !plots.is_empty() {
+        blocks.push(Block::Plots(plots));
+    }
+    let tails = tails(job, &latencies);
+    let costs = costs(job, &rows, mode);
+    blocks.extend([tails, costs].into_iter().filter(|table| table.columns.len() > 1).map(Block::Table));
+    blocks
+}
+
+fn rates(job: &JobInfo, rows: &[Row], mode: Mode) -> Table {
+    let reference = format!("× {} (95 %)", plain(&job.reference));
+    let each = format!("instructions per {}", operation(job));
+    let rate = rate(job);
+    let titles = ["<target", &rate, &reference, "min … max", "MB/s", "p50", "p99", &each, "above raw file"];
+    let mut table = Table::new(format!("{}: throughput", job.title), &titles);
+    let raw = rows.iter().find(|row| row.target == RAW).map(|raw| instructions(&raw.cost, raw.iops));
+    for row in rows {
+        let work = Some(instructions(&row.cost, row.iops)).filter(|_| mode == Mode::Icount);
+        let more = work.zip(raw).filter(|_| row.target != RAW);
+        let more = more.map(|(ours, raw)| format!("{} ({})", signed(ours - raw), change(ours / raw)));
+        let cells = vec![
+            plain(&row.target),
+            count(row.iops),
+            ratio_of(row),
+            format!("{} … {}", count(row.range.0), count(row.range.1)),
+            count(row.bytes_per_s / 1e6),
+            time(row.p50_ns),
+            time(row.p99_ns),
+            known(work, count),
+            more.unwrap_or(NOTHING.into()),
+        ];
+        let kind = kind(&row.target, &job.reference);
+        table.lines.push(Line { cells, kind, verdict: Some(row.verdict()) });
+    }
+    table.condensed()
+}
+
+fn signed(value: f64) -> String {
+    format!("{}{}", if value < 0.0 { "−" } else { "+" }, count(value.abs()))
+}
+
+fn tails(job: &JobInfo, latencies: &[&Latency]) -> Table {
+    let names: Vec<String> = curves::PERCENTILES.iter().map(|(_, name)| format!("p{name}")).collect();
+    let mut titles = vec!["<target"];
+    titles.extend(names.iter().map(String::as_str));
+    titles.extend(["longest", "completions"]);
+    let mut table = Table::new(format!("{}: latency of completion, all rounds together", job.title), &titles);
+    for latency in latencies {
+        let mut cells = vec![plain(&latency.target)];
+        let at = |share| known(percentile(&latency.counts, share).map(|ns| ns as f64), time);
+        cells.extend(curves::PERCENTILES.iter().map(|(share, _)| at(*share)));
+        let seen = latency.counts.iter().filter(|(_, often)| *often > 0);
+        cells.push(known(seen.map(|(ns, _)| *ns as f64).reduce(f64::max), time));
+        cells.push(count(latency.counts.iter().map(|(_, often)| *often as f64).sum()));
+        table.line(kind(&latency.target, &job.reference), cells);
+    }
+    table.condensed()
+}
+
+fn costs(job: &JobInfo, rows: &[Row], mode: Mode) -> Table {
+    let write = writer(mode);
+    let what = if mode == Mode::Icount { "instructions" } else { "CPU time" };
+    let each = operation(job);
+    let mut table = Table::new(
+        format!("{}: {what} per {each}", job.title),
+        &["<target", "submitter", "engine", "below", "switches", "punts", "engine CPU s/GiB"],
+    );
+    for row in rows {
+        let cost = &row.cost;
+        // A nanosecond a byte is 1.07 s a GiB.
+        let gib = cost.engine_ns.map(|ns| ns * 1e-9 * (1u64 << 30) as f64 * row.iops / row.bytes_per_s);
+        let cells = vec![
+            plain(&row.target),
+            known(cost.submitter_ns, write),
+            known(cost.engine_ns, write),
+            known(below(cost), write),
+            known(cost.switches, count),
+            known(cost.punts, count),
+            known(gib, count),
+        ];
+        table.line(kind(&row.target, &job.reference), cells);
+    }
+    table.condensed()
+}

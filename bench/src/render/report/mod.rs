@@ -1,0 +1,46 @@
+//! What a report says, in the order in which one wants to know it.
+//!
+//! Knows the words; not how a page or Markdown is written.
+
+mod answer;
+pub(super) mod cost;
+mod job;
+mod service;
+mod setup;
+
+use super::doc::{Block, Kind};
+use super::palette::{Palette, ours};
+use super::svg;
+use crate::outcome::Outcome;
+
+pub(super) fn report(outcome: &Outcome) -> Vec<Block> {
+    let palette = Palette::new(outcome);
+    let mut blocks = setup::head(outcome);
+    blocks.extend(answer::answer(outcome));
+    blocks.extend(setup::setup(outcome));
+    if let Some(plot) = svg::depth::depth(outcome, &palette) {
+        blocks.push(heading(2, "depth", "Throughput against depth"));
+        blocks.push(Block::Text(
+            "How far more I/Os in flight help; where a line is flat, something is busy all the time.".into(),
+        ));
+        blocks.push(Block::Plots(vec![plot]));
+    }
+    blocks.push(heading(2, "jobs", "Jobs"));
+    blocks.push(Block::Text(job::legend(outcome)));
+    blocks.extend(outcome.jobs.iter().flat_map(|job| job::job(outcome, job, &palette)));
+    blocks.extend(service::attach(outcome));
+    blocks.extend(service::idle(outcome));
+    blocks
+}
+
+fn heading(level: usize, id: &str, text: &str) -> Block {
+    Block::Heading { level, id: id.to_owned(), text: text.to_owned() }
+}
+
+fn kind(target: &str, reference: &str) -> Kind {
+    match target {
+        target if target == reference => Kind::Reference,
+        target if ours(target) => Kind::Ours,
+        _ => Kind::Other,
+    }
+}

@@ -1,0 +1,77 @@
+//! What devices cost beyond I/O: to come and go, and to be there.
+
+use super::{heading, kind};
+use crate::outcome::{Idle, Outcome};
+use crate::render::doc::{Block, Table};
+use crate::render::units::{kib, known, plain, time};
+use crate::stats::median_and_p99;
+
+pub(super) fn attach(outcome: &Outcome) -> Vec<Block> {
+    if outcome.attach.is_empty() {
+        return Vec::new();
+    }
+    let titles = ["<target", "<how", "devices present", "times", "attach p50", "p99", "detach p50", "p99"];
+    let mut table = Table::new("Attaching and detaching", &titles);
+    for entry in &outcome.attach {
+        let attach = median_and_p99(&entry.attach_ns);
+        let detach = median_and_p99(&entry.detach_ns);
+        let cells = vec![
+            plain(&entry.target),
+            plain(&entry.how),
+            entry.present.to_string(),
+            entry.attach_ns.len().to_string(),
+            known(attach.map(|(median, _)| median), time),
+            known(attach.map(|(_, p99)| p99), time),
+            known(detach.map(|(median, _)| median), time),
+            known(detach.map(|(_, p99)| p99), time),
+        ];
+        table.line(kind(&entry.target, crate::job::LOOP), cells);
+    }
+    vec![
+        heading(2, "attach", "Attaching and detaching"),
+        Block::Text(
+            "A device at a time: from the call until the first block was read from it, and until it was gone. \
+             With fewer than a hundred times the p99 is the longest."
+                .into(),
+        ),
+        Block::Table(table.condensed()),
+    ]
+}
+
+pub(super) fn idle(outcome: &Outcome) -> Vec<Block> {
+    if outcome.idle.is_empty() {
+        return Vec::new();
+    }
+    let titles =
+        ["<target", "devices", "memory per device", "memory without any", "CPU time a second", "per device"];
+    let mut table = Table::new("Idle devices", &titles);
+    for entry in &outcome.idle {
+        let cpu = per(entry.cpu_ns as f64 * 1e9, entry.over_ns as f64);
+        let cells = vec![
+            plain(&entry.target),
+            entry.devices.to_string(),
+            known(memory(entry), kib),
+            kib(entry.pss_kib_before as f64),
+            known(cpu, time),
+            known(cpu.and_then(|cpu| per(cpu, f64::from(entry.devices))), time),
+        ];
+        table.line(kind(&entry.target, crate::job::LOOP), cells);
+    }
+    vec![
+        heading(2, "idle", "Idle devices"),
+        Block::Text(
+            "The process that serves devices which nobody uses: its memory (proportional set size; without the \
+             kernel's own for a device) and the CPU time that it takes in a second."
+                .into(),
+        ),
+        Block::Table(table.condensed()),
+    ]
+}
+
+fn memory(idle: &Idle) -> Option<f64> {
+    per(idle.pss_kib as f64 - idle.pss_kib_before as f64, f64::from(idle.devices))
+}
+
+fn per(value: f64, number: f64) -> Option<f64> {
+    (number > 0.0).then(|| value / number)
+}

@@ -1,0 +1,101 @@
+//! What was measured, where, and how much that is worth.
+
+use super::{heading, kind};
+use crate::outcome::{Manifest, Mode, Outcome};
+use crate::render::doc::{Block, Table};
+use crate::render::units::{NOTHING, plain};
+
+pub(super) fn head(outcome: &Outcome) -> Vec<Block> {
+    let manifest = &outcome.manifest;
+    let title = format!("Figures of {}", or_unknown(&manifest.date));
+    let kernel = or_unknown(&manifest.kernel);
+    let mut blocks = vec![
+        heading(1, "top", &title),
+        Block::Text(format!(
+            "loopengine beside the kernel's loop driver and others: Linux {kernel}, {}.",
+            mode(manifest.mode).0
+        )),
+    ];
+    if !manifest.complete {
+        blocks.push(Block::Warning {
+            what: "The run was not complete".into(),
+            advice: "What is missing was not measured; run it again".into(),
+        });
+    }
+    blocks
+}
+
+pub(super) fn setup(outcome: &Outcome) -> Vec<Block> {
+    let manifest = &outcome.manifest;
+    let mut blocks = vec![heading(2, "setup", "What was measured, and where")];
+    blocks.push(Block::Text(mode(manifest.mode).1.into()));
+    blocks.push(Block::Facts(facts(manifest)));
+    if !outcome.warnings.is_empty() {
+        blocks.push(heading(2, "warnings", "Warnings"));
+        let end = |text: &str| text.trim().trim_end_matches('.').to_owned();
+        blocks.extend(
+            outcome
+                .warnings
+                .iter()
+                .map(|warning| Block::Warning { what: end(&warning.what), advice: end(&warning.advice) }),
+        );
+    }
+    blocks.push(heading(2, "targets", "Targets"));
+    let mut table = Table::new("Targets", &["<target", "<what it is", "<version", "<not measured because"]);
+    for target in &outcome.targets {
+        let references = outcome.jobs.iter().any(|job| job.reference == target.name);
+        let reference = if references { target.name.as_str() } else { "" };
+        let why = target.unavailable.as_deref().map_or(NOTHING.into(), plain);
+        let cells = vec![plain(&target.name), plain(&target.about), known(&target.version), why];
+        table.line(kind(&target.name, reference), cells);
+    }
+    blocks.push(Block::Table(table.condensed()));
+    blocks
+}
+
+fn facts(manifest: &Manifest) -> Vec<(String, String)> {
+    let length = format!(
+        "{} rounds; {} ms a job, after {} ms that are not counted",
+        manifest.rounds, manifest.run_ms, manifest.ramp_ms
+    );
+    let fixed = [
+        ("kernel", known(&manifest.kernel)),
+        ("mode", manifest.mode.name().into()),
+        ("CPUs", manifest.cpus.to_string()),
+        ("CPU of the host", known(&manifest.host_cpu)),
+        ("fio", known(&manifest.fio)),
+        ("length", length),
+    ];
+    let fixed = fixed.into_iter().map(|(name, value)| (name.to_owned(), value));
+    fixed.chain(manifest.notes.iter().map(|(name, value)| (plain(name), plain(value)))).collect()
+}
+
+/// What a mode is, and what its figures mean.
+fn mode(mode: Mode) -> (&'static str, &'static str) {
+    match mode {
+        Mode::Icount => (
+            "one emulated CPU that counts instructions",
+            "One emulated CPU on which an instruction takes 1 ns: IOPS = 10⁹ / instructions of the whole \
+             system an I/O. It repeats to 0.2 % on any machine. It knows nothing of caches and of what a \
+             real CPU does at once, so it compares work, not time.",
+        ),
+        Mode::Smp => (
+            "emulated CPUs on a shared machine",
+            "Emulated CPUs on a shared machine: only ratios within a round mean something. IOPS and \
+             latencies say how fast the emulator was just then.",
+        ),
+        Mode::Host => (
+            "the machine itself",
+            "The machine itself: IOPS and latencies are its own. Ratios are taken within a round, so that \
+             what changes from round to round does not count.",
+        ),
+    }
+}
+
+fn known(text: &str) -> String {
+    if text.trim().is_empty() { NOTHING.into() } else { plain(text) }
+}
+
+fn or_unknown(text: &str) -> String {
+    if text.trim().is_empty() { "unknown".into() } else { plain(text) }
+}

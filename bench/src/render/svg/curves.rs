@@ -1,0 +1,80 @@
+//! Latency of completion at one job: percentiles from the median to 99.99, a line a target.
+
+use super::axis::Axis;
+use super::{Anchor, CHARACTER, Canvas, LINE, Plot, WIDTH};
+use crate::outcome::{JobInfo, Latency};
+use crate::render::palette::Palette;
+use crate::render::units::{short, time};
+use crate::stats;
+
+/// Shares and their names.
+pub(in crate::render) const PERCENTILES: [(f64, &str); 5] =
+    [(0.5, "50"), (0.9, "90"), (0.99, "99"), (0.999, "99.9"), (0.9999, "99.99")];
+const HEIGHT: f64 = 230.0;
+
+pub(in crate::render) fn curves(job: &JobInfo, latencies: &[&Latency], palette: &Palette) -> Option<Plot> {
+    let lines: Vec<(&Latency, Vec<(f64, f64)>)> = latencies
+        .iter()
+        .map(|latency| (*latency, curve(latency)))
+        .filter(|(_, curve)| !curve.is_empty())
+        .collect();
+    let values = || lines.iter().flat_map(|(_, curve)| curve.iter().map(|(_, ns)| *ns));
+    let (least, most) = (values().fold(f64::INFINITY, f64::min), values().fold(0.0, f64::max));
+    if lines.is_empty() {
+        return None;
+    }
+    let title = format!("{}: latency", job.title);
+    let (mut canvas, top) = Canvas::titled(&title);
+    let top = top + 4.0;
+    let bottom = top + HEIGHT.max(lines.len() as f64 * (LINE - 2.0));
+    let longest = lines.iter().map(|(latency, _)| latency.target.chars().count().min(18)).max().unwrap_or(0);
+    let right = WIDTH - longest as f64 * CHARACTER - 14.0;
+    let y = Axis::log((least / 1.05, most * 1.05), (bottom, top));
+    let left = 8.0 * CHARACTER;
+    let x = Axis::log((2.0, 10_000.0), (left, right - 18.0));
+    for tick in y.ticks() {
+        canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
+        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &tick_name(tick));
+    }
+    for (share, name) in PERCENTILES {
+        let place = x.place(1.0 / (1.0 - share));
+        canvas.line("rule", (place, top), (place, bottom));
+        canvas.text("soft", place, bottom + LINE * 0.75, Anchor::Middle, name);
+    }
+    canvas.text("soft", f64::midpoint(left, x.places.1), bottom + LINE * 1.75, Anchor::Middle, "percentile");
+    let mut ends = Vec::new();
+    for (latency, curve) in &lines {
+        let style = palette.of(&latency.target);
+        let points: Vec<(f64, f64)> =
+            curve.iter().map(|(rarity, ns)| (x.place(*rarity), y.place(*ns))).collect();
+        canvas.path(style, &points);
+        if let Some(end) = points.last() {
+            ends.push((short(&latency.target, 18), style, *end));
+        }
+    }
+    canvas.ends(ends, right, (top + 2.0, bottom - 2.0));
+    let about = format!(
+        "Percentiles of completion latency on log axes, all rounds together; {} to {}.",
+        time(least),
+        time(most)
+    );
+    Some(canvas.finish(&format!("latency-{}", job.name), &title, about, bottom + LINE * 2.5))
+}
+
+/// How rare (one in …) and how long, as far as there are completions that rare.
+fn curve(latency: &Latency) -> Vec<(f64, f64)> {
+    const STEPS: u32 = 40;
+    let at = |step: u32| 2.0 * 5000f64.powf(f64::from(step) / f64::from(STEPS));
+    let point = |rarity: f64| Some((rarity, stats::percentile(&latency.counts, 1.0 - 1.0 / rarity)?));
+    (0..=STEPS).map_while(|step| point(at(step))).map(|(rarity, ns)| (rarity, (ns as f64).max(1.0))).collect()
+}
+
+/// "20 µs": round numbers without their zeros.
+fn tick_name(ns: f64) -> String {
+    let name = time(ns);
+    let Some((number, unit)) = name.split_once(' ') else { return name };
+    match number.split_once('.') {
+        Some((whole, rest)) if rest.bytes().all(|digit| digit == b'0') => format!("{whole} {unit}"),
+        _ => name,
+    }
+}

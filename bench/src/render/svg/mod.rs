@@ -1,0 +1,258 @@
+//! Plots as SVG: sized for a phone's width and as readable at twice that, light or dark, with a
+//! title and a description for those who do not see them.
+//!
+//! This file knows the paper and the pen, the others one kind of plot each. None knows the page it
+//! will be on.
+
+mod axis;
+pub(super) mod bars;
+pub(super) mod curves;
+pub(super) mod depth;
+pub(super) mod forest;
+pub(super) mod stack;
+
+use std::fmt::Write;
+
+use super::palette::Style;
+use super::units::{escape, slug};
+
+/// Width of every plot. Shown on 358 of a phone's 390 pixels, text of `SIZE` is still 11 high.
+pub(super) const WIDTH: f64 = 420.0;
+const SIZE: f64 = 13.0;
+/// Of a character, on the average: there is no font to ask here.
+const CHARACTER: f64 = 7.1;
+/// Distance of one line of text from the next.
+const LINE: f64 = 17.0;
+/// Rules of all plots, for a file of its own and for the page.
+pub(super) const CSS: &str = include_str!("plot.css");
+
+/// A finished plot.
+pub(super) struct Plot {
+    name: String,
+    pub(super) title: String,
+    /// What it shows, in words.
+    pub(super) about: String,
+    height: f64,
+    body: String,
+}
+
+impl Plot {
+    /// Its file in `plots/`.
+    pub(super) fn file(&self) -> String {
+        format!("{}.svg", self.name)
+    }
+
+    /// As a file.
+    pub(super) fn standalone(&self) -> String {
+        let paper = "<rect class=\"paper\" width=\"100%\" height=\"100%\"/>";
+        self.element(&format!("<style>{}</style>{paper}", CSS.trim())) + "\n"
+    }
+
+    /// As part of a page that has `CSS`.
+    pub(super) fn inline(&self) -> String {
+        self.element("")
+    }
+
+    fn element(&self, before: &str) -> String {
+        let (name, title, about) = (&self.name, escape(&self.title), escape(&self.about));
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 {WIDTH} {}\" role=\"img\" \
+             aria-labelledby=\"{name}-title {name}-about\"><title id=\"{name}-title\">{title}</title>\
+             <desc id=\"{name}-about\">{about}</desc>{before}{}</svg>",
+            n(self.height),
+            self.body
+        )
+    }
+}
+
+/// A plot being drawn.
+struct Canvas {
+    body: String,
+}
+
+/// Where a text begins, ends or has its middle.
+#[derive(Clone, Copy)]
+enum Anchor {
+    Start,
+    Middle,
+    End,
+}
+
+impl Canvas {
+    /// An empty one with its title, and where it goes on below that.
+    fn titled(title: &str) -> (Canvas, f64) {
+        let mut canvas = Canvas { body: String::new() };
+        let mut y = LINE;
+        for line in wrapped(title, (WIDTH / (CHARACTER * 1.1)) as usize) {
+            canvas.text("title", 0.0, y, Anchor::Start, &line);
+            y += LINE + 1.0;
+        }
+        (canvas, y)
+    }
+
+    fn finish(self, name: &str, title: &str, about: String, height: f64) -> Plot {
+        Plot { name: slug(name), title: title.to_owned(), about, height, body: self.body }
+    }
+
+    fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
+        let (x1, y1, x2, y2) = (n(from.0), n(from.1), n(to.0), n(to.1));
+        self.add(format_args!("<line class=\"{class}\" x1=\"{x1}\" y1=\"{y1}\" x2=\"{x2}\" y2=\"{y2}\"/>"));
+    }
+
+    fn bar(&mut self, colour: &str, (x, y): (f64, f64), width: f64, height: f64) {
+        let (x, y, width, height) = (n(x), n(y), n(width.max(0.0)), n(height));
+        self.add(format_args!(
+            "<rect x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\" fill=\"{colour}\"/>"
+        ));
+    }
+
+    /// `y` is the middle of its height.
+    fn text(&mut self, class: &str, x: f64, y: f64, anchor: Anchor, text: &str) {
+        let anchor = match anchor {
+            Anchor::Start => "start",
+            Anchor::Middle => "middle",
+            Anchor::End => "end",
+        };
+        // Not `dominant-baseline`: some viewers do not know it.
+        let (x, y, text) = (n(x), n(y + SIZE * 0.35), escape(text));
+        self.add(format_args!(
+            "<text class=\"{class}\" x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\">{text}</text>"
+        ));
+    }
+
+    fn path(&mut self, style: Style, points: &[(f64, f64)]) {
+        let mut d = String::new();
+        for (index, (x, y)) in points.iter().enumerate() {
+            let _ = write!(d, "{}{} {}", if index == 0 { 'M' } else { 'L' }, n(*x), n(*y));
+        }
+        let dash = if style.dash.is_empty() {
+            String::new()
+        } else {
+            format!(" stroke-dasharray=\"{}\"", style.dash)
+        };
+        self.add(format_args!("<path class=\"curve\" d=\"{d}\" stroke=\"{}\"{dash}/>", style.colour));
+    }
+
+    /// A point, of a shape that tells it from others.
+    fn marker(&mut self, style: Style, (x, y): (f64, f64)) {
+        let path = match style.marker % 4 {
+            0 => {
+                let (x, y, colour) = (n(x), n(y), style.colour);
+                return self.add(format_args!("<circle cx=\"{x}\" cy=\"{y}\" r=\"4\" fill=\"{colour}\"/>"));
+            }
+            1 => [(-3.5, -3.5), (3.5, -3.5), (3.5, 3.5), (-3.5, 3.5)],
+            2 => [(0.0, -5.0), (5.0, 0.0), (0.0, 5.0), (-5.0, 0.0)],
+            _ => [(0.0, -4.5), (4.5, 3.5), (-4.5, 3.5), (0.0, -4.5)],
+        };
+        let points: Vec<String> =
+            path.iter().map(|(dx, dy)| format!("{},{}", n(x + dx), n(y + dy))).collect();
+        self.add(format_args!("<polygon points=\"{}\" fill=\"{}\"/>", points.join(" "), style.colour));
+    }
+
+    /// An interval around a value, beside each other at `y`.
+    fn whisker(&mut self, y: f64, from: f64, to: f64) {
+        self.line("whisker", (from, y), (to, y));
+        for x in [from, to] {
+            self.line("whisker", (x, y - 3.5), (x, y + 3.5));
+        }
+    }
+
+    /// Colours and what they stand for, in rows that fit; where it goes on below.
+    fn legend(&mut self, entries: &[(String, Style)], mut y: f64) -> f64 {
+        let mut x = 0.0;
+        for (name, style) in entries {
+            let width = name.chars().count() as f64 * CHARACTER + 30.0;
+            if x > 0.0 && x + width > WIDTH {
+                (x, y) = (0.0, y + LINE);
+            }
+            self.marker(*style, (x + 6.0, y));
+            self.text("", x + 15.0, y, Anchor::Start, name);
+            x += width;
+        }
+        if entries.is_empty() { y } else { y + LINE }
+    }
+
+    /// Names right of where lines end, moved apart until each can be read.
+    fn ends(&mut self, mut ends: Vec<(String, Style, (f64, f64))>, x: f64, (top, bottom): (f64, f64)) {
+        ends.sort_by(|a, b| a.2.1.total_cmp(&b.2.1));
+        let wanted: Vec<f64> = ends.iter().map(|end| end.2.1).collect();
+        for ((name, style, end), y) in ends.into_iter().zip(apart(&wanted, LINE - 2.0, top, bottom)) {
+            self.path(Style { dash: "1 2", ..style }, &[end, (x - 8.0, y)]);
+            self.marker(style, (x, y));
+            self.text("", x + 9.0, y, Anchor::Start, &name);
+        }
+    }
+
+    fn add(&mut self, element: std::fmt::Arguments) {
+        let _ = self.body.write_fmt(element);
+    }
+}
+
+/// Ascending positions at least `gap` apart, as near to the wanted ones as a pass down and a pass
+/// up bring them. Too many for the room go on below it.
+fn apart(wanted: &[f64], gap: f64, top: f64, bottom: f64) -> Vec<f64> {
+    let mut placed = wanted.to_vec();
+    let mut next = top;
+    for y in &mut placed {
+        *y = y.max(next);
+        next = *y + gap;
+    }
+    let mut last = bottom.max(top + gap * (wanted.len().max(1) - 1) as f64);
+    for y in placed.iter_mut().rev() {
+        *y = y.min(last);
+        last = *y - gap;
+    }
+    placed
+}
+
+/// Lines of at most `length` characters, broken between words.
+fn wrapped(text: &str, length: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= length => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+/// A coordinate: short, and a number whatever was computed.
+fn n(value: f64) -> String {
+    let rounded = (value * 10.0).round() / 10.0;
+    if rounded.is_finite() { rounded.to_string() } else { "0".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn labels_are_apart_in_order_and_inside(
+            mut wanted in prop::collection::vec(0.0f64..300.0, 0..15)
+        ) {
+            wanted.sort_by(f64::total_cmp);
+            let placed = apart(&wanted, 15.0, 10.0, 290.0);
+            prop_assert!(placed.windows(2).all(|pair| pair[1] - pair[0] >= 15.0 - 1e-9));
+            prop_assert!(placed.iter().all(|y| (10.0 - 1e-9..=290.0 + 1e-9).contains(y)));
+        }
+
+        #[test]
+        fn a_wrapped_text_loses_no_word(text in "[a-z ]{0,80}") {
+            let lines = wrapped(&text, 20);
+            let words: Vec<&str> = text.split_whitespace().collect();
+            prop_assert_eq!(lines.join(" "), words.join(" "));
+        }
+    }
+
+    #[test]
+    fn a_coordinate_is_a_number() {
+        assert_eq!([f64::NAN, f64::INFINITY, 1.25, -0.04].map(n), ["0", "0", "1.3", "-0"]);
+    }
+}

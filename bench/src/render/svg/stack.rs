@@ -1,0 +1,51 @@
+//! What an operation costs and where: submitter, engine and what lies below, on top of each other.
+
+use super::axis::Axis;
+use super::{Anchor, CHARACTER, Canvas, Plot, WIDTH};
+use crate::outcome::JobInfo;
+use crate::render::palette::{Style, ours};
+use crate::render::report::cost::{Parts, parts};
+use crate::render::units::{operation, short};
+use crate::summary::Row;
+
+const STEP: f64 = 23.0;
+const THICK: f64 = 14.0;
+/// Not a target's: these are places, not targets.
+const LAYERS: [(&str, &str); 3] = [("submitter", "#8a8f98"), ("engine", "#0072b2"), ("below", "#d68f00")];
+
+pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], write: fn(f64) -> String) -> Option<Plot> {
+    let known = rows.iter().filter_map(|row| Some((row, parts(&row.cost)?)));
+    let rows: Vec<(&Row, Parts)> = known.filter(|(_, parts)| parts.sum() > 0.0).collect();
+    let most = rows.iter().map(|(_, parts)| parts.sum()).fold(0.0, f64::max);
+    if rows.is_empty() {
+        return None;
+    }
+    let title = format!("{}: cost of one {}", job.title, operation(job));
+    let (mut canvas, top) = Canvas::titled(&title);
+    let used = |layer: usize| rows.iter().any(|(_, parts)| parts.layers()[layer] > 0.0);
+    let shown = LAYERS.iter().enumerate().filter(|(layer, _)| used(*layer));
+    let entries =
+        shown.map(|(_, (name, colour))| ((*name).to_owned(), Style { colour, dash: "", marker: 1 }));
+    let top = canvas.legend(&entries.collect::<Vec<_>>(), top + 2.0);
+    let names: Vec<String> = rows.iter().map(|(row, _)| short(&row.target, 21)).collect();
+    let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    let left = longest as f64 * CHARACTER + 8.0;
+    let bottom = top + rows.len() as f64 * STEP;
+    let x = Axis::linear(most, (left, WIDTH - 9.0 * CHARACTER));
+    for (index, ((row, parts), name)) in rows.iter().zip(&names).enumerate() {
+        let y = top + (index as f64 + 0.5) * STEP;
+        let class = if ours(&row.target) { "ours" } else { "" };
+        canvas.text(class, left - 8.0, y, Anchor::End, name);
+        let mut below = 0.0;
+        for (value, (_, colour)) in parts.layers().into_iter().zip(LAYERS) {
+            let from = x.place(below);
+            below += value;
+            canvas.bar(colour, (from, y - THICK / 2.0), x.place(below) - from, THICK);
+        }
+        canvas.text(class, x.place(below) + 6.0, y, Anchor::Start, &write(below));
+    }
+    canvas.line("base", (left, top), (left, bottom));
+    let listed: Vec<String> =
+        rows.iter().map(|(row, parts)| format!("{} {}", row.target, write(parts.sum()))).collect();
+    Some(canvas.finish(&format!("cost-{}", job.name), &title, listed.join(", ") + ".", bottom + 8.0))
+}
