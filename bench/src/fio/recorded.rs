@@ -81,7 +81,8 @@ fn discards_count_beside_writes() {
         let (values, theirs) = (values(said), section(said, 0));
         let of = |side: &str| theirs[side]["total_ios"].as_u64().unwrap();
         assert!(of("trim") > 0 && of("trim").abs_diff(of("write")) <= 1);
-        assert_eq!(values.latency.len(), of("trim") + of("write"));
+        assert_eq!(values.total_ios, of("trim") + of("write"));
+        assert_eq!(values.latency.len(), values.total_ios);
         assert_eq!(values.bytes_per_io, 65536.0);
     }
 }
