@@ -133,7 +133,9 @@ mod tests {
 
     #[test]
     fn a_governor_that_saves_power_and_a_cgroup_that_limits_are_noticed() {
-        assert!(governor(&["performance\n".into(), "powersave\n".into()]).unwrap().what.ends_with("powersave"));
+        assert!(
+            governor(&["performance\n".into(), "powersave\n".into()]).unwrap().what.ends_with("powersave")
+        );
         assert_eq!(governor(&["performance\n".into()]), None);
         assert_eq!(governor(&[]), None);
         assert_eq!(throttled("max 100000\n"), None);

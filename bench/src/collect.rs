@@ -17,10 +17,11 @@ use crate::run::{ATTACH, FACTS, Facts, IDLE, ROUND, Raw, read};
 
 /// What was measured and left in `raw`.
 pub fn collect(raw: &Path) -> Result<Outcome> {
-    let facts: Facts =
-        read(raw, FACTS)?.with_context(|| format!("{} has no {FACTS}: nothing was measured", raw.display()))?;
+    let facts: Facts = read(raw, FACTS)?
+        .with_context(|| format!("{} has no {FACTS}: nothing was measured", raw.display()))?;
     let mut targets = facts.targets;
-    let (mut samples, mut histograms) = (Vec::new(), BTreeMap::<(String, String), Vec<Histogram<u64>>>::new());
+    let (mut samples, mut histograms) =
+        (Vec::new(), BTreeMap::<(String, String), Vec<Histogram<u64>>>::new());
     for name in files(raw)? {
         let Some(one) = read::<Raw>(raw, &name)? else { continue };
         for (target, why) in &one.failed {
@@ -42,10 +43,7 @@ pub fn collect(raw: &Path) -> Result<Outcome> {
                             p99_ns: values.p99_ns,
                             cost: cost(&facts.manifest, &measured.job, &values, spent),
                         });
-                        histograms
-                            .entry((measured.job, measured.target))
-                            .or_default()
-                            .push(values.latency);
+                        histograms.entry((measured.job, measured.target)).or_default().push(values.latency);
                     }
                 }
             }
@@ -53,7 +51,11 @@ pub fn collect(raw: &Path) -> Result<Outcome> {
     }
     let latencies = histograms
         .into_iter()
-        .map(|((job, target), all)| Latency { job, target, counts: fio::latency::counts(&fio::latency::merge(&all)) })
+        .map(|((job, target), all)| Latency {
+            job,
+            target,
+            counts: fio::latency::counts(&fio::latency::merge(&all)),
+        })
         .collect();
     Ok(Outcome {
         schema: SCHEMA,

@@ -125,9 +125,10 @@ pub fn describe(plan: &Plan) -> Result<String> {
         let version = version.unwrap_or_else(|error| format!("unavailable: {error:#}"));
         text.push_str(&format!("  {:<22} {version}\n", target.name()));
     }
-    let images = plan.images.as_ref().map_or("a file system in memory (null_blk)".into(), |directory| {
-        format!("{}", directory.display())
-    });
+    let images = plan
+        .images
+        .as_ref()
+        .map_or("a file system in memory (null_blk)".into(), |directory| format!("{}", directory.display()));
     text.push_str(&format!("\nimages of {} MiB on {images}\n", plan.image_mb));
     text.push_str(&format!("about {} min\n", (seconds(plan, able) / 60.0).ceil()));
     Ok(text)

@@ -36,12 +36,9 @@ impl Progress {
         self.done += 1;
         match &self.bar {
             Some(bar) => bar.inc(1),
-            None => println!(
-                "{:>4} of {}  {what}  ({} s)",
-                self.done,
-                self.of,
-                self.start.elapsed().as_secs()
-            ),
+            None => {
+                println!("{:>4} of {}  {what}  ({} s)", self.done, self.of, self.start.elapsed().as_secs())
+            }
         }
     }
 

@@ -77,7 +77,8 @@ impl Plan {
     pub fn targets(&self) -> Result<Vec<Box<dyn Target>>> {
         let mut targets = target::all();
         let Some(names) = &self.targets else { return Ok(targets) };
-        if let Some(unknown) = names.iter().find(|name| !targets.iter().any(|target| target.name() == **name)) {
+        if let Some(unknown) = names.iter().find(|name| !targets.iter().any(|target| target.name() == **name))
+        {
             let known: Vec<String> = targets.iter().map(|target| target.name()).collect();
             bail!("there is no target {unknown:?}; there are: {}", known.join(", "));
         }
@@ -180,13 +181,8 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
 
 /// One job on all targets that are able to; each by itself if fio will not run on all.
 fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Raw> {
-    let mut raw = Raw {
-        round,
-        job: job.name.into(),
-        fio: Vec::new(),
-        spent: BTreeMap::new(),
-        failed: BTreeMap::new(),
-    };
+    let mut raw =
+        Raw { round, job: job.name.into(), fio: Vec::new(), spent: BTreeMap::new(), failed: BTreeMap::new() };
     match start(job, sets, length, scratch, &mut raw) {
         Ok(()) => return Ok(raw),
         Err(error) => {
@@ -197,6 +193,7 @@ fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> 
             }
         }
     }
+    raw.failed.clear();
     for set in sets {
         if let Err(error) = start(job, &[set], length, scratch, &mut raw) {
             sh::interrupted()?;
@@ -225,7 +222,15 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Raw
             raw.spent.insert(set.info.name.clone(), spent);
         }
     }
-    let mut said: Value = serde_json::from_str(&said).context("fio printed something unknown")?;
+    for measured in fio::complete(&fio::parse(&said)?, job, &places) {
+        if let Err(why) = measured.outcome {
+            raw.failed.insert(measured.target, why);
+        }
+    }
+    // A report that broke off is none: each target gets a start of its own then.
+    let start = said.find('{').context("fio printed no report")?;
+    let mut stream = serde_json::Deserializer::from_str(&said[start..]).into_iter::<Value>();
+    let mut said = stream.next().context("fio printed no report")?.context("fio's report broke off")?;
     // Statistics of all block devices of the machine: of no use, and the larger part.
     if let Some(report) = said.as_object_mut() {
         report.remove("disk_util");

@@ -56,11 +56,7 @@ pub fn interrupted() -> Result<()> {
 }
 
 /// Waits in small steps until `done` gives a value; an error after `limit`, naming `what`.
-pub fn wait_for<T>(
-    what: &str,
-    limit: Duration,
-    mut done: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
+pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
         if let Some(value) = done()? {

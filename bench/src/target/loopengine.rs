@@ -40,7 +40,8 @@ impl Target for Ublk {
             bail!("this kernel does not grant path {}", self.path);
         }
         let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
-        let (path, many) = attach_all(place, &format!("loopengine {}", self.path), daemon, &["--path", self.path])?;
+        let (path, many) =
+            attach_all(place, &format!("loopengine {}", self.path), daemon, &["--path", self.path])?;
         block(path, many, Some(daemon.pid()))
     }
 

@@ -36,7 +36,9 @@ impl Target for QemuNbd {
             let mut command = Command::new(sh::which(PROGRAM)?);
             command.arg(format!("--connect={}", node.display()));
             // Not verbose, it would leave for the background.
-            command.args(["--verbose", "--format=raw", "--cache=none", "--aio=io_uring", "--discard=unmap"]).arg(image);
+            command
+                .args(["--verbose", "--format=raw", "--cache=none", "--aio=io_uring", "--discard=unmap"])
+                .arg(image);
             let log = home.join(format!("log-{}", self.0.len()));
             self.0.push((Server::start(&mut command, log)?, node.clone()));
             let (server, _) = self.0.last_mut().context("no server")?;

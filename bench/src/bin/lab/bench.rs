@@ -121,8 +121,18 @@ pub(crate) fn gate(options: &Gate) -> Result<u8> {
     };
     let jobs: Vec<&str> = gate::JOBS.iter().map(|job: &&Job| job.name).collect();
     let words = [
-        "--jobs", &jobs.join(","), "--targets", &gate::TARGETS.join(","), "--rounds", "1", "--run-ms", "1000",
-        "--attaches", "0", "--idle", "0",
+        "--jobs",
+        &jobs.join(","),
+        "--targets",
+        &gate::TARGETS.join(","),
+        "--rounds",
+        "1",
+        "--run-ms",
+        "1000",
+        "--attaches",
+        "0",
+        "--idle",
+        "0",
     ];
     let outcome = measure(&stage, &words.map(str::to_owned), out.path(), false)?;
     gate::run(&outcome, &programs::workspace().join(gate::BASELINE), options.accept)

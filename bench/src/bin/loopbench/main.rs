@@ -2,6 +2,7 @@
 //!
 //! This file knows the command line only. `cargo lab bench` runs it in a VM of the lab.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -85,7 +86,7 @@ fn main() -> ExitCode {
 fn execute(command: Command) -> Result<u8> {
     match command {
         Command::Plan { choice } => {
-            print!("{}", describe(&choice.plan()?)?);
+            say(&describe(&choice.plan()?)?);
             Ok(0)
         }
         Command::Run { choice, out, resume, raw_only } => {
@@ -96,8 +97,7 @@ fn execute(command: Command) -> Result<u8> {
             let complete = run::run(&choice.plan()?, &raw, resume)?;
             if !raw_only {
                 let outcome = sh::uninterrupted(|| report(&out))?;
-                println!("\n{}", render::terminal(&outcome));
-                println!("written to {}", out.display());
+                say(&format!("\n{}\nwritten to {}\n", render::terminal(&outcome), out.display()));
             }
             if !complete {
                 println!("interrupted: --resume goes on where this ended");
@@ -105,13 +105,12 @@ fn execute(command: Command) -> Result<u8> {
             Ok(if complete { 0 } else { INTERRUPTED })
         }
         Command::Report { dir } => {
-            println!("{}", render::terminal(&report(&dir)?));
-            println!("written to {}", dir.display());
+            say(&format!("{}\nwritten to {}\n", render::terminal(&report(&dir)?), dir.display()));
             Ok(0)
         }
         Command::Compare { old, new } => {
             let comparison = compare::compare(&render::read(&old)?, &render::read(&new)?)?;
-            print!("{comparison}");
+            say(&comparison.to_string());
             Ok(u8::from(comparison.slower()))
         }
         Command::Gate { dir, baseline, accept } => {
@@ -120,6 +119,11 @@ fn execute(command: Command) -> Result<u8> {
             gate::run(&outcome, &baseline, accept)
         }
     }
+}
+
+/// On standard output; that nobody reads it to its end is no failure.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 fn report(dir: &std::path::Path) -> Result<loopbench::outcome::Outcome> {
