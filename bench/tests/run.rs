@@ -1,0 +1,232 @@
+//! Runs of `loopbench` on this machine, without a VM: what comes out, and that nothing stays.
+//!
+//! Needs root, fio and the kernel's loop driver; says so where they are missing. QEMU's and the
+//! engine's targets are measured too where they are there.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use loopbench::outcome::Outcome;
+
+type Check = Result<(), Failed>;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let missing = missing();
+    if let Some(why) = &missing {
+        println!("skipped: {why}");
+    }
+    let tests: [(&str, fn() -> Check); 4] = [
+        ("a_run_measures_and_leaves_nothing", a_run_measures_and_leaves_nothing),
+        ("ctrl_c_keeps_what_was_measured", ctrl_c_keeps_what_was_measured),
+        ("what_cannot_be_set_up_is_named", what_cannot_be_set_up_is_named),
+        ("bad_input_is_one_line", bad_input_is_one_line),
+    ];
+    let trials = tests.map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
+    // One after another: each looks for what is left on the machine.
+    let arguments = Arguments { test_threads: Some(1), ..arguments };
+    libtest_mimic::run(&arguments, trials.into()).exit();
+}
+
+/// Why these tests cannot run here.
+fn missing() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("not root".into());
+    }
+    if !Path::new("/dev/loop-control").exists() {
+        return Some("no loop driver".into());
+    }
+    ["fio", "losetup", "fallocate"]
+        .into_iter()
+        .find(|program| loopbench::sh::which(program).is_err())
+        .map(|program| format!("{program} is not installed"))
+}
+
+/// A directory for images and results; a run in it.
+struct Home(tempfile::TempDir);
+
+impl Home {
+    fn new() -> Home {
+        // On a disk: direct I/O is not for every tmpfs.
+        Home(tempfile::Builder::new().prefix("bench-run-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    fn out(&self) -> PathBuf {
+        self.0.path().join("result")
+    }
+
+    fn run(&self, words: &[&str]) -> Command {
+        self.run_on(self.0.path(), words)
+    }
+
+    /// The same with images elsewhere.
+    fn run_on(&self, images: &Path, words: &[&str]) -> Command {
+        let program = Path::new(env!("CARGO_BIN_EXE_loopbench"));
+        let mut command = Command::new(program);
+        let path = std::env::var("PATH").unwrap_or_default();
+        // The engine lies beside it, if it was built.
+        command.env("PATH", format!("{}:{path}", program.parent().unwrap().display()));
+        command.arg("run").args(["--images", &images.to_string_lossy(), "--image-mb", "32"]);
+        command.args(["--run-ms", "100", "--attaches", "0", "--idle", "0", "--out"]).arg(self.out());
+        command.args(words).stdin(Stdio::null());
+        command
+    }
+
+    fn outcome(&self) -> Outcome {
+        loopbench::render::read(&self.out()).unwrap()
+    }
+
+    /// No loop device, mount, directory or process of a run is there any more.
+    fn check_nothing_is_left(&self) -> Check {
+        let place = self.0.path().to_string_lossy().into_owned();
+        let loops = said(Command::new("losetup").arg("--all"));
+        ensure(!loops.contains(&place), &format!("a loop device is left: {loops}"))?;
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        ensure(
+            !mounts.contains(&place) && !mounts.contains("/loopbench-"),
+            &format!("something is left mounted: {mounts}"),
+        )?;
+        for entry in fs::read_dir(&place)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            ensure(!name.starts_with("loopbench-"), &format!("{name} is left"))?;
+        }
+        for process in fs::read_dir("/proc")?.flatten() {
+            let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            ensure(!line.contains(&place), &format!("a process is left: {line}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn ensure(truth: bool, otherwise: &str) -> Check {
+    if truth { Ok(()) } else { Err(otherwise.into()) }
+}
+
+fn said(command: &mut Command) -> String {
+    String::from_utf8_lossy(&command.output().unwrap().stdout).into_owned()
+}
+
+fn words(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn a_run_measures_and_leaves_nothing() -> Check {
+    let home = Home::new();
+    let jobs = "randread-4k-qd32,randwrite-4k-qd1,many-16-4k,discard-64k,smallfile-create";
+    let targets = "raw file,kernel loop,loopengine fuse,qemu fuse,ext4 on kernel loop,fuse2fs";
+    let output = home.run(&["--rounds", "2", "--jobs", jobs, "--targets", targets]).output()?;
+    ensure(output.status.success(), &words(&output))?;
+    home.check_nothing_is_left()?;
+    let outcome = home.outcome();
+    ensure(outcome.manifest.complete, "it is not complete")?;
+    let count = |job: &str, target: &str| {
+        outcome.samples.iter().filter(|sample| sample.job == job && sample.target == target).count()
+    };
+    for target in ["raw file", "kernel loop"] {
+        for job in ["randread-4k-qd32", "randwrite-4k-qd1", "many-16-4k"] {
+            ensure(count(job, target) == 2, &format!("{target}: {job}: {} samples", count(job, target)))?;
+        }
+    }
+    ensure(count("discard-64k", "kernel loop") == 2, "kernel loop was not discarded on")?;
+    ensure(count("discard-64k", "raw file") == 0, "fio discards on block devices only")?;
+    ensure(count("smallfile-create", "ext4 on kernel loop") == 2, "no small files")?;
+    // Every other target was measured, or the reason is there.
+    for target in &outcome.targets {
+        let measured = outcome.samples.iter().any(|sample| sample.target == target.name);
+        ensure(measured || target.unavailable.is_some(), &format!("nothing is said of {}", target.name))?;
+    }
+    for file in ["result.csv", "report.md", "report.html", "plots/iops-randread-4k-qd32.svg"] {
+        ensure(home.out().join(file).exists(), &format!("{file} is missing"))?;
+    }
+    Ok(())
+}
+
+fn ctrl_c_keeps_what_was_measured() -> Check {
+    let home = Home::new();
+    let choice = ["--jobs", "randread-4k-qd1,randread-4k-qd32", "--targets", "raw file,kernel loop,qemu fuse"];
+    let mut child = home.run(&[&choice[..], &["--rounds", "50"]].concat()).stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    ensure(lines.any(|line| line.is_ok_and(|line| line.contains("2 of 100"))), "it measured nothing")?;
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
+    lines.for_each(drop);
+    let status = child.wait()?;
+    ensure(status.code() == Some(130), &format!("it ended with {status}"))?;
+    home.check_nothing_is_left()?;
+    let outcome = home.outcome();
+    ensure(!outcome.manifest.complete && outcome.samples.len() >= 4, "what was measured is lost")?;
+
+    let again = home.run(&choice).output()?;
+    ensure(!again.status.success() && words(&again).contains("--resume"), &words(&again))?;
+    let before = outcome.samples;
+    let output = home.run(&[&choice[..], &["--rounds", "3", "--resume"]].concat()).output()?;
+    ensure(output.status.success(), &words(&output))?;
+    let outcome = home.outcome();
+    ensure(outcome.manifest.complete, "it did not go on to the end")?;
+    ensure(outcome.samples.starts_with(&before[..2]), "it measured again what was there")?;
+    home.check_nothing_is_left()
+}
+
+fn what_cannot_be_set_up_is_named() -> Check {
+    let home = Home::new();
+    let disk = home.0.path().join("small");
+    fs::create_dir(&disk)?;
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=48m", "none"]).arg(&disk).status()?;
+    ensure(mount.success(), "no tmpfs")?;
+    let choice = ["--jobs", "randread-4k-qd1", "--rounds", "1", "--targets", "raw file,kernel loop,qemu fuse"];
+    let mut command = home.run_on(&disk, &choice);
+    // QEMU's daemon that only ever fails.
+    let fake = home.0.path().join("fake");
+    fs::create_dir(&fake)?;
+    let program = fake.join("qemu-storage-daemon");
+    fs::write(&program, "#!/bin/sh\necho 'QEMU version 0.1'\n[ \"$1\" = --version ]\n")?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{path}", fake.display()));
+    let output = command.output();
+    let unmounted = Command::new("umount").arg(&disk).status()?;
+    let output = output?;
+    ensure(unmounted.success(), &format!("the small disk is still in use: {}", words(&output)))?;
+    ensure(output.status.success(), &words(&output))?;
+    home.check_nothing_is_left()?;
+    let outcome = home.outcome();
+    let why = |name: &str| {
+        let target = outcome.targets.iter().find(|target| target.name == name);
+        target.and_then(|target| target.unavailable.clone()).unwrap_or_default()
+    };
+    ensure(why("kernel loop").contains("No space left"), &why("kernel loop"))?;
+    ensure(!why("qemu fuse").is_empty(), "the failed daemon is not named")?;
+    let measured = outcome.samples.iter().any(|sample| sample.target == "raw file");
+    ensure(measured, "the rest did not go on")
+}
+
+fn bad_input_is_one_line() -> Check {
+    let home = Home::new();
+    let fails = |command: &mut Command, word: &str| -> Check {
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure(!output.status.success() && said.contains(word) && !said.contains("panicked"), &said)?;
+        ensure(said.trim().lines().count() == 1, &format!("more than a line: {said}"))
+    };
+    fails(&mut home.run(&["--jobs", "nonsense"]), "nonsense")?;
+    fails(&mut home.run(&["--targets", "floppy"]), "floppy")?;
+    fails(&mut home.run_on(Path::new("/nowhere/at/all"), &[]), "/nowhere/at/all")?;
+    let mut without_fio = home.run(&["--jobs", "randread-4k-qd1"]);
+    fails(without_fio.env("PATH", home.0.path()), "fio")?;
+    let loopbench = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loopbench"));
+        command.args(words);
+        command
+    };
+    let place = home.0.path().to_string_lossy().into_owned();
+    fails(&mut loopbench(&["report", &place]), "nothing was measured")?;
+    fs::write(home.0.path().join("result.json"), "{\"schema\":1,")?;
+    fails(&mut loopbench(&["compare", &place, &place]), "result.json")?;
+    fs::write(home.0.path().join("result.json"), "{\"schema\":99}")?;
+    fails(&mut loopbench(&["compare", &place, &place]), "99")
+}
