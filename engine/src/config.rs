@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{Error, Kind, Result};
-use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
+use crate::instance::spec::{DEFAULT_INSTANCE, FrontendKind, InstanceSpec};
 use crate::instance::{EngineConfig, Tuning};
 
 /// Where the daemon keeps its socket, its state and the names of devices.
@@ -30,6 +30,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// How devices are shown to their users.
+    pub frontend: Option<Choice>,
     /// The instance `default`.
     #[serde(default)]
     pub default: Limits,
@@ -39,6 +41,19 @@ pub struct Config {
     /// Instances to create at start.
     #[serde(default)]
     pub instance: Vec<InstanceTable>,
+}
+
+/// `frontend`, and `serve --frontend`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// Block devices where the ublk driver is there, else files.
+    #[default]
+    Auto,
+    /// Block devices.
+    Ublk,
+    /// Files, through FUSE.
+    Fuse,
 }
 
 /// `[default]`.
@@ -149,8 +164,9 @@ impl Config {
     }
 
     /// All that the engine wants to know.
-    pub fn engine(&self, run_dir: PathBuf) -> EngineConfig {
-        EngineConfig { run_dir, default_instance: self.default_instance(), tuning: self.tuning() }
+    pub fn engine(&self, run_dir: PathBuf, frontend: FrontendKind) -> EngineConfig {
+        let (default_instance, tuning) = (self.default_instance(), self.tuning());
+        EngineConfig { run_dir, default_instance, frontend, tuning }
     }
 }
 
@@ -193,11 +209,12 @@ mod tests {
 
     #[test]
     fn everything() {
-        let text = "[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
+        let text = "frontend = 'fuse'\n[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
                     [tuning]\nlinked_commit = true\npoll_us = 50\n\
                     [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
         let config = Config::parse(text, "x.toml").unwrap();
-        let engine = config.engine(PathBuf::from("/run/x"));
+        assert_eq!(config.frontend, Some(Choice::Fuse));
+        let engine = config.engine(PathBuf::from("/run/x"), FrontendKind::Fuse);
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
         assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
@@ -211,6 +228,7 @@ mod tests {
         let message = refused("[default]\nmax_devices = 3\nmax_device = 4\n");
         assert!(message.starts_with("x.toml, line 3: "), "{message}");
         assert!(message.contains("max_device"), "{message}");
+        assert!(refused("frontend = 'nbd'\n").starts_with("x.toml, line 1: "));
         assert!(refused("[tuning]\n\npoll_us = -1\n").starts_with("x.toml, line 3: "));
         assert!(refused("[[instance]]\nmax_devices = 1\n").contains("name"));
         assert!(refused("[[instance]]\nname = 'default'\n").contains("[default]"));

@@ -73,7 +73,7 @@ pub(super) struct Args {
 
 fn path_parser() -> impl clap::builder::TypedValueParser<Value = DataPath> {
     use clap::builder::{PossibleValuesParser, TypedValueParser};
-    let paths = [DataPath::Copy, DataPath::Auto, DataPath::Batch];
+    let paths = [DataPath::Copy, DataPath::Auto, DataPath::Batch, DataPath::Fuse];
     PossibleValuesParser::new(paths.map(DataPath::as_str)).try_map(move |word| {
         let path = paths.into_iter().find(|path| path.as_str() == word);
         path.ok_or("unknown path")

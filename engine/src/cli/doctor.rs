@@ -10,9 +10,11 @@ use zlink::introspect::CustomType;
 
 use crate::control::reason;
 use crate::error::{Error, Kind, Result};
+use crate::frontend::{fuse, ublk::CONTROL_NODE as UBLK_CONTROL};
 use crate::instance::Engine;
+use crate::instance::spec::FrontendKind;
 
-use super::serve::{UBLK_CONTROL, driver_hint};
+use super::serve::driver_hint;
 use super::{daemon, out};
 
 /// Fewer open files than this are too few for a thousand devices.
@@ -85,7 +87,7 @@ impl Args {
         let (daemon, pid) = daemon(run_dir);
         checks.push(daemon);
         checks.push(open_files(pid));
-        checks.extend(pid.map(mount_namespace));
+        checks.extend(pid.map(|pid| mount_namespace(pid, run_dir)));
         if let Some(path) = &self.path {
             checks.push(direct_io(path)?);
         }
@@ -123,7 +125,16 @@ fn driver() -> Check {
         let found = format!("ublk_drv is loaded, but {UBLK_CONTROL} is missing");
         return Check::problem(name, found, "make it visible here; a container needs it passed in");
     }
-    Check::problem(name, "ublk_drv is not loaded", driver_hint())
+    match fuse::check() {
+        Ok(()) => {
+            let found = "ublk_drv is not loaded: devices are files (FUSE), not block devices";
+            Check::warning(name, found, driver_hint())
+        }
+        Err(_) => {
+            let advice = format!("{}; for files instead of block devices, run 'modprobe fuse'", driver_hint());
+            Check::problem(name, "neither ublk_drv nor FUSE is there", advice)
+        }
+    }
 }
 
 fn permission() -> Check {
@@ -165,6 +176,9 @@ fn io_uring() -> Check {
 fn features() -> Check {
     let name = "data paths";
     match Engine::features() {
+        Ok(features) if features.data_paths.is_empty() && features.frontends == [FrontendKind::Fuse] => {
+            Check::ok(name, format!("fuse (kernel {})", features.kernel))
+        }
         Ok(features) if features.data_paths.is_empty() => {
             let found = format!("none works on kernel {}", features.kernel);
             Check::problem(name, found, "use Linux 6.5 or newer; 6.16 or newer is faster")
@@ -229,11 +243,14 @@ fn limit_of(pid: i32) -> Option<u64> {
     line.split_whitespace().nth(4)?.parse().ok()
 }
 
-fn mount_namespace(daemon: i32) -> Check {
+fn mount_namespace(daemon: i32, run_dir: &Path) -> Check {
     let name = "mount namespace";
     let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
     match (of("self"), of(&daemon.to_string())) {
         (Ok(own), Ok(its)) if own != its => Check::ok(name, "the daemon has its own"),
+        (Ok(_), Ok(_)) if serves_files(run_dir) => {
+            Check::ok(name, "the daemon shares it, so that its files can be seen")
+        }
         (Ok(_), Ok(_)) => Check::problem(
             name,
             "the daemon shares it with this process, and can hang when it ends",
@@ -244,6 +261,11 @@ fn mount_namespace(daemon: i32) -> Check {
             Check::warning(name, found, "run this as root, in the daemon's process namespace")
         }
     }
+}
+
+fn serves_files(run_dir: &Path) -> bool {
+    // Names of mounts are absolute.
+    fs::canonicalize(run_dir).is_ok_and(|run_dir| !fuse::mounted_below(&run_dir).is_empty())
 }
 
 /// Can files at `path` (a file, a device, or a directory that will hold files) have direct I/O?

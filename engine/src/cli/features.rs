@@ -6,9 +6,10 @@ use crate::instance::spec::Features;
 
 use super::out;
 
-/// Show what the ublk driver of this kernel grants.
+/// Show what this kernel grants.
 ///
-/// Asks the kernel, not the daemon, which need not run. Needs root and the ublk driver.
+/// Asks the kernel, not the daemon, which need not run. Needs root. All but the first two lines are
+/// about block devices, and of the ublk driver.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print JSON; loopengine-json(7) describes it.
@@ -28,10 +29,12 @@ impl Args {
 
 fn text(features: &Features) -> String {
     let paths: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
+    let frontends: Vec<&str> = features.frontends.iter().map(|frontend| frontend.as_str()).collect();
     let yes = |granted: bool| if granted { "yes" } else { "no" };
     format!(
-        "kernel    {}\npaths     {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
+        "kernel    {}\nfrontends {}\npaths     {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
         features.kernel,
+        if frontends.is_empty() { "none".to_owned() } else { frontends.join(" ") },
         if paths.is_empty() { "none".to_owned() } else { paths.join(" ") },
         yes(features.recovery),
         yes(features.resize),
@@ -42,18 +45,19 @@ fn text(features: &Features) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::spec::DataPath;
+    use crate::instance::spec::{DataPath, FrontendKind};
 
     #[test]
     fn shown() {
         let features = Features {
             kernel: "7.3.4".into(),
+            frontends: vec![FrontendKind::Ublk, FrontendKind::Fuse],
             flags: vec!["CMD_IOCTL_ENCODE".into(), "USER_COPY".into()],
             data_paths: vec![DataPath::Auto, DataPath::Copy],
             recovery: true,
             resize: false,
         };
-        let want = "kernel    7.3.4\npaths     auto copy (best first)\nrecovery  yes\n\
+        let want = "kernel    7.3.4\nfrontends ublk fuse\npaths     auto copy (best first)\nrecovery  yes\n\
                     resize    no\nflags     CMD_IOCTL_ENCODE USER_COPY\n";
         assert_eq!(text(&features), want);
     }

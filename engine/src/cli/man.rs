@@ -161,6 +161,7 @@ const TYPES: &[&idl::CustomType<'static>] = &[
     InstanceInfo::CUSTOM_TYPE,
     DeviceInfo::CUSTOM_TYPE,
     DataPath::CUSTOM_TYPE,
+    FrontendKind::CUSTOM_TYPE,
     DeviceState::CUSTOM_TYPE,
     DeviceStats::CUSTOM_TYPE,
     LatencySummary::CUSTOM_TYPE,

@@ -13,16 +13,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::config::Config;
+use crate::config::{Choice, Config};
 use crate::control::{Backend, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::{fuse, ublk};
+use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
 use crate::sys::{self, mntns};
 
 use super::reload;
-
-/// The driver's control device.
-pub(super) const UBLK_CONTROL: &str = "/dev/ublk-control";
 
 /// Mount tables can change often; more often than this they are not looked at.
 const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
@@ -32,12 +31,23 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 /// Serves devices until SIGTERM or SIGINT, which stop them in good order; a second one ends the
 /// daemon at once. Devices of a daemon that was killed are taken back at the next start. SIGHUP
 /// rereads the configuration: new instances are created, limits changed; what else changed is
-/// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root and the ublk driver.
+/// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root, and
+/// the ublk driver or FUSE.
+///
+/// Without the ublk driver devices are files of the same names, of a FUSE file system: they can be
+/// copied, partitioned, given to a virtual machine, or mounted with 'mount -o loop'. Their size is
+/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. They end
+/// with the daemon, and cannot be taken back.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+
+    /// What devices are: block devices (ublk), files (fuse), or block devices if the ublk driver is
+    /// there and files otherwise (auto) [default: auto].
+    #[arg(long, value_name = "auto|ublk|fuse", hide_possible_values = true)]
+    frontend: Option<Choice>,
 
     /// Commit a request in one chain with its read or write, where that is possible.
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
@@ -69,16 +79,23 @@ impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let config = self.load()?;
         log();
-        check_possible()?;
-        // Before any thread is started, so that all are in it.
-        own_mounts()?;
+        check_root()?;
+        let frontend = choose(config.frontend.unwrap_or_default())?;
         let run_dir = RunDir::take(run_dir)?;
-        let (engine, notes) = Engine::start(config.engine(run_dir.path().to_owned()))?;
+        for note in fuse::clear_stale(run_dir.path()) {
+            tracing::info!("{note}");
+        }
+        match frontend {
+            // Before any thread is started, so that all are in it.
+            FrontendKind::Ublk => own_mounts()?,
+            FrontendKind::Fuse => note_mount_namespace(),
+        }
+        let (engine, notes) = Engine::start(config.engine(run_dir.path().to_owned(), frontend))?;
         for note in notes {
             tracing::info!("{note}");
         }
         let engine = Arc::new(engine);
-        let served = self.serve(&config, &run_dir, &engine);
+        let served = self.serve(&config, frontend, &run_dir, &engine);
         run_dir.unbind();
         match served {
             Ok(End::AtOnce) => {
@@ -93,13 +110,20 @@ impl Args {
 
     fn load(&self) -> Result<Config> {
         let mut config = Config::load(self.config.as_deref())?;
+        config.frontend = self.frontend.or(config.frontend);
         let tuning = &mut config.tuning;
         tuning.linked_commit = self.linked_commit.or(tuning.linked_commit);
         tuning.poll_us = self.poll_us.or(tuning.poll_us);
         Ok(config)
     }
 
-    fn serve(&self, config: &Config, run_dir: &RunDir, engine: &Arc<Engine>) -> Result<End> {
+    fn serve(
+        &self,
+        config: &Config,
+        frontend: FrontendKind,
+        run_dir: &RunDir,
+        engine: &Arc<Engine>,
+    ) -> Result<End> {
         for note in reload::create_all(config, &**engine)? {
             tracing::info!("{note}");
         }
@@ -109,7 +133,7 @@ impl Args {
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
-        let ended = runtime.block_on(self.until_stopped(listener, backend, config.clone()));
+        let ended = runtime.block_on(self.until_stopped(listener, backend, config.clone(), frontend));
         if Arc::strong_count(engine) > 1 {
             // Calls are still being handled; the drop of the runtime would wait for them.
             std::mem::forget(runtime);
@@ -123,6 +147,7 @@ impl Args {
         listener: StdListener,
         backend: Arc<dyn Backend>,
         mut config: Config,
+        frontend: FrontendKind,
     ) -> Result<End> {
         let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
@@ -131,7 +156,7 @@ impl Args {
         let listener = UnixListener::from_std(listener).map_err(cannot)?;
         let (stop, stopping) = watch::channel(false);
         let mut served = tokio::task::spawn_local(server::serve(listener, Arc::clone(&backend), stopping));
-        let mounts = tokio::task::spawn_local(watch_mounts());
+        let mounts = (frontend == FrontendKind::Ublk).then(|| tokio::task::spawn_local(watch_mounts()));
         tell(&[NotifyState::Ready]);
         loop {
             tokio::select! {
@@ -146,7 +171,9 @@ impl Args {
         }
         tracing::info!("stopping");
         tell(&[NotifyState::Stopping]);
-        mounts.abort();
+        if let Some(mounts) = mounts {
+            mounts.abort();
+        }
         let _ = stop.send(true);
         tokio::select! {
             _ = &mut served => Ok(End::InOrder),
@@ -216,18 +243,57 @@ fn stop(engine: Arc<Engine>) -> Result<()> {
     stopped
 }
 
-/// Does this machine have what the daemon needs?
-fn check_possible() -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(Error::new(Kind::Denied, "only root can serve block devices")
-            .hint("run it with sudo, or as the systemd service loopengine"));
+fn check_root() -> Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
     }
-    if !Path::new(UBLK_CONTROL).exists() {
-        let message = format!("the ublk driver is not there ({UBLK_CONTROL} is missing)");
-        return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
-    }
-    Ok(())
+    Err(Error::new(Kind::Denied, "only root can serve block devices")
+        .hint("run it with sudo, or as the systemd service loopengine"))
 }
+
+/// Takes what this machine has, and says so.
+fn choose(choice: Choice) -> Result<FrontendKind> {
+    let there = |node: &str| Path::new(node).exists();
+    let (ublk, fuse) = (there(ublk::CONTROL_NODE), there(fuse::NODE));
+    match choice {
+        Choice::Auto if !ublk && fuse => {
+            let (missing, hint) = (ublk::CONTROL_NODE, driver_hint());
+            tracing::info!("devices are files (FUSE), since {missing} is missing; for block devices {hint}");
+            Ok(FrontendKind::Fuse)
+        }
+        Choice::Auto | Choice::Ublk if !ublk => {
+            let message = format!("the ublk driver is not there ({} is missing)", ublk::CONTROL_NODE);
+            Err(Error::new(Kind::Unavailable, message).hint(driver_hint()))
+        }
+        Choice::Auto | Choice::Ublk => {
+            tracing::info!("devices are block devices (ublk)");
+            Ok(FrontendKind::Ublk)
+        }
+        Choice::Fuse => {
+            fuse::check()?;
+            tracing::info!("devices are files (FUSE)");
+            Ok(FrontendKind::Fuse)
+        }
+    }
+}
+
+/// Files are seen in the mount namespace of the daemon only, and in those that get its mounts.
+fn note_mount_namespace() {
+    let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    if let (Some(own), Some(first)) = (of("self"), of("1"))
+        && own != first
+    {
+        tracing::warn!(
+            "this process has a mount namespace of its own, so others may not see its files; under systemd, \
+             {}",
+            SYSTEMD_HINT
+        );
+    }
+}
+
+/// What keeps a service's mounts from the rest of the system.
+const SYSTEMD_HINT: &str = "set PrivateMounts=, ProtectHostname=, ProtectKernelModules=, ProtectKernelLogs= and \
+     ProtectControlGroups= to no with 'systemctl edit loopengine'";
 
 /// What to do when the driver is missing.
 pub(super) fn driver_hint() -> String {
@@ -302,7 +368,7 @@ fn tell(states: &[NotifyState<'_>]) {
 
 fn log() {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,fuser=error"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)

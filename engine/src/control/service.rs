@@ -69,7 +69,7 @@ fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) 
     version = env!("CARGO_PKG_VERSION"),
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
-        AttachSpec, DataPath, DeviceInfo, DeviceState, DeviceStats, Features,
+        AttachSpec, DataPath, DeviceInfo, DeviceState, DeviceStats, Features, FrontendKind,
         InstanceInfo, InstanceSpec, LatencySummary
     ]
 )]

@@ -1,3 +1,212 @@
-//! Doors through which requests come in.
+//! Doors through which requests come in, and what all of them have in common.
+//!
+//! Two: block devices of the ublk driver, and files of FUSE. An engine uses one of them. The rooms
+//! above say [`Frontend`], [`Door`] and [`Device`], the workers say [`Queue`]; only this file and
+//! its two neighbours name a driver.
 
+mod device;
+pub mod fuse;
+mod queue;
 pub mod ublk;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, Kind, Result};
+use crate::instance::spec::{DataPath, FrontendKind};
+
+pub use device::Device;
+pub use queue::Queue;
+
+/// What a device is made with; it cannot change later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// How data travels.
+    pub path: DataPath,
+    /// Hardware queues.
+    pub queues: u16,
+    /// Requests in flight in each.
+    pub depth: u16,
+    /// Marks the device as ours, where it outlives the daemon; see [`Frontend::examine`].
+    pub owner: u64,
+}
+
+/// When to stop a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Only if nobody has it open.
+    IfUnused,
+    /// In any case; what its users do from now on fails.
+    Always,
+}
+
+/// What a device without a daemon is in the middle of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// It was never started, or is stopped: nobody can have it open.
+    ForNothing,
+    /// It has users, whose requests wait.
+    ForDaemon,
+}
+
+/// The door that all instances of an engine use.
+#[derive(Clone, Debug)]
+pub enum Frontend {
+    /// Block devices.
+    Ublk(ublk::Granted),
+    /// Files.
+    Fuse(fuse::Mounts),
+}
+
+impl Frontend {
+    /// Looks whether the kernel has what this one needs.
+    pub fn open(kind: FrontendKind) -> Result<Frontend> {
+        match kind {
+            FrontendKind::Ublk => {
+                let granted = ublk::Granted::ask()?;
+                if granted.paths().is_empty() {
+                    return Err(Error::new(Kind::Unsupported, "this kernel's ublk driver is too old")
+                        .hint("Linux 6.5 or newer is needed"));
+                }
+                Ok(Frontend::Ublk(granted))
+            }
+            FrontendKind::Fuse => fuse::check().map(|()| Frontend::Fuse(fuse::Mounts::default())),
+        }
+    }
+
+    /// Which of the two.
+    pub fn kind(&self) -> FrontendKind {
+        match self {
+            Frontend::Ublk(_) => FrontendKind::Ublk,
+            Frontend::Fuse(_) => FrontendKind::Fuse,
+        }
+    }
+
+    /// An instance's own door: its devices' names appear in `directory`, and whatever threads it
+    /// needs for so many queues run on these CPUs (on all for none).
+    pub fn door(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Door> {
+        match self {
+            Frontend::Ublk(granted) => Ok(Door::Ublk(*granted)),
+            Frontend::Fuse(mounts) => {
+                fuse::FileSystem::mount(directory, queues, cpus, mounts).map(|files| Door::Fuse(Arc::new(files)))
+            }
+        }
+    }
+
+    /// Whether a file on the file system with this device number is served by this very engine.
+    pub fn serves(&self, device_number: u64) -> bool {
+        match self {
+            // Its own mount namespace has no mounts of its disks.
+            Frontend::Ublk(_) => false,
+            Frontend::Fuse(mounts) => mounts.contains(device_number),
+        }
+    }
+
+    /// Numbers of all devices there are at the driver, whosever they are. Files end with their
+    /// daemon.
+    pub fn present(&self) -> Vec<u32> {
+        match self {
+            Frontend::Ublk(_) => ublk::present_devices(),
+            Frontend::Fuse(_) => Vec::new(),
+        }
+    }
+
+    /// The mark of a device's [`Parameters`], and what it waits for.
+    pub fn examine(&self, id: u32) -> Result<(u64, Waiting)> {
+        match self {
+            Frontend::Ublk(_) => ublk::Device::examine(id),
+            Frontend::Fuse(_) => Ok((0, Waiting::ForNothing)),
+        }
+    }
+
+    /// A device at the driver that no instance has.
+    pub fn leftover(&self, id: u32, mark: u64) -> Result<Device> {
+        match self {
+            Frontend::Ublk(granted) => {
+                let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark };
+                Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters)))
+            }
+            Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "files are never left over")),
+        }
+    }
+}
+
+/// One instance's way to make devices.
+#[derive(Debug)]
+pub enum Door {
+    /// Nothing of its own: all instances share the driver.
+    Ublk(ublk::Granted),
+    /// A file system, mounted on the instance's directory.
+    Fuse(Arc<fuse::FileSystem>),
+}
+
+impl Door {
+    /// The best way for data to travel here.
+    pub fn best_path(&self) -> DataPath {
+        match self {
+            Door::Ublk(granted) => granted.paths().first().copied().unwrap_or(DataPath::Copy),
+            Door::Fuse(_) => DataPath::Fuse,
+        }
+    }
+
+    /// Refuses a way that does not work here.
+    pub fn check_path(&self, path: DataPath) -> Result<()> {
+        let (allowed, wrong) = match self {
+            Door::Ublk(granted) => (granted.allows(path), path == DataPath::Fuse),
+            Door::Fuse(_) => (path == DataPath::Fuse, path != DataPath::Fuse),
+        };
+        match (allowed, wrong) {
+            (true, _) => Ok(()),
+            (false, false) => {
+                let context = format!("this kernel does not grant path {}", path.as_str());
+                Err(Error::new(Kind::Unsupported, context).hint("'loopengine features' shows what it grants"))
+            }
+            (false, true) => {
+                let serves = match self {
+                    Door::Ublk(_) => "block devices (ublk)",
+                    Door::Fuse(_) => "files (FUSE)",
+                };
+                let context = format!("path {} is not for a daemon that serves {serves}", path.as_str());
+                Err(Error::new(Kind::Unsupported, context)
+                    .hint("leave out --path, or start the daemon with another --frontend"))
+            }
+        }
+    }
+
+    /// Makes a device. It has no size and no users yet.
+    pub fn add(&self, number: u32, parameters: Parameters) -> Result<Device> {
+        match self {
+            Door::Ublk(granted) => ublk::Device::add(*granted, parameters).map(Device::Ublk),
+            Door::Fuse(files) => Ok(Device::Fuse(fuse::Device::new(files.clone(), number, parameters))),
+        }
+    }
+
+    /// A device that a daemon before this one made, to be taken back.
+    pub fn existing(&self, id: u32, parameters: Parameters) -> Result<Device> {
+        match self {
+            Door::Ublk(granted) => Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters))),
+            Door::Fuse(_) => Err(Error::new(Kind::Unsupported, "files end with their daemon")),
+        }
+    }
+
+    /// Whether names in the instance's directory are links to nodes elsewhere, and ours to make.
+    pub fn wants_links(&self) -> bool {
+        matches!(self, Door::Ublk(_))
+    }
+
+    /// Ends it: the directory is an ordinary one again. All devices must be gone.
+    pub fn close(&self) {
+        if let Door::Fuse(files) = self {
+            files.end();
+        }
+    }
+}
+
+/// The frontends that could work on this machine, the preferred one first.
+pub fn present() -> Vec<FrontendKind> {
+    [(ublk::CONTROL_NODE, FrontendKind::Ublk), (fuse::NODE, FrontendKind::Fuse)]
+        .into_iter()
+        .filter(|(node, _)| Path::new(node).exists())
+        .map(|(_, kind)| kind)
+        .collect()
+}

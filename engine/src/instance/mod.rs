@@ -10,6 +10,7 @@ mod pool;
 mod served;
 pub mod spec;
 mod state;
+mod table;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::{self, Device, Granted, Parameters, Stop, Waiting};
+use crate::frontend::{self, Frontend, Stop, Waiting, ublk};
 use crate::sys;
 use names::{DeviceName, check_instance_name, parse_device};
 use pool::{Instance, Shared};
@@ -40,6 +41,8 @@ pub struct EngineConfig {
     pub run_dir: PathBuf,
     /// What the instance `default` may have.
     pub default_instance: InstanceSpec,
+    /// How devices are shown to their users.
+    pub frontend: FrontendKind,
     /// Worker switches.
     pub tuning: Tuning,
 }
@@ -74,24 +77,21 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Checks that ublk is there, takes back the devices of a previous daemon that used the same
+    /// Checks that the frontend can be used, takes back the devices of a previous daemon that used the same
     /// run directory, and creates the instance `default`. The strings are notes for the log about
     /// what was and was not taken back.
     pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
         sys::raise_file_limit(OPEN_FILES);
-        let granted = Granted::ask()?;
-        if granted.paths().is_empty() {
-            return Err(Error::new(Kind::Unsupported, "this kernel's ublk driver is too old")
-                .hint("Linux 6.5 or newer is needed"));
-        }
+        let frontend = Frontend::open(config.frontend)?;
         let shared = Shared {
             owner: owner_mark(&config.run_dir),
             state: StateDir::new(&config.run_dir),
             run_dir: config.run_dir,
-            granted,
+            frontend,
             claims: Default::default(),
         };
         let engine = Engine { shared, tuning: config.tuning, instances: Mutex::default() };
+        engine.check_no_other_frontend()?;
         let (mut notes, spoken_for, complete) = engine.take_back();
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;
@@ -104,7 +104,39 @@ impl Engine {
 
     /// What the kernel grants. Works without an engine.
     pub fn features() -> Result<Features> {
-        ublk::features()
+        let frontends = frontend::present();
+        let granted = match ublk::Granted::ask() {
+            // Not everything that could be there is; what is there is worth showing.
+            Err(error) if error.kind() == Kind::Unavailable && !frontends.is_empty() => ublk::Granted(0),
+            asked => asked?,
+        };
+        Ok(Features {
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            frontends,
+            flags: granted.names(),
+            data_paths: granted.paths(),
+            recovery: granted.recovers(),
+            resize: granted.resizes(),
+        })
+    }
+
+    /// Block devices that wait for a daemon must not lose their names and numbers to files.
+    fn check_no_other_frontend(&self) -> Result<()> {
+        if self.shared.frontend.kind() == FrontendKind::Ublk || !Path::new(ublk::CONTROL_NODE).exists() {
+            return Ok(());
+        }
+        let (found, _) = self.shared.state.load();
+        let present = ublk::present_devices();
+        let waits = |record: &DeviceRecord| {
+            record.data_path != DataPath::Fuse
+                && present.contains(&record.id)
+                && ublk::Device::examine(record.id).is_ok_and(|(mark, _)| mark == record.mark)
+        };
+        if !found.iter().any(|(_, devices)| devices.iter().any(|(_, record)| waits(record))) {
+            return Ok(());
+        }
+        let context = "block devices of a daemon before this one wait to be taken back";
+        Err(Error::new(Kind::Busy, context).hint("start with --frontend ublk, or give another --run-dir"))
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
@@ -119,6 +151,18 @@ impl Engine {
         let mut spoken_for = Vec::new();
         let mut waiting = Vec::new();
         for (spec, devices) in found {
+            let devices = devices.into_iter().filter(|(number, record)| {
+                let is_file = record.data_path == DataPath::Fuse;
+                if is_file {
+                    self.shared.state.remove_device(&spec.name, *number);
+                    let (name, path) = (&spec.name, &record.spec.path);
+                    notes.push(format!(
+                        "{name}/loop{number} ({path}) was not taken back: files of FUSE end with their daemon"
+                    ));
+                }
+                !is_file
+            });
+            let devices: Vec<_> = devices.collect();
             spoken_for.extend(devices.iter().map(|(_, record)| record.id));
             match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
                 Ok(instance) => {
@@ -147,8 +191,8 @@ impl Engine {
 
     fn take_back_one(&self, instance: &Instance, number: u32, record: &DeviceRecord) -> String {
         let name = format!("{}/loop{number} ({})", record.spec.instance, record.spec.path);
-        let examined = match ublk::present_devices().contains(&record.id) {
-            true => Device::examine(record.id),
+        let examined = match self.shared.frontend.present().contains(&record.id) {
+            true => self.shared.frontend.examine(record.id),
             false => Ok((0, Waiting::ForNothing)),
         };
         match examined {
@@ -166,17 +210,19 @@ impl Engine {
 
     /// Deletes devices that a previous daemon had begun to make, or to take away.
     fn delete_orphans(&self, spoken_for: &[u32]) -> Vec<String> {
-        let known = |id: u32| self.table().values().any(|instance| instance.number_of(id).is_some());
+        let known = |id: u32| self.table().values().any(|instance| instance.has_id(id));
         let mut notes = Vec::new();
-        for id in ublk::present_devices() {
-            let Ok((mark, waiting)) = Device::examine(id) else { continue };
+        for id in self.shared.frontend.present() {
+            let Ok((mark, waiting)) = self.shared.frontend.examine(id) else { continue };
             let nobodys = waiting == Waiting::ForNothing || !spoken_for.contains(&id);
             if known(id) || !self.shared.is_ours(mark) || !nobodys {
                 continue;
             }
-            let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark };
-            let device = Device::existing(self.shared.granted, id, parameters);
-            notes.push(match device.stop(Stop::Always).and_then(|()| device.delete()) {
+            let deleted = self.shared.frontend.leftover(id, mark).and_then(|device| {
+                device.stop(Stop::Always)?;
+                device.delete()
+            });
+            notes.push(match deleted {
                 Ok(()) => format!("ublk device {id} was left over and is deleted"),
                 Err(error) => format!("ublk device {id} was left over and cannot be deleted: {error}"),
             });
@@ -248,7 +294,7 @@ impl Engine {
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { Stop::Always } else { Stop::IfUnused };
         if force {
-            write_everything_back();
+            self.write_back();
         }
         let mut gone = Vec::new();
         let mut first = None;
@@ -293,7 +339,7 @@ impl Engine {
     /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
     pub fn shutdown(self) -> Vec<String> {
         let mut notes = Vec::new();
-        write_everything_back();
+        self.write_back();
         for instance in self.table().values() {
             instance.close();
             for number in instance.numbers() {
@@ -306,6 +352,14 @@ impl Engine {
             }
         }
         notes
+    }
+
+    /// Before devices are stopped in use.
+    fn write_back(&self) {
+        // A file's own stop does it, for that file only.
+        if self.shared.frontend.kind() == FrontendKind::Ublk {
+            write_everything_back();
+        }
     }
 
     fn instance(&self, name: &str) -> Result<Arc<Instance>> {
@@ -322,10 +376,10 @@ impl Engine {
             Selector::Instance(name) => Ok(vec![(self.instance(name)?, None)]),
             Selector::Device(name) => match parse_device(name, &self.shared.run_dir)? {
                 DeviceName::Number(instance, number) => Ok(vec![(self.instance(&instance)?, Some(number))]),
-                DeviceName::Node(id) => {
+                DeviceName::Node(node) => {
                     let table = self.table();
                     let found =
-                        table.values().find_map(|instance| Some((instance.clone(), instance.number_of(id)?)));
+                        table.values().find_map(|instance| Some((instance.clone(), instance.number_of(&node)?)));
                     found.map(|(instance, number)| vec![(instance, Some(number))]).ok_or_else(|| {
                         Error::new(Kind::NotFound, format!("{name} is none of this daemon's devices"))
                             .hint("'loopengine list' shows all")

@@ -51,8 +51,8 @@ pub fn parse_cpus(list: &str) -> Result<Vec<usize>> {
 pub enum DeviceName {
     /// `NAME/loopN`, `loopN`, or the path of either in the run directory.
     Number(String, u32),
-    /// The kernel's node `/dev/ublkbN`.
-    Node(u32),
+    /// The kernel's node, such as `/dev/ublkb3`.
+    Node(std::path::PathBuf),
 }
 
 /// Understands a device's name; `run_dir` is where instances live.
@@ -66,7 +66,7 @@ pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName>
         ))
     };
     if let Some(number) = text.strip_prefix("/dev/ublkb") {
-        return number.parse().map(DeviceName::Node).map_err(|_| unknown());
+        return number.parse::<u32>().map(|_| DeviceName::Node(text.into())).map_err(|_| unknown());
     }
     let inside =
         std::path::Path::new(text).strip_prefix(run_dir).ok().and_then(|rest| rest.to_str()).unwrap_or(text);
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(parse_device("/run/loopengine/ci/loop7", run).unwrap(), number("ci", 7));
         assert_eq!(parse_device("ci/loop7", run).unwrap(), number("ci", 7));
         assert_eq!(parse_device("loop0", run).unwrap(), number("default", 0));
-        assert_eq!(parse_device("/dev/ublkb3", run).unwrap(), DeviceName::Node(3));
+        assert_eq!(parse_device("/dev/ublkb3", run).unwrap(), DeviceName::Node("/dev/ublkb3".into()));
         for bad in
             ["", "/dev/loop0", "../loop0", "a/b/loop1", "loop", "loop-1", "/dev/ublkb", "control/loop1"]
         {

@@ -1,25 +1,25 @@
 //! An instance: a private pool of devices with its own workers, numbers and quota.
 //!
-//! Knows its devices by number. The table is locked for moments only: what takes time (attaching,
-//! stopping) happens outside, with the number reserved.
+//! Knows how a device comes and goes, and what is undone when that fails; who may have which
+//! number is the table's business.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::claims::{Claim, Claims};
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
-use super::spec::{AttachSpec, DataPath, DeviceInfo, DeviceStats, InstanceInfo, InstanceSpec};
+use super::spec::{AttachSpec, DeviceInfo, DeviceStats, InstanceInfo, InstanceSpec};
 use super::state::{DeviceRecord, StateDir};
+use super::table::Table;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::{Device, Granted, Parameters, Stop};
+use crate::frontend::{Door, Frontend, Parameters, Stop};
 use crate::image::{Geometry, Image, Source};
-use crate::ring::{Sizes, SlotId};
+use crate::ring::Sizes;
 use crate::sys;
 use crate::worker::{Switches, WorkerHandle};
 
@@ -34,9 +34,9 @@ const MAX_WORKERS: u32 = 256;
 pub struct Shared {
     /// See `EngineConfig`.
     pub run_dir: PathBuf,
-    /// What the driver grants.
-    pub granted: Granted,
-    /// Upper half of the mark of ublk devices of this run directory.
+    /// How devices are shown to their users.
+    pub frontend: Frontend,
+    /// Upper half of the mark of devices of this run directory.
     pub owner: u32,
     /// Images in use.
     pub claims: Claims,
@@ -58,15 +58,6 @@ impl Shared {
     }
 }
 
-/// A device's entry in its instance's table.
-#[derive(Clone, Debug)]
-enum Entry {
-    /// Being attached or taken away.
-    Reserved,
-    /// Served.
-    Live(Arc<Attached>),
-}
-
 /// A served device and what it was attached with.
 #[derive(Debug)]
 pub struct Attached {
@@ -75,105 +66,76 @@ pub struct Attached {
     _claim: Option<Claim>,
 }
 
-#[derive(Debug)]
-struct Table {
-    spec: InstanceSpec,
-    devices: BTreeMap<u32, Entry>,
-    /// How often each slot of the workers was let; `None` while it is free is kept in `free`.
-    generations: Vec<u32>,
-    free: Vec<u16>,
-    closed: bool,
-}
-
 /// A private pool of devices.
 #[derive(Debug)]
 pub struct Instance {
     shared: Shared,
     directory: PathBuf,
+    door: Door,
     workers: Workers,
-    table: Mutex<Table>,
+    table: Table<Arc<Attached>>,
 }
 
 impl Instance {
-    /// Starts the workers and makes the directory.
+    /// Makes the directory, opens the door and starts the workers.
     pub fn start(shared: &Shared, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
-        if !(1..=MAX_DEVICES).contains(&spec.max_devices) {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("an instance can have 1 to {MAX_DEVICES} devices"),
-            ));
-        }
+        let directory = shared.run_dir.join(&spec.name);
+        let table = Table::new(spec, &directory)?;
         let cpus = spec.cpus.as_deref().map(parse_cpus).transpose()?.unwrap_or_default();
         let count = worker_count(spec.workers, &cpus)?;
-        let directory = shared.run_dir.join(&spec.name);
         fs::create_dir(&directory).or_else(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
-        let switches = Switches {
-            linked_commit: tuning.linked_commit,
-            poll: std::time::Duration::from_micros(u64::from(tuning.poll_us)),
-        };
-        let sizes = Sizes::for_devices(MAX_DEVICES);
-        let workers: Result<Vec<_>> = (0..count)
-            .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
-            .collect();
-        let workers = workers.inspect_err(|_| {
+        let opened = shared.frontend.door(&directory, count as usize, &cpus).and_then(|door| {
+            let switches = Switches {
+                linked_commit: tuning.linked_commit,
+                poll: std::time::Duration::from_micros(u64::from(tuning.poll_us)),
+            };
+            let sizes = Sizes::for_devices(MAX_DEVICES);
+            let workers = (0..count)
+                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
+                .collect::<Result<Vec<_>>>()?;
+            Ok((door, workers))
+        });
+        let (door, workers) = opened.inspect_err(|_| {
             let _ = fs::remove_dir(&directory);
         })?;
         shared.state.save_instance(spec)?;
-        let table = Table {
-            spec: spec.clone(),
-            devices: BTreeMap::new(),
-            generations: Vec::new(),
-            free: Vec::new(),
-            closed: false,
-        };
-        Ok(Instance { shared: shared.clone(), directory, workers: workers.into(), table: Mutex::new(table) })
-    }
-
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        Ok(Instance { shared: shared.clone(), directory, door, workers: workers.into(), table })
     }
 
     /// As it is now.
     pub fn info(&self) -> InstanceInfo {
-        let table = self.table();
+        let (spec, devices) = self.table.spec();
         InstanceInfo {
-            name: table.spec.name.clone(),
-            max_devices: table.spec.max_devices,
-            devices: table.devices.len() as u32,
+            name: spec.name,
+            max_devices: spec.max_devices,
+            devices,
             workers: self.workers.len() as u32,
-            cpus: table.spec.cpus.clone(),
+            cpus: spec.cpus,
             directory: self.directory.display().to_string(),
         }
     }
 
     /// Changes how many devices it may have; devices that are there stay.
     pub fn set_max_devices(&self, max_devices: u32) -> Result<()> {
-        if !(1..=MAX_DEVICES).contains(&max_devices) {
-            return Err(Error::new(
-                Kind::Invalid,
-                format!("an instance can have 1 to {MAX_DEVICES} devices"),
-            ));
-        }
-        let mut table = self.table();
-        table.spec.max_devices = max_devices;
-        self.shared.state.save_instance(&table.spec)
+        self.shared.state.save_instance(&self.table.set_max_devices(max_devices)?)
     }
 
     /// Serves an image as a new device.
     pub fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        self.check_not_ours(&image, &spec.path)?;
         let source = source(spec);
         let image = Image::open(image, &source, &spec.path)?;
         let claim = self.shared.claims.claim(image.identity(), spec.read_only, &spec.path)?;
         let parameters = self.parameters(spec)?;
-        let reservation = self.reserve(spec.number)?;
+        let reservation = self.table.reserve(spec.number)?;
         let (identity, geometry) = (image.identity(), image.geometry());
-        let device = Device::add(self.shared.granted, parameters)?;
+        let number = reservation.number;
+        let device = self.door.add(number, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
         let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
-        let number = reservation.number;
         let record = DeviceRecord {
             spec: AttachSpec { number: Some(number), data_path: Some(parameters.path), ..spec.clone() },
             id,
@@ -185,7 +147,7 @@ impl Instance {
             block_size: geometry.block_size,
             size: geometry.size,
         };
-        let outcome = begun.and_then(|()| self.publish(number, &record));
+        let outcome = begun.and_then(|()| self.publish(number, &record, &served));
         let attached = Arc::new(Attached { record, served, _claim: Some(claim) });
         if let Err(error) = outcome {
             let undone = attached.served.stop(Stop::Always);
@@ -210,8 +172,8 @@ impl Instance {
             depth: record.depth,
             owner: record.mark,
         };
-        let reservation = self.reserve_again(number)?;
-        let device = Device::existing(self.shared.granted, record.id, parameters);
+        let reservation = self.table.reserve_again(number)?;
+        let device = self.door.existing(record.id, parameters)?;
         let source = Source { block_size: record.block_size, ..source(&record.spec) };
         let path = Path::new(&record.spec.path);
         let image = Image::reopen(path, &source, &record.identity).and_then(|image| {
@@ -230,31 +192,20 @@ impl Instance {
                 (Served::abandoned(device, &self.workers, slot, geometry), None, Err(error))
             }
         };
-        let published = self.publish(number, &record);
+        let published = self.publish(number, &record, &served);
         reservation.fill(Arc::new(Attached { record, served, _claim: claim }));
         outcome.and(published)
     }
 
     /// Takes a device away.
     pub fn detach(&self, number: u32, when: Stop) -> Result<String> {
-        let attached = {
-            let mut table = self.table();
-            let entry = table.devices.get_mut(&number).ok_or_else(|| self.no_such_device(number))?;
-            match std::mem::replace(entry, Entry::Reserved) {
-                Entry::Live(attached) => attached,
-                Entry::Reserved => {
-                    let context =
-                        format!("{} is being attached or detached", self.device_path(number).display());
-                    return Err(Error::new(Kind::Busy, context).hint("try again"));
-                }
-            }
-        };
-        let path = self.device_path(number).display().to_string();
+        let attached = self.table.withdraw(number)?;
+        let path = self.table.path(number).display().to_string();
         // The names go while the number at the driver is still taken: they must never lead to the
         // device that has it next.
         let stopped = attached.served.stop(when).inspect(|()| self.unpublish(number));
         if let Err(error) = stopped.and_then(|()| attached.served.release()) {
-            self.table().devices.insert(number, Entry::Live(attached));
+            self.table.put_back(number, attached);
             return Err(match error.kind() {
                 Kind::Busy => Error::new(Kind::Busy, format!("{path} is in use"))
                     .hint("unmount it or end what has it open; --force detaches it all the same"),
@@ -263,27 +214,31 @@ impl Instance {
         }
         let slot = attached.served.slot();
         drop(attached);
-        let mut table = self.table();
-        table.devices.remove(&number);
-        table.free.push(slot.index);
+        self.table.remove(number, slot);
         Ok(path)
     }
 
     /// Adapts a device to its image's present size.
     pub fn resize(&self, number: u32) -> Result<DeviceInfo> {
-        let attached = self.attached(number)?;
+        let attached = self.table.get(number)?;
         attached.served.resize()?;
         Ok(self.describe(number, &attached))
     }
 
     /// Numbers of its devices.
     pub fn numbers(&self) -> Vec<u32> {
-        self.table().devices.keys().copied().collect()
+        self.table.numbers()
     }
 
-    /// The device that is this ublk device.
-    pub fn number_of(&self, id: u32) -> Option<u32> {
-        self.live().into_iter().find(|(_, attached)| attached.record.id == id).map(|(number, _)| number)
+    /// The device that has this node.
+    pub fn number_of(&self, node: &Path) -> Option<u32> {
+        let live = self.table.live();
+        live.into_iter().find(|(_, attached)| attached.served.device().node() == node).map(|(number, _)| number)
+    }
+
+    /// Whether one of its devices has this number at the driver.
+    pub fn has_id(&self, id: u32) -> bool {
+        self.table.live().iter().any(|(_, attached)| attached.record.id == id)
     }
 
     /// All devices that are served, or the one with this number.
@@ -295,7 +250,7 @@ impl Instance {
     /// Figures of the same.
     pub fn stats(&self, only: Option<u32>) -> Result<Vec<DeviceStats>> {
         let figures = |(number, attached): &(u32, Arc<Attached>)| {
-            let path = self.device_path(*number).display().to_string();
+            let path = self.table.path(*number).display().to_string();
             attached.served.stats(path, attached.record.spec.path.clone())
         };
         let chosen = self.chosen(only)?;
@@ -308,53 +263,26 @@ impl Instance {
 
     /// Takes nothing more.
     pub fn close(&self) {
-        self.table().closed = true;
+        self.table.close();
     }
 
     /// Takes nothing more, if it has nothing now; false when it has.
     pub fn close_if_empty(&self) -> bool {
-        let mut table = self.table();
-        table.closed |= table.devices.is_empty();
-        table.devices.is_empty()
+        self.table.close_if_empty()
     }
 
     /// Its directory and state go. All devices must be gone.
     pub fn erase(&self) {
-        let name = self.table().spec.name.clone();
-        self.shared.state.remove_instance(&name);
+        self.door.close();
+        self.shared.state.remove_instance(&self.table.spec().0.name);
         let _ = fs::remove_dir(&self.directory);
     }
 
     fn chosen(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<Attached>)>> {
         match only {
-            Some(number) => Ok(vec![(number, self.attached(number)?)]),
-            None => Ok(self.live()),
+            Some(number) => Ok(vec![(number, self.table.get(number)?)]),
+            None => Ok(self.table.live()),
         }
-    }
-
-    fn live(&self) -> Vec<(u32, Arc<Attached>)> {
-        let table = self.table();
-        let live = table.devices.iter().filter_map(|(number, entry)| match entry {
-            Entry::Live(attached) => Some((*number, attached.clone())),
-            Entry::Reserved => None,
-        });
-        live.collect()
-    }
-
-    fn attached(&self, number: u32) -> Result<Arc<Attached>> {
-        match self.table().devices.get(&number) {
-            Some(Entry::Live(attached)) => Ok(attached.clone()),
-            _ => Err(self.no_such_device(number)),
-        }
-    }
-
-    fn no_such_device(&self, number: u32) -> Error {
-        Error::new(Kind::NotFound, format!("there is no device {}", self.device_path(number).display()))
-            .hint("'loopengine list' shows all")
-    }
-
-    fn device_path(&self, number: u32) -> PathBuf {
-        self.directory.join(format!("loop{number}"))
     }
 
     fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
@@ -363,7 +291,7 @@ impl Instance {
         DeviceInfo {
             instance: record.spec.instance.clone(),
             number,
-            path: self.device_path(number).display().to_string(),
+            path: self.table.path(number).display().to_string(),
             node: served.device().node().display().to_string(),
             image: record.spec.path.clone(),
             state: served.state(),
@@ -392,108 +320,45 @@ impl Instance {
             return Err(Error::new(Kind::Invalid, format!("a queue depth of {depth} is too large"))
                 .hint(format!("use 1 to {MAX_DEPTH}")));
         }
-        let path = match spec.data_path {
-            Some(path) if self.shared.granted.allows(path) => path,
-            Some(path) => {
-                let context = format!("this kernel does not grant path {}", path.as_str());
-                return Err(
-                    Error::new(Kind::Unsupported, context).hint("'loopengine features' shows what it grants")
-                );
-            }
-            None => self.shared.granted.paths().first().copied().unwrap_or(DataPath::Copy),
-        };
+        let path = spec.data_path.unwrap_or_else(|| self.door.best_path());
+        self.door.check_path(path)?;
         Ok(Parameters { path, queues: queues as u16, depth: depth as u16, owner: self.shared.new_mark() })
     }
 
+    /// Refuses an image that this very daemon serves: to read it, a worker would wait for itself.
+    fn check_not_ours(&self, image: &OwnedFd, name: &str) -> Result<()> {
+        let stat = rustix::fs::fstat(image.as_fd())
+            .map_err(|error| Error::os(error, format!("cannot examine {name}")))?;
+        if !self.shared.frontend.serves(stat.st_dev) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Invalid, format!("{name} is itself served by this daemon"))
+            .hint("attach the image behind it; 'loopengine list' shows which one that is"))
+    }
+
     /// Makes a device known under its name, and to a later daemon.
-    fn publish(&self, number: u32, record: &DeviceRecord) -> Result<()> {
+    fn publish(&self, number: u32, record: &DeviceRecord, served: &Served) -> Result<()> {
         self.shared.state.save_device(number, record)?;
-        let path = self.device_path(number);
+        if !self.door.wants_links() {
+            return Ok(());
+        }
+        let path = self.table.path(number);
         let _ = fs::remove_file(&path);
-        symlink(format!("/dev/ublkb{}", record.id), &path)
+        symlink(served.device().node(), &path)
             .map_err(|error| Error::os(error, format!("cannot make {}", path.display())))
     }
 
     fn unpublish(&self, number: u32) {
-        let _ = fs::remove_file(self.device_path(number));
-        let name = self.table().spec.name.clone();
-        self.shared.state.remove_device(&name, number);
-    }
-
-    /// Takes a number and a slot, within the quota.
-    fn reserve(&self, wanted: Option<u32>) -> Result<Reservation<'_>> {
-        let mut table = self.table();
-        let name = table.spec.name.clone();
-        if table.closed {
-            return Err(Error::new(Kind::NotFound, format!("instance {name} is being removed")));
+        if self.door.wants_links() {
+            let _ = fs::remove_file(self.table.path(number));
         }
-        let number = match wanted {
-            Some(number) if table.devices.contains_key(&number) => {
-                return Err(Error::new(
-                    Kind::Exists,
-                    format!("{} exists", self.device_path(number).display()),
-                ));
-            }
-            Some(number) => number,
-            None => (0..).find(|number| !table.devices.contains_key(number)).unwrap_or(u32::MAX),
-        };
-        if table.devices.len() >= table.spec.max_devices as usize {
-            let context = format!("instance {name} has its {} devices already", table.spec.max_devices);
-            return Err(
-                Error::new(Kind::Quota, context).hint("detach one, or make an instance with a larger --max")
-            );
-        }
-        Ok(self.let_slot(&mut table, number))
-    }
-
-    /// The same for a device that exists already: quotas are for new ones.
-    fn reserve_again(&self, number: u32) -> Result<Reservation<'_>> {
-        let mut table = self.table();
-        if table.devices.contains_key(&number) {
-            return Err(Error::new(Kind::Exists, format!("{} exists", self.device_path(number).display())));
-        }
-        Ok(self.let_slot(&mut table, number))
-    }
-
-    fn let_slot(&self, table: &mut Table, number: u32) -> Reservation<'_> {
-        let index = match table.free.pop() {
-            Some(index) => {
-                table.generations[usize::from(index)] += 1;
-                index
-            }
-            None => {
-                table.generations.push(0);
-                (table.generations.len() - 1) as u16
-            }
-        };
-        let slot = SlotId { index, generation: table.generations[usize::from(index)] & 0xff_ffff };
-        table.devices.insert(number, Entry::Reserved);
-        Reservation { instance: self, number, slot, filled: false }
+        self.shared.state.remove_device(&self.table.spec().0.name, number);
     }
 }
 
-/// A number and a slot that are given back unless they are filled.
-struct Reservation<'a> {
-    instance: &'a Instance,
-    number: u32,
-    slot: SlotId,
-    filled: bool,
-}
-
-impl Reservation<'_> {
-    fn fill(mut self, attached: Arc<Attached>) {
-        self.filled = true;
-        self.instance.table().devices.insert(self.number, Entry::Live(attached));
-    }
-}
-
-impl Drop for Reservation<'_> {
+impl Drop for Instance {
     fn drop(&mut self) {
-        if !self.filled {
-            let mut table = self.instance.table();
-            table.devices.remove(&self.number);
-            table.free.push(self.slot.index);
-        }
+        self.door.close();
     }
 }
 

@@ -1,4 +1,4 @@
-//! One device that is served: an image, a ublk device, a queue on each of the workers.
+//! One device that is served: an image, a frontend's device, a queue on each of the workers.
 //!
 //! Knows how the three are put together and taken apart, and in which order; does not know names,
 //! quotas or other devices.
@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::spec::{DeviceState, DeviceStats, LatencySummary};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::{Device, Stop, UblkQueue};
+use crate::frontend::{Device, Queue, Stop};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
 use crate::worker::{Job, QueueStats, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
-pub type Workers = Arc<[WorkerHandle<UblkQueue>]>;
+pub type Workers = Arc<[WorkerHandle<Queue>]>;
 
 /// A device with its queues on the workers.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ enum Life {
     Stuck,
 }
 
-/// How a ublk device becomes one that works.
+/// How a frontend's device becomes one that works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begin {
     /// It is new.
@@ -103,7 +103,7 @@ impl Served {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the block device go away. `release` must follow.
+    /// Makes the device go away. `release` must follow.
     pub fn stop(&self, when: Stop) -> Result<()> {
         let mut life = self.life();
         match self.device.stop(when) {
@@ -156,7 +156,7 @@ impl Served {
         self.workers.iter().take(queues).try_for_each(|worker| worker.resize(self.slot, geometry))
     }
 
-    /// The ublk device.
+    /// The frontend's device.
     pub fn device(&self) -> &Device {
         &self.device
     }

@@ -84,6 +84,9 @@ pub enum DataPath {
     Auto,
     /// The request's pages are the buffer; commands in batches (Linux 7.0).
     Batch,
+    /// Through FUSE, to a file instead of a block device: data is copied to a buffer of the daemon
+    /// and back.
+    Fuse,
 }
 
 impl DataPath {
@@ -93,6 +96,28 @@ impl DataPath {
             DataPath::Copy => "copy",
             DataPath::Auto => "auto",
             DataPath::Batch => "batch",
+            DataPath::Fuse => "fuse",
+        }
+    }
+}
+
+/// What devices are to those who use them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "lowercase")]
+#[zlink(rename_all = "lowercase")]
+pub enum FrontendKind {
+    /// Block devices of the ublk driver.
+    Ublk,
+    /// Files of a FUSE file system.
+    Fuse,
+}
+
+impl FrontendKind {
+    /// The word used on the command line and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FrontendKind::Ublk => "ublk",
+            FrontendKind::Fuse => "fuse",
         }
     }
 }
@@ -121,7 +146,7 @@ pub struct DeviceInfo {
     pub number: u32,
     /// The path users open, e.g. `/run/loopengine/default/loop0`.
     pub path: String,
-    /// The kernel's own node, e.g. `/dev/ublkb3`.
+    /// The kernel's own node, e.g. `/dev/ublkb3`; of a file, its path once more.
     pub node: String,
     /// The image's path as the caller gave it.
     pub image: String,
@@ -214,12 +239,15 @@ pub struct LatencySummary {
 pub struct Features {
     /// Kernel release, e.g. `7.3.4+deb13-amd64`.
     pub kernel: String,
-    /// Names of the driver's feature flags, as in ublk_cmd.h, without the prefix `UBLK_F_`.
+    /// Frontends that this machine has, the one that `auto` takes first.
+    pub frontends: Vec<FrontendKind>,
+    /// Names of the ublk driver's feature flags, as in ublk_cmd.h, without the prefix `UBLK_F_`;
+    /// none without the driver, as below.
     pub flags: Vec<String>,
-    /// Paths of the ladder that work here, best first.
+    /// Paths of block devices that work here, best first.
     pub data_paths: Vec<DataPath>,
-    /// Devices outlive the daemon and can be taken back.
+    /// Block devices outlive the daemon and can be taken back.
     pub recovery: bool,
-    /// Devices can be resized.
+    /// Block devices can be resized (files always can).
     pub resize: bool,
 }

@@ -49,11 +49,20 @@ pub fn detach_ublk_mounts() -> io::Result<(Vec<PathBuf>, Vec<String>)> {
     Ok((detached, failed))
 }
 
+/// Where file systems of this type and source are mounted, youngest first; nowhere if the table of
+/// mounts cannot be read.
+pub fn mounted(kind: &str, source: &str) -> Vec<PathBuf> {
+    let table = fs::read_to_string(MOUNTINFO).unwrap_or_default();
+    let ours = |mount: &Mount| mount.kind == kind && mount.source == Path::new(source);
+    table.lines().rev().filter_map(parse).filter(ours).map(|mount| mount.target).collect()
+}
+
 /// What interests us of a line of mountinfo(5).
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
     number: String,
     target: PathBuf,
+    kind: String,
     source: PathBuf,
 }
 
@@ -62,8 +71,10 @@ fn parse(line: &str) -> Option<Mount> {
     let mut before = before.split(' ');
     let number = before.nth(2)?;
     let target = before.nth(1)?;
-    let source = after.split(' ').nth(1)?;
-    Some(Mount { number: number.to_owned(), target: unescape(target), source: unescape(source) })
+    let mut after = after.split(' ');
+    let kind = after.next()?.to_owned();
+    let source = after.next()?;
+    Some(Mount { number: number.to_owned(), target: unescape(target), kind, source: unescape(source) })
 }
 
 /// The kernel writes space, tab, newline and backslash as `\` and three octal digits.
@@ -133,6 +144,7 @@ mod tests {
         let mount = parse(line).unwrap();
         assert_eq!(mount.number, "259:2");
         assert_eq!(mount.target, Path::new("/mnt/my disk"));
+        assert_eq!(mount.kind, "ext4");
         assert_eq!(mount.source, Path::new("/dev/ublkb0"));
         assert_eq!(parse("nonsense"), None);
         assert_eq!(parse(""), None);

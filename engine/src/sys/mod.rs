@@ -33,6 +33,18 @@ pub fn declare_io_flusher() {
     }
 }
 
+/// Sets a file's size by its path, without opening it.
+pub fn truncate(path: &std::path::Path, bytes: u64) -> std::io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let bytes = libc::off_t::try_from(bytes).map_err(|_| std::io::ErrorKind::InvalidInput)?;
+    // SAFETY: reads a string that ends with a zero and outlives the call.
+    match unsafe { libc::truncate(path.as_ptr(), bytes) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// Raises the limit on open files to `wanted`, or as far as this process may (root: any). A device
 /// takes several, and a ring's table of fixed files may not be larger than the limit.
 pub fn raise_file_limit(wanted: u64) {

@@ -11,7 +11,7 @@ use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
 use super::memory::Descriptors;
-use super::queue::Fallback;
+use super::fallback::Fallback;
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::setup::ARRIVAL_GROUP;
@@ -31,8 +31,9 @@ struct Commit {
     busy: bool,
 }
 
+/// One queue.
 #[derive(Debug)]
-pub(super) struct Batch {
+pub struct Batch {
     file: File,
     queue: u16,
     depth: u16,
@@ -69,32 +70,32 @@ impl Batch {
         }
     }
 
-    pub(super) fn file(&self) -> RawFd {
+    pub(in crate::frontend) fn file(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 
-    pub(super) fn depth(&self) -> u16 {
+    pub(in crate::frontend) fn depth(&self) -> u16 {
         self.depth
     }
 
-    pub(super) fn fallback(&self) -> &Fallback {
-        &self.fallback
+    pub(in crate::frontend) fn is_starved(&self) -> bool {
+        self.fallback.is_starved()
     }
 
-    pub(super) fn fallbacks(&self) -> u64 {
+    pub(in crate::frontend) fn fallbacks(&self) -> u64 {
         self.fallback.count()
     }
 
-    pub(super) fn is_gone(&self) -> bool {
+    pub(in crate::frontend) fn is_gone(&self) -> bool {
         self.ended && self.outstanding == 0 && self.fallback.is_idle()
     }
 
-    pub(super) fn data(&self, tag: Tag) -> Data {
+    pub(in crate::frontend) fn data(&self, tag: Tag) -> Data {
         Data::Registered(self.fallback.slot(tag))
     }
 
     /// Announces the tags; the fetch follows once the driver has taken note of them.
-    pub(super) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
         self.place = Some(place);
         self.fallback.assign(place, ring, self.depth);
         self.prepared = (0..self.depth).map(|tag| self.element(tag, 0)).collect();
@@ -137,7 +138,7 @@ impl Batch {
         ring.push(&multishot(entry, ARRIVAL_GROUP))
     }
 
-    pub(super) fn on_event(
+    pub(in crate::frontend) fn on_event(
         &mut self,
         token: Token,
         entry: &cqueue::Entry,
@@ -215,7 +216,7 @@ impl Batch {
         faults
     }
 
-    pub(super) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
         if self.fallback.holds(completion.tag) {
             return self.fallback.release(completion, self.place, self.queue, ring);
         }
@@ -224,7 +225,7 @@ impl Batch {
         Ok(())
     }
 
-    pub(super) fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
+    pub(in crate::frontend) fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
         match *self.collected {
             [] => Ok(0),
             [one] => {
@@ -305,14 +306,14 @@ impl Batch {
         }
     }
 
-    pub(super) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
+    pub(in crate::frontend) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
         if self.fallback.holds(tag) {
             return None;
         }
         self.single(self.element(tag, len.cast_signed())).ok()
     }
 
-    pub(super) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
         self.fallback.retry(self.place, self.queue, ring)
     }
 }

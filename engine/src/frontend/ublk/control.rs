@@ -16,7 +16,8 @@ type ControlRing = IoUring<squeue::Entry128, cqueue::Entry>;
 
 /// How long a command may take. START_DEV and STOP_DEV wait for I/O; none should take seconds.
 pub(super) const LIMIT: Duration = Duration::from_secs(10);
-const NODE: &str = "/dev/ublk-control";
+/// The driver's control device.
+pub const NODE: &str = "/dev/ublk-control";
 /// Rings kept for reuse: commands seldom meet, and what they leave behind is always the same.
 const SPARE_RINGS: usize = 1;
 

@@ -13,11 +13,12 @@ use libublk::sys;
 
 use super::batch::Batch;
 use super::control::{Command, LIMIT, run};
+use super::fallback::Fallback;
 use super::features::Granted;
 use super::memory::{CopyBuffers, Descriptors};
 use super::per_io::{Buffers, PerIo};
-use super::queue::{Fallback, Kinds, UblkQueue};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::{Parameters, Queue, Stop, Waiting};
 use crate::image::Geometry;
 use crate::instance::spec::DataPath;
 use crate::request::SECTOR;
@@ -33,37 +34,6 @@ const SOON: Duration = Duration::from_secs(3);
 /// How long a dead daemon's last operations on the image may take.
 const RECOVERY: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_micros(500);
-
-/// What a device is made with; it cannot change later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parameters {
-    /// How data travels.
-    pub path: DataPath,
-    /// Hardware queues.
-    pub queues: u16,
-    /// Requests in flight in each.
-    pub depth: u16,
-    /// Marks the device as ours; see [`Device::examine`].
-    pub owner: u64,
-}
-
-/// When to stop a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Only if nobody has it open.
-    IfUnused,
-    /// In any case; what its users do from now on fails.
-    Always,
-}
-
-/// What a device without a daemon is in the middle of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Waiting {
-    /// It was never started, or is stopped: nobody can have it open.
-    ForNothing,
-    /// It has users, whose requests wait.
-    ForDaemon,
-}
 
 /// One ublk device.
 #[derive(Debug)]
@@ -171,7 +141,7 @@ impl Device {
     }
 
     /// Opens the device for serving and makes its queues.
-    pub fn queues(&self) -> Result<Vec<UblkQueue>> {
+    pub fn queues(&self) -> Result<Vec<Queue>> {
         let Parameters { path, queues, depth, .. } = self.parameters;
         let file = open_soon(&format!("/dev/ublkc{}", self.id))?;
         (0..queues)
@@ -179,17 +149,18 @@ impl Device {
                 let file =
                     file.try_clone().map_err(|error| Error::os(error, "cannot duplicate a descriptor"))?;
                 let descriptors = Descriptors::map(&file, queue, depth)?;
-                Ok(UblkQueue(match path {
-                    DataPath::Batch => Kinds::Batch(Batch::new(file, queue, depth, descriptors)),
+                Ok(match path {
+                    DataPath::Batch => Queue::Batch(Batch::new(file, queue, depth, descriptors)),
                     DataPath::Auto => {
                         let buffers = Buffers::Registered(Fallback::new());
-                        Kinds::PerIo(PerIo::new(file, queue, depth, descriptors, buffers))
+                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers))
                     }
                     DataPath::Copy => {
                         let buffers = CopyBuffers::new(depth, max_request(path) as usize)?;
-                        Kinds::PerIo(PerIo::new(file, queue, depth, descriptors, Buffers::Copied(buffers)))
+                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, Buffers::Copied(buffers)))
                     }
-                }))
+                    DataPath::Fuse => return Err(Error::new(Kind::Internal, "not a path of ublk")),
+                })
             })
             .collect()
     }
@@ -307,7 +278,7 @@ fn supported_extras(granted: Granted) -> u32 {
 fn max_request(path: DataPath) -> u32 {
     match path {
         DataPath::Copy => MAX_REQUEST_COPIED,
-        DataPath::Auto | DataPath::Batch => MAX_REQUEST,
+        DataPath::Auto | DataPath::Batch | DataPath::Fuse => MAX_REQUEST,
     }
 }
 

@@ -4,7 +4,7 @@ use libublk::sys;
 
 use super::control::{Command, LIMIT, run};
 use crate::error::Result;
-use crate::instance::spec::{DataPath, Features};
+use crate::instance::spec::DataPath;
 
 /// Names of the flags, by bit.
 const NAMES: [&str; 20] = [
@@ -61,6 +61,7 @@ impl Granted {
             DataPath::Copy => self.has(sys::UBLK_F_CMD_IOCTL_ENCODE),
             DataPath::Auto => self.has(Self::flags_of(DataPath::Auto)),
             DataPath::Batch => self.has(Self::flags_of(DataPath::Batch)),
+            DataPath::Fuse => false,
         }
     }
 
@@ -75,7 +76,7 @@ impl Granted {
     /// The flags that make a path.
     pub fn flags_of(path: DataPath) -> u32 {
         match path {
-            DataPath::Copy => 0,
+            DataPath::Copy | DataPath::Fuse => 0,
             DataPath::Auto => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG,
             DataPath::Batch => {
                 sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_BATCH_IO
@@ -83,22 +84,21 @@ impl Granted {
         }
     }
 
-    fn names(self) -> Vec<String> {
+    /// A device outlives the daemon and can be taken back.
+    pub fn recovers(self) -> bool {
+        self.has(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE)
+    }
+
+    /// A device can be resized.
+    pub fn resizes(self) -> bool {
+        self.has(sys::UBLK_F_UPDATE_SIZE)
+    }
+
+    /// Names of the flags.
+    pub fn names(self) -> Vec<String> {
         (0..64)
             .filter(|bit| self.0 >> bit & 1 == 1)
             .map(|bit| NAMES.get(bit).map_or_else(|| format!("BIT_{bit}"), |name| (*name).to_owned()))
             .collect()
     }
-}
-
-/// What this kernel grants, for users.
-pub fn features() -> Result<Features> {
-    let granted = Granted::ask()?;
-    Ok(Features {
-        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-        flags: granted.names(),
-        data_paths: granted.paths(),
-        recovery: granted.has(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE),
-        resize: granted.has(sys::UBLK_F_UPDATE_SIZE),
-    })
 }

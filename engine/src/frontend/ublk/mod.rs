@@ -11,12 +11,13 @@
 mod batch;
 mod control;
 mod device;
+mod fallback;
 mod features;
 mod memory;
 mod per_io;
-mod queue;
 
-pub use control::present_devices;
-pub use device::{Device, Parameters, Stop, Waiting};
-pub use features::{Granted, features};
-pub use queue::UblkQueue;
+pub use batch::Batch;
+pub use control::{NODE as CONTROL_NODE, present_devices};
+pub use device::Device;
+pub use features::Granted;
+pub use per_io::PerIo;

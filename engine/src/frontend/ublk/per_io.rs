@@ -10,7 +10,7 @@ use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
 use super::memory::{CopyBuffers, Descriptors};
-use super::queue::{Fallback, UNREGISTERED, io_command};
+use super::fallback::{Fallback, UNREGISTERED, io_command};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::{Ring, Step, Token};
@@ -25,8 +25,9 @@ pub(super) enum Buffers {
     Registered(Fallback),
 }
 
+/// One queue.
 #[derive(Debug)]
-pub(super) struct PerIo {
+pub struct PerIo {
     file: File,
     queue: u16,
     descriptors: Descriptors,
@@ -48,15 +49,15 @@ impl PerIo {
         Self { file, queue, descriptors, buffers, place: None, armed: 0, depth }
     }
 
-    pub(super) fn file(&self) -> RawFd {
+    pub(in crate::frontend) fn file(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 
-    pub(super) fn depth(&self) -> u16 {
+    pub(in crate::frontend) fn depth(&self) -> u16 {
         self.depth
     }
 
-    pub(super) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
         self.place = Some(place);
         if let Buffers::Registered(fallback) = &mut self.buffers {
             fallback.assign(place, ring, self.depth);
@@ -85,7 +86,7 @@ impl PerIo {
             .user_data(Token::pack(Step::Fetch, place.slot, tag)))
     }
 
-    pub(super) fn on_event(
+    pub(in crate::frontend) fn on_event(
         &mut self,
         token: Token,
         entry: &cqueue::Entry,
@@ -135,14 +136,14 @@ impl PerIo {
         }
     }
 
-    pub(super) fn data(&self, tag: Tag) -> Data {
+    pub(in crate::frontend) fn data(&self, tag: Tag) -> Data {
         match &self.buffers {
             Buffers::Copied(buffers) => Data::Memory(buffers.address(tag)),
             Buffers::Registered(fallback) => Data::Registered(fallback.slot(tag)),
         }
     }
 
-    pub(super) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
         if let Buffers::Registered(fallback) = &mut self.buffers
             && fallback.holds(completion.tag)
         {
@@ -151,32 +152,36 @@ impl PerIo {
         ring.push(&self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, completion.tag, completion.result)?)
     }
 
-    pub(super) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
+    pub(in crate::frontend) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
         if matches!(&self.buffers, Buffers::Registered(fallback) if fallback.holds(tag)) {
             return None;
         }
         self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, len.cast_signed()).ok()
     }
 
-    pub(super) fn is_gone(&self) -> bool {
+    pub(in crate::frontend) fn is_gone(&self) -> bool {
         self.armed == 0 && self.fallback().is_none_or(Fallback::is_idle)
     }
 
-    pub(super) fn fallback(&self) -> Option<&Fallback> {
+    pub(in crate::frontend) fn is_starved(&self) -> bool {
+        self.fallback().is_some_and(Fallback::is_starved)
+    }
+
+    fn fallback(&self) -> Option<&Fallback> {
         match &self.buffers {
             Buffers::Copied(_) => None,
             Buffers::Registered(fallback) => Some(fallback),
         }
     }
 
-    pub(super) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
         match &mut self.buffers {
             Buffers::Copied(_) => Ok(()),
             Buffers::Registered(fallback) => fallback.retry(self.place, self.queue, ring),
         }
     }
 
-    pub(super) fn fallbacks(&self) -> u64 {
+    pub(in crate::frontend) fn fallbacks(&self) -> u64 {
         self.fallback().map_or(0, Fallback::count)
     }
 }

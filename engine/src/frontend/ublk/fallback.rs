@@ -1,105 +1,14 @@
-//! A queue of a ublk device as the worker sees it, and what both transports share.
+//! What both transports share: commands for one request, and registered buffers.
 
 use std::collections::VecDeque;
-use std::os::fd::RawFd;
 
-use io_uring::{cqueue, opcode, squeue};
+use io_uring::{opcode, squeue};
 use libublk::sys;
 
-use super::batch::Batch;
-use super::per_io::PerIo;
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place, Transport};
-
-/// One of the two transports.
-#[derive(Debug)]
-pub struct UblkQueue(pub(super) Kinds);
-
-#[derive(Debug)]
-pub(super) enum Kinds {
-    PerIo(PerIo),
-    Batch(Batch),
-}
-
-macro_rules! each {
-    ($self:ident, $queue:ident => $call:expr) => {
-        match &mut $self.0 {
-            Kinds::PerIo($queue) => $call,
-            Kinds::Batch($queue) => $call,
-        }
-    };
-    (ref $self:ident, $queue:ident => $call:expr) => {
-        match &$self.0 {
-            Kinds::PerIo($queue) => $call,
-            Kinds::Batch($queue) => $call,
-        }
-    };
-}
-
-impl Transport for UblkQueue {
-    fn file(&self) -> RawFd {
-        each!(ref self, queue => queue.file())
-    }
-
-    fn depth(&self) -> u16 {
-        each!(ref self, queue => queue.depth())
-    }
-
-    fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        each!(self, queue => queue.arm(place, ring))
-    }
-
-    fn on_event(
-        &mut self,
-        token: Token,
-        entry: &cqueue::Entry,
-        ring: &mut Ring,
-        arrived: &mut Vec<Request>,
-    ) -> Result<()> {
-        each!(self, queue => queue.on_event(token, entry, ring, arrived))
-    }
-
-    fn data(&self, tag: Tag) -> Data {
-        each!(ref self, queue => queue.data(tag))
-    }
-
-    fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
-        each!(self, queue => queue.complete(completion, ring))
-    }
-
-    fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
-        match &mut self.0 {
-            // Every answer is on its way already.
-            Kinds::PerIo(_) => Ok(0),
-            Kinds::Batch(queue) => queue.flush(ring),
-        }
-    }
-
-    fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
-        each!(self, queue => queue.linked_commit(tag, len))
-    }
-
-    fn is_gone(&self) -> bool {
-        each!(ref self, queue => queue.is_gone())
-    }
-
-    fn fallbacks(&self) -> u64 {
-        each!(ref self, queue => queue.fallbacks())
-    }
-
-    fn is_starved(&self) -> bool {
-        match &self.0 {
-            Kinds::PerIo(queue) => queue.fallback().is_some_and(Fallback::is_starved),
-            Kinds::Batch(queue) => queue.fallback().is_starved(),
-        }
-    }
-
-    fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
-        each!(self, queue => queue.retry_starved(ring))
-    }
-}
+use crate::worker::Place;
 
 /// The payload of a command for one request.
 pub(super) fn io_command(queue: u16, tag: Tag, result: i32, addr: u64) -> [u8; 16] {

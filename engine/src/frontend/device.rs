@@ -1,0 +1,113 @@
+//! One device of either frontend: added, described, started, resized, stopped, deleted.
+//!
+//! Knows which frontend it is of, and nothing else. Every step has a deadline and undoes nothing:
+//! the caller decides what to do about a failure.
+
+use std::path::PathBuf;
+
+use super::{Parameters, Queue, Stop, fuse, ublk};
+use crate::error::{Error, Kind, Result};
+use crate::image::Geometry;
+
+/// A block device of ublk, or a file of FUSE.
+#[derive(Debug)]
+pub enum Device {
+    /// A block device.
+    Ublk(ublk::Device),
+    /// A file.
+    Fuse(fuse::Device),
+}
+
+impl Device {
+    /// Its number at the driver; 0 where the driver numbers nothing.
+    pub fn id(&self) -> u32 {
+        match self {
+            Device::Ublk(device) => device.id(),
+            Device::Fuse(_) => 0,
+        }
+    }
+
+    /// What it was made with.
+    pub fn parameters(&self) -> Parameters {
+        match self {
+            Device::Ublk(device) => device.parameters(),
+            Device::Fuse(device) => device.parameters(),
+        }
+    }
+
+    /// What users open.
+    pub fn node(&self) -> PathBuf {
+        match self {
+            Device::Ublk(device) => device.node(),
+            Device::Fuse(device) => device.node(),
+        }
+    }
+
+    /// Tells the driver what the device looks like.
+    pub fn describe(&self, geometry: &Geometry) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.describe(geometry),
+            Device::Fuse(device) => device.describe(geometry),
+        }
+    }
+
+    /// Makes its queues.
+    pub fn queues(&self) -> Result<Vec<Queue>> {
+        match self {
+            Device::Ublk(device) => device.queues(),
+            Device::Fuse(device) => device.queues(),
+        }
+    }
+
+    /// Makes it appear. All queues must be served: the kernel may read from it.
+    pub fn start(&self) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.start(),
+            Device::Fuse(device) => device.start(),
+        }
+    }
+
+    /// Begins to take it back from a daemon that is gone.
+    pub fn begin_recovery(&self) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.begin_recovery(),
+            Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Has taken it back: all queues are served again.
+    pub fn end_recovery(&self) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.end_recovery(),
+            Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Changes its size.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.resize(bytes),
+            Device::Fuse(device) => device.resize(bytes),
+        }
+    }
+
+    /// Makes it go away, after what is in flight.
+    pub fn stop(&self, when: Stop) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.stop(when),
+            Device::Fuse(device) => device.stop(when),
+        }
+    }
+
+    /// Gives its number back. Nothing of it may be open here any more.
+    pub fn delete(&self) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.delete(),
+            Device::Fuse(_) => Ok(()),
+        }
+    }
+}
+
+fn not_recovered() -> Error {
+    Error::new(Kind::Unsupported, "files end with their daemon")
+}

@@ -1,0 +1,446 @@
+//! What the kernel asks of the file system, answered at once or made into a call for a worker.
+//!
+//! Runs on the session threads. Nothing here waits but for room in a full lane, and nothing here
+//! asks the kernel anything that one of these threads would have to answer.
+//!
+//! A file is as large as its device and stays so. What is more than a disk can do:
+//!
+//! | asked for | answer |
+//! |---|---|
+//! | O_TRUNC | the content is given up: the file reads as zeroes, and is as long as before. EBUSY if others have it open, for their cached pages would come back |
+//! | truncation to another size in any other way | EPERM if shorter, ENOSPC if longer |
+//! | a write past the end | what fits is written; ENOSPC (of a cached write, to fsync and close) |
+//! | punching a hole, zeroing a range | zeroes, as the caller of fallocate expects |
+//! | anything else of fallocate | EOPNOTSUPP |
+//! | a direct transfer that is no multiple of the block size | EINVAL |
+//! | making, removing, renaming files | EPERM |
+//!
+//! The kernel caches writes and sends whole pages, cut off at the file's end, which is a multiple of
+//! the block size. Were it not so after all, the request would fail rather than be rounded.
+
+use std::cell::Cell;
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
+};
+
+use super::MAX_REQUEST;
+use super::lane::{Answer, Call};
+use super::node::{Node, Nodes, TTL};
+use crate::request::Op;
+
+/// Requests that the kernel may send on its own, for all files of the file system: read ahead,
+/// write back, asynchronous direct I/O.
+const BACKGROUND: u16 = 512;
+
+/// The callbacks of fuser.
+pub(super) struct Handler(pub(super) Arc<Nodes>);
+
+thread_local! {
+    /// Number of this session thread. A thread serves one file system only.
+    static THREAD: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+impl Handler {
+    fn thread(&self) -> usize {
+        THREAD.get().unwrap_or_else(|| {
+            let number = self.0.threads.fetch_add(1, Ordering::Relaxed);
+            THREAD.set(Some(number));
+            number
+        })
+    }
+
+    /// Hands a call to the worker of this thread.
+    fn send(&self, node: &Node, call: Call) {
+        node.set_fresh(false);
+        node.lane(self.thread()).send(call);
+    }
+
+    fn root(&self) -> FileAttr {
+        let made = self.0.made;
+        FileAttr {
+            ino: INodeNo::ROOT,
+            size: 0,
+            blocks: 0,
+            atime: made,
+            mtime: made,
+            ctime: made,
+            crtime: made,
+            kind: FileType::Directory,
+            perm: 0o755,
+            nlink: 2,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+fn is_whole(node: &Node, offset: u64, len: u64) -> bool {
+    let block = u64::from(node.block_size);
+    offset.is_multiple_of(block) && len.is_multiple_of(block)
+}
+
+fn time(time: TimeOrNow) -> SystemTime {
+    match time {
+        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::Now => SystemTime::now(),
+    }
+}
+
+impl Filesystem for Handler {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // Without it, cached writes would come with any length, at any offset.
+        let needed = InitFlags::FUSE_WRITEBACK_CACHE;
+        config.add_capabilities(needed).map_err(|_| std::io::ErrorKind::Unsupported)?;
+        for wanted in [
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            // Content changes through this file system only.
+            InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+        ] {
+            // A kernel without one is slower.
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_write(MAX_REQUEST);
+        let _ = config.set_max_background(BACKGROUND);
+        let _ = config.set_congestion_threshold(BACKGROUND / 4 * 3);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let found = name.to_str().filter(|_| parent == INodeNo::ROOT).and_then(|name| self.0.named(name));
+        match found {
+            Some(node) => reply.entry(&TTL, &node.attr(), Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.0.get(ino) {
+            Some(node) => reply.attr(&TTL, &node.attr()),
+            None if ino == INodeNo::ROOT => reply.attr(&TTL, &self.root()),
+            // The kernel looks the name up once more.
+            None => reply.error(Errno::ESTALE),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        accessed: Option<TimeOrNow>,
+        modified: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let Some(node) = self.0.get(ino) else {
+            return reply.error(if ino == INodeNo::ROOT { Errno::EPERM } else { Errno::ESTALE });
+        };
+        {
+            let mut state = node.state();
+            if let Some(mode) = mode {
+                let writable = if node.read_only { 0 } else { 0o222 };
+                state.mode = mode as u16 & (0o555 | writable);
+            }
+            state.uid = uid.unwrap_or(state.uid);
+            state.gid = gid.unwrap_or(state.gid);
+            state.accessed = accessed.map_or(state.accessed, time);
+            state.modified = modified.map_or(state.modified, time);
+        }
+        let now = node.size();
+        match size {
+            None => reply.attr(&TTL, &node.attr()),
+            Some(size) if size == now => reply.attr(&TTL, &node.attr()),
+            Some(size) if size > now => reply.error(Errno::ENOSPC),
+            // Opening with O_TRUNC: a truncation without a handle, by who has just opened it.
+            Some(0) if handle.is_none() && node.state().opens > 1 => reply.error(Errno::EBUSY),
+            Some(0) if handle.is_none() && node.is_fresh() && !node.read_only => {
+                let attr = node.attr();
+                let op = Op::WriteZeroes { unmap: true, fua: false };
+                let answer = Answer::Emptied(reply, attr);
+                self.send(&node, Call { op, offset: 0, len: now, buffer: None, answer });
+            }
+            // Cached pages behind the new end could come back.
+            Some(_) => reply.error(Errno::EPERM),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ESTALE) };
+        let writes = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        if writes && node.read_only {
+            return reply.error(Errno::EROFS);
+        }
+        let mut state = node.state();
+        if state.closed {
+            return reply.error(Errno::ESTALE);
+        }
+        state.opens += 1;
+        // The first writer starts with an empty cache: truncation relies on it.
+        let first = writes && state.opens == 1;
+        node.set_fresh(first);
+        drop(state);
+        reply.opened(FileHandle(0), if first { FopenFlags::empty() } else { FopenFlags::FOPEN_KEEP_CACHE });
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        if let Some(node) = self.0.get(ino) {
+            let mut state = node.state();
+            state.opens = state.opens.saturating_sub(1);
+        }
+        reply.ok();
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let len = node.size().saturating_sub(offset).min(size.into());
+        if len == 0 {
+            return reply.data(&[]);
+        }
+        if !is_whole(&node, offset, len) {
+            return reply.error(Errno::EINVAL);
+        }
+        let Some(buffer) = self.0.buffers.take(len as usize) else { return reply.error(Errno::EIO) };
+        let answer = Answer::Data(reply);
+        self.send(&node, Call { op: Op::Read, offset, len, buffer: Some(buffer), answer });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let len = node.size().saturating_sub(offset).min(data.len() as u64);
+        let fits = len == data.len() as u64;
+        if !fits {
+            self.0.correct_size(&node);
+        }
+        if len == 0 {
+            return if fits { reply.written(0) } else { reply.error(Errno::ENOSPC) };
+        }
+        if !is_whole(&node, offset, len) {
+            return reply.error(Errno::EINVAL);
+        }
+        let Some(buffer) = self.0.buffers.take_filled(&data[..len as usize]) else {
+            return reply.error(Errno::EIO);
+        };
+        // Who writes directly is told how much was written, and tries the rest again.
+        let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let answer = Answer::Written(reply, (cached && !fits).then_some(Errno::ENOSPC));
+        // Of an asynchronous direct write the kernel sends no fsync, but these flags.
+        let op = Op::Write { fua: flags.0 & libc::O_DSYNC != 0 };
+        self.send(&node, Call { op, offset, len, buffer: Some(buffer), answer });
+    }
+
+    fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let answer = Answer::Done(reply);
+        self.send(&node, Call { op: Op::Flush, offset: 0, len: 0, buffer: None, answer });
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        len: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+        let unmap = match mode {
+            PUNCH => true,
+            mode if mode & !KEEP == libc::FALLOC_FL_ZERO_RANGE => false,
+            _ => return reply.error(Errno::EOPNOTSUPP),
+        };
+        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let inside = node.size().saturating_sub(offset).min(len);
+        if inside < len && mode & KEEP == 0 {
+            return reply.error(Errno::ENOSPC);
+        }
+        if inside == 0 {
+            return reply.ok();
+        }
+        let (op, answer) = (Op::WriteZeroes { unmap, fua: false }, Answer::Done(reply));
+        self.send(&node, Call { op, offset, len: inside, buffer: None, answer });
+    }
+
+    /// At every close. What was cached is written by now; to make it durable is fsync's duty.
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        if ino != INodeNo::ROOT {
+            return reply.error(Errno::ENOTDIR);
+        }
+        let dots = [".", ".."].map(|name| (INodeNo::ROOT, FileType::Directory, name.to_owned()));
+        let files = self.0.list().into_iter().map(|(ino, name)| (INodeNo(ino), FileType::RegularFile, name));
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, (ino, kind, name)) in dots.into_iter().chain(files).enumerate().skip(from) {
+            if reply.add(ino, at as u64 + 1, kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &std::path::Path, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    // The kernel takes ENOSYS for "never ask again".
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: fuser::ReplyLseek) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: fuser::CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: fuser::IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        // Asked again and again, by programs that look for a disk: ENOSYS would stand for all.
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: fuser::PollNotifier,
+        _: fuser::PollEvents,
+        _: fuser::PollFlags,
+        reply: fuser::ReplyPoll,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+}

@@ -1,0 +1,219 @@
+//! The files of one file system: what each looks like, who has it open, which lanes lead to its
+//! queues.
+//!
+//! Inode numbers are never used again: who has a file open that is gone can never reach the next
+//! one of the same name.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use fuser::{FileAttr, FileType, INodeNo};
+
+use super::buffer::Buffers;
+use super::lane::Lane;
+use crate::error::{Error, Kind, Result};
+use crate::sys;
+
+/// How long the kernel may believe what it was told: we tell it of every change.
+pub(super) const TTL: Duration = Duration::from_secs(3600);
+
+/// What of a file can change.
+#[derive(Debug)]
+pub(super) struct State {
+    /// Open files (not descriptors: those that share one count once).
+    pub(super) opens: u32,
+    /// It can be opened no more.
+    pub(super) closed: bool,
+    pub(super) mode: u16,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) accessed: SystemTime,
+    pub(super) modified: SystemTime,
+}
+
+/// One file.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) ino: u64,
+    pub(super) name: String,
+    pub(super) block_size: u32,
+    pub(super) read_only: bool,
+    lanes: Box<[Arc<Lane>]>,
+    size: AtomicU64,
+    /// It was just opened for writing by its only user, who has done nothing yet: nothing of it
+    /// is cached.
+    fresh: AtomicBool,
+    /// Its size in the kernel is being corrected.
+    correcting: AtomicBool,
+    state: Mutex<State>,
+}
+
+impl Node {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_fresh(&self, fresh: bool) {
+        // Read by many at once, and nearly never changed.
+        if self.is_fresh() != fresh {
+            self.fresh.store(fresh, Ordering::Release);
+        }
+    }
+
+    /// The lane of the session thread with this number.
+    pub(super) fn lane(&self, thread: usize) -> &Lane {
+        &self.lanes[thread % self.lanes.len()]
+    }
+
+    pub(super) fn attr(&self) -> FileAttr {
+        let (size, state) = (self.size(), self.state());
+        FileAttr {
+            ino: INodeNo(self.ino),
+            size,
+            blocks: size / 512,
+            atime: state.accessed,
+            mtime: state.modified,
+            ctime: state.modified,
+            crtime: state.modified,
+            kind: FileType::RegularFile,
+            perm: state.mode,
+            nlink: 1,
+            uid: state.uid,
+            gid: state.gid,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_ino: HashMap<u64, Arc<Node>>,
+    by_name: BTreeMap<String, Arc<Node>>,
+}
+
+/// All files, and what they share.
+#[derive(Debug)]
+pub(super) struct Nodes {
+    /// Where they appear.
+    pub(super) directory: PathBuf,
+    pub(super) buffers: Arc<Buffers>,
+    pub(super) made: SystemTime,
+    /// Session threads that have asked for their number.
+    pub(super) threads: AtomicUsize,
+    table: RwLock<Table>,
+    next: AtomicU64,
+}
+
+impl Nodes {
+    pub(super) fn new(directory: PathBuf) -> Self {
+        Self {
+            directory,
+            buffers: Arc::new(Buffers::new()),
+            made: SystemTime::now(),
+            threads: AtomicUsize::new(0),
+            table: RwLock::default(),
+            next: AtomicU64::new(INodeNo::ROOT.0 + 1),
+        }
+    }
+
+    /// A new file appears.
+    pub(super) fn insert(
+        &self,
+        name: String,
+        size: u64,
+        block_size: u32,
+        read_only: bool,
+        lanes: Vec<Arc<Lane>>,
+    ) -> Result<Arc<Node>> {
+        if lanes.is_empty() {
+            return Err(Error::new(Kind::Internal, "a file without queues"));
+        }
+        let now = SystemTime::now();
+        let state = State {
+            opens: 0,
+            closed: false,
+            mode: if read_only { 0o400 } else { 0o600 },
+            uid: 0,
+            gid: 0,
+            accessed: now,
+            modified: now,
+        };
+        let node = Arc::new(Node {
+            ino: self.next.fetch_add(1, Ordering::Relaxed),
+            name: name.clone(),
+            block_size,
+            read_only,
+            lanes: lanes.into(),
+            size: AtomicU64::new(size),
+            fresh: AtomicBool::new(false),
+            correcting: AtomicBool::new(false),
+            state: Mutex::new(state),
+        });
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        if table.by_name.contains_key(&name) {
+            return Err(Error::new(Kind::Internal, format!("the file {name} exists")));
+        }
+        table.by_ino.insert(node.ino, node.clone());
+        table.by_name.insert(name, node.clone());
+        Ok(node)
+    }
+
+    /// A file is gone, for those who have it open as well.
+    pub(super) fn remove(&self, node: &Node) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        if table.by_ino.remove(&node.ino).is_some() {
+            table.by_name.remove(&node.name);
+        }
+    }
+
+    pub(super) fn get(&self, ino: INodeNo) -> Option<Arc<Node>> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).by_ino.get(&ino.0).cloned()
+    }
+
+    pub(super) fn named(&self, name: &str) -> Option<Arc<Node>> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).by_name.get(name).cloned()
+    }
+
+    /// Inode numbers and names.
+    pub(super) fn list(&self) -> Vec<(u64, String)> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.by_name.iter().map(|(name, node)| (node.ino, name.clone())).collect()
+    }
+
+    /// The kernel lets a cached write grow a file before we hear of it. Has it see the true size
+    /// again, behind the back of whoever wrote: our own threads must not wait for the kernel here.
+    pub(super) fn correct_size(&self, node: &Arc<Node>) {
+        if node.correcting.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (node, path) = (node.clone(), self.directory.join(&node.name));
+        let corrected = std::thread::Builder::new().name("fuse size".to_owned()).spawn({
+            let node = node.clone();
+            move || {
+                // After a resize by another thread this is refused, and nothing is lost.
+                let _ = sys::truncate(&path, node.size());
+                node.correcting.store(false, Ordering::Release);
+            }
+        });
+        if corrected.is_err() {
+            node.correcting.store(false, Ordering::Release);
+        }
+    }
+}

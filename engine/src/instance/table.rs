@@ -1,0 +1,267 @@
+//! An instance's table: which numbers and worker slots are let, within which quota, and to what.
+//!
+//! Knows numbers; does not know what a device is. Locked for moments only: what takes time
+//! (attaching, stopping) happens outside, with the number reserved.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::MAX_DEVICES;
+use super::spec::InstanceSpec;
+use crate::error::{Error, Kind, Result};
+use crate::ring::SlotId;
+
+/// A number's entry.
+#[derive(Clone, Debug)]
+enum Entry<D> {
+    /// Being attached or taken away.
+    Reserved,
+    /// Served.
+    Live(D),
+}
+
+#[derive(Debug)]
+struct State<D> {
+    spec: InstanceSpec,
+    devices: BTreeMap<u32, Entry<D>>,
+    /// How often each slot of the workers was let; those that are not let are in `free`.
+    generations: Vec<u32>,
+    free: Vec<u16>,
+    closed: bool,
+}
+
+/// Devices by number.
+#[derive(Debug)]
+pub struct Table<D> {
+    /// Where their names are.
+    directory: PathBuf,
+    state: Mutex<State<D>>,
+}
+
+impl<D: Clone> Table<D> {
+    /// An empty one.
+    pub fn new(spec: &InstanceSpec, directory: &Path) -> Result<Self> {
+        check_quota(spec.max_devices)?;
+        let state = State {
+            spec: spec.clone(),
+            devices: BTreeMap::new(),
+            generations: Vec::new(),
+            free: Vec::new(),
+            closed: false,
+        };
+        Ok(Self { directory: directory.to_owned(), state: Mutex::new(state) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<D>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The path of the device with this number.
+    pub fn path(&self, number: u32) -> PathBuf {
+        self.directory.join(format!("loop{number}"))
+    }
+
+    /// What the instance may have, and how many devices it has.
+    pub fn spec(&self) -> (InstanceSpec, u32) {
+        let state = self.state();
+        (state.spec.clone(), state.devices.len() as u32)
+    }
+
+    /// Changes how many devices it may have; devices that are there stay.
+    pub fn set_max_devices(&self, max_devices: u32) -> Result<InstanceSpec> {
+        check_quota(max_devices)?;
+        let mut state = self.state();
+        state.spec.max_devices = max_devices;
+        Ok(state.spec.clone())
+    }
+
+    /// Numbers that are taken.
+    pub fn numbers(&self) -> Vec<u32> {
+        self.state().devices.keys().copied().collect()
+    }
+
+    /// All devices that are served.
+    pub fn live(&self) -> Vec<(u32, D)> {
+        let state = self.state();
+        let live = state.devices.iter().filter_map(|(number, entry)| match entry {
+            Entry::Live(device) => Some((*number, device.clone())),
+            Entry::Reserved => None,
+        });
+        live.collect()
+    }
+
+    /// The device with this number.
+    pub fn get(&self, number: u32) -> Result<D> {
+        match self.state().devices.get(&number) {
+            Some(Entry::Live(device)) => Ok(device.clone()),
+            _ => Err(self.no_such_device(number)),
+        }
+    }
+
+    /// Takes nothing more.
+    pub fn close(&self) {
+        self.state().closed = true;
+    }
+
+    /// Takes nothing more, if it has nothing now; false when it has.
+    pub fn close_if_empty(&self) -> bool {
+        let mut state = self.state();
+        state.closed |= state.devices.is_empty();
+        state.devices.is_empty()
+    }
+
+    /// Reserves a device's number while it is taken away; `put_back` or `remove` must follow.
+    pub fn withdraw(&self, number: u32) -> Result<D> {
+        let mut state = self.state();
+        let entry = state.devices.get_mut(&number).ok_or_else(|| self.no_such_device(number))?;
+        match std::mem::replace(entry, Entry::Reserved) {
+            Entry::Live(device) => Ok(device),
+            Entry::Reserved => {
+                let context = format!("{} is being attached or detached", self.path(number).display());
+                Err(Error::new(Kind::Busy, context).hint("try again"))
+            }
+        }
+    }
+
+    /// It stays after all.
+    pub fn put_back(&self, number: u32, device: D) {
+        self.state().devices.insert(number, Entry::Live(device));
+    }
+
+    /// It is gone: number and slot are free.
+    pub fn remove(&self, number: u32, slot: SlotId) {
+        let mut state = self.state();
+        state.devices.remove(&number);
+        state.free.push(slot.index);
+    }
+
+    /// Takes a number and a slot, within the quota.
+    pub fn reserve(&self, wanted: Option<u32>) -> Result<Reservation<'_, D>> {
+        let mut state = self.state();
+        let name = state.spec.name.clone();
+        if state.closed {
+            return Err(Error::new(Kind::NotFound, format!("instance {name} is being removed")));
+        }
+        let number = match wanted {
+            Some(number) if state.devices.contains_key(&number) => return Err(self.taken(number)),
+            Some(number) => number,
+            None => (0..).find(|number| !state.devices.contains_key(number)).unwrap_or(u32::MAX),
+        };
+        if state.devices.len() >= state.spec.max_devices as usize {
+            let context = format!("instance {name} has its {} devices already", state.spec.max_devices);
+            return Err(
+                Error::new(Kind::Quota, context).hint("detach one, or make an instance with a larger --max")
+            );
+        }
+        Ok(self.let_slot(&mut state, number))
+    }
+
+    /// The same for a device that exists already: quotas are for new ones.
+    pub fn reserve_again(&self, number: u32) -> Result<Reservation<'_, D>> {
+        let mut state = self.state();
+        if state.devices.contains_key(&number) {
+            return Err(self.taken(number));
+        }
+        Ok(self.let_slot(&mut state, number))
+    }
+
+    fn let_slot(&self, state: &mut State<D>, number: u32) -> Reservation<'_, D> {
+        let index = match state.free.pop() {
+            Some(index) => {
+                state.generations[usize::from(index)] += 1;
+                index
+            }
+            None => {
+                state.generations.push(0);
+                (state.generations.len() - 1) as u16
+            }
+        };
+        let slot = SlotId { index, generation: state.generations[usize::from(index)] & 0xff_ffff };
+        state.devices.insert(number, Entry::Reserved);
+        Reservation { table: self, number, slot, filled: false }
+    }
+
+    fn taken(&self, number: u32) -> Error {
+        Error::new(Kind::Exists, format!("{} exists", self.path(number).display()))
+    }
+
+    fn no_such_device(&self, number: u32) -> Error {
+        Error::new(Kind::NotFound, format!("there is no device {}", self.path(number).display()))
+            .hint("'loopengine list' shows all")
+    }
+}
+
+fn check_quota(max_devices: u32) -> Result<()> {
+    if (1..=MAX_DEVICES).contains(&max_devices) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_DEVICES} devices")))
+}
+
+/// A number and a slot that are given back unless they are filled.
+#[derive(Debug)]
+pub struct Reservation<'a, D: Clone> {
+    table: &'a Table<D>,
+    /// The number.
+    pub number: u32,
+    /// The slot.
+    pub slot: SlotId,
+    filled: bool,
+}
+
+impl<D: Clone> Reservation<'_, D> {
+    /// The device is there.
+    pub fn fill(mut self, device: D) {
+        self.filled = true;
+        self.table.put_back(self.number, device);
+    }
+}
+
+impl<D: Clone> Drop for Reservation<'_, D> {
+    fn drop(&mut self) {
+        if !self.filled {
+            self.table.remove(self.number, self.slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(max_devices: u32) -> Table<&'static str> {
+        let spec = InstanceSpec { name: "ci".into(), max_devices, workers: 0, cpus: None };
+        Table::new(&spec, Path::new("/run/x/ci")).unwrap()
+    }
+
+    #[test]
+    fn a_reservation_that_is_not_filled_is_given_back() {
+        let table = table(1);
+        drop(table.reserve(Some(7)).unwrap());
+        let again = table.reserve(Some(7)).unwrap();
+        assert_eq!((again.slot.index, again.slot.generation), (0, 1));
+        assert_eq!(table.reserve(None).unwrap_err().kind(), Kind::Quota);
+        assert_eq!(table.withdraw(7).unwrap_err().kind(), Kind::Busy);
+        again.fill("a");
+        assert_eq!(table.get(7).unwrap(), "a");
+    }
+
+    #[test]
+    fn a_number_is_free_only_when_its_device_is_removed() {
+        let table = table(4);
+        let first = table.reserve(None).unwrap();
+        let slot = first.slot;
+        first.fill("a");
+        assert_eq!(table.withdraw(0).unwrap(), "a");
+        assert_eq!(table.reserve(Some(0)).unwrap_err().kind(), Kind::Exists);
+        assert!(table.live().is_empty());
+        table.put_back(0, "a");
+        assert_eq!(table.live(), [(0, "a")]);
+        table.withdraw(0).unwrap();
+        table.remove(0, slot);
+        assert_eq!(table.reserve(None).unwrap().number, 0);
+        assert!(table.close_if_empty());
+        assert_eq!(table.reserve(None).unwrap_err().kind(), Kind::NotFound);
+    }
+}
