@@ -50,6 +50,15 @@ pub(crate) fn kib(kib: f64) -> String {
     scaled(kib, &[(1024.0 * 1024.0, " GiB"), (1024.0, " MiB"), (1.0, " KiB")])
 }
 
+/// Without zeros that say nothing, for an axis: "75K", "20 µs".
+pub(crate) fn tick(text: &str) -> String {
+    let digits = |c: char| c.is_ascii_digit() || c == '.';
+    let (number, unit) = text.split_at(text.find(|c| !digits(c)).unwrap_or(text.len()));
+    let number =
+        if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { number };
+    format!("{number}{unit}")
+}
+
 /// "1.27", "0.085"
 pub(crate) fn ratio(value: f64) -> String {
     match value {
@@ -152,6 +161,7 @@ mod tests {
         assert_eq!(shown, ["76.8K", "7.42K", "1.25M", "312", "0", "1.00K", "10.0", "0.50"]);
         let shown = [0.0, 640.0, 999.9, 12_345.0, 2_408_400.0, 3e9].map(time);
         assert_eq!(shown, ["0 ns", "640 ns", "1.00 µs", "12.3 µs", "2.41 ms", "3.00 s"]);
+        assert_eq!(["75.0K", "2.50 ms", "100", "0", "–"].map(tick), ["75K", "2.5 ms", "100", "0", "–"]);
         assert_eq!([512.0, 42_540.0].map(kib), ["512 KiB", "41.5 MiB"]);
         assert_eq!([1.273, 0.0852, 22.44].map(ratio), ["1.27", "0.085", "22.4"]);
         assert_eq!([1.013, 0.5].map(change), ["+1.3 %", "-50.0 %"]);

@@ -49,16 +49,19 @@ pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
         })
         .collect();
     let mut blocks = vec![heading(2, "answer", "In short")];
-    let reached: Vec<String> = (0..CONTENDERS.len()).filter_map(|index| span(&results, index)).collect();
+    let reached: Vec<(String, String)> =
+        (0..CONTENDERS.len()).filter_map(|index| span(&results, index)).collect();
     if reached.is_empty() {
         blocks.push(Block::Text(format!("Nothing was measured beside {LOOP}: there is no ratio to tell.")));
         return blocks;
     }
     blocks.push(Block::Text(format!(
-        "Operations a second as a multiple of what {LOOP} does in the same round, over {}: {}.",
+        "Operations a second as a multiple of what the kernel's loop driver did in the same round, over {}. \
+         The best path is that of loopengine's which was fastest at a job.",
         if results.len() == 1 { "one job".into() } else { format!("{} jobs", results.len()) },
-        reached.join("; ")
     )));
+    let said: Vec<String> = reached.iter().map(|(name, span)| format!("{name} {span}")).collect();
+    blocks.push(Block::Facts(reached));
     let point = |row: &Row| Some((row.ratio?, row.ratio_interval));
     let groups: Vec<Group> = results
         .iter()
@@ -68,7 +71,7 @@ pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
         })
         .collect();
     let legend = CONTENDERS.map(|(name, _, style)| (name.to_owned(), style));
-    let about = format!("{}. Whiskers: 95 % intervals.", reached.join("; "));
+    let about = format!("{}. Whiskers: 95 % intervals.", said.join("; "));
     blocks.extend(
         forest(&format!("Throughput as a multiple of {LOOP}"), about, &legend, &groups)
             .map(|plot| Block::Plots(vec![plot])),
@@ -108,11 +111,10 @@ fn best(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
     rows.iter().filter(known).max_by(better).cloned()
 }
 
-/// "loopengine, best path 0.85 to 1.36"
-fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<String> {
+/// A name, and from where to where its ratios go: "0.85 to 1.36 ×".
+fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<(String, String)> {
     let ratios = || results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio);
-    let (least, most) = (ratios().reduce(f64::min)?, ratios().reduce(f64::max)?);
-    let name = CONTENDERS[index].0;
-    let (least, most) = (ratio(least), ratio(most));
-    Some(if least == most { format!("{name} {least}") } else { format!("{name} {least} to {most}") })
+    let (least, most) = (ratio(ratios().reduce(f64::min)?), ratio(ratios().reduce(f64::max)?));
+    let span = if least == most { format!("{least} ×") } else { format!("{least} to {most} ×") };
+    Some((CONTENDERS[index].0.to_owned(), span))
 }

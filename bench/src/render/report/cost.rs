@@ -22,11 +22,13 @@ impl Parts {
     }
 }
 
-/// None where not even the submitter's is known. What has no process to serve it has no engine.
+/// None where they are not all that there is: of a driver without a process to serve it, only the
+/// whole system's cost tells what it costs.
 pub(in crate::render) fn parts(cost: &Cost) -> Option<Parts> {
     let positive =
         |value: Option<f64>| value.filter(|value| value.is_finite() && *value > 0.0).unwrap_or(0.0);
     cost.submitter_ns?;
+    cost.system_ns.or(cost.engine_ns)?;
     let (submitter, engine) = (positive(cost.submitter_ns), positive(cost.engine_ns));
     Some(Parts { submitter, engine, below: (positive(cost.system_ns) - submitter - engine).max(0.0) })
 }
@@ -57,6 +59,7 @@ mod tests {
         assert_eq!((below(&cost), parts(&cost).map(|parts| parts.sum())), (None, Some(8.0)));
         let cost = Cost { submitter_ns: Some(20.0), system_ns: Some(f64::NAN), ..cost };
         assert_eq!(parts(&cost).map(|parts| parts.below), Some(0.0));
+        assert_eq!(parts(&Cost { engine_ns: None, system_ns: None, ..cost }), None);
         assert_eq!(parts(&Cost::default()), None);
     }
 }

@@ -12,18 +12,26 @@ use crate::stats::percentile;
 use crate::summary::{Row, rows};
 
 /// How to read the tables.
-pub(super) fn legend(outcome: &Outcome) -> String {
-    let below = "Below: what the whole system did less submitter and engine; it holds drivers, file system, \
-        kernel threads and idle time.";
-    format!(
-        "Medians over {} interleaved rounds. A ratio is the median of the ratios within each round; in \
-         parentheses where that median lies with 95 % confidence (bootstrap; it takes five rounds): ▲ faster \
-         than the reference, ▼ slower, ≈ no difference shown. min … max: the slowest and the fastest round. A \
-         percentile needs ten completions beyond it. Submitter: CPU time of fio with the kernel's work for it. \
-         Engine: CPU time of the process that serves the target. {}",
-        outcome.manifest.rounds,
-        if outcome.manifest.mode == Mode::Icount { below } else { "" }
-    )
+pub(super) fn legend(outcome: &Outcome) -> Block {
+    let below = "what the whole system did less submitter and engine: drivers, file system, kernel threads, idle time";
+    let mut facts = vec![
+        ("figures", "medians over the rounds; min … max: the slowest and the fastest round"),
+        (
+            "× (95 %)",
+            "median of the ratios within each round, and where that median lies with 95 % confidence \
+            (bootstrap; it takes five rounds)",
+        ),
+        ("▲ ▼ ≈", "faster than the reference, slower, no difference shown"),
+        ("percentiles", "of completions; each needs ten completions beyond it"),
+        ("submitter", "CPU time of fio, with the kernel's work for it"),
+        ("engine", "CPU time of the process that serves the target, with its kernel threads"),
+        ("switches", "context switches of that process"),
+        ("punts", "operations that left the fast path for a kernel thread"),
+    ];
+    if outcome.manifest.mode == Mode::Icount {
+        facts.insert(6, ("below", below));
+    }
+    Block::Facts(facts.into_iter().map(|(name, what)| (name.to_owned(), what.to_owned())).collect())
 }
 
 pub(super) fn job(outcome: &Outcome, job: &JobInfo, palette: &Palette) -> Vec<Block> {

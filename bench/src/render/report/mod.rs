@@ -26,7 +26,7 @@ pub(super) fn report(outcome: &Outcome) -> Vec<Block> {
         blocks.push(Block::Plots(vec![plot]));
     }
     blocks.push(heading(2, "jobs", "Jobs"));
-    blocks.push(Block::Text(job::legend(outcome)));
+    blocks.push(job::legend(outcome));
     blocks.extend(outcome.jobs.iter().flat_map(|job| job::job(outcome, job, &palette)));
     blocks.extend(service::attach(outcome));
     blocks.extend(service::idle(outcome));

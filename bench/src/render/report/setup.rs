@@ -32,16 +32,21 @@ pub(super) fn setup(outcome: &Outcome) -> Vec<Block> {
     blocks.push(Block::Facts(facts(manifest)));
     if !outcome.warnings.is_empty() {
         blocks.push(heading(2, "warnings", "Warnings"));
-        let end = |text: &str| text.trim().trim_end_matches('.').to_owned();
-        blocks.extend(
-            outcome
-                .warnings
-                .iter()
-                .map(|warning| Block::Warning { what: end(&warning.what), advice: end(&warning.advice) }),
-        );
+        let sentence = |text: &str| {
+            let mut letters = text.trim().trim_end_matches('.').chars();
+            let first = letters.next().into_iter().flat_map(char::to_uppercase);
+            first.chain(letters).collect()
+        };
+        blocks.extend(outcome.warnings.iter().map(|warning| Block::Warning {
+            what: sentence(&warning.what),
+            advice: warning.advice.trim().trim_end_matches('.').to_owned(),
+        }));
     }
     blocks.push(heading(2, "targets", "Targets"));
-    let mut table = Table::new("Targets", &["<target", "<what it is", "<version", "<not measured because"]);
+    let mut table = Table::new(
+        "What was measured, and what was not",
+        &["<target", "<what it is", "<version", "<not measured because"],
+    );
     for target in &outcome.targets {
         let references = outcome.jobs.iter().any(|job| job.reference == target.name);
         let reference = if references { target.name.as_str() } else { "" };

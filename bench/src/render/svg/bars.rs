@@ -3,8 +3,8 @@
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, Canvas, LINE, Plot, WIDTH};
 use crate::outcome::JobInfo;
-use crate::render::palette::{Palette, ours};
-use crate::render::units::{count, rate, short};
+use crate::render::palette::Palette;
+use crate::render::units::{self, count, rate, short};
 use crate::summary::Row;
 
 const STEP: f64 = 23.0;
@@ -27,25 +27,25 @@ pub(in crate::render) fn bars(job: &JobInfo, rows: &[Row], palette: &Palette) ->
     let x = Axis::linear(most, (left, WIDTH - 7.0 * CHARACTER));
     for tick in x.ticks() {
         canvas.line("rule", (x.place(tick), top), (x.place(tick), bottom));
-        canvas.text("soft", x.place(tick), bottom + LINE * 0.7, Anchor::Middle, &count(tick));
+        canvas.text("soft", x.place(tick), bottom + LINE * 0.7, Anchor::Middle, &units::tick(&count(tick)));
     }
+    let reference = rows.iter().find(|row| row.target == job.reference).map(|row| x.place(row.iops));
     for (index, (row, name)) in rows.iter().zip(&names).enumerate() {
         let y = top + (index as f64 + 0.5) * STEP;
-        let class = if ours(&row.target) { "ours" } else { "" };
-        canvas.text(class, left - 8.0, y, Anchor::End, name);
+        canvas.text("", left - 8.0, y, Anchor::End, name);
         canvas.bar(palette.of(&row.target).colour, (left, y - THICK / 2.0), x.place(row.iops) - left, THICK);
+        // Over the bars, under their numbers.
+        if let Some(place) = reference {
+            canvas.line("mark", (place, y - STEP / 2.0), (place, y + STEP / 2.0));
+        }
         let mut end = x.place(row.iops);
         if let Some((low, high)) = row.iops_interval {
             canvas.whisker(y, x.place(low), x.place(high));
             end = end.max(x.place(high));
         }
-        canvas.text(class, end + 6.0, y, Anchor::Start, &count(row.iops));
+        canvas.text("halo", end + 6.0, y, Anchor::Start, &count(row.iops));
     }
     canvas.line("base", (left, top), (left, bottom));
-    if let Some(reference) = rows.iter().find(|row| row.target == job.reference) {
-        let place = x.place(reference.iops);
-        canvas.line("mark", (place, top - 2.0), (place, bottom));
-    }
     let listed: Vec<String> = rows.iter().map(|row| format!("{} {}", row.target, count(row.iops))).collect();
     let about = format!("Median {}: {}. Dashed line: {}.", rate(job), listed.join(", "), job.reference);
     Some(canvas.finish(&format!("iops-{}", job.name), &title, about, bottom + LINE * 1.5))

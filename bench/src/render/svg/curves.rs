@@ -4,7 +4,7 @@ use super::axis::Axis;
 use super::{Anchor, CHARACTER, Canvas, LINE, Plot, WIDTH};
 use crate::outcome::{JobInfo, Latency};
 use crate::render::palette::Palette;
-use crate::render::units::{short, time};
+use crate::render::units::{self, short, time};
 use crate::stats;
 
 /// Shares and their names.
@@ -34,7 +34,7 @@ pub(in crate::render) fn curves(job: &JobInfo, latencies: &[&Latency], palette: 
     let x = Axis::log((2.0, 10_000.0), (left, right - 18.0));
     for tick in y.ticks() {
         canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
-        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &tick_name(tick));
+        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &units::tick(&time(tick)));
     }
     for (share, name) in PERCENTILES {
         let place = x.place(1.0 / (1.0 - share));
@@ -67,14 +67,4 @@ fn curve(latency: &Latency) -> Vec<(f64, f64)> {
     let at = |step: u32| 2.0 * 5000f64.powf(f64::from(step) / f64::from(STEPS));
     let point = |rarity: f64| Some((rarity, stats::percentile(&latency.counts, 1.0 - 1.0 / rarity)?));
     (0..=STEPS).map_while(|step| point(at(step))).map(|(rarity, ns)| (rarity, (ns as f64).max(1.0))).collect()
-}
-
-/// "20 µs": round numbers without their zeros.
-fn tick_name(ns: f64) -> String {
-    let name = time(ns);
-    let Some((number, unit)) = name.split_once(' ') else { return name };
-    match number.split_once('.') {
-        Some((whole, rest)) if rest.bytes().all(|digit| digit == b'0') => format!("{whole} {unit}"),
-        _ => name,
-    }
 }

@@ -4,7 +4,7 @@ use super::axis::Axis;
 use super::{Anchor, CHARACTER, Canvas, LINE, Plot, WIDTH};
 use crate::outcome::{JobInfo, Outcome};
 use crate::render::palette::Palette;
-use crate::render::units::{count, short};
+use crate::render::units::{self, count, short};
 use crate::summary::rows;
 
 const HEIGHT: f64 = 240.0;
@@ -25,7 +25,7 @@ pub(in crate::render) fn depth(outcome: &Outcome, palette: &Palette) -> Option<P
     if least == deepest || lines.is_empty() {
         return None;
     }
-    let title = format!("IOPS against depth: {}", kind(jobs[0].1));
+    let title = format!("{}: IOPS against depth", plain_title(jobs[0].1));
     let (mut canvas, top) = Canvas::titled(&title);
     let top = top + 4.0;
     let bottom = top + HEIGHT.max(lines.len() as f64 * (LINE - 2.0));
@@ -36,7 +36,7 @@ pub(in crate::render) fn depth(outcome: &Outcome, palette: &Palette) -> Option<P
     let x = Axis::log((f64::from(*least), f64::from(*deepest)), (left + 8.0, right - 22.0));
     for tick in y.ticks() {
         canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
-        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &count(tick));
+        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &units::tick(&count(tick)));
     }
     for (depth, _) in &jobs {
         let place = x.place(f64::from(*depth));
@@ -90,6 +90,11 @@ fn reads(outcome: &Outcome) -> Vec<(u32, &JobInfo)> {
     }
     best.sort_by_key(|(depth, _)| *depth);
     best
+}
+
+/// "4K random read"
+fn plain_title(job: &JobInfo) -> &str {
+    job.title.split(", depth").next().unwrap_or(&job.title)
 }
 
 /// What is left of a job's name without its depth.

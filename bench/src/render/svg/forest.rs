@@ -40,7 +40,7 @@ pub(in crate::render) fn forest(
     let x = Axis::log((least, most), (8.0, WIDTH - 44.0));
     let height = |group: &Group| LINE + group.points.iter().flatten().count() as f64 * STEP + 8.0;
     let bottom = top + groups.iter().map(height).sum::<f64>();
-    let ticks: Vec<f64> = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
+    let ticks: Vec<f64> = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0]
         .into_iter()
         .filter(|tick| (least..=most).contains(tick))
         .collect();

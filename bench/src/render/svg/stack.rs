@@ -3,15 +3,15 @@
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, Canvas, Plot, WIDTH};
 use crate::outcome::JobInfo;
-use crate::render::palette::{Style, ours};
+use crate::render::palette::Style;
 use crate::render::report::cost::{Parts, parts};
 use crate::render::units::{operation, short};
 use crate::summary::Row;
 
 const STEP: f64 = 23.0;
 const THICK: f64 = 14.0;
-/// Not a target's: these are places, not targets.
-const LAYERS: [(&str, &str); 3] = [("submitter", "#8a8f98"), ("engine", "#0072b2"), ("below", "#d68f00")];
+/// None of a target's colours: these are places.
+const LAYERS: [(&str, &str); 3] = [("submitter", "#aab2bd"), ("engine", "#6f58a8"), ("below", "#65707c")];
 
 pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], write: fn(f64) -> String) -> Option<Plot> {
     let known = rows.iter().filter_map(|row| Some((row, parts(&row.cost)?)));
@@ -32,17 +32,16 @@ pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], write: fn(f64) -> St
     let left = longest as f64 * CHARACTER + 8.0;
     let bottom = top + rows.len() as f64 * STEP;
     let x = Axis::linear(most, (left, WIDTH - 9.0 * CHARACTER));
-    for (index, ((row, parts), name)) in rows.iter().zip(&names).enumerate() {
+    for (index, ((_, parts), name)) in rows.iter().zip(&names).enumerate() {
         let y = top + (index as f64 + 0.5) * STEP;
-        let class = if ours(&row.target) { "ours" } else { "" };
-        canvas.text(class, left - 8.0, y, Anchor::End, name);
+        canvas.text("", left - 8.0, y, Anchor::End, name);
         let mut below = 0.0;
         for (value, (_, colour)) in parts.layers().into_iter().zip(LAYERS) {
             let from = x.place(below);
             below += value;
             canvas.bar(colour, (from, y - THICK / 2.0), x.place(below) - from, THICK);
         }
-        canvas.text(class, x.place(below) + 6.0, y, Anchor::Start, &write(below));
+        canvas.text("", x.place(below) + 6.0, y, Anchor::Start, &write(below));
     }
     canvas.line("base", (left, top), (left, bottom));
     let listed: Vec<String> =
