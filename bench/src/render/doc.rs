@@ -87,9 +87,9 @@ impl Table {
 }
 
 /// All plots of a document.
-pub(super) fn plots(blocks: &[Block]) -> impl Iterator<Item = &Plot> {
-    let of = |block| match block {
-        &Block::Plots(ref plots) => plots.as_slice(),
+pub(super) fn plots<'a>(blocks: &'a [Block]) -> impl Iterator<Item = &'a Plot> {
+    let of = |block: &'a Block| match block {
+        Block::Plots(plots) => plots.as_slice(),
         _ => &[],
     };
     blocks.iter().flat_map(of)

@@ -38,6 +38,7 @@ pub(super) fn markdown(blocks: &[Block]) -> String {
 }
 
 fn write_table(text: &mut String, table: &Table) {
+    let _ = writeln!(text, "*{}*\n", escape(&table.caption));
     let mut line = |cells: Vec<String>| {
         let _ = writeln!(text, "| {} |", cells.join(" | "));
     };

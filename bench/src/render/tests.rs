@@ -236,3 +236,22 @@ fn plots_agree_on_colours() {
         assert!(plot.inline().contains(&format!("fill=\"{colour}\"")), "{}", plot.file());
     }
 }
+
+#[test]
+fn every_field_is_described() {
+    fn describes(value: &serde_json::Value, text: &str) {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for (name, value) in fields {
+                    assert!(text.contains(&format!("`{name}`")), "{name} is not in RESULT.md");
+                    describes(value, text);
+                }
+            }
+            serde_json::Value::Array(values) => values.iter().for_each(|value| describes(value, text)),
+            _ => {}
+        }
+    }
+    let mut outcome = synthetic::outcome(1);
+    outcome.manifest.notes.clear();
+    describes(&serde_json::to_value(outcome).unwrap(), include_str!("../../RESULT.md"));
+}

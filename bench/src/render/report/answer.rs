@@ -20,23 +20,30 @@ const CORE: [&str; 6] = [
     "write-128k-qd8",
 ];
 
-/// A name, whom it means, and how it is drawn.
-const CONTENDERS: [(&str, fn(&str) -> bool, Style); 3] = [
-    (
-        "loopengine, best path",
-        |target| ours(target) && !target.contains("fuse"),
-        Style { colour: "#0072b2", dash: "", marker: 0 },
-    ),
-    (
-        "loopengine behind FUSE",
-        |target| ours(target) && target.contains("fuse"),
-        Style { colour: "#009e73", dash: "", marker: 1 },
-    ),
-    (
-        "QEMU's FUSE export",
-        |target| target.contains("qemu") && target.contains("fuse"),
-        Style { colour: "#d55e00", dash: "", marker: 2 },
-    ),
+/// Whom the question is about.
+struct Contender {
+    name: &'static str,
+    /// Whether a target is one of it.
+    means: fn(&str) -> bool,
+    style: Style,
+}
+
+const CONTENDERS: [Contender; 3] = [
+    Contender {
+        name: "loopengine, best path",
+        means: |target| ours(target) && !target.contains("fuse"),
+        style: Style { colour: "#0072b2", dash: "", marker: 0 },
+    },
+    Contender {
+        name: "loopengine behind FUSE",
+        means: |target| ours(target) && target.contains("fuse"),
+        style: Style { colour: "#009e73", dash: "", marker: 1 },
+    },
+    Contender {
+        name: "QEMU's FUSE export",
+        means: |target| target.contains("qemu") && target.contains("fuse"),
+        style: Style { colour: "#d55e00", dash: "", marker: 2 },
+    },
 ];
 
 pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
@@ -45,7 +52,7 @@ pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
         .iter()
         .map(|job| {
             let rows = rows(outcome, job);
-            (*job, CONTENDERS.map(|(_, means, _)| best(&rows, job, means)))
+            (*job, CONTENDERS.map(|contender| best(&rows, job, contender.means)))
         })
         .collect();
     let mut blocks = vec![heading(2, "answer", "In short")];
@@ -70,7 +77,7 @@ pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
             points: rows.each_ref().map(|row| row.as_ref().and_then(point)).into(),
         })
         .collect();
-    let legend = CONTENDERS.map(|(name, _, style)| (name.to_owned(), style));
+    let legend = CONTENDERS.map(|contender| (contender.name.to_owned(), contender.style));
     let about = format!("{}. Whiskers: 95 % intervals.", said.join("; "));
     blocks.extend(
         forest(&format!("Throughput as a multiple of {LOOP}"), about, &legend, &groups)
@@ -81,7 +88,7 @@ pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
 }
 
 fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
-    let titles: Vec<String> = CONTENDERS.iter().map(|(name, ..)| format!("× {name}")).collect();
+    let titles: Vec<String> = CONTENDERS.iter().map(|contender| format!("× {}", contender.name)).collect();
     let mut table = Table::new(
         format!("Throughput × {LOOP}"),
         &["<job", &titles[0], "<its path", &titles[1], &titles[2]],
@@ -116,5 +123,5 @@ fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<(Strin
     let ratios = || results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio);
     let (least, most) = (ratio(ratios().reduce(f64::min)?), ratio(ratios().reduce(f64::max)?));
     let span = if least == most { format!("{least} ×") } else { format!("{least} to {most} ×") };
-    Some((CONTENDERS[index].0.to_owned(), span))
+    Some((CONTENDERS[index].name.to_owned(), span))
 }

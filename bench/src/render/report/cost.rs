@@ -38,6 +38,11 @@ pub(in crate::render) fn below(cost: &Cost) -> Option<f64> {
     Some((cost.system_ns? - cost.submitter_ns? - cost.engine_ns.unwrap_or(0.0)).max(0.0))
 }
 
+/// What a cost is counted in.
+pub(in crate::render) fn unit(mode: Mode) -> &'static str {
+    if mode == Mode::Icount { "instructions" } else { "CPU time" }
+}
+
 /// How a cost is written: instructions where they are nanoseconds, CPU time elsewhere.
 pub(in crate::render) fn writer(mode: Mode) -> fn(f64) -> String {
     if mode == Mode::Icount { count } else { time }

@@ -1,6 +1,6 @@
 //! One job: its question, how fast each target was, how long an operation took, what it cost.
 
-use super::cost::{below, writer};
+use super::cost::{self, below, writer};
 use super::{heading, kind};
 use crate::compare::instructions;
 use crate::outcome::{JobInfo, Latency, Mode, Outcome};
@@ -47,11 +47,8 @@ pub(super) fn job(outcome: &Outcome, job: &JobInfo, palette: &Palette) -> Vec<Bl
     let mut latencies: Vec<&Latency> = outcome.latencies.iter().filter(|l| l.job == job.name).collect();
     let place = |latency: &Latency| outcome.targets.iter().position(|target| target.name == latency.target);
     latencies.sort_by_key(|latency| place(latency));
-    let plots = [
-        bars(job, &rows, palette),
-        curves::curves(job, &latencies, palette),
-        stack(job, &rows, writer(mode)),
-    ];
+    let plots =
+        [bars(job, &rows, palette), curves::curves(job, &latencies, palette), stack(job, &rows, mode)];
     let plots: Vec<_> = plots.into_iter().flatten().collect();
     if !plots.is_empty() {
         blocks.push(Block::Plots(plots));
@@ -114,23 +111,23 @@ fn tails(job: &JobInfo, latencies: &[&Latency]) -> Table {
 
 fn costs(job: &JobInfo, rows: &[Row], mode: Mode) -> Table {
     let write = writer(mode);
-    let what = if mode == Mode::Icount { "instructions" } else { "CPU time" };
+    let what = cost::unit(mode);
     let each = operation(job);
     let mut table = Table::new(
         format!("{}: {what} per {each}", job.title),
         &["<target", "submitter", "engine", "below", "switches", "punts", "engine CPU s/GiB"],
     );
     for row in rows {
-        let cost = &row.cost;
+        let spent = &row.cost;
         // A nanosecond a byte is 1.07 s a GiB.
-        let gib = cost.engine_ns.map(|ns| ns * 1e-9 * (1u64 << 30) as f64 * row.iops / row.bytes_per_s);
+        let gib = spent.engine_ns.map(|ns| ns * 1e-9 * (1u64 << 30) as f64 * row.iops / row.bytes_per_s);
         let cells = vec![
             plain(&row.target),
-            known(cost.submitter_ns, write),
-            known(cost.engine_ns, write),
-            known(below(cost), write),
-            known(cost.switches, count),
-            known(cost.punts, count),
+            known(spent.submitter_ns, write),
+            known(spent.engine_ns, write),
+            known(below(spent), write),
+            known(spent.switches, count),
+            known(spent.punts, count),
             known(gib, count),
         ];
         table.line(kind(&row.target, &job.reference), cells);

@@ -60,8 +60,11 @@ pub(super) fn setup(outcome: &Outcome) -> Vec<Block> {
 
 fn facts(manifest: &Manifest) -> Vec<(String, String)> {
     let length = format!(
-        "{} rounds; {} ms a job, after {} ms that are not counted",
-        manifest.rounds, manifest.run_ms, manifest.ramp_ms
+        "{} {}; {} ms a job, after {} ms that are not counted",
+        manifest.rounds,
+        if manifest.rounds == 1 { "round" } else { "rounds" },
+        manifest.run_ms,
+        manifest.ramp_ms
     );
     let fixed = [
         ("kernel", known(&manifest.kernel)),

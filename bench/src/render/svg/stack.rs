@@ -2,9 +2,9 @@
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, Canvas, Plot, WIDTH};
-use crate::outcome::JobInfo;
+use crate::outcome::{JobInfo, Mode};
 use crate::render::palette::Style;
-use crate::render::report::cost::{Parts, parts};
+use crate::render::report::cost::{Parts, parts, unit, writer};
 use crate::render::units::{operation, short};
 use crate::summary::Row;
 
@@ -13,14 +13,15 @@ const THICK: f64 = 14.0;
 /// None of a target's colours: these are places.
 const LAYERS: [(&str, &str); 3] = [("submitter", "#aab2bd"), ("engine", "#6f58a8"), ("below", "#65707c")];
 
-pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], write: fn(f64) -> String) -> Option<Plot> {
+pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], mode: Mode) -> Option<Plot> {
     let known = rows.iter().filter_map(|row| Some((row, parts(&row.cost)?)));
     let rows: Vec<(&Row, Parts)> = known.filter(|(_, parts)| parts.sum() > 0.0).collect();
     let most = rows.iter().map(|(_, parts)| parts.sum()).fold(0.0, f64::max);
     if rows.is_empty() {
         return None;
     }
-    let title = format!("{}: cost of one {}", job.title, operation(job));
+    let write = writer(mode);
+    let title = format!("{}: {} per {}", job.title, unit(mode), operation(job));
     let (mut canvas, top) = Canvas::titled(&title);
     let used = |layer: usize| rows.iter().any(|(_, parts)| parts.layers()[layer] > 0.0);
     let shown = LAYERS.iter().enumerate().filter(|(layer, _)| used(*layer));
