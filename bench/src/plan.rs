@@ -43,10 +43,10 @@ pub struct Choice {
     /// Size of each target's image
     #[arg(long, value_name = "MIB", default_value_t = 96, value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
     pub image_mb: u32,
-    /// Devices that are attached to see how long it takes; 0: none [default: 50; quick 20]
+    /// Devices that are attached to see how long it takes; 0: none [default: 50; quick 20; icount none]
     #[arg(long, value_name = "N")]
     pub attaches: Option<u32>,
-    /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100]
+    /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100; icount none]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
     pub idle: Option<u32>,
     /// Something for the manifest
@@ -77,9 +77,21 @@ impl Choice {
             images: self.images.clone(),
             image_mb: self.image_mb,
             extras: Extras {
-                attaches: self.attaches.unwrap_or(if self.quick { 20 } else { 50 }),
+                attaches: self.attaches.unwrap_or(if icount {
+                    0
+                } else if self.quick {
+                    20
+                } else {
+                    50
+                }),
                 present: 100,
-                idle: self.idle.unwrap_or(if self.quick { 100 } else { 1000 }),
+                idle: self.idle.unwrap_or(if icount {
+                    0
+                } else if self.quick {
+                    100
+                } else {
+                    1000
+                }),
             },
             notes: self.note.iter().map(note).collect::<Result<BTreeMap<_, _>>>()?,
         };
