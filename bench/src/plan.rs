@@ -40,9 +40,9 @@ pub struct Choice {
     /// Directory for the images; without it they lie on a file system in memory, which needs null_blk
     #[arg(long, value_name = "DIR")]
     pub images: Option<PathBuf>,
-    /// Size of each target's image
-    #[arg(long, value_name = "MIB", default_value_t = 96, value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
-    pub image_mb: u32,
+    /// Size of each target's image [default: 96; quick 32]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
+    pub image_mb: Option<u32>,
     /// Devices that are attached to see how long it takes; 0: none [default: 50; quick 20; icount none]
     #[arg(long, value_name = "N")]
     pub attaches: Option<u32>,
@@ -75,7 +75,7 @@ impl Choice {
             jobs: self.jobs()?,
             targets: (!self.targets.is_empty()).then(|| self.targets.clone()),
             images: self.images.clone(),
-            image_mb: self.image_mb,
+            image_mb: self.image_mb.unwrap_or(if self.quick { 32 } else { 96 }),
             extras: Extras {
                 attaches: self.attaches.unwrap_or(if icount {
                     0
