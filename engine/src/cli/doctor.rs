@@ -131,7 +131,8 @@ fn driver() -> Check {
             Check::warning(name, found, driver_hint())
         }
         Err(_) => {
-            let advice = format!("{}; for files instead of block devices, run 'modprobe fuse'", driver_hint());
+            let advice =
+                format!("{}; for files instead of block devices, run 'modprobe fuse'", driver_hint());
             Check::problem(name, "neither ublk_drv nor FUSE is there", advice)
         }
     }

@@ -87,9 +87,8 @@ impl Frontend {
     pub fn door(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Door> {
         match self {
             Frontend::Ublk(granted) => Ok(Door::Ublk(*granted)),
-            Frontend::Fuse(mounts) => {
-                fuse::FileSystem::mount(directory, queues, cpus, mounts).map(|files| Door::Fuse(Arc::new(files)))
-            }
+            Frontend::Fuse(mounts) => fuse::FileSystem::mount(directory, queues, cpus, mounts)
+                .map(|files| Door::Fuse(Arc::new(files))),
         }
     }
 

@@ -378,8 +378,9 @@ impl Engine {
                 DeviceName::Number(instance, number) => Ok(vec![(self.instance(&instance)?, Some(number))]),
                 DeviceName::Node(node) => {
                     let table = self.table();
-                    let found =
-                        table.values().find_map(|instance| Some((instance.clone(), instance.number_of(&node)?)));
+                    let found = table
+                        .values()
+                        .find_map(|instance| Some((instance.clone(), instance.number_of(&node)?)));
                     found.map(|(instance, number)| vec![(instance, Some(number))]).ok_or_else(|| {
                         Error::new(Kind::NotFound, format!("{name} is none of this daemon's devices"))
                             .hint("'loopengine list' shows all")

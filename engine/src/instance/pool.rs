@@ -233,7 +233,9 @@ impl Instance {
     /// The device that has this node.
     pub fn number_of(&self, node: &Path) -> Option<u32> {
         let live = self.table.live();
-        live.into_iter().find(|(_, attached)| attached.served.device().node() == node).map(|(number, _)| number)
+        live.into_iter()
+            .find(|(_, attached)| attached.served.device().node() == node)
+            .map(|(number, _)| number)
     }
 
     /// Whether one of its devices has this number at the driver.

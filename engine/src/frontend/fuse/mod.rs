@@ -63,7 +63,7 @@ fn with_limit<T: Send + 'static>(what: &str, call: impl FnOnce() -> T + Send + '
             let _ = done.send(call());
         })
         .map_err(|error| Error::os(error, "cannot start a thread"))?;
-    is_done.recv_timeout(CALL_LIMIT).map_err(|_| {
-        Error::new(Kind::Deadline, format!("{what} took more than {} s", CALL_LIMIT.as_secs()))
-    })
+    is_done
+        .recv_timeout(CALL_LIMIT)
+        .map_err(|_| Error::new(Kind::Deadline, format!("{what} took more than {} s", CALL_LIMIT.as_secs())))
 }

@@ -81,13 +81,15 @@ impl FileSystem {
                 .hint("the daemon needs root (CAP_SYS_ADMIN)")
         })?;
         let nodes = Arc::new(Nodes::new(directory.to_owned()));
-        let started = start(nodes.clone(), device, threads, cpus.to_owned()).and_then(|(session, notifier)| {
-            let stat = rustix::fs::stat(directory)
-                .map_err(|error| Error::os(error, format!("the file system on {shown} does not answer")))?;
-            let session = Mutex::new(Some(session));
-            let device_number = stat.st_dev;
-            Ok(FileSystem { nodes, notifier, session, mounts: mounts.clone(), device_number })
-        });
+        let started =
+            start(nodes.clone(), device, threads, cpus.to_owned()).and_then(|(session, notifier)| {
+                let stat = rustix::fs::stat(directory).map_err(|error| {
+                    Error::os(error, format!("the file system on {shown} does not answer"))
+                })?;
+                let session = Mutex::new(Some(session));
+                let device_number = stat.st_dev;
+                Ok(FileSystem { nodes, notifier, session, mounts: mounts.clone(), device_number })
+            });
         match started {
             Ok(files) => {
                 mounts.numbers().insert(files.device_number);
@@ -168,7 +170,7 @@ fn start(
         config.clone_fd = true;
         let failed = |error| Error::os(error, "cannot start a FUSE session");
         let session =
-            Session::from_fd(Handler(nodes), device, SessionACL::All, config).map_err(failed)?;
+            Session::from_fd(Handler::new(nodes), device, SessionACL::All, config).map_err(failed)?;
         let notifier = session.notifier();
         Ok((session.spawn().map_err(failed)?, notifier))
     });

@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
-use super::memory::Descriptors;
 use super::fallback::Fallback;
+use super::memory::Descriptors;
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::setup::ARRIVAL_GROUP;

@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
-use super::memory::{CopyBuffers, Descriptors};
 use super::fallback::{Fallback, UNREGISTERED, io_command};
+use super::memory::{CopyBuffers, Descriptors};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::{Ring, Step, Token};
