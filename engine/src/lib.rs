@@ -4,7 +4,8 @@
 //!  reader or writer of /run/loopengine/default/loop0      loopengine attach, list, … · varlinkctl
 //!         |  block layer, one hardware queue a CPU group       |  varlink calls
 //!         v                                                    v
-//!   frontend::ublk   queue q of any device of the pool       control      (never on an I/O thread)
+//!   frontend         queue q of any device of the pool,      control      (never on an I/O thread)
+//!     ublk | fuse    a block device or a file                     |
 //!         |  Request{op, offset, len, tag}                     |
 //!         v                                                    v
 //!   worker           ONE io_uring per queue index            instance → device → image
@@ -16,8 +17,8 @@
 //!   Completion, exactly once → commit (batched or linked) → block layer
 //! ```
 //!
-//! To follow one request: [`frontend::ublk`] (`batch.rs` or `per_io.rs`, `memory.rs`),
-//! [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
+//! To follow one request: [`frontend::ublk`] (`batch.rs` or `per_io.rs`, `memory.rs`) or
+//! [`frontend::fuse`] (`handler.rs`, `lane.rs`, `queue.rs`), [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
 //! what each room knows and does not know.
 
 pub mod cli;

@@ -294,7 +294,7 @@ fn serve_refuses_before_it_makes_anything() {
     let config = dir.path().join("loopengine.toml");
     let serve = || {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_loopengine"));
-        command.arg("serve").arg("--config").arg(&config).arg("--run-dir").arg(&run_dir);
+        command.args(["serve", "--frontend", "ublk", "--config"]).arg(&config).arg("--run-dir").arg(&run_dir);
         Ran::from(command.output().unwrap())
     };
     std::fs::write(&config, "[default]\n\nmax_device = 3\n").unwrap();

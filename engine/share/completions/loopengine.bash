@@ -181,7 +181,7 @@ _loopengine() {
                     return 0
                     ;;
                 --path)
-                    COMPREPLY=($(compgen -W "copy auto batch" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "copy auto batch fuse" -- "${cur}"))
                     return 0
                     ;;
                 --number)
@@ -728,7 +728,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__serve)
-            opts="-h -V --config --linked-commit --poll-us --run-dir --help --version"
+            opts="-h -V --config --frontend --linked-commit --poll-us --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -736,6 +736,10 @@ _loopengine() {
             case "${prev}" in
                 --config)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --frontend)
+                    COMPREPLY=($(compgen -W "auto ublk fuse" -- "${cur}"))
                     return 0
                     ;;
                 --linked-commit)

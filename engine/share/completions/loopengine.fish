@@ -35,11 +35,14 @@ complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "detach" -d 'T
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "resize" -d 'Adapt a device to the present size of its image'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "list" -d 'List devices'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "stats" -d 'Show figures of devices'
-complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "features" -d 'Show what the ublk driver of this kernel grants'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "features" -d 'Show what this kernel grants'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "doctor" -d 'Check what the daemon needs of this machine'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "generate" -d 'Write manual pages or shell completions. For packagers'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l config -d 'Configuration file [default: /etc/loopengine.toml, if it exists]' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l frontend -d 'What devices are: block devices (ublk), files (fuse), or block devices if the ublk driver is there and files otherwise (auto) [default: auto]' -r -f -a "auto\t'Block devices where the ublk driver is there, else files'
+ublk\t'Block devices'
+fuse\t'Files, through FUSE'"
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l linked-commit -d 'Commit a request in one chain with its read or write, where that is possible' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l poll-us -d 'Microseconds for which a worker looks for more after a lone request before it sleeps; less often where that is in vain. 0: never' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
@@ -78,7 +81,8 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l queues 
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l depth -d 'Requests in flight in each queue [default: 128]' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l path -d 'Force one way of moving data [default: the best that the kernel grants]' -r -f -a "copy\t''
 auto\t''
-batch\t''"
+batch\t''
+fuse\t''"
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l number -d 'Number of the device in its instance [default: the lowest that is free]' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l run -d 'Run a command with the device. Takes the rest of the line: \'{}\' in it is replaced by the path of the device, which is the last argument if there is no \'{}\'. The path is also in the environment variable LOOPENGINE_DEVICE' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
@@ -131,7 +135,7 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fi
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "resize" -d 'Adapt a device to the present size of its image'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "list" -d 'List devices'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "stats" -d 'Show figures of devices'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "features" -d 'Show what the ublk driver of this kernel grants'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "features" -d 'Show what this kernel grants'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "doctor" -d 'Check what the daemon needs of this machine'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "generate" -d 'Write manual pages or shell completions. For packagers'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

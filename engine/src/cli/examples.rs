@@ -77,8 +77,10 @@ pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
         "/run/loopengine/control",
         "The daemon's control socket (varlink, interface io.loopengine). Root only.",
     );
-    const NAMES: (&str, &str) =
-        ("/run/loopengine/NAME/loopN", "Device number N of the instance NAME: a link to /dev/ublkbM.");
+    const NAMES: (&str, &str) = (
+        "/run/loopengine/NAME/loopN",
+        "Device number N of the instance NAME: a link to /dev/ublkbM, or a file (FUSE).",
+    );
     match command {
         "" | "serve" => &[
             ("/etc/loopengine.toml", "Configuration; see loopengine-serve(1)."),

@@ -121,6 +121,7 @@ fn tagged(roff: &mut Roff, tag: &str, means: &str) {
 
 fn configuration(roff: &mut Roff) {
     const KEYS: &[(&str, &[(&str, &str)])] = &[
+        ("Before all tables", &[("frontend = \"auto|ublk|fuse\"", "As --frontend.")]),
         (
             "[default]",
             &[

@@ -35,7 +35,7 @@ use crate::error::{Kind, Result};
 /// Serves image files as fast, private block devices.
 ///
 /// A daemon, started with 'loopengine serve', serves image files as block devices over ublk and
-/// io_uring. Devices belong to instances, each with limits, numbers and worker threads of its own.
+/// io_uring, or as files over FUSE where there is no ublk driver. Devices belong to instances, each with limits, numbers and worker threads of its own.
 /// All other commands talk to the daemon over a socket in its run directory.
 #[derive(Debug, Parser)]
 #[command(name = "loopengine", version, propagate_version = true)]
@@ -81,7 +81,7 @@ pub(crate) const EXIT_CODES: &[(u8, &str)] = &[
     (5, "A limit is reached: devices, space, memory."),
     (6, "Permission denied."),
     (7, "Not supported by this kernel, file system or device."),
-    (8, "The daemon or the ublk driver cannot be reached."),
+    (8, "The daemon, the ublk driver or FUSE cannot be reached."),
     (9, "No answer before the deadline. The state of the device is unknown."),
 ];
 

@@ -80,8 +80,9 @@ impl Args {
         let config = self.load()?;
         log();
         check_root()?;
-        let frontend = choose(config.frontend.unwrap_or_default())?;
+        let (frontend, line) = choose(config.frontend.unwrap_or_default())?;
         let run_dir = RunDir::take(run_dir)?;
+        tracing::info!("{line}");
         for note in fuse::clear_stale(run_dir.path()) {
             tracing::info!("{note}");
         }
@@ -251,28 +252,26 @@ fn check_root() -> Result<()> {
         .hint("run it with sudo, or as the systemd service loopengine"))
 }
 
-/// Takes what this machine has, and says so.
-fn choose(choice: Choice) -> Result<FrontendKind> {
-    let there = |node: &str| Path::new(node).exists();
-    let (ublk, fuse) = (there(ublk::CONTROL_NODE), there(fuse::NODE));
+/// Takes what this machine has. The line for the log says what that is.
+fn choose(choice: Choice) -> Result<(FrontendKind, String)> {
+    let ublk = Path::new(ublk::CONTROL_NODE).exists();
     match choice {
-        Choice::Auto if !ublk && fuse => {
+        Choice::Auto if !ublk && fuse::check().is_ok() => {
             let (missing, hint) = (ublk::CONTROL_NODE, driver_hint());
-            tracing::info!("devices are files (FUSE), since {missing} is missing; for block devices {hint}");
-            Ok(FrontendKind::Fuse)
+            let line =
+                format!("devices are files (FUSE), for {missing} is missing; to have block devices, {hint}");
+            Ok((FrontendKind::Fuse, line))
         }
         Choice::Auto | Choice::Ublk if !ublk => {
             let message = format!("the ublk driver is not there ({} is missing)", ublk::CONTROL_NODE);
             Err(Error::new(Kind::Unavailable, message).hint(driver_hint()))
         }
         Choice::Auto | Choice::Ublk => {
-            tracing::info!("devices are block devices (ublk)");
-            Ok(FrontendKind::Ublk)
+            Ok((FrontendKind::Ublk, "devices are block devices (ublk)".to_owned()))
         }
         Choice::Fuse => {
             fuse::check()?;
-            tracing::info!("devices are files (FUSE)");
-            Ok(FrontendKind::Fuse)
+            Ok((FrontendKind::Fuse, "devices are files (FUSE)".to_owned()))
         }
     }
 }

@@ -128,6 +128,7 @@ impl Backend for Fake {
     fn features(&self) -> Result<Features> {
         Ok(Features {
             kernel: "0.0-fake".into(),
+            frontends: vec![FrontendKind::Ublk],
             flags: vec!["FAKE".into()],
             data_paths: vec![DataPath::Batch, DataPath::Copy],
             recovery: true,

@@ -78,7 +78,7 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(&self.log).at(&self.log)?;
         let mut command = Command::new(&self.program);
         let child = tools::localise(&mut command)
-            .args(["serve", "--run-dir", &self.run_dir])
+            .args(["serve", "--run-dir", &self.run_dir, "--frontend", crate::FRONTEND])
             .args(&self.options)
             .env("NOTIFY_SOCKET", &self.notify)
             .stdin(Stdio::null())
@@ -160,7 +160,7 @@ impl Daemon {
         let node = disk_name(device)?;
         self.ok(&["detach", device])?;
         ensure!(
-            !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
+            crate::FRONTEND != "ublk" || !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
             "{node} still there after detach"
         );
         ensure!(std::fs::symlink_metadata(device).is_err(), "{device} still there after detach");
@@ -186,11 +186,24 @@ impl Daemon {
         }
     }
 
-    /// Ids of devices that came since this daemon was made.
+    /// Ids of devices (of files, their numbers) that came since this daemon was made.
     pub(crate) fn ublk_ids(&self) -> Vec<u32> {
+        if crate::FRONTEND == "fuse" {
+            return self.files();
+        }
         let mut ids = host::ublk_ids();
         ids.retain(|id| !self.had_before.contains(id));
         ids
+    }
+
+    /// Numbers of all files that the kernel shows, of all instances.
+    fn files(&self) -> Vec<u32> {
+        let entries = |dir: &std::path::Path| {
+            std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path())
+        };
+        let number =
+            |path: std::path::PathBuf| path.file_name()?.to_str()?.strip_prefix("loop")?.parse().ok();
+        entries(self.run_dir.as_ref()).flat_map(|instance| entries(&instance)).filter_map(number).collect()
     }
 
     /// Whether the process is there.
@@ -236,6 +249,8 @@ impl Daemon {
         ensure!(status.success(), "the daemon ended with {status} after SIGTERM");
         let left = self.ublk_ids();
         ensure!(left.is_empty(), "devices left after SIGTERM: {left:?}");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        ensure!(!mounts.contains(&self.run_dir), "mounts left after SIGTERM: {mounts}");
         Ok(())
     }
 

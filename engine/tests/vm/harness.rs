@@ -133,6 +133,12 @@ pub(crate) fn ending() -> bool {
 }
 
 impl Case {
+    /// `theme::case`.
+    #[allow(dead_code)]
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The case as libtest-mimic wants it.
     pub(crate) fn into_trial(self) -> Trial {
         Trial::ignorable_test(self.name.clone(), move || self.run())

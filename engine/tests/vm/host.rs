@@ -12,8 +12,7 @@ use serde_json::Value;
 use crate::harness::{At, Needs, Res, Stop, fail, skip};
 use crate::tools;
 
-/// Everything of a run lives here, in memory.
-pub(crate) const SCRATCH: &str = "/run/loopengine-cases";
+pub(crate) use crate::SCRATCH;
 
 /// Programs that cases start many times. Not fio: its libraries are many, and copying them takes as
 /// long as loading them from there each time.
@@ -45,6 +44,9 @@ impl Host {
         if !rustix::process::geteuid().is_root() {
             skip!("needs root; run 'cargo lab test'");
         }
+        if crate::FRONTEND == "fuse" {
+            return Host::probe_for_files();
+        }
         let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
         let allowed = std::env::var_os("LOOPENGINE_VM_CASES").is_some_and(|v| v == "1");
         if !cmdline.contains("virtme") && !allowed {
@@ -75,6 +77,31 @@ impl Host {
         };
         eprintln!("{host:?}");
         Ok(host)
+    }
+
+    /// Files need much less, and no VM.
+    fn probe_for_files() -> Res<Host> {
+        for (node, module) in [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")] {
+            if !Path::new(node).exists() && tools::run(&["modprobe", module]).is_err() {
+                skip!("{node} is missing");
+            }
+            if !Path::new(node).exists() {
+                skip!("{node} is missing");
+            }
+        }
+        for tool in ["fio", "mkfs.ext4", "e2fsck", "losetup"] {
+            if tools::run(&["sh", "-c", &format!("command -v {tool}")])?.code != 0 {
+                skip!("the program {tool} is not installed");
+            }
+        }
+        let Some(program) =
+            std::env::var("LOOPENGINE").ok().or(option_env!("CARGO_BIN_EXE_loopengine").map(String::from))
+        else {
+            fail!("LOOPENGINE is not set");
+        };
+        std::fs::create_dir_all(SCRATCH)?;
+        let full = std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1");
+        Ok(Host { program, data_paths: vec!["fuse".into()], resize: true, recovery: false, full })
     }
 
     /// Skips unless the kernel has what a case needs.

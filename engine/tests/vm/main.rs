@@ -7,6 +7,8 @@
 //! `LOOPENGINE_VM_CASES=1` allows a run outside a VM, `LOOPENGINE_VM_FULL=1` asks for full lengths
 //! (1,000 churn rounds, say). Name filters, `--list`, `--exact` and `--skip` work as in any test.
 
+#[path = "null_blk.rs"]
+mod below;
 mod cases;
 mod daemon;
 mod disk;
@@ -19,6 +21,11 @@ mod store;
 mod tools;
 
 use std::process::ExitCode;
+
+/// What devices are here; tests/fuse is the same for files.
+const FRONTEND: &str = "ublk";
+/// Everything of a run lives here, in memory.
+const SCRATCH: &str = "/run/loopengine-cases";
 
 fn main() -> ExitCode {
     let mut args = libtest_mimic::Arguments::from_args();

@@ -40,8 +40,16 @@ use crate::request::Op;
 /// write back, asynchronous direct I/O.
 const BACKGROUND: u16 = 512;
 
+/// The two kinds of open file.
+const CACHED: FileHandle = FileHandle(0);
+const BYPASSING: FileHandle = FileHandle(1);
+
 /// The callbacks of fuser.
-pub(super) struct Handler(pub(super) Arc<Nodes>);
+pub(super) struct Handler {
+    nodes: Arc<Nodes>,
+    /// Direct I/O may bypass the page cache altogether.
+    bypass: bool,
+}
 
 thread_local! {
     /// Number of this session thread. A thread serves one file system only.
@@ -49,9 +57,13 @@ thread_local! {
 }
 
 impl Handler {
+    pub(super) fn new(nodes: Arc<Nodes>) -> Self {
+        Self { nodes, bypass: false }
+    }
+
     fn thread(&self) -> usize {
         THREAD.get().unwrap_or_else(|| {
-            let number = self.0.threads.fetch_add(1, Ordering::Relaxed);
+            let number = self.nodes.threads.fetch_add(1, Ordering::Relaxed);
             THREAD.set(Some(number));
             number
         })
@@ -64,7 +76,7 @@ impl Handler {
     }
 
     fn root(&self) -> FileAttr {
-        let made = self.0.made;
+        let made = self.nodes.made;
         FileAttr {
             ino: INodeNo::ROOT,
             size: 0,
@@ -111,6 +123,8 @@ impl Filesystem for Handler {
             // A kernel without one is slower.
             let _ = config.add_capabilities(wanted);
         }
+        // Of all kernels that can bypass the cache, those with this one (Linux 6.6) mind what is in it.
+        self.bypass = config.add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP).is_ok();
         let _ = config.set_max_write(MAX_REQUEST);
         let _ = config.set_max_background(BACKGROUND);
         let _ = config.set_congestion_threshold(BACKGROUND / 4 * 3);
@@ -118,7 +132,7 @@ impl Filesystem for Handler {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = name.to_str().filter(|_| parent == INodeNo::ROOT).and_then(|name| self.0.named(name));
+        let found = name.to_str().filter(|_| parent == INodeNo::ROOT).and_then(|name| self.nodes.named(name));
         match found {
             Some(node) => reply.entry(&TTL, &node.attr(), Generation(0)),
             None => reply.error(Errno::ENOENT),
@@ -126,7 +140,7 @@ impl Filesystem for Handler {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.0.get(ino) {
+        match self.nodes.get(ino) {
             Some(node) => reply.attr(&TTL, &node.attr()),
             None if ino == INodeNo::ROOT => reply.attr(&TTL, &self.root()),
             // The kernel looks the name up once more.
@@ -152,7 +166,7 @@ impl Filesystem for Handler {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let Some(node) = self.0.get(ino) else {
+        let Some(node) = self.nodes.get(ino) else {
             return reply.error(if ino == INodeNo::ROOT { Errno::EPERM } else { Errno::ESTALE });
         };
         {
@@ -185,7 +199,7 @@ impl Filesystem for Handler {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ESTALE) };
+        let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ESTALE) };
         let writes = flags.acc_mode() != OpenAccMode::O_RDONLY;
         if writes && node.read_only {
             return reply.error(Errno::EROFS);
@@ -198,23 +212,31 @@ impl Filesystem for Handler {
         // The first writer starts with an empty cache: truncation relies on it.
         let first = writes && state.opens == 1;
         node.set_fresh(first);
+        // Past the cache direct writes go side by side; else each waits for those before it, even
+        // with many threads. But only as long as nobody who uses the cache is there already.
+        let bypass = self.bypass && flags.0 & libc::O_DIRECT != 0 && state.cached == 0;
+        state.cached += u32::from(!bypass);
         drop(state);
-        reply.opened(FileHandle(0), if first { FopenFlags::empty() } else { FopenFlags::FOPEN_KEEP_CACHE });
+        let mut answer = FopenFlags::empty();
+        answer.set(FopenFlags::FOPEN_KEEP_CACHE, !first);
+        answer.set(FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, bypass);
+        reply.opened(if bypass { BYPASSING } else { CACHED }, answer);
     }
 
     fn release(
         &self,
         _: &Request,
         ino: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         _: OpenFlags,
         _: Option<LockOwner>,
         _: bool,
         reply: ReplyEmpty,
     ) {
-        if let Some(node) = self.0.get(ino) {
+        if let Some(node) = self.nodes.get(ino) {
             let mut state = node.state();
             state.opens = state.opens.saturating_sub(1);
+            state.cached = state.cached.saturating_sub(u32::from(handle == CACHED));
         }
         reply.ok();
     }
@@ -230,7 +252,7 @@ impl Filesystem for Handler {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
         let len = node.size().saturating_sub(offset).min(size.into());
         if len == 0 {
             return reply.data(&[]);
@@ -238,7 +260,7 @@ impl Filesystem for Handler {
         if !is_whole(&node, offset, len) {
             return reply.error(Errno::EINVAL);
         }
-        let Some(buffer) = self.0.buffers.take(len as usize) else { return reply.error(Errno::EIO) };
+        let Some(buffer) = self.nodes.buffers.take(len as usize) else { return reply.error(Errno::EIO) };
         let answer = Answer::Data(reply);
         self.send(&node, Call { op: Op::Read, offset, len, buffer: Some(buffer), answer });
     }
@@ -255,11 +277,11 @@ impl Filesystem for Handler {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
         let len = node.size().saturating_sub(offset).min(data.len() as u64);
         let fits = len == data.len() as u64;
         if !fits {
-            self.0.correct_size(&node);
+            self.nodes.correct_size(&node);
         }
         if len == 0 {
             return if fits { reply.written(0) } else { reply.error(Errno::ENOSPC) };
@@ -267,7 +289,7 @@ impl Filesystem for Handler {
         if !is_whole(&node, offset, len) {
             return reply.error(Errno::EINVAL);
         }
-        let Some(buffer) = self.0.buffers.take_filled(&data[..len as usize]) else {
+        let Some(buffer) = self.nodes.buffers.take_filled(&data[..len as usize]) else {
             return reply.error(Errno::EIO);
         };
         // Who writes directly is told how much was written, and tries the rest again.
@@ -279,7 +301,7 @@ impl Filesystem for Handler {
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
         let answer = Answer::Done(reply);
         self.send(&node, Call { op: Op::Flush, offset: 0, len: 0, buffer: None, answer });
     }
@@ -301,7 +323,7 @@ impl Filesystem for Handler {
             mode if mode & !KEEP == libc::FALLOC_FL_ZERO_RANGE => false,
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
-        let Some(node) = self.0.get(ino) else { return reply.error(Errno::ENODEV) };
+        let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
         let inside = node.size().saturating_sub(offset).min(len);
         if inside < len && mode & KEEP == 0 {
             return reply.error(Errno::ENOSPC);
@@ -323,7 +345,8 @@ impl Filesystem for Handler {
             return reply.error(Errno::ENOTDIR);
         }
         let dots = [".", ".."].map(|name| (INodeNo::ROOT, FileType::Directory, name.to_owned()));
-        let files = self.0.list().into_iter().map(|(ino, name)| (INodeNo(ino), FileType::RegularFile, name));
+        let files =
+            self.nodes.list().into_iter().map(|(ino, name)| (INodeNo(ino), FileType::RegularFile, name));
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         for (at, (ino, kind, name)) in dots.into_iter().chain(files).enumerate().skip(from) {
             if reply.add(ino, at as u64 + 1, kind, name) {

@@ -169,7 +169,8 @@ fn start(
         // Each thread has a queue of its own in the kernel.
         config.clone_fd = true;
         let failed = |error| Error::os(error, "cannot start a FUSE session");
-        let session = Session::from_fd(Handler(nodes), device, SessionACL::All, config).map_err(failed)?;
+        let session =
+            Session::from_fd(Handler::new(nodes), device, SessionACL::All, config).map_err(failed)?;
         let notifier = session.notifier();
         Ok((session.spawn().map_err(failed)?, notifier))
     });

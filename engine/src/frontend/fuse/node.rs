@@ -25,6 +25,8 @@ pub(super) const TTL: Duration = Duration::from_secs(3600);
 pub(super) struct State {
     /// Open files (not descriptors: those that share one count once).
     pub(super) opens: u32,
+    /// Those among them that use the page cache.
+    pub(super) cached: u32,
     /// It can be opened no more.
     pub(super) closed: bool,
     pub(super) mode: u16,
@@ -148,6 +150,7 @@ impl Nodes {
         let now = SystemTime::now();
         let state = State {
             opens: 0,
+            cached: 0,
             closed: false,
             mode: if read_only { 0o400 } else { 0o600 },
             uid: 0,

@@ -20,6 +20,16 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
+/// Zeroes a range, in the way of block devices or that of files.
+fn zero(device: &str, offset: u64, len: u64) -> Res {
+    let (offset, len) = (offset.to_string(), len.to_string());
+    match crate::FRONTEND {
+        "ublk" => tools::ok(&["blkdiscard", "-z", "-o", &offset, "-l", &len, device])?,
+        _ => tools::ok(&["fallocate", "--zero-range", "-o", &offset, "-l", &len, device])?,
+    };
+    Ok(())
+}
+
 fn block_sizes(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
@@ -126,7 +136,7 @@ fn offset_and_limit(ctx: &Ctx) -> Res {
     ensure!(disk.try_write(LIMIT, &[1; 512]).is_err(), "a write behind the end was taken");
     drop(disk);
     // All of the window, not a byte more.
-    tools::ok(&["blkdiscard", "-z", &device])?;
+    zero(&device, 0, LIMIT)?;
     expected[window].fill(0);
     daemon.detach(&device)?;
     same("image", &disk::read_all(&image, 0, 8 * MIB)?, &expected)?;
@@ -180,7 +190,7 @@ fn block_device(ctx: &Ctx) -> Res {
     disk::write_all(&device, &data)?;
     let found = Disk::open_read(&below.node())?.read(8 * MIB, 2 << 20)?;
     same("the device below", &found, &data)?;
-    tools::ok(&["blkdiscard", "-z", "-o", "512", "-l", "1536", &device])?;
+    zero(&device, 512, 1536)?;
     let found = Disk::open_read(&device)?.read(0, 4096)?;
     same("start", &found[..512], &data[..512])?;
     same("zeroed", &found[512..2048], &[0; 1536])?;

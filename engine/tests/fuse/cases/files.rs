@@ -1,0 +1,508 @@
+//! What a file shows and takes: size, blocks, truncation, holes, both ways past the page cache.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::time::Duration;
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+use super::MIB;
+use crate::daemon::Daemon;
+use crate::disk::{self, Disk, same};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail, skip};
+use crate::model::pattern;
+use crate::store::{Mount, Store, mkfs};
+use crate::{fio, tools};
+
+const RUN: Duration = Duration::from_secs(120);
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("files::look", Needs::Ublk, 60, look),
+        case("files::block_sizes", Needs::Ublk, 60, block_sizes),
+        case("files::copies", Needs::Ublk, 90, copies),
+        case("files::truncation", Needs::Ublk, 60, truncation),
+        case("files::past_the_end", Needs::Ublk, 90, past_the_end),
+        case("files::read_only", Needs::Ublk, 60, read_only),
+        case("files::holes", Needs::Ublk, 60, holes),
+        case("files::nothing_else", Needs::Ublk, 60, nothing_else),
+        case("files::cached_and_direct_agree", Needs::Ublk, 120, cached_and_direct),
+        case("files::verified_through_the_cache", Needs::Ublk, 180, cached_load),
+        case("files::more_requests_than_tags", Needs::Ublk, 180, crowded),
+        case("files::durable_writes", Needs::Ublk, 60, durable),
+        case("files::qemu_img", Needs::Ublk, 90, qemu_img),
+        case("files::grow_below_a_loop_device", Needs::Ublk, 60, grow),
+        case("files::full_store_seen_by_the_cache", Needs::Ublk, 90, full_store),
+    ]
+}
+
+fn open(device: &str) -> Res<File> {
+    OpenOptions::new().read(true).write(true).open(device).at(device)
+}
+
+#[track_caller]
+fn errno<T: std::fmt::Debug>(what: &str, result: std::io::Result<T>, expected: i32) -> Res {
+    match result {
+        Err(error) if error.raw_os_error() == Some(expected) => Ok(()),
+        other => fail!("{what}: {other:?}, expected errno {expected}"),
+    }
+}
+
+/// `ls -l` shows a file of the device's size; `list` says what it is.
+fn look(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let meta = std::fs::symlink_metadata(&device)?;
+    ensure!(meta.is_file() && meta.len() == 8 * MIB, "not a file of 8 MiB: {meta:?}");
+    ensure!((meta.mode() & 0o7777, meta.uid(), meta.gid()) == (0o600, 0, 0), "mode or owner: {meta:?}");
+    let info = daemon.info(&device)?;
+    ensure!(info["dataPath"] == "fuse" && info["node"] == device.as_str(), "list: {info}");
+    // As with a node in /dev, who may use it can be changed.
+    tools::ok(&["chown", "12:34", &device])?;
+    tools::ok(&["chmod", "640", &device])?;
+    let meta = std::fs::metadata(&device)?;
+    ensure!((meta.mode() & 0o7777, meta.uid(), meta.gid()) == (0o640, 12, 34), "mode or owner: {meta:?}");
+    let other = tools::run(&["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", &device])?;
+    ensure!(other.code != 0, "a stranger read the file");
+    let features = daemon.json(&["features"])?;
+    ensure!(features["frontends"].as_array().is_some_and(|f| f.iter().any(|f| f == "fuse")), "{features}");
+    let other = store.sparse("other", MIB)?;
+    for (words, code) in [(&["attach", &other, "--path", "auto"][..], 7), (&["attach", &device], 2)] {
+        let done = daemon.cli(words)?;
+        ensure!(done.code == code && done.err.trim_end().lines().count() == 1, "{words:?}: {done:?}");
+    }
+    daemon.detach(&device)?;
+    let again = daemon.attach(&[&image, "--path", "fuse", "--number", "5"])?;
+    ensure!(again.ends_with("/default/loop5"), "number 5 is {again}");
+    daemon.detach(&again)?;
+    daemon.stop()
+}
+
+fn block_sizes(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    for size in [512_usize, 4096] {
+        let device = daemon.attach(&[&image, "--block-size", &size.to_string()])?;
+        ensure!(daemon.info(&device)?["blockSize"] == size, "list differs");
+        let disk = Disk::open(&device)?;
+        let data = pattern(size as u64, size);
+        disk.write(3 * size as u64, &data)?;
+        same("a block", &disk.read(3 * size as u64, size)?, &data)?;
+        errno("half a block", disk.try_write(0, &vec![1; size / 2]), libc::EINVAL)?;
+        errno("between blocks", disk.try_write(size as u64 / 2, &vec![1; size]), libc::EINVAL)?;
+        errno("reading half a block", disk.try_read(0, size / 2), libc::EINVAL)?;
+        drop(disk);
+        // Through the page cache any offset and length will do.
+        let file = open(&device)?;
+        file.write_all_at(b"anything", 70_001)?;
+        file.sync_all()?;
+        drop(file);
+        daemon.detach(&device)?;
+        let found = Disk::open_read(&image)?.read(17 * 4096, 4096)?;
+        same("image", &found[369..377], b"anything")?;
+        ensure!(found.iter().filter(|byte| **byte != 0).count() == 8, "neighbours were touched");
+    }
+    daemon.stop()
+}
+
+/// cp in and out. Where the source has holes the old content must not show through.
+fn copies(ctx: &Ctx) -> Res {
+    const SIZE: u64 = 32 * MIB;
+    let store = Store::ext4(ctx)?;
+    let image = store.allocated("image", SIZE)?;
+    disk::write_all(&image, &pattern(1, usize::try_from(SIZE)?))?;
+    let source = store.sparse("source", SIZE)?;
+    File::options().write(true).open(&source)?.write_all_at(&pattern(2, 5 << 20), 3 * MIB + 777)?;
+    let expected = std::fs::read(&source)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let out = store.path("out");
+    tools::ok(&["cp", &device, &out])?;
+    same("copied out", &std::fs::read(&out)?, &pattern(1, usize::try_from(SIZE)?))?;
+    tools::ok(&["cp", &source, &device])?;
+    ensure!(disk::size(&device)? == SIZE, "{} bytes after cp", disk::size(&device)?);
+    tools::ok(&["cp", &device, &out])?;
+    same("copied in, and out again", &std::fs::read(&out)?, &expected)?;
+    daemon.detach(&device)?;
+    same("image", &std::fs::read(&image)?, &expected)?;
+    // A part only: the rest stays.
+    let device = daemon.attach(&[&image])?;
+    tools::ok(&[
+        "dd",
+        &format!("if={out}"),
+        &format!("of={device}"),
+        "bs=1M",
+        "count=1",
+        "seek=20",
+        "conv=notrunc",
+    ])?;
+    daemon.detach(&device)?;
+    let mut after = expected.clone();
+    after.copy_within(0..1 << 20, 20 << 20);
+    same("after dd", &std::fs::read(&image)?, &after)?;
+    daemon.stop()
+}
+
+fn truncation(ctx: &Ctx) -> Res {
+    const SIZE: u64 = 8 * MIB;
+    let store = Store::ext4(ctx)?;
+    let image = store.allocated("image", SIZE)?;
+    let data = pattern(3, usize::try_from(SIZE)?);
+    disk::write_all(&image, &data)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let file = open(&device)?;
+    // What is cached would come back.
+    file.write_all_at(&data[..4096], 0)?;
+    let truncating = || OpenOptions::new().write(true).truncate(true).open(&device);
+    errno("O_TRUNC beside another", truncating(), libc::EBUSY)?;
+    errno("a smaller size", file.set_len(MIB), libc::EPERM)?;
+    errno("a larger size", file.set_len(2 * SIZE), libc::ENOSPC)?;
+    file.set_len(SIZE).at("the same size")?;
+    same("nothing happened", &std::fs::read(&device)?, &data)?;
+    drop(file);
+    let file = truncating().at("O_TRUNC")?;
+    ensure!(file.metadata()?.len() == SIZE, "the size changed");
+    drop(file);
+    same("emptied", &std::fs::read(&device)?, &vec![0; data.len()])?;
+    ensure!(disk::allocated(&image)? < MIB, "blocks were not freed");
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// What fits is written, what does not is ENOSPC: at once when direct, with fsync when cached.
+fn past_the_end(ctx: &Ctx) -> Res {
+    // Neither the file nor its last page is whole.
+    const SIZE: u64 = MIB + 3 * 512;
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", SIZE)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--block-size", "512"])?;
+    let data = pattern(4, 2 << 20);
+    let len = usize::try_from(SIZE)?;
+    for direct in [false, true] {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        if direct {
+            let disk = Disk::open(&device)?;
+            let done = disk.try_write(SIZE - 1024, &data[..4096])?;
+            ensure!(done == 1024, "a direct write across the end took {done} bytes");
+            errno("a direct write behind the end", disk.try_write(SIZE, &data[..512]), libc::ENOSPC)?;
+            errno("far behind", disk.try_write(64 * MIB, &data[..4096]), libc::ENOSPC)?;
+            ensure!(disk.try_read(SIZE, 4096)?.is_empty(), "a direct read behind the end gave something");
+        } else {
+            let file = options.open(&device)?;
+            let _ = file.write_all_at(&data, 0);
+            errno("fsync after writing past the end", file.sync_all(), libc::ENOSPC)?;
+        }
+        // The kernel learns the true size a moment later.
+        let shown = tools::until(Duration::from_secs(5), || {
+            std::fs::metadata(&device).ok().filter(|meta| meta.len() == SIZE)
+        });
+        ensure!(shown.is_some(), "the size is {} and not {SIZE}", std::fs::metadata(&device)?.len());
+        let found = std::fs::read(&device)?;
+        same("what fits", &found[..len - 1024], &data[..len - 1024])?;
+        let tail = if direct { &data[..1024] } else { &data[len - 1024..len] };
+        same("the last blocks", &found[len - 1024..], tail)?;
+    }
+    ensure!(std::fs::metadata(&image)?.len() == SIZE, "the image grew");
+    daemon.detach(&device)?;
+    same("image", &std::fs::read(&image)?[..4096], &data[..4096])?;
+    daemon.stop()
+}
+
+fn read_only(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    mkfs("ext4", &image)?;
+    let before = tools::ok(&["sha256sum", &image])?;
+    // Not even root can open it for writing: attach must not try.
+    tools::ok(&["chattr", "+i", &image])?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--read-only"])?;
+    ensure!(std::fs::metadata(&device)?.mode() & 0o777 == 0o400, "its mode shows nothing");
+    errno("open for writing", OpenOptions::new().write(true).open(&device), libc::EROFS)?;
+    errno("truncation", OpenOptions::new().write(true).truncate(true).open(&device), libc::EROFS)?;
+    tools::ok(&["chmod", "600", &device])?;
+    ensure!(std::fs::metadata(&device)?.mode() & 0o222 == 0, "it looks writable");
+    let mount = Mount::new(&device, &ctx.path("mnt"), &["-o", "loop,ro,noload"])?;
+    tools::ok(&["ls", &mount.dir])?;
+    mount.umount()?;
+    let second = daemon.attach(&[&image, "--read-only"])?;
+    same("the second reader", &std::fs::read(&second)?, &std::fs::read(&device)?)?;
+    daemon.ok(&["detach", "--all"])?;
+    tools::ok(&["chattr", "-i", &image])?;
+    ensure!(tools::ok(&["sha256sum", &image])? == before, "the image changed");
+    daemon.stop()
+}
+
+/// fallocate: zeroes where its caller expects zeroes, to the byte; nothing else.
+fn holes(ctx: &Ctx) -> Res {
+    const SIZE: u64 = 8 * MIB;
+    let store = Store::ext4(ctx)?;
+    let image = store.allocated("image", SIZE)?;
+    let mut model = pattern(5, usize::try_from(SIZE)?);
+    disk::write_all(&image, &model)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let file = open(&device)?;
+    // Cached and dirty: what is punched must not come back from there.
+    file.write_all_at(&[7; 8192], MIB)?;
+    model[1 << 20..(1 << 20) + 8192].fill(7);
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    for (flags, offset, len) in [
+        (punch, MIB - 100, 5000),
+        (punch, 2 * MIB, 2 * MIB),
+        (FallocateFlags::ZERO_RANGE, 5 * MIB + 13, 1),
+        (FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, 5 * MIB + 4096, 70_000),
+        (punch, SIZE - 4096, MIB),
+    ] {
+        fallocate(&file, flags, offset, len).map_err(|error| format!("{flags:?} {offset} {len}: {error}"))?;
+        let (start, end) = (usize::try_from(offset)?, usize::try_from((offset + len).min(SIZE))?);
+        model[start..end].fill(0);
+    }
+    let refused = fallocate(&file, FallocateFlags::ZERO_RANGE, SIZE - 4096, 8192);
+    ensure!(refused == Err(rustix::io::Errno::NOSPC), "zeroing past the end: {refused:?}");
+    for flags in [FallocateFlags::empty(), FallocateFlags::KEEP_SIZE, FallocateFlags::COLLAPSE_RANGE] {
+        let refused = fallocate(&file, flags, 0, 4096);
+        ensure!(refused == Err(rustix::io::Errno::OPNOTSUPP), "{flags:?}: {refused:?}");
+    }
+    same("cached", &std::fs::read(&device)?, &model)?;
+    file.sync_all()?;
+    same("direct", &disk::read_all(&device, 0, SIZE)?, &model)?;
+    drop(file);
+    daemon.detach(&device)?;
+    same("image", &std::fs::read(&image)?, &model)?;
+    ensure!(disk::allocated(&image)? <= SIZE - 2 * MIB, "no block was freed");
+    daemon.stop()
+}
+
+/// The directory holds what is attached, and takes nothing else.
+fn nothing_else(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let dir = std::path::Path::new(&device).parent().ok_or("no parent")?.to_owned();
+    let (new, path) = (dir.join("new"), std::path::Path::new(&device));
+    errno("create", File::create(&new), libc::EPERM)?;
+    errno("mkdir", std::fs::create_dir(&new), libc::EPERM)?;
+    errno("unlink", std::fs::remove_file(path), libc::EPERM)?;
+    errno("rename", std::fs::rename(path, &new), libc::EPERM)?;
+    errno("link", std::fs::hard_link(path, &new), libc::EPERM)?;
+    errno("symlink", std::os::unix::fs::symlink("x", &new), libc::EPERM)?;
+    errno("another name", File::open(dir.join("loop1")), libc::ENOENT)?;
+    let names: Vec<_> = std::fs::read_dir(&dir)?.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(names == ["loop0"], "{names:?}");
+    daemon.detach(&device)?;
+    ensure!(std::fs::read_dir(&dir)?.next().is_none(), "the name stayed");
+    daemon.stop()
+}
+
+/// What one sees, the other has written: in both orders, whoever came first.
+fn cached_and_direct(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    for direct_first in [false, true] {
+        // Only who opens it directly while nobody uses the cache goes past it altogether.
+        let (cached, direct) = if direct_first {
+            let direct = Disk::open(&device)?;
+            (open(&device)?, direct)
+        } else {
+            (open(&device)?, Disk::open(&device)?)
+        };
+        for round in 0..200_u64 {
+            let at = round * 4096 % MIB + if round % 3 == 0 { 512 } else { 0 };
+            let (one, two) = (pattern(2 * round, 2048), pattern(2 * round + 1, 2048));
+            cached.write_all_at(&one, at)?;
+            same("direct after cached", &direct.read(at, 2048)?, &one)?;
+            direct.write(at, &two)?;
+            let mut seen = vec![0; 2048];
+            cached.read_exact_at(&mut seen, at)?;
+            same("cached after direct", &seen, &two)?;
+        }
+        drop((cached, direct));
+    }
+    // While one hammers past the cache, another may open, read and close.
+    let job = format!(
+        "[direct]\nfilename={device}\nioengine=libaio\ndirect=1\nrw=randwrite\nbs=4k\niodepth=32\n\
+         size=4m\noffset=4m\ntime_based\nruntime=3\n"
+    );
+    let mut work = fio::start(ctx, &job)?;
+    std::thread::sleep(Duration::from_secs(1));
+    for _ in 0..20 {
+        let mut seen = vec![0; 4096];
+        open(&device)?.read_exact_at(&mut seen, 0)?;
+    }
+    ensure!(work.alive(), "fio ended early");
+    work.finish(RUN)?.clean()?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// fio writes and verifies through the page cache, by mapped memory too.
+fn cached_load(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    // One kind of user of the cache at a time: fio 3.33 disturbs itself with two, on any file.
+    for cached in [
+        "[cached]\nrw=randwrite\nioengine=psync\nbssplit=512/20:3k/10:4k/40:40k/20:1m/10\nfsync=50\n",
+        "[mapped]\nrw=randwrite\nioengine=mmap\nbs=4k\noffset=16m\n",
+    ] {
+        let jobs = format!(
+            "[global]
+filename={device}
+verify=crc32c
+verify_fatal=1
+do_verify=1
+invalidate=1
+thread
+size=16m
+{cached}
+[direct]
+ioengine=io_uring
+direct=1
+rw=randwrite
+iodepth=16
+bssplit=512/20:4k/50:256k/30
+offset=32m
+[threads]
+ioengine=psync
+direct=1
+rw=randwrite
+bs=4k
+size=4m
+offset=48m
+offset_increment=4m
+numjobs=4
+"
+        );
+        fio::run(ctx, &jobs, RUN)?;
+    }
+    let shown = std::fs::read(&device)?;
+    let stats = daemon.stats(&device)?;
+    ensure!(stats["errors"] == 0, "errors counted: {stats}");
+    daemon.detach(&device)?;
+    same("image", &std::fs::read(&image)?, &shown)?;
+    daemon.stop()
+}
+
+/// One tag, many who want it: nobody is forgotten.
+fn crowded(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 32 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    for words in [&["--depth", "1", "--queues", "1"][..], &["--depth", "2"]] {
+        let device = daemon.attach(&[words, &[&image]].concat())?;
+        let jobs = format!(
+            "[global]\nfilename={device}\ndirect=1\nverify=crc32c\nverify_fatal=1\ndo_verify=1\nthread\n\
+             rw=randwrite\nbs=4k\nsize=1m\n\
+             [alone]\nioengine=psync\nnumjobs=16\noffset_increment=1m\n\
+             [deep]\nioengine=libaio\niodepth=128\noffset=16m\nsize=8m\n"
+        );
+        fio::run(ctx, &jobs, RUN).at(format!("{words:?}"))?;
+        daemon.detach(&device)?;
+    }
+    daemon.stop()
+}
+
+/// O_DSYNC and O_SYNC, cached and direct: each is durable before it returns.
+fn durable(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.allocated("image", MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    for flags in [libc::O_SYNC, libc::O_DSYNC, libc::O_SYNC | libc::O_DIRECT, libc::O_DSYNC | libc::O_DIRECT]
+    {
+        let file = OpenOptions::new().write(true).custom_flags(flags).open(&device)?;
+        for round in 0..3 {
+            let below = store.disk.flushes()?;
+            let data = disk::Aligned::of(&pattern(round, 4096));
+            file.write_all_at(data.get(), round * 4096)?;
+            ensure!(store.disk.flushes()? > below, "flags {flags:#o}: no flush reached the store");
+        }
+    }
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// qemu-img converts into the file, and finds the same in it.
+fn qemu_img(ctx: &Ctx) -> Res {
+    if tools::run(&["sh", "-c", "command -v qemu-img"])?.code != 0 {
+        skip!("qemu-img is not installed");
+    }
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 16 * MIB)?;
+    let source = store.sparse("source", 16 * MIB)?;
+    File::options().write(true).open(&source)?.write_all_at(&pattern(6, 3 << 20), 5 * MIB)?;
+    let qcow = store.path("source.qcow2");
+    tools::ok(&["qemu-img", "convert", "-f", "raw", "-O", "qcow2", &source, &qcow])?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    for cache in ["writeback", "none"] {
+        tools::ok(&["qemu-img", "convert", "-n", "-t", cache, "-O", "raw", &qcow, &device])?;
+        tools::ok(&["qemu-img", "compare", "-f", "raw", "-F", "qcow2", &device, &qcow])?;
+    }
+    daemon.detach(&device)?;
+    same("image", &std::fs::read(&image)?, &std::fs::read(&source)?)?;
+    daemon.stop()
+}
+
+/// A larger image, a larger file, a larger loop device, a larger file system, all of it in use.
+fn grow(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 400 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    mkfs("xfs", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &["-o", "loop"])?;
+    let node = tools::ok(&["findmnt", "-no", "SOURCE", &mount.dir])?;
+    File::options().write(true).open(&image)?.set_len(600 * MIB)?;
+    daemon.ok(&["resize", &device])?;
+    ensure!(disk::size(&device)? == 600 * MIB, "{} bytes", disk::size(&device)?);
+    tools::ok(&["losetup", "--set-capacity", &node])?;
+    tools::ok(&["xfs_growfs", &mount.dir])?;
+    std::fs::write(format!("{}/large", mount.dir), pattern(10, 420 << 20))?;
+    mount.umount()?;
+    crate::store::fsck("xfs", &device)?;
+    daemon.detach(&device)?;
+    crate::store::fsck("xfs", &image)?;
+    daemon.stop()
+}
+
+/// The store is full: who wrote through the cache is told at fsync, and the rest stays as it was.
+fn full_store(ctx: &Ctx) -> Res {
+    let shape = crate::store::Shape { size_mib: 64, ..Default::default() };
+    let store = Store::new(ctx, "ext4", &shape)?;
+    let image = store.sparse("image", 32 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let file = open(&device)?;
+    let first = pattern(7, 4 << 20);
+    file.write_all_at(&first, 0)?;
+    file.sync_all()?;
+    let filler = store.path("filler");
+    tools::sh(format!("fallocate -l $(( $(stat -f -c '%a * %S' {image}) - 2097152 )) {filler}"))?;
+    let _ = file.write_all_at(&pattern(8, 16 << 20), 8 * MIB);
+    match file.sync_all() {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EIO)) => {}
+        other => fail!("fsync on a full store: {other:?}"),
+    }
+    drop(file);
+    daemon.check_alive()?;
+    same("what was written before", &disk::read_all(&device, 0, 4 * MIB)?, &first)?;
+    std::fs::remove_file(&filler)?;
+    tools::ok(&["sync", "-f", &image])?;
+    let second = pattern(9, 32 << 20);
+    disk::write_all(&device, &second).at("writing when there is room again")?;
+    daemon.detach(&device)?;
+    same("image", &std::fs::read(&image)?, &second)?;
+    daemon.stop()
+}

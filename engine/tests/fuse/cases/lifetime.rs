@@ -1,0 +1,194 @@
+//! How files, their file systems and their daemon come and go.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+
+use super::MIB;
+use crate::daemon::Daemon;
+use crate::disk::{self, same};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
+use crate::model::pattern;
+use crate::store::Store;
+use crate::tools;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("lifetime::detach_in_use", Needs::Ublk, 90, detach_in_use),
+        case("lifetime::old_file_never_reaches_the_new", Needs::Ublk, 60, old_file),
+        case("lifetime::killed_daemon", Needs::Ublk, 90, killed),
+        case("lifetime::instances", Needs::Ublk, 60, instances),
+        case("lifetime::many", Needs::Ublk, 240, many),
+    ]
+}
+
+fn open(device: &str) -> Res<File> {
+    OpenOptions::new().read(true).write(true).open(device).at(device)
+}
+
+fn error_of<T>(result: std::io::Result<T>) -> Res<i32> {
+    match result {
+        Ok(_) => fail!("succeeded and should not have"),
+        Err(error) => Ok(error.raw_os_error().unwrap_or(0)),
+    }
+}
+
+/// A file that is open stays, unless by force; then what was written so far is in the image.
+fn detach_in_use(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let file = open(&device)?;
+    let data = pattern(1, 4 << 20);
+    file.write_all_at(&data, 0)?;
+    for words in [&["detach", &device][..], &["detach", "--all"]] {
+        let done = daemon.cli(words)?;
+        ensure!(done.code == 4 && done.err.contains("in use"), "{words:?}: {done:?}");
+    }
+    file.write_all_at(b"still works", 5 * MIB).at("after a refused detach")?;
+    daemon.ok(&["detach", &device, "--force"])?;
+    ensure!(!std::path::Path::new(&device).exists(), "the name stayed");
+    let mut byte = [0];
+    let code = error_of(file.read_at(&mut byte, 0))?;
+    ensure!(matches!(code, libc::ENODEV | libc::EIO), "reading what is gone: errno {code}");
+    let written = file.write_at(b"x", 0).and_then(|_| file.sync_all());
+    ensure!(written.is_err(), "writing what is gone succeeded");
+    drop(file);
+    let mut expected = vec![0; 8 << 20];
+    expected[..data.len()].copy_from_slice(&data);
+    expected[5 << 20..(5 << 20) + 11].copy_from_slice(b"still works");
+    same("image", &std::fs::read(&image)?, &expected)?;
+    daemon.check_alive()?;
+    // Closed a moment ago is not in use.
+    for _ in 0..20 {
+        let device = daemon.attach(&[&image])?;
+        tools::ok(&["dd", "if=/dev/zero", &format!("of={device}"), "bs=1M", "count=2", "conv=notrunc"])?;
+        daemon.detach(&device)?;
+    }
+    daemon.stop()
+}
+
+fn old_file(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let (first, second) = (store.sparse("first", MIB)?, store.sparse("second", MIB)?);
+    let data = pattern(2, 1 << 20);
+    disk::write_all(&second, &data)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&first])?;
+    let old = open(&device)?;
+    old.write_all_at(&[1; 4096], 0)?;
+    daemon.ok(&["detach", &device, "--force"])?;
+    let again = daemon.attach(&[&second])?;
+    ensure!(again == device, "{again} is not {device}");
+    let mut block = vec![0; 4096];
+    ensure!(old.read_at(&mut block, 0).is_err(), "the old file reads");
+    ensure!(old.write_at(&[3; 4096], 0).and_then(|_| old.sync_all()).is_err(), "the old file writes");
+    same("the new file", &std::fs::read(&device)?, &data)?;
+    drop(old);
+    // The old one's end is not the new one's.
+    let new = open(&device)?;
+    let busy = daemon.cli(&["detach", &device])?;
+    ensure!(busy.code == 4, "detached while open: {busy:?}");
+    drop(new);
+    daemon.detach(&device)?;
+    same("the second image", &std::fs::read(&second)?, &data)?;
+    daemon.stop()
+}
+
+/// Files end with their daemon; the next one cleans up, and has its instances back.
+fn killed(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    daemon.ok(&["instance", "create", "other", "--max", "3"])?;
+    let device = daemon.attach(&[&image])?;
+    let file = open(&device)?;
+    file.write_all_at(&pattern(3, 1 << 20), 0)?;
+    file.sync_all()?;
+    daemon.kill()?;
+    let mut byte = [0];
+    let code = error_of(file.read_at(&mut byte, 4 * MIB))?;
+    ensure!(matches!(code, libc::ENOTCONN | libc::ECONNABORTED | libc::EIO), "errno {code}");
+    ensure!(error_of(File::open(&device))? == libc::ENOTCONN, "the name still leads somewhere");
+    daemon.restart()?;
+    ensure!(
+        daemon.log().contains("was not taken back: files of FUSE end with their daemon"),
+        "{}",
+        daemon.log()
+    );
+    ensure!(daemon.json(&["list"])?.as_array().is_some_and(Vec::is_empty), "devices came back");
+    let instances = daemon.json(&["instance", "list"])?;
+    ensure!(instances.to_string().contains("\"other\""), "the instance is gone: {instances}");
+    let again = daemon.attach(&[&image])?;
+    same("what was durable", &std::fs::read(&again)?[..1 << 20], &pattern(3, 1 << 20))?;
+    // What the kernel has cached of it may still be read.
+    ensure!(file.read_at(&mut byte, 4 * MIB).is_err(), "a file of the dead daemon reads");
+    daemon.detach(&again)?;
+    drop(file);
+    daemon.stop()
+}
+
+/// Same names in two instances; removing one, even in use, leaves the other.
+fn instances(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let mut devices = Vec::new();
+    for (number, name) in ["red", "blue"].into_iter().enumerate() {
+        daemon.ok(&["instance", "create", name, "--max", "2", "--workers", "1"])?;
+        let image = store.sparse(name, MIB)?;
+        disk::write_all(&image, &pattern(number as u64, 1 << 20))?;
+        devices.push(daemon.attach(&["-i", name, &image])?);
+    }
+    for (number, device) in devices.iter().enumerate() {
+        ensure!(device.ends_with("loop0"), "{device}");
+        same(device, &std::fs::read(device)?, &pattern(number as u64, 1 << 20))?;
+    }
+    let before = daemon.footprint()?;
+    let file = open(&devices[0])?;
+    let refused = daemon.cli(&["instance", "remove", "red"])?;
+    ensure!(refused.code == 4, "{refused:?}");
+    daemon.ok(&["instance", "remove", "red", "--force"])?;
+    ensure!(file.read_at(&mut [0], 0).is_err(), "a file of a removed instance reads");
+    let dir = std::path::Path::new(&devices[0]).parent().ok_or("no parent")?;
+    ensure!(!dir.exists(), "the directory stayed");
+    drop(file);
+    same("blue", &disk::read_all(&devices[1], 0, MIB)?, &pattern(1, 1 << 20))?;
+    ensure!(daemon.footprint()?.threads < before.threads, "threads of a removed instance stay");
+    daemon.check_alive()?;
+    daemon.ok(&["detach", "--all"])?;
+    daemon.stop()
+}
+
+/// Files come and go by the dozen: threads and descriptors do not grow.
+fn many(ctx: &Ctx) -> Res {
+    const COUNT: u64 = 64;
+    let store = Store::ext4(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let images: Vec<String> =
+        (0..COUNT).map(|number| store.sparse(&format!("image{number}"), MIB)).collect::<Res<_>>()?;
+    let idle = daemon.attach(&[&images[0]])?;
+    daemon.detach(&idle)?;
+    let before = daemon.footprint()?;
+    for round in 0..3_u64 {
+        let mut devices = Vec::new();
+        for (number, image) in images.iter().enumerate() {
+            let device = daemon.attach(&[image])?;
+            open(&device)?.write_all_at(&pattern(round * COUNT + number as u64, 4096), 8192)?;
+            devices.push(device);
+        }
+        ensure!(daemon.footprint()?.threads == before.threads, "threads grow with files");
+        ensure!(daemon.ublk_ids().len() as u64 == COUNT, "not {COUNT} files: {:?}", daemon.ublk_ids());
+        for (number, device) in devices.iter().enumerate() {
+            let found = disk::Disk::open_read(device)?.read(8192, 4096)?;
+            same(device, &found, &pattern(round * COUNT + number as u64, 4096))?;
+        }
+        match round {
+            0 => drop(daemon.ok(&["detach", "--all"])?),
+            _ => devices.iter().rev().try_for_each(|device| daemon.detach(device))?,
+        }
+        let after = daemon.footprint()?;
+        ensure!(after == before, "round {round}: was {before:?}, is {after:?}");
+    }
+    daemon.check_alive()?;
+    daemon.stop()
+}

@@ -1,0 +1,64 @@
+//! The cases: those of tests/vm that are about images, and those about files.
+
+#[path = "../../vm/cases/commands.rs"]
+mod commands;
+#[path = "../../vm/cases/durability.rs"]
+mod durability;
+#[path = "../../vm/cases/errors.rs"]
+mod errors;
+#[path = "../../vm/cases/faults.rs"]
+mod faults;
+mod files;
+#[path = "../../vm/cases/filesystem.rs"]
+mod filesystem;
+#[path = "../../vm/cases/geometry.rs"]
+mod geometry;
+mod lifetime;
+#[path = "../../vm/cases/resize.rs"]
+mod resize;
+#[path = "../../vm/cases/verify.rs"]
+mod verify;
+
+use crate::harness::Case;
+
+/// The one way for data to travel.
+const PATHS: [&str; 1] = ["fuse"];
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// Cases that ask what only a block device has: attributes in sysfs, ublk's own paths, ioctls,
+/// faults of null_blk.
+const OF_BLOCK_DEVICES: [&str; 13] = [
+    "commands::attach_run",
+    "commands::numbers_and_names",
+    "durability::power_cut",
+    "errors::no_driver",
+    "faults::bad_sectors_below",
+    "geometry::block_sizes",
+    "geometry::large_sectors_below",
+    "geometry::read_only",
+    "geometry::scheduler_and_cache",
+    "resize::grow_mounted_file_system",
+    "resize::refused_in_words",
+    "verify::linked",
+    "verify::polled",
+];
+
+/// Every case, in the order in which they run.
+pub(crate) fn all() -> Vec<Case> {
+    let of_images = [
+        commands::cases(),
+        filesystem::cases(),
+        verify::cases(),
+        geometry::cases(),
+        resize::cases(),
+        faults::cases(),
+        durability::cases(),
+        errors::cases(),
+    ];
+    let of_images = of_images.into_iter().flatten();
+    let of_images =
+        of_images.filter(|case| !OF_BLOCK_DEVICES.iter().any(|name| case.name().starts_with(name)));
+    files::cases().into_iter().chain(lifetime::cases()).chain(of_images).collect()
+}

@@ -1,0 +1,46 @@
+//! Files instead of block devices: the real `loopengine serve --frontend fuse` against the real
+//! kernel, file systems, loop devices and fio.
+//!
+//! Runs as root on any machine with /dev/fuse; anywhere else every case is skipped, says why, and
+//! the exit status is 0. The harness and the cases that are about images rather than about ublk are
+//! those of tests/vm; what is different about files is in `cases/files.rs`.
+
+// Of what it shares with tests/vm it needs a part.
+#![allow(dead_code)]
+
+#[path = "loop_device.rs"]
+mod below;
+mod cases;
+#[path = "../vm/daemon.rs"]
+mod daemon;
+#[path = "../vm/disk.rs"]
+mod disk;
+#[path = "../vm/fio.rs"]
+mod fio;
+#[path = "../vm/harness.rs"]
+mod harness;
+#[path = "../vm/host.rs"]
+mod host;
+#[path = "../vm/ledger.rs"]
+mod ledger;
+#[path = "../vm/model.rs"]
+mod model;
+#[path = "../vm/store.rs"]
+mod store;
+#[path = "../vm/tools.rs"]
+mod tools;
+
+use std::process::ExitCode;
+
+/// What devices are here; see tests/vm.
+const FRONTEND: &str = "fuse";
+/// Everything of a run lives here.
+const SCRATCH: &str = "/run/loopengine-fuse-cases";
+
+fn main() -> ExitCode {
+    let mut args = libtest_mimic::Arguments::from_args();
+    // The cases share two CPUs and the kernel's log: one at a time.
+    args.test_threads = Some(1);
+    let trials = cases::all().into_iter().map(harness::Case::into_trial);
+    libtest_mimic::run(&args, trials.collect()).exit_code()
+}
