@@ -146,6 +146,10 @@ fn copies(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
+fn truncating_at(device: &str) -> std::io::Result<File> {
+    OpenOptions::new().write(true).truncate(true).open(device)
+}
+
 fn truncation(ctx: &Ctx) -> Res {
     const SIZE: u64 = 8 * MIB;
     let store = Store::ext4(ctx)?;
@@ -157,7 +161,7 @@ fn truncation(ctx: &Ctx) -> Res {
     let file = open(&device)?;
     // What is cached would come back.
     file.write_all_at(&data[..4096], 0)?;
-    let truncating = || OpenOptions::new().write(true).truncate(true).open(&device);
+    let truncating = || truncating_at(&device);
     errno("O_TRUNC beside another", truncating(), libc::EBUSY)?;
     errno("a smaller size", file.set_len(MIB), libc::EPERM)?;
     errno("a larger size", file.set_len(2 * SIZE), libc::ENOSPC)?;
@@ -169,6 +173,17 @@ fn truncation(ctx: &Ctx) -> Res {
     drop(file);
     same("emptied", &std::fs::read(&device)?, &vec![0; data.len()])?;
     ensure!(disk::allocated(&image)? < MIB, "blocks were not freed");
+    daemon.detach(&device)?;
+    // More than one request can zero.
+    let image = store.sparse("large", 5 << 30)?;
+    let device = daemon.attach(&[&image])?;
+    for at in [0, (2 << 30) - 4096, (5 << 30) - 4096] {
+        open(&device)?.write_all_at(&data[..4096], at)?;
+    }
+    drop(truncating_at(&device).at("O_TRUNC of 5 GiB")?);
+    for at in [0, (2 << 30) - 4096, (5 << 30) - 4096] {
+        same("emptied", &Disk::open_read(&device)?.read(at, 4096)?, &[0; 4096])?;
+    }
     daemon.detach(&device)?;
     daemon.stop()
 }

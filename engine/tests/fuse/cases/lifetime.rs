@@ -40,12 +40,12 @@ fn detach_in_use(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     let file = open(&device)?;
     let data = pattern(1, 4 << 20);
-    file.write_all_at(&data, 0)?;
     for words in [&["detach", &device][..], &["detach", "--all"]] {
         let done = daemon.cli(words)?;
         ensure!(done.code == 4 && done.err.contains("in use"), "{words:?}: {done:?}");
     }
     file.write_all_at(b"still works", 5 * MIB).at("after a refused detach")?;
+    file.write_all_at(&data, 0)?;
     daemon.ok(&["detach", &device, "--force"])?;
     ensure!(!std::path::Path::new(&device).exists(), "the name stayed");
     let mut byte = [0];
