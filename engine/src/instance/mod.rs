@@ -294,7 +294,7 @@ impl Engine {
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { Stop::Always } else { Stop::IfUnused };
         if force {
-            self.write_back();
+            write_everything_back();
         }
         let mut gone = Vec::new();
         let mut first = None;
@@ -339,7 +339,7 @@ impl Engine {
     /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
     pub fn shutdown(self) -> Vec<String> {
         let mut notes = Vec::new();
-        self.write_back();
+        write_everything_back();
         for instance in self.table().values() {
             instance.close();
             for number in instance.numbers() {
@@ -352,14 +352,6 @@ impl Engine {
             }
         }
         notes
-    }
-
-    /// Before devices are stopped in use.
-    fn write_back(&self) {
-        // A file's own stop does it, for that file only.
-        if self.shared.frontend.kind() == FrontendKind::Ublk {
-            write_everything_back();
-        }
     }
 
     fn instance(&self, name: &str) -> Result<Arc<Instance>> {

@@ -4,21 +4,17 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::lane::Lane;
 use super::mount::FileSystem;
-use super::node::Node;
+use super::node::{Node, PAUSE, SOON};
 use super::queue::FuseQueue;
 use super::with_limit;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Parameters, Queue, Stop};
 use crate::image::Geometry;
 use crate::sys;
-
-/// A file that was closed just now is released by the kernel a little later.
-const SOON: Duration = Duration::from_secs(1);
-const PAUSE: Duration = Duration::from_millis(2);
 
 #[derive(Debug, Default)]
 struct Made {
@@ -84,6 +80,12 @@ impl Device {
             return Err(Error::new(Kind::Internal, "the file was not started"));
         };
         let before = node.size();
+        // A page at the old end that is cached ends in zeroes, which must not come to lie on what
+        // the image has there now.
+        let path = self.node();
+        with_limit("writing back", move || std::fs::File::open(path).and_then(|file| file.sync_all()))?
+            .map_err(|error| Error::os(error, "the kernel does not write back what it caches"))?;
+        self.invalidate(&node, "writing back");
         node.set_size(bytes);
         // The kernel minds the size of a file by itself when it caches writes, and believes nobody
         // but who truncates it.
@@ -111,12 +113,16 @@ impl Device {
         Ok(())
     }
 
-    /// Has the kernel write back what it caches, and lets nobody open the file any more.
+    /// Lets nobody open the file any more, and has the kernel write back what it caches.
     fn close_used(&self, node: &Node) {
-        if node.state().opens > 0 {
+        let used = {
+            let mut state = node.state();
+            state.closed = true;
+            state.opens > 0
+        };
+        if used {
             self.invalidate(node, "writing back");
         }
-        node.state().closed = true;
     }
 
     /// The kernel is to know neither the name nor the content any more.

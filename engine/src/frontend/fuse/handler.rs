@@ -7,7 +7,7 @@
 //!
 //! | asked for | answer |
 //! |---|---|
-//! | O_TRUNC | the content is given up: the file reads as zeroes, and is as long as before. EBUSY if others have it open, for their cached pages would come back |
+//! | O_TRUNC | the content is given up: the file reads as zeroes (cp skips holes and relies on it), and is as long as before. EBUSY if others have it open, for their cached pages would come back |
 //! | truncation to another size in any other way | EPERM if shorter, ENOSPC if longer |
 //! | a write past the end | what fits is written; ENOSPC (of a cached write, to fsync and close) |
 //! | punching a hole, zeroing a range | zeroes, as the caller of fallocate expects |
@@ -22,7 +22,7 @@ use std::cell::Cell;
 use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -33,7 +33,7 @@ use fuser::{
 
 use super::MAX_REQUEST;
 use super::lane::{Answer, Call};
-use super::node::{Node, Nodes, TTL};
+use super::node::{Emptying, Node, Nodes, PAUSE, SOON, TTL};
 use crate::request::Op;
 
 /// Requests that the kernel may send on its own, for all files of the file system: read ahead,
@@ -93,6 +93,34 @@ impl Handler {
             rdev: 0,
             blksize: 4096,
             flags: 0,
+        }
+    }
+}
+
+/// Zeroes the whole file for its only user. Who closed it just now is still counted: that is waited
+/// for, though not by a session thread.
+fn empty(node: Arc<Node>, thread: usize, reply: ReplyAttr) {
+    let send = move |node: Arc<Node>, reply: ReplyAttr| {
+        let (op, len) = (Op::WriteZeroes { unmap: true, fua: false }, node.size());
+        let answer = Answer::Emptied(reply, node.clone());
+        node.lane(thread).send(Call { op, offset: 0, len, buffer: None, answer });
+    };
+    match node.begin_emptying() {
+        Emptying::Begun => send(node, reply),
+        Emptying::Refused => reply.error(Errno::EBUSY),
+        Emptying::NotYet => {
+            let wait = move || {
+                let deadline = Instant::now() + SOON;
+                loop {
+                    match node.begin_emptying() {
+                        Emptying::Begun => return send(node, reply),
+                        Emptying::NotYet if Instant::now() < deadline => std::thread::sleep(PAUSE),
+                        _ => return reply.error(Errno::EBUSY),
+                    }
+                }
+            };
+            // Where that fails the reply is dropped, which answers with EIO.
+            let _ = std::thread::Builder::new().name("fuse empty".to_owned()).spawn(wait);
         }
     }
 }
@@ -186,13 +214,7 @@ impl Filesystem for Handler {
             Some(size) if size == now => reply.attr(&TTL, &node.attr()),
             Some(size) if size > now => reply.error(Errno::ENOSPC),
             // Opening with O_TRUNC: a truncation without a handle, by who has just opened it.
-            Some(0) if handle.is_none() && node.state().opens > 1 => reply.error(Errno::EBUSY),
-            Some(0) if handle.is_none() && node.is_fresh() && !node.read_only => {
-                let attr = node.attr();
-                let op = Op::WriteZeroes { unmap: true, fua: false };
-                let answer = Answer::Emptied(reply, attr);
-                self.send(&node, Call { op, offset: 0, len: now, buffer: None, answer });
-            }
+            Some(0) if handle.is_none() && !node.read_only => empty(node, self.thread(), reply),
             // Cached pages behind the new end could come back.
             Some(_) => reply.error(Errno::EPERM),
         }
@@ -208,17 +230,20 @@ impl Filesystem for Handler {
         if state.closed {
             return reply.error(Errno::ESTALE);
         }
+        if state.emptying {
+            return reply.error(Errno::EBUSY);
+        }
         state.opens += 1;
-        // The first writer starts with an empty cache: truncation relies on it.
-        let first = writes && state.opens == 1;
-        node.set_fresh(first);
+        if writes {
+            node.set_fresh(true);
+        }
         // Past the cache direct writes go side by side; else each waits for those before it, even
         // with many threads. But only as long as nobody who uses the cache is there already.
         let bypass = self.bypass && flags.0 & libc::O_DIRECT != 0 && state.cached == 0;
         state.cached += u32::from(!bypass);
         drop(state);
+        // Never FOPEN_KEEP_CACHE: who opens a file sees what was written past the cache before.
         let mut answer = FopenFlags::empty();
-        answer.set(FopenFlags::FOPEN_KEEP_CACHE, !first);
         answer.set(FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, bypass);
         reply.opened(if bypass { BYPASSING } else { CACHED }, answer);
     }
@@ -260,9 +285,11 @@ impl Filesystem for Handler {
         if !is_whole(&node, offset, len) {
             return reply.error(Errno::EINVAL);
         }
-        let Some(buffer) = self.nodes.buffers.take(len as usize) else { return reply.error(Errno::EIO) };
+        if len > u64::from(MAX_REQUEST) {
+            return reply.error(Errno::EIO);
+        }
         let answer = Answer::Data(reply);
-        self.send(&node, Call { op: Op::Read, offset, len, buffer: Some(buffer), answer });
+        self.send(&node, Call { op: Op::Read, offset, len, buffer: None, answer });
     }
 
     fn write(

@@ -5,21 +5,22 @@
 //! when the queue stays full for long, calls fail.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use fuser::{Errno, FileAttr, ReplyAttr, ReplyData, ReplyEmpty, ReplyWrite};
+use fuser::{Errno, ReplyAttr, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::buffer::Buffer;
-use super::node::TTL;
+use super::node::{Node, TTL};
 use crate::error::{Error, Result};
 use crate::request::Op;
 
-/// Calls that wait for a tag. More than this many at once come only from as many threads: what the
-/// kernel sends on its own is limited for all files together.
-const WAITING: usize = 256;
+/// Calls that wait for a tag: twice as many as the kernel sends on its own for all files together, so
+/// that more come only from as many threads.
+const WAITING: usize = 1024;
 /// How long a session thread waits for room among them. It keeps others waiting meanwhile.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -34,7 +35,7 @@ pub(super) enum Answer {
     /// With success or failure.
     Done(ReplyEmpty),
     /// With the attributes of the file, which was emptied.
-    Emptied(ReplyAttr, FileAttr),
+    Emptied(ReplyAttr, Arc<Node>),
 }
 
 /// What a user of a file waits for.
@@ -44,7 +45,7 @@ pub(super) struct Call {
     pub(super) offset: u64,
     /// Bytes left; of a read or write all fit one request.
     pub(super) len: u64,
-    /// Data of a read or write.
+    /// Data of a write; of a read, once it has a tag.
     pub(super) buffer: Option<Buffer>,
     pub(super) answer: Answer,
 }
@@ -57,7 +58,10 @@ impl Answer {
             Answer::Written(reply, None) => reply.written(len as u32),
             Answer::Written(reply, Some(error)) => reply.error(error),
             Answer::Done(reply) => reply.ok(),
-            Answer::Emptied(reply, attr) => reply.attr(&TTL, &attr),
+            Answer::Emptied(reply, node) => {
+                node.state().emptying = false;
+                reply.attr(&TTL, &node.attr());
+            }
         }
     }
 
@@ -66,7 +70,10 @@ impl Answer {
             Answer::Data(reply) => reply.error(error),
             Answer::Written(reply, _) => reply.error(error),
             Answer::Done(reply) => reply.error(error),
-            Answer::Emptied(reply, _) => reply.error(error),
+            Answer::Emptied(reply, node) => {
+                node.state().emptying = false;
+                reply.error(error);
+            }
         }
     }
 }

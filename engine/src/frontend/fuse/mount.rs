@@ -180,7 +180,7 @@ fn start(
 
 /// Where file systems of this or a dead daemon are mounted below a run directory, youngest first.
 pub fn mounted_below(run_dir: &Path) -> Vec<PathBuf> {
-    mntns::mounted(TYPE, SOURCE).into_iter().filter(|target| target.starts_with(run_dir)).collect()
+    mntns::mounted(TYPE, SOURCE).into_iter().filter(|target| target.parent() == Some(run_dir)).collect()
 }
 
 /// Takes away what a daemon that was killed has left mounted below its run directory, which must

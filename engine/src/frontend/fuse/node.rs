@@ -20,6 +20,20 @@ use crate::sys;
 /// How long the kernel may believe what it was told: we tell it of every change.
 pub(super) const TTL: Duration = Duration::from_secs(3600);
 
+/// A file that was closed just now is released by the kernel a little later.
+pub(super) const SOON: Duration = Duration::from_secs(1);
+pub(super) const PAUSE: Duration = Duration::from_millis(2);
+
+/// Whether a file can be zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Emptying {
+    Begun,
+    /// Another has it open still.
+    NotYet,
+    /// It is in use.
+    Refused,
+}
+
 /// What of a file can change.
 #[derive(Debug)]
 pub(super) struct State {
@@ -29,6 +43,8 @@ pub(super) struct State {
     pub(super) cached: u32,
     /// It can be opened no more.
     pub(super) closed: bool,
+    /// It is being zeroed, and cannot be opened meanwhile: old content would be cached.
+    pub(super) emptying: bool,
     pub(super) mode: u16,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -45,8 +61,8 @@ pub(super) struct Node {
     pub(super) read_only: bool,
     lanes: Box<[Arc<Lane>]>,
     size: AtomicU64,
-    /// It was just opened for writing by its only user, who has done nothing yet: nothing of it
-    /// is cached.
+    /// Opened for writing, and nobody has done anything since: nothing of it is cached, if that was
+    /// its only user.
     fresh: AtomicBool,
     /// Its size in the kernel is being corrected.
     correcting: AtomicBool,
@@ -66,15 +82,24 @@ impl Node {
         self.size.store(size, Ordering::Release);
     }
 
-    pub(super) fn is_fresh(&self) -> bool {
-        self.fresh.load(Ordering::Acquire)
-    }
-
     pub(super) fn set_fresh(&self, fresh: bool) {
         // Read by many at once, and nearly never changed.
-        if self.is_fresh() != fresh {
+        if self.fresh.load(Ordering::Acquire) != fresh {
             self.fresh.store(fresh, Ordering::Release);
         }
+    }
+
+    /// Lets nobody else open it while it is zeroed, if its only user has done nothing yet.
+    pub(super) fn begin_emptying(&self) -> Emptying {
+        let mut state = self.state();
+        if state.closed || state.emptying || !self.fresh.load(Ordering::Acquire) {
+            return Emptying::Refused;
+        }
+        if state.opens > 1 {
+            return Emptying::NotYet;
+        }
+        state.emptying = true;
+        Emptying::Begun
     }
 
     /// The lane of the session thread with this number.
@@ -152,6 +177,7 @@ impl Nodes {
             opens: 0,
             cached: 0,
             closed: false,
+            emptying: false,
             mode: if read_only { 0o400 } else { 0o600 },
             uid: 0,
             gid: 0,

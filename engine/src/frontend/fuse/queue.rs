@@ -113,6 +113,8 @@ impl FuseQueue {
             _ => return Ok(()),
         }
         if self.lane.is_ended() {
+            // There is nothing to look for when a tag comes free.
+            self.awake = false;
             self.lane.fail_waiting();
             self.unfinished.drain(..).for_each(|call| call.answer.fail(Errno::ENODEV));
             return Ok(());
@@ -143,6 +145,10 @@ impl FuseQueue {
     fn begin(&mut self, tag: Tag, mut call: Call) -> Request {
         let len = call.len.min(ZERO_AT_ONCE) as u32;
         let request = Request { tag, op: call.op, offset: call.offset, len };
+        // Of a read only now: those that wait for a tag hold no memory.
+        if call.op == Op::Read {
+            call.buffer = self.buffers.take(len as usize);
+        }
         let address = call.buffer.as_mut().map_or(0, |buffer| buffer.address());
         self.active[usize::from(tag)] = Some(Active { call, address, len });
         request

@@ -14,6 +14,8 @@ use crate::tools;
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("lifetime::detach_in_use", Needs::Ublk, 90, detach_in_use),
+        case("lifetime::forced_with_all_tags_in_flight", Needs::Ublk, 60, forced_while_busy),
+        case("lifetime::forced_below_a_file_system", Needs::Ublk, 90, forced_below),
         case("lifetime::old_file_never_reaches_the_new", Needs::Ublk, 60, old_file),
         case("lifetime::killed_daemon", Needs::Ublk, 90, killed),
         case("lifetime::instances", Needs::Ublk, 60, instances),
@@ -65,6 +67,62 @@ fn detach_in_use(ctx: &Ctx) -> Res {
         tools::ok(&["dd", "if=/dev/zero", &format!("of={device}"), "bs=1M", "count=2", "conv=notrunc"])?;
         daemon.detach(&device)?;
     }
+    daemon.stop()
+}
+
+/// Every tag is taken when the file is taken away by force: its queue must end all the same.
+fn forced_while_busy(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.allocated("image", 8 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    for round in 0..3 {
+        let device = daemon.attach(&[&image, "--depth", "1", "--queues", "1"])?;
+        let mut load = std::process::Command::new("fio")
+            .args([
+                "--name=load",
+                "--rw=randread",
+                "--bs=4k",
+                "--direct=1",
+                "--ioengine=libaio",
+                "--iodepth=16",
+            ])
+            .args(["--time_based", "--runtime=20", "--size=8M", &format!("--filename={device}")])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()?;
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        let detached = daemon.cli(&["detach", &device, "--force"]);
+        let _ = load.kill();
+        load.wait()?;
+        let detached = detached?;
+        ensure!(detached.code == 0, "round {round}: {detached:?}");
+    }
+    ensure!(daemon.ok(&["list", "--json"])?.contains("[]"), "a device is left");
+    daemon.check_alive()?;
+    daemon.stop()
+}
+
+/// What a file system on the file has not written yet is in the image before it is taken away.
+fn forced_below(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    tools::ok(&["mkfs.ext4", "-q", "-F", &device])?;
+    let place = ctx.dir.join("mounted");
+    std::fs::create_dir_all(&place)?;
+    let place = place.to_string_lossy().into_owned();
+    tools::ok(&["mount", "-o", "loop", &device, &place])?;
+    let data = pattern(9, 1 << 20);
+    let written = std::fs::write(format!("{place}/file"), &data);
+    let detached = daemon.cli(&["detach", &device, "--force"]);
+    tools::ok(&["umount", "-l", &place])?;
+    written?;
+    ensure!(detached?.code == 0, "it was not detached");
+    tools::ok(&["mount", "-o", "loop", &image, &place])?;
+    let found = std::fs::read(format!("{place}/file"));
+    tools::ok(&["umount", &place])?;
+    same("the file", &found?, &data)?;
     daemon.stop()
 }
 
