@@ -33,17 +33,23 @@ pub fn collect(raw: &Path) -> Result<Outcome> {
                     Err(why) => give_up(&mut targets, &measured.target, &measured.job, &why),
                     Ok(values) => {
                         let spent = one.spent.get(&measured.target);
+                        // Of files a second, fio times but the write into the page cache.
+                        let timed = job::by_name(&measured.job).is_none_or(|job| job.unit.is_none());
+                        let latency = |ns: u64| if timed { ns } else { 0 };
                         samples.push(Sample {
                             round: one.round,
                             job: measured.job.clone(),
                             target: measured.target.clone(),
                             iops: values.iops,
                             bytes_per_s: values.bytes_per_s,
-                            p50_ns: values.p50_ns,
-                            p99_ns: values.p99_ns,
+                            p50_ns: latency(values.p50_ns),
+                            p99_ns: latency(values.p99_ns),
                             cost: cost(&facts.manifest, &measured.job, &values, spent),
                         });
-                        histograms.entry((measured.job, measured.target)).or_default().push(values.latency);
+                        if timed {
+                            let of = histograms.entry((measured.job, measured.target));
+                            of.or_default().push(values.latency);
+                        }
                     }
                 }
             }

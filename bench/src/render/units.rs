@@ -39,6 +39,10 @@ pub(crate) fn count(value: f64) -> String {
 
 /// "12.3 µs"
 pub(crate) fn time(ns: f64) -> String {
+    // Nothing takes no time: it was not measured.
+    if ns == 0.0 {
+        return NOTHING.into();
+    }
     if ns.abs() < 0.9995e3 {
         return if ns.is_finite() { format!("{ns:.0} ns") } else { NOTHING.into() };
     }
@@ -160,7 +164,7 @@ mod tests {
         let shown = [76_812.0, 7_420.0, 1_250_000.0, 312.4, 0.0, 999.7, 9.999, 0.5].map(count);
         assert_eq!(shown, ["76.8K", "7.42K", "1.25M", "312", "0", "1.00K", "10.0", "0.50"]);
         let shown = [0.0, 640.0, 999.9, 12_345.0, 2_408_400.0, 3e9].map(time);
-        assert_eq!(shown, ["0 ns", "640 ns", "1.00 µs", "12.3 µs", "2.41 ms", "3.00 s"]);
+        assert_eq!(shown, ["–", "640 ns", "1.00 µs", "12.3 µs", "2.41 ms", "3.00 s"]);
         assert_eq!(["75.0K", "2.50 ms", "100", "0", "–"].map(tick), ["75K", "2.5 ms", "100", "0", "–"]);
         assert_eq!([512.0, 42_540.0].map(kib), ["512 KiB", "41.5 MiB"]);
         assert_eq!([1.273, 0.0852, 22.44].map(ratio), ["1.27", "0.085", "22.4"]);
