@@ -94,9 +94,9 @@ fn give_up(targets: &mut [TargetInfo], target: &str, job: &str, why: &str) {
 
 /// What an I/O cost. The server's part was counted during the ramp, too, when fio did not count.
 fn cost(manifest: &Manifest, job: &str, values: &Values, spent: Option<&Spent>) -> Cost {
-    let timed = job::by_name(job).is_none_or(|job| job.text.contains("time_based"));
+    let ramps = job::by_name(job).is_none_or(|job| job.text.contains("ramp_time"));
     let (run, ramp) = (f64::from(manifest.run_ms), f64::from(manifest.ramp_ms));
-    let counted = if timed && run > 0.0 { run / (run + ramp) } else { 1.0 };
+    let counted = if ramps && run > 0.0 { run / (run + ramp) } else { 1.0 };
     let each = |sum: u64| sum as f64 * counted / values.total_ios as f64;
     Cost {
         submitter_ns: Some(values.submitter_ns),

@@ -220,8 +220,9 @@ mod tests {
                 Needs::Mount => "DIRECTORY",
             };
             let timed = BTreeSet::from([place, "RAMP", "RUNTIME"]);
-            let fixed = BTreeSet::from([place]);
-            let expected = if job.unit.is_some() { fixed } else { timed };
+            // Files are few: each counts.
+            let at_once = BTreeSet::from([place, "RUNTIME"]);
+            let expected = if job.unit.is_some() { at_once } else { timed };
             assert_eq!(variables(job.text), expected, "{}", job.name);
         }
     }

@@ -241,6 +241,9 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Raw
 
 fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let mut notes = plan.notes.clone();
+    // Inside a VM the CPU has the emulator's name.
+    let host_cpu = notes.remove("host-cpu");
     Ok(Manifest {
         date: sh::capture(std::process::Command::new("date").args(["-u", "+%F"]), target::LIMIT)?
             .trim()
@@ -248,10 +251,7 @@ fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
         mode: plan.mode,
         cpus: std::thread::available_parallelism()?.get(),
-        host_cpu: plan
-            .notes
-            .get("host-cpu")
-            .cloned()
+        host_cpu: host_cpu
             .or_else(|| cpu_model(&read("/proc/cpuinfo")).map(str::to_owned))
             .unwrap_or_default(),
         fio,
@@ -259,7 +259,7 @@ fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
         run_ms: plan.length.run_ms,
         ramp_ms: plan.length.ramp_ms,
         complete: false,
-        notes: plan.notes.clone(),
+        notes,
     })
 }
 

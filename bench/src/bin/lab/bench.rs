@@ -202,7 +202,11 @@ fn notes(options: &Options) -> Result<Vec<String>> {
     let dirty = git(&["status", "--porcelain", "--", ".", ":!results"]).map_or(true, |said| !said.is_empty());
     let revision = git(&["rev-parse", "HEAD"]).unwrap_or_else(|_| "unknown".into());
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let words: Vec<String> = std::env::args().skip(1).collect();
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    // Where the result lies is no part of how it is taken.
+    if let Some(at) = words.iter().position(|word| word == "--out") {
+        words.drain(at..words.len().min(at + 2));
+    }
     let pairs = [
         ("revision", format!("{revision}{}", if dirty { " with changes" } else { "" })),
         ("command", format!("cargo lab {}", sh::quote(&words))),
