@@ -184,10 +184,10 @@ pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())
 }
 
-/// A module of the kernel, or something built into it.
+/// A module of the kernel with its options, or something built into it.
 pub(crate) fn need_module(module: &str, sign: &str) -> Result<()> {
     if !Path::new(sign).exists() {
-        let loaded = sh::capture(Command::new(sh::which("modprobe")?).args(["-q", module]), LIMIT);
+        let loaded = sh::capture(Command::new(sh::which("modprobe")?).arg("-q").args(module.split(' ')), LIMIT);
         if loaded.is_err() || !Path::new(sign).exists() {
             bail!("this kernel has no module {module}");
         }

@@ -27,7 +27,7 @@ impl Target for QemuNbd {
     }
 
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        need_module("nbd", "/sys/block/nbd0")?;
+        need_module("nbd nbds_max=32", "/sys/block/nbd0")?;
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);
@@ -71,9 +71,9 @@ fn is_connected(node: &Path) -> bool {
     size_of(node) > 0
 }
 
-/// The driver makes sixteen of them when it is loaded.
+/// The driver makes all there are when it is loaded.
 fn free_node() -> Result<PathBuf> {
-    (0..=MANY)
+    (0..2 * MANY)
         .map(|number| PathBuf::from(format!("/dev/nbd{number}")))
         .find(|node| node.exists() && !is_connected(node) && !has_pid(node))
         .context("all nbd devices are taken: modprobe nbd nbds_max=32")

@@ -13,6 +13,8 @@ pub(in crate::render) struct Group {
 }
 
 const STEP: f64 = 15.0;
+/// Quotient of the ends from which on ticks are few.
+const WIDE: f64 = 6.0;
 
 pub(in crate::render) fn forest(
     title: &str,
@@ -40,11 +42,13 @@ pub(in crate::render) fn forest(
     let x = Axis::log((least, most), (8.0, WIDTH - 44.0));
     let height = |group: &Group| LINE + group.points.iter().flatten().count() as f64 * STEP + 8.0;
     let bottom = top + groups.iter().map(height).sum::<f64>();
-    let ticks: Vec<f64> = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0]
-        .into_iter()
-        .filter(|tick| (least..=most).contains(tick))
-        .collect();
-    for tick in ticks {
+    // Where much is to be shown there is room for few.
+    let ticks: &[f64] = if most / least > WIDE {
+        &[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
+    } else {
+        &[0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]
+    };
+    for &tick in ticks.iter().filter(|tick| (least..=most).contains(*tick)) {
         let class = if tick == 1.0 { "mark" } else { "rule" };
         canvas.line(class, (x.place(tick), top), (x.place(tick), bottom));
         canvas.text("soft", x.place(tick), bottom + LINE * 0.7, Anchor::Middle, &format!("{tick} ×"));
