@@ -187,7 +187,8 @@ pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
 /// A module of the kernel with its options, or something built into it.
 pub(crate) fn need_module(module: &str, sign: &str) -> Result<()> {
     if !Path::new(sign).exists() {
-        let loaded = sh::capture(Command::new(sh::which("modprobe")?).arg("-q").args(module.split(' ')), LIMIT);
+        let loaded =
+            sh::capture(Command::new(sh::which("modprobe")?).arg("-q").args(module.split(' ')), LIMIT);
         if loaded.is_err() || !Path::new(sign).exists() {
             bail!("this kernel has no module {module}");
         }
