@@ -35,7 +35,9 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 impl Disk {
     /// Makes a device.
     pub(crate) fn new(shape: &Shape) -> Res<Disk> {
-        let file = format!("{}/disk{}", crate::SCRATCH, NEXT.fetch_add(1, Ordering::Relaxed));
+        // Another case may run in another process.
+        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let file = format!("{}/disk{process}-{number}", crate::SCRATCH);
         let made = std::fs::File::create(&file).at(&file)?;
         made.set_len(u64::from(shape.size_mib) << 20)?;
         let size = shape.block_size.to_string();
