@@ -55,6 +55,16 @@ pub fn interrupted() -> Result<()> {
     Ok(())
 }
 
+/// Waits for as long as `time`, unless the user asks to stop.
+pub fn pause(time: Duration) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        interrupted()?;
+        std::thread::sleep(TICK.min(time));
+    }
+    Ok(())
+}
+
 /// Waits in small steps until `done` gives a value; an error after `limit`, naming `what`.
 pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();

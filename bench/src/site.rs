@@ -18,7 +18,7 @@ const STORE_MB: u32 = 6144;
 pub struct Site {
     // In the order in which they are to go.
     _store: Option<Store>,
-    images: Option<tempfile::TempDir>,
+    _images: Option<tempfile::TempDir>,
     pub place: Place,
     home: tempfile::TempDir,
 }
@@ -46,12 +46,12 @@ impl Site {
             }
         };
         let place = Place { images: path, scratch: home.path().to_owned(), image_mb, many_mb };
-        Ok(Site { _store: store, images: kept, place, home })
+        Ok(Site { _store: store, _images: kept, place, home })
     }
 
     /// Directory for what a run needs besides images.
     pub fn scratch(&self) -> PathBuf {
-        self.images.as_ref().map_or(self.home.path(), |_| self.home.path()).to_owned()
+        self.home.path().to_owned()
     }
 }
 
@@ -72,7 +72,6 @@ impl Set {
             Ok(_) => target.set_up(place),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
         };
-        sh::interrupted()?;
         let unavailable = opened.as_ref().err().map(|error| format!("{error:#}"));
         let info = TargetInfo { name, about, version: version.unwrap_or_default(), unavailable };
         let mut set = Set { target, info, opened: opened.ok() };
@@ -81,6 +80,8 @@ impl Set {
         if set.opened.is_none() {
             set.down();
         }
+        // Only now, when there is something whose drop takes it all away.
+        sh::interrupted()?;
         Ok((set, warnings))
     }
 
