@@ -55,6 +55,11 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// A subcommand, to be run.
+    pub fn command(&self, words: &[&str]) -> Command {
+        command(&self.run_dir, words)
+    }
+
     /// Runs a subcommand and returns what it printed.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         sh::capture(&mut command(&self.run_dir, words), LIMIT)

@@ -20,7 +20,7 @@ use loopbench::{collect, outcome, render, sh, target};
 
 use crate::kernel::Line;
 use crate::vm::{self, Mode, Vm};
-use crate::{programs, setup};
+use crate::{programs, setup, tenants};
 
 /// What to show, and where.
 #[derive(clap::Args)]
@@ -83,6 +83,11 @@ fn show() -> Result<()> {
     say("tree", &format!("{files} files, {} MB, from {}", bytes >> 20, TREE_SOURCES.join(", ")));
     for (instance, kind) in [("red", "ext4"), ("blue", "xfs")] {
         file_system(&daemon, instance, kind, &place, &tree, home.path())?;
+    }
+
+    match paths.first().map(String::as_str) {
+        Some("batch") => tenants::show(&daemon, &place, |text| say("private", text))?,
+        _ => say("private", "loop devices of one's own need Linux 7.0"),
     }
 
     say(

@@ -18,6 +18,7 @@ mod programs;
 mod setup;
 mod suite;
 mod tally;
+mod tenants;
 mod vm;
 
 use std::path::PathBuf;

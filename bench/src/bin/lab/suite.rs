@@ -40,8 +40,50 @@ pub(crate) struct Options {
 
 /// Tests of a phase on this machine, from a warm build.
 const HOST_LIMIT: Duration = Duration::from_secs(3600);
-/// Kernel cases of one kernel.
-const CASES_LIMIT: Duration = Duration::from_secs(1800);
+/// Kernel cases of one VM.
+const CASES_LIMIT: Duration = Duration::from_secs(2400);
+
+/// A VM's share of the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Share {
+    line: Line,
+    cases: Cases,
+}
+
+/// Which kernel cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cases {
+    /// All, or those that the user's filter leaves.
+    All,
+    /// Those of private loop devices, half of the time of all.
+    Private,
+    /// The others.
+    Others,
+}
+
+/// What the names of cases of private loop devices begin with.
+const PRIVATE: &str = "private";
+
+impl Cases {
+    /// Words for the program of the kernel cases.
+    fn words(self, filter: Option<&str>) -> Vec<&str> {
+        let mut words = vec!["vm", "--test-threads=1"];
+        match self {
+            Cases::All => words.extend(filter),
+            Cases::Private => words.push(PRIVATE),
+            Cases::Others => words.extend(["--skip", PRIVATE]),
+        }
+        words
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Cases::All => "",
+            Cases::Private => ", private loop devices",
+            Cases::Others => ", all others",
+        }
+    }
+}
 
 /// A part of the run that is reported by itself.
 struct Phase {
@@ -79,30 +121,30 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     Ok(summarise(&phases))
 }
 
-/// Kernel cases and power cuts, the kernels beside each other: a VM seldom keeps both of its CPUs
-/// busy. The first kernel's output is shown as it comes, the others' when they are done.
+/// Kernel cases and power cuts, in VMs beside each other: one seldom keeps both of its CPUs busy. The
+/// first one's output is shown as it comes, the others' when they are done.
 fn in_vms(options: &Options) -> Result<Vec<Phase>> {
     let lab = setup::ensure_all()?;
     let mut programs = programs::build()?;
     let cases = programs::build_cases()?;
     let any = any_case(&cases, options.filter.as_deref())?;
     programs.push(cases);
-    let kernel = |line: Line, sink: Sink<'_>| one_kernel(&lab, line, &programs, any, options, sink);
-    let (first, others) = lines(options);
+    let run = |share: Share, sink: Sink<'_>| one_vm(&lab, share, &programs, any, options, sink);
+    let (first, others) = shares(options);
     std::thread::scope(|scope| {
         let others: Vec<_> = others
             .into_iter()
-            .map(|line| {
+            .map(|share| {
                 scope.spawn(move || {
                     let mut said = Vec::new();
-                    let phases = kernel(line, &mut |bytes| said.extend_from_slice(bytes));
+                    let phases = run(share, &mut |bytes| said.extend_from_slice(bytes));
                     (said, phases)
                 })
             })
             .collect();
-        let mut phases = kernel(first, &mut vm::to_stdout)?;
+        let mut phases = run(first, &mut vm::to_stdout)?;
         for other in others {
-            let (said, more) = other.join().map_err(|_| anyhow!("a kernel's thread panicked"))?;
+            let (said, more) = other.join().map_err(|_| anyhow!("a VM's thread panicked"))?;
             vm::to_stdout(&said);
             phases.extend(more?);
         }
@@ -110,33 +152,41 @@ fn in_vms(options: &Options) -> Result<Vec<Phase>> {
     })
 }
 
-fn one_kernel(
+fn one_vm(
     lab: &Lab,
-    line: Line,
+    share: Share,
     programs: &[Program],
     any: bool,
     options: &Options,
     sink: Sink<'_>,
 ) -> Result<Vec<Phase>> {
+    let Share { line, cases } = share;
     let release = lab.kernel(line)?.release;
     let filter = options.filter.as_deref();
-    let mut phases = vec![Phase::run(format!("power cut, {release}"), sink, |sink| {
-        powercut::run(lab, line, programs, filter, sink)
-    })?];
+    let mut phases = Vec::new();
+    if cases != Cases::Private {
+        phases.push(Phase::run(format!("power cut, {release}"), sink, |sink| {
+            powercut::run(lab, line, programs, filter, sink)
+        })?);
+    }
     if any {
-        phases.push(Phase::run(format!("kernel cases, {release}"), sink, |sink| {
-            cases_in_vm(lab, line, programs, options, sink)
+        phases.push(Phase::run(format!("kernel cases, {release}{}", cases.name()), sink, |sink| {
+            cases_in_vm(lab, share, programs, options, sink)
         })?);
     }
     Ok(phases)
 }
 
-/// The kernel whose output is shown as it comes, and the others.
-fn lines(options: &Options) -> (Line, Vec<Line>) {
+/// The share whose output is shown as it comes, and the others.
+fn shares(options: &Options) -> (Share, Vec<Share>) {
+    let all = |line| Share { line, cases: Cases::All };
+    let seven = |cases| Share { line: Line::Seven, cases };
+    let older = (options.kernel.is_none() && !options.quick).then_some(all(Line::SixTwelve));
     match options.kernel {
-        Some(line) => (line, vec![]),
-        None if options.quick => (Line::Seven, vec![]),
-        None => (Line::Seven, vec![Line::SixTwelve]),
+        Some(Line::SixTwelve) => (all(Line::SixTwelve), vec![]),
+        // Filters of libtest are alternatives: no second one can be put beside the user's.
+        _ if options.filter.is_some() => (seven(Cases::All), older.into_iter().collect()),
+        _ => (seven(Cases::Others), [seven(Cases::Private)].into_iter().chain(older).collect()),
     }
 }
 
@@ -185,15 +235,14 @@ fn doc_tests(filter: Option<&str>) -> Result<Tally> {
 
 fn cases_in_vm(
     lab: &Lab,
-    line: Line,
+    Share { line, cases }: Share,
     programs: &[Program],
     options: &Options,
     sink: Sink<'_>,
 ) -> Result<Tally> {
     let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
     let full = if options.full { "export LOOPENGINE_VM_FULL=1; " } else { "" };
-    let mut words = vec!["vm", "--test-threads=1"];
-    words.extend(options.filter.as_deref());
+    let words = cases.words(options.filter.as_deref());
     let (first, said) = cases_once(lab, &machine, programs, &format!("{full}{}", sh::quote(&words)), sink)?;
     let names = failed_names(&said);
     if names.is_empty() || names.len() > SECOND_TRIES_MAX || names.len() as u64 != first.failed {
@@ -294,6 +343,24 @@ mod tests {
 
     fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
         Tally { passed, failed, skipped }
+    }
+
+    #[test]
+    fn every_case_is_in_one_share() {
+        assert_eq!(Cases::Private.words(None), ["vm", "--test-threads=1", PRIVATE]);
+        assert_eq!(Cases::Others.words(None), ["vm", "--test-threads=1", "--skip", PRIVATE]);
+        assert_eq!(Cases::All.words(Some("x")), ["vm", "--test-threads=1", "x"]);
+        let options = |kernel, filter| Options { kernel, filter, host: false, quick: false, full: false };
+        let names = |options| {
+            let (first, others) = shares(&options);
+            let all: Vec<_> = [first].into_iter().chain(others).collect();
+            all.iter().map(|share| format!("{}{}", share.line.name(), share.cases.name())).collect::<Vec<_>>()
+        };
+        let all = ["7, all others", "7, private loop devices", "6.12"];
+        assert_eq!(names(options(None, None)), all);
+        assert_eq!(names(options(Some(Line::Seven), None)), all[..2]);
+        assert_eq!(names(options(Some(Line::SixTwelve), None)), all[2..]);
+        assert_eq!(names(options(None, Some("x".into()))), ["7", "6.12"]);
     }
 
     #[test]
