@@ -10,6 +10,8 @@ use serde::Deserialize;
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, FrontendKind, InstanceSpec};
 use crate::instance::{EngineConfig, Tuning};
+use crate::kernel_mounts::{FileSystem, policy};
+use crate::private::Defaults;
 
 /// Where the daemon keeps its socket, its state and the names of devices.
 pub const RUN_DIR: &str = "/run/loopengine";
@@ -22,6 +24,9 @@ pub const MAX_DEVICES: u32 = 256;
 
 /// The worker switches that measured best.
 pub const TUNING: Tuning = Tuning { linked_commit: true, poll_us: 0 };
+
+/// What a user may have of private pools unless told otherwise.
+pub const PRIVATE: Defaults = Defaults { devices: 64, pools: 16 };
 
 /// Larger files are not configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -38,6 +43,9 @@ pub struct Config {
     /// Switches of all workers.
     #[serde(default)]
     pub tuning: TuningTable,
+    /// What users may have of private pools.
+    #[serde(default)]
+    pub private: PrivateTable,
     /// Instances to create at start.
     #[serde(default)]
     pub instance: Vec<InstanceTable>,
@@ -76,6 +84,19 @@ pub struct TuningTable {
     pub linked_commit: Option<bool>,
     /// See [`Tuning::poll_us`].
     pub poll_us: Option<u32>,
+}
+
+/// `[private]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrivateTable {
+    /// Devices of all private pools of one user.
+    pub max_per_user: Option<u32>,
+    /// Private pools of one user.
+    pub max_pools_per_user: Option<u32>,
+    /// File systems that users may have the kernel mount from devices of theirs.
+    #[serde(default)]
+    pub kernel_mounts: Vec<String>,
 }
 
 /// `[[instance]]`.
@@ -132,6 +153,13 @@ impl Config {
         if limits.chain([self.default.max_devices]).any(|max| max == Some(0)) {
             return Err(invalid(format!("{name}: max_devices must be 1 or more")));
         }
+        for listed in &self.private.kernel_mounts {
+            let unknown = |error: Error| {
+                let hint = error.next_step().unwrap_or_default().to_owned();
+                Error::new(error.kind(), format!("{name}, kernel_mounts: {}", error.message())).hint(hint)
+            };
+            policy::named(listed).map_err(unknown)?;
+        }
         Ok(())
     }
 
@@ -161,6 +189,19 @@ impl Config {
             linked_commit: self.tuning.linked_commit.unwrap_or(TUNING.linked_commit),
             poll_us: self.tuning.poll_us.unwrap_or(TUNING.poll_us),
         }
+    }
+
+    /// What a user may have of private pools.
+    pub fn private(&self) -> Defaults {
+        Defaults {
+            devices: self.private.max_per_user.unwrap_or(PRIVATE.devices),
+            pools: self.private.max_pools_per_user.unwrap_or(PRIVATE.pools),
+        }
+    }
+
+    /// File systems that the kernel may mount for users.
+    pub fn kernel_mounts(&self) -> Vec<&'static FileSystem> {
+        self.private.kernel_mounts.iter().filter_map(|name| policy::find(name)).collect()
     }
 
     /// All that the engine wants to know.
@@ -210,7 +251,8 @@ mod tests {
     #[test]
     fn everything() {
         let text = "frontend = 'fuse'\n[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
-                    [tuning]\nlinked_commit = true\npoll_us = 50\n\
+                    [tuning]\nlinked_commit = true\npoll_us = 50\n[private]\nmax_per_user = 9\n\
+                    kernel_mounts = ['ext4', 'xfs']\n\
                     [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
         let config = Config::parse(text, "x.toml").unwrap();
         assert_eq!(config.frontend, Some(Choice::Fuse));
@@ -218,6 +260,8 @@ mod tests {
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
         assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
+        assert_eq!(config.private(), Defaults { devices: 9, pools: PRIVATE.pools });
+        assert_eq!(config.kernel_mounts().iter().map(|kind| kind.name).collect::<Vec<_>>(), ["ext4", "xfs"]);
         let instances: Vec<_> = config.instances().collect();
         assert_eq!(instances[0].max_devices, 4);
         assert_eq!(instances[1].max_devices, MAX_DEVICES);
@@ -234,6 +278,7 @@ mod tests {
         assert!(refused("[[instance]]\nname = 'default'\n").contains("[default]"));
         assert!(refused("[[instance]]\nname='a'\n[[instance]]\nname='a'\n").contains("twice"));
         assert!(refused("[default]\nmax_devices = 0\n").contains("max_devices"));
+        assert!(refused("[private]\nkernel_mounts = ['ext4', 'btrfs']\n").contains("\"btrfs\""));
     }
 
     #[test]

@@ -28,8 +28,14 @@ pub mod error;
 pub mod frontend;
 pub mod image;
 pub mod instance;
+pub mod intercept;
+pub mod kernel_mounts;
+pub mod loopfs;
+pub mod loops;
+pub mod private;
 pub mod request;
 pub mod ring;
+pub mod sandbox;
 pub mod sys;
 pub mod worker;
 

@@ -31,6 +31,26 @@ pub(super) fn of(command: &str) -> &'static [Example] {
         "instance remove" => {
             &[("Remove an instance that has no devices any more.", "loopengine instance remove build")]
         }
+        "instance mount" => &[
+            ("A pool of four devices.", "mkdir dev && loopengine instance mount --max 4 dev"),
+            (
+                "One for a container.",
+                "mkdir /srv/ci && loopengine instance mount --container --name ci --max 4 /srv/ci",
+            ),
+            (
+                "The same as the first by mount(8), after 'loopengine install'.",
+                "mount -t loop loop dev -o max=4",
+            ),
+        ],
+        "instance open" => &[(
+            "What is in the directory of a new pool.",
+            "loopengine instance open -- sh -c 'ls /proc/self/fd/$LOOPENGINE_POOL_FD/'",
+        )],
+        "install" => &[
+            ("Install, and start the daemon.", "loopengine install && systemctl enable --now loopengine"),
+            ("For a package.", "DESTDIR=$PWD/root loopengine install --prefix /usr"),
+            ("Take it all away again.", "loopengine install --uninstall"),
+        ],
         "attach" => &[
             ("Serve an image; the device path is printed.", "loopengine attach disk.img"),
             (
@@ -63,10 +83,60 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             ("Counts of all devices.", "loopengine stats"),
             ("Rates of one, every second.", "loopengine stats loop0 --watch"),
         ],
+        "run" => &[
+            ("A shell in which losetup and mount have loop devices of their own.", "loopengine run -- bash"),
+            ("Build an image without being root.", "loopengine run --max 2 -- ./build-image.sh disk.img"),
+        ],
+        "mount" => &[
+            (
+                "See what is in an image, and unmount it.",
+                "loopengine mount disk.img mnt && ls mnt && loopengine umount mnt",
+            ),
+            (
+                "Its second partition, without writing to it.",
+                "loopengine mount --partition 2 --read-only disk.img mnt",
+            ),
+            ("With another program of FUSE.", "loopengine mount --fuse erofs=erofsfuse system.img mnt"),
+        ],
+        "umount" => &[
+            ("By the directory.", "loopengine umount mnt"),
+            ("By the image, wherever it is mounted.", "loopengine umount disk.img"),
+        ],
+        "losetup" => &[
+            (
+                "A pool, and a device with partitions in it.",
+                "loopengine instance mount /mnt/loops && loopengine losetup -fP --show disk.img",
+            ),
+            ("What a pool's devices are bound to.", "loopengine losetup --pool build --list"),
+        ],
+        "limit" => &[
+            ("What users may have, and have.", "loopengine limit"),
+            ("User 1000 may have 200 devices.", "loopengine limit 1000 200"),
+        ],
         "features" => &[("What this kernel can do.", "loopengine features")],
         "doctor" => {
             &[("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images")]
         }
+        "oci" => &[(
+            "A container with four loop devices of its own.",
+            "loopengine instance mount --container --name ci --max 4 /srv/ci && loopengine oci print-config --pool ci config.json",
+        )],
+        "oci print-config" => &[(
+            "The bundle in this directory gets the devices of the pool ci.",
+            "runc spec && loopengine oci print-config --pool ci config.json > new && mv new config.json",
+        )],
+        "oci print-profile" => &[(
+            "A runtime's own profile, with loop devices.",
+            "loopengine oci print-profile --base default.json > loop.json",
+        )],
+        "oci print-cdi" => &[(
+            "All devices of an instance, for '--device loopengine.io/loop=build'.",
+            "loopengine oci print-cdi -i build > /var/run/cdi/build.json",
+        )],
+        "oci hook" => &[(
+            "By hand, as a runtime would.",
+            "echo '{\"bundle\":\"/srv/c1\"}' | loopengine oci hook --devices 4",
+        )],
         _ => &[],
     }
 }
@@ -81,14 +151,24 @@ pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
         "/run/loopengine/NAME/loopN",
         "Device number N of the instance NAME: a link to /dev/ublkbM, or a file (FUSE).",
     );
+    const PRIVATE: (&str, &str) = (
+        "/run/loopengine/private",
+        "The daemon's socket for private pools (varlink, interface io.loopengine.Private). For everybody.",
+    );
     match command {
         "" | "serve" => &[
             ("/etc/loopengine.toml", "Configuration; see loopengine-serve(1)."),
             SOCKET,
+            PRIVATE,
             NAMES,
             ("/run/loopengine/lock", "Held by the daemon that owns the directory."),
         ],
-        "create" | "features" => &[],
+        "create" | "features" | "oci" | "oci hook" => &[],
+        "oci print-profile" | "oci print-config" => {
+            &[("/run/loopengine/oci", "Where runtimes send listeners.")]
+        }
+        "instance mount" | "instance open" | "run" | "mount" | "umount" | "losetup" | "limit" => &[PRIVATE],
+        "install" => &[("PREFIX/share/loopengine/installed", "What was placed, and what it was.")],
         "doctor" => &[SOCKET],
         _ => &[SOCKET, NAMES],
     }

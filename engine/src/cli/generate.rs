@@ -37,16 +37,24 @@ impl Args {
 
 /// Writes a completion for each shell to `dir`.
 pub fn completions(dir: &Path) -> Result<()> {
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+    for (name, text) in completion_files() {
+        write(dir, &name, &text)?;
+    }
+    Ok(())
+}
+
+/// Names and texts of the completions.
+pub(super) fn completion_files() -> Vec<(String, Vec<u8>)> {
+    let made = [Shell::Bash, Shell::Zsh, Shell::Fish].map(|shell| {
         let mut text = Vec::new();
         clap_complete::generate(shell, &mut super::command(), "loopengine", &mut text);
         let name = match shell {
             Shell::Zsh => "_loopengine".to_owned(),
             _ => format!("loopengine.{shell}"),
         };
-        write(dir, &name, &text)?;
-    }
-    Ok(())
+        (name, text)
+    });
+    made.into()
 }
 
 /// Writes all manual pages to `dir`.

@@ -6,6 +6,7 @@ use crate::config::MAX_DEVICES;
 use crate::error::Result;
 use crate::instance::spec::InstanceSpec;
 
+use super::pool::{Mount, Open};
 use super::table::Table;
 use super::{daemon, out};
 
@@ -18,6 +19,8 @@ pub(super) enum Command {
     Create(Create),
     List(List),
     Remove(Remove),
+    Mount(Mount),
+    Open(Open),
 }
 
 /// Create an instance.
@@ -66,6 +69,8 @@ impl Command {
         match self {
             Command::Create(args) => args.run(run_dir),
             Command::List(args) => args.run(run_dir),
+            Command::Mount(args) => args.run(run_dir),
+            Command::Open(args) => args.run(run_dir),
             Command::Remove(args) => {
                 daemon::ask(run_dir, async |client| client.remove_instance(&args.name, args.force).await)
             }

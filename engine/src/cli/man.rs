@@ -7,12 +7,19 @@ use zlink::introspect::CustomType;
 
 use crate::error::{Error, Result};
 use crate::instance::spec::*;
+use crate::private::Limit;
 
 use super::doctor::{Check, Verdict};
 use super::{EXIT_CODES, examples};
 
 /// What the foot of every page says.
 const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
+
+/// Pages that are written by hand.
+const WRITTEN: &[(&str, &str)] = &[
+    ("loopengine-loopfs.7", include_str!("pages/loopengine-loopfs.7")),
+    ("mount.loop.8", include_str!("pages/mount.loop.8")),
+];
 
 /// Names and texts of all pages.
 pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
@@ -23,6 +30,9 @@ pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     let mut json = Vec::new();
     json_page().to_writer(&mut json).map_err(|error| Error::os(error, "cannot write a manual page"))?;
     pages.push(("loopengine-json.7".to_owned(), json));
+    for (name, text) in WRITTEN {
+        pages.push(((*name).to_owned(), text.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes()));
+    }
     Ok(pages)
 }
 
@@ -83,6 +93,10 @@ fn own_sections(path: &str) -> Roff {
             roman(", the exit status of the command; 128 and the number of the signal if one ended it."),
         ]);
     }
+    if path == "run" {
+        roff.control("PP", []);
+        roff.text([roman("Once the command has started, its own exit status.")]);
+    }
     let files = examples::files(path);
     if !files.is_empty() {
         roff.control("SH", ["FILES"]);
@@ -105,7 +119,10 @@ fn own_sections(path: &str) -> Roff {
     }
     roff.control("SH", ["SEE ALSO"]);
     let also = match path {
-        "" => "loopengine-serve(1), loopengine-attach(1), loopengine-doctor(1), loopengine-json(7)",
+        "" => {
+            "loopengine-serve(1), loopengine-attach(1), loopengine-doctor(1), loopengine-loopfs(7), loopengine-json(7)"
+        }
+        "instance mount" | "instance open" => "loopengine(1), loopengine-loopfs(7), mount.loop(8)",
         _ => "loopengine(1), loopengine-json(7)",
     };
     roff.text([roman(also)]);
@@ -133,6 +150,22 @@ fn configuration(roff: &mut Roff) {
         (
             "[tuning]",
             &[("linked_commit = true|false", "As --linked-commit."), ("poll_us = N", "As --poll-us.")],
+        ),
+        (
+            "[private]",
+            &[
+                (
+                    "max_per_user = N",
+                    "Devices that all private pools of one user may have together [64]. Root may have any number.",
+                ),
+                ("max_pools_per_user = N", "Private pools of one user [16]."),
+                (
+                    "kernel_mounts = [\"FS\", …]",
+                    "File systems that users may have the kernel mount from devices of private pools, with \
+                     'loopengine run --mount' [none]; of ext2, ext3, ext4, xfs, squashfs, erofs and vfat. Whoever may \
+                     have one puts an image of his own before the kernel's parser of that file system.",
+                ),
+            ],
         ),
         (
             "[[instance]]",
@@ -166,6 +199,7 @@ const TYPES: &[&idl::CustomType<'static>] = &[
     DeviceState::CUSTOM_TYPE,
     DeviceStats::CUSTOM_TYPE,
     LatencySummary::CUSTOM_TYPE,
+    Limit::CUSTOM_TYPE,
     Features::CUSTOM_TYPE,
     Check::CUSTOM_TYPE,
     Verdict::CUSTOM_TYPE,
@@ -176,6 +210,7 @@ fn json_page() -> Roff {
         ("loopengine instance list", "An array of InstanceInfo."),
         ("loopengine list", "An array of DeviceInfo."),
         ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
+        ("loopengine limit", "An array of Limit."),
         ("loopengine features", "One Features."),
         ("loopengine doctor", "An array of Check."),
     ];

@@ -12,18 +12,29 @@ mod examples;
 mod features;
 pub mod generate;
 mod image;
+mod install;
 mod instance;
+mod limit;
 mod list;
+pub mod losetup;
 mod man;
+mod mount;
+mod mount_loop;
+mod oci;
 mod out;
+mod pool;
+mod private;
 mod reload;
+mod remote;
 mod resize;
 mod run;
 mod serve;
 mod size;
 mod stats;
 mod table;
+mod wanted;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -31,6 +42,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::RUN_DIR;
 use crate::error::{Kind, Result};
+
+pub use mount_loop::main as mount_loop;
 
 /// Serves image files as fast, private block devices.
 ///
@@ -66,8 +79,18 @@ enum Command {
     Resize(resize::Args),
     List(list::Args),
     Stats(stats::Args),
+    Run(private::Args),
+    Mount(mount::Args),
+    Umount(mount::Umount),
+    Losetup(losetup::Args),
+    Mounter(private::mounter::Args),
+    MountMaker(private::maker::Args),
+    Limit(limit::Args),
     Features(features::Args),
     Doctor(doctor::Args),
+    Install(install::Args),
+    #[command(subcommand)]
+    Oci(oci::Command),
     Generate(generate::Args),
 }
 
@@ -107,9 +130,10 @@ pub(crate) fn command() -> clap::Command {
 
 /// The program.
 pub fn main() -> ExitCode {
-    let cli = match Cli::from_arg_matches(&command().get_matches()) {
+    let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => error.exit(),
+        Err(error) => return misused(&error, &std::env::args_os().collect::<Vec<_>>()),
     };
     match cli.command.run(cli.run_dir) {
         Ok(code) => ExitCode::from(code),
@@ -120,11 +144,37 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Says what is wrong with the command line, or prints the help that it asks for.
+fn misused(error: &clap::Error, words: &[OsString]) -> ExitCode {
+    match words.last() {
+        // Programs that call it know losetup's ways.
+        Some(last) if error.use_stderr() && is_losetup(words) => {
+            eprint!("{}", losetup::usage_error(error, last));
+            ExitCode::FAILURE
+        }
+        _ => error.exit(),
+    }
+}
+
+/// Whether these words, of which the first is the program, ask for the subcommand losetup.
+fn is_losetup(words: &[OsString]) -> bool {
+    let mut words = words.iter().skip(1);
+    while let Some(word) = words.next() {
+        if word == "--run-dir" {
+            words.next();
+        } else if !word.as_encoded_bytes().starts_with(b"-") {
+            return word == "losetup";
+        }
+    }
+    false
+}
+
 impl Command {
     fn run(self, run_dir: PathBuf) -> Result<u8> {
         let done = match self {
             Command::Attach(args) => return args.run(&run_dir),
             Command::Doctor(args) => return args.run(&run_dir),
+            Command::Losetup(args) => return remote::run(args, &run_dir),
             Command::Serve(args) => args.run(&run_dir),
             Command::Instance(command) => command.run(&run_dir),
             Command::Create(args) => args.run(),
@@ -132,7 +182,15 @@ impl Command {
             Command::Resize(args) => args.run(&run_dir),
             Command::List(args) => args.run(&run_dir),
             Command::Stats(args) => args.run(&run_dir),
+            Command::Run(args) => args.run(&run_dir),
+            Command::Mount(args) => args.run(&run_dir),
+            Command::Umount(args) => args.run(&run_dir),
+            Command::Mounter(args) => args.run(),
+            Command::MountMaker(args) => args.run(),
+            Command::Limit(args) => args.run(&run_dir),
             Command::Features(args) => args.run(),
+            Command::Install(args) => args.run(),
+            Command::Oci(command) => command.run(&run_dir),
             Command::Generate(args) => args.run(),
         };
         done.map(|()| 0)
@@ -146,6 +204,17 @@ mod tests {
     #[test]
     fn clap_finds_no_mistake() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn whose_usage_it_is() {
+        let asks = |line: &str| is_losetup(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        for line in ["x losetup", "x losetup -Z", "x --run-dir /r losetup -f", "x --run-dir=/r losetup"] {
+            assert!(asks(line), "{line}");
+        }
+        for line in ["x", "x --bad", "x list losetup", "x --run-dir losetup list", "x --run-dir"] {
+            assert!(!asks(line), "{line}");
+        }
     }
 
     #[test]

@@ -43,6 +43,12 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<St
     if old.tuning() != new.tuning() {
         notes.push("[tuning] changed: takes effect at the next start".to_owned());
     }
+    if old.private != new.private {
+        notes.push(
+            "[private] changed: takes effect at the next start; 'loopengine limit' changes one user's now"
+                .to_owned(),
+        );
+    }
     let before: Vec<InstanceSpec> = old.instances().chain([old.default_instance()]).collect();
     for spec in new.instances().chain([new.default_instance()]) {
         match before.iter().find(|known| known.name == spec.name) {

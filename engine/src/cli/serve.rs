@@ -19,6 +19,9 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
+use crate::kernel_mounts::KernelMounts;
+use crate::private::{Registry, Served};
+use crate::sandbox;
 use crate::sys::{self, mntns};
 
 use super::reload;
@@ -57,6 +60,18 @@ pub(super) struct Args {
     /// where that is in vain. 0: never.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: Option<u32>,
+
+    /// Keep all privileges, for debugging: otherwise the daemon gives up capabilities and system calls
+    /// that it does not need.
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
+/// What is served where: `control`, and `private`.
+struct Services {
+    listeners: [StdListener; 3],
+    backend: Arc<dyn Backend>,
+    registry: Arc<Registry>,
 }
 
 /// How the daemon was asked to end.
@@ -91,12 +106,25 @@ impl Args {
             FrontendKind::Ublk => own_mounts()?,
             FrontendKind::Fuse => note_mount_namespace(),
         }
+        // While programs may still be started. Without it all else works.
+        let kernel = match frontend {
+            FrontendKind::Ublk => {
+                let started = KernelMounts::start().map(Arc::new);
+                started.inspect_err(|error| tracing::warn!("nothing is mounted by the kernel: {error}")).ok()
+            }
+            FrontendKind::Fuse => None,
+        };
+        if self.no_sandbox {
+            tracing::warn!("the daemon keeps all its privileges (--no-sandbox)");
+        } else {
+            sandbox::enter();
+        }
         let (engine, notes) = Engine::start(config.engine(run_dir.path().to_owned(), frontend))?;
         for note in notes {
             tracing::info!("{note}");
         }
         let engine = Arc::new(engine);
-        let served = self.serve(&config, frontend, &run_dir, &engine);
+        let served = self.serve(&config, frontend, &run_dir, &engine, kernel);
         run_dir.unbind();
         match served {
             Ok(End::AtOnce) => {
@@ -124,17 +152,24 @@ impl Args {
         frontend: FrontendKind,
         run_dir: &RunDir,
         engine: &Arc<Engine>,
+        kernel: Option<Arc<KernelMounts>>,
     ) -> Result<End> {
         for note in reload::create_all(config, &**engine)? {
             tracing::info!("{note}");
         }
-        let listener = run_dir.bind()?;
+        let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
+        let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
+        let registry = Arc::new(Registry::start(source, config.private())?);
         let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
             .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
-        let ended = runtime.block_on(self.until_stopped(listener, backend, config.clone(), frontend));
+        let services = Services { listeners, backend, registry: Arc::clone(&registry) };
+        let ended = runtime.block_on(self.until_stopped(services, config.clone(), frontend));
+        // They end with the daemon, whatever instances do.
+        registry.shutdown();
+        drop(registry);
         if Arc::strong_count(engine) > 1 {
             // Calls are still being handled; the drop of the runtime would wait for them.
             std::mem::forget(runtime);
@@ -145,8 +180,7 @@ impl Args {
     /// Serves until a signal says stop, then lets calls end.
     async fn until_stopped(
         &self,
-        listener: StdListener,
-        backend: Arc<dyn Backend>,
+        services: Services,
         mut config: Config,
         frontend: FrontendKind,
     ) -> Result<End> {
@@ -154,9 +188,17 @@ impl Args {
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
         let mut hangup = signal(SignalKind::hangup()).map_err(cannot)?;
-        let listener = UnixListener::from_std(listener).map_err(cannot)?;
+        let Services { listeners: [control, private, oci], backend, registry } = services;
+        let control = UnixListener::from_std(control).map_err(cannot)?;
+        let private = UnixListener::from_std(private).map_err(cannot)?;
+        let oci = UnixListener::from_std(oci).map_err(cannot)?;
         let (stop, stopping) = watch::channel(false);
-        let mut served = tokio::task::spawn_local(server::serve(listener, Arc::clone(&backend), stopping));
+        let all = (
+            server::serve(control, Arc::clone(&backend), stopping.clone()),
+            server::serve_private(private, Arc::clone(&registry), stopping.clone()),
+            server::serve_oci(oci, registry, stopping),
+        );
+        let mut served = tokio::task::spawn_local(async { tokio::join!(all.0, all.1, all.2) });
         let mounts = (frontend == FrontendKind::Ublk).then(|| tokio::task::spawn_local(watch_mounts()));
         tell(&[NotifyState::Ready]);
         loop {

@@ -18,12 +18,12 @@ use crate::instance::Selector;
 use crate::instance::spec::*;
 
 /// The daemon answers a call about one device sooner: its own waits are a few seconds each.
-const ONE_MAX: Duration = Duration::from_secs(60);
+pub(super) const ONE_MAX: Duration = Duration::from_secs(60);
 
 /// A call about many devices may take that long.
 const MANY_MAX: Duration = Duration::from_secs(600);
 
-type Answer<T> = zlink::Result<std::result::Result<T, Fault>>;
+pub(super) type Answer<T> = zlink::Result<std::result::Result<T, Fault>>;
 
 /// A connection to the daemon.
 #[derive(Debug)]
@@ -37,12 +37,7 @@ impl Client {
     /// Connects to the daemon that serves `run_dir`. Needs a tokio runtime.
     pub async fn connect(run_dir: &Path) -> Result<Client> {
         let socket = run_dir.join(SOCKET);
-        let connected = timeout(ONE_MAX, UnixStream::connect(&socket)).await;
-        let stream = match connected {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return Err(unreachable(&socket, &error)),
-            Err(_) => return Err(late(&socket, ONE_MAX)),
-        };
+        let stream = connect(&socket).await?;
         let daemon = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let stream = Stream::try_from(stream).map_err(|error| lost(&socket, error))?;
         Ok(Client { connection: Connection::new(stream), socket, daemon })
@@ -113,6 +108,15 @@ impl Client {
     }
 }
 
+/// Connects, or says how to start the daemon.
+pub(super) async fn connect(socket: &Path) -> Result<UnixStream> {
+    match timeout(ONE_MAX, UnixStream::connect(socket)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(unreachable(socket, &error)),
+        Err(_) => Err(late(socket, ONE_MAX)),
+    }
+}
+
 fn parts(which: &Selector) -> (Option<&str>, Option<&str>) {
     match which {
         Selector::Device(device) => (Some(device), None),
@@ -121,7 +125,11 @@ fn parts(which: &Selector) -> (Option<&str>, Option<&str>) {
     }
 }
 
-async fn answer<T>(socket: &Path, limit: Duration, call: impl Future<Output = Answer<T>>) -> Result<T> {
+pub(super) async fn answer<T>(
+    socket: &Path,
+    limit: Duration,
+    call: impl Future<Output = Answer<T>>,
+) -> Result<T> {
     match timeout(limit, call).await {
         Ok(Ok(answer)) => answer.map_err(Error::from),
         Ok(Err(error)) => Err(lost(socket, error)),
@@ -129,7 +137,7 @@ async fn answer<T>(socket: &Path, limit: Duration, call: impl Future<Output = An
     }
 }
 
-fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
+pub(super) fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
     let shown = socket.display();
     let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
     let message = format!("cannot reach the daemon at {shown}: {}", reason(error));
@@ -139,14 +147,14 @@ fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
     Error::new(Kind::Unavailable, message).hint("start it with 'loopengine serve'")
 }
 
-fn late(socket: &Path, limit: Duration) -> Error {
+pub(super) fn late(socket: &Path, limit: Duration) -> Error {
     let (shown, seconds) = (socket.display(), limit.as_secs());
     let message = format!("the daemon at {shown} did not answer within {seconds} s");
     Error::new(Kind::Deadline, message).hint("look at its log")
 }
 
 /// The connection, not the daemon's work, failed.
-fn lost(socket: &Path, error: zlink::Error) -> Error {
+pub(super) fn lost(socket: &Path, error: zlink::Error) -> Error {
     let shown = socket.display();
     match error {
         zlink::Error::VarlinkService(error) if *error.inner() == Refusal::PermissionDenied => {

@@ -1,11 +1,12 @@
-//! A varlink socket with an idle deadline, a write deadline and a stop switch.
+//! A varlink socket with an idle deadline, a write deadline, a stop switch, and bounds on what comes.
 //!
 //! zlink reads a connection only while no call of it is being handled. So ending the connection at
 //! the next read lets a call that is being handled send its answer first.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::io::{FdFlags, fcntl_setfd};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use zlink::connection::PassedCredentials;
@@ -24,11 +25,31 @@ pub(super) struct Guarded {
     stream: Stream,
     stop: watch::Receiver<bool>,
     idle_max: Duration,
+    left: Bounds,
+}
+
+/// What may still come on a connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// Bytes of all calls together.
+    pub(super) bytes: usize,
+    /// Descriptors with one message.
+    pub(super) descriptors: usize,
 }
 
 impl Guarded {
+    /// For a client that is trusted to be brief.
     pub(super) fn new(stream: Stream, stop: watch::Receiver<bool>, idle_max: Duration) -> Self {
-        Self { stream, stop, idle_max }
+        Self::bounded(stream, stop, idle_max, Bounds { bytes: usize::MAX, descriptors: usize::MAX })
+    }
+
+    pub(super) fn bounded(
+        stream: Stream,
+        stop: watch::Receiver<bool>,
+        idle_max: Duration,
+        left: Bounds,
+    ) -> Self {
+        Self { stream, stop, idle_max, left }
     }
 }
 
@@ -40,8 +61,8 @@ impl Socket for Guarded {
 
     fn split(self) -> (GuardedRead, GuardedWrite) {
         let (read, write) = self.stream.split();
-        let (stop, idle_max) = (self.stop, self.idle_max);
-        (GuardedRead { read, stop, idle_max }, GuardedWrite { write })
+        let (stop, idle_max, left) = (self.stop, self.idle_max, self.left);
+        (GuardedRead { read, stop, idle_max, left }, GuardedWrite { write })
     }
 }
 
@@ -50,19 +71,34 @@ pub(super) struct GuardedRead {
     read: <Stream as Socket>::ReadHalf,
     stop: watch::Receiver<bool>,
     idle_max: Duration,
+    left: Bounds,
 }
 
 impl ReadHalf for GuardedRead {
     async fn read(&mut self, buf: &mut [u8]) -> zlink::Result<ReadResult> {
-        tokio::select! {
+        let read = tokio::select! {
             biased;
             // Also when the sender is gone: then the server has ended.
             _ = self.stop.wait_for(|&stop| stop) => Err(zlink::Error::UnexpectedEof),
             read = timeout(self.idle_max, self.read.read(buf)) => {
                 read.unwrap_or(Err(zlink::Error::SocketRead))
             }
+        }?;
+        close_on_exec(read.fds())?;
+        self.left.bytes = self.left.bytes.saturating_sub(read.bytes_read());
+        if self.left.bytes == 0 || read.fds().len() > self.left.descriptors {
+            return Err(zlink::Error::BufferOverflow);
         }
+        Ok(read)
     }
+}
+
+/// zlink does not ask the kernel for it.
+pub(super) fn close_on_exec(fds: &[OwnedFd]) -> zlink::Result<()> {
+    for fd in fds {
+        fcntl_setfd(fd, FdFlags::CLOEXEC).map_err(|error| zlink::Error::Io(error.into()))?;
+    }
+    Ok(())
 }
 
 #[derive(Debug)]
@@ -102,6 +138,20 @@ mod tests {
         let error = read.read(&mut [0; 8]).await.unwrap_err();
         assert!(matches!(error, zlink::Error::SocketRead), "{error}");
         assert!(started.elapsed() >= Duration::from_millis(30));
+    }
+
+    #[tokio::test]
+    async fn too_much_ends_it() {
+        let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        let (_stop, stopping) = watch::channel(false);
+        let bounds = Bounds { bytes: 6, descriptors: 0 };
+        let stream = Stream::try_from(ours).unwrap();
+        let mut read = Guarded::bounded(stream, stopping, Duration::from_secs(60), bounds).split().0;
+        theirs.try_write(b"hello").unwrap();
+        assert_eq!(read.read(&mut [0; 8]).await.unwrap().bytes_read(), 5);
+        theirs.try_write(b"again").unwrap();
+        let error = read.read(&mut [0; 8]).await.unwrap_err();
+        assert!(matches!(error, zlink::Error::BufferOverflow), "{error}");
     }
 
     #[tokio::test]

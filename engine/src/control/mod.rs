@@ -1,4 +1,5 @@
-//! The control socket: a varlink service in the run directory, and its client.
+//! Two sockets in the run directory, each with a varlink service, and their clients: `control` for the
+//! administrator, `private` for everybody who wants loop devices of its own.
 //!
 //! ```text
 //!  client ── call, image fd ──► server ── one task a connection ──► service ──► Backend (the engine)
@@ -13,6 +14,8 @@ pub mod client;
 pub mod codec;
 mod fault;
 mod guard;
+pub mod oci;
+mod private;
 pub mod reply;
 pub mod rundir;
 pub mod server;
@@ -21,6 +24,7 @@ mod service;
 pub use backend::Backend;
 pub use client::Client;
 pub use fault::Fault;
+pub use private::{PrivateClient, PrivateService};
 pub use service::ControlService;
 
 /// Name of the varlink interface; a file of this name with the ending `.varlink` describes it.
@@ -28,6 +32,12 @@ pub const INTERFACE: &str = "io.loopengine";
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "control";
+
+/// Name of the socket for private pools.
+pub const PRIVATE_SOCKET: &str = "private";
+
+/// Name of the socket on which container runtimes bring listeners.
+pub const OCI_SOCKET: &str = "oci";
 
 /// What the operating system says, without the number that Rust appends.
 pub fn reason(error: &std::io::Error) -> String {

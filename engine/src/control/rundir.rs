@@ -1,4 +1,4 @@
-//! The run directory: made safe, locked by one daemon, with the control socket in it.
+//! The run directory: made safe, locked by one daemon, with the sockets in it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 
-use super::{SOCKET, reason};
+use super::{OCI_SOCKET, PRIVATE_SOCKET, SOCKET, reason};
 use crate::error::{Error, Kind, Result};
 
 /// A run directory that no other daemon can take while this lives.
@@ -40,22 +40,42 @@ impl RunDir {
     /// Binds the control socket, for root and the own user only. A socket that a dead daemon left
     /// is replaced.
     pub fn bind(&self) -> Result<UnixListener> {
-        let socket = self.path.join(SOCKET);
-        let context = || format!("cannot create the control socket {}", socket.display());
+        self.bind_as(SOCKET, 0o600)
+    }
+
+    /// Binds the socket for private pools, which is everybody's. Also lets everybody reach it, if this
+    /// directory is not listed for others: names in it can be guessed anyway.
+    pub fn bind_private(&self) -> Result<UnixListener> {
+        let mode = fs::metadata(&self.path).map(|meta| meta.mode() & 0o7777);
+        mode.and_then(|mode| fs::set_permissions(&self.path, Permissions::from_mode(mode | 0o011)))
+            .map_err(|error| Error::os(error, format!("cannot open {} to others", self.path.display())))?;
+        self.bind_as(PRIVATE_SOCKET, 0o666)
+    }
+
+    /// Binds the socket on which runtimes bring containers, for root only.
+    pub fn bind_oci(&self) -> Result<UnixListener> {
+        self.bind_as(OCI_SOCKET, 0o600)
+    }
+
+    fn bind_as(&self, name: &str, mode: u32) -> Result<UnixListener> {
+        let socket = self.path.join(name);
+        let context = || format!("cannot create the socket {}", socket.display());
         // Under another name until its mode is set, so that it never appears with a wrong one.
-        let fresh = self.path.join(".control.new");
+        let fresh = self.path.join(format!(".{name}.new"));
         let _ = fs::remove_file(&fresh);
         let listener = UnixListener::bind(&fresh).map_err(|e| Error::os(e, context()))?;
-        fs::set_permissions(&fresh, Permissions::from_mode(0o600))
+        fs::set_permissions(&fresh, Permissions::from_mode(mode))
             .and_then(|()| fs::rename(&fresh, &socket))
             .and_then(|()| listener.set_nonblocking(true))
             .map_err(|error| Error::os(error, context()))?;
         Ok(listener)
     }
 
-    /// Removes the socket, so that clients learn at once that nobody serves.
+    /// Removes the sockets, so that clients learn at once that nobody serves.
     pub fn unbind(&self) {
-        let _ = fs::remove_file(self.path.join(SOCKET));
+        for name in [SOCKET, PRIVATE_SOCKET, OCI_SOCKET] {
+            let _ = fs::remove_file(self.path.join(name));
+        }
     }
 }
 
@@ -158,5 +178,22 @@ mod tests {
         drop(listener);
         run.unbind();
         assert!(!socket.exists());
+    }
+
+    #[test]
+    fn everybody_reaches_the_private_socket_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
+        let run = RunDir::take(dir.path()).unwrap();
+        let _control = run.bind().unwrap();
+        let _private = run.bind_private().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!(mode(dir.path()), 0o711, "of a directory that was 0700");
+        assert_eq!(mode(&dir.path().join(PRIVATE_SOCKET)), 0o666);
+        for private in [SOCKET, "lock"] {
+            assert_eq!(mode(&dir.path().join(private)), 0o600);
+        }
+        run.unbind();
+        assert!(!dir.path().join(PRIVATE_SOCKET).exists());
     }
 }

@@ -3,7 +3,10 @@
 //! A zlink server handles one call at a time; one server a connection keeps a slow call (an attach
 //! that waits for the kernel) from stalling other clients.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,11 +18,21 @@ use tokio::time::{sleep, timeout};
 use zlink::tokio::unix::Stream;
 use zlink::{ReadyListener, Server};
 
-use super::guard::{Guarded, IDLE_MAX};
-use super::{Backend, ControlService};
+use super::guard::{Bounds, Guarded, IDLE_MAX};
+use super::{Backend, ControlService, PrivateService, oci};
+use crate::private::{Caller, Registry};
 
 /// Connections at a time; more wait in the socket's backlog.
 pub const CONNECTIONS_MAX: usize = 256;
+
+/// Connections of one plain user to the socket for private pools.
+pub const USER_CONNECTIONS_MAX: usize = 16;
+
+/// Programs that use it talk at once.
+const PRIVATE_IDLE_MAX: Duration = Duration::from_secs(20);
+
+/// Its calls are small, and few: a listener, a user namespace and a mounter come together.
+const PRIVATE_BOUNDS: Bounds = Bounds { bytes: 1 << 16, descriptors: 3 };
 
 /// How long calls that are being handled may take to end after a stop.
 const DRAIN_MAX: Duration = Duration::from_secs(30);
@@ -34,7 +47,48 @@ const REFUSAL: &[u8] = b"{\"error\":\"org.varlink.service.PermissionDenied\"}\0"
 
 /// Serves `backend` until `stop` becomes true, then lets calls end (with a bound). Runs its
 /// connections as local tasks: call it inside a `LocalSet`, as tokio-uring provides one.
-pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>, mut stop: watch::Receiver<bool>) {
+pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>, stop: watch::Receiver<bool>) {
+    let stopping = stop.clone();
+    let each = move |stream| connection(stream, Arc::clone(&backend), stopping.clone());
+    serve_each(listener, stop, each).await;
+}
+
+/// The same for the socket of private pools, which everybody may use, and nobody may use up.
+pub async fn serve_private(listener: UnixListener, registry: Arc<Registry>, stop: watch::Receiver<bool>) {
+    let stopping = stop.clone();
+    let users = Rc::new(RefCell::new(HashMap::new()));
+    let each = move |stream: UnixStream| {
+        private_connection(stream, Arc::clone(&registry), stopping.clone(), Rc::clone(&users))
+    };
+    serve_each(listener, stop, each).await;
+}
+
+/// The same for the socket of container runtimes: one container a connection.
+pub async fn serve_oci(listener: UnixListener, registry: Arc<Registry>, stop: watch::Receiver<bool>) {
+    let each = move |stream: UnixStream| {
+        let registry = Arc::clone(&registry);
+        async move {
+            let stream = stream.into_std()?;
+            stream.set_nonblocking(false)?;
+            let took = tokio::task::spawn_blocking(move || oci::take(&stream, &registry)).await;
+            match took {
+                Ok(Ok((id, pool))) => tracing::info!("container {id:?} uses private pool {pool}"),
+                Ok(Err(error)) => tracing::warn!("a container was not taken: {error}"),
+                Err(_) => tracing::error!("a container was not taken: a bug in this program"),
+            }
+            Ok(())
+        }
+    };
+    serve_each(listener, stop, each).await;
+}
+
+async fn serve_each<F>(
+    listener: UnixListener,
+    mut stop: watch::Receiver<bool>,
+    each: impl Fn(UnixStream) -> F,
+) where
+    F: Future<Output = zlink::Result<()>> + 'static,
+{
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -46,17 +100,17 @@ pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>, mut stop: 
         while connections.try_join_next().is_some() {}
         match accepted {
             Ok((stream, slot)) => {
-                let (backend, stop) = (Arc::clone(&backend), stop.clone());
+                let served = each(stream);
                 connections.spawn_local(async move {
-                    if let Err(error) = connection(stream, backend, stop).await {
-                        tracing::debug!("a control connection ended: {error}");
+                    if let Err(error) = served.await {
+                        tracing::debug!("a connection ended: {error}");
                     }
                     drop(slot);
                 });
             }
             Err(error) => {
                 // Out of descriptors or memory: it passes, and spinning would not help.
-                tracing::warn!("cannot accept a control connection: {error}");
+                tracing::warn!("cannot accept a connection: {error}");
                 sleep(Duration::from_millis(100)).await;
             }
         }
@@ -94,6 +148,52 @@ async fn connection(
     }
     let socket = Guarded::new(Stream::try_from(stream)?, stop, IDLE_MAX);
     Server::new(ReadyListener::new(socket), ControlService::new(backend)).run().await
+}
+
+type Users = Rc<RefCell<HashMap<u32, usize>>>;
+
+/// One of a user's connections, counted until it is dropped.
+struct Counted(Users, u32);
+
+impl Counted {
+    fn new(users: Users, uid: u32) -> Option<Counted> {
+        let mut table = users.borrow_mut();
+        let count = table.entry(uid).or_default();
+        if *count >= USER_CONNECTIONS_MAX && uid != 0 {
+            return None;
+        }
+        *count += 1;
+        drop(table);
+        Some(Counted(users, uid))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut table = self.0.borrow_mut();
+        if let Some(count) = table.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                table.remove(&self.1);
+            }
+        }
+    }
+}
+
+async fn private_connection(
+    stream: UnixStream,
+    registry: Arc<Registry>,
+    stop: watch::Receiver<bool>,
+    users: Users,
+) -> zlink::Result<()> {
+    let peer = stream.peer_cred()?;
+    let Some(_counted) = Counted::new(users, peer.uid()) else {
+        tracing::debug!("user {} has {USER_CONNECTIONS_MAX} connections already", peer.uid());
+        return Ok(timeout(REFUSAL_MAX, refuse(stream)).await.unwrap_or(Ok(()))?);
+    };
+    let caller = Caller { uid: peer.uid(), gid: peer.gid() };
+    let socket = Guarded::bounded(Stream::try_from(stream)?, stop, PRIVATE_IDLE_MAX, PRIVATE_BOUNDS);
+    Server::new(ReadyListener::new(socket), PrivateService::new(registry, caller)).run().await
 }
 
 /// Who may call: root, and the user that the daemon runs as.

@@ -99,6 +99,30 @@ impl Device {
         }
     }
 
+    /// Makes it appear while nobody else's does.
+    pub fn start_alone(&self, alone: &ublk::Alone) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.start_alone(alone),
+            Device::Fuse(_) => Err(Error::new(Kind::Unsupported, "files do not make way")),
+        }
+    }
+
+    /// Users may see it still.
+    pub fn is_shown(&self) -> bool {
+        match self {
+            Device::Ublk(device) => device.is_shown(),
+            Device::Fuse(_) => true,
+        }
+    }
+
+    /// Its device number, once it has appeared.
+    pub fn device_number(&self) -> Result<u64> {
+        match self {
+            Device::Ublk(device) => device.device_number(),
+            Device::Fuse(_) => Err(Error::new(Kind::Unsupported, "files have no device number")),
+        }
+    }
+
     /// Gives its number back. Nothing of it may be open here any more.
     pub fn delete(&self) -> Result<()> {
         match self {

@@ -29,6 +29,8 @@ pub struct Parameters {
     pub depth: u16,
     /// Marks the device as ours, where it outlives the daemon; see [`Frontend::examine`].
     pub owner: u64,
+    /// It waits for the next daemon when this one dies; otherwise it ends.
+    pub outlives: bool,
 }
 
 /// When to stop a device.
@@ -36,6 +38,8 @@ pub struct Parameters {
 pub enum Stop {
     /// Only if nobody has it open.
     IfUnused,
+    /// The same, without waiting for those who only take a look at a new disk.
+    IfUnusedNow,
     /// In any case; what its users do from now on fails.
     Always,
 }
@@ -82,6 +86,15 @@ impl Frontend {
         }
     }
 
+    /// Whether devices can be told to be unused, and be given a size later: what private loop devices
+    /// are made of.
+    pub fn has_private_pools(&self) -> bool {
+        match self {
+            Frontend::Ublk(granted) => granted.binds_in_place(),
+            Frontend::Fuse(_) => false,
+        }
+    }
+
     /// An instance's own door: its devices' names appear in `directory`, and whatever threads it
     /// needs for so many queues run on these CPUs (on all for none).
     pub fn door(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Door> {
@@ -122,7 +135,8 @@ impl Frontend {
     pub fn leftover(&self, id: u32, mark: u64) -> Result<Device> {
         match self {
             Frontend::Ublk(granted) => {
-                let parameters = Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark };
+                let parameters =
+                    Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark, outlives: true };
                 Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters)))
             }
             Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "files are never left over")),

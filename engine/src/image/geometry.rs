@@ -31,7 +31,7 @@ pub struct Facts {
 /// The shape of a device over a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Bytes of the device; a multiple of the logical block size, never 0.
+    /// Bytes of the device; a multiple of the logical block size, never 0 (as a loop device: of 512, or 0).
     pub size: u64,
     /// First byte of the device in the file; `offset + size` does not overflow.
     pub offset: u64,
@@ -61,7 +61,10 @@ impl Geometry {
     pub fn compute(facts: &Facts, source: &Source, name: &str) -> Result<Geometry> {
         let block_size = block_size(facts, source, name)?;
         let offset = source.offset;
-        let size = size(facts, source, block_size, name)?;
+        let size = match source.as_loop {
+            false => size(facts, source, block_size, name)?,
+            true => size_as_loop(facts, source, block_size, name)?,
+        };
         Ok(Geometry {
             size,
             offset,
@@ -95,7 +98,7 @@ fn block_size(facts: &Facts, source: &Source, name: &str) -> Result<u32> {
             Err(Error::new(Kind::Invalid, context).hint("choose one of these with --block-size"))
         }
         wish if wish < least => Err(Error::new(
-            Kind::Invalid,
+            if source.as_loop { Kind::Unsupported } else { Kind::Invalid },
             format!("block size {wish} is less than the {least} bytes that direct I/O on {name} needs"),
         )
         .hint(format!("attach with --block-size {least} or with --buffered"))),
@@ -137,6 +140,18 @@ fn size(facts: &Facts, source: &Source, block_size: u32, name: &str) -> Result<u
         .hint("enlarge the image, or choose another --offset or --size-limit")),
         size => Ok(size),
     }
+}
+
+/// Bytes of the device as loop(4) counts them; nothing is too small or too far out.
+fn size_as_loop(facts: &Facts, source: &Source, block_size: u32, name: &str) -> Result<u64> {
+    let least = facts.offset_align.max(facts.mem_align);
+    if least > block_size || facts.mem_align > SECTOR as u32 || !source.offset.is_multiple_of(least.into()) {
+        let context = format!("direct I/O on {name} needs an alignment of {least} bytes");
+        return Err(Error::new(Kind::Unsupported, context));
+    }
+    let behind = facts.size.saturating_sub(source.offset);
+    let shown = if source.size_limit == 0 { behind } else { behind.min(source.size_limit) };
+    Ok(shown - shown % SECTOR)
 }
 
 /// The physical block size: the file's, unless the offset splits its blocks.

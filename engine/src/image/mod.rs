@@ -24,10 +24,13 @@
 mod create;
 mod discard;
 mod flush;
+pub mod fs;
 mod geometry;
 mod identity;
 mod open;
+pub mod partitions;
 mod probe;
+mod region;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -41,6 +44,7 @@ pub use discard::{DiscardQueue, Punch};
 pub use flush::FlushQueue;
 pub use geometry::{Facts, Geometry};
 pub use identity::Identity;
+pub use region::Region;
 
 /// Which part of a file is shown, and how it is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +59,10 @@ pub struct Source {
     pub read_only: bool,
     /// Through the page cache instead of by direct I/O.
     pub buffered: bool,
+    /// Sizes are what loop(4) makes of them: any offset, sectors of 512 bytes whatever the block size,
+    /// and a device that shows nothing of its file has no bytes. With direct I/O, what that cannot do
+    /// is [`Kind::Unsupported`].
+    pub as_loop: bool,
 }
 
 /// An image: a file description of our own, which nobody else can change, and its geometry.
@@ -66,6 +74,8 @@ pub struct Image {
     source: Source,
     identity: Identity,
     geometry: Geometry,
+    /// See [`Image::holds_up`].
+    holds_up: bool,
     /// The path, for messages only.
     name: String,
 }
@@ -83,6 +93,33 @@ impl Image {
         let name = printable(path_for_messages);
         open::check_access(file.as_fd(), source.read_only, &name)?;
         Self::adopt(file.as_fd(), source, name)
+    }
+
+    /// No image: a device over it has no size, and every request on it fails.
+    pub fn nothing(block_size: u32) -> Result<Image> {
+        let name = "/dev/null".to_owned();
+        let file = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| Error::os(e, "cannot open /dev/null"))?;
+        let source = Source { as_loop: true, buffered: true, block_size, ..Source::default() };
+        let facts = Facts {
+            size: 0,
+            block_device: false,
+            offset_align: 1,
+            mem_align: 1,
+            physical_block_size: block_size,
+            // What a device can do is said once, when it has no image yet; what its image cannot, fails.
+            discard_granularity: 4096,
+            can_punch: true,
+        };
+        Ok(Image {
+            geometry: Geometry::compute(&facts, &source, &name)?,
+            identity: Identity::of(file.as_fd(), &name)?,
+            file,
+            facts,
+            source,
+            holds_up: false,
+            name,
+        })
     }
 
     /// Opens an image again after a restart, by path, and only if it is still the same file.
@@ -124,6 +161,8 @@ impl Image {
         }
         Ok(Image {
             geometry: Geometry::compute(&facts, source, &name)?,
+            // Data of a block device does not pass through the file system that its node is on.
+            holds_up: !facts.block_device && probe::holds_up(file.as_fd(), &name)?,
             file,
             facts,
             source: *source,
@@ -145,6 +184,11 @@ impl Image {
     /// Sizes and alignments, as of the last look.
     pub fn geometry(&self) -> Geometry {
         self.geometry
+    }
+
+    /// Transfers must not be tried by the thread that submits them: it would wait for them.
+    pub fn holds_up(&self) -> bool {
+        self.holds_up
     }
 
     /// A block device, not a regular file.

@@ -20,6 +20,16 @@ const PHYSICAL_MAX: u32 = 4096;
 /// through the page cache. It aligns to its blocks, and does not say so.
 const BTRFS: u32 = 0x9123_683e;
 
+/// Magic number of FUSE.
+const FUSE: u32 = 0x6573_5546;
+
+/// Whether a transfer may hold up who submits it to io_uring. The kernel tries it at once if it cannot
+/// wait, and asks files that do not say so whether they are ready. Files of FUSE have that question
+/// answered by their server, and then wait for the transfer, too; no other file system does.
+pub(super) fn holds_up(file: BorrowedFd<'_>, name: &str) -> Result<bool> {
+    Ok(rustix::fs::fstatfs(file).map_err(|e| examine(e, name))?.f_type as u32 == FUSE)
+}
+
 /// Everything that can be learnt about a file without touching it; `can_punch` is left false.
 pub(super) fn facts(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name: &str) -> Result<Facts> {
     let block_device = kind == FileKind::BlockDevice;

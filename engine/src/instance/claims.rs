@@ -12,6 +12,8 @@ use crate::image::Identity;
 enum Use {
     Written,
     Read(usize),
+    /// By devices that share it as loop(4) does, written or not.
+    Shared(usize),
 }
 
 /// All claims of one engine.
@@ -43,11 +45,25 @@ impl Claims {
     }
 }
 
+impl Claims {
+    /// Claims an image among any number of devices, written or not, that share it knowingly.
+    pub fn share(&self, identity: Identity, name: &str) -> Result<Claim> {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = match table.get(&identity) {
+            None => Use::Shared(1),
+            Some(Use::Shared(users)) => Use::Shared(users + 1),
+            Some(_) => return Err(Error::new(Kind::Exists, format!("{name} is attached already"))),
+        };
+        table.insert(identity, wanted);
+        Ok(Claim { claims: self.clone(), identity })
+    }
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut table = self.claims.0.lock().unwrap_or_else(PoisonError::into_inner);
         match table.get_mut(&self.identity) {
-            Some(Use::Read(readers)) if *readers > 1 => *readers -= 1,
+            Some(Use::Read(users) | Use::Shared(users)) if *users > 1 => *users -= 1,
             _ => {
                 table.remove(&self.identity);
             }

@@ -4,10 +4,10 @@
 //! Every call here may block for as long as its deadlines say (seconds at worst): callers on an
 //! asynchronous runtime use a blocking thread. Knows nothing of sockets and command lines.
 
-mod claims;
+pub(crate) mod claims;
 mod names;
-mod pool;
-mod served;
+pub(crate) mod pool;
+pub(crate) mod served;
 pub mod spec;
 mod state;
 mod table;
@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, Stop, Waiting, ublk};
+use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
 use names::{DeviceName, check_instance_name, parse_device};
 use pool::{Instance, Shared};
@@ -74,6 +75,21 @@ pub struct Engine {
     shared: Shared,
     tuning: Tuning,
     instances: Mutex<BTreeMap<String, Arc<Instance>>>,
+    pools: Pools,
+    quotas: Quotas,
+}
+
+type Pools = Arc<Mutex<BTreeMap<String, Arc<Pool>>>>;
+
+/// Takes a pool that has ended out of the table.
+struct Forget(Pools);
+
+impl Watcher for Forget {
+    fn changed(&self, _pool: &Pool, _number: u32) {}
+
+    fn ended(&self, pool: &Pool) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&pool.spec().name);
+    }
 }
 
 impl Engine {
@@ -90,7 +106,13 @@ impl Engine {
             frontend,
             claims: Default::default(),
         };
-        let engine = Engine { shared, tuning: config.tuning, instances: Mutex::default() };
+        let engine = Engine {
+            shared,
+            tuning: config.tuning,
+            instances: Mutex::default(),
+            pools: Arc::default(),
+            quotas: Quotas::default(),
+        };
         engine.check_no_other_frontend()?;
         let (mut notes, spoken_for, complete) = engine.take_back();
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
@@ -247,6 +269,42 @@ impl Engine {
         Ok(info)
     }
 
+    /// Makes a private pool of loop devices. It ends at [`Pool::end`], or with the daemon.
+    pub fn open_pool(&self, spec: &PoolSpec) -> Result<Arc<Pool>> {
+        check_instance_name(&spec.name)?;
+        if !(1..=MAX_DEVICES).contains(&spec.max) {
+            return Err(Error::new(Kind::Invalid, format!("a pool can have 1 to {MAX_DEVICES} devices")));
+        }
+        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        if pools.contains_key(&spec.name) {
+            return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
+        }
+        if pools.len() >= MAX_INSTANCES {
+            return Err(Error::new(
+                Kind::Quota,
+                format!("there are {MAX_INSTANCES} private instances already"),
+            ));
+        }
+        let maker = pool::maker(&self.shared, spec, self.tuning)?;
+        let pool = Pool::start(spec.clone(), maker, self.quotas.clone())?;
+        if spec.fixed {
+            pool.fill().inspect_err(|_| pool.end(true))?;
+        }
+        pool.watch(Arc::new(Forget(self.pools.clone())));
+        pools.insert(spec.name.clone(), pool.clone());
+        Ok(pool)
+    }
+
+    /// All private pools.
+    pub fn pools(&self) -> Vec<Arc<Pool>> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// How many private devices users may have.
+    pub fn quotas(&self) -> &Quotas {
+        &self.quotas
+    }
+
     /// All instances, by name.
     pub fn instances(&self) -> Vec<InstanceInfo> {
         self.table().values().map(|instance| instance.info()).collect()
@@ -340,6 +398,9 @@ impl Engine {
     pub fn shutdown(self) -> Vec<String> {
         let mut notes = Vec::new();
         write_everything_back();
+        for pool in self.pools() {
+            pool.end(true);
+        }
         for instance in self.table().values() {
             instance.close();
             for number in instance.numbers() {

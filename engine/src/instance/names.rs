@@ -7,7 +7,7 @@ use super::spec::DEFAULT_INSTANCE;
 use crate::error::{Error, Kind, Result};
 
 /// Names in the run directory that are not instances.
-const RESERVED: [&str; 2] = ["control", "lock"];
+const RESERVED: [&str; 4] = ["control", "lock", "private", "oci"];
 /// Highest CPU number that a list may name.
 const CPU_MAX: usize = 8191;
 
@@ -21,7 +21,7 @@ pub fn check_instance_name(name: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance")).hint(
-        "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', not 'control' or 'lock'",
+        "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', not 'control', 'lock' or 'private'",
     ))
 }
 

@@ -19,6 +19,7 @@ use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Door, Frontend, Parameters, Stop};
 use crate::image::{Geometry, Image, Source};
+use crate::loops::{Maker, PoolSpec};
 use crate::ring::Sizes;
 use crate::sys;
 use crate::worker::{Switches, WorkerHandle};
@@ -26,8 +27,17 @@ use crate::worker::{Switches, WorkerHandle};
 /// Queue depth where none is asked for, and the most that can be.
 const DEFAULT_DEPTH: u32 = 128;
 const MAX_DEPTH: u32 = 1024;
+/// Workers of a private pool: two queues a device, so that the kernel gives it no scheduler.
+const POOL_WORKERS: u32 = 2;
 /// Workers that an instance can have.
 const MAX_WORKERS: u32 = 256;
+
+impl Tuning {
+    fn switches(self) -> Switches {
+        let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
+        Switches { linked_commit: self.linked_commit, poll }
+    }
+}
 
 /// What all instances of a daemon share.
 #[derive(Clone, Debug)]
@@ -47,7 +57,7 @@ pub struct Shared {
 impl Shared {
     /// A mark for a new device: whose it is, and a number that tells it from the next one with
     /// the same number at the driver.
-    fn new_mark(&self) -> u64 {
+    pub fn new_mark(&self) -> u64 {
         let nonce = std::hash::BuildHasher::build_hasher(&std::hash::RandomState::new());
         u64::from(self.owner) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
     }
@@ -88,10 +98,7 @@ impl Instance {
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
         let opened = shared.frontend.door(&directory, count as usize, &cpus).and_then(|door| {
-            let switches = Switches {
-                linked_commit: tuning.linked_commit,
-                poll: std::time::Duration::from_micros(u64::from(tuning.poll_us)),
-            };
+            let switches = tuning.switches();
             let sizes = Sizes::for_devices(MAX_DEVICES);
             let workers = (0..count)
                 .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
@@ -171,6 +178,7 @@ impl Instance {
             queues: record.queues,
             depth: record.depth,
             owner: record.mark,
+            outlives: true,
         };
         let reservation = self.table.reserve_again(number)?;
         let device = self.door.existing(record.id, parameters)?;
@@ -324,7 +332,13 @@ impl Instance {
         }
         let path = spec.data_path.unwrap_or_else(|| self.door.best_path());
         self.door.check_path(path)?;
-        Ok(Parameters { path, queues: queues as u16, depth: depth as u16, owner: self.shared.new_mark() })
+        Ok(Parameters {
+            path,
+            queues: queues as u16,
+            depth: depth as u16,
+            owner: self.shared.new_mark(),
+            outlives: true,
+        })
     }
 
     /// Refuses an image that this very daemon serves: to read it, a worker would wait for itself.
@@ -358,6 +372,21 @@ impl Instance {
     }
 }
 
+/// What makes the disks of a private pool: workers of its own, over ublk.
+pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
+    if !shared.frontend.has_private_pools() {
+        return Err(Error::new(Kind::Unsupported, "private loop devices need Linux 7.0 or newer, with ublk")
+            .hint("'loopengine doctor' says what is missing"));
+    }
+    let door = shared.frontend.door(Path::new("/"), 0, &[])?;
+    // More than devices: partitions, and disks that were replaced and are still open, count too.
+    let sizes = Sizes::for_devices(3 * spec.max + 128);
+    let workers = (0..POOL_WORKERS)
+        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(), Vec::new()))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Maker::new(shared.clone(), door, workers.into()))
+}
+
 impl Drop for Instance {
     fn drop(&mut self) {
         self.door.close();
@@ -371,6 +400,7 @@ fn source(spec: &AttachSpec) -> Source {
         block_size: spec.block_size,
         read_only: spec.read_only,
         buffered: spec.buffered,
+        as_loop: false,
     }
 }
 

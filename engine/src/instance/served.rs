@@ -4,9 +4,11 @@
 //! quotas or other devices.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use super::spec::{DeviceState, DeviceStats, LatencySummary};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::Alone;
 use crate::frontend::{Device, Queue, Stop};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
@@ -22,7 +24,7 @@ pub struct Served {
     workers: Workers,
     slot: SlotId,
     /// None: the image could not be found again, and nobody serves the device.
-    image: Option<Arc<Image>>,
+    image: Mutex<Option<Arc<Image>>>,
     geometry: Mutex<Geometry>,
     life: Mutex<Life>,
 }
@@ -31,9 +33,17 @@ pub struct Served {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Life {
     Serving,
-    /// The kernel or a worker did not answer, or it is being taken away.
+    /// It is being taken away.
     Stuck,
+    /// A stop did not end in time, and goes on in the kernel: not to be asked for again before this,
+    /// and the time until then.
+    Stopping(Instant, Duration),
 }
+
+/// How long a stop that was given up is left alone, at first.
+const STOPPING: Duration = Duration::from_secs(10);
+/// How long a file of a user's own file system may take to answer anything, where somebody waits for its end.
+const HANGS: Duration = Duration::from_secs(2);
 
 /// How a frontend's device becomes one that works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +52,8 @@ pub enum Begin {
     Fresh,
     /// A daemon before us served it.
     Recovered,
+    /// It is new, and appears only when it takes another's place.
+    Waiting,
 }
 
 impl Served {
@@ -59,7 +71,7 @@ impl Served {
             device,
             workers: workers.clone(),
             slot,
-            image: Some(Arc::new(image)),
+            image: Mutex::new(Some(Arc::new(image))),
             geometry: Mutex::new(geometry),
             life: Mutex::new(Life::Serving),
         };
@@ -73,15 +85,15 @@ impl Served {
     /// A device that nobody can serve now: it can only be taken away.
     pub fn abandoned(device: Device, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
         let (geometry, life) = (Mutex::new(geometry), Mutex::new(Life::Stuck));
-        Served { device, workers: workers.clone(), slot, image: None, geometry, life }
+        Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, life }
     }
 
     fn bring_up(&self, geometry: &Geometry, how: Begin) -> Result<()> {
         match how {
-            Begin::Fresh => self.device.describe(geometry)?,
+            Begin::Fresh | Begin::Waiting => self.device.describe(geometry)?,
             Begin::Recovered => self.device.begin_recovery()?,
         }
-        let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Internal, "no image"))?;
+        let image = self.image()?;
         let queues = self.device.queues()?;
         if queues.len() > self.workers.len() {
             return Err(Error::new(
@@ -95,6 +107,7 @@ impl Served {
         match how {
             Begin::Fresh => self.device.start(),
             Begin::Recovered => self.device.end_recovery(),
+            Begin::Waiting => Ok(()),
         }
     }
 
@@ -106,12 +119,24 @@ impl Served {
     /// Makes the device go away. `release` must follow.
     pub fn stop(&self, when: Stop) -> Result<()> {
         let mut life = self.life();
+        let mut pause = STOPPING;
+        if let Life::Stopping(again, last) = *life {
+            // It would wait behind the one that was given up, and hold a ring as long as that.
+            if self.device.is_shown() && Instant::now() < again {
+                return Err(Error::new(Kind::Deadline, "the device is being stopped still"));
+            }
+            pause = last.saturating_mul(2);
+        }
+        if when == Stop::Always && self.hangs() {
+            let message = "the device cannot be stopped: the file system of its image does not answer";
+            return Err(Error::new(Kind::Deadline, message).hint("end that file system"));
+        }
         match self.device.stop(when) {
             // Gone already: a stop that was given up has ended after all.
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => {
                 if error.kind() == Kind::Deadline {
-                    *life = Life::Stuck;
+                    *life = Life::Stopping(Instant::now() + pause, pause);
                 }
                 return Err(error);
             }
@@ -120,6 +145,52 @@ impl Served {
         // It can be told nothing from here on.
         *life = Life::Stuck;
         Ok(())
+    }
+
+    /// Requests are in flight on a file that may never answer, and none has ended for a while. A stop would
+    /// wait for them in the kernel, where nothing ends the wait, so that the daemon could not end either.
+    fn hangs(&self) -> bool {
+        let Ok(image) = self.image() else { return false };
+        let until = Instant::now() + HANGS;
+        let ended = || -> Option<u64> {
+            let queues = self.queue_stats().ok()?;
+            let waits = queues.iter().any(|queue| queue.in_flight > 0);
+            let done = |q: &QueueStats| q.reads + q.writes + q.flushes + q.discards + q.errors;
+            waits.then(|| queues.iter().map(done).sum())
+        };
+        let Some(before) = ended().filter(|_| image.holds_up()) else { return false };
+        while Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+            if ended() != Some(before) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Has one that waits appear by itself.
+    pub fn appear(&self) -> Result<()> {
+        self.device.start()
+    }
+
+    /// Has one that waits appear while nobody else's does: under the lowest number that is free.
+    pub fn appear_alone(&self, alone: &Alone) -> Result<()> {
+        self.device.start_alone(alone)
+    }
+
+    /// Stops this one, if nobody has it open, so that another can take its place. Whatever else goes
+    /// wrong, it is not to be used again.
+    pub fn make_way(&self, _alone: &Alone) -> Result<()> {
+        let mut life = self.life();
+        if *life != Life::Serving {
+            return Err(Error::new(Kind::Deadline, "the device is stuck"));
+        }
+        let outcome = self.device.stop(Stop::IfUnusedNow);
+        match &outcome {
+            Err(error) if error.kind() == Kind::Busy => {}
+            _ => *life = Life::Stuck,
+        }
+        outcome
     }
 
     /// Takes the queues of a stopped device from the workers, and gives its number back.
@@ -133,27 +204,48 @@ impl Served {
 
     /// Adapts to the image's present size. Returns the new one.
     pub fn resize(&self) -> Result<u64> {
-        let image = self.image.as_ref().ok_or_else(|| Error::new(Kind::Io, "the image is gone"))?;
+        let image = self.image()?;
         let life = self.life();
-        if *life == Life::Stuck {
+        if *life != Life::Serving {
             return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
         }
-        let (old, new) = (self.geometry(), image.refreshed()?);
-        // Requests up to the larger size must be served while the two sides disagree.
-        if new.size >= old.size {
-            self.tell_workers(new)?;
-            self.device.resize(new.size)?;
-        } else {
-            self.device.resize(new.size)?;
-            self.tell_workers(new)?;
-        }
-        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        let new = image.refreshed()?;
+        self.change(new, |worker| worker.resize(self.slot, new))?;
         Ok(new.size)
     }
 
-    fn tell_workers(&self, geometry: Geometry) -> Result<()> {
+    /// Shows another image from now on. What is in flight ends on the old one, and may go on on the
+    /// new: it must be the same file, or nothing must be writable, or the old one have no size.
+    pub fn replace(&self, image: Image) -> Result<()> {
+        let life = self.life();
+        if *life != Life::Serving {
+            return Err(Error::new(Kind::Busy, "the device is stuck or being taken away"));
+        }
+        let image = Arc::new(image);
+        self.change(image.geometry(), |worker| worker.replace(self.slot, image.clone()))?;
+        *self.image.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
+        Ok(())
+    }
+
+    /// Tells workers and driver of a new shape, in the order in which requests up to the larger size
+    /// are served while the two sides disagree.
+    fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<Queue>) -> Result<()>) -> Result<()> {
         let queues = usize::from(self.device.parameters().queues);
-        self.workers.iter().take(queues).try_for_each(|worker| worker.resize(self.slot, geometry))
+        let tell_workers = || self.workers.iter().take(queues).try_for_each(&tell);
+        if new.size >= self.geometry().size {
+            tell_workers()?;
+            self.device.resize(new.size)?;
+        } else {
+            self.device.resize(new.size)?;
+            tell_workers()?;
+        }
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(())
+    }
+
+    fn image(&self) -> Result<Arc<Image>> {
+        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        image.ok_or_else(|| Error::new(Kind::Io, "the image is gone"))
     }
 
     /// The frontend's device.
@@ -179,7 +271,7 @@ impl Served {
             // It is being changed just now; what it is asked is answered by the workers.
             Err(TryLockError::WouldBlock) => Life::Serving,
         };
-        if life == Life::Stuck {
+        if life != Life::Serving {
             return DeviceState::Stuck;
         }
         match self.queue_stats() {

@@ -130,6 +130,7 @@ fn restrict(ring: &IoUring, files: &FileTable) -> Result<()> {
     let allowed = squeue::Flags::FIXED_FILE
         | squeue::Flags::IO_LINK
         | squeue::Flags::SKIP_SUCCESS
+        | squeue::Flags::ASYNC
         | squeue::Flags::BUFFER_SELECT;
     let mut rules: Vec<Restriction> = OPERATIONS
         .into_iter()

@@ -57,6 +57,26 @@ pub fn mounted(kind: &str, source: &str) -> Vec<PathBuf> {
     table.lines().rev().filter_map(parse).filter(ours).map(|mount| mount.target).collect()
 }
 
+/// Every place that something is mounted on, youngest first.
+pub fn targets() -> Vec<PathBuf> {
+    let table = fs::read_to_string(MOUNTINFO).unwrap_or_default();
+    table.lines().rev().filter_map(parse).map(|mount| mount.target).collect()
+}
+
+/// Of which type the file system is that is mounted on `target`, if one is.
+pub fn kind_at(target: &Path) -> Option<String> {
+    let table = fs::read_to_string(MOUNTINFO).ok()?;
+    table.lines().rev().filter_map(parse).find(|mount| mount.target == target).map(|mount| mount.kind)
+}
+
+/// Where file systems with this device number are mounted, youngest first.
+pub fn mounted_of(device: u64) -> Vec<PathBuf> {
+    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let table = fs::read_to_string(MOUNTINFO).unwrap_or_default();
+    let ours = |mount: &Mount| mount.number == number;
+    table.lines().rev().filter_map(parse).filter(ours).map(|mount| mount.target).collect()
+}
+
 /// What interests us of a line of mountinfo(5).
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {

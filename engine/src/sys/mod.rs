@@ -2,7 +2,14 @@
 //!
 //! Knows the kernel's interfaces only. One of the three rooms with `unsafe`.
 
+pub mod block;
 pub mod mntns;
+pub mod mount;
+pub mod packet;
+pub mod process;
+pub mod remote;
+pub mod seccomp;
+pub mod userns;
 pub mod watch;
 
 use crate::error::{Error, Result};

@@ -15,7 +15,7 @@ use super::{QueueStats, Switches, Transport, Worker};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
 use crate::ring::{Sizes, SlotId};
-use crate::sys;
+use crate::{sandbox, sys};
 
 /// How long a worker may take to answer a message. It never waits for anything but work.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -37,6 +37,7 @@ pub(super) enum Message<T> {
     Add(Job<T>, Sender<Result<()>>),
     Remove(SlotId, Sender<Result<()>>),
     Resize(SlotId, Geometry, Sender<Result<()>>),
+    Replace(SlotId, Arc<Image>, Sender<Result<()>>),
     Stats(SlotId, Sender<Result<QueueStats>>),
     Stop,
 }
@@ -81,6 +82,11 @@ impl<T: Transport> WorkerHandle<T> {
     /// The image has another size now.
     pub fn resize(&self, slot: SlotId, geometry: Geometry) -> Result<()> {
         self.ask(|reply| Message::Resize(slot, geometry, reply))
+    }
+
+    /// The device shows another image from now on. What is in flight ends on the old one.
+    pub fn replace(&self, slot: SlotId, image: Arc<Image>) -> Result<()> {
+        self.ask(|reply| Message::Replace(slot, image, reply))
     }
 
     /// The figures of a queue.
@@ -143,6 +149,7 @@ fn serve<T: Transport>(
         return;
     }
     sys::declare_io_flusher();
+    sandbox::enter_io_thread();
     let mut worker = match Worker::new(sizes, switches, inbox, wake) {
         Ok(worker) => worker,
         Err(error) => {

@@ -189,6 +189,9 @@ impl<T: Transport> Worker<T> {
                     let found = self.queue(slot).map(|queue| queue.set_geometry(geometry));
                     let _ = reply.send(found);
                 }
+                Ok(Message::Replace(slot, image, reply)) => {
+                    let _ = reply.send(self.replace(slot, image));
+                }
                 Ok(Message::Stats(slot, reply)) => {
                     let stats = self.queue(slot).map(|queue| queue.stats());
                     let _ = reply.send(stats);
@@ -205,6 +208,14 @@ impl<T: Transport> Worker<T> {
             .and_then(Option::as_mut)
             .filter(|queue| queue.place().slot == slot)
             .ok_or_else(|| Error::new(Kind::NotFound, "no such device on this worker"))
+    }
+
+    fn replace(&mut self, slot: SlotId, image: std::sync::Arc<crate::image::Image>) -> Result<()> {
+        let queue = self.queues.get_mut(usize::from(slot.index)).and_then(Option::as_mut);
+        match queue.filter(|queue| queue.place().slot == slot) {
+            Some(queue) => queue.replace(image, &mut self.ring),
+            None => Err(Error::new(Kind::NotFound, "no such device on this worker")),
+        }
     }
 
     fn add(&mut self, job: Job<T>) -> Result<()> {

@@ -53,7 +53,7 @@ pub struct DeviceQueue<T> {
     place: Place,
     transport: T,
     /// Keeps the image's file open for as long as anything may be in flight.
-    _image: Arc<Image>,
+    image: Arc<Image>,
     geometry: Geometry,
     linked_commit: bool,
     active: InFlight<Active>,
@@ -86,7 +86,7 @@ impl<T: Transport> DeviceQueue<T> {
         Ok(Self {
             place,
             transport,
-            _image: image,
+            image,
             geometry,
             linked_commit,
             active: InFlight::new(depth),
@@ -121,6 +121,20 @@ impl<T: Transport> DeviceQueue<T> {
     pub fn set_geometry(&mut self, geometry: Geometry) {
         self.geometry = geometry;
         self.stats.degraded = false;
+    }
+
+    /// Shows another image. The file table keeps the old one's file until what is in flight on it has
+    /// ended; what has to be sent again goes to the new one, so that one must be the same file, or
+    /// read-only, or the old one must have had no size.
+    pub fn replace(&mut self, image: Arc<Image>, ring: &mut Ring) -> Result<()> {
+        use std::os::fd::AsRawFd;
+        ring.set_file(self.place.image().0, image.fd().as_raw_fd())?;
+        if self.active.len() == self.linked {
+            self.discards = DiscardQueue::new(self.transport.depth(), image.geometry().discard_granularity);
+        }
+        self.set_geometry(image.geometry());
+        self.image = image;
+        Ok(())
     }
 
     /// The driver is done with it and so is the image: it can be dropped.
@@ -200,7 +214,8 @@ impl<T: Transport> DeviceQueue<T> {
             arrived_ns: (sampled && transfers).then_some(now_ns),
         };
         let refusal = self.refusal(&request);
-        let commit = match (transfers && alone && self.linked_commit && !sampled, refusal) {
+        let linked = transfers && alone && self.linked_commit && !sampled && !self.image.holds_up();
+        let commit = match (linked, refusal) {
             (true, None) => self.transport.linked_commit(tag, request.len),
             _ => None,
         };
@@ -260,7 +275,8 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     fn token(&self, entry: squeue::Entry, step: Step, tag: Tag) -> squeue::Entry {
-        entry.user_data(Token::pack(step, self.place.slot, tag)).flags(squeue::Flags::FIXED_FILE)
+        let apart = if self.image.holds_up() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        entry.user_data(Token::pack(step, self.place.slot, tag)).flags(squeue::Flags::FIXED_FILE | apart)
     }
 
     fn transfer(&self, request: &Request, done: u32) -> squeue::Entry {

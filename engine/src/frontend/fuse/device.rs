@@ -99,7 +99,7 @@ impl Device {
         let made = self.made();
         if let Some(node) = &made.node {
             match when {
-                Stop::IfUnused => close_unused(node)?,
+                Stop::IfUnused | Stop::IfUnusedNow => close_unused(node)?,
                 Stop::Always => self.close_used(node),
             }
             self.files.nodes().remove(node);

@@ -19,6 +19,7 @@ use super::NODE;
 use super::handler::Handler;
 use super::node::Nodes;
 use crate::error::{Error, Kind, Result};
+use crate::sandbox;
 use crate::sys::{self, mntns};
 
 /// What mount(8) shows as the source; by it stale mounts are known.
@@ -164,6 +165,7 @@ fn start(
     let starter = std::thread::Builder::new().name("fuse start".to_owned()).spawn(move || {
         sys::run_on(&cpus)?;
         sys::declare_io_flusher();
+        sandbox::enter_io_thread();
         let mut config = Config::default();
         config.n_threads = Some(threads.max(1));
         // Each thread has a queue of its own in the kernel.

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libublk::sys;
@@ -34,6 +35,19 @@ const SOON: Duration = Duration::from_secs(3);
 /// How long a dead daemon's last operations on the image may take.
 const RECOVERY: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_micros(500);
+/// Held while a block device appears: which number it gets depends on which are free.
+static STARTS: Mutex<()> = Mutex::new(());
+
+/// While it lives, no block device of this process appears but those of who has it.
+#[derive(Debug)]
+pub struct Alone(#[expect(dead_code, reason = "held, not looked at")] MutexGuard<'static, ()>);
+
+impl Alone {
+    /// Waits until nobody else has it.
+    pub fn wait() -> Alone {
+        Alone(STARTS.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 /// One ublk device.
 #[derive(Debug)]
@@ -61,7 +75,7 @@ const _: () = assert!(std::mem::offset_of!(FullParams, dma_align) == 108);
 impl Device {
     /// Adds a device to the driver. It has no size and no users yet.
     pub fn add(granted: Granted, parameters: Parameters) -> Result<Device> {
-        let wanted = Granted::flags_of(parameters.path) | supported_extras(granted);
+        let wanted = Granted::flags_of(parameters.path) | supported_extras(granted, parameters.outlives);
         let info = sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: parameters.queues,
             queue_depth: parameters.depth,
@@ -167,6 +181,28 @@ impl Device {
 
     /// Makes the block device appear. All queues must be served: the kernel may read from it.
     pub fn start(&self) -> Result<()> {
+        self.start_alone(&Alone::wait())
+    }
+
+    /// There is a block device. It goes when all requests have ended.
+    pub fn is_shown(&self) -> bool {
+        PathBuf::from(format!("/sys/block/ublkb{}", self.id)).exists()
+    }
+
+    /// The block device's number, once it has appeared.
+    pub fn device_number(&self) -> Result<u64> {
+        let path = format!("/sys/block/ublkb{}/dev", self.id);
+        let text = std::fs::read_to_string(&path)
+            .map_err(|error| Error::os(error, format!("cannot read {path}")))?;
+        let numbers = text
+            .trim()
+            .split_once(':')
+            .and_then(|(major, minor)| Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?)));
+        numbers.ok_or_else(|| Error::new(Kind::Internal, format!("{path} holds {text:?}")))
+    }
+
+    /// The same for who holds back all others.
+    pub fn start_alone(&self, _alone: &Alone) -> Result<()> {
         let pid = u64::from(std::process::id());
         run(Command { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, LIMIT)?;
         self.take_scheduler_off();
@@ -216,12 +252,13 @@ impl Device {
 
     /// Makes the block device go away, after what is in flight.
     pub fn stop(&self, when: Stop) -> Result<()> {
+        let patience = Duration::from_millis(if when == Stop::IfUnusedNow { 0 } else { 300 });
         let stop = || run(command("STOP_DEV", sys::UBLK_U_CMD_STOP_DEV, self.id), LIMIT).map(drop);
         match when {
             Stop::Always => stop(),
-            Stop::IfUnused if self.granted.has(sys::UBLK_F_SAFE_STOP_DEV) => {
+            Stop::IfUnused | Stop::IfUnusedNow if self.granted.has(sys::UBLK_F_SAFE_STOP_DEV) => {
                 // Whoever looks at a new disk (udev, blkid) has it open for a moment.
-                let attempt = retry_while_busy(Duration::from_millis(300), || {
+                let attempt = retry_while_busy(patience, || {
                     run(command("TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV, self.id), LIMIT).map(drop)
                 });
                 match attempt {
@@ -230,8 +267,8 @@ impl Device {
                     outcome => outcome,
                 }
             }
-            Stop::IfUnused => {
-                retry_while_busy(Duration::from_millis(300), || self.claim_alone())?;
+            Stop::IfUnused | Stop::IfUnusedNow => {
+                retry_while_busy(patience, || self.claim_alone())?;
                 stop()
             }
         }
@@ -262,17 +299,16 @@ impl Device {
     }
 }
 
-fn supported_extras(granted: Granted) -> u32 {
-    [
-        sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE,
-        sys::UBLK_F_UPDATE_SIZE,
-        sys::UBLK_F_QUIESCE,
-        // A partition table is a tenant's data: the kernel is not to parse it by itself.
-        sys::UBLK_F_NO_AUTO_PART_SCAN,
-    ]
-    .into_iter()
-    .filter(|flags| granted.has(*flags))
-    .fold(sys::UBLK_F_CMD_IOCTL_ENCODE, |all, flags| all | flags)
+fn supported_extras(granted: Granted, outlives: bool) -> u32 {
+    // Stopping for a while is for those that are taken back; older drivers take back and cannot stop.
+    let recovery = [sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE, sys::UBLK_F_QUIESCE];
+    // A partition table is a tenant's data: the kernel is not to parse it by itself.
+    let always = [sys::UBLK_F_UPDATE_SIZE, sys::UBLK_F_NO_AUTO_PART_SCAN];
+    let recovery = recovery.into_iter().filter(|_| outlives);
+    recovery
+        .chain(always)
+        .filter(|flags| granted.has(*flags))
+        .fold(sys::UBLK_F_CMD_IOCTL_ENCODE, |all, flags| all | flags)
 }
 
 fn max_request(path: DataPath) -> u32 {

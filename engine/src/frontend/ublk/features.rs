@@ -94,6 +94,11 @@ impl Granted {
         self.has(sys::UBLK_F_UPDATE_SIZE)
     }
 
+    /// A device can be bound to an image after it has appeared, and be told to be unused.
+    pub fn binds_in_place(self) -> bool {
+        self.has(sys::UBLK_F_UPDATE_SIZE | sys::UBLK_F_SAFE_STOP_DEV)
+    }
+
     /// Names of the flags.
     pub fn names(self) -> Vec<String> {
         (0..64)

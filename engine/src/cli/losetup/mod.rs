@@ -1,0 +1,276 @@
+//! `loopengine losetup`: losetup(8) for a private pool, without ioctls.
+//!
+//! Knows what losetup does, says and exits with. Does not know how the pool is reached: that is what
+//! [`Devices`] is for.
+
+mod create;
+mod options;
+mod table;
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use clap::{Args as _, FromArgMatches};
+use options::{Action, Request};
+
+use crate::loops::{Answer, Configure, Entry, Errno, Info, Status};
+
+pub use options::Args;
+pub use table::Row;
+
+/// What losetup calls itself in messages.
+const NAME: &str = "losetup";
+
+/// A pool, as its owner reaches it.
+pub trait Devices {
+    /// Where loopN are, without a slash at its end.
+    fn directory(&self) -> &str;
+    /// All devices.
+    fn entries(&mut self) -> Answer<Vec<Entry>>;
+    /// LOOP_GET_STATUS64.
+    fn status(&mut self, number: u32) -> Answer<Status>;
+    /// LOOP_SET_STATUS64.
+    fn set_status(&mut self, number: u32, info: &Info) -> Answer<()>;
+    /// LOOP_CTL_GET_FREE.
+    fn get_free(&mut self) -> Answer<u32>;
+    /// LOOP_CTL_ADD.
+    fn add(&mut self, number: u32) -> Answer<u32>;
+    /// LOOP_CTL_REMOVE.
+    fn remove(&mut self, number: u32) -> Answer<u32>;
+    /// LOOP_CONFIGURE.
+    fn configure(&mut self, number: u32, with: Configure) -> Answer<()>;
+    /// LOOP_CLR_FD.
+    fn clear(&mut self, number: u32) -> Answer<()>;
+    /// LOOP_SET_CAPACITY.
+    fn set_capacity(&mut self, number: u32) -> Answer<()>;
+    /// LOOP_SET_DIRECT_IO.
+    fn set_direct_io(&mut self, number: u32, on: bool) -> Answer<()>;
+    /// LOOP_SET_BLOCK_SIZE.
+    fn set_block_size(&mut self, number: u32, bytes: u64) -> Answer<()>;
+}
+
+/// A failure: what losetup says after its name.
+type Done<T = ()> = Result<T, String>;
+
+/// The options in `words`, of which the first is the program's name. For a program called losetup.
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
+    let command = Args::augment_args(clap::Command::new(NAME)).version(env!("CARGO_PKG_VERSION"));
+    Args::from_arg_matches(&command.try_get_matches_from(words)?)
+}
+
+/// The message for an option that clap does not take, with a line feed; `last` is the last word of the
+/// command line. Exit with 1.
+pub fn usage_error(error: &clap::Error, last: &OsStr) -> String {
+    format!("{NAME}: {}\n", options::usage(error, last))
+}
+
+/// Does what `args` ask for; the exit code.
+pub fn run(
+    args: Args,
+    devices: &mut dyn Devices,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> io::Result<u8> {
+    let done = match args.request() {
+        Ok(request) => Losetup { devices, out, err }.run(&request),
+        Err(message) => Ok(Err(message)),
+    };
+    let code = match done? {
+        Ok(true) => 0,
+        Ok(false) => 1,
+        Err(message) => {
+            // "-O ''" fails without a word.
+            if message != "unknown column: " {
+                writeln!(err, "{NAME}: {message}")?;
+            }
+            1
+        }
+    };
+    out.flush().map(|()| code)
+}
+
+struct Losetup<'a> {
+    devices: &'a mut dyn Devices,
+    out: &'a mut dyn Write,
+    err: &'a mut dyn Write,
+}
+
+impl Losetup<'_> {
+    /// False: failed, and has said so. Errors outside are those of the output.
+    fn run(&mut self, request: &Request) -> io::Result<Done<bool>> {
+        let done = match &request.action {
+            Action::Show { file } => return self.show(request, file.as_deref()),
+            Action::ShowOne(name) => return self.show_one(request, name),
+            Action::FindFree => match self.find_free() {
+                Ok(number) => return writeln!(self.out, "{}", self.path(number)).map(|()| Ok(true)),
+                Err(message) => Err(message),
+            },
+            Action::Create { device, file } => return self.create(request, device.as_deref(), file),
+            Action::Detach(names) => {
+                return self.each(names, "detach", |devices, number| devices.clear(number));
+            }
+            Action::Remove(names) => {
+                return self.each(names, "remove", |devices, number| devices.remove(number).map(drop));
+            }
+            Action::DetachAll => return self.detach_all(),
+            Action::SetCapacity(name) => {
+                self.one(name, "set capacity", |devices, number| devices.set_capacity(number))
+            }
+            Action::SetDirectIo(name, on) => {
+                self.one(name, "set direct io", |devices, number| devices.set_direct_io(number, *on))
+            }
+            Action::SetBlockSize(name, bytes) => {
+                self.one(name, "set logical block size", |devices, number| {
+                    devices.set_block_size(number, *bytes)
+                })
+            }
+        };
+        Ok(done.map(|()| true))
+    }
+
+    fn path(&self, number: u32) -> String {
+        format!("{}/loop{number}", self.devices.directory())
+    }
+
+    fn number(&self, name: &OsStr) -> Done<u32> {
+        options::number(name, self.devices.directory())
+            .ok_or_else(|| format!("{}: failed to use device: {}", name.display(), reason(Errno::NODEV)))
+    }
+
+    fn find_free(&mut self) -> Done<u32> {
+        let found = self.devices.get_free();
+        found.map_err(|error| format!("cannot find an unused loop device: {}", reason(error)))
+    }
+
+    fn one(
+        &mut self,
+        name: &OsStr,
+        what: &str,
+        does: impl FnOnce(&mut dyn Devices, u32) -> Answer<()>,
+    ) -> Done {
+        let number = self.number(name)?;
+        let done = does(self.devices, number);
+        done.map_err(|error| format!("{}: {what} failed: {}", self.path(number), reason(error)))
+    }
+
+    /// The first name must be a device's before anything is done; what fails does not stop the others.
+    fn each(
+        &mut self,
+        names: &[OsString],
+        what: &str,
+        does: impl Fn(&mut dyn Devices, u32) -> Answer<()>,
+    ) -> io::Result<Done<bool>> {
+        let mut all = true;
+        for (index, name) in names.iter().enumerate() {
+            match self.one(name, what, &does) {
+                Err(message) if index == 0 && self.number(name).is_err() => return Ok(Err(message)),
+                Err(message) => {
+                    writeln!(self.err, "{NAME}: {message}")?;
+                    all = false;
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(Ok(all))
+    }
+
+    fn detach_all(&mut self) -> io::Result<Done<bool>> {
+        let rows = match self.used() {
+            Ok(rows) => rows,
+            Err(message) => return Ok(Err(message)),
+        };
+        let names: Vec<OsString> = rows.into_iter().map(|row| row.name.into()).collect();
+        self.each(&names, "detach", |devices, number| devices.clear(number))
+    }
+
+    fn row(&mut self, entry: Entry) -> Row {
+        let status = entry.bound.as_ref().and_then(|_| self.devices.status(entry.number).ok());
+        Row { name: self.path(entry.number), entry, status }
+    }
+
+    /// The bound devices.
+    fn used(&mut self) -> Done<Vec<Row>> {
+        let entries = self.devices.entries();
+        let mut entries =
+            entries.map_err(|error| format!("failed to inspect loop devices: {}", reason(error)))?;
+        entries.retain(|entry| entry.bound.is_some());
+        entries.sort_by_key(|entry| entry.number);
+        Ok(entries.into_iter().map(|entry| self.row(entry)).collect())
+    }
+
+    fn show(&mut self, request: &Request, file: Option<&OsStr>) -> io::Result<Done<bool>> {
+        let mut rows = match self.used() {
+            Ok(rows) => rows,
+            Err(message) => return Ok(Err(message)),
+        };
+        if let Some(file) = file {
+            let file = File::of(file);
+            rows.retain(|row| file.backs(row, request.offset));
+        }
+        match &request.table {
+            Some((columns, format)) => {
+                self.out.write_all(table::render(columns, &rows, *format).as_bytes())?;
+            }
+            None => {
+                for line in rows.iter().filter_map(Row::line) {
+                    writeln!(self.out, "{line}")?;
+                }
+            }
+        }
+        Ok(Ok(true))
+    }
+
+    fn show_one(&mut self, request: &Request, name: &OsStr) -> io::Result<Done<bool>> {
+        let found = self.number(name).and_then(|number| {
+            let entries = self.devices.entries().unwrap_or_default();
+            let entry = entries.into_iter().find(|entry| entry.number == number);
+            entry.ok_or_else(|| format!("{}: failed to use device: {}", name.display(), reason(Errno::NODEV)))
+        });
+        let row = match found {
+            Ok(entry) => self.row(entry),
+            Err(message) => return Ok(Err(message)),
+        };
+        match (&request.table, row.line()) {
+            (Some((columns, format)), _) => {
+                self.out.write_all(table::render(columns, &[row], *format).as_bytes())?;
+            }
+            (None, Some(line)) => writeln!(self.out, "{line}")?,
+            (None, None) => return Ok(Err(format!("{}: {}", row.name, reason(Errno::NOENT)))),
+        }
+        Ok(Ok(true))
+    }
+}
+
+/// A file that devices may be bound to, as its name and by what it is.
+struct File {
+    names: [String; 2],
+    identity: Option<(u64, u64)>,
+}
+
+impl File {
+    fn of(name: &OsStr) -> File {
+        let path = Path::new(name);
+        let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let identity = path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        File { names: [text(path), text(&full)], identity }
+    }
+
+    /// The device is bound to this file, from `offset` if that matters.
+    fn backs(&self, row: &Row, offset: Option<u64>) -> bool {
+        let Some(bound) = row.entry.bound.as_ref() else { return false };
+        let same = match (self.identity, row.backing()) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => self.names.contains(&bound.backing_file),
+        };
+        same && offset.is_none_or(|offset| offset == bound.offset)
+    }
+}
+
+/// The C library's words for an error.
+fn reason(error: Errno) -> String {
+    let text = io::Error::from(error).to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,162 @@
+//! What is in an image: which file system, in which part of it, and whether it can be written.
+//!
+//! Reads it with the caller's own rights, before the daemon hears of it. Does not know who mounts.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+
+use crate::cli::size;
+use crate::error::{Error, Kind, Result};
+use crate::image::{Region, fs, partitions};
+
+/// Blocks in which partition tables count; a device of ours has them as well.
+const BLOCK: u32 = 512;
+
+/// Partitions that are named in a message.
+const NAMED_MAX: usize = 16;
+
+/// What blkid knows that is no file system.
+const NOT_MOUNTED: [&str; 4] = ["crypto_LUKS", "LVM2_member", "swap", "jbd"];
+
+/// An image, and the part of it that is to be mounted.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) file: File,
+    /// As it was named.
+    pub(super) shown: PathBuf,
+    /// Its full name.
+    pub(super) path: PathBuf,
+    pub(super) read_only: bool,
+    /// First byte.
+    pub(super) offset: u64,
+    /// Bytes; 0: up to the end.
+    pub(super) size_limit: u64,
+    /// The file system, as blkid calls it.
+    pub(super) kind: &'static str,
+}
+
+/// Which part of an image is asked for.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) number: Option<u32>,
+    pub(super) offset: u64,
+    pub(super) size_limit: u64,
+}
+
+/// Whether nobody ever writes to such a file system.
+pub(super) fn never_written(kind: &str) -> bool {
+    ["squashfs", "erofs", "iso9660", "cramfs"].contains(&kind)
+}
+
+/// Finds out what is in the image at `path`.
+pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
+    let shown = path.display();
+    let cannot = |error| Error::os(error, format!("cannot open {shown}"));
+    let full = path.canonicalize().map_err(cannot)?;
+    let (mut file, read_only) = open(path, read_only).map_err(cannot)?;
+    let kind = file.metadata().map_err(cannot)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
+        return Err(invalid(format!("{shown} is {what}")).hint("give an image, and then the directory"));
+    }
+    let size = file.seek(SeekFrom::End(0)).map_err(cannot)?;
+    let (offset, limit, kind) = find(&file, size, part, &shown.to_string())?;
+    Ok(Image {
+        file,
+        shown: path.to_owned(),
+        path: full,
+        read_only: read_only || never_written(kind),
+        offset,
+        size_limit: limit,
+        kind,
+    })
+}
+
+/// Opens it for writing, if that is wanted and possible; true: only for reading.
+fn open(path: &Path, read_only: bool) -> std::io::Result<(File, bool)> {
+    // Without O_NONBLOCK, a FIFO would keep us waiting for its other end.
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
+    if !read_only {
+        match open(true) {
+            Ok(file) => return Ok((file, false)),
+            Err(error)
+                if [ErrorKind::PermissionDenied, ErrorKind::ReadOnlyFilesystem, ErrorKind::IsADirectory]
+                    .contains(&error.kind()) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((open(false)?, true))
+}
+
+/// Where the file system is, and which one.
+fn find(file: &File, size: u64, part: &Part, shown: &str) -> Result<(u64, u64, &'static str)> {
+    let rest = size.saturating_sub(part.offset);
+    if rest < u64::from(BLOCK) {
+        let message = format!("{shown} has {size} bytes: there is no file system at {}", part.offset);
+        return Err(invalid(message));
+    }
+    let within = if part.size_limit > 0 { rest.min(part.size_limit) } else { rest };
+    let region = |start: u64, size: u64| Region::new(file.as_fd(), part.offset + start, size);
+    let table = || partitions::read(&mut region(0, within), BLOCK);
+    let Some(number) = part.number else {
+        return match fs::detect(&mut region(0, within)) {
+            Some(kind) => checked(kind, shown).map(|kind| (part.offset, part.size_limit, kind)),
+            None => Err(nothing(shown, &table()?, |found| fs::detect(&mut region(found.start, found.size)))),
+        };
+    };
+    let table = table()?;
+    let Some(found) = table.iter().find(|found| found.number == number) else {
+        let message = match table.is_empty() {
+            true => format!("{shown} has no partitions"),
+            false => format!("{shown} has no partition {number}, but {}", list(&table, |_| None)),
+        };
+        return Err(Error::new(Kind::NotFound, message));
+    };
+    let shown = format!("partition {number} of {shown}");
+    match fs::detect(&mut region(found.start, found.size)) {
+        Some(kind) => Ok((part.offset + found.start, found.size, checked(kind, &shown)?)),
+        None => Err(nothing(&shown, &[], |_| None)),
+    }
+}
+
+fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
+    match NOT_MOUNTED.contains(&kind) {
+        true => Err(invalid(format!("in {shown} is {kind}, which cannot be mounted"))),
+        false => Ok(kind),
+    }
+}
+
+fn nothing(
+    shown: &str,
+    table: &[partitions::Part],
+    kind: impl Fn(&partitions::Part) -> Option<&'static str>,
+) -> Error {
+    if table.is_empty() {
+        return invalid(format!("no file system that is known is in {shown}"))
+            .hint("'file -s' may know what it is; '--offset' says where one begins");
+    }
+    invalid(format!("{shown} has partitions: {}", list(table, kind))).hint("choose one with --partition N")
+}
+
+/// Numbers, file systems and sizes.
+fn list(table: &[partitions::Part], kind: impl Fn(&partitions::Part) -> Option<&'static str>) -> String {
+    let one = |part: &partitions::Part| {
+        let kind = kind(part).map(|kind| format!("{kind}, ")).unwrap_or_default();
+        format!("{} ({kind}{})", part.number, size::show(part.size))
+    };
+    let mut words: Vec<String> = table.iter().take(NAMED_MAX).map(one).collect();
+    if table.len() > NAMED_MAX {
+        words.push("…".to_owned());
+    }
+    words.join(", ")
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(Kind::Invalid, message)
+}

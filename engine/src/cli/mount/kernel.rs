@@ -1,0 +1,59 @@
+//! The kernel mounts an image, for root.
+
+use std::ffi::CStr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::AtFlags;
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount as mount_fs};
+
+use super::Device;
+use super::image::Image;
+use crate::error::{Error, Kind, Result};
+
+/// The inode of the initial user namespace, the same on every machine (PROC_USER_INIT_INO).
+const INITIAL: u64 = 0xefff_fffd;
+
+/// Whether this is root, and not only that of a user namespace, for whom no kernel mounts a disk.
+pub(super) fn mounts_for_us() -> bool {
+    let namespace = std::fs::metadata("/proc/self/ns/user").map(|meta| meta.ino());
+    rustix::process::geteuid().is_root() && namespace.is_ok_and(|inode| inode == INITIAL)
+}
+
+/// Mounts `device` on `dir`. The device then lives until it is unmounted.
+pub(super) fn mount(device: &Device, image: &Image, dir: &Path) -> Result<()> {
+    let shown = image.shown.display();
+    let cannot = |error: Errno| Error::os(error, format!("cannot mount {shown} on {}", dir.display()));
+    let source = source(device).map_err(cannot)?;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    flags.set(MountFlags::RDONLY, image.read_only);
+    // Whatever the image says: no panic.
+    let data: Option<&CStr> = image.kind.starts_with("ext").then_some(c"errors=remount-ro");
+    mount_fs(&source, dir, driver(image.kind), flags, data).map_err(|error| match error {
+        Errno::NODEV => Error::new(Kind::Unsupported, format!("this kernel does not know {}", image.kind))
+            .hint(format!("name a program of FUSE with --fuse {}=PROGRAM, or load its module", image.kind)),
+        Errno::BUSY => cannot(error),
+        error => cannot(error).hint("the kernel's log says why: dmesg"),
+    })
+}
+
+/// What the kernel calls the file system.
+fn driver(kind: &str) -> &str {
+    match kind {
+        "ntfs" => "ntfs3",
+        kind => kind,
+    }
+}
+
+/// A name of the device that still means something when this process is gone.
+fn source(device: &Device) -> rustix::io::Result<PathBuf> {
+    let number = rustix::fs::statat(&device.pool, &device.node, AtFlags::SYMLINK_NOFOLLOW)?.st_rdev;
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let link = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).unwrap_or_default();
+    let named = Path::new("/dev").join(link.file_name().unwrap_or_default());
+    match rustix::fs::stat(&named) {
+        Ok(found) if found.st_rdev == number => Ok(named),
+        _ => Ok(device.path()),
+    }
+}

@@ -1,0 +1,166 @@
+//! `loopengine mount`: the file system in an image, mounted in one step.
+//!
+//! The image gets a pool of one device, which is shown nowhere: the program that mounts it inherits the
+//! descriptor of the pool's directory, or the kernel has the device open. So the pool ends with the
+//! mount, and whatever fails on the way leaves nothing behind. Its name is made of the directory
+//! ([`found::pool_name`]), so that `umount` finds it again without a file that says so.
+//!
+//! Knows who mounts what. What is in an image is [`image`]'s, what is mounted already [`found`]'s.
+
+mod found;
+mod image;
+mod kernel;
+mod program;
+mod umount;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use super::private::mounter::Way;
+use super::private::parse_fuse;
+use super::remote::Remote;
+use super::size;
+use super::wanted::{Wanted, open_pool};
+use crate::error::{Error, Kind, Result};
+use crate::loops::{Configure, Errno, Info, NAME_BYTES, flag};
+
+pub(super) use umount::Args as Umount;
+
+/// Mount the file system in an image.
+///
+/// Finds out which file system it is, serves the image as a device that nobody else sees, and mounts it,
+/// always without set-user-ID programs and device nodes. For a plain user a program of FUSE does so with
+/// that user's rights, and only that user sees the files; for root the kernel does, unless '--fuse' names a program.
+///
+/// 'loopengine umount' ends it; after 'umount' or 'fusermount3 -u' nothing is left either, a moment later.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Image file or block device.
+    image: PathBuf,
+
+    /// Directory to mount it on.
+    dir: PathBuf,
+
+    /// Refuse writes. An image that cannot be written is mounted so in any case.
+    #[arg(short, long)]
+    read_only: bool,
+
+    /// Mount partition N of the image.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
+    partition: Option<u32>,
+
+    /// First byte of the image that counts: bytes, or a number and K, M, G or T.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    offset: u64,
+
+    /// Bytes that count at the most; 0: up to the end of the image.
+    #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    size_limit: u64,
+
+    /// The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs,
+    /// squashfs by squashfuse].
+    #[arg(long, value_name = "FS=PROGRAM,…", value_delimiter = ',', value_parser = parse_fuse)]
+    fuse: Vec<Way>,
+}
+
+/// What mounts.
+#[derive(Debug)]
+enum By {
+    Kernel,
+    Program(String),
+}
+
+impl Args {
+    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        let part = image::Part { number: self.partition, offset: self.offset, size_limit: self.size_limit };
+        let image = image::look(&self.image, &part, self.read_only)?;
+        let by = self.by(image.kind)?;
+        let dir = directory(&self.dir)?;
+        found::not_mounted(run_dir, &image)?;
+        let device = Device::serve(run_dir, &image, &dir)?;
+        let mounted = match &by {
+            By::Kernel => kernel::mount(&device, &image, &dir),
+            By::Program(program) => program::mount(program, &device, &image, &dir),
+        };
+        mounted?;
+        if image.read_only && !self.read_only && !image::never_written(image.kind) {
+            eprintln!("loopengine: {} cannot be written: mounted read-only", self.image.display());
+        }
+        Ok(())
+    }
+
+    fn by(&self, kind: &str) -> Result<By> {
+        if let Some((_, program)) = self.fuse.iter().find(|(fits, _)| fits == kind) {
+            return program::check().map(|()| By::Program(program.clone()));
+        }
+        if kernel::mounts_for_us() {
+            return Ok(By::Kernel);
+        }
+        program::usual(kind).map(By::Program)
+    }
+}
+
+/// The directory, by its full name.
+fn directory(dir: &Path) -> Result<PathBuf> {
+    let shown = dir.display();
+    let full = dir.canonicalize().map_err(|error| {
+        let missing = error.kind() == std::io::ErrorKind::NotFound;
+        let error = Error::os(error, format!("cannot mount on {shown}"));
+        if missing { error.hint(format!("make it with 'mkdir {shown}'")) } else { error }
+    })?;
+    match full.is_dir() {
+        true => Ok(full),
+        false => Err(Error::new(Kind::Invalid, format!("{shown} is not a directory"))),
+    }
+}
+
+/// A device that shows the image, for as long as this or a copy of its descriptor is open, or the device.
+struct Device {
+    /// The pool's directory, mounted nowhere.
+    pool: OwnedFd,
+    /// Name of the node in there.
+    node: String,
+}
+
+impl Device {
+    /// For this process only.
+    fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}/{}", self.pool.as_raw_fd(), self.node).into()
+    }
+
+    fn serve(run_dir: &Path, image: &image::Image, dir: &Path) -> Result<Device> {
+        let wanted = Wanted { name: Some(found::pool_name(dir)?), max: Some(1), ..Wanted::default() };
+        let (name, pool) = open_pool(run_dir, &wanted).map_err(|error| match error.kind() {
+            Kind::Exists => {
+                Error::new(Kind::Busy, format!("an image is mounted on {} already", dir.display()))
+                    .hint(format!("unmount it with 'loopengine umount {}'", dir.display()))
+            }
+            _ => error,
+        })?;
+        let mut remote = Remote::open(Some(&name), run_dir)?;
+        let number = remote.bind(image).map_err(|error| {
+            let cannot = || Error::os(error, format!("cannot serve {}", image.shown.display()));
+            remote.failure().unwrap_or_else(cannot)
+        })?;
+        Ok(Device { pool, node: format!("loop{number}") })
+    }
+}
+
+impl Remote {
+    fn bind(&mut self, image: &image::Image) -> std::result::Result<u32, Errno> {
+        use super::losetup::Devices;
+        use std::os::unix::ffi::OsStrExt;
+        let mut file_name = [0; NAME_BYTES];
+        let name = image.path.as_os_str().as_bytes();
+        for (to, from) in file_name.iter_mut().take(NAME_BYTES - 1).zip(name) {
+            *to = *from;
+        }
+        let flags = if image.read_only { flag::READ_ONLY } else { 0 };
+        let info =
+            Info { offset: image.offset, size_limit: image.size_limit, flags, file_name, ..Info::default() };
+        let file = rustix::io::fcntl_dupfd_cloexec(&image.file, 0)?;
+        let number = self.get_free()?;
+        self.configure(number, Configure { file, block_size: 0, info })?;
+        Ok(number)
+    }
+}

@@ -1,0 +1,122 @@
+//! `loopengine umount`: the end of a mount, and of all that belonged to it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+
+use super::found::Mounted;
+use super::program;
+use crate::error::{Error, Kind, Result};
+use crate::sys::mntns;
+
+/// How long a program may take to write what it holds, and the daemon to take the device away.
+const END_MAX: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Unmount what 'loopengine mount' has mounted.
+///
+/// Comes back when all is written and the device is gone: the image is then complete.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    /// The directory, or the image.
+    #[arg(value_name = "DIR|IMAGE")]
+    what: PathBuf,
+}
+
+impl Args {
+    pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
+        let named = full(&self.what);
+        let all = Mounted::all(run_dir)?;
+        let mut found = Vec::new();
+        for mounted in all {
+            let on_it = mounted.is_on(&named)?;
+            if on_it || is_of(&mounted, &named, run_dir)? {
+                found.push(mounted);
+            }
+        }
+        if found.is_empty() {
+            return Err(self.unknown(&named));
+        }
+        for mounted in &found {
+            for dir in mounted.dirs()? {
+                leave(&dir)?;
+            }
+        }
+        let until = Instant::now() + END_MAX;
+        while Mounted::all(run_dir)?.iter().any(|left| found.contains(left)) {
+            if Instant::now() >= until {
+                let message = format!("{} is unmounted, but its device is still in use", self.what.display());
+                return Err(Error::new(Kind::Deadline, message)
+                    .hint("wait for the program that mounted it, or see who else has the directory open"));
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
+    fn unknown(&self, named: &Path) -> Error {
+        let shown = self.what.display();
+        let is_mount = mntns::kind_at(named);
+        let hint = match is_mount {
+            Some(kind) if kind.starts_with("fuse") => format!("unmount it with 'fusermount3 -u {shown}'"),
+            Some(_) => format!("unmount it with 'umount {shown}'"),
+            None => "'findmnt' lists what is mounted".to_owned(),
+        };
+        Error::new(
+            Kind::NotFound,
+            format!("{shown} is not mounted by 'loopengine mount', or by another user"),
+        )
+        .hint(hint)
+    }
+}
+
+/// The full name, also of a directory that nobody can look at any more since its server has died.
+fn full(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        match (parent.canonicalize(), path.file_name()) {
+            (Ok(parent), Some(name)) => parent.join(name),
+            _ => path.to_owned(),
+        }
+    })
+}
+
+fn is_of(mounted: &Mounted, image: &Path, run_dir: &Path) -> Result<bool> {
+    use std::os::unix::fs::FileTypeExt;
+    let Ok(meta) = image.metadata() else { return Ok(false) };
+    let fits = meta.is_file() || meta.file_type().is_block_device();
+    Ok(fits && !mounted.shows(&meta, run_dir)?.is_empty())
+}
+
+/// Unmounts one directory.
+fn leave(dir: &Path) -> Result<()> {
+    let shown = dir.display();
+    let cannot = |error: Errno| {
+        let error = Error::os(error, format!("cannot unmount {shown}"));
+        if error.kind() == Kind::Busy { error.hint(BUSY) } else { error }
+    };
+    let fuse = mntns::kind_at(dir).is_some_and(|kind| kind.starts_with("fuse"));
+    if rustix::process::geteuid().is_root() || !fuse {
+        return unmount(dir, UnmountFlags::NOFOLLOW).map_err(cannot);
+    }
+    let Some(fusermount) = program::fusermount() else {
+        return Err(Error::new(Kind::Unavailable, "fusermount3, by which users unmount, is not installed")
+            .hint("install it ('apt install fuse3')"));
+    };
+    let done = Command::new(fusermount).args(["-u", "--"]).arg(dir).stdin(Stdio::null()).output();
+    let done = done.map_err(|error| Error::os(error, format!("cannot run {fusermount}")))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&done.stderr);
+    let said: String = said.trim().chars().filter(|letter| !letter.is_control()).collect();
+    let busy = said.contains("busy");
+    let error =
+        Error::new(if busy { Kind::Busy } else { Kind::Denied }, format!("cannot unmount {shown}: {said}"));
+    Err(if busy { error.hint(BUSY) } else { error })
+}
+
+const BUSY: &str = "see who uses it with 'fuser -vm', and end that";

@@ -1,0 +1,331 @@
+//! `oci print-profile`: a seccomp profile that has the calls for loop devices answered by the daemon.
+//!
+//! Knows the format of profiles, and how libseccomp chooses between rules. Does not know what happens at
+//! the socket that a profile names.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use crate::cli::out;
+use crate::error::{Error, Kind, Result};
+
+/// The socket in the run directory to which runtimes send listeners.
+const LISTENER: &str = "oci";
+/// Bytes of a profile at the most.
+const BASE_MAX: u64 = 4 << 20;
+/// LOOP_* and LOOP_CTL_* are 0x4c00 to 0x4cff, in the 32 bits that the kernel looks at.
+const LOOP: u64 = 0x4c00;
+const LOOP_MASK: u64 = 0xffff_ff00;
+/// The kind of a node, in its mode.
+const KIND_MASK: u32 = libc::S_IFMT;
+/// All kinds but block devices.
+const OTHER_KINDS: [u32; 7] =
+    [0, libc::S_IFREG, libc::S_IFCHR, libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFDIR, libc::S_IFLNK];
+/// Calls that make nodes, and which argument is the mode.
+const MAKE_NODES: [(&str, u32); 2] = [("mknod", 1), ("mknodat", 2)];
+
+/// Print a seccomp profile that has loop ioctls answered by loopengine.
+///
+/// A profile replaces the runtime's own: give that with --base, or the container may do everything else.
+/// Block nodes cannot be made under it: a node would outlive the device that has its number.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Profile {
+    /// Add to this profile: one of Docker, Podman or containerd, or a whole config.json.
+    #[arg(long, value_name = "FILE")]
+    pub(super) base: Option<PathBuf>,
+
+    /// Socket of the daemon for listeners [default: DIR/oci in the run directory].
+    #[arg(long, value_name = "PATH")]
+    pub(super) listener: Option<PathBuf>,
+
+    /// What the runtime tells the daemon together with the listener.
+    #[arg(long, value_name = "TEXT")]
+    pub(super) metadata: Option<String>,
+
+    /// Have mount answered, too.
+    #[arg(long)]
+    pub(super) mount: bool,
+
+    /// Ask that only fatal signals interrupt a call that is being answered (runc 1.2 or later).
+    #[arg(long)]
+    pub(super) wait_killable: bool,
+}
+
+impl Profile {
+    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        let base = self.base.as_deref().map(read).transpose()?;
+        out::json(&self.make(base, run_dir)?).map(drop)
+    }
+
+    /// The profile: `base`, with what is ours.
+    pub(super) fn make(&self, base: Option<Value>, run_dir: &Path) -> Result<Value> {
+        let listener = self.listener.clone().unwrap_or_else(|| run_dir.join(LISTENER));
+        let Some(listener) = listener.to_str().filter(|path| path.starts_with('/')) else {
+            let message = format!("'{}' cannot be the path of a listener", listener.display());
+            return Err(Error::new(Kind::Invalid, message).hint("give an absolute path with --listener"));
+        };
+        self.profile(base, listener)
+    }
+
+    fn profile(&self, base: Option<Value>, listener: &str) -> Result<Value> {
+        let bad = || {
+            Error::new(Kind::Invalid, "the base is no seccomp profile")
+                .hint("give a JSON object with 'defaultAction' and 'syscalls'")
+        };
+        let mut whole = base.unwrap_or_else(everything);
+        // A config.json has the profile inside.
+        let inside = match whole.pointer("/linux/seccomp") {
+            Some(_) => whole.pointer_mut("/linux/seccomp"),
+            None => Some(&mut whole),
+        };
+        let profile = inside.and_then(Value::as_object_mut).ok_or_else(bad)?;
+        if !profile.get("defaultAction").is_some_and(Value::is_string) {
+            return Err(bad());
+        }
+        if let Some(other) = profile.get("listenerPath").and_then(Value::as_str)
+            && other != listener
+        {
+            let message = format!("the base has a listener already: {other}");
+            return Err(Error::new(Kind::Exists, message).hint("a container can have one only"));
+        }
+        profile.insert("listenerPath".to_owned(), json!(listener));
+        if let Some(metadata) = &self.metadata {
+            profile.insert("listenerMetadata".to_owned(), json!(metadata));
+        }
+        if self.wait_killable {
+            let flags = profile.entry("flags").or_insert_with(|| json!([]));
+            let flags = flags.as_array_mut().ok_or_else(bad)?;
+            flags.push(json!("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"));
+        }
+        let rules = profile.entry("syscalls").or_insert_with(|| json!([]));
+        let rules = rules.as_array_mut().ok_or_else(bad)?;
+        let mut kept = Vec::new();
+        for rule in std::mem::take(rules) {
+            kept.extend(self.around(rule).ok_or_else(bad)?);
+        }
+        let is_loop = argument("SCMP_CMP_MASKED_EQ", LOOP_MASK, Some(LOOP));
+        kept.push(json!({ "names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [is_loop] }));
+        for (call, mode) in MAKE_NODES {
+            let block = kind(mode, libc::S_IFBLK);
+            kept.push(json!({ "names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EPERM, "args": [block] }));
+        }
+        if self.mount {
+            kept.push(json!({ "names": ["mount"], "action": "SCMP_ACT_NOTIFY" }));
+        }
+        *rules = kept;
+        Ok(whole)
+    }
+
+    /// A rule of the base, so that it leaves room for ours: of two rules for a call libseccomp lets the
+    /// one without conditions win, so an "ioctl" without them becomes two on both sides of ours, and a
+    /// "mknod" one for every other kind of node.
+    fn around(&self, rule: Value) -> Option<Vec<Value>> {
+        let Value::Object(mut rule) = rule else { return None };
+        let unconditional = rule.get("args").and_then(Value::as_array).is_none_or(Vec::is_empty);
+        let mut names: Vec<Value> = match (rule.get("names"), rule.get("name")) {
+            (Some(Value::Array(names)), _) => names.clone(),
+            (_, Some(name)) => vec![name.clone()],
+            _ => return None,
+        };
+        let before = names.len();
+        let is_ours = |name: &Value| name == "ioctl" || MAKE_NODES.iter().any(|(call, _)| name == call);
+        names.retain(|name| !(unconditional && is_ours(name) || self.mount && name == "mount"));
+        if names.len() == before {
+            return Some(vec![Value::Object(rule)]);
+        }
+        let had_ioctl = unconditional && has(&rule, "ioctl");
+        let had_nodes = MAKE_NODES.into_iter().filter(|(call, _)| unconditional && has(&rule, call));
+        let had_nodes: Vec<_> = had_nodes.collect();
+        rule.remove("name");
+        let mut rules = Vec::new();
+        if !names.is_empty() {
+            let rest = with(&rule, "names", Value::Array(names));
+            rules.push(Value::Object(rest));
+        }
+        if had_ioctl {
+            let beside = [("SCMP_CMP_LT", LOOP), ("SCMP_CMP_GT", LOOP | 0xff)];
+            for (operator, value) in beside {
+                let rule = with(&rule, "names", json!(["ioctl"]));
+                let rule = with(&rule, "args", json!([argument(operator, value, None)]));
+                rules.push(Value::Object(rule));
+            }
+        }
+        for (call, mode) in had_nodes {
+            for other in OTHER_KINDS {
+                let rule = with(&rule, "names", json!([call]));
+                rules.push(Value::Object(with(&rule, "args", json!([kind(mode, other)]))));
+            }
+        }
+        Some(rules)
+    }
+}
+
+/// A condition on the kind of the node that is made.
+fn kind(mode: u32, kind: u32) -> Value {
+    json!({ "index": mode, "value": KIND_MASK, "valueTwo": kind, "op": "SCMP_CMP_MASKED_EQ" })
+}
+
+/// A condition on the command of an ioctl.
+fn argument(operator: &str, value: u64, two: Option<u64>) -> Value {
+    match two {
+        Some(two) => json!({ "index": 1, "value": value, "valueTwo": two, "op": operator }),
+        None => json!({ "index": 1, "value": value, "op": operator }),
+    }
+}
+
+fn has(rule: &Map<String, Value>, call: &str) -> bool {
+    let named = rule.get("names").and_then(Value::as_array).is_some_and(|names| names.contains(&json!(call)));
+    named || rule.get("name").is_some_and(|name| name == call)
+}
+
+fn with(rule: &Map<String, Value>, key: &str, value: Value) -> Map<String, Value> {
+    let mut rule = rule.clone();
+    rule.insert(key.to_owned(), value);
+    rule
+}
+
+/// A profile that forbids nothing.
+fn everything() -> Value {
+    let architectures: &[&str] = match std::env::consts::ARCH {
+        "x86_64" => &["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "aarch64" => &["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
+        _ => &[],
+    };
+    json!({ "defaultAction": "SCMP_ACT_ALLOW", "architectures": architectures, "syscalls": [] })
+}
+
+pub(super) fn read(path: &Path) -> Result<Value> {
+    let shown = path.display();
+    let cannot = |error| Error::os(error, format!("cannot read {shown}"));
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(cannot)?;
+    file.take(BASE_MAX + 1).read_to_end(&mut text).map_err(cannot)?;
+    if text.len() as u64 > BASE_MAX {
+        return Err(Error::new(Kind::Invalid, format!("{shown} is too large for a profile"))
+            .hint("give a seccomp profile, or a config.json"));
+    }
+    serde_json::from_slice(&text).map_err(|error| {
+        Error::new(Kind::Invalid, format!("{shown} is no profile: {error}")).hint("give one in JSON")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATH: &str = "/run/loopengine/oci";
+
+    fn args() -> Profile {
+        Profile { base: None, listener: None, metadata: None, mount: false, wait_killable: false }
+    }
+
+    fn ours() -> Value {
+        json!({ "names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [
+            { "index": 1, "value": 0xffff_ff00_u32, "valueTwo": 0x4c00, "op": "SCMP_CMP_MASKED_EQ" }] })
+    }
+
+    fn no_nodes() -> [Value; 2] {
+        [("mknod", 1), ("mknodat", 2)].map(|(call, mode)| {
+            json!({ "names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "args": [
+                { "index": mode, "value": 0o170000, "valueTwo": 0o060000, "op": "SCMP_CMP_MASKED_EQ" }] })
+        })
+    }
+
+    #[test]
+    fn nodes_of_other_kinds_stay_possible() {
+        let base = json!({ "defaultAction": "SCMP_ACT_ERRNO",
+            "syscalls": [{ "names": ["mknod", "read"], "action": "SCMP_ACT_ALLOW" }] });
+        let profile = args().profile(Some(base), PATH).unwrap();
+        let rules = profile["syscalls"].as_array().unwrap();
+        assert_eq!(rules[0]["names"], json!(["read"]));
+        let kinds: Vec<u64> =
+            rules[1..8].iter().map(|rule| rule["args"][0]["valueTwo"].as_u64().unwrap()).collect();
+        assert!(
+            rules[1..8].iter().all(|rule| rule["names"] == json!(["mknod"]) && rule["args"][0]["index"] == 1)
+        );
+        assert!(kinds.contains(&0o020000) && !kinds.contains(&0o060000), "{kinds:?}");
+        assert_eq!(rules[8], ours());
+    }
+
+    #[test]
+    fn alone() {
+        let profile = Profile { metadata: Some("pool=ci".to_owned()), mount: true, ..args() };
+        let profile = profile.profile(None, PATH).unwrap();
+        assert_eq!(profile["listenerPath"], PATH);
+        assert_eq!(profile["listenerMetadata"], "pool=ci");
+        assert_eq!(profile["defaultAction"], "SCMP_ACT_ALLOW");
+        let mount = json!({ "names": ["mount"], "action": "SCMP_ACT_NOTIFY" });
+        let [mknod, mknodat] = no_nodes();
+        assert_eq!(profile["syscalls"], json!([ours(), mknod, mknodat, mount]));
+    }
+
+    #[test]
+    fn a_base_makes_room_and_keeps_the_rest() {
+        let base = json!({
+            "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "archMap": [{ "architecture": "x" }],
+            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "syscalls": [
+                { "names": ["read", "ioctl", "write"], "action": "SCMP_ACT_ALLOW" },
+                { "names": ["mount", "umount2"], "action": "SCMP_ACT_ALLOW", "includes": { "caps": ["CAP_SYS_ADMIN"] } },
+                { "names": ["ioctl"], "action": "SCMP_ACT_ERRNO", "args": [{ "index": 1, "value": 1, "op": "SCMP_CMP_EQ" }] },
+                { "name": "ioctl", "action": "SCMP_ACT_LOG", "args": [] },
+            ],
+        });
+        let beside = |action: &str, operator: &str, value: u32| {
+            json!({ "names": ["ioctl"], "action": action,
+                "args": [{ "index": 1, "value": value, "op": operator }] })
+        };
+        let rules = json!([
+            { "names": ["read", "write"], "action": "SCMP_ACT_ALLOW" },
+            beside("SCMP_ACT_ALLOW", "SCMP_CMP_LT", 0x4c00),
+            beside("SCMP_ACT_ALLOW", "SCMP_CMP_GT", 0x4cff),
+            base["syscalls"][1],
+            base["syscalls"][2],
+            beside("SCMP_ACT_LOG", "SCMP_CMP_LT", 0x4c00),
+            beside("SCMP_ACT_LOG", "SCMP_CMP_GT", 0x4cff),
+            ours(),
+            no_nodes()[0],
+            no_nodes()[1],
+        ]);
+        let profile = args().profile(Some(base.clone()), PATH).unwrap();
+        assert_eq!(profile["syscalls"], rules);
+        for kept in ["defaultAction", "defaultErrnoRet", "archMap", "flags"] {
+            assert_eq!(profile[kept], base[kept]);
+        }
+        // A config.json, with mount.
+        let config = json!({ "process": { "args": ["sh"] }, "linux": { "seccomp": base } });
+        let profile = Profile { mount: true, wait_killable: true, ..args() };
+        let profile = profile.profile(Some(config), PATH).unwrap();
+        assert_eq!(profile["process"]["args"][0], "sh");
+        let seccomp = &profile["linux"]["seccomp"];
+        assert_eq!(seccomp["syscalls"][3]["names"], json!(["umount2"]));
+        assert_eq!(seccomp["flags"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn bases_that_are_none() {
+        let allow = |more: Value| {
+            let mut base = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
+            base.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            base
+        };
+        args().profile(Some(allow(json!({}))), PATH).unwrap();
+        args().profile(Some(allow(json!({ "listenerPath": PATH }))), PATH).unwrap();
+        let other = args().profile(Some(allow(json!({ "listenerPath": "/x" }))), PATH);
+        assert_eq!(other.unwrap_err().kind(), Kind::Exists);
+        for bad in [
+            json!(null),
+            json!([]),
+            json!({}),
+            json!({ "linux": { "seccomp": null } }),
+            allow(json!({ "syscalls": 1 })),
+            allow(json!({ "syscalls": [1] })),
+            allow(json!({ "syscalls": [{ "action": "x" }] })),
+        ] {
+            assert_eq!(args().profile(Some(bad.clone()), PATH).unwrap_err().kind(), Kind::Invalid, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,402 @@
+//! The mounter: mounts file systems for a command with loop devices of its own, by programs of FUSE, or
+//! has the daemon have the kernel mount them.
+//!
+//! A process in the command's namespaces, outside its filter, with exactly its rights; it takes the
+//! stopped calls of mount(2) from the daemon, and starts a program for each that is of one of the
+//! pool's devices, or attaches what it gets. It ends when the daemon says so, after the programs that it started: they are its
+//! children also when they have left their parent, and have what is not written yet.
+//!
+//! Knows which program mounts what, and how one is started. Does not know who may mount.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::parse_fuse;
+use crate::error::{Error, Result};
+use crate::intercept::mounts::{Asked, Request, pair};
+use crate::loops::Answer;
+use crate::private::LOOPFS;
+use crate::sys;
+
+/// How long a program may take to mount.
+const MOUNT_MAX: Duration = Duration::from_secs(30);
+/// How long programs may take to write and end; the daemon waits a little longer.
+const END_MAX: Duration = Duration::from_secs(3);
+/// Mounts at a time.
+const AT_ONCE: usize = 4;
+
+/// What mounts what, if it is installed and nothing else was asked for.
+const USUAL: [(&str, &str); 4] =
+    [("ext2", "fuse2fs"), ("ext3", "fuse2fs"), ("ext4", "fuse2fs"), ("squashfs", "squashfuse")];
+
+/// Options of file systems that say nothing that a program needs to know.
+const HARMLESS: [&str; 3] = ["errors=remount-ro", "relatime", "rw"];
+
+/// A file system, and the program that mounts it.
+pub(crate) type Way = (String, String);
+
+/// What is mounted how.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct Ways {
+    /// By programs of FUSE.
+    #[arg(value_name = "FS=PROGRAM", value_parser = parse_fuse)]
+    pub(super) fuse: Vec<Way>,
+
+    /// By the kernel.
+    #[arg(long, value_name = "FS")]
+    pub(super) kernel: Vec<String>,
+
+    /// The command is root of the machine: the kernel mounts for it without us.
+    #[arg(long)]
+    pub(super) root: bool,
+}
+
+/// Takes calls of mount(2) on its standard input. For `loopengine run` only.
+#[derive(Debug, clap::Args)]
+#[command(hide = true)]
+pub(crate) struct Args {
+    /// Be the process that stays; otherwise start it, so that it is nobody's child.
+    #[arg(long)]
+    stay: bool,
+
+    #[command(flatten)]
+    ways: Ways,
+}
+
+/// The usual program for a file system.
+pub(crate) fn program_for(kind: &str) -> Option<&'static str> {
+    USUAL.iter().find(|(fits, _)| *fits == kind).map(|(_, program)| *program)
+}
+
+/// Whether a program is installed.
+pub(crate) fn is_here(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+/// The usual ways, as far as their programs are here.
+pub(super) fn usual() -> Vec<Way> {
+    let ways = USUAL.iter().filter(|(_, program)| is_here(program));
+    ways.map(|(kind, program)| ((*kind).to_owned(), (*program).to_owned())).collect()
+}
+
+/// Starts a mounter in the namespaces of this process; answers the daemon's end of its socket.
+pub(super) fn start(ways: &Ways) -> Result<OwnedFd> {
+    let cannot = |error| Error::os(error, "cannot start a process that mounts for the command");
+    let (ours, theirs) = pair().map_err(|error| cannot(error.into()))?;
+    let status = this_program(ways).stdin(theirs).status().map_err(cannot)?;
+    match status.success() {
+        true => Ok(ours),
+        false => Err(cannot(std::io::ErrorKind::Other.into())),
+    }
+}
+
+/// Nothing of the terminal or of a pipe is kept open by a process that stays.
+fn this_program(ways: &Ways) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("mounter").stdout(Stdio::null()).stderr(Stdio::null());
+    command.args(ways.kernel.iter().map(|kind| format!("--kernel={kind}")));
+    command.args(ways.root.then_some("--root"));
+    command.args(ways.fuse.iter().map(|(kind, program)| format!("{kind}={program}")));
+    command
+}
+
+impl Args {
+    pub(crate) fn run(self) -> Result<()> {
+        let cannot = |error| Error::os(error, "cannot mount for a command");
+        if !self.stay {
+            // Ctrl-C is for the command.
+            rustix::process::setsid().map_err(|error| cannot(error.into()))?;
+            this_program(&self.ways).arg("--stay").spawn().map_err(cannot)?;
+            return Ok(());
+        }
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+            .map_err(|error| cannot(error.into()))?;
+        let pool = rustix::fs::stat(Path::new("/dev").join(LOOPFS)).map_err(|error| cannot(error.into()))?;
+        let mounter = Arc::new(Mounter {
+            pool: pool.st_dev,
+            ways: self.ways,
+            running: Mutex::default(),
+            attached: Mutex::default(),
+        });
+        let socket = rustix::stdio::stdin();
+        while let Some(request) = Request::next(socket).map_err(|error| cannot(error.into()))? {
+            mounter.reap();
+            // Each counts itself until its thread has ended.
+            if Arc::strong_count(&mounter) > AT_ONCE {
+                request.answer(Err(Errno::AGAIN));
+                continue;
+            }
+            let its = Arc::clone(&mounter);
+            // Without a thread the request is dropped, and the call fails.
+            let _ = std::thread::Builder::new().spawn(move || {
+                let done = its.mount(&request);
+                request.answer(done);
+            });
+        }
+        mounter.detach();
+        end();
+        Ok(())
+    }
+}
+
+struct Mounter {
+    /// Device number of the pool's file system.
+    pool: u64,
+    ways: Ways,
+    /// Programs that a thread waits for.
+    running: Mutex<HashSet<u32>>,
+    /// What the kernel has mounted, by device number; it may have been unmounted since.
+    attached: Mutex<HashSet<u64>>,
+}
+
+impl Mounter {
+    /// `Ok(false)`: it is not of this pool. Called on a thread of its own, which it moves.
+    fn mount(&self, request: &Request) -> Answer<bool> {
+        let asked = &request.asked;
+        let Some((device, target)) = self.find(request)? else { return Ok(false) };
+        let target = target?;
+        if self.ways.kernel.contains(&asked.kind) {
+            return self.attach(request, &device, &target);
+        }
+        let program = self.ways.fuse.iter().find(|(kind, _)| *kind == asked.kind).map(|(_, program)| program);
+        // mount(8) calls it an unknown file system.
+        let program = program.ok_or(Errno::NODEV)?;
+        let options = options(asked, is_read_only(&device)?)?;
+        step_into(request)?;
+        // Its name in the caller's mount namespace; an unlinked one has none.
+        let path = link(&device)?;
+        rustix::process::fchdir(&target)?;
+        self.run(Command::new(program).arg(path).arg(".").args(["-o", &options]))?;
+        check_covered(&target)?;
+        Ok(true)
+    }
+
+    /// Attaches what the kernel mounts of the device.
+    fn attach(&self, request: &Request, device: &OwnedFd, target: &OwnedFd) -> Answer<bool> {
+        if self.ways.root {
+            return Ok(false);
+        }
+        let mount = request.by_kernel(rustix::fs::fstat(device)?.st_rdev)?;
+        let number = rustix::fs::fstat(&mount)?.st_dev;
+        step_into(request)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(&mount, "", target, "", flags)?;
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner).insert(number);
+        Ok(true)
+    }
+
+    /// Takes what the kernel has mounted off, with everything written. What is in use still, or mounted
+    /// elsewhere, is written at least.
+    fn detach(&self) {
+        let attached = std::mem::take(&mut *self.attached.lock().unwrap_or_else(PoisonError::into_inner));
+        for path in attached.into_iter().flat_map(sys::mntns::mounted_of) {
+            if let Ok(root) = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+                let _ = rustix::fs::syncfs(&root);
+            }
+            let _ = unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
+    }
+
+    /// The device, and the directory, as the caller sees them. None: not ours.
+    fn find(&self, request: &Request) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
+        // A thread of its own: it stays where the caller is, and programs are not looked for there.
+        let found = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, || {
+                step_into(request)?;
+                rustix::process::fchdir(&request.root)?;
+                rustix::process::chroot(".")?;
+                rustix::process::fchdir(&request.cwd)?;
+                let open = |path: &[u8], flags| {
+                    rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                };
+                let Ok(source) = open(&request.asked.source, OFlags::empty()) else { return Ok(None) };
+                Ok(Some((source, open(&request.asked.target, OFlags::DIRECTORY))))
+            });
+            thread.map_err(|_| Errno::AGAIN)?.join().unwrap_or(Err(Errno::IO))
+        })?;
+        let Some((source, target)) = found else { return Ok(None) };
+        let stat = rustix::fs::fstat(&source)?;
+        let block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+        Ok((block && stat.st_dev == self.pool).then_some((source, target)))
+    }
+
+    fn run(&self, command: &mut Command) -> Answer<()> {
+        let mut running = self.running();
+        let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut child = spawned.map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Errno::NODEV,
+            _ => Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        })?;
+        running.insert(child.id());
+        drop(running);
+        let done = finish(&mut child);
+        self.running().remove(&child.id());
+        done
+    }
+
+    fn running(&self) -> std::sync::MutexGuard<'_, HashSet<u32>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of programs that have ended since, after an unmount.
+    fn reap(&self) {
+        let running = self.running();
+        for pid in children().into_iter().filter(|pid| !running.contains(&pid.as_raw_pid().cast_unsigned())) {
+            let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+        }
+    }
+}
+
+/// Waits until a program of FUSE leaves its parent, which it does when it has mounted.
+pub(crate) fn finish(child: &mut Child) -> Answer<()> {
+    let until = Instant::now() + MOUNT_MAX;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            // It looked at the image, and did not like it.
+            Ok(Some(status)) => {
+                return Err(if status.signal().is_some() { Errno::IO } else { Errno::INVAL });
+            }
+            Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
+            _ => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(Errno::TIMEDOUT);
+            }
+        }
+    }
+}
+
+/// Moves this thread, and nothing else, into the caller's mount namespace.
+fn step_into(request: &Request) -> Answer<()> {
+    sys::userns::own_directories()?;
+    move_into_link_name_space(request.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
+}
+
+fn link(file: &OwnedFd) -> Answer<PathBuf> {
+    let link = rustix::fs::readlink(own(file), Vec::new())?;
+    let path = PathBuf::from(std::ffi::OsStr::from_bytes(link.as_bytes()));
+    let (named, meant) = (rustix::fs::stat(&path)?, rustix::fs::fstat(file)?);
+    match (named.st_dev, named.st_ino) == (meant.st_dev, meant.st_ino) {
+        true => Ok(path),
+        false => Err(Errno::NOENT),
+    }
+}
+
+/// Some programs end well although they have mounted nothing: fuse2fs, where it may not open /dev/fuse.
+fn check_covered(target: &OwnedFd) -> Answer<()> {
+    let path = rustix::fs::readlink(own(target), Vec::new())?;
+    if rustix::fs::stat(&path)?.st_dev != rustix::fs::fstat(target)?.st_dev {
+        return Ok(());
+    }
+    let fuse = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    Err(fuse.err().unwrap_or(Errno::IO))
+}
+
+fn own(file: &OwnedFd) -> String {
+    format!("/proc/thread-self/fd/{}", file.as_raw_fd())
+}
+
+fn is_read_only(device: &OwnedFd) -> Answer<bool> {
+    let opened = rustix::fs::open(own(device), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    sys::block::is_read_only(opened.as_fd())
+}
+
+/// What the program is told. An option that it might take for another is refused, as the kernel
+/// refuses one that it does not know.
+fn options(asked: &Asked, read_only_device: bool) -> Answer<String> {
+    let flag = |bit: u64| asked.flags & bit != 0;
+    if read_only_device && !flag(libc::MS_RDONLY) {
+        return Err(Errno::ACCESS);
+    }
+    let mut data = asked.data.split(',').filter(|option| !option.is_empty());
+    if data.any(|option| !HARMLESS.contains(&option)) {
+        return Err(Errno::INVAL);
+    }
+    let mut options = vec![if flag(libc::MS_RDONLY) { "ro" } else { "rw" }, "nosuid", "nodev"];
+    let more = [(libc::MS_NOEXEC, "noexec"), (libc::MS_NOATIME, "noatime"), (libc::MS_SYNCHRONOUS, "sync")];
+    options.extend(more.into_iter().filter(|(bit, _)| flag(*bit)).map(|(_, name)| name));
+    Ok(options.join(","))
+}
+
+/// All children, also those that others left behind.
+fn children() -> Vec<Pid> {
+    let parent = rustix::process::getpid().as_raw_pid();
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let ours = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name may have anything in it; behind it are the state and the parent.
+        let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
+        let its = fields.and_then(|fields| fields.split_ascii_whitespace().nth(1)?.parse().ok());
+        its == Some(parent)
+    };
+    pids.filter(ours).filter_map(Pid::from_raw).collect()
+}
+
+/// Has all programs unmount, write and end.
+fn end() {
+    let mut signal = Signal::TERM;
+    for within in [END_MAX, Duration::from_millis(500)] {
+        let until = Instant::now() + within;
+        for pid in children() {
+            let _ = kill_process(pid, signal);
+        }
+        while !matches!(wait(WaitOptions::NOHANG), Err(Errno::CHILD)) {
+            if Instant::now() >= until {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        signal = Signal::KILL;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(flags: u64, data: &str, read_only_device: bool) -> Answer<String> {
+        let asked = Asked {
+            source: b"/dev/loop0".to_vec(),
+            target: b"/mnt".to_vec(),
+            kind: "ext4".to_owned(),
+            flags,
+            data: data.to_owned(),
+        };
+        options(&asked, read_only_device)
+    }
+
+    #[test]
+    fn what_a_program_is_told() {
+        assert_eq!(told(0, "", false).as_deref(), Ok("rw,nosuid,nodev"));
+        assert_eq!(told(1 | 8, "errors=remount-ro", true).as_deref(), Ok("ro,nosuid,nodev,noexec"));
+        assert_eq!(told(0, "", true), Err(Errno::ACCESS));
+        for bad in ["suid", "dev", "allow_other", "errors=remount-ro,dev", "fsname=x", "user_id=0"] {
+            assert_eq!(told(0, bad, false), Err(Errno::INVAL), "{bad}");
+        }
+    }
+
+    #[test]
+    fn children_are_found() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let found = children().iter().any(|pid| pid.as_raw_pid().cast_unsigned() == child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(found);
+    }
+}

@@ -1,0 +1,239 @@
+//! One stopped ioctl: which operation of the pool it is, and what its caller gets.
+//!
+//! Knows the numbers and arguments of loop(4), and in which order the driver finds fault with them.
+//! Does not know what the operations do ([`crate::loops`]), nor how calls come and go (`supervisor`).
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::OFlags;
+
+use super::caller::{Administrators, Found, Node, Opener, Thread};
+use super::codec::{self, CONFIG_BYTES, INFO_BYTES_MAX, Layout};
+use super::filter::Abi;
+use crate::loops::{Answer, Caller, Configure, Errno, Info, Pool, Status};
+
+// linux/loop.h.
+const LOOP_SET_FD: u32 = 0x4c00;
+const LOOP_CLR_FD: u32 = 0x4c01;
+const LOOP_SET_STATUS: u32 = 0x4c02;
+const LOOP_GET_STATUS: u32 = 0x4c03;
+const LOOP_SET_STATUS64: u32 = 0x4c04;
+const LOOP_GET_STATUS64: u32 = 0x4c05;
+const LOOP_CHANGE_FD: u32 = 0x4c06;
+const LOOP_SET_CAPACITY: u32 = 0x4c07;
+const LOOP_SET_DIRECT_IO: u32 = 0x4c08;
+const LOOP_SET_BLOCK_SIZE: u32 = 0x4c09;
+const LOOP_CONFIGURE: u32 = 0x4c0a;
+const LOOP_CTL_ADD: u32 = 0x4c80;
+const LOOP_CTL_REMOVE: u32 = 0x4c81;
+const LOOP_CTL_GET_FREE: u32 = 0x4c82;
+
+/// What this room asks of a pool; tests put something else in its place.
+pub trait Loops: Send + Sync {
+    /// Which loopN this node is.
+    fn find(&self, node: &Node) -> Option<u32>;
+    fn get_free(&self) -> Answer<u32>;
+    fn add(&self, number: i32) -> Answer<u32>;
+    fn remove(&self, number: i32) -> Answer<u32>;
+    fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()>;
+    fn clear(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
+    fn status(&self, number: u32) -> Answer<Status>;
+    fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()>;
+    fn set_capacity(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
+    fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()>;
+    fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()>;
+    fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()>;
+}
+
+impl Loops for Arc<Pool> {
+    fn find(&self, node: &Node) -> Option<u32> {
+        if node.block { Pool::find(self, node.rdev) } else { None }
+    }
+    fn get_free(&self) -> Answer<u32> {
+        Pool::get_free(self)
+    }
+    fn add(&self, number: i32) -> Answer<u32> {
+        Pool::add(self, number)
+    }
+    fn remove(&self, number: i32) -> Answer<u32> {
+        Pool::remove(self, number)
+    }
+    fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()> {
+        Pool::configure(self, number, with, caller)
+    }
+    fn clear(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
+        Pool::clear(self, number, caller)
+    }
+    fn status(&self, number: u32) -> Answer<Status> {
+        Pool::status(self, number)
+    }
+    fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()> {
+        Pool::set_status(self, number, info, caller)
+    }
+    fn set_capacity(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
+        Pool::set_capacity(self, number, caller)
+    }
+    fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()> {
+        Pool::set_direct_io(self, number, on, caller)
+    }
+    fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()> {
+        Pool::set_block_size(self, number, bytes, caller)
+    }
+    fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
+        Pool::change_fd(self, number, file, caller)
+    }
+}
+
+/// Is the node with this device number of its file system, inode number and device number of its
+/// own the pool's loop-control?
+pub type IsControl = Box<dyn Fn(u64, u64, u64) -> bool + Send + Sync>;
+
+/// What descriptors are compared with.
+pub struct Desk {
+    pub loops: Box<dyn Loops>,
+    pub is_control: IsControl,
+    pub administrators: Administrators,
+    /// Devices from this number on are not for the callers to bind.
+    pub first: u32,
+}
+
+/// The arguments of an ioctl, as they were when it was stopped.
+#[derive(Clone, Copy, Debug)]
+pub struct Ioctl {
+    pub abi: Abi,
+    pub fd: u32,
+    pub command: u32,
+    pub argument: u64,
+}
+
+impl Ioctl {
+    /// The kernel takes 32 bits of the first two; of the third what the caller's registers have.
+    pub fn new(abi: Abi, args: &[u64; 6]) -> Ioctl {
+        let argument = if abi.is_compat() { args[2] & u64::from(u32::MAX) } else { args[2] };
+        Ioctl { abi, fd: args[0] as u32, command: args[1] as u32, argument }
+    }
+}
+
+/// What becomes of a stopped call.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Its caller gets this.
+    Answer(Answer<i64>),
+    /// It is none of ours: the kernel may serve it.
+    Pass,
+}
+
+enum What {
+    Control,
+    Device(u32),
+}
+
+impl Desk {
+    /// Serves one ioctl.
+    pub fn ioctl(&self, thread: &Thread<'_>, call: &Ioctl) -> Verdict {
+        let what = |node: &Node| {
+            if (self.is_control)(node.device, node.inode, node.rdev) {
+                return Some(What::Control);
+            }
+            self.loops.find(node).map(What::Device)
+        };
+        let Found::This(what, flags) = thread.find(call.fd, what) else {
+            return Verdict::Pass;
+        };
+        Verdict::Answer(if flags.contains(OFlags::PATH) {
+            Err(Errno::BADF)
+        } else if !thread.waits() {
+            Err(Errno::SRCH)
+        } else {
+            match what {
+                What::Control => self.control(call).map(i64::from),
+                What::Device(number) => {
+                    let administrators = self.administrators;
+                    let caller = Opener { thread, fd: call.fd, flags, administrators };
+                    self.device(number, call, &caller).map(|()| 0)
+                }
+            }
+        })
+    }
+
+    /// Nothing that these do needs to be undone for a caller that is gone: devices are the pool's.
+    fn control(&self, call: &Ioctl) -> Answer<u32> {
+        // The driver takes an int.
+        let number = (call.argument as u32).cast_signed();
+        match call.command {
+            LOOP_CTL_ADD => {
+                self.within(u32::try_from(number).unwrap_or(0))?;
+                self.loops.add(number)
+            }
+            LOOP_CTL_REMOVE => self.loops.remove(number),
+            LOOP_CTL_GET_FREE => self.within(self.loops.get_free()?),
+            _ => Err(Errno::NOSYS),
+        }
+    }
+
+    fn within(&self, number: u32) -> Answer<u32> {
+        if number < self.first { Ok(number) } else { Err(Errno::NOSPC) }
+    }
+
+    fn device(&self, number: u32, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
+        let Ioctl { argument, .. } = *call;
+        let thread = caller.thread;
+        let layout = Layout::of(call.abi);
+        match call.command {
+            LOOP_SET_FD => {
+                self.within(number)?;
+                let file = self.file(thread, argument as u32)?;
+                self.loops.configure(number, Configure { file, block_size: 0, info: Info::default() }, caller)
+            }
+            LOOP_CONFIGURE => {
+                self.within(number)?;
+                let (fd, block_size, info) = codec::config(&thread.read::<CONFIG_BYTES>(argument)?);
+                let file = self.file(thread, fd)?;
+                self.loops.configure(number, Configure { file, block_size, info }, caller)
+            }
+            LOOP_CHANGE_FD => self.loops.change_fd(number, self.file(thread, argument as u32)?, caller),
+            LOOP_CLR_FD => self.loops.clear(number, caller),
+            LOOP_SET_STATUS => {
+                let mut bytes = [0; INFO_BYTES_MAX];
+                allowed(caller)?;
+                thread.read_into(argument, &mut bytes[..layout.bytes])?;
+                self.loops.set_status(number, &codec::info(&bytes, layout), caller)
+            }
+            LOOP_SET_STATUS64 => {
+                allowed(caller)?;
+                let info = codec::info64(&thread.read(argument)?);
+                self.loops.set_status(number, &info, caller)
+            }
+            LOOP_GET_STATUS | LOOP_GET_STATUS64 if argument == 0 => Err(Errno::INVAL),
+            LOOP_GET_STATUS => {
+                let bytes = codec::status(&self.loops.status(number)?, layout)?;
+                thread.write(argument, &bytes[..layout.bytes])
+            }
+            LOOP_GET_STATUS64 => thread.write(argument, &codec::status64(&self.loops.status(number)?)),
+            LOOP_SET_CAPACITY => self.loops.set_capacity(number, caller),
+            LOOP_SET_DIRECT_IO => self.loops.set_direct_io(number, argument != 0, caller),
+            // The driver takes an unsigned int.
+            LOOP_SET_BLOCK_SIZE => self.loops.set_block_size(number, (argument as u32).into(), caller),
+            // What the driver does not know is found out elsewhere for programs of 32 bits.
+            _ if call.abi.is_compat() => Err(Errno::NOTTY),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// The caller's file. The pool's loop-control, which looks like one, is none: a device on it would
+    /// hold the pool itself.
+    fn file(&self, thread: &Thread<'_>, fd: u32) -> Answer<OwnedFd> {
+        let file = thread.take(fd)?;
+        let stat = rustix::fs::fstat(&file)?;
+        match (self.is_control)(stat.st_dev, stat.st_ino, stat.st_rdev) {
+            true => Err(Errno::INVAL),
+            false => Ok(file),
+        }
+    }
+}
+
+/// The driver asks this before it copies the argument; the pool asks again.
+fn allowed(caller: &Opener<'_>) -> Answer<()> {
+    if caller.writes() || caller.is_admin() { Ok(()) } else { Err(Errno::PERM) }
+}

@@ -1,0 +1,122 @@
+//! A pool of entries without devices.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::loopfs::{Changes, Devices};
+use crate::loops::{Answer, Bound, Entry, Errno, PoolSpec};
+
+#[derive(Debug)]
+pub(super) struct Fake {
+    spec: PoolSpec,
+    pub(super) entries: Mutex<BTreeMap<u32, Entry>>,
+    generations: AtomicU64,
+    pub(super) changes: Mutex<Option<Changes>>,
+    /// Milliseconds that ADD takes.
+    pub(super) slow: AtomicU32,
+}
+
+impl Fake {
+    pub(super) fn new(uid: u32) -> Arc<Fake> {
+        let spec = PoolSpec { name: "fake".to_owned(), max: 8, uid, gid: uid, mode: 0o660, fixed: false };
+        Arc::new(Fake {
+            spec,
+            entries: Mutex::default(),
+            generations: AtomicU64::new(1),
+            changes: Mutex::default(),
+            slow: AtomicU32::new(0),
+        })
+    }
+
+    /// What the next device, or the next holder of its number, is.
+    pub(super) fn make(&self, number: u32) {
+        let generation = self.generations.fetch_add(1, Ordering::Relaxed);
+        let rdev = host_device().unwrap();
+        let entry =
+            Entry { number, rdev, generation, size: 0, block_size: 512, bound: None, partitions: Vec::new() };
+        self.entries.lock().unwrap().insert(number, entry);
+        self.told(number);
+    }
+
+    pub(super) fn change(&self, number: u32, change: impl FnOnce(&mut Entry)) {
+        change(self.entries.lock().unwrap().get_mut(&number).unwrap());
+        self.told(number);
+    }
+
+    fn told(&self, number: u32) {
+        if let Some(changes) = &*self.changes.lock().unwrap() {
+            changes.changed(number);
+        }
+    }
+}
+
+impl Devices for Fake {
+    fn spec(&self) -> &PoolSpec {
+        &self.spec
+    }
+
+    fn entries(&self) -> Vec<Entry> {
+        self.entries.lock().unwrap().values().cloned().collect()
+    }
+
+    fn entry(&self, number: u32) -> Option<Entry> {
+        self.entries.lock().unwrap().get(&number).cloned()
+    }
+
+    fn get_free(&self) -> Answer<u32> {
+        let taken = self.entries();
+        if let Some(free) = taken.iter().find(|entry| entry.bound.is_none()) {
+            return Ok(free.number);
+        }
+        let next = (0..).find(|&number| self.entry(number).is_none()).unwrap();
+        self.add(next as i32)
+    }
+
+    fn add(&self, number: i32) -> Answer<u32> {
+        std::thread::sleep(Duration::from_millis(self.slow.load(Ordering::Relaxed).into()));
+        let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
+        if self.entry(number).is_some() {
+            return Err(Errno::EXIST);
+        }
+        if self.entries().len() as u32 == self.spec.max {
+            return Err(Errno::NOSPC);
+        }
+        self.make(number);
+        Ok(number)
+    }
+
+    fn remove(&self, number: i32) -> Answer<u32> {
+        let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
+        match self.entry(number) {
+            None => Err(Errno::NODEV),
+            Some(entry) if entry.bound.is_some() => Err(Errno::BUSY),
+            Some(_) => {
+                self.entries.lock().unwrap().remove(&number);
+                self.told(number);
+                Ok(0)
+            }
+        }
+    }
+
+    fn watch(&self, changes: Changes) {
+        *self.changes.lock().unwrap() = Some(changes);
+    }
+}
+
+/// A block device that can be opened and that nobody is likely to use: the last host loop device
+/// that is not bound.
+pub(super) fn host_device() -> Option<u64> {
+    let names =
+        std::fs::read_dir("/sys/block").ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let numbers = names.filter_map(|name| name.strip_prefix("loop")?.parse().ok());
+    let unbound =
+        numbers.filter(|n: &u32| !std::path::Path::new(&format!("/sys/block/loop{n}/loop")).exists());
+    unbound.max().map(|number| rustix::fs::makedev(7, number))
+}
+
+/// Something to be bound to.
+pub(super) fn bound() -> Bound {
+    Bound { backing_file: "/a.img".to_owned(), offset: 0, size_limit: 0, flags: 0 }
+}

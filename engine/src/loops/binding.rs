@@ -1,0 +1,208 @@
+//! What a device is bound to: the caller's file, checked, and opened anew for I/O.
+//!
+//! Knows what loop(4) takes and refuses as a backing file, and how a tenant could misuse one. Does not
+//! know devices.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, OFlags};
+
+use super::{Answer, Bound, Configure, Errno, Info, NAME_BYTES, errno, flag};
+use crate::error::Kind;
+use crate::image::{Image, Source};
+use crate::instance::claims::{Claim, Claims};
+
+/// Flags that LOOP_CONFIGURE takes.
+const CONFIGURABLE: u32 = flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN | flag::DIRECT_IO;
+/// Block sizes that there are.
+const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
+/// Longest path that is shown.
+const PATH_MAX: usize = 4096;
+
+/// A bound file.
+#[derive(Debug)]
+pub struct Binding {
+    /// The caller's file, kept to look at and to open anew; never used for I/O.
+    file: OwnedFd,
+    /// What was asked for, with the flags that came of it.
+    pub info: Info,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// Direct I/O is done (whether it was asked for or not).
+    direct: bool,
+    _claim: Claim,
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+}
+
+/// Refuses what cannot be read and written like a file, which the driver finds out before all else.
+pub fn check_kind(file: &OwnedFd) -> Answer<()> {
+    let stat = rustix::fs::fstat(file)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        // The latter are the kernel's own: eventfd and the like.
+        FileType::Directory | FileType::Unknown => Err(Errno::INVAL),
+        _ => Ok(()),
+    }
+}
+
+/// Checks what LOOP_CONFIGURE and LOOP_SET_STATUS64 check alike. Answers what is kept of it: a name
+/// that ends, and nothing of encryption.
+pub fn check_info(info: &Info) -> Answer<Info> {
+    if info.encrypt_key_size > 32 || info.encrypt_type != 0 {
+        return Err(Errno::INVAL);
+    }
+    if info.offset > i64::MAX as u64 || info.size_limit > i64::MAX as u64 {
+        return Err(Errno::OVERFLOW);
+    }
+    let mut kept = Info { encrypt_key_size: 0, ..*info };
+    kept.file_name[NAME_BYTES - 1] = 0;
+    Ok(kept)
+}
+
+/// The logical block size that is meant: a power of two, 512 to a page.
+pub fn check_block_size(bytes: u64) -> Answer<u32> {
+    match u32::try_from(bytes) {
+        Ok(0) => Ok(BLOCK_SIZES[0]),
+        Ok(size) if BLOCK_SIZES.contains(&size) => Ok(size),
+        _ => Err(Errno::INVAL),
+    }
+}
+
+impl Binding {
+    /// Takes a caller's file; `writes`: the device was opened for writing. Answers it and the image.
+    pub fn take(with: Configure, writes: bool, claims: &Claims) -> Answer<(Binding, Image)> {
+        // Faults are found in the driver's order.
+        let file = with.file;
+        let stat = rustix::fs::fstat(&file)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile | FileType::BlockDevice => {}
+            _ => return Err(Errno::INVAL),
+        }
+        if with.info.flags & !CONFIGURABLE != 0 {
+            return Err(Errno::INVAL);
+        }
+        let mut info = check_info(&with.info)?;
+        let mut block_size = check_block_size(with.block_size.into())?;
+        let opened = rustix::fs::fcntl_getfl(&file)?;
+        if opened & OFlags::RWMODE == OFlags::RDONLY || !writes {
+            info.flags |= flag::READ_ONLY;
+        }
+        if opened.contains(OFlags::DIRECT) {
+            info.flags |= flag::DIRECT_IO;
+        }
+        if with.block_size == 0 && info.flags & flag::DIRECT_IO != 0 {
+            block_size = direct_block_size(&file, &info);
+        }
+        let (image, direct) = open(&file, &info, block_size)?;
+        if !direct {
+            info.flags &= !flag::DIRECT_IO;
+        }
+        let claim = claims.share(image.identity(), "it").map_err(|error| errno(&error))?;
+        let binding = Binding {
+            file,
+            info,
+            block_size,
+            direct,
+            _claim: claim,
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            rdevice: stat.st_rdev,
+        };
+        Ok((binding, image))
+    }
+
+    /// The image once more: with another offset, limit or block size.
+    pub fn reopen(&self, info: &Info, block_size: u32) -> Answer<(Image, bool)> {
+        open(&self.file, info, block_size)
+    }
+
+    /// The same, only to read.
+    pub fn reopen_to_read(&self, info: &Info, block_size: u32) -> Answer<Image> {
+        let info = Info { flags: info.flags | flag::READ_ONLY, ..*info };
+        open(&self.file, &info, block_size).map(|(image, _)| image)
+    }
+
+    /// Takes over what `reopen` was given and found out.
+    pub fn reopened(&mut self, info: Info, block_size: u32, direct: bool) {
+        self.direct = direct;
+        self.block_size = block_size;
+        self.info = info;
+        if !direct {
+            self.info.flags &= !flag::DIRECT_IO;
+        }
+    }
+
+    /// Whether direct I/O is done, and not only wanted.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.info.flags & flag::READ_ONLY != 0
+    }
+
+    /// The block device that it is bound to, if it is one.
+    pub fn rdevice(&self) -> u64 {
+        self.rdevice
+    }
+
+    /// File system, inode, and number of a device, as stat(2) tells them.
+    pub fn numbers(&self) -> (u64, u64, u64) {
+        (self.device, self.inode, self.rdevice)
+    }
+
+    /// For directories and sysfs.
+    pub fn shown(&self) -> Bound {
+        Bound {
+            backing_file: path(&self.file),
+            offset: self.info.offset,
+            size_limit: self.info.size_limit,
+            flags: self.info.flags,
+        }
+    }
+}
+
+/// The smallest block size in which direct I/O can be done on a file, wherever it is done; if there is
+/// none, the smallest.
+fn direct_block_size(file: &OwnedFd, info: &Info) -> u32 {
+    let whole = Info { offset: 0, size_limit: 0, ..*info };
+    let direct = |size: &u32| open(file, &whole, *size).is_ok_and(|(_, direct)| direct);
+    BLOCK_SIZES.into_iter().find(direct).unwrap_or(BLOCK_SIZES[0])
+}
+
+/// Opens the image by direct I/O if that can be done, whether it was asked for or not: it is the same
+/// to the device's users, and faster.
+fn open(file: &OwnedFd, info: &Info, block_size: u32) -> Answer<(Image, bool)> {
+    let read_only = info.flags & flag::READ_ONLY != 0;
+    let source = Source {
+        offset: info.offset,
+        size_limit: info.size_limit,
+        block_size,
+        read_only,
+        buffered: false,
+        as_loop: true,
+    };
+    let attempt = |source: &Source| {
+        let file = rustix::io::fcntl_dupfd_cloexec(file, 0)?;
+        Ok::<_, Errno>(Image::open(file, source, "a backing file"))
+    };
+    match attempt(&source)? {
+        Ok(image) => Ok((image, true)),
+        Err(error) if error.kind() == Kind::Unsupported => {
+            let image = attempt(&Source { buffered: true, ..source })?.map_err(|error| errno(&error))?;
+            Ok((image, false))
+        }
+        Err(error) => Err(errno(&error)),
+    }
+}
+
+/// The file's path in the mounts of the one who opened it.
+fn path(file: &OwnedFd) -> String {
+    let link = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    let path = std::fs::read_link(Path::new(&link)).unwrap_or_default();
+    let text = path.to_string_lossy();
+    text.chars().take(PATH_MAX).collect()
+}

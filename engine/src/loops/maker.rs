@@ -1,0 +1,410 @@
+//! Makes the ublk devices of one pool, and gives used ones a new life.
+//!
+//! Knows workers, their slots, and the order in which a device comes and goes. Does not know numbers,
+//! files or limits. A device that was used is never bound again: it makes way for a new one, which
+//! takes over its device number, so that nothing cached, and no name that somebody kept, leads from
+//! one file to the next or from one tenant to another.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::fs::CWD;
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+use super::{Answer, errno};
+use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::Alone;
+use crate::frontend::{Door, Parameters, Stop};
+use crate::image::Image;
+use crate::instance::pool::Shared;
+use crate::instance::served::{Begin, Served, Workers};
+use crate::ring::SlotId;
+use crate::sys::block;
+
+/// Queue depth of a loop device.
+const DEPTH: u16 = 128;
+/// Logical block size of a disk, unless another is asked for.
+const USUAL: u32 = 512;
+/// Disks that hold lower numbers while one appears under its predecessor's.
+const FILLERS_MAX: usize = 256;
+/// How long the kernel may take to free a number, and between two looks.
+const NUMBER_MAX: Duration = Duration::from_secs(2);
+const NUMBER_PAUSE: Duration = Duration::from_millis(20);
+
+/// Makes devices for one pool.
+#[derive(Debug)]
+pub struct Maker {
+    shared: Shared,
+    door: Door,
+    workers: Workers,
+    places: Mutex<Places>,
+    /// One that has not appeared yet: whether a disk can be replaced is only found out by trying, often.
+    standby: Mutex<Option<Served>>,
+    /// Nobody's any more: kept with their device numbers, for the next who needs one.
+    spares: Mutex<Vec<Disk>>,
+    /// If they must not change: the device numbers of all disks.
+    fixed: OnceLock<Vec<u64>>,
+}
+
+/// Slots on the workers: how often each was let, and which are free.
+#[derive(Debug, Default)]
+struct Places {
+    generations: Vec<u32>,
+    free: Vec<u16>,
+}
+
+/// A block device that has appeared.
+#[derive(Debug)]
+pub struct Disk {
+    served: Box<Served>,
+    /// Its device number.
+    pub rdev: u64,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+}
+
+/// Why a disk was not recycled.
+#[derive(Debug)]
+pub enum Unrecycled {
+    /// Somebody has it open: here it is.
+    InUse(Disk),
+    /// It is gone, and has no successor.
+    Lost(Error),
+}
+
+impl Maker {
+    /// For a pool with these workers.
+    pub fn new(shared: Shared, door: Door, workers: Workers) -> Maker {
+        Maker {
+            shared,
+            door,
+            workers,
+            places: Mutex::default(),
+            standby: Mutex::default(),
+            spares: Mutex::default(),
+            fixed: OnceLock::new(),
+        }
+    }
+
+    /// Makes so many disks, and from now on none under any other number.
+    pub fn fix(&self, disks: usize) -> Result<()> {
+        let made = (0..disks).map(|_| self.fresh(USUAL)).collect::<Result<Vec<_>>>();
+        // In their order, since the last one is taken first.
+        let mut made = made?;
+        made.sort_by_key(|disk| std::cmp::Reverse(disk.rdev));
+        let mut numbers: Vec<u64> = made.iter().map(|disk| disk.rdev).collect();
+        numbers.reverse();
+        self.spares().extend(made);
+        self.fixed
+            .set(numbers)
+            .map_err(|_| Error::new(Kind::Internal, "the disks of a pool were fixed twice"))
+    }
+
+    /// Device numbers of all disks, if they must not change.
+    pub fn fixed(&self) -> Option<&[u64]> {
+        self.fixed.get().map(Vec::as_slice)
+    }
+
+    /// What all pools and instances share.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// A new disk without a size.
+    pub fn make(&self, block_size: u32) -> Result<Disk> {
+        let fixed = self.fixed().is_some();
+        let spare = if block_size == USUAL || fixed { self.spares().pop() } else { None };
+        match spare {
+            Some(spare) if spare.block_size == block_size => Ok(spare),
+            Some(spare) => self.succeed(spare, block_size).map_err(|unchanged| match unchanged {
+                Unrecycled::InUse(spare) => {
+                    self.keep(spare);
+                    Error::new(Kind::Busy, "the disk beside a pool's devices is in use")
+                }
+                Unrecycled::Lost(error) => error,
+            }),
+            None if fixed => Err(Error::new(Kind::Quota, "the pool has no disk left beside its devices")),
+            None => self.fresh(block_size),
+        }
+    }
+
+    fn fresh(&self, block_size: u32) -> Result<Disk> {
+        let served = self.prepare(block_size)?;
+        if let Err(error) = served.appear() {
+            self.discard(&served);
+            return Err(error);
+        }
+        self.appeared(served, block_size)
+    }
+
+    fn appeared(&self, served: Served, block_size: u32) -> Result<Disk> {
+        match served.device().device_number() {
+            Ok(rdev) => Ok(Disk { served: Box::new(served), rdev, block_size }),
+            Err(error) => {
+                self.discard(&served);
+                Err(error)
+            }
+        }
+    }
+
+    /// A disk that has yet to appear.
+    fn prepare(&self, block_size: u32) -> Result<Served> {
+        let standby = if block_size == USUAL { self.standby().take() } else { None };
+        if let Some(served) = standby {
+            return Ok(served);
+        }
+        let parameters = Parameters {
+            path: self.door.best_path(),
+            queues: self.workers.len() as u16,
+            depth: DEPTH,
+            owner: self.shared.new_mark(),
+            // Its users are not told of a new daemon, and could not use it.
+            outlives: false,
+        };
+        let image = Image::nothing(block_size)?;
+        let device = self.door.add(0, parameters)?;
+        let (served, begun) = Served::begin(device, &self.workers, self.place(), image, Begin::Waiting);
+        if let Err(error) = begun {
+            self.discard(&served);
+            return Err(error);
+        }
+        Ok(served)
+    }
+
+    /// Has a disk that nobody has open any more make way for a new one without a size.
+    pub fn recycle(&self, disk: Disk) -> std::result::Result<Disk, Unrecycled> {
+        self.succeed(disk, USUAL)
+    }
+
+    fn succeed(&self, disk: Disk, block_size: u32) -> std::result::Result<Disk, Unrecycled> {
+        let next = match self.prepare(block_size) {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::warn!(%error, "a used disk waits for its successor");
+                return Err(Unrecycled::InUse(disk));
+            }
+        };
+        let alone = Alone::wait();
+        match disk.served.make_way(&alone) {
+            Ok(()) => {}
+            Err(error) if error.kind() == Kind::Busy => {
+                drop(alone);
+                self.unneeded(next, block_size);
+                return Err(Unrecycled::InUse(disk));
+            }
+            // Stopped, but without a successor: neither is there any more.
+            Err(error) => {
+                drop(alone);
+                self.discard(&disk.served);
+                self.discard(&next);
+                return Err(Unrecycled::Lost(error));
+            }
+        }
+        let mut fillers = Vec::new();
+        let next = self.take_place(next, &disk, block_size, &mut fillers, &alone);
+        drop(alone);
+        fillers.iter().for_each(|served| self.discard(served));
+        self.release(&disk.served);
+        let_go(disk);
+        next.map_err(Unrecycled::Lost)
+    }
+
+    fn unneeded(&self, next: Served, block_size: u32) {
+        let unneeded = match block_size {
+            USUAL => self.standby().replace(next),
+            _ => Some(next),
+        };
+        unneeded.iter().for_each(|served| self.discard(served));
+    }
+
+    /// Has a disk appear in the place of one that has stopped. The kernel gives it the lowest number that
+    /// is free; where that must be its predecessor's, `fillers` take those below.
+    fn take_place(
+        &self,
+        mut next: Served,
+        old: &Disk,
+        block_size: u32,
+        fillers: &mut Vec<Served>,
+        alone: &Alone,
+    ) -> Result<Disk> {
+        let until = Instant::now() + NUMBER_MAX;
+        loop {
+            if let Err(error) = next.appear_alone(alone) {
+                self.discard(&next);
+                return Err(error.with_kind(Kind::Internal));
+            }
+            let disk = self.appeared(next, block_size)?;
+            if self.fixed().is_none() || disk.rdev == old.rdev {
+                return Ok(disk);
+            }
+            // The kernel frees a number some time after its disk has gone.
+            let beyond = disk.rdev > old.rdev;
+            fillers.push(*disk.served);
+            if fillers.len() == FILLERS_MAX || Instant::now() >= until {
+                return Err(Error::new(Kind::Internal, "the device number of a used disk is another's"));
+            }
+            if beyond {
+                std::thread::sleep(NUMBER_PAUSE);
+            }
+            next = self.prepare(block_size)?;
+        }
+    }
+
+    /// Takes back one that was given out, and has shown nothing to anybody.
+    pub fn give_back(&self, disk: Disk) -> std::result::Result<(), Disk> {
+        if self.fixed().is_none() {
+            return self.remove(disk, Stop::Always);
+        }
+        match self.recycle(disk) {
+            Ok(spare) => self.keep(spare),
+            Err(Unrecycled::InUse(disk)) => return Err(disk),
+            Err(Unrecycled::Lost(error)) => tracing::error!(%error, "a disk was lost"),
+        }
+        Ok(())
+    }
+
+    /// Takes a disk away for good.
+    pub fn remove(&self, disk: Disk, when: Stop) -> std::result::Result<(), Disk> {
+        match disk.served.stop(when) {
+            Ok(()) => {
+                self.release(&disk.served);
+                let_go(disk);
+                Ok(())
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a disk stays");
+                Err(disk)
+            }
+        }
+    }
+
+    /// Keeps a disk that nobody needs now, unbound and closed.
+    pub fn keep(&self, disk: Disk) {
+        self.spares().push(disk);
+    }
+
+    fn spares(&self) -> std::sync::MutexGuard<'_, Vec<Disk>> {
+        self.spares.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes away what nobody has. To be called last. Two may call: neither comes back before all is
+    /// gone, for the daemon may end then.
+    pub fn end(&self) {
+        let mut spares = self.spares();
+        for spare in spares.drain(..) {
+            if let Err(spare) = self.remove(spare, Stop::Always) {
+                tracing::error!(rdev = spare.rdev, "a spare disk stays");
+            }
+        }
+        drop(spares);
+        let mut standby = self.standby();
+        standby.take().iter().for_each(|served| self.discard(served));
+    }
+
+    fn standby(&self) -> std::sync::MutexGuard<'_, Option<Served>> {
+        self.standby.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn discard(&self, served: &Served) {
+        match served.stop(Stop::Always) {
+            Ok(()) => self.release(served),
+            Err(error) => tracing::error!(%error, "a disk cannot be taken away"),
+        }
+    }
+
+    fn release(&self, served: &Served) {
+        match served.release() {
+            Ok(()) => self.places().free.push(served.slot().index),
+            // Its place on the workers stays taken: something of it may yet be in flight.
+            Err(error) => tracing::error!(%error, "a disk cannot be released"),
+        }
+    }
+
+    fn places(&self) -> std::sync::MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place(&self) -> SlotId {
+        let mut places = self.places();
+        let index = places.free.pop().unwrap_or_else(|| {
+            places.generations.push(0);
+            (places.generations.len() - 1) as u16
+        });
+        let generation = &mut places.generations[usize::from(index)];
+        *generation += 1;
+        SlotId { index, generation: *generation & 0xff_ffff }
+    }
+}
+
+impl Disk {
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.served.geometry().size
+    }
+
+    /// Shows a file, or another part of the same file.
+    pub fn show(&self, image: Image) -> Answer<()> {
+        self.served.replace(image).map_err(|error| errno(&error))
+    }
+
+    /// Shows a file for the first time. Read-only before anything can be written.
+    pub fn present(&self, image: Image, read_only: bool) -> Answer<()> {
+        if read_only {
+            self.set_read_only(true)?;
+        }
+        self.show(image)
+    }
+
+    /// Shows nothing again, after a `present` that failed: nobody was told that it is bound.
+    pub fn withdraw(&self) {
+        let nothing = Image::nothing(self.block_size).map_err(|error| errno(&error));
+        let withdrawn = nothing.and_then(|image| self.show(image)).and_then(|()| self.set_read_only(false));
+        if let Err(error) = withdrawn {
+            tracing::error!(%error, rdev = self.rdev, "an unbound disk still shows a file");
+        }
+    }
+
+    /// Adapts to the present size of its file.
+    pub fn adapt(&self) -> Answer<()> {
+        self.served.resize().map(drop).map_err(|error| errno(&error))
+    }
+
+    /// Opens its node, for a caller.
+    pub fn open(&self, writable: bool) -> Answer<OwnedFd> {
+        let file = File::options().read(true).write(writable).open(self.served.device().node());
+        file.map(OwnedFd::from).map_err(|error| super::errno_of(&error))
+    }
+
+    /// Writes back and forgets what the kernel has cached of it.
+    pub fn flush(&self) -> Answer<()> {
+        block::flush(self.open(false)?.as_fd())
+    }
+
+    /// Its node, as a mount that is mounted nowhere yet, for other mount namespaces.
+    pub fn node(&self) -> Answer<OwnedFd> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        open_tree(CWD, self.served.device().node(), flags)
+    }
+
+    /// Refuses writes, or not.
+    pub fn set_read_only(&self, read_only: bool) -> Answer<()> {
+        block::set_read_only(self.open(false)?.as_fd(), read_only)
+    }
+
+    /// Somebody has mounted it, or opened it with O_EXCL.
+    pub fn is_claimed(&self) -> bool {
+        use std::os::unix::fs::OpenOptionsExt;
+        let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(self.served.device().node());
+        opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+    }
+}
+
+/// Drops what holds a backing file: closing one may take as long as its file system likes.
+pub fn let_go(holder: impl Send + 'static) {
+    let closing = std::thread::Builder::new().name("close".into()).spawn(move || drop(holder));
+    if let Err(error) = closing {
+        tracing::warn!(%error, "a backing file was closed in place");
+    }
+}

@@ -1,0 +1,179 @@
+//! How many devices and pools a user may have: defaults, and exceptions that root makes while the
+//! daemon runs. Root itself has no limit unless one is set.
+//!
+//! Devices are counted one by one, when they appear (`loops::Quotas`), so that a limit that is lowered
+//! or raised holds at once, for pools that are there too. Pools are counted here.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect::CustomType;
+
+use crate::error::{Error, Kind, Result};
+use crate::loops::Quotas;
+
+/// Users with a limit of their own at the most.
+const EXCEPTIONS_MAX: usize = 4096;
+
+/// What every user may have who has no limit of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Defaults {
+    /// Devices of all pools together.
+    pub devices: u32,
+    /// Pools.
+    pub pools: u32,
+}
+
+/// What a user may have, and has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+pub struct Limit {
+    /// The user; none: everybody who is not listed.
+    pub uid: Option<u32>,
+    /// Devices that all its pools together may have; none: no limit.
+    pub max_devices: Option<u32>,
+    /// Devices that its pools have now.
+    pub devices: u32,
+    /// Its pools now.
+    pub pools: u32,
+}
+
+/// Who has how many pools, and who may have how many devices.
+#[derive(Debug)]
+pub struct Ledger {
+    defaults: Defaults,
+    quotas: Quotas,
+    pools: Mutex<BTreeMap<u32, u32>>,
+}
+
+/// One pool of a user, until this is dropped.
+#[derive(Debug)]
+pub struct Taken {
+    ledger: Arc<Ledger>,
+    uid: u32,
+    devices: u32,
+}
+
+impl Ledger {
+    /// Nobody has any pool; devices are counted in `quotas`.
+    pub fn new(defaults: Defaults, quotas: Quotas) -> Arc<Ledger> {
+        quotas.set_usual(defaults.devices);
+        Arc::new(Ledger { defaults, quotas, pools: Mutex::default() })
+    }
+
+    fn pools(&self) -> MutexGuard<'_, BTreeMap<u32, u32>> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one pool with up to `devices` devices. None given: `usual`, or the user's limit if that is less.
+    pub fn take(self: &Arc<Ledger>, uid: u32, devices: Option<u32>, usual: u32) -> Result<Taken> {
+        let mut pools = self.pools();
+        let limit = self.quotas.limit(uid);
+        let wanted = devices.unwrap_or(usual.min(limit.max(1)));
+        if wanted > limit {
+            let message = format!("user {uid} may have {limit} loop devices, and this pool alone {wanted}");
+            return Err(Error::new(Kind::Quota, message)
+                .hint(format!("ask for fewer with --max; root raises it with 'loopengine limit {uid} N'")));
+        }
+        let count = pools.entry(uid).or_default();
+        if uid != 0 && *count >= self.defaults.pools {
+            let message = format!("user {uid} has {count} pools, and may not have more");
+            return Err(Error::new(Kind::Quota, message).hint("end one of them first"));
+        }
+        *count += 1;
+        Ok(Taken { ledger: Arc::clone(self), uid, devices: wanted })
+    }
+
+    /// Gives `uid` a limit of its own; none: the default again. What it has, it keeps.
+    pub fn set(&self, uid: u32, devices: Option<u32>) -> Result<()> {
+        if devices.is_some() && self.quotas.list().len() >= EXCEPTIONS_MAX {
+            let message = format!("{EXCEPTIONS_MAX} users have devices or a limit of their own already");
+            return Err(Error::new(Kind::Quota, message));
+        }
+        self.quotas.set_limit(uid, devices);
+        Ok(())
+    }
+
+    /// The default first, then everybody who has a limit of its own, devices or pools.
+    pub fn list(&self) -> Vec<Limit> {
+        let pools = self.pools();
+        let all = Limit { uid: None, max_devices: Some(self.defaults.devices), devices: 0, pools: 0 };
+        let mut uids: Vec<u32> = self.quotas.list().into_iter().map(|(uid, ..)| uid).collect();
+        uids.extend(pools.keys());
+        uids.sort_unstable();
+        uids.dedup();
+        let each = uids.into_iter().map(|uid| Limit {
+            uid: Some(uid),
+            max_devices: Some(self.quotas.limit(uid)).filter(|&limit| limit != u32::MAX),
+            devices: self.quotas.used(uid),
+            pools: pools.get(&uid).copied().unwrap_or(0),
+        });
+        std::iter::once(all).chain(each).collect()
+    }
+}
+
+impl Taken {
+    /// How many devices the pool may have.
+    pub fn devices(&self) -> u32 {
+        self.devices
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let mut pools = self.ledger.pools();
+        if let Some(count) = pools.get_mut(&self.uid) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                pools.remove(&self.uid);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger() -> Arc<Ledger> {
+        Ledger::new(Defaults { devices: 10, pools: 3 }, Quotas::default())
+    }
+
+    #[test]
+    fn pools_count_until_they_are_dropped() {
+        let ledger = ledger();
+        let mut taken: Vec<_> = (0..3).map(|_| ledger.take(7, None, 8).unwrap()).collect();
+        assert_eq!(taken[0].devices(), 8);
+        assert!(ledger.take(7, None, 8).unwrap_err().message().contains("pools"));
+        let _another = ledger.take(8, None, 8).unwrap();
+        taken.pop();
+        taken.push(ledger.take(7, None, 100).unwrap());
+        assert_eq!(taken[2].devices(), 10);
+        drop(taken);
+        assert_eq!(ledger.list().len(), 2, "who has nothing is not listed");
+    }
+
+    #[test]
+    fn a_limit_holds_for_devices_that_come() {
+        let ledger = ledger();
+        let _pools = [ledger.take(7, Some(10), 8).unwrap(), ledger.take(7, Some(10), 8).unwrap()];
+        let devices: Vec<_> = (0..10).map(|_| ledger.quotas.charge(7).unwrap()).collect();
+        assert!(ledger.quotas.charge(7).is_err());
+        ledger.set(7, Some(11)).unwrap();
+        let last = ledger.quotas.charge(7).unwrap();
+        ledger.set(7, Some(1)).unwrap();
+        let shown = Limit { uid: Some(7), max_devices: Some(1), devices: 11, pools: 2 };
+        assert_eq!(ledger.list()[1], shown);
+        drop((devices, last));
+        assert!(ledger.quotas.charge(7).is_ok());
+        assert!(ledger.take(7, Some(2), 8).is_err());
+    }
+
+    #[test]
+    fn root_has_a_limit_only_if_it_sets_one() {
+        let ledger = ledger();
+        let _many = ledger.take(0, Some(1000), 8).unwrap();
+        ledger.set(0, Some(999)).unwrap();
+        assert!(ledger.take(0, Some(1000), 8).is_err());
+    }
+}

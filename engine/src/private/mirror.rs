@@ -1,0 +1,156 @@
+//! The names of a pool's devices in the /dev and the /sys of a tenant, kept as the pool is.
+//!
+//! Only what has changed is written. What cannot be written is logged and left: it is the tenant's
+//! own view. Knows what is to be seen where; does not know who changes it.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use super::sysfs;
+use super::tree::{Node, Shape, Tree};
+use crate::error::{Error, Result};
+use crate::loops::Entry;
+
+/// The directory in the tenant's /dev on which the pool's own file system is mounted. Never `loop`:
+/// libloop would look for the devices in there.
+pub const LOOPFS: &str = "loopfs";
+
+/// What a tenant may put into its /dev besides.
+const DEV_BYTES: u64 = 4 << 20;
+const DEV_NODES: u64 = 1 << 14;
+/// The smallest unit of a tmpfs.
+const PAGE: u64 = 4096;
+/// Partitions that are counted for the bound of a tree.
+const PARTITIONS: u64 = 4;
+/// Links to the machine's own disks that are shown at the most.
+const OTHERS_MAX: usize = 4096;
+
+type Nodes = Vec<(String, Node)>;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Mirror {
+    dev: Tree,
+    sys: Tree,
+    shown: Mutex<HashMap<u32, (Nodes, Nodes)>>,
+}
+
+impl Mirror {
+    /// For a pool of `max` devices; `uid` and `gid` may write to their /dev, nobody to their /sys.
+    pub fn make(max: u32, uid: u32, gid: u32) -> Result<Mirror> {
+        let cannot = |error| Error::os(error, "cannot make the pool's part of /dev and /sys");
+        let dev = Tree::make(Shape {
+            size: DEV_BYTES,
+            nodes: DEV_NODES + u64::from(max) * (1 + PARTITIONS),
+            uid,
+            gid,
+        });
+        let nodes = 3 * OTHERS_MAX as u64 + u64::from(max) * sysfs::NODES_PER_DEVICE * (1 + PARTITIONS / 2);
+        let sys = Tree::make(Shape { size: nodes * PAGE, nodes, uid: 0, gid: 0 });
+        let mirror = Mirror { dev: dev.map_err(cannot)?, sys: sys.map_err(cannot)?, shown: Mutex::default() };
+        let control = Node::Link(format!("{LOOPFS}/loop-control"));
+        for (path, node) in [(LOOPFS, Node::Dir), ("loop-control", control)] {
+            mirror.dev.put(path, &node).map_err(cannot)?;
+        }
+        for (path, node) in sysfs::others().iter().take(3 * OTHERS_MAX) {
+            mirror.sys.put(path, node).map_err(cannot)?;
+        }
+        Ok(mirror)
+    }
+
+    /// Makes a directory beside those for /sys, for who has one mount for all.
+    pub fn add_directory(&self, name: &str) -> Result<()> {
+        let made = self.sys.put(name, &Node::Dir);
+        made.map_err(|error| Error::os(error, "cannot make the pool's part of /dev and /sys"))
+    }
+
+    /// The mounts to give away: of /dev, and of the directories for /sys.
+    pub fn mounts(&self) -> Result<[OwnedFd; 2]> {
+        let cannot = |error| Error::os(error, "cannot give the mounts of a pool away");
+        Ok([self.dev.mount().map_err(cannot)?, self.sys.mount().map_err(cannot)?])
+    }
+
+    /// Shows the device with this number as `now` tells that it is; none: it is gone. Asks while it holds
+    /// the lock: of two changes told at once, the later one to be shown is what is true then.
+    pub fn show(&self, number: u32, now: impl FnOnce() -> Option<Entry>) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = now();
+        let (dev, sys) = entry.as_ref().map(|entry| (links(entry), sysfs::of(entry))).unwrap_or_default();
+        let (old_dev, old_sys) = shown.remove(&number).unwrap_or_default();
+        // A new device is described before it has a name, and an old one has none before it is not.
+        if entry.is_some() {
+            update(&self.sys, &old_sys, &sys);
+            update(&self.dev, &old_dev, &dev);
+            shown.insert(number, (dev, sys));
+        } else {
+            update(&self.dev, &old_dev, &dev);
+            update(&self.sys, &old_sys, &sys);
+        }
+    }
+}
+
+fn links(entry: &Entry) -> Nodes {
+    let disk = format!("loop{}", entry.number);
+    let partitions = entry.partitions.iter().map(|partition| format!("{disk}p{}", partition.number));
+    let names = std::iter::once(disk.clone()).chain(partitions);
+    names.map(|name| (name.clone(), Node::Link(format!("{LOOPFS}/{name}")))).collect()
+}
+
+fn update(tree: &Tree, old: &Nodes, new: &Nodes) {
+    let have: HashMap<&str, &Node> = old.iter().map(|(path, node)| (path.as_str(), node)).collect();
+    let want: HashMap<&str, &Node> = new.iter().map(|(path, node)| (path.as_str(), node)).collect();
+    let mut failed = None;
+    for (path, node) in old.iter().rev().filter(|(path, _)| !want.contains_key(path.as_str())) {
+        failed = failed.or(tree.remove(path, node).err());
+    }
+    for (path, node) in new.iter().filter(|(path, node)| have.get(path.as_str()) != Some(&node)) {
+        failed = failed.or(tree.put(path, node).err());
+    }
+    if let Some(error) = failed {
+        tracing::debug!("a tenant does not see all of its devices: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loops::Partition;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    fn entry(partitions: Vec<Partition>) -> Entry {
+        let rdev = rustix::fs::makedev(259, 17);
+        Entry { number: 0, rdev, generation: 1, size: 1 << 20, block_size: 512, bound: None, partitions }
+    }
+
+    /// As when the reaper's news of an unbound device comes after the caller's of the next binding.
+    #[test]
+    fn old_news_does_not_come_last() {
+        let Ok(mirror) = Mirror::make(4, 0, 0) else {
+            eprintln!("skipped: no tmpfs of its own here");
+            return;
+        };
+        let rdev = rustix::fs::makedev(259, 18);
+        let partition = Partition { number: 1, rdev, generation: 1, start: 8, size: 4096 };
+        let is = Mutex::new(entry(Vec::new()));
+        let (asked, is_asked) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let now = || {
+                    asked.send(()).unwrap();
+                    let now = is.lock().unwrap().clone();
+                    std::thread::sleep(Duration::from_millis(50));
+                    Some(now)
+                };
+                mirror.show(0, now);
+            });
+            is_asked.recv().unwrap();
+            std::thread::sleep(Duration::from_millis(10));
+            *is.lock().unwrap() = entry(vec![partition]);
+            mirror.show(0, || Some(is.lock().unwrap().clone()));
+        });
+        let shown = mirror.shown.lock().unwrap();
+        assert!(shown[&0].0.iter().any(|(name, _)| name == "loop0p1"));
+    }
+}

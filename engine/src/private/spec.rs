@@ -1,0 +1,71 @@
+//! What is asked of private pools, and what is answered. The comments are part of the description
+//! that varlink clients get.
+
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect::CustomType;
+
+/// Who calls, as the kernel knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// User.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+}
+
+/// What is asked of a new pool. What is left out has a default.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, CustomType)]
+pub struct OpenSpec {
+    /// Its name; left out: a number.
+    pub name: Option<String>,
+    /// Devices at the most; left out: 8, or as many as the user may still have.
+    pub max: Option<u32>,
+    /// Whom the limit charges, and who owns the nodes; left out: the caller. Others only by root.
+    pub uid: Option<u32>,
+    /// Group of the nodes; left out: the caller's. Others only by root.
+    pub gid: Option<u32>,
+    /// Permission bits of the nodes; left out: 0660.
+    pub mode: Option<u32>,
+    /// Whether parts of /dev and /sys are wanted, too.
+    pub dev_and_sys: Option<bool>,
+    /// File systems that the kernel is to mount when a process under the filter mounts a device, if the
+    /// caller may have that: always nosuid and nodev, with owners as the user namespace has them.
+    pub kernel_mounts: Option<Vec<String>>,
+    /// Whether it is for containers, one after the other: all devices are there from the start, under device
+    /// numbers that stay, and the pool stays when a container has gone. Parts of /dev and /sys come, too.
+    /// Only for root.
+    pub container: Option<bool>,
+}
+
+/// A private pool, as lists show it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+pub struct PoolInfo {
+    /// Its name.
+    pub name: String,
+    /// Whom its devices count for.
+    pub uid: u32,
+    /// Devices at the most.
+    pub max: u32,
+    /// Devices that are there.
+    pub devices: u32,
+    /// Of these, bound to a file.
+    pub bound: u32,
+    /// Whether calls of a process tree are served.
+    pub supervised: bool,
+    /// Device numbers that its disks have, if it was made for containers.
+    pub device_numbers: Vec<u64>,
+    /// Whether it takes nothing more, and ends with the last use of its devices.
+    pub ending: bool,
+}
+
+/// What [`super::Registry::open`] answers.
+#[derive(Debug)]
+pub struct Opened {
+    /// The pool's name.
+    pub name: String,
+    /// The file system with the nodes; then, if they were asked for, the tenant's /dev, and the
+    /// directories for its /sys. None is mounted anywhere yet.
+    pub mounts: Vec<OwnedFd>,
+}

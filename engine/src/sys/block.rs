@@ -1,0 +1,38 @@
+//! Block device ioctls that rustix lacks.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::io::Errno;
+
+const BLKROSET: libc::c_ulong = 0x125d;
+const BLKROGET: libc::c_ulong = 0x125e;
+const BLKFLSBUF: libc::c_ulong = 0x1261;
+
+/// Writes back and drops what is cached of a block device.
+pub fn flush(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: BLKFLSBUF takes no argument; the descriptor is open for the call (borrowed).
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF, 0) })
+}
+
+/// Has the block layer refuse writes to a device, or take them again.
+pub fn set_read_only(device: BorrowedFd<'_>, read_only: bool) -> Result<(), Errno> {
+    let flag = libc::c_int::from(read_only);
+    // SAFETY: BLKROSET reads one int, which lives until the call returns.
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKROSET, &raw const flag) })
+}
+
+/// Whether the block layer refuses writes to a device.
+pub fn is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut flag: libc::c_int = 0;
+    // SAFETY: BLKROGET writes one int, which lives until the call returns.
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut flag) })?;
+    Ok(flag != 0)
+}
+
+fn answer(result: libc::c_int) -> Result<(), Errno> {
+    if result >= 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO))
+    }
+}
