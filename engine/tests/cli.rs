@@ -96,6 +96,63 @@ fn bad_images_do_not_reach_the_daemon() {
     assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n");
 }
 
+/// What cannot be mounted is refused by what is in it, before the daemon hears of it.
+#[test]
+fn mount_looks_first() {
+    use std::os::unix::fs::FileExt;
+    let daemon = Daemon::start();
+    let made = |name: &str, bytes: &[(u64, &[u8])]| {
+        let image = std::fs::File::options().write(true).open(daemon.image(name, 4 << 20)).unwrap();
+        bytes.iter().for_each(|(at, bytes)| image.write_all_at(bytes, *at).unwrap());
+    };
+    let dir = daemon.image("file", 0).with_file_name("dir");
+    std::fs::create_dir(&dir).unwrap();
+    made("junk.img", &[]);
+    made("swap.img", &[(4086, b"SWAPSPACE2")]);
+    made("squashfs.img", &[(0, b"hsqs")]);
+    // An MBR with two partitions of 1 MiB: squashfs in the second, nothing in the first.
+    let entry = |start: u32| {
+        let mut bytes = [0; 16];
+        bytes[4] = 0x83;
+        bytes[8..12].copy_from_slice(&start.to_le_bytes());
+        bytes[12..].copy_from_slice(&2048_u32.to_le_bytes());
+        bytes
+    };
+    let (first, second) = (entry(2048), entry(4096));
+    made("disk.img", &[(446, &first), (462, &second), (510, &[0x55, 0xaa]), (2 << 20, b"hsqs")]);
+    let pipe = dir.with_file_name("pipe");
+    rustix::fs::mkfifoat(rustix::fs::CWD, pipe, rustix::fs::Mode::RWXU).unwrap();
+    let cases: &[(&str, i32, &str)] = &[
+        ("missing.img dir", 3, "cannot open missing.img"),
+        ("dir dir", 2, "dir is a directory"),
+        ("pipe dir", 2, "neither a file nor a block device"),
+        ("file dir", 2, "file has 0 bytes"),
+        ("junk.img dir", 2, "no file system that is known is in junk.img"),
+        ("swap.img dir", 2, "swap, which cannot be mounted"),
+        ("disk.img dir", 2, "1 (1M), 2 (squashfs, 1M); choose one with --partition N"),
+        ("disk.img dir -p 3", 3, "has no partition 3, but 1 (1M), 2 (1M)"),
+        ("disk.img dir -p 1", 2, "no file system that is known is in partition 1 of disk.img"),
+        ("junk.img dir --partition 1", 3, "junk.img has no partitions"),
+        ("disk.img dir --offset 3M", 2, "no file system"),
+        ("disk.img dir --offset 4M", 2, "no file system at 4194304"),
+        ("disk.img dir --offset 2M --sizelimit 512", 8, "cannot reach the daemon"),
+        ("disk.img dir --partition 2", 8, "cannot reach the daemon"),
+        ("squashfs.img none", 3, "mkdir none"),
+        ("squashfs.img junk.img", 2, "junk.img is not a directory"),
+        ("squashfs.img dir", 8, "cannot reach the daemon"),
+    ];
+    for (words, code, says) in cases {
+        // Only root needs no program that may not be here.
+        if *code == 8 && !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: {words}: not root");
+            continue;
+        }
+        let words: Vec<&str> = std::iter::once("mount").chain(words.split(' ')).collect();
+        fails(&daemon.run(&words), *code, says);
+    }
+    fails(&daemon.run(&["umount", "dir"]), 8, "cannot reach the daemon");
+}
+
 #[test]
 fn run_gives_the_device_to_a_command() {
     let daemon = Daemon::start();

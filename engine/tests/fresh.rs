@@ -6,9 +6,14 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use loopengine::cli::generate;
+use loopengine::control::{rundir::RunDir, server};
+use loopengine::loops::{PoolSpec, Quotas};
+use loopengine::private::{Defaults, Events, Registry, Room, Source};
 
 fn kept(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
@@ -59,21 +64,62 @@ fn completions() {
     compare("share/completions", dir.path());
 }
 
-/// What a running daemon says of itself is what the interface file says.
+/// What a running daemon says of itself is what the interface files say.
 #[test]
 fn interface() {
-    use std::io::{BufRead, BufReader, Write};
     let daemon = support::Daemon::start();
     let socket = daemon.run_dir().join(loopengine::control::SOCKET);
+    described(&socket, "io.loopengine", "io.loopengine.varlink");
+}
+
+#[test]
+fn private_interface() {
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
+    let listener = run_dir.bind_private().unwrap();
+    let registry = Arc::new(Registry::start(NoPools, Defaults { devices: 1, pools: 1 }).unwrap());
+    let (stop, stopping) = tokio::sync::watch::channel(false);
+    let served = registry.clone();
+    let thread = std::thread::spawn(move || {
+        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+            server::serve_private(listener, served, stopping).await;
+        });
+    });
+    let socket = dir.path().join("run").join(loopengine::control::PRIVATE_SOCKET);
+    described(&socket, "io.loopengine.Private", "io.loopengine.Private.varlink");
+    stop.send(true).unwrap();
+    thread.join().unwrap();
+    registry.shutdown();
+}
+
+/// An interface can be described without any.
+struct NoPools;
+
+impl Source for NoPools {
+    fn quotas(&self) -> Quotas {
+        Quotas::default()
+    }
+
+    fn open(&self, _: &PoolSpec, _: Events) -> loopengine::Result<(Arc<dyn Room>, OwnedFd)> {
+        Err(loopengine::Error::new(loopengine::Kind::Unsupported, "no pools here"))
+    }
+}
+
+fn described(socket: &Path, interface: &str, file: &str) {
+    use std::io::{BufRead, BufReader, Write};
     let mut socket = std::os::unix::net::UnixStream::connect(socket).unwrap();
-    let call = b"{\"method\":\"org.varlink.service.GetInterfaceDescription\",\"parameters\":{\"interface\":\"io.loopengine\"}}\0";
-    socket.write_all(call).unwrap();
+    let parameters = serde_json::json!({ "interface": interface });
+    let method = "org.varlink.service.GetInterfaceDescription";
+    let call = serde_json::json!({ "method": method, "parameters": parameters });
+    write!(socket, "{call}\0").unwrap();
     let mut answer = Vec::new();
     BufReader::new(socket).read_until(0, &mut answer).unwrap();
     answer.pop();
     let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
     let text = answer["parameters"]["description"].as_str().unwrap();
-    let file = kept("io.loopengine.varlink");
+    let file = kept(file);
     if updating() {
         fs::write(&file, laid_out(text)).unwrap();
     }

@@ -58,7 +58,7 @@ prop_compose! {
         read_only: bool,
         buffered: bool,
     ) -> Source {
-        Source { offset, size_limit, block_size, read_only, buffered }
+        Source { offset, size_limit, block_size, read_only, buffered, as_loop: false }
     }
 }
 

@@ -3,8 +3,10 @@
 //! become one. What needs root or a tool that is missing is skipped, and says so.
 
 mod create;
+mod fs;
 mod geometry;
 mod hostile;
+mod partitions;
 mod queues;
 mod restart;
 mod support;

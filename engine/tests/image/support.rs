@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const PLAIN: Source =
-    Source { offset: 0, size_limit: 0, block_size: 0, read_only: false, buffered: false };
+    Source { offset: 0, size_limit: 0, block_size: 0, read_only: false, buffered: false, as_loop: false };
 pub(crate) const READ_ONLY: Source = Source { read_only: true, ..PLAIN };
 pub(crate) const BUFFERED: Source = Source { buffered: true, ..PLAIN };
 

@@ -118,8 +118,15 @@ impl Daemon {
 
     /// A command for this daemon, not yet started.
     pub(crate) fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
-        command.env("LOOPENGINE_RUN_DIR", &self.run_dir).args(words);
+        let mut command = self.command_of(&self.program);
+        command.args(words);
+        command
+    }
+
+    /// Any program whose children know this daemon.
+    pub(crate) fn command_of(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("LOOPENGINE_RUN_DIR", &self.run_dir);
         command
     }
 
@@ -260,7 +267,8 @@ impl Daemon {
         self.wait_drained()
     }
 
-    fn pid(&self) -> Res<u32> {
+    /// The running process.
+    pub(crate) fn pid(&self) -> Res<u32> {
         match &self.child {
             Some(child) => Ok(child.id()),
             None => fail!("the daemon is not running"),

@@ -76,6 +76,8 @@ pub(crate) enum Needs {
     Resize,
     /// Devices that outlive their daemon, on this path.
     Recovery(&'static str),
+    /// Pools of private loop devices.
+    Private,
 }
 
 /// Where a running case keeps its things.

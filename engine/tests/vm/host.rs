@@ -16,7 +16,28 @@ pub(crate) use crate::SCRATCH;
 
 /// Programs that cases start many times. Not fio: its libraries are many, and copying them takes as
 /// long as loading them from there each time.
-const TOOLS: [&str; 7] = ["bash", "blkdiscard", "dmesg", "mkfs.ext4", "mkfs.xfs", "mount", "umount"];
+const TOOLS: [&str; 20] = [
+    "bash",
+    "blkdiscard",
+    "blockdev",
+    "cat",
+    "cmp",
+    "dd",
+    "dmesg",
+    "e2fsck",
+    "losetup",
+    "ls",
+    "mkfs.ext4",
+    "mkfs.xfs",
+    "mount",
+    "rm",
+    "setpriv",
+    "sleep",
+    "stat",
+    "tr",
+    "truncate",
+    "umount",
+];
 
 /// What was found out once, before the first case.
 #[derive(Debug)]
@@ -29,6 +50,8 @@ pub(crate) struct Host {
     pub(crate) resize: bool,
     /// Devices outlive the daemon.
     pub(crate) recovery: bool,
+    /// Disks can be bound in place, which private loop devices are made of.
+    pub(crate) private: bool,
     /// Full lengths instead of those for everyday.
     pub(crate) full: bool,
 }
@@ -73,6 +96,7 @@ impl Host {
             data_paths: paths.iter().filter_map(|p| p.as_str().map(String::from)).collect(),
             resize: features["resize"] == true,
             recovery: features["recovery"] == true,
+            private: ["UPDATE_SIZE", "SAFE_STOP_DEV"].iter().all(|flag| has_flag(&features, flag)),
             full: std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1"),
         };
         eprintln!("{host:?}");
@@ -101,7 +125,14 @@ impl Host {
         };
         std::fs::create_dir_all(SCRATCH)?;
         let full = std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1");
-        Ok(Host { program, data_paths: vec!["fuse".into()], resize: true, recovery: false, full })
+        Ok(Host {
+            program,
+            data_paths: vec!["fuse".into()],
+            resize: true,
+            recovery: false,
+            private: false,
+            full,
+        })
     }
 
     /// Skips unless the kernel has what a case needs.
@@ -111,10 +142,15 @@ impl Host {
                 skip!("this kernel does not grant the data path '{path}'")
             }
             Needs::Recovery(_) if !self.recovery => skip!("this kernel grants no recovery"),
+            Needs::Private if !self.private => skip!("private loop devices need Linux 7.0 or newer"),
             Needs::Resize if !self.resize => skip!("this kernel does not resize ublk devices"),
             _ => Ok(()),
         }
     }
+}
+
+fn has_flag(features: &Value, flag: &str) -> bool {
+    features["flags"].as_array().is_some_and(|flags| flags.iter().any(|name| name == flag))
 }
 
 fn copy_program() -> Res<String> {
@@ -163,6 +199,11 @@ fn since_marker<'a>(log: &'a str, case: &str) -> &'a str {
 
 fn kernel_log() -> String {
     tools::ok(&["dmesg"]).unwrap_or_default()
+}
+
+/// What the kernel has said since a case began.
+pub(crate) fn kernel_said(case: &str) -> String {
+    since_marker(&kernel_log(), case).to_owned()
 }
 
 /// What the kernel found wrong with itself since the case began.

@@ -12,6 +12,7 @@ mod below;
 mod cases;
 mod daemon;
 mod disk;
+mod driver;
 mod fio;
 mod harness;
 mod host;
@@ -28,6 +29,13 @@ const FRONTEND: &str = "ublk";
 const SCRATCH: &str = "/run/loopengine-cases";
 
 fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, role, what] = &words[..]
+        && role == driver::ROLE
+    {
+        driver::run(what);
+        return ExitCode::SUCCESS;
+    }
     let mut args = libtest_mimic::Arguments::from_args();
     // The cases share ublk ids, two CPUs and the kernel's log: one at a time.
     args.test_threads = Some(1);

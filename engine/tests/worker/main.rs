@@ -22,8 +22,14 @@ use proptest::prelude::*;
 const SIZE: u64 = 512 * 1024;
 const MARGIN: u8 = 0xee;
 const SLOT: SlotId = SlotId { index: 3, generation: 1 };
-const SHOWN: Source =
-    Source { offset: SIZE, size_limit: SIZE, block_size: 0, read_only: false, buffered: true };
+const SHOWN: Source = Source {
+    offset: SIZE,
+    size_limit: SIZE,
+    block_size: 0,
+    read_only: false,
+    buffered: true,
+    as_loop: false,
+};
 const DIRECT: Source = Source { buffered: false, ..SHOWN };
 
 /// A worker with one device.

@@ -16,6 +16,8 @@ mod geometry;
 mod lifetime;
 #[path = "../../vm/cases/resize.rs"]
 mod resize;
+#[path = "../../vm/cases/sandbox.rs"]
+mod sandbox;
 #[path = "../../vm/cases/verify.rs"]
 mod verify;
 
@@ -56,6 +58,7 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         durability::cases(),
         errors::cases(),
+        sandbox::cases(),
     ];
     let of_images = of_images.into_iter().flatten();
     let of_images =

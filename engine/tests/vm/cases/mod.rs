@@ -7,8 +7,28 @@ mod faults;
 mod filesystem;
 mod geometry;
 mod many;
+mod private_binding;
+mod private_bundle;
+mod private_containers;
+mod private_driver;
+mod private_figures;
+mod private_hostile;
+mod private_hung;
+mod private_images;
+mod private_isolation;
+mod private_kernel_mounts;
+mod private_known;
+mod private_lifetime;
+mod private_losetup;
+mod private_mount;
+mod private_nspawn;
+mod private_onestep;
+mod private_script;
+mod private_socket;
+mod private_users;
 mod recovery;
 mod resize;
+mod sandbox;
 mod verify;
 mod zeroes;
 
@@ -34,6 +54,23 @@ pub(crate) fn all() -> Vec<Case> {
         recovery::cases(),
         errors::cases(),
         many::cases(),
+        private_losetup::cases(),
+        private_figures::cases(),
+        sandbox::cases(),
+        private_binding::cases(),
+        private_driver::cases(),
+        private_hostile::cases(),
+        private_mount::cases(),
+        private_kernel_mounts::cases(),
+        private_onestep::cases(),
+        private_users::cases(),
+        private_socket::cases(),
+        private_containers::cases(),
+        private_hung::cases(),
+        private_images::cases(),
+        private_isolation::cases(),
+        private_lifetime::cases(),
+        private_nspawn::cases(),
     ]
     .into_iter()
     .flatten()

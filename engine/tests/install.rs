@@ -1,0 +1,201 @@
+//! `loopengine install` and the helper of mount(8): the program itself, in directories of its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_loopengine");
+
+struct Root(tempfile::TempDir);
+
+impl Root {
+    fn new() -> Root {
+        Root(tempfile::tempdir().unwrap())
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(PROGRAM);
+        command.arg("install").args(words).env("DESTDIR", self.0.path()).output().unwrap()
+    }
+
+    fn ok(&self, words: &[&str]) -> String {
+        let ran = self.run(words);
+        assert!(ran.status.success() && ran.stderr.is_empty(), "{ran:?}");
+        String::from_utf8(ran.stdout).unwrap()
+    }
+
+    fn fails(&self, words: &[&str], code: i32, says: &str) {
+        let ran = self.run(words);
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert_eq!((ran.status.code(), said.lines().count()), (Some(code), 1), "{ran:?}");
+        assert!(said.starts_with("loopengine: ") && said.contains(says), "{ran:?}");
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.0.path().join(path.trim_start_matches('/'))
+    }
+
+    /// All that is there, directories as well.
+    fn all(&self) -> BTreeSet<PathBuf> {
+        fn walk(at: &Path, found: &mut BTreeSet<PathBuf>) {
+            for entry in fs::read_dir(at).unwrap() {
+                let path = entry.unwrap().path();
+                found.insert(path.clone());
+                if path.is_dir() && !path.is_symlink() {
+                    walk(&path, found);
+                }
+            }
+        }
+        let mut found = BTreeSet::new();
+        walk(self.0.path(), &mut found);
+        found
+    }
+}
+
+fn sbin() -> &'static str {
+    if Path::new("/sbin").is_symlink() { "/usr/sbin" } else { "/sbin" }
+}
+
+#[test]
+fn all_is_placed_and_all_is_taken_away() {
+    let root = Root::new();
+    let foreign = root.at("/etc/udev/rules.d/10-other.rules");
+    fs::create_dir_all(foreign.parent().unwrap()).unwrap();
+    fs::write(&foreign, "theirs").unwrap();
+    let before = root.all();
+    let listed = root.ok(&["--dry-run"]);
+    assert_eq!(root.all(), before, "a dry run does nothing");
+    assert_eq!(root.ok(&[]), listed);
+    let placed: BTreeSet<PathBuf> = listed.lines().map(PathBuf::from).collect();
+    let files: BTreeSet<PathBuf> =
+        root.all().difference(&before).filter(|path| !path.is_dir() || path.is_symlink()).cloned().collect();
+    let record = root.at("/usr/local/share/loopengine/installed");
+    assert_eq!(files.difference(&placed).collect::<Vec<_>>(), [&record]);
+    assert_eq!(placed.difference(&files).count(), 0);
+    for path in [
+        "/usr/local/bin/loopengine",
+        "/etc/systemd/system/loopengine.service",
+        "/etc/udev/rules.d/59-loopengine.rules",
+        "/etc/modules-load.d/loopengine.conf",
+        "/etc/modprobe.d/loopengine.conf",
+        "/usr/local/share/man/man1/loopengine-attach.1",
+        "/usr/local/share/man/man7/loopengine-loopfs.7",
+        "/usr/local/share/man/man8/mount.loop.8",
+        "/usr/local/share/bash-completion/completions/loopengine",
+        "/usr/local/share/zsh/site-functions/_loopengine",
+        "/usr/local/share/fish/vendor_completions.d/loopengine.fish",
+    ] {
+        assert!(placed.contains(&root.at(path)), "{path}");
+    }
+    let program = root.at("/usr/local/bin/loopengine");
+    assert_eq!(fs::metadata(&program).unwrap().permissions().mode() & 0o777, 0o755);
+    assert!(Command::new(&program).arg("--version").output().unwrap().status.success());
+    let unit = fs::read_to_string(root.at("/etc/systemd/system/loopengine.service")).unwrap();
+    assert!(unit.contains("ExecStart=/usr/local/bin/loopengine serve"), "{unit}");
+    let helper = fs::read_link(root.at(sbin()).join("mount.loop")).unwrap();
+    assert_eq!(helper, Path::new("/usr/local/bin/loopengine"));
+    root.ok(&[]);
+    assert_eq!(root.ok(&["--uninstall", "--dry-run"]).lines().count(), placed.len());
+    assert!(program.exists());
+    let taken: BTreeSet<PathBuf> = root.ok(&["--uninstall"]).lines().map(PathBuf::from).collect();
+    assert_eq!(taken, placed);
+    assert_eq!(root.all(), before);
+    root.fails(&["--uninstall"], 3, "nothing was installed");
+}
+
+#[test]
+fn foreign_files_stay() {
+    let root = Root::new();
+    let foreign = root.at("/etc/modprobe.d/loopengine.conf");
+    fs::create_dir_all(foreign.parent().unwrap()).unwrap();
+    let before = root.all();
+    // A link as well, whatever it leads to: it is not written through.
+    let victim = root.at("/victim");
+    for link in [false, true] {
+        let _ = fs::remove_file(&foreign);
+        match link {
+            true => symlink(&victim, &foreign).unwrap(),
+            false => fs::write(&foreign, "theirs").unwrap(),
+        }
+        root.fails(&[], 4, "is not ours");
+        root.fails(&["--dry-run"], 4, "is not ours");
+        assert_eq!(root.all().difference(&before).collect::<Vec<_>>(), [&foreign], "nothing else was placed");
+    }
+}
+
+#[test]
+fn what_was_changed_stays() {
+    let root = Root::new();
+    root.ok(&[]);
+    let unit = root.at("/etc/systemd/system/loopengine.service");
+    fs::write(&unit, "[Unit]\n").unwrap();
+    root.fails(&[], 4, "was changed since it was installed");
+    let ran = root.run(&["--uninstall"]);
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.code() == Some(4) && said.contains("left what was changed"), "{ran:?}");
+    let left: Vec<PathBuf> = root.all().into_iter().filter(|path| path.is_file()).collect();
+    assert_eq!(left, [unit]);
+}
+
+#[test]
+fn an_older_version_is_replaced() {
+    let root = Root::new();
+    root.ok(&[]);
+    // As if an older version had placed another page, and one that is no more.
+    let record = root.at("/usr/local/share/loopengine/installed");
+    let page = root.at("/usr/local/share/man/man1/loopengine-list.1");
+    let text = fs::read_to_string(&record).unwrap();
+    let line = text.lines().find(|line| line.ends_with("/loopengine-list.1")).unwrap();
+    let old = line.replace("loopengine-list.1", "loopengine-old.1");
+    fs::copy(&page, page.with_file_name("loopengine-old.1")).unwrap();
+    fs::write(&record, format!("{text}{old}\n")).unwrap();
+    root.ok(&[]);
+    assert!(!page.with_file_name("loopengine-old.1").exists());
+    fs::write(&record, "nonsense\n").unwrap();
+    root.fails(&[], 2, "is damaged");
+}
+
+#[test]
+fn other_prefixes() {
+    let root = Root::new();
+    let listed = root.ok(&["--prefix", "/usr", "--dry-run"]);
+    assert!(
+        listed.contains("/usr/lib/systemd/system/loopengine.service") && !listed.contains("/etc/"),
+        "{listed}"
+    );
+    let listed = root.ok(&["--prefix", "/opt/x", "--dry-run"]);
+    assert!(listed.contains("/opt/x/bin/loopengine") && listed.contains("/etc/udev/rules.d/"), "{listed}");
+    root.fails(&["--prefix", "usr"], 2, "not an absolute path");
+}
+
+/// The helper as mount(8) calls it; without a daemon.
+#[test]
+fn helper_of_mount() {
+    let dir = tempfile::tempdir().unwrap();
+    let helper = dir.path().join("mount.loop");
+    symlink(PROGRAM, &helper).unwrap();
+    let run = |words: &[&str]| {
+        let mut command = Command::new(&helper);
+        let ran = command.args(words).env("LOOPENGINE_RUN_DIR", dir.path()).output().unwrap();
+        (ran.status.code().unwrap(), String::from_utf8(ran.stderr).unwrap())
+    };
+    let target = dir.path().to_str().unwrap();
+    for (words, code, says) in [
+        (&["loop", target, "-o", "rw,nodev"][..], 1, "'nodev'"),
+        (&["loop", target, "-o", "max=x"], 1, "'x' is not a number"),
+        (&["loop", target, "-t", "ext4"], 1, "'ext4'"),
+        (&["loop", target, "-o", "colour=red"], 1, "'colour=red'"),
+        (&["loop"], 1, "required"),
+        (&["loop", target, "-N", "/proc/1/ns/mnt"], 32, "nsenter"),
+        (&["loop", target, "-o", "rw,max=8"], 32, "daemon"),
+    ] {
+        let (exit, said) = run(words);
+        assert!(exit == code && said.contains(says), "{words:?}: {exit}, {said}");
+    }
+    for words in [&["loop", target, "-f"][..], &["loop", target, "-sfnv", "-o", "colour=red"], &["--version"]]
+    {
+        assert_eq!(run(words), (0, String::new()), "{words:?}");
+    }
+}

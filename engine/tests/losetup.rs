@@ -1,0 +1,510 @@
+//! `loopengine losetup` against the losetup of this machine, and against a pool that only pretends.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use loopengine::cli::losetup::{self, Devices};
+use loopengine::loops::{Answer, Bound, Configure, Entry, Errno, Info, NAME_BYTES, Status, flag};
+
+/// What a run printed, and its exit code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Ran {
+    out: String,
+    err: String,
+    code: i32,
+}
+
+/// Loop devices in memory.
+#[derive(Default)]
+struct Fake {
+    entries: BTreeMap<u32, (Entry, Option<Status>)>,
+    /// The errors of the next calls of an operation.
+    fails: Vec<(&'static str, Errno)>,
+    calls: Vec<String>,
+    max: u32,
+}
+
+impl Fake {
+    fn of(max: u32) -> Fake {
+        Fake { max, ..Fake::default() }
+    }
+
+    fn call(&mut self, name: &'static str, call: String) -> Answer<()> {
+        self.calls.push(call);
+        match self.fails.iter().position(|(fails, _)| *fails == name) {
+            Some(at) => Err(self.fails.remove(at).1),
+            None => Ok(()),
+        }
+    }
+
+    fn bound(&mut self, number: u32) -> Answer<&mut (Entry, Option<Status>)> {
+        let device = self.entries.get_mut(&number).ok_or(Errno::NOENT)?;
+        if device.0.bound.is_some() { Ok(device) } else { Err(Errno::NXIO) }
+    }
+
+    fn flags(&self, number: u32) -> u32 {
+        self.entries[&number].0.bound.as_ref().unwrap().flags
+    }
+
+    fn ran(&mut self, words: &[&str]) -> Ran {
+        let last = OsString::from(words.last().unwrap_or(&""));
+        let words = std::iter::once("losetup").chain(words.iter().copied()).map(OsString::from);
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = match losetup::parse(words) {
+            Ok(args) => losetup::run(args, self, &mut out, &mut err).unwrap(),
+            Err(error) => {
+                err.extend(losetup::usage_error(&error, &last).bytes());
+                1
+            }
+        };
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Ran { out: text(out), err: text(err), code: code.into() }
+    }
+
+    #[track_caller]
+    fn does(&mut self, words: &[&str], out: &str) {
+        assert_eq!(self.ran(words), Ran { out: out.to_owned(), err: String::new(), code: 0 }, "{words:?}");
+    }
+
+    #[track_caller]
+    fn fails(&mut self, words: &[&str], err: &str) {
+        let err = format!("losetup: {err}\n");
+        assert_eq!(self.ran(words), Ran { out: String::new(), err, code: 1 }, "{words:?}");
+    }
+}
+
+fn entry(number: u32) -> Entry {
+    Entry {
+        number,
+        rdev: rustix::fs::makedev(259, number),
+        generation: 1,
+        size: 0,
+        block_size: 512,
+        bound: None,
+        partitions: Vec::new(),
+    }
+}
+
+impl Devices for Fake {
+    fn directory(&self) -> &str {
+        "/dev"
+    }
+
+    fn entries(&mut self) -> Answer<Vec<Entry>> {
+        Ok(self.entries.values().map(|(entry, _)| entry.clone()).rev().collect())
+    }
+
+    fn status(&mut self, number: u32) -> Answer<Status> {
+        self.call("status", format!("status {number}"))?;
+        self.bound(number)?.1.ok_or(Errno::PERM)
+    }
+
+    fn set_status(&mut self, number: u32, info: &Info) -> Answer<()> {
+        self.call("set_status", format!("set_status {number}"))?;
+        self.bound(number)?.0.bound.as_mut().unwrap().flags = info.flags;
+        Ok(())
+    }
+
+    fn get_free(&mut self) -> Answer<u32> {
+        self.call("get_free", "get_free".to_owned())?;
+        let free = self.entries.values().find(|(entry, _)| entry.bound.is_none());
+        if let Some((entry, _)) = free {
+            return Ok(entry.number);
+        }
+        let number = self.entries.len() as u32;
+        self.add(number)
+    }
+
+    fn add(&mut self, number: u32) -> Answer<u32> {
+        if self.entries.contains_key(&number) {
+            return Err(Errno::EXIST);
+        } else if number >= self.max {
+            return Err(Errno::NOSPC);
+        }
+        self.entries.insert(number, (entry(number), None));
+        Ok(number)
+    }
+
+    fn remove(&mut self, number: u32) -> Answer<u32> {
+        match self.entries.get(&number) {
+            None => Err(Errno::NODEV),
+            Some((entry, _)) if entry.bound.is_some() => Err(Errno::BUSY),
+            Some(_) => self.entries.remove(&number).map(|_| number).ok_or(Errno::NODEV),
+        }
+    }
+
+    fn configure(&mut self, number: u32, with: Configure) -> Answer<()> {
+        self.call("configure", format!("configure {number} {}", with.block_size))?;
+        let (entry, known) = self.entries.get_mut(&number).ok_or(Errno::NOENT)?;
+        if entry.bound.is_some() {
+            return Err(Errno::BUSY);
+        }
+        let stat = rustix::fs::fstat(&with.file).unwrap();
+        let path = fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&with.file)));
+        let info = with.info;
+        entry.bound = Some(Bound {
+            backing_file: path.unwrap().to_str().unwrap().to_owned(),
+            offset: info.offset,
+            size_limit: info.size_limit,
+            flags: info.flags,
+        });
+        entry.block_size = with.block_size.max(512);
+        *known = Some(Status { number, device: stat.st_dev, inode: stat.st_ino, rdevice: 0, info });
+        Ok(())
+    }
+
+    fn clear(&mut self, number: u32) -> Answer<()> {
+        self.call("clear", format!("clear {number}"))?;
+        *self.bound(number)? = (entry(number), None);
+        Ok(())
+    }
+
+    fn set_capacity(&mut self, number: u32) -> Answer<()> {
+        self.call("set_capacity", format!("set_capacity {number}"))?;
+        self.bound(number).map(drop)
+    }
+
+    fn set_direct_io(&mut self, number: u32, on: bool) -> Answer<()> {
+        self.call("set_direct_io", format!("set_direct_io {number} {on}"))?;
+        let flags = &mut self.bound(number)?.0.bound.as_mut().unwrap().flags;
+        *flags = if on { *flags | flag::DIRECT_IO } else { *flags & !flag::DIRECT_IO };
+        Ok(())
+    }
+
+    fn set_block_size(&mut self, number: u32, bytes: u64) -> Answer<()> {
+        self.call("set_block_size", format!("set_block_size {number} {bytes}"))?;
+        self.bound(number)?.0.block_size = u32::try_from(bytes).map_err(|_| Errno::INVAL)?;
+        Ok(())
+    }
+}
+
+fn skipped(why: &str) {
+    println!("skipped: {why}");
+}
+
+/// losetup of this machine, if it is one that we know.
+fn real(words: &[&str]) -> Option<Ran> {
+    let command = Command::new("losetup").args(words).env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).output();
+    let Ok(output) = command else {
+        skipped("no losetup");
+        return None;
+    };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Some(Ran {
+        out: text(&output.stdout),
+        err: text(&output.stderr),
+        code: output.status.code().unwrap_or(-1),
+    })
+}
+
+/// Loop devices of the kernel, detached in the end.
+struct Kernel(Vec<String>);
+
+impl Kernel {
+    fn add(&mut self, words: &[&str]) -> Option<String> {
+        let ran = real(&[&["--find", "--show"], words].concat())?;
+        if ran.code != 0 {
+            skipped(&ran.err);
+            return None;
+        }
+        let name = ran.out.trim().to_owned();
+        self.0.push(name.clone());
+        Some(name)
+    }
+
+    /// The same devices as sysfs knows them.
+    fn pool(&self) -> Fake {
+        let mut fake = Fake::of(0);
+        for name in &self.0 {
+            let number: u32 = name.trim_start_matches("/dev/loop").parse().unwrap();
+            let sys = PathBuf::from(format!("/sys/block/loop{number}"));
+            let text = |what: &str| fs::read_to_string(sys.join(what)).unwrap().trim_end().to_owned();
+            let is = |what: &str, flag: u32| if text(what) == "1" { flag } else { 0 };
+            let flags = is("ro", flag::READ_ONLY)
+                | is("loop/autoclear", flag::AUTOCLEAR)
+                | is("loop/partscan", flag::PARTSCAN)
+                | is("loop/dio", flag::DIRECT_IO);
+            let path = text("loop/backing_file");
+            let meta = fs::metadata(&path).unwrap();
+            let bound = Bound {
+                offset: text("loop/offset").parse().unwrap(),
+                size_limit: text("loop/sizelimit").parse().unwrap(),
+                backing_file: path,
+                flags,
+            };
+            let device = Entry {
+                rdev: fs::metadata(name).unwrap().rdev(),
+                block_size: text("queue/logical_block_size").parse().unwrap(),
+                bound: Some(bound),
+                ..entry(number)
+            };
+            let info = Info::default();
+            let status = Status { number, device: meta.dev(), inode: meta.ino(), rdevice: 0, info };
+            fake.entries.insert(number, (device, Some(status)));
+        }
+        fake
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        for name in &self.0 {
+            let _ = real(&["--detach", name]);
+        }
+    }
+}
+
+fn file(directory: &Path, name: &str, size: u64) -> String {
+    let path = directory.join(name);
+    fs::File::create(&path).unwrap().set_len(size).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn prints_what_losetup_prints() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut kernel = Kernel(Vec::new());
+    let plain = file(directory.path(), "plain", 1 << 20);
+    let odd = file(directory.path(), "ünï \"x\" back\\slash\ttab\nline", 1 << 20);
+    let long = file(directory.path(), &"x".repeat(200), 1 << 20);
+    let Some(only) = kernel.add(&[&odd]) else { return };
+    let options: &[&[&str]] = &[
+        &[&plain],
+        &["--offset", "4096", &plain],
+        &["--sizelimit", "8k", "--read-only", &plain],
+        &["-o", "0x1000", "--sizelimit", "65536", "--sector-size", "4096", &plain],
+        &["--partscan", "--direct-io=on", &plain],
+        &[&long],
+    ];
+    for words in options {
+        if kernel.add(words).is_none() {
+            return;
+        }
+    }
+    let mut pool = kernel.pool();
+    let sorted = |ran: &Ran| {
+        let mut lines: Vec<String> = ran.out.lines().map(str::to_owned).collect();
+        lines.sort_unstable();
+        (lines, ran.err.clone(), ran.code)
+    };
+    let tables: &[&[&str]] = &[
+        &[],
+        &["-l"],
+        &["-l", "-n"],
+        &["-O", "NAME"],
+        &["-O", "MAJ:MIN"],
+        &["-O", "name,Back-File"],
+        &["-O", "BACK-FILE,NAME"],
+        &["-O", "BACK-MAJ:MIN,BACK-INO,MAJ:MIN,PARTSCAN,DIO,RO,AUTOCLEAR,LOG-SEC,OFFSET,SIZELIMIT"],
+        &["-O", "+PARTSCAN"],
+        &["-l", "--raw"],
+        &["--raw", "-n", "-O", "BACK-FILE,SIZELIMIT,NAME"],
+        &["-l", "-J"],
+        &["-J", "-O", "NAME,BACK-INO,BACK-FILE,PARTSCAN"],
+    ];
+    for words in tables {
+        // One line: to the byte.
+        for more in [&["-j", odd.as_str()][..], &["-j", &long]] {
+            let words = [words, more].concat();
+            assert_eq!(pool.ran(&words), real(&words).unwrap(), "{words:?}");
+        }
+        // One device (by its name, -l is needed).
+        let words = [words, &["-l", only.as_str()][..]].concat();
+        assert_eq!(pool.ran(&words), real(&words).unwrap(), "{words:?}");
+    }
+    for words in tables.iter().filter(|words| !words.contains(&"-J")) {
+        // Losetup's order is that of a directory.
+        let words = [words, &["-j", plain.as_str()][..]].concat();
+        assert_eq!(sorted(&pool.ran(&words)), sorted(&real(&words).unwrap()), "{words:?}");
+    }
+    let words: &[&[&str]] =
+        &[&["-j", &plain, "-o", "4096"], &["-j", &plain, "-o", "7"], &["-j", "/nowhere"], &["-j", "/"]];
+    for words in words {
+        assert_eq!(sorted(&pool.ran(words)), sorted(&real(words).unwrap()), "{words:?}");
+    }
+    for name in &kernel.0 {
+        assert_eq!(pool.ran(&[name]), real(&[name]).unwrap());
+    }
+}
+
+#[test]
+fn complains_as_losetup_does() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = file(directory.path(), "image", 1 << 20);
+    let cases: &[&[&str]] = &[
+        &["-x"],
+        &["-ax"],
+        &["--frobnicate"],
+        &["--offset"],
+        &["-o"],
+        &["-O"],
+        &["-j"],
+        &["--help=1"],
+        &["--raw=1"],
+        &["-J", "--raw"],
+        &["--list", "-f"],
+        &["-o", "abc", "-f", &image],
+        &["-o", "1x", "-f", &image],
+        &["--sizelimit", "99999999999999999999", "-f", &image],
+        &["--sizelimit", "1G", "-a"],
+        &["-r", "-a"],
+        &["-o", "5", "-a"],
+        &["--show"],
+        &["-f", &image, "extra"],
+        &["-O", "foo"],
+        &["-O", "NAME,foo"],
+        &["-O", ""],
+        &["-P", "/dev/loop0"],
+        &["-d", "foo"],
+        &["/dev/null"],
+        &["-l", "/dev/null"],
+        &["loop01"],
+        &["-j", "/nowhere"],
+        &["-j", "/nowhere", "-l", "-J"],
+        &["-j", "/nowhere", "-l"],
+        &["-j", "/nowhere", "--raw"],
+        &["--direct-io=maybe", "-f", &image],
+    ];
+    let mut known = Fake::of(0);
+    known.add(0).ok();
+    let mut wrong = Vec::new();
+    for words in cases {
+        let Some(real) = real(words) else { return };
+        let mut ours = known.ran(words);
+        // Came with util-linux 2.41.
+        if !real.err.contains("--remove") {
+            ours.err = ours.err.replace(" --remove", "");
+        }
+        if ours != real {
+            wrong.push((words, ours, real));
+        }
+    }
+    assert!(wrong.is_empty(), "ours, then losetup's: {wrong:#?}");
+}
+
+#[test]
+fn finds_binds_and_detaches() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = file(directory.path(), "image", 1 << 20);
+    let mut pool = Fake::of(3);
+    pool.does(&["-f"], "/dev/loop0\n");
+    pool.does(&["-f", "--show", &image], "/dev/loop0\n");
+    pool.does(&["-f"], "/dev/loop1\n");
+    pool.does(&["-f", &image, "-o", "1M", "--sizelimit", "2K", "-b", "4k", "-P", "--direct-io"], "");
+    let (entry, status) = pool.entries[&1].clone();
+    let bound = entry.bound.unwrap();
+    assert_eq!((bound.offset, bound.size_limit, entry.block_size), (1 << 20, 2048, 4096));
+    assert_eq!(bound.flags, flag::PARTSCAN | flag::DIRECT_IO);
+    let name = status.unwrap().info.file_name;
+    assert!(name.starts_with(&image.as_bytes()[..image.len().min(NAME_BYTES - 1)]));
+    pool.does(&["/dev/loop2", &image, "--loop-ref", "mine", "-r"], "");
+    assert_eq!(pool.flags(2), flag::READ_ONLY);
+    pool.does(&["-O", "REF", "-n", "loop2"], "mine\n");
+    pool.fails(&["-f"], "cannot find an unused loop device: No space left on device");
+    pool.fails(&["-f", &image], "cannot find an unused loop device: No space left on device");
+    pool.fails(
+        &["loop2", &image],
+        &format!("{image}: failed to set up loop device: Device or resource busy"),
+    );
+    pool.fails(
+        &["loop3", &image],
+        &format!("{image}: failed to set up loop device: No such file or directory"),
+    );
+    let ran = pool.ran(&["-d", "/dev/loop0", "/dev/loop7", "loop1"]);
+    assert_eq!(ran.err, "losetup: /dev/loop7: detach failed: No such file or directory\n");
+    assert_eq!((ran.code, pool.calls.last().unwrap().as_str()), (1, "clear 1"));
+    pool.fails(&["-d", "loop0"], "/dev/loop0: detach failed: No such device or address");
+    pool.fails(&["-d", "nonsense", "loop2"], "nonsense: failed to use device: No such device");
+    pool.does(&["-D"], "");
+    pool.does(&["-l"], "");
+    pool.does(&["-J"], "{\n   \"loopdevices\": [\n\n   ]\n}\n");
+    pool.fails(&["loop0"], "/dev/loop0: No such file or directory");
+    pool.does(&["--remove", "loop0", "loop2"], "");
+    pool.fails(&["--remove", "loop0"], "/dev/loop0: remove failed: No such device");
+    pool.fails(&["-f", "/nowhere"], "/nowhere: failed to set up loop device: No such file or directory");
+    pool.fails(&["-d"], "no loop device specified");
+    pool.fails(&["loop0", "-f", "-c"], "mutually exclusive arguments: --detach-all --all --set-capacity --detach --find --associated --remove");
+}
+
+#[test]
+fn changes_devices() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = file(directory.path(), "image", 1 << 20);
+    let mut pool = Fake::of(3);
+    pool.does(&["-f", &image], "");
+    pool.does(&["-c", "loop0"], "");
+    pool.does(&["--direct-io", "loop0"], "");
+    assert_eq!(pool.flags(0), flag::DIRECT_IO);
+    pool.does(&["--direct-io=off", "/dev/loop0"], "");
+    pool.does(&["-b", "4096", "loop0"], "");
+    assert_eq!(
+        pool.calls.split_off(pool.calls.len() - 4),
+        ["set_capacity 0", "set_direct_io 0 true", "set_direct_io 0 false", "set_block_size 0 4096"]
+    );
+    let all = ["set_capacity", "set_direct_io", "set_block_size"];
+    pool.fails = all.map(|name| (name, Errno::INVAL)).to_vec();
+    pool.fails(&["-c", "loop0"], "/dev/loop0: set capacity failed: Invalid argument");
+    pool.fails(&["--direct-io", "loop0"], "/dev/loop0: set direct io failed: Invalid argument");
+    pool.fails(&["-b", "3", "loop0"], "/dev/loop0: set logical block size failed: Invalid argument");
+    // Who may not ask for the status sees less.
+    pool.fails = vec![("status", Errno::PERM)];
+    pool.does(&["-a"], &format!("/dev/loop0: []: ({image})\n"));
+}
+
+#[test]
+fn somebody_else_may_be_faster() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = file(directory.path(), "image", 1 << 20);
+    let mut pool = Fake::of(3);
+    pool.fails = vec![("configure", Errno::BUSY), ("configure", Errno::AGAIN)];
+    pool.does(&["-f", "--show", &image], "/dev/loop0\n");
+    pool.fails = vec![("configure", Errno::NODEV)];
+    pool.fails(&["-f", &image], &format!("{image}: failed to set up loop device: No such device"));
+}
+
+#[test]
+fn overlaps_are_avoided() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = file(directory.path(), "image", 1 << 20);
+    let other = file(directory.path(), "other", 1 << 20);
+    let mut pool = Fake::of(9);
+    let exists = format!("{image}: overlapping loop device exists");
+    pool.does(&["-L", "-f", "--show", &image, "-o", "4096", "--sizelimit", "4096"], "/dev/loop0\n");
+    pool.entries.get_mut(&0).unwrap().0.bound.as_mut().unwrap().flags |= flag::AUTOCLEAR;
+    pool.does(&["-L", "-f", "--show", &image, "-o", "4096", "--sizelimit", "4096"], "/dev/loop0\n");
+    assert_eq!(pool.flags(0), 0, "used by another: kept");
+    pool.fails(&["-L", "-f", &image], &exists);
+    pool.fails(&["-L", "-f", &image, "-o", "8191"], &exists);
+    pool.fails(&["-L", "-f", &image, "--sizelimit", "4097"], &exists);
+    pool.fails(&["-L", "loop3", &image, "-o", "4096", "--sizelimit", "4096"], &exists);
+    pool.does(&["-L", "-f", "--show", &image, "-o", "8192"], "/dev/loop1\n");
+    pool.does(&["-L", "-f", "--show", &image, "--sizelimit", "4096"], "/dev/loop2\n");
+    pool.does(&["-L", "-f", "--show", &other, "-r"], "/dev/loop3\n");
+    pool.does(&["-L", "-f", "--show", &other, "-r"], "/dev/loop3\n");
+    pool.fails(&["-L", "-f", &other], &format!("{other}: overlapping read-only loop device exists"));
+    pool.fails = vec![("set_status", Errno::PERM)];
+    pool.fails(&["-L", "-f", "-r", &other], &format!("{other}: failed to re-use loop device"));
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_warned_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let cases = [(100, "file is smaller than 512 bytes"), (1000, "file does not end on a 512-byte sector")];
+    for (size, warning) in cases {
+        let image = file(directory.path(), "image", size);
+        let ran = Fake::of(1).ran(&["-f", "--show", &image]);
+        assert_eq!((ran.out.as_str(), ran.code), ("/dev/loop0\n", 0));
+        assert!(ran.err.starts_with(&format!("losetup: {image}: Warning: {warning}")), "{ran:?}");
+    }
+    let device = fs::metadata("/dev/loop0").is_ok_and(|meta| meta.file_type().is_block_device());
+    if !device {
+        skipped("no block device to bind");
+    } else {
+        let ran = Fake::of(1).ran(&["-f", "-r", "/dev/loop0"]);
+        assert_eq!((ran.err.as_str(), ran.code), ("", 0));
+    }
+}

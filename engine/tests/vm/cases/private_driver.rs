@@ -1,0 +1,146 @@
+//! Private loop devices beside the kernel's own: one client with the same steps on both, and a list of
+//! the lines that may differ.
+//!
+//! Knows how to have the kernel's driver for a while, and to be rid of it again: all other cases are on
+//! a kernel without it. What the steps are is the client's business (`driver`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use super::private_known::{KNOWN, Known};
+use crate::daemon::Daemon;
+use crate::driver;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail, skip};
+use crate::tools::{self, Running};
+
+pub(super) fn cases() -> Vec<Case> {
+    ["64", "32"]
+        .map(|bits| {
+            case(format!("private::driver::{bits}"), Needs::Private, 580, move |ctx| compare(ctx, bits))
+        })
+        .into()
+}
+
+/// For all steps on one driver.
+const CLIENT: Duration = Duration::from_secs(270);
+
+/// Lines of the client: what was done, and what came of it.
+type Lines = BTreeMap<String, String>;
+
+fn compare(ctx: &Ctx, bits: &str) -> Res {
+    let client = ctx.path("client");
+    std::fs::copy(std::env::current_exe()?, &client).at("copy this program")?;
+    let kernel = {
+        let driver = Driver::load()?;
+        let lines = run(ctx, "kernel", Command::new(&client), bits)?;
+        driver.unload()?;
+        lines
+    };
+    let daemon = Daemon::start(ctx)?;
+    let mut command = daemon.command_of(&ctx.host.program);
+    command.args(["run", "--max", "32", "--", &client]);
+    let ours = run(ctx, "pool", command, bits)?;
+    daemon.stop()?;
+    ctx.note(format!("{} steps", kernel.len()));
+    judge(&kernel, &ours, bits)
+}
+
+/// Has the client do all steps in a directory of its own.
+fn run(ctx: &Ctx, name: &str, mut command: Command, bits: &str) -> Res<Lines> {
+    // The same path for both, since it is shown.
+    let dir = ctx.dir.join("files");
+    std::fs::create_dir(&dir).at("a directory")?;
+    command.args([driver::ROLE, bits]).current_dir(&dir);
+    let done = Running::start(command)?.finish(CLIENT)?;
+    std::fs::remove_dir_all(&dir)?;
+    let last = tools::tail(&done.out, 1);
+    ensure!(done.code == 0, "{name}: exit status {} after '{last}': {}", done.code, done.err);
+    let mut lines = Lines::new();
+    for line in done.out.lines() {
+        let Some(at) = line.rfind(": ") else { fail!("{name}: a line without a value: {line}") };
+        let mut step = line[..at].to_owned();
+        while lines.contains_key(&step) {
+            step.push_str(" again");
+        }
+        lines.insert(step, line[at + 2..].to_owned());
+    }
+    Ok(lines)
+}
+
+/// Step by step: the same, or known to differ in exactly this way. What is known must be seen.
+fn judge(kernel: &Lines, ours: &Lines, bits: &str) -> Res {
+    let known = KNOWN.iter().filter(|known| bits == "64" || !known.only_64);
+    let known: BTreeMap<_, _> = known.flat_map(|known| known.lines).map(|line| (line.0, line)).collect();
+    let follows = |step: &str| known.keys().any(|known| step.starts_with(&format!("{known}, ")));
+    let mut seen = BTreeSet::new();
+    let mut wrong = Vec::new();
+    for step in kernel.keys().chain(ours.keys().filter(|step| !kernel.contains_key(*step))) {
+        let (theirs, our) = (kernel.get(step), ours.get(step));
+        if theirs == our {
+            continue;
+        }
+        let both = (theirs.map_or("nothing", String::as_str), our.map_or("nothing", String::as_str));
+        match known.get(step.as_str()) {
+            Some((step, as_known, as_ours)) if both == (*as_known, *as_ours) => _ = seen.insert(*step),
+            _ if both.0 == "nothing" || both.1 == "nothing" => {
+                if !follows(step) {
+                    wrong.push(format!("{step}: kernel {}, ours {}", both.0, both.1));
+                }
+            }
+            _ => wrong.push(format!("{step}: kernel '{}', ours '{}'", both.0, both.1)),
+        }
+    }
+    // Programs of 32 bits take fewer steps.
+    let taken = |step: &&&str| bits == "64" || kernel.contains_key(**step);
+    for step in known.keys().filter(taken).filter(|step| !seen.contains(**step)) {
+        wrong.push(format!("{step}: does not differ, or not as it is known to ({})", why(step)));
+    }
+    for line in &wrong {
+        eprintln!("  {line}");
+    }
+    ensure!(wrong.is_empty(), "{} steps differ, the first: {}", wrong.len(), wrong[0]);
+    Ok(())
+}
+
+fn why(step: &str) -> &'static str {
+    let knows = |known: &&Known| known.lines.iter().any(|line| line.0 == step);
+    KNOWN.iter().find(knows).map_or("", |known| known.why)
+}
+
+/// The kernel's driver, loaded.
+struct Driver;
+
+impl Driver {
+    fn load() -> Res<Driver> {
+        if Path::new("/sys/module/loop").exists() {
+            skip!("the kernel's own loop driver is loaded already, and may be in use");
+        }
+        if tools::run(&["modprobe", "loop", "max_loop=0"])?.code != 0 {
+            skip!("this kernel's own loop driver cannot be loaded");
+        }
+        Ok(Driver)
+    }
+
+    fn unload(self) -> Res {
+        std::mem::forget(self);
+        remove_driver()
+    }
+}
+
+impl Drop for Driver {
+    /// After a failure: whatever the client has left.
+    fn drop(&mut self) {
+        if let Err(error) = remove_driver() {
+            eprintln!("  the kernel's loop driver stays: {error:?}");
+        }
+    }
+}
+
+fn remove_driver() -> Res {
+    tools::sh(
+        "losetup -D; for i in {1..50}; do modprobe -r loop 2>/dev/null && exit; sleep 0.1; done; exit 1",
+    )?;
+    Ok(())
+}

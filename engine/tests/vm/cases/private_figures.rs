@@ -1,0 +1,147 @@
+//! What private loop devices cost: calls, and `losetup`.
+//!
+//! The figures are printed, and compared with bounds that only a mistake would pass: on an emulated
+//! machine with other work to do, time is noise. In a machine that counts instructions a nanosecond is
+//! one (`engine/doc/figures.md` says how they are taken there).
+
+use std::time::Duration;
+
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
+use crate::tools;
+
+/// Rounds of losetup; the first are not counted.
+const ROUNDS: usize = 25;
+const WARM: usize = 5;
+/// The median round, as a multiple of the kernel's; the aim is 2.
+const SET_UP_TIMES_MAX: f64 = 8.0;
+
+/// An intercepted call above the kernel's own; the aim is 20 µs, or 60K instructions.
+const CALL_NS_MAX: f64 = 5_000_000.0;
+/// Any other call under the filter above one without; the aim is 100 ns.
+const OTHER_NS_MAX: f64 = 5_000.0;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private::figures::set_up", Needs::Private, 240, set_up),
+        case("private::figures::calls", Needs::Private, 240, calls),
+    ]
+}
+
+/// The kernel's driver, for as long as this lives.
+struct KernelLoop;
+
+impl KernelLoop {
+    fn load() -> Res<KernelLoop> {
+        tools::ok(&["modprobe", "loop"])?;
+        Ok(KernelLoop)
+    }
+}
+
+impl Drop for KernelLoop {
+    fn drop(&mut self) {
+        // Whoever fails has said so; what is bound goes first.
+        let _ = tools::run(&["losetup", "-D"]);
+        let _ = tools::until(Duration::from_secs(10), || {
+            tools::run(&["modprobe", "-r", "loop"]).is_ok_and(|done| done.code == 0).then_some(())
+        });
+    }
+}
+
+/// `losetup -f --show`, then `-d`: turn by turn with the kernel's.
+fn set_up(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let kernel = KernelLoop::load()?;
+    tools::ok(&["mkfifo", &ctx.path("ours"), &ctx.path("theirs")])?;
+    let script = |me: &str, other: &str| {
+        format!(
+            r#"
+            image {me}.img 1M; exec 3<>{me} 4<>{other}
+            for i in {{1..{ROUNDS}}}; do
+                read -t 60 -u 3 || wrong "no turn $i"
+                from=${{EPOCHREALTIME/./}}; dev=$(losetup -f --show {me}.img); mid=${{EPOCHREALTIME/./}}
+                losetup -d $dev || wrong "$dev, round $i"; to=${{EPOCHREALTIME/./}}
+                echo $((mid - from)) $((to - mid))
+                soon "unbound" "" losetup -a; echo >&4
+            done"#
+        )
+    };
+    let theirs = Inside::new(ctx, &daemon).shell().start(&script("theirs", "ours"))?;
+    let ours = Inside::new(ctx, &daemon).start(&script("ours", "theirs"))?;
+    std::fs::write(ctx.path("ours"), "\n").at("the first turn")?;
+    let (ours, theirs) = (ours.finish()?, theirs.finish()?);
+    drop(kernel);
+    let rounds = |text: &str| -> Res<Vec<[f64; 2]>> {
+        let line = |line: &str| -> Res<[f64; 2]> {
+            match line.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?[..] {
+                [bind, clear] => Ok([bind, clear]),
+                _ => fail!("a round's line is {line:?}"),
+            }
+        };
+        text.lines().skip(WARM).map(line).collect()
+    };
+    let (ours, theirs) = (rounds(&ours)?, rounds(&theirs)?);
+    ensure!(ours.len() == ROUNDS - WARM && theirs.len() == ours.len(), "{} rounds", ours.len());
+    for (at, what) in ["losetup -f --show", "losetup -d"].into_iter().enumerate() {
+        let of = |rounds: &[[f64; 2]]| median(rounds.iter().map(|round| round[at]).collect());
+        let times = median(ours.iter().zip(&theirs).map(|(our, their)| our[at] / their[at]).collect());
+        ctx.note(format!(
+            "{what}: {:.1} ms, the kernel's {:.1} ms; {times:.2} times in the median round",
+            of(&ours) / 1e3,
+            of(&theirs) / 1e3
+        ));
+        if times > SET_UP_TIMES_MAX {
+            fail!("{what} takes {times:.2} times as long as with the kernel's");
+        }
+    }
+    daemon.stop()
+}
+
+/// Prints the medians of an intercepted call and of one that the filter lets through, in ns.
+const MEASURE: &str = r#"
+use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
+open(my $dev, "<", $ARGV[0]) or die "$ARGV[0]: $!";
+my $info = "\0" x 232;
+sub median { my ($times, $call) = @_; my @took;
+    for (1..101) {
+        my $from = clock_gettime(CLOCK_MONOTONIC);
+        $call->() for 1..$times;
+        push @took, (clock_gettime(CLOCK_MONOTONIC) - $from) * 1e9 / $times;
+    }
+    (sort { $a <=> $b } @took)[50];
+}
+printf "%.0f %.1f\n", median(10, sub { ioctl($dev, 0x4c05, $info) or die "LOOP_GET_STATUS64: $!" }),
+    median(1000, sub { getppid });
+"#;
+
+/// LOOP_GET_STATUS64 and getppid(2), here and with the kernel's.
+fn calls(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    std::fs::write(ctx.path("measure.pl"), MEASURE)?;
+    let script = "image a 1M; dev=$(losetup -f --show a); perl measure.pl $dev; losetup -d $dev";
+    let ours = Inside::new(ctx, &daemon).run(script)?;
+    let kernel = KernelLoop::load()?;
+    let theirs = Inside::new(ctx, &daemon).shell().run(script)?;
+    drop(kernel);
+    let figures = |text: &str| -> Res<[f64; 2]> {
+        match text.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?[..] {
+            [call, other] => Ok([call, other]),
+            _ => fail!("measured {text:?}"),
+        }
+    };
+    let ([our_call, our_other], [their_call, their_other]) = (figures(&ours)?, figures(&theirs)?);
+    ctx.note(format!(
+        "LOOP_GET_STATUS64: {our_call:.0} ns, the kernel's {their_call:.0} ns; getppid: {our_other:.1} ns under the filter, {their_other:.1} ns without"
+    ));
+    let (call, other) = (our_call - their_call, our_other - their_other);
+    if call > CALL_NS_MAX || other > OTHER_NS_MAX {
+        fail!("an intercepted call takes {call:.0} ns more, any other {other:.1} ns");
+    }
+    daemon.stop()
+}
+
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}

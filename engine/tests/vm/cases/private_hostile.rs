@@ -1,0 +1,96 @@
+//! A tenant that means harm, beside one that does not: rewritten arguments, storms of signals, SIGKILL in
+//! the middle. The daemon and its other tenant stay right, and nothing is left.
+//!
+//! What the hostile one does is the client's business (`driver`).
+
+use std::process::Command;
+use std::time::Duration;
+
+use super::private_script::Inside;
+use crate::daemon::{Daemon, Footprint};
+use crate::driver;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
+use crate::tools::{self, Running};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![case("private::hostile", Needs::Private, 900, hostile)]
+}
+
+/// Until a client has made its calls.
+const CLIENT: Duration = Duration::from_secs(600);
+/// Until nothing is left of a client that is gone.
+const GONE: Duration = Duration::from_secs(30);
+/// Clients that are killed on their way.
+const KILLED: u64 = 8;
+
+fn hostile(ctx: &Ctx) -> Res {
+    let calls = if ctx.host.full { 100_000 } else { 10_000 };
+    let client = ctx.path("client");
+    std::fs::copy(std::env::current_exe()?, &client).at("copy this program")?;
+    let mut daemon = Daemon::start(ctx)?;
+    let neighbour = Inside::new(ctx, &daemon).start(
+        r#"
+        image a 1M alpha; losetup /dev/loop0 a; cp a a.was
+        halfway ready
+        same "bound as before" "$(bound)" "/dev/loop0 $PWD/a"
+        works "the same bytes" cmp /dev/loop0 a.was
+        printf ALPHA | dd of=/dev/loop0 conv=notrunc,fsync 2>/dev/null
+        same "written" "$(head_of a)" ALPHA
+        works "-d" losetup -d /dev/loop0; soon "unbound" "" losetup -a
+        "#,
+    )?;
+    let neighbour = neighbour.wait("ready")?;
+    let before = held(&daemon)?;
+
+    let done = start(ctx, &daemon, &client, calls)?.finish(CLIENT)?.ok()?;
+    ctx.note(format!("{calls} calls: {}", done.out.trim_end()));
+    nothing_left(&daemon, &before).at("after all calls")?;
+    for round in 0..KILLED {
+        let running = start(ctx, &daemon, &client, u64::MAX)?;
+        let started = ctx.dir.join("harm/started");
+        if tools::until(Duration::from_secs(60), || started.exists().then_some(())).is_none() {
+            fail!("the client did not begin");
+        }
+        std::thread::sleep(Duration::from_millis(37 * round * round));
+        // With SIGKILL, and all that is in its process group.
+        drop(running);
+        nothing_left(&daemon, &before).at(format!("after kill {round}"))?;
+    }
+    daemon.check_alive()?;
+    neighbour.go_on("ready")?;
+    neighbour.finish()?;
+    let log = daemon.log();
+    ensure!(
+        !log.contains("bug:") && !log.contains("panicked"),
+        "the daemon's log: {}",
+        tools::tail(&log, 10)
+    );
+    daemon.stop()
+}
+
+/// Starts a client that makes so many calls.
+fn start(ctx: &Ctx, daemon: &Daemon, client: &str, calls: u64) -> Res<Running> {
+    let dir = ctx.dir.join("harm");
+    // There from the second on.
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir(&dir)?;
+    let mut command: Command = daemon.command_of(&ctx.host.program);
+    // With a mounter, so that mount(2) is intercepted too; what it would start is never needed.
+    command.args(["run", "--max", "6", "--fuse", "ext4=fuse2fs", "--", client, driver::ROLE]);
+    command.arg(calls.to_string()).current_dir(&dir);
+    Running::start(command)
+}
+
+type Held = (Vec<u32>, Footprint);
+
+fn held(daemon: &Daemon) -> Res<Held> {
+    Ok((daemon.ublk_ids(), daemon.footprint()?))
+}
+
+fn nothing_left(daemon: &Daemon, before: &Held) -> Res {
+    let same = tools::until(GONE, || held(daemon).ok().filter(|now| now == before));
+    match same {
+        Some(_) => Ok(()),
+        None => fail!("left over: {:?}, before: {before:?}", held(daemon)?),
+    }
+}

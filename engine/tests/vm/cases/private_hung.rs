@@ -1,0 +1,172 @@
+//! A backing file on a file system of FUSE whose server does not answer: its device is stuck, and
+//! nothing else is, neither in its own pool nor elsewhere.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
+use crate::tools::{self, Running};
+
+/// Five times what is promised.
+const SOON: Duration = Duration::from_secs(5);
+/// For the daemon's end: tenants have five seconds, the machine's caches ten, workers five each.
+const DRAINED: Duration = Duration::from_secs(45);
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private_hung::others", Needs::Private, 150, others),
+        case("private_hung::sigterm", Needs::Private, 180, sigterm),
+    ]
+}
+
+/// A file system of fuse2fs, whose server can be made to answer no more.
+struct Server {
+    process: Running,
+    pid: Pid,
+    dir: String,
+}
+
+impl Server {
+    fn start(ctx: &Ctx) -> Res<Server> {
+        let (below, dir, told) = (ctx.path("below"), ctx.path("hung"), ctx.path("server"));
+        tools::sh(format!("truncate -s 32M {below}; mkfs.ext4 -q {below}; mkdir {dir}"))?;
+        let mut command = Command::new("bash");
+        command.args(["-c", &format!("echo $$ > {told}; exec fuse2fs -f {below} {dir}")]);
+        let process = Running::start(command)?;
+        let mounted = || tools::run(&["mountpoint", "-q", &dir]).ok().filter(|done| done.code == 0);
+        ensure!(tools::until(Duration::from_secs(30), mounted).is_some(), "fuse2fs has not mounted");
+        let pid = std::fs::read_to_string(&told)?.trim().parse().ok().and_then(Pid::from_raw).ok_or("pid")?;
+        tools::sh(format!("truncate -s 4M {dir}/one {dir}/two; sync -f {dir}"))?;
+        Ok(Server { process, pid, dir })
+    }
+
+    fn stop_answering(&self) -> Res {
+        kill_process(self.pid, Signal::STOP).at("SIGSTOP")
+    }
+
+    /// Whatever waits for it fails.
+    fn kill(&self) {
+        let _ = kill_process(self.pid, Signal::KILL);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = tools::run(&["umount", "-l", &self.dir]);
+        let _ = self.process.alive();
+    }
+}
+
+/// A reader of a tenant's device who is not of the tenant's processes: it cannot be ended while it waits.
+fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
+    let pid = std::fs::read_to_string(ctx.path(&format!("{name}.pid")))?;
+    let mut command = Command::new("dd");
+    let device = format!("if=/proc/{}/root/dev/loopfs/loop0", pid.trim());
+    command.args([&device, "of=/dev/null", "bs=4k", "count=1", "iflag=direct"]);
+    Running::start(command)
+}
+
+/// Another device of the pool, another pool and the daemon go on; what hangs is not waited for when its
+/// tenant ends; all ends with the server.
+fn others(ctx: &Ctx) -> Res {
+    let server = Server::start(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let idle = Inside::new(ctx, &daemon).with(&["--name", "idle"]).start(
+        r#"
+        image b 1M b; works "b" losetup /dev/loop1 b; works "two" losetup /dev/loop0 hung/two
+        halfway idle; sleep 1000"#,
+    )?;
+    let idle = idle.wait("idle")?;
+    let of_idle = daemon.ublk_ids();
+    let script = Inside::new(ctx, &daemon).with(&["--name", "hung"]).start(
+        r#"
+        t() { timeout -k 1 20 "$@"; }
+        image a 1M a; works "a" losetup /dev/loop1 a; works "one" losetup /dev/loop0 hung/one
+        image c 1M c; works "c" losetup /dev/loop2 c
+        echo $$ > hung.pid; halfway bound
+        for i in {1..8}; do
+            works "beside it $i" t dd if=/dev/loop1 of=/dev/null bs=64k iflag=direct
+            works "written $i" t dd if=/dev/zero of=/dev/loop2 bs=64k count=4 oflag=direct
+        done
+        works "-d beside it" t losetup -d /dev/loop2
+        holds "-a" "$(t losetup -a)" "hung/one"
+        same "-f" "$(t losetup -f)" /dev/loop2
+        works "another" t losetup /dev/loop2 c
+        [ $bad = 0 ] || exit 1
+        halfway beside; sleep 1000"#,
+    )?;
+    let script = script.wait("bound")?;
+    server.stop_answering()?;
+    let mut waits = reader(ctx, "hung")?;
+    std::thread::sleep(Duration::from_millis(500));
+    script.go_on("bound")?;
+    let script = script.wait("beside")?;
+    ensure!(waits.alive(), "the server answers still: this proves nothing");
+    Inside::new(ctx, &daemon).run(
+        r#"
+        image d 1M d; same "-f --show" "$(losetup -f --show d)" /dev/loop0; same "bytes" "$(head_of /dev/loop0)" d
+        "#,
+    )?;
+    daemon.json(&["list"]).at("the daemon")?;
+
+    // Nothing is in flight: all goes at once, only the file is closed later.
+    let since = Instant::now();
+    idle.kill();
+    let left = |ids: &[u32]| daemon.ublk_ids().iter().filter(|id| ids.contains(id)).count();
+    let gone = tools::until(SOON, || (left(&of_idle) == 0).then(|| since.elapsed()));
+    let Some(gone) = gone else { return Err(format!("{} idle devices are left", left(&of_idle)).into()) };
+    ctx.note(format!("idle devices gone after {gone:.0?}"));
+
+    let since = Instant::now();
+    script.kill();
+    let gone = tools::until(SOON, || (daemon.ublk_ids().len() <= 1).then(|| since.elapsed()));
+    let Some(gone) = gone else { return Err(format!("left beside it: {:?}", daemon.ublk_ids()).into()) };
+    ctx.note(format!("devices beside the stuck one gone after {gone:.0?}"));
+    ensure!(waits.alive() && daemon.ublk_ids().len() == 1, "the stuck device has gone: this proves nothing");
+    // What cannot be done costs nothing that grows.
+    std::thread::sleep(Duration::from_secs(3));
+    let before = daemon.footprint()?;
+    std::thread::sleep(Duration::from_secs(12));
+    let after = daemon.footprint()?;
+    ensure!(before == after, "while it hangs: from {before:?} to {after:?}");
+
+    let since = Instant::now();
+    server.kill();
+    let gone = tools::until(SOON, || daemon.ublk_ids().is_empty().then(|| since.elapsed()));
+    let Some(gone) = gone else { return Err("the stuck device stays when the server is gone".into()) };
+    ctx.note(format!("the stuck device gone {gone:.0?} after the server"));
+    let read = waits.finish(SOON)?;
+    ensure!(read.code != 0, "it was read: {read:?}");
+    daemon.stop()
+}
+
+/// The daemon ends although a device is stuck; what is left of it, the next daemon takes away.
+fn sigterm(ctx: &Ctx) -> Res {
+    let server = Server::start(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon)
+        .start(r#"works "one" losetup /dev/loop0 hung/one; echo $$ > hung.pid; halfway bound; sleep 1000"#)?;
+    let script = script.wait("bound")?;
+    server.stop_answering()?;
+    let mut waits = reader(ctx, "hung")?;
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(waits.alive(), "the server answers still: this proves nothing");
+    let since = Instant::now();
+    daemon.sigterm()?;
+    let ended = tools::until(DRAINED, || (!daemon.alive()).then(|| since.elapsed()));
+    let Some(ended) = ended else { return Err(format!("the daemon runs {DRAINED:?} after SIGTERM").into()) };
+    ctx.note(format!("the daemon ended after {ended:.1?}"));
+    server.kill();
+    waits.finish(SOON)?;
+    script.kill();
+    daemon.kill()?;
+    daemon.restart()?;
+    let gone = tools::until(SOON, || daemon.ublk_ids().is_empty().then_some(()));
+    ensure!(gone.is_some(), "left by the daemon before: {:?}", daemon.ublk_ids());
+    daemon.stop()
+}

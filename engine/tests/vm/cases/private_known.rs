@@ -1,0 +1,137 @@
+//! What differs between the kernel's loop driver and ours, line by line, and why. These are the
+//! deviations of loopengine-loopfs(7); there are no others, and each must be seen.
+
+/// Lines that differ for one reason.
+pub(super) struct Known {
+    /// As the manual page says it.
+    pub(super) why: &'static str,
+    /// Only for programs of 64 bits.
+    pub(super) only_64: bool,
+    /// What was done, what the kernel's driver answers, and what ours does. Lines whose names go on
+    /// behind such a name and a comma may be missing: nothing is shown of what was refused.
+    pub(super) lines: &'static [(&'static str, &'static str, &'static str)],
+}
+
+pub(super) const KNOWN: &[Known] = &[
+    Known {
+        why: "what named a device that was removed opens nothing any more; the kernel makes it anew",
+        only_64: false,
+        lines: &[("remove: opened through what named it once", "opened", "ESTALE")],
+    },
+    Known {
+        why: "commands that nobody knows are not intercepted: the block layer and FUSE say so",
+        only_64: true,
+        lines: &[
+            ("unknown: 5401 of a device", "EINVAL", "ENOTTY"),
+            ("unknown: 4bff of a device", "EINVAL", "ENOTTY"),
+            ("unknown: 4d00 of a device", "EINVAL", "ENOTTY"),
+        ],
+    },
+    Known {
+        why: "commands that nobody knows are not intercepted: the block layer and FUSE say so",
+        only_64: false,
+        lines: &[
+            ("unknown: 5401 of loop-control, not of loop(4)", "ENOSYS", "ENOTTY"),
+            ("unknown: 4bff of loop-control, not of loop(4)", "ENOSYS", "ENOTTY"),
+            ("unknown: 4d00 of loop-control, not of loop(4)", "ENOSYS", "ENOTTY"),
+        ],
+    },
+    Known {
+        why: "who may not read a file, or only append to it, does not get that right by a device",
+        only_64: false,
+        lines: &[
+            ("files: SET_FD, a file to write", "0", "EPERM"),
+            ("files: SET_FD, a file to write, size", BOUND, UNBOUND),
+            ("files: CONFIGURE, a file to write", "0", "EPERM"),
+            ("files: SET_FD, a file to append", "0", "EPERM"),
+            ("files: SET_FD, a file to append, size", BOUND, UNBOUND),
+            ("files: CONFIGURE, a file to append", "0", "EPERM"),
+        ],
+    },
+    Known {
+        why: "files of proc, sysfs and their like are no backing files",
+        only_64: false,
+        lines: &[
+            ("files: SET_FD, a file of /proc", "0", "EINVAL"),
+            ("files: CONFIGURE, a file of /proc", "0", "EINVAL"),
+            (
+                "files: SET_FD, a file of /proc, size",
+                "0 bytes, end at 0, blocks of 512, read-only 1",
+                "0 bytes, end at 0, blocks of 512, read-only 0",
+            ),
+        ],
+    },
+    Known {
+        why: "the block size is a page at most",
+        only_64: false,
+        lines: &[
+            ("values: CONFIGURE, block size 8192", "0", "EINVAL"),
+            ("values: CONFIGURE, block size 32768", "0", "EINVAL"),
+            ("values: CONFIGURE, block size 65536", "0", "EINVAL"),
+            ("block size: 8192", "0", "EINVAL"),
+            ("block size: 32768", "0", "EINVAL"),
+            ("block size: 65536", "0", "EINVAL"),
+        ],
+    },
+    Known {
+        why: "nobody can tell who has a device open, and whether with O_EXCL",
+        only_64: false,
+        lines: &[
+            ("block size: while another has it alone, the same", "EBUSY", "0"),
+            ("alone: bind, another has it alone", "EBUSY", "0"),
+        ],
+    },
+    Known {
+        why: "LOOP_CHANGE_FD wants the size of the device, the kernel the present size of its old file",
+        only_64: false,
+        lines: &[
+            ("change: plain, 1049088 bytes", "0", "EINVAL"),
+            ("change: with flags, 1049088 bytes", "0", "EINVAL"),
+        ],
+    },
+    Known {
+        why: "a device that is not bound can be written to, whatever it was before",
+        only_64: false,
+        lines: &[
+            ("read-only: flag, unbound, size", WAS_READ_ONLY, UNBOUND),
+            ("read-only: flag, unbound, sysfs", SYSFS_WAS_READ_ONLY, SYSFS_UNBOUND),
+            ("read-only: file, unbound, size", WAS_READ_ONLY, UNBOUND),
+            ("read-only: file, unbound, sysfs", SYSFS_WAS_READ_ONLY, SYSFS_UNBOUND),
+            ("read-only: device, unbound, size", WAS_READ_ONLY, UNBOUND),
+            ("read-only: device, unbound, sysfs", SYSFS_WAS_READ_ONLY, SYSFS_UNBOUND),
+        ],
+    },
+    Known {
+        why: "after LOOP_CLR_FD the device serves until its last close, and can be bound anew at once",
+        only_64: false,
+        lines: &[
+            ("clear: the only opener, another file", "EBUSY", "0"),
+            ("clear: the only opener, opened anew", "ENXIO", "opened"),
+            ("clear: the only opener, bytes", "EIO", ""),
+        ],
+    },
+    Known {
+        why: "a device that is held after LOOP_CLR_FD is shown as unbound for a second",
+        only_64: false,
+        lines: &[("clear: one of two, at once", "4", "ENXIO")],
+    },
+    Known {
+        why: "nodes are below /dev/loopfs, to which /dev/loopN leads",
+        only_64: false,
+        lines: &[(
+            "stack: on another, sysfs",
+            "size 2048, ro 0, block 512, loop offset 0, sizelimit 0, autoclear 0, partscan 0, dio 0, \
+             backing_file /dev/loop0",
+            "size 2048, ro 0, block 512, loop offset 0, sizelimit 0, autoclear 0, partscan 0, dio 0, \
+             backing_file /dev/loopfs/loop0",
+        )],
+    },
+];
+
+const BOUND: &str = "1048576 bytes, end at 1048576, blocks of 512, read-only 0";
+const UNBOUND: &str = "0 bytes, end at 0, blocks of 512, read-only 0";
+const WAS_READ_ONLY: &str = "0 bytes, end at 0, blocks of 512, read-only 1";
+const SYSFS_WAS_READ_ONLY: &str = "size 0, ro 1, block 512, loop offset ENOENT, sizelimit ENOENT, autoclear \
+                                   ENOENT, partscan ENOENT, dio ENOENT, backing_file ENOENT";
+const SYSFS_UNBOUND: &str = "size 0, ro 0, block 512, loop offset ENOENT, sizelimit ENOENT, autoclear ENOENT, \
+                             partscan ENOENT, dio ENOENT, backing_file ENOENT";

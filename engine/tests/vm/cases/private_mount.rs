@@ -1,0 +1,145 @@
+//! mount(8) and umount(8) as they are, with private loop devices; and a great many rounds of them.
+
+use std::time::Duration;
+
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+
+/// For all rounds, on a CPU that has others to serve.
+const ROUNDS: Duration = Duration::from_secs(1200);
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private::mount", Needs::Private, 180, mount),
+        case("private::mount_options", Needs::Private, 180, mount_options),
+        case("private::umount", Needs::Private, 180, umount),
+        case("private::rounds", Needs::Private, 1500, rounds),
+    ]
+}
+
+/// `mount -o loop`, and what it leaves: nothing.
+fn mount(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    Inside::new(ctx, &daemon).run(
+        r#"
+        truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt mnt2
+        works "-o loop" mount -o loop a mnt
+        same "bound" "$(bound)" "/dev/loop0 $PWD/a"
+        same "autoclear" "$(losetup -n -O AUTOCLEAR /dev/loop0 | tr -d ' ')" 1
+        echo hello > mnt/file
+        holds "shown" "$(findmnt -no SOURCE mnt)" "/dev/loop0"
+        works "umount" umount mnt
+        soon "nothing bound after umount" "" losetup -a
+        soon "nothing shown" 0 size /dev/loop0
+        works "the image is whole" e2fsck -fn a
+        works "without -o" mount a mnt
+        same "what was written" "$(cat mnt/file)" hello
+        works "umount" umount mnt
+        soon "nothing bound after the second" "" losetup -a
+        # One image, two directories: one device, or two file systems would write to it.
+        works "first" mount -o loop a mnt; works "second" mount -o loop a mnt2
+        same "one device" "$(losetup -n -l | wc -l)" 1
+        echo two > mnt2/two; same "one file system" "$(cat mnt/two)" two
+        umount mnt; sleep 0.5
+        same "still mounted" "$(cat mnt2/two)" two
+        same "still bound" "$(bound)" "/dev/loop0 $PWD/a"
+        umount mnt2; soon "the last umount" "" losetup -a
+        works "whole again" e2fsck -fn a
+        "#,
+    )?;
+    daemon.stop()
+}
+
+fn mount_options(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    Inside::new(ctx, &daemon).run(
+        r#"
+        truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt
+        cp a was
+        works "ro" mount -o loop,ro a mnt
+        same "ro: device" "$(losetup -n -O RO /dev/loop0 | tr -d ' ')" 1
+        refused "ro: write" "Read-only file system" touch mnt/x
+        umount mnt; soon "ro: unbound" "" losetup -a
+        works "ro: the image is as it was" cmp a was
+        { head -c 1M /dev/zero; cat a; head -c 1M /dev/zero; } > b
+        works "offset" mount -o loop,offset=1M,sizelimit=16M b mnt
+        same "offset: device" "$(losetup -n --raw -O OFFSET,SIZELIMIT)" "1048576 16777216"
+        echo hello > mnt/file
+        umount mnt; soon "offset: unbound" "" losetup -a
+        dd if=b of=c bs=1M skip=1 count=16 2>/dev/null
+        works "offset: whole" e2fsck -fn c
+        # mount, unlike losetup, wants a device that is there.
+        works "loop=: a device" losetup /dev/loop3 a; losetup -d /dev/loop3; soon "loop=: free" "" losetup -a
+        works "loop=" mount -o loop=/dev/loop3 a mnt
+        same "loop=: device" "$(bound)" "/dev/loop3 $PWD/a"
+        umount mnt; soon "loop=: unbound" "" losetup -a
+        # A device that losetup bound is losetup's to unbind.
+        losetup /dev/loop2 a; works "a device" mount /dev/loop2 mnt
+        umount mnt; sleep 0.5
+        same "still bound" "$(bound)" "/dev/loop2 $PWD/a"
+        losetup -d /dev/loop2
+        truncate -s 1M junk
+        refused "no file system" "" mount -o loop junk mnt
+        soon "nothing is left of that" "" losetup -a
+        losetup -r -f a; works "read-only by losetup" mount -o ro /dev/loop0 mnt; umount mnt
+        "#,
+    )?;
+    daemon.stop()
+}
+
+fn umount(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    Inside::new(ctx, &daemon).run(
+        r#"
+        truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt
+        for what in mnt a /dev/loop0; do
+            works "mount" mount -o loop a mnt
+            works "umount $what" umount $what
+            soon "unbound after umount $what" "" losetup -a
+        done
+        works "mount" mount -o loop a mnt
+        works "-d while it is mounted" losetup -d /dev/loop0
+        sleep 1.5; same "bound still" "$(bound)" "/dev/loop0 $PWD/a"
+        works "usable still" touch mnt/x
+        exec 7< mnt/x; refused "in use" "busy" umount mnt; exec 7<&-
+        works "umount" umount mnt; soon "unbound" "" losetup -a
+        works "mount" mount -o loop a mnt
+        works "lazily" umount -l mnt; soon "unbound, lazily" "" losetup -a
+        "#,
+    )?;
+    daemon.stop()
+}
+
+/// Rounds of mount and umount cost the daemon nothing that stays.
+fn rounds(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let count = if ctx.host.full { 1000 } else { 100 };
+    let script = format!(
+        "count={count}\n{}",
+        r#"
+        truncate -s 4M a; mkfs.ext4 -q -O ^has_journal a; mkdir mnt
+        round() { mount -o loop a mnt && umount mnt || { wrong "round $1"; return 1; }; }
+        for i in {1..10}; do round w$i || break; done
+        soon "warm" "" losetup -a; sleep 3; halfway warm
+        for i in $(seq $count); do round $i || break; done
+        soon "unbound" "" losetup -a; sleep 3
+        same "devices" "$(ls /dev/loopfs | wc -l)" "$(ls -d /sys/block/loop* | wc -l | { read n; echo $((n + 1)); })"
+        halfway done
+        "#
+    );
+    let look = || -> Res<_> { Ok((daemon.footprint()?, daemon.ublk_ids())) };
+    let script = Inside::new(ctx, &daemon).start(&script)?.wait("warm")?;
+    let before = look()?;
+    let resident = daemon.resident_kib()?;
+    script.go_on("warm")?;
+    let script = script.wait_for(ROUNDS, "done")?;
+    let after = look()?;
+    let more = daemon.resident_kib()?.saturating_sub(resident);
+    script.go_on("done")?;
+    script.finish()?;
+    ensure!(before == after, "{count} rounds: from {before:?} to {after:?}");
+    ensure!(more < 4096, "{count} rounds took {more} KiB");
+    ctx.note(format!("{count} rounds, {more} KiB more"));
+    daemon.stop()
+}

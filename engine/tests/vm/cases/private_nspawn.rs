@@ -1,0 +1,72 @@
+//! systemd-nspawn: a container with the daemon's socket, and `loopengine run` inside, as the page
+//! doc/container.md has it.
+
+use std::time::Duration;
+
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure, skip};
+use crate::tools;
+
+/// What the container has: busybox for everything that is not below.
+const PROGRAMS: [&str; 8] =
+    ["bash", "losetup", "mkfs.ext4", "e2fsck", "mount", "umount", "blockdev", "fuse2fs"];
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![case("private_nspawn::socket", Needs::Private, 200, socket)]
+}
+
+/// A root file system with little in it.
+fn tree(ctx: &Ctx) -> Res<String> {
+    let root = ctx.path("root");
+    tools::sh(format!(
+        r#"
+        root={root}; mkdir -p $root/{{usr/bin,usr/lib,usr/lib64,etc,proc,sys,dev,run,tmp,var,root,mnt,images}}
+        for dir in bin sbin lib lib64; do ln -s usr/${{dir/sbin/bin}} $root/$dir; done
+        cp -L $(command -v busybox) $root/usr/bin/busybox
+        for applet in sh ls cat dd truncate head sleep id mkdir sync tr stat; do ln -s busybox $root/usr/bin/$applet; done
+        echo ID=test > $root/etc/os-release; echo root:x:0:0::/root:/bin/sh > $root/etc/passwd
+        for program in {programs} {ours}; do
+            file=$(command -v $program); cp -L $file $root/usr/bin/
+            LD_LIBRARY_PATH= ldd $file | grep -o '/[^ ]*\.so[^ ]*'
+        done | sort -u | while read -r library; do
+            mkdir -p $root/${{library%/*}}; cp -L $library $root/$library
+        done"#,
+        programs = PROGRAMS.join(" "),
+        ours = ctx.host.program,
+    ))?;
+    Ok(root)
+}
+
+/// Binds, makes a file system, mounts it and writes, all inside; the bytes are in the image outside.
+fn socket(ctx: &Ctx) -> Res {
+    if tools::run(&["sh", "-c", "command -v systemd-nspawn"])?.code != 0 {
+        skip!("the program systemd-nspawn is not installed");
+    }
+    let root = tree(ctx)?;
+    let images = ctx.path("images");
+    std::fs::create_dir(&images)?;
+    let daemon = Daemon::start(ctx)?;
+    let inside = "
+        set -eu; cd /images; truncate -s 16M a; truncate -s 1M b
+        test \"$(losetup -f)\" = /dev/loop0
+        test \"$(losetup -f --show a)\" = /dev/loop0; mkfs.ext4 -q /dev/loop0; losetup -d /dev/loop0
+        mount -o loop a /mnt; echo from inside > /mnt/file; losetup -a; umount /mnt
+        dev=$(losetup -f --show b); printf raw | dd of=$dev conv=fsync 2>/dev/null
+        ls /dev/loopfs; echo all done";
+    let mut command = daemon.command_of("systemd-nspawn");
+    command.args(["--quiet", "--register=no", "--keep-unit", "--directory", &root]);
+    command.arg(format!("--bind={}:/run/loopengine", ctx.path("run")));
+    command.arg(format!("--bind={images}:/images"));
+    // Libraries of the machine are not those of the container.
+    command.args(["--", "/usr/bin/loopengine", "run", "--", "/usr/bin/bash", "-c", inside]);
+    let done = tools::Running::start(command)?.finish(Duration::from_secs(120))?;
+    ensure!(done.code == 0 && done.out.trim_end().ends_with("all done"), "{done:?}");
+    ensure!(done.out.contains("(/images/a)"), "not listed as the container sees it: {}", done.out);
+    let gone = tools::until(Duration::from_secs(5), || daemon.ublk_ids().is_empty().then_some(()));
+    ensure!(gone.is_some(), "devices left of a container that has ended: {:?}", daemon.ublk_ids());
+    tools::ok(&["e2fsck", "-fn", &format!("{images}/a")])?;
+    let file = tools::ok(&["debugfs", "-R", "cat /file", &format!("{images}/a")])?;
+    ensure!(file == "from inside", "the image has {file:?}");
+    ensure!(std::fs::read(format!("{images}/b"))?.starts_with(b"raw"), "the device's bytes are not there");
+    daemon.stop()
+}
