@@ -35,8 +35,17 @@ complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "detach" -d 'T
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "resize" -d 'Adapt a device to the present size of its image'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "list" -d 'List devices'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "stats" -d 'Show figures of devices'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "run" -d 'Run a command with loop devices of its own'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "mount" -d 'Mount the file system in an image'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "umount" -d 'Unmount what \'loopengine mount\' has mounted'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "losetup" -d 'Set up and control the loop devices of a private pool, with the options of losetup(8)'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "mounter" -d 'Takes calls of mount(2) on its standard input. For `loopengine run` only'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "mount-maker" -d 'Takes orders for mounts by the kernel on its standard input. For `loopengine serve` only'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "limit" -d 'Show or change how many private loop devices users may have'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "features" -d 'Show what this kernel grants'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "doctor" -d 'Check what the daemon needs of this machine'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "install" -d 'Install this program on this machine'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "oci" -d 'Configure container runtimes'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "generate" -d 'Write manual pages or shell completions. For packagers'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l config -d 'Configuration file [default: /etc/loopengine.toml, if it exists]' -r -F
@@ -46,15 +55,18 @@ fuse\t'Files, through FUSE'"
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l linked-commit -d 'Commit a request in one chain with its read or write, where that is possible' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l poll-us -d 'Microseconds for which a worker looks for more after a lone request before it sleeps; less often where that is in vain. 0: never' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -l no-sandbox -d 'Keep all privileges, for debugging: otherwise the daemon gives up capabilities and system calls that it does not need'
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand serve" -s V -l version -d 'Print version'
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -s V -l version -d 'Print version'
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -f -a "create" -d 'Create an instance'
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -f -a "list" -d 'List instances'
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -f -a "remove" -d 'Remove an instance'
-complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -f -a "create" -d 'Create an instance'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -f -a "list" -d 'List instances'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -f -a "remove" -d 'Remove an instance'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -f -a "mount" -d 'Mount a private pool of loop devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -f -a "open" -d 'Give a command a private pool of loop devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and not __fish_seen_subcommand_from create list remove mount open help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from create" -l max -d 'Devices that it may have' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from create" -l workers -d 'Worker threads; 0: one for each CPU that it may use, two at least' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from create" -l cpus -d 'CPUs that its workers may run on, as in \'0-3,8\' [default: all]' -r
@@ -69,9 +81,28 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fi
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s f -l force -d 'Also if it has devices. Whoever uses them gets input/output errors'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from remove" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l name -d 'Its name [default: one that is free]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l max -d 'Devices that it may have [default: 8, or as many as the user may still have]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l uid -d 'User whom the nodes belong to, and whose limit they count for; only root may name another [default: the caller]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l gid -d 'Group of the nodes; only root may name another [default: the caller\'s]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l mode -d 'Permission bits of the nodes, octal [default: 0660]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -l container -d 'For containers, one after the other: all devices are there at once, their device numbers stay, and the pool does when a container has gone, with its devices unbound. Only for root'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from mount" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -l name -d 'Its name [default: one that is free]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -l max -d 'Devices that it may have [default: 8, or as many as the user may still have]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -l uid -d 'User whom the nodes belong to, and whose limit they count for; only root may name another [default: the caller]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -l gid -d 'Group of the nodes; only root may name another [default: the caller\'s]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -l mode -d 'Permission bits of the nodes, octal [default: 0660]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from open" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "create" -d 'Create an instance'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "list" -d 'List instances'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "remove" -d 'Remove an instance'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "mount" -d 'Mount a private pool of loop devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "open" -d 'Give a command a private pool of loop devices'
 complete -c loopengine -n "__fish_loopengine_using_subcommand instance; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -s i -l instance -d 'Instance that gets the device' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l offset -d 'First byte of the image that the device shows: bytes, or a number and K, M, G or T' -r
@@ -116,6 +147,64 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand stats" -s w -l wat
 complete -c loopengine -n "__fish_loopengine_using_subcommand stats" -l json -d 'Print JSON (with \'--watch\' one line each second, of counts); loopengine-json(7) describes it'
 complete -c loopengine -n "__fish_loopengine_using_subcommand stats" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand stats" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l max -d 'Loop devices at the most [default: 8, or what the user\'s limit leaves]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l name -d 'The pool\'s name, for lists [default: a number]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l mount -d 'File systems that the kernel mounts, instead of a program of FUSE, when mount(8) mounts one of the devices in a user namespace: always nosuid and nodev, and while it is mounted nobody can write to the device. For those that the administrator allows (kernel_mounts in loopengine.toml); for root, ext2, ext3, ext4, xfs, squashfs, erofs and vfat' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l fuse -d 'File systems that a program of FUSE mounts when mount(8) mounts one of the devices, with the command\'s own rights [default in a user namespace: ext2, ext3 and ext4 by fuse2fs, squashfs by squashfuse, where installed; root without this option: the kernel mounts]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l user -d 'Use a user namespace, even as root'
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s p -l partition -d 'Mount partition N of the image' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l offset -d 'First byte of the image that counts: bytes, or a number and K, M, G or T' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l size-limit -d 'Bytes that count at the most; 0: up to the end of the image' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l fuse -d 'The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs, squashfs by squashfuse]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s r -l read-only -d 'Refuse writes. An image that cannot be written is mounted so in any case'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s j -l associated -d 'List all devices associated with FILE' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s o -l offset -d 'Start at offset NUM into the file' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l sizelimit -d 'Limit the device to NUM bytes of the file' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s b -l sector-size -d 'Set the logical sector size' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l direct-io -d 'Open the file with O_DIRECT' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l loop-ref -d 'What the device is called in REF' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s O -l output -d 'Columns of the list' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l pool -d 'The pool [default: the one that is mounted here, or the user\'s only one]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s a -l all -d 'List all used devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s d -l detach -d 'Detach one or more devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s D -l detach-all -d 'Detach all used devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s f -l find -d 'Find the first unused device'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s c -l set-capacity -d 'Have the device follow the size of its file'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s L -l nooverlap -d 'Avoid conflicts between devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l remove -d 'Remove one or more devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s P -l partscan -d 'Show partitions of the device'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s r -l read-only -d 'Set up a read-only device'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l show -d 'Print the device\'s name after setup (with -f)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s v -l verbose -d 'Does nothing any more'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s J -l json -d 'Print the list as JSON'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s l -l list -d 'List all or the given device, as a table'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s n -l noheadings -d 'Print no headings'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l output-all -d 'All columns'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -l raw -d 'Print the list for programs'
+complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mounter" -l kernel -d 'By the kernel' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand mounter" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand mounter" -l stay -d 'Be the process that stays; otherwise start it, so that it is nobody\'s child'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mounter" -l root -d 'The command is root of the machine: the kernel mounts for it without us'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mounter" -s h -l help -d 'Print help'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mounter" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount-maker" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount-maker" -s h -l help -d 'Print help'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount-maker" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand limit" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand limit" -l json -d 'Print JSON; loopengine-json(7) describes it'
+complete -c loopengine -n "__fish_loopengine_using_subcommand limit" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand limit" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand features" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand features" -l json -d 'Print JSON; loopengine-json(7) describes it'
 complete -c loopengine -n "__fish_loopengine_using_subcommand features" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -124,21 +213,80 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -l run-dir
 complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -l json -d 'Print JSON; loopengine-json(7) describes it'
 complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l prefix -d 'Where programs and manual pages go. With \'/usr\', settings go to /usr/lib instead of /etc' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l destdir -d 'Directory below which to place everything, for packagers' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l uninstall -d 'Take away what was placed, and nothing else'
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l dry-run -d 'Only print the paths'
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand install" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -f -a "print-config" -d 'Print a config.json with private loop devices, for runc, crun and what uses them'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -f -a "print-profile" -d 'Print a seccomp profile that has loop ioctls answered by loopengine'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -f -a "print-cdi" -d 'Print a CDI specification, for /var/run/cdi'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -f -a "hook" -d 'Give a container names for its loop devices: a hook for container runtimes'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and not __fish_seen_subcommand_from print-config print-profile print-cdi hook help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-config" -l pool -d 'The pool' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-config" -l listener -d 'Socket of the daemon for listeners [default: DIR/oci in the run directory]' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-config" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-config" -l wait-killable -d 'Ask that only fatal signals interrupt a call that is being answered (runc 1.2 or later)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-config" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-config" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -l base -d 'Add to this profile: one of Docker, Podman or containerd, or a whole config.json' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -l listener -d 'Socket of the daemon for listeners [default: DIR/oci in the run directory]' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -l metadata -d 'What the runtime tells the daemon together with the listener' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -l mount -d 'Have mount answered, too'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -l wait-killable -d 'Ask that only fatal signals interrupt a call that is being answered (runc 1.2 or later)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-profile" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-cdi" -s i -l instance -d 'The instance' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-cdi" -l pool -d 'A pool that was made with \'loopengine instance mount --container\', instead of an instance' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-cdi" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-cdi" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from print-cdi" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from hook" -l devices -d 'Devices of the pool' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from hook" -l nodes -d 'Nodes /dev/loopN that the runtime has made by itself, for their numbers: they make way' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from hook" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from hook" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from hook" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from help" -f -a "print-config" -d 'Print a config.json with private loop devices, for runc, crun and what uses them'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from help" -f -a "print-profile" -d 'Print a seccomp profile that has loop ioctls answered by loopengine'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from help" -f -a "print-cdi" -d 'Print a CDI specification, for /var/run/cdi'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from help" -f -a "hook" -d 'Give a container names for its loop devices: a hook for container runtimes'
+complete -c loopengine -n "__fish_loopengine_using_subcommand oci; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand generate" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand generate" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand generate" -s V -l version -d 'Print version'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "serve" -d 'Run the daemon in the foreground'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "instance" -d 'Create, list and remove instances'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "attach" -d 'Serve an image file or block device as a block device'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "create" -d 'Make an image file'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "detach" -d 'Take devices away'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "resize" -d 'Adapt a device to the present size of its image'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "list" -d 'List devices'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "stats" -d 'Show figures of devices'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "features" -d 'Show what this kernel grants'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "doctor" -d 'Check what the daemon needs of this machine'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "generate" -d 'Write manual pages or shell completions. For packagers'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats features doctor generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "serve" -d 'Run the daemon in the foreground'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "instance" -d 'Create, list and remove instances'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "attach" -d 'Serve an image file or block device as a block device'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "create" -d 'Make an image file'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "detach" -d 'Take devices away'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "resize" -d 'Adapt a device to the present size of its image'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "list" -d 'List devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "stats" -d 'Show figures of devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "run" -d 'Run a command with loop devices of its own'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "mount" -d 'Mount the file system in an image'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "umount" -d 'Unmount what \'loopengine mount\' has mounted'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "losetup" -d 'Set up and control the loop devices of a private pool, with the options of losetup(8)'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "mounter" -d 'Takes calls of mount(2) on its standard input. For `loopengine run` only'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "mount-maker" -d 'Takes orders for mounts by the kernel on its standard input. For `loopengine serve` only'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "limit" -d 'Show or change how many private loop devices users may have'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "features" -d 'Show what this kernel grants'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "doctor" -d 'Check what the daemon needs of this machine'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "install" -d 'Install this program on this machine'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "oci" -d 'Configure container runtimes'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "generate" -d 'Write manual pages or shell completions. For packagers'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from instance" -f -a "create" -d 'Create an instance'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from instance" -f -a "list" -d 'List instances'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from instance" -f -a "remove" -d 'Remove an instance'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from instance" -f -a "mount" -d 'Mount a private pool of loop devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from instance" -f -a "open" -d 'Give a command a private pool of loop devices'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from oci" -f -a "print-config" -d 'Print a config.json with private loop devices, for runc, crun and what uses them'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from oci" -f -a "print-profile" -d 'Print a seccomp profile that has loop ioctls answered by loopengine'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from oci" -f -a "print-cdi" -d 'Print a CDI specification, for /var/run/cdi'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and __fish_seen_subcommand_from oci" -f -a "hook" -d 'Give a container names for its loop devices: a hook for container runtimes'
