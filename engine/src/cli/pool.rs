@@ -14,6 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::loopfs::attach::attach_mount;
 
 use super::out;
+use super::private::parse_file_system;
 use super::wanted::{Wanted, open_for_containers, open_pool};
 use crate::private::DEV;
 
@@ -41,6 +42,18 @@ pub(super) struct Mount {
     /// and the pool does when a container has gone, with its devices unbound. Only for root.
     #[arg(long)]
     container: bool,
+
+    /// File systems that the kernel mounts when mount(2) is called in a container for one of the devices,
+    /// also without the capability that it takes: some of ext2, ext3, ext4, xfs, squashfs, erofs and vfat.
+    /// Always nosuid and nodev, and while it is mounted nobody can write to the device.
+    #[arg(
+        long,
+        value_name = "FS,…",
+        value_delimiter = ',',
+        value_parser = parse_file_system,
+        requires = "container"
+    )]
+    mount: Vec<String>,
 
     /// Where to mount it.
     dir: PathBuf,
@@ -93,7 +106,7 @@ impl Mount {
 
 impl Mount {
     fn for_containers(&self, run_dir: &Path) -> Result<String> {
-        let (name, [nodes, sys]) = open_for_containers(run_dir, &self.wanted)?;
+        let (name, [nodes, sys]) = open_for_containers(run_dir, &self.wanted, &self.mount)?;
         self.attach_copy(&sys)?;
         attach_mount(nodes.as_fd(), &self.dir.join(DEV)).inspect_err(|_| {
             let _ = unmount(&self.dir, UnmountFlags::DETACH);

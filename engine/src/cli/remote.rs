@@ -198,6 +198,7 @@ mod tests {
             bound: 0,
             supervised: false,
             device_numbers: Vec::new(),
+            kernel_mounts: Vec::new(),
             ending: false,
         }
     }

@@ -54,9 +54,15 @@ pub(super) fn open_pool(run_dir: &Path, wanted: &Wanted) -> Result<(String, Owne
 }
 
 /// Opens a pool for containers; answers its name, and the mounts of its nodes and of what is shown
-/// of it in /sys.
-pub(super) fn open_for_containers(run_dir: &Path, wanted: &Wanted) -> Result<(String, [OwnedFd; 2])> {
-    let opened = open(run_dir, &OpenSpec { container: Some(true), ..wanted.spec() })?;
+/// of it in /sys. The kernel may mount these file systems for the containers.
+pub(super) fn open_for_containers(
+    run_dir: &Path,
+    wanted: &Wanted,
+    mounts: &[String],
+) -> Result<(String, [OwnedFd; 2])> {
+    let kernel_mounts = (!mounts.is_empty()).then(|| mounts.to_vec());
+    let spec = OpenSpec { container: Some(true), kernel_mounts, ..wanted.spec() };
+    let opened = open(run_dir, &spec)?;
     let [nodes, _dev, sys] = <[_; 3]>::try_from(opened.mounts).map_err(|_| without_mounts())?;
     Ok((opened.name, [nodes, sys]))
 }

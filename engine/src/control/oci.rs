@@ -32,9 +32,10 @@ const FDS_MAX: usize = 8;
 const DEADLINE: Duration = Duration::from_secs(5);
 /// How the specification calls the listener.
 const LISTENER: &str = "seccompFd";
-/// The annotations that we know: which pool, and how many of its devices.
+/// The annotations that we know: which pool, how many of its devices, which file systems.
 const POOL: &str = "io.loopengine.pool";
 const MAX: &str = "io.loopengine.max";
+const MOUNT: &str = "io.loopengine.mount";
 
 /// A container whose system calls are to be answered.
 #[derive(Debug)]
@@ -202,6 +203,12 @@ impl Container {
         });
         max.map(Some)
     }
+
+    /// File systems that the kernel may mount for it, if an annotation says so: names and commas, or nothing.
+    pub fn mounts(&self) -> Option<Vec<String>> {
+        let names = self.annotations.get(MOUNT)?.split(',').map(str::trim);
+        Some(names.filter(|name| !name.is_empty()).map(str::to_owned).collect())
+    }
 }
 
 /// Takes a container, and has the listener of its filter served for the pool that it names: one that
@@ -210,9 +217,9 @@ pub fn take(stream: &UnixStream, registry: &Registry) -> Result<(String, String)
     let container = receive(stream, &[])?;
     let pool = container.pool()?.to_owned();
     let namespace = container.namespace();
-    let max = container.max()?;
+    let (max, mounts) = (container.max()?, container.mounts());
     let Container { id, listener, .. } = container;
-    let guest = Guest { id: id.clone(), listener, namespace, max };
+    let guest = Guest { id: id.clone(), listener, namespace, max, mounts };
     registry.admit(&pool, guest, Caller { uid: 0, gid: 0 })?;
     Ok((id, pool))
 }
@@ -230,7 +237,7 @@ mod tests {
     const RUNC: &str = r#"{"ociVersion":"1.0.2-dev","fds":["seccompFd"],"pid":4422,"metadata":"pool=ci",
         "state":{"ociVersion":"1.0.2-dev","id":"4f3a","status":"creating","pid":4422,
         "bundle":"/run/containerd/io.containerd.runtime.v2.task/default/4f3a",
-        "annotations":{"io.loopengine.max":"4","io.loopengine.allow":"ext4, xfs","other":"x"}}}"#;
+        "annotations":{"io.loopengine.max":"4","io.loopengine.mount":"ext4, xfs,","other":"x"}}}"#;
     /// As crun sends it: without what is empty.
     const CRUN: &str = r#"{
         "ociVersion": "0.2.0", "fds": [ "seccompFd" ], "pid": 77,
@@ -275,6 +282,7 @@ mod tests {
         assert_eq!(runc.annotations["other"], "x");
         assert_eq!(runc.pool().unwrap(), "ci");
         assert_eq!(runc.max().unwrap(), Some(4));
+        assert_eq!(runc.mounts().unwrap(), ["ext4", "xfs"]);
         for wrong in ["", "-1", "4 devices", "99999999999"] {
             let more = sent(&with("\"4\"", &format!("{wrong:?}")), 1).unwrap();
             assert_eq!(more.max().unwrap_err().kind(), Kind::Invalid, "{wrong:?}");
@@ -282,7 +290,7 @@ mod tests {
         let crun = sent(CRUN, 1).unwrap();
         assert_eq!((crun.id.as_str(), crun.pids, crun.metadata.as_str()), ("web", [77; 2], ""));
         assert_eq!(crun.pool().unwrap_err().kind(), Kind::Invalid);
-        assert_eq!(crun.max().unwrap(), None);
+        assert_eq!((crun.max().unwrap(), crun.mounts()), (None, None));
         let more = with(r#"["seccompFd"]"#, r#"["pidFd","seccompFd"]"#);
         sent(&more, 2).unwrap();
     }

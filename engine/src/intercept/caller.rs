@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::loops::{Answer, Caller};
+use crate::sys::process::Place;
 use crate::sys::remote;
 use crate::sys::seccomp::Listener;
 
@@ -198,15 +199,15 @@ impl<'a> Thread<'a> {
     }
 
     /// Its root and working directories, and its mount namespace. They are not looked into.
-    pub fn places(&self) -> Answer<[OwnedFd; 3]> {
+    pub fn place(&self) -> Answer<Place> {
         let open = |name: &str, flags| {
             let path = format!("/proc/{}/{name}", self.tid.as_raw_nonzero());
             rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         };
-        let places =
+        let place =
             [open("root", OFlags::PATH)?, open("cwd", OFlags::PATH)?, open("ns/mnt", OFlags::RDONLY)?];
         self.check()?;
-        Ok(places)
+        Ok(place)
     }
 
     /// Is one of these, and so in their namespace rather than in one of its own.

@@ -44,6 +44,8 @@ pub enum Abi {
 pub enum Call {
     Ioctl,
     Mount,
+    /// umount2(2): of the profile of a container, not of this filter.
+    Umount,
 }
 
 /// ioctl numbers 0x4C00 to 0x4CFF: those of loop(4). The kernel takes 32 bits of the argument.
@@ -73,16 +75,45 @@ struct Numbers {
     mknod: Option<u32>,
     mknodat: u32,
     mount: u32,
+    umount: u32,
 }
 
-const X86_64: Numbers =
-    Numbers { abi: Abi::X86_64, arch: 0xc000_003e, ioctl: 16, mknod: Some(133), mknodat: 259, mount: 165 };
-const I386: Numbers =
-    Numbers { abi: Abi::I386, arch: 0x4000_0003, ioctl: 54, mknod: Some(14), mknodat: 297, mount: 21 };
-const AARCH64: Numbers =
-    Numbers { abi: Abi::Aarch64, arch: 0xc000_00b7, ioctl: 29, mknod: None, mknodat: 33, mount: 40 };
-const ARM: Numbers =
-    Numbers { abi: Abi::Arm, arch: 0x4000_0028, ioctl: 54, mknod: Some(14), mknodat: 324, mount: 21 };
+const X86_64: Numbers = Numbers {
+    abi: Abi::X86_64,
+    arch: 0xc000_003e,
+    ioctl: 16,
+    mknod: Some(133),
+    mknodat: 259,
+    mount: 165,
+    umount: 166,
+};
+const I386: Numbers = Numbers {
+    abi: Abi::I386,
+    arch: 0x4000_0003,
+    ioctl: 54,
+    mknod: Some(14),
+    mknodat: 297,
+    mount: 21,
+    umount: 52,
+};
+const AARCH64: Numbers = Numbers {
+    abi: Abi::Aarch64,
+    arch: 0xc000_00b7,
+    ioctl: 29,
+    mknod: None,
+    mknodat: 33,
+    mount: 40,
+    umount: 39,
+};
+const ARM: Numbers = Numbers {
+    abi: Abi::Arm,
+    arch: 0x4000_0028,
+    ioctl: 54,
+    mknod: Some(14),
+    mknodat: 324,
+    mount: 21,
+    umount: 52,
+};
 
 const ALL: [&Numbers; 4] = [&X86_64, &I386, &AARCH64, &ARM];
 
@@ -103,13 +134,14 @@ impl Abi {
     }
 }
 
-/// Which call a notification is about. None: not one that this filter stops; a listener may come
-/// with a filter by somebody else.
+/// Which call a notification is about. None: one of no interest; a listener may come with a filter by
+/// somebody else.
 pub fn decode(arch: u32, nr: i32) -> Option<(Abi, Call)> {
     let numbers = ALL.into_iter().find(|numbers| numbers.arch == arch)?;
     match u32::try_from(nr).ok()? {
         nr if nr == numbers.ioctl => Some((numbers.abi, Call::Ioctl)),
         nr if nr == numbers.mount => Some((numbers.abi, Call::Mount)),
+        nr if nr == numbers.umount => Some((numbers.abi, Call::Umount)),
         _ => None,
     }
 }

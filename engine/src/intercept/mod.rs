@@ -43,5 +43,5 @@ pub mod supervisor;
 
 pub use caller::{Administrators, Namespace, Node};
 pub use calls::{IsControl, Loops};
-pub use mounts::Mounter;
+pub use mounts::{Mounter, Mounts};
 pub use supervisor::{AT_ONCE, Counts, DEADLINE, Options, Supervisor};

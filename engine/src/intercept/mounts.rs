@@ -1,7 +1,7 @@
-//! One stopped mount(2): copied once, and carried to who can do it.
+//! One stopped mount(2) or umount2(2): copied once, and carried to who can do it ([`Mounts`]).
 //!
-//! A plain user's mount of a loop device is done by a program of FUSE, which runs as the caller. The
-//! *mounter* starts it: a process of the caller's own user namespace that `loopengine run` leaves
+//! In containers that is the daemon (`private::attached`). Elsewhere it is a *mounter*: a plain user's mount of a loop device is done by a program of FUSE, which runs as the caller. The
+//! mounter starts it: a process of the caller's own user namespace that `loopengine run` leaves
 //! outside the filter. Since it has no more rights than the caller, and the caller may do with it as
 //! he likes, it may decide all: whether the source is a loop device of the pool, what the paths mean,
 //! which errno it is. The daemon looks at no path of the tenant's, and believes the mounter only what
@@ -28,6 +28,7 @@ use crate::error::{Error, Kind, Result};
 use crate::loops::Answer;
 use crate::sys::packet;
 pub use crate::sys::packet::pair;
+use crate::sys::process::Place;
 
 /// How long a mounter may take; shorter than a call may.
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -84,6 +85,68 @@ pub struct Request {
     reply: OwnedFd,
 }
 
+/// Who mounts for the callers of a filter. Of administrators only; others get what the kernel says.
+pub trait Mounts: Send + Sync {
+    /// Does it. None: it is not ours, and the kernel may serve it. `waits`: somebody still waits for it.
+    fn mount(&self, asked: &Asked, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>>;
+
+    /// The same for umount2(2).
+    fn umount(&self, _asked: &Unmount, _place: Place, _waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
+        Ok(None)
+    }
+}
+
+/// The arguments of an umount2(2).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unmount {
+    /// Path of a mount.
+    pub path: Vec<u8>,
+    /// `MNT_*` and `UMOUNT_NOFOLLOW`.
+    pub flags: u32,
+}
+
+/// Serves a stopped mount(2).
+pub(super) fn mount(
+    mounts: &dyn Mounts,
+    thread: &Thread<'_>,
+    abi: Abi,
+    args: &[u64; 6],
+    administrators: Administrators,
+) -> Verdict {
+    let Some(asked) = copy(thread, abi, args) else { return Verdict::Pass };
+    verdict(thread, administrators, |place| mounts.mount(&asked, place, &|| thread.waits()))
+}
+
+/// Serves a stopped umount2(2).
+pub(super) fn umount(
+    mounts: &dyn Mounts,
+    thread: &Thread<'_>,
+    abi: Abi,
+    args: &[u64; 6],
+    administrators: Administrators,
+) -> Verdict {
+    let Some(path) = text(thread, address(abi, args, 0), TEXT_MAX) else { return Verdict::Pass };
+    // The kernel takes 32 bits.
+    let asked = Unmount { path, flags: args[1] as u32 };
+    verdict(thread, administrators, |place| mounts.umount(&asked, place, &|| thread.waits()))
+}
+
+fn verdict(
+    thread: &Thread<'_>,
+    administrators: Administrators,
+    act: impl FnOnce(Place) -> Answer<Option<()>>,
+) -> Verdict {
+    // Others get EPERM from the kernel; nobody must lend them his rights.
+    if !thread.is_admin(administrators) {
+        return Verdict::Pass;
+    }
+    match thread.place().and_then(act) {
+        Ok(None) => Verdict::Pass,
+        Ok(Some(())) => Verdict::Answer(Ok(0)),
+        Err(errno) => Verdict::Answer(Err(errno)),
+    }
+}
+
 /// Has the kernel mount what a mounter names.
 pub trait Kernel: Send + Sync {
     /// A mount of the device with this number, mounted nowhere yet. Which devices and file systems may
@@ -122,54 +185,6 @@ impl Mounter {
             .hint("pass one of a pair of sockets of the type SOCK_SEQPACKET"))
     }
 
-    /// Serves a stopped mount(2).
-    pub(super) fn mount(
-        &self,
-        thread: &Thread<'_>,
-        abi: Abi,
-        args: &[u64; 6],
-        administrators: Administrators,
-    ) -> Verdict {
-        let Some(asked) = copy(thread, abi, args) else { return Verdict::Pass };
-        // Others get EPERM from the kernel; the mounter must not lend them its rights.
-        if !thread.is_admin(administrators) {
-            return Verdict::Pass;
-        }
-        match self.ask(&asked, thread) {
-            Ok(None) => Verdict::Pass,
-            Ok(Some(())) => Verdict::Answer(Ok(0)),
-            Err(errno) => Verdict::Answer(Err(errno)),
-        }
-    }
-
-    /// None: it is not ours.
-    fn ask(&self, asked: &Asked, thread: &Thread<'_>) -> Answer<Option<()>> {
-        let [root, cwd, namespace] = thread.places()?;
-        let (reply, theirs) = pair()?;
-        let message = serde_json::to_vec(asked).map_err(|_| Errno::INVAL)?;
-        let fds = [theirs.as_fd(), root.as_fd(), cwd.as_fd(), namespace.as_fd()];
-        // Whoever is not there to take it, or takes nothing: the mount fails, and nothing else does.
-        packet::send(self.socket.as_fd(), &message, &fds).map_err(|_| Errno::IO)?;
-        drop(theirs);
-        let until = Instant::now() + PATIENCE;
-        match said(&reply, until, thread)? {
-            Said::Done => Ok(Some(())),
-            Said::NotOurs => Ok(None),
-            Said::ByKernel(device) => {
-                let kernel = self.kernel.as_ref().ok_or(Errno::NODEV);
-                // Once: whatever the mounter says next is the end.
-                match kernel.and_then(|kernel| kernel.mount(asked, device, &|| thread.waits())) {
-                    Ok(mount) => packet::send(reply.as_fd(), &0_i32.to_ne_bytes(), &[mount.as_fd()])?,
-                    Err(errno) => packet::send(reply.as_fd(), &errno.raw_os_error().to_ne_bytes(), &[])?,
-                }
-                match said(&reply, until, thread)? {
-                    Said::Done => Ok(Some(())),
-                    _ => Err(Errno::IO),
-                }
-            }
-        }
-    }
-
     /// Has it end what it has started, and waits for that. True: it has.
     pub fn end(&self, within: Duration) -> bool {
         let _ = shutdown(&self.socket, Shutdown::Write);
@@ -187,9 +202,38 @@ impl Mounter {
     }
 }
 
+impl Mounts for Mounter {
+    fn mount(&self, asked: &Asked, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
+        let [root, cwd, namespace] = place;
+        let (reply, theirs) = pair()?;
+        let message = serde_json::to_vec(asked).map_err(|_| Errno::INVAL)?;
+        let fds = [theirs.as_fd(), root.as_fd(), cwd.as_fd(), namespace.as_fd()];
+        // Whoever is not there to take it, or takes nothing: the mount fails, and nothing else does.
+        packet::send(self.socket.as_fd(), &message, &fds).map_err(|_| Errno::IO)?;
+        drop(theirs);
+        let until = Instant::now() + PATIENCE;
+        match said(&reply, until, waits)? {
+            Said::Done => Ok(Some(())),
+            Said::NotOurs => Ok(None),
+            Said::ByKernel(device) => {
+                let kernel = self.kernel.as_ref().ok_or(Errno::NODEV);
+                // Once: whatever the mounter says next is the end.
+                match kernel.and_then(|kernel| kernel.mount(asked, device, waits)) {
+                    Ok(mount) => packet::send(reply.as_fd(), &0_i32.to_ne_bytes(), &[mount.as_fd()])?,
+                    Err(errno) => packet::send(reply.as_fd(), &errno.raw_os_error().to_ne_bytes(), &[])?,
+                }
+                match said(&reply, until, waits)? {
+                    Said::Done => Ok(Some(())),
+                    _ => Err(Errno::IO),
+                }
+            }
+        }
+    }
+}
+
 /// Waits for what the mounter says.
-fn said(reply: &OwnedFd, until: Instant, thread: &Thread<'_>) -> Answer<Said> {
-    while Instant::now() < until && thread.waits() {
+fn said(reply: &OwnedFd, until: Instant, waits: &dyn Fn() -> bool) -> Answer<Said> {
+    while Instant::now() < until && waits() {
         match poll(&mut [PollFd::new(reply, PollFlags::IN)], Some(&LOOK)) {
             Ok(0) | Err(Errno::INTR) => {}
             _ => return read(reply),
@@ -219,7 +263,7 @@ fn read(reply: &OwnedFd) -> Answer<Said> {
 
 /// The call, if it makes a mount that could be ours.
 fn copy(thread: &Thread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Asked> {
-    let address = |at: usize| if abi.is_compat() { args[at] & u64::from(u32::MAX) } else { args[at] };
+    let address = |at| address(abi, args, at);
     let flags = flags(address(3))?;
     let kind = String::from_utf8(text(thread, address(2), TYPE_MAX)?).ok()?;
     // What programs of FUSE mount in their turn, also under the filter, must not wait for anybody.
@@ -233,6 +277,10 @@ fn copy(thread: &Thread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Asked> {
         at => String::from_utf8(text(thread, at, TEXT_MAX)?).ok()?,
     };
     (!source.is_empty()).then_some(Asked { source, target, kind, flags, data })
+}
+
+fn address(abi: Abi, args: &[u64; 6], at: usize) -> u64 {
+    if abi.is_compat() { args[at] & u64::from(u32::MAX) } else { args[at] }
 }
 
 /// None: nothing new is mounted.

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use super::caller::{self, Administrators, Thread};
 use super::calls::{Desk, Ioctl, IsControl, Loops, Verdict};
 use super::filter::{self, Call};
-use super::mounts::Mounter;
+use super::mounts::{self, Mounts};
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::{Listener, Notification};
 
@@ -42,7 +42,7 @@ pub struct Options {
     /// Devices that the callers may bind: the first so many; none: all.
     pub first: Option<u32>,
     /// Who mounts for the callers; none: the kernel, as if there were no filter.
-    pub mounter: Option<Arc<Mounter>>,
+    pub mounts: Option<Arc<dyn Mounts>>,
     /// See [`AT_ONCE`].
     pub at_once: usize,
     /// See [`DEADLINE`].
@@ -98,7 +98,7 @@ struct State {
 struct Shared {
     listener: Listener,
     desk: Desk,
-    mounter: Option<Arc<Mounter>>,
+    mounts: Option<Arc<dyn Mounts>>,
     name: String,
     at_once: usize,
     deadline: Duration,
@@ -125,12 +125,12 @@ impl Supervisor {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| Error::os(error, what()))?;
         let context = what();
-        let Options { name, is_control, administrators, first, mounter, at_once, deadline, on_end } = options;
+        let Options { name, is_control, administrators, first, mounts, at_once, deadline, on_end } = options;
         let first = first.unwrap_or(u32::MAX);
         let shared = Arc::new(Shared {
             listener,
             desk: Desk { loops: Box::new(loops), is_control, administrators, first },
-            mounter,
+            mounts,
             name,
             at_once: at_once.max(1),
             deadline,
@@ -363,8 +363,11 @@ impl Shared {
         };
         match filter::decode(note.data.arch, note.data.nr) {
             Some((abi, Call::Ioctl)) => self.desk.ioctl(&thread, &Ioctl::new(abi, &note.data.args)),
-            Some((abi, Call::Mount)) => match &self.mounter {
-                Some(mounter) => mounter.mount(&thread, abi, &note.data.args, self.desk.administrators),
+            Some((abi, call)) => match &self.mounts {
+                Some(mounts) => {
+                    let serve = if call == Call::Mount { mounts::mount } else { mounts::umount };
+                    serve(&**mounts, &thread, abi, &note.data.args, self.desk.administrators)
+                }
                 None => Verdict::Pass,
             },
             None => Verdict::Pass,

@@ -1,7 +1,7 @@
-//! What the process that makes mounts can see and do: little.
+//! What the processes that make and attach mounts can see and do: little.
 //!
-//! Its mount namespace has one file system, in memory: two empty directories, which nobody can write
-//! to. Of its capabilities it keeps CAP_SYS_ADMIN. A filter lets it make only the calls that it makes.
+//! Such a process has a mount namespace with one file system, in memory: two empty directories, which
+//! nobody can write to. It keeps few capabilities, and a filter lets it make only the calls that it makes.
 //! Knows nothing of what it is for.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,13 +25,14 @@ pub const PLACES: [&str; 2] = ["/mnt", "/dev"];
 /// There on every Linux: the new root is put upon it for a moment.
 const ANY_DIRECTORY: &str = "/proc";
 
-/// Confines this process, which has one thread.
-pub fn enter() -> Result<()> {
+/// Confines this process, which has one thread: to these capabilities, and to these calls beside [`ALL`].
+pub fn enter(capabilities: CapabilitySet, calls: &[c_long]) -> Result<()> {
     let cannot = |what: &'static str| move |error: Errno| Error::os(error, format!("cannot {what}"));
     own_root().map_err(cannot("make a root directory of its own"))?;
-    sandbox::keep(CapabilitySet::SYS_ADMIN).map_err(cannot("drop capabilities"))?;
+    sandbox::keep(capabilities).map_err(cannot("drop capabilities"))?;
     set_no_new_privs(true).map_err(cannot("give up gaining privileges"))?;
-    let program = sandbox::only(ALLOWED).ok_or(Errno::NOSYS).map_err(cannot("filter its calls here"))?;
+    let program =
+        sandbox::only(&[calls, ALL].concat()).ok_or(Errno::NOSYS).map_err(cannot("filter its calls here"))?;
     let filtered: std::io::Result<()> = seccomp::restrict(&program);
     filtered.map_err(|error| Error::os(error, "cannot filter its calls"))
 }
@@ -67,21 +68,11 @@ pub fn empty_file(dir: impl AsFd, name: &str) -> rustix::io::Result<()> {
     rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o600)).map(drop)
 }
 
-/// What it calls: mounts, files by descriptor, its socket, its children, memory, and what the C library
-/// does by itself. No thread, so that it may fork; no program, no other socket, no node.
-const ALLOWED: &[c_long] = &[
-    libc::SYS_fsopen,
-    libc::SYS_fsconfig,
-    libc::SYS_fsmount,
-    libc::SYS_move_mount,
-    libc::SYS_open_tree,
-    libc::SYS_mount_setattr,
-    libc::SYS_mount,
-    libc::SYS_unshare,
-    libc::SYS_openat,
+/// What all call: files by descriptor, their socket, their children, memory, and what the C library does
+/// by itself. No thread, so that they may fork; no program, no other socket, no node.
+const ALL: &[c_long] = &[
     libc::SYS_close,
     libc::SYS_fcntl,
-    libc::SYS_pread64,
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_fstat,
@@ -122,7 +113,7 @@ mod tests {
     #[test]
     fn what_is_not_listed_is_refused() {
         let tried = std::thread::spawn(|| {
-            let program = sandbox::only(ALLOWED).unwrap();
+            let program = sandbox::only(ALL).unwrap();
             set_no_new_privs(true).unwrap();
             seccomp::restrict(&program).unwrap();
             let errno_of = seccomp::tests::errno_of;

@@ -3,40 +3,41 @@
 //! ```text
 //! daemon ── order, node, device, user namespace ──> maker ── fork ──> child: fsopen … open_tree
 //!        <───────────── errno, or a mount that is mounted nowhere yet ─────────┘
+//! daemon ── order, a container's directories ──> attacher ── fork ──> child: setns, openat2, move_mount
 //! ```
-//! What comes of it is always nosuid and nodev, has its owners mapped to the tenant's user namespace,
-//! and keeps both whatever root of that namespace does to it ([`maker`]). Which file systems, and with
-//! which options: [`policy`]. This room looks at no path of a tenant's; who attaches the mount, and
-//! where, is not its business, nor is whose device it is.
+//! What comes of the first is always nosuid and nodev, has its owners mapped to the tenant's user
+//! namespace, and keeps both whatever root of that namespace does to it ([`maker`]). Which file systems, and
+//! with which options: [`policy`]. The second is for containers, where nobody may attach it
+//! ([`attacher`]). This room itself looks at no path of a tenant's, and does not know whose a device is.
 
+pub mod attacher;
+mod children;
 mod confine;
 mod flags;
 pub mod maker;
+mod orders;
 pub mod policy;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 pub use policy::FileSystem;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::loops::{Answer, Lent};
-use crate::sys::packet;
+use crate::sys::process::Place;
+use orders::{Done, Process};
 
-/// How long a mount may take: a file system may have a journal to write back first.
-const PATIENCE: Duration = Duration::from_secs(25);
-/// How often whoever waits for it is asked meanwhile whether he still does.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
-/// Mounts of one user that are being made at a time.
-const AT_ONCE_PER_USER: usize = 4;
+/// The hidden commands that the processes are started as.
+pub const MAKER: &str = "mount-maker";
+/// See [`MAKER`].
+pub const ATTACHER: &str = "mount-attacher";
+/// Mounts of one tenant that are being made at a time.
+const AT_ONCE_PER_TENANT: usize = 4;
 /// Options of a mount, as bytes: a page, as with the kernel's.
 const DATA_MAX: usize = 4096;
 /// Of a message: every byte of a text takes six at the most.
@@ -63,26 +64,23 @@ pub struct Wanted<'a> {
     pub data: &'a str,
     /// Whose user namespace owners are shown as: a file of /proc/PID/ns/user. None: as they are.
     pub namespace: Option<BorrowedFd<'a>>,
-    /// Whose mounts are counted.
-    pub user: u32,
+    /// Whose mounts are counted: of one name few are made at a time.
+    pub whose: &'a str,
 }
 
-/// The way to the process that makes mounts.
+/// The way to the processes that make mounts and attach them.
 #[derive(Debug)]
 pub struct KernelMounts {
-    socket: OwnedFd,
-    making: Mutex<BTreeMap<u32, usize>>,
+    maker: Process,
+    attacher: Process,
+    making: Mutex<BTreeMap<String, usize>>,
 }
 
 impl KernelMounts {
-    /// Starts the process. It ends with this, or with the daemon.
+    /// Starts the processes. They end with this, or with the daemon.
     pub fn start() -> Result<KernelMounts> {
-        let cannot = |error| Error::os(error, "cannot start the process that makes kernel mounts");
-        let (socket, theirs) = packet::pair().map_err(|error| cannot(error.into()))?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("loopengine").arg("mount-maker").stdin(theirs).stdout(Stdio::null());
-        command.spawn().map_err(cannot)?;
-        Ok(KernelMounts { socket, making: Mutex::default() })
+        let (maker, attacher) = (Process::start(MAKER)?, Process::start(ATTACHER)?);
+        Ok(KernelMounts { maker, attacher, making: Mutex::default() })
     }
 
     /// Has the kernel mount a device of a pool ([`crate::loops::Pool::lend`] lends it). The answer is a
@@ -96,7 +94,7 @@ impl KernelMounts {
         // Before anybody is troubled.
         wanted.kind.settings(wanted.data)?;
         flags::translate(wanted.flags)?;
-        let _counted = self.count(wanted.user)?;
+        let _counted = self.count(wanted.whose)?;
         let order = Order {
             name: lent.name.clone(),
             size: lent.size,
@@ -104,100 +102,103 @@ impl KernelMounts {
             flags: wanted.flags,
             data: wanted.data.to_owned(),
         };
-        let order = serde_json::to_vec(&order).map_err(|_| Errno::INVAL)?;
-        let (reply, theirs) = packet::pair()?;
-        let fds =
-            [Some(theirs.as_fd()), Some(lent.node.as_fd()), Some(lent.device.as_fd()), wanted.namespace];
+        let fds = [Some(lent.node.as_fd()), Some(lent.device.as_fd()), wanted.namespace];
         let fds: Vec<_> = fds.into_iter().flatten().collect();
-        packet::send(self.socket.as_fd(), &order, &fds).map_err(|error| {
-            tracing::error!(%error, "the process that makes kernel mounts does not answer; restart the daemon");
-            Errno::IO
-        })?;
-        drop(theirs);
-        let until = Instant::now() + PATIENCE;
-        while Instant::now() < until && waits() {
-            match poll(&mut [PollFd::new(&reply, PollFlags::IN)], Some(&LOOK)) {
-                Ok(0) | Err(Errno::INTR) => {}
-                _ => return answer(&reply),
-            }
-        }
-        Err(Errno::TIMEDOUT)
+        self.maker.ask(&order, &fds, waits)?.fd.ok_or(Errno::IO)
     }
 
-    fn count(&self, user: u32) -> Answer<Counted<'_>> {
+    /// The number of the device at a path of a container's, and a directory there. None: no device.
+    pub fn find(
+        &self,
+        place: &Place,
+        source: &[u8],
+        target: &[u8],
+        waits: &dyn Fn() -> bool,
+    ) -> Answer<Option<(u64, OwnedFd)>> {
+        let order = attacher::Order::Find { source: source.to_vec(), target: target.to_vec() };
+        let Done { number, fd } = self.attacher.ask(&order, &place.each_ref().map(AsFd::as_fd), waits)?;
+        Ok(fd.map(|target| (number, target)))
+    }
+
+    /// The number of a mount, which no other will ever have.
+    pub fn number(mount: BorrowedFd<'_>) -> Answer<u64> {
+        attacher::number_of(mount)
+    }
+
+    /// Attaches a mount to a directory that was found. TIMEDOUT: it may be attached all the same.
+    pub fn attach(&self, place: &Place, mount: OwnedFd, target: BorrowedFd<'_>) -> Answer<()> {
+        let [_, _, namespace] = place;
+        let fds = [namespace.as_fd(), mount.as_fd(), target];
+        self.attacher.ask(&attacher::Order::Attach, &fds, &|| true).map(drop)
+    }
+
+    /// The number of the mount that has its root at a path of a container's.
+    pub fn which(
+        &self,
+        place: &Place,
+        path: &[u8],
+        follow: bool,
+        waits: &dyn Fn() -> bool,
+    ) -> Answer<Option<u64>> {
+        let order = attacher::Order::Which { path: path.to_vec(), follow };
+        let done = self.attacher.ask(&order, &place.each_ref().map(AsFd::as_fd), waits)?;
+        Ok((done.number != 0).then_some(done.number))
+    }
+
+    /// Takes off what is mounted on a directory, as umount2(2) with these flags.
+    pub fn detach(&self, place: &Place, point: BorrowedFd<'_>, flags: u32) -> Answer<()> {
+        let [_, _, namespace] = place;
+        let order = attacher::Order::Detach { flags };
+        self.attacher.ask(&order, &[namespace.as_fd(), point], &|| true).map(drop)
+    }
+
+    fn count(&self, whose: &str) -> Answer<Counted<'_>> {
         let mut making = self.making();
-        let count = making.entry(user).or_default();
-        if *count >= AT_ONCE_PER_USER {
+        let count = making.entry(whose.to_owned()).or_default();
+        if *count >= AT_ONCE_PER_TENANT {
             return Err(Errno::AGAIN);
         }
         *count += 1;
-        Ok(Counted { mounts: self, user })
+        Ok(Counted { mounts: self, whose: whose.to_owned() })
     }
 
-    fn making(&self) -> MutexGuard<'_, BTreeMap<u32, usize>> {
+    fn making(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// One of a user's, until it is dropped.
+/// One of a tenant's, until it is dropped.
 struct Counted<'a> {
     mounts: &'a KernelMounts,
-    user: u32,
+    whose: String,
 }
 
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         let mut making = self.mounts.making();
-        if let Some(count) = making.get_mut(&self.user) {
+        if let Some(count) = making.get_mut(&self.whose) {
             *count -= 1;
             if *count == 0 {
-                making.remove(&self.user);
+                making.remove(&self.whose);
             }
         }
-    }
-}
-
-fn answer(reply: &OwnedFd) -> Answer<OwnedFd> {
-    let packet = packet::receive(reply.as_fd(), 16)?.filter(|packet| packet.whole).ok_or(Errno::IO)?;
-    let code = packet.bytes.try_into().map(i32::from_ne_bytes);
-    match (code, packet.fds.into_iter().next()) {
-        (Ok(0), Some(mount)) => Ok(mount),
-        (Ok(errno @ 1..4096), _) => Err(Errno::from_raw_os_error(errno)),
-        _ => Err(Errno::IO),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::packet;
 
     #[test]
-    fn a_user_waits_for_few_at_a_time() {
-        let (socket, _other) = packet::pair().unwrap();
-        let mounts = KernelMounts { socket, making: Mutex::default() };
-        let held: Vec<_> = (0..AT_ONCE_PER_USER).map(|_| mounts.count(7).unwrap()).collect();
-        assert_eq!(mounts.count(7).map(drop), Err(Errno::AGAIN));
-        assert!(mounts.count(8).is_ok());
+    fn a_tenant_waits_for_few_at_a_time() {
+        let ((socket, _maker), (other, _attacher)) = (packet::pair().unwrap(), packet::pair().unwrap());
+        let (maker, attacher) = (Process::of(socket), Process::of(other));
+        let mounts = KernelMounts { maker, attacher, making: Mutex::default() };
+        let held: Vec<_> = (0..AT_ONCE_PER_TENANT).map(|_| mounts.count("a").unwrap()).collect();
+        assert_eq!(mounts.count("a").map(drop), Err(Errno::AGAIN));
+        assert!(mounts.count("b").is_ok());
         drop(held);
-        assert!(mounts.count(7).is_ok() && mounts.making().is_empty());
-    }
-
-    #[test]
-    fn answers() {
-        let said = |bytes: &[u8], fds: &[BorrowedFd<'_>]| {
-            let (ours, theirs) = packet::pair().unwrap();
-            packet::send(theirs.as_fd(), bytes, fds).unwrap();
-            answer(&ours).map(drop)
-        };
-        let file = std::fs::File::open("/dev/null").unwrap();
-        assert_eq!(said(&0_i32.to_ne_bytes(), &[file.as_fd()]), Ok(()));
-        assert_eq!(said(&0_i32.to_ne_bytes(), &[]), Err(Errno::IO));
-        assert_eq!(said(&libc::EINVAL.to_ne_bytes(), &[]), Err(Errno::INVAL));
-        assert_eq!(said(&[1], &[]), Err(Errno::IO));
-        assert_eq!(said(&5000_i32.to_ne_bytes(), &[]), Err(Errno::IO));
-        // The child died.
-        let (ours, theirs) = packet::pair().unwrap();
-        drop(theirs);
-        assert_eq!(answer(&ours).map(drop), Err(Errno::IO));
+        assert!(mounts.count("a").is_ok() && mounts.making().is_empty());
     }
 }

@@ -147,7 +147,12 @@ impl Device {
         }
     }
 
-    /// The same, for good.
+    /// Gives away the disks that are mounted still.
+    pub fn leave_mounts(&mut self) -> impl Iterator<Item = Disk> + use<> {
+        std::mem::take(&mut self.mounted).into_iter().map(|hidden| hidden.disk)
+    }
+
+    /// Takes away what was lent, for good.
     pub fn end_mounts(&mut self, when: Stop, room: Room<'_>) {
         for Hidden { part, disk } in std::mem::take(&mut self.mounted) {
             if let Err(disk) = room.remove(disk, when) {
@@ -179,6 +184,11 @@ impl Pool {
         }
         self.reaper.wake();
         made
+    }
+
+    /// Whether this is the number of a device of the pool, or of a partition of one.
+    pub fn has(&self, rdev: u64) -> bool {
+        self.find_with_parts(rdev).is_some()
     }
 
     /// Whether nothing is mounted by the kernel any more, after a wait for that.

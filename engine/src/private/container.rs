@@ -33,6 +33,8 @@ pub struct Guest {
     pub namespace: Option<OwnedFd>,
     /// Devices that it may use, if fewer than the pool has.
     pub max: Option<u32>,
+    /// File systems that the kernel may mount for it, if fewer than the pool allows.
+    pub mounts: Option<Vec<String>>,
 }
 
 /// Who uses a pool.
@@ -178,7 +180,7 @@ mod tests {
     fn guest(id: &str) -> (Guest, std::io::PipeWriter) {
         let (reader, writer) = std::io::pipe().unwrap();
         let namespace = Some(std::fs::File::open("/proc/self/ns/user").unwrap().into());
-        (Guest { id: id.to_owned(), listener: reader.into(), namespace, max: None }, writer)
+        (Guest { id: id.to_owned(), listener: reader.into(), namespace, max: None, mounts: None }, writer)
     }
 
     fn enters(guests: &mut Guests, guest: &mut Guest) -> Option<bool> {

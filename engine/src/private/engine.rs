@@ -4,11 +4,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::attached::{Attached, Table};
 use super::container::HELD_MAX;
 use super::{Asked, Caller, Events, Guest, Outcome, Room, Source};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Engine;
-use crate::intercept::{AT_ONCE, Administrators, DEADLINE, Mounter, Namespace, Options, Supervisor, mounts};
+use crate::intercept::{
+    AT_ONCE, Administrators, DEADLINE, Mounter, Mounts, Namespace, Options, Supervisor, mounts,
+};
 use crate::kernel_mounts::{FileSystem, KernelMounts, Wanted, policy};
 use crate::loopfs::Directory;
 use crate::loops::{Answer, Entry, Errno, Pool, PoolSpec, Quotas, Watcher};
@@ -63,6 +66,7 @@ impl Source for Served {
             mounter: OnceLock::new(),
             kernel: self.kernel.clone(),
             allowed: OnceLock::new(),
+            attached: Arc::default(),
         };
         Ok((Arc::new(made), mount))
     }
@@ -75,6 +79,7 @@ struct Made {
     mounter: OnceLock<Arc<Mounter>>,
     kernel: Option<Arc<KernelMounts>>,
     allowed: OnceLock<Vec<&'static FileSystem>>,
+    attached: Arc<Table>,
 }
 
 /// Mounts by the kernel for one tenant.
@@ -83,6 +88,8 @@ struct ByKernel {
     kernel: Arc<KernelMounts>,
     allowed: Vec<&'static FileSystem>,
     namespace: OwnedFd,
+    /// Of one user, whatever pools.
+    whose: String,
 }
 
 impl mounts::Kernel for ByKernel {
@@ -93,7 +100,7 @@ impl mounts::Kernel for ByKernel {
             flags: asked.flags,
             data: &asked.data,
             namespace: Some(self.namespace.as_fd()),
-            user: self.pool.spec().uid,
+            whose: &self.whose,
         };
         self.pool.lend(device, |lent| self.kernel.make(lent, wanted, waits))
     }
@@ -107,18 +114,25 @@ impl Room for Made {
         if let Some(mounter) = &mounter {
             self.mounter.get_or_init(|| Arc::clone(mounter));
         }
-        self.serve(listener, Options { mounter, ..self.options(administrators) })
+        let mounts = mounter.map(|mounter| mounter as Arc<dyn Mounts>);
+        self.serve(listener, Options { mounts, ..self.options(administrators) })
     }
 
     fn admit(&self, guest: Guest) -> Result<()> {
-        let Guest { listener, namespace, max, .. } = guest;
+        let Guest { listener, namespace, max, mounts, .. } = guest;
         let namespace =
             namespace.ok_or_else(|| Error::new(Kind::Internal, "a container without a namespace"))?;
-        let administrators = Administrators::root(examine(namespace)?);
-        self.serve(listener, Options { first: max, ..self.options(administrators) })
+        let its = examine(&namespace)?;
+        let mounts = self.for_container(mounts, namespace, its)?;
+        let administrators = Administrators::root(its);
+        self.serve(listener, Options { first: max, mounts, ..self.options(administrators) })
     }
 
     fn reset(&self) {
+        self.attached.clear();
+        if self.mounts_by_kernel() && !self.pool.wait_for_unmounts(MOUNTER_MAX) {
+            tracing::warn!("something of private pool {} is still mounted", self.pool.spec().name);
+        }
         self.pool.reset(HELD_MAX);
     }
 
@@ -128,6 +142,10 @@ impl Room for Made {
 
     fn allow_kernel_mounts(&self, kinds: Vec<&'static FileSystem>) {
         self.allowed.get_or_init(|| kinds);
+    }
+
+    fn kernel_mounts(&self) -> Vec<&'static FileSystem> {
+        self.allowed.get().cloned().unwrap_or_default()
     }
 
     fn entries(&self) -> Vec<Entry> {
@@ -152,8 +170,11 @@ impl Room for Made {
             tracing::warn!("programs of FUSE on private pool {} did not end in time", self.pool.spec().name);
         }
         // And so does the kernel, when the mounts of those who are gone go.
-        let mounts = self.allowed.get().is_some_and(|kinds| !kinds.is_empty());
-        if force && mounts && !self.pool.wait_for_unmounts(until.saturating_duration_since(Instant::now())) {
+        self.attached.clear();
+        if force
+            && self.mounts_by_kernel()
+            && !self.pool.wait_for_unmounts(until.saturating_duration_since(Instant::now()))
+        {
             tracing::warn!("private pool {} ends while the kernel has mounted of it", self.pool.spec().name);
         }
         self.pool.end(force);
@@ -164,7 +185,32 @@ impl Made {
     fn by_kernel(&self, namespace: OwnedFd) -> Option<Box<dyn mounts::Kernel>> {
         let allowed = self.allowed.get().filter(|allowed| !allowed.is_empty())?.clone();
         let (pool, kernel) = (Arc::clone(&self.pool), Arc::clone(self.kernel.as_ref()?));
-        Some(Box::new(ByKernel { pool, kernel, allowed, namespace }))
+        let whose = format!("user {}", pool.spec().uid);
+        Some(Box::new(ByKernel { pool, kernel, allowed, namespace, whose }))
+    }
+
+    /// What mounts for a process of a container, which may have asked for fewer file systems.
+    fn for_container(
+        &self,
+        asked: Option<Vec<String>>,
+        namespace: OwnedFd,
+        its: Namespace,
+    ) -> Result<Option<Arc<dyn Mounts>>> {
+        let mut allowed = self.kernel_mounts();
+        if let Some(asked) = asked {
+            let asked = asked.iter().map(|name| policy::named(name)).collect::<Result<Vec<_>>>()?;
+            allowed.retain(|kind| asked.contains(kind));
+        }
+        let Some(kernel) = self.kernel.as_ref().filter(|_| !allowed.is_empty()) else { return Ok(None) };
+        let own = std::fs::File::open("/proc/self/ns/user").map_err(cannot_examine)?;
+        // Owners are as they are where the host's are.
+        let namespace = (examine(own)? != its).then_some(namespace);
+        let (pool, kernel, table) = (Arc::clone(&self.pool), Arc::clone(kernel), Arc::clone(&self.attached));
+        Ok(Some(Arc::new(Attached { pool, kernel, allowed, namespace, table })))
+    }
+
+    fn mounts_by_kernel(&self) -> bool {
+        self.allowed.get().is_some_and(|kinds| !kinds.is_empty())
     }
 
     fn options(&self, administrators: Administrators) -> Options {
@@ -174,7 +220,7 @@ impl Made {
             is_control: Box::new(move |device, inode, _| directory.is_control(device, inode)),
             administrators,
             first: None,
-            mounter: None,
+            mounts: None,
             at_once: AT_ONCE,
             deadline: DEADLINE,
             // The registry watches the listener too, and sees to all of the tenant.
@@ -192,7 +238,11 @@ impl Made {
 }
 
 fn examine(namespace: impl AsFd) -> Result<Namespace> {
-    Namespace::of_file(namespace).map_err(|error| Error::os(error, "cannot examine a user namespace"))
+    Namespace::of_file(namespace).map_err(cannot_examine)
+}
+
+fn cannot_examine(error: std::io::Error) -> Error {
+    Error::os(error, "cannot examine a user namespace")
 }
 
 struct Told(Events);

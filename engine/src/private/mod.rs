@@ -16,6 +16,7 @@
 //! It is listed, and counts, until no device of it is left. Names are the daemon's; those of plain
 //! users begin with the user's number, so that nobody can take another's.
 
+mod attached;
 mod container;
 mod engine;
 pub mod limits;
@@ -85,7 +86,11 @@ pub trait Room: Send + Sync {
     fn supervise(&self, listener: OwnedFd, namespace: OwnedFd, mounter: Option<OwnedFd>) -> Result<()>;
     /// From now on the kernel may mount these file systems for who is served; before it is.
     fn allow_kernel_mounts(&self, _kinds: Vec<&'static FileSystem>) {}
-    /// The same for a process of a container, as often as the container has processes with a filter.
+    /// These file systems.
+    fn kernel_mounts(&self) -> Vec<&'static FileSystem> {
+        Vec::new()
+    }
+    /// The same as `supervise` for a process of a container, as often as the container has processes with a filter.
     fn admit(&self, guest: Guest) -> Result<()>;
     /// Unbinds everything, for the next container.
     fn reset(&self);
@@ -310,12 +315,14 @@ impl Registry {
         drop(state);
         let info = |(spec, room, supervised, ending): (PoolSpec, Option<Arc<dyn Room>>, bool, bool)| {
             let device_numbers = room.as_ref().map(|room| room.device_numbers()).unwrap_or_default();
+            let kinds = room.as_ref().map(|room| room.kernel_mounts()).unwrap_or_default();
+            let kernel_mounts = kinds.iter().map(|kind| kind.name.to_owned()).collect();
             let entries = room.map(|room| room.entries()).unwrap_or_default();
             let bound = entries.iter().filter(|entry| entry.bound.is_some()).count();
             let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
             let (devices, bound) = (count(entries.len()), count(bound));
             let PoolSpec { name, uid, max, .. } = spec;
-            PoolInfo { name, uid, max, devices, bound, supervised, device_numbers, ending }
+            PoolInfo { name, uid, max, devices, bound, supervised, device_numbers, kernel_mounts, ending }
         };
         rooms.into_iter().map(info).collect()
     }

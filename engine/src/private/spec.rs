@@ -56,6 +56,8 @@ pub struct PoolInfo {
     pub supervised: bool,
     /// Device numbers that its disks have, if it was made for containers.
     pub device_numbers: Vec<u64>,
+    /// File systems that the kernel mounts for who is served.
+    pub kernel_mounts: Vec<String>,
     /// Whether it takes nothing more, and ends with the last use of its devices.
     pub ending: bool,
 }

@@ -1,9 +1,13 @@
-//! Children that are copies of this process.
+//! Children that are copies of this process; and where another process is.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rustix::process::Pid;
+
+/// Where a process is: its root directory, its working directory, its mount namespace.
+pub type Place = [OwnedFd; 3];
 
 /// That this process has one thread. Whoever has it starts no other.
 #[derive(Debug)]

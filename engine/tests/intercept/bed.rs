@@ -60,7 +60,7 @@ impl Bed {
             is_control: Box::new(move |_, inode, _| inode == control),
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
             first: None,
-            mounter: None,
+            mounts: None,
             at_once: AT_ONCE,
             deadline,
             on_end: Box::new(move || _ = tell.send(())),

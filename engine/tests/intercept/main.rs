@@ -152,7 +152,7 @@ fn no_listener() {
             is_control: Box::new(|_, _, _| false),
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
             first: None,
-            mounter: None,
+            mounts: None,
             at_once: AT_ONCE,
             deadline: Duration::from_secs(1),
             on_end: Box::new(|| panic!("never began")),

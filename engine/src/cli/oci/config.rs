@@ -42,7 +42,7 @@ impl Config {
             base: None,
             listener: self.listener,
             metadata: Some(format!("pool={}", place.name)),
-            mount: false,
+            mount: place.mounting,
             wait_killable: self.wait_killable,
         };
         // A container that had no profile has one now that forbids nothing else.

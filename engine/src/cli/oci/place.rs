@@ -19,6 +19,8 @@ pub(super) struct Place {
     pub name: String,
     /// Devices.
     pub max: u32,
+    /// The kernel mounts for its containers.
+    pub mounting: bool,
     /// Device numbers of the pool's disks, major and minor.
     pub numbers: Vec<(u32, u32)>,
     /// What is bound: from, to, and with which options.
@@ -66,6 +68,7 @@ impl Place {
         Ok(Place {
             name: pool.name.clone(),
             max: pool.max,
+            mounting: !pool.kernel_mounts.is_empty(),
             numbers: pool.device_numbers.iter().map(|rdev| (major(*rdev), minor(*rdev))).collect(),
             mounts: mounts.collect::<Result<_>>()?,
             program: text(program)?,
@@ -103,6 +106,7 @@ pub(super) mod tests {
             bound: 0,
             supervised: false,
             device_numbers: vec![rustix::fs::makedev(259, 7), rustix::fs::makedev(259, 300)],
+            kernel_mounts: Vec::new(),
             ending: false,
         }
     }

@@ -26,6 +26,10 @@ const OTHER_KINDS: [u32; 7] =
     [0, libc::S_IFREG, libc::S_IFCHR, libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFDIR, libc::S_IFLNK];
 /// Calls that make nodes, and which argument is the mode.
 const MAKE_NODES: [(&str, u32); 2] = [("mknod", 1), ("mknodat", 2)];
+/// Calls that mount, and that are answered.
+const MOUNT: [&str; 2] = ["mount", "umount2"];
+/// Newer ones in their place: without them programs take the above.
+const MOUNT_ANEW: [&str; 4] = ["fsopen", "fsconfig", "fsmount", "fspick"];
 
 /// Print a seccomp profile that has loop ioctls answered by loopengine.
 ///
@@ -45,7 +49,8 @@ pub(in crate::cli) struct Profile {
     #[arg(long, value_name = "TEXT")]
     pub(super) metadata: Option<String>,
 
-    /// Have mount answered, too.
+    /// Have mount and umount2 answered, too: the kernel mounts for a container without the capability, of
+    /// its pool, if that was made with 'instance mount --mount'.
     #[arg(long)]
     pub(super) mount: bool,
 
@@ -113,7 +118,8 @@ impl Profile {
             kept.push(json!({ "names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EPERM, "args": [block] }));
         }
         if self.mount {
-            kept.push(json!({ "names": ["mount"], "action": "SCMP_ACT_NOTIFY" }));
+            kept.push(json!({ "names": MOUNT, "action": "SCMP_ACT_NOTIFY" }));
+            kept.push(json!({ "names": MOUNT_ANEW, "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }));
         }
         *rules = kept;
         Ok(whole)
@@ -132,7 +138,8 @@ impl Profile {
         };
         let before = names.len();
         let is_ours = |name: &Value| name == "ioctl" || MAKE_NODES.iter().any(|(call, _)| name == call);
-        names.retain(|name| !(unconditional && is_ours(name) || self.mount && name == "mount"));
+        let is_mount = |name: &Value| MOUNT.iter().chain(&MOUNT_ANEW).any(|call| name == call);
+        names.retain(|name| !(unconditional && is_ours(name) || self.mount && is_mount(name)));
         if names.len() == before {
             return Some(vec![Value::Object(rule)]);
         }
@@ -257,9 +264,11 @@ mod tests {
         assert_eq!(profile["listenerPath"], PATH);
         assert_eq!(profile["listenerMetadata"], "pool=ci");
         assert_eq!(profile["defaultAction"], "SCMP_ACT_ALLOW");
-        let mount = json!({ "names": ["mount"], "action": "SCMP_ACT_NOTIFY" });
+        let mount = json!({ "names": ["mount", "umount2"], "action": "SCMP_ACT_NOTIFY" });
+        let anew = json!({ "names": ["fsopen", "fsconfig", "fsmount", "fspick"], "action": "SCMP_ACT_ERRNO",
+            "errnoRet": 38 });
         let [mknod, mknodat] = no_nodes();
-        assert_eq!(profile["syscalls"], json!([ours(), mknod, mknodat, mount]));
+        assert_eq!(profile["syscalls"], json!([ours(), mknod, mknodat, mount, anew]));
     }
 
     #[test]
@@ -301,7 +310,10 @@ mod tests {
         let profile = profile.profile(Some(config), PATH).unwrap();
         assert_eq!(profile["process"]["args"][0], "sh");
         let seccomp = &profile["linux"]["seccomp"];
-        assert_eq!(seccomp["syscalls"][3]["names"], json!(["umount2"]));
+        let rules = seccomp["syscalls"].as_array().unwrap();
+        let mount =
+            |rule: &&Value| rule["names"].as_array().is_some_and(|names| names.contains(&json!("umount2")));
+        assert_eq!(rules.iter().filter(mount).count(), 1, "the base's is gone");
         assert_eq!(seccomp["flags"].as_array().unwrap().len(), 2);
     }
 

@@ -7,7 +7,7 @@
 //! process that mounts (`mounter`), which ends with the pool.
 
 mod dev;
-pub(super) mod maker;
+pub(super) mod mount_processes;
 pub(super) mod mounter;
 mod sysfs;
 mod userns;
@@ -81,7 +81,8 @@ pub(super) fn parse_fuse(text: &str) -> std::result::Result<(String, String), St
     }
 }
 
-fn parse_file_system(name: &str) -> std::result::Result<String, String> {
+/// A name of a file system.
+pub(super) fn parse_file_system(name: &str) -> std::result::Result<String, String> {
     is_file_system(name).then(|| name.to_owned()).ok_or_else(|| "write it like ext4,xfs".to_owned())
 }
 

@@ -13,6 +13,8 @@ impl Device {
         }
         self.reap(room);
         if by_force {
+            let mounted = self.leave_mounts();
+            self.leaving.extend(mounted.map(|disk| (disk, None)));
             if self.binding.is_some() {
                 match room.make(512) {
                     Ok(disk) => self.give_way_to(disk),
