@@ -9,6 +9,7 @@ mod geometry;
 mod many;
 mod private_binding;
 mod private_bundle;
+mod private_container_mounts;
 mod private_containers;
 mod private_driver;
 mod private_figures;
@@ -66,6 +67,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_users::cases(),
         private_socket::cases(),
         private_containers::cases(),
+        private_container_mounts::cases(),
         private_hung::cases(),
         private_images::cases(),
         private_isolation::cases(),

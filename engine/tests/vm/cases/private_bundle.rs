@@ -17,7 +17,8 @@ use crate::tools::{self, Done, Running};
 pub(super) const CONTAINER: Duration = Duration::from_secs(100);
 /// Until devices of a container that is gone are unbound: a second, on a machine that has time.
 pub(super) const UNBOUND: Duration = Duration::from_secs(10);
-const PROGRAMS: &str = "bash busybox losetup mkfs.ext4 blkid blockdev truncate stat mknod";
+const PROGRAMS: &str = "bash busybox losetup mount umount findmnt mkfs.ext4 mkfs.xfs e2fsck xfs_repair blkid blockdev \
+     truncate stat mknod";
 
 /// What a container is made of.
 pub(super) struct Bundle<'a> {
@@ -54,7 +55,7 @@ fn root() -> Res<String> {
                 &format!(
                     "mkdir -p {root}/bin {root}/lib {root}/lib64 {root}/work {root}/proc {root}/sys {root}/dev {root}/tmp
                     for name in {PROGRAMS}; do cp -L $(command -v $name) {root}/bin/; done
-                    for name in dd cat head tail tr sleep sort seq rm ls mkdir id umount mount grep readlink; do ln -s busybox {root}/bin/$name; done
+                    for name in dd cat head tail tr sleep sort seq rm ls mkdir id grep readlink touch ln cp chmod; do ln -s busybox {root}/bin/$name; done
                     for file in {root}/bin/*; do ldd $file 2>/dev/null || :; done |
                         sed -n 's,.*[ \\t]\\(/[^ ]*\\.so[^ ]*\\) (.*,\\1,p' | sort -u | xargs cp -L -t {root}/lib
                     cp -L /lib64/ld-linux-x86-64.so.2 {root}/lib64/"
@@ -193,9 +194,20 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32) -> Res<Pool> {
+        Pool::with(ctx, daemon, name, max, &[])
+    }
+
+    /// One whose containers may have these file systems mounted by the kernel.
+    pub(super) fn mounting(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32, mounts: &str) -> Res<Pool> {
+        Pool::with(ctx, daemon, name, max, &["--mount", mounts])
+    }
+
+    fn with(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32, more: &[&str]) -> Res<Pool> {
         let dir = ctx.path(&format!("pool-{name}"));
         std::fs::create_dir(&dir).at(&dir)?;
-        daemon.ok(&["instance", "mount", "--container", "--name", name, "--max", &max.to_string(), &dir])?;
+        let max = max.to_string();
+        let words = ["instance", "mount", "--container", "--name", name, "--max", &max, &dir];
+        daemon.ok(&[&words, more].concat())?;
         Ok(Pool { dir })
     }
 
