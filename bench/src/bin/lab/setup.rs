@@ -18,7 +18,7 @@ use crate::cache;
 type Package = (&'static str, &'static str);
 
 /// What a VM needs.
-const PACKAGES: [Package; 17] = [
+const PACKAGES: [Package; 18] = [
     ("qemu-system-x86", "the VM"),
     ("busybox-static", "its first program"),
     ("cpio", "its first file system"),
@@ -36,16 +36,16 @@ const PACKAGES: [Package; 17] = [
     ("libclang-dev", "building libublk"),
     ("python3-venv", "virtme-ng"),
     ("systemd-container", "systemd-nspawn, with private loop devices"),
+    ("crun", "containers with private loop devices"),
 ];
 
 /// What the tests and the bench need besides; a demo does without.
-const MORE_PACKAGES: [Package; 8] = [
+const MORE_PACKAGES: [Package; 7] = [
     ("fuse3", "file systems in user space"),
     ("fuse2fs", "ext4 without the kernel's"),
     ("squashfuse", "squashfs without the kernel's"),
     ("squashfs-tools", "images of squashfs"),
-    ("crun", "containers with private loop devices"),
-    ("runc", "the same by another runtime"),
+    ("runc", "containers by another runtime"),
     ("qemu-utils", "qemu-nbd, to compare with"),
     ("chromium", "reports are looked at in a browser"),
 ];

@@ -1,47 +1,76 @@
-//! The part of the demo about private loop devices: two tenants at a time, each with a /dev/loop0 of
-//! its own, used by the system's unmodified losetup and mount.
+//! The part of the demo about private loop devices: two containers at a time, each with a /dev/loop0 of its
+//! own, used by the system's unmodified losetup and mount, with the capabilities that runtimes give.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 
 use loopbench::daemon::Daemon;
 use loopbench::sh;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Arguments: image, directory, a word to write into the image. Says which device it has, and goes on
-/// when it is told to.
+/// Run in a container, with a word to write into the image. Says which device it has, and goes on when
+/// it is told to.
 const SCRIPT: &str = r#"set -e
-mount -o loop "$1" "$2"
-echo "$3" >"$2/name"
+cd /work
+mount -o loop disk.img mnt
+echo "$1" >mnt/name
 losetup --noheadings --output NAME,BACK-FILE
 read -r _
-cat "$2/name"
-umount "$2""#;
+cat mnt/name
+umount mnt"#;
 
-/// A command under `loopengine run`.
+/// Names in the root directory of a system whose programs all lie in /usr.
+const INTO_USR: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
+
+/// A container.
 struct Tenant {
     child: Child,
     said: BufReader<ChildStdout>,
+    /// Where its pool is mounted.
+    pool: PathBuf,
 }
 
 impl Tenant {
-    fn start(daemon: &Daemon, image: &Path, directory: &Path, word: &str) -> Result<Tenant> {
-        let mut command = daemon.command(&["run", "--max", "2", "--", "sh", "-c", SCRIPT, "tenant"]);
-        command.arg(image).arg(directory).arg(word);
+    /// Makes a pool, and starts a container with it that has the directory `home` at /work.
+    fn start(daemon: &Daemon, runtime: &Path, home: &Path, word: &str) -> Result<Tenant> {
+        let [pool, bundle, root] = ["pool", "bundle", "bundle/root"].map(|name| home.join(name));
+        for dir in [&pool, &bundle, &root, &home.join("mnt")] {
+            std::fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        for name in INTO_USR {
+            std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name))?;
+        }
+        let words = ["instance", "mount", "--container", "--name", word, "--max", "2", "--mount", "ext4"];
+        sh::capture(daemon.command(&words).arg(&pool), LIMIT)?;
+        sh::capture(Command::new(runtime).arg("spec").current_dir(&bundle), LIMIT)?;
+        let file = bundle.join("config.json");
+        let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = json!(["sh", "-c", SCRIPT, "sh", word]);
+        config["root"] = json!({ "path": "root" });
+        let mounts = config["mounts"].as_array_mut().context("the runtime's config.json has no mounts")?;
+        let bind = |from: &Path, to: &str, how: &str| json!({ "destination": to, "type": "bind", "source": from, "options": ["rbind", how] });
+        mounts.extend([bind(Path::new("/usr"), "/usr", "ro"), bind(home, "/work", "rw")]);
+        std::fs::write(&file, config.to_string())?;
+        let with = sh::capture(daemon.command(&["oci", "print-config", "--pool", word]).arg(&file), LIMIT)?;
+        std::fs::write(&file, with)?;
+        let mut command = Command::new(runtime);
+        command.arg("--root").arg(home.join("state")).args(["run", "--bundle"]).arg(&bundle).arg(word);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let said = BufReader::new(child.stdout.take().context("no standard output")?);
-        Ok(Tenant { child, said })
+        Ok(Tenant { child, said, pool })
     }
 
     fn line(&mut self) -> Result<String> {
         let mut line = String::new();
         if self.said.read_line(&mut line)? == 0 {
-            bail!("a tenant ended early with {}", self.child.wait()?);
+            bail!("a container ended early with {}", self.child.wait()?);
         }
         Ok(line.trim().to_owned())
     }
@@ -50,36 +79,44 @@ impl Tenant {
         let mut stdin = self.child.stdin.take().context("no standard input")?;
         stdin.write_all(b"\n")?;
         let word = self.line()?;
-        sh::ended(&mut self.child, "a tenant", LIMIT)?;
+        sh::ended(&mut self.child, "a container", LIMIT)?;
         Ok(word)
+    }
+}
+
+impl Drop for Tenant {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = sh::capture(Command::new("umount").args(["-R", "-l"]).arg(&self.pool), LIMIT);
     }
 }
 
 /// Two of them beside each other. Their images lie in `place`.
 pub(crate) fn show(daemon: &Daemon, place: &Path, say: impl Fn(&str)) -> Result<()> {
-    let directory = place.join("mnt");
-    std::fs::create_dir(&directory)?;
+    let Some(runtime) = ["crun", "runc"].iter().find_map(|name| sh::which(name).ok()) else {
+        say("skipped: containers need a runtime (crun or runc)");
+        return Ok(());
+    };
     let words = ["apple", "pear"];
     let mut tenants = Vec::new();
     for word in words {
-        let image = place.join(format!("{word}.img"));
+        let home = place.join(word);
+        std::fs::create_dir(&home)?;
+        let image = home.join("disk.img");
         sh::capture(daemon.command(&["create"]).arg(&image).args(["--size", "32M"]), LIMIT)?;
         sh::capture(Command::new(sh::which("mkfs.ext4")?).arg("-q").arg(&image), LIMIT)?;
-        let mut tenant = Tenant::start(daemon, &image, &directory, word)?;
+        let mut tenant = Tenant::start(daemon, &runtime, &home, word)?;
         let line = tenant.line()?;
-        let expected = image.display().to_string();
-        ensure!(line.starts_with("/dev/loop0 ") && line.ends_with(&expected), "a tenant has {line:?}");
-        say(&format!(
-            "'mount -o loop' in a tenant: {}",
-            line.split_whitespace().collect::<Vec<_>>().join(" is ")
-        ));
+        let has: Vec<_> = line.split_whitespace().collect();
+        ensure!(has == ["/dev/loop0", "/work/disk.img"], "a container has {line:?}");
+        say(&format!("'mount -o loop' in container {word}: /dev/loop0 is its disk.img"));
         tenants.push((tenant, word));
     }
     for (tenant, word) in tenants {
         let read = tenant.end()?;
         ensure!(read == word, "read {read:?} instead of {word:?}");
     }
-    std::fs::remove_dir(&directory)?;
     say("both had /dev/loop0 at the same time, read back their own bytes, and are gone");
     Ok(())
 }

@@ -216,7 +216,7 @@ impl Pool {
         tools::ok(&["umount", "-R", &self.dir])?;
         let gone = tools::until(UNBOUND, || daemon.ublk_ids().is_empty().then_some(()));
         ensure!(gone.is_some(), "devices left of a pool that was unmounted: {:?}", daemon.ublk_ids());
-        Ok(())
+        std::fs::remove_dir(&self.dir).at(&self.dir)
     }
 }
 
