@@ -145,7 +145,7 @@ impl FakePool {
         let mut entries = self.entries.lock().unwrap();
         entries.retain(|known| known.number != entry.number);
         entries.push(entry.clone());
-        self.events.changed(entry.number, Some(&entry));
+        self.events.changed(entry.number, || Some(entry));
     }
 }
 
@@ -320,7 +320,7 @@ fn names_follow_the_pool() {
             assert_eq!(next(), want);
         }
         pool.put(entry(1));
-        pool.events.changed(0, None);
+        pool.events.changed(0, || None);
         writeln!(go).unwrap();
         assert_eq!([next(), next()], ["/dev/loop1", "/sys/class/block/loop1"]);
         assert!(child.wait().unwrap().success());
