@@ -55,6 +55,9 @@ _loopengine() {
             loopengine,mount)
                 cmd="loopengine__subcmd__mount"
                 ;;
+            loopengine,mount-attacher)
+                cmd="loopengine__subcmd__mount__subcmd__attacher"
+                ;;
             loopengine,mount-maker)
                 cmd="loopengine__subcmd__mount__subcmd__maker"
                 ;;
@@ -117,6 +120,9 @@ _loopengine() {
                 ;;
             loopengine__subcmd__help,mount)
                 cmd="loopengine__subcmd__help__subcmd__mount"
+                ;;
+            loopengine__subcmd__help,mount-attacher)
+                cmd="loopengine__subcmd__help__subcmd__mount__subcmd__attacher"
                 ;;
             loopengine__subcmd__help,mount-maker)
                 cmd="loopengine__subcmd__help__subcmd__mount__subcmd__maker"
@@ -242,7 +248,7 @@ _loopengine() {
 
     case "${cmd}" in
         loopengine)
-            opts="-h -V --run-dir --help --version serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help"
+            opts="-h -V --run-dir --help --version serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -420,7 +426,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help)
-            opts="serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker limit features doctor install oci generate help"
+            opts="serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -672,6 +678,20 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help__subcmd__mount)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__help__subcmd__mount__subcmd__attacher)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1044,7 +1064,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__instance__subcmd__mount)
-            opts="-h -V --name --max --uid --gid --mode --container --run-dir --help --version"
+            opts="-h -V --name --max --uid --gid --mode --container --mount --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1067,6 +1087,10 @@ _loopengine() {
                     return 0
                     ;;
                 --mode)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --mount)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1274,6 +1298,24 @@ _loopengine() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__mount__subcmd__attacher)
+            opts="-h -V --run-dir --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 --run-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
