@@ -12,12 +12,14 @@
 //! - What kind of file it is and how it was opened are told by two files of /proc. Another thread may
 //!   change the table in between: both must have seen the same inode on the same mount, so whoever
 //!   cheats has opened this very node as he claims.
+//! - /proc/TID and the second of these files are kept open for the next call of the same thread. They
+//!   are the thread's, not its number's: once it is gone they tell nothing, whoever has the number now.
 
-use std::fs::File;
-use std::io::Read;
+use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
@@ -104,19 +106,67 @@ pub fn check_kernel() -> std::io::Result<()> {
     Ok(())
 }
 
+/// What is open of the thread that called last, if it is not being served.
+#[derive(Debug, Default)]
+pub struct Known(Mutex<Option<Proc>>);
+
+/// What is open of one thread.
+#[derive(Debug)]
+struct Proc {
+    tid: Pid,
+    /// /proc/TID.
+    directory: OwnedFd,
+    /// Opened for this call: nothing here can be of another thread that had the number before.
+    fresh: bool,
+    /// /proc/TID/fdinfo of this descriptor.
+    info: Option<(u32, OwnedFd)>,
+}
+
+impl Known {
+    fn lock(&self) -> MutexGuard<'_, Option<Proc>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The thread behind one notification.
 #[derive(Debug)]
 pub struct Thread<'a> {
     listener: &'a Listener,
     id: u64,
     tid: Pid,
+    known: &'a Known,
+    proc: RefCell<Option<Proc>>,
+}
+
+impl Drop for Thread<'_> {
+    fn drop(&mut self) {
+        if let Some(proc) = self.proc.take() {
+            *self.known.lock() = Some(Proc { fresh: false, ..proc });
+        }
+    }
 }
 
 impl<'a> Thread<'a> {
     /// None: a thread that this process cannot see.
-    pub fn new(listener: &'a Listener, id: u64, pid: u32) -> Option<Thread<'a>> {
+    pub fn new(listener: &'a Listener, id: u64, pid: u32, known: &'a Known) -> Option<Thread<'a>> {
         let tid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-        Some(Thread { listener, id, tid })
+        let proc = RefCell::new(known.lock().take_if(|proc| proc.tid == tid));
+        Some(Thread { listener, id, tid, known, proc })
+    }
+
+    /// Looks at the thread's part of /proc; where that fails because it was another's, anew.
+    fn look<T>(&self, mut at: impl FnMut(&mut Proc) -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+        let mut proc = self.proc.borrow_mut();
+        if let Some(proc) = &mut *proc {
+            let seen = at(proc);
+            if seen.is_ok() || proc.fresh {
+                return seen;
+            }
+        }
+        let path = format!("/proc/{}", self.tid.as_raw_nonzero());
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(path, flags, Mode::empty())?;
+        at(proc.insert(Proc { tid: self.tid, directory, fresh: true, info: None }))
     }
 
     /// Still waits for the answer.
@@ -141,9 +191,10 @@ impl<'a> Thread<'a> {
     }
 
     fn node(&self, fd: u32) -> rustix::io::Result<Node> {
-        let path = format!("/proc/{}/fd/{fd}", self.tid.as_raw_nonzero());
         let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
-        let stat = rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC, wanted)?;
+        let path = format!("fd/{fd}");
+        let stat =
+            self.look(|proc| rustix::fs::statx(&proc.directory, &*path, AtFlags::STATX_DONT_SYNC, wanted))?;
         Ok(Node {
             block: FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice,
             device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
@@ -158,8 +209,7 @@ impl<'a> Thread<'a> {
     fn opened(&self, fd: u32) -> Option<(OFlags, u64, u64)> {
         // These lines come first; behind them the driver may say what it likes.
         let mut bytes = [0; 512];
-        let path = format!("/proc/{}/fdinfo/{fd}", self.tid.as_raw_nonzero());
-        let len = File::open(path).and_then(|mut file| file.read(&mut bytes)).ok()?;
+        let len = self.look(|proc| proc.read_info(fd, &mut bytes)).ok()?;
         let text = String::from_utf8_lossy(&bytes[..len]);
         let value = |name| field(&text, name);
         let flags = u32::from_str_radix(value("flags")?, 8).ok()?;
@@ -193,7 +243,7 @@ impl<'a> Thread<'a> {
 
     /// Writes into its memory.
     pub fn write(&self, address: u64, from: &[u8]) -> Answer<()> {
-        let memory = remote::Writable::open(self.tid).map_err(|_| Errno::FAULT)?;
+        let memory = self.look(|proc| remote::Writable::open(&proc.directory)).map_err(|_| Errno::FAULT)?;
         self.check()?;
         memory.write(address, from).map_err(|_| Errno::FAULT)
     }
@@ -226,6 +276,22 @@ impl<'a> Thread<'a> {
     fn check(&self) -> Answer<()> {
         // Whatever this errno, there is nobody to see it.
         if self.waits() { Ok(()) } else { Err(Errno::SRCH) }
+    }
+}
+
+impl Proc {
+    /// What the kernel says about a descriptor at this moment, whenever the file was opened.
+    fn read_info(&mut self, fd: u32, into: &mut [u8]) -> rustix::io::Result<usize> {
+        let info = match self.info.take() {
+            Some((known, info)) if known == fd => info,
+            _ => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                rustix::fs::openat(&self.directory, format!("fdinfo/{fd}"), flags, Mode::empty())?
+            }
+        };
+        let len = rustix::io::pread(&info, into, 0)?;
+        self.info = Some((fd, info));
+        Ok(len)
     }
 }
 

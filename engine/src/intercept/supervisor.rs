@@ -3,10 +3,12 @@
 //! Knows how many calls are served at a time, how long one may take, and when it is over. Does not
 //! know what a call means (`calls`).
 //!
-//! One thread leads: it alone receives, and then serves what it received while another leads. So
-//! there is one thread more than calls are served at a time, and there is always one that sees the
-//! end, a deadline and [`Supervisor::stop`], however many calls hang. With nothing to do there are
-//! one or two threads. Calls beyond the limit wait in the kernel, where a signal reaches them.
+//! One thread leads: it alone receives, and serves what it received. A second watches it while there is
+//! anything to serve, and leads in its place once a call takes longer than [`LEAD`]: so short calls cost
+//! no change of threads, and there is always one that sees the end, a deadline and
+//! [`Supervisor::stop`], however many calls hang. There is one thread more than calls are served at a
+//! time; with nothing to do there are one or two. Calls beyond the limit wait in the kernel, where a
+//! signal reaches them.
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,6 +32,9 @@ pub const AT_ONCE: usize = 4;
 /// How long a call may take. Long, since flushing a large image may take long; its caller can be
 /// killed all the while.
 pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A call that takes up to twice as long may keep the others waiting.
+const LEAD: Duration = Duration::from_millis(2);
 
 /// How a listener is served.
 pub struct Options {
@@ -83,14 +88,27 @@ struct Busy {
     overdue: bool,
 }
 
+/// What the thread that leads does.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Lead {
+    /// None leads.
+    #[default]
+    Nobody,
+    /// Waits for a call.
+    Receives,
+    /// Serves the one with this id.
+    Serves(u64),
+}
+
 #[derive(Default)]
 struct State {
     busy: Vec<Busy>,
     threads: usize,
+    lead: Lead,
     /// Threads that wait to lead.
     idle: usize,
-    /// One leads.
-    led: bool,
+    /// One of them looks now and then whether the one that leads still serves the same call.
+    watched: bool,
     over: bool,
     on_end: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -104,8 +122,10 @@ struct Shared {
     deadline: Duration,
     /// Readable when the leader should look at the state again.
     wake: OwnedFd,
-    leader: Mutex<()>,
+    known: caller::Known,
     state: Mutex<State>,
+    /// The lead is free, there is something to watch, or it is over.
+    look: Condvar,
     ended: Condvar,
     counters: Counters,
 }
@@ -135,8 +155,9 @@ impl Supervisor {
             at_once: at_once.max(1),
             deadline,
             wake,
-            leader: Mutex::new(()),
+            known: caller::Known::default(),
             state: Mutex::new(State { on_end: Some(on_end), ..State::default() }),
+            look: Condvar::new(),
             ended: Condvar::new(),
             counters: Counters::default(),
         });
@@ -197,17 +218,18 @@ fn add_thread(shared: &Arc<Shared>) -> std::io::Result<()> {
 }
 
 fn run(shared: &Arc<Shared>) {
-    while let Some(note) = shared.next() {
-        let more = {
-            let state = lock(&shared.state);
-            state.idle == 0 && state.threads <= shared.at_once
-        };
+    let mut leads = false;
+    while leads || shared.wait_to_lead() {
+        let Some(note) = shared.lead() else { break };
         // Without another thread this one leads again when it has served: slower, but not wrong.
-        if more && let Err(error) = add_thread(shared) {
+        if !shared.is_watched()
+            && let Err(error) = add_thread(shared)
+        {
             tracing::warn!(pool = shared.name, %error, "calls are served one by one");
         }
         shared.serve(&note);
-        if shared.done(&note) {
+        leads = shared.done(&note);
+        if !leads && lock(&shared.state).idle > 0 {
             break;
         }
     }
@@ -217,6 +239,7 @@ fn run(shared: &Arc<Shared>) {
 impl Shared {
     fn stop(&self) {
         lock(&self.state).over = true;
+        self.look.notify_all();
         self.wake();
     }
 
@@ -230,19 +253,40 @@ impl Shared {
         self.ended.notify_all();
     }
 
-    /// Waits to lead, and leads until there is a call to serve. None: it is over.
-    fn next(&self) -> Option<Notification> {
-        lock(&self.state).idle += 1;
-        let _leader = lock(&self.leader);
+    /// Waits until nobody leads, or the one that leads is busy for too long. Not so: it is over.
+    fn wait_to_lead(&self) -> bool {
         let mut state = lock(&self.state);
+        state.idle += 1;
+        let mut seen = Lead::Nobody;
+        while !state.over && state.lead != Lead::Nobody {
+            if let Lead::Serves(_) = state.lead {
+                if state.lead == seen {
+                    break;
+                }
+                seen = state.lead;
+                state.watched = true;
+                let waited = self.look.wait_timeout(state, LEAD);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                state.watched = false;
+            } else {
+                state = self.look.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
         state.idle -= 1;
-        state.led = true;
-        drop(state);
-        let note = self.lead();
-        lock(&self.state).led = false;
-        note
+        state.lead = Lead::Receives;
+        !state.over
     }
 
+    /// A thread watches this one while it serves; if not, there should be one more.
+    fn is_watched(&self) -> bool {
+        let state = lock(&self.state);
+        if !state.watched && state.idle > 0 {
+            self.look.notify_one();
+        }
+        state.idle > 0 || state.threads > self.at_once
+    }
+
+    /// Leads until there is a call to serve. None: it is over.
     fn lead(&self) -> Option<Notification> {
         loop {
             let (full, timeout) = self.look()?;
@@ -263,7 +307,10 @@ impl Shared {
                 match self.listener.receive() {
                     Ok(note) => {
                         let until = Instant::now() + self.deadline;
-                        lock(&self.state).busy.push(Busy { id: note.id, until, overdue: false });
+                        let mut state = lock(&self.state);
+                        state.busy.push(Busy { id: note.id, until, overdue: false });
+                        state.lead = Lead::Serves(note.id);
+                        drop(state);
                         self.counters.calls.fetch_add(1, Relaxed);
                         return Some(note);
                     }
@@ -281,18 +328,20 @@ impl Shared {
         }
     }
 
-    /// A call has been served. Does a thread wait to lead besides the one that leads or is about to,
-    /// so that this one may go?
+    /// A call has been served. Does this thread still lead?
     fn done(&self, note: &Notification) -> bool {
         let mut state = lock(&self.state);
         let was_full = state.busy.len() >= self.at_once;
         state.busy.retain(|busy| busy.id != note.id);
-        let spare = state.idle > usize::from(!state.led);
+        let leads = state.lead == Lead::Serves(note.id);
+        if leads {
+            state.lead = Lead::Receives;
+        }
         drop(state);
-        if was_full {
+        if was_full && !leads {
             self.wake();
         }
-        spare
+        leads
     }
 
     /// Fails what is overdue. Are as many calls served as may be, and when is the next overdue?
@@ -329,6 +378,7 @@ impl Shared {
         state.over = true;
         let on_end = state.on_end.take();
         drop(state);
+        self.look.notify_all();
         if let Some(on_end) = on_end
             && catch_unwind(AssertUnwindSafe(on_end)).is_err()
         {
@@ -358,7 +408,7 @@ impl Shared {
 
     /// Nothing of a call that is not known has been looked at: it may pass.
     fn verdict(&self, note: &Notification) -> Verdict {
-        let Some(thread) = Thread::new(&self.listener, note.id, note.pid) else {
+        let Some(thread) = Thread::new(&self.listener, note.id, note.pid, &self.known) else {
             return Verdict::Pass;
         };
         match filter::decode(note.data.arch, note.data.nr) {

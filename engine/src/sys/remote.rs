@@ -6,9 +6,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::process::Pid;
 
 /// linux/fs.h, Linux 6.11: `_IOWR('f', 17, struct procmap_query)`.
@@ -55,11 +56,11 @@ pub struct Writable {
 }
 
 impl Writable {
-    /// Opens it.
-    pub fn open(tid: Pid) -> io::Result<Writable> {
-        let tid = tid.as_raw_nonzero();
-        let memory = File::options().write(true).open(format!("/proc/{tid}/mem"))?;
-        Ok(Writable { memory, maps: File::open(format!("/proc/{tid}/maps"))? })
+    /// Opens that of the thread whose directory of /proc this is.
+    pub fn open(directory: impl AsFd) -> rustix::io::Result<Writable> {
+        let open = |name, flags| openat(&directory, name, flags | OFlags::CLOEXEC, Mode::empty());
+        let memory = open("mem", OFlags::WRONLY)?.into();
+        Ok(Writable { memory, maps: open("maps", OFlags::RDONLY)?.into() })
     }
 
     /// Writes all of `from`. Fails where the thread itself could not write.
@@ -106,6 +107,10 @@ mod tests {
         rustix::thread::gettid()
     }
 
+    fn my_memory() -> Writable {
+        Writable::open(File::open("/proc/thread-self").unwrap()).unwrap()
+    }
+
     #[test]
     fn memory_of_a_thread_is_copied_both_ways() {
         let there = [7_u8; 300];
@@ -116,14 +121,14 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
         let target = vec![0_u8; 300];
-        Writable::open(me()).unwrap().write(target.as_ptr().addr() as u64, &here).unwrap();
+        my_memory().write(target.as_ptr().addr() as u64, &here).unwrap();
         assert_eq!(std::hint::black_box(target), there);
     }
 
     #[test]
     fn what_the_thread_may_not_touch_is_a_fault() {
         static CONSTANT: [u8; 64] = [3; 64];
-        let writable = Writable::open(me()).unwrap();
+        let writable = my_memory();
         let errno = |done: io::Result<()>| done.unwrap_err().raw_os_error();
         for address in [0, 1, u64::MAX, u64::MAX - 100, 1 << 63, 0xffff_8000_0000_0000] {
             assert_eq!(errno(read(me(), address, &mut [0; 64])), Some(libc::EFAULT), "{address:x}");
