@@ -59,10 +59,13 @@ enum Cases {
     Private,
     /// The others.
     Others,
+    /// The one whose aim is a number of instructions, where they are counted.
+    Counted,
 }
 
 /// What the names of cases of private loop devices begin with.
 const PRIVATE: &str = "private";
+const COUNTED: &str = "private::figures::calls";
 
 impl Cases {
     /// Words for the program of the kernel cases.
@@ -72,8 +75,13 @@ impl Cases {
             Cases::All => words.extend(filter),
             Cases::Private => words.push(PRIVATE),
             Cases::Others => words.extend(["--skip", PRIVATE]),
+            Cases::Counted => words.extend(["--exact", COUNTED]),
         }
         words
+    }
+
+    fn mode(self) -> Mode {
+        if self == Cases::Counted { Mode::Icount } else { Mode::Smp }
     }
 
     fn name(self) -> &'static str {
@@ -81,6 +89,7 @@ impl Cases {
             Cases::All => "",
             Cases::Private => ", private loop devices",
             Cases::Others => ", all others",
+            Cases::Counted => ", instructions counted",
         }
     }
 }
@@ -164,7 +173,7 @@ fn one_vm(
     let release = lab.kernel(line)?.release;
     let filter = options.filter.as_deref();
     let mut phases = Vec::new();
-    if cases != Cases::Private {
+    if matches!(cases, Cases::All | Cases::Others) {
         phases.push(Phase::run(format!("power cut, {release}"), sink, |sink| {
             powercut::run(lab, line, programs, filter, sink)
         })?);
@@ -186,7 +195,10 @@ fn shares(options: &Options) -> (Share, Vec<Share>) {
         Some(Line::SixTwelve) => (all(Line::SixTwelve), vec![]),
         // Filters of libtest are alternatives: no second one can be put beside the user's.
         _ if options.filter.is_some() => (seven(Cases::All), older.into_iter().collect()),
-        _ => (seven(Cases::Others), [seven(Cases::Private)].into_iter().chain(older).collect()),
+        _ => {
+            let others = [seven(Cases::Private), seven(Cases::Counted)];
+            (seven(Cases::Others), others.into_iter().chain(older).collect())
+        }
     }
 }
 
@@ -240,7 +252,7 @@ fn cases_in_vm(
     options: &Options,
     sink: Sink<'_>,
 ) -> Result<Tally> {
-    let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
+    let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, cases.mode()) };
     let full = if options.full { "export LOOPENGINE_VM_FULL=1; " } else { "" };
     let words = cases.words(options.filter.as_deref());
     let (first, said) = cases_once(lab, &machine, programs, &format!("{full}{}", sh::quote(&words)), sink)?;
@@ -356,10 +368,10 @@ mod tests {
             let all: Vec<_> = [first].into_iter().chain(others).collect();
             all.iter().map(|share| format!("{}{}", share.line.name(), share.cases.name())).collect::<Vec<_>>()
         };
-        let all = ["7, all others", "7, private loop devices", "6.12"];
+        let all = ["7, all others", "7, private loop devices", "7, instructions counted", "6.12"];
         assert_eq!(names(options(None, None)), all);
-        assert_eq!(names(options(Some(Line::Seven), None)), all[..2]);
-        assert_eq!(names(options(Some(Line::SixTwelve), None)), all[2..]);
+        assert_eq!(names(options(Some(Line::Seven), None)), all[..3]);
+        assert_eq!(names(options(Some(Line::SixTwelve), None)), all[3..]);
         assert_eq!(names(options(None, Some("x".into()))), ["7", "6.12"]);
     }
 
