@@ -1,8 +1,8 @@
-//! Which images are in use: one writer, or any number of readers.
+//! Which images are in use: one writer, or any number of readers; and which file systems have none.
 //!
 //! Knows identities only. A claim is given back when it is dropped.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Kind, Result};
@@ -18,7 +18,11 @@ enum Use {
 
 /// All claims of one engine.
 #[derive(Clone, Debug, Default)]
-pub struct Claims(Arc<Mutex<HashMap<Identity, Use>>>);
+pub struct Claims {
+    table: Arc<Mutex<HashMap<Identity, Use>>>,
+    /// Device numbers of file systems.
+    none_here: Arc<Mutex<HashSet<u64>>>,
+}
 
 /// One device's hold on its image.
 #[derive(Debug)]
@@ -27,10 +31,32 @@ pub struct Claim {
     identity: Identity,
 }
 
+/// While it lives no file of a file system is an image.
+#[derive(Debug)]
+pub struct NoImages {
+    claims: Claims,
+    dev: u64,
+}
+
 impl Claims {
+    /// Has no file be an image that lies on the file system with this device number: one of the
+    /// daemon's own, which a device on a file there would keep.
+    pub fn none_on(&self, dev: u64) -> NoImages {
+        self.none_here.lock().unwrap_or_else(PoisonError::into_inner).insert(dev);
+        NoImages { claims: self.clone(), dev }
+    }
+
+    /// May files of the file system with this device number be images?
+    pub fn may_be_on(&self, dev: u64) -> bool {
+        !self.none_here.lock().unwrap_or_else(PoisonError::into_inner).contains(&dev)
+    }
+
     /// Claims an image for reading, or for reading and writing.
     pub fn claim(&self, identity: Identity, read_only: bool, name: &str) -> Result<Claim> {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.may_be_on(identity.dev) {
+            return Err(Error::new(Kind::Invalid, format!("{name} is part of a private pool, not an image")));
+        }
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = match (table.get(&identity), read_only) {
             (None, true) => Use::Read(1),
             (None, false) => Use::Written,
@@ -48,7 +74,7 @@ impl Claims {
 impl Claims {
     /// Claims an image among any number of devices, written or not, that share it knowingly.
     pub fn share(&self, identity: Identity, name: &str) -> Result<Claim> {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = match table.get(&identity) {
             None => Use::Shared(1),
             Some(Use::Shared(users)) => Use::Shared(users + 1),
@@ -61,13 +87,19 @@ impl Claims {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut table = self.claims.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.claims.table.lock().unwrap_or_else(PoisonError::into_inner);
         match table.get_mut(&self.identity) {
             Some(Use::Read(users) | Use::Shared(users)) if *users > 1 => *users -= 1,
             _ => {
                 table.remove(&self.identity);
             }
         }
+    }
+}
+
+impl Drop for NoImages {
+    fn drop(&mut self) {
+        self.claims.none_here.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.dev);
     }
 }
 
@@ -89,5 +121,10 @@ mod tests {
         assert!(claims.claim(image, true, "a").is_err());
         drop(writer);
         assert!(claims.claim(image, false, "a").is_ok());
+        let none = claims.none_on(1);
+        assert_eq!(claims.claim(image, true, "a").unwrap_err().kind(), Kind::Invalid);
+        assert!(!claims.may_be_on(1) && claims.may_be_on(2));
+        drop(none);
+        assert!(claims.claim(image, true, "a").is_ok());
     }
 }

@@ -21,6 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, Stop, Waiting, ublk};
 use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
+use claims::NoImages;
 use names::{DeviceName, check_instance_name, parse_device};
 use pool::{Instance, Shared};
 use spec::*;
@@ -267,6 +268,11 @@ impl Engine {
         let info = instance.info();
         table.insert(spec.name.clone(), instance);
         Ok(info)
+    }
+
+    /// Has no file of the file system with this device number be an image, as long as the answer lives.
+    pub fn no_images_on(&self, dev: u64) -> NoImages {
+        self.shared.claims.none_on(dev)
     }
 
     /// Makes a private pool of loop devices. It ends at [`Pool::end`], or with the daemon.

@@ -77,7 +77,7 @@ impl Binding {
         let file = with.file;
         let stat = rustix::fs::fstat(&file)?;
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile | FileType::BlockDevice => {}
+            FileType::RegularFile | FileType::BlockDevice if claims.may_be_on(stat.st_dev) => {}
             _ => return Err(Errno::INVAL),
         }
         if with.info.flags & !CONFIGURABLE != 0 {

@@ -293,8 +293,8 @@ impl Pool {
         self.ending.load(Ordering::Acquire)
     }
 
-    /// A round of the reaper. Answers whether anything is waited for, and whether the pool is over.
-    pub(super) fn reap(&self) -> (bool, bool) {
+    /// A round of the reaper. Answers how many devices are waited for, and whether the pool is over.
+    pub(super) fn reap(&self) -> (usize, bool) {
         if self.is_ending() {
             let when = if self.forced.load(Ordering::Acquire) { Stop::Always } else { Stop::IfUnusedNow };
             let over = self.sweep_away(when, Duration::ZERO);
@@ -302,12 +302,12 @@ impl Pool {
                 let watchers = lock(&self.watchers).0.clone();
                 watchers.iter().for_each(|watcher| watcher.ended(self));
             }
-            return (!over, over);
+            return (if over { 0 } else { self.all().len().max(1) }, over);
         }
-        let mut waiting = false;
+        let mut waiting = 0;
         for (number, place) in self.all() {
             let Ok(mut device) = place.device.try_lock() else {
-                waiting = true;
+                waiting += 1;
                 continue;
             };
             if !device.is_awaited() {
@@ -316,7 +316,7 @@ impl Pool {
             let before = device.is_bound();
             place.set_moving(true);
             let changed = device.reap(&self.maker);
-            waiting |= device.is_awaited();
+            waiting += usize::from(device.is_awaited());
             // What looked unbound and is still open is shown again after a while.
             if changed || before != lock(&place.entry).as_ref().is_some_and(|entry| entry.bound.is_some()) {
                 self.settle(number, &place, device);

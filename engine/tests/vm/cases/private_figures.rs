@@ -139,7 +139,9 @@ fn calls(ctx: &Ctx) -> Res {
     let counted = std::env::var("LAB_MODE").is_ok_and(|mode| mode == "icount");
     let [call_max, other_max] = if counted { CALL_INSTRUCTIONS_MAX } else { CALL_NS_MAX };
     if call > call_max || other > other_max {
-        fail!("an intercepted call takes {call:.0} ns more ({call_max:.0} at the most), any other {other:.1}");
+        fail!(
+            "an intercepted call takes {call:.0} ns more ({call_max:.0} at the most), any other {other:.1}"
+        );
     }
     daemon.stop()
 }

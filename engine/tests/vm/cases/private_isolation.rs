@@ -26,6 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("private_isolation::inert", Needs::Private, 120, inert),
         case("private_isolation::refused", Needs::Private, 120, refused),
         case("private_isolation::panic", Needs::Private, 120, panic),
+        case("private_isolation::control", Needs::Private, 120, control),
     ]
 }
 
@@ -107,6 +108,28 @@ impl Kept {
         }
         Ok(())
     }
+}
+
+/// No pool's loop-control is an image, though it looks like a file: a device on it would keep the pool.
+fn control(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let other = ctx.path("other");
+    std::fs::create_dir(&other).at(&other)?;
+    daemon.ok(&["instance", "mount", "--name", "other", &other])?;
+    Inside::new(ctx, &daemon).run(
+        r#"
+        for pool in other /dev/loopfs; do
+            refused "$pool" "Invalid argument" losetup -f --show $pool/loop-control
+        done
+        image a 1M; dev=$(losetup -r -f --show a)
+        same "nothing but that is bound" "$(losetup -n -O NAME)" $dev"#,
+    )?;
+    let refused = daemon.cli(&["attach", &format!("{other}/loop-control")])?;
+    ensure!(refused.code != 0, "an instance takes a pool's loop-control: {refused:?}");
+    tools::ok(&["umount", &other])?;
+    let gone = tools::until(Duration::from_secs(10), || daemon.ublk_ids().is_empty().then_some(()));
+    ensure!(gone.is_some(), "the other pool is kept");
+    daemon.stop()
 }
 
 /// What was kept of a device leads nowhere when the next tenant has its device number, nor does what
