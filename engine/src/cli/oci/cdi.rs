@@ -93,7 +93,7 @@ fn of_pool(place: &Place) -> Result<Value> {
     let hook = json!({ "hookName": "createContainer", "path": place.program, "args": place.hook(place.numbers.len()) });
     let edits = json!({ "deviceNodes": nodes.collect::<Vec<_>>(), "mounts": mounts.collect::<Vec<_>>(), "hooks": [hook] });
     let device = json!({ "name": place.name, "containerEdits": edits });
-    Ok(json!({ "cdiVersion": "0.6.0", "kind": CDI_KIND, "devices": [device] }))
+    Ok(json!({ "cdiVersion": "0.5.0", "kind": CDI_KIND, "devices": [device] }))
 }
 
 /// A CDI specification: each node as a device, and all of them as one.
@@ -121,7 +121,7 @@ fn cdi(instance: &str, nodes: &[Node]) -> Result<Value> {
     let one = |node: &Node| device(format!("{instance}-loop{}", node.number), std::slice::from_ref(node));
     let mut devices: Vec<Value> = nodes.iter().map(one).collect();
     devices.push(device(instance.to_owned(), nodes));
-    Ok(json!({ "cdiVersion": "0.6.0", "kind": CDI_KIND, "devices": devices }))
+    Ok(json!({ "cdiVersion": "0.5.0", "kind": CDI_KIND, "devices": devices }))
 }
 
 #[cfg(test)]
@@ -153,7 +153,7 @@ mod tests {
             read_only,
         };
         let spec = cdi("ci", &[node(0, false), node(3, true)]).unwrap();
-        assert_eq!((&spec["cdiVersion"], &spec["kind"]), (&json!("0.6.0"), &json!("loopengine.io/loop")));
+        assert_eq!((&spec["cdiVersion"], &spec["kind"]), (&json!("0.5.0"), &json!("loopengine.io/loop")));
         let names: Vec<&Value> =
             spec["devices"].as_array().unwrap().iter().map(|device| &device["name"]).collect();
         assert_eq!(names, ["ci-loop0", "ci-loop3", "ci"]);

@@ -55,7 +55,7 @@ fn root() -> Res<String> {
                 &format!(
                     "mkdir -p {root}/bin {root}/lib {root}/lib64 {root}/work {root}/proc {root}/sys {root}/dev {root}/tmp
                     for name in {PROGRAMS}; do cp -L $(command -v $name) {root}/bin/; done
-                    for name in dd cat head tail tr sleep sort seq rm ls mkdir id grep readlink touch ln cp chmod; do ln -s busybox {root}/bin/$name; done
+                    for name in dd cat head tail tr sleep sort seq rm ls mkdir id grep readlink touch ln cp chmod chown; do ln -s busybox {root}/bin/$name; done
                     for file in {root}/bin/*; do ldd $file 2>/dev/null || :; done |
                         sed -n 's,.*[ \\t]\\(/[^ ]*\\.so[^ ]*\\) (.*,\\1,p' | sort -u | xargs cp -L -t {root}/lib
                     cp -L /lib64/ld-linux-x86-64.so.2 {root}/lib64/"
@@ -200,6 +200,12 @@ impl Pool {
     /// One whose containers may have these file systems mounted by the kernel.
     pub(super) fn mounting(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32, mounts: &str) -> Res<Pool> {
         Pool::with(ctx, daemon, name, max, &["--mount", mounts])
+    }
+
+    /// The same, with this user as its owner: root of containers with a user namespace.
+    pub(super) fn of(ctx: &Ctx, daemon: &Daemon, name: &str, root: u32, mounts: &str) -> Res<Pool> {
+        let root = root.to_string();
+        Pool::with(ctx, daemon, name, 2, &["--uid", &root, "--gid", &root, "--mount", mounts])
     }
 
     fn with(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32, more: &[&str]) -> Res<Pool> {

@@ -1,9 +1,9 @@
 //! mount(8) and umount(8) in containers with the capabilities that runtimes give: what is mounted, what is
 //! refused, and what is left when the container goes.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::private_bundle::{Bundle, CONTAINER, Pool, any_runtime, image, unbound};
+use super::private_bundle::{Bundle, CONTAINER, Pool, any_runtime, end, image, unbound};
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::tools;
@@ -12,6 +12,12 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private_containers::mount_crun", Needs::Private, 240, |ctx| mount(ctx, "crun")),
         case("private_containers::mount_runc", Needs::Private, 240, |ctx| mount(ctx, "runc")),
+        case("private_containers::mount_userns_crun", Needs::Private, 240, |ctx| {
+            in_user_namespace(ctx, "crun")
+        }),
+        case("private_containers::mount_userns_runc", Needs::Private, 240, |ctx| {
+            in_user_namespace(ctx, "runc")
+        }),
         case("private_containers::mount_refused", Needs::Private, 240, refused),
         case("private_containers::mount_ends", Needs::Private, 300, ends),
     ]
@@ -73,6 +79,49 @@ fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
     )?;
     let status = tools::run(&["debugfs", "-R", "cat /more", &bundle.work("a")])?.ok()?;
     ensure!(status.out == "more\n", "the image has {:?}", status.out);
+    unbound(&daemon, "ci")?;
+    pool.end(&daemon)?;
+    daemon.stop()
+}
+
+/// Root of a container that is nobody outside.
+fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
+    const ROOT: u32 = 100_000;
+    let daemon = Daemon::start(ctx)?;
+    let pool = Pool::of(ctx, &daemon, "ci", ROOT, "ext4")?;
+    let mut bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
+    bundle.capabilities = vec!["CAP_CHOWN"];
+    std::os::unix::fs::chown(bundle.work(""), Some(ROOT), Some(ROOT)).at("the container's directory")?;
+    let mut config = bundle.config(
+        r#"
+        same "mapped" "$(cat /proc/self/uid_map | tr -s ' ')" " 0 100000 65536"
+        truncate -s 32M a; mkfs.ext4 -q a; mkdir mnt
+        works "mount" mount -o loop a mnt
+        same "source" "$(findmnt -no SOURCE,FSTYPE mnt)" "/dev/loop0 ext4"
+        for word in rw nosuid nodev errors=remount-ro; do
+            holds "options" ",$(findmnt -no OPTIONS mnt)," ",$word,"
+        done
+        same "owner" "$(stat -c '%u %g' mnt)" "0 0"
+        mkdir mnt/dir; echo hello > mnt/dir/file; chown 7:8 mnt/dir/file
+        same "owner of a file" "$(stat -c '%u %g' mnt/dir/file)" "7 8"
+        same "bound" "$(bound)" "/dev/loop0 /work/a"
+        works "umount" umount mnt
+        soon "unbound" "" losetup -a
+        works "whole" e2fsck -fn a
+        image b 1M bytes
+        same "a device" "$(losetup -f --show b)" /dev/loop0
+        same "its bytes" "$(head_of /dev/loop0)" bytes
+        echo other | dd of=/dev/loop0 conv=notrunc,fsync 2>/dev/null; same "written" "$(head_of b 5)" other
+        "#,
+    )?;
+    config["linux"]["namespaces"].as_array_mut().ok_or("no namespaces")?.push(json!({ "type": "user" }));
+    for ids in ["uidMappings", "gidMappings"] {
+        config["linux"][ids] = json!([{ "containerID": 0, "hostID": ROOT, "size": 65536 }]);
+    }
+    end(bundle.start_as(&config)?)?;
+    // On the disk it is what it is inside.
+    let stat = tools::run(&["debugfs", "-R", "stat /dir/file", &bundle.work("a")])?.ok()?;
+    ensure!(stat.out.contains("User:     7   Group:     8"), "the image has {:?}", stat.out);
     unbound(&daemon, "ci")?;
     pool.end(&daemon)?;
     daemon.stop()
