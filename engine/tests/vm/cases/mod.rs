@@ -24,6 +24,7 @@ mod private_losetup;
 mod private_mount;
 mod private_nspawn;
 mod private_onestep;
+mod private_podman;
 mod private_script;
 mod private_socket;
 mod private_users;
@@ -73,6 +74,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_isolation::cases(),
         private_lifetime::cases(),
         private_nspawn::cases(),
+        private_podman::cases(),
     ]
     .into_iter()
     .flatten()

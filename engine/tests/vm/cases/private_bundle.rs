@@ -42,7 +42,7 @@ pub(super) fn any_runtime() -> Res<&'static str> {
 }
 
 /// A root directory with the programs that scripts use, and what these load; made once for all cases.
-fn root() -> Res<String> {
+pub(super) fn root() -> Res<String> {
     let root = format!("{}/container", crate::SCRATCH);
     if !Path::new(&root).exists() {
         tools::run_for(
@@ -55,7 +55,7 @@ fn root() -> Res<String> {
                 &format!(
                     "mkdir -p {root}/bin {root}/lib {root}/lib64 {root}/work {root}/proc {root}/sys {root}/dev {root}/tmp
                     for name in {PROGRAMS}; do cp -L $(command -v $name) {root}/bin/; done
-                    for name in dd cat head tail tr sleep sort seq rm ls mkdir id grep readlink touch ln cp chmod chown; do ln -s busybox {root}/bin/$name; done
+                    for name in dd cat head tail tr sleep sort seq rm ls mkdir id grep readlink touch ln cp chmod chown sed; do ln -s busybox {root}/bin/$name; done
                     for file in {root}/bin/*; do ldd $file 2>/dev/null || :; done |
                         sed -n 's,.*[ \\t]\\(/[^ ]*\\.so[^ ]*\\) (.*,\\1,p' | sort -u | xargs cp -L -t {root}/lib
                     cp -L /lib64/ld-linux-x86-64.so.2 {root}/lib64/"

@@ -1,0 +1,90 @@
+//! Podman, as its users have it: the pool by `--device` (CDI), the system calls by its own profile with
+//! ours added. Nothing else is said to it about loop devices.
+
+use std::path::Path;
+use std::process::Command;
+
+use super::private_bundle::{self as bundle, Pool, unbound};
+use super::private_script::WORDS;
+use crate::daemon::Daemon;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, skip};
+use crate::tools::{self, Running};
+
+/// What Podman confines containers with.
+const PROFILE: &str = "/usr/share/containers/seccomp.json";
+/// Where it looks for specifications, if it is not told.
+const CDI: &str = "/run/cdi";
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private_containers::podman_crun", Needs::Private, 240, |ctx| podman(ctx, "crun")),
+        case("private_containers::podman_runc", Needs::Private, 240, |ctx| podman(ctx, "runc")),
+    ]
+}
+
+/// What it keeps of containers that run: a short path, as it demands.
+const RUN: &str = "/run/loopengine-podman";
+
+/// What is outside of the case's directory, until it is dropped.
+struct Outside(String);
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+        let _ = std::fs::remove_dir_all(RUN);
+    }
+}
+
+fn podman(ctx: &Ctx, runtime: &str) -> Res {
+    for program in ["podman", runtime] {
+        if tools::run(&["sh", "-c", &format!("command -v {program}")])?.code != 0 {
+            skip!("{program} is not installed");
+        }
+    }
+    if !Path::new(PROFILE).exists() {
+        skip!("{PROFILE} is not installed");
+    }
+    let daemon = Daemon::start(ctx)?;
+    let pool = Pool::mounting(ctx, &daemon, "podman", 2, "ext4")?;
+    std::fs::create_dir_all(CDI).at(CDI)?;
+    let outside = Outside(format!("{CDI}/loopengine-podman.json"));
+    let text = daemon.ok(&["oci", "print-cdi", "--pool", "podman"])?;
+    std::fs::write(&outside.0, text).at(&outside.0)?;
+    let (profile, work) = (ctx.path("profile.json"), ctx.path("work"));
+    let words = ["oci", "print-profile", "--mount", "--base", PROFILE, "--metadata", "pool=podman"];
+    std::fs::write(&profile, daemon.ok(&words)?).at(&profile)?;
+    std::fs::create_dir(&work).at(&work)?;
+
+    let script = r#"
+        cd /work
+        [ $((0x$(sed -n 's/CapEff:\t//p' /proc/self/status) & 1 << 21)) = 0 ] || wrong "may mount by itself"
+        truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt
+        works "mount" mount -o loop a mnt
+        same "source" "$(findmnt -no SOURCE,FSTYPE mnt)" "/dev/loop0 ext4"
+        echo hello > mnt/file
+        same "bound" "$(bound)" "/dev/loop0 /work/a"
+        works "umount" umount mnt
+        soon "unbound" "" losetup -a
+        works "whole" e2fsck -fn a
+        image b 1M bytes
+        same "a device" "$(losetup --show /dev/loop1 b)" /dev/loop1
+        same "its bytes" "$(head_of /dev/loop1)" bytes
+        exit $bad"#;
+    let mut command = Command::new("podman");
+    command.args(["--cgroup-manager", "cgroupfs", "--events-backend", "file", "--storage-driver", "vfs"]);
+    command.args(["--runtime", runtime, "--root", &ctx.path("store"), "--runroot", RUN]);
+    command.args(["run", "--rm", "--network", "none", "--log-driver", "none"]);
+    command.args(["--device", "loopengine.io/loop=podman"]);
+    command.args(["--security-opt", &format!("seccomp={profile}")]);
+    // Or it would cover the pool's.
+    command.args(["--security-opt", "unmask=/sys/dev/block"]);
+    command.args(["--volume", &format!("{work}:/work"), "--rootfs", &bundle::root()?]);
+    command.args(["bash", "-c", &format!("{WORDS}\n{script}")]);
+    command.env("TMPDIR", &ctx.dir);
+    bundle::end(Running::start(command)?)?;
+    let file = tools::run(&["debugfs", "-R", "cat /file", &format!("{work}/a")])?.ok()?;
+    ensure!(file.out == "hello\n", "the image has {:?}", file.out);
+    unbound(&daemon, "podman")?;
+    pool.end(&daemon)?;
+    daemon.stop()
+}
