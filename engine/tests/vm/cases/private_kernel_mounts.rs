@@ -16,7 +16,40 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::kernel_mount_policy", Needs::Private, 120, policy),
         case("private::kernel_mount_ends", Needs::Private, 240, ends),
         case("private::kernel_mount_rounds", Needs::Private, 600, rounds),
+        case("private::kernel_mount_dead", Needs::Private, 120, dead),
     ]
+}
+
+/// The process that mounts is killed: nothing is mounted any more, everything else goes on.
+fn dead(ctx: &Ctx) -> Res {
+    let mut daemon = allowing(ctx)?;
+    let script = user(ctx, &daemon).start(
+        r#"
+        cd home; truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt
+        works "with it" mount -o loop a mnt; echo hello > mnt/file; works "umount" umount mnt
+        soon "unbound" "" losetup -a
+        works "held over it" mount -o loop a mnt
+        halfway killed
+        same "its mounts stay" "$(cat mnt/file)" hello
+        works "umount without it" umount mnt; soon "unbound" "" losetup -a
+        from=$SECONDS
+        refused "without it" "superblock" mount -o loop a mnt
+        [ $((SECONDS - from)) -lt 10 ] || wrong "it took $((SECONDS - from)) s to say so"
+        soon "nothing is left bound" "" losetup -a
+        image b 1M bytes; dev=$(losetup -f --show b); same "devices" "$(head_of $dev)" bytes; losetup -d $dev
+        works "whole" e2fsck -fn a"#,
+    )?;
+    let script = script.wait("home/killed")?;
+    let pid = tools::ok(&["pgrep", "-P", &daemon.pid()?.to_string(), "-f", "mount-maker"])?;
+    tools::ok(&["kill", "-KILL", pid.trim()])?;
+    script.go_on("home/killed")?;
+    script.finish()?;
+    daemon.check_alive()?;
+    ensure!(
+        daemon.log().contains("mount-maker does not answer; restart the daemon"),
+        "the log does not say why"
+    );
+    daemon.stop()
 }
 
 /// For all rounds, on a CPU that has others to serve.
