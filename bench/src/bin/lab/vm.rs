@@ -28,7 +28,7 @@ use crate::cache;
 pub(crate) enum Mode {
     /// Two CPUs: for tests, and for ratios taken in interleaved rounds
     Smp,
-    /// One CPU on which an instruction takes 1 ns: figures repeat to about 0.2 %
+    /// One CPU on which an instruction takes 1 ns: for figures, which repeat exactly in `bench` and `gate`
     Icount,
 }
 
