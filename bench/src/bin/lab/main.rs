@@ -5,8 +5,8 @@
 //!  programs ─────────┴─ vm ──┬─ lab vm CMD
 //!                            ├─ lab demo
 //!                            ├─ lab test
-//!                            ├─ lab bench in smp: loopbench
-//!  programs ── initrd ── sealed ─ lab bench in icount, lab gate: loopbench
+//!                            └─ lab bench in smp: loopbench
+//!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
 //! ```
 //! This file knows the command line only. The lab uses the public programs, never the engine's insides.
 
