@@ -15,8 +15,8 @@ use crate::render::units::plain;
 use crate::stats::{median, quotient_interval};
 use crate::summary::{Interval, Verdict};
 
-/// In `icount`, where a build repeats to 0.2 %, less than this is no difference: between two runs
-/// lie two boots, which the rounds of one run do not show.
+/// In `icount` less than this is no difference: the lab's sealed machine repeats exactly, but another build lays
+/// out code and data elsewhere.
 const THRESHOLD: f64 = 0.005;
 
 /// What two results have to say to each other.
@@ -50,6 +50,13 @@ impl Comparison {
     /// Whether something became slower.
     pub fn slower(&self) -> bool {
         self.count(Verdict::Slower) > 0
+    }
+
+    /// How many rows agree within the threshold, and the one that is farthest from it; none if there are no rows.
+    fn agreement(&self) -> Option<(usize, &Change)> {
+        let apart = |change: &Change| (change.quotient - 1.0).abs();
+        let worst = self.changes.iter().max_by(|a, b| apart(a).total_cmp(&apart(b)))?;
+        Some((self.changes.iter().filter(|change| apart(change) <= THRESHOLD).count(), worst))
     }
 
     fn count(&self, verdict: Verdict) -> usize {
@@ -197,6 +204,22 @@ mod tests {
             [0.99, 0.996, 1.004, 1.01].map(verdict),
             [Verdict::Slower, Verdict::NoDifference, Verdict::NoDifference, Verdict::Faster]
         );
+    }
+
+    #[test]
+    fn the_last_line_says_how_many_rows_repeat_and_which_does_not() {
+        let last = |factor| {
+            let (old, new) = scaled(Mode::Icount, 1, factor);
+            let comparison = compare(&old, &new).unwrap();
+            (comparison.changes.len(), comparison.to_string().lines().last().unwrap().to_owned())
+        };
+        let (rows, said) = last(1.0 / 1.1);
+        let expected =
+            format!("{} of {rows} rows agree within 0.5 %; farthest apart: loopengine batch at ", rows - 7);
+        assert!(said.starts_with(&expected) && said.ends_with(", +10.00 %"), "{said}");
+        let (rows, said) = last(1.0 / 1.004);
+        assert!(said.starts_with(&format!("{rows} of {rows} ")) && said.ends_with(", +0.40 %"), "{said}");
+        assert_eq!(last(1.0).1, format!("{rows} of {rows} rows agree within 0.5 %, all of them exactly"));
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod cost;
 pub mod daemon;
 pub mod fio;
 pub mod gate;
+pub mod handover;
 pub mod job;
 pub mod measure;
 pub mod outcome;

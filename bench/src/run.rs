@@ -21,7 +21,7 @@ use crate::outcome::{JobInfo, Manifest, Mode, TargetInfo, Warning};
 use crate::progress::Progress;
 use crate::site::{Set, Site};
 use crate::target::{self, Kind, MANY, Target};
-use crate::{check, sh};
+use crate::{check, handover, sh};
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -294,10 +294,18 @@ pub fn read<T: serde::de::DeserializeOwned>(raw: &Path, name: &str) -> Result<Op
     }
 }
 
-/// Writes a raw file in one step: a run that is ended in between leaves none that is half written.
+/// Writes a raw file in one step: a run that is ended in between leaves none that is half written. Outside of a
+/// machine whose disk nobody sees it is known at once, too.
 pub fn write<T: Serialize>(out: &Path, name: &str, value: &T) -> Result<()> {
+    let bytes = serde_json::to_vec(value)?;
+    keep(out, name, &bytes)?;
+    handover::send(name, &bytes).with_context(|| format!("cannot hand {name} on"))
+}
+
+/// The same of a raw file that was written before.
+pub fn keep(out: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let (path, new) = (out.join(name), out.join(format!("{name}.new")));
-    fs::write(&new, serde_json::to_vec(value)?)
+    fs::write(&new, bytes)
         .and_then(|()| fs::rename(&new, &path))
         .with_context(|| format!("cannot write {}", path.display()))
 }

@@ -38,7 +38,7 @@ impl Display for Comparison {
         }
         writeln!(f)?;
         match total - unknown {
-            _ if counted => writeln!(f, "Up to {} % is no difference.", THRESHOLD * 100.0),
+            _ if counted => repeated(f, self),
             0 => Ok(()),
             told => writeln!(
                 f,
@@ -47,6 +47,18 @@ impl Display for Comparison {
             ),
         }
     }
+}
+
+/// How well two runs repeat.
+fn repeated(f: &mut Formatter<'_>, comparison: &Comparison) -> Result {
+    let Some((agree, worst)) = comparison.agreement() else { return Ok(()) };
+    let total = comparison.changes.len();
+    write!(f, "{agree} of {total} rows agree within {} %", THRESHOLD * 100.0)?;
+    if worst.quotient == 1.0 {
+        return writeln!(f, ", all of them exactly");
+    }
+    let (target, job) = (plain(&worst.target), plain(&worst.job));
+    writeln!(f, "; farthest apart: {target} at {job}, {:+.2} %", (worst.quotient - 1.0) * 100.0)
 }
 
 fn line(f: &mut Formatter<'_>, change: &Change, write: fn(f64) -> String) -> Result {

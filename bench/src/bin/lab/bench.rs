@@ -1,6 +1,7 @@
 //! `lab bench` and `lab gate`: `loopbench` in a VM, and what only this side knows about it.
 //!
-//! Boots the VM, says which revision was measured with what, and has the library write the report.
+//! Boots the VM (for `icount` the sealed one), says which revision was measured with what, and has the library write
+//! the report.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,10 +11,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use loopbench::job::Job;
 use loopbench::outcome::Outcome;
+use loopbench::run::Facts;
 use loopbench::{collect, daemon, gate, render, run, sh};
 
 use crate::kernel::Line;
 use crate::programs::Program;
+use crate::sealed::{self, Out, Sealed};
 use crate::vm::{self, Mode, Vm};
 use crate::{programs, setup};
 
@@ -64,7 +67,15 @@ struct Stage<'a> {
     idle_poll: bool,
     limit: Duration,
     programs: &'a [Program],
+    /// For the manifest.
+    notes: Vec<Note>,
 }
+
+/// Name and value of something for the manifest.
+type Note = (&'static str, String);
+
+/// The note that is no note there: the CPU of this machine.
+const HOST_CPU: &str = "host-cpu";
 
 /// Memory of the VM: the images of all targets lie in it.
 const MEMORY: &str = "6G";
@@ -78,7 +89,7 @@ pub(crate) fn bench(options: &Options) -> Result<u8> {
         (false, Some(mode)) => vec![Some(mode)],
         (false, None) => vec![Some(Mode::Icount), Some(Mode::Smp)],
     };
-    let date = said(Command::new("date").args(["-u", "+%F"]))?;
+    let date = today()?;
     for mode in modes {
         let place = match mode {
             None => "host".to_owned(),
@@ -95,9 +106,9 @@ pub(crate) fn bench(options: &Options) -> Result<u8> {
             idle_poll: options.idle_poll,
             limit: Duration::from_secs(options.timeout),
             programs: &programs,
+            notes: notes(options, mode)?,
         };
-        let mut words: Vec<String> = notes(options)?;
-        words.extend(options.quick.then(|| "--quick".to_owned()));
+        let mut words: Vec<String> = options.quick.then(|| "--quick".to_owned()).into_iter().collect();
         words.extend(options.more.iter().cloned());
         let start = Instant::now();
         let outcome = measure(&stage, &words, &out, options.resume)?;
@@ -119,6 +130,7 @@ pub(crate) fn gate(options: &Gate) -> Result<u8> {
         idle_poll: false,
         limit: Duration::from_secs(900),
         programs: &programs,
+        notes: Vec::new(),
     };
     let jobs: Vec<&str> = gate::JOBS.iter().map(|job: &&Job| job.name).collect();
     let words = [
@@ -147,23 +159,28 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
     }
     fs::create_dir_all(&raw).with_context(|| format!("cannot make {}", raw.display()))?;
     let out = out.canonicalize()?;
-    let mode = stage.mode.map_or("host", Mode::name);
-    let mut line: Vec<String> =
-        ["run", "--raw-only", "--mode", mode, "--out", &out.to_string_lossy()].map(str::to_owned).into();
-    line.extend(resume.then(|| "--resume".to_owned()));
-    line.extend_from_slice(words);
+    let line = |out: &str| {
+        let mode = stage.mode.map_or("host", Mode::name);
+        let mut line: Vec<String> =
+            ["run", "--raw-only", "--mode", mode, "--out", out].map(str::to_owned).into();
+        line.extend(resume.then(|| "--resume".to_owned()));
+        line.extend_from_slice(words);
+        line
+    };
+    let notes = stage.notes.iter().flat_map(|(key, value)| ["--note".to_owned(), format!("{key}={value}")]);
     let status = match stage.mode {
-        None => here(stage, &line)?,
-        Some(mode) => {
+        None => here(stage, &[line(&out.to_string_lossy()), notes.collect()].concat())?,
+        Some(Mode::Icount) => sealed(stage, &line(&format!("/{SEALED_OUT}")), &raw)?,
+        Some(Mode::Smp) => {
             let lab = setup::ensure_all()?;
             let machine = Vm {
                 shares: vec![out.clone()],
                 limit: stage.limit,
                 idle_poll: stage.idle_poll,
                 memory: MEMORY.into(),
-                ..Vm::new(lab.kernel(stage.kernel)?, mode)
+                ..Vm::new(lab.kernel(stage.kernel)?, Mode::Smp)
             };
-            line.insert(0, "loopbench".into());
+            let line = [vec!["loopbench".to_owned()], line(&out.to_string_lossy()), notes.collect()].concat();
             machine.run(&lab, &with_peers(stage.programs), &sh::quote(&line), &mut vm::to_stdout)?
         }
     };
@@ -174,6 +191,47 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
         println!("measuring ended early with status {status}: --resume goes on");
     }
     collect::collect(&raw)
+}
+
+/// Where a sealed machine keeps its result.
+const SEALED_OUT: &str = "out";
+
+/// Runs `line` in the sealed machine and keeps each raw file in `raw` as it comes. All that differs from run to run, the
+/// notes and the day, stays outside.
+fn sealed(stage: &Stage<'_>, line: &[String], raw: &Path) -> Result<i32> {
+    let lab = setup::ensure_all()?;
+    let machine = Sealed {
+        kernel: lab.kernel(stage.kernel)?,
+        memory: MEMORY.into(),
+        limit: stage.limit,
+        idle_poll: stage.idle_poll,
+    };
+    let mut tree = sealed::tree(&lab, &machine.kernel, stage.programs)?;
+    // What a run that goes on has.
+    for entry in fs::read_dir(raw)? {
+        let entry = entry?;
+        tree.file(
+            &format!("{SEALED_OUT}/raw/{}", entry.file_name().to_string_lossy()),
+            fs::read(entry.path())?,
+        );
+    }
+    let date = today()?;
+    let mut keep = |name: &str, bytes: &[u8]| match name {
+        run::FACTS => {
+            let mut facts: Facts = serde_json::from_slice(bytes)?;
+            facts.manifest.date.clone_from(&date);
+            for (key, value) in &stage.notes {
+                match *key {
+                    HOST_CPU => facts.manifest.host_cpu.clone_from(value),
+                    _ => drop(facts.manifest.notes.insert((*key).to_owned(), value.clone())),
+                }
+            }
+            run::keep(raw, name, &serde_json::to_vec(&facts)?)
+        }
+        _ => run::keep(raw, name, bytes),
+    };
+    let line = format!("loopbench {}", sh::quote(line));
+    machine.run(&lab, tree, &line, Out { text: &mut vm::to_stdout, file: &mut keep })
 }
 
 fn here(stage: &Stage<'_>, line: &[String]) -> Result<i32> {
@@ -195,7 +253,7 @@ fn with_peers(programs: &[Program]) -> Vec<Program> {
 }
 
 /// For the manifest.
-fn notes(options: &Options) -> Result<Vec<String>> {
+fn notes(options: &Options, mode: Option<Mode>) -> Result<Vec<Note>> {
     let git = |words: &[&str]| said(Command::new("git").args(words).current_dir(programs::workspace()));
     let first = |said: Result<String>| said.ok().and_then(|said| Some(said.lines().next()?.to_owned()));
     // Results are not what is measured.
@@ -207,18 +265,27 @@ fn notes(options: &Options) -> Result<Vec<String>> {
     if let Some(at) = words.iter().position(|word| word == "--out") {
         words.drain(at..words.len().min(at + 2));
     }
-    let pairs = [
+    let mut notes = vec![
         ("revision", format!("{revision}{}", if dirty { " with changes" } else { "" })),
         ("command", format!("cargo lab {}", sh::quote(&words))),
-        ("host-cpu", run::cpu_model(&cpu).unwrap_or("unknown").to_owned()),
+        (HOST_CPU, run::cpu_model(&cpu).unwrap_or("unknown").to_owned()),
         ("qemu", first(said(Command::new("qemu-system-x86_64").arg("--version"))).unwrap_or_default()),
-        ("virtme-ng", setup::VIRTME.to_owned()),
         (
             "build",
             if options.quick { "cargo build --profile lab" } else { "cargo build --release" }.to_owned(),
         ),
     ];
-    Ok(pairs.iter().flat_map(|(key, value)| ["--note".to_owned(), format!("{key}={value}")]).collect())
+    match mode {
+        Some(Mode::Icount) => notes.push(("machine", "sealed".to_owned())),
+        Some(Mode::Smp) => notes.push(("virtme-ng", setup::VIRTME.to_owned())),
+        None => {}
+    }
+    Ok(notes)
+}
+
+/// As a directory of results is named.
+fn today() -> Result<String> {
+    said(Command::new("date").args(["-u", "+%F"]))
 }
 
 fn said(command: &mut Command) -> Result<String> {

@@ -5,16 +5,19 @@
 //!  programs ─────────┴─ vm ──┬─ lab vm CMD
 //!                            ├─ lab demo
 //!                            ├─ lab test
-//!                            └─ lab bench, lab gate: loopbench
+//!                            └─ lab bench in smp: loopbench
+//!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
 //! ```
 //! This file knows the command line only. The lab uses the public programs, never the engine's insides.
 
 mod bench;
 mod cache;
 mod demo;
+mod initrd;
 mod kernel;
 mod powercut;
 mod programs;
+mod sealed;
 mod setup;
 mod suite;
 mod tally;

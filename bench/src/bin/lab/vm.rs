@@ -28,7 +28,7 @@ use crate::cache;
 pub(crate) enum Mode {
     /// Two CPUs: for tests, and for ratios taken in interleaved rounds
     Smp,
-    /// One CPU on which an instruction takes 1 ns: figures repeat to about 0.2 %
+    /// One CPU on which an instruction takes 1 ns: for figures, which repeat exactly in `bench` and `gate`
     Icount,
 }
 
@@ -232,10 +232,7 @@ impl Running {
 
     /// Ends it like a power cut: no process of the guest hears of it.
     pub(crate) fn kill(&mut self) {
-        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process_group(group, Signal::KILL);
-        }
-        let _ = self.child.wait();
+        kill(&mut self.child);
     }
 
     fn wait_until_booted(mut self) -> Result<Running> {
@@ -265,10 +262,7 @@ impl Running {
     /// An error that ends with the last words of the console.
     fn console(&self, what: &str) -> anyhow::Error {
         let said = std::fs::read(self.session.path().join("console")).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
-        let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
-        let tail = lines[lines.len().saturating_sub(30)..].join("\n  ");
-        anyhow!("{what}; its console said:\n  {tail}")
+        anyhow!("{what}; its console said:\n  {}", tail(&String::from_utf8_lossy(&said)))
     }
 }
 
@@ -276,6 +270,20 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Ends `child` and all else in the process group that it leads.
+pub(crate) fn kill(child: &mut Child) {
+    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    let _ = child.wait();
+}
+
+/// The last lines that say something, to stand below an error.
+pub(crate) fn tail(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(30)..].join("\n  ")
 }
 
 /// Hands output on to standard output as it comes.

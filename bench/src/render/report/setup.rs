@@ -84,8 +84,8 @@ fn mode(mode: Mode) -> (&'static str, &'static str) {
         Mode::Icount => (
             "one emulated CPU that counts instructions",
             "One emulated CPU on which an instruction takes 1 ns: IOPS = 10⁹ / instructions of the whole \
-             system an I/O. It repeats to 0.2 % on any machine. It knows nothing of caches and of what a \
-             real CPU does at once, so it compares work, not time.",
+             system an I/O. In the lab's sealed machine a build repeats exactly. It knows nothing of caches \
+             and of what a real CPU does at once, so it compares work, not time.",
         ),
         Mode::Smp => (
             "emulated CPUs on a shared machine",
