@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use super::private_script::Inside;
 use crate::daemon::Daemon;
-use crate::harness::{Case, Ctx, Needs, Res, case, ensure, fail};
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure, fail, skip};
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::kernel_mount", Needs::Private, 240, mount),
+        case("private::kernel_mount_kinds", Needs::Private, 180, kinds),
         case("private::kernel_mount_writers", Needs::Private, 180, writers),
         case("private::kernel_mount_inert", Needs::Private, 180, inert),
         case("private::kernel_mount_refused", Needs::Private, 240, refused),
@@ -18,6 +19,38 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::kernel_mount_rounds", Needs::Private, 600, rounds),
         case("private::kernel_mount_dead", Needs::Private, 120, dead),
     ]
+}
+
+/// The file systems that the other cases do without.
+fn kinds(ctx: &Ctx) -> Res {
+    for program in ["mksquashfs", "mkfs.erofs", "mkfs.vfat"] {
+        if tools::run(&["sh", "-c", &format!("command -v {program}")])?.code != 0 {
+            skip!("{program} is not installed");
+        }
+    }
+    let daemon = allowing_these(ctx, "'ext2', 'ext3', 'squashfs', 'erofs', 'vfat'")?;
+    let inside = Inside::new(ctx, &daemon).user(1000).with(&["--mount", "ext2,ext3,squashfs,erofs,vfat"]);
+    inside.run(
+        r#"
+        cd home; mkdir tree mnt; echo hello > tree/file
+        works "mksquashfs" mksquashfs tree squashfs -quiet -no-progress
+        works "mkfs.erofs" mkfs.erofs --quiet erofs tree
+        truncate -s 40M vfat ext2 ext3
+        works "mkfs.vfat" mkfs.vfat vfat; mkfs.ext2 -q ext2; mkfs.ext3 -q ext3
+        for kind in squashfs erofs vfat ext2 ext3; do
+            works "mount $kind" mount -o loop $kind mnt
+            # One driver for all three.
+            same "source" "$(findmnt -no SOURCE,FSTYPE mnt)" "/dev/loop0 ${kind/ext[23]/ext4}"
+            for word in nosuid nodev; do holds "$kind" ",$(findmnt -no OPTIONS mnt)," ",$word,"; done
+            [ -e mnt/file ] || echo hello > mnt/file
+            same "$kind" "$(cat mnt/file) $(stat -c '%u %g' mnt/file)" "hello 0 0"
+            works "umount $kind" umount mnt
+            soon "unbound" "" losetup -a
+        done
+        works "vfat: whole" fsck.vfat -n vfat
+        for kind in ext2 ext3; do works "$kind: whole" e2fsck -fn $kind; done"#,
+    )?;
+    daemon.stop()
 }
 
 /// The process that mounts is killed: nothing is mounted any more, everything else goes on.
@@ -57,8 +90,12 @@ const ROUNDS: Duration = Duration::from_secs(400);
 
 /// A daemon that lets everybody have ext4 and xfs mounted by the kernel, and a home for user 1000.
 fn allowing(ctx: &Ctx) -> Res<Daemon> {
+    allowing_these(ctx, "'ext4', 'xfs'")
+}
+
+fn allowing_these(ctx: &Ctx, kinds: &str) -> Res<Daemon> {
     let config = ctx.path("config.toml");
-    std::fs::write(&config, "[private]\nkernel_mounts = ['ext4', 'xfs']\n")?;
+    std::fs::write(&config, format!("[private]\nkernel_mounts = [{kinds}]\n"))?;
     let home = ctx.path("home");
     tools::sh(format!("mkdir {home}; chown 1000:1000 {home}"))?;
     Daemon::with(ctx, &["--config", &config])
