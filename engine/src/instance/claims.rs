@@ -31,7 +31,7 @@ pub struct Claim {
     identity: Identity,
 }
 
-/// While it lives no file of a file system is an image.
+/// While it lives no regular file of a file system is an image.
 #[derive(Debug)]
 pub struct NoImages {
     claims: Claims,
@@ -39,14 +39,14 @@ pub struct NoImages {
 }
 
 impl Claims {
-    /// Has no file be an image that lies on the file system with this device number: one of the
-    /// daemon's own, which a device on a file there would keep.
+    /// Has no regular file be an image that lies on the file system with this device number: one of the
+    /// daemon's own, which a device on a file there would keep. (What its nodes lead to is another matter.)
     pub fn none_on(&self, dev: u64) -> NoImages {
         self.none_here.lock().unwrap_or_else(PoisonError::into_inner).insert(dev);
         NoImages { claims: self.clone(), dev }
     }
 
-    /// May files of the file system with this device number be images?
+    /// May regular files of the file system with this device number be images?
     pub fn may_be_on(&self, dev: u64) -> bool {
         !self.none_here.lock().unwrap_or_else(PoisonError::into_inner).contains(&dev)
     }

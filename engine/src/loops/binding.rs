@@ -38,9 +38,11 @@ pub struct Binding {
 }
 
 /// Refuses what cannot be read and written like a file, which the driver finds out before all else.
-pub fn check_kind(file: &OwnedFd) -> Answer<()> {
+pub fn check_kind(file: &OwnedFd, claims: &Claims) -> Answer<()> {
     let stat = rustix::fs::fstat(file)?;
     match FileType::from_raw_mode(stat.st_mode) {
+        // The loop-control of a pool looks like one.
+        FileType::RegularFile if !claims.may_be_on(stat.st_dev) => Err(Errno::INVAL),
         // The latter are the kernel's own: eventfd and the like.
         FileType::Directory | FileType::Unknown => Err(Errno::INVAL),
         _ => Ok(()),
@@ -77,7 +79,7 @@ impl Binding {
         let file = with.file;
         let stat = rustix::fs::fstat(&file)?;
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile | FileType::BlockDevice if claims.may_be_on(stat.st_dev) => {}
+            FileType::RegularFile | FileType::BlockDevice => {}
             _ => return Err(Errno::INVAL),
         }
         if with.info.flags & !CONFIGURABLE != 0 {

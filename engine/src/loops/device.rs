@@ -310,7 +310,7 @@ impl Device {
 
     /// LOOP_CHANGE_FD.
     pub fn change_fd(&mut self, file: OwnedFd, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
-        check_kind(&file)?;
+        check_kind(&file, &room.shared().claims)?;
         let old = self.bound()?;
         if !old.read_only() {
             return Err(Errno::INVAL);

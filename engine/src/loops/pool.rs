@@ -23,8 +23,9 @@ use crate::frontend::Stop;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a disk may take to make way for its successor, before its name leads nowhere after all.
 const SETTLED_SOON: Duration = Duration::from_secs(1);
-/// The same for who could take another device instead.
-const SHORT_PATIENCE: Duration = Duration::from_millis(50);
+/// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
+/// putting its old disks away, and another that is being bound hangs only if its file does.
+const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 /// Highest number, as with the kernel's.
 const NUMBER_MAX: i32 = (1 << 20) - 1;
 /// Disks above two for each device: partitions, and what is open still of those before.
@@ -223,7 +224,7 @@ impl Pool {
 
     /// LOOP_CONFIGURE and LOOP_SET_FD.
     pub fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()> {
-        check_kind(&with.file)?;
+        check_kind(&with.file, &self.maker.shared().claims)?;
         if self.place(number)?.is_shown_bound() {
             return Err(Errno::BUSY);
         }
