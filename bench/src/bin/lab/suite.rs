@@ -255,14 +255,7 @@ fn cases_in_vm(
     let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, cases.mode()) };
     let full = if options.full { "export LOOPENGINE_VM_FULL=1; " } else { "" };
     let words = cases.words(options.filter.as_deref());
-    let all = format!("{full}{}", sh::quote(&words));
-    let (mut first, mut said) = cases_once(lab, &machine, programs, &all, sink)?;
-    if said.contains(DIED) {
-        // A pair of emulated CPUs trips over the kernel's patching of itself while it runs, too, though
-        // seldom. What a case did to it happens again.
-        sink(b"lab: all of them once more, in another machine\n");
-        (first, said) = cases_once(lab, &machine, programs, &all, sink)?;
-    }
+    let (first, said) = cases_once(lab, &machine, programs, &format!("{full}{}", sh::quote(&words)), sink)?;
     let names = failed_names(&said);
     if names.is_empty() || names.len() > SECOND_TRIES_MAX || names.len() as u64 != first.failed {
         return Ok(first);
@@ -282,8 +275,6 @@ fn cases_in_vm(
     Ok(Tally { passed: first.passed + second.passed, failed: second.failed, skipped: first.skipped })
 }
 
-/// Behind what a machine said that ended before its cases did.
-const DIED: &str = "\nlab: the machine died\n";
 /// Cases that are given a second try at the most: more than these fail for a reason.
 const SECOND_TRIES_MAX: usize = 6;
 
@@ -312,7 +303,7 @@ fn cases_once(
             sink(format!("lab: {error:#}\n").as_bytes());
             let mut tally = seen(&said);
             tally.failed += 1;
-            return Ok((tally, said + DIED));
+            tally
         }
     };
     Ok((tally, said))

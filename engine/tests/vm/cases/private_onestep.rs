@@ -168,7 +168,7 @@ fn failures(ctx: &Ctx) -> Res {
         one() {
             refused "$@"
             same "$1: lines" "$("${@:3}" 2>&1 | wc -l)" 1
-            soon "$1: left" "" devices; refused "$1: mounted" "" findmnt dir
+            same "$1: left" "$(devices)" ""; refused "$1: mounted" "" findmnt dir
         }
         truncate -s 16M a; mkfs.ext4 -q a
         truncate -s 1M junk; one "junk" "no file system that is known" mnt junk dir
