@@ -2,7 +2,7 @@
 //!
 //! One thread a pool, asleep while no device waits to be unbound. After a sign that a close is near
 //! (LOOP_CLR_FD, a mount, an unmount) it looks often, and then so seldom that all pools together look a
-//! few hundred times a second: a look takes some 15 µs, so that the closes of a handful of devices
+//! few hundred times a second: a look is taken to cost some 15 µs, so that the closes of a handful of devices
 //! are seen within 50 ms, those of thousands within a second or so, and half a percent of a CPU is what
 //! it costs at the most.
 
