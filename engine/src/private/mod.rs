@@ -130,7 +130,7 @@ struct Tenant {
     supervised: bool,
     guests: Guests,
     ending: bool,
-    _taken: Taken,
+    taken: Taken,
 }
 
 impl Shared {
@@ -140,12 +140,18 @@ impl Shared {
 
     /// No device of it is left.
     fn forget(&self, id: u64) {
-        let gone = self.state().tenants.remove(&id);
-        if let Some(tenant) = &gone {
-            tracing::info!("private pool {} has ended", tenant.spec.name);
+        let gone = {
+            let mut state = self.state();
+            let gone = state.tenants.remove(&id);
+            // What is no longer listed no longer counts; all else ends where nobody waits for the state.
+            gone.map(|Tenant { taken, spec, room, guests, .. }| {
+                drop(taken);
+                (spec.name, room, guests)
+            })
+        };
+        if let Some((name, ..)) = &gone {
+            tracing::info!("private pool {name} has ended");
         }
-        // Here, where nobody waits for the state.
-        drop(gone);
     }
 
     fn end(&self, id: u64, force: bool) {
@@ -245,7 +251,7 @@ impl Registry {
             supervised: false,
             guests: Guests::default(),
             ending: false,
-            _taken: taken,
+            taken,
         };
         state.tenants.insert(id, tenant);
         Ok((id, spec))

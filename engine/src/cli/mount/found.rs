@@ -6,6 +6,7 @@
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::image::Image;
 use crate::cli::daemon;
@@ -18,6 +19,8 @@ use crate::sys::mntns;
 
 /// How names of pools that are mounts begin.
 const PREFIX: &str = "mount-";
+/// Between two looks at what is left.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// The pool of what is mounted on a directory, as its opener calls it. Mount namespaces count: elsewhere
 /// the same name is another directory.
@@ -109,6 +112,18 @@ impl Mounted {
         }
         Ok(parts)
     }
+}
+
+/// Waits for the end of these, at most so long; answers whether it has come.
+pub(super) fn wait_gone(run_dir: &Path, these: &[Mounted], at_most: Duration) -> Result<bool> {
+    let until = Instant::now() + at_most;
+    while Mounted::pools(run_dir)?.iter().any(|left| these.contains(left)) {
+        if Instant::now() >= until {
+            return Ok(false);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(true)
 }
 
 /// Two file systems that write to the same bytes would destroy them.

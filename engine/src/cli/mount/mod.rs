@@ -15,6 +15,7 @@ mod umount;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::private::mounter::Way;
 use super::private::parse_fuse;
@@ -63,6 +64,9 @@ pub(super) struct Args {
     fuse: Vec<Way>,
 }
 
+/// How long the daemon may take to end a pool in which nothing was mounted.
+const END_MAX: Duration = Duration::from_secs(5);
+
 /// What mounts.
 #[derive(Debug)]
 enum By {
@@ -82,7 +86,10 @@ impl Args {
             By::Kernel => kernel::mount(&device, &image, &dir),
             By::Program(program) => program::mount(program, &device, &image, &dir),
         };
-        mounted?;
+        if let Err(error) = mounted {
+            device.end(run_dir);
+            return Err(error);
+        }
         if image.read_only && !self.read_only && !image::never_written(image.kind) {
             eprintln!("loopengine: {} cannot be written: mounted read-only", self.image.display());
         }
@@ -118,6 +125,8 @@ fn directory(dir: &Path) -> Result<PathBuf> {
 struct Device {
     /// The pool's directory, mounted nowhere.
     pool: OwnedFd,
+    /// The pool's name, as lists show it.
+    name: String,
     /// Name of the node in there.
     node: String,
 }
@@ -137,12 +146,31 @@ impl Device {
             }
             _ => error,
         })?;
-        let mut remote = Remote::open(Some(&name), run_dir)?;
-        let number = remote.bind(image).map_err(|error| {
-            let cannot = || Error::os(error, format!("cannot serve {}", image.shown.display()));
-            remote.failure().unwrap_or_else(cannot)
-        })?;
-        Ok(Device { pool, node: format!("loop{number}") })
+        let mut device = Device { pool, name, node: String::new() };
+        let bound = Remote::open(Some(&device.name), run_dir).and_then(|mut remote| {
+            remote.bind(image).map_err(|error| {
+                let cannot = || Error::os(error, format!("cannot serve {}", image.shown.display()));
+                remote.failure().unwrap_or_else(cannot)
+            })
+        });
+        match bound {
+            Ok(number) => {
+                device.node = format!("loop{number}");
+                Ok(device)
+            }
+            Err(error) => {
+                device.end(run_dir);
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends what came to nothing. Comes back when the pool is gone: whoever tries again at once has to
+    /// find the directory, the image and the user's account free.
+    fn end(self, run_dir: &Path) {
+        drop(self.pool);
+        // Whether or not it is: the user is told why nothing was mounted.
+        let _ = found::wait_gone(run_dir, &[found::Mounted { pool: self.name }], END_MAX);
     }
 }
 

@@ -2,19 +2,18 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::found::Mounted;
+use super::found::{Mounted, wait_gone};
 use super::program;
 use crate::error::{Error, Kind, Result};
 use crate::sys::mntns;
 
 /// How long a program may take to write what it holds, and the daemon to take the device away.
 const END_MAX: Duration = Duration::from_secs(60);
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// Unmount what 'loopengine mount' has mounted.
 ///
@@ -45,14 +44,10 @@ impl Args {
                 leave(&dir)?;
             }
         }
-        let until = Instant::now() + END_MAX;
-        while Mounted::all(run_dir)?.iter().any(|left| found.contains(left)) {
-            if Instant::now() >= until {
-                let message = format!("{} is unmounted, but its device is still in use", self.what.display());
-                return Err(Error::new(Kind::Deadline, message)
-                    .hint("wait for the program that mounted it, or see who else has the directory open"));
-            }
-            std::thread::sleep(PAUSE);
+        if !wait_gone(run_dir, &found, END_MAX)? {
+            let message = format!("{} is unmounted, but its device is still in use", self.what.display());
+            return Err(Error::new(Kind::Deadline, message)
+                .hint("wait for the program that mounted it, or see who else has the directory open"));
         }
         Ok(())
     }

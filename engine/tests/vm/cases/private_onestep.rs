@@ -184,6 +184,9 @@ fn failures(ctx: &Ctx) -> Res {
         one "broken" "fuse2fs cannot mount broken" mnt broken dir
         one "no such program" "cannot-be-there is not installed" mnt --fuse ext4=cannot-be-there a dir
         one "does not mount" "true has not mounted" mnt --fuse ext4=true a dir
+        # What it leaves running still has the device, and is waited for.
+        printf '#!/bin/sh\nsleep 3 &\n' > lingers; chmod +x lingers
+        one "lingers" "has not mounted" mnt --fuse ext4=$PWD/lingers a dir
         bin=$(mktemp -d); for tool in fusermount3 fusermount; do ln -s $(command -v $tool) $bin; done
         one "not installed" "apt install fuse2fs" env PATH=$bin "$loopengine" mount a dir
         mkdir -p empty; ln -s $(command -v fuse2fs) empty/
