@@ -176,6 +176,7 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
             let machine = Vm {
                 shares: vec![out.clone()],
                 limit: stage.limit,
+                at_once: true,
                 idle_poll: stage.idle_poll,
                 memory: MEMORY.into(),
                 ..Vm::new(lab.kernel(stage.kernel)?, Mode::Smp)

@@ -55,6 +55,9 @@ pub(crate) struct Vm {
     pub(crate) shares: Vec<PathBuf>,
     /// From start to end.
     pub(crate) limit: Duration,
+    /// The CPUs run at once, each on a core of this machine, also where the emulator is not safe so
+    /// ([`takes_turns`]): for figures.
+    pub(crate) at_once: bool,
     /// CPUs spin instead of sleeping, which makes wake-ups as cheap as on hardware.
     pub(crate) idle_poll: bool,
 }
@@ -85,6 +88,7 @@ impl Vm {
             disks: Vec::new(),
             shares: Vec::new(),
             limit: LIMIT,
+            at_once: false,
             idle_poll: false,
         }
     }
@@ -109,8 +113,8 @@ impl Vm {
     /// Boots it and returns once `command` has begun.
     pub(crate) fn start(&self, lab: &Lab, programs: &[Program], command: &str) -> Result<Running> {
         for _ in 1..BOOTS_MAX {
-            // An emulated pair of CPUs now and then trips over the kernel's patching of itself
-            // while it boots. Past that point a VM that dies is a failure to be reported.
+            // CPUs that run at once may trip over the kernel's patching of itself while it boots
+            // (`takes_turns`). Past that point a VM that dies is a failure to be reported.
             match self.boot(lab, programs, command)?.wait_until_booted() {
                 Ok(running) => return Ok(running),
                 Err(error) => eprintln!("lab: {error:#}\nlab: booting it again"),
@@ -161,6 +165,9 @@ impl Vm {
             Mode::Smp => boot.args(["--cpus", "2"]),
             Mode::Icount => boot.args(["--cpus", "1", "--qemu-opts=-icount shift=0,sleep=off"]),
         };
+        if self.mode == Mode::Smp && !self.at_once && takes_turns()? {
+            boot.arg("--qemu-opts=-accel tcg,thread=single");
+        }
         // The kernel's self-tests of its ciphers take a good second of the boot.
         boot.args(["--append", "cryptomgr.notests"]);
         if self.idle_poll {
@@ -203,6 +210,23 @@ impl Vm {
              echo $? >{session}/status.new && mv {session}/status.new {session}/status\n"
         )
     }
+}
+
+/// Whether CPUs have to take turns in this machine's QEMU: before 8.1 one CPU may translate code while
+/// another writes it, and then runs what is no longer there. The kernel patches itself whenever a static
+/// key changes, so any program may bring it down; turning sched_schedstats on and off does within
+/// seconds (`Oops: int3`). QEMU's commit deba78709ae8, "Always lock pages before translation", ended that.
+fn takes_turns() -> Result<bool> {
+    let said = sh::capture(Command::new("qemu-system-x86_64").arg("--version"), VERSION_LIMIT)?;
+    Ok(version(&said).is_none_or(|version| version < (8, 1)))
+}
+
+const VERSION_LIMIT: Duration = Duration::from_secs(20);
+
+/// Of "QEMU emulator version 7.2.22 (Debian …)".
+fn version(said: &str) -> Option<(u32, u32)> {
+    let mut numbers = said.split("version ").nth(1)?.split(|letter: char| !letter.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 impl Running {
@@ -290,4 +314,17 @@ pub(crate) fn tail(said: &str) -> String {
 pub(crate) fn to_stdout(bytes: &[u8]) {
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(bytes).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_emulators_are_safe() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright (c) 2003";
+        assert_eq!(version(debian), Some((7, 2)));
+        assert_eq!(version("QEMU emulator version 10.0.8"), Some((10, 0)));
+        assert_eq!(version("no such thing"), None);
+    }
 }
