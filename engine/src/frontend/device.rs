@@ -107,6 +107,14 @@ impl Device {
         }
     }
 
+    /// The scheduler that the kernel gave it while it appeared alone, if it did.
+    pub fn scheduler(&self) -> Option<ublk::Scheduler> {
+        match self {
+            Device::Ublk(device) => device.scheduler(),
+            Device::Fuse(_) => None,
+        }
+    }
+
     /// Users may see it still.
     pub fn is_shown(&self) -> bool {
         match self {

@@ -195,10 +195,22 @@ impl Served {
 
     /// Takes the queues of a stopped device from the workers, and gives its number back.
     pub fn release(&self) -> Result<()> {
+        self.leave()?;
+        self.delete()
+    }
+
+    /// Takes the queues of a stopped device from the workers, and with them its image.
+    pub fn leave(&self) -> Result<()> {
         let _life = self.life();
         for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
             ignore_missing(worker.remove(self.slot))?;
         }
+        Ok(())
+    }
+
+    /// Gives the number of a stopped device back that no worker has any more.
+    pub fn delete(&self) -> Result<()> {
+        let _life = self.life();
         ignore_missing(self.device.delete())
     }
 

@@ -7,12 +7,13 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::used::{Drawer, Slots, Used};
 use super::{Answer, errno};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::ublk::Alone;
@@ -20,7 +21,6 @@ use crate::frontend::{Door, Parameters, Stop};
 use crate::image::Image;
 use crate::instance::pool::Shared;
 use crate::instance::served::{Begin, Served, Workers};
-use crate::ring::SlotId;
 use crate::sys::block;
 
 /// Queue depth of a loop device.
@@ -32,6 +32,8 @@ const FILLERS_MAX: usize = 256;
 /// How long the kernel may take to free a number, and between two looks.
 const NUMBER_MAX: Duration = Duration::from_secs(2);
 const NUMBER_PAUSE: Duration = Duration::from_millis(20);
+/// Its slot on the workers stays taken: something of it may yet be in flight.
+const STAYS: &str = "a disk cannot be released";
 
 /// Makes devices for one pool.
 #[derive(Debug)]
@@ -39,20 +41,15 @@ pub struct Maker {
     shared: Shared,
     door: Door,
     workers: Workers,
-    places: Mutex<Places>,
+    slots: Arc<Slots>,
+    /// What has made way, until the driver has freed it.
+    drawer: Drawer,
     /// One that has not appeared yet: whether a disk can be replaced is only found out by trying, often.
     standby: Mutex<Option<Served>>,
     /// Nobody's any more: kept with their device numbers, for the next who needs one.
     spares: Mutex<Vec<Disk>>,
     /// If they must not change: the device numbers of all disks.
     fixed: OnceLock<Vec<u64>>,
-}
-
-/// Slots on the workers: how often each was let, and which are free.
-#[derive(Debug, Default)]
-struct Places {
-    generations: Vec<u32>,
-    free: Vec<u16>,
 }
 
 /// A block device that has appeared.
@@ -77,11 +74,13 @@ pub enum Unrecycled {
 impl Maker {
     /// For a pool with these workers.
     pub fn new(shared: Shared, door: Door, workers: Workers) -> Maker {
+        let slots = Arc::<Slots>::default();
         Maker {
             shared,
             door,
             workers,
-            places: Mutex::default(),
+            drawer: Drawer::new(Arc::clone(&slots)),
+            slots,
             standby: Mutex::default(),
             spares: Mutex::default(),
             fixed: OnceLock::new(),
@@ -165,7 +164,7 @@ impl Maker {
         };
         let image = Image::nothing(block_size)?;
         let device = self.door.add(0, parameters)?;
-        let (served, begun) = Served::begin(device, &self.workers, self.place(), image, Begin::Waiting);
+        let (served, begun) = Served::begin(device, &self.workers, self.slots.take(), image, Begin::Waiting);
         if let Err(error) = begun {
             self.discard(&served);
             return Err(error);
@@ -206,8 +205,14 @@ impl Maker {
         let next = self.take_place(next, &disk, block_size, &mut fillers, &alone);
         drop(alone);
         fillers.iter().for_each(|served| self.discard(served));
-        self.release(&disk.served);
-        let_go(disk);
+        // No worker has its file from here on.
+        match disk.served.leave() {
+            Ok(()) => {
+                let scheduler = next.as_ref().ok().and_then(|disk| disk.served.device().scheduler());
+                self.drawer.put(Used { disk: disk.served, scheduler });
+            }
+            Err(error) => tracing::error!(%error, "{STAYS}"),
+        }
         next.map_err(Unrecycled::Lost)
     }
 
@@ -299,6 +304,7 @@ impl Maker {
             }
         }
         drop(spares);
+        self.drawer.empty();
         let mut standby = self.standby();
         standby.take().iter().for_each(|served| self.discard(served));
     }
@@ -315,26 +321,10 @@ impl Maker {
     }
 
     fn release(&self, served: &Served) {
-        match served.release() {
-            Ok(()) => self.places().free.push(served.slot().index),
-            // Its place on the workers stays taken: something of it may yet be in flight.
-            Err(error) => tracing::error!(%error, "a disk cannot be released"),
+        match served.leave().and_then(|()| served.delete()) {
+            Ok(()) => self.slots.give_back(served.slot()),
+            Err(error) => tracing::error!(%error, "{STAYS}"),
         }
-    }
-
-    fn places(&self) -> std::sync::MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn place(&self) -> SlotId {
-        let mut places = self.places();
-        let index = places.free.pop().unwrap_or_else(|| {
-            places.generations.push(0);
-            (places.generations.len() - 1) as u16
-        });
-        let generation = &mut places.generations[usize::from(index)];
-        *generation += 1;
-        SlotId { index, generation: *generation & 0xff_ffff }
     }
 }
 

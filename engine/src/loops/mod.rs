@@ -13,6 +13,7 @@ mod parts;
 mod pool;
 mod quota;
 mod reaper;
+mod used;
 
 use std::os::fd::OwnedFd;
 

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 const OFTEN: Duration = Duration::from_millis(10);
 /// Between looks when there was none for long: the least, the most, and what each device that is waited
 /// for adds.
-const SELDOM: [Duration; 2] = [Duration::from_millis(25), Duration::from_secs(1)];
+const SELDOM: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
 const SELDOM_EACH: Duration = Duration::from_millis(3);
 /// For so long after a sign looks stay frequent.
 const EAGER: Duration = Duration::from_secs(2);
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn looks_are_few() {
-        for (awaited, ms) in [(0, 25), (1, 25), (8, 25), (9, 27), (100, 300), (334, 1000), (1 << 40, 1000)] {
+        for (awaited, ms) in [(0, 20), (1, 20), (6, 20), (9, 27), (100, 300), (334, 1000), (1 << 40, 1000)] {
             assert_eq!(seldom(awaited), Duration::from_millis(ms), "{awaited}");
         }
     }

@@ -9,7 +9,12 @@ use std::time::Duration;
 use super::private_script::Inside;
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
+use crate::store::{Disk, Shape};
 use crate::tools;
+
+/// From a last close until the device shows no image: the aim, and a bound for where time is noise.
+const CLOSED_MAX: Duration = Duration::from_millis(50);
+const CLOSED_NOISE_MAX: Duration = Duration::from_secs(2);
 
 /// Rounds of losetup; the first are not counted.
 const ROUNDS: usize = 25;
@@ -27,6 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::figures::set_up", Needs::Private, 240, set_up),
         case("private::figures::calls", Needs::Private, 240, calls),
+        case("private::figures::last_close", Needs::Private, 240, last_close),
     ]
 }
 
@@ -136,14 +142,69 @@ fn calls(ctx: &Ctx) -> Res {
         "LOOP_GET_STATUS64: {our_call:.0} ns, the kernel's {their_call:.0} ns; getppid: {our_other:.1} ns under the filter, {their_other:.1} ns without"
     ));
     let (call, other) = (our_call - their_call, our_other - their_other);
-    let counted = std::env::var("LAB_MODE").is_ok_and(|mode| mode == "icount");
-    let [call_max, other_max] = if counted { CALL_INSTRUCTIONS_MAX } else { CALL_NS_MAX };
+    let [call_max, other_max] = if counted() { CALL_INSTRUCTIONS_MAX } else { CALL_NS_MAX };
     if call > call_max || other > other_max {
         fail!(
             "an intercepted call takes {call:.0} ns more ({call_max:.0} at the most), any other {other:.1}"
         );
     }
     daemon.stop()
+}
+
+/// Prints what it closes last and how many ms later nothing is bound, by /sys and no call of loop(4).
+const LAST_CLOSE: &str = r#"
+use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC sleep);
+sub lag { my ($what, $name, $close) = @_;
+    $close->(); my $from = clock_gettime(CLOCK_MONOTONIC); my $size;
+    do { sleep 0.001;
+        open(my $file, "<", "/sys/class/block/$name/size") or die "$name: $!"; chomp($size = <$file>);
+    } until $size == 0 or clock_gettime(CLOCK_MONOTONIC) - $from > 10;
+    printf "%s %.1f\n", $what, (clock_gettime(CLOCK_MONOTONIC) - $from) * 1e3;
+}
+sub device { my $dev = `losetup -f --show raw`; chomp $dev; $dev =~ /loop\d+$/ or die "no device: '$dev'"; $dev }
+sub held { my ($what, $pause) = @_;
+    sleep 2; my $dev = device(); open(my $file, "<", $dev) or die "$dev: $!";
+    system("losetup", "-d", $dev) == 0 or die "losetup -d"; sleep $pause;
+    lag($what, $dev =~ s/.*\///r, sub { close $file });
+}
+my $mnt = "mnt";
+for (1..5) {
+    system(qw(mount -o loop fs mnt)) == 0 or die "mount"; sleep 2;
+    lag("umount", "loop0", sub { syscall(166, $mnt, 0) == 0 or die "umount2: $!" });
+    held("close", 0); held("late", 5);
+}
+"#;
+
+/// A last close unbinds: after an unmount, after LOOP_CLR_FD, and long after any sign.
+fn last_close(ctx: &Ctx) -> Res {
+    // A machine has a disk of its own as a rule; without any, the last ublk device to go takes things of the
+    // block layer with it that all disks share, which takes the kernel as long again.
+    let _disk = Disk::new(&Shape { size_mib: 1, ..Shape::default() })?;
+    let daemon = Daemon::start(ctx)?;
+    std::fs::write(ctx.path("last_close.pl"), LAST_CLOSE)?;
+    let script = "image raw 1M; truncate -s 8M fs; mkfs.ext2 -q fs; mkdir mnt; said=$(perl last_close.pl 2>&1) || wrong \"$said\"; echo \"$said\"";
+    // The kernel mounts it: a program of FUSE would close the device when it has written all back, some
+    // time after the unmount.
+    let said = Inside::new(ctx, &daemon).with(&["--mount", "ext2"]).run(script)?;
+    let max = if counted() { CLOSED_MAX } else { CLOSED_NOISE_MAX }.as_millis();
+    let mut late = Vec::new();
+    for what in ["umount", "close", "late"] {
+        let lines = said.lines().filter_map(|line| line.strip_prefix(what)?.trim().parse().ok());
+        let lags: Vec<f64> = lines.collect();
+        ensure!(lags.len() == 5, "of {what}: {said}");
+        let most = lags.iter().copied().fold(0.0, f64::max);
+        ctx.note(format!("{what}: unbound after {:.1} ms, {most:.1} ms at the most", median(lags)));
+        if most > max as f64 {
+            late.push(format!("{what}: {most} ms"));
+        }
+    }
+    ensure!(late.is_empty(), "{}; {max} ms at the most", late.join(", "));
+    daemon.stop()
+}
+
+/// Whether this machine counts instructions.
+fn counted() -> bool {
+    std::env::var("LAB_MODE").is_ok_and(|mode| mode == "icount")
 }
 
 fn median(mut all: Vec<f64>) -> f64 {
