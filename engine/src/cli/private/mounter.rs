@@ -180,7 +180,17 @@ impl Mounter {
         // Its name in the caller's mount namespace; an unlinked one has none.
         let path = link(&device)?;
         rustix::process::fchdir(&target)?;
-        self.run(Command::new(program).arg(path).arg(".").args(["-o", &options]))?;
+        let run = |options: &str| self.run(Command::new(program).arg(&path).arg(".").args(["-o", options]));
+        // With libfuse 2 a directory that is not empty is covered only on demand, as mount(2) does always;
+        // libfuse 3 does it always, and does not know the option.
+        let mut done = Err(Errno::INVAL);
+        if has_entries() {
+            done = run(&format!("{options},nonempty"));
+        }
+        if done == Err(Errno::INVAL) {
+            done = run(&options);
+        }
+        done?;
         check_covered(&target)?;
         Ok(true)
     }
@@ -295,6 +305,11 @@ fn link(file: &OwnedFd) -> Answer<PathBuf> {
         true => Ok(path),
         false => Err(Errno::NOENT),
     }
+}
+
+/// Whether there is anything in the working directory that can be seen.
+fn has_entries() -> bool {
+    fs::read_dir(".").is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Some programs end well although they have mounted nothing: fuse2fs, where it may not open /dev/fuse.
