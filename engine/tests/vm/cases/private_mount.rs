@@ -1,10 +1,11 @@
 //! mount(8) and umount(8) as they are, with private loop devices; and a great many rounds of them.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use super::private_script::Inside;
 use crate::daemon::Daemon;
-use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 
 /// For all rounds, on a CPU that has others to serve.
 const ROUNDS: Duration = Duration::from_secs(1200);
@@ -13,6 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::mount", Needs::Private, 180, mount),
         case("private::mount_options", Needs::Private, 180, mount_options),
+        case("private::mount_covers", Needs::Private, 180, mount_covers),
         case("private::umount", Needs::Private, 180, umount),
         case("private::rounds", Needs::Private, 1500, rounds),
     ]
@@ -85,6 +87,31 @@ fn mount_options(ctx: &Ctx) -> Res {
         losetup -r -f a; works "read-only by losetup" mount -o ro /dev/loop0 mnt; umount mnt
         "#,
     )?;
+    daemon.stop()
+}
+
+/// A directory with something in it is covered, whoever mounts, and shows it again after the unmount.
+fn mount_covers(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = r#"
+        truncate -s 8M ext4; mkfs.ext4 -q -E root_owner=0:0 ext4
+        mkdir mnt tree; echo below > mnt/below; echo file > tree/file
+        mksquashfs tree squashfs -quiet -no-progress >/dev/null
+        for kind in ext4 squashfs; do
+            works "$kind" mount -o loop $kind mnt
+            refused "$kind: covered" "" cat mnt/below
+            works "$kind: umount" umount mnt
+            same "$kind: seen again" "$(cat mnt/below)" below
+            soon "$kind: unbound" "" losetup -a
+        done
+        { head -c 4096 ext4; head -c 8M /dev/zero; } > broken
+        refused "broken" "" mount -o loop broken mnt; soon "broken: unbound" "" losetup -a
+        "#;
+    // As udev would.
+    std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
+    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777)).at("chmod")?;
+    Inside::new(ctx, &daemon).run(&format!("mkdir root; cd root\n{script}"))?;
+    Inside::new(ctx, &daemon).user(1000).run(&format!("mkdir user; cd user\n{script}"))?;
     daemon.stop()
 }
 
