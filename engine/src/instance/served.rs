@@ -17,6 +17,15 @@ use crate::worker::{Job, QueueStats, WorkerHandle};
 /// The workers of an instance, shared by its devices.
 pub type Workers = Arc<[WorkerHandle<Queue>]>;
 
+/// Requests of one device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traffic {
+    /// Not answered yet.
+    pub in_flight: u64,
+    /// Answered since it appeared.
+    pub ended: u64,
+}
+
 /// A device with its queues on the workers.
 #[derive(Debug)]
 pub struct Served {
@@ -152,12 +161,8 @@ impl Served {
     fn hangs(&self) -> bool {
         let Ok(image) = self.image() else { return false };
         let until = Instant::now() + HANGS;
-        let ended = || -> Option<u64> {
-            let queues = self.queue_stats().ok()?;
-            let waits = queues.iter().any(|queue| queue.in_flight > 0);
-            let done = |q: &QueueStats| q.reads + q.writes + q.flushes + q.discards + q.errors;
-            waits.then(|| queues.iter().map(done).sum())
-        };
+        let ended =
+            || self.traffic().ok().filter(|traffic| traffic.in_flight > 0).map(|traffic| traffic.ended);
         let Some(before) = ended().filter(|_| image.holds_up()) else { return false };
         while Instant::now() < until {
             std::thread::sleep(Duration::from_millis(20));
@@ -297,6 +302,14 @@ impl Served {
     fn queue_stats(&self) -> Result<Vec<QueueStats>> {
         let queues = usize::from(self.device.parameters().queues);
         self.workers.iter().take(queues).map(|worker| worker.stats(self.slot)).collect()
+    }
+
+    /// What goes on, over all queues.
+    pub fn traffic(&self) -> Result<Traffic> {
+        let queues = self.queue_stats()?;
+        let ended = |q: &QueueStats| q.reads + q.writes + q.flushes + q.discards + q.errors;
+        let in_flight = queues.iter().map(|queue| queue.in_flight).sum();
+        Ok(Traffic { in_flight, ended: queues.iter().map(ended).sum() })
     }
 
     /// Figures over all queues.

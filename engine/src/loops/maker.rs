@@ -20,7 +20,7 @@ use crate::frontend::ublk::Alone;
 use crate::frontend::{Door, Parameters, Stop};
 use crate::image::Image;
 use crate::instance::pool::Shared;
-use crate::instance::served::{Begin, Served, Workers};
+use crate::instance::served::{Begin, Served, Traffic, Workers};
 use crate::sys::block;
 
 /// Queue depth of a loop device.
@@ -332,6 +332,11 @@ impl Disk {
     /// Bytes.
     pub fn size(&self) -> u64 {
         self.served.geometry().size
+    }
+
+    /// What goes on; nothing, as far as is known, if its workers do not say.
+    pub fn traffic(&self) -> Traffic {
+        self.served.traffic().unwrap_or_default()
     }
 
     /// Shows a file, or another part of the same file.

@@ -7,7 +7,7 @@
 //! shows of a mounted file system may be old. It can be written again when the last user of the hidden
 //! disk is gone. Knows nothing of file systems.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::device::{Device, Room};
@@ -15,6 +15,20 @@ use super::maker::{Disk, Unrecycled};
 use super::pool::Pool;
 use super::{Answer, Entry, Errno, Info, errno};
 use crate::frontend::Stop;
+use crate::sys::block;
+
+/// Nothing is read or written for so long: an unmount is not what goes on.
+const IDLE_MAX: Duration = Duration::from_millis(300);
+
+/// What the kernel has mounted of a pool.
+#[derive(Debug, Default)]
+struct Mounts {
+    any: bool,
+    /// Requests are in flight.
+    busy: bool,
+    /// Requests that have ended.
+    ended: u64,
+}
 
 /// A disk that nobody sees.
 #[derive(Debug)]
@@ -191,20 +205,68 @@ impl Pool {
         self.find_with_parts(rdev).is_some()
     }
 
-    /// Whether nothing is mounted by the kernel any more, after a wait for that.
+    /// Whether nothing is mounted by the kernel any more, after a wait for that: for as long as something
+    /// is written, and `within` at the most. What stays mounted, since somebody else has the mount, is
+    /// written to its file, as far as that can be had in the same time.
     pub fn wait_for_unmounts(&self, within: Duration) -> bool {
         let until = Instant::now() + within;
+        let (mut known, mut idle_since) = (0, Instant::now());
         loop {
-            let places = self.all();
-            let mounted = places.iter().any(|(_, place)| match place.device.try_lock() {
-                // Only looked at: to take it back may need the file, which may hang.
-                Ok(device) => device.mounted.iter().any(|hidden| hidden.disk.is_claimed()),
-                Err(_) => true,
-            });
-            if !mounted || Instant::now() >= until {
-                return !mounted;
+            let Mounts { any, busy, ended } = self.mounts();
+            let now = Instant::now();
+            if !any || now >= until {
+                return !any;
+            }
+            if busy || ended != known {
+                (known, idle_since) = (ended, now);
+            }
+            if now.duration_since(idle_since) >= IDLE_MAX {
+                self.write_mounts(until);
+                return false;
             }
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn mounts(&self) -> Mounts {
+        let mut mounts = Mounts::default();
+        for (_, place) in self.all() {
+            // Only looked at: to take it back may need the file, which may hang.
+            let Ok(device) = place.device.try_lock() else {
+                mounts.any = true;
+                mounts.busy = true;
+                continue;
+            };
+            for Hidden { disk, .. } in device.mounted.iter().filter(|hidden| hidden.disk.is_claimed()) {
+                mounts.any = true;
+                let traffic = disk.traffic();
+                mounts.busy |= traffic.in_flight > 0;
+                mounts.ended += traffic.ended;
+            }
+        }
+        mounts
+    }
+
+    /// Has the kernel's file systems write what they hold. On a thread of its own: their files may hang.
+    fn write_mounts(&self, until: Instant) {
+        let mut disks = Vec::new();
+        for (_, place) in self.all() {
+            let Ok(device) = place.device.try_lock() else { continue };
+            disks.extend(device.mounted.iter().filter_map(|hidden| hidden.disk.open(false).ok()));
+        }
+        let (sender, written) = std::sync::mpsc::channel::<()>();
+        let write = move || {
+            for disk in disks {
+                if let Err(error) = block::flush(disk.as_fd()) {
+                    tracing::warn!(%error, "what is mounted of a pool that ends is not written");
+                }
+            }
+            drop(sender);
+        };
+        match std::thread::Builder::new().name("write-back".into()).spawn(write) {
+            // Nothing is ever sent: it is over when the sender is gone.
+            Ok(_) => drop(written.recv_timeout(until.saturating_duration_since(Instant::now()))),
+            Err(error) => tracing::warn!(%error, "what is mounted of a pool that ends is not written"),
         }
     }
 
