@@ -56,8 +56,8 @@ pub(super) struct Args {
 
     /// File systems that the kernel mounts, instead of a program of FUSE, when mount(8) mounts one of the
     /// devices in a user namespace: always nosuid and nodev, and while it is mounted nobody can write to
-    /// the device. For those that the administrator allows (kernel_mounts in loopengine.toml); for root,
-    /// ext2, ext3, ext4, xfs, squashfs, erofs and vfat.
+    /// the device; a remount is refused. For those that the administrator allows (kernel_mounts in
+    /// loopengine.toml); for root, ext2, ext3, ext4, xfs, squashfs, erofs and vfat.
     #[arg(long, value_name = "FS,…", value_delimiter = ',', value_parser = parse_file_system)]
     mount: Vec<String>,
 
