@@ -1,8 +1,17 @@
 //! User namespaces.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// The inode of the initial user namespace, the same on every machine (PROC_USER_INIT_INO).
+const INITIAL: u64 = 0xefff_fffd;
+
+/// Whether this process is in the initial user namespace, as far as /proc says.
+pub fn is_initial() -> bool {
+    std::fs::metadata("/proc/self/ns/user").is_ok_and(|namespace| namespace.ino() == INITIAL)
+}
 
 /// Moves this process into a user namespace of its own, and a mount namespace that belongs to it. Fails
 /// if the process has more than one thread. Who is who in there must be written to `/proc/self/uid_map`

@@ -1,7 +1,6 @@
 //! The kernel mounts an image, for root.
 
 use std::ffi::CStr;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::AtFlags;
@@ -11,14 +10,11 @@ use rustix::mount::{MountFlags, mount as mount_fs};
 use super::Device;
 use super::image::Image;
 use crate::error::{Error, Kind, Result};
-
-/// The inode of the initial user namespace, the same on every machine (PROC_USER_INIT_INO).
-const INITIAL: u64 = 0xefff_fffd;
+use crate::sys;
 
 /// Whether this is root, and not only that of a user namespace, for whom no kernel mounts a disk.
 pub(super) fn mounts_for_us() -> bool {
-    let namespace = std::fs::metadata("/proc/self/ns/user").map(|meta| meta.ino());
-    rustix::process::geteuid().is_root() && namespace.is_ok_and(|inode| inode == INITIAL)
+    rustix::process::geteuid().is_root() && sys::userns::is_initial()
 }
 
 /// Mounts `device` on `dir`. The device then lives until it is unmounted.

@@ -63,7 +63,7 @@ pub(super) struct Args {
 
     /// File systems that a program of FUSE mounts when mount(8) mounts one of the devices, with the
     /// command's own rights [default in a user namespace: ext2, ext3 and ext4 by fuse2fs, squashfs by
-    /// squashfuse, where installed; root without this option: the kernel mounts].
+    /// squashfuse, where installed; root of the machine without this option: the kernel mounts].
     #[arg(long, value_name = "FS=PROGRAM,…", value_delimiter = ',', value_parser = parse_fuse)]
     fuse: Vec<(String, String)>,
 
@@ -94,11 +94,13 @@ fn is_file_system(name: &str) -> bool {
 impl Args {
     /// What mounts what; none: the kernel mounts, as without a filter.
     fn ways(&self, user: bool) -> Option<mounter::Ways> {
+        // Also for root of a user namespace the kernel mounts no disk, if that is there already: a container's.
+        let root = !user && sys::userns::is_initial();
         // The first that fits counts.
-        let usual = if user { mounter::usual() } else { Vec::new() };
+        let usual = if root { Vec::new() } else { mounter::usual() };
         let fuse = self.fuse.iter().cloned().chain(usual).collect();
-        let ways = mounter::Ways { fuse, kernel: self.mount.clone(), root: !user };
-        (user || !self.fuse.is_empty()).then_some(ways)
+        let ways = mounter::Ways { fuse, kernel: self.mount.clone(), root };
+        (!root || !self.fuse.is_empty()).then_some(ways)
     }
 
     /// Answers only if it fails.

@@ -1,10 +1,11 @@
 //! systemd-nspawn: a container with the daemon's socket, and `loopengine run` inside, as the page
 //! doc/container.md has it.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use crate::daemon::Daemon;
-use crate::harness::{Case, Ctx, Needs, Res, case, ensure, skip};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, skip};
 use crate::tools;
 
 /// What the container has: busybox for everything that is not below.
@@ -12,7 +13,10 @@ const PROGRAMS: [&str; 8] =
     ["bash", "losetup", "mkfs.ext4", "e2fsck", "mount", "umount", "blockdev", "fuse2fs"];
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![case("private_nspawn::socket", Needs::Private, 200, socket)]
+    vec![
+        case("private_nspawn::socket", Needs::Private, 200, socket),
+        case("private_nspawn::private_users", Needs::Private, 200, private_users),
+    ]
 }
 
 /// A root file system with little in it.
@@ -39,24 +43,38 @@ fn tree(ctx: &Ctx) -> Res<String> {
 
 /// Binds, makes a file system, mounts it and writes, all inside; the bytes are in the image outside.
 fn socket(ctx: &Ctx) -> Res {
+    with_socket(ctx, &[])
+}
+
+/// The same where root inside is nobody outside: programs of FUSE mount.
+fn private_users(ctx: &Ctx) -> Res {
+    // As udev would.
+    std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
+    with_socket(ctx, &["--private-users=524288:65536", "--private-users-ownership=off", "--bind=/dev/fuse"])
+}
+
+fn with_socket(ctx: &Ctx, more: &[&str]) -> Res {
     if tools::run(&["sh", "-c", "command -v systemd-nspawn"])?.code != 0 {
         skip!("the program systemd-nspawn is not installed");
     }
     let root = tree(ctx)?;
     let images = ctx.path("images");
     std::fs::create_dir(&images)?;
+    std::fs::set_permissions(&images, PermissionsExt::from_mode(0o777)).at("images")?;
     let daemon = Daemon::start(ctx)?;
     let inside = "
         set -eu; cd /images; truncate -s 16M a; truncate -s 1M b
         test \"$(losetup -f)\" = /dev/loop0
         test \"$(losetup -f --show a)\" = /dev/loop0; mkfs.ext4 -q /dev/loop0; losetup -d /dev/loop0
         mount -o loop a /mnt; echo from inside > /mnt/file; losetup -a; umount /mnt
+        for i in 1 2 3 4 5 6 7 8 9 10; do test -z \"$(losetup -j a)\" || sleep 0.5; done
         dev=$(losetup -f --show b); printf raw | dd of=$dev conv=fsync 2>/dev/null
         ls /dev/loopfs; echo all done";
     let mut command = daemon.command_of("systemd-nspawn");
     command.args(["--quiet", "--register=no", "--keep-unit", "--directory", &root]);
     command.arg(format!("--bind={}:/run/loopengine", ctx.path("run")));
     command.arg(format!("--bind={images}:/images"));
+    command.args(more);
     // Libraries of the machine are not those of the container.
     command.args(["--", "/usr/bin/loopengine", "run", "--", "/usr/bin/bash", "-c", inside]);
     let done = tools::Running::start(command)?.finish(Duration::from_secs(120))?;
