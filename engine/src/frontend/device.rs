@@ -107,11 +107,11 @@ impl Device {
         }
     }
 
-    /// The scheduler that the kernel gave it while it appeared alone, if it did.
-    pub fn scheduler(&self) -> Option<ublk::Scheduler> {
+    /// Takes the scheduler off that the kernel gave it, if it appeared alone. Nothing may be in flight.
+    pub fn take_scheduler_off(&self) {
         match self {
-            Device::Ublk(device) => device.scheduler(),
-            Device::Fuse(_) => None,
+            Device::Ublk(device) => device.take_scheduler_off(),
+            Device::Fuse(_) => {}
         }
     }
 

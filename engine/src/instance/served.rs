@@ -204,13 +204,18 @@ impl Served {
         self.delete()
     }
 
-    /// Takes the queues of a stopped device from the workers, and with them its image.
+    /// Takes the queues of a stopped device from the workers.
     pub fn leave(&self) -> Result<()> {
         let _life = self.life();
         for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
             ignore_missing(worker.remove(self.slot))?;
         }
         Ok(())
+    }
+
+    /// The image of a device that has left. Closing its file may take as long as its file system likes.
+    pub fn give_up_image(&self) -> Option<Arc<Image>> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Gives the number of a stopped device back that no worker has any more.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-use super::used::{Drawer, Slots, Used};
+use super::used::{Drawer, Slots};
 use super::{Answer, errno};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::ublk::Alone;
@@ -205,13 +205,16 @@ impl Maker {
         let next = self.take_place(next, &disk, block_size, &mut fillers, &alone);
         drop(alone);
         fillers.iter().for_each(|served| self.discard(served));
-        // No worker has its file from here on.
         match disk.served.leave() {
             Ok(()) => {
-                let scheduler = next.as_ref().ok().and_then(|disk| disk.served.device().scheduler());
-                self.drawer.put(Used { disk: disk.served, scheduler });
+                // Its file is not open longer than it is shown.
+                let_go(disk.served.give_up_image());
+                self.drawer.put(disk.served);
             }
-            Err(error) => tracing::error!(%error, "{STAYS}"),
+            Err(error) => {
+                tracing::error!(%error, "{STAYS}");
+                let_go(disk);
+            }
         }
         next.map_err(Unrecycled::Lost)
     }
@@ -334,9 +337,9 @@ impl Disk {
         self.served.geometry().size
     }
 
-    /// What goes on; nothing, as far as is known, if its workers do not say.
-    pub fn traffic(&self) -> Traffic {
-        self.served.traffic().unwrap_or_default()
+    /// What goes on; none: its workers do not say.
+    pub fn traffic(&self) -> Option<Traffic> {
+        self.served.traffic().ok()
     }
 
     /// Shows a file, or another part of the same file.
@@ -346,6 +349,8 @@ impl Disk {
 
     /// Shows a file for the first time. Read-only before anything can be written.
     pub fn present(&self, image: Image, read_only: bool) -> Answer<()> {
+        // While nothing can be in flight. Whoever waited for the last close before did not wait for this.
+        self.served.device().take_scheduler_off();
         if read_only {
             self.set_read_only(true)?;
         }

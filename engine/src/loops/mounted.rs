@@ -18,7 +18,7 @@ use crate::frontend::Stop;
 use crate::sys::block;
 
 /// Nothing is read or written for so long: an unmount is not what goes on.
-const IDLE_MAX: Duration = Duration::from_millis(300);
+const IDLE_MAX: Duration = Duration::from_millis(250);
 
 /// What the kernel has mounted of a pool.
 #[derive(Debug, Default)]
@@ -207,12 +207,13 @@ impl Pool {
 
     /// Whether nothing is mounted by the kernel any more, after a wait for that: for as long as something
     /// is written, and `within` at the most. What stays mounted, since somebody else has the mount, is
-    /// written to its file, as far as that can be had in the same time.
+    /// written to its file, as far as that can be had in the same time; and is given as long again, since
+    /// processes are seen to go before their mounts do.
     pub fn wait_for_unmounts(&self, within: Duration) -> bool {
         let until = Instant::now() + within;
-        let (mut known, mut idle_since) = (0, Instant::now());
+        let (mut known, mut idle_since, mut written) = (0, Instant::now(), false);
         loop {
-            let Mounts { any, busy, ended } = self.mounts();
+            let Mounts { any, busy, ended } = self.mounts(until);
             let now = Instant::now();
             if !any || now >= until {
                 return !any;
@@ -221,16 +222,23 @@ impl Pool {
                 (known, idle_since) = (ended, now);
             }
             if now.duration_since(idle_since) >= IDLE_MAX {
+                if written {
+                    return false;
+                }
                 self.write_mounts(until);
-                return false;
+                (written, idle_since) = (true, Instant::now());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
-    fn mounts(&self) -> Mounts {
+    fn mounts(&self, until: Instant) -> Mounts {
         let mut mounts = Mounts::default();
         for (_, place) in self.all() {
+            // A worker that does not answer takes seconds to be given up.
+            if Instant::now() >= until {
+                return Mounts { any: true, ..mounts };
+            }
             // Only looked at: to take it back may need the file, which may hang.
             let Ok(device) = place.device.try_lock() else {
                 mounts.any = true;
@@ -240,8 +248,8 @@ impl Pool {
             for Hidden { disk, .. } in device.mounted.iter().filter(|hidden| hidden.disk.is_claimed()) {
                 mounts.any = true;
                 let traffic = disk.traffic();
-                mounts.busy |= traffic.in_flight > 0;
-                mounts.ended += traffic.ended;
+                mounts.busy |= traffic.is_none_or(|traffic| traffic.in_flight > 0);
+                mounts.ended += traffic.unwrap_or_default().ended;
             }
         }
         mounts

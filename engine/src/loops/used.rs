@@ -7,8 +7,6 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::maker::let_go;
-use crate::frontend::ublk::Scheduler;
 use crate::instance::served::Served;
 use crate::ring::SlotId;
 
@@ -44,15 +42,6 @@ impl Slots {
     }
 }
 
-/// One to be put away.
-#[derive(Debug)]
-pub struct Used {
-    /// Stopped, and taken from the workers.
-    pub disk: Box<Served>,
-    /// Of its successor, which has no use for it: taking it off is as slow.
-    pub scheduler: Option<Scheduler>,
-}
-
 /// All of a pool.
 #[derive(Clone, Debug)]
 pub struct Drawer(Arc<Shared>);
@@ -67,7 +56,8 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    used: VecDeque<Used>,
+    /// Stopped, taken from the workers, and without a file.
+    used: VecDeque<Box<Served>>,
     /// There is a thread for them.
     attended: bool,
 }
@@ -79,7 +69,7 @@ impl Drawer {
     }
 
     /// Puts one away, now or soon.
-    pub fn put(&self, used: Used) {
+    pub fn put(&self, used: Box<Served>) {
         let start = {
             let mut waiting = lock(&self.0.waiting);
             waiting.used.push_back(used);
@@ -90,28 +80,22 @@ impl Drawer {
             (true, _) => {
                 let other = self.clone();
                 let thread = std::thread::Builder::new().name("put-away".into());
-                thread.spawn(move || other.put_away()).is_err()
+                thread.spawn(move || other.empty()).is_err()
             }
             (false, full) => full,
         };
         if helps {
-            self.put_away();
+            self.empty();
         }
     }
 
     /// Comes back when nothing is left in it: the daemon may end then.
     pub fn empty(&self) {
-        while self.one().is_some() {}
+        while self.one() {}
     }
 
-    fn put_away(&self) {
-        while let Some(scheduler) = self.one() {
-            scheduler.into_iter().for_each(Scheduler::take_off);
-        }
-    }
-
-    /// Puts the oldest away; answers what is left to do. None: there is none.
-    fn one(&self) -> Option<Option<Scheduler>> {
+    /// Puts the oldest away; false: there is none.
+    fn one(&self) -> bool {
         let Shared { slots, waiting, working } = &*self.0;
         let _one_at_a_time = lock(working);
         let next = {
@@ -120,14 +104,13 @@ impl Drawer {
             waiting.attended &= next.is_some();
             next
         };
-        let Used { disk, scheduler } = next?;
+        let Some(disk) = next else { return false };
         match disk.delete() {
             Ok(()) => slots.give_back(disk.slot()),
             // Its place on the workers stays taken, as does its number.
             Err(error) => tracing::error!(%error, "a used disk cannot be deleted"),
         }
-        let_go(disk);
-        Some(scheduler)
+        true
     }
 }
 
@@ -153,7 +136,6 @@ mod tests {
     fn an_empty_drawer_is_empty() {
         let drawer = Drawer::new(Arc::default());
         drawer.empty();
-        drawer.put_away();
         assert!(!lock(&drawer.0.waiting).attended);
     }
 }

@@ -183,11 +183,12 @@ impl Mounter {
         let run = |options: &str| self.run(Command::new(program).arg(&path).arg(".").args(["-o", options]));
         // With libfuse 2 a directory that is not empty is covered only on demand, as mount(2) does always;
         // libfuse 3 does it always, and does not know the option.
-        let mut done = Err(Errno::INVAL);
-        if has_entries() {
-            done = run(&format!("{options},nonempty"));
-        }
-        if done == Err(Errno::INVAL) {
+        let mut done = match has_entries() {
+            true => run(&format!("{options},nonempty")),
+            false => Err(Errno::INVAL),
+        };
+        // Never twice on the same image, whatever a program says of the first.
+        if done == Err(Errno::INVAL) && check_covered(&target).is_err() {
             done = run(&options);
         }
         done?;

@@ -5,7 +5,6 @@
 //! nothing: the caller decides what to do about a failure.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -47,18 +46,6 @@ impl Alone {
     /// Waits until nobody else has it.
     pub fn wait() -> Alone {
         Alone(STARTS.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// The scheduler of a block device: it costs time, and keeps requests from arriving in batches.
-#[derive(Debug)]
-pub struct Scheduler(File);
-
-impl Scheduler {
-    /// Has the device do without. Takes long: the queue is frozen, and the kernel first has modprobe look
-    /// for a module of the name "none". One that stays is slow and not wrong.
-    pub fn take_off(mut self) {
-        let _ = self.0.write_all(b"none");
     }
 }
 
@@ -216,7 +203,7 @@ impl Device {
         numbers.ok_or_else(|| Error::new(Kind::Internal, format!("{path} holds {text:?}")))
     }
 
-    /// The same for who holds back all others, and takes its [`scheduler`](Device::scheduler) off later.
+    /// The same for who holds back all others, and takes its scheduler off later.
     pub fn start_alone(&self, _alone: &Alone) -> Result<()> {
         let pid = u64::from(std::process::id());
         run(Command { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, LIMIT)
@@ -241,16 +228,15 @@ impl Device {
         Ok(())
     }
 
-    fn take_scheduler_off(&self) {
-        self.scheduler().into_iter().for_each(Scheduler::take_off);
-    }
-
-    /// What the kernel gave it: something for a device with one queue, where none would be better.
-    pub fn scheduler(&self) -> Option<Scheduler> {
+    /// A scheduler costs time and keeps requests from arriving in batches; the kernel gives one to devices
+    /// with one queue. Taking it off freezes the queue, so that nothing may be in flight on a file that might
+    /// not answer, and takes long: the kernel first has modprobe look for a module of the name "none". So it
+    /// is looked at first. One that stays is slow and not wrong.
+    pub fn take_scheduler_off(&self) {
         let path = format!("/sys/block/ublkb{}/queue/scheduler", self.id);
-        let chosen = std::fs::read_to_string(&path).ok()?;
-        let given = !chosen.contains("[none]");
-        given.then(|| File::options().write(true).open(&path).ok()).flatten().map(Scheduler)
+        if std::fs::read_to_string(&path).is_ok_and(|chosen| !chosen.contains("[none]")) {
+            let _ = std::fs::write(&path, "none");
+        }
     }
 
     /// Changes its size.

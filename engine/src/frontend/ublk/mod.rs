@@ -18,6 +18,6 @@ mod per_io;
 
 pub use batch::Batch;
 pub use control::{NODE as CONTROL_NODE, present_devices};
-pub use device::{Alone, Device, Scheduler};
+pub use device::{Alone, Device};
 pub use features::Granted;
 pub use per_io::PerIo;

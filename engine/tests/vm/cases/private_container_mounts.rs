@@ -198,7 +198,7 @@ fn ends(ctx: &Ctx) -> Res {
     let bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
     image(&bundle.work("a"), "")?;
     let script = r#"
-        truncate -s 32M a; mkfs.ext4 -q -F a; mkdir -p mnt
+        truncate -s 32M a; mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 a; mkdir -p mnt
         same "as new" "$(losetup -a)" ""
         works "mount" mount -o loop a mnt
         echo hello > mnt/file
