@@ -163,6 +163,8 @@ impl Maker {
             outlives: false,
         };
         let image = Image::nothing(block_size)?;
+        // Numbers at the driver are few and everybody's: what is to be free again is, before another is taken.
+        self.drawer.empty();
         let device = self.door.add(0, parameters)?;
         let (served, begun) = Served::begin(device, &self.workers, self.slots.take(), image, Begin::Waiting);
         if let Err(error) = begun {
