@@ -326,7 +326,7 @@ impl Maker {
     }
 
     fn release(&self, served: &Served) {
-        match served.leave().and_then(|()| served.delete()) {
+        match served.release() {
             Ok(()) => self.slots.give_back(served.slot()),
             Err(error) => tracing::error!(%error, "{STAYS}"),
         }
