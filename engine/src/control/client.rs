@@ -88,8 +88,14 @@ impl Client {
     }
 
     /// See [`crate::instance::Engine::resize`].
-    pub async fn resize(&mut self, device: &str) -> Result<DeviceInfo> {
-        let call = self.connection.resize(device);
+    pub async fn resize(&mut self, spec: &ResizeSpec) -> Result<DeviceInfo> {
+        let call = self.connection.resize(&spec.device, spec.size, spec.shrink, spec.force);
+        Ok(answer(&self.socket, ONE_MAX, call).await?.device)
+    }
+
+    /// See [`crate::instance::Engine::recover`].
+    pub async fn recover(&mut self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        let call = self.connection.recover(spec, vec![image]);
         Ok(answer(&self.socket, ONE_MAX, call).await?.device)
     }
 

@@ -62,6 +62,14 @@ fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) 
     }
 }
 
+/// The image that comes with a call.
+fn only_one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
+    <[OwnedFd; 1]>::try_from(fds).map(|[image]| image).map_err(|fds| {
+        let message = format!("{} file descriptors came with the call", fds.len());
+        Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
+    })
+}
+
 #[zlink::service(
     interface = "io.loopengine",
     vendor = "loopengine",
@@ -70,7 +78,7 @@ fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) 
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
         AttachSpec, DataPath, DeviceInfo, DeviceState, DeviceStats, Features, FrontendKind,
-        InstanceInfo, InstanceSpec, LatencySummary
+        InstanceInfo, InstanceSpec, LatencySummary, RecoverSpec
     ]
 )]
 impl ControlService {
@@ -110,16 +118,7 @@ impl ControlService {
         spec: AttachSpec,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> std::result::Result<Device, Fault> {
-        let image = <[OwnedFd; 1]>::try_from(fds);
-        let device = self
-            .ask(move |backend| {
-                let [image] = image.map_err(|fds| {
-                    let message = format!("{} file descriptors came with the call", fds.len());
-                    Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
-                })?;
-                backend.attach(&spec, image)
-            })
-            .await?;
+        let device = self.ask(move |backend| backend.attach(&spec, only_one(fds)?)).await?;
         tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);
         Ok(Device { device })
     }
@@ -144,9 +143,30 @@ impl ControlService {
         Ok(Detached { detached })
     }
 
-    /// Adapts a device to the present size of its image.
-    async fn resize(&self, device: String) -> std::result::Result<Device, Fault> {
-        let device = self.ask(move |backend| backend.resize(&device)).await?;
+    /// Adapts a device to the present size of its image, or both to `size`. It becomes smaller only with
+    /// `shrink`, and while it is in use only with `force`, too.
+    async fn resize(
+        &self,
+        device: String,
+        size: Option<u64>,
+        shrink: Option<bool>,
+        force: Option<bool>,
+    ) -> std::result::Result<Device, Fault> {
+        let (shrink, force) = (shrink.unwrap_or(false), force.unwrap_or(false));
+        let spec = ResizeSpec { device, size, shrink, force };
+        let device = self.ask(move |backend| backend.resize(&spec)).await?;
+        tracing::info!("resized {} ({:?}) to {} bytes", device.path, device.image, device.size);
+        Ok(Device { device })
+    }
+
+    /// Recovers a device that is stuck with an image, which comes as the call's only file descriptor.
+    async fn recover(
+        &self,
+        spec: RecoverSpec,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> std::result::Result<Device, Fault> {
+        let device = self.ask(move |backend| backend.recover(&spec, only_one(fds)?)).await?;
+        tracing::warn!("recovered {} by hand with {:?}", device.path, device.image);
         Ok(Device { device })
     }
 

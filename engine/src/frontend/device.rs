@@ -83,6 +83,22 @@ impl Device {
         }
     }
 
+    /// Its shape, as the driver has it; `offset` is where it begins in its image.
+    pub fn shape(&self, offset: u64) -> Result<Geometry> {
+        match self {
+            Device::Ublk(device) => device.shape(offset),
+            Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Somebody has the file open; of a block device nobody can tell.
+    pub fn is_open(&self) -> bool {
+        match self {
+            Device::Ublk(_) => false,
+            Device::Fuse(device) => device.is_open(),
+        }
+    }
+
     /// Changes its size.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         match self {

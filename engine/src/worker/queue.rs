@@ -302,10 +302,8 @@ impl<T: Transport> DeviceQueue<T> {
     /// An operation on the image for one request has ended.
     fn on_data(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
         let Some(active) = self.active.get_mut(tag) else {
-            return Err(Error::new(
-                Kind::Internal,
-                format!("an operation ended for tag {tag}, which is not in flight"),
-            ));
+            let message = format!("an operation ended for tag {tag}, which is not in flight");
+            return Err(Error::new(Kind::Internal, message));
         };
         if active.stage == Stage::Linked {
             // The chain broke at the transfer: its commit was cancelled, and we go on by hand.
@@ -314,7 +312,9 @@ impl<T: Transport> DeviceQueue<T> {
             self.stats.uncount(active.request.op, active.request.len);
         }
         let (request, stage) = (active.request, active.stage);
-        if matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR) {
+        let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
+        let moves = matches!(stage, Stage::Transfer | Stage::WritingZeroes);
+        if interrupted || moves && result == -libc::EINVAL && self.image.leave_direct_io() {
             active.retries += 1;
             if active.retries > RETRIES {
                 return self.finish(tag, -libc::EIO, ring, now_ns);
