@@ -39,8 +39,10 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 ///
 /// Without the ublk driver devices are files of the same names, of a FUSE file system: they can be
 /// copied, partitioned, given to a virtual machine, or mounted with 'mount -o loop'. Their size is
-/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. They end
-/// with the daemon, and cannot be taken back.
+/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. A write past
+/// the end fails with ENOSPC: directly at once, through the page cache at fsync, close or a later write.
+/// 'qemu-img convert' needs '-n' unless the new image has the file's size. They end with the daemon, and
+/// cannot be taken back.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
