@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::config::{Choice, Config};
-use crate::control::{Backend, rundir::RunDir, server};
+use crate::control::{self, Backend, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
@@ -162,8 +162,7 @@ impl Args {
         let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
         let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
         let registry = Arc::new(Registry::start(source, config.private())?);
-        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
-            .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
+        let runtime = control::runtime::make()?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());

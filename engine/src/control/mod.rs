@@ -18,6 +18,7 @@ pub mod oci;
 mod private;
 pub mod reply;
 pub mod rundir;
+pub mod runtime;
 pub mod server;
 mod service;
 
