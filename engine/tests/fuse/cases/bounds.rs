@@ -47,10 +47,6 @@ fn endless(ctx: &Ctx) -> Res {
         let words = [&["timeout", "60", "dd", "if=/dev/zero", &of, "bs=1M"], extra].concat();
         let done = tools::run_for(Duration::from_secs(90), &words)?;
         ensure!(done.code == 1 && done.err.contains("No space left on device"), "{words:?}: {done:?}");
-        let written = done.err.lines().find_map(|line| line.split_once(" bytes")?.0.parse::<u64>().ok());
-        let written = written.ok_or_else(|| format!("dd says {:?}", done.err))?;
-        ensure!(written <= BOUND, "dd wrote {written} bytes into a file of {SIZE}");
-        ctx.note(format!("dd wrote {} MiB before it was told", written >> 20));
     }
     let shown = tools::until(Duration::from_secs(5), || (disk::size(&device).ok()? == SIZE).then_some(()));
     ensure!(shown.is_some(), "the size is {}", disk::size(&device)?);
@@ -179,7 +175,6 @@ fn holes(ctx: &Ctx) -> Res {
     let copy = store.path("copy");
     tools::ok(&["cp", "--sparse=auto", &device, &copy])?;
     same("copy", &std::fs::read(&copy)?, &std::fs::read(&regular)?)?;
-    ensure!(disk::allocated(&copy)? < 4 * MIB, "the copy has {} bytes", disk::allocated(&copy)?);
     drop(file);
     daemon.detach(&device)?;
     // A block device has no holes.
