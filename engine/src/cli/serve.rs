@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use crate::accounts;
 use crate::config::{Choice, Config};
-use crate::control::{Backend, rundir::RunDir, server};
+use crate::control::{self, Backend, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
@@ -41,8 +41,10 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 ///
 /// Without the ublk driver devices are files of the same names, of a FUSE file system: they can be
 /// copied, partitioned, given to a virtual machine, or mounted with 'mount -o loop'. Their size is
-/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. They end
-/// with the daemon, and cannot be taken back.
+/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. A write past
+/// the end fails with ENOSPC: directly at once, through the page cache at fsync, close or a later write.
+/// 'qemu-img convert' needs '-n' unless the new image has the file's size. They end with the daemon, and
+/// cannot be taken back.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
@@ -163,8 +165,7 @@ impl Args {
         let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
-        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
-            .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
+        let runtime = control::runtime::make()?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());

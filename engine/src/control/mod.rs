@@ -22,6 +22,7 @@ mod private;
 mod refusal;
 pub mod reply;
 pub mod rundir;
+pub mod runtime;
 pub mod server;
 mod service;
 mod session;
