@@ -107,10 +107,14 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
     for warning in kernel_warnings()? {
         ledger().finding(format!("the kernel's log: {warning}"));
     }
-    let failures = ledger().failures();
     println!("{}", ledger().report());
-    println!("hostile: seed {seed}: {}", if failures == 0 { "all held" } else { "FAILED" });
-    Ok(failures == 0)
+    let verdict = match (ledger().failures(), ledger().undecided()) {
+        (0, 0) => "all held",
+        (0, _) => "UNDECIDED: this machine is too slow to judge every call, run it on an idle one",
+        _ => "FAILED",
+    };
+    println!("hostile: seed {seed}: {verdict}");
+    Ok(verdict == "all held")
 }
 
 /// A memory file system with a home for every user, and a kernel that tells of hung tasks soon.
@@ -234,7 +238,7 @@ fn play(who: Who, shared: &Shared) -> Result<()> {
         let mut command = Command::new(if who == Who::Tenant { "loopengine" } else { "lab" });
         if who == Who::Tenant {
             command.args(["run", "--max", "2", "--", "lab"]).env("LOOPENGINE_RUN_DIR", guest::run_dir());
-            shared.ledger().line(who.name(), "> loopengine run");
+            shared.ledger().line(who.name(), "~ loopengine run");
         }
         let start = Instant::now();
         let mut waits = who == Who::Tenant;

@@ -89,7 +89,16 @@ fn say(mark: char, what: impl Display) {
 
 /// Makes a call, and says what it is and how long it took.
 fn call<T>(name: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
-    say('>', name);
+    timed('>', name, make)
+}
+
+/// Does what is many calls.
+fn work<T>(name: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    timed('~', name, make)
+}
+
+fn timed<T>(mark: char, name: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    say(mark, name);
     let start = Instant::now();
     let answer = make();
     say('<', start.elapsed().as_micros());
@@ -99,12 +108,12 @@ fn call<T>(name: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
 fn tenant(number: u32) -> Result<()> {
     File::create("image")?.set_len(IMAGE_BYTES as u64)?;
     let device = call("losetup -f --show", || program(&["losetup", "-f", "--show", "image"]))?;
-    call("write and compare", || write_and_compare(Path::new(&device), Path::new("image"), number))?;
+    work("write and compare", || write_and_compare(Path::new(&device), Path::new("image"), number))?;
     let listed = call("losetup -l", || program(&["losetup", "-n", "-l", "-O", "BACK-FILE", &device]))?;
     ensure!(listed.ends_with("/image"), "losetup -l shows {listed:?}");
     if number.is_multiple_of(4) {
-        call("mkfs.ext4", || program(&["mkfs.ext4", "-q", "-F", &device]))?;
-        call("e2fsck", || program(&["e2fsck", "-f", "-n", &device]))?;
+        work("mkfs.ext4", || program(&["mkfs.ext4", "-q", "-F", &device]))?;
+        work("e2fsck", || program(&["e2fsck", "-f", "-n", &device]))?;
     }
     call("losetup -d", || program(&["losetup", "-d", &device])).map(drop)
 }
@@ -143,7 +152,7 @@ fn root(number: u32) -> Result<()> {
     let device = reply["device"]["path"].as_str().unwrap_or_default().to_owned();
     let listed = ask("ListDevices", json!({ "instance": "honest" }))?;
     let count = listed["devices"].as_array().map(Vec::len);
-    let outcome = call("write and compare", || write_and_compare(Path::new(&device), &image, number));
+    let outcome = work("write and compare", || write_and_compare(Path::new(&device), &image, number));
     ask("Detach", json!({ "device": device }))?;
     ask("RemoveInstance", json!({ "name": "honest", "force": false }))?;
     ensure!(count == Some(1), "ListDevices shows {listed}");

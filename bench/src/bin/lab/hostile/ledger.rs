@@ -7,6 +7,11 @@ use std::time::{Duration, Instant};
 
 /// Within this each call is answered.
 pub(super) const CALL: Duration = Duration::from_secs(2);
+/// Within this, work that is many calls (mkfs, the start of `loopengine run`) is done.
+const WORK: Duration = Duration::from_secs(20);
+/// A call that took no longer than so many starts of /bin/true at that moment says nothing about the daemon: the
+/// machine is too slow to judge. It is not passed either.
+const PROGRAMS: u32 = 10;
 /// Last words kept of each hostile client.
 const WORDS: usize = 3;
 /// Times of the yardstick that are kept, a few seconds' worth.
@@ -18,12 +23,14 @@ const FINDINGS_SHOWN: usize = 40;
 pub(super) struct Ledger {
     calls: BTreeMap<String, Calls>,
     /// The call that each client waits for.
-    waiting: BTreeMap<&'static str, (String, Instant)>,
+    waiting: BTreeMap<&'static str, (String, Instant, Duration)>,
     /// What the hostile clients of this round do, by client.
     actions: BTreeMap<String, VecDeque<String>>,
     /// The round, for a reader.
     round: String,
     findings: Vec<String>,
+    /// Late calls on a machine that was too slow to judge.
+    undecided: Vec<String>,
     /// What a program that does nothing took, the last few times: how slow the machine is by itself.
     yardstick: VecDeque<Duration>,
 }
@@ -55,12 +62,14 @@ impl Ledger {
     /// A line of a client who means well.
     pub(super) fn line(&mut self, who: &'static str, line: &str) {
         match line.split_at_checked(2) {
-            Some(("> ", name)) => {
-                self.waiting.insert(who, (format!("{who}: {name}"), Instant::now()));
+            Some((mark @ ("> " | "~ "), name)) => {
+                let bound = if mark == "> " { CALL } else { WORK };
+                self.waiting.insert(who, (format!("{who}: {name}"), Instant::now(), bound));
             }
             Some(("< ", micros)) => {
-                if let Some((name, _)) = self.waiting.remove(who) {
-                    self.took(&name, Duration::from_micros(micros.parse().unwrap_or(u64::MAX)));
+                if let Some((name, _, bound)) = self.waiting.remove(who) {
+                    let time = Duration::from_micros(micros.parse().unwrap_or(u64::MAX));
+                    self.took(&name, time, bound);
                 }
             }
             _ => self.finding(format!("{who}: {}", line.trim_start_matches("! "))),
@@ -75,22 +84,24 @@ impl Ledger {
         }
     }
 
-    fn took(&mut self, name: &str, time: Duration) {
+    fn took(&mut self, name: &str, time: Duration, bound: Duration) {
         let calls = self.calls.entry(name.to_owned()).or_default();
         calls.count += 1;
         calls.total += time;
         calls.slowest = calls.slowest.max(time);
-        if time > CALL {
+        if time > bound {
             calls.late += 1;
             let machine = self.yardstick.iter().max().copied().unwrap_or_default();
-            let (time, machine) = (time.as_secs_f32(), machine.as_secs_f32());
-            self.finding(format!("{name}: answered after {time:.1} s, /bin/true after {machine:.1} s"));
+            let (took, slow) = (time.as_secs_f32(), machine.as_secs_f32());
+            let text = self.told(&format!("{name}: answered after {took:.1} s, /bin/true after {slow:.1} s"));
+            let judged = time > machine * PROGRAMS;
+            if judged { &mut self.findings } else { &mut self.undecided }.push(text);
         }
     }
 
     /// A client who means well has ended: what it waited for is not answered.
     pub(super) fn ended(&mut self, who: &'static str) {
-        if let Some((name, since)) = self.waiting.remove(who) {
+        if let Some((name, since, _)) = self.waiting.remove(who) {
             self.finding(format!(
                 "{name}: not answered, given up after {:.1} s",
                 since.elapsed().as_secs_f32()
@@ -102,19 +113,30 @@ impl Ledger {
     pub(super) fn longest_wait(&self) -> Option<(&str, Duration)> {
         self.waiting
             .values()
-            .map(|(name, since)| (name.as_str(), since.elapsed()))
+            .map(|(name, since, _)| (name.as_str(), since.elapsed()))
             .max_by_key(|(_, time)| *time)
     }
 
     /// Something is wrong.
     pub(super) fn finding(&mut self, what: String) {
+        let text = self.told(&what);
+        self.findings.push(text);
+    }
+
+    /// `what`, with the round and what the hostile clients do.
+    fn told(&self, what: &str) -> String {
         let mut text = format!("[{}] {what}", self.round);
         for (client, words) in &self.actions {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             // Writing to a string does not fail.
             let _ = write!(text, "\n      {client}: {}", words.join("; "));
         }
-        self.findings.push(text);
+        text
+    }
+
+    /// How many calls were late on a machine that was too slow to judge.
+    pub(super) fn undecided(&self) -> usize {
+        self.undecided.len()
     }
 
     /// How many things are wrong.
@@ -131,11 +153,13 @@ impl Ledger {
             let (count, slowest, late) = (calls.count, calls.slowest.as_millis(), calls.late);
             let _ = writeln!(text, "{name:<28} {count:>6} {mean:>8} {slowest:>8} {late:>5}");
         }
-        for finding in self.findings.iter().take(FINDINGS_SHOWN) {
-            let _ = writeln!(text, "WRONG {finding}");
-        }
-        if self.findings.len() > FINDINGS_SHOWN {
-            let _ = writeln!(text, "and {} more", self.findings.len() - FINDINGS_SHOWN);
+        for (word, all) in [("WRONG", &self.findings), ("UNDECIDED", &self.undecided)] {
+            for finding in all.iter().take(FINDINGS_SHOWN) {
+                let _ = writeln!(text, "{word} {finding}");
+            }
+            if all.len() > FINDINGS_SHOWN {
+                let _ = writeln!(text, "{word} and {} more", all.len() - FINDINGS_SHOWN);
+            }
         }
         text
     }
@@ -154,13 +178,23 @@ mod tests {
             ledger.line("root", line);
         }
         assert_eq!(ledger.failures(), 1);
+        // A machine on which a program that does nothing takes a second cannot judge two seconds, but twenty.
+        ledger.machine(Duration::from_secs(1));
+        for line in ["> Open", "< 3000000", "~ mkfs", "< 3000000"] {
+            ledger.line("caller", line);
+        }
+        assert_eq!((ledger.failures(), ledger.undecided()), (1, 1));
+        for line in ["> Open", "< 20000000"] {
+            ledger.line("caller", line);
+        }
+        assert_eq!((ledger.failures(), ledger.undecided()), (2, 1));
         ledger.line("root", "! no such thing");
         ledger.line("caller", "> Open");
         assert!(ledger.longest_wait().is_some_and(|(name, _)| name == "caller: Open"));
         ledger.ended("caller");
         assert!(ledger.longest_wait().is_none());
         let report = ledger.report();
-        assert_eq!(ledger.failures(), 3);
+        assert_eq!(ledger.failures(), 4);
         for part in ["root: List", "answered after 2.0 s", "sends much", "no such thing", "round 1: huge"] {
             assert!(report.contains(part), "{report}");
         }
