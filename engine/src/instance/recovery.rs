@@ -188,7 +188,7 @@ impl Engine {
     fn delete_unused(&self, at_driver: &mut AtDriver, complete: bool, notes: &mut Vec<String>) {
         at_driver.retain(|&id, found| {
             let ended = found.waiting == Waiting::ForNothing || !found.parameters.outlives;
-            if !ended && !(complete && self.shared.frontend.stops_unused_only()) {
+            if !(ended || complete && self.shared.frontend.stops_unused_only()) {
                 return true;
             }
             let when = if ended { Stop::Always } else { Stop::IfUnused };
