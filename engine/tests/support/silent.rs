@@ -67,7 +67,7 @@ fn serve(mut device: File, unanswered: &AtomicUsize) {
         let (opcode, unique, process) = (word(4), &request[8..16], word(32));
         assert!(len >= 40);
         let directory = request[16] == 1 && opcode == GETATTR;
-        let mut attributes = vec![0_u64; 11];
+        let mut attributes = [0_u64; 11];
         attributes[0] = if directory { 1 } else { 2 };
         attributes[1] = 4096;
         let mut attributes: Vec<u8> = attributes.iter().flat_map(|word| word.to_ne_bytes()).collect();
