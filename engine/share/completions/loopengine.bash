@@ -67,6 +67,9 @@ _loopengine() {
             loopengine,oci)
                 cmd="loopengine__subcmd__oci"
                 ;;
+            loopengine,release-mounts)
+                cmd="loopengine__subcmd__release__subcmd__mounts"
+                ;;
             loopengine,resize)
                 cmd="loopengine__subcmd__resize"
                 ;;
@@ -132,6 +135,9 @@ _loopengine() {
                 ;;
             loopengine__subcmd__help,oci)
                 cmd="loopengine__subcmd__help__subcmd__oci"
+                ;;
+            loopengine__subcmd__help,release-mounts)
+                cmd="loopengine__subcmd__help__subcmd__release__subcmd__mounts"
                 ;;
             loopengine__subcmd__help,resize)
                 cmd="loopengine__subcmd__help__subcmd__resize"
@@ -248,7 +254,7 @@ _loopengine() {
 
     case "${cmd}" in
         loopengine)
-            opts="-h -V --run-dir --help --version serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
+            opts="-h -V --run-dir --help --version serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher release-mounts limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -426,7 +432,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help)
-            opts="serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
+            opts="serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher release-mounts limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -792,6 +798,20 @@ _loopengine() {
         loopengine__subcmd__help__subcmd__oci__subcmd__print__subcmd__profile)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__help__subcmd__release__subcmd__mounts)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -1581,6 +1601,24 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        loopengine__subcmd__release__subcmd__mounts)
+            opts="-h -V --now --run-dir --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         loopengine__subcmd__resize)
             opts="-h -V --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -1634,7 +1672,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__serve)
-            opts="-h -V --config --frontend --linked-commit --poll-us --no-sandbox --run-dir --help --version"
+            opts="-h -V --config --frontend --linked-commit --poll-us --detach-all --no-sandbox --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -24,6 +24,7 @@ mod oci;
 mod out;
 mod pool;
 mod private;
+mod release_mounts;
 mod reload;
 mod remote;
 mod resize;
@@ -86,6 +87,7 @@ enum Command {
     Mounter(private::mounter::Args),
     MountMaker(private::mount_processes::Maker),
     MountAttacher(private::mount_processes::Attacher),
+    ReleaseMounts(release_mounts::Args),
     Limit(limit::Args),
     Features(features::Args),
     Doctor(doctor::Args),
@@ -189,6 +191,7 @@ impl Command {
             Command::Mounter(args) => args.run(),
             Command::MountMaker(args) => args.run(),
             Command::MountAttacher(args) => args.run(),
+            Command::ReleaseMounts(args) => args.run(&run_dir),
             Command::Limit(args) => args.run(&run_dir),
             Command::Features(args) => args.run(),
             Command::Install(args) => args.run(),

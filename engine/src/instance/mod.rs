@@ -4,12 +4,14 @@
 //! Every call here may block for as long as its deadlines say (seconds at worst): callers on an
 //! asynchronous runtime use a blocking thread. Knows nothing of sockets and command lines.
 
+mod attached;
 pub(crate) mod claims;
 mod names;
 pub(crate) mod pool;
 pub(crate) mod served;
 pub mod spec;
 mod state;
+pub(crate) mod stop;
 mod table;
 
 use std::collections::BTreeMap;
@@ -31,8 +33,6 @@ use state::{DeviceRecord, StateDir};
 pub const MAX_DEVICES: u32 = 4096;
 /// Files that a daemon may have open: some for each of several thousand devices.
 const OPEN_FILES: u64 = 1 << 18;
-/// How long writing back may take before devices in use are stopped.
-const WRITE_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Instances of one daemon at the most.
 pub const MAX_INSTANCES: usize = 1024;
 
@@ -95,9 +95,8 @@ impl Watcher for Forget {
 
 impl Engine {
     /// Checks that the frontend can be used, takes back the devices of a previous daemon that used the same
-    /// run directory, and creates the instance `default`. The strings are notes for the log about
-    /// what was and was not taken back.
-    pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
+    /// run directory, and creates the instance `default`. Logs what was and was not recovered.
+    pub fn start(config: EngineConfig) -> Result<Engine> {
         sys::raise_file_limit(OPEN_FILES);
         let frontend = Frontend::open(config.frontend)?;
         let shared = Shared {
@@ -115,14 +114,14 @@ impl Engine {
             quotas: Quotas::default(),
         };
         engine.check_no_other_frontend()?;
-        let (mut notes, spoken_for, complete) = engine.take_back();
+        let (spoken_for, complete) = engine.take_back();
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;
         }
         if complete {
-            notes.extend(engine.delete_orphans(&spoken_for));
+            engine.delete_orphans(&spoken_for);
         }
-        Ok((engine, notes))
+        Ok(engine)
     }
 
     /// What the kernel grants. Works without an engine.
@@ -166,11 +165,12 @@ impl Engine {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Recreates the instances of a previous daemon and takes their devices back. Returns notes,
-    /// the numbers at the driver that are spoken for, and whether that is all of them.
-    fn take_back(&self) -> (Vec<String>, Vec<u32>, bool) {
-        let (found, mut notes) = self.shared.state.load();
-        let mut complete = notes.is_empty();
+    /// Recreates the instances of a previous daemon and recovers their devices. Returns the
+    /// numbers at the driver that are spoken for, and whether that is all of them.
+    fn take_back(&self) -> (Vec<u32>, bool) {
+        let (found, unread) = self.shared.state.load();
+        unread.iter().for_each(|what| tracing::error!("{what}"));
+        let mut complete = unread.is_empty();
         let mut spoken_for = Vec::new();
         let mut waiting = Vec::new();
         for (spec, devices) in found {
@@ -179,9 +179,10 @@ impl Engine {
                 if is_file {
                     self.shared.state.remove_device(&spec.name, *number);
                     let (name, path) = (&spec.name, &record.spec.path);
-                    notes.push(format!(
-                        "{name}/loop{number} ({path}) was not taken back: files of FUSE end with their daemon"
-                    ));
+                    tracing::warn!(
+                        "{name}/loop{number} ({path}) was not recovered: files of FUSE end with their daemon; \
+                         attach it again"
+                    );
                 }
                 !is_file
             });
@@ -195,7 +196,7 @@ impl Engine {
                 }
                 Err(error) => {
                     complete = false;
-                    notes.push(format!("instance {} was not taken back: {error}", spec.name));
+                    tracing::error!("instance {} was not recovered: {error}", spec.name);
                 }
             }
         }
@@ -205,14 +206,13 @@ impl Engine {
                 self.take_back_one(instance, *number, record)
             };
             std::thread::scope(|scope| {
-                let threads: Vec<_> = some.iter().map(|device| scope.spawn(move || one(device))).collect();
-                notes.extend(threads.into_iter().filter_map(|thread| thread.join().ok()));
+                some.iter().for_each(|device| drop(scope.spawn(move || one(device))));
             });
         }
-        (notes, spoken_for, complete)
+        (spoken_for, complete)
     }
 
-    fn take_back_one(&self, instance: &Instance, number: u32, record: &DeviceRecord) -> String {
+    fn take_back_one(&self, instance: &Instance, number: u32, record: &DeviceRecord) {
         let name = format!("{}/loop{number} ({})", record.spec.instance, record.spec.path);
         let examined = match self.shared.frontend.present().contains(&record.id) {
             true => self.shared.frontend.examine(record.id),
@@ -222,19 +222,18 @@ impl Engine {
             // Never started, stopped, or another's by now: nobody waits for it.
             Ok((mark, waiting)) if mark != record.mark || waiting == Waiting::ForNothing => {
                 self.shared.state.remove_device(&record.spec.instance, number);
-                format!("{name} is no longer there")
+                tracing::info!("{name} is no longer there");
             }
             _ => match instance.recover(number, record.clone()) {
-                Ok(()) => format!("{name} was taken back"),
-                Err(error) => format!("{name} was not taken back: {error}"),
+                Ok(()) => tracing::info!("{name} was recovered"),
+                Err(error) => tracing::error!("{name} was not recovered: {error}"),
             },
         }
     }
 
     /// Deletes devices that a previous daemon had begun to make, or to take away.
-    fn delete_orphans(&self, spoken_for: &[u32]) -> Vec<String> {
+    fn delete_orphans(&self, spoken_for: &[u32]) {
         let known = |id: u32| self.table().values().any(|instance| instance.has_id(id));
-        let mut notes = Vec::new();
         for id in self.shared.frontend.present() {
             let Ok((mark, waiting)) = self.shared.frontend.examine(id) else { continue };
             let nobodys = waiting == Waiting::ForNothing || !spoken_for.contains(&id);
@@ -245,12 +244,13 @@ impl Engine {
                 device.stop(Stop::Always)?;
                 device.delete()
             });
-            notes.push(match deleted {
-                Ok(()) => format!("ublk device {id} was left over and is deleted"),
-                Err(error) => format!("ublk device {id} was left over and cannot be deleted: {error}"),
-            });
+            match deleted {
+                Ok(()) => tracing::info!("ublk device {id} was left over and is deleted"),
+                Err(error) => {
+                    tracing::error!("ublk device {id} was left over and cannot be deleted: {error}")
+                }
+            }
         }
-        notes
     }
 
     /// Creates an instance.
@@ -358,7 +358,7 @@ impl Engine {
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { Stop::Always } else { Stop::IfUnused };
         if force {
-            write_everything_back();
+            stop::write_everything_back();
         }
         let mut gone = Vec::new();
         let mut first = None;
@@ -400,27 +400,6 @@ impl Engine {
         Ok(stats)
     }
 
-    /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
-    pub fn shutdown(self) -> Vec<String> {
-        let mut notes = Vec::new();
-        write_everything_back();
-        for pool in self.pools() {
-            pool.end(true);
-        }
-        for instance in self.table().values() {
-            instance.close();
-            for number in instance.numbers() {
-                if let Err(error) = instance.detach(number, Stop::Always) {
-                    notes.push(format!("{}/loop{number} did not stop: {error}", instance.info().name));
-                }
-            }
-            if instance.numbers().is_empty() {
-                instance.erase();
-            }
-        }
-        notes
-    }
-
     fn instance(&self, name: &str) -> Result<Arc<Instance>> {
         self.table().get(name).cloned().ok_or_else(|| {
             Error::new(Kind::NotFound, format!("there is no instance {name:?}"))
@@ -447,20 +426,6 @@ impl Engine {
                 }
             },
         }
-    }
-}
-
-/// Has the kernel write back what its caches hold for devices that are going to be stopped in use:
-/// once they are stopping, the driver fails what is written late. What takes too long is lost then,
-/// as it would be with a disk that is pulled out.
-fn write_everything_back() {
-    let (done, is_done) = crossbeam::channel::bounded(1);
-    std::thread::spawn(move || {
-        rustix::fs::sync();
-        let _ = done.send(());
-    });
-    if is_done.recv_timeout(WRITE_BACK_LIMIT).is_err() {
-        tracing::warn!("not all data could be written back before the devices are stopped");
     }
 }
 

@@ -31,6 +31,8 @@ mod private_users;
 mod recovery;
 mod resize;
 mod sandbox;
+mod shutdown;
+mod stop;
 mod verify;
 mod zeroes;
 
@@ -54,6 +56,8 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         durability::cases(),
         recovery::cases(),
+        stop::cases(),
+        shutdown::cases(),
         errors::cases(),
         many::cases(),
         private_losetup::cases(),
