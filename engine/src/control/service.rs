@@ -6,21 +6,24 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::apart::failed;
 use super::reply::*;
-use super::{Backend, Fault};
+use super::{Backend, Fault, Inbox};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::*;
+use crate::received::Received;
 
 /// One connection's view of the engine.
 pub struct ControlService {
     backend: Arc<dyn Backend>,
+    inbox: Inbox,
 }
 
 impl ControlService {
-    /// A service for one connection.
-    pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self { backend }
+    /// A service for one connection, whose descriptors come to `inbox`.
+    pub fn new(backend: Arc<dyn Backend>, inbox: Inbox) -> Self {
+        Self { backend, inbox }
     }
 
     async fn ask<T: Send + 'static>(
@@ -30,10 +33,7 @@ impl ControlService {
         let backend = Arc::clone(&self.backend);
         match tokio::task::spawn_blocking(move || work(&*backend)).await {
             Ok(answer) => answer.map_err(Fault::from),
-            Err(_) => {
-                let message = "the daemon failed while it handled this call";
-                Err(Error::new(Kind::Internal, message).hint("please report what its log says").into())
-            }
+            Err(_) => Err(failed().into()),
         }
     }
 }
@@ -105,16 +105,13 @@ impl ControlService {
     }
 
     /// Serves an image, which comes as the call's only file descriptor.
-    async fn attach(
-        &self,
-        spec: AttachSpec,
-        #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> std::result::Result<Device, Fault> {
-        let image = <[OwnedFd; 1]>::try_from(fds);
+    async fn attach(&self, spec: AttachSpec) -> std::result::Result<Device, Fault> {
+        let came = self.inbox.take();
         let device = self
             .ask(move |backend| {
-                let [image] = image.map_err(|fds| {
-                    let message = format!("{} file descriptors came with the call", fds.len());
+                let files: Vec<_> = came.into_iter().filter_map(Received::take).collect();
+                let [image] = <[OwnedFd; 1]>::try_from(files).map_err(|files| {
+                    let message = format!("{} file descriptors came with the call", files.len());
                     Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
                 })?;
                 backend.attach(&spec, image)

@@ -4,10 +4,11 @@
 //! the caller decides what to do about a failure.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::{Parameters, Queue, Stop, fuse, ublk};
 use crate::error::{Error, Kind, Result};
-use crate::image::Geometry;
+use crate::image::Image;
 
 /// A block device of ublk, or a file of FUSE.
 #[derive(Debug)]
@@ -43,11 +44,11 @@ impl Device {
         }
     }
 
-    /// Tells the driver what the device looks like.
-    pub fn describe(&self, geometry: &Geometry) -> Result<()> {
+    /// Tells the driver what the device over this image looks like.
+    pub fn describe(&self, image: &Arc<Image>) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.describe(geometry),
-            Device::Fuse(device) => device.describe(geometry),
+            Device::Ublk(device) => device.describe(&image.geometry()),
+            Device::Fuse(device) => device.describe(image),
         }
     }
 

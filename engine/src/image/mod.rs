@@ -31,6 +31,7 @@ mod open;
 pub mod partitions;
 mod probe;
 mod region;
+mod seek;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;

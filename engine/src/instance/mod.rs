@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, Stop, Waiting, ublk};
+use crate::limits::POOLS_MAX;
 use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
 use claims::NoImages;
@@ -285,11 +286,8 @@ impl Engine {
         if pools.contains_key(&spec.name) {
             return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
         }
-        if pools.len() >= MAX_INSTANCES {
-            return Err(Error::new(
-                Kind::Quota,
-                format!("there are {MAX_INSTANCES} private instances already"),
-            ));
+        if pools.len() >= POOLS_MAX {
+            return Err(Error::new(Kind::Quota, format!("there are {POOLS_MAX} private pools already")));
         }
         let maker = pool::maker(&self.shared, spec, self.tuning)?;
         let pool = Pool::start(spec.clone(), maker, self.quotas.clone())?;

@@ -75,16 +75,16 @@ impl Served {
         image: Image,
         how: Begin,
     ) -> (Served, Result<()>) {
-        let geometry = image.geometry();
+        let (geometry, image) = (image.geometry(), Arc::new(image));
         let served = Served {
             device,
             workers: workers.clone(),
             slot,
-            image: Mutex::new(Some(Arc::new(image))),
+            image: Mutex::new(Some(image.clone())),
             geometry: Mutex::new(geometry),
             life: Mutex::new(Life::Serving),
         };
-        let outcome = served.bring_up(&geometry, how);
+        let outcome = served.bring_up(&image, how);
         if outcome.is_err() {
             *served.life() = Life::Stuck;
         }
@@ -97,12 +97,11 @@ impl Served {
         Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, life }
     }
 
-    fn bring_up(&self, geometry: &Geometry, how: Begin) -> Result<()> {
+    fn bring_up(&self, image: &Arc<Image>, how: Begin) -> Result<()> {
         match how {
-            Begin::Fresh | Begin::Waiting => self.device.describe(geometry)?,
+            Begin::Fresh | Begin::Waiting => self.device.describe(image)?,
             Begin::Recovered => self.device.begin_recovery()?,
         }
-        let image = self.image()?;
         let queues = self.device.queues()?;
         if queues.len() > self.workers.len() {
             return Err(Error::new(

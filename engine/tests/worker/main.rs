@@ -110,7 +110,7 @@ impl Model {
                 self.loose[range].fill(false);
             }
             Op::Discard => self.loose[range].fill(true),
-            Op::Flush | Op::Unknown(_) => {}
+            Op::Flush | Op::Reserve | Op::Unknown(_) => {}
         }
     }
 }
@@ -122,6 +122,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Flush),
         2 => Just(Op::Discard),
         2 => any::<(bool, bool)>().prop_map(|(unmap, fua)| Op::WriteZeroes { unmap, fua }),
+        1 => Just(Op::Reserve),
     ]
 }
 

@@ -1,5 +1,6 @@
 //! The cases: those of tests/vm that are about images, and those about files.
 
+mod bounds;
 #[path = "../../vm/cases/commands.rs"]
 mod commands;
 #[path = "../../vm/cases/durability.rs"]
@@ -63,5 +64,5 @@ pub(crate) fn all() -> Vec<Case> {
     let of_images = of_images.into_iter().flatten();
     let of_images =
         of_images.filter(|case| !OF_BLOCK_DEVICES.iter().any(|name| case.name().starts_with(name)));
-    files::cases().into_iter().chain(lifetime::cases()).chain(of_images).collect()
+    files::cases().into_iter().chain(bounds::cases()).chain(lifetime::cases()).chain(of_images).collect()
 }

@@ -31,7 +31,6 @@ mod private_users;
 mod recovery;
 mod resize;
 mod sandbox;
-mod shutdown;
 mod stop;
 mod verify;
 mod zeroes;
@@ -57,7 +56,6 @@ pub(crate) fn all() -> Vec<Case> {
         durability::cases(),
         recovery::cases(),
         stop::cases(),
-        shutdown::cases(),
         errors::cases(),
         many::cases(),
         private_losetup::cases(),

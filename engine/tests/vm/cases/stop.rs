@@ -86,7 +86,7 @@ fn survive(ctx: &Ctx) -> Res {
         logged(&daemon, "INFO", &["default/loop2", "was recovered"])?;
     }
     for (kind, (device, mount)) in ["ext4", "xfs"].iter().zip(mounts) {
-        tools::sh(format!("cd {}; sha256sum * > {}", mount.dir, ctx.path("sums")))?;
+        tools::sh(format!("cd {}; sha256sum *[0-9] > {}", mount.dir, ctx.path("sums")))?;
         mount.umount()?;
         fsck(kind, &device)?;
         let mount = Mount::new(&device, &ctx.path(kind), &[])?;
