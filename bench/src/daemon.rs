@@ -34,7 +34,7 @@ impl Daemon {
         // Its image files must not lie on one of its own devices, nor must its log.
         let log = run_dir.with_extension("log");
         let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        let child = command(run_dir, &["serve"])
+        let child = command(run_dir, &["serve", "--detach-all"])
             .args(options)
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)

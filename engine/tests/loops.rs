@@ -48,7 +48,7 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
         tuning: Tuning { linked_commit: true, poll_us: 0 },
     };
     match Engine::start(config) {
-        Ok((engine, _)) => Some((dir, engine)),
+        Ok(engine) => Some((dir, engine)),
         Err(error) => {
             println!("skipped: {error}");
             None
@@ -159,7 +159,7 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
     pool.end(false);
     until("the end", || engine.pools().is_empty());
     println!("end: {:?}", start.elapsed());
-    engine.shutdown();
+    engine.shutdown(true);
 }
 
 #[test]
@@ -204,7 +204,7 @@ fn other_block_sizes_and_offsets() {
     assert_eq!(pool.configure(2, configure(&two, Info::default()), &hand), Err(Errno::BADF));
     pool.end(true);
     until("the end", || engine.pools().is_empty());
-    engine.shutdown();
+    engine.shutdown(true);
 }
 
 #[test]
@@ -228,5 +228,5 @@ fn a_thousand_lives() {
     println!("{} ms a life, device numbers {numbers:?}", start.elapsed().as_millis() / rounds);
     assert!(numbers.len() <= 2, "{numbers:?}");
     pool.end(true);
-    engine.shutdown();
+    engine.shutdown(true);
 }

@@ -21,6 +21,7 @@ pub(super) fn of(command: &str) -> &'static [Example] {
                 "loopengine serve --run-dir /run/private --config private.toml",
             ),
             ("Reread the configuration of the service.", "systemctl reload loopengine"),
+            ("Upgrade under mounted devices, once the program is replaced.", "systemctl restart loopengine"),
         ],
         "instance" => &[("See which instances there are.", "loopengine instance list")],
         "instance create" => &[(

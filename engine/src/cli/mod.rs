@@ -25,6 +25,7 @@ mod out;
 mod pool;
 mod private;
 mod recover;
+mod release_mounts;
 mod reload;
 mod remote;
 mod resize;
@@ -88,6 +89,7 @@ enum Command {
     Mounter(private::mounter::Args),
     MountMaker(private::mount_processes::Maker),
     MountAttacher(private::mount_processes::Attacher),
+    ReleaseMounts(release_mounts::Args),
     Limit(limit::Args),
     Features(features::Args),
     Doctor(doctor::Args),
@@ -192,6 +194,7 @@ impl Command {
             Command::Mounter(args) => args.run(),
             Command::MountMaker(args) => args.run(),
             Command::MountAttacher(args) => args.run(),
+            Command::ReleaseMounts(args) => args.run(&run_dir),
             Command::Limit(args) => args.run(&run_dir),
             Command::Features(args) => args.run(),
             Command::Install(args) => args.run(),

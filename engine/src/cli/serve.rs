@@ -1,4 +1,4 @@
-//! `loopengine serve`: the daemon, from the checks before it starts to the last device it stops.
+//! `loopengine serve`: the daemon, from the checks before it starts to its end.
 
 use std::io::{self, IsTerminal};
 use std::os::unix::net::UnixListener as StdListener;
@@ -33,9 +33,13 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 
 /// Run the daemon in the foreground.
 ///
-/// Serves devices until SIGTERM or SIGINT, which stop them in good order; a second one ends the
-/// daemon at once. Devices of a daemon that was killed are taken back at the next start. SIGHUP
-/// rereads the configuration: new instances are created, limits changed; what else changed is
+/// Serves devices until SIGTERM or SIGINT; a second one ends the daemon at once. Block devices survive
+/// the end of the daemon, however it ends: mounted or not, they keep names and content, their I/O waits,
+/// and the next daemon with the same run directory recovers them. So a restart upgrades the program under
+/// mounted file systems. 'loopengine detach --all' before a stop detaches them; --detach-all has every stop
+/// do so. Private pools end with the daemon.
+///
+/// SIGHUP rereads the configuration: new instances are created, limits changed; what else changed is
 /// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root, and
 /// the ublk driver or FUSE.
 ///
@@ -44,7 +48,7 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 /// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. A write past
 /// the end fails with ENOSPC: directly at once, through the page cache at fsync, close or a later write.
 /// 'qemu-img convert' needs '-n' unless the new image has the file's size. They end with the daemon, and
-/// cannot be taken back.
+/// cannot be recovered.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
@@ -64,6 +68,10 @@ pub(super) struct Args {
     /// where that is in vain. 0: never.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: Option<u32>,
+
+    /// Detach all devices when the daemon is stopped, also those in use: their users get I/O errors.
+    #[arg(long)]
+    detach_all: bool,
 
     /// Keep all privileges, for debugging: otherwise the daemon gives up capabilities and system calls
     /// that it does not need.
@@ -123,22 +131,17 @@ impl Args {
         } else {
             sandbox::enter();
         }
-        let (engine, notes) = Engine::start(config.engine(run_dir.path().to_owned(), frontend))?;
-        for note in notes {
-            tracing::info!("{note}");
-        }
-        let engine = Arc::new(engine);
+        let engine = Arc::new(Engine::start(config.engine(run_dir.path().to_owned(), frontend))?);
         let served = self.serve(&config, frontend, &run_dir, &engine, kernel);
         run_dir.unbind();
-        match served {
-            Ok(End::AtOnce) => {
-                // Its drop would wait for what the user no longer wants to wait for.
-                std::mem::forget(engine);
-                Err(impatient())
-            }
-            Ok(End::InOrder) => stop(engine),
-            Err(error) => stop(engine).and(Err(error)),
-        }
+        let ended = match served {
+            Ok(End::AtOnce) => Err(impatient()),
+            Ok(End::InOrder) => stop(&engine, self.detach_all),
+            Err(error) => stop(&engine, self.detach_all).and(Err(error)),
+        };
+        // Dropped, it would stop devices that wait for the next daemon.
+        std::mem::forget(engine);
+        ended
     }
 
     fn load(&self) -> Result<Config> {
@@ -248,27 +251,23 @@ async fn again(terminate: &mut tokio::signal::unix::Signal, interrupt: &mut toki
 }
 
 fn impatient() -> Error {
-    Error::new(Kind::Io, "ended before all devices were stopped")
-        .hint("start the daemon again to take them back")
+    Error::new(Kind::Io, "ended by a second signal").hint("start the daemon again to recover its devices")
 }
 
-/// Drains and stops all devices; a signal ends the wait for them.
-fn stop(engine: Arc<Engine>) -> Result<()> {
-    let Some(engine) = Arc::into_inner(engine) else {
-        let message = "calls are still being handled: devices are left as they are";
-        return Err(Error::new(Kind::Deadline, message).hint("start the daemon again to take them back"));
-    };
+/// Leaves all devices to the next daemon, or detaches them; a signal ends the wait for that.
+fn stop(engine: &Arc<Engine>, detach_all: bool) -> Result<()> {
+    if Arc::strong_count(engine) > 1 {
+        tracing::warn!("calls are still being handled, and end with the daemon");
+    }
+    let engine = Arc::clone(engine);
     let runtime = super::daemon::runtime()?;
     let stopped = runtime.block_on(async {
         let cannot = |error| Error::os(error, "cannot handle signals");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
         tokio::select! {
-            notes = tokio::task::spawn_blocking(|| engine.shutdown()) => {
-                for note in notes.unwrap_or_default() {
-                    tracing::warn!("{note}");
-                }
-                Ok(())
+            done = tokio::task::spawn_blocking(move || engine.shutdown(detach_all)) => {
+                done.map_err(|error| Error::new(Kind::Internal, format!("the stop failed: {error}")))
             }
             () = again(&mut terminate, &mut interrupt) => Err(impatient()),
         }

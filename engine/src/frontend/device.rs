@@ -116,6 +116,14 @@ impl Device {
         }
     }
 
+    /// Holds back new requests for the next daemon; false if the end of the process does that.
+    pub fn quiesce(&self, limit: std::time::Duration) -> Result<bool> {
+        match self {
+            Device::Ublk(device) => device.quiesce(limit),
+            Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
     /// Makes it appear while nobody else's does.
     pub fn start_alone(&self, alone: &ublk::Alone) -> Result<()> {
         match self {

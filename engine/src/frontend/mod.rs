@@ -104,6 +104,14 @@ impl Frontend {
         }
     }
 
+    /// Whether devices wait for the next daemon when this one ends.
+    pub fn devices_outlive_daemon(&self) -> bool {
+        match self {
+            Frontend::Ublk(granted) => granted.recovers(),
+            Frontend::Fuse(_) => false,
+        }
+    }
+
     /// An instance's own door: its devices' names appear in `directory`, and whatever threads it
     /// needs for so many queues run on these CPUs (on all for none).
     pub fn door(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Door> {

@@ -4,6 +4,7 @@
 //! Every call here may block for as long as its deadlines say (seconds at worst): callers on an
 //! asynchronous runtime use a blocking thread. Knows nothing of sockets and command lines.
 
+mod attached;
 pub(crate) mod claims;
 mod in_use;
 mod names;
@@ -13,6 +14,7 @@ mod recovery;
 pub(crate) mod served;
 pub mod spec;
 mod state;
+pub(crate) mod stop;
 mod table;
 
 use std::collections::BTreeMap;
@@ -35,8 +37,6 @@ use state::StateDir;
 pub const MAX_DEVICES: u32 = 4096;
 /// Files that a daemon may have open: some for each of several thousand devices.
 const OPEN_FILES: u64 = 1 << 18;
-/// How long writing back may take before devices in use are stopped.
-const WRITE_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Instances of one daemon at the most.
 pub const MAX_INSTANCES: usize = 1024;
 
@@ -99,9 +99,8 @@ impl Watcher for Forget {
 
 impl Engine {
     /// Checks that the frontend can be used, recovers the devices of a previous daemon that used the same
-    /// run directory, and creates the instance `default`. The strings are notes for the log about
-    /// what was recovered; what was not is logged as an error.
-    pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
+    /// run directory, and creates the instance `default`. Logs what was and was not recovered.
+    pub fn start(config: EngineConfig) -> Result<Engine> {
         sys::raise_file_limit(OPEN_FILES);
         let frontend = Frontend::open(config.frontend)?;
         let shared = Shared {
@@ -119,11 +118,11 @@ impl Engine {
             quotas: Quotas::default(),
         };
         engine.check_no_other_frontend()?;
-        let notes = engine.recover_all(&config.default_instance);
+        engine.recover_all(&config.default_instance).iter().for_each(|note| tracing::info!("{note}"));
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;
         }
-        Ok((engine, notes))
+        Ok(engine)
     }
 
     /// What the kernel grants. Works without an engine.
@@ -266,7 +265,7 @@ impl Engine {
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { Stop::Always } else { Stop::IfUnused };
         if force {
-            write_everything_back();
+            stop::write_everything_back();
         }
         let mut gone = Vec::new();
         let mut first = None;
@@ -308,27 +307,6 @@ impl Engine {
         Ok(stats)
     }
 
-    /// Drains and stops all devices, ends all workers. Returns notes about what did not stop.
-    pub fn shutdown(self) -> Vec<String> {
-        let mut notes = Vec::new();
-        write_everything_back();
-        for pool in self.pools() {
-            pool.end(true);
-        }
-        for instance in self.table().values() {
-            instance.close();
-            for number in instance.numbers() {
-                if let Err(error) = instance.detach(number, Stop::Always) {
-                    notes.push(format!("{}/loop{number} did not stop: {error}", instance.info().name));
-                }
-            }
-            if instance.numbers().is_empty() {
-                instance.erase();
-            }
-        }
-        notes
-    }
-
     fn instance(&self, name: &str) -> Result<Arc<Instance>> {
         self.table().get(name).cloned().ok_or_else(|| {
             Error::new(Kind::NotFound, format!("there is no instance {name:?}"))
@@ -355,20 +333,6 @@ impl Engine {
                 }
             },
         }
-    }
-}
-
-/// Has the kernel write back what its caches hold for devices that are going to be stopped in use:
-/// once they are stopping, the driver fails what is written late. What takes too long is lost then,
-/// as it would be with a disk that is pulled out.
-fn write_everything_back() {
-    let (done, is_done) = crossbeam::channel::bounded(1);
-    std::thread::spawn(move || {
-        rustix::fs::sync();
-        let _ = done.send(());
-    });
-    if is_done.recv_timeout(WRITE_BACK_LIMIT).is_err() {
-        tracing::warn!("not all data could be written back before the devices are stopped");
     }
 }
 

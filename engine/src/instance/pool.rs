@@ -9,7 +9,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::claims::{Claim, Claims};
+use super::attached::Attached;
+use super::claims::Claims;
 use super::in_use::user_of;
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
@@ -67,16 +68,6 @@ impl Shared {
     pub fn is_ours(&self, mark: u64) -> bool {
         (mark >> 32) as u32 == self.owner
     }
-}
-
-/// A served device and what it was attached with.
-#[derive(Debug)]
-pub struct Attached {
-    pub(super) record: DeviceRecord,
-    pub(super) served: Served,
-    /// Why nobody serves it.
-    pub(super) reason: Option<String>,
-    pub(super) _claim: Option<Claim>,
 }
 
 /// A private pool of devices.
@@ -161,7 +152,7 @@ impl Instance {
             size: geometry.size,
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
-        let attached = Arc::new(Attached { record, served, reason: None, _claim: Some(claim) });
+        let attached = Arc::new(Attached { record, served, reason: None, claim: Some(claim) });
         if let Err(error) = outcome {
             let undone = attached.served.stop(Stop::Always);
             self.unpublish(number);
@@ -182,7 +173,7 @@ impl Instance {
         let path = self.table.path(number).display().to_string();
         // The names go while the number at the driver is still taken: they must never lead to the
         // device that has it next.
-        let stopped = attached.served.stop(when).inspect(|()| self.unpublish(number));
+        let stopped = attached.stop(when).inspect(|()| self.unpublish(number));
         if let Err(error) = stopped.and_then(|()| attached.served.release()) {
             self.table.put_back(number, attached);
             return Err(match error.kind() {
@@ -221,6 +212,11 @@ impl Instance {
     /// Numbers of its devices.
     pub fn numbers(&self) -> Vec<u32> {
         self.table.numbers()
+    }
+
+    /// Its devices.
+    pub fn live(&self) -> Vec<Arc<Attached>> {
+        self.table.live().into_iter().map(|(_, attached)| attached).collect()
     }
 
     /// The device that has this node.

@@ -8,7 +8,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::pool::{Attached, Instance, source};
+use super::attached::Attached;
+use super::pool::{Instance, source};
 use super::served::{Begin, Served};
 use super::spec::{AttachSpec, DeviceInfo, DeviceState, RecoverSpec};
 use super::state::DeviceRecord;
@@ -44,7 +45,7 @@ impl Instance {
         let served = Served::abandoned(device, &self.workers, reservation.slot, geometry);
         let linked = self.link(number, &served);
         let reason = format!("{reason}; {}", self.next_step(number));
-        reservation.fill(Arc::new(Attached { record, served, reason: Some(reason), _claim: None }));
+        reservation.fill(Arc::new(Attached { record, served, reason: Some(reason), claim: None }));
         linked
     }
 
@@ -150,7 +151,7 @@ impl Instance {
             let instance = &record.spec.instance;
             tracing::error!("{instance}/loop{number} is not known to the next daemon as it is now: {error}");
         }
-        (Attached { record, served, reason, _claim: claim }, outcome)
+        (Attached { record, served, reason, claim }, outcome)
     }
 
     fn next_step(&self, number: u32) -> String {

@@ -155,6 +155,30 @@ impl Served {
         Ok(())
     }
 
+    /// Leaves the device to the next daemon: new requests are held back, those in flight are answered. The
+    /// driver gives the next daemon what is not answered by `until`; a write may be repeated then, as
+    /// after a crash.
+    pub fn quiesce(&self, until: Instant) -> Result<()> {
+        // Nothing of one that is stuck is served here: it waits already.
+        if *self.life() != Life::Serving {
+            return Ok(());
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if !self.device.quiesce(left)? {
+            return Ok(());
+        }
+        loop {
+            match self.traffic()?.in_flight {
+                0 => return Ok(()),
+                requests if Instant::now() >= until => {
+                    let context = format!("{requests} requests in flight are not answered");
+                    return Err(Error::new(Kind::Deadline, context));
+                }
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
     /// Requests are in flight on a file that may never answer, and none has ended for a while. A stop would
     /// wait for them in the kernel, where nothing ends the wait, so that the daemon could not end either.
     fn hangs(&self) -> bool {

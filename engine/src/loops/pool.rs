@@ -4,6 +4,7 @@
 //! file does not answer holds up itself only: every wait for another's operation has a limit.
 
 mod fixed;
+mod forced;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,8 +31,6 @@ const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 const NUMBER_MAX: i32 = (1 << 20) - 1;
 /// Disks above two for each device: partitions, and what is open still of those before.
 const PARTS_MAX: usize = 64;
-/// Devices that are ended at a time, where one may hang.
-const ENDED_TOGETHER: usize = 64;
 /// How deep loop devices may be stacked on each other.
 const STACK_MAX: usize = 8;
 
@@ -338,19 +337,6 @@ impl Pool {
             self.maker.end();
         }
         clean
-    }
-
-    /// The same by force, many at a time: one whose file does not answer holds up no other.
-    fn sweep_away_together(&self) {
-        for some in self.all().chunks(ENDED_TOGETHER) {
-            std::thread::scope(|scope| {
-                for (number, place) in some {
-                    let end = || self.end_one(*number, place, Stop::Always, PATIENCE);
-                    // Without a thread it is left to the reaper.
-                    let _ = std::thread::Builder::new().name("end".into()).spawn_scoped(scope, end);
-                }
-            });
-        }
     }
 
     fn end_one(&self, number: u32, place: &Place, when: Stop, patience: Duration) -> bool {

@@ -79,14 +79,37 @@ pub fn mounted_of(device: u64) -> Vec<PathBuf> {
 
 /// What interests us of a line of mountinfo(5).
 #[derive(Debug, PartialEq, Eq)]
-struct Mount {
+pub struct Mount {
     number: String,
-    target: PathBuf,
+    /// Where it is mounted.
+    pub target: PathBuf,
     kind: String,
     source: PathBuf,
 }
 
-fn parse(line: &str) -> Option<Mount> {
+/// Whether a file system is on a disk with such a name, a partition of it, or a stack upon it.
+pub(super) fn lies_on(mount: &Mount, named: Named<'_>) -> bool {
+    let device = fs::canonicalize(format!("/sys/dev/block/{}", mount.number));
+    // File systems with a device number of their own (btrfs) are known by their source only.
+    device.is_ok_and(|device| is_on(&device, STACK_DEPTH_MAX, named)) || node_lies_on(&mount.source, named)
+}
+
+/// The same for a node in /dev.
+pub(super) fn node_lies_on(node: &Path, named: Named<'_>) -> bool {
+    use std::os::linux::fs::MetadataExt;
+    // Others may lie on a file system that does not answer.
+    let Some(meta) = node.starts_with("/dev").then(|| fs::metadata(node).ok()).flatten() else {
+        return false;
+    };
+    let (major, minor) = (rustix::fs::major(meta.st_rdev()), rustix::fs::minor(meta.st_rdev()));
+    let device = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"));
+    device.is_ok_and(|device| is_on(&device, STACK_DEPTH_MAX, named))
+}
+
+/// Whether a disk of this name counts.
+pub(super) type Named<'a> = &'a dyn Fn(&std::ffi::OsStr) -> bool;
+
+pub(super) fn parse(line: &str) -> Option<Mount> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ');
     let number = before.nth(2)?;
@@ -98,7 +121,7 @@ fn parse(line: &str) -> Option<Mount> {
 }
 
 /// The kernel writes space, tab, newline and backslash as `\` and three octal digits.
-fn unescape(text: &str) -> PathBuf {
+pub(super) fn unescape(text: &str) -> PathBuf {
     use std::os::unix::ffi::OsStringExt;
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
@@ -131,11 +154,15 @@ fn is_ublk_number(number: &str, depth: u32) -> bool {
 }
 
 fn is_ublk_device(device: &Path, depth: u32) -> bool {
-    let named = |part: std::path::Component<'_>| {
-        let name = part.as_os_str().as_encoded_bytes();
+    is_on(device, depth, &|name| {
+        let name = name.as_encoded_bytes();
         name.strip_prefix(b"ublkb").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
-    };
-    if device.components().any(named) {
+    })
+}
+
+/// Is this device in sysfs such a disk, a partition of one, or stacked on one?
+fn is_on(device: &Path, depth: u32, named: Named<'_>) -> bool {
+    if device.components().any(|part| named(part.as_os_str())) {
         return true;
     }
     if depth == 0 {
@@ -146,7 +173,7 @@ fn is_ublk_device(device: &Path, depth: u32) -> bool {
     };
     below
         .flatten()
-        .any(|entry| fs::canonicalize(entry.path()).is_ok_and(|device| is_ublk_device(&device, depth - 1)))
+        .any(|entry| fs::canonicalize(entry.path()).is_ok_and(|device| is_on(&device, depth - 1, named)))
 }
 
 /// File systems with a device number of their own (btrfs) are known by their source only.

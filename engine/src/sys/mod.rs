@@ -10,6 +10,7 @@ pub mod process;
 pub mod remote;
 pub mod seccomp;
 pub mod uring;
+pub mod usage;
 pub mod userns;
 pub mod watch;
 

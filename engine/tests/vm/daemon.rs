@@ -32,6 +32,8 @@ pub(crate) struct Daemon {
     notify: String,
     log: String,
     options: Vec<String>,
+    /// Its devices are detached when it is told to end. Otherwise a case sees to them.
+    detach_all: bool,
     child: Option<Child>,
     /// Where it says READY=1, and later STOPPING=1, which it minds if nobody listens.
     listener: Option<UnixDatagram>,
@@ -55,12 +57,22 @@ impl Daemon {
 
     /// Starts a daemon with options of `serve`.
     pub(crate) fn with(ctx: &Ctx, options: &[&str]) -> Res<Daemon> {
+        Daemon::begin(ctx, options, true)
+    }
+
+    /// Starts a daemon that leaves its devices to the next when it is told to end.
+    pub(crate) fn leaving(ctx: &Ctx) -> Res<Daemon> {
+        Daemon::begin(ctx, &[], false)
+    }
+
+    fn begin(ctx: &Ctx, options: &[&str], detach_all: bool) -> Res<Daemon> {
         let mut daemon = Daemon {
             program: ctx.host.program.clone(),
             run_dir: ctx.path("run"),
             notify: ctx.path("notify"),
             log: ctx.path("daemon.log"),
             options: options.iter().map(|o| o.to_string()).collect(),
+            detach_all,
             child: None,
             listener: None,
             had_before: host::ublk_ids(),
@@ -80,6 +92,7 @@ impl Daemon {
         let child = tools::localise(&mut command)
             .args(["serve", "--run-dir", &self.run_dir, "--frontend", crate::FRONTEND])
             .args(&self.options)
+            .args(self.detach_all.then_some("--detach-all"))
             .env("NOTIFY_SOCKET", &self.notify)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -242,8 +255,15 @@ impl Daemon {
         Ok(())
     }
 
-    /// Waits for the end after SIGTERM: in time, exit status 0, no device left.
-    pub(crate) fn wait_drained(&mut self) -> Res {
+    /// Ends the daemon as an init system would: in time, exit status 0. Answers how long it took.
+    pub(crate) fn terminate(&mut self) -> Res<Duration> {
+        let since = Instant::now();
+        self.sigterm()?;
+        self.wait_ended()?;
+        Ok(since.elapsed())
+    }
+
+    fn wait_ended(&mut self) -> Res {
         let Some(mut child) = self.child.take() else {
             fail!("no daemon to wait for");
         };
@@ -254,6 +274,12 @@ impl Daemon {
         };
         tools::forget(child.id());
         ensure!(status.success(), "the daemon ended with {status} after SIGTERM");
+        Ok(())
+    }
+
+    /// Waits for the end after SIGTERM: in time, exit status 0, no device left.
+    pub(crate) fn wait_drained(&mut self) -> Res {
+        self.wait_ended()?;
         let left = self.ublk_ids();
         ensure!(left.is_empty(), "devices left after SIGTERM: {left:?}");
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
@@ -261,7 +287,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Ends the daemon as an init system would; nothing may be left.
+    /// Ends the daemon; nothing may be left.
     pub(crate) fn stop(mut self) -> Res {
         self.sigterm()?;
         self.wait_drained()
@@ -314,6 +340,10 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        if self.child.is_some() && !self.detach_all {
+            let _ = self.cli(&["detach", "--all", "--force"]);
+        }
+        self.detach_all = true;
         if self.child.is_none() && !self.ublk_ids().is_empty() && !ending() {
             // Devices outlived a killed daemon, as they should; only a daemon can remove them.
             let _ = self.restart();

@@ -35,6 +35,8 @@ const SOON: Duration = Duration::from_secs(3);
 /// How long a dead daemon's last operations on the image may take.
 const RECOVERY: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_micros(500);
+/// For the driver to answer after its own time limit.
+const QUIESCE_SLACK: Duration = Duration::from_millis(500);
 /// Held while a block device appears: which number it gets depends on which are free.
 static STARTS: Mutex<()> = Mutex::new(());
 
@@ -261,6 +263,18 @@ impl Device {
                 stop()
             }
         }
+    }
+
+    /// Holds back new requests for the next daemon, and ends the commands that wait for one. Requests that
+    /// the workers have are still answered. False where all of that happens when the process ends: older
+    /// drivers lack the command, and in batch mode requests fail with EIO after it (seen on Linux 7.3.4).
+    pub fn quiesce(&self, limit: Duration) -> Result<bool> {
+        if !self.granted.has(sys::UBLK_F_QUIESCE) || self.parameters.path == DataPath::Batch {
+            return Ok(false);
+        }
+        let data = (limit.as_millis() as u64).max(1);
+        let quiesce = Command { data, ..command("QUIESCE_DEV", sys::UBLK_U_CMD_QUIESCE_DEV, self.id) };
+        run(quiesce, limit + QUIESCE_SLACK).map(|_| true)
     }
 
     /// The nearest thing to TRY_STOP on older kernels: nobody has mounted or claimed it.

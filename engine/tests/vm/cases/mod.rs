@@ -33,6 +33,7 @@ mod recovery_image;
 mod recovery_state;
 mod resize;
 mod sandbox;
+mod stop;
 mod verify;
 mod zeroes;
 
@@ -58,6 +59,7 @@ pub(crate) fn all() -> Vec<Case> {
         recovery::cases(),
         recovery_image::cases(),
         recovery_state::cases(),
+        stop::cases(),
         errors::cases(),
         many::cases(),
         private_losetup::cases(),

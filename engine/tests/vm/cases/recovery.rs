@@ -1,4 +1,4 @@
-//! The daemon dies, or is told to end, while devices are in use.
+//! The daemon dies while devices are in use.
 
 use std::time::Duration;
 
@@ -8,35 +8,33 @@ use crate::disk;
 use crate::fio;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::ledger::{OnError, Writers};
-use crate::store::{Mount, Store, fsck, mkfs};
-use crate::tools;
+use crate::store::Store;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for path in PATHS {
         let name = format!("recovery::kill_under_verify::{path}");
-        all.push(case(name, Needs::Recovery(path), 240, move |ctx| kill_under_verify(ctx, path)));
+        all.push(case(name, Needs::Recovery(path), 240, move |ctx| {
+            ends_under_verify(ctx, path, Daemon::kill)
+        }));
         let name = format!("recovery::kill_keeps_acknowledged::{path}");
-        all.push(case(name, Needs::Recovery(path), 180, move |ctx| kill_keeps_acknowledged(ctx, path)));
-        let name = format!("recovery::sigterm_under_load::{path}");
-        all.push(case(name, Needs::Path(path), 180, move |ctx| sigterm_under_load(ctx, path)));
+        all.push(case(name, Needs::Recovery(path), 180, move |ctx| {
+            ends_keep_acknowledged(ctx, path, Daemon::kill)
+        }));
     }
     all.push(case("recovery::kill_with_many_devices", Needs::Recovery("copy"), 180, kill_with_many_devices));
-    all.push(case(
-        "recovery::sigterm_with_mounted_file_system",
-        Needs::Ublk,
-        150,
-        sigterm_with_mounted_file_system,
-    ));
     all
 }
 
-/// fio --verify goes on over two deaths of the daemon and does not see an error.
-fn kill_under_verify(ctx: &Ctx, path: &str) -> Res {
+/// How a daemon comes to its end.
+pub(super) type End = fn(&mut Daemon) -> Res;
+
+/// fio --verify goes on over two ends of the daemon and does not see an error.
+pub(super) fn ends_under_verify(ctx: &Ctx, path: &str, end: End) -> Res {
     const SIZE: u64 = 96 * MIB;
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", SIZE)?;
-    let mut daemon = Daemon::start(ctx)?;
+    let mut daemon = Daemon::leaving(ctx)?;
     let device = daemon.attach(&[&image, "--path", path])?;
     let before = daemon.info(&device)?;
     let ids = daemon.ublk_ids();
@@ -69,15 +67,15 @@ rate=2m,2m
     let mut work = fio::start(ctx, &jobs)?;
     for round in 1..=2 {
         std::thread::sleep(Duration::from_secs(2));
-        ensure!(work.alive(), "fio ended before the daemon was killed");
-        daemon.kill()?;
+        ensure!(work.alive(), "fio ended before the daemon did");
+        end(&mut daemon)?;
         ensure!(
             daemon.ublk_ids() == ids,
             "the device went with the daemon: {:?} of {ids:?}",
             daemon.ublk_ids()
         );
         std::thread::sleep(Duration::from_millis(300 * round));
-        daemon.restart().at("start after kill -9")?;
+        daemon.restart().at("start after the end")?;
     }
     ensure!(work.alive(), "fio ended before the last restart");
     let after = daemon.info(&device)?;
@@ -95,16 +93,16 @@ rate=2m,2m
     daemon.stop()
 }
 
-/// Every write that was acknowledged before, during and after three deaths is there.
-fn kill_keeps_acknowledged(ctx: &Ctx, path: &str) -> Res {
+/// Every write that was acknowledged before, during and after three ends of the daemon is there.
+pub(super) fn ends_keep_acknowledged(ctx: &Ctx, path: &str, end: End) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
-    let mut daemon = Daemon::start(ctx)?;
+    let mut daemon = Daemon::leaving(ctx)?;
     let device = daemon.attach(&[&image, "--path", path])?;
     let writers = Writers::start(&device, 64 * MIB, 8, OnError::End)?;
     for _ in 0..3 {
         writers.progress(200, Duration::from_secs(30))?;
-        daemon.kill()?;
+        end(&mut daemon)?;
         daemon.restart()?;
     }
     writers.progress(200, Duration::from_secs(30))?;
@@ -114,29 +112,6 @@ fn kill_keeps_acknowledged(ctx: &Ctx, path: &str) -> Res {
     daemon.detach(&device)?;
     ledger.check(&image, 0)?;
     ctx.note(format!("{} blocks acknowledged, none lost", ledger.acknowledged()));
-    daemon.stop()
-}
-
-/// SIGTERM under load: ends in time, leaves no device, loses no acknowledged write.
-fn sigterm_under_load(ctx: &Ctx, path: &str) -> Res {
-    let store = Store::xfs(ctx)?;
-    let image = store.sparse("image", 64 * MIB)?;
-    let idle = store.sparse("idle", 8 * MIB)?;
-    let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path])?;
-    daemon.attach(&[&idle, "--path", path])?;
-    let writers = Writers::start(&device, 64 * MIB, 12, OnError::End)?;
-    writers.progress(300, Duration::from_secs(30))?;
-    daemon.sigterm()?;
-    daemon.wait_drained()?;
-    let ledger = writers.stop(Duration::from_secs(30))?;
-    ensure!(!ledger.errors().is_empty(), "the device went away and no writer noticed");
-    ledger.check(&image, 0)?;
-    ctx.note(format!("{} blocks acknowledged, none lost", ledger.acknowledged()));
-    // A daemon that ended in good order has nothing to take back.
-    daemon.restart()?;
-    let left = daemon.json(&["list"])?;
-    ensure!(left.as_array().is_some_and(Vec::is_empty), "devices came back after SIGTERM: {left}");
     daemon.stop()
 }
 
@@ -163,33 +138,5 @@ fn kill_with_many_devices(ctx: &Ctx) -> Res {
     }
     daemon.ok(&["detach", "--all"])?;
     ensure!(daemon.ublk_ids().is_empty(), "left after detach --all: {:?}", daemon.ublk_ids());
-    daemon.stop()
-}
-
-/// A mounted device does not keep the daemon from ending; what was synced is in the image.
-fn sigterm_with_mounted_file_system(ctx: &Ctx) -> Res {
-    let store = Store::xfs(ctx)?;
-    let image = store.sparse("image", 64 * MIB)?;
-    let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image])?;
-    mkfs("ext4", &device)?;
-    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
-    tools::sh(format!(
-        "head -c 1000000 /dev/urandom > {0}/synced; sha256sum < {0}/synced > {1}; sync -f {0}/synced",
-        mount.dir,
-        ctx.path("sum")
-    ))?;
-    daemon.sigterm()?;
-    daemon.wait_drained()?;
-    // The file system has lost its disk; unmounting it must still work.
-    drop(mount);
-    daemon.restart()?;
-    let device = daemon.attach(&[&image])?;
-    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
-    tools::sh(format!("sha256sum < {}/synced | cmp - {}", mount.dir, ctx.path("sum")))
-        .at("a synced file after SIGTERM")?;
-    mount.umount()?;
-    fsck("ext4", &device)?;
-    daemon.detach(&device)?;
     daemon.stop()
 }

@@ -1,0 +1,35 @@
+//! The end of a pool whose devices are in use.
+//!
+//! Knows that one device may hang and must hold up no other, and that who loses a device is logged.
+
+use super::{PATIENCE, Place, Pool, lock};
+use crate::frontend::Stop;
+use crate::sys::usage::{self, Disks};
+
+/// Devices that are ended at a time, where one may hang.
+const ENDED_TOGETHER: usize = 64;
+
+impl Pool {
+    /// Ends all devices that are left, many at a time.
+    pub(super) fn sweep_away_together(&self) {
+        for some in self.all().chunks(ENDED_TOGETHER) {
+            std::thread::scope(|scope| {
+                for (number, place) in some {
+                    let end = || {
+                        self.warn_lost(*number, place);
+                        self.end_one(*number, place, Stop::Always, PATIENCE)
+                    };
+                    // Without a thread it is left to the reaper.
+                    let _ = std::thread::Builder::new().name("end".into()).spawn_scoped(scope, end);
+                }
+            });
+        }
+    }
+
+    fn warn_lost(&self, number: u32, place: &Place) {
+        let entry = lock(&place.entry).clone();
+        let Some((rdev, Some(bound))) = entry.map(|entry| (entry.rdev, entry.bound)) else { return };
+        let device = format!("loop{number} of pool {} ({})", self.spec.name, bound.backing_file);
+        usage::warn_lost(&device, &Disks::numbered(rdev));
+    }
+}

@@ -1,0 +1,130 @@
+//! What uses a disk: file systems that are mounted from it, and swap.
+//!
+//! Knows mountinfo, swaps and the kernel's list of disks. Sees what the first process of the machine sees,
+//! because the daemon has a mount namespace of its own.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::mntns::{self, Mount};
+
+/// Mounts that the machine's administrator sees.
+const FIRST_MOUNTINFO: &str = "/proc/1/mountinfo";
+
+/// Disks, by their names in the kernel.
+#[derive(Debug, Default)]
+pub struct Disks(BTreeSet<OsString>);
+
+impl Disks {
+    /// The disk with this node, and the kernel's loop devices that are backed by it or by this file.
+    pub fn of(node: &Path) -> Disks {
+        let mut disks = Disks::backed_by(|file| file == node);
+        disks.0.extend(node.file_name().filter(|_| node.starts_with("/dev")).map(Into::into));
+        disks
+    }
+
+    /// The disk with this device number.
+    pub fn numbered(number: u64) -> Disks {
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        let disk = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"));
+        Disks(disk.ok().iter().filter_map(|disk| disk.file_name()).map(Into::into).collect())
+    }
+
+    /// Loop devices of the kernel that are backed by files for which `ours` says yes.
+    pub fn backed_by(ours: impl Fn(&Path) -> bool) -> Disks {
+        let backed = fs::read_dir("/sys/block").into_iter().flatten().flatten().filter(|disk| {
+            let file = fs::read(disk.path().join("loop/backing_file")).unwrap_or_default();
+            ours(Path::new(std::ffi::OsStr::from_bytes(file.trim_ascii_end())))
+        });
+        Disks(backed.map(|disk| disk.file_name()).collect())
+    }
+
+    /// Takes these in as well; false if there was nothing new.
+    pub fn extend(&mut self, others: Disks) -> bool {
+        let before = self.0.len();
+        self.0.extend(others.0);
+        self.0.len() > before
+    }
+
+    /// Takes in a disk by its name.
+    pub fn insert(&mut self, name: &str) {
+        self.0.insert(name.into());
+    }
+
+    fn has(&self, name: &std::ffi::OsStr) -> bool {
+        self.0.contains(name)
+    }
+
+    /// Where file systems are mounted from these disks, their partitions and stacks upon them, oldest first.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        mounts().into_iter().filter(|mount| self.hold(mount)).map(|mount| mount.target).collect()
+    }
+
+    /// Whether a file system lies on them.
+    pub fn hold(&self, mount: &Mount) -> bool {
+        mntns::lies_on(mount, &|name| self.has(name))
+    }
+
+    /// Swap on these disks.
+    pub fn swaps(&self) -> Vec<PathBuf> {
+        swaps().into_iter().filter(|node| mntns::node_lies_on(node, &|name| self.has(name))).collect()
+    }
+}
+
+/// All nodes and files that the machine swaps to.
+pub fn swaps() -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let first = |line: &str| line.split_ascii_whitespace().next().map(mntns::unescape);
+    table.lines().skip(1).filter_map(first).collect()
+}
+
+/// All mounts of the machine, oldest first.
+pub fn mounts() -> Vec<Mount> {
+    let table = fs::read_to_string(FIRST_MOUNTINFO).or_else(|_| fs::read_to_string(mntns::MOUNTINFO));
+    table.unwrap_or_default().lines().filter_map(mntns::parse).collect()
+}
+
+/// Logs that users lose a device that ends.
+pub fn warn_lost(device: &str, disks: &Disks) {
+    let mounted = disks.mounts().into_iter().map(|target| format!("mounted on {}", target.display()));
+    let swap = disks.swaps().into_iter().map(|node| format!("swap on {}", node.display()));
+    let mut uses: Vec<String> = mounted.chain(swap).collect();
+    if uses.is_empty() {
+        uses.push("open".to_owned());
+    }
+    tracing::warn!(
+        "{device} ends while in use ({}): its users get I/O errors; unmount what is left of it",
+        uses.join(", ")
+    );
+}
+
+/// Stops swapping to a node.
+pub fn swapoff(node: &Path) -> std::io::Result<()> {
+    let node = std::ffi::CString::new(node.as_os_str().as_bytes())?;
+    // SAFETY: reads a string that ends with a zero and outlives the call.
+    match unsafe { libc::swapoff(node.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_nobody_has_is_not_used() {
+        let disks = Disks::of(Path::new("/dev/ublkb99999"));
+        assert!(disks.has("ublkb99999".as_ref()));
+        assert!(disks.mounts().is_empty());
+        assert!(disks.swaps().is_empty());
+    }
+
+    #[test]
+    fn a_file_is_no_disk() {
+        assert!(Disks::of(Path::new("/run/nobody/loop0")).0.is_empty());
+    }
+}

@@ -1,0 +1,269 @@
+//! The daemon is told to end, as at a restart of its service, while devices are in use.
+
+use std::time::Duration;
+
+use super::recovery::{ends_keep_acknowledged, ends_under_verify};
+use super::{MIB, PATHS};
+use crate::daemon::Daemon;
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
+use crate::ledger::{OnError, Writers};
+use crate::store::{Mount, Store, fsck, mkfs};
+use crate::tools;
+
+/// For a stop, on a slow CPU, however many devices there are.
+const STOPPED: Duration = Duration::from_secs(15);
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    for path in PATHS {
+        let name = format!("stop::restart_under_verify::{path}");
+        all.push(case(name, Needs::Recovery(path), 240, move |ctx| ends_under_verify(ctx, path, terminate)));
+        let name = format!("stop::restart_keeps_acknowledged::{path}");
+        all.push(case(name, Needs::Recovery(path), 180, move |ctx| {
+            ends_keep_acknowledged(ctx, path, terminate)
+        }));
+        let name = format!("stop::detach_all_under_load::{path}");
+        all.push(case(name, Needs::Path(path), 180, move |ctx| detach_all_under_load(ctx, path)));
+    }
+    all.push(case("stop::mounted_file_systems_survive", Needs::Recovery("copy"), 200, survive));
+    all.push(case("stop::many_devices_are_left_waiting", Needs::Recovery("copy"), 300, many));
+    all.push(case("stop::detach_all_logs_what_is_lost", Needs::Ublk, 200, detach_all_is_logged));
+    all.push(case("stop::forced_detach_logs_what_is_lost", Needs::Ublk, 200, forced_is_logged));
+    all.push(case("stop::pool_end_logs_what_is_lost", Needs::Private, 200, pool_end_is_logged));
+    all.push(case("stop::unreadable_state_is_an_error", Needs::Recovery("copy"), 120, unreadable));
+    all.push(case("stop::release_mounts", Needs::Ublk, 200, release_mounts));
+    all
+}
+
+fn terminate(daemon: &mut Daemon) -> Res {
+    daemon.terminate().map(drop)
+}
+
+/// A line of the log with this level that has all of these words.
+fn logged(daemon: &Daemon, level: &str, words: &[&str]) -> Res {
+    let log = daemon.log();
+    let found = log.lines().any(|line| line.contains(level) && words.iter().all(|word| line.contains(word)));
+    ensure!(found, "no {level} with {words:?} in the log:\n{log}");
+    Ok(())
+}
+
+/// Used and idle devices keep names, numbers and content over several restarts; file systems stay mounted,
+/// and what is written meanwhile waits.
+fn survive(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let mut daemon = Daemon::leaving(ctx)?;
+    let mut mounts = Vec::new();
+    for kind in ["ext4", "xfs"] {
+        let device = daemon.attach(&[&store.sparse(kind, 320 * MIB)?])?;
+        mkfs(kind, &device)?;
+        mounts.push((device.clone(), Mount::new(&device, &ctx.path(kind), &[])?));
+    }
+    daemon.attach(&[&store.sparse("idle", MIB)?])?;
+    let before = daemon.json(&["list"])?;
+    for round in 0..3 {
+        let write = |word: &str| {
+            let each = mounts.iter().map(|(_, mount)| {
+                format!(
+                    "head -c 3000000 /dev/urandom > {0}/{word}{round}; sync -f {0}/{word}{round}\n",
+                    mount.dir
+                )
+            });
+            each.collect::<String>()
+        };
+        tools::sh(write("before"))?;
+        let took = daemon.terminate()?;
+        ensure!(took < STOPPED, "the stop took {took:?}");
+        logged(&daemon, "INFO", &["3 devices wait for the next daemon"])?;
+        let mut command = std::process::Command::new("bash");
+        command.args(["-ec", &write("meanwhile")]);
+        let mut writes = tools::Running::start(command)?;
+        std::thread::sleep(Duration::from_millis(300));
+        ensure!(writes.alive(), "it was written without a daemon, or failed");
+        daemon.restart()?;
+        writes.finish(Duration::from_secs(60))?.ok()?;
+        let after = daemon.json(&["list"])?;
+        ensure!(after == before, "was {before}, is {after}");
+        logged(&daemon, "INFO", &["default/loop2", "was recovered"])?;
+    }
+    for (kind, (device, mount)) in ["ext4", "xfs"].iter().zip(mounts) {
+        tools::sh(format!("cd {}; sha256sum *[0-9] > {}", mount.dir, ctx.path("sums")))?;
+        mount.umount()?;
+        fsck(kind, &device)?;
+        let mount = Mount::new(&device, &ctx.path(kind), &[])?;
+        tools::sh(format!(
+            "cd {}; test $(ls | grep -c '[0-9]') = 6; sha256sum -c {}",
+            mount.dir,
+            ctx.path("sums")
+        ))
+        .at("after the restarts")?;
+        mount.umount()?;
+    }
+    ensure!(!daemon.log().contains(" WARN "), "warnings at an ordinary restart:\n{}", daemon.log());
+    daemon.ok(&["detach", "--all"])?;
+    daemon.stop()
+}
+
+/// A stop takes little time however many devices there are, and all come back.
+fn many(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let mut daemon = Daemon::leaving(ctx)?;
+    for number in 0..120 {
+        let image = store.sparse(&format!("image{number}"), MIB)?;
+        daemon.attach(&["--path", &ctx.host.data_paths[0], "--depth", "16", &image])?;
+    }
+    let before = daemon.json(&["list"])?;
+    let took = daemon.terminate()?;
+    ctx.note(format!("120 devices left waiting in {took:.1?}"));
+    ensure!(took < STOPPED, "the stop took {took:?}");
+    daemon.restart()?;
+    let after = daemon.json(&["list"])?;
+    ensure!(after == before, "was {before}, is {after}");
+    daemon.ok(&["detach", "--all"])?;
+    daemon.stop()
+}
+
+/// With --detach-all under load: ends in time, leaves no device, loses no acknowledged write.
+fn detach_all_under_load(ctx: &Ctx, path: &str) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let idle = store.sparse("idle", 8 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--path", path])?;
+    daemon.attach(&[&idle, "--path", path])?;
+    let writers = Writers::start(&device, 64 * MIB, 12, OnError::End)?;
+    writers.progress(300, Duration::from_secs(30))?;
+    daemon.sigterm()?;
+    daemon.wait_drained()?;
+    let ledger = writers.stop(Duration::from_secs(30))?;
+    ensure!(!ledger.errors().is_empty(), "the device went away and no writer noticed");
+    ledger.check(&image, 0)?;
+    ctx.note(format!("{} blocks acknowledged, none lost", ledger.acknowledged()));
+    // A daemon that detached all has nothing to recover.
+    daemon.restart()?;
+    let left = daemon.json(&["list"])?;
+    ensure!(left.as_array().is_some_and(Vec::is_empty), "devices came back after --detach-all: {left}");
+    daemon.stop()
+}
+
+/// With --detach-all a mounted device does not keep the daemon from ending; what was synced is in the image,
+/// and the log names what was lost.
+fn detach_all_is_logged(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    daemon.attach(&[&store.sparse("idle", MIB)?])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    tools::sh(format!(
+        "head -c 1000000 /dev/urandom > {0}/synced; sha256sum < {0}/synced > {1}; sync -f {0}/synced",
+        mount.dir,
+        ctx.path("sum")
+    ))?;
+    daemon.sigterm()?;
+    daemon.wait_drained()?;
+    logged(&daemon, "WARN", &["loop0 of instance default", &image, "mounted on", &mount.dir])?;
+    ensure!(!daemon.log().contains("loop1 of"), "the idle device is called lost");
+    // The file system has lost its disk; unmounting it must still work.
+    drop(mount);
+    daemon.restart()?;
+    let device = daemon.attach(&[&image])?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    tools::sh(format!("sha256sum < {}/synced | cmp - {}", mount.dir, ctx.path("sum")))
+        .at("a synced file after SIGTERM")?;
+    mount.umount()?;
+    fsck("ext4", &device)?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// By force a device in use is detached and named, mounted or swapped to, alone or with its instance.
+fn forced_is_logged(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    daemon.ok(&["instance", "create", "other"])?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let device = daemon.attach(&[&image])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    daemon.ok(&["detach", "--force", &device])?;
+    logged(&daemon, "WARN", &["loop0 of instance default", &image, "mounted on", &mount.dir])?;
+    drop(mount);
+    let open = store.sparse("open", MIB)?;
+    let device = daemon.attach(&["-i", "other", &open])?;
+    let held = std::fs::File::open(&device)?;
+    daemon.ok(&["instance", "remove", "--force", "other"])?;
+    if ctx.host.data_paths[0] == "batch" {
+        logged(&daemon, "WARN", &["loop0 of instance other", &open, "(open)"])?;
+    }
+    drop(held);
+    daemon.stop()
+}
+
+/// A private pool cannot outlive the daemon: what of it is in use is named.
+fn pool_end_is_logged(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 16 * MIB)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let mut command = daemon.command(&["run", "--name", "mine", "--", "bash", "-c"]);
+    let ready = ctx.path("ready");
+    command.arg(format!("losetup /dev/loop3 {image}; exec 5</dev/loop3; touch {ready}; sleep 1000"));
+    let running = tools::Running::start(command)?;
+    let up = tools::until(Duration::from_secs(60), || std::fs::exists(&ready).ok()?.then_some(()));
+    ensure!(up.is_some(), "the pool did not come up");
+    daemon.sigterm()?;
+    daemon.wait_drained()?;
+    logged(&daemon, "WARN", &["loop3 of pool", "mine", &image])?;
+    drop(running);
+    daemon.restart()?;
+    daemon.stop()
+}
+
+/// State that cannot be read, and a device that was not recovered, are errors.
+fn unreadable(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let mut daemon = Daemon::leaving(ctx)?;
+    daemon.attach(&[&image])?;
+    daemon.terminate()?;
+    std::fs::rename(&image, store.path("moved"))?;
+    std::fs::write(ctx.path("run/.state/default/loop7.json"), "nonsense")?;
+    daemon.restart()?;
+    logged(&daemon, "ERROR", &["loop7.json"])?;
+    logged(&daemon, "ERROR", &["default/loop0", &image, "was not recovered"])?;
+    std::fs::remove_file(ctx.path("run/.state/default/loop7.json"))?;
+    Ok(())
+}
+
+/// What the unit runs when the machine goes down: everything on our devices is unmounted, deepest first, and
+/// not swapped to any more; nothing else is touched. While the machine stays up it does nothing.
+fn release_mounts(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&store.sparse("image", 128 * MIB)?])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    let swap = daemon.attach(&[&store.sparse("swap", 16 * MIB)?])?;
+    tools::sh(format!(
+        "mkswap -q {swap}; swapon {swap}; cd {0}
+         mkdir in on; mount --bind in in; mount -t tmpfs x on
+         truncate -s 8M file; dd if=/dev/zero of=file bs=1M count=8 conv=notrunc,fsync 2>/dev/null
+         mkswap -q file; swapon file; echo there > in/file",
+        mount.dir
+    ))?;
+    daemon.ok(&["release-mounts"])?;
+    let count = "grep -c ' '$0 /proc/self/mountinfo";
+    let mounted = tools::run(&["sh", "-c", count, &mount.dir])?.out;
+    ensure!(mounted.trim() == "3", "a machine that stays up lost mounts: {mounted}");
+    daemon.ok(&["release-mounts", "--now"])?;
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!mounts.contains(&mount.dir), "still mounted: {mounts}");
+    ensure!(mounts.contains(&ctx.path("store")), "the store was unmounted: {mounts}");
+    let swaps = std::fs::read_to_string("/proc/swaps")?;
+    ensure!(swaps.lines().count() == 1, "still swapped to: {swaps}");
+    fsck("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    tools::sh(format!("grep -q there {}/in/file", mount.dir))?;
+    mount.umount()?;
+    daemon.stop()
+}
