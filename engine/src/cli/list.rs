@@ -33,7 +33,10 @@ impl Args {
 }
 
 fn table(devices: Vec<DeviceInfo>) -> String {
-    let heads = ["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
+    let mut heads =
+        vec!["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
+    let shared = devices.iter().any(|device| !device.shared_with.is_empty());
+    heads.extend(shared.then_some("SHARED WITH"));
     let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };
@@ -43,7 +46,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             DeviceState::Degraded => "degraded",
             DeviceState::Stuck => "stuck",
         };
-        table.row(vec![
+        let mut row = vec![
             device.path,
             size::show(device.size),
             mode,
@@ -54,7 +57,9 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             state.to_owned(),
             device.node,
             device.image,
-        ]);
+        ];
+        row.extend(shared.then(|| device.shared_with.join(", ")));
+        table.row(row);
     }
     table.render()
 }

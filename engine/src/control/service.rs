@@ -104,8 +104,8 @@ impl ControlService {
         .await
     }
 
-    /// Serves an image, which comes as the call's only file descriptor.
-    async fn attach(&self, spec: AttachSpec) -> std::result::Result<Device, Fault> {
+    /// Serves an image, which comes as the call's only file descriptor; with `force`, also one that others use.
+    async fn attach(&self, spec: AttachSpec, force: Option<bool>) -> std::result::Result<Device, Fault> {
         let came = self.inbox.take();
         let device = self
             .ask(move |backend| {
@@ -114,7 +114,7 @@ impl ControlService {
                     let message = format!("{} file descriptors came with the call", files.len());
                     Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
                 })?;
-                backend.attach(&spec, image)
+                backend.attach(&spec, force.unwrap_or(false), image)
             })
             .await?;
         tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);

@@ -35,10 +35,12 @@ mod seek;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Kind, Result};
+use crate::failures::Failures;
 
 pub use create::create;
 pub use discard::{DiscardQueue, Punch};
@@ -79,6 +81,8 @@ pub struct Image {
     holds_up: bool,
     /// The path, for messages only.
     name: String,
+    /// Where failing I/O is counted, if it is.
+    failures: Option<Arc<Failures>>,
 }
 
 impl Image {
@@ -120,6 +124,7 @@ impl Image {
             source,
             holds_up: false,
             name,
+            failures: None,
         })
     }
 
@@ -169,7 +174,25 @@ impl Image {
             source: *source,
             identity,
             name,
+            failures: None,
         })
+    }
+
+    /// Has failing I/O counted there.
+    #[must_use]
+    pub fn counted(self, failures: Arc<Failures>) -> Image {
+        Image { failures: Some(failures), ..self }
+    }
+
+    /// A request on it failed. `short`: the file was found to end before the device does.
+    #[cold]
+    pub fn failed(&self, errno: i32, short: bool) {
+        self.failures.iter().for_each(|failures| failures.count(errno, short));
+    }
+
+    /// The path, as it may stand in a message.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// The descriptor on which the worker's operations go.
@@ -208,7 +231,7 @@ impl Image {
 }
 
 /// A path as it may stand in a one-line message or a log, whoever chose it.
-fn printable(path: &str) -> String {
+pub(crate) fn printable(path: &str) -> String {
     let shown = |c: char| if c.is_control() { '?' } else { c };
     path.chars().map(shown).collect()
 }

@@ -9,7 +9,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::claims::{Claim, Claims};
+use super::claims::Claims;
+use super::claims::sources::{self, Hold, Sharing};
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
 use super::spec::{AttachSpec, DeviceInfo, DeviceStats, InstanceInfo, InstanceSpec};
@@ -73,7 +74,7 @@ impl Shared {
 pub struct Attached {
     record: DeviceRecord,
     served: Served,
-    _claim: Option<Claim>,
+    hold: Option<Hold>,
 }
 
 /// A private pool of devices.
@@ -130,16 +131,17 @@ impl Instance {
         self.shared.state.save_instance(&self.table.set_max_devices(max_devices)?)
     }
 
-    /// Serves an image as a new device.
-    pub fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+    /// Serves an image as a new device; with `force`, one that others use as well.
+    pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.check_not_ours(&image, &spec.path)?;
         let source = source(spec);
         let image = Image::open(image, &source, &spec.path)?;
-        let claim = self.shared.claims.claim(image.identity(), spec.read_only, &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
         let (identity, geometry) = (image.identity(), image.geometry());
         let number = reservation.number;
+        let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
+        let (image, hold) = sources::take(&self.shared.claims, image, spec, number, sharing)?;
         let device = self.door.add(number, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
         let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
@@ -155,7 +157,7 @@ impl Instance {
             size: geometry.size,
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
-        let attached = Arc::new(Attached { record, served, _claim: Some(claim) });
+        let attached = Arc::new(Attached { record, served, hold: Some(hold) });
         if let Err(error) = outcome {
             let undone = attached.served.stop(Stop::Always);
             self.unpublish(number);
@@ -185,15 +187,14 @@ impl Instance {
         let source = Source { block_size: record.block_size, ..source(&record.spec) };
         let path = Path::new(&record.spec.path);
         let image = Image::reopen(path, &source, &record.identity).and_then(|image| {
-            let claim =
-                self.shared.claims.claim(image.identity(), record.spec.read_only, &record.spec.path)?;
-            Ok((image, claim))
+            // Whoever has it by now: the device has users.
+            sources::take(&self.shared.claims, image, &record.spec, number, Sharing::Warn)
         });
         let slot = reservation.slot;
-        let (served, claim, outcome) = match image {
-            Ok((image, claim)) => {
+        let (served, hold, outcome) = match image {
+            Ok((image, hold)) => {
                 let (served, outcome) = Served::begin(device, &self.workers, slot, image, Begin::Recovered);
-                (served, Some(claim), outcome)
+                (served, Some(hold), outcome)
             }
             Err(error) => {
                 let geometry = last_known(&record);
@@ -201,7 +202,7 @@ impl Instance {
             }
         };
         let published = self.publish(number, &record, &served);
-        reservation.fill(Arc::new(Attached { record, served, _claim: claim }));
+        reservation.fill(Arc::new(Attached { record, served, hold }));
         outcome.and(published)
     }
 
@@ -296,7 +297,7 @@ impl Instance {
     }
 
     fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
-        let Attached { record, served, .. } = attached;
+        let Attached { record, served, hold } = attached;
         let geometry = served.geometry();
         DeviceInfo {
             instance: record.spec.instance.clone(),
@@ -314,6 +315,7 @@ impl Instance {
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
             data_path: record.data_path,
+            shared_with: hold.iter().flat_map(Hold::others).collect(),
         }
     }
 
@@ -384,7 +386,8 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
     let workers = (0..POOL_WORKERS)
         .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
-    Ok(Maker::new(shared.clone(), door, workers.into()))
+    let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
+    Ok(Maker::new(shared, door, workers.into()))
 }
 
 impl Drop for Instance {
