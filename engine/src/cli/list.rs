@@ -35,7 +35,10 @@ impl Args {
 fn table(devices: Vec<DeviceInfo>) -> String {
     let mut heads =
         vec!["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
+    // Only where there is one.
+    let explained = devices.iter().any(|device| device.reason.is_some());
     let shared = devices.iter().any(|device| !device.shared_with.is_empty());
+    heads.extend(explained.then_some("REASON"));
     heads.extend(shared.then_some("SHARED WITH"));
     let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
     for device in devices {
@@ -58,6 +61,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             device.node,
             device.image,
         ];
+        row.extend(explained.then(|| device.reason.unwrap_or_default()));
         row.extend(shared.then(|| device.shared_with.join(", ")));
         table.row(row);
     }

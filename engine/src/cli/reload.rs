@@ -195,7 +195,10 @@ mod tests {
         fn detach(&self, _: &Selector, _: bool) -> Result<Vec<String>> {
             unreachable!()
         }
-        fn resize(&self, _: &str) -> Result<DeviceInfo> {
+        fn resize(&self, _: &ResizeSpec) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn recover(&self, _: &RecoverSpec, _: OwnedFd) -> Result<DeviceInfo> {
             unreachable!()
         }
         fn devices(&self, _: &Selector) -> Result<Vec<DeviceInfo>> {

@@ -72,8 +72,17 @@ impl Client {
     }
 
     /// See [`crate::instance::Engine::resize`].
-    pub async fn resize(&mut self, device: &str) -> Result<DeviceInfo> {
-        let call = async |connection: &mut Connection| connection.resize(device).await;
+    pub async fn resize(&mut self, spec: &ResizeSpec) -> Result<DeviceInfo> {
+        let ResizeSpec { device, size, shrink, force } = spec;
+        let call =
+            async |connection: &mut Connection| connection.resize(device, *size, *shrink, *force).await;
+        Ok(self.0.call(ONE_MAX, call).await?.device)
+    }
+
+    /// See [`crate::instance::Engine::recover`].
+    pub async fn recover(&mut self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        let image = [image];
+        let call = async |connection: &mut Connection| connection.recover(spec, copies(&image)?).await;
         Ok(self.0.call(ONE_MAX, call).await?.device)
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::{Parameters, Queue, Stop, fuse, ublk};
 use crate::error::{Error, Kind, Result};
-use crate::image::Image;
+use crate::image::{Geometry, Image};
 
 /// A block device of ublk, or a file of FUSE.
 #[derive(Debug)]
@@ -81,6 +81,22 @@ impl Device {
         match self {
             Device::Ublk(device) => device.end_recovery(),
             Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Its shape, as the driver has it; `offset` is where it begins in its image.
+    pub fn shape(&self, offset: u64) -> Result<Geometry> {
+        match self {
+            Device::Ublk(device) => device.shape(offset),
+            Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Somebody has the file open; of a block device nobody can tell.
+    pub fn is_open(&self) -> bool {
+        match self {
+            Device::Ublk(_) => false,
+            Device::Fuse(device) => device.is_open(),
         }
     }
 

@@ -311,7 +311,9 @@ impl<T: Transport> DeviceQueue<T> {
             self.stats.uncount(active.request.op, active.request.len);
         }
         let (request, stage) = (active.request, active.stage);
-        if matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR) {
+        let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
+        let moves = matches!(stage, Stage::Transfer | Stage::WritingZeroes);
+        if interrupted || moves && result == -libc::EINVAL && self.image.leave_direct_io() {
             active.retries += 1;
             if active.retries > RETRIES {
                 return self.finish(tag, -libc::EIO, ring, now_ns);

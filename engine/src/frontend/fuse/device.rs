@@ -77,6 +77,10 @@ impl Device {
         Ok(())
     }
 
+    pub(in crate::frontend) fn is_open(&self) -> bool {
+        self.made().node.as_ref().is_some_and(|node| node.state().opens > 0)
+    }
+
     pub(in crate::frontend) fn resize(&self, bytes: u64) -> Result<()> {
         let Some(node) = self.made().node.clone() else {
             return Err(Error::new(Kind::Internal, "the file was not started"));

@@ -34,7 +34,7 @@ const MIB: u64 = 1 << 20;
 
 /// Cases that ask what only a block device has: attributes in sysfs, ublk's own paths, ioctls,
 /// faults of null_blk.
-const OF_BLOCK_DEVICES: [&str; 13] = [
+const OF_BLOCK_DEVICES: [&str; 14] = [
     "commands::attach_run",
     "commands::numbers_and_names",
     "durability::power_cut",
@@ -46,6 +46,7 @@ const OF_BLOCK_DEVICES: [&str; 13] = [
     "geometry::scheduler_and_cache",
     "resize::grow_mounted_file_system",
     "resize::refused_in_words",
+    "resize::shrinking_needs_consent",
     "verify::linked",
     "verify::polled",
 ];
