@@ -26,6 +26,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod failures;
 pub mod frontend;
 pub mod image;
 pub mod instance;

@@ -45,7 +45,7 @@ fn every_call_there_and_back() {
             data_path: Some(DataPath::Copy),
             ..attach("build", &image)
         };
-        let device = client.attach(&spec, open(&image)).await.unwrap();
+        let device = client.attach(&spec, false, open(&image)).await.unwrap();
         assert_eq!(device.path, "/run/fake/build/loop0");
         assert_eq!((device.offset, device.size_limit, device.block_size), (512, 4096, 4096));
         assert_eq!((device.queues, device.depth), (3, 5));
@@ -80,13 +80,13 @@ fn errors_keep_kind_message_and_hint() {
         let mut client = Client::connect(&daemon.run_dir()).await.unwrap();
         for kind in KINDS {
             let spec = attach(&format!("error-{kind:?}"), &image);
-            let error = client.attach(&spec, open(&image)).await.unwrap_err();
+            let error = client.attach(&spec, false, open(&image)).await.unwrap_err();
             assert_eq!(error.kind(), kind);
             assert_eq!(error.message(), format!("{kind:?} happened"));
             assert_eq!(error.next_step(), Some("do something else"));
         }
         // A panic of the engine is an error of one call, not the end of the daemon.
-        let error = client.attach(&attach("panic", &image), open(&image)).await.unwrap_err();
+        let error = client.attach(&attach("panic", &image), false, open(&image)).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Internal);
         client.instances().await.unwrap();
     });
@@ -101,7 +101,7 @@ fn a_slow_call_stalls_nobody_else() {
         let mut other = Client::connect(&daemon.run_dir()).await.unwrap();
         other.create_instance(&instance("slow", 1)).await.unwrap();
         let spec = attach("slow", &image);
-        let attaching = slow.attach(&spec, open(&image));
+        let attaching = slow.attach(&spec, false, open(&image));
         tokio::pin!(attaching);
         tokio::select! {
             _ = &mut attaching => panic!("not slow"),
@@ -124,7 +124,7 @@ fn a_stop_lets_a_call_end_and_closes_the_rest() {
         let mut idle = Client::connect(&daemon.run_dir()).await.unwrap();
         idle.create_instance(&instance("slow", 1)).await.unwrap();
         let spec = attach("slow", &image);
-        let attaching = slow.attach(&spec, open(&image));
+        let attaching = slow.attach(&spec, false, open(&image));
         tokio::pin!(attaching);
         tokio::select! {
             _ = &mut attaching => panic!("not slow"),

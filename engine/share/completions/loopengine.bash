@@ -272,7 +272,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__attach)
-            opts="-i -r -h -V --instance --read-only --offset --size-limit --block-size --buffered --queues --depth --path --number --run --run-dir --help --version"
+            opts="-i -r -f -h -V --instance --read-only --force --offset --size-limit --block-size --buffered --queues --depth --path --number --run --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

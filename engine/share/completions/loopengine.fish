@@ -121,6 +121,7 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l number 
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l run -d 'Run a command with the device. Takes the rest of the line: \'{}\' in it is replaced by the path of the device, which is the last argument if there is no \'{}\'. The path is also in the environment variable LOOPENGINE_DEVICE' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -s r -l read-only -d 'Refuse writes. The image need not be writable'
+complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -s f -l force -d 'Attach the image although somebody else uses it: another device, a pool, a mount, swap, a loop device of the kernel. Two who write an image, or one file system that is mounted twice, destroy its contents; the log says who shares it'
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -l buffered -d 'Go through the page cache. For file systems that have no direct I/O'
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand attach" -s V -l version -d 'Print version'

@@ -27,6 +27,12 @@ pub(super) struct Args {
     #[arg(short, long)]
     read_only: bool,
 
+    /// Attach the image although somebody else uses it: another device, a pool, a mount, swap, a loop
+    /// device of the kernel. Two who write an image, or one file system that is mounted twice, destroy
+    /// its contents; the log says who shares it.
+    #[arg(short, long)]
+    force: bool,
+
     /// First byte of the image that the device shows: bytes, or a number and K, M, G or T.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
@@ -113,10 +119,10 @@ impl Args {
         };
         let image = image::open(&self.image, &mut spec)?;
         if !self.run.is_empty() {
-            return run::with_device(run_dir, &spec, image, &self.run);
+            return run::with_device(run_dir, &spec, self.force, image, &self.run);
         }
         daemon::ask(run_dir, async |client| {
-            let device = client.attach(&spec, image).await?;
+            let device = client.attach(&spec, self.force, image).await?;
             if let Err(error) = out::print(&format!("{}\n", device.path)) {
                 // Nobody learnt its name, so nobody would detach it.
                 let _ = client.detach(&Selector::Device(device.path), false).await;

@@ -33,12 +33,14 @@ impl Args {
 }
 
 fn table(devices: Vec<DeviceInfo>) -> String {
-    let heads =
-        ["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE", "REASON"];
+    let mut heads =
+        vec!["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
     // Only where there is one.
     let explained = devices.iter().any(|device| device.reason.is_some());
-    let heads = &heads[..heads.len() - usize::from(!explained)];
-    let mut table = Table::new(heads, &[false, true, false, true, true, true]);
+    let shared = devices.iter().any(|device| !device.shared_with.is_empty());
+    heads.extend(explained.then_some("REASON"));
+    heads.extend(shared.then_some("SHARED WITH"));
+    let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };
         let mode = if device.buffered { format!("{mode},buffered") } else { mode.to_owned() };
@@ -60,6 +62,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             device.image,
         ];
         row.extend(explained.then(|| device.reason.unwrap_or_default()));
+        row.extend(shared.then(|| device.shared_with.join(", ")));
         table.row(row);
     }
     table.render()

@@ -189,7 +189,7 @@ mod tests {
         fn remove_instance(&self, _: &str, _: bool) -> Result<()> {
             unreachable!()
         }
-        fn attach(&self, _: &AttachSpec, _: OwnedFd) -> Result<DeviceInfo> {
+        fn attach(&self, _: &AttachSpec, _: bool, _: OwnedFd) -> Result<DeviceInfo> {
             unreachable!()
         }
         fn detach(&self, _: &Selector, _: bool) -> Result<Vec<String>> {

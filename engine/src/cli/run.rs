@@ -35,13 +35,14 @@ const BUSY_MAX: Duration = Duration::from_secs(5);
 pub(super) fn with_device(
     run_dir: &Path,
     spec: &AttachSpec,
+    force: bool,
     image: OwnedFd,
     words: &[OsString],
 ) -> Result<u8> {
     daemon::runtime()?.block_on(async {
         // First of all, so that no signal can leave the device behind.
         let mut signals = Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
-        let device = Client::connect(run_dir).await?.attach(spec, image).await?.path;
+        let device = Client::connect(run_dir).await?.attach(spec, force, image).await?.path;
         let ran = run(&device, words, &mut signals).await;
         let detached = detach(run_dir, &device).await;
         match (ran, detached) {

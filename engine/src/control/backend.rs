@@ -20,7 +20,7 @@ pub trait Backend: Send + Sync + 'static {
     /// See [`Engine::remove_instance`].
     fn remove_instance(&self, name: &str, force: bool) -> Result<()>;
     /// See [`Engine::attach`].
-    fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo>;
+    fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo>;
     /// See [`Engine::detach`].
     fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>>;
     /// See [`Engine::resize`].
@@ -54,8 +54,8 @@ impl Backend for Engine {
         Engine::remove_instance(self, name, force)
     }
 
-    fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
-        Engine::attach(self, spec, image)
+    fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
+        Engine::attach(self, spec, force, image)
     }
 
     fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {

@@ -15,6 +15,7 @@ pub(super) trait Calls {
     async fn attach(
         &mut self,
         spec: &AttachSpec,
+        force: bool,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Device, Fault>>;
     async fn detach(

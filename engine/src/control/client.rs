@@ -56,9 +56,9 @@ impl Client {
     }
 
     /// See [`crate::instance::Engine::attach`].
-    pub async fn attach(&mut self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+    pub async fn attach(&mut self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         let image = [image];
-        let call = async |connection: &mut Connection| connection.attach(spec, copies(&image)?).await;
+        let call = async |connection: &mut Connection| connection.attach(spec, force, copies(&image)?).await;
         Ok(self.0.call(ONE_MAX, call).await?.device)
     }
 

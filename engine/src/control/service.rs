@@ -113,10 +113,11 @@ impl ControlService {
         .await
     }
 
-    /// Serves an image, which comes as the call's only file descriptor.
-    async fn attach(&self, spec: AttachSpec) -> std::result::Result<Device, Fault> {
+    /// Serves an image, which comes as the call's only file descriptor; with `force`, also one that others use.
+    async fn attach(&self, spec: AttachSpec, force: Option<bool>) -> std::result::Result<Device, Fault> {
         let came = self.inbox.take();
-        let device = self.ask(move |backend| backend.attach(&spec, only_one(came)?)).await?;
+        let force = force.unwrap_or(false);
+        let device = self.ask(move |backend| backend.attach(&spec, force, only_one(came)?)).await?;
         tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);
         Ok(Device { device })
     }

@@ -36,11 +36,13 @@ mod seek;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Kind, Result};
+use crate::failures::Failures;
 
 pub use create::create;
 pub use discard::{DiscardQueue, Punch};
@@ -85,6 +87,8 @@ pub struct Image {
     left: AtomicBool,
     /// The path, for messages only.
     name: String,
+    /// Where failing I/O is counted, if it is.
+    failures: Option<Arc<Failures>>,
 }
 
 impl Image {
@@ -128,6 +132,7 @@ impl Image {
             why_buffered: None,
             left: AtomicBool::new(false),
             name,
+            failures: None,
         })
     }
 
@@ -213,7 +218,25 @@ impl Image {
             why_buffered: None,
             left: AtomicBool::new(false),
             name,
+            failures: None,
         })
+    }
+
+    /// Has failing I/O counted there.
+    #[must_use]
+    pub fn counted(self, failures: Arc<Failures>) -> Image {
+        Image { failures: Some(failures), ..self }
+    }
+
+    /// A request on it failed. `short`: the file was found to end before the device does.
+    #[cold]
+    pub fn failed(&self, errno: i32, short: bool) {
+        self.failures.iter().for_each(|failures| failures.count(errno, short));
+    }
+
+    /// The path, as it may stand in a message.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// The descriptor on which the worker's operations go.
@@ -319,7 +342,7 @@ impl Image {
 }
 
 /// A path as it may stand in a one-line message or a log, whoever chose it.
-fn printable(path: &str) -> String {
+pub(crate) fn printable(path: &str) -> String {
     let shown = |c: char| if c.is_control() { '?' } else { c };
     path.chars().map(shown).collect()
 }

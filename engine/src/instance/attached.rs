@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use super::claims::Claim;
+use super::claims::sources::Hold;
 use super::served::Served;
 use super::state::DeviceRecord;
 use crate::error::{Kind, Result};
@@ -19,7 +19,7 @@ pub struct Attached {
     /// Why nobody serves it.
     pub(super) reason: Option<String>,
     #[expect(dead_code, reason = "held, not looked at")]
-    pub(super) claim: Option<Claim>,
+    pub(super) hold: Option<Hold>,
 }
 
 impl Attached {

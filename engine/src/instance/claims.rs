@@ -1,27 +1,71 @@
-//! Which images are in use: one writer, or any number of readers; and which file systems have none.
+//! Which images this daemon has in use, by whom, and how; and which file systems have none.
 //!
-//! Knows identities only. A claim is given back when it is dropped.
+//! Knows identities and who holds them; what may be shared is decided in `sources`. A claim is given
+//! back when it is dropped.
+
+mod holders;
+mod said;
+pub mod sources;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
 use crate::image::Identity;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Use {
-    Written,
-    Read(usize),
-    /// By devices that share it as loop(4) does, written or not.
-    Shared(usize),
+/// Who has an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// A device of an instance.
+    Device {
+        /// The instance.
+        instance: String,
+        /// N of loopN.
+        number: u32,
+    },
+    /// A loop device of a pool.
+    Pooled {
+        /// The pool.
+        pool: Arc<PoolName>,
+        /// N of loopN.
+        number: u32,
+    },
 }
 
-/// All claims of one engine.
+/// A pool, as messages name it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct PoolName {
+    /// Its name.
+    pub name: String,
+    /// Whom its devices count for.
+    pub uid: u32,
+}
+
+/// A holder, and what it does with the image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Use {
+    /// Who.
+    pub holder: Holder,
+    /// It never writes.
+    pub read_only: bool,
+}
+
+/// All claims of one engine, as an instance or one of its pools makes them.
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
-    table: Arc<Mutex<HashMap<Identity, Use>>>,
+    table: Arc<Mutex<Table>>,
     /// Device numbers of file systems.
     none_here: Arc<Mutex<HashSet<u64>>>,
+    /// Whose claims are made through this.
+    pool: Arc<PoolName>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    uses: HashMap<Identity, Vec<(u64, Use)>>,
+    /// The next claim's number.
+    next: u64,
 }
 
 /// One device's hold on its image.
@@ -29,6 +73,7 @@ pub struct Claims {
 pub struct Claim {
     claims: Claims,
     identity: Identity,
+    id: u64,
 }
 
 /// While it lives no regular file of a file system is an image.
@@ -39,6 +84,17 @@ pub struct NoImages {
 }
 
 impl Claims {
+    /// The same claims, made by a pool.
+    #[must_use]
+    pub fn of_pool(&self, name: &str, uid: u32) -> Claims {
+        Claims { pool: Arc::new(PoolName { name: name.to_owned(), uid }), ..self.clone() }
+    }
+
+    /// Device loopN of the pool that makes claims through this.
+    pub fn pooled(&self, number: u32) -> Holder {
+        Holder::Pooled { pool: Arc::clone(&self.pool), number }
+    }
+
     /// Has no regular file be an image that lies on the file system with this device number: one of the
     /// daemon's own, which a device on a file there would keep. (What its nodes lead to is another matter.)
     pub fn none_on(&self, dev: u64) -> NoImages {
@@ -51,48 +107,50 @@ impl Claims {
         !self.none_here.lock().unwrap_or_else(PoisonError::into_inner).contains(&dev)
     }
 
-    /// Claims an image for reading, or for reading and writing.
-    pub fn claim(&self, identity: Identity, read_only: bool, name: &str) -> Result<Claim> {
-        if !self.may_be_on(identity.dev) {
-            return Err(Error::new(Kind::Invalid, format!("{name} is part of a private pool, not an image")));
-        }
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = match (table.get(&identity), read_only) {
-            (None, true) => Use::Read(1),
-            (None, false) => Use::Written,
-            (Some(Use::Read(readers)), true) => Use::Read(readers + 1),
-            (Some(_), _) => {
-                return Err(Error::new(Kind::Exists, format!("{name} is attached already"))
-                    .hint("several devices may share an image only if all are attached with --read-only"));
-            }
-        };
-        table.insert(identity, wanted);
-        Ok(Claim { claims: self.clone(), identity })
+    /// Claims an image if `check` agrees with who has it already.
+    fn claim(
+        &self,
+        identity: Identity,
+        by: &Use,
+        check: impl FnOnce(&[(u64, Use)]) -> Result<()>,
+    ) -> Result<Claim> {
+        let mut table = self.table();
+        // Checked and entered under one lock, so that of two who come at once only one gets it.
+        check(table.uses.get(&identity).map_or(&[][..], Vec::as_slice))?;
+        let id = table.next;
+        table.next += 1;
+        table.uses.entry(identity).or_default().push((id, by.clone()));
+        Ok(Claim { claims: self.clone(), identity, id })
+    }
+
+    /// Who has an image.
+    fn uses(&self, identity: Identity) -> Vec<Use> {
+        let table = self.table();
+        let uses = table.uses.get(&identity).into_iter().flatten();
+        uses.map(|(_, one)| one.clone()).collect()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Claims {
-    /// Claims an image among any number of devices, written or not, that share it knowingly.
-    pub fn share(&self, identity: Identity, name: &str) -> Result<Claim> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = match table.get(&identity) {
-            None => Use::Shared(1),
-            Some(Use::Shared(users)) => Use::Shared(users + 1),
-            Some(_) => return Err(Error::new(Kind::Exists, format!("{name} is attached already"))),
-        };
-        table.insert(identity, wanted);
-        Ok(Claim { claims: self.clone(), identity })
+impl Claim {
+    /// Who else has the image.
+    pub fn others(&self) -> Vec<String> {
+        let table = self.claims.table();
+        let uses = table.uses.get(&self.identity).into_iter().flatten();
+        uses.filter(|(id, _)| *id != self.id).map(|(_, one)| one.to_string()).collect()
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut table = self.claims.table.lock().unwrap_or_else(PoisonError::into_inner);
-        match table.get_mut(&self.identity) {
-            Some(Use::Read(users) | Use::Shared(users)) if *users > 1 => *users -= 1,
-            _ => {
-                table.remove(&self.identity);
-            }
+        let mut table = self.claims.table();
+        let Some(uses) = table.uses.get_mut(&self.identity) else { return };
+        uses.retain(|(id, _)| *id != self.id);
+        if uses.is_empty() {
+            table.uses.remove(&self.identity);
         }
     }
 }
@@ -103,28 +161,28 @@ impl Drop for NoImages {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_writer_or_many_readers() {
-        let claims = Claims::default();
-        let image = Identity { dev: 1, ino: 1, rdev: 0, born_ns: 0 };
-        let first = claims.claim(image, true, "a").unwrap();
-        let second = claims.claim(image, true, "a").unwrap();
-        assert_eq!(claims.claim(image, false, "a").unwrap_err().kind(), Kind::Exists);
-        drop(first);
-        assert!(claims.claim(image, false, "a").is_err());
-        drop(second);
-        let writer = claims.claim(image, false, "a").unwrap();
-        assert!(claims.claim(image, true, "a").is_err());
-        drop(writer);
-        assert!(claims.claim(image, false, "a").is_ok());
-        let none = claims.none_on(1);
-        assert_eq!(claims.claim(image, true, "a").unwrap_err().kind(), Kind::Invalid);
-        assert!(!claims.may_be_on(1) && claims.may_be_on(2));
-        drop(none);
-        assert!(claims.claim(image, true, "a").is_ok());
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Holder::Device { instance, number } => write!(f, "{instance}/loop{number}"),
+            Holder::Pooled { pool, number } => {
+                write!(f, "loop{number} of pool {} of user {}", pool.name, pool.uid)
+            }
+        }
     }
+}
+
+impl fmt::Display for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mode = if self.read_only { "read-only" } else { "read-write" };
+        write!(f, "{} ({mode})", self.holder)
+    }
+}
+
+/// Refuses a regular file of a file system that has no images.
+fn check_may_be(claims: &Claims, identity: &Identity, name: &str) -> Result<()> {
+    if claims.may_be_on(identity.dev) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Invalid, format!("{name} is part of a private pool, not an image")))
 }

@@ -253,10 +253,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Serves `image` (opened by the caller, for writing unless the device is read-only) as a
-    /// device, and returns once it can be used. Nothing is left behind when it fails.
-    pub fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
-        self.instance(&spec.instance)?.attach(spec, image)
+    /// Serves `image` (opened by the caller, for writing unless the device is read-only) as a device, and
+    /// returns once it can be used; with `force`, also one that others use. Nothing is left when it fails.
+    pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
+        self.instance(&spec.instance)?.attach(spec, force, image)
     }
 
     /// Takes devices away. Without `force` a device in use is left alone, and the error says so.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::attached::Attached;
 use super::claims::Claims;
+use super::claims::sources::{self, Sharing};
 use super::in_use::user_of;
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
@@ -127,16 +128,17 @@ impl Instance {
         self.shared.state.save_instance(&self.table.set_max_devices(max_devices)?)
     }
 
-    /// Serves an image as a new device.
-    pub fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+    /// Serves an image as a new device; with `force`, one that others use as well.
+    pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.check_not_ours(&image, &spec.path)?;
         let source = source(spec);
         let image = Image::open(image, &source, &spec.path)?;
-        let claim = self.shared.claims.claim(image.identity(), spec.read_only, &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
         let (identity, geometry) = (image.identity(), image.geometry());
         let number = reservation.number;
+        let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
+        let (image, hold) = sources::take(&self.shared.claims, image, spec, number, sharing)?;
         let device = self.door.add(number, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
         let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
@@ -152,7 +154,7 @@ impl Instance {
             size: geometry.size,
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
-        let attached = Arc::new(Attached { record, served, reason: None, claim: Some(claim) });
+        let attached = Arc::new(Attached { record, served, reason: None, hold: Some(hold) });
         if let Err(error) = outcome {
             let undone = attached.served.stop(Stop::Always);
             self.unpublish(number);
@@ -282,7 +284,7 @@ impl Instance {
     }
 
     pub(super) fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
-        let Attached { record, served, .. } = attached;
+        let Attached { record, served, hold, .. } = attached;
         let (geometry, state) = (served.geometry(), served.state());
         DeviceInfo {
             instance: record.spec.instance.clone(),
@@ -301,6 +303,7 @@ impl Instance {
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
             data_path: record.data_path,
+            shared_with: hold.iter().flat_map(Hold::others).collect(),
         }
     }
 
@@ -376,7 +379,8 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
     let workers = (0..POOL_WORKERS)
         .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
-    Ok(Maker::new(shared.clone(), door, workers.into()))
+    let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
+    Ok(Maker::new(shared, door, workers.into()))
 }
 
 impl Drop for Instance {

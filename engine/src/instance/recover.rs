@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::attached::Attached;
+use super::claims::sources::{self, Sharing};
 use super::pool::{Instance, source};
 use super::served::{Begin, Served};
 use super::spec::{AttachSpec, DeviceInfo, DeviceState, RecoverSpec};
@@ -29,7 +30,9 @@ impl Instance {
         let (path, identity) = (record.spec.path.clone(), record.identity);
         let open =
             |source: &Source, shape: &Geometry| Image::reopen(Path::new(&path), source, &identity, shape);
-        let (attached, outcome) = self.serve_again(number, reservation.slot, device, record, &open);
+        // Whoever has the image by now: the device has users.
+        let (attached, outcome) =
+            self.serve_again(number, reservation.slot, device, record, &open, Sharing::Warn);
         reservation.fill(Arc::new(attached));
         outcome
     }
@@ -45,7 +48,7 @@ impl Instance {
         let served = Served::abandoned(device, &self.workers, reservation.slot, geometry);
         let linked = self.link(number, &served);
         let reason = format!("{reason}; {}", self.next_step(number));
-        reservation.fill(Arc::new(Attached { record, served, reason: Some(reason), claim: None }));
+        reservation.fill(Arc::new(Attached { record, served, reason: Some(reason), hold: None }));
         linked
     }
 
@@ -88,7 +91,8 @@ impl Instance {
         let open = |_: &Source, _: &Geometry| {
             image.take().ok_or_else(|| Error::new(Kind::Internal, "the image was taken twice"))
         };
-        let (recovered, outcome) = self.serve_again(number, served.slot(), device, record, &open);
+        let (recovered, outcome) =
+            self.serve_again(number, served.slot(), device, record, &open, Sharing::Refuse);
         let recovered = Arc::new(recovered);
         self.table.put_back(number, recovered.clone());
         outcome.map(|()| self.describe(number, &recovered))
@@ -126,22 +130,20 @@ impl Instance {
         device: Device,
         record: DeviceRecord,
         open: Opened<'_>,
+        sharing: Sharing,
     ) -> (Attached, Result<()>) {
         let geometry = device.shape(record.spec.offset).unwrap_or_else(|_| last_known(&record));
-        let opened = open(&shaped(&record, &geometry), &geometry).and_then(|image| {
-            let claim =
-                self.shared.claims.claim(image.identity(), record.spec.read_only, &record.spec.path)?;
-            Ok((image, claim))
-        });
+        let opened = open(&shaped(&record, &geometry), &geometry)
+            .and_then(|image| sources::take(&self.shared.claims, image, &record.spec, number, sharing));
         let record = DeviceRecord { size: geometry.size, block_size: geometry.block_size, ..record };
-        let (served, claim, outcome) = match opened {
-            Ok((image, claim)) => {
+        let (served, hold, outcome) = match opened {
+            Ok((image, hold)) => {
                 if let Some(why) = image.why_buffered() {
                     let (instance, path) = (&record.spec.instance, &record.spec.path);
                     tracing::warn!("{instance}/loop{number} ({path}) uses the page cache: {why}");
                 }
                 let (served, outcome) = Served::begin(device, &self.workers, slot, image, Begin::Recovered);
-                (served, Some(claim), outcome)
+                (served, Some(hold), outcome)
             }
             Err(error) => (Served::abandoned(device, &self.workers, slot, geometry), None, Err(error)),
         };
@@ -151,7 +153,7 @@ impl Instance {
             let instance = &record.spec.instance;
             tracing::error!("{instance}/loop{number} is not known to the next daemon as it is now: {error}");
         }
-        (Attached { record, served, reason, claim }, outcome)
+        (Attached { record, served, reason, hold }, outcome)
     }
 
     fn next_step(&self, number: u32) -> String {

@@ -204,6 +204,9 @@ pub struct DeviceInfo {
     pub depth: u32,
     /// How data travels.
     pub data_path: DataPath,
+    /// Who else has the image through this daemon: devices of instances, loop devices of pools.
+    #[serde(default)]
+    pub shared_with: Vec<String>,
 }
 
 /// Figures of one device since it was attached, over all its queues.

@@ -5,13 +5,16 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 
 use super::{Answer, Bound, Configure, Errno, Info, NAME_BYTES, errno, flag};
 use crate::error::Kind;
+use crate::failures::Failures;
 use crate::image::{Image, Source};
-use crate::instance::claims::{Claim, Claims};
+use crate::instance::claims::Claims;
+use crate::instance::claims::sources::{self, Hold};
 
 /// Flags that LOOP_CONFIGURE takes.
 const CONFIGURABLE: u32 = flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN | flag::DIRECT_IO;
@@ -31,7 +34,9 @@ pub struct Binding {
     pub block_size: u32,
     /// Direct I/O is done (whether it was asked for or not).
     direct: bool,
-    _claim: Claim,
+    _hold: Hold,
+    /// Of the device that it is bound to, partitions included.
+    failures: Arc<Failures>,
     device: u64,
     inode: u64,
     rdevice: u64,
@@ -73,8 +78,8 @@ pub fn check_block_size(bytes: u64) -> Answer<u32> {
 }
 
 impl Binding {
-    /// Takes a caller's file; `writes`: the device was opened for writing. Answers it and the image.
-    pub fn take(with: Configure, writes: bool, claims: &Claims) -> Answer<(Binding, Image)> {
+    /// Takes a caller's file for loopN; `writes`: the device was opened for writing. Answers it and the image.
+    pub fn take(with: Configure, writes: bool, number: u32, claims: &Claims) -> Answer<(Binding, Image)> {
         // Faults are found in the driver's order.
         let file = with.file;
         let stat = rustix::fs::fstat(&file)?;
@@ -94,20 +99,23 @@ impl Binding {
         if opened.contains(OFlags::DIRECT) {
             info.flags |= flag::DIRECT_IO;
         }
+        let failures = Failures::of(claims.pooled(number).to_string(), path(&file));
         if with.block_size == 0 && info.flags & flag::DIRECT_IO != 0 {
-            block_size = direct_block_size(&file, &info);
+            block_size = direct_block_size(&file, &info, &failures);
         }
-        let (image, direct) = open(&file, &info, block_size)?;
+        let (image, direct) = open(&file, &info, block_size, &failures)?;
         if !direct {
             info.flags &= !flag::DIRECT_IO;
         }
-        let claim = claims.share(image.identity(), "it").map_err(|error| errno(&error))?;
+        let read_only = info.flags & flag::READ_ONLY != 0;
+        let hold = sources::bind(claims, &image, number, read_only).map_err(|error| errno(&error))?;
         let binding = Binding {
             file,
             info,
             block_size,
             direct,
-            _claim: claim,
+            _hold: hold,
+            failures,
             device: stat.st_dev,
             inode: stat.st_ino,
             rdevice: stat.st_rdev,
@@ -117,13 +125,13 @@ impl Binding {
 
     /// The image once more: with another offset, limit or block size.
     pub fn reopen(&self, info: &Info, block_size: u32) -> Answer<(Image, bool)> {
-        open(&self.file, info, block_size)
+        open(&self.file, info, block_size, &self.failures)
     }
 
     /// The same, only to read.
     pub fn reopen_to_read(&self, info: &Info, block_size: u32) -> Answer<Image> {
         let info = Info { flags: info.flags | flag::READ_ONLY, ..*info };
-        open(&self.file, &info, block_size).map(|(image, _)| image)
+        open(&self.file, &info, block_size, &self.failures).map(|(image, _)| image)
     }
 
     /// Takes over what `reopen` was given and found out.
@@ -175,15 +183,15 @@ impl Binding {
 
 /// The smallest block size in which direct I/O can be done on a file, wherever it is done; if there is
 /// none, the smallest.
-fn direct_block_size(file: &OwnedFd, info: &Info) -> u32 {
+fn direct_block_size(file: &OwnedFd, info: &Info, failures: &Arc<Failures>) -> u32 {
     let whole = Info { offset: 0, size_limit: 0, ..*info };
-    let direct = |size: &u32| open(file, &whole, *size).is_ok_and(|(_, direct)| direct);
+    let direct = |size: &u32| open(file, &whole, *size, failures).is_ok_and(|(_, direct)| direct);
     BLOCK_SIZES.into_iter().find(direct).unwrap_or(BLOCK_SIZES[0])
 }
 
 /// Opens the image by direct I/O if that can be done, whether it was asked for or not: it is the same
 /// to the device's users, and faster.
-fn open(file: &OwnedFd, info: &Info, block_size: u32) -> Answer<(Image, bool)> {
+fn open(file: &OwnedFd, info: &Info, block_size: u32, failures: &Arc<Failures>) -> Answer<(Image, bool)> {
     let read_only = info.flags & flag::READ_ONLY != 0;
     let source = Source {
         offset: info.offset,
@@ -195,7 +203,8 @@ fn open(file: &OwnedFd, info: &Info, block_size: u32) -> Answer<(Image, bool)> {
     };
     let attempt = |source: &Source| {
         let file = rustix::io::fcntl_dupfd_cloexec(file, 0)?;
-        Ok::<_, Errno>(Image::open(file, source, "a backing file"))
+        let image = Image::open(file, source, failures.image());
+        Ok::<_, Errno>(image.map(|image| image.counted(Arc::clone(failures))))
     };
     match attempt(&source)? {
         Ok(image) => Ok((image, true)),

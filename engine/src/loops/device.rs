@@ -124,7 +124,7 @@ impl Device {
         if self.is_bound() {
             return Err(Errno::BUSY);
         }
-        let (binding, image) = Binding::take(with, caller.writes(), &room.shared().claims)?;
+        let (binding, image) = Binding::take(with, caller.writes(), self.number, &room.shared().claims)?;
         if !caller.waits() {
             return Err(Errno::INTR);
         }
@@ -321,7 +321,7 @@ impl Device {
         let info = Info { flags: old.info.flags & flag::DIRECT_IO | flag::READ_ONLY, ..old.info };
         let kept = old.info.flags;
         let with = Configure { file, block_size: old.block_size, info };
-        let (mut binding, image) = Binding::take(with, false, &room.shared().claims)?;
+        let (mut binding, image) = Binding::take(with, false, self.number, &room.shared().claims)?;
         let disk = self.disk()?;
         if image.geometry().size != disk.size() {
             return Err(Errno::INVAL);

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 const BLKROSET: libc::c_ulong = 0x125d;
 const BLKROGET: libc::c_ulong = 0x125e;
 const BLKFLSBUF: libc::c_ulong = 0x1261;
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 
 /// Writes back and drops what is cached of a block device.
 pub fn flush(device: BorrowedFd<'_>) -> Result<(), Errno> {
@@ -27,6 +28,17 @@ pub fn is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
     // SAFETY: BLKROGET writes one int, which lives until the call returns.
     answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut flag) })?;
     Ok(flag != 0)
+}
+
+/// What a loop device of the kernel is bound to: device number of the file system, inode, and device
+/// number of a backing block device (0: it is a file). May wait for the file system.
+pub fn loop_backing(device: BorrowedFd<'_>) -> Result<(u64, u64, u64), Errno> {
+    // struct loop_info64: these three are the first of its 232 bytes.
+    let mut info = [0u64; 29];
+    // SAFETY: LOOP_GET_STATUS64 writes one loop_info64, and the memory for it lives until the call returns.
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, info.as_mut_ptr()) })?;
+    let [dev, ino, rdev, ..] = info;
+    Ok((dev, ino, rdev))
 }
 
 fn answer(result: libc::c_int) -> Result<(), Errno> {

@@ -15,7 +15,7 @@ use super::{QueueStats, Switches, Transport, Worker};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
 use crate::ring::{Sizes, SlotId};
-use crate::{sandbox, sys};
+use crate::{failures, sandbox, sys};
 
 /// How long a worker may take to answer a message. It never waits for anything but work.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -54,6 +54,7 @@ pub struct WorkerHandle<T> {
 impl<T: Transport> WorkerHandle<T> {
     /// Starts a worker on the given CPUs (all when there are none) and waits until its ring is up.
     pub fn start(name: String, sizes: Sizes, switches: Switches, cpus: Vec<usize>) -> Result<Self> {
+        failures::start_reporter();
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Error::os(error, "cannot make an eventfd"))?;
         let theirs = wake.try_clone().map_err(|error| Error::os(error, "cannot duplicate an eventfd"))?;

@@ -229,7 +229,7 @@ impl<T: Transport> DeviceQueue<T> {
         if commit.is_some() {
             self.linked += 1;
             // Its end is not seen, unless it fails: counted now, and taken back then.
-            self.stats.completed(request.op, request.len, 0);
+            self.stats.completed(request.op, request.len, 0, &self.image);
         }
         if let Some(errno) = refusal {
             return self.finish(tag, -errno, ring, now_ns);
@@ -448,7 +448,7 @@ impl<T: Transport> DeviceQueue<T> {
         let Some(active) = self.active.finish(tag) else {
             return Err(Error::new(Kind::Internal, format!("tag {tag} was to be answered twice")));
         };
-        self.stats.completed(active.request.op, active.request.len, result);
+        self.stats.completed(active.request.op, active.request.len, result, &self.image);
         if let Some(arrived_ns) = active.arrived_ns {
             self.stats.timed(now_ns.saturating_sub(arrived_ns));
         }

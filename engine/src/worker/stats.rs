@@ -2,6 +2,7 @@
 
 use hdrhistogram::Histogram;
 
+use crate::image::Image;
 use crate::request::Op;
 
 /// One request in so many is timed (and then goes unlinked, for a linked one is not seen to end).
@@ -53,9 +54,11 @@ impl QueueStats {
     }
 
     /// Counts a request that has ended.
-    pub fn completed(&mut self, op: Op, bytes: u32, result: i32) {
+    pub fn completed(&mut self, op: Op, bytes: u32, result: i32, image: &Image) {
         if result < 0 {
             self.errors += 1;
+            // A queue that has met the end of its image counts failed reads as more of the same.
+            image.failed(-result, self.degraded && op == Op::Read);
             return;
         }
         match op {

@@ -166,7 +166,7 @@ impl Backend for Fake {
         removed.ok_or_else(|| error(Kind::NotFound, format!("no instance '{name}'")))
     }
 
-    fn attach(&self, spec: &AttachSpec, image: OwnedFd) -> Result<DeviceInfo> {
+    fn attach(&self, spec: &AttachSpec, _: bool, image: OwnedFd) -> Result<DeviceInfo> {
         match spec.instance.as_str() {
             "panic" => panic!("as the test wants it"),
             "slow" => {
@@ -210,6 +210,7 @@ impl Backend for Fake {
             queues: spec.queues.max(2),
             depth: spec.depth.max(1),
             data_path: spec.data_path.unwrap_or(DataPath::Batch),
+            shared_with: Vec::new(),
         };
         state.devices.push(Served {
             info: device.clone(),

@@ -1,6 +1,8 @@
 //! The cases: those of tests/vm that are about images, and those about files.
 
 mod bounds;
+#[path = "../../vm/cases/claims.rs"]
+mod claims;
 #[path = "../../vm/cases/commands.rs"]
 mod commands;
 #[path = "../../vm/cases/durability.rs"]
@@ -60,6 +62,7 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         durability::cases(),
         errors::cases(),
+        claims::cases(),
         sandbox::cases(),
     ];
     let of_images = of_images.into_iter().flatten();

@@ -1,5 +1,6 @@
 //! The cases, by theme. Each file knows one theme and gives a list.
 
+mod claims;
 mod commands;
 mod durability;
 mod errors;
@@ -9,6 +10,7 @@ mod geometry;
 mod many;
 mod private_binding;
 mod private_bundle;
+mod private_claims;
 mod private_container_mounts;
 mod private_containers;
 mod private_driver;
@@ -61,11 +63,13 @@ pub(crate) fn all() -> Vec<Case> {
         recovery_state::cases(),
         stop::cases(),
         errors::cases(),
+        claims::cases(),
         many::cases(),
         private_losetup::cases(),
         private_figures::cases(),
         sandbox::cases(),
         private_binding::cases(),
+        private_claims::cases(),
         private_driver::cases(),
         private_hostile::cases(),
         private_mount::cases(),

@@ -1,0 +1,302 @@
+//! Taking a file or a block device as an image while others may have it: refused, or in the log.
+//!
+//! Knows the rules; `claims` knows who has an image in this daemon, `holders` who has it outside.
+//!
+//! | who takes it | an instance has it | a pool writes it | a pool reads it | others have it |
+//! |---|---|---|---|---|
+//! | an instance, read-write | refused | refused | | refused |
+//! | an instance, read-only | refused, unless that only reads | WARN | | WARN, if they write |
+//! | with `--force`, or after a restart | WARN | WARN | | WARN |
+//! | a pool, read-write | WARN | WARN | | WARN |
+//! | a pool, read-only | WARN, if that writes | WARN | | WARN, if they write |
+//!
+//! Who only reads keeps nobody from writing, as with loop(4). Within one pool nothing is said.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use super::holders::{self, Outside};
+use super::{Claim, Claims, Holder, Use, check_may_be, said};
+use crate::error::{Error, Kind, Result};
+use crate::failures::Failures;
+use crate::image::{Identity, Image};
+use crate::instance::spec::AttachSpec;
+
+/// How long an attach waits for the file systems that loop devices of the kernel are on.
+const LOOK: Duration = Duration::from_secs(2);
+/// Bindings of pools that may wait for a look at who else has their images.
+const BACKLOG: usize = 256;
+
+/// The next step for who wants to write what others use.
+const INSTEAD: &str =
+    "end that use, or attach it with --read-only; --force attaches it read-write all the same";
+
+/// What becomes of an image that somebody else has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// It is refused where that does harm.
+    Refuse,
+    /// It is taken all the same, and the log says so.
+    Warn,
+}
+
+/// An image that is taken, as long as this lives.
+#[derive(Debug)]
+pub struct Hold {
+    claim: Claim,
+    /// A block device that is written is closed to everybody who asks (O_EXCL), mounts included.
+    _exclusive: Option<OwnedFd>,
+}
+
+impl Hold {
+    /// Who else in this daemon has the image.
+    pub fn others(&self) -> Vec<String> {
+        self.claim.others()
+    }
+}
+
+/// Takes an image for device loopN of an instance, and has counted what fails on it.
+pub fn take(
+    claims: &Claims,
+    image: Image,
+    spec: &AttachSpec,
+    number: u32,
+    sharing: Sharing,
+) -> Result<(Image, Hold)> {
+    let holder = Holder::Device { instance: spec.instance.clone(), number };
+    let failures = Failures::of(holder.to_string(), image.name().to_owned());
+    let hold = attach(claims, &image, &Use { holder, read_only: spec.read_only }, sharing)?;
+    Ok((image.counted(failures), hold))
+}
+
+fn attach(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<Hold> {
+    let (identity, name) = (image.identity(), image.name());
+    let (claim, uses) = claim(claims, image, by, sharing)?;
+    warn(by, &uses, identity, name);
+    let (exclusive, claimed) = match image.is_block_device() {
+        true => exclusively(image),
+        false => (None, false),
+    };
+    let mut outside = look(identity, name);
+    let is_ours = uses.iter().any(|one| matches!(one.holder, Holder::Device { .. }));
+    if claimed && outside.is_empty() && !is_ours {
+        outside.push(Outside { who: "another program".to_owned(), writes: true });
+    }
+    if let (Sharing::Refuse, false, Some(user)) = (sharing, by.read_only, outside.first()) {
+        return Err(Error::new(Kind::Busy, format!("{name} is in use by {}", user.who)).hint(INSTEAD));
+    }
+    warn_outside(by, &outside, identity, name);
+    Ok(Hold { claim, _exclusive: exclusive.filter(|_| !by.read_only) })
+}
+
+/// Takes an image for a loop device of a pool. Whoever else has it, as loop(4) does.
+pub fn bind(claims: &Claims, image: &Image, number: u32, read_only: bool) -> Result<Hold> {
+    let by = Use { holder: claims.pooled(number), read_only };
+    let (claim, uses) = claim(claims, image, &by, Sharing::Warn)?;
+    if !warn(&by, &uses, image.identity(), image.name()) {
+        look_later(Binding { by, identity: image.identity(), name: image.name().to_owned() });
+    }
+    Ok(Hold { claim, _exclusive: None })
+}
+
+/// Enters an image in the table; answers who else has it, or a block device that shares bytes with it.
+fn claim(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<(Claim, Vec<Use>)> {
+    let (identity, name) = (image.identity(), image.name());
+    check_may_be(claims, &identity, name)?;
+    let related = holders::related(identity.rdev).into_iter();
+    let mut seen: Vec<Use> = related.flat_map(|rdev| claims.uses(Identity { rdev, ..identity })).collect();
+    let claim = claims.claim(identity, by, |uses| {
+        seen.extend(uses.iter().map(|(_, one)| one.clone()));
+        refuse(by, &seen, sharing, name)
+    })?;
+    Ok((claim, seen))
+}
+
+/// Refuses what a device of an instance may not share.
+fn refuse(by: &Use, uses: &[Use], sharing: Sharing, name: &str) -> Result<()> {
+    if sharing == Sharing::Warn {
+        return Ok(());
+    }
+    let device = |one: &&Use| matches!(one.holder, Holder::Device { .. });
+    if let Some(one) = uses.iter().filter(device).find(|one| !(one.read_only && by.read_only)) {
+        return Err(Error::new(Kind::Exists, format!("{name} is attached already, as {one}")).hint(
+            "several devices may share an image only if all are attached with --read-only; \
+             --force attaches it all the same",
+        ));
+    }
+    match uses.iter().find(|one| !one.read_only && !by.read_only) {
+        None => Ok(()),
+        Some(one) => Err(Error::new(Kind::Busy, format!("{name} is in use by {one}")).hint(INSTEAD)),
+    }
+}
+
+/// Says who of this daemon shares an image, in one line; false: nobody does.
+fn warn(by: &Use, uses: &[Use], identity: Identity, name: &str) -> bool {
+    let pool = |holder: &Holder| match holder {
+        Holder::Pooled { pool, .. } => Some(pool.clone()),
+        Holder::Device { .. } => None,
+    };
+    let own = pool(&by.holder);
+    let matters = |one: &&Use| match pool(&one.holder) {
+        // Its own business, and nobody's.
+        Some(pool) if own.as_ref() == Some(&pool) || one.read_only => false,
+        _ => !(one.read_only && by.read_only),
+    };
+    let others: Vec<String> = uses.iter().filter(matters).map(Use::to_string).collect();
+    say(by, identity, name, &others)
+}
+
+fn warn_outside(by: &Use, outside: &[Outside], identity: Identity, name: &str) {
+    let others = outside.iter().filter(|user| user.writes || !by.read_only);
+    let others: Vec<String> = others.map(|user| user.who.clone()).collect();
+    say(by, identity, name, &others);
+}
+
+/// Says who shares an image; false: nobody does. About a pool that is said only so often.
+fn say(by: &Use, identity: Identity, name: &str, others: &[String]) -> bool {
+    let may = match &by.holder {
+        Holder::Pooled { pool, .. } => !others.is_empty() && said::may_say(pool, identity),
+        Holder::Device { .. } => !others.is_empty(),
+    };
+    if may {
+        tracing::warn!("{by} shares {name} with {}", others.join(", "));
+    }
+    !others.is_empty()
+}
+
+/// Opens a block device so that nobody else can mount or claim it; true: somebody else has done so.
+/// For reading, so that udev does not look at it again when this is closed.
+fn exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
+    let link = format!("/proc/self/fd/{}", image.fd().as_raw_fd());
+    match rustix::fs::open(link, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(file) => (Some(file), false),
+        Err(Errno::BUSY) => (None, true),
+        Err(error) => {
+            tracing::warn!("cannot claim {}: {error}; others can take it as well", image.name());
+            (None, false)
+        }
+    }
+}
+
+/// Who outside this daemon has an image. What does not answer in time is not waited for.
+fn look(identity: Identity, name: &str) -> Vec<Outside> {
+    let (found, is_found) = std::sync::mpsc::channel();
+    let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
+        let _ = found.send(holders::find(&identity));
+    });
+    let found = started.ok().and_then(|_| is_found.recv_timeout(LOOK).ok());
+    found.unwrap_or_else(|| {
+        tracing::warn!("could not find out within {} s who else uses {name}", LOOK.as_secs());
+        Vec::new()
+    })
+}
+
+/// A binding whose image others may have.
+struct Binding {
+    by: Use,
+    identity: Identity,
+    name: String,
+}
+
+/// Bindings to look at, and whether a thread does.
+static WAITING: Mutex<(VecDeque<Binding>, bool)> = Mutex::new((VecDeque::new(), false));
+
+/// Looks who outside has the image of a binding, on a thread of its own: the tenant does not wait for
+/// that. One thread for all, whatever it waits for; what comes when too much waits is left out.
+fn look_later(binding: Binding) {
+    let waiting = || WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = waiting();
+    if state.0.len() >= BACKLOG {
+        return;
+    }
+    state.0.push_back(binding);
+    if std::mem::replace(&mut state.1, true) {
+        return;
+    }
+    drop(state);
+    let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
+        loop {
+            let mut state = waiting();
+            let Some(next) = state.0.pop_front() else {
+                state.1 = false;
+                return;
+            };
+            drop(state);
+            warn_outside(&next.by, &holders::find(&next.identity), next.identity, &next.name);
+        }
+    });
+    if started.is_err() {
+        waiting().1 = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::Source;
+
+    fn open(path: &std::path::Path, read_only: bool) -> Image {
+        let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+        let source = Source { buffered: true, read_only, ..Source::default() };
+        Image::open(file.into(), &source, path.to_str().unwrap()).unwrap()
+    }
+
+    fn device(number: u32, read_only: bool) -> Use {
+        Use { holder: Holder::Device { instance: "default".into(), number }, read_only }
+    }
+
+    #[test]
+    fn instances_have_one_writer_or_many_readers_and_pools_as_many_as_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, hard) = (dir.path().join("image"), dir.path().join("hard"));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        std::fs::hard_link(&path, &hard).unwrap();
+        let (writable, readable) = (open(&path, false), open(&hard, true));
+        let claims = Claims::default();
+        let take = |number, read_only, how| {
+            let image = if read_only { &readable } else { &writable };
+            attach(&claims, image, &device(number, read_only), how)
+        };
+        let kind = |taken: Result<Hold>| taken.unwrap_err().kind();
+
+        let (first, second) =
+            (take(0, true, Sharing::Refuse).unwrap(), take(1, true, Sharing::Refuse).unwrap());
+        assert_eq!(first.others(), ["default/loop1 (read-only)"]);
+        let refused = take(2, false, Sharing::Refuse).unwrap_err();
+        assert_eq!(refused.kind(), Kind::Exists);
+        assert!(refused.message().contains("attached already, as default/loop0 (read-only)"), "{refused}");
+        drop(first);
+        assert_eq!(kind(take(2, false, Sharing::Refuse)), Kind::Exists);
+        drop(second);
+        let writer = take(0, false, Sharing::Refuse).unwrap();
+        assert_eq!(kind(take(1, true, Sharing::Refuse)), Kind::Exists);
+        let forced = take(1, false, Sharing::Warn).unwrap();
+        drop((writer, forced));
+
+        // A reader of a pool is in nobody's way, a writer in that of writers.
+        let pool = claims.of_pool("p", 1000);
+        let reader = bind(&pool, &readable, 3, true).unwrap();
+        let writer = take(0, false, Sharing::Refuse).unwrap();
+        assert_eq!(writer.others(), ["loop3 of pool p of user 1000 (read-only)"]);
+        let bound = bind(&pool, &writable, 4, false).unwrap();
+        drop(writer);
+        let refused = take(0, false, Sharing::Refuse).unwrap_err();
+        assert_eq!(refused.kind(), Kind::Busy);
+        assert!(refused.message().contains("loop4 of pool p of user 1000 (read-write)"), "{refused}");
+        drop(take(0, true, Sharing::Refuse).unwrap());
+        drop(take(0, false, Sharing::Warn).unwrap());
+        drop((reader, bound));
+
+        let none = claims.none_on(writable.identity().dev);
+        assert_eq!(kind(take(0, true, Sharing::Warn)), Kind::Invalid);
+        assert!(bind(&pool, &readable, 3, true).is_err());
+        drop(none);
+        drop(take(0, false, Sharing::Refuse).unwrap());
+        assert!(claims.table().uses.is_empty());
+    }
+}

@@ -1,0 +1,127 @@
+//! Images that pools and others have: who only reads keeps nobody away, who writes is named.
+
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+
+use super::MIB;
+use super::claims::{refused, warned, warnings};
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::disk::Disk;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::store::{self, Mount, Shape, Store, mkfs};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private_claims::readers_keep_nobody_away", Needs::Private, 120, readers),
+        case("private_claims::writers_are_named", Needs::Private, 150, writers),
+        case("private_claims::pools_share_with_a_warning", Needs::Private, 150, pools),
+        case("private_claims::recovery_ignores_pools", Needs::Private, 150, recovery),
+    ]
+}
+
+fn open_to_all(ctx: &Ctx) -> Res {
+    Ok(std::fs::set_permissions(&ctx.dir, Permissions::from_mode(0o1777))?)
+}
+
+fn readers(ctx: &Ctx) -> Res {
+    open_to_all(ctx)?;
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let script = Inside::new(ctx, &daemon)
+        .user(1000)
+        .start(&format!("works bind losetup -r /dev/loop2 {image}; halfway bound; head_of /dev/loop2"))?
+        .wait("bound")?;
+    let device = daemon.attach(&[&image])?;
+    Disk::open(&device)?.write(0, b"written by root ")?;
+    let shared = daemon.info(&device)?["sharedWith"].to_string();
+    ensure!(shared.contains("loop2 of pool ") && shared.contains(" of user 1000 (read-only)"), "{shared}");
+    ensure!(warnings(&daemon, "shares") == 0, "{}", daemon.log());
+    script.go_on("bound")?;
+    let read = script.finish()?;
+    ensure!(read.starts_with("written by root"), "the reader read {read:?}");
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+fn writers(ctx: &Ctx) -> Res {
+    open_to_all(ctx)?;
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    std::fs::set_permissions(&image, Permissions::from_mode(0o666))?;
+    let script = Inside::new(ctx, &daemon)
+        .user(1000)
+        .start(&format!("works bind losetup /dev/loop2 {image}; halfway bound"))?
+        .wait("bound")?;
+    refused(&daemon, &[&image], "in use by loop2 of pool ")?;
+    refused(&daemon, &[&image], " of user 1000 (read-write)")?;
+    let device = daemon.attach(&["--read-only", &image])?;
+    warned(&daemon, "default/loop0 (read-only) shares ", 1)?;
+    daemon.detach(&device)?;
+    let device = daemon.attach(&["--force", &image])?;
+    warned(&daemon, "default/loop0 (read-write) shares ", 1)?;
+    script.go_on("bound")?;
+    script.finish()?;
+    // The other way round: the pool comes later, and is let in.
+    let other = Inside::new(ctx, &daemon).user(1000);
+    other.run(&format!("works bind losetup /dev/loop1 {image}"))?;
+    warned(&daemon, " with default/loop0 (read-write)", 1)?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+fn pools(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let daemon = Daemon::start(ctx)?;
+    let image = store.sparse("image", 32 * MIB)?;
+    mkfs("ext4", &image)?;
+    let held = format!("works bind losetup /dev/loop2 {image}; halfway bound");
+    let script = Inside::new(ctx, &daemon).start(&held)?.wait("bound")?;
+    // Twice in one pool is nobody else's business; in another it is said once a minute for each image.
+    Inside::new(ctx, &daemon)
+        .run(&format!("works bind losetup /dev/loop3 {image}; works again losetup -r /dev/loop4 {image}"))?;
+    warned(&daemon, &format!("shares {image} with loop2 of pool "), 1)?;
+    warned(&daemon, "shares", 1)?;
+    script.go_on("bound")?;
+    script.finish()?;
+    // A block device that is mounted.
+    let disk = store::Disk::new(&Shape::default())?;
+    mkfs("ext4", &disk.node())?;
+    let mount = Mount::new(&disk.node(), &ctx.path("mnt"), &[])?;
+    Inside::new(ctx, &daemon).run(&format!("works bind losetup -f {}; sleep 1", disk.node()))?;
+    warned(&daemon, &format!("shares {} with the mount on ", disk.node()), 1)?;
+    mount.umount()?;
+    daemon.stop()
+}
+
+/// A device that was attached while a pool had its image is taken back, whoever has it then.
+fn recovery(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let mut daemon = Daemon::start(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let script = Inside::new(ctx, &daemon)
+        .start(&format!("works bind losetup /dev/loop2 {image}; halfway bound"))?
+        .wait("bound")?;
+    let device = daemon.attach(&["--force", &image])?;
+    let second = daemon.attach(&["--force", &image])?;
+    daemon.kill()?;
+    daemon.restart()?;
+    for device in [&device, &second] {
+        Disk::open(device)?.write(0, &[1; 4096])?;
+        daemon.detach(device)?;
+    }
+    script.kill();
+    // A claimed block device is ours again after a restart.
+    let disk = store::Disk::new(&Shape::default())?;
+    let device = daemon.attach(&[&disk.node()])?;
+    daemon.kill()?;
+    daemon.restart()?;
+    Disk::open(&device)?.write(0, &[1; 4096])?;
+    let busy = crate::tools::run(&["mount", &disk.node(), &ctx.path("mnt")])?;
+    ensure!(busy.code != 0, "mounted although it is attached");
+    ensure!(warnings(&daemon, "cannot claim") == 0, "{}", daemon.log());
+    daemon.detach(&device)?;
+    daemon.stop()
+}
