@@ -179,7 +179,8 @@ fn translation(c: &mut Criterion) {
         });
     }
     group.bench_function("write-zeroes", |b| {
-        b.iter(|| translate::zero(image, black_box(1 << 20), u64::from(BLOCK), black_box(true)));
+        let op = Op::WriteZeroes { unmap: true, fua: false };
+        b.iter(|| translate::allocate(black_box(op), image, black_box(1 << 20), u64::from(BLOCK)));
     });
     group.finish();
 }

@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, FrontendKind, InstanceSpec};
 use crate::instance::{EngineConfig, Tuning};
 use crate::kernel_mounts::{FileSystem, policy};
+use crate::limits::{USER_DEVICES, USER_POOLS};
 use crate::private::Defaults;
 
 /// Where the daemon keeps its socket, its state and the names of devices.
@@ -26,7 +27,7 @@ pub const MAX_DEVICES: u32 = 256;
 pub const TUNING: Tuning = Tuning { linked_commit: true, poll_us: 0 };
 
 /// What a user may have of private pools unless told otherwise.
-pub const PRIVATE: Defaults = Defaults { devices: 64, pools: 16 };
+pub const PRIVATE: Defaults = Defaults { devices: USER_DEVICES, pools: USER_POOLS };
 
 /// Larger files are not configuration.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -219,7 +220,7 @@ fn read(path: &Path) -> Result<String> {
     use std::io::Read;
     let shown = path.display();
     let mut text = String::new();
-    std::fs::File::open(path)
+    crate::received::open_regular(path)
         .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text))
         .map_err(|error| Error::os(error, format!("cannot read {shown}")))?;
     if text.len() as u64 > FILE_BYTES_MAX {

@@ -21,6 +21,7 @@
 //! [`frontend::fuse`] (`handler.rs`, `lane.rs`, `queue.rs`), [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
 //! what each room knows and does not know.
 
+pub mod accounts;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -30,9 +31,11 @@ pub mod image;
 pub mod instance;
 pub mod intercept;
 pub mod kernel_mounts;
+pub mod limits;
 pub mod loopfs;
 pub mod loops;
 pub mod private;
+pub mod received;
 pub mod request;
 pub mod ring;
 pub mod sandbox;

@@ -27,6 +27,8 @@ pub enum Op {
         /// Durable before it completes.
         fua: bool,
     },
+    /// The range has blocks of its own afterwards; its content stays.
+    Reserve,
     /// An operation this program does not know. It is failed with EOPNOTSUPP.
     Unknown(u8),
 }

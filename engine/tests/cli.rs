@@ -247,6 +247,27 @@ fn resize_prints_the_new_size() {
     std::fs::File::options().write(true).open(image).unwrap().set_len(8192).unwrap();
     assert_eq!(ok(&daemon.run(&["resize", "default/loop0"])), "8192\n");
     fails(&daemon.run(&["resize", "default/loop9"]), 3, "no device");
+    assert_eq!(ok(&daemon.run(&["resize", "default/loop0", "--size", "1M"])), "1048576\n");
+    fails(&daemon.run(&["resize", "default/loop0"]), 2, "8192 of 1048576");
+    fails(&daemon.run(&["resize", "default/loop0", "--shrink"]), 2, "8192 of 1048576");
+    assert_eq!(ok(&daemon.run(&["resize", "default/loop0", "--shrink", "--force"])), "8192\n");
+}
+
+#[test]
+fn recover_sends_the_image_and_prints_the_path() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    let moved = daemon.image("moved.img", 8192);
+    ok(&daemon.run(&["attach", "a.img"]));
+    let path = "/run/fake/default/loop0\n";
+    assert_eq!(
+        ok(&daemon.run(&["recover", "default/loop0", "--image", "moved.img", "--offset", "4K"])),
+        path
+    );
+    let list: Vec<DeviceInfo> = serde_json::from_str(ok(&daemon.run(&["list", "--json"]))).unwrap();
+    assert_eq!((list[0].image.as_str(), list[0].offset), (moved.to_str().unwrap(), 4096));
+    fails(&daemon.run(&["recover", "default/loop9", "--image", "moved.img"]), 3, "no device");
+    fails(&daemon.run(&["recover", "default/loop0", "--image", "none.img"]), 3, "none.img");
 }
 
 #[test]

@@ -63,7 +63,8 @@ fn every_call_there_and_back() {
         assert_eq!((stats[0].in_flight, stats[0].latency.p999_ns), (3, 40_000));
 
         File::options().write(true).open(&image).unwrap().set_len(2 << 20).unwrap();
-        assert_eq!(client.resize("build/loop0").await.unwrap().size, 2 << 20);
+        let grow = ResizeSpec { device: "build/loop0".into(), size: None, shrink: false, force: false };
+        assert_eq!(client.resize(&grow).await.unwrap().size, 2 << 20);
         assert_eq!(client.detach(&this, false).await.unwrap(), [device.path]);
         assert_eq!(client.detach(&Selector::All, false).await.unwrap(), [""; 0]);
         client.remove_instance("build", false).await.unwrap();

@@ -67,6 +67,9 @@ _loopengine() {
             loopengine,oci)
                 cmd="loopengine__subcmd__oci"
                 ;;
+            loopengine,recover)
+                cmd="loopengine__subcmd__recover"
+                ;;
             loopengine,resize)
                 cmd="loopengine__subcmd__resize"
                 ;;
@@ -132,6 +135,9 @@ _loopengine() {
                 ;;
             loopengine__subcmd__help,oci)
                 cmd="loopengine__subcmd__help__subcmd__oci"
+                ;;
+            loopengine__subcmd__help,recover)
+                cmd="loopengine__subcmd__help__subcmd__recover"
                 ;;
             loopengine__subcmd__help,resize)
                 cmd="loopengine__subcmd__help__subcmd__resize"
@@ -248,7 +254,7 @@ _loopengine() {
 
     case "${cmd}" in
         loopengine)
-            opts="-h -V --run-dir --help --version serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
+            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -426,7 +432,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help)
-            opts="serve instance attach create detach resize list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
+            opts="serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -792,6 +798,20 @@ _loopengine() {
         loopengine__subcmd__help__subcmd__oci__subcmd__print__subcmd__profile)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 4 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__help__subcmd__recover)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
@@ -1581,13 +1601,47 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        loopengine__subcmd__resize)
-            opts="-h -V --run-dir --help --version"
+        loopengine__subcmd__recover)
+            opts="-h -V --image --offset --size-limit --buffered --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --image)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --offset)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --size-limit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__resize)
+            opts="-f -h -V --size --shrink --force --run-dir --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --run-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

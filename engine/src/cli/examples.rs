@@ -71,9 +71,16 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             ("One device.", "loopengine detach /run/loopengine/default/loop0"),
             ("Every device of an instance.", "loopengine detach --all --instance build"),
         ],
-        "resize" => &[(
-            "Grow an image, its device and its file system.",
-            "truncate -s 20G disk.img && loopengine resize loop0 && resize2fs /run/loopengine/default/loop0",
+        "resize" => &[
+            (
+                "Grow an image, its device and its file system.",
+                "loopengine resize loop0 --size 20G && resize2fs /run/loopengine/default/loop0",
+            ),
+            ("The image was enlarged already.", "truncate -s 20G disk.img && loopengine resize loop0"),
+        ],
+        "recover" => &[(
+            "The image was moved while the daemon was not running.",
+            "loopengine recover loop0 --image /srv/images/disk.img",
         )],
         "list" => &[
             ("All devices.", "loopengine list"),

@@ -33,8 +33,12 @@ impl Args {
 }
 
 fn table(devices: Vec<DeviceInfo>) -> String {
-    let heads = ["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
-    let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
+    let heads =
+        ["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE", "REASON"];
+    // Only where there is one.
+    let explained = devices.iter().any(|device| device.reason.is_some());
+    let heads = &heads[..heads.len() - usize::from(!explained)];
+    let mut table = Table::new(heads, &[false, true, false, true, true, true]);
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };
         let mode = if device.buffered { format!("{mode},buffered") } else { mode.to_owned() };
@@ -43,7 +47,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             DeviceState::Degraded => "degraded",
             DeviceState::Stuck => "stuck",
         };
-        table.row(vec![
+        let mut row = vec![
             device.path,
             size::show(device.size),
             mode,
@@ -54,7 +58,9 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             state.to_owned(),
             device.node,
             device.image,
-        ]);
+        ];
+        row.extend(explained.then(|| device.reason.unwrap_or_default()));
+        table.row(row);
     }
     table.render()
 }

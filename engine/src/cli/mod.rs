@@ -24,6 +24,7 @@ mod oci;
 mod out;
 mod pool;
 mod private;
+mod recover;
 mod reload;
 mod remote;
 mod resize;
@@ -77,6 +78,7 @@ enum Command {
     Create(create::Args),
     Detach(detach::Args),
     Resize(resize::Args),
+    Recover(recover::Args),
     List(list::Args),
     Stats(stats::Args),
     Run(private::Args),
@@ -181,6 +183,7 @@ impl Command {
             Command::Create(args) => args.run(),
             Command::Detach(args) => args.run(&run_dir),
             Command::Resize(args) => args.run(&run_dir),
+            Command::Recover(args) => args.run(&run_dir),
             Command::List(args) => args.run(&run_dir),
             Command::Stats(args) => args.run(&run_dir),
             Command::Run(args) => args.run(&run_dir),

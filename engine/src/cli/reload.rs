@@ -1,9 +1,51 @@
 //! What the configuration asks of a running engine: at start, and when it has changed.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::timeout;
+
+use super::serve::tell;
 use crate::config::Config;
-use crate::control::Backend;
-use crate::error::{Error, Result};
+use crate::control::{self, Backend};
+use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
+
+/// How long reading the configuration may take.
+const LOAD_MAX: Duration = Duration::from_secs(5);
+
+/// Loads the configuration anew and makes a running engine follow it. Answers the one that holds now.
+/// Nothing else waits for this.
+pub(super) async fn reload(
+    load: impl FnOnce() -> Result<Config> + Send + 'static,
+    config: Config,
+    backend: Arc<dyn Backend>,
+) -> Config {
+    let mut states = vec![NotifyState::Reloading];
+    states.extend(NotifyState::monotonic_usec_now());
+    tell(&states);
+    // Not on the pool of threads: a file system that hangs would keep one of them.
+    let loaded = timeout(LOAD_MAX, control::apart(load)).await;
+    let late = |_| Err(Error::new(Kind::Deadline, "the configuration file was not read in time"));
+    let config = match loaded.unwrap_or_else(late) {
+        Ok(new) => {
+            let applied = new.clone();
+            let applying = tokio::task::spawn_blocking(move || apply(&config, &applied, &*backend));
+            match applying.await {
+                Ok(notes) => notes.iter().for_each(|note| tracing::info!("reload: {note}")),
+                Err(error) => tracing::error!("reload failed: {error}"),
+            }
+            new
+        }
+        Err(error) => {
+            tracing::error!("the configuration stays as it was: {error}");
+            config
+        }
+    };
+    tell(&[NotifyState::Ready]);
+    config
+}
 
 /// Creates the instances of `config`. One that is there already (taken back from an earlier
 /// daemon) only gets the limit of `config`. Answers what could not be done without a failure.
@@ -153,7 +195,10 @@ mod tests {
         fn detach(&self, _: &Selector, _: bool) -> Result<Vec<String>> {
             unreachable!()
         }
-        fn resize(&self, _: &str) -> Result<DeviceInfo> {
+        fn resize(&self, _: &ResizeSpec) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn recover(&self, _: &RecoverSpec, _: OwnedFd) -> Result<DeviceInfo> {
             unreachable!()
         }
         fn devices(&self, _: &Selector) -> Result<Vec<DeviceInfo>> {

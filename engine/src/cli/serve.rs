@@ -13,14 +13,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use crate::accounts;
 use crate::config::{Choice, Config};
-use crate::control::{Backend, rundir::RunDir, server};
+use crate::control::{self, Backend, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
 use crate::private::{Registry, Served};
+use crate::received;
 use crate::sandbox;
 use crate::sys::{self, mntns};
 
@@ -39,9 +41,11 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 ///
 /// Without the ublk driver devices are files of the same names, of a FUSE file system: they can be
 /// copied, partitioned, given to a virtual machine, or mounted with 'mount -o loop'. Their size is
-/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. They end
-/// with the daemon, and cannot be taken back.
-#[derive(Debug, clap::Args)]
+/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. A write past
+/// the end fails with ENOSPC: directly at once, through the page cache at fsync, close or a later write.
+/// 'qemu-img convert' needs '-n' unless the new image has the file's size. They end with the daemon, and
+/// cannot be taken back.
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
     #[arg(long, value_name = "FILE")]
@@ -159,9 +163,9 @@ impl Args {
         }
         let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
         let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
+        accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
-        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())
-            .map_err(|error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'"))?;
+        let runtime = control::runtime::make()?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
@@ -170,6 +174,7 @@ impl Args {
         // They end with the daemon, whatever instances do.
         registry.shutdown();
         drop(registry);
+        received::end();
         if Arc::strong_count(engine) > 1 {
             // Calls are still being handled; the drop of the runtime would wait for them.
             std::mem::forget(runtime);
@@ -199,6 +204,7 @@ impl Args {
             server::serve_oci(oci, registry, stopping),
         );
         let mut served = tokio::task::spawn_local(async { tokio::join!(all.0, all.1, all.2) });
+        let mut reloading: Option<tokio::task::JoinHandle<Config>> = None;
         let mounts = (frontend == FrontendKind::Ublk).then(|| tokio::task::spawn_local(watch_mounts()));
         tell(&[NotifyState::Ready]);
         loop {
@@ -209,7 +215,16 @@ impl Args {
                     let message = format!("the control service ended: {ended:?}");
                     return Err(Error::new(Kind::Internal, message));
                 }
-                _ = hangup.recv() => self.reload(&mut config, &backend).await,
+                _ = hangup.recv(), if reloading.is_none() => {
+                    let args = self.clone();
+                    let load = move || args.load();
+                    let reload = reload::reload(load, config.clone(), Arc::clone(&backend));
+                    reloading = Some(tokio::task::spawn_local(reload));
+                }
+                Some(now) = async { Some(reloading.as_mut()?.await) } => {
+                    reloading = None;
+                    config = now.unwrap_or(config);
+                }
             }
         }
         tracing::info!("stopping");
@@ -222,26 +237,6 @@ impl Args {
             _ = &mut served => Ok(End::InOrder),
             () = again(&mut terminate, &mut interrupt) => Ok(End::AtOnce),
         }
-    }
-
-    async fn reload(&self, config: &mut Config, backend: &Arc<dyn Backend>) {
-        let mut states = vec![NotifyState::Reloading];
-        states.extend(NotifyState::monotonic_usec_now());
-        tell(&states);
-        match self.load() {
-            Ok(new) => {
-                let (old, backend) = (config.clone(), Arc::clone(backend));
-                let applied = new.clone();
-                let apply = move || reload::apply(&old, &applied, &*backend);
-                match tokio::task::spawn_blocking(apply).await {
-                    Ok(notes) => notes.iter().for_each(|note| tracing::info!("reload: {note}")),
-                    Err(error) => tracing::error!("reload failed: {error}"),
-                }
-                *config = new;
-            }
-            Err(error) => tracing::error!("the configuration stays as it was: {error}"),
-        }
-        tell(&[NotifyState::Ready]);
     }
 }
 
@@ -401,7 +396,7 @@ async fn watch_mounts() {
 }
 
 /// Tells the service manager, if there is one.
-fn tell(states: &[NotifyState<'_>]) {
+pub(super) fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(false, states) {
         tracing::warn!("cannot notify the service manager: {error}");
     }

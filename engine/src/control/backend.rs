@@ -24,7 +24,9 @@ pub trait Backend: Send + Sync + 'static {
     /// See [`Engine::detach`].
     fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>>;
     /// See [`Engine::resize`].
-    fn resize(&self, device: &str) -> Result<DeviceInfo>;
+    fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo>;
+    /// See [`Engine::recover`].
+    fn recover(&self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo>;
     /// See [`Engine::devices`].
     fn devices(&self, which: &Selector) -> Result<Vec<DeviceInfo>>;
     /// See [`Engine::stats`].
@@ -60,8 +62,12 @@ impl Backend for Engine {
         Engine::detach(self, which, force)
     }
 
-    fn resize(&self, device: &str) -> Result<DeviceInfo> {
-        Engine::resize(self, device)
+    fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo> {
+        Engine::resize(self, spec)
+    }
+
+    fn recover(&self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        Engine::recover(self, spec, image)
     }
 
     fn devices(&self, which: &Selector) -> Result<Vec<DeviceInfo>> {

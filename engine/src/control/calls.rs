@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use super::Fault;
 use super::reply::*;
-use crate::instance::spec::{AttachSpec, InstanceSpec};
+use crate::instance::spec::{AttachSpec, InstanceSpec, RecoverSpec};
 
 #[zlink::proxy(interface = "io.loopengine")]
 pub(super) trait Calls {
@@ -24,7 +24,18 @@ pub(super) trait Calls {
         all: bool,
         force: bool,
     ) -> zlink::Result<Result<Detached, Fault>>;
-    async fn resize(&mut self, device: &str) -> zlink::Result<Result<Device, Fault>>;
+    async fn resize(
+        &mut self,
+        device: &str,
+        size: Option<u64>,
+        shrink: bool,
+        force: bool,
+    ) -> zlink::Result<Result<Device, Fault>>;
+    async fn recover(
+        &mut self,
+        spec: &RecoverSpec,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Device, Fault>>;
     async fn list_devices(
         &mut self,
         device: Option<&str>,

@@ -3,27 +3,36 @@
 //!
 //! ```text
 //!  client ── call, image fd ──► server ── one task a connection ──► service ──► Backend (the engine)
-//!         ◄── reply or fault ──        guard: idle deadline, stop      on a blocking thread
+//!         ◄── reply or fault ──        slots, link, guard: who,        on a blocking thread
+//!                                      how long, how much, what fds
 //! ```
 //! Knows the interface of the engine (through [`Backend`]), credentials of callers, and how errors
 //! travel. Knows nothing of ublk, rings or images.
 
+mod apart;
 mod backend;
 mod calls;
 pub mod client;
 pub mod codec;
 mod fault;
 mod guard;
+mod link;
 pub mod oci;
 mod private;
+mod refusal;
 pub mod reply;
 pub mod rundir;
+pub mod runtime;
 pub mod server;
 mod service;
+mod session;
+mod slots;
 
+pub(crate) use apart::apart;
 pub use backend::Backend;
 pub use client::Client;
 pub use fault::Fault;
+pub use guard::Inbox;
 pub use private::{PrivateClient, PrivateService};
 pub use service::ControlService;
 

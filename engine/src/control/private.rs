@@ -2,21 +2,21 @@
 //! credentials of the connection; the registry decides what that user may do.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect::Type;
-use zlink::tokio::unix::{Connection, Stream};
+use zlink::tokio::unix::Connection;
 
-use super::client::{ONE_MAX, answer, connect, lost};
-use super::guard::close_on_exec;
-use super::{Fault, PRIVATE_SOCKET};
+use super::session::{ONE_MAX, Session, close_on_exec, copies};
+use super::{Fault, Inbox, PRIVATE_SOCKET, apart};
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Bound, Entry, Partition};
 use crate::private::{
     Asked, Caller, DeviceInfo, DeviceStatus, Limit, OpenSpec, Opened, Operation, Outcome, PoolInfo, Registry,
 };
+use crate::received::{Received, Waiting};
 
 /// A pool's name.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
@@ -43,42 +43,37 @@ pub struct Limits {
 pub struct PrivateService {
     registry: Arc<Registry>,
     caller: Caller,
+    inbox: Inbox,
 }
 
 impl PrivateService {
-    /// A service for one connection.
-    pub fn new(registry: Arc<Registry>, caller: Caller) -> Self {
-        Self { registry, caller }
+    /// A service for one connection, whose descriptors come to `inbox`.
+    pub fn new(registry: Arc<Registry>, caller: Caller, inbox: Inbox) -> Self {
+        Self { registry, caller, inbox }
     }
 
+    /// Calls may wait for what came with them, or for a lock that such a call holds.
     async fn ask<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Registry, Caller) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Fault> {
         let (registry, caller) = (Arc::clone(&self.registry), self.caller);
-        match tokio::task::spawn_blocking(move || work(&registry, caller)).await {
-            Ok(answer) => answer.map_err(Fault::from),
-            Err(_) => Err(failed()),
-        }
+        apart(move || work(&registry, caller)).await.map_err(Fault::from)
     }
-}
 
-fn failed() -> Fault {
-    let message = "the daemon failed while it handled this call";
-    Error::new(Kind::Internal, message).hint("please report what its log says").into()
-}
-
-/// Runs what may wait for a caller's file, for as long as its file system likes, on a thread that
-/// nothing else needs and that the daemon's end does not wait for. The caller's connection counts until
-/// it has ended, so that nobody can have many.
-async fn apart<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> std::result::Result<T, Fault> {
-    let (sender, answer) = tokio::sync::oneshot::channel();
-    let thread = std::thread::Builder::new().name("operation".into());
-    let started = thread.spawn(move || drop(sender.send(work())));
-    started.map_err(|error| Error::os(error, "cannot start a thread"))?;
-    answer.await.map_err(|_| failed())?.map_err(Fault::from)
+    /// The same with the descriptors that came with the call.
+    async fn ask_with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Registry, Caller, Vec<OwnedFd>) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, Fault> {
+        let came = self.inbox.take();
+        self.ask(move |registry, caller| {
+            let files: Vec<_> = came.into_iter().filter_map(Received::take).collect();
+            let _waiting: Vec<_> = files.iter().map(|file| Waiting::on(file, caller.uid)).collect();
+            work(registry, caller, files)
+        })
+        .await
+    }
 }
 
 #[zlink::service(
@@ -101,6 +96,7 @@ impl PrivateService {
         match self.ask(move |registry, caller| registry.open(&spec, caller)).await {
             Ok(Opened { name, mounts }) => {
                 tracing::info!("opened private pool {name} for user {}", caller.uid);
+                self.inbox.keep(mounts.iter().filter_map(|mount| mount.try_clone().ok()));
                 (Ok(Named { name }), mounts)
             }
             Err(fault) => (Err(fault), Vec::new()),
@@ -111,12 +107,8 @@ impl PrivateService {
     /// with the last process under that filter. The second is of a user namespace: its administrators
     /// are the pool's. A third may be a socket of a mounter, which is sent the calls of mount(2). Only
     /// for who opened the pool.
-    async fn supervise(
-        &self,
-        name: String,
-        #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> std::result::Result<(), Fault> {
-        self.ask(move |registry, caller| {
+    async fn supervise(&self, name: String) -> std::result::Result<(), Fault> {
+        self.ask_with(move |registry, caller, fds| {
             let count = fds.len();
             let mut fds = fds.into_iter();
             let (Some(listener), Some(namespace), true) = (fds.next(), fds.next(), count <= 3) else {
@@ -136,14 +128,8 @@ impl PrivateService {
     }
 
     /// An operation on a device of a pool, for who sees the pool. With LOOP_CONFIGURE comes the file.
-    async fn operate(
-        &self,
-        name: String,
-        asked: Asked,
-        #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> std::result::Result<Outcome, Fault> {
-        let (registry, caller) = (Arc::clone(&self.registry), self.caller);
-        apart(move || {
+    async fn operate(&self, name: String, asked: Asked) -> std::result::Result<Outcome, Fault> {
+        self.ask_with(move |registry, caller, fds| {
             let mut fds = fds.into_iter();
             match (fds.next(), fds.next()) {
                 (file, None) => registry.operate(&name, &asked, file, caller),
@@ -202,27 +188,22 @@ trait Calls {
 
 /// A connection to the socket for private pools.
 #[derive(Debug)]
-pub struct PrivateClient {
-    connection: Connection,
-    socket: PathBuf,
-}
+pub struct PrivateClient(Session);
 
 impl PrivateClient {
     /// Connects to the daemon that serves `run_dir`. Needs a tokio runtime.
     pub async fn connect(run_dir: &Path) -> Result<PrivateClient> {
-        let socket = run_dir.join(PRIVATE_SOCKET);
-        let stream = Stream::try_from(connect(&socket).await?).map_err(|error| lost(&socket, error))?;
-        Ok(PrivateClient { connection: Connection::new(stream), socket })
+        Session::connect(run_dir.join(PRIVATE_SOCKET)).await.map(PrivateClient)
     }
 
     /// See [`Registry::open`].
     pub async fn open(&mut self, spec: &OpenSpec) -> Result<Opened> {
-        let call = async {
-            let (named, mounts) = self.connection.open(spec).await?;
+        let call = async |connection: &mut Connection| {
+            let (named, mounts) = connection.open(spec).await?;
             close_on_exec(&mounts)?;
             Ok(named.map(|Named { name }| Opened { name, mounts }))
         };
-        answer(&self.socket, ONE_MAX, call).await
+        self.0.call(ONE_MAX, call).await
     }
 
     /// See [`Registry::supervise`].
@@ -233,34 +214,37 @@ impl PrivateClient {
         namespace: OwnedFd,
         mounter: Option<OwnedFd>,
     ) -> Result<()> {
-        let fds = [Some(listener), Some(namespace), mounter].into_iter().flatten().collect();
-        let call = self.connection.supervise(name, fds);
-        answer(&self.socket, ONE_MAX, call).await
+        let fds: Vec<_> = [Some(listener), Some(namespace), mounter].into_iter().flatten().collect();
+        let call = async |connection: &mut Connection| connection.supervise(name, copies(&fds)?).await;
+        self.0.call(ONE_MAX, call).await
     }
 
     /// See [`Registry::list`].
     pub async fn list(&mut self) -> Result<Vec<PoolInfo>> {
-        Ok(answer(&self.socket, ONE_MAX, self.connection.list()).await?.pools)
+        Ok(self.0.call(ONE_MAX, async |connection: &mut Connection| connection.list().await).await?.pools)
     }
 
     /// See [`Registry::operate`].
     pub async fn operate(&mut self, name: &str, asked: &Asked, file: Option<OwnedFd>) -> Result<Outcome> {
-        let call = self.connection.operate(name, asked, file.into_iter().collect());
-        answer(&self.socket, ONE_MAX, call).await
+        let fds: Vec<_> = file.into_iter().collect();
+        let call = async |connection: &mut Connection| connection.operate(name, asked, copies(&fds)?).await;
+        self.0.call(ONE_MAX, call).await
     }
 
     /// See [`Registry::close`].
     pub async fn close(&mut self, name: &str, force: bool) -> Result<()> {
-        answer(&self.socket, ONE_MAX, self.connection.close(name, force)).await
+        self.0.call(ONE_MAX, async |connection: &mut Connection| connection.close(name, force).await).await
     }
 
     /// See [`Registry::limits`].
     pub async fn limits(&mut self) -> Result<Vec<Limit>> {
-        Ok(answer(&self.socket, ONE_MAX, self.connection.list_limits()).await?.limits)
+        let call = async |connection: &mut Connection| connection.list_limits().await;
+        Ok(self.0.call(ONE_MAX, call).await?.limits)
     }
 
     /// See [`Registry::set_limit`].
     pub async fn set_limit(&mut self, uid: u32, max_devices: Option<u32>) -> Result<()> {
-        answer(&self.socket, ONE_MAX, self.connection.set_limit(uid, max_devices)).await
+        let call = async |connection: &mut Connection| connection.set_limit(uid, max_devices).await;
+        self.0.call(ONE_MAX, call).await
     }
 }

@@ -1,131 +1,154 @@
 //! Accepts connections, refuses strangers, gives every other connection a task of its own.
 //!
 //! A zlink server handles one call at a time; one server a connection keeps a slow call (an attach
-//! that waits for the kernel) from stalling other clients.
+//! that waits for the kernel) from stalling other clients. All connections share one thread: nothing
+//! here may wait for a client's file (engine/doc/threads.md).
 
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::io;
-use std::rc::Rc;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use zlink::tokio::unix::Stream;
 use zlink::{ReadyListener, Server};
 
-use super::guard::{Bounds, Guarded, IDLE_MAX};
-use super::{Backend, ControlService, PrivateService, oci};
+use super::guard::{self, Guarded};
+use super::link::{Link, fd_limit};
+use super::refusal::{DENIED, Refusals, TOO_MANY};
+use super::slots::Slots;
+use super::{Backend, ControlService, PrivateService, apart, oci};
+use crate::accounts;
+pub use crate::limits::{CONNECTIONS_MAX, USER_CONNECTIONS_MAX};
 use crate::private::{Caller, Registry};
+use crate::received::Disposal;
+use crate::sys::userns;
 
-/// Connections at a time; more wait in the socket's backlog.
-pub const CONNECTIONS_MAX: usize = 256;
-
-/// Connections of one plain user to the socket for private pools.
-pub const USER_CONNECTIONS_MAX: usize = 16;
-
-/// Programs that use it talk at once.
-const PRIVATE_IDLE_MAX: Duration = Duration::from_secs(20);
-
-/// Its calls are small, and few: a listener, a user namespace and a mounter come together.
-const PRIVATE_BOUNDS: Bounds = Bounds { bytes: 1 << 16, descriptors: 3 };
-
-/// How long calls that are being handled may take to end after a stop.
+/// How long calls of root that are being handled may take to end after a stop.
 const DRAIN_MAX: Duration = Duration::from_secs(30);
-
-/// How long a stranger may take to send the call that is refused.
-const REFUSAL_MAX: Duration = Duration::from_secs(2);
-
-/// How much of it is read. It is not parsed.
-const REFUSAL_BYTES_MAX: usize = 1 << 16;
-
-const REFUSAL: &[u8] = b"{\"error\":\"org.varlink.service.PermissionDenied\"}\0";
+/// The same for calls of everybody.
+const PRIVATE_DRAIN_MAX: Duration = Duration::from_secs(5);
+/// Connections of container runtimes at a time.
+const OCI_CONNECTIONS_MAX: usize = 64;
+/// How often /etc/subuid is looked at, at the most.
+const ACCOUNTS_AGE_MAX: Duration = Duration::from_secs(5);
+/// How often a failure to accept is logged, at the most.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves `backend` until `stop` becomes true, then lets calls end (with a bound). Runs its
 /// connections as local tasks: call it inside a `LocalSet`, as tokio-uring provides one.
 pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>, stop: watch::Receiver<bool>) {
-    let stopping = stop.clone();
-    let each = move |stream| connection(stream, Arc::clone(&backend), stopping.clone());
-    serve_each(listener, stop, each).await;
+    let (stopping, refusals) = (stop.clone(), Arc::default());
+    let each = move |stream, permit| {
+        connection(stream, permit, Arc::clone(&backend), stopping.clone(), Arc::clone(&refusals))
+    };
+    Acceptor::new(listener, stop, CONNECTIONS_MAX, DRAIN_MAX).serve(each).await;
 }
 
 /// The same for the socket of private pools, which everybody may use, and nobody may use up.
 pub async fn serve_private(listener: UnixListener, registry: Arc<Registry>, stop: watch::Receiver<bool>) {
-    let stopping = stop.clone();
-    let users = Rc::new(RefCell::new(HashMap::new()));
-    let each = move |stream: UnixStream| {
-        private_connection(stream, Arc::clone(&registry), stopping.clone(), Rc::clone(&users))
+    let (stopping, slots, refusals) = (stop.clone(), Slots::default(), Arc::default());
+    let each = move |stream: UnixStream, _| {
+        let (registry, stopping) = (Arc::clone(&registry), stopping.clone());
+        private_connection(stream, registry, stopping, slots.clone(), Arc::clone(&refusals))
     };
-    serve_each(listener, stop, each).await;
+    // Those that are refused take no slot, and so none may have to be free.
+    let mut acceptor = Acceptor::new(listener, stop, Semaphore::MAX_PERMITS, PRIVATE_DRAIN_MAX);
+    acceptor.fd_limit = fd_limit();
+    acceptor.serve(each).await;
 }
 
 /// The same for the socket of container runtimes: one container a connection.
 pub async fn serve_oci(listener: UnixListener, registry: Arc<Registry>, stop: watch::Receiver<bool>) {
-    let each = move |stream: UnixStream| {
+    let each = move |stream: UnixStream, _permit| {
         let registry = Arc::clone(&registry);
         async move {
             let stream = stream.into_std()?;
             stream.set_nonblocking(false)?;
-            let took = tokio::task::spawn_blocking(move || oci::take(&stream, &registry)).await;
-            match took {
-                Ok(Ok((id, pool))) => tracing::info!("container {id:?} uses private pool {pool}"),
-                Ok(Err(error)) => tracing::warn!("a container was not taken: {error}"),
-                Err(_) => tracing::error!("a container was not taken: a bug in this program"),
+            match apart(move || oci::take(&stream, &registry)).await {
+                Ok((id, pool)) => tracing::info!("container {id:?} uses private pool {pool}"),
+                Err(error) => tracing::warn!("a container was not taken: {error}"),
             }
             Ok(())
         }
     };
-    serve_each(listener, stop, each).await;
+    Acceptor::new(listener, stop, OCI_CONNECTIONS_MAX, PRIVATE_DRAIN_MAX).serve(each).await;
 }
 
-async fn serve_each<F>(
+struct Acceptor {
     listener: UnixListener,
-    mut stop: watch::Receiver<bool>,
-    each: impl Fn(UnixStream) -> F,
-) where
-    F: Future<Output = zlink::Result<()>> + 'static,
-{
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let mut connections = JoinSet::new();
-    loop {
-        let accepted = tokio::select! {
-            biased;
-            _ = stop.wait_for(|&stop| stop) => break,
-            accepted = accept(&listener, &slots) => accepted,
-        };
-        while connections.try_join_next().is_some() {}
-        match accepted {
-            Ok((stream, slot)) => {
-                let served = each(stream);
-                connections.spawn_local(async move {
-                    if let Err(error) = served.await {
-                        tracing::debug!("a connection ended: {error}");
-                    }
-                    drop(slot);
-                });
-            }
-            Err(error) => {
+    stop: watch::Receiver<bool>,
+    /// Connections at a time; more wait in the socket's backlog.
+    slots: Arc<Semaphore>,
+    drain_max: Duration,
+    /// A descriptor of this number is not for a connection to this socket.
+    fd_limit: i32,
+    warned: Option<Instant>,
+}
+
+impl Acceptor {
+    fn new(
+        listener: UnixListener,
+        stop: watch::Receiver<bool>,
+        slots: usize,
+        drain_max: Duration,
+    ) -> Acceptor {
+        let slots = Arc::new(Semaphore::new(slots));
+        Acceptor { listener, stop, slots, drain_max, fd_limit: i32::MAX, warned: None }
+    }
+
+    async fn serve<F>(mut self, each: impl Fn(UnixStream, OwnedSemaphorePermit) -> F)
+    where
+        F: Future<Output = zlink::Result<()>> + 'static,
+    {
+        let mut connections = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                _ = self.stop.wait_for(|&stop| stop) => break,
+                accepted = accept(&self.listener, &self.slots) => accepted,
+            };
+            while connections.try_join_next().is_some() {}
+            let full = match accepted {
+                Ok((stream, permit)) => {
+                    let number = stream.as_raw_fd();
+                    let served = each(stream, permit);
+                    connections.spawn_local(async move {
+                        if let Err(error) = served.await {
+                            tracing::debug!("a connection ended: {error}");
+                        }
+                    });
+                    (number >= self.fd_limit).then(|| "nearly all descriptors are in use".to_owned())
+                }
                 // Out of descriptors or memory: it passes, and spinning would not help.
-                tracing::warn!("cannot accept a connection: {error}");
-                sleep(Duration::from_millis(100)).await;
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(reason) = full {
+                if self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+                    self.warned = Some(Instant::now());
+                    tracing::warn!("cannot accept connections: {reason}");
+                }
+                sleep(ACCEPT_PAUSE).await;
             }
         }
-    }
-    drop(listener);
-    let drained = timeout(DRAIN_MAX, async { while connections.join_next().await.is_some() {} });
-    if drained.await.is_err() {
-        tracing::warn!("{} calls did not end in time", connections.len());
+        // What waits to be accepted is closed with the listener, and may have brought files.
+        if let Ok(listener) = self.listener.into_std() {
+            Disposal::new(0, ()).close(listener.into());
+        }
+        let drained = timeout(self.drain_max, async { while connections.join_next().await.is_some() {} });
+        if drained.await.is_err() {
+            tracing::warn!("{} calls did not end in time", connections.len());
+        }
     }
 }
 
 async fn accept(
     listener: &UnixListener,
     slots: &Arc<Semaphore>,
-) -> io::Result<(UnixStream, tokio::sync::OwnedSemaphorePermit)> {
+) -> io::Result<(UnixStream, OwnedSemaphorePermit)> {
     let slot = Arc::clone(slots).acquire_owned().await;
     let slot = slot.map_err(io::Error::other)?;
     let (stream, _) = listener.accept().await?;
@@ -134,8 +157,10 @@ async fn accept(
 
 async fn connection(
     stream: UnixStream,
+    permit: OwnedSemaphorePermit,
     backend: Arc<dyn Backend>,
     stop: watch::Receiver<bool>,
+    refusals: Arc<Refusals>,
 ) -> zlink::Result<()> {
     let peer = stream.peer_cred()?;
     if !admits(peer.uid(), rustix::process::geteuid().as_raw()) {
@@ -144,76 +169,62 @@ async fn connection(
             peer.uid(),
             peer.pid().unwrap_or(0)
         );
-        return Ok(timeout(REFUSAL_MAX, refuse(stream)).await.unwrap_or(Ok(()))?);
+        drop(permit);
+        refusals.refuse(stream, peer.uid(), DENIED).await;
+        return Ok(());
     }
-    let socket = Guarded::new(Stream::try_from(stream)?, stop, IDLE_MAX);
-    Server::new(ReadyListener::new(socket), ControlService::new(backend)).run().await
-}
-
-type Users = Rc<RefCell<HashMap<u32, usize>>>;
-
-/// One of a user's connections, counted until it is dropped.
-struct Counted(Users, u32);
-
-impl Counted {
-    fn new(users: Users, uid: u32) -> Option<Counted> {
-        let mut table = users.borrow_mut();
-        let count = table.entry(uid).or_default();
-        if *count >= USER_CONNECTIONS_MAX && uid != 0 {
-            return None;
-        }
-        *count += 1;
-        drop(table);
-        Some(Counted(users, uid))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let mut table = self.0.borrow_mut();
-        if let Some(count) = table.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                table.remove(&self.1);
-            }
-        }
-    }
+    let link = Link::new(stream, Disposal::new(peer.uid(), permit), i32::MAX);
+    let socket = Guarded::new(link, None, stop, guard::CONTROL);
+    let service = ControlService::new(backend, socket.inbox());
+    Server::new(ReadyListener::new(socket), service).run().await
 }
 
 async fn private_connection(
     stream: UnixStream,
     registry: Arc<Registry>,
     stop: watch::Receiver<bool>,
-    users: Users,
+    slots: Slots,
+    refusals: Arc<Refusals>,
 ) -> zlink::Result<()> {
     let peer = stream.peer_cred()?;
-    let Some(_counted) = Counted::new(users, peer.uid()) else {
-        tracing::debug!("user {} has {USER_CONNECTIONS_MAX} connections already", peer.uid());
-        return Ok(timeout(REFUSAL_MAX, refuse(stream)).await.unwrap_or(Ok(()))?);
+    if let Some(owner) = userns::owner_of_peer(&stream) {
+        accounts::learn(peer.uid(), owner);
+    }
+    refresh_accounts();
+    let (account, fd_limit) = (accounts::of(peer.uid()), if peer.uid() == 0 { i32::MAX } else { fd_limit() });
+    let admitted = match stream.as_raw_fd() < fd_limit {
+        true => slots.admit(account),
+        false => Err("nearly all descriptors are in use".to_owned()),
+    };
+    let slot = match admitted {
+        Ok(slot) => Arc::new(slot),
+        Err(reason) => {
+            tracing::debug!("refused a connection of user {}: {reason}", peer.uid());
+            refusals.refuse(stream, account, TOO_MANY).await;
+            return Ok(());
+        }
     };
     let caller = Caller { uid: peer.uid(), gid: peer.gid() };
-    let socket = Guarded::bounded(Stream::try_from(stream)?, stop, PRIVATE_IDLE_MAX, PRIVATE_BOUNDS);
-    Server::new(ReadyListener::new(socket), PrivateService::new(registry, caller)).run().await
+    let link = Link::new(stream, Disposal::new(peer.uid(), Arc::clone(&slot)), fd_limit);
+    let socket = Guarded::new(link, Some(slot), stop, guard::PRIVATE);
+    let service = PrivateService::new(registry, caller, socket.inbox());
+    Server::new(ReadyListener::new(socket), service).run().await
+}
+
+/// Has /etc/subuid looked at on a thread of its own, if that was not done lately.
+fn refresh_accounts() {
+    use std::sync::Mutex;
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let Ok(mut last) = LAST.try_lock() else { return };
+    if last.is_none_or(|at| at.elapsed() >= ACCOUNTS_AGE_MAX) {
+        *last = Some(Instant::now());
+        drop(tokio::task::spawn_blocking(accounts::refresh));
+    }
 }
 
 /// Who may call: root, and the user that the daemon runs as.
 fn admits(uid: u32, own_uid: u32) -> bool {
     uid == 0 || uid == own_uid
-}
-
-/// Takes the call, unread, so that the caller does not trip over a closed socket; then answers.
-async fn refuse(mut stream: UnixStream) -> io::Result<()> {
-    let mut buf = [0; 4096];
-    let mut total = 0;
-    while total < REFUSAL_BYTES_MAX {
-        let read = stream.read(&mut buf).await?;
-        total += read;
-        if read == 0 || buf[..read].contains(&0) {
-            break;
-        }
-    }
-    stream.write_all(REFUSAL).await?;
-    stream.shutdown().await
 }
 
 #[cfg(test)]

@@ -6,21 +6,24 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::apart::failed;
 use super::reply::*;
-use super::{Backend, Fault};
+use super::{Backend, Fault, Inbox};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::*;
+use crate::received::Received;
 
 /// One connection's view of the engine.
 pub struct ControlService {
     backend: Arc<dyn Backend>,
+    inbox: Inbox,
 }
 
 impl ControlService {
-    /// A service for one connection.
-    pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self { backend }
+    /// A service for one connection, whose descriptors come to `inbox`.
+    pub fn new(backend: Arc<dyn Backend>, inbox: Inbox) -> Self {
+        Self { backend, inbox }
     }
 
     async fn ask<T: Send + 'static>(
@@ -30,10 +33,7 @@ impl ControlService {
         let backend = Arc::clone(&self.backend);
         match tokio::task::spawn_blocking(move || work(&*backend)).await {
             Ok(answer) => answer.map_err(Fault::from),
-            Err(_) => {
-                let message = "the daemon failed while it handled this call";
-                Err(Error::new(Kind::Internal, message).hint("please report what its log says").into())
-            }
+            Err(_) => Err(failed().into()),
         }
     }
 }
@@ -62,6 +62,15 @@ fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) 
     }
 }
 
+/// The image that comes with a call.
+fn only_one(came: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
+    let files: Vec<_> = came.into_iter().filter_map(Received::take).collect();
+    <[OwnedFd; 1]>::try_from(files).map(|[image]| image).map_err(|files| {
+        let message = format!("{} file descriptors came with the call", files.len());
+        Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
+    })
+}
+
 #[zlink::service(
     interface = "io.loopengine",
     vendor = "loopengine",
@@ -70,7 +79,7 @@ fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) 
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
         AttachSpec, DataPath, DeviceInfo, DeviceState, DeviceStats, Features, FrontendKind,
-        InstanceInfo, InstanceSpec, LatencySummary
+        InstanceInfo, InstanceSpec, LatencySummary, RecoverSpec
     ]
 )]
 impl ControlService {
@@ -105,21 +114,9 @@ impl ControlService {
     }
 
     /// Serves an image, which comes as the call's only file descriptor.
-    async fn attach(
-        &self,
-        spec: AttachSpec,
-        #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> std::result::Result<Device, Fault> {
-        let image = <[OwnedFd; 1]>::try_from(fds);
-        let device = self
-            .ask(move |backend| {
-                let [image] = image.map_err(|fds| {
-                    let message = format!("{} file descriptors came with the call", fds.len());
-                    Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
-                })?;
-                backend.attach(&spec, image)
-            })
-            .await?;
+    async fn attach(&self, spec: AttachSpec) -> std::result::Result<Device, Fault> {
+        let came = self.inbox.take();
+        let device = self.ask(move |backend| backend.attach(&spec, only_one(came)?)).await?;
         tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);
         Ok(Device { device })
     }
@@ -144,9 +141,27 @@ impl ControlService {
         Ok(Detached { detached })
     }
 
-    /// Adapts a device to the present size of its image.
-    async fn resize(&self, device: String) -> std::result::Result<Device, Fault> {
-        let device = self.ask(move |backend| backend.resize(&device)).await?;
+    /// Adapts a device to the present size of its image, or both to `size`. It becomes smaller only with
+    /// `shrink`, and while it is in use only with `force`, too.
+    async fn resize(
+        &self,
+        device: String,
+        size: Option<u64>,
+        shrink: Option<bool>,
+        force: Option<bool>,
+    ) -> std::result::Result<Device, Fault> {
+        let (shrink, force) = (shrink.unwrap_or(false), force.unwrap_or(false));
+        let spec = ResizeSpec { device, size, shrink, force };
+        let device = self.ask(move |backend| backend.resize(&spec)).await?;
+        tracing::info!("resized {} ({:?}) to {} bytes", device.path, device.image, device.size);
+        Ok(Device { device })
+    }
+
+    /// Recovers a device that is stuck with an image, which comes as the call's only file descriptor.
+    async fn recover(&self, spec: RecoverSpec) -> std::result::Result<Device, Fault> {
+        let came = self.inbox.take();
+        let device = self.ask(move |backend| backend.recover(&spec, only_one(came)?)).await?;
+        tracing::warn!("recovered {} by hand with {:?}", device.path, device.image);
         Ok(Device { device })
     }
 

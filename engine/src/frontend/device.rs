@@ -4,10 +4,11 @@
 //! the caller decides what to do about a failure.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::{Parameters, Queue, Stop, fuse, ublk};
 use crate::error::{Error, Kind, Result};
-use crate::image::Geometry;
+use crate::image::{Geometry, Image};
 
 /// A block device of ublk, or a file of FUSE.
 #[derive(Debug)]
@@ -43,11 +44,11 @@ impl Device {
         }
     }
 
-    /// Tells the driver what the device looks like.
-    pub fn describe(&self, geometry: &Geometry) -> Result<()> {
+    /// Tells the driver what the device over this image looks like.
+    pub fn describe(&self, image: &Arc<Image>) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.describe(geometry),
-            Device::Fuse(device) => device.describe(geometry),
+            Device::Ublk(device) => device.describe(&image.geometry()),
+            Device::Fuse(device) => device.describe(image),
         }
     }
 
@@ -80,6 +81,22 @@ impl Device {
         match self {
             Device::Ublk(device) => device.end_recovery(),
             Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Its shape, as the driver has it; `offset` is where it begins in its image.
+    pub fn shape(&self, offset: u64) -> Result<Geometry> {
+        match self {
+            Device::Ublk(device) => device.shape(offset),
+            Device::Fuse(_) => Err(not_recovered()),
+        }
+    }
+
+    /// Somebody has the file open; of a block device nobody can tell.
+    pub fn is_open(&self) -> bool {
+        match self {
+            Device::Ublk(_) => false,
+            Device::Fuse(device) => device.is_open(),
         }
     }
 

@@ -53,6 +53,15 @@ pub enum Waiting {
     ForDaemon,
 }
 
+/// A device as its driver knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// What it was made with.
+    pub parameters: Parameters,
+    /// What it waits for.
+    pub waiting: Waiting,
+}
+
 /// The door that all instances of an engine use.
 #[derive(Clone, Debug)]
 pub enum Frontend {
@@ -114,6 +123,11 @@ impl Frontend {
         }
     }
 
+    /// Whether a device can be stopped only if nobody has it open.
+    pub fn stops_unused_only(&self) -> bool {
+        self.has_private_pools()
+    }
+
     /// Numbers of all devices there are at the driver, whosever they are. Files end with their
     /// daemon.
     pub fn present(&self) -> Vec<u32> {
@@ -123,22 +137,18 @@ impl Frontend {
         }
     }
 
-    /// The mark of a device's [`Parameters`], and what it waits for.
-    pub fn examine(&self, id: u32) -> Result<(u64, Waiting)> {
+    /// What the driver says of a device.
+    pub fn examine(&self, id: u32) -> Result<Found> {
         match self {
             Frontend::Ublk(_) => ublk::Device::examine(id),
-            Frontend::Fuse(_) => Ok((0, Waiting::ForNothing)),
+            Frontend::Fuse(_) => Err(Error::new(Kind::NotFound, "the driver of files numbers none")),
         }
     }
 
     /// A device at the driver that no instance has.
-    pub fn leftover(&self, id: u32, mark: u64) -> Result<Device> {
+    pub fn leftover(&self, id: u32, parameters: Parameters) -> Result<Device> {
         match self {
-            Frontend::Ublk(granted) => {
-                let parameters =
-                    Parameters { path: DataPath::Copy, queues: 1, depth: 1, owner: mark, outlives: true };
-                Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters)))
-            }
+            Frontend::Ublk(granted) => Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters))),
             Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "files are never left over")),
         }
     }

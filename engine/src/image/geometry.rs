@@ -82,6 +82,25 @@ impl Geometry {
     }
 }
 
+impl Geometry {
+    /// Whether a device of this shape, which exists, can be served by direct I/O on a file with these `facts`.
+    pub fn check(&self, facts: &Facts, name: &str) -> Result<()> {
+        let Facts { offset_align, mem_align, .. } = *facts;
+        let fits = offset_align <= self.block_size
+            && mem_align <= self.dma_align
+            && self.offset.is_multiple_of(offset_align.max(1).into());
+        if fits {
+            return Ok(());
+        }
+        let least = offset_align.max(mem_align);
+        let context = format!(
+            "direct I/O on {name} needs an alignment of {least} bytes now, the device has {}",
+            self.block_size
+        );
+        Err(Error::new(Kind::Unsupported, context))
+    }
+}
+
 /// The logical block size: the wish if it can be had, else the least that direct I/O allows.
 fn block_size(facts: &Facts, source: &Source, name: &str) -> Result<u32> {
     for align in [facts.offset_align, facts.mem_align] {

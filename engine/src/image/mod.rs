@@ -8,6 +8,7 @@
 //! | READ | read | all bytes came; a short read goes on where it stopped. 0 before the end means that the image has shrunk: EIO, and the device is degraded |
 //! | WRITE | write | all bytes went; a short write goes on where it stopped. 0 is EIO: to ublk any result that is not negative means "all written" |
 //! | WRITE with FUA | write with RWF_DSYNC | as WRITE; the data is durable before it completes |
+//! | either, EINVAL although direct I/O was allowed | the same again, through the page cache: [`Image::leave_direct_io`] | the file shares blocks now, for example |
 //! | either, EINTR or EAGAIN | the same again | a bounded number of times, then the errno |
 //! | FLUSH | fdatasync, one for all that wait: [`FlushQueue`] | it began after the flush arrived |
 //! | DISCARD | fallocate PUNCH_HOLE, KEEP_SIZE: [`DiscardQueue`] | nothing outside the request is touched; what does not fill a block stays |
@@ -31,9 +32,11 @@ mod open;
 pub mod partitions;
 mod probe;
 mod region;
+mod seek;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -76,6 +79,10 @@ pub struct Image {
     geometry: Geometry,
     /// See [`Image::holds_up`].
     holds_up: bool,
+    /// Direct I/O was wanted, and why it is not done.
+    why_buffered: Option<String>,
+    /// Direct I/O was given up since the last look.
+    left: AtomicBool,
     /// The path, for messages only.
     name: String,
 }
@@ -92,7 +99,7 @@ impl Image {
     pub fn open(file: OwnedFd, source: &Source, path_for_messages: &str) -> Result<Image> {
         let name = printable(path_for_messages);
         open::check_access(file.as_fd(), source.read_only, &name)?;
-        Self::adopt(file.as_fd(), source, name)
+        Self::adopt(file.as_fd(), source, name, None)
     }
 
     /// No image: a device over it has no size, and every request on it fails.
@@ -118,14 +125,17 @@ impl Image {
             facts,
             source,
             holds_up: false,
+            why_buffered: None,
+            left: AtomicBool::new(false),
             name,
         })
     }
 
-    /// Opens an image again after a restart, by path, and only if it is still the same file.
+    /// Opens the image of a device of this `shape` again after a restart, by path, and only if it is still
+    /// the same file. See [`Image::recover`].
     ///
     /// Errors: [`Kind::NotFound`] when the path leads nowhere or to another file.
-    pub fn reopen(path: &Path, source: &Source, expected: &Identity) -> Result<Image> {
+    pub fn reopen(path: &Path, source: &Source, expected: &Identity, shape: &Geometry) -> Result<Image> {
         let name = printable(&path.to_string_lossy());
         // O_PATH looks without touching: opening some device nodes has effects.
         let handle = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
@@ -137,10 +147,43 @@ impl Image {
             )
             .hint("put the image back at that path, or detach the device with --force"));
         }
-        Self::adopt(handle.as_fd(), source, name)
+        Self::adopt_for(handle.as_fd(), source, name, shape)
     }
 
-    fn adopt(handle: BorrowedFd<'_>, source: &Source, name: String) -> Result<Image> {
+    /// Takes a file that a caller opened, for a device that exists and keeps its `shape` whatever the file
+    /// allows now. Where it no longer allows direct I/O in that shape, the page cache is used.
+    pub fn recover(
+        file: OwnedFd,
+        source: &Source,
+        shape: &Geometry,
+        path_for_messages: &str,
+    ) -> Result<Image> {
+        let name = printable(path_for_messages);
+        open::check_access(file.as_fd(), source.read_only, &name)?;
+        Self::adopt_for(file.as_fd(), source, name, shape)
+    }
+
+    fn adopt_for(handle: BorrowedFd<'_>, source: &Source, name: String, shape: &Geometry) -> Result<Image> {
+        match Self::adopt(handle, source, name.clone(), Some(shape)) {
+            Err(error) if error.kind() == Kind::Unsupported && !source.buffered => {
+                let image = Self::adopt(handle, &Source { buffered: true, ..*source }, name, Some(shape))?;
+                Ok(Image { why_buffered: Some(error.message()), ..image })
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// `shape`: of a device that exists; none: what the file allows.
+    fn adopt(
+        handle: BorrowedFd<'_>,
+        source: &Source,
+        name: String,
+        shape: Option<&Geometry>,
+    ) -> Result<Image> {
+        let geometry = |facts: &Facts| match shape {
+            Some(shape) => shape.check(facts, &name).map(|()| *shape),
+            None => Geometry::compute(facts, source, &name),
+        };
         let kind = open::file_kind(handle, &name)?;
         let file = open::reopen(handle, kind, source, &name)?;
         let identity = Identity::of(file.as_fd(), &name)?;
@@ -152,7 +195,7 @@ impl Image {
         }
         let mut facts = probe::facts(file.as_fd(), kind, source, &name)?;
         // Everything that can be wrong with the request is known before the file is touched.
-        Geometry::compute(&facts, source, &name)?;
+        geometry(&facts)?;
         if !source.buffered {
             open::drop_cached_pages(file.as_fd(), source.read_only, &name)?;
         }
@@ -160,13 +203,15 @@ impl Image {
             facts.can_punch = probe::can_punch(file.as_fd(), kind, facts.size);
         }
         Ok(Image {
-            geometry: Geometry::compute(&facts, source, &name)?,
+            geometry: geometry(&facts)?,
             // Data of a block device does not pass through the file system that its node is on.
             holds_up: !facts.block_device && probe::holds_up(file.as_fd(), &name)?,
             file,
             facts,
             source: *source,
             identity,
+            why_buffered: None,
+            left: AtomicBool::new(false),
             name,
         })
     }
@@ -191,17 +236,84 @@ impl Image {
         self.holds_up
     }
 
+    /// Data goes through the page cache.
+    pub fn is_buffered(&self) -> bool {
+        rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| !flags.contains(OFlags::DIRECT))
+    }
+
+    /// Why data goes through the page cache although direct I/O was wanted.
+    pub fn why_buffered(&self) -> Option<&str> {
+        let refused = !self.source.buffered && self.is_buffered();
+        self.why_buffered.as_deref().or(refused.then_some("its file system refused direct I/O"))
+    }
+
+    /// Goes on through the page cache where the file system refuses direct I/O that it took before; false:
+    /// direct I/O is not what it refuses. The file description is ours alone, so that all queues change at
+    /// once: of two writes to one page, no one bypasses the cache that the other is in.
+    pub fn leave_direct_io(&self) -> bool {
+        let Ok(flags) = rustix::fs::fcntl_getfl(&self.file) else { return false };
+        if self.source.buffered || !flags.contains(OFlags::DIRECT) {
+            return !self.source.buffered;
+        }
+        self.left.store(true, Ordering::Relaxed);
+        rustix::fs::fcntl_setfl(&self.file, flags - OFlags::DIRECT).is_ok()
+    }
+
+    /// Direct I/O was given up since this was last asked.
+    pub fn left_direct_io(&self) -> bool {
+        self.left.swap(false, Ordering::Relaxed)
+    }
+
     /// A block device, not a regular file.
     pub fn is_block_device(&self) -> bool {
         self.facts.block_device
+    }
+
+    /// Bytes that the file has now.
+    pub fn length(&self) -> Result<u64> {
+        probe::size(self.file.as_fd(), self.facts.block_device, &self.name)
+    }
+
+    /// Changes them; what comes to it takes no space.
+    pub fn set_length(&self, bytes: u64) -> Result<()> {
+        rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.file, bytes))
+            .map_err(|error| Error::os(error, format!("cannot give {} a length of {bytes} bytes", self.name)))
+    }
+
+    /// The geometry with a device of `size` bytes, and the length that the file must have for it. `now`: what
+    /// the device shows. Refuses what would cut off bytes that are not the device's.
+    pub fn with_size(&self, size: u64, now: u64) -> Result<(Geometry, u64)> {
+        let Image { name, source, .. } = self;
+        let refuse = |context: String, hint: &str| Err(Error::new(Kind::Invalid, context).hint(hint));
+        if self.facts.block_device {
+            let hint = "resize it with its own tools, then the device without --size";
+            return refuse(format!("{name} is a block device: its size is not the daemon's to change"), hint);
+        }
+        let block = u64::from(self.geometry.block_size);
+        if size == 0 || !size.is_multiple_of(block) {
+            let context = format!("{size} bytes are not a multiple of the block size, {block} bytes");
+            return refuse(context, "give another --size");
+        }
+        if source.size_limit != 0 && size > source.size_limit {
+            let context = format!("the device was attached with --size-limit {}", source.size_limit);
+            return refuse(context, "give a smaller --size, or attach it again");
+        }
+        let (old, end) = (self.length()?, source.offset.saturating_add(now));
+        let new = source.offset.saturating_add(size);
+        if new < old && old >= end.saturating_add(block) {
+            let context =
+                format!("{} bytes of {name} lie behind the device, and would be cut off", old - end);
+            return refuse(context, "change the image by hand, then the device without --size");
+        }
+        let facts = Facts { size: new, ..self.facts };
+        Ok((Geometry::compute(&facts, source, name)?, new))
     }
 
     /// The geometry that follows from the file's present size; `geometry` keeps what it was.
     ///
     /// When the file has become too small to be shown at all, this is an error.
     pub fn refreshed(&self) -> Result<Geometry> {
-        let size = probe::size(self.file.as_fd(), self.facts.block_device, &self.name)?;
-        let facts = Facts { size, ..self.facts };
+        let facts = Facts { size: self.length()?, ..self.facts };
         Geometry::compute(&facts, &self.source, &self.name)
     }
 }

@@ -5,8 +5,11 @@
 //! asynchronous runtime use a blocking thread. Knows nothing of sockets and command lines.
 
 pub(crate) mod claims;
+mod in_use;
 mod names;
 pub(crate) mod pool;
+mod recover;
+mod recovery;
 pub(crate) mod served;
 pub mod spec;
 mod state;
@@ -18,14 +21,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{self, Frontend, Stop, Waiting, ublk};
+use crate::frontend::{self, Frontend, Stop, ublk};
+use crate::limits::POOLS_MAX;
 use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
 use claims::NoImages;
 use names::{DeviceName, check_instance_name, parse_device};
 use pool::{Instance, Shared};
 use spec::*;
-use state::{DeviceRecord, StateDir};
+use state::StateDir;
 
 /// Devices of one instance at the most.
 pub const MAX_DEVICES: u32 = 4096;
@@ -94,9 +98,9 @@ impl Watcher for Forget {
 }
 
 impl Engine {
-    /// Checks that the frontend can be used, takes back the devices of a previous daemon that used the same
+    /// Checks that the frontend can be used, recovers the devices of a previous daemon that used the same
     /// run directory, and creates the instance `default`. The strings are notes for the log about
-    /// what was and was not taken back.
+    /// what was recovered; what was not is logged as an error.
     pub fn start(config: EngineConfig) -> Result<(Engine, Vec<String>)> {
         sys::raise_file_limit(OPEN_FILES);
         let frontend = Frontend::open(config.frontend)?;
@@ -115,12 +119,9 @@ impl Engine {
             quotas: Quotas::default(),
         };
         engine.check_no_other_frontend()?;
-        let (mut notes, spoken_for, complete) = engine.take_back();
+        let notes = engine.recover_all(&config.default_instance);
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;
-        }
-        if complete {
-            notes.extend(engine.delete_orphans(&spoken_for));
         }
         Ok((engine, notes))
     }
@@ -148,109 +149,19 @@ impl Engine {
         if self.shared.frontend.kind() == FrontendKind::Ublk || !Path::new(ublk::CONTROL_NODE).exists() {
             return Ok(());
         }
-        let (found, _) = self.shared.state.load();
-        let present = ublk::present_devices();
-        let waits = |record: &DeviceRecord| {
-            record.data_path != DataPath::Fuse
-                && present.contains(&record.id)
-                && ublk::Device::examine(record.id).is_ok_and(|(mark, _)| mark == record.mark)
+        let waits = |id: &u32| {
+            let found = ublk::Device::examine(*id);
+            found.is_ok_and(|found| found.parameters.outlives && self.shared.is_ours(found.parameters.owner))
         };
-        if !found.iter().any(|(_, devices)| devices.iter().any(|(_, record)| waits(record))) {
+        if !ublk::present_devices().iter().any(waits) {
             return Ok(());
         }
-        let context = "block devices of a daemon before this one wait to be taken back";
+        let context = "block devices of a daemon before this one wait to be recovered";
         Err(Error::new(Kind::Busy, context).hint("start with --frontend ublk, or give another --run-dir"))
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Recreates the instances of a previous daemon and takes their devices back. Returns notes,
-    /// the numbers at the driver that are spoken for, and whether that is all of them.
-    fn take_back(&self) -> (Vec<String>, Vec<u32>, bool) {
-        let (found, mut notes) = self.shared.state.load();
-        let mut complete = notes.is_empty();
-        let mut spoken_for = Vec::new();
-        let mut waiting = Vec::new();
-        for (spec, devices) in found {
-            let devices = devices.into_iter().filter(|(number, record)| {
-                let is_file = record.data_path == DataPath::Fuse;
-                if is_file {
-                    self.shared.state.remove_device(&spec.name, *number);
-                    let (name, path) = (&spec.name, &record.spec.path);
-                    notes.push(format!(
-                        "{name}/loop{number} ({path}) was not taken back: files of FUSE end with their daemon"
-                    ));
-                }
-                !is_file
-            });
-            let devices: Vec<_> = devices.collect();
-            spoken_for.extend(devices.iter().map(|(_, record)| record.id));
-            match self.create_instance(&spec).and_then(|_| self.instance(&spec.name)) {
-                Ok(instance) => {
-                    waiting.extend(
-                        devices.into_iter().map(|(number, record)| (instance.clone(), number, record)),
-                    );
-                }
-                Err(error) => {
-                    complete = false;
-                    notes.push(format!("instance {} was not taken back: {error}", spec.name));
-                }
-            }
-        }
-        // Some at a time: each may have to wait for the last operations of the dead daemon.
-        for some in waiting.chunks(16) {
-            let one = |(instance, number, record): &(Arc<Instance>, u32, DeviceRecord)| {
-                self.take_back_one(instance, *number, record)
-            };
-            std::thread::scope(|scope| {
-                let threads: Vec<_> = some.iter().map(|device| scope.spawn(move || one(device))).collect();
-                notes.extend(threads.into_iter().filter_map(|thread| thread.join().ok()));
-            });
-        }
-        (notes, spoken_for, complete)
-    }
-
-    fn take_back_one(&self, instance: &Instance, number: u32, record: &DeviceRecord) -> String {
-        let name = format!("{}/loop{number} ({})", record.spec.instance, record.spec.path);
-        let examined = match self.shared.frontend.present().contains(&record.id) {
-            true => self.shared.frontend.examine(record.id),
-            false => Ok((0, Waiting::ForNothing)),
-        };
-        match examined {
-            // Never started, stopped, or another's by now: nobody waits for it.
-            Ok((mark, waiting)) if mark != record.mark || waiting == Waiting::ForNothing => {
-                self.shared.state.remove_device(&record.spec.instance, number);
-                format!("{name} is no longer there")
-            }
-            _ => match instance.recover(number, record.clone()) {
-                Ok(()) => format!("{name} was taken back"),
-                Err(error) => format!("{name} was not taken back: {error}"),
-            },
-        }
-    }
-
-    /// Deletes devices that a previous daemon had begun to make, or to take away.
-    fn delete_orphans(&self, spoken_for: &[u32]) -> Vec<String> {
-        let known = |id: u32| self.table().values().any(|instance| instance.has_id(id));
-        let mut notes = Vec::new();
-        for id in self.shared.frontend.present() {
-            let Ok((mark, waiting)) = self.shared.frontend.examine(id) else { continue };
-            let nobodys = waiting == Waiting::ForNothing || !spoken_for.contains(&id);
-            if known(id) || !self.shared.is_ours(mark) || !nobodys {
-                continue;
-            }
-            let deleted = self.shared.frontend.leftover(id, mark).and_then(|device| {
-                device.stop(Stop::Always)?;
-                device.delete()
-            });
-            notes.push(match deleted {
-                Ok(()) => format!("ublk device {id} was left over and is deleted"),
-                Err(error) => format!("ublk device {id} was left over and cannot be deleted: {error}"),
-            });
-        }
-        notes
     }
 
     /// Creates an instance.
@@ -285,11 +196,8 @@ impl Engine {
         if pools.contains_key(&spec.name) {
             return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
         }
-        if pools.len() >= MAX_INSTANCES {
-            return Err(Error::new(
-                Kind::Quota,
-                format!("there are {MAX_INSTANCES} private instances already"),
-            ));
+        if pools.len() >= POOLS_MAX {
+            return Err(Error::new(Kind::Quota, format!("there are {POOLS_MAX} private pools already")));
         }
         let maker = pool::maker(&self.shared, spec, self.tuning)?;
         let pool = Pool::start(spec.clone(), maker, self.quotas.clone())?;
@@ -374,10 +282,10 @@ impl Engine {
         first.map_or(Ok(gone), Err)
     }
 
-    /// Adapts a device to the present size of its image.
-    pub fn resize(&self, device: &str) -> Result<DeviceInfo> {
-        match &self.select(&Selector::Device(device.to_owned()))?[..] {
-            [(instance, Some(number))] => instance.resize(*number),
+    /// Adapts a device to the present size of its image, or both to a size that is given.
+    pub fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo> {
+        match &self.select(&Selector::Device(spec.device.clone()))?[..] {
+            [(instance, Some(number))] => instance.resize(*number, spec),
             _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
         }
     }

@@ -10,15 +10,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::claims::{Claim, Claims};
+use super::in_use::user_of;
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
-use super::spec::{AttachSpec, DeviceInfo, DeviceStats, InstanceInfo, InstanceSpec};
+use super::spec::*;
 use super::state::{DeviceRecord, StateDir};
 use super::table::Table;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Door, Frontend, Parameters, Stop};
-use crate::image::{Geometry, Image, Source};
+use crate::image::{Image, Source};
 use crate::loops::{Maker, PoolSpec};
 use crate::ring::Sizes;
 use crate::sys;
@@ -71,19 +72,21 @@ impl Shared {
 /// A served device and what it was attached with.
 #[derive(Debug)]
 pub struct Attached {
-    record: DeviceRecord,
-    served: Served,
-    _claim: Option<Claim>,
+    pub(super) record: DeviceRecord,
+    pub(super) served: Served,
+    /// Why nobody serves it.
+    pub(super) reason: Option<String>,
+    pub(super) _claim: Option<Claim>,
 }
 
 /// A private pool of devices.
 #[derive(Debug)]
 pub struct Instance {
-    shared: Shared,
+    pub(super) shared: Shared,
     directory: PathBuf,
-    door: Door,
-    workers: Workers,
-    table: Table<Arc<Attached>>,
+    pub(super) door: Door,
+    pub(super) workers: Workers,
+    pub(super) table: Table<Arc<Attached>>,
 }
 
 impl Instance {
@@ -108,7 +111,10 @@ impl Instance {
         let (door, workers) = opened.inspect_err(|_| {
             let _ = fs::remove_dir(&directory);
         })?;
-        shared.state.save_instance(spec)?;
+        shared.state.save_instance(spec).inspect_err(|_| {
+            door.close();
+            let _ = fs::remove_dir(&directory);
+        })?;
         Ok(Instance { shared: shared.clone(), directory, door, workers: workers.into(), table })
     }
 
@@ -155,7 +161,7 @@ impl Instance {
             size: geometry.size,
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
-        let attached = Arc::new(Attached { record, served, _claim: Some(claim) });
+        let attached = Arc::new(Attached { record, served, reason: None, _claim: Some(claim) });
         if let Err(error) = outcome {
             let undone = attached.served.stop(Stop::Always);
             self.unpublish(number);
@@ -168,41 +174,6 @@ impl Instance {
         }
         reservation.fill(attached.clone());
         Ok(self.describe(number, &attached))
-    }
-
-    /// Takes a device back that a daemon before this one served. Whatever fails, it keeps its
-    /// entry: a device with users is never forgotten.
-    pub fn recover(&self, number: u32, record: DeviceRecord) -> Result<()> {
-        let parameters = Parameters {
-            path: record.data_path,
-            queues: record.queues,
-            depth: record.depth,
-            owner: record.mark,
-            outlives: true,
-        };
-        let reservation = self.table.reserve_again(number)?;
-        let device = self.door.existing(record.id, parameters)?;
-        let source = Source { block_size: record.block_size, ..source(&record.spec) };
-        let path = Path::new(&record.spec.path);
-        let image = Image::reopen(path, &source, &record.identity).and_then(|image| {
-            let claim =
-                self.shared.claims.claim(image.identity(), record.spec.read_only, &record.spec.path)?;
-            Ok((image, claim))
-        });
-        let slot = reservation.slot;
-        let (served, claim, outcome) = match image {
-            Ok((image, claim)) => {
-                let (served, outcome) = Served::begin(device, &self.workers, slot, image, Begin::Recovered);
-                (served, Some(claim), outcome)
-            }
-            Err(error) => {
-                let geometry = last_known(&record);
-                (Served::abandoned(device, &self.workers, slot, geometry), None, Err(error))
-            }
-        };
-        let published = self.publish(number, &record, &served);
-        reservation.fill(Arc::new(Attached { record, served, _claim: claim }));
-        outcome.and(published)
     }
 
     /// Takes a device away.
@@ -226,10 +197,24 @@ impl Instance {
         Ok(path)
     }
 
-    /// Adapts a device to its image's present size.
-    pub fn resize(&self, number: u32) -> Result<DeviceInfo> {
+    /// Adapts a device to its image's present size, or both to a size that is given.
+    pub fn resize(&self, number: u32, spec: &ResizeSpec) -> Result<DeviceInfo> {
         let attached = self.table.get(number)?;
-        attached.served.resize()?;
+        let path = self.table.path(number).display().to_string();
+        attached.served.resize(spec.size, |now, new| {
+            if new < now && !spec.shrink {
+                let context = format!("{path} has {now} bytes and would have only {new}");
+                return Err(Error::new(Kind::Invalid, context)
+                    .hint("shrink the file system on it first, then use --shrink"));
+            }
+            match user_of(attached.served.device()).filter(|_| new < now && !spec.force) {
+                Some(user) => {
+                    Err(Error::new(Kind::Busy, format!("{path} is {user}, and would become smaller"))
+                        .hint("end that use first; --force shrinks it all the same"))
+                }
+                None => Ok(()),
+            }
+        })?;
         Ok(self.describe(number, &attached))
     }
 
@@ -244,11 +229,6 @@ impl Instance {
         live.into_iter()
             .find(|(_, attached)| attached.served.device().node() == node)
             .map(|(number, _)| number)
-    }
-
-    /// Whether one of its devices has this number at the driver.
-    pub fn has_id(&self, id: u32) -> bool {
-        self.table.live().iter().any(|(_, attached)| attached.record.id == id)
     }
 
     /// All devices that are served, or the one with this number.
@@ -289,28 +269,39 @@ impl Instance {
     }
 
     fn chosen(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<Attached>)>> {
-        match only {
-            Some(number) => Ok(vec![(number, self.table.get(number)?)]),
-            None => Ok(self.table.live()),
+        let chosen = match only {
+            Some(number) => vec![(number, self.table.get(number)?)],
+            None => self.table.live(),
+        };
+        // A worker that has to leave direct I/O must not log: it is said when somebody looks next.
+        for (number, Attached { record, served, .. }) in chosen.iter().map(|(n, attached)| (n, &**attached)) {
+            if served.left_direct_io() {
+                let (instance, path) = (&record.spec.instance, &record.spec.path);
+                tracing::warn!(
+                    "{instance}/loop{number} ({path}) uses the page cache: direct I/O was refused"
+                );
+            }
         }
+        Ok(chosen)
     }
 
-    fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
+    pub(super) fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
         let Attached { record, served, .. } = attached;
-        let geometry = served.geometry();
+        let (geometry, state) = (served.geometry(), served.state());
         DeviceInfo {
             instance: record.spec.instance.clone(),
             number,
             path: self.table.path(number).display().to_string(),
             node: served.device().node().display().to_string(),
             image: record.spec.path.clone(),
-            state: served.state(),
+            reason: attached.reason.clone().or_else(|| why_not_live(state)),
+            state,
             size: geometry.size,
             offset: geometry.offset,
             size_limit: record.spec.size_limit,
             block_size: geometry.block_size,
             read_only: geometry.read_only,
-            buffered: record.spec.buffered,
+            buffered: record.spec.buffered || served.is_buffered(),
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
             data_path: record.data_path,
@@ -342,7 +333,7 @@ impl Instance {
     }
 
     /// Refuses an image that this very daemon serves: to read it, a worker would wait for itself.
-    fn check_not_ours(&self, image: &OwnedFd, name: &str) -> Result<()> {
+    pub(super) fn check_not_ours(&self, image: &OwnedFd, name: &str) -> Result<()> {
         let stat = rustix::fs::fstat(image.as_fd())
             .map_err(|error| Error::os(error, format!("cannot examine {name}")))?;
         if !self.shared.frontend.serves(stat.st_dev) {
@@ -353,12 +344,17 @@ impl Instance {
     }
 
     /// Makes a device known under its name, and to a later daemon.
-    fn publish(&self, number: u32, record: &DeviceRecord, served: &Served) -> Result<()> {
+    pub(super) fn publish(&self, number: u32, record: &DeviceRecord, served: &Served) -> Result<()> {
         self.shared.state.save_device(number, record)?;
-        if !self.door.wants_links() {
+        self.link(number, served)
+    }
+
+    pub(super) fn link(&self, number: u32, served: &Served) -> Result<()> {
+        let path = self.table.path(number);
+        // One that is right stays: there may be no room for another.
+        if !self.door.wants_links() || fs::read_link(&path).is_ok_and(|node| node == served.device().node()) {
             return Ok(());
         }
-        let path = self.table.path(number);
         let _ = fs::remove_file(&path);
         symlink(served.device().node(), &path)
             .map_err(|error| Error::os(error, format!("cannot make {}", path.display())))
@@ -393,7 +389,16 @@ impl Drop for Instance {
     }
 }
 
-fn source(spec: &AttachSpec) -> Source {
+fn why_not_live(state: DeviceState) -> Option<String> {
+    let reason = match state {
+        DeviceState::Live => return None,
+        DeviceState::Degraded => "the image is shorter than the device: reads behind its end fail",
+        DeviceState::Stuck => "the kernel or a worker did not answer in time",
+    };
+    Some(reason.to_owned())
+}
+
+pub(super) fn source(spec: &AttachSpec) -> Source {
     Source {
         offset: spec.offset,
         size_limit: spec.size_limit,
@@ -401,21 +406,6 @@ fn source(spec: &AttachSpec) -> Source {
         read_only: spec.read_only,
         buffered: spec.buffered,
         as_loop: false,
-    }
-}
-
-/// What can be said about a device whose image is gone.
-fn last_known(record: &DeviceRecord) -> Geometry {
-    Geometry {
-        size: record.size,
-        offset: record.spec.offset,
-        block_size: record.block_size,
-        physical_block_size: record.block_size,
-        dma_align: record.block_size,
-        discard_granularity: record.block_size,
-        read_only: record.spec.read_only,
-        can_discard: false,
-        can_write_zeroes: false,
     }
 }
 

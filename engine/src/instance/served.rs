@@ -75,16 +75,16 @@ impl Served {
         image: Image,
         how: Begin,
     ) -> (Served, Result<()>) {
-        let geometry = image.geometry();
+        let (geometry, image) = (image.geometry(), Arc::new(image));
         let served = Served {
             device,
             workers: workers.clone(),
             slot,
-            image: Mutex::new(Some(Arc::new(image))),
+            image: Mutex::new(Some(image.clone())),
             geometry: Mutex::new(geometry),
             life: Mutex::new(Life::Serving),
         };
-        let outcome = served.bring_up(&geometry, how);
+        let outcome = served.bring_up(&image, how);
         if outcome.is_err() {
             *served.life() = Life::Stuck;
         }
@@ -97,12 +97,11 @@ impl Served {
         Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, life }
     }
 
-    fn bring_up(&self, geometry: &Geometry, how: Begin) -> Result<()> {
+    fn bring_up(&self, image: &Arc<Image>, how: Begin) -> Result<()> {
         match how {
-            Begin::Fresh | Begin::Waiting => self.device.describe(geometry)?,
+            Begin::Fresh | Begin::Waiting => self.device.describe(image)?,
             Begin::Recovered => self.device.begin_recovery()?,
         }
-        let image = self.image()?;
         let queues = self.device.queues()?;
         if queues.len() > self.workers.len() {
             return Err(Error::new(
@@ -224,16 +223,52 @@ impl Served {
         ignore_missing(self.device.delete())
     }
 
-    /// Adapts to the image's present size. Returns the new one.
-    pub fn resize(&self) -> Result<u64> {
+    /// No worker has a queue of it: its recovery has not begun.
+    pub fn is_unserved(&self) -> bool {
+        let missing = |worker: &WorkerHandle<Queue>| {
+            worker.stats(self.slot).is_err_and(|error| error.kind() == Kind::NotFound)
+        };
+        self.workers.iter().all(missing)
+    }
+
+    /// Data goes through the page cache.
+    pub fn is_buffered(&self) -> bool {
+        self.image().is_ok_and(|image| image.is_buffered())
+    }
+
+    /// It was refused direct I/O since it was last asked this.
+    pub fn left_direct_io(&self) -> bool {
+        self.image().is_ok_and(|image| image.left_direct_io())
+    }
+
+    /// Adapts to the image's present size, or both to `size`; `check` may refuse the step from the first size
+    /// to the second. What fails leaves image and device as they were. Returns the new size.
+    pub fn resize(&self, size: Option<u64>, check: impl FnOnce(u64, u64) -> Result<()>) -> Result<u64> {
         let image = self.image()?;
         let life = self.life();
         if *life != Life::Serving {
             return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
         }
-        let new = image.refreshed()?;
-        self.change(new, |worker| worker.resize(self.slot, new))?;
-        Ok(new.size)
+        let now = self.geometry();
+        let before = image.length()?;
+        let (new, length) = match size {
+            Some(size) => image.with_size(size, now.size)?,
+            None => (image.refreshed()?, before),
+        };
+        check(now.size, new.size)?;
+        // The file is never shorter than the device.
+        if length > before {
+            image.set_length(length)?;
+        }
+        let mut outcome = self.change(new, |worker| worker.resize(self.slot, new));
+        if outcome.is_ok() && length < before {
+            outcome = image.set_length(length).inspect_err(|_| {
+                let _ = self.change(now, |worker| worker.resize(self.slot, now));
+            });
+        } else if outcome.is_err() && length > before {
+            let _ = image.set_length(before);
+        }
+        outcome.map(|()| new.size)
     }
 
     /// Shows another image from now on. What is in flight ends on the old one, and may go on on the

@@ -50,7 +50,7 @@ pub struct InstanceInfo {
 pub struct AttachSpec {
     /// Instance that gets the device.
     pub instance: String,
-    /// The image's path as the caller knows it: shown to users, and used to take the device back
+    /// The image's path as the caller knows it: shown to users, and used to recover the device
     /// after a restart of the daemon. The file itself comes as a file descriptor.
     pub path: String,
     /// Device number wanted; none: the lowest free one.
@@ -71,6 +71,36 @@ pub struct AttachSpec {
     pub depth: u32,
     /// Path of the feature ladder, forced; none: the best that the kernel grants.
     pub data_path: Option<DataPath>,
+}
+
+/// How a device is resized. It becomes smaller only if the caller says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResizeSpec {
+    /// Which.
+    pub device: String,
+    /// Bytes that the device is to have, and its image with it; none: what the image has now.
+    pub size: Option<u64>,
+    /// It may become smaller.
+    pub shrink: bool,
+    /// Also while it is in use.
+    pub force: bool,
+}
+
+/// How a device that is stuck is recovered by hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[zlink(rename_all = "camelCase")]
+pub struct RecoverSpec {
+    /// The device: a path that leads to it, or NAME/loopN.
+    pub device: String,
+    /// The image's path as the caller knows it. The file itself comes as a file descriptor.
+    pub path: String,
+    /// First byte of the image that the device shows; none: as it was attached, or 0 if that is not known.
+    pub offset: Option<u64>,
+    /// Bytes that a later resize may give it; none: as it was attached, or any if that is not known.
+    pub size_limit: Option<u64>,
+    /// Use the page cache instead of direct I/O; none: as it was attached, or not if that is not known.
+    pub buffered: Option<bool>,
 }
 
 /// How requests and their data travel between the kernel and the daemon.
@@ -131,7 +161,8 @@ pub enum DeviceState {
     Live,
     /// It serves, but its image was found shorter than it was: reads past the end fail.
     Degraded,
-    /// The kernel or a worker did not answer in time: it is no longer touched.
+    /// It is not served, and its users wait: its image or its record was not found after a restart, or the
+    /// kernel or a worker did not answer in time. `reason` says which.
     Stuck,
 }
 
@@ -148,10 +179,13 @@ pub struct DeviceInfo {
     pub path: String,
     /// The kernel's own node, e.g. `/dev/ublkb3`; of a file, its path once more.
     pub node: String,
-    /// The image's path as the caller gave it.
+    /// The image's path as the caller gave it; empty: not known, see `reason`.
     pub image: String,
     /// State.
     pub state: DeviceState,
+    /// Why it is not live; none: it is.
+    #[serde(default)]
+    pub reason: Option<String>,
     /// Bytes.
     pub size: u64,
     /// First byte of the image that the device shows.

@@ -2,17 +2,19 @@
 //! killed can take its devices back.
 //!
 //! One JSON file an instance and one a device, below `.state` in the run directory, replaced
-//! whole. They live as long as the kernel does, as the devices do: the run directory is volatile.
+//! whole, with the version of their format. What cannot be read is reported, never dropped. They live as long as the kernel does, as the devices do: the run directory is volatile.
 
-use std::fs;
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use super::spec::{AttachSpec, DataPath, InstanceSpec};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::Parameters;
 use crate::image::Identity;
 
 /// What is needed to take a device back.
@@ -38,8 +40,29 @@ pub struct DeviceRecord {
     pub size: u64,
 }
 
+impl DeviceRecord {
+    /// What it was made with.
+    pub fn parameters(&self) -> Parameters {
+        let DeviceRecord { data_path: path, queues, depth, mark: owner, .. } = *self;
+        Parameters { path, queues, depth, owner, outlives: true }
+    }
+}
+
 /// An instance and its devices by number, as a daemon before this one left them.
-pub type Remembered = (InstanceSpec, Vec<(u32, DeviceRecord)>);
+#[derive(Debug)]
+pub struct Remembered {
+    /// The instance's name.
+    pub name: String,
+    /// What it may have, or why that cannot be read.
+    pub spec: Result<InstanceSpec>,
+    /// Records, or why they cannot be read.
+    pub devices: Vec<(u32, Result<DeviceRecord>)>,
+}
+
+/// Of the format of the files. One without a version is of the first.
+const VERSION: u64 = 1;
+/// Bytes that a file has at most.
+const FILE_MAX: u64 = 1 << 20;
 
 /// The directory of these files.
 #[derive(Clone, Debug)]
@@ -86,39 +109,25 @@ impl StateDir {
         let _ = fs::remove_file(self.device_file(instance, number));
     }
 
-    /// Everything noted: instances with their devices by number. What cannot be read is left out
-    /// and described.
-    pub fn load(&self) -> (Vec<Remembered>, Vec<String>) {
-        let mut found = Vec::new();
-        let mut notes = Vec::new();
-        for dir in subdirectories(&self.0) {
-            let spec: InstanceSpec = match read(&dir.join("instance.json")) {
-                Ok(spec) => spec,
-                Err(error) => {
-                    notes.push(format!("state of {} was not read: {error}", dir.display()));
-                    continue;
-                }
-            };
-            let mut devices = Vec::new();
-            for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
-                let name = entry.file_name();
-                let number = name
-                    .to_str()
-                    .and_then(|name| name.strip_prefix("loop")?.strip_suffix(".json")?.parse().ok());
-                let Some(number) = number else { continue };
-                match read(&entry.path()) {
-                    Ok(record) => devices.push((number, record)),
-                    Err(error) => {
-                        notes.push(format!("state of {} was not read: {error}", entry.path().display()))
-                    }
-                }
-            }
-            devices.sort_by_key(|(number, _)| *number);
-            found.push((spec, devices));
-        }
-        found.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
-        (found, notes)
+    /// Everything noted, by name and number.
+    pub fn load(&self) -> Vec<Remembered> {
+        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| remembered(dir)).collect();
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        found
     }
+}
+
+fn remembered(dir: &Path) -> Option<Remembered> {
+    let name = dir.file_name()?.to_str()?.to_owned();
+    let mut devices = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let file = entry.file_name();
+        let number =
+            file.to_str().and_then(|file| file.strip_prefix("loop")?.strip_suffix(".json")?.parse().ok());
+        devices.extend(number.map(|number: u32| (number, read(&entry.path()))));
+    }
+    devices.sort_by_key(|(number, _)| *number);
+    Some(Remembered { name, spec: read(&dir.join("instance.json")), devices })
 }
 
 fn subdirectories(dir: &Path) -> Vec<PathBuf> {
@@ -131,25 +140,80 @@ fn subdirectories(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Replaces a file such that a crash leaves the old one or the new one, whole. One that is right already is
+/// left alone: a daemon must be able to recover devices although its run directory is full.
 fn replace(path: &Path, value: &impl Serialize) -> Result<()> {
-    let failed = |error: std::io::Error| Error::os(error, format!("cannot write {}", path.display()));
-    let text = serde_json::to_vec_pretty(value)
-        .map_err(|error| Error::new(Kind::Internal, format!("cannot write {}: {error}", path.display())))?;
+    let failed = |error: serde_json::Error| {
+        Error::new(Kind::Internal, format!("cannot write {}: {error}", path.display()))
+    };
+    let mut value = serde_json::to_value(value).map_err(failed)?;
+    if let Value::Object(fields) = &mut value {
+        fields.insert("version".to_owned(), VERSION.into());
+    }
+    let text = serde_json::to_vec_pretty(&value).map_err(failed)?;
+    if read_bytes(path).is_ok_and(|present| present == text) {
+        return Ok(());
+    }
     let temporary = path.with_extension("new");
-    let mut file = fs::File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)
-        .map_err(failed)?;
-    file.write_all(&text).map_err(failed)?;
-    fs::rename(&temporary, path).map_err(failed)
+    let written = write_whole(&temporary, path, &text);
+    written.map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        let directory = path.parent().unwrap_or(path).display();
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Error::os(error, format!("the file system of {directory} is full"))
+                    .hint("free space there, and try again")
+            }
+            _ => Error::os(error, format!("cannot write {}", path.display())),
+        }
+    })
+}
+
+fn write_whole(temporary: &Path, path: &Path, text: &[u8]) -> std::io::Result<()> {
+    // One that a crash left may be anything.
+    let _ = fs::remove_file(temporary);
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(temporary)?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    fs::rename(temporary, path)?;
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read(path).map_err(|error| Error::os(error, "cannot be read"))?;
-    serde_json::from_slice(&text).map_err(|error| Error::new(Kind::Invalid, error.to_string()))
+    let shown = path.display();
+    let unreadable = |why: String| Error::new(Kind::Invalid, format!("state file {shown} {why}"));
+    let text = read_bytes(path)?;
+    let mut value: Value =
+        serde_json::from_slice(&text).map_err(|error| unreadable(format!("is not JSON: {error}")))?;
+    let version = value.as_object_mut().and_then(|fields| fields.remove("version"));
+    if version.as_ref().is_some_and(|version| version.as_u64() != Some(VERSION)) {
+        let version = version.unwrap_or_default();
+        return Err(unreadable(format!("has version {version} of its format, this program knows {VERSION}")));
+    }
+    serde_json::from_value(value).map_err(|error| unreadable(format!("is not understood: {error}")))
+}
+
+/// The bytes of a file that nobody but the daemon's user can have written.
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+    let shown = path.display();
+    let failed = |error: std::io::Error| Error::os(error, format!("state file {shown} cannot be read"));
+    // Not a pipe to wait for, nor a link to elsewhere.
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    let meta = file.metadata().map_err(failed)?;
+    let user = rustix::process::geteuid().as_raw();
+    let wrong = match (meta.is_file(), meta.uid(), meta.mode() & 0o022) {
+        (false, _, _) => "is not a regular file".to_owned(),
+        (_, owner, _) if owner != user => format!("belongs to user {owner}"),
+        (_, _, 1..) => format!("is one that others may write to (mode {:o})", meta.mode() & 0o7777),
+        _ if meta.len() > FILE_MAX => "is too large".to_owned(),
+        _ => {
+            let mut text = Vec::new();
+            file.take(FILE_MAX).read_to_end(&mut text).map_err(failed)?;
+            return Ok(text);
+        }
+    };
+    Err(Error::new(Kind::Invalid, format!("state file {shown} {wrong}")))
 }
 
 #[cfg(test)]
@@ -185,19 +249,86 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_is_saved_is_found_and_what_is_broken_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::new(dir.path());
-        assert_eq!(state.load().0.len(), 0);
+    fn saved(dir: &Path) -> (StateDir, InstanceSpec) {
+        let state = StateDir::new(dir);
         let spec = InstanceSpec { name: "ci".into(), max_devices: 4, workers: 2, cpus: None };
         state.save_instance(&spec).unwrap();
         state.save_device(3, &record()).unwrap();
+        (state, spec)
+    }
+
+    /// Why the only device cannot be read.
+    fn reason(state: &StateDir) -> String {
+        let [Remembered { devices, .. }] = &state.load()[..] else { panic!("one instance") };
+        devices[0].1.as_ref().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn finds_what_is_saved_and_names_what_is_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(StateDir::new(dir.path()).load().is_empty());
+        let (state, spec) = saved(dir.path());
         fs::write(dir.path().join(".state/ci/loop4.json"), "{").unwrap();
-        let (found, notes) = state.load();
-        assert_eq!(found, [(spec, vec![(3, record())])]);
-        assert_eq!(notes.len(), 1, "{notes:?}");
+        let found = state.load();
+        assert_eq!((found.len(), found[0].name.as_str()), (1, "ci"));
+        assert_eq!(*found[0].spec.as_ref().unwrap(), spec);
+        assert_eq!((found[0].devices[0].0, found[0].devices[0].1.as_ref().unwrap()), (3, &record()));
+        assert!(found[0].devices[1].1.is_err());
+        fs::write(dir.path().join(".state/ci/instance.json"), "").unwrap();
+        assert!(state.load()[0].spec.is_err());
         state.remove_instance("ci");
-        assert_eq!(state.load().0.len(), 0);
+        assert!(state.load().is_empty());
+    }
+
+    #[test]
+    fn unreadable_state_is_reported_with_the_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, _) = saved(dir.path());
+        let file = dir.path().join(".state/ci/loop3.json");
+        let good = fs::read_to_string(&file).unwrap();
+        let mode = |mode| fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode));
+        for (text, says) in [
+            ("garbage".to_owned(), "not JSON"),
+            (good[..good.len() / 2].to_owned(), "not JSON"),
+            (String::new(), "not JSON"),
+            (good.replace("\"version\": 1", "\"version\": 2"), "version 2"),
+            (good.replace("\"version\": 1", "\"version\": \"x\""), "version"),
+            ("{}".to_owned(), "not understood"),
+            ("[]".to_owned(), "not understood"),
+        ] {
+            fs::write(&file, text).unwrap();
+            assert!(reason(&state).contains(says), "{says}: {}", reason(&state));
+        }
+        fs::write(&file, &good).unwrap();
+        mode(0o620).unwrap();
+        assert!(reason(&state).contains("others may write"), "{}", reason(&state));
+        fs::remove_file(&file).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &file, rustix::fs::Mode::RUSR).unwrap();
+        assert!(reason(&state).contains("not a regular file"), "{}", reason(&state));
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
+        assert!(reason(&state).contains("cannot be read"), "{}", reason(&state));
+        // Without a version: written before there was one.
+        fs::remove_file(&file).unwrap();
+        fs::write(&file, good.replace("\"version\": 1", "\"older\": 1")).unwrap();
+        mode(0o600).unwrap();
+        assert_eq!(*state.load()[0].devices[0].1.as_ref().unwrap(), record());
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, _) = saved(dir.path());
+        let at = dir.path().join(".state/ci");
+        // A directory of its name cannot be replaced.
+        fs::create_dir(at.join("loop5.json")).unwrap();
+        let error = state.save_device(5, &record()).unwrap_err();
+        assert!(error.message().contains("loop5.json"), "{error}");
+        assert!(!at.join("loop5.new").exists());
+        let before = fs::metadata(at.join("loop3.json")).unwrap().ino();
+        state.save_device(3, &record()).unwrap();
+        assert_eq!(fs::metadata(at.join("loop3.json")).unwrap().ino(), before, "written again");
+        state.save_device(3, &DeviceRecord { id: 8, ..record() }).unwrap();
+        assert_eq!(state.load()[0].devices[0].1.as_ref().unwrap().id, 8);
     }
 }

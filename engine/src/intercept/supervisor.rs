@@ -27,7 +27,7 @@ use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::{Listener, Notification};
 
 /// Calls of one listener that are served at a time.
-pub const AT_ONCE: usize = 4;
+pub const AT_ONCE: usize = crate::limits::CALLS_AT_ONCE;
 
 /// How long a call may take. Long, since flushing a large image may take long; its caller can be
 /// killed all the while.

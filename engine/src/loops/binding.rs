@@ -128,6 +128,12 @@ impl Binding {
 
     /// Takes over what `reopen` was given and found out.
     pub fn reopened(&mut self, info: Info, block_size: u32, direct: bool) {
+        if self.direct && !direct {
+            tracing::warn!(
+                "a loop device on {} uses the page cache: direct I/O needs more now",
+                path(&self.file)
+            );
+        }
         self.direct = direct;
         self.block_size = block_size;
         self.info = info;

@@ -396,7 +396,7 @@ impl Disk {
 
     /// Adapts to the present size of its file.
     pub fn adapt(&self) -> Answer<()> {
-        self.served.resize().map(drop).map_err(|error| errno(&error))
+        self.served.resize(None, |_, _| Ok(())).map(drop).map_err(|error| errno(&error))
     }
 
     /// Opens its node, for a caller.

@@ -1,4 +1,5 @@
-//! How many loop devices a user may have, over all of that user's pools.
+//! How many loop devices a user may have, over all of that user's pools. Subordinate ids count for
+//! their owner.
 //!
 //! Counts only; who asks for a device is known above.
 
@@ -6,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Answer, Errno};
+use crate::accounts;
 
 #[derive(Debug, Default)]
 struct Table {
@@ -45,17 +47,17 @@ impl Quotas {
 
     /// What a user may have.
     pub fn limit(&self, uid: u32) -> u32 {
-        self.table().limit(uid)
+        self.table().limit(accounts::of(uid))
     }
 
     /// What a user has.
     pub fn used(&self, uid: u32) -> u32 {
-        self.table().used.get(&uid).copied().unwrap_or(0)
+        self.table().used.get(&accounts::of(uid)).copied().unwrap_or(0)
     }
 
     /// Changes what a user may have; what is there stays. None: as usual.
     pub fn set_limit(&self, uid: u32, limit: Option<u32>) {
-        let mut table = self.table();
+        let (uid, mut table) = (accounts::of(uid), self.table());
         match limit {
             Some(limit) => table.limits.insert(uid, limit),
             None => table.limits.remove(&uid),
@@ -74,7 +76,7 @@ impl Quotas {
 
     /// Puts one more device on a user's account, or answers ENOSPC.
     pub fn charge(&self, uid: u32) -> Answer<Charge> {
-        let mut table = self.table();
+        let (uid, mut table) = (accounts::of(uid), self.table());
         let limit = table.limit(uid);
         let used = table.used.entry(uid).or_insert(0);
         if *used >= limit {

@@ -2,7 +2,8 @@
 //! daemon runs. Root itself has no limit unless one is set.
 //!
 //! Devices are counted one by one, when they appear (`loops::Quotas`), so that a limit that is lowered
-//! or raised holds at once, for pools that are there too. Pools are counted here.
+//! or raised holds at once, for pools that are there too. Pools are counted here. Both count for the
+//! account of a user id (`accounts`), and of all pools no account has more than a share of what is left.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,9 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
+use crate::accounts;
 use crate::error::{Error, Kind, Result};
+use crate::limits::POOLS_MAX;
 use crate::loops::Quotas;
 
+/// A plain user may open a pool while he has fewer than one in so many of those that are left.
+const SHARE: usize = 8;
+/// Pools that plain users leave to root.
+const ROOT_POOLS: usize = 64;
 /// Users with a limit of their own at the most.
 const EXCEPTIONS_MAX: usize = 4096;
 
@@ -67,7 +74,8 @@ impl Ledger {
 
     /// Takes one pool with up to `devices` devices. None given: `usual`, or the user's limit if that is less.
     pub fn take(self: &Arc<Ledger>, uid: u32, devices: Option<u32>, usual: u32) -> Result<Taken> {
-        let mut pools = self.pools();
+        let (uid, mut pools) = (accounts::of(uid), self.pools());
+        let all: usize = pools.values().map(|&count| count as usize).sum();
         let limit = self.quotas.limit(uid);
         let wanted = devices.unwrap_or(usual.min(limit.max(1)));
         if wanted > limit {
@@ -79,6 +87,11 @@ impl Ledger {
         if uid != 0 && *count >= self.defaults.pools {
             let message = format!("user {uid} has {count} pools, and may not have more");
             return Err(Error::new(Kind::Quota, message).hint("end one of them first"));
+        }
+        let left = POOLS_MAX.saturating_sub(ROOT_POOLS + all);
+        if uid != 0 && *count as usize >= left.div_ceil(SHARE) {
+            let message = format!("there are {all} private pools already, {count} of them of user {uid}");
+            return Err(Error::new(Kind::Quota, message).hint("end one of them first, or try again later"));
         }
         *count += 1;
         Ok(Taken { ledger: Arc::clone(self), uid, devices: wanted })
@@ -167,6 +180,20 @@ mod tests {
         drop((devices, last));
         assert!(ledger.quotas.charge(7).is_ok());
         assert!(ledger.take(7, Some(2), 8).is_err());
+    }
+
+    #[test]
+    fn no_set_of_users_takes_all_pools() {
+        let ledger = Ledger::new(Defaults { devices: 10, pools: 10_000 }, Quotas::default());
+        let mut taken = Vec::new();
+        for uid in 1..=30 {
+            while let Ok(one) = ledger.take(uid, None, 8) {
+                taken.push(one);
+            }
+        }
+        taken.push(ledger.take(31, None, 8).unwrap());
+        assert!(taken.len() < POOLS_MAX - ROOT_POOLS);
+        ledger.take(0, None, 8).unwrap();
     }
 
     #[test]

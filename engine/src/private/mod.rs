@@ -41,9 +41,11 @@ pub use reaper::Events;
 pub use spec::{Caller, OpenSpec, Opened, PoolInfo};
 pub use sysfs::PLACES;
 
+use crate::accounts;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::kernel_mounts::FileSystem;
+use crate::limits::POOLS_MAX;
 use crate::loops::{Entry, PoolSpec, Quotas};
 use container::Guests;
 use limits::{Ledger, Taken};
@@ -52,8 +54,6 @@ use reaper::Reaper;
 
 /// Devices of a pool for which nothing else was asked.
 pub const USUAL_DEVICES: u32 = 8;
-/// Pools of one daemon at the most.
-pub const POOLS_MAX: usize = 4096;
 /// How long devices may take to end with the daemon.
 const END_MAX: Duration = Duration::from_secs(5);
 /// Where a pool for containers has its nodes, beside the directories for /sys.
@@ -358,7 +358,7 @@ impl Registry {
     /// Limits of users; a plain user sees its own.
     pub fn limits(&self, caller: Caller) -> Vec<Limit> {
         let mut limits = self.ledger.list();
-        limits.retain(|limit| caller.uid == 0 || limit.uid.is_none_or(|uid| uid == caller.uid));
+        limits.retain(|limit| caller.uid == 0 || limit.uid.is_none_or(|uid| uid == accounts::of(caller.uid)));
         limits
     }
 

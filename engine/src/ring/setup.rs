@@ -7,6 +7,7 @@ use io_uring::{IoUring, opcode, squeue};
 use super::buffers::{ArrivalBuffers, BUFFER_SLOTS};
 use super::files::FileTable;
 use crate::error::{Error, Kind, Result};
+use crate::sys::uring;
 
 /// Group of the arrival buffers.
 pub const ARRIVAL_GROUP: u16 = 0;
@@ -126,24 +127,36 @@ const OPERATIONS: [u8; 8] = [
 const REGISTRATIONS: [u8; 3] =
     [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
 
+/// And what a ring takes that is being made: tables of files and buffers, arrival buffers, bounds of helper
+/// threads, restrictions, being enabled.
+const PREPARATIONS: [u8; 6] = [13, 15, 22, 19, 11, 12];
+/// Flags of submissions.
+const FLAGS: squeue::Flags = squeue::Flags::FIXED_FILE
+    .union(squeue::Flags::IO_LINK)
+    .union(squeue::Flags::SKIP_SUCCESS)
+    .union(squeue::Flags::ASYNC)
+    .union(squeue::Flags::BUFFER_SELECT);
+
+/// Has no ring that this thread, or one that it starts, makes from now on be able to do more than what rings of
+/// workers do, and send commands. An error is none where the kernel is older than Linux 7.0.
+pub fn restrict_all() -> std::io::Result<()> {
+    uring::restrict_all(&OPERATIONS, &[&REGISTRATIONS[..], &PREPARATIONS].concat(), FLAGS.bits())
+}
+
 fn restrict(ring: &IoUring, files: &FileTable) -> Result<()> {
-    let allowed = squeue::Flags::FIXED_FILE
-        | squeue::Flags::IO_LINK
-        | squeue::Flags::SKIP_SUCCESS
-        | squeue::Flags::ASYNC
-        | squeue::Flags::BUFFER_SELECT;
     let mut rules: Vec<Restriction> = OPERATIONS
         .into_iter()
         .map(Restriction::sqe_op)
         .chain(REGISTRATIONS.into_iter().map(Restriction::register_op))
         .collect();
-    rules.push(Restriction::sqe_flags_allowed(allowed.bits()));
+    rules.push(Restriction::sqe_flags_allowed(FLAGS.bits()));
     if !files.by_descriptor() {
         rules.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
     }
-    ring.submitter()
-        .register_restrictions(&mut rules)
-        .map_err(|error| Error::os(error, "cannot restrict the io_uring"))
+    match ring.submitter().register_restrictions(&mut rules) {
+        Err(error) if !uring::is_covered(&error) => Err(Error::os(error, "cannot restrict the io_uring")),
+        _ => Ok(()),
+    }
 }
 
 fn enable(ring: IoUring) -> Result<IoUring> {
@@ -151,4 +164,57 @@ fn enable(ring: IoUring) -> Result<IoUring> {
         .register_enable_rings()
         .map_err(|error| Error::os(error, "cannot enable the io_uring"))?;
     Ok(ring)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::Ring;
+
+    /// The result of one submission on a ring as workers have it.
+    fn result(ring: &mut Ring, entry: &squeue::Entry) -> i32 {
+        ring.push(entry).unwrap();
+        ring.enter(1).unwrap();
+        let drained = ring.drain();
+        assert_eq!(drained.len(), 1);
+        let result = drained[0].result();
+        ring.recycle(drained);
+        result
+    }
+
+    #[test]
+    fn submissions_without_a_file_need_the_flag_too() {
+        let sizes = Sizes { submissions: 8, completions: 16, files: 4, buffers: 16, arrivals: 8 };
+        let mut ring = Ring::new(&sizes).unwrap();
+        assert_eq!(result(&mut ring, &opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE)), 0);
+        if ring.files.by_descriptor() {
+            return eprintln!("skipped: this kernel's rings name descriptors");
+        }
+        assert_eq!(result(&mut ring, &opcode::Nop::new().build()), -libc::EACCES);
+        let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
+        assert_eq!(result(&mut ring, &socket.flags(squeue::Flags::FIXED_FILE)), -libc::EACCES);
+    }
+
+    #[test]
+    fn no_ring_can_make_sockets() {
+        let tried = std::thread::spawn(|| {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            if let Err(error) = restrict_all() {
+                return eprintln!("skipped: {error}");
+            }
+            let mut any = IoUring::new(8).unwrap();
+            for (entry, expected) in [
+                (opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(), -libc::EACCES),
+                (opcode::Nop::new().build(), 0),
+            ] {
+                // SAFETY: neither names any memory.
+                unsafe { any.submission().push(&entry) }.unwrap();
+                any.submit_and_wait(1).unwrap();
+                assert_eq!(any.completion().next().unwrap().result(), expected);
+            }
+            // Those of workers can still be made.
+            Ring::new(&Sizes::for_devices(4)).unwrap();
+        });
+        tried.join().unwrap();
+    }
 }

@@ -9,6 +9,7 @@ pub mod packet;
 pub mod process;
 pub mod remote;
 pub mod seccomp;
+pub mod uring;
 pub mod userns;
 pub mod watch;
 

@@ -120,6 +120,7 @@ impl<T: Transport> WorkerHandle<T> {
 impl<T> Drop for WorkerHandle<T> {
     /// Ends the worker; one that does not end in time is left behind.
     fn drop(&mut self) {
+        // Should either fail, the worker does not end, which is seen below.
         let _ = self.messages.send_timeout(Message::Stop, ANSWER_LIMIT);
         let _ = rustix::io::write(self.wake.as_fd(), &1u64.to_ne_bytes());
         let Some(thread) = self.thread.take() else { return };

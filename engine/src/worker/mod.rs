@@ -90,6 +90,7 @@ impl<T: Transport> Worker<T> {
             for entry in &drained {
                 let Some(token) = Token::unpack(entry.user_data()) else { continue };
                 if token.step == Step::Wake {
+                    check_wake(entry.result())?;
                     told = true;
                     continue;
                 }
@@ -231,6 +232,7 @@ impl<T: Transport> Worker<T> {
         match DeviceQueue::new(place, job.transport, job.image, linked, &mut self.ring) {
             Ok(queue) => self.queues[index] = Some(queue),
             Err(error) => {
+                // What stays there is replaced by the slot's next device.
                 let _ = self.ring.clear_file(place.frontend().0);
                 let _ = self.ring.clear_file(place.image().0);
                 return Err(error);
@@ -259,6 +261,18 @@ impl<T: Transport> Worker<T> {
             }
             false
         });
+    }
+}
+
+/// A read of the eventfd that cannot work would be sent again and again.
+fn check_wake(result: i32) -> Result<()> {
+    match -result {
+        libc::EINTR | libc::EAGAIN | libc::ECANCELED => Ok(()),
+        errno if errno > 0 => {
+            let error = std::io::Error::from_raw_os_error(errno);
+            Err(Error::os(error, "a worker cannot read its eventfd").with_kind(Kind::Internal))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -25,7 +25,7 @@ enum Stage {
     Transfer,
     /// Transfer and commit went as one chain: no completion comes unless it breaks.
     Linked,
-    /// The file system zeroes its range.
+    /// The file system zeroes its range, or reserves blocks for it.
     Zeroing,
     /// Zeroes are written over its range.
     WritingZeroes,
@@ -250,11 +250,11 @@ impl<T: Transport> DeviceQueue<T> {
                 self.discards.push(tag, self.geometry.offset + request.offset, u64::from(request.len));
                 self.start_punch(ring, now_ns)
             }
-            (Op::WriteZeroes { unmap, .. }, _) => {
+            (op @ (Op::WriteZeroes { .. } | Op::Reserve), _) => {
                 self.set_stage(tag, Stage::Zeroing);
                 let offset = self.geometry.offset + request.offset;
                 self.stats.punts += 1;
-                let zero = translate::zero(self.place.image(), offset, u64::from(request.len), unmap);
+                let zero = translate::allocate(op, self.place.image(), offset, u64::from(request.len));
                 ring.push(&self.token(zero, Step::Data, tag))
             }
             (Op::Unknown(_), _) => self.finish(tag, -libc::EOPNOTSUPP, ring, now_ns),
@@ -302,10 +302,7 @@ impl<T: Transport> DeviceQueue<T> {
     /// An operation on the image for one request has ended.
     fn on_data(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
         let Some(active) = self.active.get_mut(tag) else {
-            return Err(Error::new(
-                Kind::Internal,
-                format!("an operation ended for tag {tag}, which is not in flight"),
-            ));
+            return Err(Error::new(Kind::Internal, format!("tag {tag} ended and is not in flight")));
         };
         if active.stage == Stage::Linked {
             // The chain broke at the transfer: its commit was cancelled, and we go on by hand.
@@ -314,7 +311,9 @@ impl<T: Transport> DeviceQueue<T> {
             self.stats.uncount(active.request.op, active.request.len);
         }
         let (request, stage) = (active.request, active.stage);
-        if matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR) {
+        let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
+        let moves = matches!(stage, Stage::Transfer | Stage::WritingZeroes);
+        if interrupted || moves && result == -libc::EINVAL && self.image.leave_direct_io() {
             active.retries += 1;
             if active.retries > RETRIES {
                 return self.finish(tag, -libc::EIO, ring, now_ns);
@@ -350,7 +349,9 @@ impl<T: Transport> DeviceQueue<T> {
                 Op::WriteZeroes { fua, .. } => self.zeroed(tag, fua, ring, now_ns),
                 _ => self.finish(tag, 0, ring, now_ns),
             },
-            Stage::Zeroing if matches!(-result, libc::EOPNOTSUPP | libc::ENOSYS) => {
+            Stage::Zeroing
+                if request.op != Op::Reserve && matches!(-result, libc::EOPNOTSUPP | libc::ENOSYS) =>
+            {
                 active.stage = Stage::WritingZeroes;
                 self.resubmit(tag, ring)
             }
@@ -369,8 +370,8 @@ impl<T: Transport> DeviceQueue<T> {
                 translate::write_zeroes(image, offset + u64::from(done), request.len - done)
             }
             (Stage::Syncing, _) => translate::sync(image),
-            (_, Op::WriteZeroes { unmap, .. }) => {
-                translate::zero(image, offset, u64::from(request.len), unmap)
+            (_, op @ (Op::WriteZeroes { .. } | Op::Reserve)) => {
+                translate::allocate(op, image, offset, u64::from(request.len))
             }
             _ => self.transfer(&request, done),
         };

@@ -69,7 +69,7 @@ impl QueueStats {
             }
             Op::Flush => self.flushes += 1,
             Op::Discard | Op::WriteZeroes { .. } => self.discards += 1,
-            Op::Unknown(_) => {}
+            Op::Reserve | Op::Unknown(_) => {}
         }
     }
 

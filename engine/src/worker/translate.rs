@@ -62,12 +62,13 @@ pub fn punch(image: types::Fixed, file_offset: u64, len: u64) -> squeue::Entry {
     opcode::Fallocate::new(image, len).offset(file_offset).mode(mode).build()
 }
 
-/// Zeroes a range exactly, by freeing its blocks or by keeping them.
-pub fn zero(image: types::Fixed, file_offset: u64, len: u64, unmap: bool) -> squeue::Entry {
-    if unmap {
-        return punch(image, file_offset, len);
-    }
-    let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+/// Zeroes a range exactly, by freeing its blocks or by keeping them; or reserves blocks for it.
+pub fn allocate(op: Op, image: types::Fixed, file_offset: u64, len: u64) -> squeue::Entry {
+    let mode = match op {
+        Op::WriteZeroes { unmap: true, .. } => return punch(image, file_offset, len),
+        Op::Reserve => libc::FALLOC_FL_KEEP_SIZE,
+        _ => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+    };
     opcode::Fallocate::new(image, len).offset(file_offset).mode(mode).build()
 }
 

@@ -137,9 +137,10 @@ sys.stdin.read()";
         let writable =
             || OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&link);
         assert_eq!(writable().unwrap_err().raw_os_error(), Some(libc::EWOULDBLOCK));
-        let identity = Image::open(file.into(), &READ_ONLY, "image").unwrap().identity();
+        let image = Image::open(file.into(), &READ_ONLY, "image").unwrap();
+        let (identity, shape) = (image.identity(), image.geometry());
         let begun = std::time::Instant::now();
-        refused(Image::reopen(&path, &PLAIN, &identity), Kind::Busy, "holds a lease");
+        refused(Image::reopen(&path, &PLAIN, &identity, &shape), Kind::Busy, "holds a lease");
         assert!(begun.elapsed().as_secs() < 5);
     } else {
         skipped("cannot lease a file here");

@@ -151,7 +151,7 @@ fn block_devices() {
         let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
         run(&format!("mknod {} b {major} {minor}", node.display())).unwrap();
         assert_eq!(attach(&node, &READ_ONLY).unwrap().identity(), image.identity());
-        Image::reopen(&node, &PLAIN, &image.identity()).unwrap();
+        Image::reopen(&node, &PLAIN, &image.identity(), &image.geometry()).unwrap();
         fs::remove_file(&node).unwrap();
 
         // Live resize.

@@ -200,6 +200,7 @@ impl Backend for Fake {
             node: format!("/dev/fake{number}"),
             image: spec.path.clone(),
             state: DeviceState::Live,
+            reason: None,
             size: meta.len() - spec.offset,
             offset: spec.offset,
             size_limit: spec.size_limit,
@@ -235,12 +236,28 @@ impl Backend for Fake {
         }
     }
 
-    fn resize(&self, device: &str) -> Result<DeviceInfo> {
-        let which = Selector::Device(device.to_owned());
+    fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo> {
+        let which = Selector::Device(spec.device.clone());
         let mut state = self.state.lock().unwrap();
         let found = state.devices.iter_mut().find(|d| is(&which, &d.info));
-        let found = found.ok_or_else(|| error(Kind::NotFound, format!("no device {device}")))?;
-        found.info.size = std::fs::metadata(&found.info.image).unwrap().len();
+        let found = found.ok_or_else(|| error(Kind::NotFound, format!("no device {}", spec.device)))?;
+        let size = spec.size.unwrap_or_else(|| std::fs::metadata(&found.info.image).unwrap().len());
+        if size < found.info.size && !(spec.shrink && spec.force) {
+            return Err(error(Kind::Invalid, format!("{} of {}", size, found.info.size)));
+        }
+        found.info.size = size;
+        Ok(found.info.clone())
+    }
+
+    fn recover(&self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        let which = Selector::Device(spec.device.clone());
+        let mut state = self.state.lock().unwrap();
+        let found = state.devices.iter_mut().find(|d| is(&which, &d.info));
+        let found = found.ok_or_else(|| error(Kind::NotFound, format!("no device {}", spec.device)))?;
+        let flags = rustix::fs::fcntl_getfl(&image).unwrap();
+        found.writable = flags.contains(rustix::fs::OFlags::RDWR);
+        found.info.image.clone_from(&spec.path);
+        found.info.offset = spec.offset.unwrap_or(found.info.offset);
         Ok(found.info.clone())
     }
 

@@ -110,7 +110,7 @@ impl Model {
                 self.loose[range].fill(false);
             }
             Op::Discard => self.loose[range].fill(true),
-            Op::Flush | Op::Unknown(_) => {}
+            Op::Flush | Op::Reserve | Op::Unknown(_) => {}
         }
     }
 }
@@ -122,6 +122,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Flush),
         2 => Just(Op::Discard),
         2 => any::<(bool, bool)>().prop_map(|(unmap, fua)| Op::WriteZeroes { unmap, fua }),
+        1 => Just(Op::Reserve),
     ]
 }
 
@@ -278,5 +279,25 @@ fn a_device_goes_once_all_is_answered() {
         user.stop([]);
         bed.worker.remove(next).unwrap();
         assert!(user.left_over().is_empty());
+    }
+}
+
+/// As when a file comes to share blocks while it is attached: what direct I/O refuses is done all the same.
+#[test]
+fn transfers_that_direct_io_refuses_use_the_page_cache() {
+    for linked in [false, true] {
+        let Some(bed) = Bed::new(DIRECT, linked) else { return };
+        assert!(!bed.image.is_buffered() && bed.image.why_buffered().is_none());
+        assert_eq!(bed.user.ask(request(0, WRITE, 4096, 4096), &[1; 4096]).result, 4096);
+        // No driver sends this; no file system's direct I/O takes it.
+        assert_eq!(bed.user.ask(request(1, WRITE, 5000, 100), &[9; 100]).result, 100);
+        assert!(bed.image.is_buffered() && bed.image.why_buffered().is_some());
+        assert!(bed.image.left_direct_io() && !bed.image.left_direct_io());
+        let mut expected = [1; 4096];
+        expected[904..1004].fill(9);
+        assert_eq!(bed.user.ask(request(2, Op::Read, 4096, 4096), &[]).data, expected);
+        assert_eq!(bed.user.ask(request(3, Op::Flush, 0, 0), &[]).result, 0);
+        assert_eq!(bed.worker.stats(SLOT).unwrap().errors, 0);
+        bed.end();
     }
 }

@@ -5,6 +5,7 @@
 //!  programs ─────────┴─ vm ──┬─ lab vm CMD
 //!                            ├─ lab demo
 //!                            ├─ lab test
+//!                            ├─ lab hostile
 //!                            └─ lab bench in smp: loopbench
 //!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
 //! ```
@@ -13,6 +14,7 @@
 mod bench;
 mod cache;
 mod demo;
+mod hostile;
 mod initrd;
 mod kernel;
 mod powercut;
@@ -68,11 +70,20 @@ enum Command {
     },
     /// Run every test: on this machine, and in a VM of each kernel
     Test(suite::Options),
+    /// Run hostile clients of all kinds in a VM, beside a tenant and root, who must not notice
+    ///
+    /// Each call of the two is to be answered within 2 s. Data have to compare equal; descriptors,
+    /// threads and memory of the daemon have to stay bounded and come back; SIGTERM has to end it
+    /// in time; the kernel may not warn.
+    Hostile(hostile::Options),
     /// Make a file system in memory, for tests and figures: inside a VM, or anywhere as root
     Store(store::Options),
     /// The guest's half of the power cuts
     #[command(hide = true, subcommand)]
     PowerCut(powercut::guest::Round),
+    /// The guest's half of the campaign of hostile clients
+    #[command(hide = true, subcommand)]
+    HostileGuest(hostile::guest::Role),
 }
 
 #[derive(clap::Args)]
@@ -131,6 +142,8 @@ fn run(command: Command) -> Result<u8> {
         Command::Vm(arguments) => run_vm(arguments),
         Command::Store(options) => store::run(&options).map(|()| 0),
         Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
+        Command::Hostile(options) => Ok(u8::from(!hostile::run(&options)?)),
+        Command::HostileGuest(role) => Ok(u8::from(!hostile::guest::run(&role)?)),
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::bench(&options),
         Command::Gate(options) => bench::gate(&options),

@@ -3,7 +3,7 @@
 //! Knows in which order the kernel wants things. What may wait for our own threads has a deadline.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use super::lane::Lane;
@@ -13,12 +13,13 @@ use super::queue::FuseQueue;
 use super::with_limit;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Parameters, Queue, Stop};
-use crate::image::Geometry;
+use crate::image::{Geometry, Image};
 use crate::sys;
 
 #[derive(Debug, Default)]
 struct Made {
     geometry: Option<Geometry>,
+    image: Weak<Image>,
     lanes: Vec<Arc<Lane>>,
     node: Option<Arc<Node>>,
 }
@@ -49,8 +50,10 @@ impl Device {
         self.files.nodes().directory.join(&self.name)
     }
 
-    pub(in crate::frontend) fn describe(&self, geometry: &Geometry) -> Result<()> {
-        self.made().geometry = Some(*geometry);
+    pub(in crate::frontend) fn describe(&self, image: &Arc<Image>) -> Result<()> {
+        let mut made = self.made();
+        made.geometry = Some(image.geometry());
+        made.image = Arc::downgrade(image);
         Ok(())
     }
 
@@ -69,10 +72,13 @@ impl Device {
         let Some(geometry) = made.geometry else {
             return Err(Error::new(Kind::Internal, "the file was not described"));
         };
-        let Geometry { size, block_size, read_only, .. } = geometry;
-        let lanes = made.lanes.clone();
-        made.node = Some(self.files.nodes().insert(self.name.clone(), size, block_size, read_only, lanes)?);
+        let (image, lanes) = (made.image.clone(), made.lanes.clone());
+        made.node = Some(self.files.nodes().insert(self.name.clone(), &geometry, image, lanes)?);
         Ok(())
+    }
+
+    pub(in crate::frontend) fn is_open(&self) -> bool {
+        self.made().node.as_ref().is_some_and(|node| node.state().opens > 0)
     }
 
     pub(in crate::frontend) fn resize(&self, bytes: u64) -> Result<()> {
@@ -138,12 +144,16 @@ impl Device {
         self.invalidate(node, "dropping what is cached");
     }
 
-    /// Writes back and drops all cached pages.
+    /// Writes back and drops all cached pages. The kernel does not say which of them it could not write:
+    /// their writers are told, by fsync and close.
     fn invalidate(&self, node: &Node, what: &str) {
         let (notifier, ino) = (self.files.notifier(), fuser::INodeNo(node.ino));
         let done = with_limit(what, move || notifier.inval_inode(ino, 0, 0));
-        if let Err(error) = done {
-            tracing::warn!(%error, "not all of {} could be written back", self.name);
+        match done.map(|done| done.map_err(|error| (error.raw_os_error(), error))) {
+            // ENOENT: the kernel has not heard of the file. ENODEV: somebody has unmounted it.
+            Ok(Ok(()) | Err((Some(libc::ENOENT | libc::ENODEV), _))) => {}
+            Ok(Err((_, error))) => tracing::warn!(%error, "cannot write back {}", self.name),
+            Err(error) => tracing::warn!(%error, "not all of {} could be written back", self.name),
         }
     }
 }

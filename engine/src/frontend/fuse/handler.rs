@@ -7,11 +7,12 @@
 //!
 //! | asked for | answer |
 //! |---|---|
-//! | O_TRUNC | the content is given up: the file reads as zeroes (cp skips holes and relies on it), and is as long as before. EBUSY if others have it open, for their cached pages would come back |
+//! | O_TRUNC, ftruncate to 0 | the content is given up: the file reads as zeroes (cp skips holes and relies on it), and is as long as before. EBUSY if others have it open, for their cached pages would come back |
 //! | truncation to another size in any other way | EPERM if shorter, ENOSPC if longer |
-//! | a write past the end | what fits is written; ENOSPC (of a cached write, to fsync and close) |
-//! | punching a hole, zeroing a range | zeroes, as the caller of fallocate expects |
+//! | a write past the end | what fits is written; ENOSPC: of a cached write, to fsync, close and the next write after the kernel has written back |
+//! | punching a hole, zeroing a range, reserving blocks | as the image can; reserving past the end: ENOSPC |
 //! | anything else of fallocate | EOPNOTSUPP |
+//! | SEEK_HOLE, SEEK_DATA | as the image has them; without them where it has not |
 //! | a direct transfer that is no multiple of the block size | EINVAL |
 //! | making, removing, renaming files | EPERM |
 //!
@@ -22,27 +23,24 @@ use std::cell::Cell;
 use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen, ReplyWrite, ReplyXattr,
+    BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyWrite, ReplyXattr,
     Request, TimeOrNow, WriteFlags,
 };
 
 use super::MAX_REQUEST;
 use super::lane::{Answer, Call};
-use super::node::{Emptying, Node, Nodes, PAUSE, SOON, TTL};
+use super::node::{Node, Nodes, TTL};
+use super::space;
 use crate::request::Op;
 
 /// Requests that the kernel may send on its own, for all files of the file system: read ahead,
 /// write back, asynchronous direct I/O.
 const BACKGROUND: u16 = 512;
-
-/// The two kinds of open file.
-const CACHED: FileHandle = FileHandle(0);
-const BYPASSING: FileHandle = FileHandle(1);
 
 /// The callbacks of fuser.
 pub(super) struct Handler {
@@ -74,55 +72,6 @@ impl Handler {
         node.set_fresh(false);
         node.lane(self.thread()).send(call);
     }
-
-    fn root(&self) -> FileAttr {
-        let made = self.nodes.made;
-        FileAttr {
-            ino: INodeNo::ROOT,
-            size: 0,
-            blocks: 0,
-            atime: made,
-            mtime: made,
-            ctime: made,
-            crtime: made,
-            kind: FileType::Directory,
-            perm: 0o755,
-            nlink: 2,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
-    }
-}
-
-/// Zeroes the whole file for its only user. Who closed it just now is still counted: that is waited
-/// for, though not by a session thread.
-fn empty(node: Arc<Node>, thread: usize, reply: ReplyAttr) {
-    let send = move |node: Arc<Node>, reply: ReplyAttr| {
-        let (op, len) = (Op::WriteZeroes { unmap: true, fua: false }, node.size());
-        let answer = Answer::Emptied(reply, node.clone());
-        node.lane(thread).send(Call { op, offset: 0, len, buffer: None, answer });
-    };
-    match node.begin_emptying() {
-        Emptying::Begun => send(node, reply),
-        Emptying::Refused => reply.error(Errno::EBUSY),
-        Emptying::NotYet => {
-            let wait = move || {
-                let deadline = Instant::now() + SOON;
-                loop {
-                    match node.begin_emptying() {
-                        Emptying::Begun => return send(node, reply),
-                        Emptying::NotYet if Instant::now() < deadline => std::thread::sleep(PAUSE),
-                        _ => return reply.error(Errno::EBUSY),
-                    }
-                }
-            };
-            // Where that fails the reply is dropped, which answers with EIO.
-            let _ = std::thread::Builder::new().name("fuse empty".to_owned()).spawn(wait);
-        }
-    }
 }
 
 fn is_whole(node: &Node, offset: u64, len: u64) -> bool {
@@ -153,7 +102,9 @@ impl Filesystem for Handler {
         }
         // Of all kernels that can bypass the cache, those with this one (Linux 6.6) mind what is in it.
         self.bypass = config.add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP).is_ok();
-        let _ = config.set_max_write(MAX_REQUEST);
+        // Larger requests would fail.
+        config.set_max_write(MAX_REQUEST).map_err(|_| std::io::ErrorKind::Unsupported)?;
+        // Refused is only 0.
         let _ = config.set_max_background(BACKGROUND);
         let _ = config.set_congestion_threshold(BACKGROUND / 4 * 3);
         Ok(())
@@ -162,15 +113,19 @@ impl Filesystem for Handler {
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let found = name.to_str().filter(|_| parent == INodeNo::ROOT).and_then(|name| self.nodes.named(name));
         match found {
-            Some(node) => reply.entry(&TTL, &node.attr(), Generation(0)),
+            Some(node) => reply.entry(&node.ttl(), &node.attr(), Generation(0)),
             None => reply.error(Errno::ENOENT),
         }
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, _: &Request, ino: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
         match self.nodes.get(ino) {
-            Some(node) => reply.attr(&TTL, &node.attr()),
-            None if ino == INodeNo::ROOT => reply.attr(&TTL, &self.root()),
+            // The kernel names an open file when that is about to be written, and gives up if we do.
+            Some(node) if handle.is_some_and(|handle| node.take_overrun(handle)) => {
+                reply.error(Errno::ENOSPC)
+            }
+            Some(node) => reply.attr(&node.ttl(), &node.attr()),
+            None if ino == INodeNo::ROOT => reply.attr(&TTL, &self.nodes.root()),
             // The kernel looks the name up once more.
             None => reply.error(Errno::ESTALE),
         }
@@ -210,11 +165,14 @@ impl Filesystem for Handler {
         }
         let now = node.size();
         match size {
-            None => reply.attr(&TTL, &node.attr()),
-            Some(size) if size == now => reply.attr(&TTL, &node.attr()),
+            None => reply.attr(&node.ttl(), &node.attr()),
+            Some(size) if size == now => reply.attr(&node.ttl(), &node.attr()),
             Some(size) if size > now => reply.error(Errno::ENOSPC),
             // Opening with O_TRUNC: a truncation without a handle, by who has just opened it.
-            Some(0) if handle.is_none() && !node.read_only => empty(node, self.thread(), reply),
+            Some(0) if !node.read_only => {
+                let nodes = handle.is_some().then(|| self.nodes.clone());
+                space::empty(node, nodes, self.thread(), reply)
+            }
             // Cached pages behind the new end could come back.
             Some(_) => reply.error(Errno::EPERM),
         }
@@ -241,11 +199,15 @@ impl Filesystem for Handler {
         // with many threads. But only as long as nobody who uses the cache is there already.
         let bypass = self.bypass && flags.0 & libc::O_DIRECT != 0 && state.cached == 0;
         state.cached += u32::from(!bypass);
+        let handle = self.nodes.new_handle(bypass);
+        if writes && !bypass {
+            state.writers.insert(handle.0, false);
+        }
         drop(state);
         // Never FOPEN_KEEP_CACHE: who opens a file sees what was written past the cache before.
         let mut answer = FopenFlags::empty();
         answer.set(FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, bypass);
-        reply.opened(if bypass { BYPASSING } else { CACHED }, answer);
+        reply.opened(handle, answer);
     }
 
     fn release(
@@ -261,7 +223,8 @@ impl Filesystem for Handler {
         if let Some(node) = self.nodes.get(ino) {
             let mut state = node.state();
             state.opens = state.opens.saturating_sub(1);
-            state.cached = state.cached.saturating_sub(u32::from(handle == CACHED));
+            state.cached = state.cached.saturating_sub(u32::from(handle.0.is_multiple_of(2)));
+            state.writers.remove(&handle.0);
         }
         reply.ok();
     }
@@ -307,7 +270,11 @@ impl Filesystem for Handler {
         let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
         let len = node.size().saturating_sub(offset).min(data.len() as u64);
         let fits = len == data.len() as u64;
+        let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         if !fits {
+            if cached {
+                node.note_overrun();
+            }
             self.nodes.correct_size(&node);
         }
         if len == 0 {
@@ -320,7 +287,6 @@ impl Filesystem for Handler {
             return reply.error(Errno::EIO);
         };
         // Who writes directly is told how much was written, and tries the rest again.
-        let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let answer = Answer::Written(reply, (cached && !fits).then_some(Errno::ENOSPC));
         // Of an asynchronous direct write the kernel sends no fsync, but these flags.
         let op = Op::Write { fua: flags.0 & libc::O_DSYNC != 0 };
@@ -343,23 +309,14 @@ impl Filesystem for Handler {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
-        let unmap = match mode {
-            PUNCH => true,
-            mode if mode & !KEEP == libc::FALLOC_FL_ZERO_RANGE => false,
-            _ => return reply.error(Errno::EOPNOTSUPP),
-        };
         let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
-        let inside = node.size().saturating_sub(offset).min(len);
-        if inside < len && mode & KEEP == 0 {
-            return reply.error(Errno::ENOSPC);
+        match space::fallocate(node.size(), offset, len, mode) {
+            Err(error) => reply.error(error),
+            Ok((_, 0)) => reply.ok(),
+            Ok((op, len)) => {
+                self.send(&node, Call { op, offset, len, buffer: None, answer: Answer::Done(reply) })
+            }
         }
-        if inside == 0 {
-            return reply.ok();
-        }
-        let (op, answer) = (Op::WriteZeroes { unmap, fua: false }, Answer::Done(reply));
-        self.send(&node, Call { op, offset, len: inside, buffer: None, answer });
     }
 
     /// At every close. What was cached is written by now; to make it durable is fsync's duty.
@@ -446,8 +403,11 @@ impl Filesystem for Handler {
         reply.error(Errno::ENOSYS);
     }
 
-    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: fuser::ReplyLseek) {
-        reply.error(Errno::ENOSYS);
+    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, from: i64, whence: i32, reply: ReplyLseek) {
+        match self.nodes.get(ino) {
+            Some(node) => space::seek(&self.nodes, node, from, whence, reply),
+            None => reply.error(Errno::ENODEV),
+        }
     }
 
     fn copy_file_range(

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use fuser::{Errno, ReplyAttr, ReplyData, ReplyEmpty, ReplyWrite};
+use fuser::{Errno, FileAttr, ReplyAttr, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::buffer::Buffer;
-use super::node::{Node, TTL};
+use super::node::{Node, Nodes, TTL};
 use crate::error::{Error, Result};
 use crate::request::Op;
 
@@ -36,6 +36,8 @@ pub(super) enum Answer {
     Done(ReplyEmpty),
     /// With the attributes of the file, which was emptied.
     Emptied(ReplyAttr, Arc<Node>),
+    /// The same, and the kernel is to drop what it caches: it is told a size of 0, and the true one later.
+    Truncated(ReplyAttr, Arc<Node>, Arc<Nodes>),
 }
 
 /// What a user of a file waits for.
@@ -62,6 +64,11 @@ impl Answer {
                 node.state().emptying = false;
                 reply.attr(&TTL, &node.attr());
             }
+            Answer::Truncated(reply, node, nodes) => {
+                node.state().emptying = false;
+                reply.attr(&TTL, &FileAttr { size: 0, ..node.attr() });
+                nodes.correct_size(&node);
+            }
         }
     }
 
@@ -70,7 +77,7 @@ impl Answer {
             Answer::Data(reply) => reply.error(error),
             Answer::Written(reply, _) => reply.error(error),
             Answer::Done(reply) => reply.error(error),
-            Answer::Emptied(reply, node) => {
+            Answer::Emptied(reply, node) | Answer::Truncated(reply, node, _) => {
                 node.state().emptying = false;
                 reply.error(error);
             }

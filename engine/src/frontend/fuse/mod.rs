@@ -24,6 +24,7 @@ mod lane;
 mod mount;
 mod node;
 mod queue;
+mod space;
 
 use std::path::Path;
 use std::time::Duration;

@@ -172,8 +172,10 @@ fn start(
         config.clone_fd = true;
         let failed = |error| Error::os(error, "cannot start a FUSE session");
         let session =
-            Session::from_fd(Handler::new(nodes), device, SessionACL::All, config).map_err(failed)?;
+            Session::from_fd(Handler::new(nodes.clone()), device, SessionACL::All, config).map_err(failed)?;
         let notifier = session.notifier();
+        // Nobody was asked anything yet, so that it is the first.
+        let _ = nodes.notifier.set(notifier.clone());
         Ok((session.spawn().map_err(failed)?, notifier))
     });
     let starter = starter.map_err(|error| Error::os(error, "cannot start a thread"))?;

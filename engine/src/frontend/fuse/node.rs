@@ -6,15 +6,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
-use fuser::{FileAttr, FileType, INodeNo};
+use fuser::{FileAttr, FileHandle, FileType, INodeNo, Notifier};
 
 use super::buffer::Buffers;
 use super::lane::Lane;
 use crate::error::{Error, Kind, Result};
+use crate::image::{Geometry, Image};
 use crate::sys;
 
 /// How long the kernel may believe what it was told: we tell it of every change.
@@ -41,6 +42,8 @@ pub(super) struct State {
     pub(super) opens: u32,
     /// Those among them that use the page cache.
     pub(super) cached: u32,
+    /// Those among these that can write; true: it is still to be told that a write did not fit.
+    pub(super) writers: BTreeMap<u64, bool>,
     /// It can be opened no more.
     pub(super) closed: bool,
     /// It is being zeroed, and cannot be opened meanwhile: old content would be cached.
@@ -64,12 +67,18 @@ pub(super) struct Node {
     /// Opened for writing, and nobody has done anything since: nothing of it is cached, if that was
     /// its only user.
     fresh: AtomicBool,
-    /// Its size in the kernel is being corrected.
-    correcting: AtomicBool,
+    /// Whether its size in the kernel is being corrected: [`Node::IDLE`] and so on.
+    correcting: AtomicU8,
+    /// For its holes; it goes with the device.
+    pub(super) image: Weak<Image>,
     state: Mutex<State>,
 }
 
 impl Node {
+    const IDLE: u8 = 0;
+    const RUNNING: u8 = 1;
+    const AGAIN: u8 = 2;
+
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,10 +98,11 @@ impl Node {
         }
     }
 
-    /// Lets nobody else open it while it is zeroed, if its only user has done nothing yet.
-    pub(super) fn begin_emptying(&self) -> Emptying {
+    /// Lets nobody else open it while it is zeroed, if its only user has done nothing yet, or has what is
+    /// cached `dropped`.
+    pub(super) fn begin_emptying(&self, dropped: bool) -> Emptying {
         let mut state = self.state();
-        if state.closed || state.emptying || !self.fresh.load(Ordering::Acquire) {
+        if state.closed || state.emptying || !(dropped || self.fresh.load(Ordering::Acquire)) {
             return Emptying::Refused;
         }
         if state.opens > 1 {
@@ -100,6 +110,23 @@ impl Node {
         }
         state.emptying = true;
         Emptying::Begun
+    }
+
+    /// A write through the page cache did not fit. Whose it was the kernel does not say: as with any
+    /// error of a write that is cached, all who may have made it are told once.
+    pub(super) fn note_overrun(&self) {
+        self.state().writers.values_mut().for_each(|told| *told = true);
+    }
+
+    /// Whether this open file is to be told that a write did not fit. It is, with that.
+    pub(super) fn take_overrun(&self, handle: FileHandle) -> bool {
+        self.state().writers.get_mut(&handle.0).is_some_and(std::mem::take)
+    }
+
+    /// How long the kernel may believe its attributes. It asks for them before a cached write if they are
+    /// not valid, and that is when a writer can be told something.
+    pub(super) fn ttl(&self) -> Duration {
+        if self.state().writers.values().any(|told| *told) { Duration::ZERO } else { TTL }
     }
 
     /// The lane of the session thread with this number.
@@ -144,6 +171,11 @@ pub(super) struct Nodes {
     pub(super) made: SystemTime,
     /// Session threads that have asked for their number.
     pub(super) threads: AtomicUsize,
+    /// To the kernel, once there is a session.
+    pub(super) notifier: OnceLock<Notifier>,
+    /// One more reference for each thread that looks for holes.
+    pub(super) seeks: Arc<()>,
+    next_handle: AtomicU64,
     table: RwLock<Table>,
     next: AtomicU64,
 }
@@ -155,8 +187,38 @@ impl Nodes {
             buffers: Arc::new(Buffers::new()),
             made: SystemTime::now(),
             threads: AtomicUsize::new(0),
+            notifier: OnceLock::new(),
+            seeks: Arc::default(),
+            next_handle: AtomicU64::new(0),
             table: RwLock::default(),
             next: AtomicU64::new(INodeNo::ROOT.0 + 1),
+        }
+    }
+
+    /// A number for an open file: even if it uses the page cache, odd if not.
+    pub(super) fn new_handle(&self, bypass: bool) -> FileHandle {
+        FileHandle(self.next_handle.fetch_add(2, Ordering::Relaxed) | u64::from(bypass))
+    }
+
+    /// The attributes of the directory.
+    pub(super) fn root(&self) -> FileAttr {
+        let made = self.made;
+        FileAttr {
+            ino: INodeNo::ROOT,
+            size: 0,
+            blocks: 0,
+            atime: made,
+            mtime: made,
+            ctime: made,
+            crtime: made,
+            kind: FileType::Directory,
+            perm: 0o755,
+            nlink: 2,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
         }
     }
 
@@ -164,11 +226,11 @@ impl Nodes {
     pub(super) fn insert(
         &self,
         name: String,
-        size: u64,
-        block_size: u32,
-        read_only: bool,
+        geometry: &Geometry,
+        image: Weak<Image>,
         lanes: Vec<Arc<Lane>>,
     ) -> Result<Arc<Node>> {
+        let Geometry { size, block_size, read_only, .. } = *geometry;
         if lanes.is_empty() {
             return Err(Error::new(Kind::Internal, "a file without queues"));
         }
@@ -176,6 +238,7 @@ impl Nodes {
         let state = State {
             opens: 0,
             cached: 0,
+            writers: BTreeMap::new(),
             closed: false,
             emptying: false,
             mode: if read_only { 0o400 } else { 0o600 },
@@ -192,7 +255,8 @@ impl Nodes {
             lanes: lanes.into(),
             size: AtomicU64::new(size),
             fresh: AtomicBool::new(false),
-            correcting: AtomicBool::new(false),
+            correcting: AtomicU8::new(Node::IDLE),
+            image,
             state: Mutex::new(state),
         });
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
@@ -229,20 +293,29 @@ impl Nodes {
     /// The kernel lets a cached write grow a file before we hear of it. Has it see the true size
     /// again, behind the back of whoever wrote: our own threads must not wait for the kernel here.
     pub(super) fn correct_size(&self, node: &Arc<Node>) {
-        if node.correcting.swap(true, Ordering::AcqRel) {
+        if node.correcting.swap(Node::AGAIN, Ordering::AcqRel) != Node::IDLE {
             return;
         }
-        let (node, path) = (node.clone(), self.directory.join(&node.name));
-        let corrected = std::thread::Builder::new().name("fuse size".to_owned()).spawn({
-            let node = node.clone();
-            move || {
-                // After a resize by another thread this is refused, and nothing is lost.
+        let (correcting, path) = (node.clone(), self.directory.join(&node.name));
+        let correct = move || {
+            let node = correcting;
+            loop {
+                node.correcting.store(Node::RUNNING, Ordering::Release);
+                // After a resize by another thread this is refused, and nothing is lost: that one told
+                // the kernel the size.
                 let _ = sys::truncate(&path, node.size());
-                node.correcting.store(false, Ordering::Release);
+                let (running, idle) = (Node::RUNNING, Node::IDLE);
+                if node
+                    .correcting
+                    .compare_exchange(running, idle, Ordering::AcqRel, Ordering::Acquire)
+                    .is_ok()
+                {
+                    return;
+                }
             }
-        });
-        if corrected.is_err() {
-            node.correcting.store(false, Ordering::Release);
+        };
+        if std::thread::Builder::new().name("fuse size".to_owned()).spawn(correct).is_err() {
+            node.correcting.store(Node::IDLE, Ordering::Release);
         }
     }
 }

@@ -102,15 +102,21 @@ impl FuseQueue {
     pub(in crate::frontend) fn on_event(
         &mut self,
         token: Token,
-        _entry: &cqueue::Entry,
+        entry: &cqueue::Entry,
         ring: &mut Ring,
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
         match (token.step, token.tag) {
-            // Whatever came of the read: who rang has put something into the lane before.
             (Step::Fetch, BELL) => self.listening = false,
             (Step::Fetch, _) => self.nudged = false,
             _ => return Ok(()),
+        }
+        // Who rang has put something into the lane before, whatever came of the read. But a read that cannot
+        // work would be sent again and again.
+        let result = entry.result();
+        if result < 0 && !matches!(-result, libc::EINTR | libc::EAGAIN | libc::ECANCELED) {
+            let error = std::io::Error::from_raw_os_error(-result);
+            return Err(Error::os(error, "io_uring refuses to wake a queue").with_kind(Kind::Internal));
         }
         if self.lane.is_ended() {
             // There is nothing to look for when a tag comes free.
@@ -187,7 +193,9 @@ impl FuseQueue {
         let waits = self.awake || !self.unfinished.is_empty();
         if waits && !self.nudged && !self.free.is_empty() {
             let slot = self.place()?.slot;
-            ring.push(&opcode::Nop::new().build().user_data(Token::pack(Step::Fetch, slot, NUDGE)))?;
+            // It has no file; the ring asks every submission for the flag.
+            let nudge = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
+            ring.push(&nudge.user_data(Token::pack(Step::Fetch, slot, NUDGE)))?;
             self.nudged = true;
         }
         Ok(0)

@@ -275,7 +275,8 @@ impl Batch {
     fn on_commit(&mut self, token: Token, result: i32, ring: &mut Ring) -> Result<()> {
         if token.tag == SINGLE {
             return match -result {
-                // The device went away with the request.
+                // The device went away with the request. (Of a chain that broke at its transfer nothing is
+                // seen here: the kernel skips the completions of what it cancels then.)
                 errno if errno <= 0 || errno == libc::ENODEV => Ok(()),
                 _ => Err(refused(result, "an answer")),
             };

@@ -19,7 +19,7 @@ use super::features::Granted;
 use super::memory::{CopyBuffers, Descriptors};
 use super::per_io::{Buffers, PerIo};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Parameters, Queue, Stop, Waiting};
+use crate::frontend::{Parameters, Queue, Stop};
 use crate::image::Geometry;
 use crate::instance::spec::DataPath;
 use crate::request::SECTOR;
@@ -61,14 +61,14 @@ pub struct Device {
 /// embedded: its tail padding is where the next field begins.)
 #[repr(C)]
 #[derive(Default)]
-struct FullParams {
-    len: u32,
-    types: u32,
-    basic: sys::ublk_param_basic,
-    discard: sys::ublk_param_discard,
-    devt: sys::ublk_param_devt,
-    zoned: sys::ublk_param_zoned,
-    dma_align: sys::ublk_param_dma_align,
+pub(super) struct FullParams {
+    pub(super) len: u32,
+    pub(super) types: u32,
+    pub(super) basic: sys::ublk_param_basic,
+    pub(super) discard: sys::ublk_param_discard,
+    pub(super) devt: sys::ublk_param_devt,
+    pub(super) zoned: sys::ublk_param_zoned,
+    pub(super) dma_align: sys::ublk_param_dma_align,
 }
 const _: () = assert!(std::mem::offset_of!(FullParams, dma_align) == 108);
 
@@ -117,19 +117,6 @@ impl Device {
     /// A device that exists already, to be taken back or deleted.
     pub fn existing(granted: Granted, id: u32, parameters: Parameters) -> Device {
         Device { id, granted, parameters }
-    }
-
-    /// The mark of a device's [`Parameters`], and what it waits for.
-    pub fn examine(id: u32) -> Result<(u64, Waiting)> {
-        let buffer = to_bytes(&sys::ublksrv_ctrl_dev_info::default());
-        let (_, answer) =
-            run(Command { buffer, ..command("GET_DEV_INFO", sys::UBLK_U_CMD_GET_DEV_INFO, id) }, LIMIT)?;
-        let info: sys::ublksrv_ctrl_dev_info = from_bytes(&answer)?;
-        let waiting = match u32::from(info.state) {
-            sys::UBLK_S_DEV_DEAD => Waiting::ForNothing,
-            _ => Waiting::ForDaemon,
-        };
-        Ok((info.ublksrv_flags, waiting))
     }
 
     /// Its number at the driver.
@@ -354,7 +341,7 @@ fn params(geometry: &Geometry, path: DataPath) -> FullParams {
 
 const PAGE: u32 = 4096;
 
-fn command(name: &'static str, opcode: u32, device: u32) -> Command {
+pub(super) fn command(name: &'static str, opcode: u32, device: u32) -> Command {
     Command { name, opcode, device, ..Command::default() }
 }
 
@@ -391,16 +378,16 @@ fn retry_while_busy(limit: Duration, mut attempt: impl FnMut() -> Result<()>) ->
 }
 
 /// Plain structures of the driver's interface: integers only, any bits are valid.
-trait Plain: Default {}
+pub(super) trait Plain: Default {}
 impl Plain for sys::ublksrv_ctrl_dev_info {}
 impl Plain for FullParams {}
 
-fn to_bytes<T: Plain>(value: &T) -> Vec<u8> {
+pub(super) fn to_bytes<T: Plain>(value: &T) -> Vec<u8> {
     // SAFETY: `Plain` types are integers in a C layout without padding.
     unsafe { std::slice::from_raw_parts((&raw const *value).cast::<u8>(), size_of::<T>()) }.to_vec()
 }
 
-fn from_bytes<T: Plain>(bytes: &[u8]) -> Result<T> {
+pub(super) fn from_bytes<T: Plain>(bytes: &[u8]) -> Result<T> {
     if bytes.len() < size_of::<T>() {
         return Err(Error::new(Kind::Internal, "the driver's answer is too short"));
     }

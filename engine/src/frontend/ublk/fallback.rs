@@ -176,7 +176,13 @@ impl Fallback {
             return Ok(None);
         }
         let slot = std::mem::replace(&mut self.spare[index], UNREGISTERED);
-        ring.buffers.give_back(slot);
+        if token.step == Step::Register || result >= 0 {
+            ring.buffers.give_back(slot);
+        } else {
+            // The slot may still lead to the request's pages: nobody gets it again. The answer is given
+            // all the same, or its submitter would wait for ever.
+            tracing::error!(slot, errno = -result, "a buffer of a request cannot be unregistered");
+        }
         self.busy -= 1;
         if token.step == Step::Unregister {
             return Ok(self.answered[index].take());

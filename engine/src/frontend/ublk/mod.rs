@@ -13,6 +13,7 @@ mod control;
 mod device;
 mod fallback;
 mod features;
+mod found;
 mod memory;
 mod per_io;
 

@@ -1,5 +1,6 @@
 //! The cases: those of tests/vm that are about images, and those about files.
 
+mod bounds;
 #[path = "../../vm/cases/commands.rs"]
 mod commands;
 #[path = "../../vm/cases/durability.rs"]
@@ -31,7 +32,7 @@ const MIB: u64 = 1 << 20;
 
 /// Cases that ask what only a block device has: attributes in sysfs, ublk's own paths, ioctls,
 /// faults of null_blk.
-const OF_BLOCK_DEVICES: [&str; 13] = [
+const OF_BLOCK_DEVICES: [&str; 14] = [
     "commands::attach_run",
     "commands::numbers_and_names",
     "durability::power_cut",
@@ -43,6 +44,7 @@ const OF_BLOCK_DEVICES: [&str; 13] = [
     "geometry::scheduler_and_cache",
     "resize::grow_mounted_file_system",
     "resize::refused_in_words",
+    "resize::shrinking_needs_consent",
     "verify::linked",
     "verify::polled",
 ];
@@ -63,5 +65,5 @@ pub(crate) fn all() -> Vec<Case> {
     let of_images = of_images.into_iter().flatten();
     let of_images =
         of_images.filter(|case| !OF_BLOCK_DEVICES.iter().any(|name| case.name().starts_with(name)));
-    files::cases().into_iter().chain(lifetime::cases()).chain(of_images).collect()
+    files::cases().into_iter().chain(bounds::cases()).chain(lifetime::cases()).chain(of_images).collect()
 }

@@ -30,6 +30,8 @@ mod private_script;
 mod private_socket;
 mod private_users;
 mod recovery;
+mod recovery_image;
+mod recovery_state;
 mod resize;
 mod sandbox;
 mod verify;
@@ -55,6 +57,8 @@ pub(crate) fn all() -> Vec<Case> {
         faults::cases(),
         durability::cases(),
         recovery::cases(),
+        recovery_image::cases(),
+        recovery_state::cases(),
         errors::cases(),
         many::cases(),
         private_losetup::cases(),

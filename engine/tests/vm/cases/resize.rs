@@ -17,6 +17,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("resize::shrink_under_io", Needs::Resize, 120, shrink),
         case("resize::grow_mounted_file_system", Needs::Resize, 120, grow_mounted),
         case("resize::refused_in_words", Needs::Ublk, 60, refused),
+        case("resize::shrinking_needs_consent", Needs::Resize, 120, consent),
+        case("resize::size_changes_image_and_device", Needs::Resize, 120, in_one_step),
     ]
 }
 
@@ -45,7 +47,11 @@ fn set_size(image: &str, bytes: u64) -> Res {
 }
 
 fn resized(daemon: &Daemon, device: &str, bytes: u64) -> Res {
-    daemon.ok(&["resize", device])?;
+    resized_with(daemon, device, bytes, &[])
+}
+
+fn resized_with(daemon: &Daemon, device: &str, bytes: u64, options: &[&str]) -> Res {
+    daemon.ok(&[&["resize", device], options].concat())?;
     let (node, list) = (disk::size(device)?, daemon.info(device)?);
     ensure!(
         node == bytes && list["size"] == bytes,
@@ -87,7 +93,7 @@ fn shrink(ctx: &Ctx) -> Res {
     std::thread::sleep(Duration::from_secs(1));
     for size in [48 * MIB, 20 * MIB + 512] {
         set_size(&image, size)?;
-        resized(&daemon, &device, size)?;
+        resized_with(&daemon, &device, size, &["--shrink", "--force"])?;
     }
     ensure!(work.alive(), "fio ended before the device had shrunk");
     let disk = Disk::open(&device)?;
@@ -135,6 +141,73 @@ fn refused(ctx: &Ctx) -> Res {
     ensure!(disk::size(&device)? == 8 * MIB, "the device changed");
     Disk::open(&device)?.write(7 * MIB, &[1; 4096])?;
     daemon.check_alive()?;
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// What is refused, and why: the exit status, and words that the message has.
+fn not_resized(daemon: &Daemon, words: &[&str], code: i32, says: &[&str]) -> Res {
+    let done = daemon.cli(&[&["resize"], words].concat())?;
+    let named = says.iter().all(|word| done.err.contains(word));
+    ensure!(done.code == code && named && done.err.lines().count() == 1, "{says:?}: {done:?}");
+    Ok(())
+}
+
+/// A device never becomes smaller by accident, least of all under a file system.
+fn consent(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 128 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    mkfs("ext4", &device)?;
+    let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
+    let sizes = ["134217728", "33554432", "--shrink"];
+    not_resized(&daemon, &[&device, "--size", "32M"], 2, &sizes)?;
+    not_resized(&daemon, &[&device, "--size", "32M", "--shrink"], 4, &[&mount.dir, "--force"])?;
+    ensure!(disk::size(&device)? == 128 * MIB && disk::size(&image)? == 128 * MIB, "something was shrunk");
+    tools::sh(format!("head -c 60M /dev/urandom > {0}/file && sync -f {0}/file", mount.dir))?;
+    mount.umount()?;
+    fsck("ext4", &device)?;
+
+    // The file became smaller by itself.
+    set_size(&image, 32 * MIB)?;
+    not_resized(&daemon, &[&device], 2, &sizes)?;
+    ensure!(disk::size(&device)? == 128 * MIB, "the device was shrunk");
+    resized_with(&daemon, &device, 32 * MIB, &["--shrink"])?;
+    let holder = Disk::open(&device)?;
+    not_resized(&daemon, &[&device, "--size", "16M", "--shrink"], 4, &["open", "--force"])?;
+    resized_with(&daemon, &device, 16 * MIB, &["--size", "16M", "--shrink", "--force"])?;
+    drop(holder);
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+fn in_one_step(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 32 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image, "--offset", "1M"])?;
+    let allocated = disk::allocated(&image)?;
+    resized_with(&daemon, &device, 2 << 30, &["--size", "2G"])?;
+    ensure!(disk::size(&image)? == (2 << 30) + MIB, "the image has {} bytes", disk::size(&image)?);
+    ensure!(disk::allocated(&image)? < allocated + MIB, "the image is not sparse");
+    let data = pattern(5, 4096);
+    Disk::open(&device)?.write((2 << 30) - 4096, &data)?;
+    same(&device, &Disk::open(&device)?.read((2 << 30) - 4096, 4096)?, &data)?;
+    resized_with(&daemon, &device, 8 * MIB, &["--size", "8M", "--shrink"])?;
+    ensure!(disk::size(&image)? == 9 * MIB, "the image has {} bytes", disk::size(&image)?);
+    not_resized(&daemon, &[&device, "--size", "10000"], 2, &["10000", "512"])?;
+    daemon.detach(&device)?;
+
+    // A part of an image: what lies behind it is somebody's.
+    let device = daemon.attach(&[&image, "--offset", "1M", "--size-limit", "4M"])?;
+    not_resized(&daemon, &[&device, "--size", "5M"], 2, &["--size-limit", "4194304"])?;
+    not_resized(&daemon, &[&device, "--size", "2M", "--shrink"], 2, &["behind"])?;
+    ensure!(disk::size(&image)? == 9 * MIB, "the image has {} bytes", disk::size(&image)?);
+    daemon.detach(&device)?;
+    let disk = crate::store::Disk::new(&crate::store::Shape::default())?;
+    let device = daemon.attach(&[&disk.node()])?;
+    not_resized(&daemon, &[&device, "--size", "64M", "--shrink"], 2, &["block device"])?;
     daemon.detach(&device)?;
     daemon.stop()
 }

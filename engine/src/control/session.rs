@@ -1,0 +1,181 @@
+//! A client's connection: calls with a deadline, made again where the daemon cannot have begun them.
+//!
+//! The daemon ends connections that are idle, and refuses those beyond a user's limit. Neither is a
+//! failure of the call: the client connects again, within the call's deadline. A call that the daemon
+//! may have begun is never made twice. Every failure to reach the daemon says where it was sought and
+//! what to do. Does not know which calls there are.
+
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use zlink::tokio::unix::{Connection, Stream};
+use zlink::varlink_service::Error as Refusal;
+
+use super::{Fault, reason};
+use crate::error::{Error, Kind, Result};
+
+/// The daemon answers a call about one device sooner: its own waits are a few seconds each.
+pub(super) const ONE_MAX: Duration = Duration::from_secs(60);
+/// How often a connection may end before a call was read, other than by a refusal.
+const CUTS_MAX: u32 = 8;
+/// Pauses before the client connects again double up to this.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// How the daemon says that a connection is one too many.
+const TOO_MANY: &str = "io.loopengine.TooManyConnections";
+
+pub(super) type Answer<T> = zlink::Result<std::result::Result<T, Fault>>;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Session {
+    connection: Connection,
+    socket: PathBuf,
+    daemon: Option<i32>,
+}
+
+/// Why a call was not begun.
+enum Unread {
+    Refused,
+    Cut,
+}
+
+impl Session {
+    /// Connects, or says how to start the daemon.
+    pub(super) async fn connect(socket: PathBuf) -> Result<Session> {
+        let (connection, daemon) = connect(&socket).await?;
+        Ok(Session { connection, socket, daemon })
+    }
+
+    pub(super) fn daemon_pid(&self) -> Option<i32> {
+        self.daemon
+    }
+
+    /// Makes a call, anew on a new connection as long as the daemon has not read it.
+    pub(super) async fn call<T>(
+        &mut self,
+        limit: Duration,
+        mut call: impl AsyncFnMut(&mut Connection) -> Answer<T>,
+    ) -> Result<T> {
+        let until = Instant::now() + limit;
+        let (mut cuts, mut pause) = (0, Duration::from_millis(10));
+        loop {
+            let error = match timeout_at(until, call(&mut self.connection)).await {
+                Ok(Ok(answer)) => return answer.map_err(Error::from),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(late(&self.socket, limit)),
+            };
+            let (error, unread) = self.unread(error).await;
+            match unread {
+                Some(Unread::Refused) if Instant::now() + pause < until => {}
+                Some(Unread::Cut) if cuts < CUTS_MAX && Instant::now() + pause < until => cuts += 1,
+                _ => return Err(lost(&self.socket, error)),
+            }
+            sleep(pause).await;
+            pause = (2 * pause).min(PAUSE_MAX);
+            (self.connection, self.daemon) = connect(&self.socket).await?;
+        }
+    }
+
+    /// Whether the daemon has certainly not read the call that failed so; and the failure, which is what
+    /// the daemon had said before it closed the connection, if it had.
+    async fn unread(&mut self, error: zlink::Error) -> (zlink::Error, Option<Unread>) {
+        // It was not sent, because the connection is closed, or was closed with the call unread.
+        let cut = matches!(&error, zlink::Error::Io(error)
+            if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
+        if !cut {
+            let refused = is_refusal(&error).then_some(Unread::Refused);
+            return (error, refused);
+        }
+        let said = timeout(Duration::from_secs(1), self.connection.receive_reply::<(), Fault>()).await;
+        match said.map(|said| said.map(drop)) {
+            Ok(Err(said)) if is_refusal(&said) => (said, Some(Unread::Refused)),
+            Ok(Err(said @ zlink::Error::VarlinkService(_))) => (said, None),
+            _ => (error, Some(Unread::Cut)),
+        }
+    }
+}
+
+fn is_refusal(error: &zlink::Error) -> bool {
+    matches!(error, zlink::Error::UnknownErrorReply(name) if name == TOO_MANY)
+}
+
+async fn connect(socket: &Path) -> Result<(Connection, Option<i32>)> {
+    let stream = match timeout(ONE_MAX, UnixStream::connect(socket)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(unreachable(socket, &error)),
+        Err(_) => return Err(late(socket, ONE_MAX)),
+    };
+    let daemon = stream.peer_cred().ok().and_then(|peer| peer.pid());
+    let stream = Stream::try_from(stream).map_err(|error| lost(socket, error))?;
+    Ok((Connection::new(stream), daemon))
+}
+
+/// Descriptors for one attempt: zlink closes those that it has sent.
+pub(super) fn copies(files: &[OwnedFd]) -> zlink::Result<Vec<OwnedFd>> {
+    files.iter().map(|file| file.try_clone().map_err(zlink::Error::Io)).collect()
+}
+
+/// zlink does not ask the kernel for it.
+pub(super) fn close_on_exec(fds: &[OwnedFd]) -> zlink::Result<()> {
+    for fd in fds {
+        fcntl_setfd(fd, FdFlags::CLOEXEC).map_err(|error| zlink::Error::Io(error.into()))?;
+    }
+    Ok(())
+}
+
+fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
+    let shown = socket.display();
+    let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+    let message = format!("cannot reach the daemon at {shown}: {}", reason(error));
+    if denied {
+        return Error::new(Kind::Denied, message).hint("run this as root");
+    }
+    Error::new(Kind::Unavailable, message).hint("start it with 'loopengine serve'")
+}
+
+fn late(socket: &Path, limit: Duration) -> Error {
+    let (shown, seconds) = (socket.display(), limit.as_secs());
+    let message = format!("the daemon at {shown} did not answer within {seconds} s");
+    Error::new(Kind::Deadline, message).hint("look at its log")
+}
+
+/// The connection, not the daemon's work, failed.
+fn lost(socket: &Path, error: zlink::Error) -> Error {
+    let shown = socket.display();
+    match error {
+        zlink::Error::VarlinkService(error) if *error.inner() == Refusal::PermissionDenied => {
+            let message = format!("the daemon at {shown} does not let this user in");
+            Error::new(Kind::Denied, message).hint("run this as root")
+        }
+        zlink::Error::VarlinkService(error) => {
+            let message = format!("the daemon at {shown} does not know this call: {error}");
+            Error::new(Kind::Unsupported, message)
+                .hint("restart it, so that it is of the same version as this program")
+        }
+        zlink::Error::UnknownErrorReply(name) if name == TOO_MANY => {
+            let message = format!("the daemon at {shown} serves as many connections of this user as it may");
+            Error::new(Kind::Quota, message).hint("end other calls of this user first, or try again")
+        }
+        zlink::Error::Io(error)
+            if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) =>
+        {
+            let message =
+                format!("the daemon at {shown} closed {CUTS_MAX} connections without reading the call");
+            Error::new(Kind::Unavailable, message).hint("look at its log")
+        }
+        zlink::Error::Io(error) => unreachable(socket, &error),
+        zlink::Error::UnexpectedEof => {
+            let message = format!("the daemon at {shown} closed the connection");
+            Error::new(Kind::Unavailable, message).hint("see whether it is still running")
+        }
+        error => {
+            let message = format!("cannot talk to the daemon at {shown}: {error}");
+            Error::new(Kind::Io, message)
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Where an image has data and where holes, for files that show it.
+//!
+//! Knows lseek; does not know who asks. May block for as long as the image's file system likes.
+
+use std::os::fd::AsFd;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use super::Image;
+
+impl Image {
+    /// The first byte of data, or of a hole, among those from `from` to `size` of the device; none: there is
+    /// no data any more. At `size` begins a hole. Where the image cannot tell, all is data.
+    pub fn seek(&self, from: u64, size: u64, hole: bool) -> Result<Option<u64>, Errno> {
+        let offset = self.geometry.offset;
+        let Some(start) = offset.checked_add(from) else { return Err(Errno::OVERFLOW) };
+        let whence = if hole { SeekFrom::Hole(start) } else { SeekFrom::Data(start) };
+        // The position of the file description is nobody's: all transfers name theirs.
+        match rustix::fs::seek(self.file.as_fd(), whence) {
+            Ok(found) if hole => Ok(Some(found.saturating_sub(offset).clamp(from, size))),
+            Ok(found) => Ok(Some(found.saturating_sub(offset).max(from)).filter(|found| *found < size)),
+            // The image has shrunk, or ends in a hole.
+            Err(Errno::NXIO) => Ok(hole.then_some(from)),
+            // A block device.
+            Err(Errno::INVAL) => Ok(Some(if hole { size } else { from })),
+            Err(error) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! One device that a daemon before this one served: recovered with its image, kept as stuck without, and
+//! recovered by hand.
+//!
+//! Knows that such a device keeps its shape, which is the driver's to tell, and that it is never forgotten:
+//! it may have users. Which devices there are is found out by `recovery`.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::pool::{Attached, Instance, source};
+use super::served::{Begin, Served};
+use super::spec::{AttachSpec, DeviceInfo, DeviceState, RecoverSpec};
+use super::state::DeviceRecord;
+use crate::error::{Error, Kind, Result};
+use crate::frontend::{Device, Found, Parameters};
+use crate::image::{Geometry, Identity, Image, Source};
+use crate::ring::SlotId;
+
+/// The image of a device that exists, in its shape.
+type Opened<'a> = &'a dyn Fn(&Source, &Geometry) -> Result<Image>;
+
+impl Instance {
+    /// Recovers a device. Whatever fails, it keeps its entry: a device with users is never forgotten.
+    pub fn recover(&self, number: u32, record: DeviceRecord, found: Found) -> Result<()> {
+        let reservation = self.table.reserve_again(number)?;
+        let device = self.door.existing(record.id, found.parameters)?;
+        let (path, identity) = (record.spec.path.clone(), record.identity);
+        let open =
+            |source: &Source, shape: &Geometry| Image::reopen(Path::new(&path), source, &identity, shape);
+        let (attached, outcome) = self.serve_again(number, reservation.slot, device, record, &open);
+        reservation.fill(Arc::new(attached));
+        outcome
+    }
+
+    /// Has a device listed as stuck whose record was not read. Its state file stays as it is.
+    pub fn keep_stuck(&self, number: u32, id: u32, found: Found, reason: String) -> Result<()> {
+        let reservation = self.table.reserve_again(number)?;
+        let device = self.door.existing(id, found.parameters)?;
+        let record = self.unknown(number, id, found.parameters);
+        let geometry = device.shape(0).unwrap_or_else(|_| last_known(&record));
+        let spec = AttachSpec { read_only: geometry.read_only, ..record.spec };
+        let record = DeviceRecord { spec, block_size: geometry.block_size, size: geometry.size, ..record };
+        let served = Served::abandoned(device, &self.workers, reservation.slot, geometry);
+        let linked = self.link(number, &served);
+        let reason = format!("{reason}; {}", self.next_step(number));
+        reservation.fill(Arc::new(Attached { record, served, reason: Some(reason), _claim: None }));
+        linked
+    }
+
+    /// Recovers a device that is stuck with an image that the caller opened.
+    pub fn recover_by_hand(&self, number: u32, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
+        let attached = self.table.withdraw(number)?;
+        let path = self.table.path(number).display().to_string();
+        let refusal = match attached.served.state() {
+            DeviceState::Stuck if attached.served.is_unserved() => None,
+            DeviceState::Stuck => Some(("recovery has begun and did not end", "restart the daemon")),
+            _ => Some(("it is served", "'loopengine list' shows which devices are stuck")),
+        };
+        if let Some((why, hint)) = refusal {
+            self.table.put_back(number, attached);
+            return Err(Error::new(Kind::Busy, format!("{path} cannot be recovered: {why}")).hint(hint));
+        }
+        let old = &attached.record;
+        let known = AttachSpec {
+            path: spec.path.clone(),
+            offset: spec.offset.unwrap_or(old.spec.offset),
+            size_limit: spec.size_limit.unwrap_or(old.spec.size_limit),
+            buffered: spec.buffered.unwrap_or(old.spec.buffered),
+            ..old.spec.clone()
+        };
+        let record = DeviceRecord { spec: known, ..old.clone() };
+        let served = &attached.served;
+        let opened = self
+            .door
+            .existing(old.id, served.device().parameters())
+            .and_then(|device| self.open_by_hand(&device, &record, image).map(|image| (device, image)));
+        let (device, (image, identity)) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.table.put_back(number, attached);
+                return Err(error);
+            }
+        };
+        let record = DeviceRecord { identity, ..record };
+        let image = std::cell::Cell::new(Some(image));
+        let open = |_: &Source, _: &Geometry| {
+            image.take().ok_or_else(|| Error::new(Kind::Internal, "the image was taken twice"))
+        };
+        let (recovered, outcome) = self.serve_again(number, served.slot(), device, record, &open);
+        let recovered = Arc::new(recovered);
+        self.table.put_back(number, recovered.clone());
+        outcome.map(|()| self.describe(number, &recovered))
+    }
+
+    /// The identity check is waived by the one who calls; the size is not: data would be missing.
+    fn open_by_hand(
+        &self,
+        device: &Device,
+        record: &DeviceRecord,
+        file: OwnedFd,
+    ) -> Result<(Image, Identity)> {
+        let AttachSpec { path, offset, read_only, .. } = &record.spec;
+        self.check_not_ours(&file, path)?;
+        let shape = device.shape(*offset)?;
+        let source = Source { read_only: *read_only, ..shaped(record, &shape) };
+        let image = Image::recover(file, &source, &shape, path)?;
+        let (length, needed) = (image.length()?, offset.saturating_add(shape.size));
+        if length < needed {
+            let context = format!(
+                "{path} has {length} bytes, but the device needs {needed} (offset {offset}, size {})",
+                shape.size
+            );
+            return Err(Error::new(Kind::Invalid, context).hint("give the image that the device had"));
+        }
+        let identity = image.identity();
+        Ok((image, identity))
+    }
+
+    /// Serves a device that exists with its image, or has it stuck for the reason that comes back, too.
+    fn serve_again(
+        &self,
+        number: u32,
+        slot: SlotId,
+        device: Device,
+        record: DeviceRecord,
+        open: Opened<'_>,
+    ) -> (Attached, Result<()>) {
+        let geometry = device.shape(record.spec.offset).unwrap_or_else(|_| last_known(&record));
+        let opened = open(&shaped(&record, &geometry), &geometry).and_then(|image| {
+            let claim =
+                self.shared.claims.claim(image.identity(), record.spec.read_only, &record.spec.path)?;
+            Ok((image, claim))
+        });
+        let record = DeviceRecord { size: geometry.size, block_size: geometry.block_size, ..record };
+        let (served, claim, outcome) = match opened {
+            Ok((image, claim)) => {
+                if let Some(why) = image.why_buffered() {
+                    let (instance, path) = (&record.spec.instance, &record.spec.path);
+                    tracing::warn!("{instance}/loop{number} ({path}) uses the page cache: {why}");
+                }
+                let (served, outcome) = Served::begin(device, &self.workers, slot, image, Begin::Recovered);
+                (served, Some(claim), outcome)
+            }
+            Err(error) => (Served::abandoned(device, &self.workers, slot, geometry), None, Err(error)),
+        };
+        let outcome = outcome.map_err(|error| error.hint(self.next_step(number)));
+        let reason = outcome.as_ref().err().map(ToString::to_string);
+        if let Err(error) = self.publish(number, &record, &served) {
+            let instance = &record.spec.instance;
+            tracing::error!("{instance}/loop{number} is not known to the next daemon as it is now: {error}");
+        }
+        (Attached { record, served, reason, _claim: claim }, outcome)
+    }
+
+    fn next_step(&self, number: u32) -> String {
+        let path = self.table.path(number);
+        let path = path.display();
+        format!("'loopengine recover {path} --image PATH' goes on with it, 'detach --force' ends it")
+    }
+
+    /// A record of a device of which only the driver knows.
+    fn unknown(&self, number: u32, id: u32, parameters: Parameters) -> DeviceRecord {
+        DeviceRecord {
+            spec: AttachSpec {
+                instance: self.info().name,
+                path: String::new(),
+                number: Some(number),
+                read_only: false,
+                offset: 0,
+                size_limit: 0,
+                block_size: 0,
+                buffered: false,
+                queues: 0,
+                depth: 0,
+                data_path: Some(parameters.path),
+            },
+            id,
+            mark: parameters.owner,
+            identity: Identity { dev: 0, ino: 0, rdev: 0, born_ns: 0 },
+            data_path: parameters.path,
+            queues: parameters.queues,
+            depth: parameters.depth,
+            block_size: 512,
+            size: 0,
+        }
+    }
+}
+
+/// The source that a device of this shape has.
+fn shaped(record: &DeviceRecord, shape: &Geometry) -> Source {
+    Source { block_size: shape.block_size, ..source(&record.spec) }
+}
+
+/// What can be said about a device of which the driver says nothing.
+fn last_known(record: &DeviceRecord) -> Geometry {
+    Geometry {
+        size: record.size,
+        offset: record.spec.offset,
+        block_size: record.block_size,
+        physical_block_size: record.block_size,
+        dma_align: record.block_size,
+        discard_granularity: record.block_size,
+        read_only: record.spec.read_only,
+        can_discard: false,
+        can_write_zeroes: false,
+    }
+}

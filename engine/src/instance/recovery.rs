@@ -1,0 +1,278 @@
+//! What a daemon before this one left: its instances and devices are recovered, or listed as stuck.
+//!
+//! Knows where the two sides of a device are found: its record in the state directory, and itself at the
+//! driver. The driver is right: a device of ours with users is in a table, whatever became of its record.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::Engine;
+use super::pool::Instance;
+use super::spec::{DEFAULT_INSTANCE, DataPath, DeviceInfo, InstanceSpec, RecoverSpec};
+use super::state::{DeviceRecord, Remembered};
+use super::{DeviceName, Selector, parse_device};
+use crate::error::{Error, Kind, Result};
+use crate::frontend::{Found, Stop, Waiting};
+
+/// Numbers from here on are for devices whose own are lost: attach takes the lowest that is free.
+const LOST: u32 = 1_000_000;
+/// Devices that are recovered at a time: each may have to wait for the dead daemon's last operations.
+const AT_A_TIME: usize = 16;
+
+/// A device that may have users.
+#[derive(Debug)]
+struct Orphan {
+    instance: Arc<Instance>,
+    number: u32,
+    id: u32,
+    found: Found,
+    /// What is known of it, or why nothing is.
+    record: Result<DeviceRecord>,
+}
+
+/// Devices of this run directory at the driver, by its number, that no record names yet.
+type AtDriver = BTreeMap<u32, Found>;
+
+impl Engine {
+    /// Recreates the instances of a previous daemon and recovers their devices. What cannot be recovered is
+    /// listed as stuck. `defaults`: for instances of which nothing can be read. Returns notes for the log.
+    pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Vec<String> {
+        let mut notes = Vec::new();
+        let mut at_driver = self.ours_at_driver();
+        let mut orphans = Vec::new();
+        let mut unmatched = Vec::new();
+        let remembered = self.shared.state.load();
+        let records = remembered.iter().flat_map(|instance| &instance.devices);
+        // A name may be older than a record.
+        let spoken_for: Vec<u32> = records.filter_map(|(_, record)| Some(record.as_ref().ok()?.id)).collect();
+        for Remembered { name, spec, devices } in remembered {
+            let Some(instance) = self.instance_again(&name, spec, defaults) else { continue };
+            for (number, record) in devices {
+                match self.match_record(&name, number, record, &mut at_driver, &spoken_for) {
+                    Match::Device(id, found, record) => {
+                        orphans.push(Orphan { instance: instance.clone(), number, id, found, record })
+                    }
+                    Match::Unknown(reason) => unmatched.push((instance.clone(), number, reason)),
+                    Match::Gone(image) => {
+                        self.forget(&name, number);
+                        notes.push(format!("{name}/loop{number} ({image}) is no longer there"));
+                    }
+                }
+            }
+        }
+        orphans.extend(self.named_by_links(&mut at_driver, defaults));
+        self.delete_unused(&mut at_driver, unmatched.is_empty(), &mut notes);
+        orphans.extend(self.nameless(at_driver, unmatched, defaults));
+        for some in orphans.chunks(AT_A_TIME) {
+            std::thread::scope(|scope| {
+                let threads: Vec<_> =
+                    some.iter().map(|orphan| scope.spawn(move || orphan.recover())).collect();
+                notes.extend(threads.into_iter().filter_map(|thread| thread.join().ok().flatten()));
+            });
+        }
+        notes
+    }
+
+    /// Recovers a device that is stuck with the image that the administrator gives: the checks of a restart
+    /// are waived, but it must be as large as the device.
+    pub fn recover(&self, spec: &RecoverSpec, image: std::os::fd::OwnedFd) -> Result<DeviceInfo> {
+        match &self.select(&Selector::Device(spec.device.clone()))?[..] {
+            [(instance, Some(number))] => instance.recover_by_hand(*number, spec, image),
+            _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
+        }
+    }
+
+    fn ours_at_driver(&self) -> AtDriver {
+        let examine = |id| Some((id, self.shared.frontend.examine(id).ok()?));
+        let ours = |(_, found): &(u32, Found)| self.shared.is_ours(found.parameters.owner);
+        self.shared.frontend.present().into_iter().filter_map(examine).filter(ours).collect()
+    }
+
+    /// The driver does not say what this device is, which may be there.
+    fn is_unknown(&self, id: u32) -> bool {
+        self.shared.frontend.examine(id).is_err_and(|error| error.kind() != Kind::NotFound)
+    }
+
+    /// An instance of a previous daemon; where its own limits cannot be read, with the default ones.
+    fn instance_again(
+        &self,
+        name: &str,
+        spec: Result<InstanceSpec>,
+        defaults: &InstanceSpec,
+    ) -> Option<Arc<Instance>> {
+        if let Ok(present) = self.instance(name) {
+            return Some(present);
+        }
+        let usual = InstanceSpec { name: name.to_owned(), ..defaults.clone() };
+        let made =
+            spec.and_then(|spec| self.create_instance(&InstanceSpec { name: name.to_owned(), ..spec }));
+        let made = made.or_else(|error| {
+            tracing::error!("instance {name} was recovered with default limits: {error}");
+            self.create_instance(&usual)
+        });
+        if let Err(error) = made {
+            tracing::error!("instance {name} was not recovered: {error}");
+        }
+        self.instance(name).ok()
+    }
+
+    /// Which device at the driver a state file is about.
+    fn match_record(
+        &self,
+        instance: &str,
+        number: u32,
+        record: Result<DeviceRecord>,
+        at_driver: &mut AtDriver,
+        spoken_for: &[u32],
+    ) -> Match {
+        let waits = |found: &Found| found.waiting == Waiting::ForDaemon && found.parameters.outlives;
+        match record {
+            Ok(record) if record.data_path == DataPath::Fuse => {
+                let path = &record.spec.path;
+                tracing::error!(
+                    "{instance}/loop{number} ({path}) was not recovered: files of FUSE end with their daemon"
+                );
+                Match::Gone(record.spec.path)
+            }
+            Ok(record) => match at_driver.get(&record.id).copied() {
+                Some(found) if found.parameters.owner == record.mark && waits(&found) => {
+                    at_driver.remove(&record.id);
+                    Match::Device(record.id, found, Ok(record))
+                }
+                None if self.is_unknown(record.id) => {
+                    let parameters = record.parameters();
+                    Match::Device(record.id, Found { waiting: Waiting::ForDaemon, parameters }, Ok(record))
+                }
+                // Never started, stopped, or another by now: nobody waits for it.
+                _ => Match::Gone(record.spec.path),
+            },
+            Err(reason) => {
+                let id = linked_id(&self.shared.run_dir.join(instance).join(format!("loop{number}")));
+                let id = id.filter(|id| !spoken_for.contains(id));
+                match id.and_then(|id| at_driver.get(&id).copied().filter(waits).map(|found| (id, found))) {
+                    Some((id, found)) => {
+                        at_driver.remove(&id);
+                        Match::Device(id, found, Err(reason))
+                    }
+                    None => Match::Unknown(reason),
+                }
+            }
+        }
+    }
+
+    /// Devices without a state file whose names are there still.
+    fn named_by_links(&self, at_driver: &mut AtDriver, defaults: &InstanceSpec) -> Vec<Orphan> {
+        let entries = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten();
+        let mut named = Vec::new();
+        for link in entries(&self.shared.run_dir).flat_map(|dir| entries(&dir.path())) {
+            let path = link.path();
+            let Some(id) = linked_id(&path) else { continue };
+            let name = path.to_str().and_then(|path| parse_device(path, &self.shared.run_dir).ok());
+            let Some(DeviceName::Number(instance, number)) = name else { continue };
+            let waits = |found: &Found| found.waiting == Waiting::ForDaemon && found.parameters.outlives;
+            let Some(found) = at_driver.get(&id).copied().filter(waits) else { continue };
+            let missing = Error::new(Kind::NotFound, "its state file is missing");
+            let Some(instance) = self.instance_again(&instance, Ok(defaults.clone()), defaults) else {
+                continue;
+            };
+            at_driver.remove(&id);
+            named.push(Orphan { instance, number, id, found, record: Err(missing) });
+        }
+        named
+    }
+
+    /// Deletes devices that a previous daemon had begun to make, or to take away; never one with users. One
+    /// that waits for a daemon goes only if the driver itself finds it unused, and if `complete`: no state
+    /// file can be about it.
+    fn delete_unused(&self, at_driver: &mut AtDriver, complete: bool, notes: &mut Vec<String>) {
+        at_driver.retain(|&id, found| {
+            let ended = found.waiting == Waiting::ForNothing || !found.parameters.outlives;
+            if !(ended || complete && self.shared.frontend.stops_unused_only()) {
+                return true;
+            }
+            let when = if ended { Stop::Always } else { Stop::IfUnused };
+            let deleted = self.shared.frontend.leftover(id, found.parameters).and_then(|device| {
+                device.stop(when)?;
+                device.delete()
+            });
+            match deleted {
+                Ok(()) => notes.push(format!("ublk device {id} was left over and is deleted")),
+                Err(error) if !ended && error.kind() == Kind::Busy => return true,
+                Err(error) => {
+                    tracing::error!("ublk device {id} was left over and cannot be deleted: {error}")
+                }
+            }
+            false
+        });
+    }
+
+    /// Devices of which neither record nor name is left. One that is alone with one record that cannot be
+    /// read is its device; others get names that nothing else has.
+    fn nameless(
+        &self,
+        at_driver: AtDriver,
+        mut unmatched: Vec<(Arc<Instance>, u32, Error)>,
+        defaults: &InstanceSpec,
+    ) -> Vec<Orphan> {
+        let alone = at_driver.len() == 1 && unmatched.len() == 1;
+        let named = |(id, found)| {
+            if let Some((instance, number, reason)) = unmatched.pop().filter(|_| alone) {
+                return Some(Orphan { instance, number, id, found, record: Err(reason) });
+            }
+            let instance = self.instance_again(DEFAULT_INSTANCE, Ok(defaults.clone()), defaults)?;
+            let lost = Error::new(Kind::NotFound, "its state file and its name are missing");
+            Some(Orphan { instance, number: LOST.saturating_add(id), id, found, record: Err(lost) })
+        };
+        at_driver.into_iter().filter_map(named).collect()
+    }
+
+    /// Nothing is left of a device but its state file, and perhaps its name.
+    fn forget(&self, instance: &str, number: u32) {
+        self.shared.state.remove_device(instance, number);
+        let link = self.shared.run_dir.join(instance).join(format!("loop{number}"));
+        if std::fs::read_link(&link).is_ok() {
+            let _ = std::fs::remove_file(link);
+        }
+    }
+}
+
+/// What a state file is about.
+enum Match {
+    /// This device.
+    Device(u32, Found, Result<DeviceRecord>),
+    /// Perhaps a device: it cannot be read, for this reason.
+    Unknown(Error),
+    /// None that is there.
+    Gone(String),
+}
+
+impl Orphan {
+    /// Recovers it, or has it listed as stuck. Returns a note.
+    fn recover(&self) -> Option<String> {
+        let Orphan { instance, number, id, found, record } = self;
+        let name = format!("{}/loop{number}", instance.info().name);
+        match record {
+            Ok(record) => match instance.recover(*number, record.clone(), *found) {
+                Ok(()) => return Some(format!("{name} ({}) was recovered", record.spec.path)),
+                Err(error) => {
+                    tracing::error!("{name} ({}) was not recovered and is stuck: {error}", record.spec.path)
+                }
+            },
+            Err(reason) => {
+                let reason = reason.message();
+                tracing::error!("{name} (ublk device {id}) was not recovered and is stuck: {reason}");
+                if let Err(error) = instance.keep_stuck(*number, *id, *found, reason) {
+                    tracing::error!("{name} (ublk device {id}) is not listed: {error}");
+                }
+            }
+        }
+        None
+    }
+}
+
+/// The number at the driver of the block device that a name leads to.
+fn linked_id(link: &Path) -> Option<u32> {
+    let node = std::fs::read_link(link).ok()?;
+    node.to_str()?.strip_prefix("/dev/ublkb")?.parse().ok()
+}
