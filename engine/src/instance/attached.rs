@@ -18,7 +18,6 @@ pub struct Attached {
     pub(super) served: Served,
     /// Why nobody serves it.
     pub(super) reason: Option<String>,
-    #[expect(dead_code, reason = "held, not looked at")]
     pub(super) hold: Option<Hold>,
 }
 

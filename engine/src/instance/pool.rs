@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::attached::Attached;
 use super::claims::Claims;
-use super::claims::sources::{self, Sharing};
+use super::claims::sources::{self, Hold, Sharing};
 use super::in_use::user_of;
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};

@@ -33,6 +33,8 @@ const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 pub trait Loops: Send + Sync {
     /// Which loopN this node is.
     fn find(&self, node: &Node) -> Option<u32>;
+    /// Gives a caller whose descriptor is of a disk that loopN no longer is one of its disk now.
+    fn refresh_descriptor(&self, number: u32, node: &Node, caller: &dyn Caller) -> Answer<()>;
     fn get_free(&self) -> Answer<u32>;
     fn add(&self, number: i32) -> Answer<u32>;
     fn remove(&self, number: i32) -> Answer<u32>;
@@ -49,6 +51,9 @@ pub trait Loops: Send + Sync {
 impl Loops for Arc<Pool> {
     fn find(&self, node: &Node) -> Option<u32> {
         if node.block { Pool::find(self, node.rdev) } else { None }
+    }
+    fn refresh_descriptor(&self, number: u32, node: &Node, caller: &dyn Caller) -> Answer<()> {
+        Pool::refresh_descriptor(self, number, node.rdev, caller)
     }
     fn get_free(&self) -> Answer<u32> {
         Pool::get_free(self)
@@ -126,7 +131,7 @@ pub enum Verdict {
 
 enum What {
     Control,
-    Device(u32),
+    Device(u32, Node),
 }
 
 impl Desk {
@@ -136,7 +141,7 @@ impl Desk {
             if (self.is_control)(node.device, node.inode, node.rdev) {
                 return Some(What::Control);
             }
-            self.loops.find(node).map(What::Device)
+            self.loops.find(node).map(|number| What::Device(number, *node))
         };
         let Found::This(what, flags) = thread.find(call.fd, what) else {
             return Verdict::Pass;
@@ -148,10 +153,11 @@ impl Desk {
         } else {
             match what {
                 What::Control => self.control(call).map(i64::from),
-                What::Device(number) => {
+                What::Device(number, node) => {
                     let administrators = self.administrators;
                     let caller = Opener { thread, fd: call.fd, flags, administrators };
-                    self.device(number, call, &caller).map(|()| 0)
+                    let current = self.loops.refresh_descriptor(number, &node, &caller);
+                    current.and_then(|()| self.device(number, call, &caller)).map(|()| 0)
                 }
             }
         })

@@ -31,8 +31,12 @@ pub trait Devices: fmt::Debug + Send + Sync {
     fn spec(&self) -> &PoolSpec;
     /// All devices, by number.
     fn entries(&self) -> Vec<Entry>;
-    /// One device.
+    /// One device, for who opens it next.
     fn entry(&self, number: u32) -> Option<Entry>;
+    /// One device, for who does not.
+    fn shown(&self, number: u32) -> Option<Entry> {
+        self.entry(number)
+    }
     /// LOOP_CTL_GET_FREE.
     fn get_free(&self) -> Answer<u32>;
     /// LOOP_CTL_ADD.
@@ -54,6 +58,10 @@ impl Devices for Pool {
 
     fn entry(&self, number: u32) -> Option<Entry> {
         self.entry(number)
+    }
+
+    fn shown(&self, number: u32) -> Option<Entry> {
+        self.shown(number)
     }
 
     fn get_free(&self) -> Answer<u32> {

@@ -152,7 +152,7 @@ impl Nodes {
 
     /// Forgets what is no more of a device; its next holder of the number starts anew.
     pub(super) fn forget_gone(&self, device: u32) {
-        let entry = self.devices.entry(device);
+        let entry = self.devices.shown(device);
         let is_left = |key: &Key| match *key {
             Key::Device(number) if number == device => entry.is_some(),
             Key::Partition(number, _) if number == device => {

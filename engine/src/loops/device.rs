@@ -3,10 +3,10 @@
 //! Knows one device at a time. Numbers, limits and who is told of a change are the pool's business;
 //! when the last one has closed it, the reaper finds out.
 
+mod outgoing;
 mod reset;
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
 
 use super::binding::{Binding, check_block_size, check_info, check_kind};
 use super::maker::{Disk, Maker, Unrecycled, let_go};
@@ -15,10 +15,7 @@ use super::parts::{self, Part};
 use super::quota::Charge;
 use super::{Answer, Caller, Configure, Entry, Errno, Info, Status, flag};
 use crate::frontend::Stop;
-
-/// How long a cleared device is shown as unbound although somebody may have it open still: the
-/// caller of LOOP_CLR_FD itself has, and closes it next.
-const HIDDEN: Duration = Duration::from_secs(1);
+use outgoing::Outgoing;
 
 /// The state of one loopN.
 #[derive(Debug)]
@@ -30,10 +27,10 @@ pub struct Device {
     pub(super) parts: Vec<Part>,
     /// Mounted by the kernel for the tenant: others may not write then.
     pub(super) mounted: Vec<Hidden>,
-    /// When LOOP_CLR_FD came, if it did.
-    cleared: Option<Instant>,
-    /// Disks that it no longer is, but that somebody has open, and what they are bound to.
-    leaving: Vec<(Disk, Option<Binding>)>,
+    /// What it was until LOOP_CLR_FD, and is again if that was not its last user.
+    cleared: Option<Outgoing>,
+    /// Disks that it no longer is, but that somebody has open.
+    outgoing: Vec<Outgoing>,
     generation: u64,
     /// Of the user's account.
     _charge: Charge,
@@ -52,7 +49,7 @@ impl Device {
             parts: Vec::new(),
             mounted: Vec::new(),
             cleared: None,
-            leaving: Vec::new(),
+            outgoing: Vec::new(),
             generation,
             _charge: charge,
         }
@@ -79,28 +76,29 @@ impl Device {
 
     /// It is bound, as far as its users are to know.
     pub fn is_bound(&self) -> bool {
-        self.bound().is_ok()
+        self.binding.is_some()
     }
 
     /// It can be bound at once.
     pub fn is_free(&self) -> bool {
-        self.binding.is_none() && self.disk.is_some()
-    }
-
-    /// LOOP_CLR_FD came, and nobody has been seen to have it open since.
-    pub fn is_cleared(&self) -> bool {
-        self.cleared.is_some_and(|since| since.elapsed() < HIDDEN)
+        self.binding.is_none() && self.disk.is_some() && self.cleared.is_none()
     }
 
     /// Its last close is to be waited for.
     pub fn is_awaited(&self) -> bool {
-        let held = !self.leaving.is_empty() || !self.mounted.is_empty();
-        held || self.binding.as_ref().is_some_and(|binding| autoclears(&binding.info))
+        let held = self.is_cleared() || !self.outgoing.is_empty() || !self.mounted.is_empty();
+        held || self.is_to_be_unbound()
+    }
+
+    /// Its last close unbinds it.
+    pub fn is_to_be_unbound(&self) -> bool {
+        self.binding.as_ref().is_some_and(|binding| autoclears(&binding.info))
     }
 
     /// Disks that it holds.
     pub fn disks(&self) -> usize {
-        self.leaving.len() + self.parts.len() + self.mounted.len() + usize::from(self.disk.is_some())
+        let outgoing = self.outgoing.len() + usize::from(self.is_cleared());
+        outgoing + self.parts.len() + self.mounted.len() + usize::from(self.disk.is_some())
     }
 
     /// Block device that it shows in turn, if it does.
@@ -109,10 +107,7 @@ impl Device {
     }
 
     pub(super) fn bound(&self) -> Answer<&Binding> {
-        match &self.binding {
-            Some(binding) if !self.is_cleared() => Ok(binding),
-            _ => Err(Errno::NXIO),
-        }
+        self.binding.as_ref().ok_or(Errno::NXIO)
     }
 
     pub(super) fn disk(&self) -> Answer<&Disk> {
@@ -128,10 +123,6 @@ impl Device {
         if !caller.waits() {
             return Err(Errno::INTR);
         }
-        // Without a descriptor it does not matter which disk it was: it can be cleared in truth.
-        if !caller.has_descriptor() && self.binding.is_some() && !self.unbind(room) {
-            return Err(Errno::BUSY);
-        }
         let block_size = binding.block_size;
         let read_only = binding.read_only();
         self.drop_parts();
@@ -141,7 +132,7 @@ impl Device {
         };
         // They go again with everything else if this fails.
         self.parts = parts;
-        if self.binding.is_none() && self.disk()?.block_size == block_size {
+        if self.disk()?.block_size == block_size {
             let disk = self.disk()?;
             if let Err(error) = disk.present(image, read_only) {
                 disk.withdraw();
@@ -149,14 +140,13 @@ impl Device {
                 return Err(error);
             }
         } else {
-            // Cleared a moment ago, so that it cannot be told whether others have it open; or its
-            // blocks have another size. The caller gets a new disk under the same name.
+            // Its blocks have another size. The caller gets a new disk under the same name.
             let disk = room.make(block_size).map_err(|error| super::errno(&error))?;
             let ready = disk.present(image, read_only);
             self.exchange(disk, ready, caller, room).inspect_err(|_| self.drop_parts())?;
         }
         self.binding = Some(binding);
-        self.cleared = None;
+        self.outgoing.extend(self.cleared.take());
         Ok(())
     }
 
@@ -169,27 +159,12 @@ impl Device {
         });
         if let Err(error) = given {
             if let Err(disk) = room.give_back(disk) {
-                self.leaving.push((disk, None));
+                self.outgoing.push(Outgoing::bare(disk));
             }
             return Err(error);
         }
-        if let Some(old) = self.disk.replace(disk) {
-            self.leaving.push((old, self.binding.take()));
-        }
-        self.generation += 1;
-        Ok(())
-    }
-
-    /// LOOP_CLR_FD.
-    pub fn clear(&mut self) -> Answer<()> {
-        self.bound()?;
-        let mounted = self.is_claimed()?;
-        if let Some(binding) = &mut self.binding {
-            binding.info.flags |= flag::AUTOCLEAR;
-        }
-        if !mounted {
-            self.cleared = Some(Instant::now());
-        }
+        let old = self.put_out(disk);
+        self.outgoing.extend(old);
         Ok(())
     }
 
@@ -235,7 +210,7 @@ impl Device {
 
     /// Partitions that somebody has open stay with whom has them, without a name.
     fn drop_parts(&mut self) {
-        self.leaving.extend(self.parts.drain(..).map(|part| (part.into_disk(), None)));
+        self.outgoing.extend(self.parts.drain(..).map(|part| Outgoing::bare(part.into_disk())));
     }
 
     /// It, or a partition of it, is mounted or opened with O_EXCL.
@@ -337,28 +312,11 @@ impl Device {
         Ok(())
     }
 
-    /// Unbinds it and lets go of disks that it no longer is, as far as nobody has them open. True:
-    /// something changed.
-    pub fn reap(&mut self, room: Room<'_>) -> bool {
-        for (disk, binding) in std::mem::take(&mut self.leaving) {
-            match room.recycle(disk) {
-                Ok(spare) => room.keep(spare),
-                Err(Unrecycled::InUse(disk)) => {
-                    self.leaving.push((disk, binding));
-                    continue;
-                }
-                Err(Unrecycled::Lost(error)) => tracing::error!(%error, "a disk was lost"),
-            }
-            let_go(binding);
-        }
+    /// Lets go of what nobody has any more, but not of its disk.
+    pub fn reap(&mut self, room: Room<'_>) {
+        self.release_outgoing(room);
+        self.look_at_cleared(room);
         self.take_back(room);
-        if !self.binding.as_ref().is_some_and(|binding| autoclears(&binding.info)) {
-            return false;
-        }
-        if self.parts.iter().any(Part::is_claimed) {
-            return false;
-        }
-        self.unbind(room)
     }
 
     /// Has its disk make way for a new one without a size, if nobody has it open.
@@ -382,12 +340,12 @@ impl Device {
 
     /// Unbinds it, if nobody has it open.
     pub fn unbind(&mut self, room: Room<'_>) -> bool {
-        if self.disk.is_none() || !self.mounted.is_empty() || self.renew(room) == Err(Errno::BUSY) {
+        let claimed = !self.mounted.is_empty() || self.parts.iter().any(Part::is_claimed);
+        if self.disk.is_none() || claimed || self.renew(room) == Err(Errno::BUSY) {
             return false;
         }
         self.drop_parts();
         self.generation += 1;
-        self.cleared = None;
         let_go(self.binding.take());
         true
     }
@@ -398,24 +356,20 @@ impl Device {
             self.drop_parts();
         }
         self.end_mounts(when, room);
-        for (disk, binding) in std::mem::take(&mut self.leaving) {
-            match room.remove(disk, when) {
-                Ok(()) => let_go(binding),
-                Err(disk) => self.leaving.push((disk, binding)),
-            }
-        }
+        self.end_outgoing(when, room);
         if let Some(disk) = self.disk.take() {
             match room.remove(disk, when) {
                 Ok(()) => let_go(self.binding.take()),
                 Err(disk) => self.disk = Some(disk),
             }
         }
-        self.disk.is_none() && self.leaving.is_empty() && self.mounted.is_empty()
+        self.disk.is_none() && self.outgoing.is_empty() && self.mounted.is_empty()
     }
 
     /// Gives its unused disk back.
     pub fn retire(&mut self, room: Room<'_>) -> Answer<()> {
-        if !self.leaving.is_empty() || self.binding.is_some() {
+        self.release_outgoing(room);
+        if !self.outgoing.is_empty() || self.is_cleared() || self.binding.is_some() {
             return Err(Errno::BUSY);
         }
         if self.disk.is_some() && !self.unbind(room) {

@@ -5,9 +5,10 @@
 //! takes over its device number, so that nothing cached, and no name that somebody kept, leads from
 //! one file to the next or from one tenant to another.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::CWD;
@@ -35,6 +36,9 @@ const NUMBER_PAUSE: Duration = Duration::from_millis(20);
 /// Its slot on the workers stays taken: something of it may yet be in flight.
 const STAYS: &str = "a disk cannot be released";
 
+/// Unbound disks that are kept where their numbers may be any.
+const SPARES_MAX: usize = 2;
+
 /// Makes devices for one pool.
 #[derive(Debug)]
 pub struct Maker {
@@ -46,6 +50,8 @@ pub struct Maker {
     drawer: Drawer,
     /// One that has not appeared yet: whether a disk can be replaced is only found out by trying, often.
     standby: Mutex<Option<Served>>,
+    /// Device numbers of all that have appeared.
+    present: Mutex<BTreeSet<u64>>,
     /// Nobody's any more: kept with their device numbers, for the next who needs one.
     spares: Mutex<Vec<Disk>>,
     /// If they must not change: the device numbers of all disks.
@@ -82,6 +88,7 @@ impl Maker {
             drawer: Drawer::new(Arc::clone(&slots)),
             slots,
             standby: Mutex::default(),
+            present: Mutex::default(),
             spares: Mutex::default(),
             fixed: OnceLock::new(),
         }
@@ -140,7 +147,10 @@ impl Maker {
 
     fn appeared(&self, served: Served, block_size: u32) -> Result<Disk> {
         match served.device().device_number() {
-            Ok(rdev) => Ok(Disk { served: Box::new(served), rdev, block_size }),
+            Ok(rdev) => {
+                lock(&self.present).insert(rdev);
+                Ok(Disk { served: Box::new(served), rdev, block_size })
+            }
             Err(error) => {
                 self.discard(&served);
                 Err(error)
@@ -189,7 +199,7 @@ impl Maker {
         };
         let alone = Alone::wait();
         match disk.served.make_way(&alone) {
-            Ok(()) => {}
+            Ok(()) => drop(lock(&self.present).remove(&disk.rdev)),
             Err(error) if error.kind() == Kind::Busy => {
                 drop(alone);
                 self.unneeded(next, block_size);
@@ -251,6 +261,7 @@ impl Maker {
             }
             // The kernel frees a number some time after its disk has gone.
             let beyond = disk.rdev > old.rdev;
+            lock(&self.present).remove(&disk.rdev);
             fillers.push(*disk.served);
             if fillers.len() == FILLERS_MAX || Instant::now() >= until {
                 return Err(Error::new(Kind::Internal, "the device number of a used disk is another's"));
@@ -262,10 +273,11 @@ impl Maker {
         }
     }
 
-    /// Takes back one that was given out, and has shown nothing to anybody.
-    pub fn give_back(&self, disk: Disk) -> std::result::Result<(), Disk> {
-        if self.fixed().is_none() {
-            return self.remove(disk, Stop::Always);
+    /// Takes a used disk away, if nobody has it open. A few are kept with a new life, for the next who
+    /// needs one at once.
+    pub fn retire(&self, disk: Disk) -> std::result::Result<(), Disk> {
+        if self.fixed().is_none() && self.spares().len() >= SPARES_MAX {
+            return self.remove(disk, Stop::IfUnusedNow);
         }
         match self.recycle(disk) {
             Ok(spare) => self.keep(spare),
@@ -275,10 +287,24 @@ impl Maker {
         Ok(())
     }
 
+    /// It has a disk with this device number.
+    pub fn has(&self, rdev: u64) -> bool {
+        lock(&self.present).contains(&rdev)
+    }
+
+    /// Takes back one that was given out, and has shown nothing to anybody.
+    pub fn give_back(&self, disk: Disk) -> std::result::Result<(), Disk> {
+        if self.fixed().is_none() {
+            return self.remove(disk, Stop::Always);
+        }
+        self.retire(disk)
+    }
+
     /// Takes a disk away for good.
     pub fn remove(&self, disk: Disk, when: Stop) -> std::result::Result<(), Disk> {
         match disk.served.stop(when) {
             Ok(()) => {
+                lock(&self.present).remove(&disk.rdev);
                 self.release(&disk.served);
                 let_go(disk);
                 Ok(())
@@ -295,8 +321,8 @@ impl Maker {
         self.spares().push(disk);
     }
 
-    fn spares(&self) -> std::sync::MutexGuard<'_, Vec<Disk>> {
-        self.spares.lock().unwrap_or_else(PoisonError::into_inner)
+    fn spares(&self) -> MutexGuard<'_, Vec<Disk>> {
+        lock(&self.spares)
     }
 
     /// Takes away what nobody has. To be called last. Two may call: neither comes back before all is
@@ -314,8 +340,8 @@ impl Maker {
         standby.take().iter().for_each(|served| self.discard(served));
     }
 
-    fn standby(&self) -> std::sync::MutexGuard<'_, Option<Served>> {
-        self.standby.lock().unwrap_or_else(PoisonError::into_inner)
+    fn standby(&self) -> MutexGuard<'_, Option<Served>> {
+        lock(&self.standby)
     }
 
     fn discard(&self, served: &Served) {
@@ -401,6 +427,10 @@ impl Disk {
         let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(self.served.device().node());
         opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Drops what holds a backing file: closing one may take as long as its file system likes.

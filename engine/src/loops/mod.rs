@@ -10,6 +10,7 @@ mod device;
 mod maker;
 mod mounted;
 mod parts;
+mod place;
 mod pool;
 mod quota;
 mod reaper;

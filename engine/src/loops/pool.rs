@@ -5,25 +5,23 @@
 
 mod fixed;
 mod forced;
+mod lookup;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::binding::check_kind;
 use super::device::Device;
 use super::maker::Maker;
+use super::place::{PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::Reaper;
 use super::{Answer, Caller, Configure, Entry, Errno, Info, PoolSpec, Status, Watcher, errno};
 use crate::frontend::Stop;
 
-/// How long an operation waits for another on the same device.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a disk may take to make way for its successor, before its name leads nowhere after all.
-const SETTLED_SOON: Duration = Duration::from_secs(1);
 /// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
 /// putting its old disks away, and another that is being bound hangs only if its file does.
 const SHORT_PATIENCE: Duration = Duration::from_secs(1);
@@ -34,17 +32,6 @@ const PARTS_MAX: usize = 64;
 /// How deep loop devices may be stacked on each other.
 const STACK_MAX: usize = 8;
 
-/// A place for one loopN.
-#[derive(Debug)]
-pub(super) struct Place {
-    pub(super) device: Mutex<Device>,
-    /// What is shown of it; never held while something is waited for.
-    entry: Mutex<Option<Entry>>,
-    /// Its disk may be making way for the next just now: its name leads nowhere for a moment.
-    moving: Mutex<bool>,
-    moved: Condvar,
-}
-
 /// A private pool of loop devices.
 #[derive(Debug)]
 pub struct Pool {
@@ -52,6 +39,8 @@ pub struct Pool {
     pub(super) maker: Maker,
     quotas: Quotas,
     places: Mutex<BTreeMap<u32, Arc<Place>>>,
+    /// Held while a device is made, so that no number is taken twice.
+    creating: Mutex<()>,
     generations: AtomicU64,
     ending: AtomicBool,
     /// Its end does not wait for its users.
@@ -81,6 +70,7 @@ impl Pool {
             maker,
             quotas,
             places: Mutex::default(),
+            creating: Mutex::default(),
             generations: AtomicU64::new(1),
             ending: AtomicBool::new(false),
             forced: AtomicBool::new(false),
@@ -103,37 +93,18 @@ impl Pool {
 
     /// All devices, by number.
     pub fn entries(&self) -> Vec<Entry> {
-        self.all().iter().filter_map(|(_, place)| lock(&place.entry).clone()).collect()
+        self.all().iter().filter_map(|(_, place)| place.shown()).collect()
     }
 
-    /// One device. If it makes way for its successor just now, waits for that, not long: whoever opens
-    /// the device next is to find the successor.
+    /// One device, for somebody who opens it next. If its disk is being replaced just now, waits for
+    /// that, not long; and the disk is not replaced right after.
     pub fn entry(&self, number: u32) -> Option<Entry> {
-        let place = lock(&self.places).get(&number).cloned()?;
-        place.wait_until_settled();
-        lock(&place.entry).clone()
+        self.place(number).ok()?.entry_to_open()
     }
 
     /// One device as it was shown last, without any wait: for who is told of the next change too.
     pub fn shown(&self, number: u32) -> Option<Entry> {
-        let place = lock(&self.places).get(&number).cloned()?;
-        lock(&place.entry).clone()
-    }
-
-    /// Which device (not partition) is the block device with this number.
-    pub fn find(&self, rdev: u64) -> Option<u32> {
-        self.find_entry(|entry| entry.rdev == rdev).map(|entry| entry.number)
-    }
-
-    /// The device that is like this. What is shown of one whose disk makes way is not true for the moment:
-    /// the number may be another's by now. So that is looked at last, when it has settled.
-    pub(super) fn find_entry(&self, is_it: impl Fn(&Entry) -> bool) -> Option<Entry> {
-        let (moving, settled): (Vec<_>, Vec<_>) =
-            self.all().into_iter().partition(|(_, place)| *lock(&place.moving));
-        settled.into_iter().chain(moving).find_map(|(_, place)| {
-            place.wait_until_settled();
-            lock(&place.entry).clone().filter(&is_it)
-        })
+        self.place(number).ok()?.shown()
     }
 
     /// LOOP_CTL_GET_FREE.
@@ -143,16 +114,15 @@ impl Pool {
             let patience = if place.is_shown_bound() { Duration::ZERO } else { SHORT_PATIENCE };
             let Ok(mut device) = place.lock_within(patience) else { continue };
             if device.is_free() {
+                drop(device);
+                place.wait_until_announced();
                 return Ok(number);
             }
-            // Its last user has closed it, and nobody has looked yet.
-            if device.is_cleared() {
-                place.set_moving(true);
-                let unbound = device.unbind(&self.maker);
+            // LOOP_CLR_FD came, and nobody has looked yet whether that was its last user.
+            if device.is_cleared() && device.finish_clearing(&self.maker, SHORT_PATIENCE) {
                 self.settle(number, &place, device);
-                if unbound {
-                    return Ok(number);
-                }
+                place.wait_until_announced();
+                return Ok(number);
             }
         }
         self.create(None)
@@ -169,19 +139,21 @@ impl Pool {
     }
 
     fn create(&self, wanted: Option<u32>) -> Answer<u32> {
-        // Held while the disk appears (milliseconds), so that no number is taken twice.
-        let mut places = lock(&self.places);
-        if self.ending.load(Ordering::Acquire) {
+        let creating = lock(&self.creating);
+        let present = self.all();
+        let is_there = |number: u32| present.binary_search_by_key(&number, |(number, _)| *number);
+        if self.is_ending() {
             return Err(Errno::NODEV);
         }
-        let number = match wanted {
-            Some(number) if places.contains_key(&number) => return Err(Errno::EXIST),
-            Some(number) => number,
-            None => (0..).find(|number| !places.contains_key(number)).unwrap_or(0),
-        };
-        let held: usize = places.values().map(|place| place.disks()).sum();
+        if let Some(Ok(at)) = wanted.map(is_there) {
+            drop(creating);
+            present[at].1.wait_until_announced();
+            return Err(Errno::EXIST);
+        }
+        let number = wanted.or_else(|| (0..).find(|number| is_there(*number).is_err())).unwrap_or(0);
+        let held: usize = present.iter().map(|(_, place)| place.disks()).sum();
         // Disks that are no longer anybody's loopN, but open still, count too.
-        if places.len() >= self.spec.max as usize || held > 2 * self.spec.max as usize + PARTS_MAX {
+        if present.len() >= self.spec.max as usize || held > 2 * self.spec.max as usize + PARTS_MAX {
             return Err(Errno::NOSPC);
         }
         let charge = self.quotas.charge(self.spec.uid)?;
@@ -190,13 +162,11 @@ impl Pool {
             errno(&error)
         })?;
         let generation = self.generations.fetch_add(1 << 20, Ordering::Relaxed);
-        let device = Device::new(number, disk, generation, charge);
-        let entry = Mutex::new(device.entry());
-        let device = Mutex::new(device);
-        let place = Place { device, entry, moving: Mutex::default(), moved: Condvar::default() };
-        places.insert(number, Arc::new(place));
-        drop(places);
+        let place = Arc::new(Place::new(Device::new(number, disk, generation, charge)));
+        lock(&self.places).insert(number, Arc::clone(&place));
+        drop(creating);
         self.tell(number);
+        place.announce();
         Ok(number)
     }
 
@@ -205,16 +175,15 @@ impl Pool {
         let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
         let place = lock(&self.places).get(&number).cloned().ok_or(Errno::NODEV)?;
         let mut device = place.lock()?;
-        place.set_moving(true);
+        place.begin_replacing();
         if device.is_cleared() {
-            device.unbind(&self.maker);
+            device.finish_clearing(&self.maker, SHORT_PATIENCE);
         }
         if let Err(error) = device.retire(&self.maker) {
             self.settle(number, &place, device);
             return Err(error);
         }
-        *lock(&place.entry) = None;
-        place.set_moving(false);
+        place.publish(None, Vec::new());
         lock(&self.places).remove(&number);
         drop(device);
         self.tell(number);
@@ -234,7 +203,7 @@ impl Pool {
 
     /// LOOP_CLR_FD.
     pub fn clear(&self, number: u32, _caller: &dyn Caller) -> Answer<()> {
-        self.change(number, Device::clear)
+        self.change(number, |device| device.clear(&self.maker))
     }
 
     /// LOOP_GET_STATUS64.
@@ -313,16 +282,12 @@ impl Pool {
             if !device.is_awaited() {
                 continue;
             }
-            let before = device.is_bound();
-            place.set_moving(true);
-            let changed = device.reap(&self.maker);
-            waiting += usize::from(device.is_awaited());
-            // What looked unbound and is still open is shown again after a while.
-            if changed || before != lock(&place.entry).as_ref().is_some_and(|entry| entry.bound.is_some()) {
-                self.settle(number, &place, device);
-            } else {
-                place.set_moving(false);
+            device.reap(&self.maker);
+            if device.is_to_be_unbound() && place.try_begin_replacing() {
+                device.unbind(&self.maker);
             }
+            waiting += usize::from(device.is_awaited());
+            self.publish(number, &place, device);
         }
         (waiting, false)
     }
@@ -334,6 +299,11 @@ impl Pool {
             clean &= self.end_one(number, &place, when, patience);
         }
         if clean {
+            // What was being made is there by now, and ends with the next sweep.
+            let _none_comes = lock(&self.creating);
+            if !self.all().is_empty() {
+                return false;
+            }
             self.maker.end();
         }
         clean
@@ -344,7 +314,7 @@ impl Pool {
         if !device.end(when, &self.maker) {
             return false;
         }
-        *lock(&place.entry) = None;
+        place.publish(None, Vec::new());
         lock(&self.places).remove(&number);
         drop(device);
         self.tell(number);
@@ -380,7 +350,9 @@ impl Pool {
         if self.is_ending() {
             return Err(Errno::NXIO);
         }
-        place.set_moving(moves);
+        if moves {
+            place.begin_replacing();
+        }
         let answer = operation(&mut device);
         self.settle(number, &place, device);
         answer
@@ -388,23 +360,21 @@ impl Pool {
 
     /// Shows what became of a device, lets go of it, and tells those who watch.
     fn settle(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
-        let entry = device.entry();
+        if self.publish(number, place, device) {
+            self.reaper.wake();
+        }
+    }
+
+    /// The same for the reaper. True: there is something to wait for.
+    fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) -> bool {
         let awaited = device.is_awaited();
-        let changed = {
-            let mut shown = lock(&place.entry);
-            let changed = *shown != entry;
-            *shown = entry;
-            changed
-        };
-        drop(device);
         // Before anybody is told, who may ask for the entry.
-        place.set_moving(false);
+        let changed = place.publish(device.entry(), device.outgoing());
+        drop(device);
         if changed {
             self.tell(number);
         }
-        if awaited {
-            self.reaper.wake();
-        }
+        awaited
     }
 
     fn tell(&self, number: u32) {
@@ -431,41 +401,5 @@ impl Pool {
             below = device.shows();
         }
         Ok(())
-    }
-}
-
-impl Place {
-    fn set_moving(&self, moving: bool) {
-        *lock(&self.moving) = moving;
-        self.moved.notify_all();
-    }
-
-    fn wait_until_settled(&self) {
-        let moving = lock(&self.moving);
-        let _ = self.moved.wait_timeout_while(moving, SETTLED_SOON, |moving| *moving);
-    }
-
-    fn lock(&self) -> Answer<MutexGuard<'_, Device>> {
-        self.lock_within(PATIENCE)
-    }
-
-    fn is_shown_bound(&self) -> bool {
-        lock(&self.entry).as_ref().is_some_and(|entry| entry.bound.is_some())
-    }
-
-    fn lock_within(&self, patience: Duration) -> Answer<MutexGuard<'_, Device>> {
-        let deadline = Instant::now() + patience;
-        loop {
-            match self.device.try_lock() {
-                Ok(device) => return Ok(device),
-                Err(TryLockError::Poisoned(device)) => return Ok(device.into_inner()),
-                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Err(Errno::BUSY),
-                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_micros(500)),
-            }
-        }
-    }
-
-    fn disks(&self) -> usize {
-        self.device.try_lock().map_or(1, |device| device.disks())
     }
 }

@@ -68,6 +68,10 @@ impl Loops for Pretend {
         self.0.nodes.lock().unwrap().get(&node.inode).copied()
     }
 
+    fn refresh_descriptor(&self, _number: u32, _node: &Node, _caller: &dyn Caller) -> Answer<()> {
+        Ok(())
+    }
+
     fn get_free(&self) -> Answer<u32> {
         self.0.log("get_free");
         Ok(7)

@@ -1,7 +1,8 @@
 //! A device whose user is gone, for the next.
 
+use super::outgoing::Outgoing;
 use super::{Device, Room, flag};
-use crate::loops::maker::{Disk, let_go};
+use crate::loops::maker::let_go;
 
 impl Device {
     /// Unbinds it. Who has it open keeps that disk until its last close; with force another disk takes
@@ -12,18 +13,26 @@ impl Device {
             binding.info.flags |= flag::AUTOCLEAR;
         }
         self.reap(room);
+        if self.is_to_be_unbound() {
+            self.unbind(room);
+        }
         if by_force {
             let mounted = self.leave_mounts();
-            self.leaving.extend(mounted.map(|disk| (disk, None)));
+            self.outgoing.extend(mounted.map(Outgoing::bare));
+            self.outgoing.extend(self.cleared.take());
             if self.binding.is_some() {
                 match room.make(512) {
-                    Ok(disk) => self.give_way_to(disk),
+                    Ok(disk) => {
+                        self.drop_parts();
+                        let old = self.put_out(disk);
+                        self.outgoing.extend(old);
+                    }
                     Err(error) => tracing::warn!(%error, number = self.number, "a loop device stays bound"),
                 }
             }
-            for (disk, binding) in &mut self.leaving {
-                disk.withdraw();
-                let_go(binding.take());
+            for outgoing in &mut self.outgoing {
+                outgoing.disk.withdraw();
+                let_go(outgoing.binding.take());
             }
         }
         if self.disk.is_none() {
@@ -31,14 +40,5 @@ impl Device {
             self.generation += 1;
         }
         self.is_free()
-    }
-
-    fn give_way_to(&mut self, disk: Disk) {
-        self.drop_parts();
-        if let Some(old) = self.disk.replace(disk) {
-            self.leaving.push((old, self.binding.take()));
-        }
-        self.generation += 1;
-        self.cleared = None;
     }
 }

@@ -60,7 +60,7 @@ impl Pool {
                 if self.is_ending() {
                     return;
                 }
-                place.set_moving(true);
+                place.begin_replacing();
                 clean &= device.reset(&self.maker, by_force);
                 self.settle(number, &place, device);
             }

@@ -2,7 +2,7 @@
 //!
 //! Knows that one device may hang and must hold up no other, and that who loses a device is logged.
 
-use super::{PATIENCE, Place, Pool, lock};
+use super::{PATIENCE, Place, Pool};
 use crate::frontend::Stop;
 use crate::sys::usage::{self, Disks};
 
@@ -27,8 +27,7 @@ impl Pool {
     }
 
     fn warn_lost(&self, number: u32, place: &Place) {
-        let entry = lock(&place.entry).clone();
-        let Some((rdev, Some(bound))) = entry.map(|entry| (entry.rdev, entry.bound)) else { return };
+        let Some((rdev, Some(bound))) = place.shown().map(|entry| (entry.rdev, entry.bound)) else { return };
         let device = format!("loop{number} of pool {} ({})", self.spec.name, bound.backing_file);
         usage::warn_lost(&device, &Disks::numbered(rdev));
     }

@@ -27,6 +27,7 @@ mod private_mount;
 mod private_nspawn;
 mod private_onestep;
 mod private_podman;
+mod private_rounds;
 mod private_script;
 mod private_socket;
 mod private_users;
@@ -85,6 +86,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_lifetime::cases(),
         private_nspawn::cases(),
         private_podman::cases(),
+        private_rounds::cases(),
     ]
     .into_iter()
     .flatten()

@@ -110,10 +110,10 @@ fn why(step: &str) -> &'static str {
 }
 
 /// The kernel's driver, loaded.
-struct Driver;
+pub(super) struct Driver;
 
 impl Driver {
-    fn load() -> Res<Driver> {
+    pub(super) fn load() -> Res<Driver> {
         if Path::new("/sys/module/loop").exists() {
             skip!("the kernel's own loop driver is loaded already, and may be in use");
         }
@@ -123,7 +123,7 @@ impl Driver {
         Ok(Driver)
     }
 
-    fn unload(self) -> Res {
+    pub(super) fn unload(self) -> Res {
         std::mem::forget(self);
         remove_driver()
     }

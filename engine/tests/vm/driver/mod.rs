@@ -10,6 +10,7 @@ mod hostile;
 mod life;
 mod raw;
 mod refused;
+pub(crate) mod rounds;
 mod status;
 
 /// First argument of the client; the second says whose calls it makes: `64` or `32`. Or it is how many
@@ -20,6 +21,7 @@ pub(crate) const ROLE: &str = "client-of-loop-devices";
 pub(crate) fn run(what: &str) {
     match what {
         "64" | "32" => steps(what == "32"),
+        what if what.starts_with(rounds::WORD) => rounds::run(what),
         calls => hostile::run(calls.parse().expect("a number of calls")),
     }
 }

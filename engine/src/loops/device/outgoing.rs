@@ -1,0 +1,152 @@
+//! Disks that a loopN no longer is, and that somebody may have open still.
+//!
+//! LOOP_CLR_FD gives the device another disk at once, for who opens it next; what it was serves those who
+//! have it open until their last close. If the caller was not its only user, it becomes that again.
+//! Knows one device; what the driver needs for a disk to go is the business of `maker`.
+
+use std::time::{Duration, Instant};
+
+use super::{Device, Room, let_go};
+use crate::frontend::Stop;
+use crate::loops::binding::Binding;
+use crate::loops::maker::Disk;
+use crate::loops::parts::Part;
+use crate::loops::place::QUIET;
+use crate::loops::{Answer, flag};
+
+/// How long a device is shown as unbound after LOOP_CLR_FD although somebody may have it open still: the
+/// caller itself has, and closes it next.
+const UNBOUND_MAX: Duration = Duration::from_secs(1);
+/// Outgoing disks of one device at the most.
+const MAX: usize = 16;
+/// How long LOOP_CLR_FD waits for a disk, where a pool has so many and no more.
+const DISK_SOON: Duration = Duration::from_millis(300);
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    pub(super) disk: Disk,
+    pub(super) binding: Option<Binding>,
+    parts: Vec<Part>,
+    since: Instant,
+}
+
+impl Outgoing {
+    /// One that is bound to nothing that must be kept.
+    pub(super) fn bare(disk: Disk) -> Outgoing {
+        Outgoing { disk, binding: None, parts: Vec::new(), since: Instant::now() }
+    }
+
+    /// Who was told its number before it went out has opened it by now.
+    fn is_quiet(&self) -> bool {
+        self.since.elapsed() >= QUIET
+    }
+}
+
+impl Device {
+    /// LOOP_CLR_FD.
+    pub fn clear(&mut self, room: Room<'_>) -> Answer<()> {
+        self.bound()?;
+        let claimed = self.is_claimed()?;
+        if let Some(binding) = &mut self.binding {
+            binding.info.flags |= flag::AUTOCLEAR;
+        }
+        // Otherwise the last close unbinds it, as it does where others have it open.
+        if !claimed && let Some(next) = self.next_disk(room) {
+            self.outgoing.extend(self.cleared.take());
+            self.cleared = self.put_out(next);
+        }
+        Ok(())
+    }
+
+    /// LOOP_CLR_FD came, and whether that was its last user is not known yet.
+    pub fn is_cleared(&self) -> bool {
+        self.cleared.is_some()
+    }
+
+    fn next_disk(&mut self, room: Room<'_>) -> Option<Disk> {
+        let until = Instant::now() + DISK_SOON;
+        loop {
+            self.release_outgoing(room);
+            let made = if self.outgoing.len() < MAX { room.make(512).ok() } else { None };
+            if made.is_some() || self.outgoing.is_empty() || Instant::now() >= until {
+                return made;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Puts another disk in the place of its own, without a file.
+    pub(super) fn put_out(&mut self, next: Disk) -> Option<Outgoing> {
+        self.generation += 1;
+        let (binding, parts) = (self.binding.take(), std::mem::take(&mut self.parts));
+        self.disk.replace(next).map(|disk| Outgoing { disk, binding, parts, since: Instant::now() })
+    }
+
+    /// Device numbers of its outgoing disks.
+    pub fn outgoing(&self) -> Vec<u64> {
+        self.outgoing.iter().chain(&self.cleared).map(|outgoing| outgoing.disk.rdev).collect()
+    }
+
+    /// Lets go of those that nobody has open.
+    pub(super) fn release_outgoing(&mut self, room: Room<'_>) {
+        for outgoing in std::mem::take(&mut self.outgoing) {
+            let kept = self.release(outgoing, room);
+            self.outgoing.extend(kept);
+        }
+    }
+
+    fn release(&mut self, outgoing: Outgoing, room: Room<'_>) -> Option<Outgoing> {
+        if !outgoing.is_quiet() {
+            return Some(outgoing);
+        }
+        let Outgoing { disk, binding, parts, since } = outgoing;
+        match room.retire(disk) {
+            Ok(()) => {
+                self.outgoing.extend(parts.into_iter().map(|part| Outgoing::bare(part.into_disk())));
+                let_go(binding);
+                None
+            }
+            Err(disk) => Some(Outgoing { disk, binding, parts, since }),
+        }
+    }
+
+    /// After LOOP_CLR_FD: lets go of what it was, or is that again after a while.
+    pub(super) fn look_at_cleared(&mut self, room: Room<'_>) {
+        let Some(was) = self.cleared.take() else { return };
+        let kept = self.release(was, room);
+        match kept {
+            Some(was) if was.since.elapsed() >= UNBOUND_MAX && self.binding.is_none() => {
+                let unused = self.disk.replace(was.disk);
+                (self.binding, self.parts) = (was.binding, was.parts);
+                self.outgoing.extend(unused.map(Outgoing::bare));
+                self.generation += 1;
+            }
+            kept => self.cleared = kept,
+        }
+    }
+
+    /// Waits until its caller of LOOP_CLR_FD may have closed it, not longer than needed or `within`.
+    /// True: nobody has what it was open, and it is free.
+    pub fn finish_clearing(&mut self, room: Room<'_>, within: Duration) -> bool {
+        let early = self.cleared.as_ref().and_then(|was| QUIET.checked_sub(was.since.elapsed()));
+        early.into_iter().for_each(|early| std::thread::sleep(early.min(within)));
+        self.look_at_cleared(room);
+        self.is_free()
+    }
+
+    /// Takes them away for good, as far as they can be had.
+    pub(super) fn end_outgoing(&mut self, when: Stop, room: Room<'_>) {
+        self.outgoing.extend(self.cleared.take());
+        for Outgoing { disk, binding, parts, since } in std::mem::take(&mut self.outgoing) {
+            let parts = parts.into_iter().filter_map(|part| room.remove(part.into_disk(), when).err());
+            let parts: Vec<_> = parts.map(Outgoing::bare).collect();
+            self.outgoing.extend(parts);
+            match room.remove(disk, when) {
+                Ok(()) => let_go(binding),
+                Err(disk) => self.outgoing.push(Outgoing { disk, binding, parts: Vec::new(), since }),
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! One loopN of a pool: the lock of its device, and what others are told of it meanwhile.
+//!
+//! Knows when it may be looked at: not before all who watch know of it, and not while its disk is being
+//! replaced. Does not know what an operation does.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use super::device::Device;
+use super::{Answer, Entry, Errno};
+
+/// How long an operation waits for another on the same device.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a disk may take to be replaced, before its name leads nowhere after all.
+const REPLACED_SOON: Duration = Duration::from_secs(1);
+/// Who was told a device number opens it within this time: the kernel asks for it first.
+pub(super) const QUIET: Duration = Duration::from_millis(15);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) device: Mutex<Device>,
+    /// Never held while something is waited for.
+    shown: Mutex<Shown>,
+    published: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Shown {
+    entry: Option<Entry>,
+    /// Device numbers of disks that it was, and that somebody may have open still.
+    outgoing: Vec<u64>,
+    /// Its disk is being replaced: its name leads nowhere for a moment.
+    replacing: bool,
+    /// The replacement was put off, since somebody was about to open the disk.
+    put_off: bool,
+    /// All who watch know of it: its number may be given out.
+    announced: bool,
+    /// When somebody was last told its device number, to open it.
+    named: Option<Instant>,
+}
+
+impl Shown {
+    fn named_lately(&self) -> Option<Duration> {
+        QUIET.checked_sub(self.named?.elapsed())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Place {
+    /// Not announced yet.
+    pub(super) fn new(device: Device) -> Place {
+        let shown = Shown { entry: device.entry(), ..Shown::default() };
+        Place { device: Mutex::new(device), shown: Mutex::new(shown), published: Condvar::new() }
+    }
+
+    /// What it is now, without any wait.
+    pub(super) fn shown(&self) -> Option<Entry> {
+        lock(&self.shown).entry.clone()
+    }
+
+    /// What it is, for somebody who opens it next: not while its disk is being replaced, and that disk
+    /// is then left alone for a while.
+    pub(super) fn entry_to_open(&self) -> Option<Entry> {
+        let mut shown = self.wait_until_published();
+        shown.named = Some(Instant::now());
+        shown.entry.clone()
+    }
+
+    /// The same for somebody who does not.
+    pub(super) fn published(&self) -> Option<Entry> {
+        self.wait_until_published().entry.clone()
+    }
+
+    fn wait_until_published(&self) -> MutexGuard<'_, Shown> {
+        let shown = lock(&self.shown);
+        let waited = self.published.wait_timeout_while(shown, REPLACED_SOON, |shown| shown.replacing);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// This number is that of its disk, or of one that it was.
+    pub(super) fn is_or_was(&self, rdev: u64) -> bool {
+        let shown = lock(&self.shown);
+        shown.entry.as_ref().is_some_and(|entry| entry.rdev == rdev) || shown.outgoing.contains(&rdev)
+    }
+
+    pub(super) fn is_replacing(&self) -> bool {
+        lock(&self.shown).replacing
+    }
+
+    pub(super) fn is_shown_bound(&self) -> bool {
+        lock(&self.shown).entry.as_ref().is_some_and(|entry| entry.bound.is_some())
+    }
+
+    /// From now on nobody is told its device number, and nobody who was told is about to open it.
+    /// To be followed by `publish` or `withdraw`.
+    pub(super) fn begin_replacing(&self) {
+        let mut shown = lock(&self.shown);
+        shown.replacing = true;
+        let wait = shown.named_lately();
+        drop(shown);
+        wait.into_iter().for_each(std::thread::sleep);
+    }
+
+    /// The same for who looks often: is put off once if somebody is about to open it. False: not now.
+    pub(super) fn try_begin_replacing(&self) -> bool {
+        let mut shown = lock(&self.shown);
+        if !shown.put_off && shown.named_lately().is_some() {
+            shown.put_off = true;
+            return false;
+        }
+        shown.put_off = false;
+        drop(shown);
+        self.begin_replacing();
+        true
+    }
+
+    /// Shows what has become of it. True: something has changed.
+    pub(super) fn publish(&self, entry: Option<Entry>, outgoing: Vec<u64>) -> bool {
+        let mut shown = lock(&self.shown);
+        let changed = shown.entry != entry;
+        shown.entry = entry;
+        shown.outgoing = outgoing;
+        shown.replacing = false;
+        drop(shown);
+        self.published.notify_all();
+        changed
+    }
+
+    /// All who watch know of it.
+    pub(super) fn announce(&self) {
+        lock(&self.shown).announced = true;
+        self.published.notify_all();
+    }
+
+    /// Waits for that, not long.
+    pub(super) fn wait_until_announced(&self) {
+        let shown = lock(&self.shown);
+        let _ = self.published.wait_timeout_while(shown, REPLACED_SOON, |shown| !shown.announced);
+    }
+
+    pub(super) fn lock(&self) -> Answer<MutexGuard<'_, Device>> {
+        self.lock_within(PATIENCE)
+    }
+
+    pub(super) fn lock_within(&self, patience: Duration) -> Answer<MutexGuard<'_, Device>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.device.try_lock() {
+                Ok(device) => return Ok(device),
+                Err(TryLockError::Poisoned(device)) => return Ok(device.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Err(Errno::BUSY),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_micros(500)),
+            }
+        }
+    }
+
+    pub(super) fn disks(&self) -> usize {
+        self.device.try_lock().map_or(1, |device| device.disks())
+    }
+}

@@ -1,0 +1,50 @@
+//! Which device of a pool a descriptor is of, also while disks are replaced.
+//!
+//! Knows device numbers; does not know who asks, nor how descriptors are looked at.
+
+use std::time::{Duration, Instant};
+
+use super::{Pool, SHORT_PATIENCE};
+use crate::loops::{Answer, Caller, Entry};
+
+impl Pool {
+    /// Which device (not partition) is the block device with this number, or was it until a moment ago.
+    /// Waits, not long, where the number is that of a disk of the pool and no device has it yet.
+    pub fn find(&self, rdev: u64) -> Option<u32> {
+        let until = Instant::now() + SHORT_PATIENCE;
+        loop {
+            let found = self.all().into_iter().find(|(_, place)| place.is_or_was(rdev));
+            if let Some((number, _)) = found {
+                return Some(number);
+            }
+            // A partition is no loopN, and is not to become one.
+            let is_part = |entry: Entry| entry.partitions.iter().any(|part| part.rdev == rdev);
+            let part = self.all().iter().any(|(_, place)| place.shown().is_some_and(is_part));
+            if part || !self.maker.has(rdev) || Instant::now() >= until {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Gives a caller whose descriptor is of a disk that the device no longer is one of its disk now.
+    pub fn refresh_descriptor(&self, number: u32, rdev: u64, caller: &dyn Caller) -> Answer<()> {
+        let place = self.place(number)?;
+        let is_current = |entry: Option<Entry>| entry.is_some_and(|entry| entry.rdev == rdev);
+        if is_current(place.shown()) {
+            return Ok(());
+        }
+        let device = place.lock()?;
+        let disk = device.disk()?;
+        if disk.rdev == rdev { Ok(()) } else { caller.replace(disk.open(caller.writes())?) }
+    }
+
+    /// The device that is like this. What is shown of one whose disk is being replaced is not true for the
+    /// moment: the number may be another's by now. So that is looked at last, when it is published.
+    pub(in crate::loops) fn find_entry(&self, is_it: impl Fn(&Entry) -> bool) -> Option<Entry> {
+        let (replacing, published): (Vec<_>, Vec<_>) =
+            self.all().into_iter().partition(|(_, place)| place.is_replacing());
+        let mut all = published.into_iter().chain(replacing);
+        all.find_map(|(_, place)| place.published().filter(&is_it))
+    }
+}
