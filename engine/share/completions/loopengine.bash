@@ -70,6 +70,9 @@ _loopengine() {
             loopengine,recover)
                 cmd="loopengine__subcmd__recover"
                 ;;
+            loopengine,release-mounts)
+                cmd="loopengine__subcmd__release__subcmd__mounts"
+                ;;
             loopengine,resize)
                 cmd="loopengine__subcmd__resize"
                 ;;
@@ -138,6 +141,9 @@ _loopengine() {
                 ;;
             loopengine__subcmd__help,recover)
                 cmd="loopengine__subcmd__help__subcmd__recover"
+                ;;
+            loopengine__subcmd__help,release-mounts)
+                cmd="loopengine__subcmd__help__subcmd__release__subcmd__mounts"
                 ;;
             loopengine__subcmd__help,resize)
                 cmd="loopengine__subcmd__help__subcmd__resize"
@@ -254,7 +260,7 @@ _loopengine() {
 
     case "${cmd}" in
         loopengine)
-            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
+            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher release-mounts limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -432,7 +438,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help)
-            opts="serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher limit features doctor install oci generate help"
+            opts="serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher release-mounts limit features doctor install oci generate help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -810,6 +816,20 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help__subcmd__recover)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__help__subcmd__release__subcmd__mounts)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1631,6 +1651,24 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        loopengine__subcmd__release__subcmd__mounts)
+            opts="-h -V --now --run-dir --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         loopengine__subcmd__resize)
             opts="-f -h -V --size --shrink --force --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -1688,7 +1726,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__serve)
-            opts="-h -V --config --frontend --linked-commit --poll-us --no-sandbox --run-dir --help --version"
+            opts="-h -V --config --frontend --linked-commit --poll-us --detach-all --no-sandbox --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
