@@ -68,6 +68,8 @@ struct Node {
     ino: u64,
     /// Device number and generation for which the inode stands.
     stands_for: (u64, u64),
+    /// The inode before this one, and what it stands for: the name may stand for that once more.
+    former: Option<(u64, (u64, u64))>,
     mode: u32,
     uid: u32,
     gid: u32,
@@ -93,7 +95,7 @@ impl Nodes {
         let spec = devices.spec();
         let node = |ino, mode| {
             let (uid, gid) = (spec.uid, spec.gid);
-            Node { ino, stands_for: (0, 0), mode, uid, gid, changed: now() }
+            Node { ino, stands_for: (0, 0), former: None, mode, uid, gid, changed: now() }
         };
         let fixed = [(Key::Root, node(ROOT, 0o755)), (Key::Control, node(CONTROL, spec.mode & PERMISSIONS))];
         let table = Table {
@@ -146,7 +148,11 @@ impl Nodes {
         let key = self.table().keys.get(&ino).copied().ok_or(Errno::STALE)?;
         let now = self.stands_for(key).ok_or(Errno::STALE)?;
         let mut table = self.table();
-        let node = table.nodes.get_mut(&key).filter(|node| node.ino == ino && node.stands_for == now);
+        let mut node = table.nodes.get_mut(&key);
+        if let Some(node) = node.as_mut().filter(|node| node.former == Some((ino, now))) {
+            node.swap();
+        }
+        let node = node.filter(|node| node.ino == ino && node.stands_for == now);
         node.map(|node| does(key, node)).ok_or(Errno::STALE)
     }
 
@@ -225,11 +231,17 @@ fn stands_for(entry: &Entry, key: Key) -> Option<(u64, u64)> {
 impl Table {
     /// The attributes of a key that stands for this now: with another inode if it has changed.
     fn attr(&mut self, key: Key, stands_for: (u64, u64), mode: u32, (uid, gid): (u32, u32)) -> Attr {
-        let fresh = Node { ino: self.next, stands_for, mode: mode & PERMISSIONS, uid, gid, changed: now() };
+        let mode = mode & PERMISSIONS;
+        let fresh = Node { ino: self.next, stands_for, former: None, mode, uid, gid, changed: now() };
         let node = self.nodes.entry(key).or_insert(fresh);
-        if node.stands_for != stands_for {
-            self.keys.remove(&node.ino);
-            *node = Node { ino: self.next, stands_for, ..*node };
+        if node.former.is_some_and(|(_, stood_for)| stood_for == stands_for) {
+            node.swap();
+        } else if node.stands_for != stands_for {
+            if let Some((ino, _)) = node.former {
+                self.keys.remove(&ino);
+            }
+            let former = Some((node.ino, node.stands_for));
+            *node = Node { ino: self.next, stands_for, former, ..*node };
         }
         if node.ino == self.next {
             self.next += 1;
@@ -240,6 +252,13 @@ impl Table {
 }
 
 impl Node {
+    /// It is the inode before this one again.
+    fn swap(&mut self) {
+        if let Some((ino, stands_for)) = self.former.replace((self.ino, self.stands_for)) {
+            (self.ino, self.stands_for) = (ino, stands_for);
+        }
+    }
+
     fn attr(&self, key: Key) -> Attr {
         let (kind, links, rdev) = match key {
             Key::Root => (DIRECTORY, 2, 0),

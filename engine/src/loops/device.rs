@@ -32,6 +32,8 @@ pub struct Device {
     /// Disks that it no longer is, but that somebody has open.
     outgoing: Vec<Outgoing>,
     generation: u64,
+    /// The highest that it has had: a device may become what it was before.
+    last_generation: u64,
     /// Of the user's account.
     _charge: Charge,
 }
@@ -51,6 +53,7 @@ impl Device {
             cleared: None,
             outgoing: Vec::new(),
             generation,
+            last_generation: generation,
             _charge: charge,
         }
     }
@@ -338,6 +341,12 @@ impl Device {
         }
     }
 
+    /// Names of what it was must not open what it is now.
+    fn renew_generation(&mut self) {
+        self.last_generation += 1;
+        self.generation = self.last_generation;
+    }
+
     /// Unbinds it, if nobody has it open.
     pub fn unbind(&mut self, room: Room<'_>) -> bool {
         let claimed = !self.mounted.is_empty() || self.parts.iter().any(Part::is_claimed);
@@ -345,7 +354,7 @@ impl Device {
             return false;
         }
         self.drop_parts();
-        self.generation += 1;
+        self.renew_generation();
         let_go(self.binding.take());
         true
     }

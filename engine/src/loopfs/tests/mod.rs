@@ -208,6 +208,19 @@ fn an_inode_of_a_device_that_is_gone_opens_nothing() {
     shown.fake.entries.lock().unwrap().get_mut(&0).unwrap().generation += 100;
     assert_eq!(errno(reopen(&device)), libc::ESTALE);
     assert!(File::open(shown.path("loop0")).is_ok());
+    // What it was is stale only until it is that again; names found in between are stale from then on.
+    for looked in [false, true] {
+        let (was, set) = (hold("loop0"), |to| {
+            shown.fake.entries.lock().unwrap().get_mut(&0).unwrap().generation = to;
+        });
+        let generation = shown.fake.entry(0).unwrap().generation;
+        set(generation + 1);
+        let between = looked.then(|| hold("loop0"));
+        assert_eq!(errno(reopen(&was)), libc::ESTALE);
+        set(generation);
+        assert!(reopen(&was).is_ok());
+        assert!(between.is_none_or(|between| errno(reopen(&between)) == libc::ESTALE));
+    }
     // Nothing is kept of those that are gone.
     for _ in 0..100 {
         shown.fake.remove(0).unwrap();

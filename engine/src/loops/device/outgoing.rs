@@ -30,12 +30,14 @@ pub(super) struct Outgoing {
     pub(super) binding: Option<Binding>,
     parts: Vec<Part>,
     since: Instant,
+    /// Of the device, while this was its disk.
+    generation: u64,
 }
 
 impl Outgoing {
     /// One that is bound to nothing that must be kept.
     pub(super) fn bare(disk: Disk) -> Outgoing {
-        Outgoing { disk, binding: None, parts: Vec::new(), since: Instant::now() }
+        Outgoing { disk, binding: None, parts: Vec::new(), since: Instant::now(), generation: 0 }
     }
 
     /// Who was told its number before it went out has opened it by now.
@@ -79,9 +81,11 @@ impl Device {
 
     /// Puts another disk in the place of its own, without a file.
     pub(super) fn put_out(&mut self, next: Disk) -> Option<Outgoing> {
-        self.generation += 1;
+        let generation = self.generation;
+        self.renew_generation();
         let (binding, parts) = (self.binding.take(), std::mem::take(&mut self.parts));
-        self.disk.replace(next).map(|disk| Outgoing { disk, binding, parts, since: Instant::now() })
+        let since = Instant::now();
+        self.disk.replace(next).map(|disk| Outgoing { disk, binding, parts, since, generation })
     }
 
     /// Device numbers of its outgoing disks.
@@ -101,14 +105,14 @@ impl Device {
         if !outgoing.is_quiet() {
             return Some(outgoing);
         }
-        let Outgoing { disk, binding, parts, since } = outgoing;
+        let Outgoing { disk, binding, parts, since, generation } = outgoing;
         match room.retire(disk) {
             Ok(()) => {
                 self.outgoing.extend(parts.into_iter().map(|part| Outgoing::bare(part.into_disk())));
                 let_go(binding);
                 None
             }
-            Err(disk) => Some(Outgoing { disk, binding, parts, since }),
+            Err(disk) => Some(Outgoing { disk, binding, parts, since, generation }),
         }
     }
 
@@ -121,7 +125,8 @@ impl Device {
                 let unused = self.disk.replace(was.disk);
                 (self.binding, self.parts) = (was.binding, was.parts);
                 self.outgoing.extend(unused.map(Outgoing::bare));
-                self.generation += 1;
+                // The same disk with the same file: names and descriptors that were its are so again.
+                self.generation = was.generation;
             }
             kept => self.cleared = kept,
         }
@@ -139,13 +144,15 @@ impl Device {
     /// Takes them away for good, as far as they can be had.
     pub(super) fn end_outgoing(&mut self, when: Stop, room: Room<'_>) {
         self.outgoing.extend(self.cleared.take());
-        for Outgoing { disk, binding, parts, since } in std::mem::take(&mut self.outgoing) {
+        for Outgoing { disk, binding, parts, since, generation } in std::mem::take(&mut self.outgoing) {
             let parts = parts.into_iter().filter_map(|part| room.remove(part.into_disk(), when).err());
             let parts: Vec<_> = parts.map(Outgoing::bare).collect();
             self.outgoing.extend(parts);
             match room.remove(disk, when) {
                 Ok(()) => let_go(binding),
-                Err(disk) => self.outgoing.push(Outgoing { disk, binding, parts: Vec::new(), since }),
+                Err(disk) => {
+                    self.outgoing.push(Outgoing { disk, binding, parts: Vec::new(), since, generation });
+                }
             }
         }
     }

@@ -37,7 +37,7 @@ impl Device {
         }
         if self.disk.is_none() {
             self.disk = room.make(512).ok();
-            self.generation += 1;
+            self.renew_generation();
         }
         self.is_free()
     }

@@ -51,6 +51,8 @@ fn endless(ctx: &Ctx) -> Res {
     let shown = tools::until(Duration::from_secs(5), || (disk::size(&device).ok()? == SIZE).then_some(()));
     ensure!(shown.is_some(), "the size is {}", disk::size(&device)?);
     ensure!(std::fs::metadata(&image)?.len() == SIZE, "the image grew");
+    // The kernel tells whoever syncs first of the writes that failed before, on any file system.
+    let _ = std::fs::File::options().write(true).open(&device)?.sync_all();
     for extra in [&[][..], &["conv=notrunc", "oflag=direct"], &["conv=notrunc,fsync"]] {
         let exact = [&["dd", "if=/dev/urandom", &of, "bs=1M", "count=8"], extra].concat();
         tools::ok(&exact)?;

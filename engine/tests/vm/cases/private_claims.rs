@@ -34,7 +34,7 @@ fn readers(ctx: &Ctx) -> Res {
         .start(&format!("works bind losetup -r /dev/loop2 {image}; halfway bound; head_of /dev/loop2"))?
         .wait("bound")?;
     let device = daemon.attach(&[&image])?;
-    Disk::open(&device)?.write(0, b"written by root ")?;
+    Disk::open(&device)?.write(0, &b"written by root ".repeat(32))?;
     let shared = daemon.info(&device)?["sharedWith"].to_string();
     ensure!(shared.contains("loop2 of pool ") && shared.contains(" of user 1000 (read-only)"), "{shared}");
     ensure!(warnings(&daemon, "shares") == 0, "{}", daemon.log());

@@ -103,7 +103,8 @@ mod tests {
     fn descriptors_arrive_with_the_message() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let null = std::fs::File::open("/dev/null").unwrap();
-        Peer(theirs).send(b"{\"parameters\":{\"n\":1}}\0", &[null.as_fd(); 3]).unwrap();
+        let server = Peer(theirs);
+        server.send(b"{\"parameters\":{\"n\":1}}\0", &[null.as_fd(); 3]).unwrap();
         let (reply, fds) = Peer(ours).call("a.B", &json!({}), &[]).unwrap();
         assert_eq!((reply["n"].as_u64(), fds.len()), (Some(1), 3));
     }
