@@ -224,7 +224,16 @@ impl Engine {
             let lost = Error::new(Kind::NotFound, "its state file and its name are missing");
             Some(Orphan { instance, number: LOST.saturating_add(id), id, found, record: Err(lost) })
         };
-        at_driver.into_iter().filter_map(named).collect()
+        let orphans = at_driver.into_iter().filter_map(named).collect();
+        for (instance, number, reason) in unmatched {
+            let name = instance.info().name;
+            tracing::error!(
+                "the state of {name}/loop{number} (loop{number}.json) was not read, and no device is left \
+                 that it may be about: {}",
+                reason.message()
+            );
+        }
+        orphans
     }
 
     /// Nothing is left of a device but its state file, and perhaps its name.
