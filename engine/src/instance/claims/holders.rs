@@ -172,7 +172,9 @@ fn swaps() -> Vec<(u64, u64, u64)> {
     let paths = table.split(|byte| *byte == b'\n').skip(1);
     let paths = paths.filter_map(|line| line.split(|byte| *byte == b' ' || *byte == b'\t').next());
     let numbers = |path: &[u8]| {
-        let found = fs::metadata(Path::new(std::ffi::OsStr::from_bytes(&unescape(path)))).ok()?;
+        // As the first process sees it: the daemon's mounts may differ.
+        let path = [b"/proc/1/root".as_slice(), &unescape(path)].concat();
+        let found = fs::metadata(Path::new(std::ffi::OsStr::from_bytes(&path))).ok()?;
         let rdev = if found.file_type().is_block_device() { found.rdev() } else { 0 };
         Some((found.dev(), found.ino(), rdev))
     };
