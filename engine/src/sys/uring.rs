@@ -68,8 +68,12 @@ pub fn seal_disabled() -> io::Result<usize> {
         // What is listed is allowed: no operation is.
         let rule = Restriction { kind: FLAGS, ..Restriction::default() };
         match register(fd, REGISTER_RESTRICTIONS, (&raw const rule).cast(), 1) {
-            // It is enabled already, or another thread's alone.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EEXIST)) => continue,
+            // It is enabled already, another thread's alone, or restricted already (what 6.12 says first).
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EEXIST | libc::EACCES)) =>
+            {
+                continue;
+            }
             Err(error) if is_covered(&error) => {}
             restricted => restricted?,
         }
