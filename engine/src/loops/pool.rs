@@ -298,15 +298,12 @@ impl Pool {
         for (number, place) in self.all() {
             clean &= self.end_one(number, &place, when, patience);
         }
-        if clean {
-            // What was being made is there by now, and ends with the next sweep.
-            let _none_comes = lock(&self.creating);
-            if !self.all().is_empty() {
-                return false;
-            }
-            self.maker.end();
-        }
-        clean
+        // What was being made is there by now, and ends with the next sweep.
+        let _none_comes = lock(&self.creating);
+        let over = clean && self.all().is_empty();
+        // Disks that no device has go at once, also where a device stays.
+        self.maker.end();
+        over
     }
 
     fn end_one(&self, number: u32, place: &Place, when: Stop, patience: Duration) -> bool {
