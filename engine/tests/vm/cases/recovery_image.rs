@@ -68,11 +68,14 @@ fn reflinked(ctx: &Ctx) -> Res {
     daemon.kill()?;
     daemon.restart()?;
     unchanged(&daemon, &device, &before, "buffered")?;
-    ensure!(daemon.info(&device)?["buffered"] == true, "direct: {}", daemon.info(&device)?);
+    // Linux 6.12 does not ask for more after a reflink, and then nothing changes.
+    let raised = direct_alignment(&image)? > 512;
+    let info = daemon.info(&device)?;
+    ensure!(info["buffered"] == raised, "the file asks for more: {raised}; listed: {info}");
     let log = daemon.log();
     let warned =
         |line: &str| line.contains("WARN") && line.contains("default/loop0") && line.contains(&image);
-    ensure!(log.lines().any(warned), "no warning: {log}");
+    ensure!(log.lines().any(warned) == raised, "the file asks for more: {raised}; log: {log}");
     same(&device, &disk::read_all(&device, 0, 8 * MIB)?, &whole)?;
     single_sectors(&device, &image, 20)?;
     same("copy", &disk::read_all(&store.path("copy"), 0, 8 * MIB)?, &all)?;
@@ -89,6 +92,12 @@ fn reflinked(ctx: &Ctx) -> Res {
     single_sectors(&device, &image, 30)?;
     daemon.detach(&device)?;
     daemon.stop()
+}
+
+/// What the kernel says that offsets of direct I/O on a file must be multiples of.
+fn direct_alignment(path: &str) -> Res<u32> {
+    let (flags, mask) = (rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::DIOALIGN);
+    Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, mask)?.stx_dio_offset_align)
 }
 
 fn shorter(ctx: &Ctx) -> Res {
