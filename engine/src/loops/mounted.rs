@@ -20,6 +20,9 @@ use crate::sys::block;
 /// Nothing is read or written for so long: an unmount is not what goes on.
 const IDLE_MAX: Duration = Duration::from_millis(250);
 
+/// How long a look at a mounted device waits for an operation on it.
+const GLANCE: Duration = Duration::from_millis(50);
+
 /// What the kernel has mounted of a pool.
 #[derive(Debug, Default)]
 struct Mounts {
@@ -240,7 +243,8 @@ impl Pool {
                 return Mounts { any: true, ..mounts };
             }
             // Only looked at: to take it back may need the file, which may hang.
-            let Ok(device) = place.device.try_lock() else {
+            // The reaper has it for some milliseconds, again and again: that is no sign of I/O.
+            let Ok(device) = place.lock_within(GLANCE) else {
                 mounts.any = true;
                 mounts.busy = true;
                 continue;
