@@ -16,7 +16,7 @@ use super::device::Device;
 use super::maker::Maker;
 use super::quota::Quotas;
 use super::reaper::Reaper;
-use super::{Answer, Caller, Configure, Entry, Errno, Info, PoolSpec, Status, Watcher, errno};
+use super::{Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
 use crate::frontend::Stop;
 
 /// How long an operation waits for another on the same device.
@@ -26,8 +26,6 @@ const SETTLED_SOON: Duration = Duration::from_secs(1);
 /// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
 /// putting its old disks away, and another that is being bound hangs only if its file does.
 const SHORT_PATIENCE: Duration = Duration::from_secs(1);
-/// Highest number, as with the kernel's.
-const NUMBER_MAX: i32 = (1 << 20) - 1;
 /// Disks above two for each device: partitions, and what is open still of those before.
 const PARTS_MAX: usize = 64;
 /// Devices that are ended at a time, where one may hang.
@@ -176,9 +174,11 @@ impl Pool {
             return Err(Errno::NODEV);
         }
         let number = match wanted {
-            Some(number) if places.contains_key(&number) => return Err(Errno::EXIST),
+            Some(number) if places.contains_key(&number) || self.spec.reserved.contains(&number) => {
+                return Err(Errno::EXIST);
+            }
             Some(number) => number,
-            None => (0..).find(|number| !places.contains_key(number)).unwrap_or(0),
+            None => self.spec.numbers().find(|number| !places.contains_key(number)).ok_or(Errno::NOSPC)?,
         };
         let held: usize = places.values().map(|place| place.disks()).sum();
         // Disks that are no longer anybody's loopN, but open still, count too.
