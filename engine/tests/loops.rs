@@ -1,5 +1,6 @@
 //! The room `loops` against the real driver: runs where there is ublk, root and Linux 7.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
@@ -57,8 +58,15 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
 }
 
 fn pool(engine: &Engine, max: u32) -> Option<Arc<Pool>> {
-    let spec =
-        PoolSpec { name: format!("t{}", std::process::id()), max, uid: 0, gid: 0, mode: 0o660, fixed: false };
+    let spec = PoolSpec {
+        name: format!("t{}", std::process::id()),
+        max,
+        uid: 0,
+        gid: 0,
+        mode: 0o660,
+        fixed: false,
+        reserved: BTreeSet::new(),
+    };
     match engine.open_pool(&spec) {
         Ok(pool) => Some(pool),
         Err(error) => {

@@ -27,7 +27,7 @@ const DESCRIPTOR_MIN: i32 = 3;
 /// Mount a private pool of loop devices.
 ///
 /// The directory gets a loop-control and a loopN for each device: a pool of its own, with numbers
-/// from 0, which nobody sees but who sees the directory. loopengine-loopfs(7) says what its devices
+/// from 0 (with '--container' without those that mounts, swap areas and /dev/disk name here), which nobody sees but who sees the directory. loopengine-loopfs(7) says what its devices
 /// can do. The pool ends when it is unmounted everywhere. Prints its name.
 ///
 /// With '--container' the directory gets a directory 'dev' with these, and others to be shown at

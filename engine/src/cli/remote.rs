@@ -199,6 +199,7 @@ mod tests {
             supervised: false,
             device_numbers: Vec::new(),
             kernel_mounts: Vec::new(),
+            reserved: Vec::new(),
             ending: false,
         }
     }

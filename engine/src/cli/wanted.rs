@@ -6,7 +6,8 @@ use std::path::Path;
 use super::daemon;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::private::{OpenSpec, Opened};
+use crate::private::{OpenSpec, Opened, RESERVED_MAX};
+use crate::sys::loop_names;
 
 /// What is asked of a new pool; the daemon has a default for what is left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
@@ -61,7 +62,9 @@ pub(super) fn open_for_containers(
     mounts: &[String],
 ) -> Result<(String, [OwnedFd; 2])> {
     let kernel_mounts = (!mounts.is_empty()).then(|| mounts.to_vec());
-    let spec = OpenSpec { container: Some(true), kernel_mounts, ..wanted.spec() };
+    // What containers are made of is mounted here, and the names of these mounts are seen in them.
+    let reserved = Some(loop_names::named().into_iter().take(RESERVED_MAX).collect());
+    let spec = OpenSpec { container: Some(true), kernel_mounts, reserved, ..wanted.spec() };
     let opened = open(run_dir, &spec)?;
     let [nodes, _dev, sys] = <[_; 3]>::try_from(opened.mounts).map_err(|_| without_mounts())?;
     Ok((opened.name, [nodes, sys]))

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::Source;
 use crate::error::{Error, Kind, Result};
+use crate::sys::pseudo;
 
 /// The two kinds of file that hold images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,22 +17,6 @@ pub(super) enum FileKind {
     Regular,
     BlockDevice,
 }
-
-/// File systems whose files are doors to the kernel. Some check the one who opened them at every
-/// read, so opening them again with our rights would lend these to the caller.
-const KERNEL_FILE_SYSTEMS: [(u32, &str); 11] = [
-    (0x9fa0, "proc"),
-    (0x6265_6572, "sysfs"),
-    (0x6462_6720, "debugfs"),
-    (0x7472_6163, "tracefs"),
-    (0x7363_6673, "securityfs"),
-    (0x6265_6570, "configfs"),
-    (0x0027_e0eb, "cgroup"),
-    (0x6367_7270, "cgroup2"),
-    (0xcafe_4a11, "bpf"),
-    (0x6165_676c, "pstore"),
-    (0xde5e_81e4, "efivarfs"),
-];
 
 /// Refuses a file that the caller did not open for what is asked of us.
 pub(super) fn check_access(file: BorrowedFd<'_>, read_only: bool, name: &str) -> Result<()> {
@@ -61,13 +46,10 @@ pub(super) fn file_kind(file: BorrowedFd<'_>, name: &str) -> Result<FileKind> {
     let stat = rustix::fs::fstat(file).map_err(examine)?;
     let what = match FileType::from_raw_mode(stat.st_mode) {
         FileType::BlockDevice => return Ok(FileKind::BlockDevice),
-        FileType::RegularFile => {
-            let magic = rustix::fs::fstatfs(file).map_err(examine)?.f_type as u32;
-            match KERNEL_FILE_SYSTEMS.iter().find(|known| known.0 == magic) {
-                None => return Ok(FileKind::Regular),
-                Some((_, file_system)) => format!("a file of {file_system}"),
-            }
-        }
+        FileType::RegularFile => match pseudo::name(rustix::fs::fstatfs(file).map_err(examine)?.f_type) {
+            None => return Ok(FileKind::Regular),
+            Some(file_system) => format!("a file of {file_system}"),
+        },
         FileType::Directory => "a directory".to_owned(),
         FileType::CharacterDevice => "a character device".to_owned(),
         FileType::Fifo => "a pipe".to_owned(),

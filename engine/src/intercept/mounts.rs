@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketType, recv, send, shutdown, sockopt};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use serde::{Deserialize, Serialize};
 
 use super::caller::{Administrators, Thread};
@@ -26,6 +26,7 @@ use super::calls::Verdict;
 use super::filter::Abi;
 use crate::error::{Error, Kind, Result};
 use crate::loops::Answer;
+use crate::sys::descriptor::is_packet_socket;
 use crate::sys::packet;
 pub use crate::sys::packet::pair;
 use crate::sys::process::Place;
@@ -174,15 +175,20 @@ enum Said {
     ByKernel(u64),
 }
 
+/// Refuses what cannot be a mounter's socket, without a question to whoever serves its file.
+pub fn check_socket(socket: &OwnedFd) -> Result<()> {
+    match is_packet_socket(socket) {
+        true => Ok(()),
+        false => Err(Error::new(Kind::Invalid, "what came with the call is no socket of a mounter")
+            .hint("pass one of a pair of sockets of the type SOCK_SEQPACKET")),
+    }
+}
+
 impl Mounter {
     /// Takes a socket over, if it is such a one. `kernel`: if the tenant may have mounts by it.
     pub fn new(socket: OwnedFd, kernel: Option<Box<dyn Kernel>>) -> Result<Mounter> {
-        let domain = sockopt::socket_domain(&socket);
-        if domain == Ok(AddressFamily::UNIX) && sockopt::socket_type(&socket) == Ok(SocketType::SEQPACKET) {
-            return Ok(Mounter { socket, kernel });
-        }
-        Err(Error::new(Kind::Invalid, "what came with the call is no socket of a mounter")
-            .hint("pass one of a pair of sockets of the type SOCK_SEQPACKET"))
+        check_socket(&socket)?;
+        Ok(Mounter { socket, kernel })
     }
 
     /// Has it end what it has started, and waits for that. True: it has.

@@ -21,6 +21,7 @@ use super::{children, confine};
 use crate::error::{Error, Result};
 use crate::loops::Answer;
 use crate::sys::process::Alone;
+use crate::sys::pseudo;
 
 /// Of a path, as with the kernel's.
 const PATH_MAX: usize = 4096;
@@ -31,26 +32,6 @@ const AT_ONCE: usize = 64;
 
 /// STATX_MNT_ID_UNIQUE (Linux 6.8): a number that no other mount will have.
 const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
-
-/// What shows the kernel itself, by the magic number of the file system: whoever enters a container (a runtime
-/// for one) believes what it reads there. proc, sysfs, cgroup, cgroup2, devpts, securityfs, debugfs,
-/// tracefs, bpf, selinuxfs, smackfs, configfs, mqueue, efivarfs.
-const KERNEL: [u64; 14] = [
-    0x9fa0,
-    0x6265_6572,
-    0x27_e0eb,
-    0x6367_7270,
-    0x1cd1,
-    0x7363_6673,
-    0x6462_6720,
-    0x7472_6163,
-    0xcafe_4a11,
-    0xf97c_ff8c,
-    0x4341_5d53,
-    0x6265_6570,
-    0x1980_0202,
-    0xde5e_81e4,
-];
 
 /// What the attacher is told. With every order come its container's places: root directory, working
 /// directory, mount namespace; or what is said here.
@@ -130,8 +111,7 @@ fn find(roots: &[u64], source: &[u8], target: &[u8]) -> Answer<Done> {
     if mount_with_root(&look(target.as_fd())?).is_some_and(|number| roots.contains(&number)) {
         return Err(Errno::PERM);
     }
-    let kind = rustix::fs::fstatfs(&target)?.f_type as u64 & u64::from(u32::MAX);
-    if KERNEL.contains(&kind) {
+    if pseudo::name(rustix::fs::fstatfs(&target)?.f_type).is_some() {
         return Err(Errno::PERM);
     }
     Ok(Done { number: stat.st_rdev, fd: Some(target) })

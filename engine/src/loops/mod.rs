@@ -16,6 +16,7 @@ mod quota;
 mod reaper;
 mod used;
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
 pub use maker::Maker;
@@ -63,7 +64,19 @@ pub struct PoolSpec {
     /// All devices are there from the start, and no disk of it ever has a device number that none had
     /// then: for those who may open what a list of numbers says.
     pub fixed: bool,
+    /// Numbers that no device gets: where the tenant is, loopN with such an N means another device.
+    pub reserved: BTreeSet<u32>,
 }
+
+impl PoolSpec {
+    /// The numbers that devices may have, lowest first.
+    pub fn numbers(&self) -> impl Iterator<Item = u32> {
+        (0..=NUMBER_MAX.cast_unsigned()).filter(|number| !self.reserved.contains(number))
+    }
+}
+
+/// Highest number, as with the kernel's.
+pub const NUMBER_MAX: i32 = (1 << 20) - 1;
 
 /// What LOOP_CONFIGURE asks for; LOOP_SET_FD asks for the same with everything 0.
 #[derive(Debug)]
@@ -213,4 +226,16 @@ fn errno(error: &Error) -> Errno {
 
 fn errno_of(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserved_numbers_are_passed_over() {
+        let reserved = BTreeSet::from([0, 2]);
+        let spec = PoolSpec { name: String::new(), max: 2, uid: 0, gid: 0, mode: 0, fixed: false, reserved };
+        assert_eq!(spec.numbers().take(3).collect::<Vec<_>>(), [1, 3, 4]);
+    }
 }

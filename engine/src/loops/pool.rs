@@ -19,14 +19,12 @@ use super::maker::Maker;
 use super::place::{PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::Reaper;
-use super::{Answer, Caller, Configure, Entry, Errno, Info, PoolSpec, Status, Watcher, errno};
+use super::{Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
 use crate::frontend::Stop;
 
 /// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
 /// putting its old disks away, and another that is being bound hangs only if its file does.
 const SHORT_PATIENCE: Duration = Duration::from_secs(1);
-/// Highest number, as with the kernel's.
-const NUMBER_MAX: i32 = (1 << 20) - 1;
 /// Disks above two for each device: partitions, and what is open still of those before.
 const PARTS_MAX: usize = 64;
 /// How deep loop devices may be stacked on each other.
@@ -150,7 +148,11 @@ impl Pool {
             present[at].1.wait_until_announced();
             return Err(Errno::EXIST);
         }
-        let number = wanted.or_else(|| (0..).find(|number| is_there(*number).is_err())).unwrap_or(0);
+        if wanted.is_some_and(|number| self.spec.reserved.contains(&number)) {
+            return Err(Errno::EXIST);
+        }
+        let free = || self.spec.numbers().find(|number| is_there(*number).is_err());
+        let number = wanted.or_else(free).ok_or(Errno::NOSPC)?;
         let held: usize = present.iter().map(|(_, place)| place.disks()).sum();
         // Disks that are no longer anybody's loopN, but open still, count too.
         if present.len() >= self.spec.max as usize || held > 2 * self.spec.max as usize + PARTS_MAX {

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{Caller, Registry, Shared, check_listener, open_to};
+use super::descriptors::check_listener;
+use super::{Caller, Registry, Shared, open_to};
 use crate::error::{Error, Kind, Result};
 
 /// Filters of one container at a time: that of its first process, and one for each `exec`.

@@ -129,7 +129,9 @@ impl Room for Made {
         let its = examine(&namespace)?;
         let mounts = self.for_container(mounts, namespace, its)?;
         let administrators = Administrators::root(its);
-        self.serve(listener, Options { first: max, mounts, ..self.options(administrators) })
+        // The devices of a pool for containers are there from the start: these are the first of them.
+        let first = max.and_then(|max| self.pool.spec().numbers().nth(max as usize));
+        self.serve(listener, Options { first, mounts, ..self.options(administrators) })
     }
 
     fn reset(&self) {

@@ -18,6 +18,7 @@
 
 mod attached;
 mod container;
+mod descriptors;
 mod engine;
 pub mod limits;
 mod mirror;
@@ -38,7 +39,7 @@ pub use limits::{Defaults, Limit};
 pub use mirror::LOOPFS;
 pub use operation::{Asked, DeviceInfo, DeviceStatus, Operation, Outcome};
 pub use reaper::Events;
-pub use spec::{Caller, OpenSpec, Opened, PoolInfo};
+pub use spec::{Caller, OpenSpec, Opened, PoolInfo, RESERVED_MAX};
 pub use sysfs::PLACES;
 
 use crate::accounts;
@@ -189,6 +190,7 @@ impl Registry {
             return Err(Error::new(Kind::Invalid, format!("a pool cannot have {max} devices"))
                 .hint(format!("ask for 1 to {MAX_DEVICES}")));
         }
+        let reserved = asked.reserved()?;
         let fixed = asked.container.unwrap_or(false);
         if fixed && caller.uid != 0 {
             return Err(Error::new(Kind::Denied, "only root may make pools for containers")
@@ -198,7 +200,7 @@ impl Registry {
         let taken = self.ledger.take(uid, asked.max, USUAL_DEVICES)?;
         let max = taken.devices();
         let (id, spec) =
-            self.enter(asked, caller, |name| PoolSpec { name, max, uid, gid, mode, fixed }, taken)?;
+            self.enter(asked, caller, |name| PoolSpec { name, max, uid, gid, mode, fixed, reserved }, taken)?;
         let made = self.make(id, &spec, fixed || asked.dev_and_sys.unwrap_or(false));
         let (room, mounts) = match made {
             Ok(made) => made,
@@ -239,7 +241,7 @@ impl Registry {
         }
         state.last += 1;
         let id = state.last;
-        let name = full_name(asked.name.as_deref(), id, caller)?;
+        let name = spec::full_name(asked.name.as_deref(), id, caller)?;
         if state.tenants.values().any(|tenant| tenant.spec.name == name) {
             return Err(Error::new(Kind::Exists, format!("private pool {name} exists")));
         }
@@ -289,7 +291,7 @@ impl Registry {
         mounter: Option<OwnedFd>,
         caller: Caller,
     ) -> Result<()> {
-        check_listener(&listener)?;
+        descriptors::check(&listener, &namespace, mounter.as_ref())?;
         let (id, room) = {
             let mut state = self.shared.state();
             let (id, tenant, room) = open_to(&mut state, name, caller)?;
@@ -327,8 +329,20 @@ impl Registry {
             let bound = entries.iter().filter(|entry| entry.bound.is_some()).count();
             let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
             let (devices, bound) = (count(entries.len()), count(bound));
-            let PoolSpec { name, uid, max, .. } = spec;
-            PoolInfo { name, uid, max, devices, bound, supervised, device_numbers, kernel_mounts, ending }
+            let PoolSpec { name, uid, max, reserved, .. } = spec;
+            let reserved = reserved.into_iter().collect();
+            PoolInfo {
+                name,
+                uid,
+                max,
+                devices,
+                bound,
+                supervised,
+                device_numbers,
+                kernel_mounts,
+                reserved,
+                ending,
+            }
         };
         rooms.into_iter().map(info).collect()
     }
@@ -416,18 +430,6 @@ fn foreign(what: &str, asked: Option<u32>, own: u32, caller: Caller) -> Result<u
     }
 }
 
-fn full_name(asked: Option<&str>, id: u64, caller: Caller) -> Result<String> {
-    let own = asked.map_or_else(|| id.to_string(), str::to_owned);
-    let fits = (1..=48).contains(&own.len())
-        && own.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-        && !own.starts_with(['.', '-']);
-    if !fits {
-        return Err(Error::new(Kind::Invalid, format!("{own:?} cannot be the name of a pool"))
-            .hint("use 1 to 48 letters, digits, '.', '_' or '-', not starting with '.' or '-'"));
-    }
-    Ok(if caller.uid == 0 { own } else { format!("{}.{own}", caller.uid) })
-}
-
 fn sees(caller: Caller, tenant: &Tenant) -> bool {
     [0, tenant.spec.uid, tenant.opener].contains(&caller.uid)
 }
@@ -456,14 +458,4 @@ fn open_to<'a>(
         Some(room) => Ok((id, tenant, room)),
         None => Err(Error::new(Kind::Unavailable, format!("private pool {name} is ending"))),
     }
-}
-
-/// Any other file could make whoever reads from it wait.
-fn check_listener(listener: &OwnedFd) -> Result<()> {
-    use std::os::fd::AsRawFd;
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", listener.as_raw_fd()));
-    if link.is_ok_and(|link| link.as_os_str() == "anon_inode:seccomp notify") {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Invalid, "what came with the call is no listener of a seccomp filter"))
 }

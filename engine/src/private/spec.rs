@@ -1,10 +1,14 @@
 //! What is asked of private pools, and what is answered. The comments are part of the description
 //! that varlink clients get.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
+
+use crate::error::{Error, Kind, Result};
+use crate::loops::NUMBER_MAX;
 
 /// Who calls, as the kernel knows it.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +41,39 @@ pub struct OpenSpec {
     /// numbers that stay, and the pool stays when a container has gone. Parts of /dev and /sys come, too.
     /// Only for root.
     pub container: Option<bool>,
+    /// Numbers that no device is to have, since loopN means another device where the pool is used: at most
+    /// 4096.
+    pub reserved: Option<Vec<u32>>,
+}
+
+/// Numbers that may be reserved at the most.
+pub const RESERVED_MAX: usize = 4096;
+
+impl OpenSpec {
+    /// The numbers that no device is to have, if they can be had.
+    pub(super) fn reserved(&self) -> Result<BTreeSet<u32>> {
+        let reserved: BTreeSet<u32> = self.reserved.iter().flatten().copied().collect();
+        let message = match reserved.last() {
+            Some(last) if *last > NUMBER_MAX.cast_unsigned() => format!("there is no loop device {last}"),
+            _ if reserved.len() > RESERVED_MAX => format!("{} numbers cannot be reserved", reserved.len()),
+            _ => return Ok(reserved),
+        };
+        Err(Error::new(Kind::Invalid, message)
+            .hint(format!("reserve at most {RESERVED_MAX} numbers up to {NUMBER_MAX}")))
+    }
+}
+
+/// A pool's name, if it can be one.
+pub(super) fn full_name(asked: Option<&str>, id: u64, caller: Caller) -> Result<String> {
+    let own = asked.map_or_else(|| id.to_string(), str::to_owned);
+    let fits = (1..=48).contains(&own.len())
+        && own.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        && !own.starts_with(['.', '-']);
+    if !fits {
+        return Err(Error::new(Kind::Invalid, format!("{own:?} cannot be the name of a pool"))
+            .hint("use 1 to 48 letters, digits, '.', '_' or '-', not starting with '.' or '-'"));
+    }
+    Ok(if caller.uid == 0 { own } else { format!("{}.{own}", caller.uid) })
 }
 
 /// A private pool, as lists show it.
@@ -58,6 +95,8 @@ pub struct PoolInfo {
     pub device_numbers: Vec<u64>,
     /// File systems that the kernel mounts for who is served.
     pub kernel_mounts: Vec<String>,
+    /// Numbers that none of its devices has.
+    pub reserved: Vec<u32>,
     /// Whether it takes nothing more, and ends with the last use of its devices.
     pub ending: bool,
 }

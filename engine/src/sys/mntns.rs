@@ -80,11 +80,14 @@ pub fn mounted_of(device: u64) -> Vec<PathBuf> {
 /// What interests us of a line of mountinfo(5).
 #[derive(Debug, PartialEq, Eq)]
 pub struct Mount {
+    pub(super) id: u64,
     number: String,
     /// Where it is mounted.
     pub target: PathBuf,
+    /// It follows a mount of another peer group: it came from there, or is a copy of one that did.
+    pub(super) slave: bool,
     kind: String,
-    source: PathBuf,
+    pub(super) source: PathBuf,
 }
 
 /// Whether a file system is on a disk with such a name, a partition of it, or a stack upon it.
@@ -112,12 +115,15 @@ pub(super) type Named<'a> = &'a dyn Fn(&std::ffi::OsStr) -> bool;
 pub(super) fn parse(line: &str) -> Option<Mount> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ');
-    let number = before.nth(2)?;
+    let id = before.next()?.parse().ok()?;
+    let number = before.nth(1)?;
     let target = before.nth(1)?;
+    let slave = before.skip(1).any(|field| field.starts_with("master:"));
     let mut after = after.split(' ');
     let kind = after.next()?.to_owned();
     let source = after.next()?;
-    Some(Mount { number: number.to_owned(), target: unescape(target), kind, source: unescape(source) })
+    let (number, target, source) = (number.to_owned(), unescape(target), unescape(source));
+    Some(Mount { id, number, target, slave, kind, source })
 }
 
 /// The kernel writes space, tab, newline and backslash as `\` and three octal digits.
@@ -189,10 +195,11 @@ mod tests {
     fn a_line_of_mountinfo() {
         let line = r"94 31 259:2 / /mnt/my\040disk rw,relatime shared:5 - ext4 /dev/ublkb0 rw";
         let mount = parse(line).unwrap();
-        assert_eq!(mount.number, "259:2");
+        assert_eq!((mount.id, mount.number.as_str(), mount.slave), (94, "259:2", false));
         assert_eq!(mount.target, Path::new("/mnt/my disk"));
         assert_eq!(mount.kind, "ext4");
         assert_eq!(mount.source, Path::new("/dev/ublkb0"));
+        assert!(parse("9 3 7:0 / /mnt rw master:5 propagate_from:2 - ext4 /dev/loop0 rw").unwrap().slave);
         assert_eq!(parse("nonsense"), None);
         assert_eq!(parse(""), None);
     }

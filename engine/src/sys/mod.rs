@@ -3,10 +3,13 @@
 //! Knows the kernel's interfaces only. One of the three rooms with `unsafe`.
 
 pub mod block;
+pub mod descriptor;
+pub mod loop_names;
 pub mod mntns;
 pub mod mount;
 pub mod packet;
 pub mod process;
+pub mod pseudo;
 pub mod remote;
 pub mod seccomp;
 pub mod uring;

@@ -64,8 +64,7 @@ impl Listener {
     /// Takes a descriptor that may come from anybody: what is no listener is refused, before any
     /// call reaches its driver.
     pub fn new(fd: OwnedFd) -> io::Result<Listener> {
-        let what = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
-        if what.as_bytes() != b"anon_inode:seccomp notify" {
+        if !super::descriptor::is_listener(fd.as_fd()) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let listener = Listener(fd);

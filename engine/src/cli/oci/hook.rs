@@ -37,6 +37,10 @@ pub(in crate::cli) struct Hook {
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true,
         value_parser = clap::value_parser!(u32).range(..=NODES_MAX))]
     nodes: u32,
+
+    /// Numbers that no device of the pool has.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    reserved: Vec<u32>,
 }
 
 #[derive(Deserialize)]
@@ -61,10 +65,11 @@ impl Hook {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let within = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let dev = rustix::fs::openat2(root, "dev", flags, Mode::empty(), within)?;
-        for number in 0..self.nodes.max(self.devices) {
+        for number in 0..self.nodes {
             clear(&dev, &format!("loop{number}"))?;
         }
-        let names = (0..self.devices).map(|number| format!("loop{number}"));
+        let numbers = (0..).filter(|number: &u32| !self.reserved.contains(number));
+        let names = numbers.take(self.devices as usize).map(|number| format!("loop{number}"));
         for name in names.chain(["loop-control".to_owned()]) {
             clear(&dev, &name)?;
             rustix::fs::symlinkat(format!("{LOOPFS}/{name}"), &dev, &name)?;
@@ -128,10 +133,13 @@ mod tests {
             std::fs::write(dev.join(name), "").unwrap();
         }
         let link = |name: &str| (name.to_owned(), format!("loopfs/{name}"));
-        let hook = Hook { devices: 2, nodes: 4 };
+        let hook = Hook { devices: 2, nodes: 4, reserved: Vec::new() };
         let want = [link("loop-control"), link("loop0"), link("loop1")];
         assert_eq!(made(&hook, root.path()).unwrap(), want);
         assert_eq!(made(&hook, root.path()).unwrap(), want, "again");
+        let hook = Hook { devices: 2, nodes: 4, reserved: vec![0, 2] };
+        let want = [link("loop-control"), link("loop1"), link("loop3")];
+        assert_eq!(made(&hook, root.path()).unwrap(), want, "not the numbers of others");
     }
 
     #[test]
@@ -139,7 +147,11 @@ mod tests {
         let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::fs::write(outside.path().join("loop0"), "safe").unwrap();
         symlink(outside.path(), root.path().join("dev")).unwrap();
-        assert!(Hook { devices: 1, nodes: 0 }.link(&File::open(root.path()).unwrap()).is_err());
+        assert!(
+            Hook { devices: 1, nodes: 0, reserved: Vec::new() }
+                .link(&File::open(root.path()).unwrap())
+                .is_err()
+        );
         assert_eq!(std::fs::read_to_string(outside.path().join("loop0")).unwrap(), "safe");
     }
 }

@@ -19,6 +19,8 @@ pub(super) struct Place {
     pub name: String,
     /// Devices.
     pub max: u32,
+    /// Numbers that none of them has.
+    pub reserved: Vec<u32>,
     /// The kernel mounts for its containers.
     pub mounting: bool,
     /// Device numbers of the pool's disks, major and minor.
@@ -68,6 +70,7 @@ impl Place {
         Ok(Place {
             name: pool.name.clone(),
             max: pool.max,
+            reserved: pool.reserved.clone(),
             mounting: !pool.kernel_mounts.is_empty(),
             numbers: pool.device_numbers.iter().map(|rdev| (major(*rdev), minor(*rdev))).collect(),
             mounts: mounts.collect::<Result<_>>()?,
@@ -81,6 +84,10 @@ impl Place {
         words.push(self.max.to_string());
         if nodes > 0 {
             words.extend(["--nodes".to_owned(), nodes.to_string()]);
+        }
+        if !self.reserved.is_empty() {
+            let numbers: Vec<String> = self.reserved.iter().map(u32::to_string).collect();
+            words.extend(["--reserved".to_owned(), numbers.join(",")]);
         }
         words
     }
@@ -107,6 +114,7 @@ pub(super) mod tests {
             supervised: false,
             device_numbers: vec![rustix::fs::makedev(259, 7), rustix::fs::makedev(259, 300)],
             kernel_mounts: Vec::new(),
+            reserved: Vec::new(),
             ending: false,
         }
     }

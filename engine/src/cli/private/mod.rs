@@ -4,11 +4,12 @@
 //! installs the filter, gives its listener to the daemon, and becomes the command. So there is no
 //! process in between: signals, job control and the exit status are the command's own, and whatever
 //! fails on the way leaves nothing behind, since all of it ends with the process. Beside it stays a
-//! process that mounts (`mounter`), which ends with the pool.
+//! process that mounts (`mounter`), keeps mounts with misleading names out, and ends with the pool.
 
 mod dev;
 pub(super) mod mount_processes;
 pub(super) mod mounter;
+mod notice;
 mod sysfs;
 mod userns;
 
@@ -24,7 +25,7 @@ use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::intercept::filter;
-use crate::private::OpenSpec;
+use crate::private::{OpenSpec, RESERVED_MAX};
 use crate::sys;
 
 use super::daemon;
@@ -40,6 +41,15 @@ use super::daemon;
 ///
 /// The command gets a mount namespace: what is mounted in there is not seen outside. Its /dev has what
 /// the machine's /dev had at the start, except loop devices and disks of ublk.
+///
+/// Where the machine mounts a loop device of its own, swaps on it, or has a link to it in /dev/disk, the
+/// command has no loop device of that number. So the first one is not always /dev/loop0; 'losetup -f' prints
+/// it. What the machine mounts later comes in too, except a loop device with another such number: a name
+/// means one device.
+///
+/// If the daemon stops or is killed, the devices are gone for good. The command's terminal gets a line that
+/// says so. From then on losetup fails with "Function not implemented" (ENOSYS), and in a user namespace, or
+/// with '--fuse', so does every mount(2). Exit the command, and start 'loopengine run' again.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Loop devices at the most [default: 8, or what the user's limit leaves].
@@ -92,15 +102,14 @@ fn is_file_system(name: &str) -> bool {
 }
 
 impl Args {
-    /// What mounts what; none: the kernel mounts, as without a filter.
-    fn ways(&self, user: bool) -> Option<mounter::Ways> {
+    /// What mounts what.
+    fn ways(&self, user: bool) -> mounter::Ways {
         // Also for root of a user namespace the kernel mounts no disk, if that is there already: a container's.
         let root = !user && sys::userns::is_initial();
         // The first that fits counts.
         let usual = if root { Vec::new() } else { mounter::usual() };
         let fuse = self.fuse.iter().cloned().chain(usual).collect();
-        let ways = mounter::Ways { fuse, kernel: self.mount.clone(), root };
-        (!root || !self.fuse.is_empty()).then_some(ways)
+        mounter::Ways { fuse, kernel: self.mount.clone(), root }
     }
 
     /// Answers only if it fails.
@@ -110,11 +119,18 @@ impl Args {
         let runtime = daemon::runtime()?;
         // Connected as who we are now: inside a user namespace everybody would be the same.
         let mut client = runtime.block_on(PrivateClient::connect(run_dir))?;
+        match user {
+            true => userns::enter()?,
+            false => own_mounts()?,
+        }
+        // What is mounted here from now on under the name of another loopN is kept out by the mounter.
+        let reserved = sys::loop_names::named();
         let asked = OpenSpec {
             name: self.name,
             max: self.max,
             dev_and_sys: Some(true),
             kernel_mounts: (!self.mount.is_empty()).then_some(self.mount),
+            reserved: Some(reserved.iter().copied().take(RESERVED_MAX).collect()),
             ..OpenSpec::default()
         };
         let opened = runtime.block_on(client.open(&asked))?;
@@ -123,15 +139,13 @@ impl Args {
             return Err(Error::new(Kind::Internal, message)
                 .hint("restart it, so that it is of the same version as this program"));
         };
-        match user {
-            true => userns::enter()?,
-            false => own_mounts()?,
-        }
         dev::show(dev, loopfs)?;
         sysfs::show(sys)?;
-        let mounter = ways.map(|ways| mounter::start(&ways)).transpose()?;
-        let listener = filter(filter::Options { mounts: mounter.is_some() })?;
-        runtime.block_on(client.supervise(&opened.name, listener, namespace()?, mounter))?;
+        // Root of the machine has the kernel mount, as without a filter.
+        let mounts = !ways.root || !ways.fuse.is_empty();
+        let mounter = mounter::start(ways, &opened.name, reserved)?;
+        let listener = filter(filter::Options { mounts })?;
+        runtime.block_on(client.supervise(&opened.name, listener, namespace()?, Some(mounter)))?;
         drop((client, runtime));
         become_command(&self.command)
     }

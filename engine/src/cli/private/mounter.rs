@@ -3,12 +3,15 @@
 //!
 //! A process in the command's namespaces, outside its filter, with exactly its rights; it takes the
 //! stopped calls of mount(2) from the daemon, and starts a program for each that is of one of the
-//! pool's devices, or attaches what it gets. It ends when the daemon says so, after the programs that it started: they are its
-//! children also when they have left their parent, and have what is not written yet.
+//! pool's devices, or attaches what it gets. It ends when the daemon says so, after the programs that it
+//! started: they are its children also when they have left their parent, and have what is not written yet.
+//!
+//! It also keeps out of the command's mount namespace what is mounted elsewhere under the name of one of the
+//! pool's devices, and tells the command's terminal when the pool ends before the command (`notice`).
 //!
 //! Knows which program mounts what, and how one is started. Does not know who may mount.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -24,6 +27,7 @@ use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::notice::Notice;
 use super::parse_fuse;
 use crate::error::{Error, Result};
 use crate::intercept::mounts::{Asked, Request, pair};
@@ -65,12 +69,19 @@ pub(super) struct Ways {
 }
 
 /// Takes calls of mount(2) on its standard input. For `loopengine run` only.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(hide = true)]
 pub(crate) struct Args {
     /// Be the process that stays; otherwise start it, so that it is nobody's child.
     #[arg(long)]
     stay: bool,
+
+    /// Numbers of loop devices that the pool does not use.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    reserved: Vec<u32>,
+
+    #[command(flatten)]
+    notice: Notice,
 
     #[command(flatten)]
     ways: Ways,
@@ -93,38 +104,48 @@ pub(super) fn usual() -> Vec<Way> {
     ways.map(|(kind, program)| ((*kind).to_owned(), (*program).to_owned())).collect()
 }
 
-/// Starts a mounter in the namespaces of this process; answers the daemon's end of its socket.
-pub(super) fn start(ways: &Ways) -> Result<OwnedFd> {
+/// Starts a mounter in the namespaces of this process, which becomes the command; answers the daemon's end
+/// of its socket.
+pub(super) fn start(ways: Ways, pool: &str, reserved: BTreeSet<u32>) -> Result<OwnedFd> {
     let cannot = |error| Error::os(error, "cannot start a process that mounts for the command");
     let (ours, theirs) = pair().map_err(|error| cannot(error.into()))?;
-    let status = this_program(ways).stdin(theirs).status().map_err(cannot)?;
+    let notice = Notice::to_this_process(pool);
+    let args = Args { stay: false, reserved: reserved.into_iter().collect(), notice, ways };
+    let status = args.command().stdin(theirs).status().map_err(cannot)?;
     match status.success() {
         true => Ok(ours),
         false => Err(cannot(std::io::ErrorKind::Other.into())),
     }
 }
 
-/// Nothing of the terminal or of a pipe is kept open by a process that stays.
-fn this_program(ways: &Ways) -> Command {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg("mounter").stdout(Stdio::null()).stderr(Stdio::null());
-    command.args(ways.kernel.iter().map(|kind| format!("--kernel={kind}")));
-    command.args(ways.root.then_some("--root"));
-    command.args(ways.fuse.iter().map(|(kind, program)| format!("{kind}={program}")));
-    command
-}
-
 impl Args {
+    /// This program with these arguments. Nothing of the terminal or of a pipe is kept open by a process
+    /// that stays.
+    fn command(&self) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("mounter").stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(self.reserved.iter().map(|number| format!("--reserved={number}")));
+        command.args(self.notice.words());
+        command.args(self.ways.kernel.iter().map(|kind| format!("--kernel={kind}")));
+        command.args(self.ways.root.then_some("--root"));
+        command.args(self.ways.fuse.iter().map(|(kind, program)| format!("{kind}={program}")));
+        command
+    }
+
     pub(crate) fn run(self) -> Result<()> {
         let cannot = |error| Error::os(error, "cannot mount for a command");
         if !self.stay {
             // Ctrl-C is for the command.
             rustix::process::setsid().map_err(|error| cannot(error.into()))?;
-            this_program(&self.ways).arg("--stay").spawn().map_err(cannot)?;
+            self.command().arg("--stay").spawn().map_err(cannot)?;
             return Ok(());
         }
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
             .map_err(|error| cannot(error.into()))?;
+        let command = self.notice.watch();
+        let known = self.reserved.into_iter().collect();
+        // Without the thread names may mislead; that is no reason to mount nothing.
+        let _ = std::thread::Builder::new().spawn(move || sys::loop_names::keep_out(&known));
         let pool = rustix::fs::stat(Path::new("/dev").join(LOOPFS)).map_err(|error| cannot(error.into()))?;
         let mounter = Arc::new(Mounter {
             pool: pool.st_dev,
@@ -147,6 +168,7 @@ impl Args {
                 request.answer(done);
             });
         }
+        self.notice.tell(command);
         mounter.detach();
         end();
         Ok(())

@@ -172,13 +172,13 @@ fn swaps() -> Vec<(u64, u64, u64)> {
     let paths = table.split(|byte| *byte == b'\n').skip(1);
     let paths = paths.filter_map(|line| line.split(|byte| *byte == b' ' || *byte == b'\t').next());
     let numbers = |path: &[u8]| {
-        // As the first process sees it: the daemon's mounts may differ.
-        let path = [b"/proc/1/root".as_slice(), &unescape(path)].concat();
-        let found = fs::metadata(Path::new(std::ffi::OsStr::from_bytes(&path))).ok()?;
+        let found = fs::metadata(Path::new(std::ffi::OsStr::from_bytes(path))).ok()?;
         let rdev = if found.file_type().is_block_device() { found.rdev() } else { 0 };
         Some((found.dev(), found.ino(), rdev))
     };
-    paths.filter(|path| !path.is_empty()).filter_map(numbers).collect()
+    // As this process sees them and as the first one does: the mounts of the two may differ.
+    let seen = |path: &[u8]| [b"".as_slice(), b"/proc/1/root"].map(|root| [root, &unescape(path)].concat());
+    paths.filter(|path| !path.is_empty()).flat_map(seen).filter_map(|path| numbers(&path)).collect()
 }
 
 /// `\040` is a space, and so on.

@@ -1,6 +1,6 @@
 //! A pool of entries without devices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -20,7 +20,15 @@ pub(super) struct Fake {
 
 impl Fake {
     pub(super) fn new(uid: u32) -> Arc<Fake> {
-        let spec = PoolSpec { name: "fake".to_owned(), max: 8, uid, gid: uid, mode: 0o660, fixed: false };
+        let spec = PoolSpec {
+            name: "fake".to_owned(),
+            max: 8,
+            uid,
+            gid: uid,
+            mode: 0o660,
+            fixed: false,
+            reserved: BTreeSet::new(),
+        };
         Arc::new(Fake {
             spec,
             entries: Mutex::default(),

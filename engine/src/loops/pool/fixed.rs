@@ -31,7 +31,7 @@ impl Pool {
 
     /// Adds what is missing of them.
     fn restore(&self) -> Answer<()> {
-        for number in 0..self.spec.max {
+        for number in self.spec.numbers().take(self.spec.max as usize) {
             match self.create(Some(number)) {
                 Ok(_) | Err(Errno::EXIST) => {}
                 Err(error) => return Err(error),

@@ -24,6 +24,7 @@ mod private_known;
 mod private_lifetime;
 mod private_losetup;
 mod private_mount;
+mod private_names;
 mod private_nspawn;
 mod private_onestep;
 mod private_podman;
@@ -74,6 +75,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_driver::cases(),
         private_hostile::cases(),
         private_mount::cases(),
+        private_names::cases(),
         private_kernel_mounts::cases(),
         private_onestep::cases(),
         private_users::cases(),

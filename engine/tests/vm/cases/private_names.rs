@@ -1,0 +1,227 @@
+//! A name means one device: loopN of a pool is not what the table of mounts, or that of swap areas, means by
+//! loopN, also where the host mounts something later. And what a tenant's terminal is told at the end.
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use super::private_bundle::{Bundle, Pool, any_runtime, unbound};
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::tools::{self, Running};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private::names_root", Needs::Private, 240, |ctx| names(ctx, None)),
+        case("private::names_user", Needs::Private, 240, |ctx| names(ctx, Some(1000))),
+        case("private::names_later", Needs::Private, 240, later),
+        case("private::names_container", Needs::Private, 240, container),
+        case("private::told_of_the_end", Needs::Private, 120, told),
+    ]
+}
+
+/// Loop devices of the kernel, as any machine with snaps has them: loop0 mounted, loop1 swap. Taken away when
+/// dropped.
+struct HostLoops {
+    dir: String,
+}
+
+impl HostLoops {
+    fn new(ctx: &Ctx) -> Res<HostLoops> {
+        let host = HostLoops { dir: ctx.path("host") };
+        let dir = &host.dir;
+        tools::sh(format!(
+            "modprobe loop || :; mkdir -p {dir}; mount --bind {dir} {dir}; mount --make-shared {dir}
+            cd {dir}; mkdir mnt late tmpfs; chmod 755 .
+            truncate -s 8M a c; truncate -s 2M b
+            mkfs.ext4 -q a; mkfs.ext4 -q c; mkswap -q b
+            losetup /dev/loop0 a; mount /dev/loop0 mnt; echo host > mnt/file
+            losetup /dev/loop1 b; swapon /dev/loop1; losetup /dev/loop2 c"
+        ))?;
+        Ok(host)
+    }
+
+    fn mount_later(&self) -> Res {
+        tools::ok(&["mount", "/dev/loop2", &format!("{}/late", self.dir)]).map(drop)
+    }
+}
+
+impl Drop for HostLoops {
+    fn drop(&mut self) {
+        let dir = &self.dir;
+        let _ = tools::sh(format!(
+            "set +e; umount {dir}/late; swapoff /dev/loop1; umount {dir}/mnt; losetup -d /dev/loop0 /dev/loop1 /dev/loop2
+            umount {dir}"
+        ));
+    }
+}
+
+/// What programs that look devices up by name do to the tenant's, and to the host's.
+fn names(ctx: &Ctx, user: Option<u32>) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777))?;
+    let host = HostLoops::new(ctx)?;
+    let mut inside = Inside::new(ctx, &daemon);
+    if let Some(user) = user {
+        inside = inside.user(user);
+    }
+    inside.run(
+        r#"
+        mkdir own; cd own; truncate -s 40M a b; mkdir mnt
+        holds "the host's is named" "$(cat /proc/mounts)" "/dev/loop0 "
+        holds "its swap is named" "$(cat /proc/swaps)" /dev/loop1
+        same "-f" "$(losetup -f)" /dev/loop2
+        refused "a number that is named" "" losetup /dev/loop0 a
+        refused "a number that is swap" "" losetup /dev/loop1 a
+        dev=$(losetup -f --show a); same "-f --show" "$dev" /dev/loop2
+        for mkfs in mkfs.vfat mkfs.btrfs "mkfs.ext4 -q -E root_owner=0:0"; do
+            command -v ${mkfs%% *} > /dev/null || continue
+            dd if=/dev/zero of=$dev bs=1M count=4 2> /dev/null
+            works "$mkfs" $mkfs $dev
+        done
+        works "mount" mount $dev mnt
+        echo ours > mnt/ours
+        same "findmnt" "$(findmnt -nro TARGET -S $dev)" "$PWD/mnt"
+        works "umount" umount $dev
+        same "ours is off" "$(ls mnt)" ""
+        same "the host's is there" "$(cat ../host/mnt/file)" host
+        soon "whole" 0 bash -c "e2fsck -fn $dev > /dev/null 2>&1; echo \$?"
+        works "mkswap" mkswap -q $dev
+        holds "lsblk shows ours" "$(lsblk -nro NAME)" loop2
+        same "lsblk does not show the host's" "$(lsblk -nro NAME,MOUNTPOINTS | grep -E '^loop[01] ')" ""
+        losetup -d $dev; soon "none" "" losetup -a
+        "#,
+    )?;
+    if user.is_none() {
+        inside.run(
+            r#"
+            cd own; dev=$(losetup -f --show b); mkswap -q $dev
+            works "swapon" swapon $dev; holds "swaps" "$(cat /proc/swaps)" $dev
+            works "swapoff" swapoff $dev; losetup -d $dev
+            "#,
+        )?;
+    }
+    let still = tools::ok(&["findmnt", "-nro", "SOURCE", &format!("{}/mnt", host.dir)])?;
+    ensure!(still.trim() == "/dev/loop0", "the host has {still:?} mounted");
+    drop(host);
+    daemon.stop()
+}
+
+/// The host mounts its loop2 while the tenant has its own mounted: for the tenant the name means its own.
+fn later(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777))?;
+    for (at, user) in [None, Some(1000)].into_iter().enumerate() {
+        let host = HostLoops::new(ctx)?;
+        let mut inside = Inside::new(ctx, &daemon);
+        if let Some(user) = user {
+            inside = inside.user(user);
+        }
+        let script = inside.start(&format!(
+            r#"
+            mkdir own{at}; cd own{at}; truncate -s 16M a; mkfs.ext4 -q -E root_owner=0:0 a; mkdir mnt
+            works "mount" mount -o loop a mnt; holds "its device" "$(findmnt -nro SOURCE mnt)" loop2
+            halfway ../mounted{at}
+            soon "what comes in is complete" 1 bash -c "grep -c host/tmpfs /proc/mounts"
+            soon "only ours is named" "$PWD/mnt" findmnt -nro TARGET -S /dev/loop2
+            works "umount" umount /dev/loop2
+            same "ours is off" "$(findmnt -n mnt)" ""
+            soon "unbound" "" losetup -a
+            soon "whole" 0 bash -c "e2fsck -fn a > /dev/null 2>&1; echo \$?"
+            "#
+        ))?;
+        let script = script.wait(&format!("mounted{at}"))?;
+        let dir = &host.dir;
+        let done = host.mount_later().and_then(|()| {
+            tools::sh(format!("mount -t tmpfs none {dir}/tmpfs"))?;
+            script.go_on(&format!("mounted{at}"))?;
+            script.finish()?;
+            let still = tools::ok(&["findmnt", "-nro", "TARGET", "-S", "/dev/loop2"])?;
+            ensure!(still.trim() == format!("{dir}/late"), "the host has loop2 mounted at {still:?}");
+            Ok(())
+        });
+        let _ = tools::sh(format!("umount {dir}/tmpfs"));
+        done?;
+        drop(host);
+    }
+    daemon.stop()
+}
+
+/// A container that sees a mount of the host's loop0: its own are others.
+fn container(ctx: &Ctx) -> Res {
+    let runtime = any_runtime()?;
+    let daemon = Daemon::start(ctx)?;
+    let host = HostLoops::new(ctx)?;
+    let pool = Pool::mounting(ctx, &daemon, "ci", 2, "ext4")?;
+    let mut bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
+    let script = r#"
+        holds "the host's is named" "$(cat /proc/mounts)" "/dev/loop0 "
+        same "names" "$(echo /dev/loop[0-9]*)" "/dev/loop2 /dev/loop3"
+        same "-f" "$(losetup -f)" /dev/loop2
+        truncate -s 16M a; mkfs.ext4 -q -F a; mkdir -p mnt
+        works "mount" mount -o loop a mnt; same "source" "$(findmnt -no SOURCE mnt)" /dev/loop2
+        works "umount" umount /dev/loop2
+        same "ours is off" "$(findmnt -n mnt)" ""; same "the host's is there" "$(cat /host/file)" host
+        soon "unbound" "" losetup -a
+        works "mkfs" bash -c 'losetup /dev/loop3 a && mkfs.ext4 -q -F /dev/loop3'
+        losetup -d /dev/loop3; soon "none" "" losetup -a
+        "#;
+    let with_host = |bundle: &Bundle<'_>, script: &str| -> Res<serde_json::Value> {
+        let mut config = bundle.config(script)?;
+        let mounts = config["mounts"].as_array_mut().ok_or("no mounts")?;
+        mounts.push(serde_json::json!({ "destination": "/host", "type": "bind",
+            "source": format!("{}/mnt", host.dir), "options": ["bind", "ro"] }));
+        Ok(config)
+    };
+    super::private_bundle::end(bundle.start_as(&with_host(&bundle, script)?)?)?;
+    unbound(&daemon, "ci")?;
+    // Fewer devices are the first of them.
+    bundle.annotations = vec![("io.loopengine.max", "1")];
+    let fewer = r#"
+        image b 1M; works "the first" losetup /dev/loop2 b; refused "the second" "" losetup /dev/loop3 b
+        losetup -d /dev/loop2; soon "none" "" losetup -a
+        "#;
+    super::private_bundle::end(bundle.start_as(&with_host(&bundle, fewer)?)?)?;
+    unbound(&daemon, "ci")?;
+    pool.end(&daemon)?;
+    drop(host);
+    daemon.stop()
+}
+
+/// The daemon is killed under a command with a terminal: that says so, once, and nothing when all is well.
+fn told(ctx: &Ctx) -> Res {
+    let mut daemon = Daemon::start(ctx)?;
+    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777))?;
+    let typescript = |words: &str| format!("{} run {words}", ctx.host.program);
+    let quiet = Running::start({
+        let mut command = daemon.command_of("script");
+        command.args(["-qec", &typescript("--name quiet -- true"), "/dev/null"]);
+        command
+    })?;
+    let quiet = quiet.finish(tools::SHORT)?.ok()?;
+    ensure!(!quiet.out.contains("has ended"), "told of a good end: {:?}", quiet.out);
+    for (name, kills) in [("plain", true), ("stopped", false)] {
+        let (there, on) = (ctx.path(&format!("{name}.there")), ctx.path(&format!("{name}.on")));
+        let wait = format!("sh -c ': > {there}; until [ -e {on} ]; do sleep 0.05; done'");
+        let mut command = daemon.command_of("setpriv");
+        let words = ["--reuid", "1000", "--regid", "1000", "--clear-groups", "script", "-qec"];
+        command.args(words).args([&typescript(&format!("--name {name} -- {wait}")), "/dev/null"]);
+        let mut running = Running::start(command)?;
+        let come = tools::until(tools::SHORT, || std::path::Path::new(&there).exists().then_some(()));
+        ensure!(come.is_some() && running.alive(), "the command did not start");
+        match kills {
+            true => daemon.kill()?,
+            false => {
+                daemon.sigterm()?;
+                daemon.wait_drained()?;
+            }
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        std::fs::write(&on, "")?;
+        let said = running.finish(tools::SHORT)?.ok()?.out;
+        let told = said.matches(&format!("loopengine: private pool 1000.{name} has ended")).count();
+        ensure!(told == 1 && said.contains("loopengine run"), "told {told} times: {said:?}");
+        daemon.restart()?;
+    }
+    daemon.stop()
+}
