@@ -17,6 +17,7 @@ use rustix::thread::{
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
+use crate::ring;
 use crate::sys::seccomp;
 
 /// What the daemon needs, and for what:
@@ -49,6 +50,10 @@ pub fn enter() {
     warn("give up gaining privileges", set_no_new_privs(true));
     // Memory of the daemon holds data of all tenants.
     warn("forbid core dumps", set_dumpable_behavior(DumpableBehavior::NotDumpable));
+    // Of rings no filter sees anything.
+    if let Err(error) = ring::setup::restrict_all() {
+        tracing::debug!(%error, "rings restrict themselves: the kernel cannot restrict all of a process");
+    }
     match program() {
         Some(program) => warn("install its seccomp filter", seccomp::restrict(&program)),
         None => tracing::warn!("the daemon has no seccomp filter for this architecture"),

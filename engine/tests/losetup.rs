@@ -147,7 +147,7 @@ impl Devices for Fake {
         let path = fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&with.file)));
         let info = with.info;
         entry.bound = Some(Bound {
-            backing_file: path.unwrap().to_str().unwrap().to_owned(),
+            backing_file: path.unwrap(),
             offset: info.offset,
             size_limit: info.size_limit,
             flags: info.flags,
@@ -233,7 +233,7 @@ impl Kernel {
             let bound = Bound {
                 offset: text("loop/offset").parse().unwrap(),
                 size_limit: text("loop/sizelimit").parse().unwrap(),
-                backing_file: path,
+                backing_file: path.into(),
                 flags,
             };
             let device = Entry {

@@ -121,7 +121,7 @@ impl Room for FakePool {
                 let backing_file = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
                 let info = asked.info.clone().unwrap();
                 let bound = Bound {
-                    backing_file: backing_file.to_str().unwrap().to_owned(),
+                    backing_file,
                     offset: info.offset,
                     size_limit: info.size_limit,
                     flags: info.flags,

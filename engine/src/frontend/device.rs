@@ -140,6 +140,14 @@ impl Device {
         }
     }
 
+    /// Lets it offer discards or not, whatever it was described with. Nothing may be in flight.
+    pub fn offer_discards(&self, offer: bool) -> Result<()> {
+        match self {
+            Device::Ublk(device) => device.offer_discards(offer),
+            Device::Fuse(_) => Ok(()),
+        }
+    }
+
     /// Users may see it still.
     pub fn is_shown(&self) -> bool {
         match self {

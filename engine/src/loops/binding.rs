@@ -3,8 +3,8 @@
 //! Knows what loop(4) takes and refuses as a backing file, and how a tenant could misuse one. Does not
 //! know devices.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
@@ -20,8 +20,6 @@ use crate::instance::claims::sources::{self, Hold};
 const CONFIGURABLE: u32 = flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN | flag::DIRECT_IO;
 /// Block sizes that there are.
 const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
-/// Longest path that is shown.
-const PATH_MAX: usize = 4096;
 
 /// A bound file.
 #[derive(Debug)]
@@ -99,7 +97,7 @@ impl Binding {
         if opened.contains(OFlags::DIRECT) {
             info.flags |= flag::DIRECT_IO;
         }
-        let failures = Failures::of(claims.pooled(number).to_string(), path(&file));
+        let failures = Failures::of(claims.pooled(number).to_string(), path(&file).display().to_string());
         if with.block_size == 0 && info.flags & flag::DIRECT_IO != 0 {
             block_size = direct_block_size(&file, &info, &failures);
         }
@@ -139,7 +137,7 @@ impl Binding {
         if self.direct && !direct {
             tracing::warn!(
                 "a loop device on {} uses the page cache: direct I/O needs more now",
-                path(&self.file)
+                path(&self.file).display()
             );
         }
         self.direct = direct;
@@ -216,10 +214,7 @@ fn open(file: &OwnedFd, info: &Info, block_size: u32, failures: &Arc<Failures>) 
     }
 }
 
-/// The file's path in the mounts of the one who opened it.
-fn path(file: &OwnedFd) -> String {
-    let link = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
-    let path = std::fs::read_link(Path::new(&link)).unwrap_or_default();
-    let text = path.to_string_lossy();
-    text.chars().take(PATH_MAX).collect()
+/// The file's path in the mounts of the one who opened it, as it is called now: no file system is asked.
+fn path(file: &OwnedFd) -> PathBuf {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default()
 }

@@ -381,14 +381,24 @@ impl Disk {
         self.served.device().take_scheduler_off();
         if read_only {
             self.set_read_only(true)?;
+        } else if !image.geometry().can_discard {
+            // A disk offers discards before it has an image. The block layer takes a refusal for success.
+            self.offer_discards(false)?;
         }
         self.show(image)
+    }
+
+    fn offer_discards(&self, offer: bool) -> Answer<()> {
+        self.served.device().offer_discards(offer).map_err(|error| errno(&error))
     }
 
     /// Shows nothing again, after a `present` that failed: nobody was told that it is bound.
     pub fn withdraw(&self) {
         let nothing = Image::nothing(self.block_size).map_err(|error| errno(&error));
-        let withdrawn = nothing.and_then(|image| self.show(image)).and_then(|()| self.set_read_only(false));
+        let withdrawn = nothing
+            .and_then(|image| self.show(image))
+            .and_then(|()| self.set_read_only(false))
+            .and_then(|()| self.offer_discards(true));
         if let Err(error) = withdrawn {
             tracing::error!(%error, rdev = self.rdev, "an unbound disk still shows a file");
         }

@@ -18,6 +18,7 @@ mod used;
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 pub use maker::Maker;
 pub use mounted::Lent;
@@ -156,14 +157,19 @@ pub struct Entry {
 /// What a bound device is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 pub struct Bound {
-    /// Path of the file as its opener sees it, with " (deleted)" if it is.
-    pub backing_file: String,
+    /// Path of the file as its opener sees it, with " (deleted)" if it is. In JSON, what is not UTF-8 is U+FFFD.
+    #[serde(serialize_with = "lossy")]
+    pub backing_file: PathBuf,
     /// First byte of the file.
     pub offset: u64,
     /// Bytes at the most; 0: to the end.
     pub size_limit: u64,
     /// See [`flag`].
     pub flags: u32,
+}
+
+fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// A partition of a device, itself a block device.

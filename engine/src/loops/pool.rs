@@ -18,7 +18,7 @@ use super::device::Device;
 use super::maker::Maker;
 use super::place::{PATIENCE, Place};
 use super::quota::Quotas;
-use super::reaper::Reaper;
+use super::reaper::{Reaper, Round};
 use super::{Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
 use crate::frontend::Stop;
 
@@ -264,8 +264,8 @@ impl Pool {
         self.ending.load(Ordering::Acquire)
     }
 
-    /// A round of the reaper. Answers how many devices are waited for, and whether the pool is over.
-    pub(super) fn reap(&self) -> (usize, bool) {
+    /// A round of the reaper; `names`: looks also for bound files that are called something else by now.
+    pub(super) fn reap(&self, names: bool) -> Round {
         if self.is_ending() {
             let when = if self.forced.load(Ordering::Acquire) { Stop::Always } else { Stop::IfUnusedNow };
             let over = self.sweep_away(when, Duration::ZERO);
@@ -273,25 +273,29 @@ impl Pool {
                 let watchers = lock(&self.watchers).0.clone();
                 watchers.iter().for_each(|watcher| watcher.ended(self));
             }
-            return (if over { 0 } else { self.all().len().max(1) }, over);
+            return Round { awaited: if over { 0 } else { self.all().len().max(1) }, bound: 0, over };
         }
-        let mut waiting = 0;
+        let mut round = Round::default();
         for (number, place) in self.all() {
             let Ok(mut device) = place.device.try_lock() else {
-                waiting += 1;
+                round.awaited += 1;
                 continue;
             };
+            round.bound += usize::from(device.is_bound());
             if !device.is_awaited() {
+                if names && device.is_bound() {
+                    self.publish(number, &place, device);
+                }
                 continue;
             }
             device.reap(&self.maker);
             if device.is_to_be_unbound() && place.try_begin_replacing() {
                 device.unbind(&self.maker);
             }
-            waiting += usize::from(device.is_awaited());
+            round.awaited += usize::from(device.is_awaited());
             self.publish(number, &place, device);
         }
-        (waiting, false)
+        round
     }
 
     /// Gives all disks away that can be had; true when none is left.
@@ -359,21 +363,22 @@ impl Pool {
 
     /// Shows what became of a device, lets go of it, and tells those who watch.
     fn settle(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
-        if self.publish(number, place, device) {
+        let was_bound = place.is_shown_bound();
+        let (awaited, bound) = (device.is_awaited(), device.is_bound());
+        self.publish(number, place, device);
+        if awaited || bound && !was_bound {
             self.reaper.wake();
         }
     }
 
-    /// The same for the reaper. True: there is something to wait for.
-    fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) -> bool {
-        let awaited = device.is_awaited();
+    /// The same for the reaper.
+    fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
         // Before anybody is told, who may ask for the entry.
         let changed = place.publish(device.entry(), device.outgoing());
         drop(device);
         if changed {
             self.tell(number);
         }
-        awaited
     }
 
     fn tell(&self, number: u32) {

@@ -1,10 +1,10 @@
-//! Looks after last closes: the driver does not tell of them.
+//! Looks after last closes, and after renamed files: nobody tells of either.
 //!
-//! One thread a pool, asleep while no device waits to be unbound. After a sign that a close is near
+//! One thread a pool, asleep while no device is bound or waits to be unbound. After a sign that a close is near
 //! (LOOP_CLR_FD, a mount, an unmount) it looks often, and then so seldom that all pools together look a
 //! few hundred times a second: a look is taken to cost some 15 µs, so that the closes of a handful of devices
 //! are seen within 50 ms, those of thousands within a second or so, and half a percent of a CPU is what
-//! it costs at the most.
+//! it costs at the most. Names of bound files are looked up once a second at the most.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -22,30 +22,48 @@ const SELDOM_EACH: Duration = Duration::from_millis(3);
 /// For so long after a sign looks stay frequent.
 const EAGER: Duration = Duration::from_secs(2);
 
+/// Between looks at the names of bound files: the least, the most, and what each bound device adds.
+const NAMES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+const NAMES_EACH: Duration = Duration::from_millis(3);
+
 /// Devices that wait to be unbound, of all pools of this process.
 static AWAITED: AtomicUsize = AtomicUsize::new(0);
+/// Bound devices, of all pools of this process.
+static BOUND: AtomicUsize = AtomicUsize::new(0);
 
-/// A pool's part of them.
-#[derive(Default)]
-struct Awaited(usize);
+/// A pool's part of such a number.
+struct Part {
+    of: &'static AtomicUsize,
+    own: usize,
+}
 
-impl Awaited {
+impl Part {
     fn set(&mut self, now: usize) {
-        AWAITED.fetch_add(now, Relaxed);
-        AWAITED.fetch_sub(std::mem::replace(&mut self.0, now), Relaxed);
+        self.of.fetch_add(now, Relaxed);
+        self.of.fetch_sub(std::mem::replace(&mut self.own, now), Relaxed);
     }
 }
 
-impl Drop for Awaited {
+impl Drop for Part {
     fn drop(&mut self) {
         self.set(0);
     }
 }
 
-/// Between looks when there was no sign for long, with so many devices awaited.
-fn seldom(awaited: usize) -> Duration {
-    let [least, most] = SELDOM;
-    SELDOM_EACH.saturating_mul(u32::try_from(awaited).unwrap_or(u32::MAX)).clamp(least, most)
+/// What a look has found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Round {
+    /// Devices that wait to be unbound.
+    pub awaited: usize,
+    /// Bound devices.
+    pub bound: usize,
+    /// No device is left, and none will come.
+    pub over: bool,
+}
+
+/// Between looks for so many devices.
+fn pause([least, most]: [Duration; 2], each: Duration, devices: &AtomicUsize) -> Duration {
+    each.saturating_mul(u32::try_from(devices.load(Relaxed)).unwrap_or(u32::MAX)).clamp(least, most)
 }
 
 /// Wakes the thread.
@@ -105,11 +123,18 @@ impl Signal {
 }
 
 fn watch(signal: &Signal, pool: &Weak<Pool>) {
-    let (mut seen, mut awaited) = (0, Awaited::default());
-    let mut eager_until = Instant::now();
+    let [mut awaited, mut bound] = [&AWAITED, &BOUND].map(|of| Part { of, own: 0 });
+    let mut seen = 0;
+    let (mut eager_until, mut named) = (Instant::now(), Instant::now());
     loop {
-        let pause = if Instant::now() < eager_until { OFTEN } else { seldom(AWAITED.load(Relaxed)) };
-        let signs = signal.wait(seen, (awaited.0 > 0).then_some(pause));
+        let until_names = pause(NAMES, NAMES_EACH, &BOUND).saturating_sub(named.elapsed());
+        let until_close = match Instant::now() < eager_until {
+            true => OFTEN,
+            false => pause(SELDOM, SELDOM_EACH, &AWAITED),
+        };
+        let limits = [(awaited.own, until_close), (bound.own, until_names)];
+        let limit = limits.into_iter().filter(|(devices, _)| *devices > 0).map(|(_, limit)| limit).min();
+        let signs = signal.wait(seen, limit);
         if signs.over {
             return;
         }
@@ -118,9 +143,14 @@ fn watch(signal: &Signal, pool: &Weak<Pool>) {
             eager_until = Instant::now() + EAGER;
         }
         let Some(pool) = pool.upgrade() else { return };
-        let (waiting, over) = pool.reap();
-        awaited.set(waiting);
-        if over {
+        let names = named.elapsed() >= pause(NAMES, NAMES_EACH, &BOUND);
+        if names {
+            named = Instant::now();
+        }
+        let round = pool.reap(names);
+        awaited.set(round.awaited);
+        bound.set(round.bound);
+        if round.over {
             return;
         }
     }
@@ -132,8 +162,9 @@ mod tests {
 
     #[test]
     fn looks_are_few() {
-        for (awaited, ms) in [(0, 20), (1, 20), (6, 20), (9, 27), (100, 300), (334, 1000), (1 << 40, 1000)] {
-            assert_eq!(seldom(awaited), Duration::from_millis(ms), "{awaited}");
+        for (devices, ms) in [(0, 20), (1, 20), (6, 20), (9, 27), (100, 300), (334, 1000), (1 << 40, 1000)] {
+            let pause = pause(SELDOM, SELDOM_EACH, &AtomicUsize::new(devices));
+            assert_eq!(pause, Duration::from_millis(ms), "{devices}");
         }
     }
 }

@@ -9,6 +9,7 @@
 //! Disks of the machine keep their links, except loop devices and the disks of ublk.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::tree::Node;
@@ -90,7 +91,11 @@ impl Nodes {
     }
 
     fn file(&mut self, name: &str, value: impl std::fmt::Display) {
-        self.nodes.push((format!("{}/{name}", self.at), Node::File(format!("{value}\n"))));
+        self.bytes(name, format!("{value}\n").into_bytes());
+    }
+
+    fn bytes(&mut self, name: &str, bytes: Vec<u8>) {
+        self.nodes.push((format!("{}/{name}", self.at), Node::File(bytes)));
     }
 
     /// What disks and partitions have in common.
@@ -128,7 +133,7 @@ impl Nodes {
         self.file("loop/autoclear", set(flag::AUTOCLEAR));
         self.file("loop/partscan", set(flag::PARTSCAN));
         self.file("loop/dio", set(flag::DIRECT_IO));
-        self.file("loop/backing_file", &bound.backing_file);
+        self.bytes("loop/backing_file", [bound.backing_file.as_os_str().as_bytes(), b"\n"].concat());
     }
 
     fn links(&mut self, name: &str, rdev: u64) {
@@ -147,6 +152,7 @@ fn numbers(rdev: u64) -> (u32, u32) {
 mod tests {
     use super::*;
     use crate::loops::Partition;
+    use std::ffi::OsStr;
 
     fn find<'a>(nodes: &'a [(String, Node)], path: &str) -> Option<&'a Node> {
         nodes.iter().find(|(at, _)| at == path).map(|(_, node)| node)
@@ -173,9 +179,11 @@ mod tests {
         assert_eq!(find(&nodes, "block/loop3/size"), Some(&Node::File("2048\n".into())));
         assert_eq!(find(&nodes, "dev-block/259:17"), Some(&Node::Link("../../block/loop3".into())));
         let flags = flag::READ_ONLY | flag::AUTOCLEAR;
-        let backing_file = "/a b\n(deleted)".to_owned();
-        entry.bound = Some(Bound { backing_file, offset: 512, size_limit: 0, flags });
+        let backing_file = b"/a b\n\xff(deleted)";
+        entry.bound = Some(Bound { backing_file: OsStr::from_bytes(backing_file).into(), offset: 512, size_limit: 0, flags });
         let nodes = of(&entry);
+        let shown = Node::File([backing_file.as_slice(), b"\n"].concat());
+        assert_eq!(find(&nodes, "block/loop3/loop/backing_file"), Some(&shown));
         assert_eq!(find(&nodes, "block/loop3/loop/offset"), Some(&Node::File("512\n".into())));
         assert_eq!(find(&nodes, "block/loop3/loop/autoclear"), Some(&Node::File("1\n".into())));
         assert_eq!(find(&nodes, "block/loop3/loop/partscan"), Some(&Node::File("0\n".into())));

@@ -19,7 +19,7 @@ pub enum Node {
     /// A directory.
     Dir,
     /// A file of which everybody may read this.
-    File(String),
+    File(Vec<u8>),
     /// A symbolic link.
     Link(String),
 }
@@ -87,7 +87,7 @@ impl Tree {
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let file = rustix::fs::openat2(parent, fresh, flags, Mode::from_raw_mode(0o444), WITHIN)?;
                 rustix::fs::fchmod(&file, Mode::from_raw_mode(0o444))?;
-                io::Write::write_all(&mut std::fs::File::from(file), text.as_bytes())
+                io::Write::write_all(&mut std::fs::File::from(file), text)
             }),
             Node::Link(target) => {
                 replace(parent, name, |fresh| Ok(rustix::fs::symlinkat(target, parent, fresh)?))

@@ -10,7 +10,7 @@ mod table;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{Args as _, FromArgMatches};
 use options::{Action, Request};
@@ -245,7 +245,7 @@ impl Losetup<'_> {
 
 /// A file that devices may be bound to, as its name and by what it is.
 struct File {
-    names: [String; 2],
+    names: [PathBuf; 2],
     identity: Option<(u64, u64)>,
 }
 
@@ -253,9 +253,8 @@ impl File {
     fn of(name: &OsStr) -> File {
         let path = Path::new(name);
         let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let identity = path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
-        File { names: [text(path), text(&full)], identity }
+                let identity = path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        File { names: [path.to_owned(), full], identity }
     }
 
     /// The device is bound to this file, from `offset` if that matters.

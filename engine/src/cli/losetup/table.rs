@@ -28,7 +28,7 @@ impl Row {
     pub(super) fn line(&self) -> Option<String> {
         let bound = self.entry.bound.as_ref()?;
         let name = &self.name;
-        let file = &bound.backing_file;
+        let file = bound.backing_file.display();
         let mut line = match self.backing() {
             Some((device, inode)) => format!("{name}: [{device:04}]:{inode} ({file})"),
             None => format!("{name}: []: ({file})"),
@@ -143,7 +143,7 @@ impl Column {
             Partscan => is_set(flag::PARTSCAN),
             Ro => is_set(flag::READ_ONLY),
             Dio => is_set(flag::DIRECT_IO),
-            BackFile => bound.map(|bound| bound.backing_file.clone()),
+            BackFile => bound.map(|bound| bound.backing_file.display().to_string()),
             Offset => bound.map(|bound| bound.offset.to_string()),
             SizeLimit => bound.map(|bound| bound.size_limit.to_string()),
             BackIno => status.map(|status| status.inode).filter(|&ino| ino > 0).map(|ino| ino.to_string()),

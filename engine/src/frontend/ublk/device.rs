@@ -104,7 +104,9 @@ impl Device {
         let path_flags = u64::from(Granted::flags_of(asked.path));
         let served = (1..=asked.queues).contains(&info.nr_hw_queues) && info.queue_depth == asked.depth;
         if info.flags & path_flags != path_flags || !served {
-            let _ = device.delete();
+            if let Err(error) = device.delete() {
+                tracing::warn!(%error, "a device that was not as asked for stays at the driver");
+            }
             let context = format!(
                 "the driver does not grant path {} with {} queues of depth {}",
                 asked.path.as_str(),
@@ -226,6 +228,15 @@ impl Device {
         if std::fs::read_to_string(&path).is_ok_and(|chosen| !chosen.contains("[none]")) {
             let _ = std::fs::write(&path, "none");
         }
+    }
+
+    /// Lets it offer discards or not, whatever it was described with. This freezes its queue: nothing may be
+    /// in flight on a file that might not answer.
+    pub fn offer_discards(&self, offer: bool) -> Result<()> {
+        let path = format!("/sys/block/ublkb{}/queue/discard_max_bytes", self.id);
+        let most = if offer { u64::from(MAX_DISCARD_SECTORS) * SECTOR } else { 0 };
+        std::fs::write(&path, most.to_string())
+            .map_err(|error| Error::os(error, format!("cannot write {path}")))
     }
 
     /// Changes its size.

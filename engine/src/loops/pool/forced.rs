@@ -28,7 +28,7 @@ impl Pool {
 
     fn warn_lost(&self, number: u32, place: &Place) {
         let Some((rdev, Some(bound))) = place.shown().map(|entry| (entry.rdev, entry.bound)) else { return };
-        let device = format!("loop{number} of pool {} ({})", self.spec.name, bound.backing_file);
+        let device = format!("loop{number} of pool {} ({})", self.spec.name, bound.backing_file.display());
         usage::warn_lost(&device, &Disks::numbered(rdev));
     }
 }

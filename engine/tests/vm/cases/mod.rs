@@ -2,6 +2,7 @@
 
 mod claims;
 mod commands;
+mod discard_support;
 mod durability;
 mod errors;
 mod faults;
@@ -53,6 +54,7 @@ const MIB: u64 = 1 << 20;
 pub(crate) fn all() -> Vec<Case> {
     [
         commands::cases(),
+        discard_support::cases(),
         filesystem::cases(),
         verify::cases(),
         zeroes::cases(),

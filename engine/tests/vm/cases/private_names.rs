@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use super::private_bundle::{Bundle, Pool, any_runtime, unbound};
-use super::private_script::Inside;
+use super::private_script::{Inside, WORDS};
 use crate::daemon::Daemon;
 use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
 use crate::tools::{self, Running};
@@ -16,6 +16,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::names_user", Needs::Private, 240, |ctx| names(ctx, Some(1000))),
         case("private::names_later", Needs::Private, 240, later),
         case("private::names_container", Needs::Private, 240, container),
+        case("private::names_backing_file", Needs::Private, 120, backing_file),
         case("private::told_of_the_end", Needs::Private, 120, told),
     ]
 }
@@ -51,7 +52,7 @@ impl Drop for HostLoops {
         let dir = &self.dir;
         let _ = tools::sh(format!(
             "set +e; umount {dir}/late; swapoff /dev/loop1; umount {dir}/mnt; losetup -d /dev/loop0 /dev/loop1 /dev/loop2
-            umount {dir}"
+            umount {dir}; rm -rf {dir}"
         ));
     }
 }
@@ -96,7 +97,7 @@ fn names(ctx: &Ctx, user: Option<u32>) -> Res {
         inside.run(
             r#"
             cd own; dev=$(losetup -f --show b); mkswap -q $dev
-            works "swapon" swapon $dev; holds "swaps" "$(cat /proc/swaps)" $dev
+            works "swapon" swapon $dev; holds "swaps" "$(cat /proc/swaps)" /loop2
             works "swapoff" swapoff $dev; losetup -d $dev
             "#,
         )?;
@@ -185,6 +186,25 @@ fn container(ctx: &Ctx) -> Res {
     unbound(&daemon, "ci")?;
     pool.end(&daemon)?;
     drop(host);
+    daemon.stop()
+}
+
+/// `backing_file` is what the file is called at the moment, in its bytes; the kernel's own driver goes first.
+fn backing_file(ctx: &Ctx) -> Res {
+    const RENAMED: &str = r#"
+        mkdir -p dir; truncate -s 1M dir/a; dev=$(losetup -f --show dir/a)
+        shown=/sys/block/${dev##*/}/loop/backing_file
+        same "at first" "$(< $shown)" "$PWD/dir/a"
+        mv dir/a dir/b; soon "renamed" "$PWD/dir/b" cat $shown
+        mv dir dir2; soon "its directory renamed" "$PWD/dir2/b" cat $shown
+        odd=$'\xff\xfe odd'; mv dir2/b "dir2/$odd"; soon "not UTF-8" "$PWD/dir2/$odd" cat $shown
+        rm "dir2/$odd"; soon "deleted" "$PWD/dir2/$odd (deleted)" cat $shown
+        losetup -d $dev; soon "gone" "" bash -c "cat $shown 2> /dev/null"
+        rmdir dir2; exit $bad
+        "#;
+    tools::sh(format!("modprobe loop; set +e; cd {}; {WORDS}{RENAMED}", ctx.dir.display()))?;
+    let daemon = Daemon::start(ctx)?;
+    Inside::new(ctx, &daemon).run(RENAMED)?;
     daemon.stop()
 }
 
