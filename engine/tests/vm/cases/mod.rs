@@ -38,6 +38,7 @@ mod recovery_image;
 mod recovery_state;
 mod resize;
 mod sandbox;
+mod shutdown;
 mod stop;
 mod verify;
 mod zeroes;
@@ -66,6 +67,7 @@ pub(crate) fn all() -> Vec<Case> {
         recovery_image::cases(),
         recovery_state::cases(),
         stop::cases(),
+        shutdown::cases(),
         errors::cases(),
         claims::cases(),
         many::cases(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::private_bundle::{Bundle, Pool, any_runtime, unbound};
 use super::private_script::{Inside, WORDS};
 use crate::daemon::Daemon;
-use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::tools::{self, Running};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -57,10 +57,16 @@ impl Drop for HostLoops {
     }
 }
 
+/// Users may work in the case's directory, and mount by FUSE, as on a machine with udev.
+fn open_to_users(ctx: &Ctx) -> Res {
+    std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
+    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777)).at("chmod")
+}
+
 /// What programs that look devices up by name do to the tenant's, and to the host's.
 fn names(ctx: &Ctx, user: Option<u32>) -> Res {
     let daemon = Daemon::start(ctx)?;
-    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777))?;
+    open_to_users(ctx)?;
     let host = HostLoops::new(ctx)?;
     let mut inside = Inside::new(ctx, &daemon);
     if let Some(user) = user {
@@ -111,7 +117,7 @@ fn names(ctx: &Ctx, user: Option<u32>) -> Res {
 /// The host mounts its loop2 while the tenant has its own mounted: for the tenant the name means its own.
 fn later(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
-    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777))?;
+    open_to_users(ctx)?;
     for (at, user) in [None, Some(1000)].into_iter().enumerate() {
         let host = HostLoops::new(ctx)?;
         let mut inside = Inside::new(ctx, &daemon);
@@ -211,7 +217,7 @@ fn backing_file(ctx: &Ctx) -> Res {
 /// The daemon is killed under a command with a terminal: that says so, once, and nothing when all is well.
 fn told(ctx: &Ctx) -> Res {
     let mut daemon = Daemon::start(ctx)?;
-    std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777))?;
+    open_to_users(ctx)?;
     let typescript = |words: &str| format!("{} run {words}", ctx.host.program);
     let quiet = Running::start({
         let mut command = daemon.command_of("script");
