@@ -180,7 +180,12 @@ mod tests {
         assert_eq!(find(&nodes, "dev-block/259:17"), Some(&Node::Link("../../block/loop3".into())));
         let flags = flag::READ_ONLY | flag::AUTOCLEAR;
         let backing_file = b"/a b\n\xff(deleted)";
-        entry.bound = Some(Bound { backing_file: OsStr::from_bytes(backing_file).into(), offset: 512, size_limit: 0, flags });
+        entry.bound = Some(Bound {
+            backing_file: OsStr::from_bytes(backing_file).into(),
+            offset: 512,
+            size_limit: 0,
+            flags,
+        });
         let nodes = of(&entry);
         let shown = Node::File([backing_file.as_slice(), b"\n"].concat());
         assert_eq!(find(&nodes, "block/loop3/loop/backing_file"), Some(&shown));

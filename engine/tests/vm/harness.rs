@@ -109,6 +109,7 @@ pub(crate) struct Case {
     name: String,
     needs: Needs,
     deadline: Duration,
+    variant: bool,
     body: Body,
 }
 
@@ -119,7 +120,8 @@ pub(crate) fn case(
     seconds: u64,
     body: impl FnOnce(&Ctx) -> Res + Send + 'static,
 ) -> Case {
-    Case { name: name.into(), needs, deadline: Duration::from_secs(seconds), body: Box::new(body) }
+    let deadline = Duration::from_secs(seconds);
+    Case { name: name.into(), needs, deadline, variant: false, body: Box::new(body) }
 }
 
 /// Time for the body to clean up once its processes are killed.
@@ -139,6 +141,12 @@ impl Case {
     #[allow(dead_code)]
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What it shows, others show for other paths, file systems or kernels: a full run has it, an everyday one has
+    /// not, if `when`.
+    pub(crate) fn variant_if(self, when: bool) -> Case {
+        Case { variant: when, ..self }
     }
 
     /// The case as libtest-mimic wants it.
@@ -173,6 +181,9 @@ impl Case {
     fn supervise(self) -> Res {
         let host = host::Host::get()?;
         host.meets(self.needs)?;
+        if self.variant && !host.full {
+            skip!("a variant of others; --full runs it");
+        }
         let dir = Path::new(host::SCRATCH).join(self.name.replace("::", "-"));
         std::fs::create_dir_all(&dir).at("scratch directory")?;
         let ctx = Ctx { name: self.name.clone(), dir: dir.clone(), host };

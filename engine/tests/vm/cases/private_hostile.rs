@@ -24,7 +24,7 @@ const GONE: Duration = Duration::from_secs(30);
 const KILLED: u64 = 8;
 
 fn hostile(ctx: &Ctx) -> Res {
-    let calls = if ctx.host.full { 100_000 } else { 10_000 };
+    let calls = if ctx.host.full { 100_000 } else { 4_000 };
     let client = ctx.path("client");
     std::fs::copy(std::env::current_exe()?, &client).at("copy this program")?;
     let mut daemon = Daemon::start(ctx)?;

@@ -142,7 +142,7 @@ fn tables(ctx: &Ctx) -> Res {
 
 /// Noise that begins like a table, and true tables with a few bits turned.
 fn garbage(ctx: &Ctx) -> Res {
-    let rounds: u64 = if ctx.host.full { 400 } else { 60 };
+    let rounds: u64 = if ctx.host.full { 400 } else { 30 };
     let size = 256 << 10;
     let file = File::create(ctx.path("noise")).at("noise")?;
     for seed in 0..rounds {

@@ -377,18 +377,20 @@ fn ends(ctx: &Ctx) -> Res {
 /// Rounds of mount and umount cost neither the daemon nor the maker anything that stays.
 fn rounds(ctx: &Ctx) -> Res {
     let daemon = allowing(ctx)?;
-    let script = user(ctx, &daemon).start(
+    let count = if ctx.host.full { 200 } else { 20 };
+    let script = user(ctx, &daemon).start(&format!(
+        "count={count}\n{}",
         r#"
         cd home; truncate -s 8M a; mkfs.ext4 -q a; mkdir mnt
         round() { mount -o loop a mnt && umount mnt || { wrong "round $1"; return 1; }; }
         for i in {1..5}; do round w$i || break; done
         refused "an option" "" mount -o loop,errors=panic a mnt
         soon "warm" "" losetup -a; sleep 3; halfway warm
-        for i in {1..50}; do round $i || break; done
+        for i in $(seq $count); do round $i || break; done
         refused "an option" "" mount -o loop,errors=panic a mnt
         soon "unbound" "" losetup -a; sleep 3; halfway done
-        "#,
-    )?;
+        "#
+    ))?;
     let maker = || -> Res<_> {
         let pid = tools::ok(&["pgrep", "-P", &daemon.pid()?.to_string(), "-f", "mount-maker"])?;
         let count = |what: &str| Ok::<_, crate::harness::Stop>(std::fs::read_dir(what)?.count());

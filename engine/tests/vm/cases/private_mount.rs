@@ -141,7 +141,7 @@ fn umount(ctx: &Ctx) -> Res {
 /// Rounds of mount and umount cost the daemon nothing that stays.
 fn rounds(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
-    let count = if ctx.host.full { 1000 } else { 100 };
+    let count = if ctx.host.full { 1000 } else { 40 };
     let script = format!(
         "count={count}\n{}",
         r#"

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use super::private_bundle::{Bundle, Pool, any_runtime, unbound};
+use super::private_driver::Driver;
 use super::private_script::{Inside, WORDS};
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
@@ -25,14 +26,15 @@ pub(super) fn cases() -> Vec<Case> {
 /// dropped.
 struct HostLoops {
     dir: String,
+    _driver: Driver,
 }
 
 impl HostLoops {
     fn new(ctx: &Ctx) -> Res<HostLoops> {
-        let host = HostLoops { dir: ctx.path("host") };
+        let host = HostLoops { dir: ctx.path("host"), _driver: Driver::load()? };
         let dir = &host.dir;
         tools::sh(format!(
-            "modprobe loop || :; mkdir -p {dir}; mount --bind {dir} {dir}; mount --make-shared {dir}
+            "mkdir -p {dir}; mount --bind {dir} {dir}; mount --make-shared {dir}
             cd {dir}; mkdir mnt late tmpfs; chmod 755 .
             truncate -s 8M a c; truncate -s 2M b
             mkfs.ext4 -q a; mkfs.ext4 -q c; mkswap -q b
@@ -208,7 +210,9 @@ fn backing_file(ctx: &Ctx) -> Res {
         losetup -d $dev; soon "gone" "" bash -c "cat $shown 2> /dev/null"
         rmdir dir2; exit $bad
         "#;
-    tools::sh(format!("modprobe loop; set +e; cd {}; {WORDS}{RENAMED}", ctx.dir.display()))?;
+    let driver = Driver::load()?;
+    tools::sh(format!("set +e; cd {}; {WORDS}{RENAMED}", ctx.dir.display()))?;
+    driver.unload()?;
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(RENAMED)?;
     daemon.stop()

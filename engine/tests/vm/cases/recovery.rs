@@ -18,9 +18,10 @@ pub(super) fn cases() -> Vec<Case> {
             ends_under_verify(ctx, path, Daemon::kill)
         }));
         let name = format!("recovery::kill_keeps_acknowledged::{path}");
-        all.push(case(name, Needs::Recovery(path), 180, move |ctx| {
+        let kept = case(name, Needs::Recovery(path), 180, move |ctx| {
             ends_keep_acknowledged(ctx, path, Daemon::kill)
-        }));
+        });
+        all.push(kept.variant_if(path == "auto"));
     }
     all.push(case("recovery::kill_with_many_devices", Needs::Recovery("copy"), 180, kill_with_many_devices));
     all

@@ -15,7 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
 /// What the machine does: mounts in both ways, restarts the daemon under them, goes down.
 const DOES: &str = r#"
 set -ex
-exec > /images/said 2>&1
+exec >> /images/said 2>&1
 trap 'systemctl --no-block --force poweroff' ERR
 loopengine attach /images/net; loopengine attach /images/hand; loopengine attach /images/swap
 mount /mnt/net; mount /run/loopengine/default/loop1 /mnt/hand; swapon /run/loopengine/default/loop2
@@ -37,7 +37,7 @@ systemctl --no-block poweroff
 
 /// From our first process to the machine's.
 const BOOTS: &str = r#"
-set -e
+set -e; exec &>> $IMAGES/said
 mount --make-rprivate /; cd $S; mkdir -p up work root
 mount -t overlay overlay -o lowerdir=/,upperdir=$S/up,workdir=$S/work root; cd root
 mount --rbind /dev dev; mount -t sysfs x sys; mount -t proc x proc; mount -t cgroup2 x sys/fs/cgroup
@@ -53,8 +53,8 @@ for unit in getty.target dbus.socket dbus.service systemd-{udevd,udev-trigger,lo
 done
 echo '/run/loopengine/default/loop0 /mnt/net ext4 noauto,_netdev 0 0' > etc/fstab
 echo 0123456789abcdef0123456789abcdef > etc/machine-id
-mkdir -p old; pivot_root . old; umount -l old
-exec env -i PATH=/usr/sbin:/usr/bin container=lab /lib/systemd/systemd --unit=multi-user.target &>/dev/null
+mkdir -p old; pivot_root . old; umount -l old; mount --make-rshared /
+exec env -i PATH=/usr/sbin:/usr/bin container=lab /lib/systemd/systemd --unit=multi-user.target &>> /images/said
 "#;
 
 fn machine(ctx: &Ctx) -> Res {

@@ -17,16 +17,18 @@ pub(super) fn cases() -> Vec<Case> {
         all.push(case(format!("verify::mixed::{path}"), Needs::Path(path), 240, move |ctx| {
             mixed(ctx, path, 24, &[], &[])
         }));
-        all.push(case(format!("verify::one_queue::{path}"), Needs::Path(path), 240, move |ctx| {
+        let one_queue = case(format!("verify::one_queue::{path}"), Needs::Path(path), 240, move |ctx| {
             mixed(ctx, path, 8, &[], &["--queues", "1", "--depth", "16"])
-        }));
+        });
+        all.push(one_queue.variant_if(path != "copy"));
     }
     for path in ["auto", "batch"] {
         for (name, linked, poll) in [("linked", "on", "0"), ("polled", "off", "100")] {
             let options = ["--linked-commit", linked, "--poll-us", poll];
-            all.push(case(format!("verify::{name}::{path}"), Needs::Path(path), 240, move |ctx| {
+            let case = case(format!("verify::{name}::{path}"), Needs::Path(path), 240, move |ctx| {
                 mixed(ctx, path, 12, &options, &[])
-            }));
+            });
+            all.push(case.variant_if((name == "linked") != (path == "auto")));
         }
     }
     all.push(case("verify::buffered", Needs::Ublk, 240, buffered));
