@@ -21,6 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("recovery_image::a_moved_image_is_recovered_by_hand", needs, 150, moved),
         case("recovery_image::a_read_only_store_is_named", needs, 120, read_only_store),
         case("recovery_image::a_full_store_fails_writes", needs, 120, full_store),
+        case("recovery_image::a_reached_quota_fails_writes", needs, 120, reached_quota),
     ]
 }
 
@@ -221,6 +222,34 @@ fn full_store(ctx: &Ctx) -> Res {
     same(&device, &disk.read(0, 4096)?, &[6; 4096])?;
     let failed = disk.try_write(32 * MIB, &vec![7; 1 << 20]);
     ensure!(failed.is_err(), "a write succeeded without room for it");
+    drop(disk);
+    daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// The owner of the image has reached his quota: the same, and the log says so. (XFS holds the owner to it, whoever
+/// writes.)
+fn reached_quota(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let image = store.sparse("image", 64 * MIB)?;
+    let dir = ctx.path("store");
+    tools::sh(format!(
+        "chown 1000 {image}; node=$(findmnt -no SOURCE {dir}); umount {dir}; mount -o uquota $node {dir}
+         xfs_quota -x -c 'limit bhard=4m 1000' {dir}"
+    ))?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    Disk::open(&device)?.write(0, &[6; 4096])?;
+    daemon.kill()?;
+    daemon.restart()?;
+    ensure!(daemon.info(&device)?["state"] == "live", "list says {}", daemon.info(&device)?);
+    let disk = Disk::open(&device)?;
+    same(&device, &disk.read(0, 4096)?, &[6; 4096])?;
+    let failed = (8..16).map(|at| disk.try_write(at * MIB, &vec![7; 1 << 20])).find(Result::is_err);
+    ensure!(failed.is_some(), "a write succeeded beyond the quota");
+    let said = format!("failed on {image}: Disk quota exceeded");
+    super::claims::warned(&daemon, &said, 1)?;
+    same(&device, &disk.read(0, 4096)?, &[6; 4096])?;
     drop(disk);
     daemon.detach(&device)?;
     daemon.stop()

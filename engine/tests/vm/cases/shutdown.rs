@@ -53,7 +53,7 @@ for unit in getty.target dbus.socket dbus.service systemd-{udevd,udev-trigger,lo
 done
 echo '/run/loopengine/default/loop0 /mnt/net ext4 noauto,_netdev 0 0' > etc/fstab
 echo 0123456789abcdef0123456789abcdef > etc/machine-id
-mkdir -p old; pivot_root . old; umount -l old; mount --make-rshared /
+mkdir -p old; pivot_root . old; umount -l old; /usr/bin/mount --make-rshared /
 exec env -i PATH=/usr/sbin:/usr/bin container=lab /lib/systemd/systemd --unit=multi-user.target &>> /images/said
 "#;
 
