@@ -62,7 +62,7 @@ impl Args {
             }
             if Instant::now() >= until {
                 // What is written is safe at least.
-                rustix::fs::sync();
+                disks.nodes().iter().for_each(|node| drop(usage::write_back(node)));
                 let message = format!("still in use when the daemon is stopped: {}", failed.join(", "));
                 return Err(Error::new(Kind::Busy, message)
                     .hint("stop what uses it before loopengine.service: order it After=loopengine.service"));

@@ -2,6 +2,7 @@
 //!
 //! Knows what logs call it, and what is logged when its users lose it. Does not know its instance.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::claims::sources::Hold;
@@ -32,6 +33,11 @@ impl Attached {
     /// See [`Served::quiesce`].
     pub fn quiesce(&self, until: Instant) -> Result<()> {
         self.served.quiesce(until)
+    }
+
+    /// What users open.
+    pub fn node(&self) -> PathBuf {
+        self.served.device().node()
     }
 
     /// Stops it. By force also in use, which is logged.

@@ -264,12 +264,13 @@ impl Engine {
     /// Returns the paths of the devices that are gone.
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { Stop::Always } else { Stop::IfUnused };
+        let selected = self.select(which)?;
         if force {
-            stop::write_everything_back();
+            stop::write_back(selected.iter().flat_map(|(instance, _)| stop::nodes_of(instance)).collect());
         }
         let mut gone = Vec::new();
         let mut first = None;
-        for (instance, only) in self.select(which)? {
+        for (instance, only) in selected {
             let numbers = only.map_or_else(|| instance.numbers(), |number| vec![number]);
             for number in numbers {
                 match instance.detach(number, when) {

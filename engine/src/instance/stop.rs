@@ -2,7 +2,7 @@
 //!
 //! Knows in which order, and how long that may take. Does not know signals, nor what a device is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use super::attached::Attached;
 use super::pool::Instance;
 use super::{Engine, owner_mark};
 use crate::frontend::{Found, Stop, ublk};
-use crate::sys::usage::Disks;
+use crate::sys::usage::{self, Disks};
 
 /// For all devices together to answer what is in flight.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
@@ -19,6 +19,8 @@ const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 const QUIESCED_TOGETHER: usize = 16;
 /// For the kernel to write back before devices in use are stopped.
 const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
+/// Disks that are written back at a time.
+const WRITTEN_BACK_TOGETHER: usize = 16;
 
 impl Engine {
     /// Ends all pools. Then leaves the devices to the next daemon, with their names and state; or detaches
@@ -27,11 +29,14 @@ impl Engine {
     pub fn shutdown(&self, detach_all: bool) {
         let detach = detach_all || !self.shared.frontend.devices_outlive_daemon();
         let pools = self.pools();
-        if detach || !pools.is_empty() {
-            write_everything_back();
-        }
-        pools.iter().for_each(|pool| pool.end(true));
+        let bound = pools.iter().flat_map(|pool| pool.entries()).filter(|entry| entry.bound.is_some());
+        let mut ending: Vec<PathBuf> = bound.flat_map(|entry| Disks::numbered(entry.rdev).nodes()).collect();
         let instances: Vec<Arc<Instance>> = self.table().values().cloned().collect();
+        if detach {
+            ending.extend(instances.iter().flat_map(|instance| nodes_of(instance)));
+        }
+        write_back(ending);
+        pools.iter().for_each(|pool| pool.end(true));
         instances.iter().for_each(|instance| instance.close());
         if detach {
             instances.iter().for_each(|instance| detach_devices(instance));
@@ -52,6 +57,16 @@ pub(crate) fn disks_of(run_dir: &Path) -> Disks {
         }
     }
     disks
+}
+
+/// Devices of an instance, and what lies upon them.
+pub(super) fn nodes_of(instance: &Instance) -> Vec<PathBuf> {
+    let nodes = instance.live().into_iter().map(|attached| attached.node());
+    nodes
+        .flat_map(|node| {
+            Disks::of(&node).nodes().into_iter().chain((!node.starts_with("/dev")).then_some(node))
+        })
+        .collect()
 }
 
 fn detach_devices(instance: &Instance) {
@@ -93,16 +108,28 @@ fn leave_waiting(devices: &[Arc<Attached>]) {
     );
 }
 
-/// Has the kernel write back what its caches hold for devices that are going to be stopped in use:
-/// once they are stopping, the driver fails what is written late. What takes too long is lost then,
-/// as it would be with a disk that is pulled out.
-pub(super) fn write_everything_back() {
-    let (done, is_done) = crossbeam::channel::bounded(1);
-    std::thread::spawn(move || {
-        rustix::fs::sync();
-        let _ = done.send(());
-    });
-    if is_done.recv_timeout(WRITE_BACK_LIMIT).is_err() {
+/// Has the kernel write back what its caches hold for disks that are going to be stopped in use: once they are
+/// stopping, the driver fails what is written late. What takes too long is lost then, as it would be with a disk
+/// that is pulled out. Nothing but these disks is waited for: a thread that waited for a stranger's could never end.
+pub(super) fn write_back(nodes: Vec<PathBuf>) {
+    let nodes = Arc::new(nodes);
+    let next = Arc::new(AtomicUsize::new(0));
+    let (done, is_done) = crossbeam::channel::bounded(WRITTEN_BACK_TOGETHER);
+    for _ in 0..nodes.len().min(WRITTEN_BACK_TOGETHER) {
+        let (nodes, next, done) = (Arc::clone(&nodes), Arc::clone(&next), done.clone());
+        std::thread::spawn(move || {
+            while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(error) = usage::write_back(node) {
+                    tracing::debug!("{} could not be written back: {error}", node.display());
+                }
+            }
+            drop(done);
+        });
+    }
+    drop(done);
+    // Nothing is sent: it is disconnected when all threads have ended.
+    let ended: Result<(), _> = is_done.recv_timeout(WRITE_BACK_LIMIT);
+    if ended == Err(crossbeam::channel::RecvTimeoutError::Timeout) {
         tracing::warn!("not all data could be written back before the devices are stopped");
     }
 }

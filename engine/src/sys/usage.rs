@@ -14,6 +14,9 @@ use super::mntns::{self, Mount};
 /// Mounts that the machine's administrator sees.
 const FIRST_MOUNTINFO: &str = "/proc/1/mountinfo";
 
+/// Disks whose nodes are looked for, with all that belongs to them.
+const NODES_MAX: usize = 1 << 14;
+
 /// Disks, by their names in the kernel.
 #[derive(Debug, Default)]
 pub struct Disks(BTreeSet<OsString>);
@@ -40,6 +43,27 @@ impl Disks {
             ours(Path::new(std::ffi::OsStr::from_bytes(file.trim_ascii_end())))
         });
         Disks(backed.map(|disk| disk.file_name()).collect())
+    }
+
+    /// Nodes of these disks, of their partitions and of what is stacked upon them.
+    pub fn nodes(&self) -> Vec<PathBuf> {
+        let mut found: Vec<OsString> = self.0.iter().cloned().collect();
+        let mut seen = 0;
+        while let Some(name) = found.get(seen).filter(|_| seen < NODES_MAX).cloned() {
+            seen += 1;
+            let dir = Path::new("/sys/class/block").join(&name);
+            let parts = fs::read_dir(&dir).into_iter().flatten().flatten();
+            let parts = parts.filter(|entry| entry.path().join("partition").exists());
+            let upon = fs::read_dir(dir.join("holders")).into_iter().flatten().flatten();
+            let more: Vec<OsString> = parts.chain(upon).map(|entry| entry.file_name()).collect();
+            more.into_iter().for_each(|name| {
+                if !found.contains(&name) {
+                    found.push(name)
+                }
+            });
+        }
+        // What lies upon others first: its caches end in theirs.
+        found.iter().rev().map(|name| Path::new("/dev").join(name)).collect()
     }
 
     /// Takes these in as well; false if there was nothing new.
@@ -99,6 +123,18 @@ pub fn warn_lost(device: &str, disks: &Disks) {
         "{device} ends while in use ({}): its users get I/O errors; unmount what is left of it",
         uses.join(", ")
     );
+}
+
+/// Writes back what the kernel caches of a file or a disk, and of the file system that is mounted from it. Waits
+/// for it.
+pub fn write_back(node: &Path) -> std::io::Result<()> {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileTypeExt;
+    let file = fs::File::open(node)?;
+    match file.metadata()?.file_type().is_block_device() {
+        true => Ok(super::block::flush(file.as_fd())?),
+        false => file.sync_all(),
+    }
 }
 
 /// Stops swapping to a node.

@@ -1,13 +1,14 @@
 //! The daemon is told to end, as at a restart of its service, while devices are in use.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::recovery::{ends_keep_acknowledged, ends_under_verify};
 use super::{MIB, PATHS};
 use crate::daemon::Daemon;
+use crate::disk;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::ledger::{OnError, Writers};
-use crate::store::{Mount, Store, fsck, mkfs};
+use crate::store::{Mount, Shape, Store, fsck, mkfs};
 use crate::tools;
 
 /// For a stop, on a slow CPU, however many devices there are.
@@ -32,6 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
     all.push(case("stop::detach_all_logs_what_is_lost", Needs::Ublk, 200, detach_all_is_logged));
     all.push(case("stop::forced_detach_logs_what_is_lost", Needs::Ublk, 200, forced_is_logged));
     all.push(case("stop::pool_end_logs_what_is_lost", Needs::Private, 200, pool_end_is_logged));
+    all.push(case("stop::a_disk_that_hangs_elsewhere_holds_nothing_up", Needs::Ublk, 200, hung_elsewhere));
     all.push(case("stop::unreadable_state_is_an_error", Needs::Recovery("copy"), 120, unreadable));
     all.push(case("stop::release_mounts", Needs::Ublk, 200, release_mounts));
     all
@@ -220,6 +222,61 @@ fn pool_end_is_logged(ctx: &Ctx) -> Res {
     drop(running);
     daemon.restart()?;
     daemon.stop()
+}
+
+/// Somebody else's disk does not answer, and data for it waits: a forced detach and a stop with devices in use are
+/// as quick as ever, and what was written to ours before is in the image.
+fn hung_elsewhere(ctx: &Ctx) -> Res {
+    let store = Store::xfs(ctx)?;
+    let elsewhere = crate::store::Disk::new(&Shape::default())?;
+    let name = format!("lehung{}", std::process::id());
+    let sectors = disk::size(&elsewhere.node())? / 512;
+    tools::ok(&[
+        "dmsetup",
+        "create",
+        &name,
+        "--table",
+        &format!("0 {sectors} linear {} 0", elsewhere.node()),
+    ])?;
+    let hung = format!("/dev/mapper/{name}");
+    mkfs("ext4", &hung)?;
+    let strange = Mount::new(&hung, &ctx.path("strange"), &[])?;
+    let mut daemon = Daemon::start(ctx)?;
+    let images = [store.sparse("one", 64 * MIB)?, store.sparse("two", 64 * MIB)?];
+    let devices = images.each_ref().map(|image| daemon.attach(&[image]));
+    let [one, two] = devices;
+    let (one, two) = (one?, two?);
+    for (device, dir) in [(&one, "mnt1"), (&two, "mnt2")] {
+        mkfs("ext4", device)?;
+        // Lost with its device: nobody unmounts it in time.
+        std::mem::forget(Mount::new(device, &ctx.path(dir), &[])?);
+    }
+    tools::ok(&["sync"])?;
+    tools::sh(format!("echo later > {}/file; dmsetup suspend --noflush --nolockfs {name}", strange.dir))?;
+    let written = "written just before";
+    let ended = (|| {
+        std::fs::write(ctx.path("mnt1/file"), written)?;
+        let start = Instant::now();
+        daemon.ok(&["detach", "--force", &one])?;
+        ensure!(start.elapsed() < Duration::from_secs(8), "detach --force took {:?}", start.elapsed());
+        std::fs::write(ctx.path("mnt2/file"), written)?;
+        let took = daemon.terminate()?;
+        ensure!(took < STOPPED, "the stop took {took:?}");
+        ensure!(!daemon.log().contains("could not be written back"), "{}", daemon.log());
+        Ok(())
+    })();
+    tools::ok(&["dmsetup", "resume", &name])?;
+    tools::sh(format!("umount -l {} {}", ctx.path("mnt1"), ctx.path("mnt2")))?;
+    strange.umount()?;
+    tools::ok(&["dmsetup", "remove", "--retry", &name])?;
+    ended?;
+    for image in &images {
+        // What is only in the journal counts.
+        let _ = tools::run(&["e2fsck", "-fy", image])?;
+        let found = tools::run(&["debugfs", "-R", "cat /file", image])?.out;
+        ensure!(found.trim() == written, "{image} has {found:?}");
+    }
+    Ok(())
 }
 
 /// State that cannot be read, and a device that was not recovered, are errors.
