@@ -253,7 +253,7 @@ impl File {
     fn of(name: &OsStr) -> File {
         let path = Path::new(name);
         let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-                let identity = path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        let identity = path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
         File { names: [path.to_owned(), full], identity }
     }
 
