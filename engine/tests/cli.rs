@@ -168,7 +168,10 @@ fn run_gives_the_device_to_a_command() {
     let ran = run(&["sh", "-c", shell]);
     assert_eq!((ran.code, ran.out.as_str()), (42, format!("{device}\n").as_str()));
     assert_eq!(run(&["sh", "-c", "kill -9 $$"]).code, 137);
-    fails(&run(&["/nonexistent/command"]), 3, "cannot run /nonexistent/command");
+    fails(&run(&["/nonexistent/command"]), 127, "cannot run /nonexistent/command");
+    fails(&run(&["/etc/passwd"]), 126, "cannot run /etc/passwd");
+    fails(&daemon.run(&["attach", "missing.img", "--run", "true"]), 125, "missing.img");
+    assert_eq!(daemon.run(&["attach", "a.img", "--nonsense", "--run", "true"]).code, 125);
     assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "nothing is left attached");
 }
 
@@ -177,7 +180,7 @@ fn run_says_what_it_could_not_detach() {
     let daemon = Daemon::start();
     daemon.image("busy.img", 4096);
     let ran = daemon.run(&["attach", "busy.img", "--run", "true"]);
-    fails(&ran, 4, "loopengine detach /run/fake/default/loop0");
+    fails(&ran, 125, "loopengine detach /run/fake/default/loop0");
     let ran = daemon.run(&["attach", "busy.img", "--run", "sh", "-c", "exit 7"]);
     fails(&ran, 7, "still attached");
 }
@@ -237,6 +240,51 @@ fn a_device_in_use_needs_force() {
     let both = daemon.run(&["detach", "default/loop0", "default/loop1"]);
     assert_eq!((both.code, both.out.as_str()), (4, "/run/fake/default/loop1\n"));
     assert_eq!(ok(&daemon.run(&["detach", "--force", "--all"])), "/run/fake/default/loop0\n");
+}
+
+/// The keys and types of all that `--json` prints: scripts read them.
+#[test]
+fn json_has_a_schema() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    let device = "instance:string number:number path:string node:string image:string state:string \
+        reason:null sizeBytes:number offsetBytes:number sizeLimitBytes:number blockSizeBytes:number \
+        readOnly:boolean buffered:boolean queues:number depth:number dataPath:string sharedWith:array";
+    let instance = "name:string maxDevices:number devices:number workers:number cpus:null directory:string";
+    let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \
+        writeBytes:number flushes:number discards:number errors:number resubmits:number punts:number \
+        fallbacks:number requests:number batches:number inFlight:number latency:object";
+    let cases: &[(&[&str], &str)] = &[
+        (&["create", "new.img", "--size", "1M"], "path:string sizeBytes:number"),
+        (&["attach", "a.img"], device),
+        (&["resize", "default/loop0"], device),
+        (&["list"], device),
+        (&["stats"], stats),
+        (&["instance", "create", "other"], instance),
+        (&["instance", "list"], instance),
+    ];
+    for (words, schema) in cases {
+        let words: Vec<&str> = words.iter().chain(&["--json"]).copied().collect();
+        let printed: serde_json::Value = serde_json::from_str(ok(&daemon.run(&words))).unwrap();
+        let object = printed.as_array().map_or(&printed, |all| &all[0]).as_object().unwrap();
+        let mut have: Vec<String> =
+            object.iter().map(|(key, value)| format!("{key}:{}", kind(value))).collect();
+        let mut want: Vec<&str> = schema.split_whitespace().collect();
+        have.sort_unstable();
+        want.sort_unstable();
+        assert_eq!(have, want, "{words:?}");
+    }
+}
+
+fn kind(value: &serde_json::Value) -> &'static str {
+    match value {
+        serde_json::Value::Null => "null",
+        serde_json::Value::Bool(_) => "boolean",
+        serde_json::Value::Number(_) => "number",
+        serde_json::Value::String(_) => "string",
+        serde_json::Value::Array(_) => "array",
+        serde_json::Value::Object(_) => "object",
+    }
 }
 
 #[test]

@@ -384,7 +384,7 @@ fn the_exit_status_is_the_commands() {
         assert_eq!(daemon.run(uid, "kill -9 $$").status.signal(), Some(9));
         let missing = daemon.program(uid).args(["run", "--", "no-such-program"]).output().unwrap();
         let err = String::from_utf8_lossy(&missing.stderr);
-        assert_eq!(missing.status.code(), Some(3));
+        assert_eq!(missing.status.code(), Some(127));
         assert!(
             err.starts_with("loopengine: cannot run no-such-program: ") && err.matches('\n').count() == 1,
             "{err}"
@@ -423,7 +423,7 @@ fn limits_bind_users_and_root_changes_them() {
         daemon.registry.limits(loopengine::private::Caller { uid: 0, gid: 0 }).len() == 1
     });
     let refused = run("13");
-    assert_eq!(refused.status.code(), Some(5), "{refused:?}");
+    assert_eq!(refused.status.code(), Some(125), "{refused:?}");
     let user = PLAIN.to_string();
     let by_user = daemon.program(PLAIN).args(["limit", &user, "100"]).output().unwrap();
     assert_eq!(by_user.status.code(), Some(6), "{by_user:?}");
@@ -433,7 +433,7 @@ fn limits_bind_users_and_root_changes_them() {
     let shown: serde_json::Value = serde_json::from_str(&out(&shown)).unwrap();
     assert_eq!((&shown[0]["max_devices"], &shown[1]["max_devices"]), (&12.into(), &100.into()));
     out(&daemon.program(0).args(["limit", &user, "default"]).output().unwrap());
-    assert_eq!(run("13").status.code(), Some(5));
+    assert_eq!(run("13").status.code(), Some(125));
 }
 
 #[test]

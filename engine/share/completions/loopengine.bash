@@ -31,9 +31,6 @@ _loopengine() {
             loopengine,features)
                 cmd="loopengine__subcmd__features"
                 ;;
-            loopengine,generate)
-                cmd="loopengine__subcmd__generate"
-                ;;
             loopengine,help)
                 cmd="loopengine__subcmd__help"
                 ;;
@@ -55,23 +52,11 @@ _loopengine() {
             loopengine,mount)
                 cmd="loopengine__subcmd__mount"
                 ;;
-            loopengine,mount-attacher)
-                cmd="loopengine__subcmd__mount__subcmd__attacher"
-                ;;
-            loopengine,mount-maker)
-                cmd="loopengine__subcmd__mount__subcmd__maker"
-                ;;
-            loopengine,mounter)
-                cmd="loopengine__subcmd__mounter"
-                ;;
             loopengine,oci)
                 cmd="loopengine__subcmd__oci"
                 ;;
             loopengine,recover)
                 cmd="loopengine__subcmd__recover"
-                ;;
-            loopengine,release-mounts)
-                cmd="loopengine__subcmd__release__subcmd__mounts"
                 ;;
             loopengine,resize)
                 cmd="loopengine__subcmd__resize"
@@ -103,9 +88,6 @@ _loopengine() {
             loopengine__subcmd__help,features)
                 cmd="loopengine__subcmd__help__subcmd__features"
                 ;;
-            loopengine__subcmd__help,generate)
-                cmd="loopengine__subcmd__help__subcmd__generate"
-                ;;
             loopengine__subcmd__help,help)
                 cmd="loopengine__subcmd__help__subcmd__help"
                 ;;
@@ -127,23 +109,11 @@ _loopengine() {
             loopengine__subcmd__help,mount)
                 cmd="loopengine__subcmd__help__subcmd__mount"
                 ;;
-            loopengine__subcmd__help,mount-attacher)
-                cmd="loopengine__subcmd__help__subcmd__mount__subcmd__attacher"
-                ;;
-            loopengine__subcmd__help,mount-maker)
-                cmd="loopengine__subcmd__help__subcmd__mount__subcmd__maker"
-                ;;
-            loopengine__subcmd__help,mounter)
-                cmd="loopengine__subcmd__help__subcmd__mounter"
-                ;;
             loopengine__subcmd__help,oci)
                 cmd="loopengine__subcmd__help__subcmd__oci"
                 ;;
             loopengine__subcmd__help,recover)
                 cmd="loopengine__subcmd__help__subcmd__recover"
-                ;;
-            loopengine__subcmd__help,release-mounts)
-                cmd="loopengine__subcmd__help__subcmd__release__subcmd__mounts"
                 ;;
             loopengine__subcmd__help,resize)
                 cmd="loopengine__subcmd__help__subcmd__resize"
@@ -260,7 +230,7 @@ _loopengine() {
 
     case "${cmd}" in
         loopengine)
-            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher release-mounts limit features doctor install oci generate help"
+            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list stats run mount umount losetup limit features doctor install oci help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -278,7 +248,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__attach)
-            opts="-i -r -f -h -V --instance --read-only --force --offset --size-limit --block-size --buffered --queues --depth --path --number --run --run-dir --help --version"
+            opts="-i -r -f -h -V --instance --read-only --force --offset --size-limit --block-size --buffered --queues --depth --path --number --json --run --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -336,7 +306,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__create)
-            opts="-h -V --size --preallocate --run-dir --help --version"
+            opts="-h -V --size --preallocate --json --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -419,26 +389,8 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        loopengine__subcmd__generate)
-            opts="-h -V --run-dir --help --version man completions"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --run-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         loopengine__subcmd__help)
-            opts="serve instance attach create detach resize recover list stats run mount umount losetup mounter mount-maker mount-attacher release-mounts limit features doctor install oci generate help"
+            opts="serve instance attach create detach resize recover list stats run mount umount losetup limit features doctor install oci help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -508,20 +460,6 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help__subcmd__features)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        loopengine__subcmd__help__subcmd__generate)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -703,48 +641,6 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        loopengine__subcmd__help__subcmd__mount__subcmd__attacher)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        loopengine__subcmd__help__subcmd__mount__subcmd__maker)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        loopengine__subcmd__help__subcmd__mounter)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         loopengine__subcmd__help__subcmd__oci)
             opts="print-config print-profile print-cdi hook"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -816,20 +712,6 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help__subcmd__recover)
-            opts=""
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        loopengine__subcmd__help__subcmd__release__subcmd__mounts)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -958,7 +840,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__instance__subcmd__create)
-            opts="-h -V --max --workers --cpus --run-dir --help --version"
+            opts="-h -V --max --workers --cpus --json --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1349,64 +1231,6 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        loopengine__subcmd__mount__subcmd__attacher)
-            opts="-h -V --run-dir --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --run-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        loopengine__subcmd__mount__subcmd__maker)
-            opts="-h -V --run-dir --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --run-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        loopengine__subcmd__mounter)
-            opts="-h -V --stay --kernel --root --run-dir --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --kernel)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --run-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         loopengine__subcmd__oci)
             opts="-h -V --run-dir --help --version print-config print-profile print-cdi hook help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -1510,7 +1334,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__oci__subcmd__hook)
-            opts="-h -V --devices --nodes --run-dir --help --version"
+            opts="-h -V --devices --nodes --reserved --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1521,6 +1345,10 @@ _loopengine() {
                     return 0
                     ;;
                 --nodes)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --reserved)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1651,26 +1479,8 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        loopengine__subcmd__release__subcmd__mounts)
-            opts="-h -V --now --run-dir --help --version"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --run-dir)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
         loopengine__subcmd__resize)
-            opts="-f -h -V --size --shrink --force --run-dir --help --version"
+            opts="-f -h -V --size --shrink --force --json --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::instance::Selector;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DataPath};
+use crate::instance::{NUMBER_MAX, Selector};
 
-use super::{daemon, image, out, run, size};
+use super::{daemon, image, number, out, run, size};
 
 /// Serve an image file or block device as a block device.
 ///
@@ -33,7 +33,7 @@ pub(super) struct Args {
     #[arg(short, long)]
     force: bool,
 
-    /// First byte of the image that the device shows: bytes, or a number and K, M, G or T.
+    /// First byte of the image that the device shows, with a unit as in 1M or 1MiB.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 
@@ -50,11 +50,11 @@ pub(super) struct Args {
     buffered: bool,
 
     /// Queues of the device [default: one for each worker of the instance].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "N", value_parser = number::within(1..=4096_u32))]
     queues: Option<u32>,
 
     /// Requests in flight in each queue [default: 128].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_name = "N", value_parser = number::within(1..=4096_u32))]
     depth: Option<u32>,
 
     /// Force one way of moving data [default: the best that the kernel grants].
@@ -62,8 +62,12 @@ pub(super) struct Args {
     path: Option<DataPath>,
 
     /// Number of the device in its instance [default: the lowest that is free].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = number::within(0..=NUMBER_MAX))]
     number: Option<u32>,
+
+    /// Print the device as JSON; loopengine-json(7) describes it.
+    #[arg(long, conflicts_with = "run")]
+    json: bool,
 
     /// Run a command with the device. Takes the rest of the line: '{}' in it is replaced by the
     /// path of the device, which is the last argument if there is no '{}'. The path is also in the
@@ -123,7 +127,11 @@ impl Args {
         }
         daemon::ask(run_dir, async |client| {
             let device = client.attach(&spec, self.force, image).await?;
-            if let Err(error) = out::print(&format!("{}\n", device.path)) {
+            let printed = match self.json {
+                true => out::json(&device),
+                false => out::print(&format!("{}\n", device.path)),
+            };
+            if let Err(error) = printed {
                 // Nobody learnt its name, so nobody would detach it.
                 let _ = client.detach(&Selector::Device(device.path), false).await;
                 return Err(error);

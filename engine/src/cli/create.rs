@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
+use zlink::introspect::CustomType;
 
 use crate::error::{Error, Kind, Result};
 use crate::image;
 
-use super::size;
+use super::{out, size};
 
 /// Make an image file.
 ///
@@ -22,13 +24,29 @@ pub(super) struct Args {
     /// File to make.
     image: PathBuf,
 
-    /// Its size: bytes, or a number and K, M, G or T.
+    /// Its size: bytes, or a number with a unit: K, M, G, T (or KiB, MiB, …) are powers of 1024, KB, MB, …
+    /// of 1000.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: u64,
 
     /// Reserve all space now. Writes then never fail for want of space, and are faster.
     #[arg(long)]
     preallocate: bool,
+
+    /// Print the image as JSON; loopengine-json(7) describes it.
+    #[arg(long)]
+    json: bool,
+}
+
+/// An image that was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
+pub(super) struct ImageInfo {
+    /// Its path as the caller gave it.
+    path: String,
+    /// Bytes.
+    size_bytes: u64,
 }
 
 impl Args {
@@ -36,6 +54,7 @@ impl Args {
         let cannot_start = |error| Error::os(error, "cannot start").hint("run 'loopengine doctor'");
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;
         let (path, bar) = (self.image.clone(), bar(self.size)?);
+        let info = self.json.then(|| ImageInfo { path: path.display().to_string(), size_bytes: self.size });
         let made = Arc::new(AtomicBool::new(false));
         let ours = Arc::clone(&made);
         let outcome = runtime.block_on(async {
@@ -61,7 +80,8 @@ impl Args {
         });
         // Its drop would wait for an interrupted job.
         std::mem::forget(runtime);
-        outcome
+        outcome?;
+        info.map_or(Ok(()), |info| out::json(&info).map(drop))
     }
 }
 

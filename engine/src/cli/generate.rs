@@ -45,9 +45,11 @@ pub fn completions(dir: &Path) -> Result<()> {
 
 /// Names and texts of the completions.
 pub(super) fn completion_files() -> Vec<(String, Vec<u8>)> {
+    let mut command = super::command();
+    command.build();
     let made = [Shell::Bash, Shell::Zsh, Shell::Fish].map(|shell| {
         let mut text = Vec::new();
-        clap_complete::generate(shell, &mut super::command(), "loopengine", &mut text);
+        clap_complete::generate(shell, &mut visible(&command), "loopengine", &mut text);
         let name = match shell {
             Shell::Zsh => "_loopengine".to_owned(),
             _ => format!("loopengine.{shell}"),
@@ -55,6 +57,23 @@ pub(super) fn completion_files() -> Vec<(String, Vec<u8>)> {
         (name, text)
     });
     made.into()
+}
+
+/// The built `command` without the hidden ones, which clap would complete all the same.
+fn visible(command: &clap::Command) -> clap::Command {
+    // Building the copy adds these again.
+    let built_in = |name: &str| ["help", "version"].contains(&name);
+    let args = command.get_arguments().filter(|arg| !built_in(arg.get_id().as_str())).cloned();
+    let subcommands = command.get_subcommands().filter(|sub| !sub.is_hide_set() && !built_in(sub.get_name()));
+    let has_version = command.get_arguments().any(|arg| arg.get_id() == "version");
+    // clap takes only names that live as long as the program, which ends soon.
+    clap::Command::new(&*command.get_name().to_owned().leak())
+        .version(env!("CARGO_PKG_VERSION"))
+        .disable_version_flag(!has_version)
+        .about(command.get_about().cloned().unwrap_or_default())
+        .args(args)
+        .groups(command.get_groups().cloned())
+        .subcommands(subcommands.map(visible))
 }
 
 /// Writes all manual pages to `dir`.

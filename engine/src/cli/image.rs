@@ -31,7 +31,7 @@ pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
     let size = (&file)
         .seek(SeekFrom::End(0))
         .map_err(|error| Error::os(error, format!("cannot find the size of {shown}")))?;
-    check(&shown.to_string(), size, spec)?;
+    check(&shown.to_string(), size, kind.is_file(), spec)?;
     spec.path = absolute(path)?;
     Ok(file.into())
 }
@@ -45,8 +45,9 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     opened.map_err(|error| {
         let message = format!("cannot open {shown}: {}", reason(&error));
         match error.kind() {
-            ErrorKind::NotFound => Error::new(Kind::NotFound, message)
+            ErrorKind::NotFound if can_be_created(path) => Error::new(Kind::NotFound, message)
                 .hint(format!("make an image with 'loopengine create {shown} --size 10G'")),
+            ErrorKind::NotFound => Error::new(Kind::NotFound, message).hint("give the path of an image"),
             ErrorKind::IsADirectory => {
                 invalid(format!("{shown} is a directory")).hint("give an image file or a block device")
             }
@@ -60,12 +61,21 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     })
 }
 
+/// Whether an image file can be made there: in a directory that exists, and is none of nodes.
+fn can_be_created(path: &Path) -> bool {
+    let dir = path.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+    dir.is_some_and(|dir| dir.is_dir() && !dir.starts_with("/dev"))
+}
+
 /// Does the part of the image that `spec` wants exist, in whole sectors?
-fn check(shown: &str, size: u64, spec: &AttachSpec) -> Result<()> {
+fn check(shown: &str, size: u64, is_file: bool, spec: &AttachSpec) -> Result<()> {
     let unit = u64::from(spec.block_size).max(SECTOR);
     if size == 0 {
-        return Err(invalid(format!("{shown} is empty"))
-            .hint(format!("give it a size, as with 'truncate -s 10G {shown}'")));
+        return Err(invalid(format!("{shown} is empty")).hint(match is_file {
+            true => format!("give it a size, as with 'truncate -s 10G {shown}'"),
+            // A block device gets its size from whoever made it.
+            false => "give a block device that has a medium, or an image file".to_owned(),
+        }));
     }
     if !spec.offset.is_multiple_of(unit) {
         let message = format!("the offset {} is not a multiple of {unit}", spec.offset);
@@ -86,10 +96,11 @@ fn check(shown: &str, size: u64, spec: &AttachSpec) -> Result<()> {
     let limited = spec.size_limit > 0 && spec.size_limit <= rest;
     if !limited && !rest.is_multiple_of(unit) {
         let message = format!("the size of {shown}, {size} bytes, is not a multiple of {unit}");
-        return Err(invalid(message).hint(format!(
-            "extend it with 'truncate -s %{unit} {shown}', or give --size-limit {}",
-            rest - rest % unit
-        )));
+        let limit = format!("give --size-limit {}", rest - rest % unit);
+        return Err(invalid(message).hint(match is_file {
+            true => format!("extend it with 'truncate -s %{unit} {shown}', or {limit}"),
+            false => limit,
+        }));
     }
     Ok(())
 }
@@ -116,7 +127,7 @@ mod tests {
     }
 
     fn verdict(size: u64, spec: &AttachSpec) -> String {
-        check("disk.img", size, spec).map_or_else(|error| error.to_string(), |()| "ok".to_owned())
+        check("disk.img", size, true, spec).map_or_else(|error| error.to_string(), |()| "ok".to_owned())
     }
 
     #[test]
@@ -132,6 +143,22 @@ mod tests {
         assert!(verdict(4096, &spec(0, 100, 0)).contains("--size-limit"));
         let odd = verdict(1000, &spec(0, 0, 0));
         assert!(odd.contains("truncate -s %512") && odd.contains("--size-limit 512"), "{odd}");
+    }
+
+    #[test]
+    fn block_devices_are_not_told_to_use_truncate() {
+        for (size, says) in [(0, "medium"), (1000, "; give --size-limit 512")] {
+            let error = check("/dev/loop0", size, false, &spec(0, 0, 0)).unwrap_err().to_string();
+            assert!(error.contains(says) && !error.contains("truncate"), "{error}");
+        }
+    }
+
+    #[test]
+    fn images_are_made_only_where_they_can_be() {
+        assert!(can_be_created(Path::new("x")) && can_be_created(Path::new("/tmp/x")));
+        for path in ["/dev/x", "/nonexistent/x", "/"] {
+            assert!(!can_be_created(Path::new(path)), "{path}");
+        }
     }
 
     #[test]

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use crate::config::MAX_DEVICES;
 use crate::error::Result;
-use crate::instance::spec::InstanceSpec;
+use crate::instance::{self, spec::InstanceSpec};
 
 use super::pool::{Mount, Open};
 use super::table::Table;
-use super::{daemon, out};
+use super::{daemon, number, out};
 
 /// Create, list and remove instances.
 ///
@@ -30,7 +30,7 @@ pub(super) struct Create {
     name: String,
 
     /// Devices that it may have.
-    #[arg(long, value_name = "N", default_value_t = MAX_DEVICES, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = MAX_DEVICES, value_parser = number::within(1..=instance::MAX_DEVICES))]
     max: u32,
 
     /// Worker threads; 0: one for each CPU that it may use, two at least.
@@ -40,6 +40,10 @@ pub(super) struct Create {
     /// CPUs that its workers may run on, as in '0-3,8' [default: all].
     #[arg(long, value_name = "LIST")]
     cpus: Option<String>,
+
+    /// Print the instance as JSON; loopengine-json(7) describes it.
+    #[arg(long)]
+    json: bool,
 }
 
 /// List instances.
@@ -65,16 +69,17 @@ pub(super) struct Remove {
 }
 
 impl Command {
-    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        match self {
+    pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
+        let done = match self {
+            Command::Open(args) => return args.run(run_dir),
             Command::Create(args) => args.run(run_dir),
             Command::List(args) => args.run(run_dir),
             Command::Mount(args) => args.run(run_dir),
-            Command::Open(args) => args.run(run_dir),
             Command::Remove(args) => {
                 daemon::ask(run_dir, async |client| client.remove_instance(&args.name, args.force).await)
             }
-        }
+        };
+        done.map(|()| 0)
     }
 }
 
@@ -82,7 +87,8 @@ impl Create {
     fn run(self, run_dir: &Path) -> Result<()> {
         let spec =
             InstanceSpec { name: self.name, max_devices: self.max, workers: self.workers, cpus: self.cpus };
-        daemon::ask(run_dir, async |client| client.create_instance(&spec).await).map(drop)
+        let created = daemon::ask(run_dir, async |client| client.create_instance(&spec).await)?;
+        if self.json { out::json(&created).map(drop) } else { Ok(()) }
     }
 }
 

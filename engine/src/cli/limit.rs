@@ -26,8 +26,8 @@ pub(super) struct Args {
     #[arg(value_name = "N|default", value_parser = parse_devices)]
     devices: Option<Devices>,
 
-    /// Print JSON; loopengine-json(7) describes it.
-    #[arg(long, conflicts_with = "uid")]
+    /// Print JSON, with a user its own limit only; loopengine-json(7) describes it.
+    #[arg(long)]
     json: bool,
 }
 
@@ -48,18 +48,20 @@ impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let limits = daemon::runtime()?.block_on(async {
             let mut client = PrivateClient::connect(run_dir).await?;
-            match (self.uid, self.devices) {
-                (Some(uid), Some(devices)) => {
-                    let max = match devices {
-                        Devices::Default => None,
-                        Devices::AtMost(max) => Some(max),
-                    };
-                    client.set_limit(uid, max).await.map(|()| None)
+            if let (Some(uid), Some(devices)) = (self.uid, self.devices) {
+                let max = match devices {
+                    Devices::Default => None,
+                    Devices::AtMost(max) => Some(max),
+                };
+                client.set_limit(uid, max).await?;
+                if !self.json {
+                    return Ok(None);
                 }
-                _ => client.limits().await.map(Some),
             }
+            client.limits().await.map(Some)
         })?;
-        let Some(limits) = limits else { return Ok(()) };
+        let Some(mut limits) = limits else { return Ok(()) };
+        limits.retain(|limit| self.uid.is_none() || limit.uid == self.uid);
         if self.json {
             return out::json(&limits).map(drop);
         }

@@ -9,8 +9,9 @@ use crate::error::{Error, Result};
 use crate::instance::spec::*;
 use crate::private::Limit;
 
+use super::create::ImageInfo;
 use super::doctor::{Check, Verdict};
-use super::{EXIT_CODES, examples};
+use super::{EXIT_CODES, RUN_EXIT_CODES, examples};
 
 /// What the foot of every page says.
 const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
@@ -82,20 +83,24 @@ fn own_sections(path: &str) -> Roff {
         configuration(&mut roff);
     }
     roff.control("SH", ["EXIT STATUS"]);
-    for (code, means) in EXIT_CODES {
+    // A command that is run has exit codes of its own, and ours step aside.
+    let own = if matches!(path, "run" | "instance open") { &[][..] } else { EXIT_CODES };
+    for (code, means) in own {
         tagged(&mut roff, &code.to_string(), means);
     }
-    if path == "attach" {
+    let runs = match path {
+        "attach" => Some(
+            "With --run, the exit status of the command, 128 and the number of the signal that ended it, or:",
+        ),
+        "run" | "instance open" => Some("Once the command has started, its own exit status. Otherwise:"),
+        _ => None,
+    };
+    if let Some(runs) = runs {
         roff.control("PP", []);
-        roff.text([
-            roman("With "),
-            bold("--run"),
-            roman(", the exit status of the command; 128 and the number of the signal if one ended it."),
-        ]);
-    }
-    if path == "run" {
-        roff.control("PP", []);
-        roff.text([roman("Once the command has started, its own exit status.")]);
+        roff.text([roman(runs)]);
+        for (code, means) in RUN_EXIT_CODES {
+            tagged(&mut roff, &code.to_string(), means);
+        }
     }
     let files = examples::files(path);
     if !files.is_empty() {
@@ -194,6 +199,7 @@ fn configuration(roff: &mut Roff) {
 const TYPES: &[&idl::CustomType<'static>] = &[
     InstanceInfo::CUSTOM_TYPE,
     DeviceInfo::CUSTOM_TYPE,
+    ImageInfo::CUSTOM_TYPE,
     DataPath::CUSTOM_TYPE,
     FrontendKind::CUSTOM_TYPE,
     DeviceState::CUSTOM_TYPE,
@@ -207,10 +213,14 @@ const TYPES: &[&idl::CustomType<'static>] = &[
 
 fn json_page() -> Roff {
     const PRINTED: &[(&str, &str)] = &[
+        ("loopengine attach", "One DeviceInfo."),
+        ("loopengine create", "One ImageInfo."),
+        ("loopengine instance create", "One InstanceInfo."),
         ("loopengine instance list", "An array of InstanceInfo."),
         ("loopengine list", "An array of DeviceInfo."),
         ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
-        ("loopengine limit", "An array of Limit."),
+        ("loopengine resize", "One DeviceInfo."),
+        ("loopengine limit", "An array of Limit; with a user, of its own only."),
         ("loopengine features", "One Features."),
         ("loopengine doctor", "An array of Check."),
     ];

@@ -20,6 +20,7 @@ pub mod losetup;
 mod man;
 mod mount;
 mod mount_loop;
+mod number;
 mod oci;
 mod out;
 mod pool;
@@ -36,14 +37,15 @@ mod stats;
 mod table;
 mod wanted;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::RUN_DIR;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 
 pub use mount_loop::main as mount_loop;
 
@@ -128,6 +130,27 @@ fn exit_code(kind: Kind) -> u8 {
     }
 }
 
+/// What they mean instead where a command is run, as with env(1), for the manual pages.
+pub(crate) const RUN_EXIT_CODES: &[(u8, &str)] = &[
+    (RUN_FAILED, "loopengine itself failed: the command was not run, or its device could not be detached."),
+    (NOT_EXECUTABLE, "The command was found, but cannot be executed."),
+    (COMMAND_NOT_FOUND, "The command was not found."),
+];
+
+const RUN_FAILED: u8 = 125;
+const NOT_EXECUTABLE: u8 = 126;
+const COMMAND_NOT_FOUND: u8 = 127;
+
+/// Says why `program` does not run. Answers the exit code.
+fn cannot_run(program: &OsStr, error: io::Error) -> u8 {
+    let (code, hint) = match error.kind() {
+        io::ErrorKind::NotFound => (COMMAND_NOT_FOUND, "give a program that exists, by its path or in $PATH"),
+        _ => (NOT_EXECUTABLE, "give a program that this user may execute"),
+    };
+    eprintln!("loopengine: {}", Error::os(error, format!("cannot run {}", program.display())).hint(hint));
+    code
+}
+
 /// The whole command line, as clap describes it.
 pub(crate) fn command() -> clap::Command {
     examples::add(Cli::command())
@@ -135,16 +158,17 @@ pub(crate) fn command() -> clap::Command {
 
 /// The program.
 pub fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().collect();
     let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => return misused(&error, &std::env::args_os().collect::<Vec<_>>()),
+        Err(error) => return misused(&error, &words),
     };
     match cli.command.run(cli.run_dir) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("loopengine: {error}");
-            ExitCode::from(exit_code(error.kind()))
+            ExitCode::from(if runs_command(&words) { RUN_FAILED } else { exit_code(error.kind()) })
         }
     }
 }
@@ -157,38 +181,62 @@ fn misused(error: &clap::Error, words: &[OsString]) -> ExitCode {
             eprint!("{}", losetup::usage_error(error, last));
             ExitCode::FAILURE
         }
+        _ if error.use_stderr() && runs_command(words) => {
+            let _ = error.print();
+            ExitCode::from(RUN_FAILED)
+        }
         _ => error.exit(),
     }
 }
 
 /// Whether these words, of which the first is the program, ask for the subcommand losetup.
 fn is_losetup(words: &[OsString]) -> bool {
-    let mut words = words.iter().skip(1);
-    while let Some(word) = words.next() {
-        if word == "--run-dir" {
-            words.next();
-        } else if !word.as_encoded_bytes().starts_with(b"-") {
-            return word == "losetup";
+    operands(words).next().is_some_and(|word| word == "losetup")
+}
+
+/// Whether these words have a command run, whose exit status becomes ours.
+fn runs_command(words: &[OsString]) -> bool {
+    let mut operands = operands(words);
+    match (operands.next().and_then(OsStr::to_str), operands.next()) {
+        (Some("run"), _) => true,
+        (Some("instance"), Some(word)) => word == "open",
+        (Some("attach"), _) => {
+            words.iter().any(|word| word == "--run" || word.as_encoded_bytes().starts_with(b"--run="))
         }
+        _ => false,
     }
-    false
+}
+
+/// The words that are no options.
+fn operands(words: &[OsString]) -> impl Iterator<Item = &OsStr> {
+    let mut words = words.iter().skip(1);
+    std::iter::from_fn(move || {
+        loop {
+            let word = words.next()?;
+            if word == "--run-dir" {
+                words.next();
+            } else if !word.as_encoded_bytes().starts_with(b"-") {
+                return Some(word.as_os_str());
+            }
+        }
+    })
 }
 
 impl Command {
     fn run(self, run_dir: PathBuf) -> Result<u8> {
         let done = match self {
             Command::Attach(args) => return args.run(&run_dir),
+            Command::Run(args) => return args.run(&run_dir),
+            Command::Instance(command) => return command.run(&run_dir),
             Command::Doctor(args) => return args.run(&run_dir),
             Command::Losetup(args) => return remote::run(args, &run_dir),
             Command::Serve(args) => args.run(&run_dir),
-            Command::Instance(command) => command.run(&run_dir),
             Command::Create(args) => args.run(),
             Command::Detach(args) => args.run(&run_dir),
             Command::Resize(args) => args.run(&run_dir),
             Command::Recover(args) => args.run(&run_dir),
             Command::List(args) => args.run(&run_dir),
             Command::Stats(args) => args.run(&run_dir),
-            Command::Run(args) => args.run(&run_dir),
             Command::Mount(args) => args.run(&run_dir),
             Command::Umount(args) => args.run(&run_dir),
             Command::Mounter(args) => args.run(),
@@ -222,6 +270,19 @@ mod tests {
         }
         for line in ["x", "x --bad", "x list losetup", "x --run-dir losetup list", "x --run-dir"] {
             assert!(!asks(line), "{line}");
+        }
+    }
+
+    #[test]
+    fn whose_exit_status_it_is() {
+        let runs = |line: &str| runs_command(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        for line in
+            ["x run -- true", "x attach a --run true", "x attach --run=true a", "x instance open true"]
+        {
+            assert!(runs(line), "{line}");
+        }
+        for line in ["x", "x attach run", "x instance create open", "x --run-dir run list"] {
+            assert!(!runs(line), "{line}");
         }
     }
 

@@ -13,9 +13,9 @@ use rustix::mount::{OpenTreeFlags, UnmountFlags, open_tree, unmount};
 use crate::error::{Error, Kind, Result};
 use crate::loopfs::attach::attach_mount;
 
-use super::out;
 use super::private::parse_file_system;
 use super::wanted::{Wanted, open_for_containers, open_pool};
+use super::{cannot_run, out};
 use crate::private::DEV;
 
 /// The environment variable with the number of the descriptor.
@@ -126,8 +126,8 @@ impl Mount {
 }
 
 impl Open {
-    /// Becomes the command: comes back only if that fails.
-    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+    /// Becomes the command: comes back only if that fails, with the exit code.
+    pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let Some((program, arguments)) = self.command.split_first() else {
             return Err(Error::new(Kind::Invalid, "no command to run"));
         };
@@ -135,7 +135,7 @@ impl Open {
         let mount = inherited(mount).map_err(|error| Error::os(error, "cannot hand on a descriptor"))?;
         let error =
             Command::new(program).args(arguments).env(DESCRIPTOR_ENV, mount.as_raw_fd().to_string()).exec();
-        Err(Error::os(error, format!("cannot run {}", program.display())))
+        Ok(cannot_run(program, error))
     }
 }
 

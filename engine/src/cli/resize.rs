@@ -19,7 +19,7 @@ pub(super) struct Args {
     /// Device: a path that leads to it, NAME/loopN, or loopN of the instance 'default'.
     device: String,
 
-    /// Size of the device: bytes, or a number and K, M, G or T [default: what its image has now].
+    /// Size of the device, with a unit as in 20G or 20GiB [default: what its image has now].
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: Option<u64>,
 
@@ -30,6 +30,10 @@ pub(super) struct Args {
     /// With '--shrink': also while the device is in use.
     #[arg(short, long, requires = "shrink")]
     force: bool,
+
+    /// Print the device as JSON; loopengine-json(7) describes it.
+    #[arg(long)]
+    json: bool,
 }
 
 impl Args {
@@ -39,6 +43,9 @@ impl Args {
         };
         let spec = ResizeSpec { device, size: self.size, shrink: self.shrink, force: self.force };
         let device = daemon::ask(run_dir, async |client| client.resize(&spec).await)?;
+        if self.json {
+            return out::json(&device).map(drop);
+        }
         out::print(&format!("{}\n", device.size)).map(drop)
     }
 }

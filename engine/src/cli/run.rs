@@ -20,7 +20,7 @@ use crate::instance::Selector;
 use crate::instance::spec::AttachSpec;
 use crate::sys::watch::watch;
 
-use super::daemon;
+use super::{cannot_run, daemon};
 
 /// The environment variable with the device's path.
 const DEVICE_ENV: &str = "LOOPENGINE_DEVICE";
@@ -65,11 +65,10 @@ async fn run(device: &str, words: &[OsString], signals: &mut Signals) -> Result<
     let Some((program, arguments)) = words.split_first() else {
         return Err(Error::new(Kind::Invalid, "no command to run").hint("give one after --run"));
     };
-    let mut child = Command::new(program)
-        .args(arguments)
-        .env(DEVICE_ENV, device)
-        .spawn()
-        .map_err(|error| Error::os(error, format!("cannot run {}", program.display())))?;
+    let mut child = match Command::new(program).args(arguments).env(DEVICE_ENV, device).spawn() {
+        Ok(child) => child,
+        Err(error) => return Ok(cannot_run(program, error)),
+    };
     let waited = wait(&mut child, signals).await;
     let status = waited.map_err(|error| {
         let _ = child.kill();

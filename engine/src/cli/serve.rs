@@ -26,7 +26,7 @@ use crate::received;
 use crate::sandbox;
 use crate::sys::{self, mntns};
 
-use super::reload;
+use super::{number, reload};
 
 /// Mount tables can change often; more often than this they are not looked at.
 const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
@@ -66,7 +66,7 @@ pub(super) struct Args {
 
     /// Microseconds for which a worker looks for more after a lone request before it sleeps; less often
     /// where that is in vain. 0: never.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    #[arg(long, value_name = "N", value_parser = number::within(0..=1_000_000_u32))]
     poll_us: Option<u32>,
 
     /// Detach all devices when the daemon is stopped, also those in use: their users get I/O errors.

@@ -1,4 +1,5 @@
-//! Sizes in bytes, read and shown: `4096`, `1k`, `512M`, `10G`. Units are powers of 1024.
+//! Sizes in bytes, read and shown: `4096`, `1k`, `512M`, `10GiB`. Units are powers of 1024, except that
+//! those that end with B alone (`10GB`) are powers of 1000, as with losetup(8) and dd(1).
 
 const UNITS: &str = "KMGTPE";
 
@@ -6,21 +7,27 @@ const UNITS: &str = "KMGTPE";
 pub(super) fn parse(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
-    let wrong = || format!("'{text}' is not a size; give bytes, or a number and K, M, G or T");
+    let wrong =
+        || format!("'{text}' is not a size; give bytes, or a number with a unit, as in 512M, 10GiB or 10GB");
     let number: u64 = match number.parse() {
         Ok(number) => number,
         Err(_) if number.is_empty() => return Err(wrong()),
         Err(_) => return Err(format!("'{text}' is too large")),
     };
     let unit = unit.to_ascii_uppercase();
-    let letter = unit.strip_suffix("IB").unwrap_or(&unit);
-    let shift = match letter {
-        "" if unit.is_empty() => 0,
-        letter if letter.len() == 1 => 10 * (1 + UNITS.find(letter).ok_or_else(wrong)?),
+    let mut chars = unit.chars();
+    let power = match chars.next() {
+        None => 0,
+        Some(letter) => 1 + UNITS.find(letter).ok_or_else(wrong)?,
+    };
+    let base: u64 = match chars.as_str() {
+        "" | "IB" => 1024,
+        "B" => 1000,
         _ => return Err(wrong()),
     };
+    // UNITS are few: the power fits.
     number
-        .checked_mul(1 << shift)
+        .checked_mul((0..power).fold(1, |product, _| product * base))
         .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or_else(|| format!("'{text}' is too large"))
 }
@@ -70,9 +77,22 @@ mod tests {
         assert_eq!(parse("10G"), Ok(10 << 30));
         assert_eq!(parse("2TiB"), Ok(2 << 40));
         assert_eq!(parse("0"), Ok(0));
-        for bad in
-            ["", "G", "-1", "1.5G", "1 G", "1GB", "1iB", "1kk", "1é", "99999999999999999999", "16E", "8E"]
-        {
+        assert_eq!((parse("1MB"), parse("1mib"), parse("3kB")), (Ok(1_000_000), Ok(1 << 20), Ok(3000)));
+        for bad in [
+            "",
+            "G",
+            "-1",
+            "1.5G",
+            "1 G",
+            "1B",
+            "1GiBB",
+            "1iB",
+            "1kk",
+            "1é",
+            "99999999999999999999",
+            "16E",
+            "8E",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

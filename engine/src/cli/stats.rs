@@ -9,7 +9,7 @@ use crate::instance::Selector;
 use crate::instance::spec::DeviceStats;
 
 use super::table::Table;
-use super::{daemon, detach, out, size};
+use super::{daemon, detach, number, out, size};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -33,7 +33,7 @@ pub(super) struct Args {
     watch: bool,
 
     /// With '--watch': stop after N times.
-    #[arg(long, value_name = "N", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", requires = "watch", value_parser = number::within(1_u64..))]
     count: Option<u64>,
 
     /// Print JSON (with '--watch' one line each second, of counts); loopengine-json(7) describes it.

@@ -3,9 +3,10 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use super::daemon;
+use super::{daemon, number};
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
+use crate::instance::MAX_DEVICES;
 use crate::private::{OpenSpec, Opened, RESERVED_MAX};
 use crate::sys::loop_names;
 
@@ -17,7 +18,7 @@ pub(super) struct Wanted {
     pub(super) name: Option<String>,
 
     /// Devices that it may have [default: 8, or as many as the user may still have].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
     pub(super) max: Option<u32>,
 
     /// User whom the nodes belong to, and whose limit they count for; only root may name another

@@ -35,6 +35,8 @@ use state::StateDir;
 
 /// Devices of one instance at the most.
 pub const MAX_DEVICES: u32 = 4096;
+/// Highest number of a device: as of the kernel's loop devices, which have minor numbers of 20 bits.
+pub const NUMBER_MAX: u32 = (1 << 20) - 1;
 /// Files that a daemon may have open: some for each of several thousand devices.
 const OPEN_FILES: u64 = 1 << 18;
 /// Instances of one daemon at the most.
@@ -309,9 +311,10 @@ impl Engine {
     }
 
     fn instance(&self, name: &str) -> Result<Arc<Instance>> {
+        check_instance_name(name)?;
         self.table().get(name).cloned().ok_or_else(|| {
             Error::new(Kind::NotFound, format!("there is no instance {name:?}"))
-                .hint(format!("'loopengine instance create {name}' makes it"))
+                .hint(format!("create it with 'loopengine instance create {name}'"))
         })
     }
 

@@ -20,9 +20,10 @@ pub fn check_instance_name(name: &str) -> Result<()> {
     if fits {
         return Ok(());
     }
-    Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance")).hint(
-        "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', not 'control', 'lock' or 'private'",
-    ))
+    let reserved = RESERVED.map(|name| format!("'{name}'")).join(", ");
+    Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance")).hint(format!(
+        "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', none of {reserved}"
+    )))
 }
 
 /// "0-3,8" as numbers, ascending, each once.
@@ -92,6 +93,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::path::Path;
+
+    #[test]
+    fn a_refused_name_is_told_all_that_are_reserved() {
+        let error = check_instance_name("oci").unwrap_err().to_string();
+        assert!(RESERVED.iter().all(|name| error.contains(&format!("'{name}'"))), "{error}");
+    }
 
     #[test]
     fn cpus_are_lists_of_ranges() {

@@ -87,6 +87,7 @@ impl Instance {
         let directory = shared.run_dir.join(&spec.name);
         let table = Table::new(spec, &directory)?;
         let cpus = spec.cpus.as_deref().map(parse_cpus).transpose()?.unwrap_or_default();
+        check_cpus(&cpus)?;
         let count = worker_count(spec.workers, &cpus)?;
         fs::create_dir(&directory).or_else(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
@@ -411,6 +412,18 @@ pub(super) fn source(spec: &AttachSpec) -> Source {
 
 /// One worker a CPU that may be used, two at least; but no more than the machine has CPUs, for the
 /// driver allows no more queues.
+/// Refuses CPUs that this machine lacks: workers would silently run on fewer.
+fn check_cpus(cpus: &[usize]) -> Result<()> {
+    let present = fs::read_to_string("/sys/devices/system/cpu/present").unwrap_or_default();
+    let present = present.trim();
+    let Ok(known) = parse_cpus(present) else { return Ok(()) };
+    match cpus.iter().find(|cpu| !known.contains(cpu)) {
+        None => Ok(()),
+        Some(cpu) => Err(Error::new(Kind::Invalid, format!("this machine has no CPU {cpu}"))
+            .hint(format!("choose from {present}"))),
+    }
+}
+
 fn worker_count(wanted: u32, cpus: &[usize]) -> Result<u32> {
     if wanted > MAX_WORKERS {
         return Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_WORKERS} workers")));
@@ -421,4 +434,16 @@ fn worker_count(wanted: u32, cpus: &[usize]) -> Result<u32> {
         0 => usable.max(2).min(allowed.max(1)).min(MAX_WORKERS),
         wanted => wanted,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_cpus_that_the_machine_lacks() {
+        assert!(check_cpus(&[]).is_ok() && check_cpus(&[0]).is_ok());
+        let error = check_cpus(&[0, 8191]).unwrap_err();
+        assert!(error.kind() == Kind::Invalid && error.to_string().contains("no CPU 8191"), "{error}");
+    }
 }

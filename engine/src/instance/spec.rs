@@ -187,12 +187,20 @@ pub struct DeviceInfo {
     #[serde(default)]
     pub reason: Option<String>,
     /// Bytes.
+    #[serde(rename = "sizeBytes")]
+    #[zlink(rename = "sizeBytes")]
     pub size: u64,
     /// First byte of the image that the device shows.
+    #[serde(rename = "offsetBytes")]
+    #[zlink(rename = "offsetBytes")]
     pub offset: u64,
     /// Bytes at the most; 0: to the end of the image.
+    #[serde(rename = "sizeLimitBytes")]
+    #[zlink(rename = "sizeLimitBytes")]
     pub size_limit: u64,
     /// Logical block size in bytes.
+    #[serde(rename = "blockSizeBytes")]
+    #[zlink(rename = "blockSizeBytes")]
     pub block_size: u32,
     /// Writes are refused.
     pub read_only: bool,
@@ -227,6 +235,8 @@ pub struct DeviceStats {
     /// Writes completed.
     pub writes: u64,
     /// Bytes written.
+    #[serde(rename = "writeBytes")]
+    #[zlink(rename = "writeBytes")]
     pub written_bytes: u64,
     /// Flushes completed.
     pub flushes: u64,

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::MAX_DEVICES;
 use super::spec::InstanceSpec;
+use super::{MAX_DEVICES, NUMBER_MAX};
 use crate::error::{Error, Kind, Result};
 use crate::ring::SlotId;
 
@@ -145,6 +145,10 @@ impl<D: Clone> Table<D> {
         }
         let number = match wanted {
             Some(number) if state.devices.contains_key(&number) => return Err(self.taken(number)),
+            Some(number) if number > NUMBER_MAX => {
+                let context = format!("a device of instance {name} cannot have the number {number}");
+                return Err(Error::new(Kind::Invalid, context).hint(format!("give at most {NUMBER_MAX}")));
+            }
             Some(number) => number,
             None => (0..).find(|number| !state.devices.contains_key(number)).unwrap_or(u32::MAX),
         };
@@ -245,6 +249,13 @@ mod tests {
         assert_eq!(table.withdraw(7).unwrap_err().kind(), Kind::Busy);
         again.fill("a");
         assert_eq!(table.get(7).unwrap(), "a");
+    }
+
+    #[test]
+    fn refuses_numbers_out_of_range() {
+        let table = table(2);
+        assert!(table.reserve(Some(NUMBER_MAX)).is_ok());
+        assert_eq!(table.reserve(Some(NUMBER_MAX + 1)).unwrap_err().kind(), Kind::Invalid);
     }
 
     #[test]

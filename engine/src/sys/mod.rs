@@ -41,7 +41,11 @@ pub fn declare_io_flusher() {
     let done = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
     if done != 0 {
         let error = std::io::Error::last_os_error();
-        tracing::warn!(%error, "this worker may wait for its own writes when memory is short");
+        // It is the same for all threads of the process.
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            tracing::warn!(%error, "workers may wait for their own writes when memory is short; give the daemon CAP_SYS_RESOURCE");
+        });
     }
 }
 

@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::number;
 use super::private::mounter::Way;
 use super::private::parse_fuse;
 use super::remote::Remote;
@@ -47,10 +48,10 @@ pub(super) struct Args {
     read_only: bool,
 
     /// Mount partition N of the image.
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
+    #[arg(short, long, value_name = "N", value_parser = number::within(1..=255_u32))]
     partition: Option<u32>,
 
-    /// First byte of the image that counts: bytes, or a number and K, M, G or T.
+    /// First byte of the image that counts, with a unit as in 1M or 1MiB.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 

@@ -93,9 +93,10 @@ pub(super) fn mount(program: &str, device: &Device, image: &Image, dir: &Path) -
         Some(line) => format!("{why}: {line}"),
         None => why,
     };
-    Err(Error::new(Kind::Io, message).hint(match image.kind.starts_with("ext") {
-        true => "check the file system: e2fsck -fn",
-        false => "check the image",
+    Err(Error::new(Kind::Io, message).hint(match (image.kind.starts_with("ext"), image.offset) {
+        (true, 0) => format!("check it with 'e2fsck -fn {shown}'"),
+        (true, offset) => format!("check it with 'e2fsck -fn {shown}?offset={offset}'"),
+        (false, _) => format!("check {shown}"),
     }))
 }
 

@@ -14,6 +14,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use serde::Deserialize;
 
 use super::profile::read;
+use crate::cli::number;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::private::LOOPFS;
@@ -21,7 +22,7 @@ use crate::private::LOOPFS;
 /// Bytes of a state at the most.
 const STATE_MAX: u64 = 1 << 20;
 /// More nodes than any pool has.
-const NODES_MAX: i64 = 4 * MAX_DEVICES as i64;
+const NODES_MAX: u32 = 4 * MAX_DEVICES;
 
 /// Give a container names for its loop devices: a hook for container runtimes.
 ///
@@ -30,12 +31,12 @@ const NODES_MAX: i64 = 4 * MAX_DEVICES as i64;
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Hook {
     /// Devices of the pool.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_DEVICES)))]
+    #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
     devices: u32,
 
     /// Nodes /dev/loopN that the runtime has made by itself, for their numbers: they make way.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true,
-        value_parser = clap::value_parser!(u32).range(..=NODES_MAX))]
+        value_parser = number::within(0..=NODES_MAX))]
     nodes: u32,
 
     /// Numbers that no device of the pool has.

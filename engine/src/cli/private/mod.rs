@@ -28,7 +28,7 @@ use crate::intercept::filter;
 use crate::private::{OpenSpec, RESERVED_MAX};
 use crate::sys;
 
-use super::daemon;
+use super::{cannot_run, daemon, number};
 
 /// Run a command with loop devices of its own.
 ///
@@ -53,7 +53,7 @@ use super::daemon;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Loop devices at the most [default: 8, or what the user's limit leaves].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_DEVICES)))]
+    #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
     max: Option<u32>,
 
     /// The pool's name, for lists [default: a number].
@@ -113,7 +113,7 @@ impl Args {
     }
 
     /// Answers only if it fails.
-    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+    pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let user = self.user || !rustix::process::geteuid().is_root();
         let ways = self.ways(user);
         let runtime = daemon::runtime()?;
@@ -190,12 +190,12 @@ fn namespace() -> Result<OwnedFd> {
         .map_err(|error| Error::os(error, "cannot open our user namespace").hint("mount proc on /proc"))
 }
 
-fn become_command(words: &[OsString]) -> Result<()> {
+/// Comes back only if it cannot, with the exit code.
+fn become_command(words: &[OsString]) -> Result<u8> {
     let Some((program, arguments)) = words.split_first() else {
         return Err(Error::new(Kind::Invalid, "no command to run"));
     };
-    let error = Command::new(program).args(arguments).exec();
-    Err(Error::os(error, format!("cannot run {}", program.display())))
+    Ok(cannot_run(program, Command::new(program).args(arguments).exec()))
 }
 
 #[cfg(test)]

@@ -86,7 +86,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     for size in [512_usize, 4096] {
         let device = daemon.attach(&[&image, "--block-size", &size.to_string()])?;
-        ensure!(daemon.info(&device)?["blockSize"] == size, "list differs");
+        ensure!(daemon.info(&device)?["blockSizeBytes"] == size, "list differs");
         let disk = Disk::open(&device)?;
         let data = pattern(size as u64, size);
         disk.write(3 * size as u64, &data)?;
