@@ -21,7 +21,7 @@ use crate::outcome::{JobInfo, Manifest, Mode, TargetInfo, Warning};
 use crate::progress::Progress;
 use crate::site::{Set, Site};
 use crate::target::{self, Kind, MANY, Target};
-use crate::{check, handover, sh};
+use crate::{check, handover, sh, site};
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -249,6 +249,8 @@ fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
     let mut notes = plan.notes.clone();
     // Inside a VM the CPU has the emulator's name.
     let host_cpu = notes.remove("host-cpu");
+    let images = site::describe(plan.images.as_deref()).unwrap_or_else(|error| format!("{error:#}"));
+    notes.insert("images".into(), format!("{} MiB each, in {images}", plan.image_mb));
     Ok(Manifest {
         date: sh::capture(std::process::Command::new("date").args(["-u", "+%F"]), target::LIMIT)?
             .trim()
