@@ -93,12 +93,12 @@ pub(crate) fn ratio_of(row: &Row) -> String {
     }
 }
 
-/// Why a row with the larger median has the smaller ratio, where there is one.
+/// Why a row with the larger median has the smaller ratio, if the table has such a row.
 pub(crate) fn contradiction(rows: &[Row], rate: &str) -> Option<String> {
     let (more, less) = summary::contradiction(rows)?;
     Some(format!(
-        "{} has the larger median of {rate} and the smaller ratio than {}: a ratio is taken within each round, and × \
-         is the median of those, not the ratio of the medians.",
+        "{} has more {rate} than {}, but a smaller ×: × is the median of the ratios within each round, not the ratio of \
+         the medians.",
         plain(&more.target),
         plain(&less.target)
     ))
