@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::outcome::{TargetInfo, Warning};
 use crate::store::{Fs, Store};
@@ -68,6 +68,9 @@ pub fn describe(images: Option<&Path>) -> Result<String> {
         NULL_BLK.check().context(NO_STORE)?;
         return Ok("XFS on a memory-backed null_blk device".into());
     };
+    if !directory.is_dir() {
+        bail!("there is no directory {}: name another with --images", directory.display());
+    }
     let mut findmnt = Command::new(sh::which("findmnt")?);
     findmnt.args(["--noheadings", "--first-only", "--output", "FSTYPE,SOURCE", "--target"]).arg(directory);
     let said = sh::capture(&mut findmnt, LIMIT)

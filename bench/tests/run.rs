@@ -251,6 +251,8 @@ fn plan_says_what_run_finds() -> Check {
         let why = target.unavailable.map(|why| format!("unavailable: {why}"));
         ensure(line.ends_with(&why.unwrap_or(target.version)), &format!("plan says {line}"))?;
     }
+    let nowhere = said(Command::new(env!("CARGO_BIN_EXE_loopbench")).args(["plan", "--images", "/nowhere"]));
+    ensure(nowhere.contains("unavailable: there is no directory /nowhere"), &nowhere)?;
     ensure(plan.contains(&format!("{} (", home.0.path().display())), &format!("no file system: {plan}"))
 }
 
