@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::fio::Length;
+use crate::fio::{self, Length};
 use crate::job::{self, JOBS, Job};
 use crate::measure::Extras;
 use crate::outcome::Mode;
 use crate::run::Plan;
+use crate::{site, target};
 
 /// A start of fio, and setting a target up: seconds, roughly, on a machine and under emulation.
 const START_S: (f64, f64) = (0.3, 2.5);
@@ -132,18 +133,25 @@ pub fn describe(plan: &Plan) -> Result<String> {
     text.push_str("\ntargets\n");
     let mut able = 0;
     for target in &targets {
-        let version = target.version();
+        let version = target::check(&**target);
         able += usize::from(version.is_ok());
-        let version = version.unwrap_or_else(|error| format!("unavailable: {error:#}"));
-        text.push_str(&format!("  {:<22} {version}\n", target.name()));
+        text.push_str(&format!("  {:<22} {}\n", target.name(), or_unavailable(version)));
     }
-    let images = plan
-        .images
-        .as_ref()
-        .map_or("a file system in memory (null_blk)".into(), |directory| format!("{}", directory.display()));
-    text.push_str(&format!("\nimages of {} MiB on {images}\n", plan.image_mb));
+    text.push_str(&format!(
+        "\nfio: {}\nimages of {} MiB each: {}\n",
+        or_unavailable(fio::version().map(|version| version.to_string())),
+        plan.image_mb,
+        or_unavailable(site::describe(plan.images.as_deref()))
+    ));
+    if !rustix::process::geteuid().is_root() {
+        text.push_str("run it as root: without, most targets are unavailable\n");
+    }
     text.push_str(&format!("about {} min\n", (seconds(plan, able) / 60.0).ceil()));
     Ok(text)
+}
+
+fn or_unavailable(found: Result<String>) -> String {
+    found.unwrap_or_else(|error| format!("unavailable: {error:#}"))
 }
 
 fn seconds(plan: &Plan, targets: usize) -> f64 {

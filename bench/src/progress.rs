@@ -1,7 +1,7 @@
-//! How far a run is: a bar with the time left on a terminal, plain lines without one.
+//! How far a run is, and for how long it will go on: a bar on a terminal, plain lines without one.
 
 use std::io::IsTerminal;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -9,25 +9,32 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub struct Progress {
     bar: Option<ProgressBar>,
     start: Instant,
-    done: u64,
-    of: u64,
+    /// What an earlier run did took none of this one's time.
+    before: usize,
+    done: usize,
+    of: usize,
 }
 
 impl Progress {
-    /// Of a run with this many steps.
-    pub fn new(steps: u64) -> Progress {
-        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(steps));
+    /// Of a run with this many steps, of which some were done before.
+    pub fn new(of: usize, before: usize) -> Progress {
+        let bar =
+            std::io::stderr().is_terminal().then(|| ProgressBar::new(of as u64).with_position(before as u64));
         if let Some(bar) = &bar {
-            let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left");
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         }
-        Progress { bar, start: Instant::now(), done: 0, of: steps }
+        let progress = Progress { bar, start: Instant::now(), before, done: before, of };
+        if before > 0 {
+            progress.say(&format!("{before} of {of} were measured before"));
+        }
+        progress
     }
 
     /// Says what is being done now.
     pub fn doing(&self, what: &str) {
         if let Some(bar) = &self.bar {
-            bar.set_message(what.to_owned());
+            bar.set_message(format!("{what}{}", self.left()));
         }
     }
 
@@ -37,7 +44,8 @@ impl Progress {
         match &self.bar {
             Some(bar) => bar.inc(1),
             None => {
-                println!("{:>4} of {}  {what}  ({} s)", self.done, self.of, self.start.elapsed().as_secs())
+                let spent = self.start.elapsed().as_secs();
+                println!("{:>4} of {}  {what}  ({spent} s{})", self.done, self.of, self.left());
             }
         }
     }
@@ -49,6 +57,11 @@ impl Progress {
             None => println!("{line}"),
         }
     }
+
+    fn left(&self) -> String {
+        let left = left(self.start.elapsed(), self.done - self.before, self.of.saturating_sub(self.done));
+        left.map(|left| format!(", about {} left", rough(left))).unwrap_or_default()
+    }
 }
 
 impl Drop for Progress {
@@ -56,5 +69,38 @@ impl Drop for Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// How long the steps that are left take, if they take as long as those that were done in `spent`.
+fn left(spent: Duration, done: usize, left: usize) -> Option<Duration> {
+    (done > 0 && left > 0).then(|| spent.mul_f64(left as f64 / done as f64))
+}
+
+fn rough(time: Duration) -> String {
+    match time.as_secs() {
+        seconds @ 0..120 => format!("{} s", seconds.max(1)),
+        seconds @ 120..7200 => format!("{} min", seconds.div_ceil(60)),
+        seconds => format!("{} h", seconds.div_ceil(3600)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_done_before_do_not_shorten_the_time_left() {
+        let start = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+        let progress = Progress { bar: None, start, before: 90, done: 92, of: 100 };
+        assert_eq!(progress.left(), ", about 4 min left");
+        assert_eq!(left(Duration::from_secs(60), 0, 10), None);
+        assert_eq!(left(Duration::from_secs(60), 10, 0), None);
+    }
+
+    #[test]
+    fn times_are_rough() {
+        let seconds = [0, 119, 121, 7200].map(Duration::from_secs);
+        assert_eq!(seconds.map(rough), ["1 s", "119 s", "3 min", "2 h"]);
     }
 }

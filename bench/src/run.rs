@@ -21,7 +21,7 @@ use crate::outcome::{JobInfo, Manifest, Mode, TargetInfo, Warning};
 use crate::progress::Progress;
 use crate::site::{Set, Site};
 use crate::target::{self, Kind, MANY, Target};
-use crate::{check, handover, sh};
+use crate::{check, handover, sh, site};
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -148,33 +148,36 @@ pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
 }
 
 fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> {
-    let mut progress = Progress::new(u64::from(plan.rounds) * plan.jobs.len() as u64);
-    let mut broken: Vec<(String, String)> = Vec::new();
-    for round in 0..plan.rounds {
-        for job in &plan.jobs {
-            let name = format!("{ROUND}{round:02}-{}.json", job.name);
-            let what = format!("round {} of {}: {}", round + 1, plan.rounds, job.title);
-            if out.join(&name).exists() {
-                progress.step(&what);
-                continue;
-            }
-            progress.doing(&what);
-            let mut able: Vec<&Set> = sets.iter().filter(|set| fits(job, set)).collect();
-            able.retain(|set| !broken.contains(&(job.name.to_owned(), set.info.name.clone())));
-            if able.is_empty() {
-                progress.step(&format!("{what}: no target for it"));
-                continue;
-            }
-            let turn = round as usize % able.len();
-            able.rotate_left(turn);
-            let raw = one(job, round, &able, plan.length, &site.scratch())?;
-            for (target, why) in &raw.failed {
-                progress.say(&format!("{target}: {}: {why}", job.name));
-                broken.push((job.name.to_owned(), target.clone()));
-            }
-            write(out, &name, &raw)?;
-            progress.step(&what);
+    let file = |round: u32, job: &Job| format!("{ROUND}{round:02}-{}.json", job.name);
+    let (able, unable): (Vec<&Job>, Vec<&Job>) =
+        plan.jobs.iter().partition(|job| sets.iter().any(|set| fits(job, set)));
+    for job in unable {
+        println!("job {}: no target for it", job.name);
+    }
+    let mut steps: Vec<(u32, &Job)> =
+        (0..plan.rounds).flat_map(|round| able.iter().map(move |job| (round, *job))).collect();
+    let all = steps.len();
+    steps.retain(|(round, job)| !out.join(file(*round, job)).exists());
+    let mut progress = Progress::new(all, all - steps.len());
+    let mut broken: Vec<(&str, String)> = Vec::new();
+    for (round, job) in steps {
+        let what = format!("round {} of {}: {}", round + 1, plan.rounds, job.title);
+        progress.doing(&what);
+        let mut able: Vec<&Set> = sets.iter().filter(|set| fits(job, set)).collect();
+        able.retain(|set| !broken.contains(&(job.name, set.info.name.clone())));
+        if able.is_empty() {
+            progress.step(&format!("{what}: no target is left for it"));
+            continue;
         }
+        let turn = round as usize % able.len();
+        able.rotate_left(turn);
+        let raw = one(job, round, &able, plan.length, &site.scratch())?;
+        for (target, why) in &raw.failed {
+            progress.say(&format!("{target}: {}: {why}", job.name));
+            broken.push((job.name, target.clone()));
+        }
+        write(out, &file(round, job), &raw)?;
+        progress.step(&what);
     }
     Ok(())
 }
@@ -215,6 +218,8 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Raw
     };
     let before: Vec<Option<(Reading, Option<u64>)>> = sets.iter().map(account).collect();
     let said = fio::run(job, &places, length, scratch)?;
+    // Who stops this program may have stopped fio too, as systemd does: what it says then is cut short.
+    sh::interrupted()?;
     for (set, before) in sets.iter().zip(before) {
         if let (Some((before, punts)), Some((now, punts_now))) = (before, account(set)) {
             let mut spent = now.since(&before);
@@ -244,6 +249,8 @@ fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
     let mut notes = plan.notes.clone();
     // Inside a VM the CPU has the emulator's name.
     let host_cpu = notes.remove("host-cpu");
+    let images = site::describe(plan.images.as_deref()).unwrap_or_else(|error| format!("{error:#}"));
+    notes.insert("images".into(), format!("{} MiB each, in {images}", plan.image_mb));
     Ok(Manifest {
         date: sh::capture(std::process::Command::new("date").args(["-u", "+%F"]), target::LIMIT)?
             .trim()

@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process_group};
 
 /// How often a wait looks again.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -90,10 +92,12 @@ pub fn capture(command: &mut Command, limit: Duration) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs `command` to its end, whatever its status.
+/// Runs `command` to its end, whatever its status. Its process group is its own: Ctrl-C on a terminal reaches
+/// only this program, which decides what ends, and with it everything that `command` started ends.
 pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     let name = describe(command);
     let mut child = command
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -103,7 +107,9 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     let status = match wait_for(&name, limit, || Ok(child.try_wait()?)) {
         Ok(status) => status,
         Err(error) => {
-            let _ = child.kill();
+            if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                let _ = kill_process_group(group, Signal::KILL);
+            }
             let _ = child.wait();
             return Err(error);
         }
@@ -234,6 +240,19 @@ mod tests {
         command.args(["-c", "echo first >&2; echo the reason >&2; exit 3"]);
         let error = capture(&mut command, Duration::from_secs(10)).unwrap_err().to_string();
         assert!(error.ends_with("the reason") && error.contains('3') && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_takes_too_long_ends_with_its_children() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid = dir.path().join("pid");
+        let script = format!("sleep 60 & echo $! > {}; wait", pid.display());
+        assert!(output(Command::new("sh").args(["-c", &script]), Duration::from_millis(500)).is_err());
+        let child = std::fs::read_to_string(pid).unwrap();
+        let state = || std::fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
+        // Nobody may have waited for it yet.
+        let gone = || state().split(") ").nth(1).is_none_or(|state| state.starts_with('Z'));
+        wait_for("the child to end", Duration::from_secs(10), || Ok(gone().then_some(()))).unwrap();
     }
 
     #[test]

@@ -3,16 +3,18 @@
 //! Whatever is set up is taken away when this is dropped, last things first.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::outcome::{TargetInfo, Warning};
 use crate::store::{Fs, Store};
-use crate::target::{Opened, Place, Target};
+use crate::target::{LIMIT, Loops, Module, NULL_BLK, Opened, Place, Target};
 use crate::{check, sh};
 
 /// Room for the images of all targets; memory is used as it is written.
 const STORE_MB: u32 = 6144;
+const NO_STORE: &str = "no store in memory can be made here; name a directory with --images";
 
 /// A store and a scratch directory.
 pub struct Site {
@@ -40,12 +42,17 @@ impl Site {
             }
             None => {
                 let path = home.path().join("store");
-                let store = Store::new(Fs::Xfs, STORE_MB, &path)
-                    .context("no store in memory can be made here; name a directory with --images")?;
+                let store = Store::new(Fs::Xfs, STORE_MB, &path).context(NO_STORE)?;
                 (Some(store), None, path)
             }
         };
-        let place = Place { images: path, scratch: home.path().to_owned(), image_mb, many_mb };
+        let place = Place {
+            images: path,
+            scratch: home.path().to_owned(),
+            image_mb,
+            many_mb,
+            loops: Loops::default(),
+        };
         Ok(Site { _store: store, _images: kept, place, home })
     }
 
@@ -53,6 +60,23 @@ impl Site {
     pub fn scratch(&self) -> PathBuf {
         self.home.path().to_owned()
     }
+}
+
+/// Where the images of a run lie, or why it can have none: their directory and its file system.
+pub fn describe(images: Option<&Path>) -> Result<String> {
+    let Some(directory) = images else {
+        NULL_BLK.check().context(NO_STORE)?;
+        return Ok("XFS on a memory-backed null_blk device".into());
+    };
+    if !directory.is_dir() {
+        bail!("there is no directory {}: name another with --images", directory.display());
+    }
+    let mut findmnt = Command::new(sh::which("findmnt")?);
+    findmnt.args(["--noheadings", "--first-only", "--output", "FSTYPE,SOURCE", "--target"]).arg(directory);
+    let said = sh::capture(&mut findmnt, LIMIT)
+        .with_context(|| format!("cannot tell the file system of {}", directory.display()))?;
+    let said: Vec<&str> = said.split_whitespace().collect();
+    Ok(format!("{} ({})", directory.display(), said.join(" on ")))
 }
 
 /// A target that may be set up.
@@ -69,7 +93,7 @@ impl Set {
         let (name, about) = (target.name(), target.about());
         let version = target.version();
         let opened = match &version {
-            Ok(_) => target.set_up(place),
+            Ok(_) => target.module().map_or(Ok(()), Module::load).and_then(|()| target.set_up(place)),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
         };
         let unavailable = opened.as_ref().err().map(|error| format!("{error:#}"));

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use crate::sh;
+use crate::target::NULL_BLK;
 
 const LIMIT: Duration = Duration::from_secs(120);
 const NULLB: &str = "/sys/kernel/config/nullb";
@@ -98,8 +99,7 @@ pub struct NullBlk {
 impl NullBlk {
     /// Makes one of `size_mb` MiB: memory is used as it is written.
     pub fn new(size_mb: u32) -> Result<NullBlk> {
-        sh::capture(Command::new(sh::which("modprobe")?).args(["null_blk", "nr_devices=0"]), LIMIT)
-            .context("this kernel has no null_blk")?;
+        NULL_BLK.load()?;
         if !Path::new(NULLB).exists() {
             sh::capture(Command::new("mount").args(["-t", "configfs", "none", "/sys/kernel/config"]), LIMIT)?;
         }

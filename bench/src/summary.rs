@@ -62,6 +62,18 @@ pub fn rows(outcome: &Outcome, job: &JobInfo) -> Vec<Row> {
     targets.filter_map(|target| row(&of_job, target, &job.reference)).collect()
 }
 
+/// Two rows of a table that seem to contradict each other: the first has the larger median, and the smaller ratio.
+/// Both are right where the machine's speed changed from round to round.
+pub fn contradiction(rows: &[Row]) -> Option<(&Row, &Row)> {
+    // Less than this is not seen in a table.
+    let more = |a: f64, b: f64| a > b * 1.005;
+    let contradict = |a: &Row, b: &Row| {
+        a.ratio.zip(b.ratio).is_some_and(|(ours, theirs)| more(a.iops, b.iops) && more(theirs, ours))
+    };
+    let pairs = rows.iter().flat_map(|a| rows.iter().map(move |b| (a, b)));
+    pairs.into_iter().find(|(a, b)| contradict(a, b))
+}
+
 fn row(samples: &[&Sample], target: &str, reference: &str) -> Option<Row> {
     let ours: Vec<&Sample> = samples.iter().copied().filter(|sample| sample.target == target).collect();
     let all = |value: fn(&Sample) -> f64| -> Vec<f64> { ours.iter().map(|sample| value(sample)).collect() };
@@ -160,6 +172,21 @@ mod tests {
         assert_eq!(names, ["raw", "loop", "x"]);
         assert_eq!((rows[2].ratio, rows[2].iops, rows[2].range), (Some(1.5), 15.0, (13.0, 30.0)));
         assert_eq!((rows[1].ratio, rows[0].ratio), (Some(1.0), Some(4.0)));
+    }
+
+    #[test]
+    fn a_larger_median_with_a_smaller_ratio_is_noticed() {
+        // Always 10 % slower than the loop, except in the fast round.
+        let (outcome, job) = outcome(&[
+            &[("loop", 10.0), ("x", 9.0)],
+            &[("loop", 20.0), ("x", 18.0)],
+            &[("loop", 10.0), ("x", 60.0)],
+        ]);
+        let all = rows(&outcome, &job);
+        assert_eq!((all[1].iops, all[0].iops, all[1].ratio), (18.0, 10.0, Some(0.9)));
+        let names = contradiction(&all).map(|(a, b)| (a.target.as_str(), b.target.as_str()));
+        assert_eq!(names, Some(("x", "loop")));
+        assert!(contradiction(&all[..1]).is_none());
     }
 
     #[test]

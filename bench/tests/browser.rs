@@ -1,7 +1,7 @@
 //! The report, read by a real browser as wide as a phone and as wide as a desk.
 //!
 //! Knows what must hold of any report: nothing wider than the screen, no text too small to read or
-//! on top of another, nothing asked of the network. Needs chromium; says so where there is none.
+//! on top of another or struck through, nothing asked of the network. Needs chromium; says so where there is none.
 //! `LOOPBENCH_KEEP=DIR` leaves the report in DIR, to look at.
 
 use std::path::{Path, PathBuf};
@@ -28,6 +28,12 @@ struct Found {
     tables: usize,
     plots: usize,
     hidden_plots: Vec<String>,
+    /// Plots that leave part of the width to nothing.
+    slim_plots: Vec<String>,
+    /// Texts of plots that the line of the reference goes through.
+    struck: Vec<String>,
+    /// Tables that scroll and do not show it.
+    unmarked: Vec<String>,
     smallest: Text,
     /// Texts of plots beyond the paper, and on top of each other.
     outside: Vec<String>,
@@ -93,6 +99,9 @@ fn readable(name: &str, width: u32, rounds: u32, mode: outcome::Mode) -> Result<
         format!("{} plots, {plots} files", found.plots),
     );
     expect(found.hidden_plots.is_empty(), format!("not to be seen: {:?}", found.hidden_plots));
+    expect(found.slim_plots.is_empty(), format!("not as wide as the page: {:?}", found.slim_plots));
+    expect(found.struck.is_empty(), format!("struck through: {:?}", found.struck));
+    expect(found.unmarked.is_empty(), format!("scrolls unseen: {:?}", found.unmarked));
     expect(found.smallest.size >= 11.0, format!("too small: {:?}", found.smallest));
     for (what, texts) in [("beyond the paper", &found.outside), ("on top of each other", &found.overlapping)]
     {

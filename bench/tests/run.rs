@@ -6,8 +6,10 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use loopbench::outcome::Outcome;
@@ -21,10 +23,12 @@ fn main() {
     if let Some(why) = &missing {
         println!("skipped: {why}");
     }
-    let tests: [Test; 5] = [
+    let tests: [Test; 7] = [
         ("a_run_measures_and_leaves_nothing", a_run_measures_and_leaves_nothing),
         ("every_job_file_runs", every_job_file_runs),
         ("ctrl_c_keeps_what_was_measured", ctrl_c_keeps_what_was_measured),
+        ("ctrl_c_removes_the_loop_devices_that_were_made", ctrl_c_removes_the_loop_devices_that_were_made),
+        ("plan_says_what_run_finds", plan_says_what_run_finds),
         ("what_cannot_be_set_up_is_named", what_cannot_be_set_up_is_named),
         ("bad_input_is_one_line", bad_input_is_one_line),
     ];
@@ -48,13 +52,15 @@ fn missing() -> Option<String> {
         .map(|program| format!("{program} is not installed"))
 }
 
-/// A directory for images and results; a run in it.
-struct Home(tempfile::TempDir);
+/// A directory for images and results, and the loop devices that were there before; a run in it.
+struct Home(tempfile::TempDir, Vec<String>);
 
 impl Home {
     fn new() -> Home {
         // On a disk: direct I/O is not for every tmpfs.
-        Home(tempfile::Builder::new().prefix("bench-run-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+        let home =
+            tempfile::Builder::new().prefix("bench-run-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Home(home, loops())
     }
 
     fn out(&self) -> PathBuf {
@@ -73,7 +79,10 @@ impl Home {
         // The engine lies beside it, if it was built.
         command.env("PATH", format!("{}:{path}", program.parent().unwrap().display()));
         command.arg("run").args(["--images", &images.to_string_lossy(), "--image-mb", "32"]);
-        command.args(["--run-ms", "100", "--attaches", "0", "--idle", "0", "--out"]).arg(self.out());
+        command.args(["--run-ms", "100", "--idle", "0", "--out"]).arg(self.out());
+        if !words.contains(&"--attaches") {
+            command.args(["--attaches", "0"]);
+        }
         command.args(words).stdin(Stdio::null());
         command
     }
@@ -87,6 +96,10 @@ impl Home {
         let place = self.0.path().to_string_lossy().into_owned();
         let loops = said(Command::new("losetup").arg("--all"));
         ensure(!loops.contains(&place), &format!("a loop device is left: {loops}"))?;
+        // One that somebody else has bound is that one's.
+        let bound = |name: &str| Path::new("/sys/block").join(name).join("loop").exists();
+        let made: Vec<String> = self::loops().into_iter().filter(|name| !self.1.contains(name)).collect();
+        ensure(made.iter().all(|name| bound(name)), &format!("devices of the driver are left: {made:?}"))?;
         let mounts = fs::read_to_string("/proc/self/mounts")?;
         ensure(
             !mounts.contains(&place) && !mounts.contains("/loopbench-"),
@@ -103,6 +116,29 @@ impl Home {
         }
         Ok(())
     }
+}
+
+/// All of the driver's, bound or not.
+fn loops() -> Vec<String> {
+    let disks = fs::read_dir("/sys/block").unwrap().flatten();
+    disks
+        .filter_map(|disk| disk.file_name().into_string().ok())
+        .filter(|name| name.starts_with("loop"))
+        .collect()
+}
+
+/// Starts a run and presses Ctrl-C, as a terminal does it: every process of the foreground gets the signal. Once
+/// a line with `word` has come, or a moment later.
+fn interrupt(command: &mut Command, word: &str, later: Duration) -> Check {
+    let mut child = command.process_group(0).stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    ensure(lines.any(|line| line.is_ok_and(|line| line.contains(word))), &format!("it did not say {word}"))?;
+    std::thread::sleep(later);
+    let group = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process_group(group, rustix::process::Signal::INT)?;
+    lines.for_each(drop);
+    let status = child.wait()?;
+    ensure(status.code() == Some(130), &format!("it ended with {status}"))
 }
 
 fn ensure(truth: bool, otherwise: &str) -> Check {
@@ -168,17 +204,16 @@ fn ctrl_c_keeps_what_was_measured() -> Check {
     let home = Home::new();
     let choice =
         ["--jobs", "randread-4k-qd1,randread-4k-qd32", "--targets", "raw file,kernel loop,qemu fuse"];
-    let mut child = home.run(&[&choice[..], &["--rounds", "50"]].concat()).stdout(Stdio::piped()).spawn()?;
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    ensure(lines.any(|line| line.is_ok_and(|line| line.contains("2 of 100"))), "it measured nothing")?;
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
-    lines.for_each(drop);
-    let status = child.wait()?;
-    ensure(status.code() == Some(130), &format!("it ended with {status}"))?;
+    let mut command = home.run(&[&choice[..], &["--rounds", "50"]].concat());
+    interrupt(&mut command, "2 of 100", Duration::from_millis(150))?;
     home.check_nothing_is_left()?;
     let outcome = home.outcome();
     ensure(!outcome.manifest.complete && outcome.samples.len() >= 4, "what was measured is lost")?;
+    let unmeasured = |outcome: &Outcome| {
+        let targets = outcome.targets.iter().filter(|target| target.name != "qemu fuse");
+        targets.filter_map(|target| target.unavailable.clone()).collect::<Vec<_>>()
+    };
+    ensure(unmeasured(&outcome).is_empty(), &format!("it counts as failed: {:?}", unmeasured(&outcome)))?;
 
     let again = home.run(&choice).output()?;
     ensure(!again.status.success() && words(&again).contains("--resume"), &words(&again))?;
@@ -188,7 +223,37 @@ fn ctrl_c_keeps_what_was_measured() -> Check {
     let outcome = home.outcome();
     ensure(outcome.manifest.complete, "it did not go on to the end")?;
     ensure(outcome.samples.starts_with(&before[..2]), "it measured again what was there")?;
+    ensure(unmeasured(&outcome).is_empty(), &format!("it counts as failed: {:?}", unmeasured(&outcome)))?;
     home.check_nothing_is_left()
+}
+
+/// While a hundred are made, to see how long attaching takes beside them.
+fn ctrl_c_removes_the_loop_devices_that_were_made() -> Check {
+    let home = Home::new();
+    let choice = ["--jobs", "randread-4k-qd1", "--rounds", "1", "--targets", "raw file", "--attaches", "2"];
+    let mut command = home.run(&choice);
+    interrupt(&mut command, "attach: kernel loop by command, 0 devices", Duration::from_millis(1500))?;
+    home.check_nothing_is_left()
+}
+
+fn plan_says_what_run_finds() -> Check {
+    let home = Home::new();
+    let choice = ["--jobs", "randread-4k-qd1", "--rounds", "1"];
+    let output = home.run(&choice).output()?;
+    ensure(output.status.success(), &words(&output))?;
+    let mut plan = Command::new(env!("CARGO_BIN_EXE_loopbench"));
+    let run = home.run(&choice);
+    plan.env("PATH", run.get_envs().find_map(|(name, value)| (name == "PATH").then_some(value)?).unwrap());
+    let plan = said(plan.arg("plan").args(choice).arg("--images").arg(home.0.path()));
+    for target in home.outcome().targets {
+        let line = plan.lines().find(|line| line.trim_start().starts_with(&format!("{:<22} ", target.name)));
+        let line = line.ok_or(format!("{} is not planned: {plan}", target.name))?;
+        let why = target.unavailable.map(|why| format!("unavailable: {why}"));
+        ensure(line.ends_with(&why.unwrap_or(target.version)), &format!("plan says {line}"))?;
+    }
+    let nowhere = said(Command::new(env!("CARGO_BIN_EXE_loopbench")).args(["plan", "--images", "/nowhere"]));
+    ensure(nowhere.contains("unavailable: there is no directory /nowhere"), &nowhere)?;
+    ensure(plan.contains(&format!("{} (", home.0.path().display())), &format!("no file system: {plan}"))
 }
 
 fn what_cannot_be_set_up_is_named() -> Check {
@@ -213,7 +278,7 @@ fn what_cannot_be_set_up_is_named() -> Check {
     let unmounted = (0..20).any(|_| {
         let gone = Command::new("umount").arg(&disk).status().is_ok_and(|status| status.success());
         if !gone {
-            std::thread::sleep(std::time::Duration::from_millis(250));
+            std::thread::sleep(Duration::from_millis(250));
         }
         gone
     });

@@ -4,8 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 
@@ -13,11 +12,10 @@ use super::Extras;
 use crate::daemon::Daemon;
 use crate::outcome::Attach;
 use crate::site::Site;
-use crate::target::LoopDevice;
+use crate::target::{LoopDevice, Loops};
 use crate::varlink::Client;
 use crate::{daemon, sh};
 
-const LIMIT: Duration = Duration::from_secs(120);
 const IMAGE_BYTES: u64 = 64 << 20;
 /// Starting a program is slow where CPUs are emulated: a few say enough.
 const COMMANDS: u32 = 10;
@@ -29,18 +27,22 @@ pub(super) fn run(extras: &Extras, site: &Site) -> Result<Vec<Attach>> {
     let images = site.place.images.join("attach");
     fs::create_dir_all(&images)?;
     let image = sparse(&images, "one", IMAGE_BYTES)?;
+    let loops = &site.place.loops;
     let mut figures = Vec::new();
     let commands = extras.attaches.min(COMMANDS);
 
     for present in [0, extras.present] {
         let others: Result<Vec<LoopDevice>> =
-            (0..present).map(|n| LoopDevice::new(&sparse(&images, &n.to_string(), 1 << 20)?, true)).collect();
+            (0..present).map(|n| loops.attach(&sparse(&images, &n.to_string(), 1 << 20)?, true)).collect();
         match others {
             Ok(_others) => {
-                let by = ByLosetup;
+                let by = ByLosetup { loops, device: None };
                 figures.push(series("kernel loop", "command", present, commands, &image, by)?);
             }
-            Err(error) => println!("attach: kernel loop: {error:#}"),
+            Err(error) => {
+                sh::interrupted()?;
+                println!("attach: kernel loop: {error:#}");
+            }
         }
     }
     for (frontend, target) in [("ublk", "loopengine"), ("fuse", "loopengine fuse")] {
@@ -76,19 +78,21 @@ trait Way {
     fn detach(&mut self, device: &Path) -> Result<()>;
 }
 
-struct ByLosetup;
+/// Has the device until it is detached: also a series that breaks off detaches it.
+struct ByLosetup<'a> {
+    loops: &'a Loops,
+    device: Option<LoopDevice>,
+}
 struct ByCall<'a>(&'a mut Client);
 struct ByCommand<'a>(&'a Daemon);
 
-impl Way for ByLosetup {
+impl Way for ByLosetup<'_> {
     fn attach(&mut self, image: &Path) -> Result<PathBuf> {
-        let mut command = Command::new(sh::which("losetup")?);
-        let said = sh::capture(command.args(["--direct-io=on", "--find", "--show"]).arg(image), LIMIT)?;
-        Ok(PathBuf::from(said.trim_end()))
+        Ok(self.device.insert(self.loops.attach(image, true)?).path().to_owned())
     }
 
-    fn detach(&mut self, device: &Path) -> Result<()> {
-        sh::capture(Command::new(sh::which("losetup")?).arg("--detach").arg(device), LIMIT).map(drop)
+    fn detach(&mut self, _: &Path) -> Result<()> {
+        self.device.take().map_or(Ok(()), LoopDevice::detach)
     }
 }
 

@@ -23,7 +23,6 @@ pub(super) enum Block {
         advice: String,
     },
     Table(Table),
-    /// Beside each other where there is room.
     Plots(Vec<Plot>),
 }
 

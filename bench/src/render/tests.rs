@@ -132,6 +132,66 @@ fn one_round_has_ratios_but_no_interval() {
 }
 
 #[test]
+fn the_last_lines_say_what_it_comes_to() {
+    let mut outcome = synthetic::outcome(5);
+    let text = terminal(&outcome);
+    let (_, closing) = text.split_once("\nIn short, beside kernel loop\n").expect("a closing sentence");
+    let line = closing.lines().find(|line| line.contains("loopengine fuse")).unwrap();
+    assert!(
+        line.starts_with("  loopengine fuse ran 0.5") && line.ends_with(" times as fast in 7 jobs (▼ 7)"),
+        "{line}"
+    );
+    assert!(!closing.contains("kernel loop ran"), "{closing}");
+    outcome.samples.retain(|sample| sample.target == "raw file");
+    assert!(!terminal(&outcome).contains("In short"));
+}
+
+#[test]
+fn a_larger_median_with_a_smaller_ratio_is_explained() {
+    let mut outcome = synthetic::outcome(3);
+    outcome.samples.retain(|sample| sample.job == "fs-create");
+    let sentence = "ext4 on loopengine has more files/s than ext4 on kernel loop, but a smaller ×";
+    assert!(!page(&outcome).contains(sentence));
+    for sample in &mut outcome.samples {
+        // The machine is twice as fast in the second round.
+        let (reference, ours) = [(10.0, 9.0), (20.0, 18.0), (10.0, 60.0)][sample.round as usize];
+        sample.iops = if sample.target == "ext4 on kernel loop" { reference } else { ours };
+    }
+    assert!(page(&outcome).contains(sentence));
+    let text = terminal(&outcome);
+    assert!(text.contains("ext4 on loopengine has more files/s"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 90), "{text}");
+}
+
+#[test]
+fn plots_name_their_log_axes_and_whole_targets() {
+    let mut outcome = synthetic::outcome(5);
+    let long = "loopengine on an encrypted disk";
+    outcome.targets[2].name = long.into();
+    outcome
+        .samples
+        .iter_mut()
+        .filter(|s| s.target == "loopengine batch")
+        .for_each(|s| s.target = long.into());
+    outcome
+        .latencies
+        .iter_mut()
+        .filter(|l| l.target == "loopengine batch")
+        .for_each(|l| l.target = long.into());
+    let blocks = report::report(&outcome);
+    let svg = |file: &str| plots(&blocks).find(|plot| plot.file() == file).expect("a plot").standalone();
+    for file in ["depth.svg", "iops-randread-4k-qd1.svg", "latency-randread-4k-qd1.svg"] {
+        assert!(svg(file).contains(&format!(">{long}<")), "{file}");
+    }
+    assert!(
+        svg("ratios.svg").contains(">× kernel loop (log scale)<")
+            && svg("ratios.svg").contains(">kernel loop<")
+    );
+    assert!(svg("depth.svg").contains(">I/Os in flight (log scale)<"));
+    assert!(svg("latency-randread-4k-qd1.svg").contains(">latency (log scale)<"));
+}
+
+#[test]
 fn zeros_and_nonsense_do_no_harm() {
     for value in [0.0, f64::NAN, f64::INFINITY, -1.0, f64::MIN_POSITIVE, f64::MAX] {
         let mut outcome = synthetic::outcome(5);
@@ -232,7 +292,8 @@ fn plots_agree_on_colours() {
     let outcome = synthetic::outcome(5);
     let blocks = report::report(&outcome);
     let colour = palette::Palette::new(&outcome).of("loopengine batch").colour;
-    for plot in plots(&blocks).filter(|plot| plot.file().starts_with("iops-randread")) {
+    let same = |plot: &&svg::Plot| plot.file().starts_with("iops-randread") || plot.file() == "ratios.svg";
+    for plot in plots(&blocks).filter(same) {
         assert!(plot.inline().contains(&format!("fill=\"{colour}\"")), "{}", plot.file());
     }
 }

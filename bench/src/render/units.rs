@@ -3,7 +3,7 @@
 //! Knows units, and what must not reach a terminal or a page as it is; not what is written.
 
 use crate::outcome::JobInfo;
-use crate::summary::{Row, Verdict};
+use crate::summary::{self, Row, Verdict};
 
 /// Where there is nothing to say.
 pub(crate) const NOTHING: &str = "–";
@@ -93,6 +93,17 @@ pub(crate) fn ratio_of(row: &Row) -> String {
     }
 }
 
+/// Why a row with the larger median has the smaller ratio, if the table has such a row.
+pub(crate) fn contradiction(rows: &[Row], rate: &str) -> Option<String> {
+    let (more, less) = summary::contradiction(rows)?;
+    Some(format!(
+        "{} has more {rate} than {}, but a smaller ×: × is the median of the ratios within each round, not the ratio of \
+         the medians.",
+        plain(&more.target),
+        plain(&less.target)
+    ))
+}
+
 /// A character for it.
 pub(crate) fn mark(verdict: Verdict) -> &'static str {
     match verdict {
@@ -131,6 +142,21 @@ pub(crate) fn short(text: &str, length: usize) -> String {
         return text;
     }
     text.chars().take(length.saturating_sub(1)).chain(['…']).collect()
+}
+
+/// Lines of at most `length` characters, broken between words.
+pub(crate) fn wrapped(text: &str, length: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= length => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 /// Text and attribute values of HTML and SVG.

@@ -9,7 +9,8 @@ use anyhow::Result;
 use super::kernel_loop::LoopDevice;
 use super::qemu_fuse::is_mounted;
 use super::{
-    Kind, LIMIT, Opened, Place, Server, Target, engine, kernel, loopengine, need_module, version_of,
+    FUSE, Kind, LIMIT, LOOP, Module, Opened, Place, Server, Target, UBLK, engine, kernel, loopengine,
+    version_of,
 };
 use crate::daemon::Daemon;
 use crate::{job, sh, store};
@@ -57,11 +58,18 @@ impl Target for Ext4 {
         }
     }
 
+    fn module(&self) -> Option<Module> {
+        Some(match self.below {
+            Below::Loop(_) => LOOP,
+            Below::Engine(_) => UBLK,
+        })
+    }
+
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
         let name = self.name();
         let image = formatted(place, &name)?;
         let (node, server) = match &mut self.below {
-            Below::Loop(device) => (device.insert(LoopDevice::new(&image, true)?).path().to_owned(), None),
+            Below::Loop(device) => (device.insert(place.loops.attach(&image, true)?).path().to_owned(), None),
             Below::Engine(daemon) => {
                 let daemon = daemon.insert(loopengine::start(place, &name, "ublk")?);
                 (daemon.attach(&image, &[])?, Some(daemon.pid()))
@@ -104,8 +112,11 @@ impl Target for Fuse2fs {
         version_of("fuse2fs", &["--version"]).map(|version| format!("fuse2fs {version}"))
     }
 
+    fn module(&self) -> Option<Module> {
+        Some(FUSE)
+    }
+
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        need_module("fuse", "/dev/fuse")?;
         let image = formatted(place, "fuse2fs")?;
         let directory = place.directory("fuse2fs mount")?;
         let mut command = Command::new(sh::which("fuse2fs")?);

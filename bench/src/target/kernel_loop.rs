@@ -1,39 +1,101 @@
 //! The kernel's loop driver, with direct I/O and through the page cache.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use super::{LIMIT, Opened, Place, Target, block, check_mark, kernel, need_module};
+use super::{LIMIT, LOOP, Module, Opened, Place, Target, block, check_mark, kernel};
 use crate::{job, sh};
+
+/// Asks the driver for the removal of the numbers that it is given, for five seconds: who looks at all disks of the
+/// machine, as udev does, holds one for a moment. Says which are left.
+const REMOVE: &str = r#"
+use Errno;
+open(my $control, '+<', '/dev/loop-control') or die "/dev/loop-control: $!\n";
+for (1 .. 50) {
+    @ARGV = grep { !defined ioctl($control, 0x4C81, $_ + 0) and $!{EBUSY} } @ARGV or exit;
+    select(undef, undef, undef, 0.1);
+}
+die "still in use: @ARGV\n";
+"#;
+
+/// The loop devices that a run makes. The driver makes one for whoever finds none free, and keeps it after it was
+/// detached; dropping this removes those that were made for this run.
+#[derive(Clone, Debug, Default)]
+pub struct Loops(Rc<Made>);
+
+/// Their numbers.
+#[derive(Debug, Default)]
+struct Made(RefCell<Vec<String>>);
+
+impl Loops {
+    /// Attaches `image` to the first free one. Ctrl-C does not interrupt that: nobody would know which one it is.
+    pub fn attach(&self, image: &Path, direct: bool) -> Result<LoopDevice> {
+        LOOP.load()?;
+        let mut losetup = Command::new(sh::which("losetup")?);
+        let direct = if direct { "--direct-io=on" } else { "--direct-io=off" };
+        let losetup = losetup.args([direct, "--find", "--show"]).arg(image);
+        let before = numbers();
+        let said = sh::uninterrupted(|| sh::capture(losetup, LIMIT))?;
+        let device = LoopDevice(PathBuf::from(said.trim_end()));
+        let number = said.trim_end().trim_start_matches("/dev/loop").to_owned();
+        if !before.contains(&number) {
+            self.0.0.borrow_mut().push(number);
+        }
+        Ok(device)
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if self.0.borrow().is_empty() {
+            return;
+        }
+        // losetup(8) has no option for it, and an ioctl is not safe Rust; Debian always has perl.
+        let remove = || {
+            let perl = sh::which("perl").context("perl is not installed")?;
+            sh::capture(Command::new(perl).args(["-e", REMOVE]).args(&*self.0.borrow()), LIMIT)
+        };
+        if let Err(error) = sh::uninterrupted(remove) {
+            eprintln!("cannot remove loop devices {}: {error:#}", self.0.borrow().join(" "));
+        }
+    }
+}
+
+/// Of the loop devices that are there, bound or not.
+fn numbers() -> Vec<String> {
+    let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    disks.filter_map(|disk| Some(disk.file_name().to_str()?.strip_prefix("loop")?.to_owned())).collect()
+}
 
 /// A kernel loop device; dropping it detaches it.
 pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// Attaches `image` to the first free one.
-    pub fn new(image: &Path, direct: bool) -> Result<LoopDevice> {
-        need_module("loop", "/dev/loop-control")?;
-        let mut losetup = Command::new(sh::which("losetup")?);
-        let direct = if direct { "--direct-io=on" } else { "--direct-io=off" };
-        let said = sh::capture(losetup.args([direct, "--find", "--show"]).arg(image), LIMIT)?;
-        Ok(LoopDevice(PathBuf::from(said.trim_end())))
-    }
-
     /// Its node.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    fn detach(&self) -> Result<()> {
-        sh::capture(Command::new(sh::which("losetup")?).arg("--detach").arg(&self.0), LIMIT).map(drop)
+    /// Detaches it, and says whether that failed.
+    pub fn detach(self) -> Result<()> {
+        let detached = self.losetup_detach();
+        std::mem::forget(self);
+        detached
+    }
+
+    fn losetup_detach(&self) -> Result<()> {
+        let mut losetup = Command::new(sh::which("losetup")?);
+        sh::uninterrupted(|| sh::capture(losetup.arg("--detach").arg(&self.0), LIMIT)).map(drop)
     }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if let Err(error) = sh::uninterrupted(|| self.detach()) {
+        if let Err(error) = self.losetup_detach() {
             eprintln!("{error:#}");
         }
     }
@@ -69,11 +131,15 @@ impl Target for KernelLoop {
         Ok(kernel())
     }
 
+    fn module(&self) -> Option<Module> {
+        Some(LOOP)
+    }
+
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);
         for image in &images {
-            let device = LoopDevice::new(image, self.direct)?;
+            let device = place.loops.attach(image, self.direct)?;
             check_mark(&device.0, image)?;
             self.devices.push(device);
         }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Kind, Opened, Place, Target, block, check_mark, engine};
+use super::{FUSE, Kind, Module, Opened, Place, Target, UBLK, block, check_mark, engine, kernel};
 use crate::daemon::{self, Daemon};
 use crate::varlink::Client;
 
@@ -20,6 +20,13 @@ impl Ublk {
     pub(super) fn new(path: &'static str) -> Ublk {
         Ublk { path, daemon: None }
     }
+
+    fn check_granted(&self) -> Result<()> {
+        if !daemon::data_paths()?.iter().any(|path| path == self.path) {
+            bail!("this kernel ({}) does not grant path {}", kernel(), self.path);
+        }
+        Ok(())
+    }
 }
 
 impl Target for Ublk {
@@ -32,13 +39,20 @@ impl Target for Ublk {
     }
 
     fn version(&self) -> Result<String> {
-        engine()
+        let version = engine()?;
+        // Which paths there are is known only once the driver is there.
+        if UBLK.is_there() {
+            self.check_granted()?;
+        }
+        Ok(version)
+    }
+
+    fn module(&self) -> Option<Module> {
+        Some(UBLK)
     }
 
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        if !daemon::data_paths()?.iter().any(|path| path == self.path) {
-            bail!("this kernel does not grant path {}", self.path);
-        }
+        self.check_granted()?;
         let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
         let (path, many) =
             attach_all(place, &format!("loopengine {}", self.path), daemon, &["--path", self.path])?;
@@ -69,6 +83,10 @@ impl Target for Fuse {
 
     fn version(&self) -> Result<String> {
         engine()
+    }
+
+    fn module(&self) -> Option<Module> {
+        Some(FUSE)
     }
 
     fn set_up(&mut self, place: &Place) -> Result<Opened> {

@@ -16,11 +16,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{daemon, sh, store};
 
-pub use kernel_loop::LoopDevice;
+pub use kernel_loop::{LoopDevice, Loops};
 
 /// The file itself, without a block device: what all others are on top of.
 pub const RAW: &str = raw::FILE;
@@ -42,7 +42,12 @@ pub trait Target {
     /// Version of what is behind it; an error where that is missing.
     fn version(&self) -> Result<String>;
 
-    /// Makes it usable. After an error `tear_down` is called too.
+    /// The module of the kernel that it needs.
+    fn module(&self) -> Option<Module> {
+        None
+    }
+
+    /// Makes it usable, its module being there. After an error `tear_down` is called too.
     fn set_up(&mut self, place: &Place) -> Result<Opened>;
 
     /// Takes away what `set_up` made, however far it came.
@@ -85,6 +90,7 @@ pub struct Place {
     pub image_mb: u32,
     /// Size of each of the many, in MiB; 0: they are not needed.
     pub many_mb: u32,
+    pub loops: Loops,
 }
 
 impl Place {
@@ -184,16 +190,62 @@ pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())
 }
 
-/// A module of the kernel with its options, or something built into it.
-pub(crate) fn need_module(module: &str, sign: &str) -> Result<()> {
-    if !Path::new(sign).exists() {
-        let loaded =
-            sh::capture(Command::new(sh::which("modprobe")?).arg("-q").args(module.split(' ')), LIMIT);
-        if loaded.is_err() || !Path::new(sign).exists() {
-            bail!("this kernel has no module {module}");
-        }
+/// A module of the kernel, which may be built in.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    /// With its options.
+    name: &'static str,
+    /// The file that shows that it is there.
+    sign: &'static str,
+}
+
+pub(crate) const LOOP: Module = Module { name: "loop", sign: "/dev/loop-control" };
+pub(crate) const FUSE: Module = Module { name: "fuse", sign: "/dev/fuse" };
+pub(crate) const UBLK: Module = Module { name: "ublk_drv", sign: "/dev/ublk-control" };
+pub(crate) const NULL_BLK: Module = Module { name: "null_blk nr_devices=0", sign: "/sys/module/null_blk" };
+pub(crate) const NBD: Module = Module { name: "nbd nbds_max=32", sign: "/sys/block/nbd0" };
+
+impl Module {
+    /// Loads it unless it is there.
+    pub(crate) fn load(self) -> Result<()> {
+        self.modprobe(&["-q"])?;
+        if self.is_there() { Ok(()) } else { Err(self.missing()) }
     }
-    Ok(())
+
+    /// Whether `load` would find it; changes nothing.
+    pub(crate) fn check(self) -> Result<()> {
+        self.modprobe(&["-q", "--dry-run"])
+    }
+
+    fn is_there(self) -> bool {
+        Path::new(self.sign).exists()
+    }
+
+    fn modprobe(self, options: &[&str]) -> Result<()> {
+        if self.is_there() {
+            return Ok(());
+        }
+        let mut command = Command::new(sh::which("modprobe")?);
+        sh::capture(command.args(options).args(self.name.split(' ')), LIMIT)
+            .map(drop)
+            .map_err(|_| self.missing())
+    }
+
+    fn missing(self) -> anyhow::Error {
+        let name = self.name.split(' ').next().unwrap_or(self.name);
+        anyhow!(
+            "this kernel ({}) has no module {name}; `cargo lab bench` measures in a VM that has all",
+            kernel()
+        )
+    }
+}
+
+/// The version of what is behind `target`, or why it is unavailable here, as far as that can be told without
+/// setting it up.
+pub(crate) fn check(target: &dyn Target) -> Result<String> {
+    let version = target.version()?;
+    target.module().map_or(Ok(()), Module::check)?;
+    Ok(version)
 }
 
 /// A program that serves while it runs in the foreground.

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::{Kind, LIMIT, Opened, Place, Server, Target, check_mark, need_module, version_of};
+use super::{FUSE, Kind, LIMIT, Module, Opened, Place, Server, Target, check_mark, version_of};
 use crate::sh;
 
 const PROGRAM: &str = "qemu-storage-daemon";
@@ -26,8 +26,11 @@ impl Target for QemuFuse {
         version_of(PROGRAM, &["--version"]).map(|version| format!("QEMU {version}"))
     }
 
+    fn module(&self) -> Option<Module> {
+        Some(FUSE)
+    }
+
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        need_module("fuse", "/dev/fuse")?;
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);

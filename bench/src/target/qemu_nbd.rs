@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::{LIMIT, MANY, Opened, Place, Server, Target, block, check_mark, need_module, version_of};
+use super::{LIMIT, MANY, Module, NBD, Opened, Place, Server, Target, block, check_mark, version_of};
 use crate::sh;
 
 const PROGRAM: &str = "qemu-nbd";
@@ -26,8 +26,11 @@ impl Target for QemuNbd {
         version_of(PROGRAM, &["--version"]).map(|version| format!("QEMU {version}"))
     }
 
+    fn module(&self) -> Option<Module> {
+        Some(NBD)
+    }
+
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        need_module("nbd nbds_max=32", "/sys/block/nbd0")?;
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);

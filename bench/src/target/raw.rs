@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Kind, Opened, Place, Target, block, kernel};
+use super::{Kind, Module, NULL_BLK, Opened, Place, Target, block, kernel};
 use crate::store::NullBlk;
 
 pub(super) const FILE: &str = "raw file";
@@ -48,6 +48,10 @@ impl Target for RawDevice {
 
     fn version(&self) -> Result<String> {
         Ok(kernel())
+    }
+
+    fn module(&self) -> Option<Module> {
+        Some(NULL_BLK)
     }
 
     fn set_up(&mut self, place: &Place) -> Result<Opened> {

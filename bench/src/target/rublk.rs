@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{LIMIT, Opened, Place, Server, Target, block, check_mark, need_module, version_of};
+use super::{LIMIT, Module, Opened, Place, Server, Target, UBLK, block, check_mark, version_of};
 use crate::{daemon, sh};
 
 const PROGRAM: &str = "rublk";
@@ -28,8 +28,11 @@ impl Target for Rublk {
             .map_err(|_| anyhow!("rublk is not installed: cargo install rublk --no-default-features"))
     }
 
+    fn module(&self) -> Option<Module> {
+        Some(UBLK)
+    }
+
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        need_module("ublk_drv", "/dev/ublk-control")?;
         let zero_copy = daemon::data_paths()?.iter().any(|path| path == "auto");
         let queues = std::thread::available_parallelism().map_or(1, usize::from).to_string();
         let home = place.directory(&self.name())?;

@@ -5,7 +5,7 @@ use super::{heading, kind};
 use crate::job::LOOP;
 use crate::outcome::{JobInfo, Outcome};
 use crate::render::doc::{Block, Kind, Table};
-use crate::render::palette::{Style, ours};
+use crate::render::palette::{Palette, Style, ours};
 use crate::render::svg::forest::{Group, forest};
 use crate::render::units::{NOTHING, plain, ratio, ratio_of};
 use crate::summary::{Row, rows};
@@ -26,28 +26,18 @@ struct Contender {
     name: &'static str,
     /// Whether a target is one of it.
     means: fn(&str) -> bool,
-    style: Style,
 }
 
 const CONTENDERS: [Contender; 3] = [
-    Contender {
-        name: "loopengine",
-        means: |target| ours(target) && !target.contains("fuse"),
-        style: Style { colour: "#0072b2", dash: "", marker: 0 },
-    },
-    Contender {
-        name: "loopengine behind FUSE",
-        means: |target| ours(target) && target.contains("fuse"),
-        style: Style { colour: "#009e73", dash: "", marker: 1 },
-    },
+    Contender { name: "loopengine", means: |target| ours(target) && !target.contains("fuse") },
+    Contender { name: "loopengine behind FUSE", means: |target| ours(target) && target.contains("fuse") },
     Contender {
         name: "QEMU's FUSE export",
         means: |target| target.contains("qemu") && target.contains("fuse"),
-        style: Style { colour: "#d55e00", dash: "", marker: 2 },
     },
 ];
 
-pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
+pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
     let jobs = core(outcome);
     let results: Vec<(&JobInfo, [Option<Row>; 3])> = jobs
         .iter()
@@ -78,12 +68,15 @@ pub(super) fn answer(outcome: &Outcome) -> Vec<Block> {
             points: rows.each_ref().map(|row| row.as_ref().and_then(point)).into(),
         })
         .collect();
-    let legend = CONTENDERS.map(|contender| (contender.name.to_owned(), contender.style));
+    // The colours of the targets that stand for them.
+    let style = |index: usize| {
+        let row = results.iter().find_map(|(_, rows)| rows[index].as_ref());
+        palette.of(row.map_or("", |row| &row.target))
+    };
+    let legend: Vec<(String, Style)> =
+        CONTENDERS.iter().enumerate().map(|(index, it)| (it.name.to_owned(), style(index))).collect();
     let about = format!("{}. Whiskers: 95 % intervals.", said.join("; "));
-    blocks.extend(
-        forest(&format!("Throughput as a multiple of {LOOP}"), about, &legend, &groups)
-            .map(|plot| Block::Plots(vec![plot])),
-    );
+    blocks.extend(forest(LOOP, about, &legend, &groups).map(|plot| Block::Plots(vec![plot])));
     blocks.push(Block::Table(table(&results)));
     blocks
 }

@@ -7,7 +7,9 @@ use crate::outcome::{JobInfo, Latency, Mode, Outcome};
 use crate::render::doc::{Block, Line, Table};
 use crate::render::palette::{Palette, RAW};
 use crate::render::svg::{bars::bars, curves, stack::stack};
-use crate::render::units::{NOTHING, change, count, known, operation, plain, rate, ratio_of, slug, time};
+use crate::render::units::{
+    NOTHING, change, contradiction, count, known, operation, plain, rate, ratio_of, slug, time,
+};
 use crate::stats::percentile;
 use crate::summary::{Row, rows};
 
@@ -44,6 +46,7 @@ pub(super) fn job(outcome: &Outcome, job: &JobInfo, palette: &Palette) -> Vec<Bl
     }
     let mode = outcome.manifest.mode;
     blocks.push(Block::Table(rates(job, &rows, mode)));
+    blocks.extend(contradiction(&rows, &rate(job)).map(Block::Text));
     let mut latencies: Vec<&Latency> = outcome.latencies.iter().filter(|l| l.job == job.name).collect();
     let place = |latency: &Latency| outcome.targets.iter().position(|target| target.name == latency.target);
     latencies.sort_by_key(|latency| place(latency));

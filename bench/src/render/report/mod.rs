@@ -16,7 +16,7 @@ use crate::outcome::Outcome;
 pub(super) fn report(outcome: &Outcome) -> Vec<Block> {
     let palette = Palette::new(outcome);
     let mut blocks = setup::head(outcome);
-    blocks.extend(answer::answer(outcome));
+    blocks.extend(answer::answer(outcome, &palette));
     blocks.extend(setup::setup(outcome));
     if let Some(plot) = svg::depth::depth(outcome, &palette) {
         blocks.push(heading(2, "depth", "Throughput against depth"));

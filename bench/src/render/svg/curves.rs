@@ -1,10 +1,10 @@
 //! Latency of completion at one job: percentiles from the median to 99.99, a line a target.
 
 use super::axis::Axis;
-use super::{Anchor, CHARACTER, Canvas, LINE, Plot, WIDTH};
+use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::{JobInfo, Latency};
 use crate::render::palette::Palette;
-use crate::render::units::{self, short, time};
+use crate::render::units::{self, time};
 use crate::stats;
 
 /// Shares and their names.
@@ -24,41 +24,44 @@ pub(in crate::render) fn curves(job: &JobInfo, latencies: &[&Latency], palette: 
         return None;
     }
     let title = format!("{}: latency", job.title);
-    let (mut canvas, top) = Canvas::titled(&title);
-    let top = top + 4.0;
-    let bottom = top + HEIGHT.max(lines.len() as f64 * (LINE - 2.0));
-    let longest = lines.iter().map(|(latency, _)| latency.target.chars().count().min(18)).max().unwrap_or(0);
-    let right = WIDTH - longest as f64 * CHARACTER - 14.0;
-    let y = Axis::log((least / 1.05, most * 1.05), (bottom, top));
-    let left = 8.0 * CHARACTER;
-    let x = Axis::log((2.0, 10_000.0), (left, right - 18.0));
-    for tick in y.ticks() {
-        canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
-        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &units::tick(&time(tick)));
-    }
-    for (share, name) in PERCENTILES {
-        let place = x.place(1.0 / (1.0 - share));
-        canvas.line("rule", (place, top), (place, bottom));
-        canvas.text("soft", place, bottom + LINE * 0.75, Anchor::Middle, name);
-    }
-    canvas.text("soft", f64::midpoint(left, x.places.1), bottom + LINE * 1.75, Anchor::Middle, "percentile");
-    let mut ends = Vec::new();
-    for (latency, curve) in &lines {
-        let style = palette.of(&latency.target);
-        let points: Vec<(f64, f64)> =
-            curve.iter().map(|(rarity, ns)| (x.place(*rarity), y.place(*ns))).collect();
-        canvas.path(style, &points);
-        if let Some(end) = points.last() {
-            ends.push((short(&latency.target, 18), style, *end));
-        }
-    }
-    canvas.ends(ends, right, (top + 2.0, bottom - 2.0));
     let about = format!(
         "Percentiles of completion latency on log axes, all rounds together; {} to {}.",
         time(least),
         time(most)
     );
-    Some(canvas.finish(&format!("latency-{}", job.name), &title, about, bottom + LINE * 2.5))
+    Some(Plot::new(&format!("latency-{}", job.name), &title, about, |canvas, top| {
+        canvas.text("soft", 0.0, top, Anchor::Start, "latency (log scale)");
+        let top = top + LINE;
+        let bottom = top + canvas.tall(HEIGHT, lines.len());
+        let (names, longest) = canvas.names(lines.iter().map(|(latency, _)| latency.target.as_str()));
+        let right = canvas.width - longest - 14.0;
+        let y = Axis::log((least / 1.05, most * 1.05), (bottom, top));
+        let left = 8.0 * CHARACTER;
+        let x = Axis::log((2.0, 10_000.0), (left, right - 18.0));
+        for tick in y.ticks() {
+            canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
+            canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &units::tick(&time(tick)));
+        }
+        for (share, name) in PERCENTILES {
+            let place = x.place(1.0 / (1.0 - share));
+            canvas.line("rule", (place, top), (place, bottom));
+            canvas.text("soft", place, bottom + LINE * 0.75, Anchor::Middle, name);
+        }
+        let middle = f64::midpoint(left, x.places.1);
+        canvas.text("soft", middle, bottom + LINE * 1.75, Anchor::Middle, "percentile (log scale)");
+        let mut ends = Vec::new();
+        for ((latency, curve), name) in lines.iter().zip(names) {
+            let style = palette.of(&latency.target);
+            let points: Vec<(f64, f64)> =
+                curve.iter().map(|(rarity, ns)| (x.place(*rarity), y.place(*ns))).collect();
+            canvas.path(style, &points);
+            if let Some(end) = points.last() {
+                ends.push((name, style, *end));
+            }
+        }
+        canvas.ends(ends, right, (top + 2.0, bottom - 2.0));
+        bottom + LINE * 2.5
+    }))
 }
 
 /// How rare (one in …) and how long, as far as there are completions that rare.

@@ -1,10 +1,10 @@
 //! Throughput against depth: a line a target over the jobs that differ in depth alone.
 
 use super::axis::Axis;
-use super::{Anchor, CHARACTER, Canvas, LINE, Plot, WIDTH};
+use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::{JobInfo, Outcome};
 use crate::render::palette::Palette;
-use crate::render::units::{self, count, short};
+use crate::render::units::{self, count};
 use crate::summary::rows;
 
 const HEIGHT: f64 = 240.0;
@@ -26,46 +26,42 @@ pub(in crate::render) fn depth(outcome: &Outcome, palette: &Palette) -> Option<P
         return None;
     }
     let title = format!("{}: IOPS against depth", plain_title(jobs[0].1));
-    let (mut canvas, top) = Canvas::titled(&title);
-    let top = top + 4.0;
-    let bottom = top + HEIGHT.max(lines.len() as f64 * (LINE - 2.0));
-    let longest = lines.iter().map(|(target, _)| target.chars().count().min(18)).max().unwrap_or(0);
-    let (left, right) = (6.0 * CHARACTER, WIDTH - longest as f64 * CHARACTER - 14.0);
     let most = lines.iter().flat_map(|(_, line)| line.iter().map(|(_, iops)| *iops)).fold(0.0, f64::max);
-    let y = Axis::linear(most * 1.05, (bottom, top));
-    let x = Axis::log((f64::from(*least), f64::from(*deepest)), (left + 8.0, right - 22.0));
-    for tick in y.ticks() {
-        canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
-        canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &units::tick(&count(tick)));
-    }
-    for (depth, _) in &jobs {
-        let place = x.place(f64::from(*depth));
-        canvas.line("rule", (place, top), (place, bottom));
-        canvas.text("soft", place, bottom + LINE * 0.75, Anchor::Middle, &depth.to_string());
-    }
-    canvas.text(
-        "soft",
-        f64::midpoint(left, x.places.1),
-        bottom + LINE * 1.75,
-        Anchor::Middle,
-        "I/Os in flight",
-    );
-    let mut ends = Vec::new();
-    for (target, line) in &lines {
-        let style = palette.of(target);
-        let points: Vec<(f64, f64)> =
-            line.iter().map(|(depth, iops)| (x.place(*depth), y.place(*iops))).collect();
-        canvas.path(style, &points);
-        for point in &points {
-            canvas.marker(style, *point);
-        }
-        if let Some(end) = points.last() {
-            ends.push((short(target, 18), style, *end));
-        }
-    }
-    canvas.ends(ends, right, (top + 2.0, bottom - 2.0));
     let about = format!("Median IOPS of {} targets at depths {least} to {deepest}.", lines.len());
-    Some(canvas.finish("depth", &title, about, bottom + LINE * 2.5))
+    Some(Plot::new("depth", &title, about, |canvas, top| {
+        let top = top + 4.0;
+        let bottom = top + canvas.tall(HEIGHT, lines.len());
+        let (names, longest) = canvas.names(lines.iter().map(|(target, _)| target.as_str()));
+        let (left, right) = (6.0 * CHARACTER, canvas.width - longest - 14.0);
+        let y = Axis::linear(most * 1.05, (bottom, top));
+        let x = Axis::log((f64::from(*least), f64::from(*deepest)), (left + 8.0, right - 22.0));
+        for tick in y.ticks() {
+            canvas.line("rule", (left, y.place(tick)), (x.places.1, y.place(tick)));
+            canvas.text("soft", left - 7.0, y.place(tick), Anchor::End, &units::tick(&count(tick)));
+        }
+        for (depth, _) in &jobs {
+            let place = x.place(f64::from(*depth));
+            canvas.line("rule", (place, top), (place, bottom));
+            canvas.text("soft", place, bottom + LINE * 0.75, Anchor::Middle, &depth.to_string());
+        }
+        let middle = f64::midpoint(left, x.places.1);
+        canvas.text("soft", middle, bottom + LINE * 1.75, Anchor::Middle, "I/Os in flight (log scale)");
+        let mut ends = Vec::new();
+        for ((target, line), name) in lines.iter().zip(names) {
+            let style = palette.of(target);
+            let points: Vec<(f64, f64)> =
+                line.iter().map(|(depth, iops)| (x.place(*depth), y.place(*iops))).collect();
+            canvas.path(style, &points);
+            for point in &points {
+                canvas.marker(style, *point);
+            }
+            if let Some(end) = points.last() {
+                ends.push((name, style, *end));
+            }
+        }
+        canvas.ends(ends, right, (top + 2.0, bottom - 2.0));
+        bottom + LINE * 2.5
+    }))
 }
 
 /// The reads that were taken at most depths, by depth; of two at the same depth the first.

@@ -1,5 +1,5 @@
-//! Plots as SVG: sized for a phone's width and as readable at twice that, light or dark, with a
-//! title and a description for those who do not see them.
+//! Plots as SVG, drawn for a phone's width and for a desk's, light or dark, with a title and a
+//! description for those who do not see them.
 //!
 //! This file knows the paper and the pen, the others one kind of plot each. None knows the page it
 //! will be on.
@@ -14,10 +14,11 @@ pub(super) mod stack;
 use std::fmt::Write;
 
 use super::palette::Style;
-use super::units::{escape, slug};
+use super::units::{escape, short, slug, wrapped};
 
-/// Width of every plot. Shown on 358 of a phone's 390 pixels, text of `SIZE` is still 11 high.
-pub(super) const WIDTH: f64 = 420.0;
+/// Widths of the paper. Shown on 358 of a phone's 390 pixels, text of `SIZE` is still 11 high.
+const NARROW: f64 = 420.0;
+const WIDE: f64 = 880.0;
 const SIZE: f64 = 13.0;
 /// Of a character, on the average: there is no font to ask here. DejaVu is the widest of those that
 /// `plot.css` names.
@@ -33,11 +34,21 @@ pub(super) struct Plot {
     pub(super) title: String,
     /// What it shows, in words.
     pub(super) about: String,
-    height: f64,
-    body: String,
+    narrow: Canvas,
+    wide: Canvas,
 }
 
 impl Plot {
+    /// On both papers; `draw` goes on below the title and says how far it came.
+    fn new(name: &str, title: &str, about: String, draw: impl Fn(&mut Canvas, f64) -> f64) -> Plot {
+        let on = |width| {
+            let (mut canvas, top) = Canvas::titled(width, title);
+            canvas.height = draw(&mut canvas, top);
+            canvas
+        };
+        Plot { name: slug(name), title: title.to_owned(), about, narrow: on(NARROW), wide: on(WIDE) }
+    }
+
     /// Its file in `plots/`.
     pub(super) fn file(&self) -> String {
         format!("{}.svg", self.name)
@@ -46,28 +57,29 @@ impl Plot {
     /// As a file.
     pub(super) fn standalone(&self) -> String {
         let paper = "<rect class=\"paper\" width=\"100%\" height=\"100%\"/>";
-        self.element(&format!("<style>{}</style>{paper}", CSS.trim())) + "\n"
+        self.element("wide", &self.wide, &format!("<style>{}</style>{paper}", CSS.trim())) + "\n"
     }
 
-    /// As part of a page that has `CSS`.
+    /// As part of a page that has `CSS` and shows the one for its width.
     pub(super) fn inline(&self) -> String {
-        self.element("")
+        self.element("narrow", &self.narrow, "") + &self.element("wide", &self.wide, "")
     }
 
-    fn element(&self, before: &str) -> String {
-        let (name, title, about) = (&self.name, escape(&self.title), escape(&self.about));
+    fn element(&self, class: &str, Canvas { width, height, body }: &Canvas, before: &str) -> String {
+        let (id, height) = (format!("{}-{class}", self.name), n(*height));
+        let (title, about) = (escape(&self.title), escape(&self.about));
         format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot\" viewBox=\"0 0 {WIDTH} {}\" role=\"img\" \
-             aria-labelledby=\"{name}-title {name}-about\"><title id=\"{name}-title\">{title}</title>\
-             <desc id=\"{name}-about\">{about}</desc>{before}{}</svg>",
-            n(self.height),
-            self.body
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"plot {class}\" viewBox=\"0 0 {width} {height}\" \
+             role=\"img\" aria-labelledby=\"{id}-title {id}-about\"><title id=\"{id}-title\">{title}</title>\
+             <desc id=\"{id}-about\">{about}</desc>{before}{body}</svg>"
         )
     }
 }
 
 /// A plot being drawn.
 struct Canvas {
+    width: f64,
+    height: f64,
     body: String,
 }
 
@@ -81,18 +93,33 @@ enum Anchor {
 
 impl Canvas {
     /// An empty one with its title, and where it goes on below that.
-    fn titled(title: &str) -> (Canvas, f64) {
-        let mut canvas = Canvas { body: String::new() };
+    fn titled(width: f64, title: &str) -> (Canvas, f64) {
+        let mut canvas = Canvas { width, height: 0.0, body: String::new() };
         let mut y = LINE;
-        for line in wrapped(title, (WIDTH / (CHARACTER * 1.1)) as usize) {
+        for line in wrapped(title, (width / (CHARACTER * 1.1)) as usize) {
             canvas.text("title", 0.0, y, Anchor::Start, &line);
             y += LINE + 1.0;
         }
         (canvas, y)
     }
 
-    fn finish(self, name: &str, title: &str, about: String, height: f64) -> Plot {
-        Plot { name: slug(name), title: title.to_owned(), about, height, body: self.body }
+    /// Names of targets, cut where they would leave too little room for what is drawn, and the width of the longest.
+    fn names<'a>(&self, targets: impl Iterator<Item = &'a str>) -> (Vec<String>, f64) {
+        let room = (0.4 * self.width / CHARACTER) as usize;
+        let names: Vec<String> = targets.map(|target| short(target, room)).collect();
+        let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+        (names, longest as f64 * CHARACTER)
+    }
+
+    /// Height of a plot of lines: enough for their names, and in proportion.
+    fn tall(&self, least: f64, lines: usize) -> f64 {
+        least.max(0.36 * self.width).max(lines as f64 * (LINE - 2.0))
+    }
+
+    /// The name of a vertical line at `x`, above it and on the paper.
+    fn line_name(&mut self, x: f64, y: f64, name: &str) {
+        let half = (name.chars().count() as f64 * CHARACTER / 2.0).min(self.width / 2.0);
+        self.text("soft", x.clamp(half, self.width - half), y, Anchor::Middle, name);
     }
 
     fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
@@ -163,7 +190,7 @@ impl Canvas {
         let mut x = 0.0;
         for (name, style) in entries {
             let width = name.chars().count() as f64 * CHARACTER + 30.0;
-            if x > 0.0 && x + width > WIDTH {
+            if x > 0.0 && x + width > self.width {
                 (x, y) = (0.0, y + LINE);
             }
             self.marker(*style, (x + 6.0, y));
@@ -204,21 +231,6 @@ fn apart(wanted: &[f64], gap: f64, top: f64, bottom: f64) -> Vec<f64> {
         last = *y - gap;
     }
     placed
-}
-
-/// Lines of at most `length` characters, broken between words.
-fn wrapped(text: &str, length: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        match lines.last_mut() {
-            Some(line) if line.chars().count() + 1 + word.chars().count() <= length => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.to_owned()),
-        }
-    }
-    lines
 }
 
 /// A coordinate: short, and a number whatever was computed.

@@ -1,11 +1,11 @@
 //! What an operation costs and where: submitter, engine and what lies below, on top of each other.
 
 use super::axis::Axis;
-use super::{Anchor, CHARACTER, Canvas, Plot, WIDTH};
+use super::{Anchor, CHARACTER, Plot};
 use crate::outcome::{JobInfo, Mode};
 use crate::render::palette::Style;
 use crate::render::report::cost::{Parts, parts, unit, writer};
-use crate::render::units::{operation, short};
+use crate::render::units::operation;
 use crate::summary::Row;
 
 const STEP: f64 = 23.0;
@@ -22,30 +22,31 @@ pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], mode: Mode) -> Optio
     }
     let write = writer(mode);
     let title = format!("{}: {} per {}", job.title, unit(mode), operation(job));
-    let (mut canvas, top) = Canvas::titled(&title);
     let used = |layer: usize| rows.iter().any(|(_, parts)| parts.layers()[layer] > 0.0);
     let shown = LAYERS.iter().enumerate().filter(|(layer, _)| used(*layer));
-    let entries =
-        shown.map(|(_, (name, colour))| ((*name).to_owned(), Style { colour, dash: "", marker: 1 }));
-    let top = canvas.legend(&entries.collect::<Vec<_>>(), top + 2.0);
-    let names: Vec<String> = rows.iter().map(|(row, _)| short(&row.target, 21)).collect();
-    let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
-    let left = longest as f64 * CHARACTER + 8.0;
-    let bottom = top + rows.len() as f64 * STEP;
-    let x = Axis::linear(most, (left, WIDTH - 9.0 * CHARACTER));
-    for (index, ((_, parts), name)) in rows.iter().zip(&names).enumerate() {
-        let y = top + (index as f64 + 0.5) * STEP;
-        canvas.text("", left - 8.0, y, Anchor::End, name);
-        let mut below = 0.0;
-        for (value, (_, colour)) in parts.layers().into_iter().zip(LAYERS) {
-            let from = x.place(below);
-            below += value;
-            canvas.bar(colour, (from, y - THICK / 2.0), x.place(below) - from, THICK);
-        }
-        canvas.text("", x.place(below) + 6.0, y, Anchor::Start, &write(below));
-    }
-    canvas.line("base", (left, top), (left, bottom));
+    let entries: Vec<(String, Style)> = shown
+        .map(|(_, (name, colour))| ((*name).to_owned(), Style { colour, dash: "", marker: 1 }))
+        .collect();
     let listed: Vec<String> =
         rows.iter().map(|(row, parts)| format!("{} {}", row.target, write(parts.sum()))).collect();
-    Some(canvas.finish(&format!("cost-{}", job.name), &title, listed.join(", ") + ".", bottom + 8.0))
+    Some(Plot::new(&format!("cost-{}", job.name), &title, listed.join(", ") + ".", |canvas, top| {
+        let top = canvas.legend(&entries, top + 2.0);
+        let (names, longest) = canvas.names(rows.iter().map(|(row, _)| row.target.as_str()));
+        let left = longest + 8.0;
+        let bottom = top + rows.len() as f64 * STEP;
+        let x = Axis::linear(most, (left, canvas.width - 9.0 * CHARACTER));
+        for (index, ((_, parts), name)) in rows.iter().zip(&names).enumerate() {
+            let y = top + (index as f64 + 0.5) * STEP;
+            canvas.text("", left - 8.0, y, Anchor::End, name);
+            let mut below = 0.0;
+            for (value, (_, colour)) in parts.layers().into_iter().zip(LAYERS) {
+                let from = x.place(below);
+                below += value;
+                canvas.bar(colour, (from, y - THICK / 2.0), x.place(below) - from, THICK);
+            }
+            canvas.text("", x.place(below) + 6.0, y, Anchor::Start, &write(below));
+        }
+        canvas.line("base", (left, top), (left, bottom));
+        bottom + 8.0
+    }))
 }
