@@ -60,7 +60,8 @@ impl Notice {
     pub(super) fn tell(&self, command: Option<OwnedFd>) {
         let (Some(command), Some(path)) = (command, &self.terminal) else { return };
         let lives = poll(&mut [PollFd::new(&command, PollFlags::IN)], Some(&ENDS_WITHIN)) == Ok(0);
-        if !lives || self.terminal_number() != fs::metadata(path).ok().map(|found| found.rdev()) {
+        let is_its = |number| fs::metadata(path).is_ok_and(|found| found.rdev() == number);
+        if !lives || !self.terminal_number().is_some_and(is_its) {
             return;
         }
         let mut options = OpenOptions::new();
@@ -84,7 +85,8 @@ impl Notice {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.command?)).ok()?;
         // The name may have anything in it; behind it are state, parent, group, session, terminal.
         let number: i32 = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(4)?.parse().ok()?;
-        let number = number.cast_unsigned();
+        // 0: it has none.
+        let number = (number != 0).then(|| number.cast_unsigned())?;
         let (major, minor) = (number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00);
         Some(rustix::fs::makedev(major, minor))
     }

@@ -252,10 +252,11 @@ fn dead_daemon(ctx: &Ctx) -> Res {
             &["list", "--json"],
             &["stats"],
             &["instance", "list"],
-            &["attach", &image, "--run", "true"],
         ] {
             refused(&daemon.cli(words)?, &[8], "serve")?;
         }
+        // As of env(1): the command did not run.
+        refused(&daemon.cli(&["attach", &image, "--run", "true"])?, &[125], "serve")?;
         Ok(())
     };
     all_refused(&daemon).at("after SIGKILL")?;

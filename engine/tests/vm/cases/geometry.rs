@@ -38,7 +38,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
         let device = daemon.attach(&[&image, "--block-size", &size.to_string()])?;
         let shown = queue_attribute(&device, "logical_block_size")?;
         ensure!(shown == size.to_string(), "asked for {size}, got {shown}");
-        ensure!(daemon.info(&device)?["blockSize"] == size, "list differs");
+        ensure!(daemon.info(&device)?["blockSizeBytes"] == size, "list differs");
         let disk = Disk::open(&device)?;
         let data = pattern(size as u64, size);
         // An odd block, so that a smaller alignment would show.

@@ -57,7 +57,7 @@ fn reflinked(ctx: &Ctx) -> Res {
     let mut daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     let before = daemon.info(&device)?;
-    if before["blockSize"] != 512 {
+    if before["blockSizeBytes"] != 512 {
         skip!("the store's direct I/O needs more than 512 bytes: {before}");
     }
     let all = pattern(3, 8 << 20);

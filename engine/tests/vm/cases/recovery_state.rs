@@ -61,7 +61,7 @@ fn unreadable(ctx: &Ctx) -> Res {
         let named = |l: &str| l.contains("ERROR") && l.contains(&format!("default/loop{number}"));
         ensure!(log.lines().any(named), "no error for loop{number}: {log}");
         let info = daemon.info(device)?;
-        for same in ["node", "size", "blockSize", "queues", "depth", "dataPath", "readOnly"] {
+        for same in ["node", "sizeBytes", "blockSizeBytes", "queues", "depth", "dataPath", "readOnly"] {
             ensure!(info[same] == before[number][same], "{same} of {info}, was {}", before[number]);
         }
     }
@@ -88,7 +88,7 @@ fn unreadable(ctx: &Ctx) -> Res {
     for (number, (device, image)) in rest.iter().enumerate() {
         daemon.ok(&["recover", device, "--image", image, "--offset", &offset])?;
         let mut info = daemon.info(device)?;
-        info["sizeLimit"] = before[number]["sizeLimit"].clone();
+        info["sizeLimitBytes"] = before[number]["sizeLimitBytes"].clone();
         ensure!(info == before[number], "{info}, was {}", before[number]);
         same(device, &Disk::open(device)?.read(4096, 4096)?, &vec![number as u8 + 1; 4096])?;
     }

@@ -54,7 +54,7 @@ fn resized_with(daemon: &Daemon, device: &str, bytes: u64, options: &[&str]) -> 
     daemon.ok(&[&["resize", device], options].concat())?;
     let (node, list) = (disk::size(device)?, daemon.info(device)?);
     ensure!(
-        node == bytes && list["size"] == bytes,
+        node == bytes && list["sizeBytes"] == bytes,
         "wanted {bytes} bytes, the node has {node}, list says {list}"
     );
     Ok(())

@@ -99,7 +99,7 @@ fn mixed(ctx: &Ctx, path: &str, part_mib: u64, serve: &[&str], attach: &[&str]) 
     let stats = daemon.stats(&device)?;
     ensure!(stats["errors"] == 0, "errors counted: {stats}");
     ensure!(
-        stats["writtenBytes"].as_u64() >= Some(report.written),
+        stats["writeBytes"].as_u64() >= Some(report.written),
         "fio wrote {} bytes, counted were {stats}",
         report.written
     );
