@@ -3,12 +3,14 @@
 //!
 //! Knows how to tell that the machine goes down, and in which order to unmount. Does not stop devices.
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::mount::UnmountFlags;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::control::SOCKET;
 use crate::error::{Error, Kind, Result};
@@ -38,6 +40,7 @@ impl Args {
         if !self.now && !goes_down() {
             return Ok(());
         }
+        enter_first_mounts()?;
         let run_dir = run_dir.canonicalize().unwrap_or_else(|_| run_dir.to_owned());
         // Without a daemon I/O waits, and so would an unmount.
         UnixStream::connect(run_dir.join(SOCKET)).map_err(|error| {
@@ -74,6 +77,16 @@ impl Args {
 
 fn failure(what: &Path, done: std::io::Result<()>) -> Option<String> {
     done.err().map(|error| format!("{} ({error})", what.display()))
+}
+
+/// Sees and unmounts what the first process of the machine sees. systemd starts each command of a unit like ours in
+/// a mount namespace of its own, also one with `+`: what is unmounted in there stays mounted for all others.
+fn enter_first_mounts() -> Result<()> {
+    let entered = std::fs::File::open("/proc/1/ns/mnt")
+        .and_then(|first| Ok(move_into_link_name_space(first.as_fd(), Some(LinkNameSpaceType::Mount))?));
+    entered.map_err(|error| {
+        Error::os(error, "cannot enter the mount namespace of process 1: nothing is unmounted")
+    })
 }
 
 /// Whether the service manager stops everything. (`systemctl is-system-running` says "starting" when that

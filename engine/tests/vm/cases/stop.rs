@@ -238,7 +238,9 @@ fn hung_elsewhere(ctx: &Ctx) -> Res {
         "--table",
         &format!("0 {sectors} linear {} 0", elsewhere.node()),
     ])?;
-    let hung = format!("/dev/mapper/{name}");
+    // Nobody makes links in /dev/mapper here.
+    let minor = tools::ok(&["dmsetup", "info", "-c", "--noheadings", "-o", "minor", &name])?;
+    let hung = format!("/dev/dm-{}", minor.trim());
     mkfs("ext4", &hung)?;
     let strange = Mount::new(&hung, &ctx.path("strange"), &[])?;
     let mut daemon = Daemon::start(ctx)?;
