@@ -4,6 +4,7 @@
 
 use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use rustix::process::{Signal, kill_process};
 
 use loopbench::daemon::Daemon;
 use loopbench::sh;
@@ -24,11 +26,13 @@ use super::honest::{Who, stop_file};
 use super::host::DAEMON;
 use super::kinds::{Kind, Place};
 use super::ledger::Ledger;
-use super::plan;
+use super::{plan, tenants};
 use crate::vm;
 
-/// The first user of hostile clients.
-const USERS: u32 = 2000;
+/// Users of hostile clients.
+const HOSTILE: Range<u32> = 2000..2100;
+/// Rounds of killing what is left of them: it may still start others, or wait for a file system to answer.
+const GONE_AFTER: u32 = 40;
 /// What the clients who mean well do alone, before what the daemon holds is looked at.
 const WARM_UP: Duration = Duration::from_secs(10);
 /// For a daemon whose clients have gone to let go of what it held for them.
@@ -123,7 +127,7 @@ fn prepare() -> Result<()> {
     let mount = ["-t", "tmpfs", "-o", "size=1G,mode=755", "hostile", guest::BASE];
     sh::capture(Command::new("mount").args(mount), LIMIT)?;
     std::fs::create_dir(Path::new(guest::BASE).join("users"))?;
-    for uid in [Who::Root, Who::Tenant, Who::Caller].map(Who::uid).into_iter().chain(USERS..USERS + 100) {
+    for uid in [Who::Root, Who::Tenant, Who::Caller].map(Who::uid).into_iter().chain(HOSTILE) {
         let home = guest::home(uid);
         std::fs::create_dir(&home)?;
         std::fs::set_permissions(&home, Permissions::from_mode(0o700))?;
@@ -273,7 +277,7 @@ struct Hostile(Vec<Child>);
 impl Hostile {
     fn start(kinds: &[(&'static Kind, u64)], daemon: &Daemon, shared: &Shared) -> Result<Hostile> {
         let mut clients = Hostile(Vec::new());
-        let mut uid = USERS;
+        let mut uid = HOSTILE.start;
         for (kind, seed) in kinds {
             for number in 0..kind.users {
                 let client = start_client(kind, seed.wrapping_add(u64::from(number)), uid, daemon, shared);
@@ -291,9 +295,20 @@ impl Drop for Hostile {
     fn drop(&mut self) {
         // All at once: one may wait for another.
         for client in &mut self.0 {
-            super::tenants::signal(client, rustix::process::Signal::KILL);
+            tenants::signal(client, Signal::KILL);
         }
         self.0.iter_mut().for_each(vm::kill);
+        // Tenants in process groups of their own have outlived who started them.
+        for _ in 0..GONE_AFTER {
+            let left = tenants::processes(|uid| HOSTILE.contains(&uid));
+            if left.is_empty() {
+                return;
+            }
+            for pid in left {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::process::Child;
 use std::time::Duration;
 
@@ -203,12 +203,26 @@ pub(super) fn signal(child: &mut Child, signal: Signal) {
 
 /// Processes of `uid` that mount for a tenant.
 fn mounters(uid: u32) -> Vec<Pid> {
+    let mut found = processes(|of| of == uid);
+    found.retain(|pid| {
+        let line = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_pid())).unwrap_or_default();
+        line.split(|byte| *byte == 0).nth(1) == Some(b"mounter")
+    });
+    found
+}
+
+/// Processes of such users that have not ended.
+pub(super) fn processes(is_one: impl Fn(u32) -> bool) -> Vec<Pid> {
     let Ok(all) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let lives = |status: &str| !status.contains("\nState:\tZ");
+    let uid = |status: &str| {
+        status.lines().find_map(|line| line.strip_prefix("Uid:\t")?.split('\t').next()?.parse().ok())
+    };
     all.flatten()
-        .filter(|entry| entry.metadata().is_ok_and(|found| found.uid() == uid))
         .filter(|entry| {
-            let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            line.split(|byte| *byte == 0).nth(1) == Some(b"mounter")
+            // The owner of the directory is root's where a process is not dumpable.
+            let status = std::fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+            lives(&status) && uid(&status).is_some_and(&is_one)
         })
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw))
         .collect()
