@@ -9,7 +9,7 @@ use crate::store::Store;
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![case("shutdown::of_a_machine_with_systemd", Needs::Recovery("copy"), 400, machine)]
+    vec![case("shutdown::of_a_machine_with_systemd", Needs::Recovery("copy"), 900, machine)]
 }
 
 /// What the machine does: mounts in both ways, restarts the daemon under them, goes down.
@@ -25,9 +25,9 @@ for round in 1 2; do
     for mount in net hand; do
         head -c 3000000 /dev/urandom > /mnt/$mount/file$round; echo $round >> /mnt/$mount/rounds
     done
-    timeout 60 systemctl restart loopengine
+    timeout 180 systemctl restart loopengine
     test "$(loopengine list)" = "$before"
-    timeout 20 sh -c 'cat /mnt/net/file* /mnt/hand/file* | wc -c; sync'
+    timeout 120 sh -c 'cat /mnt/net/file* /mnt/hand/file* | wc -c; sync'
 done
 (cd /mnt; sha256sum net/file* hand/file* > /images/sums)
 grep -E 'ublkb' /proc/self/mountinfo
@@ -90,7 +90,7 @@ fn machine(ctx: &Ctx) -> Res {
     );
     let mut command = std::process::Command::new("bash");
     command.args(["-ec", &script]);
-    let ended = tools::Running::start(command)?.finish(Duration::from_secs(300));
+    let ended = tools::Running::start(command)?.finish(Duration::from_secs(800));
     let done = tools::sh(format!("umount {scratch}/groups || umount -l {scratch}/groups"));
     let said = std::fs::read_to_string(store.path("said")).unwrap_or_default();
     let journal =
