@@ -16,7 +16,8 @@ const SOON: Duration = Duration::from_secs(4);
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private_containers::mount_crun", Needs::Private, 240, |ctx| mount(ctx, "crun")),
-        case("private_containers::mount_runc", Needs::Private, 240, |ctx| mount(ctx, "runc")),
+        case("private_containers::mount_runc", Needs::Private, 240, |ctx| mount(ctx, "runc"))
+            .variant_if(true),
         case("private_containers::mount_userns_crun", Needs::Private, 240, |ctx| {
             in_user_namespace(ctx, "crun")
         }),

@@ -18,7 +18,8 @@ const CDI: &str = "/run/cdi";
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private_containers::podman_crun", Needs::Private, 240, |ctx| podman(ctx, "crun")),
-        case("private_containers::podman_runc", Needs::Private, 240, |ctx| podman(ctx, "runc")),
+        case("private_containers::podman_runc", Needs::Private, 240, |ctx| podman(ctx, "runc"))
+            .variant_if(true),
     ]
 }
 
