@@ -46,7 +46,10 @@ impl Args {
         UnixStream::connect(run_dir.join(SOCKET)).map_err(|error| {
             Error::os(error, format!("no daemon serves {}: nothing is unmounted", run_dir.display()))
         })?;
-        let mut disks = disks_of(&run_dir);
+        let (mut disks, unknown) = disks_of(&run_dir);
+        unknown
+            .iter()
+            .for_each(|error| eprintln!("loopengine: {error}: what is mounted from it stays mounted"));
         let until = Instant::now() + LIMIT;
         loop {
             let (mounts, swaps) = uses(&mut disks);

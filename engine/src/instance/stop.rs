@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use super::attached::Attached;
 use super::pool::Instance;
 use super::{Engine, owner_mark};
-use crate::frontend::{Found, Stop, ublk};
+use crate::error::{Error, Kind};
+use crate::frontend::{Stop, ublk};
 use crate::sys::usage::{self, Disks};
 
 /// For all devices together to answer what is in flight.
@@ -47,16 +48,22 @@ impl Engine {
 }
 
 /// Disks of the daemon with this run directory: block devices, and what the kernel's loop driver makes of
-/// its files.
-pub(crate) fn disks_of(run_dir: &Path) -> Disks {
+/// its files. And why some disks of the driver may or may not be its own.
+pub(crate) fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     let mut disks = Disks::backed_by(|file| file.starts_with(run_dir));
+    let mut unknown = Vec::new();
     for id in ublk::present_devices() {
-        let ours = |found: Found| found.parameters.owner >> 32 == u64::from(owner_mark(run_dir));
-        if ublk::Device::examine(id).is_ok_and(ours) {
-            disks.insert(&format!("ublkb{id}"));
+        match ublk::Device::examine(id) {
+            Ok(found) if found.parameters.owner >> 32 == u64::from(owner_mark(run_dir)) => {
+                disks.insert(&format!("ublkb{id}"));
+            }
+            Ok(_) => {}
+            // It has gone meanwhile.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => unknown.push(error),
         }
     }
-    disks
+    (disks, unknown)
 }
 
 /// Devices of an instance, and what lies upon them.

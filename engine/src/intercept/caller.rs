@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::loops::{Answer, Caller};
+use crate::sys::mntns;
 use crate::sys::process::Place;
 use crate::sys::remote;
 use crate::sys::seccomp::Listener;
@@ -273,6 +274,12 @@ impl<'a> Thread<'a> {
         (capable || is_root()) && Namespace::of(self.tid).is_ok_and(|its| its == namespace) && self.waits()
     }
 
+    /// Sees a file system that is mounted from the disk with this device number.
+    fn has_mounted(&self, rdev: u64) -> bool {
+        let table = std::fs::read(format!("/proc/{}/mountinfo", self.tid.as_raw_nonzero()));
+        table.is_ok_and(|table| !mntns::mounted_in(&table, rdev).is_empty())
+    }
+
     fn check(&self) -> Answer<()> {
         // Whatever this errno, there is nobody to see it.
         if self.waits() { Ok(()) } else { Err(Errno::SRCH) }
@@ -343,6 +350,10 @@ impl Caller for Opener<'_> {
 
     fn has_descriptor(&self) -> bool {
         true
+    }
+
+    fn has_mounted(&self, rdev: u64) -> bool {
+        self.thread.has_mounted(rdev)
     }
 }
 

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use rustix::fs::OFlags;
 
 use super::caller::{Administrators, Found, Node, Opener, Thread};
-use super::codec::{self, CONFIG_BYTES, INFO_BYTES_MAX, Layout};
+use super::codec::{self, BLKPG_BYTES_MAX, BLKPG_PARTITION_BYTES, CONFIG_BYTES, INFO_BYTES_MAX, Layout};
 use super::filter::Abi;
-use crate::loops::{Answer, Caller, Configure, Errno, Info, Pool, Status};
+use crate::loops::{Answer, Caller, Configure, Errno, Info, PartitionChange, Pool, Status};
 
 // linux/loop.h.
 const LOOP_SET_FD: u32 = 0x4c00;
@@ -28,6 +28,9 @@ const LOOP_CONFIGURE: u32 = 0x4c0a;
 const LOOP_CTL_ADD: u32 = 0x4c80;
 const LOOP_CTL_REMOVE: u32 = 0x4c81;
 const LOOP_CTL_GET_FREE: u32 = 0x4c82;
+// linux/fs.h and linux/blkpg.h.
+const BLKRRPART: u32 = 0x125f;
+const BLKPG: u32 = 0x1269;
 
 /// What this room asks of a pool; tests put something else in its place.
 pub trait Loops: Send + Sync {
@@ -46,6 +49,10 @@ pub trait Loops: Send + Sync {
     fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()>;
     fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()>;
     fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()>;
+    /// This node is a partition of a device, or was one.
+    fn has_part(&self, node: &Node) -> bool;
+    fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
+    fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()>;
 }
 
 impl Loops for Arc<Pool> {
@@ -88,6 +95,15 @@ impl Loops for Arc<Pool> {
     fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
         Pool::change_fd(self, number, file, caller)
     }
+    fn has_part(&self, node: &Node) -> bool {
+        node.block && Pool::has_part(self, node.rdev)
+    }
+    fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
+        Pool::reread_partitions(self, number, caller)
+    }
+    fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()> {
+        Pool::change_partition(self, number, change)
+    }
 }
 
 /// Is the node with this device number of its file system, inode number and device number of its
@@ -118,6 +134,10 @@ impl Ioctl {
         let argument = if abi.is_compat() { args[2] & u64::from(u32::MAX) } else { args[2] };
         Ioctl { abi, fd: args[0] as u32, command: args[1] as u32, argument }
     }
+
+    fn is_of_partitions(&self) -> bool {
+        matches!(self.command, BLKRRPART | BLKPG)
+    }
 }
 
 /// What becomes of a stopped call.
@@ -132,6 +152,7 @@ pub enum Verdict {
 enum What {
     Control,
     Device(u32, Node),
+    Partition,
 }
 
 impl Desk {
@@ -140,6 +161,10 @@ impl Desk {
         let what = |node: &Node| {
             if (self.is_control)(node.device, node.inode, node.rdev) {
                 return Some(What::Control);
+            }
+            if self.loops.has_part(node) {
+                // The block layer answers what a disk is asked as a loop device: ENOTTY.
+                return call.is_of_partitions().then_some(What::Partition);
             }
             self.loops.find(node).map(|number| What::Device(number, *node))
         };
@@ -151,11 +176,16 @@ impl Desk {
         } else if !thread.waits() {
             Err(Errno::SRCH)
         } else {
+            let administrators = self.administrators;
+            let caller = Opener { thread, fd: call.fd, flags, administrators };
             match what {
+                What::Partition => self.partitions(None, call, &caller).map(|()| 0),
+                What::Control if call.is_of_partitions() => Err(Errno::NOTTY),
+                What::Device(number, _) if call.is_of_partitions() => {
+                    self.partitions(Some(number), call, &caller).map(|()| 0)
+                }
                 What::Control => self.control(call).map(i64::from),
                 What::Device(number, node) => {
-                    let administrators = self.administrators;
-                    let caller = Opener { thread, fd: call.fd, flags, administrators };
                     let current = self.loops.refresh_descriptor(number, &node, &caller);
                     current.and_then(|()| self.device(number, call, &caller)).map(|()| 0)
                 }
@@ -180,6 +210,26 @@ impl Desk {
 
     fn within(&self, number: u32) -> Answer<u32> {
         if number < self.first { Ok(number) } else { Err(Errno::NOSPC) }
+    }
+
+    /// BLKRRPART and BLKPG of a device; none: of a partition. The block layer's, and by its rules.
+    fn partitions(&self, number: Option<u32>, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
+        if call.command == BLKRRPART {
+            return match number {
+                _ if !caller.is_admin() => Err(Errno::ACCESS),
+                Some(number) => self.loops.reread_partitions(number, caller),
+                None => Err(Errno::INVAL),
+            };
+        }
+        let mut bytes = [0; BLKPG_BYTES_MAX];
+        caller.thread.read_into(call.argument, &mut bytes[..codec::blkpg_bytes(call.abi)])?;
+        let (operation, address) = codec::blkpg(&bytes, call.abi);
+        if !caller.is_admin() {
+            return Err(Errno::ACCESS);
+        }
+        let partition = caller.thread.read::<BLKPG_PARTITION_BYTES>(address)?;
+        let number = number.ok_or(Errno::INVAL)?;
+        self.loops.change_partition(number, &codec::blkpg_partition(operation, &partition)?)
     }
 
     fn device(&self, number: u32, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {

@@ -4,7 +4,8 @@
 //! what the values are good for ([`crate::loops`] refuses those that are not).
 
 use super::filter::Abi;
-use crate::loops::{Answer, Errno, Info, NAME_BYTES, Status};
+use crate::image::partitions::Part;
+use crate::loops::{Answer, Errno, Info, NAME_BYTES, PartitionChange, Status};
 
 /// Bytes of `struct loop_info64`: the same for all callers.
 pub const INFO64_BYTES: usize = 232;
@@ -60,6 +61,46 @@ impl Layout {
         }
     }
 }
+
+/// Bytes of `struct blkpg_ioctl_arg`, and those at the beginning of `struct blkpg_partition` that are looked at.
+pub const BLKPG_BYTES_MAX: usize = 24;
+pub const BLKPG_PARTITION_BYTES: usize = 20;
+
+/// Bytes of a `struct blkpg_ioctl_arg` of this ABI.
+pub fn blkpg_bytes(abi: Abi) -> usize {
+    if abi.is_compat() { 16 } else { BLKPG_BYTES_MAX }
+}
+
+/// What a `struct blkpg_ioctl_arg` says: the operation, and where the partition is told.
+pub fn blkpg(bytes: &[u8; BLKPG_BYTES_MAX], abi: Abi) -> (u32, u64) {
+    let address = match abi.is_compat() {
+        true => u32::from_le_bytes(field(bytes, 12)).into(),
+        false => u64::from_le_bytes(field(bytes, 16)),
+    };
+    (u32::from_le_bytes(field(bytes, 0)), address)
+}
+
+/// What `struct blkpg_partition` asks of a disk, as the kernel reads it. It is the same for all callers.
+pub fn blkpg_partition(operation: u32, bytes: &[u8; BLKPG_PARTITION_BYTES]) -> Answer<PartitionChange> {
+    let number = i32::from_le_bytes(field(bytes, 16));
+    let number = u32::try_from(number).ok().filter(|&number| number > 0).ok_or(Errno::INVAL)?;
+    if operation == BLKPG_DEL_PARTITION {
+        return Ok(PartitionChange::Delete(number));
+    }
+    let value = |at| u64::try_from(i64::from_le_bytes(field(bytes, at))).map_err(|_| Errno::INVAL);
+    let part = Part { number, start: value(0)?, size: value(8)? };
+    match operation {
+        _ if part.start.checked_add(part.size).is_none_or(|end| end > i64::MAX as u64) => Err(Errno::INVAL),
+        BLKPG_ADD_PARTITION => Ok(PartitionChange::Add(part)),
+        BLKPG_RESIZE_PARTITION => Ok(PartitionChange::Resize(part)),
+        _ => Err(Errno::INVAL),
+    }
+}
+
+// linux/blkpg.h.
+const BLKPG_ADD_PARTITION: u32 = 1;
+const BLKPG_DEL_PARTITION: u32 = 2;
+const BLKPG_RESIZE_PARTITION: u32 = 3;
 
 /// What `struct loop_info64` says.
 pub fn info64(bytes: &[u8; INFO64_BYTES]) -> Info {
@@ -165,6 +206,35 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn partitions_as_programs_ask_for_them() {
+        let mut bytes = [0; BLKPG_BYTES_MAX];
+        bytes[0] = 3;
+        bytes[12] = 0x40;
+        bytes[16] = 0x80;
+        assert_eq!(blkpg(&bytes, Abi::X86_64), (3, 0x80));
+        assert_eq!(blkpg(&bytes, Abi::I386), (3, 0x40));
+        assert_eq!((blkpg_bytes(Abi::Aarch64), blkpg_bytes(Abi::Arm)), (24, 16));
+        let partition = |number: i32, start: i64, size: i64| {
+            let bytes = [&start.to_le_bytes()[..], &size.to_le_bytes(), &number.to_le_bytes()].concat();
+            <[u8; BLKPG_PARTITION_BYTES]>::try_from(bytes).unwrap()
+        };
+        let part = Part { number: 2, start: 4096, size: 512 };
+        assert_eq!(blkpg_partition(1, &partition(2, 4096, 512)), Ok(PartitionChange::Add(part)));
+        assert_eq!(blkpg_partition(3, &partition(2, 4096, 512)), Ok(PartitionChange::Resize(part)));
+        assert_eq!(blkpg_partition(2, &partition(2, -1, -1)), Ok(PartitionChange::Delete(2)));
+        for (operation, bad) in [
+            (1, partition(0, 0, 512)),
+            (2, partition(-1, 0, 512)),
+            (1, partition(1, -512, 512)),
+            (3, partition(1, 0, -512)),
+            (1, partition(1, i64::MAX - 511, 512)),
+            (4, partition(1, 0, 512)),
+        ] {
+            assert_eq!(blkpg_partition(operation, &bad), Err(Errno::INVAL), "{operation} {bad:?}");
+        }
+    }
 
     const ABIS: [Abi; 4] = [Abi::X86_64, Abi::I386, Abi::Aarch64, Abi::Arm];
 

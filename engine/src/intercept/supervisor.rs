@@ -24,7 +24,7 @@ use super::calls::{Desk, Ioctl, IsControl, Loops, Verdict};
 use super::filter::{self, Call};
 use super::mounts::{self, Mounts};
 use crate::error::{Error, Kind, Result};
-use crate::sys::seccomp::{Listener, Notification};
+use crate::sys::seccomp::{Listener, Notification, is_over};
 
 /// Calls of one listener that are served at a time.
 pub const AT_ONCE: usize = crate::limits::CALLS_AT_ONCE;
@@ -321,7 +321,7 @@ impl Shared {
                         return None;
                     }
                 }
-            } else if !listener.is_empty() {
+            } else if is_over(listener) {
                 self.end(None);
                 return None;
             }

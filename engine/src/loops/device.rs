@@ -4,6 +4,7 @@
 //! when the last one has closed it, the reaper finds out.
 
 mod outgoing;
+mod partitions;
 mod reset;
 
 use std::os::fd::OwnedFd;
@@ -131,7 +132,7 @@ impl Device {
         self.drop_parts();
         let parts = match binding.info.flags & flag::PARTSCAN {
             0 => Vec::new(),
-            _ => parts::scan(&binding, &image, self.generation, room),
+            _ => parts::make_all(&binding, &parts::read(&image), self.generation, room),
         };
         // They go again with everything else if this fails.
         self.parts = parts;
@@ -186,7 +187,7 @@ impl Device {
         // Set and cleared; the other only set.
         new.flags = new.flags & !flag::AUTOCLEAR | info.flags & (flag::AUTOCLEAR | flag::PARTSCAN);
         let same = (new.offset, new.size_limit) == (old.offset, old.size_limit);
-        if !self.mounted.is_empty() && (!same || info.flags & flag::PARTSCAN != 0) {
+        if !self.mounted.is_empty() && !same {
             return Err(Errno::BUSY);
         }
         if same {
@@ -196,24 +197,10 @@ impl Device {
         } else {
             self.reshow(new, caller)?;
         }
-        if info.flags & flag::PARTSCAN != 0 {
-            self.rescan(room)?;
+        if info.flags & flag::PARTSCAN != 0 && self.mounted.is_empty() {
+            self.look_for_partitions(room);
         }
         Ok(())
-    }
-
-    fn rescan(&mut self, room: Room<'_>) -> Answer<()> {
-        let binding = self.bound()?;
-        let (image, _) = binding.reopen(&binding.info, binding.block_size)?;
-        let parts = parts::scan(binding, &image, self.generation, room);
-        self.drop_parts();
-        self.parts = parts;
-        Ok(())
-    }
-
-    /// Partitions that somebody has open stay with whom has them, without a name.
-    fn drop_parts(&mut self) {
-        self.outgoing.extend(self.parts.drain(..).map(|part| Outgoing::bare(part.into_disk())));
     }
 
     /// It, or a partition of it, is mounted or opened with O_EXCL.
@@ -234,6 +221,7 @@ impl Device {
         disk.show(image)?;
         disk.flush()?;
         binding.reopened(info, disk.block_size, direct);
+        self.show_partitions();
         Ok(())
     }
 
@@ -312,6 +300,10 @@ impl Device {
         disk.flush()?;
         binding.info.flags |= kept & (flag::AUTOCLEAR | flag::PARTSCAN);
         self.binding = Some(binding);
+        self.show_partitions();
+        if kept & flag::PARTSCAN != 0 {
+            self.look_for_partitions(room);
+        }
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use crate::frontend::{Door, Parameters, Stop};
 use crate::image::Image;
 use crate::instance::pool::Shared;
 use crate::instance::served::{Begin, Served, Traffic, Workers};
-use crate::sys::block;
+use crate::sys::{block, usage};
 
 /// Queue depth of a loop device.
 const DEPTH: u16 = 128;
@@ -52,6 +52,8 @@ pub struct Maker {
     standby: Mutex<Option<Served>>,
     /// Device numbers of all that have appeared.
     present: Mutex<BTreeSet<u64>>,
+    /// Held by each disk of a partition, so that their number has a bound.
+    pub(super) partitions: Arc<()>,
     /// Nobody's any more: kept with their device numbers, for the next who needs one.
     spares: Mutex<Vec<Disk>>,
     /// If they must not change: the device numbers of all disks.
@@ -89,6 +91,7 @@ impl Maker {
             slots,
             standby: Mutex::default(),
             present: Mutex::default(),
+            partitions: Arc::default(),
             spares: Mutex::default(),
             fixed: OnceLock::new(),
         }
@@ -429,6 +432,11 @@ impl Disk {
     /// Refuses writes, or not.
     pub fn set_read_only(&self, read_only: bool) -> Answer<()> {
         block::set_read_only(self.open(false)?.as_fd(), read_only)
+    }
+
+    /// Other disks lie upon it: device mapper's, md's.
+    pub fn has_holders(&self) -> bool {
+        usage::has_holders(self.rdev)
     }
 
     /// Somebody has mounted it, or opened it with O_EXCL.

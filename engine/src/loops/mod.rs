@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
 use crate::error::{Error, Kind};
+use crate::image::partitions;
 
 /// What an operation answers to its caller.
 pub type Answer<T> = std::result::Result<T, Errno>;
@@ -187,6 +188,17 @@ pub struct Partition {
     pub size: u64,
 }
 
+/// What BLKPG asks for, in bytes of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartitionChange {
+    /// A new partition.
+    Add(partitions::Part),
+    /// The partition with this number goes.
+    Delete(u32),
+    /// One that is there gets another size.
+    Resize(partitions::Part),
+}
+
 /// Who asks for an operation on a device, through a descriptor of it.
 pub trait Caller {
     /// The descriptor was opened for writing.
@@ -199,6 +211,10 @@ pub trait Caller {
     fn replace(&self, file: OwnedFd) -> Answer<()>;
     /// The caller has such a descriptor, so that `replace` can work.
     fn has_descriptor(&self) -> bool;
+    /// The caller sees a file system mounted from the disk with this device number.
+    fn has_mounted(&self, _rdev: u64) -> bool {
+        false
+    }
 }
 
 /// Is told what changes in a pool, after the change and before the operation is answered. Must not

@@ -10,8 +10,10 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use super::binding::Binding;
 use super::device::{Device, Room};
 use super::maker::{Disk, Unrecycled};
+use super::parts::Part;
 use super::pool::Pool;
 use super::{Answer, Entry, Errno, Info, errno};
 use crate::frontend::Stop;
@@ -60,6 +62,19 @@ impl Hidden {
         self.disk.adapt()
     }
 
+    /// Shows a partition that has another size now, if it is of that one.
+    pub fn resize(&self, part: &Part, binding: &Binding) -> Answer<()> {
+        if !self.is_of(part.position().number) {
+            return Ok(());
+        }
+        self.disk.show(binding.reopen(&part.info(binding), self.disk.block_size)?.0)
+    }
+
+    /// It is of this partition.
+    pub fn is_of(&self, number: u32) -> bool {
+        self.part == Some(number)
+    }
+
     fn lend(&self, number: u32) -> Answer<Lent> {
         let name = match self.part {
             Some(part) => format!("loop{number}p{part}"),
@@ -102,10 +117,10 @@ impl Device {
         let binding = self.bound()?;
         let of_part = |number| self.parts.iter().find(|part| part.shown().number == number);
         let info = match part {
-            None => &binding.info,
-            Some(number) => of_part(number).ok_or(Errno::NXIO)?.disk().1,
+            None => binding.info,
+            Some(number) => of_part(number).ok_or(Errno::NXIO)?.info(binding),
         };
-        let (image, _) = binding.reopen(info, binding.block_size)?;
+        let (image, _) = binding.reopen(&info, binding.block_size)?;
         let disk = room.make(binding.block_size).map_err(|error| errno(&error))?;
         if let Err(error) = disk.present(image, binding.read_only()) {
             if let Err(disk) = room.remove(disk, Stop::Always) {
@@ -122,9 +137,9 @@ impl Device {
         if binding.read_only() {
             return Ok(());
         }
-        let parts = self.parts.iter().map(super::parts::Part::disk);
-        let all: Vec<(_, &Info)> = std::iter::once((self.disk()?, &binding.info)).chain(parts).collect();
-        for (disk, info) in all {
+        let parts = self.parts.iter().map(|part| (part.disk(), part.info(binding)));
+        let all: Vec<(_, Info)> = std::iter::once((self.disk()?, binding.info)).chain(parts).collect();
+        for (disk, info) in &all {
             // What was written is in the file before anybody else reads it there; and what was read is
             // forgotten before the device is written again.
             if close {

@@ -25,11 +25,19 @@ pub(super) struct Place {
     published: Condvar,
 }
 
+/// Device numbers that lead to a device beside its own.
+#[derive(Debug, Default)]
+pub(super) struct Numbers {
+    /// Of disks that it was, and that somebody may have open still.
+    pub(super) outgoing: Vec<u64>,
+    /// Of disks that are or were its partitions.
+    pub(super) parts: Vec<u64>,
+}
+
 #[derive(Debug, Default)]
 struct Shown {
     entry: Option<Entry>,
-    /// Device numbers of disks that it was, and that somebody may have open still.
-    outgoing: Vec<u64>,
+    numbers: Numbers,
     /// Its disk is being replaced: its name leads nowhere for a moment.
     replacing: bool,
     /// The replacement was put off, since somebody was about to open the disk.
@@ -84,7 +92,12 @@ impl Place {
     /// This number is that of its disk, or of one that it was.
     pub(super) fn is_or_was(&self, rdev: u64) -> bool {
         let shown = lock(&self.shown);
-        shown.entry.as_ref().is_some_and(|entry| entry.rdev == rdev) || shown.outgoing.contains(&rdev)
+        shown.entry.as_ref().is_some_and(|entry| entry.rdev == rdev) || shown.numbers.outgoing.contains(&rdev)
+    }
+
+    /// This number is that of one of its partitions, or of one that was.
+    pub(super) fn has_part(&self, rdev: u64) -> bool {
+        lock(&self.shown).numbers.parts.contains(&rdev)
     }
 
     pub(super) fn is_replacing(&self) -> bool {
@@ -119,11 +132,11 @@ impl Place {
     }
 
     /// Shows what has become of it. True: something has changed.
-    pub(super) fn publish(&self, entry: Option<Entry>, outgoing: Vec<u64>) -> bool {
+    pub(super) fn publish(&self, entry: Option<Entry>, numbers: Numbers) -> bool {
         let mut shown = lock(&self.shown);
         let changed = shown.entry != entry;
         shown.entry = entry;
-        shown.outgoing = outgoing;
+        shown.numbers = numbers;
         shown.replacing = false;
         drop(shown);
         self.published.notify_all();

@@ -16,10 +16,13 @@ use std::time::Duration;
 use super::binding::check_kind;
 use super::device::Device;
 use super::maker::Maker;
-use super::place::{PATIENCE, Place};
+use super::place::{Numbers, PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::{Reaper, Round};
-use super::{Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
+use super::{
+    Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PartitionChange, PoolSpec, Status, Watcher,
+    errno,
+};
 use crate::frontend::Stop;
 
 /// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
@@ -185,7 +188,7 @@ impl Pool {
             self.settle(number, &place, device);
             return Err(error);
         }
-        place.publish(None, Vec::new());
+        place.publish(None, Numbers::default());
         lock(&self.places).remove(&number);
         drop(device);
         self.tell(number);
@@ -240,6 +243,17 @@ impl Pool {
     pub fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
         self.check_stack(number, &file)?;
         self.change(number, |device| device.change_fd(file, caller, &self.maker))
+    }
+
+    /// BLKRRPART.
+    pub fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
+        self.change_and_move(number, true, |device| device.reread_partitions(caller, &self.maker))
+    }
+
+    /// BLKPG.
+    pub fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()> {
+        let moves = matches!(change, PartitionChange::Delete(_));
+        self.change_and_move(number, moves, |device| device.change_partition(change, &self.maker))
     }
 
     /// Somebody has unmounted something, or is about to close a device: the reaper looks soon.
@@ -317,7 +331,7 @@ impl Pool {
         if !device.end(when, &self.maker) {
             return false;
         }
-        place.publish(None, Vec::new());
+        place.publish(None, Numbers::default());
         lock(&self.places).remove(&number);
         drop(device);
         self.tell(number);
@@ -374,7 +388,7 @@ impl Pool {
     /// The same for the reaper.
     fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
         // Before anybody is told, who may ask for the entry.
-        let changed = place.publish(device.entry(), device.outgoing());
+        let changed = place.publish(device.entry(), device.numbers());
         drop(device);
         if changed {
             self.tell(number);

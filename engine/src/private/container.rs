@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::descriptors::check_listener;
 use super::{Caller, Registry, Shared, open_to};
 use crate::error::{Error, Kind, Result};
+use crate::sys::seccomp::is_over;
 
 /// Filters of one container at a time: that of its first process, and one for each `exec`.
 const FILTERS_MAX: usize = 64;
@@ -66,14 +67,14 @@ impl Guests {
         }
         if !self.listeners.is_empty() {
             // They are seen off by the reaper; a container of the same name may be another.
-            if self.listeners.iter().all(is_over) {
+            if self.listeners.iter().all(has_ended) {
                 return Ok(Turn::Later);
             }
             if self.id != guest.id {
                 let message = format!("private pool {pool} is container {}'s", self.id);
                 return Err(Error::new(Kind::Busy, message).hint("give each container a pool of its own"));
             }
-            self.listeners.retain(|listener| !is_over(listener));
+            self.listeners.retain(|listener| !has_ended(listener));
             if self.listeners.len() >= FILTERS_MAX {
                 let message = format!("{FILTERS_MAX} processes were started in the container already");
                 return Err(Error::new(Kind::Quota, message));
@@ -96,7 +97,7 @@ impl Guests {
 
     /// Has the last gone? Then its devices are to be unbound.
     fn leave(&mut self) -> bool {
-        self.listeners.retain(|listener| !is_over(listener));
+        self.listeners.retain(|listener| !has_ended(listener));
         let last = self.listeners.is_empty() && !self.clearing;
         self.clearing |= last;
         last
@@ -104,10 +105,10 @@ impl Guests {
 }
 
 /// Nobody is left under its filter.
-fn is_over(listener: &OwnedFd) -> bool {
+fn has_ended(listener: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(listener, PollFlags::empty())];
     let looked = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
-    looked.is_ok() && !fds[0].revents().is_empty()
+    looked.is_ok() && is_over(fds[0].revents())
 }
 
 impl Registry {

@@ -14,6 +14,7 @@ use super::Shared;
 use super::mirror::Mirror;
 use crate::error::{Error, Result};
 use crate::loops::Entry;
+use crate::sys::seccomp::is_over;
 
 /// See the module.
 pub(super) struct Reaper {
@@ -133,9 +134,7 @@ impl Reaper {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        let gone =
-            |fd: &PollFd<'_>| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
-        fds[1..].iter().enumerate().filter(|(_, fd)| gone(fd)).map(|(at, _)| at).collect()
+        fds[1..].iter().enumerate().filter(|(_, fd)| is_over(fd.revents())).map(|(at, _)| at).collect()
     }
 }
 

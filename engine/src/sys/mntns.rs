@@ -71,8 +71,13 @@ pub fn kind_at(target: &Path) -> Option<String> {
 
 /// Where file systems with this device number are mounted, youngest first.
 pub fn mounted_of(device: u64) -> Vec<PathBuf> {
+    mounted_in(&fs::read(MOUNTINFO).unwrap_or_default(), device)
+}
+
+/// The same by the mountinfo of any process.
+pub fn mounted_in(table: &[u8], device: u64) -> Vec<PathBuf> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-    let table = fs::read_to_string(MOUNTINFO).unwrap_or_default();
+    let table = String::from_utf8_lossy(table);
     let ours = |mount: &Mount| mount.number == number;
     table.lines().rev().filter_map(parse).filter(ours).map(|mount| mount.target).collect()
 }

@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 
 /// linux/seccomp.h, Linux 6.6: who answers wakes the caller on its own CPU, since it sleeps next.
@@ -26,6 +27,12 @@ pub fn install_with_listener(program: &[libc::sock_filter]) -> io::Result<OwnedF
         }
         done => done,
     }
+}
+
+/// Whether poll(2) of a listener says that nobody is left under its filter. ERR says nothing: the kernel answers
+/// that where something for this thread (a signal, work of io_uring) came while it waited to look.
+pub fn is_over(events: PollFlags) -> bool {
+    events.contains(PollFlags::HUP)
 }
 
 /// Installs a filter that notifies nobody, for the calling thread and whatever it starts from now on.

@@ -98,6 +98,13 @@ impl Disks {
     }
 }
 
+/// Whether other disks lie upon the one with this device number.
+pub fn has_holders(number: u64) -> bool {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    fs::read_dir(format!("/sys/dev/block/{major}:{minor}/holders"))
+        .is_ok_and(|mut holders| holders.next().is_some())
+}
+
 /// All nodes and files that the machine swaps to.
 pub fn swaps() -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/swaps").unwrap_or_default();

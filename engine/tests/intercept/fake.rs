@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use loopengine::intercept::{Loops, Node};
-use loopengine::loops::{Answer, Caller, Configure, Errno, Info, Status};
+use loopengine::loops::{Answer, Caller, Configure, Errno, Info, PartitionChange, Status};
 
 /// The number whose LOOP_CTL_ADD panics.
 pub const PANICS: i32 = 1313;
@@ -156,6 +156,20 @@ impl Loops for Pretend {
         let meta = File::from(file).metadata().unwrap();
         let mut bound = self.0.bound.lock().unwrap();
         bound.get_mut(&number).ok_or(Errno::NXIO)?.inode = meta.ino();
+        Ok(())
+    }
+
+    fn has_part(&self, _node: &Node) -> bool {
+        false
+    }
+
+    fn reread_partitions(&self, number: u32, _caller: &dyn Caller) -> Answer<()> {
+        self.0.log(format!("reread {number}"));
+        Ok(())
+    }
+
+    fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()> {
+        self.0.log(format!("partition of {number}: {change:?}"));
         Ok(())
     }
 }

@@ -19,6 +19,8 @@ const BASE_MAX: u64 = 4 << 20;
 /// LOOP_* and LOOP_CTL_* are 0x4c00 to 0x4cff, in the 32 bits that the kernel looks at.
 const LOOP: u64 = 0x4c00;
 const LOOP_MASK: u64 = 0xffff_ff00;
+/// BLKRRPART and BLKPG.
+const PARTITIONS: [u64; 2] = [0x125f, 0x1269];
 /// The kind of a node, in its mode.
 const KIND_MASK: u32 = libc::S_IFMT;
 /// All kinds but block devices.
@@ -112,7 +114,11 @@ impl Profile {
             kept.extend(self.around(rule).ok_or_else(bad)?);
         }
         let is_loop = argument("SCMP_CMP_MASKED_EQ", LOOP_MASK, Some(LOOP));
-        kept.push(json!({ "names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [is_loop] }));
+        let of_partitions =
+            PARTITIONS.map(|value| argument("SCMP_CMP_MASKED_EQ", u64::from(u32::MAX), Some(value)));
+        for condition in std::iter::once(is_loop).chain(of_partitions) {
+            kept.push(json!({ "names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [condition] }));
+        }
         for (call, mode) in MAKE_NODES {
             let block = kind(mode, libc::S_IFBLK);
             kept.push(json!({ "names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EPERM, "args": [block] }));
@@ -126,8 +132,8 @@ impl Profile {
     }
 
     /// A rule of the base, so that it leaves room for ours: of two rules for a call libseccomp lets the
-    /// one without conditions win, so an "ioctl" without them becomes two on both sides of ours, and a
-    /// "mknod" one for every other kind of node.
+    /// one without conditions win, so an "ioctl" without them becomes some beside ours, and a "mknod" one for
+    /// every other kind of node.
     fn around(&self, rule: Value) -> Option<Vec<Value>> {
         let Value::Object(mut rule) = rule else { return None };
         let unconditional = rule.get("args").and_then(Value::as_array).is_none_or(Vec::is_empty);
@@ -153,11 +159,9 @@ impl Profile {
             rules.push(Value::Object(rest));
         }
         if had_ioctl {
-            let beside = [("SCMP_CMP_LT", LOOP), ("SCMP_CMP_GT", LOOP | 0xff)];
-            for (operator, value) in beside {
+            for condition in beside() {
                 let rule = with(&rule, "names", json!(["ioctl"]));
-                let rule = with(&rule, "args", json!([argument(operator, value, None)]));
-                rules.push(Value::Object(rule));
+                rules.push(Value::Object(with(&rule, "args", json!([condition]))));
             }
         }
         for (call, mode) in had_nodes {
@@ -173,6 +177,25 @@ impl Profile {
 /// A condition on the kind of the node that is made.
 fn kind(mode: u32, kind: u32) -> Value {
     json!({ "index": mode, "value": KIND_MASK, "valueTwo": kind, "op": "SCMP_CMP_MASKED_EQ" })
+}
+
+/// Conditions for all ioctls that are not ours. A rule can have only one on an argument, so that what lies
+/// between two of ours is told in blocks whose sizes are powers of two.
+fn beside() -> Vec<Value> {
+    let [first, second] = PARTITIONS;
+    let mut conditions = vec![argument("SCMP_CMP_LT", first, None)];
+    for (mut at, end) in [(first + 1, second), (second + 1, LOOP)] {
+        while at < end {
+            let mut size = 1 << at.trailing_zeros();
+            while at + size > end {
+                size /= 2;
+            }
+            conditions.push(argument("SCMP_CMP_MASKED_EQ", !(size - 1), Some(at)));
+            at += size;
+        }
+    }
+    conditions.push(argument("SCMP_CMP_GT", LOOP | 0xff, None));
+    conditions
 }
 
 /// A condition on the command of an ioctl.
@@ -229,9 +252,32 @@ mod tests {
         Profile { base: None, listener: None, metadata: None, mount: false, wait_killable: false }
     }
 
-    fn ours() -> Value {
-        json!({ "names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [
-            { "index": 1, "value": 0xffff_ff00_u32, "valueTwo": 0x4c00, "op": "SCMP_CMP_MASKED_EQ" }] })
+    fn ours() -> [Value; 3] {
+        [(0xffff_ff00_u32, 0x4c00), (u32::MAX, 0x125f), (u32::MAX, 0x1269)].map(|(mask, value)| {
+            json!({ "names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [
+                { "index": 1, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ" }] })
+        })
+    }
+
+    /// Whether a condition that `beside` makes holds.
+    fn holds(condition: &Value, command: u64) -> bool {
+        let value = |name: &str| condition[name].as_u64().unwrap();
+        match condition["op"].as_str().unwrap() {
+            "SCMP_CMP_LT" => command < value("value"),
+            "SCMP_CMP_GT" => command > value("value"),
+            "SCMP_CMP_MASKED_EQ" => command & value("value") == value("valueTwo"),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn every_ioctl_is_either_ours_or_beside() {
+        let (ours, beside) = (ours(), beside());
+        for command in (0..0x1_0000).chain([0x8008_1272, 0xffff_ffff]) {
+            let is_ours = ours.iter().any(|rule| holds(&rule["args"][0], command));
+            let is_beside = beside.iter().filter(|condition| holds(condition, command)).count();
+            assert_eq!(is_beside, usize::from(!is_ours), "{command:x}");
+        }
     }
 
     fn no_nodes() -> [Value; 2] {
@@ -254,7 +300,7 @@ mod tests {
             rules[1..8].iter().all(|rule| rule["names"] == json!(["mknod"]) && rule["args"][0]["index"] == 1)
         );
         assert!(kinds.contains(&0o020000) && !kinds.contains(&0o060000), "{kinds:?}");
-        assert_eq!(rules[8], ours());
+        assert_eq!(rules[8..11], ours());
     }
 
     #[test]
@@ -268,7 +314,8 @@ mod tests {
         let anew = json!({ "names": ["fsopen", "fsconfig", "fsmount", "fspick"], "action": "SCMP_ACT_ERRNO",
             "errnoRet": 38 });
         let [mknod, mknodat] = no_nodes();
-        assert_eq!(profile["syscalls"], json!([ours(), mknod, mknodat, mount, anew]));
+        let [loops, reread, blkpg] = ours();
+        assert_eq!(profile["syscalls"], json!([loops, reread, blkpg, mknod, mknodat, mount, anew]));
     }
 
     #[test]
@@ -283,24 +330,17 @@ mod tests {
                 { "name": "ioctl", "action": "SCMP_ACT_LOG", "args": [] },
             ],
         });
-        let beside = |action: &str, operator: &str, value: u32| {
-            json!({ "names": ["ioctl"], "action": action,
-                "args": [{ "index": 1, "value": value, "op": operator }] })
+        let split = |action: &str| -> Vec<Value> {
+            let rule = |arg| json!({ "names": ["ioctl"], "action": action, "args": [arg] });
+            beside().into_iter().map(rule).collect()
         };
-        let rules = json!([
-            { "names": ["read", "write"], "action": "SCMP_ACT_ALLOW" },
-            beside("SCMP_ACT_ALLOW", "SCMP_CMP_LT", 0x4c00),
-            beside("SCMP_ACT_ALLOW", "SCMP_CMP_GT", 0x4cff),
-            base["syscalls"][1],
-            base["syscalls"][2],
-            beside("SCMP_ACT_LOG", "SCMP_CMP_LT", 0x4c00),
-            beside("SCMP_ACT_LOG", "SCMP_CMP_GT", 0x4cff),
-            ours(),
-            no_nodes()[0],
-            no_nodes()[1],
-        ]);
+        let mut rules = vec![json!({ "names": ["read", "write"], "action": "SCMP_ACT_ALLOW" })];
+        rules.extend(split("SCMP_ACT_ALLOW"));
+        rules.extend([base["syscalls"][1].clone(), base["syscalls"][2].clone()]);
+        rules.extend(split("SCMP_ACT_LOG"));
+        rules.extend(ours().into_iter().chain(no_nodes()));
         let profile = args().profile(Some(base.clone()), PATH).unwrap();
-        assert_eq!(profile["syscalls"], rules);
+        assert_eq!(profile["syscalls"], json!(rules));
         for kept in ["defaultAction", "defaultErrnoRet", "archMap", "flags"] {
             assert_eq!(profile[kept], base[kept]);
         }

@@ -4,6 +4,7 @@
 //! have it open until their last close. If the caller was not its only user, it becomes that again.
 //! Knows one device; what the driver needs for a disk to go is the business of `maker`.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Device, Room, let_go};
@@ -11,7 +12,7 @@ use crate::frontend::Stop;
 use crate::loops::binding::Binding;
 use crate::loops::maker::Disk;
 use crate::loops::parts::Part;
-use crate::loops::place::QUIET;
+use crate::loops::place::{Numbers, QUIET};
 use crate::loops::{Answer, flag};
 
 /// How long a device is shown as unbound after LOOP_CLR_FD although somebody may have it open still: the
@@ -32,12 +33,21 @@ pub(super) struct Outgoing {
     since: Instant,
     /// Of the device, while this was its disk.
     generation: u64,
+    /// It was the disk of a partition.
+    of_part: Option<Arc<()>>,
 }
 
 impl Outgoing {
     /// One that is bound to nothing that must be kept.
     pub(super) fn bare(disk: Disk) -> Outgoing {
-        Outgoing { disk, binding: None, parts: Vec::new(), since: Instant::now(), generation: 0 }
+        let since = Instant::now();
+        Outgoing { disk, binding: None, parts: Vec::new(), since, generation: 0, of_part: None }
+    }
+
+    /// That of a partition.
+    pub(super) fn part(part: Part) -> Outgoing {
+        let (disk, counted) = part.into_disk();
+        Outgoing { of_part: Some(counted), ..Outgoing::bare(disk) }
     }
 
     /// Who was told its number before it went out has opened it by now.
@@ -85,12 +95,20 @@ impl Device {
         self.renew_generation();
         let (binding, parts) = (self.binding.take(), std::mem::take(&mut self.parts));
         let since = Instant::now();
-        self.disk.replace(next).map(|disk| Outgoing { disk, binding, parts, since, generation })
+        let old = self.disk.replace(next);
+        old.map(|disk| Outgoing { disk, binding, parts, since, generation, of_part: None })
     }
 
-    /// Device numbers of its outgoing disks.
-    pub fn outgoing(&self) -> Vec<u64> {
-        self.outgoing.iter().chain(&self.cleared).map(|outgoing| outgoing.disk.rdev).collect()
+    /// Device numbers of its outgoing disks, and of all that are or were partitions of it.
+    pub fn numbers(&self) -> Numbers {
+        let outgoing = || self.outgoing.iter().chain(&self.cleared);
+        let (parts, disks): (Vec<_>, Vec<_>) = outgoing().partition(|outgoing| outgoing.of_part.is_some());
+        let present = self.parts.iter().chain(outgoing().flat_map(|outgoing| &outgoing.parts));
+        let rdev = |outgoing: &Outgoing| outgoing.disk.rdev;
+        Numbers {
+            outgoing: disks.into_iter().map(rdev).collect(),
+            parts: parts.into_iter().map(rdev).chain(present.map(|part| part.disk().rdev)).collect(),
+        }
     }
 
     /// Lets go of those that nobody has open.
@@ -105,14 +123,14 @@ impl Device {
         if !outgoing.is_quiet() {
             return Some(outgoing);
         }
-        let Outgoing { disk, binding, parts, since, generation } = outgoing;
+        let Outgoing { disk, binding, parts, since, generation, of_part } = outgoing;
         match room.retire(disk) {
             Ok(()) => {
-                self.outgoing.extend(parts.into_iter().map(|part| Outgoing::bare(part.into_disk())));
+                self.outgoing.extend(parts.into_iter().map(Outgoing::part));
                 let_go(binding);
                 None
             }
-            Err(disk) => Some(Outgoing { disk, binding, parts, since, generation }),
+            Err(disk) => Some(Outgoing { disk, binding, parts, since, generation, of_part }),
         }
     }
 
@@ -144,14 +162,15 @@ impl Device {
     /// Takes them away for good, as far as they can be had.
     pub(super) fn end_outgoing(&mut self, when: Stop, room: Room<'_>) {
         self.outgoing.extend(self.cleared.take());
-        for Outgoing { disk, binding, parts, since, generation } in std::mem::take(&mut self.outgoing) {
-            let parts = parts.into_iter().filter_map(|part| room.remove(part.into_disk(), when).err());
-            let parts: Vec<_> = parts.map(Outgoing::bare).collect();
-            self.outgoing.extend(parts);
+        let mut ending = std::mem::take(&mut self.outgoing);
+        let parts: Vec<_> =
+            ending.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.parts)).collect();
+        ending.extend(parts.into_iter().map(Outgoing::part));
+        for Outgoing { disk, binding, parts, since, generation, of_part } in ending {
             match room.remove(disk, when) {
                 Ok(()) => let_go(binding),
                 Err(disk) => {
-                    self.outgoing.push(Outgoing { disk, binding, parts: Vec::new(), since, generation });
+                    self.outgoing.push(Outgoing { disk, binding, parts, since, generation, of_part });
                 }
             }
         }

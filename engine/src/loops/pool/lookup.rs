@@ -18,13 +18,16 @@ impl Pool {
                 return Some(number);
             }
             // A partition is no loopN, and is not to become one.
-            let is_part = |entry: Entry| entry.partitions.iter().any(|part| part.rdev == rdev);
-            let part = self.all().iter().any(|(_, place)| place.shown().is_some_and(is_part));
-            if part || !self.maker.has(rdev) || Instant::now() >= until {
+            if self.has_part(rdev) || !self.maker.has(rdev) || Instant::now() >= until {
                 return None;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// A block device with this number is, or was until a moment ago, a partition of a device.
+    pub fn has_part(&self, rdev: u64) -> bool {
+        self.all().iter().any(|(_, place)| place.has_part(rdev))
     }
 
     /// Gives a caller whose descriptor is of a disk that the device no longer is one of its disk now.

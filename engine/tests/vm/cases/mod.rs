@@ -28,6 +28,7 @@ mod private_mount;
 mod private_names;
 mod private_nspawn;
 mod private_onestep;
+mod private_partitions;
 mod private_podman;
 mod private_rounds;
 mod private_script;
@@ -91,6 +92,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_isolation::cases(),
         private_lifetime::cases(),
         private_nspawn::cases(),
+        private_partitions::cases(),
         private_podman::cases(),
         private_rounds::cases(),
     ]

@@ -17,6 +17,37 @@ pub(crate) const CTL_ADD: u64 = 0x4c80;
 pub(crate) const CTL_REMOVE: u64 = 0x4c81;
 pub(crate) const CTL_GET_FREE: u64 = 0x4c82;
 
+// linux/fs.h and linux/blkpg.h.
+pub(crate) const BLKRRPART: u64 = 0x125f;
+pub(crate) const BLKPG: u64 = 0x1269;
+pub(crate) const BLKPG_ADD: i32 = 1;
+pub(crate) const BLKPG_DEL: i32 = 2;
+pub(crate) const BLKPG_RESIZE: i32 = 3;
+/// Bytes of `struct blkpg_partition`.
+const BLKPG_PARTITION: usize = 152;
+
+/// A `struct blkpg_ioctl_arg` at this address, with its `struct blkpg_partition` 64 bytes behind.
+pub(crate) fn blkpg(
+    address: u64,
+    compat: bool,
+    operation: i32,
+    number: i32,
+    start: u64,
+    length: u64,
+) -> Vec<u8> {
+    let mut bytes = vec![0; 64 + BLKPG_PARTITION];
+    put(&mut bytes, 0, &operation.to_ne_bytes());
+    put(&mut bytes, 8, &(BLKPG_PARTITION as u32).to_ne_bytes());
+    match compat {
+        true => put(&mut bytes, 12, &((address + 64) as u32).to_ne_bytes()),
+        false => put(&mut bytes, 16, &(address + 64).to_ne_bytes()),
+    }
+    put(&mut bytes, 64, &start.to_ne_bytes());
+    put(&mut bytes, 72, &length.to_ne_bytes());
+    put(&mut bytes, 80, &number.to_ne_bytes());
+    bytes
+}
+
 pub(crate) const READ_ONLY: u32 = 1;
 pub(crate) const AUTOCLEAR: u32 = 4;
 pub(crate) const PARTSCAN: u32 = 8;

@@ -80,6 +80,12 @@ impl Bed {
         self.ioctl(fd, command, self.memory.address())
     }
 
+    /// BLKPG.
+    pub(crate) fn blkpg(&self, fd: impl AsFd, operation: i32, number: i32, start: u64, length: u64) -> Done {
+        let address = self.memory.address();
+        self.with(fd, abi::BLKPG, &abi::blkpg(address, self.compat, operation, number, start, length))
+    }
+
     /// What `with` has left of its argument.
     pub(crate) fn argument(&self, len: usize) -> Vec<u8> {
         self.memory.get(len)

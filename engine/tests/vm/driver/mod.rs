@@ -8,6 +8,7 @@ mod bed;
 mod control;
 mod hostile;
 mod life;
+mod partitions;
 mod raw;
 mod refused;
 pub(crate) mod rounds;
@@ -37,6 +38,7 @@ fn steps(compat: bool) {
         status::sizes(&bed);
         life::steps(&bed);
     }
+    partitions::steps(&bed);
     bed.theme("end");
     bed.say("steps", "all done");
 }

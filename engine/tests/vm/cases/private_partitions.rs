@@ -1,0 +1,230 @@
+//! Partitions that come, change and go while a device is bound, by unmodified tools: the same script on the
+//! kernel's own driver and in a pool, and the same lines from both.
+
+use std::time::Duration;
+
+use super::private_driver::Driver;
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::tools;
+
+pub(super) fn cases() -> Vec<Case> {
+    let tools = |name: &str, script: &'static str| {
+        case(format!("private::partitions::{name}"), Needs::Private, 580, move |ctx| same(ctx, script))
+    };
+    vec![
+        tools("sfdisk", SFDISK),
+        tools("partx", PARTX),
+        tools("sgdisk", SGDISK),
+        tools("parted", PARTED),
+        tools("grown", GROWN),
+        tools("tables", TABLES),
+        tools("many", MANY),
+        case("private::partitions::plain_user", Needs::Private, 300, plain_user),
+    ]
+}
+
+const SCRIPT: Duration = Duration::from_secs(250);
+
+/// What scripts tell with: a line for each step, the same on both drivers.
+const TELL: &str = r#"
+truncate -s 64M disk; dev=
+tell() { local what=$1; shift; "$@" > said 2>&1; echo "$what: status $?: $(shown)"; }
+shown() {
+    local p
+    for p in $(ls -d ${dev}p* 2>/dev/null | sort -V); do echo -n "${p#$dev} $(blockdev --getsize64 $p) "; done
+    echo -n "[$(lsblk -nro NAME,SIZE,TYPE $dev 2>&1 | sed "s,^${dev#/dev/},," | sort -V | tr '\n' ';')]"
+}
+bind() { dev=$(losetup -f --show "$@" disk); }
+free() { losetup -d $dev; for i in {1..100}; do [ -n "$(losetup -j disk)" ] || break; sleep 0.05; done; }
+table() { printf '%s\n' "$@"; }
+"#;
+
+const SFDISK: &str = r#"
+write() { table "$@" | sfdisk $options $dev; }
+for how in "" -P; do
+    options=; bind $how; echo "with '$how'"
+    tell "MBR" write "label: dos" "start=2048,size=4096" "size=8192"
+    tell "another" write "label: dos" "start=2048,size=8192" "size=4096" "size=2048"
+    tell "GPT" write "label: gpt" "start=2048,size=4096" "size=8192"
+    options="--append"; tell "append" write "size=4096"
+    options="-N 2"; tell "one is changed" write "size=4096"
+    tell "one is deleted" sfdisk --delete $dev 1
+    exec 7<${dev}p2; options=; tell "one is open" write "label: gpt" "start=4096,size=8192"; exec 7<&-
+    tell "read again" blockdev --rereadpt $dev
+    tell "nothing" wipefs -aq $dev
+    tell "read again, nothing" blockdev --rereadpt $dev
+    free; rm disk; truncate -s 64M disk
+done
+bind -P; options=; write "label: dos" "start=2048,size=32768" "size=8192" >/dev/null 2>&1
+mkfs.ext4 -q ${dev}p1; mkdir -p mnt; mount ${dev}p1 mnt; echo hello > mnt/file
+tell "while one is mounted" write "label: dos" "start=4096,size=4096"
+tell "while one is mounted, read again" blockdev --rereadpt $dev
+tell "the other one is taken away" partx -d --nr 2 $dev
+tell "the mounted one is not" partx -d --nr 1 $dev
+options="--no-reread --force"; tell "by force" write "label: dos" "start=2048,size=32768" "size=16384"
+tell "update" partx -u $dev
+echo "file: $(cat mnt/file)"; umount mnt
+tell "unmounted, read again" blockdev --rereadpt $dev
+free; bind
+mkfs.ext4 -qF $dev; mount $dev mnt
+tell "while all is mounted" sfdisk $dev < /dev/null
+options=; tell "while all is mounted, a table" write "label: dos" "start=2048,size=4096"
+umount mnt; free
+"#;
+
+const PARTX: &str = r#"
+table "label: dos" "start=2048,size=4096" "size=8192" "size=65536,type=5" "size=2048" "size=4096" | sfdisk -q disk
+bind
+tell "none was asked for" true
+tell "all" partx -a $dev
+tell "again" partx -a $dev
+tell "logical ones go" partx -d --nr 5:6 $dev
+tell "one comes" partx -a --nr 6 $dev
+tell "update" partx -u $dev
+tell "delpart" delpart $dev 2
+tell "delpart again" delpart $dev 2
+tell "addpart" addpart $dev 2 6144 4096
+tell "addpart over others" addpart $dev 9 2048 64
+tell "resizepart" resizepart $dev 2 8192
+tell "resizepart too far" resizepart $dev 2 1000000
+tell "list" partx -o NR,START,END,SECTORS,SIZE -g --show $dev
+cat said
+tell "all go" partx -d $dev
+free
+"#;
+
+const SGDISK: &str = r#"
+for how in "" -P; do
+    bind $how; echo "with '$how'"
+    tell "new" sgdisk -o -n 1:2048:+4M -n 2:0:+8M $dev
+    tell "more" sgdisk -n 0:0:+1M $dev
+    tell "hybrid" sgdisk -h 1:2 $dev
+    tell "less" sgdisk -d 2 $dev
+    tell "partprobe" partprobe $dev
+    tell "zapped" sgdisk -Z $dev
+    tell "partprobe, nothing" partprobe $dev
+    free; rm disk; truncate -s 64M disk
+done
+"#;
+
+const PARTED: &str = r#"
+for how in "" -P; do
+    bind $how; echo "with '$how'"
+    tell "label" parted -s $dev mklabel gpt
+    tell "first" parted -s $dev mkpart one ext4 1MiB 9MiB
+    tell "second" parted -s $dev mkpart two ext4 9MiB 17MiB
+    tell "resized" parted -s $dev resizepart 2 33MiB
+    mkfs.ext4 -q ${dev}p1; mkdir -p mnt; mount ${dev}p1 mnt
+    tell "third, while the first is mounted" parted -s $dev mkpart three ext4 40MiB 48MiB
+    tell "removed" parted -s $dev rm 2
+    umount mnt
+    tell "partprobe" partprobe $dev
+    tell "print" parted -sm $dev unit s print
+    grep -v "^/dev" said
+    free; rm disk; truncate -s 64M disk
+done
+"#;
+
+const GROWN: &str = r#"
+table "label: gpt" "start=2048,size=4096" "size=65536" | sfdisk -q disk
+bind -P; tell "bound" true
+mkfs.ext4 -q ${dev}p2; mkdir -p mnt; mount ${dev}p2 mnt; echo hello > mnt/file
+truncate -s 160M disk; losetup -c $dev
+tell "the device" blockdev --getsize64 $dev; cat said
+tell "growpart" growpart $dev 2
+tell "sfdisk -N" sh -c "echo ', +' | sfdisk --no-reread --force -N 2 $dev"
+tell "partx -u" partx -u $dev
+tell "resize2fs" resize2fs ${dev}p2
+echo "blocks: $(stat -f -c %b mnt), $(cat mnt/file)"
+umount mnt; e2fsck -fn ${dev}p2 >/dev/null 2>&1; echo "e2fsck: $?"
+free
+"#;
+
+const TABLES: &str = r#"
+for block in 512 4096; do
+    rm -f disk; truncate -s 64M disk; bind -P -b $block; echo "blocks of $block"
+    tell "gpt" sh -c "printf 'label: gpt\nsize=4M\nsize=8M\n' | sfdisk $dev"
+    tell "dos with logical ones" sh -c "printf 'label: dos\nsize=4M\nsize=40M,type=5\nsize=4M\nsize=8M\n' | sfdisk $dev"
+    free
+done
+rm -f disk; truncate -s 32M disk; printf 'label: gpt\nsize=4M\nsize=8M\n' | sfdisk -q disk
+truncate -s 64M disk; bind -P
+tell "backup header not at the end" true
+dd if=/dev/zero of=$dev bs=512 count=2 conv=fsync,notrunc 2>/dev/null
+tell "no primary header, no backup" blockdev --rereadpt $dev
+free
+"#;
+
+const MANY: &str = r#"
+truncate -s 300M disk
+{ echo "label: gpt"; for i in {1..128}; do echo "size=2M"; done; } | sfdisk -q disk
+bind -P; ls -d ${dev}p* | wc -l
+for i in 1 64 128; do echo "$(cat /sys/class/block/${dev#/dev/}p$i/start) $(blockdev --getsize64 ${dev}p$i)"; done
+sfdisk -q --delete $dev 64; ls -d ${dev}p* | wc -l
+echo "start=$((2048 + 63 * 4096)),size=2048" | sfdisk -q --append $dev; blockdev --getsize64 ${dev}p64
+free; echo "left: $(ls -d ${dev}p* 2>/dev/null | wc -l)"
+"#;
+
+/// The lines of a script on the kernel's driver, and in a pool.
+fn same(ctx: &Ctx, script: &str) -> Res {
+    let script = format!("{TELL}\n{script}");
+    let dir = ctx.dir.display().to_string();
+    let clean = || tools::sh(format!("cd {dir} && rm -rf disk said mnt"));
+    let driver = Driver::load()?;
+    let daemon = Daemon::start(ctx)?;
+    let theirs = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &script)?;
+    driver.unload()?;
+    clean()?;
+    let ours = Inside::new(ctx, &daemon).run_for(SCRIPT, &format!("{script}\n{NOTHING_OUTSIDE}"))?;
+    clean()?;
+    let mut wrong = 0;
+    for (theirs, ours) in theirs.lines().zip(ours.lines()) {
+        let known = KNOWN.iter().any(|known| *known == (theirs, ours));
+        if theirs != ours && !known {
+            wrong += 1;
+            eprintln!("  kernel: {theirs}\n  ours:   {ours}");
+        }
+    }
+    let lines = (theirs.lines().count(), ours.lines().count());
+    ensure!(wrong == 0 && lines.0 == lines.1, "{wrong} lines are not the kernel's, of {lines:?}");
+    ctx.note(format!("{} lines", lines.1));
+    daemon.stop()
+}
+
+/// Lines that differ: the kernel's, and ours. A partition is a disk of its own, and claims that one only: who opens
+/// the device with O_EXCL is not kept away by what is mounted from a partition.
+const KNOWN: [(&str, &str); 1] = [(
+    "while one is mounted: status 1: p1 16777216 p2 4194304 [p1 16M part;p2 4M part; 64M loop;]",
+    "while one is mounted: status 0: p1 16777216 p2 4194304 [p1 16M part;p2 4M part; 64M loop;]",
+)];
+
+/// What a tenant's table tells is seen by the tenant only.
+const NOTHING_OUTSIDE: &str =
+    r#"same "partitions of ublk disks on the machine" "$(grep -c 'ublkb[0-9]*p' /proc/partitions)" 0"#;
+
+/// The same tools for a user who is root in a namespace only.
+fn plain_user(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    tools::ok(&["chown", "1000:1000", &ctx.dir.display().to_string()])?;
+    let script = format!(
+        "{TELL}\n{}\n{NOTHING_OUTSIDE}",
+        r#"
+        bind -P
+        table "label: gpt" "start=2048,size=4096" "size=8192" | sfdisk -q $dev
+        same "sfdisk" "$(echo ${dev}p*)" "${dev}p1 ${dev}p2"
+        works "mkfs" mkfs.ext4 -q ${dev}p2
+        works "sgdisk" sgdisk -n 0:0:+1M $dev
+        same "sgdisk, nodes" "$(echo ${dev}p*)" "${dev}p1 ${dev}p2 ${dev}p3"
+        works "delpart" delpart $dev 1
+        same "delpart, nodes" "$(echo ${dev}p*)" "${dev}p2 ${dev}p3"
+        works "resizepart" resizepart $dev 2 4096
+        same "resizepart, size" "$(size ${dev}p2)" 2097152
+        same "owner" "$(stat -Lc %u ${dev}p2)" "$(id -u)"
+        free
+        "#
+    );
+    Inside::new(ctx, &daemon).user(1000).run(&script)?;
+    daemon.stop()
+}
