@@ -10,7 +10,8 @@ mod reset;
 use std::os::fd::OwnedFd;
 
 use super::binding::{Binding, check_block_size, check_info, check_kind};
-use super::maker::{Disk, Maker, Unrecycled, let_go};
+use super::disk::Disk;
+use super::maker::{Maker, Unrecycled, let_go};
 use super::mounted::Hidden;
 use super::parts::{self, Part};
 use super::quota::Charge;

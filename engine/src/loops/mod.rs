@@ -7,6 +7,7 @@
 
 mod binding;
 mod device;
+mod disk;
 mod maker;
 mod mounted;
 mod parts;

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use super::binding::Binding;
 use super::device::{Device, Room};
-use super::maker::{Disk, Unrecycled};
+use super::disk::Disk;
+use super::maker::Unrecycled;
 use super::parts::Part;
 use super::pool::Pool;
 use super::{Answer, Entry, Errno, Info, errno};

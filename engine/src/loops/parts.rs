@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use super::binding::Binding;
-use super::maker::{Disk, Maker};
+use super::disk::Disk;
+use super::maker::Maker;
 use super::{Answer, Errno, Info, Partition, errno};
 use crate::image::{Image, Region, partitions};
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::{Device, Room, let_go};
 use crate::frontend::Stop;
 use crate::loops::binding::Binding;
-use crate::loops::maker::Disk;
+use crate::loops::disk::Disk;
 use crate::loops::parts::Part;
 use crate::loops::place::{Numbers, QUIET};
 use crate::loops::{Answer, flag};

@@ -14,10 +14,31 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::limit", Needs::Private, 120, limit),
         case("private::plain_user", Needs::Private, 120, plain_user),
         case("private::two_pools", Needs::Private, 120, two_pools),
+        case("private::eight_at_once", Needs::Private, 300, eight_at_once),
         case("private::busybox", Needs::Private, 120, busybox),
         case("private::recipe", Needs::Private, 120, recipe),
         case("private::uncovered", Needs::Private, 120, uncovered),
     ]
+}
+
+/// Eight `run`s that start at the same time on a busy machine: each has its pool, and the daemon reports nobody
+/// who left early.
+fn eight_at_once(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = r#"
+        for i in 1 2 3 4; do nice -n 19 sh -c 'while :; do :; done' & busy="${busy:-} $!"; done
+        for i in {1..8}; do image f$i 1M "file $i"; done
+        for i in {1..8}; do
+            $loopengine run -- sh -c "losetup -f --show f$i && head -c 6 /dev/loop0" > out$i 2>&1 & all="${all:-} $!"
+        done
+        for pid in $all; do wait $pid || wrong "a run failed"; done
+        kill $busy
+        for i in {1..8}; do same "run $i" "$(tr '\n' ' ' < out$i)" "/dev/loop0 file $i"; done
+        "#;
+    Inside::new(ctx, &daemon).shell().run_for(Duration::from_secs(240), script)?;
+    let log = daemon.log();
+    ensure!(!log.contains("WARN") && !log.contains("ERROR"), "the daemon's log: {log}");
+    daemon.stop()
 }
 
 /// `--max`: one more fails, as it does where the kernel has no more, and changes nothing.
