@@ -162,4 +162,11 @@ pub(crate) mod tests {
         let result = unsafe { libc::syscall(number, -1, -1, -1, -1, -1, -1) };
         if result == -1 { std::io::Error::last_os_error().raw_os_error() } else { None }
     }
+
+    #[test]
+    fn only_a_hang_up_is_the_end() {
+        use super::{PollFlags, is_over};
+        assert!(is_over(PollFlags::HUP) && is_over(PollFlags::HUP | PollFlags::ERR));
+        assert!(![PollFlags::ERR, PollFlags::IN, PollFlags::empty()].into_iter().any(is_over));
+    }
 }
