@@ -60,6 +60,11 @@ impl Guests {
         self.clearing || !self.listeners.is_empty()
     }
 
+    /// Who that is, as its runtime calls it.
+    pub(super) fn container(&self) -> Option<&str> {
+        self.any().then_some(self.id.as_str())
+    }
+
     fn enter(&mut self, pool: &str, guest: &mut Guest) -> Result<Turn> {
         if self.clearing {
             return Ok(Turn::Later);
