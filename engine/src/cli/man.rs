@@ -8,9 +8,11 @@ use zlink::introspect::CustomType;
 use crate::error::{Error, Result};
 use crate::instance::spec::*;
 use crate::private::Limit;
+use crate::sys::processes::Process;
 
 use super::create::ImageInfo;
 use super::doctor::{Check, Verdict};
+use super::list::{InstanceDevice, Listing, LoopDevice, Pool};
 use super::{EXIT_CODES, RUN_EXIT_CODES, examples};
 
 /// What the foot of every page says.
@@ -198,6 +200,11 @@ fn configuration(roff: &mut Roff) {
 /// All types that `--json` prints, as they describe themselves.
 const TYPES: &[&idl::CustomType<'static>] = &[
     InstanceInfo::CUSTOM_TYPE,
+    Listing::CUSTOM_TYPE,
+    InstanceDevice::CUSTOM_TYPE,
+    Pool::CUSTOM_TYPE,
+    LoopDevice::CUSTOM_TYPE,
+    Process::CUSTOM_TYPE,
     DeviceInfo::CUSTOM_TYPE,
     ImageInfo::CUSTOM_TYPE,
     DataPath::CUSTOM_TYPE,
@@ -217,7 +224,8 @@ fn json_page() -> Roff {
         ("loopengine create", "One ImageInfo."),
         ("loopengine instance create", "One InstanceInfo."),
         ("loopengine instance list", "An array of InstanceInfo."),
-        ("loopengine list", "An array of DeviceInfo."),
+        ("loopengine list", "An array of DeviceInfo; with --all, or as a plain user, one Listing."),
+        ("loopengine find", "One Listing, of devices of that image only."),
         ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
         ("loopengine resize", "One DeviceInfo."),
         ("loopengine limit", "An array of Limit; with a user, of its own only."),

@@ -294,9 +294,7 @@ fn other_user(ctx: &Ctx) -> Res {
     let (mut daemon, before) = warm(ctx, &store)?;
     let image = store.sparse("image", MIB)?;
     tools::ok(&["chmod", "644", &image])?;
-    for words in
-        [&["attach", &image][..], &["attach", "--read-only", &image], &["list"], &["detach", "--all"]]
-    {
+    let as_other = |words: &[&str]| {
         let plain = daemon.command(words);
         let mut command = Command::new("setpriv");
         command
@@ -306,9 +304,25 @@ fn other_user(ctx: &Ctx) -> Res {
         for (name, value) in plain.get_envs() {
             value.map(|value| command.env(name, value));
         }
-        let done = Running::start(command)?.finish(SHORT)?;
-        refused(&done, &[6], "")?;
+        Running::start(command)?.finish(SHORT)
+    };
+    let device = daemon.attach(&[&image])?;
+    for words in [
+        &["attach", &image][..],
+        &["attach", "--read-only", &image],
+        &["list", "--instance", "default"],
+        &["stats"],
+        &["detach", "--all"],
+        &["detach", &device],
+    ] {
+        refused(&as_other(words)?, &[6], "")?;
     }
+    refused(&as_other(&["find", &image])?, &[3], "no device that this user may see")?;
+    // Nothing of root's.
+    let listed = as_other(&["list", "--json"])?.ok()?.out;
+    let nothing: serde_json::Value = serde_json::from_str(&listed)?;
+    ensure!(nothing == serde_json::json!({ "devices": [], "pools": [] }), "{listed}");
+    daemon.detach(&device)?;
     nothing_left(&mut daemon, &before)?;
     daemon.stop()
 }
