@@ -405,3 +405,56 @@ fn an_image_is_detached_if_it_has_one_device() {
     fails(&daemon.run(0, &["detach", "b.img"]), 4, &says);
     fails(&daemon.run(PLAIN, &["detach", "b.img"]), 4, &says);
 }
+
+/// With pools there to be had, whatever the kernel of this machine.
+#[test]
+fn doctor_tells_users_what_works() {
+    let Some(daemon) = Daemon::start() else { return };
+    let checks = |uid, words: &[&str]| -> Vec<(String, String, String)> {
+        let words: Vec<&str> = ["doctor", "--json"].iter().chain(words).copied().collect();
+        let ran = daemon.run(uid, &words);
+        let checks: Vec<Value> = serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{ran:?}"));
+        let problems = checks.iter().any(|check| check["verdict"] == "problem");
+        assert_eq!(ran.code, i32::from(problems), "{ran:?}");
+        let text = |check: &Value, key: &str| check[key].as_str().unwrap_or_default().to_owned();
+        let each = |check: &Value| (text(check, "name"), text(check, "verdict"), text(check, "advice"));
+        checks.iter().map(each).collect()
+    };
+    let names = |checks: &[(String, String, String)]| {
+        checks.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
+    };
+    for (uid, goal, want) in [
+        (0, "run", "private devices, pool"),
+        (0, "mount", "private devices, pool"),
+        (0, "podman", "private devices, pool, podman, runtime, runtime's socket"),
+        (0, "kubernetes", "private devices, pool, runtime's socket, pods"),
+        (PLAIN, "run", "private devices, pool, user namespaces, FUSE"),
+        (PLAIN, "mount", "private devices, pool, FUSE"),
+        (PLAIN, "podman", "private devices, pool, containers"),
+    ] {
+        let found = checks(uid, &["--for", goal]);
+        assert_eq!(names(&found), want, "{uid} {goal}");
+        assert!(found[..2].iter().all(|(_, verdict, _)| verdict == "ok"), "{found:?}");
+    }
+    let own = checks(PLAIN, &[]);
+    assert_eq!(names(&own), "private devices, pool, user namespaces, FUSE");
+    assert!(own.iter().all(|(.., advice)| !advice.contains("run this as root")), "{own:?}");
+    let of_daemon = checks(0, &[]);
+    for name in ["driver", "block devices", "private devices", "daemon"] {
+        assert!(of_daemon.iter().any(|(found, ..)| found == name), "{name}: {of_daemon:?}");
+    }
+}
+
+#[test]
+fn users_are_told_what_they_can_do() {
+    let Some(daemon) = Daemon::start() else { return };
+    daemon.image("a.img");
+    fs::set_permissions(daemon.dir.path().join("a.img"), std::os::unix::fs::PermissionsExt::from_mode(0o666))
+        .unwrap();
+    for words in [&["attach", "a.img"][..], &["detach", "--all"], &["stats"], &["resize", "loop0"]] {
+        let ran = daemon.run(PLAIN, words);
+        fails(&ran, 6, "; run this as root; ");
+        let missing = loopengine::kernels::PRIVATE.missing();
+        assert!(ran.err.contains(missing.as_deref().unwrap_or("'loopengine mount IMAGE DIR'")), "{ran:?}");
+    }
+}

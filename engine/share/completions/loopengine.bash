@@ -360,12 +360,16 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__doctor)
-            opts="-h -V --json --run-dir --help --version"
+            opts="-h -V --for --json --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --for)
+                    COMPREPLY=($(compgen -W "run mount podman kubernetes" -- "${cur}"))
+                    return 0
+                    ;;
                 --run-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

@@ -43,7 +43,7 @@ complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "umount" -d 'U
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "losetup" -d 'Set up and control the loop devices of a private pool, with the options of losetup(8)'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "limit" -d 'Show or change how many private loop devices users may have'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "features" -d 'Show what this kernel grants'
-complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "doctor" -d 'Check what the daemon needs of this machine'
+complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "doctor" -d 'Check what the daemon needs of this machine, or what you need for a purpose'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "install" -d 'Install this program on this machine'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "oci" -d 'Configure container runtimes'
 complete -c loopengine -n "__fish_loopengine_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
@@ -221,9 +221,13 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand features" -l run-d
 complete -c loopengine -n "__fish_loopengine_using_subcommand features" -l json -d 'Print JSON; loopengine-json(7) describes it'
 complete -c loopengine -n "__fish_loopengine_using_subcommand features" -s h -l help -d 'Print help'
 complete -c loopengine -n "__fish_loopengine_using_subcommand features" -s V -l version -d 'Print version'
+complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -l for -d 'Check what this purpose needs, and nothing else. To see whether there can be a private pool, opens one' -r -f -a "run\t'\'loopengine run\': a command with loop devices of its own'
+mount\t'\'loopengine mount\': the file system in an image'
+podman\t'Containers of Podman with loop devices of their own'
+kubernetes\t'Pods with loop devices of their own'"
 complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -l json -d 'Print JSON; loopengine-json(7) describes it'
-complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -s h -l help -d 'Print help'
+complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c loopengine -n "__fish_loopengine_using_subcommand doctor" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l prefix -d 'Where programs and manual pages go. With \'/usr\', settings go to /usr/lib instead of /etc' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand install" -l destdir -d 'Directory below which to place everything, for packagers' -r -F
@@ -286,7 +290,7 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fi
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "losetup" -d 'Set up and control the loop devices of a private pool, with the options of losetup(8)'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "limit" -d 'Show or change how many private loop devices users may have'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "features" -d 'Show what this kernel grants'
-complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "doctor" -d 'Check what the daemon needs of this machine'
+complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "doctor" -d 'Check what the daemon needs of this machine, or what you need for a purpose'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "install" -d 'Install this program on this machine'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "oci" -d 'Configure container runtimes'
 complete -c loopengine -n "__fish_loopengine_using_subcommand help; and not __fish_seen_subcommand_from serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

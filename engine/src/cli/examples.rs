@@ -125,9 +125,10 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             ("User 1000 may have 200 devices.", "loopengine limit 1000 200"),
         ],
         "features" => &[("What this kernel can do.", "loopengine features")],
-        "doctor" => {
-            &[("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images")]
-        }
+        "doctor" => &[
+            ("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images"),
+            ("Why 'loopengine run' does not work.", "loopengine doctor --for run"),
+        ],
         "oci" => &[(
             "A container with four loop devices of its own.",
             "loopengine instance mount --container --name ci --max 4 /srv/ci && loopengine oci print-config --pool ci config.json",
@@ -180,7 +181,7 @@ pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
         }
         "instance mount" | "instance open" | "run" | "mount" | "umount" | "losetup" | "limit" => &[PRIVATE],
         "install" => &[("PREFIX/share/loopengine/installed", "What was placed, and what it was.")],
-        "doctor" => &[SOCKET],
+        "doctor" => &[SOCKET, PRIVATE],
         "list" | "find" => &[SOCKET, PRIVATE, NAMES],
         _ => &[SOCKET, NAMES],
     }

@@ -7,6 +7,7 @@ use zlink::introspect::CustomType;
 
 use crate::error::{Error, Result};
 use crate::instance::spec::*;
+use crate::kernels;
 use crate::private::Limit;
 use crate::sys::processes::Process;
 
@@ -102,6 +103,16 @@ fn own_sections(path: &str) -> Roff {
         roff.text([roman(runs)]);
         for (code, means) in RUN_EXIT_CODES {
             tagged(&mut roff, &code.to_string(), means);
+        }
+    }
+    if ["", "doctor"].contains(&path) {
+        roff.control("SH", ["KERNELS"]);
+        for feature in &kernels::ALL {
+            tagged(
+                &mut roff,
+                feature.name,
+                &format!("Linux {} or newer: {}.", feature.version(), feature.by),
+            );
         }
     }
     let files = examples::files(path);

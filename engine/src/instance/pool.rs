@@ -23,6 +23,7 @@ use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Door, Frontend, Parameters, Stop};
 use crate::image::{Image, Source};
+use crate::kernels::PRIVATE;
 use crate::loops::{Maker, PoolSpec};
 use crate::ring::Sizes;
 use crate::sys;
@@ -354,8 +355,12 @@ impl Instance {
 /// What makes the disks of a private pool: workers of its own, over ublk.
 pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
     if !shared.frontend.has_private_pools() {
-        return Err(Error::new(Kind::Unsupported, "private loop devices need Linux 7.0 or newer, with ublk")
-            .hint("'loopengine doctor' says what is missing"));
+        return Err(match PRIVATE.missing() {
+            Some(missing) => Error::new(Kind::Unsupported, missing)
+                .hint("'loopengine doctor --for run' says what works with this kernel"),
+            None => Error::new(Kind::Unsupported, "this daemon has no private devices: it does not use ublk")
+                .hint("have root run 'modprobe ublk_drv', and restart the daemon"),
+        });
     }
     let door = shared.frontend.door(Path::new("/"), 0, &[])?;
     // More than devices: partitions, and disks that were replaced and are still open, count too.

@@ -108,7 +108,7 @@ pub struct RecoverSpec {
 #[serde(rename_all = "kebab-case")]
 #[zlink(rename_all = "lowercase")]
 pub enum DataPath {
-    /// Data is copied to a buffer of the daemon and back (Linux 6.1).
+    /// Data is copied to a buffer of the daemon and back (Linux 6.5).
     Copy,
     /// The request's pages are the buffer; one command a request (Linux 6.16).
     Auto,
