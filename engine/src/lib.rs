@@ -32,6 +32,7 @@ pub mod image;
 pub mod instance;
 pub mod intercept;
 pub mod kernel_mounts;
+pub mod kernels;
 pub mod limits;
 pub mod loopfs;
 pub mod loops;

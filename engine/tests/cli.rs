@@ -249,7 +249,8 @@ fn json_has_a_schema() {
     daemon.image("a.img", 4096);
     let device = "instance:string number:number path:string node:string image:string state:string \
         reason:null sizeBytes:number offsetBytes:number sizeLimitBytes:number blockSizeBytes:number \
-        readOnly:boolean buffered:boolean queues:number depth:number dataPath:string sharedWith:array";
+        readOnly:boolean buffered:boolean queues:number depth:number dataPath:string sharedWith:array \
+        sinceUnixSeconds:number imageDevice:number imageInode:number";
     let instance = "name:string maxDevices:number devices:number workers:number cpus:null directory:string";
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \
         writeBytes:number flushes:number discards:number errors:number resubmits:number punts:number \

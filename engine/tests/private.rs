@@ -402,7 +402,7 @@ fn a_pool_ends_with_its_last_process() {
     eventually("it ends", || pool.ended.lock().unwrap().is_some());
     assert!(pool.ended.lock().unwrap().unwrap().0, "by force");
     eventually("nothing is left in the table", || {
-        daemon.registry.list(loopengine::private::Caller { uid: 0, gid: 0 }).is_empty()
+        daemon.registry.list(loopengine::private::Caller { uid: 0, gid: 0, pid: None }).is_empty()
     });
     // Killed: within a second.
     let mut child = daemon.program(0).args(["run", "--", "sleep", "60"]).spawn().unwrap();
@@ -420,7 +420,7 @@ fn limits_bind_users_and_root_changes_them() {
     let run = |max: &str| daemon.program(PLAIN).args(["run", "--max", max, "--", "true"]).output().unwrap();
     assert_eq!(run("12").status.code(), Some(0));
     eventually("it has ended", || {
-        daemon.registry.limits(loopengine::private::Caller { uid: 0, gid: 0 }).len() == 1
+        daemon.registry.limits(loopengine::private::Caller { uid: 0, gid: 0, pid: None }).len() == 1
     });
     let refused = run("13");
     assert_eq!(refused.status.code(), Some(125), "{refused:?}");
@@ -440,8 +440,8 @@ fn limits_bind_users_and_root_changes_them() {
 fn a_user_sees_and_touches_only_its_own() {
     let Some(daemon) = Daemon::start() else { return };
     let (root, plain) = (
-        loopengine::private::Caller { uid: 0, gid: 0 },
-        loopengine::private::Caller { uid: PLAIN, gid: PLAIN },
+        loopengine::private::Caller { uid: 0, gid: 0, pid: None },
+        loopengine::private::Caller { uid: PLAIN, gid: PLAIN, pid: None },
     );
     let named = |name: &str| OpenSpec { name: Some(name.into()), ..OpenSpec::default() };
     let registry = &daemon.registry;
@@ -485,7 +485,7 @@ fn losetup_works_over_the_socket() {
     fails(losetup(PLAIN, &["-a"]), 3, "instance mount");
     let open = |uid, name: &str| {
         let spec = OpenSpec { name: Some(name.into()), ..OpenSpec::default() };
-        daemon.registry.open(&spec, loopengine::private::Caller { uid, gid: uid }).unwrap()
+        daemon.registry.open(&spec, loopengine::private::Caller { uid, gid: uid, pid: None }).unwrap()
     };
     let _root = open(0, "r");
     fails(losetup(PLAIN, &["-a"]), 3, "instance mount");

@@ -31,6 +31,9 @@ _loopengine() {
             loopengine,features)
                 cmd="loopengine__subcmd__features"
                 ;;
+            loopengine,find)
+                cmd="loopengine__subcmd__find"
+                ;;
             loopengine,help)
                 cmd="loopengine__subcmd__help"
                 ;;
@@ -87,6 +90,9 @@ _loopengine() {
                 ;;
             loopengine__subcmd__help,features)
                 cmd="loopengine__subcmd__help__subcmd__features"
+                ;;
+            loopengine__subcmd__help,find)
+                cmd="loopengine__subcmd__help__subcmd__find"
                 ;;
             loopengine__subcmd__help,help)
                 cmd="loopengine__subcmd__help__subcmd__help"
@@ -230,7 +236,7 @@ _loopengine() {
 
     case "${cmd}" in
         loopengine)
-            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list stats run mount umount losetup limit features doctor install oci help"
+            opts="-h -V --run-dir --help --version serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -354,12 +360,16 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__doctor)
-            opts="-h -V --json --run-dir --help --version"
+            opts="-h -V --for --json --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                --for)
+                    COMPREPLY=($(compgen -W "run mount podman kubernetes" -- "${cur}"))
+                    return 0
+                    ;;
                 --run-dir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -389,8 +399,26 @@ _loopengine() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        loopengine__subcmd__find)
+            opts="-h -V --json --run-dir --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --run-dir)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         loopengine__subcmd__help)
-            opts="serve instance attach create detach resize recover list stats run mount umount losetup limit features doctor install oci help"
+            opts="serve instance attach create detach resize recover list find stats run mount umount losetup limit features doctor install oci help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -460,6 +488,20 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__help__subcmd__features)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        loopengine__subcmd__help__subcmd__find)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -1102,7 +1144,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__list)
-            opts="-i -h -V --instance --json --run-dir --help --version"
+            opts="-i -a -h -V --instance --all --json --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -121,6 +121,10 @@ impl Args {
             data_path: self.path,
             ..plain(&self.instance)
         };
+        if !rustix::process::geteuid().is_root() {
+            // Who is refused need not hear first what is wrong with his image.
+            daemon::ask(run_dir, async |_| Ok(()))?;
+        }
         let image = image::open(&self.image, &mut spec)?;
         if !self.run.is_empty() {
             return run::with_device(run_dir, &spec, self.force, image, &self.run);

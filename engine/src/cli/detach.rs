@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 
+use super::list::{Image, InstanceDevice, gather};
 use super::{daemon, out};
 
 /// Take devices away.
@@ -13,8 +14,8 @@ use super::{daemon, out};
 /// alone unless '--force' is given. Prints the paths that are gone.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Devices: a path that leads to one, NAME/loopN, or loopN of the instance 'default'.
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    /// Devices: a path that leads to one, NAME/loopN, or loopN of the instance 'default'. Or the image of one.
+    #[arg(value_name = "DEVICE|IMAGE", required_unless_present = "all", conflicts_with = "all")]
     device: Vec<String>,
 
     /// All devices, of the daemon or of one instance.
@@ -35,7 +36,7 @@ impl Args {
         let which = match (self.all, self.instance) {
             (true, None) => vec![Selector::All],
             (true, Some(instance)) => vec![Selector::Instance(instance)],
-            (false, _) => self.device.into_iter().map(device).collect(),
+            (false, _) => self.device.into_iter().map(|name| target(name, run_dir)).collect::<Result<_>>()?,
         };
         daemon::ask(run_dir, async |client| {
             // On after a failure, as the daemon does with --all; the first one is reported.
@@ -54,6 +55,54 @@ impl Args {
             failed.map_or(Ok(()), Err)
         })
     }
+}
+
+/// The device that is meant: by its name, or by its image, which has only one.
+fn target(name: String, run_dir: &Path) -> Result<Selector> {
+    if is_device(&name, run_dir) {
+        return Ok(device(name));
+    }
+    let image = Image::named(Path::new(&name))?;
+    let found = gather(run_dir, Some(&image))?;
+    let names: Vec<String> = found
+        .devices
+        .iter()
+        .map(|InstanceDevice { device, .. }| format!("{}/loop{}", device.instance, device.number))
+        .collect();
+    match (&names[..], found.pools.first()) {
+        ([_], _) => Ok(Selector::Device(names.concat())),
+        ([], None) if Path::new(&name).exists() => {
+            Err(Error::new(Kind::NotFound, format!("{name} is not attached"))
+                .hint("'loopengine list --all' shows all devices"))
+        }
+        // The daemon says what it takes for a name.
+        ([], None) => Ok(device(name)),
+        ([], Some(pool)) => {
+            let number = pool.devices.first().map_or(0, |device| device.number);
+            let holder = pool.process.as_ref().map_or(String::new(), |process| format!(", {process}"));
+            let user = pool.user.clone().unwrap_or_else(|| pool.uid.to_string());
+            let message =
+                format!("{name} is loop{number} of private pool {} (user {user}{holder})", pool.name);
+            Err(Error::new(Kind::Busy, message).hint(format!(
+                "unbind it there: 'loopengine losetup --pool {} --detach loop{number}'",
+                pool.name
+            )))
+        }
+        _ => Err(Error::new(Kind::Invalid, format!("{name} is attached as {}", names.join(", ")))
+            .hint("give one of these devices")),
+    }
+}
+
+/// Whether a name can only be a device's: one of the daemon's names, or a path that leads to one.
+fn is_device(name: &str, run_dir: &Path) -> bool {
+    let number = |name: &str| name.strip_prefix("loop").is_some_and(|number| number.parse::<u32>().is_ok());
+    let path = std::fs::canonicalize(name).unwrap_or_else(|_| name.into());
+    let run_dir = std::fs::canonicalize(run_dir).unwrap_or_else(|_| run_dir.to_owned());
+    let by_name = match name.split_once('/') {
+        Some((instance, device)) => !instance.is_empty() && !instance.starts_with('.') && number(device),
+        None => number(name),
+    };
+    by_name || path.starts_with(run_dir) || path.to_string_lossy().starts_with("/dev/ublkb")
 }
 
 /// What a user calls a device, as the daemon understands it: it has another working directory, and

@@ -70,6 +70,7 @@ pub(super) fn of(command: &str) -> &'static [Example] {
         ],
         "detach" => &[
             ("One device.", "loopengine detach /run/loopengine/default/loop0"),
+            ("By its image.", "loopengine detach disk.img"),
             ("Every device of an instance.", "loopengine detach --all --instance build"),
         ],
         "resize" => &[
@@ -86,7 +87,9 @@ pub(super) fn of(command: &str) -> &'static [Example] {
         "list" => &[
             ("All devices.", "loopengine list"),
             ("Their images, for a program.", "loopengine list --json | jq -r '.[].image'"),
+            ("Everything, with its users.", "loopengine list --all"),
         ],
+        "find" => &[("Where an image is attached, mounted and open.", "loopengine find disk.img")],
         "stats" => &[
             ("Counts of all devices.", "loopengine stats"),
             ("Rates of one, every second.", "loopengine stats loop0 --watch"),
@@ -122,9 +125,10 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             ("User 1000 may have 200 devices.", "loopengine limit 1000 200"),
         ],
         "features" => &[("What this kernel can do.", "loopengine features")],
-        "doctor" => {
-            &[("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images")]
-        }
+        "doctor" => &[
+            ("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images"),
+            ("Why 'loopengine run' does not work.", "loopengine doctor --for run"),
+        ],
         "oci" => &[(
             "A container with four loop devices of its own.",
             "loopengine instance mount --container --name ci --max 4 /srv/ci && loopengine oci print-config --pool ci config.json",
@@ -177,7 +181,8 @@ pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
         }
         "instance mount" | "instance open" | "run" | "mount" | "umount" | "losetup" | "limit" => &[PRIVATE],
         "install" => &[("PREFIX/share/loopengine/installed", "What was placed, and what it was.")],
-        "doctor" => &[SOCKET],
+        "doctor" => &[SOCKET, PRIVATE],
+        "list" | "find" => &[SOCKET, PRIVATE, NAMES],
         _ => &[SOCKET, NAMES],
     }
 }

@@ -1,6 +1,6 @@
 //! `loopengine features`: what this kernel grants.
 
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::instance::Engine;
 use crate::instance::spec::Features;
 
@@ -19,7 +19,10 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self) -> Result<()> {
-        let features = Engine::features()?;
+        let features = Engine::features().map_err(|error| match error.kind() {
+            Kind::Denied => error.hint("run this as root; 'loopengine doctor' tells a plain user what works"),
+            _ => error,
+        })?;
         if self.json {
             return out::json(&features).map(drop);
         }

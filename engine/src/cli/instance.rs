@@ -6,6 +6,7 @@ use crate::config::MAX_DEVICES;
 use crate::error::Result;
 use crate::instance::{self, spec::InstanceSpec};
 
+use super::list::pools;
 use super::pool::{Mount, Open};
 use super::table::Table;
 use super::{daemon, number, out};
@@ -47,6 +48,8 @@ pub(super) struct Create {
 }
 
 /// List instances.
+///
+/// Below them, how many private pools there are, which belong to no instance.
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
     /// Print JSON; loopengine-json(7) describes it.
@@ -110,6 +113,17 @@ impl List {
                 instance.directory,
             ]);
         }
-        out::print(&table.render()).map(drop)
+        // As systemctl does. Pools belong to no instance, and are many.
+        let pools = pools(run_dir).unwrap_or_default();
+        let devices: u32 = pools.iter().map(|pool| pool.devices).sum();
+        let more = match pools.len() {
+            0 => String::new(),
+            count => format!(
+                "\n{count} private pool{} with {devices} device{}: 'loopengine list --all' shows them\n",
+                if count == 1 { "" } else { "s" },
+                if devices == 1 { "" } else { "s" },
+            ),
+        };
+        out::print(&(table.render() + &more)).map(drop)
     }
 }

@@ -7,10 +7,13 @@ use zlink::introspect::CustomType;
 
 use crate::error::{Error, Result};
 use crate::instance::spec::*;
+use crate::kernels;
 use crate::private::Limit;
+use crate::sys::processes::Process;
 
 use super::create::ImageInfo;
 use super::doctor::{Check, Verdict};
+use super::list::{InstanceDevice, Listing, LoopDevice, Pool};
 use super::{EXIT_CODES, RUN_EXIT_CODES, examples};
 
 /// What the foot of every page says.
@@ -100,6 +103,16 @@ fn own_sections(path: &str) -> Roff {
         roff.text([roman(runs)]);
         for (code, means) in RUN_EXIT_CODES {
             tagged(&mut roff, &code.to_string(), means);
+        }
+    }
+    if ["", "doctor"].contains(&path) {
+        roff.control("SH", ["KERNELS"]);
+        for feature in &kernels::ALL {
+            tagged(
+                &mut roff,
+                feature.name,
+                &format!("Linux {} or newer: {}.", feature.version(), feature.by),
+            );
         }
     }
     let files = examples::files(path);
@@ -198,6 +211,11 @@ fn configuration(roff: &mut Roff) {
 /// All types that `--json` prints, as they describe themselves.
 const TYPES: &[&idl::CustomType<'static>] = &[
     InstanceInfo::CUSTOM_TYPE,
+    Listing::CUSTOM_TYPE,
+    InstanceDevice::CUSTOM_TYPE,
+    Pool::CUSTOM_TYPE,
+    LoopDevice::CUSTOM_TYPE,
+    Process::CUSTOM_TYPE,
     DeviceInfo::CUSTOM_TYPE,
     ImageInfo::CUSTOM_TYPE,
     DataPath::CUSTOM_TYPE,
@@ -217,7 +235,8 @@ fn json_page() -> Roff {
         ("loopengine create", "One ImageInfo."),
         ("loopengine instance create", "One InstanceInfo."),
         ("loopengine instance list", "An array of InstanceInfo."),
-        ("loopengine list", "An array of DeviceInfo."),
+        ("loopengine list", "An array of DeviceInfo; with --all, or as a plain user, one Listing."),
+        ("loopengine find", "One Listing, of devices of that image only."),
         ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
         ("loopengine resize", "One DeviceInfo."),
         ("loopengine limit", "An array of Limit; with a user, of its own only."),

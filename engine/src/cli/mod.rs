@@ -10,6 +10,7 @@ mod detach;
 mod doctor;
 mod examples;
 mod features;
+mod find;
 pub mod generate;
 mod image;
 mod install;
@@ -83,6 +84,7 @@ enum Command {
     Resize(resize::Args),
     Recover(recover::Args),
     List(list::Args),
+    Find(find::Args),
     Stats(stats::Args),
     Run(private::Args),
     Mount(mount::Args),
@@ -236,6 +238,7 @@ impl Command {
             Command::Resize(args) => args.run(&run_dir),
             Command::Recover(args) => args.run(&run_dir),
             Command::List(args) => args.run(&run_dir),
+            Command::Find(args) => args.run(&run_dir),
             Command::Stats(args) => args.run(&run_dir),
             Command::Mount(args) => args.run(&run_dir),
             Command::Umount(args) => args.run(&run_dir),

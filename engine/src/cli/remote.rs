@@ -189,19 +189,7 @@ mod tests {
     use super::*;
 
     fn pool(name: &str, uid: u32) -> PoolInfo {
-        let name = name.to_owned();
-        PoolInfo {
-            name,
-            uid,
-            max: 8,
-            devices: 0,
-            bound: 0,
-            supervised: false,
-            device_numbers: Vec::new(),
-            kernel_mounts: Vec::new(),
-            reserved: Vec::new(),
-            ending: false,
-        }
+        PoolInfo { name: name.to_owned(), uid, max: 8, ..PoolInfo::default() }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
+use crate::kernels::{self, BLOCK_DEVICES};
 use crate::private::{Registry, Served};
 use crate::received;
 use crate::sandbox;
@@ -332,25 +333,22 @@ const SYSTEMD_HINT: &str = "set PrivateMounts=, ProtectHostname=, ProtectKernelM
 
 /// What to do when the driver is missing.
 pub(super) fn driver_hint() -> String {
-    let uname = rustix::system::uname();
-    let release = uname.release().to_string_lossy();
-    if module_exists(&release) {
-        return "run 'modprobe ublk_drv'".to_owned();
+    let release = kernels::release();
+    let other = format!("use Linux {} or newer with CONFIG_BLK_DEV_UBLK", BLOCK_DEVICES.version());
+    match module_exists(&release) {
+        Some(true) => "run 'modprobe ublk_drv'".to_owned(),
+        Some(false) => format!("kernel {release} has no module ublk_drv: {other}"),
+        None => format!("run 'modprobe ublk_drv'; if kernel {release} has no such module, {other}"),
     }
-    format!(
-        "run 'modprobe ublk_drv'; if kernel {release} has no such module, use Linux 6.5 or newer \
-         with CONFIG_BLK_DEV_UBLK"
-    )
 }
 
-/// Is the module among those installed for this kernel?
-pub(super) fn module_exists(release: &str) -> bool {
-    let list = format!("/lib/modules/{release}/modules.dep");
-    let known = std::fs::read_to_string(list).unwrap_or_default();
-    known.lines().any(|line| {
+/// Is the module among those installed for this kernel? None: which these are is not known here.
+fn module_exists(release: &str) -> Option<bool> {
+    let known = std::fs::read_to_string(format!("/lib/modules/{release}/modules.dep")).ok()?;
+    Some(known.lines().any(|line| {
         let path = line.split(':').next().unwrap_or_default();
         path.rsplit('/').next().unwrap_or_default().starts_with("ublk_drv.ko")
-    })
+    }))
 }
 
 fn own_mounts() -> Result<()> {

@@ -220,7 +220,7 @@ pub fn take(stream: &UnixStream, registry: &Registry) -> Result<(String, String)
     let (max, mounts) = (container.max()?, container.mounts());
     let Container { id, listener, .. } = container;
     let guest = Guest { id: id.clone(), listener, namespace, max, mounts };
-    registry.admit(&pool, guest, Caller { uid: 0, gid: 0 })?;
+    registry.admit(&pool, guest, Caller { uid: 0, gid: 0, pid: None })?;
     Ok((id, pool))
 }
 

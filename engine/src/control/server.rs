@@ -204,7 +204,8 @@ async fn private_connection(
             return Ok(());
         }
     };
-    let caller = Caller { uid: peer.uid(), gid: peer.gid() };
+    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+    let caller = Caller { uid: peer.uid(), gid: peer.gid(), pid };
     let link = Link::new(stream, Disposal::new(peer.uid(), Arc::clone(&slot)), fd_limit);
     let socket = Guarded::new(link, Some(slot), stop, guard::PRIVATE);
     let service = PrivateService::new(registry, caller, socket.inbox());

@@ -16,8 +16,9 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use zlink::tokio::unix::{Connection, Stream};
 use zlink::varlink_service::Error as Refusal;
 
-use super::{Fault, reason};
+use super::{Fault, PRIVATE_SOCKET, reason};
 use crate::error::{Error, Kind, Result};
+use crate::kernels;
 
 /// The daemon answers a call about one device sooner: its own waits are a few seconds each.
 pub(super) const ONE_MAX: Duration = Duration::from_secs(60);
@@ -133,9 +134,15 @@ fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
     let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
     let message = format!("cannot reach the daemon at {shown}: {}", reason(error));
     if denied {
-        return Error::new(Kind::Denied, message).hint("run this as root");
+        return Error::new(Kind::Denied, message).hint(match socket.ends_with(PRIVATE_SOCKET) {
+            true => "have root let everybody pass through the directories above it ('chmod a+x')".to_owned(),
+            false => kernels::without_root(),
+        });
     }
-    Error::new(Kind::Unavailable, message).hint("start it with 'loopengine serve'")
+    Error::new(Kind::Unavailable, message).hint(match rustix::process::geteuid().is_root() {
+        true => "start it with 'loopengine serve'",
+        false => "have root start it ('systemctl start loopengine', or 'loopengine serve')",
+    })
 }
 
 fn late(socket: &Path, limit: Duration) -> Error {
@@ -150,7 +157,7 @@ fn lost(socket: &Path, error: zlink::Error) -> Error {
     match error {
         zlink::Error::VarlinkService(error) if *error.inner() == Refusal::PermissionDenied => {
             let message = format!("the daemon at {shown} does not let this user in");
-            Error::new(Kind::Denied, message).hint("run this as root")
+            Error::new(Kind::Denied, message).hint(kernels::without_root())
         }
         zlink::Error::VarlinkService(error) => {
             let message = format!("the daemon at {shown} does not know this call: {error}");

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DataPath, FrontendKind};
+use crate::kernels::BLOCK_DEVICES;
 
 pub use device::Device;
 pub use queue::Queue;
@@ -78,8 +79,10 @@ impl Frontend {
             FrontendKind::Ublk => {
                 let granted = ublk::Granted::ask()?;
                 if granted.paths().is_empty() {
-                    return Err(Error::new(Kind::Unsupported, "this kernel's ublk driver is too old")
-                        .hint("Linux 6.5 or newer is needed"));
+                    let hint = format!("Linux {} or newer is needed", BLOCK_DEVICES.version());
+                    return Err(
+                        Error::new(Kind::Unsupported, "this kernel's ublk driver is too old").hint(hint)
+                    );
                 }
                 Ok(Frontend::Ublk(granted))
             }

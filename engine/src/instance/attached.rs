@@ -1,12 +1,13 @@
 //! A served device and what it was attached with.
 //!
-//! Knows what logs call it, and what is logged when its users lose it. Does not know its instance.
+//! Knows what logs and lists say of it, and what is logged when its users lose it. Does not know its instance.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::claims::sources::Hold;
 use super::served::Served;
+use super::spec::{DeviceInfo, DeviceState};
 use super::state::DeviceRecord;
 use crate::error::{Kind, Result};
 use crate::frontend::Stop;
@@ -35,6 +36,35 @@ impl Attached {
         self.served.quiesce(until)
     }
 
+    /// What users are told of it, who know it by `path`.
+    pub fn info(&self, number: u32, path: &Path) -> DeviceInfo {
+        let Attached { record, served, hold, .. } = self;
+        let (geometry, state, identity) = (served.geometry(), served.state(), record.identity);
+        DeviceInfo {
+            instance: record.spec.instance.clone(),
+            number,
+            path: path.display().to_string(),
+            node: self.node().display().to_string(),
+            image: record.spec.path.clone(),
+            reason: self.reason.clone().or_else(|| why_not_live(state)),
+            state,
+            size: geometry.size,
+            offset: geometry.offset,
+            size_limit: record.spec.size_limit,
+            block_size: geometry.block_size,
+            read_only: geometry.read_only,
+            buffered: record.spec.buffered || served.is_buffered(),
+            queues: u32::from(record.queues),
+            depth: u32::from(record.depth),
+            data_path: record.data_path,
+            shared_with: hold.iter().flat_map(Hold::others).collect(),
+            since_unix_seconds: record.since,
+            // Of these two at most one is not 0.
+            image_device: identity.dev | identity.rdev,
+            image_inode: identity.ino,
+        }
+    }
+
     /// What users open.
     pub fn node(&self) -> PathBuf {
         self.served.device().node()
@@ -53,4 +83,13 @@ impl Attached {
         }
         self.served.stop(when)
     }
+}
+
+fn why_not_live(state: DeviceState) -> Option<String> {
+    let reason = match state {
+        DeviceState::Live => return None,
+        DeviceState::Degraded => "the image is shorter than the device: reads behind its end fail",
+        DeviceState::Stuck => "the kernel or a worker did not answer in time",
+    };
+    Some(reason.to_owned())
 }

@@ -8,10 +8,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::attached::Attached;
 use super::claims::Claims;
-use super::claims::sources::{self, Hold, Sharing};
+use super::claims::sources::{self, Sharing};
 use super::in_use::user_of;
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
@@ -22,6 +23,7 @@ use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Door, Frontend, Parameters, Stop};
 use crate::image::{Image, Source};
+use crate::kernels::PRIVATE;
 use crate::loops::{Maker, PoolSpec};
 use crate::ring::Sizes;
 use crate::sys;
@@ -153,6 +155,7 @@ impl Instance {
             depth: parameters.depth,
             block_size: geometry.block_size,
             size: geometry.size,
+            since: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
         let attached = Arc::new(Attached { record, served, reason: None, hold: Some(hold) });
@@ -178,9 +181,10 @@ impl Instance {
         // device that has it next.
         let stopped = attached.stop(when).inspect(|()| self.unpublish(number));
         if let Err(error) = stopped.and_then(|()| attached.served.release()) {
+            let user = user_of(attached.served.device()).map_or(String::new(), |user| format!(": {user}"));
             self.table.put_back(number, attached);
             return Err(match error.kind() {
-                Kind::Busy => Error::new(Kind::Busy, format!("{path} is in use"))
+                Kind::Busy => Error::new(Kind::Busy, format!("{path} is in use{user}"))
                     .hint("unmount it or end what has it open; --force detaches it all the same"),
                 _ => error,
             });
@@ -285,27 +289,7 @@ impl Instance {
     }
 
     pub(super) fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
-        let Attached { record, served, hold, .. } = attached;
-        let (geometry, state) = (served.geometry(), served.state());
-        DeviceInfo {
-            instance: record.spec.instance.clone(),
-            number,
-            path: self.table.path(number).display().to_string(),
-            node: served.device().node().display().to_string(),
-            image: record.spec.path.clone(),
-            reason: attached.reason.clone().or_else(|| why_not_live(state)),
-            state,
-            size: geometry.size,
-            offset: geometry.offset,
-            size_limit: record.spec.size_limit,
-            block_size: geometry.block_size,
-            read_only: geometry.read_only,
-            buffered: record.spec.buffered || served.is_buffered(),
-            queues: u32::from(record.queues),
-            depth: u32::from(record.depth),
-            data_path: record.data_path,
-            shared_with: hold.iter().flat_map(Hold::others).collect(),
-        }
+        attached.info(number, &self.table.path(number))
     }
 
     fn parameters(&self, spec: &AttachSpec) -> Result<Parameters> {
@@ -371,8 +355,12 @@ impl Instance {
 /// What makes the disks of a private pool: workers of its own, over ublk.
 pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
     if !shared.frontend.has_private_pools() {
-        return Err(Error::new(Kind::Unsupported, "private loop devices need Linux 7.0 or newer, with ublk")
-            .hint("'loopengine doctor' says what is missing"));
+        return Err(match PRIVATE.missing() {
+            Some(missing) => Error::new(Kind::Unsupported, missing)
+                .hint("'loopengine doctor --for run' says what works with this kernel"),
+            None => Error::new(Kind::Unsupported, "this daemon has no private devices: it does not use ublk")
+                .hint("have root run 'modprobe ublk_drv', and restart the daemon"),
+        });
     }
     let door = shared.frontend.door(Path::new("/"), 0, &[])?;
     // More than devices: partitions, and disks that were replaced and are still open, count too.
@@ -388,15 +376,6 @@ impl Drop for Instance {
     fn drop(&mut self) {
         self.door.close();
     }
-}
-
-fn why_not_live(state: DeviceState) -> Option<String> {
-    let reason = match state {
-        DeviceState::Live => return None,
-        DeviceState::Degraded => "the image is shorter than the device: reads behind its end fail",
-        DeviceState::Stuck => "the kernel or a worker did not answer in time",
-    };
-    Some(reason.to_owned())
 }
 
 pub(super) fn source(spec: &AttachSpec) -> Source {

@@ -186,6 +186,7 @@ impl Instance {
             depth: parameters.depth,
             block_size: 512,
             size: 0,
+            since: None,
         }
     }
 }

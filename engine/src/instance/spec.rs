@@ -108,7 +108,7 @@ pub struct RecoverSpec {
 #[serde(rename_all = "kebab-case")]
 #[zlink(rename_all = "lowercase")]
 pub enum DataPath {
-    /// Data is copied to a buffer of the daemon and back (Linux 6.1).
+    /// Data is copied to a buffer of the daemon and back (Linux 6.5).
     Copy,
     /// The request's pages are the buffer; one command a request (Linux 6.16).
     Auto,
@@ -215,6 +215,15 @@ pub struct DeviceInfo {
     /// Who else has the image through this daemon: devices of instances, loop devices of pools.
     #[serde(default)]
     pub shared_with: Vec<String>,
+    /// When it was attached, in seconds since 1970; none: not known.
+    #[serde(default)]
+    pub since_unix_seconds: Option<u64>,
+    /// Device number of the file system that the image is on; of a block device, its own. 0: not known.
+    #[serde(default)]
+    pub image_device: u64,
+    /// The image's inode number; 0: it is a block device, or not known.
+    #[serde(default)]
+    pub image_inode: u64,
 }
 
 /// Figures of one device since it was attached, over all its queues.

@@ -38,6 +38,9 @@ pub struct DeviceRecord {
     pub block_size: u32,
     /// Bytes.
     pub size: u64,
+    /// When it was attached, in seconds since 1970; none: by a version that did not say.
+    #[serde(default)]
+    pub since: Option<u64>,
 }
 
 impl DeviceRecord {
@@ -246,6 +249,7 @@ mod tests {
             depth: 128,
             block_size: 512,
             size: 1 << 20,
+            since: Some(1),
         }
     }
 

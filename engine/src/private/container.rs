@@ -61,6 +61,11 @@ impl Guests {
         self.clearing || !self.listeners.is_empty()
     }
 
+    /// Who that is, as its runtime calls it.
+    pub(super) fn container(&self) -> Option<&str> {
+        self.any().then_some(self.id.as_str())
+    }
+
     fn enter(&mut self, pool: &str, guest: &mut Guest) -> Result<Turn> {
         if self.clearing {
             return Ok(Turn::Later);
@@ -196,9 +201,11 @@ mod tests {
         let (mut other, _third) = guest("b");
         exec.namespace = None;
         assert_eq!(enters(&mut guests, &mut exec), None, "of what container?");
+        assert_eq!(guests.container(), None);
         assert_eq!(enters(&mut guests, &mut one), Some(true));
         assert_eq!(enters(&mut guests, &mut exec), Some(true), "another process of the same");
         assert!(exec.namespace.is_some(), "as its container");
+        assert_eq!(guests.container(), Some("a"));
         assert_eq!(guests.enter("ci", &mut other).err().map(|error| error.kind()), Some(Kind::Busy));
         drop(first);
         assert!(!guests.leave(), "one process is left");

@@ -21,6 +21,7 @@ mod container;
 mod descriptors;
 mod engine;
 pub mod limits;
+mod list;
 mod mirror;
 mod operation;
 mod reaper;
@@ -31,7 +32,7 @@ mod tree;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 pub use container::Guest;
 pub use engine::Served;
@@ -48,6 +49,7 @@ use crate::instance::MAX_DEVICES;
 use crate::kernel_mounts::FileSystem;
 use crate::limits::POOLS_MAX;
 use crate::loops::{Entry, PoolSpec, Quotas};
+use crate::sys::processes;
 use container::Guests;
 use limits::{Ledger, Taken};
 use mirror::Mirror;
@@ -126,6 +128,9 @@ struct State {
 struct Tenant {
     spec: PoolSpec,
     opener: u32,
+    /// The opener's process, and when it started.
+    process: Option<(u32, u64)>,
+    since: SystemTime,
     /// None: it is being opened.
     room: Option<Arc<dyn Room>>,
     supervised: bool,
@@ -232,6 +237,7 @@ impl Registry {
         spec: impl FnOnce(String) -> PoolSpec,
         taken: Taken,
     ) -> Result<(u64, PoolSpec)> {
+        let process = caller.pid.and_then(|pid| Some((pid, processes::started(pid)?)));
         let mut state = self.shared.state();
         if state.stopped {
             return Err(Error::new(Kind::Unavailable, "the daemon is stopping"));
@@ -249,6 +255,8 @@ impl Registry {
         let tenant = Tenant {
             spec: spec.clone(),
             opener: caller.uid,
+            process,
+            since: SystemTime::now(),
             room: None,
             supervised: false,
             guests: Guests::default(),
@@ -308,43 +316,6 @@ impl Registry {
         let watched = listener.try_clone().map_err(cannot)?;
         room.supervise(listener, namespace, mounter)?;
         self.reaper.watch(id, watched).map_err(cannot)
-    }
-
-    /// The pools of `caller`, by age; all for root.
-    pub fn list(&self, caller: Caller) -> Vec<PoolInfo> {
-        let state = self.shared.state();
-        let mine = state.tenants.values().filter(|tenant| sees(caller, tenant));
-        let rooms: Vec<_> = mine
-            .map(|tenant| {
-                let supervised = tenant.supervised || tenant.guests.any();
-                (tenant.spec.clone(), tenant.room.clone(), supervised, tenant.ending)
-            })
-            .collect();
-        drop(state);
-        let info = |(spec, room, supervised, ending): (PoolSpec, Option<Arc<dyn Room>>, bool, bool)| {
-            let device_numbers = room.as_ref().map(|room| room.device_numbers()).unwrap_or_default();
-            let kinds = room.as_ref().map(|room| room.kernel_mounts()).unwrap_or_default();
-            let kernel_mounts = kinds.iter().map(|kind| kind.name.to_owned()).collect();
-            let entries = room.map(|room| room.entries()).unwrap_or_default();
-            let bound = entries.iter().filter(|entry| entry.bound.is_some()).count();
-            let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-            let (devices, bound) = (count(entries.len()), count(bound));
-            let PoolSpec { name, uid, max, reserved, .. } = spec;
-            let reserved = reserved.into_iter().collect();
-            PoolInfo {
-                name,
-                uid,
-                max,
-                devices,
-                bound,
-                supervised,
-                device_numbers,
-                kernel_mounts,
-                reserved,
-                ending,
-            }
-        };
-        rooms.into_iter().map(info).collect()
     }
 
     /// An operation on a device of a pool, without a descriptor of the device.

@@ -17,6 +17,8 @@ pub struct Caller {
     pub uid: u32,
     /// Primary group.
     pub gid: u32,
+    /// Process that connected; none: not one that the daemon sees.
+    pub pid: Option<u32>,
 }
 
 /// What is asked of a new pool. What is left out has a default.
@@ -77,7 +79,7 @@ pub(super) fn full_name(asked: Option<&str>, id: u64, caller: Caller) -> Result<
 }
 
 /// A private pool, as lists show it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 pub struct PoolInfo {
     /// Its name.
     pub name: String,
@@ -99,6 +101,18 @@ pub struct PoolInfo {
     pub reserved: Vec<u32>,
     /// Whether it takes nothing more, and ends with the last use of its devices.
     pub ending: bool,
+    /// Process that opened it, as the daemon numbers it.
+    #[serde(default)]
+    pub pid: Option<u32>,
+    /// When that process started, in clock ticks since boot: tells it from a later one of its number.
+    #[serde(default)]
+    pub pid_start_ticks: Option<u64>,
+    /// Container that uses it, as its runtime calls it.
+    #[serde(default)]
+    pub container: Option<String>,
+    /// When it was opened, in seconds since 1970.
+    #[serde(default)]
+    pub since_unix_seconds: Option<u64>,
 }
 
 /// What [`super::Registry::open`] answers.

@@ -86,12 +86,12 @@ pub fn mounted_in(table: &[u8], device: u64) -> Vec<PathBuf> {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Mount {
     pub(super) id: u64,
-    number: String,
+    pub(super) number: String,
     /// Where it is mounted.
     pub target: PathBuf,
     /// It follows a mount of another peer group: it came from there, or is a copy of one that did.
     pub(super) slave: bool,
-    kind: String,
+    pub(super) kind: String,
     pub(super) source: PathBuf,
 }
 

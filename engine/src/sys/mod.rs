@@ -9,12 +9,14 @@ pub mod mntns;
 pub mod mount;
 pub mod packet;
 pub mod process;
+pub mod processes;
 pub mod pseudo;
 pub mod remote;
 pub mod seccomp;
 pub mod uring;
 pub mod usage;
 pub mod userns;
+pub mod uses;
 pub mod watch;
 
 use crate::error::{Error, Result};

@@ -78,6 +78,11 @@ impl Disks {
         self.0.insert(name.into());
     }
 
+    /// The first of them.
+    pub fn first(&self) -> Option<OsString> {
+        self.0.first().cloned()
+    }
+
     fn has(&self, name: &std::ffi::OsStr) -> bool {
         self.0.contains(name)
     }

@@ -211,6 +211,9 @@ impl Backend for Fake {
             depth: spec.depth.max(1),
             data_path: spec.data_path.unwrap_or(DataPath::Batch),
             shared_with: Vec::new(),
+            since_unix_seconds: Some(1),
+            image_device: meta.dev(),
+            image_inode: meta.ino(),
         };
         state.devices.push(Served {
             info: device.clone(),

@@ -53,7 +53,7 @@ fn own_name(full: &str) -> &str {
 
 /// A pool; as a rule, one that is a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Mounted {
+pub(in crate::cli) struct Mounted {
     /// As lists call it.
     pub(super) pool: String,
 }
@@ -82,8 +82,13 @@ impl Mounted {
         Ok(own_name(&self.pool) == pool_name(dir)?)
     }
 
+    /// The pool that lists call `name`.
+    pub(in crate::cli) fn named(name: &str) -> Mounted {
+        Mounted { pool: name.to_owned() }
+    }
+
     /// Where it is mounted, youngest first.
-    pub(super) fn dirs(&self) -> Result<Vec<PathBuf>> {
+    pub(in crate::cli) fn dirs(&self) -> Result<Vec<PathBuf>> {
         let mut dirs = Vec::new();
         for dir in mntns::targets() {
             if self.is_on(&dir)? {

@@ -26,6 +26,8 @@ use super::wanted::{Wanted, open_pool};
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Configure, Errno, Info, NAME_BYTES, flag};
 
+pub(super) use found::Mounted;
+pub(super) use program::check as check_fuse;
 pub(super) use umount::Args as Umount;
 
 /// Mount the file system in an image.

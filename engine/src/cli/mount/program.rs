@@ -37,7 +37,7 @@ pub(super) fn usual(kind: &str) -> Result<String> {
 }
 
 /// Is there what every program of FUSE needs?
-pub(super) fn check() -> Result<()> {
+pub(in crate::cli) fn check() -> Result<()> {
     let opened = File::options().read(true).write(true).open("/dev/fuse");
     opened.map_err(|error| {
         let hint = match error.kind() {

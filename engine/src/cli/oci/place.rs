@@ -110,12 +110,8 @@ pub(super) mod tests {
             uid: 0,
             max: 2,
             devices: 2,
-            bound: 0,
-            supervised: false,
             device_numbers: vec![rustix::fs::makedev(259, 7), rustix::fs::makedev(259, 300)],
-            kernel_mounts: Vec::new(),
-            reserved: Vec::new(),
-            ending: false,
+            ..PoolInfo::default()
         }
     }
 

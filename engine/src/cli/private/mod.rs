@@ -30,6 +30,8 @@ use crate::sys;
 
 use super::{cannot_run, daemon, number};
 
+pub(super) use userns::user_name;
+
 /// Run a command with loop devices of its own.
 ///
 /// The command and its children see a /dev/loop-control with /dev/loop0, /dev/loop1 and so on that

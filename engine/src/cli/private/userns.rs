@@ -70,7 +70,8 @@ fn map_one(uid: u32, gid: u32) -> std::io::Result<()> {
     Ok(())
 }
 
-fn user_name(uid: u32) -> Option<String> {
+/// What /etc/passwd calls a user.
+pub(in crate::cli) fn user_name(uid: u32) -> Option<String> {
     let users = fs::read_to_string("/etc/passwd").ok()?;
     users.lines().find_map(|line| {
         let mut fields = line.split(':');

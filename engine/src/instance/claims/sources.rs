@@ -26,6 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failures::Failures;
 use crate::image::{Identity, Image};
 use crate::instance::spec::AttachSpec;
+use crate::sys::processes::{self, Process};
 
 /// How long an attach waits for the file systems that loop devices of the kernel are on.
 const LOOK: Duration = Duration::from_secs(2);
@@ -85,7 +86,11 @@ fn attach(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<
     let mut outside = look(identity, name);
     let is_ours = uses.iter().any(|one| matches!(one.holder, Holder::Device { .. }));
     if claimed && outside.is_empty() && !is_ours {
-        outside.push(Outside { who: "another program".to_owned(), writes: true });
+        let open = processes::open_devices(|name| name.starts_with("/dev"));
+        let holder = open.iter().find(|open| open.rdev == Some(identity.rdev));
+        let holder = holder.and_then(|open| Process::of(open.pid));
+        let who = holder.map_or("another program".to_owned(), |holder| holder.to_string());
+        outside.push(Outside { who, writes: true });
     }
     if let (Sharing::Refuse, false, Some(user)) = (sharing, by.read_only, outside.first()) {
         return Err(Error::new(Kind::Busy, format!("{name} is in use by {}", user.who)).hint(INSTEAD));

@@ -2,18 +2,21 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::time::Duration;
 
 use super::MIB;
 use crate::daemon::Daemon;
 use crate::disk::{self, same};
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
 use crate::model::pattern;
-use crate::store::Store;
+use crate::store::{Mount, Store, mkfs};
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("lifetime::detach_in_use", Needs::Ublk, 90, detach_in_use),
+        case("lifetime::users_are_named", Needs::Ublk, 90, users_are_named),
         case("lifetime::forced_with_all_tags_in_flight", Needs::Ublk, 60, forced_while_busy),
         case("lifetime::forced_below_a_file_system", Needs::Ublk, 90, forced_below),
         case("lifetime::old_file_never_reaches_the_new", Needs::Ublk, 60, old_file),
@@ -67,6 +70,48 @@ fn detach_in_use(ctx: &Ctx) -> Res {
         tools::ok(&["dd", "if=/dev/zero", &format!("of={device}"), "bs=1M", "count=2", "conv=notrunc"])?;
         daemon.detach(&device)?;
     }
+    daemon.stop()
+}
+
+/// Who has a device open, and where it is mounted: in `list --all`, `find`, and in what refuses to detach it.
+fn users_are_named(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 16 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    let refused = |says: &str| -> Res {
+        let done = daemon.cli(&["detach", &image])?;
+        ensure!(done.code == 4 && done.err.contains(says), "{says}: {done:?}");
+        Ok(())
+    };
+    let mut program = Command::new("sleep").arg("1000").stdin(File::open(&device)?).spawn()?;
+    let pid = program.id();
+    let all = daemon.json(&["list", "--all"]);
+    let refusal = refused(&format!("{device} is in use: open in pid {pid} (sleep)"));
+    program.kill()?;
+    program.wait()?;
+    let (all, open) = (all?, serde_json::json!([{ "pid": pid, "command": "sleep" }]));
+    ensure!(all["devices"][0]["openIn"] == open, "{all}");
+    refusal?;
+
+    mkfs("ext4", &device)?;
+    let dir = ctx.path("a place");
+    let mount = Mount::new(&device, &dir, &["-o", "loop"])?;
+    let found = daemon.json(&["find", &image])?;
+    let refusal = refused(&format!("{device} is in use: mounted on {dir}"));
+    mount.umount()?;
+    ensure!(found["devices"][0]["mountedOn"] == serde_json::json!([dir]), "{found}");
+    refusal?;
+
+    let since = found["devices"][0]["device"]["sinceUnixSeconds"].as_u64();
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed()?.as_secs();
+    ensure!(since.is_some_and(|since| since <= now && now - since < 90), "{since:?} of {now}");
+    let gone = tools::until(Duration::from_secs(10), || {
+        daemon.cli(&["detach", &image]).ok().filter(|done| done.code == 0)
+    });
+    ensure!(gone.is_some_and(|done| done.out == format!("{device}\n")), "not detached by its image");
+    let done = daemon.cli(&["find", &image])?;
+    ensure!(done.code == 3 && done.err.contains("has no device"), "{done:?}");
     daemon.stop()
 }
 

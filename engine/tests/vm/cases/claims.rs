@@ -138,7 +138,7 @@ fn swap(ctx: &Ctx) -> Res {
     let node = disk.node();
     let daemon = Daemon::start(ctx)?;
     let held = claim(&node)?;
-    refused(&daemon, &[&node], "in use by another program")?;
+    refused(&daemon, &[&node], &format!("in use by pid {} (", std::process::id()))?;
     drop(held);
     tools::ok(&["mkswap", &node])?;
     if tools::run(&["swapon", &node])?.code != 0 {

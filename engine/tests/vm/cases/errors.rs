@@ -294,9 +294,7 @@ fn other_user(ctx: &Ctx) -> Res {
     let (mut daemon, before) = warm(ctx, &store)?;
     let image = store.sparse("image", MIB)?;
     tools::ok(&["chmod", "644", &image])?;
-    for words in
-        [&["attach", &image][..], &["attach", "--read-only", &image], &["list"], &["detach", "--all"]]
-    {
+    let as_other = |words: &[&str]| {
         let plain = daemon.command(words);
         let mut command = Command::new("setpriv");
         command
@@ -306,9 +304,42 @@ fn other_user(ctx: &Ctx) -> Res {
         for (name, value) in plain.get_envs() {
             value.map(|value| command.env(name, value));
         }
-        let done = Running::start(command)?.finish(SHORT)?;
-        refused(&done, &[6], "")?;
+        Running::start(command)?.finish(SHORT)
+    };
+    let device = daemon.attach(&[&image])?;
+    for words in [
+        &["attach", &image][..],
+        &["attach", "--read-only", &image],
+        &["list", "--instance", "default"],
+        &["stats"],
+        &["detach", "--all"],
+        &["detach", &device],
+    ] {
+        refused(&as_other(words)?, &[6], "")?;
     }
+    refused(&as_other(&["find", &image])?, &[3], "no device that this user may see")?;
+    // What this user can do, or what it would take.
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let doctor: serde_json::Value = serde_json::from_str(&as_other(&["doctor", "--json"])?.out)?;
+    let private = &doctor[0];
+    ensure!(private["name"] == "private devices", "{doctor}");
+    let hint = as_other(&["attach", &image])?.err;
+    if private["verdict"] == "ok" {
+        ensure!(hint.contains("'loopengine mount IMAGE DIR'"), "{hint}");
+    } else {
+        ensure!(private["found"] == format!("need Linux 7.0 here: this is {release}"), "{doctor}");
+        ensure!(
+            doctor.as_array().is_some_and(|checks| checks.len() == 1),
+            "advice that cannot help: {doctor}"
+        );
+        ensure!(hint.contains(&format!("private devices need Linux 7.0: this is {release}")), "{hint}");
+        refused(&as_other(&["run", "--", "true"])?, &[125], &format!("linux 7.0: this is {release}"))?;
+    }
+    // Nothing of root's.
+    let listed = as_other(&["list", "--json"])?.ok()?.out;
+    let nothing: serde_json::Value = serde_json::from_str(&listed)?;
+    ensure!(nothing == serde_json::json!({ "devices": [], "pools": [] }), "{listed}");
+    daemon.detach(&device)?;
     nothing_left(&mut daemon, &before)?;
     daemon.stop()
 }

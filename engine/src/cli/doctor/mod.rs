@@ -1,4 +1,8 @@
 //! `loopengine doctor`: what this machine lacks, and what to do about it.
+//!
+//! Here is what the daemon needs, which root asks; what a purpose or a plain user needs is `goal`'s.
+
+mod goal;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,6 +17,9 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk::CONTROL_NODE as UBLK_CONTROL};
 use crate::instance::Engine;
 use crate::instance::spec::FrontendKind;
+use crate::kernels::{BLOCK_DEVICES, NO_COPYING};
+
+use goal::Goal;
 
 use super::serve::driver_hint;
 use super::{daemon, out};
@@ -20,14 +27,19 @@ use super::{daemon, out};
 /// Fewer open files than this are too few for a thousand devices.
 const FILES_MIN: u64 = 8192;
 
-/// Check what the daemon needs of this machine.
+/// Check what the daemon needs of this machine, or what you need for a purpose.
 ///
 /// Every line is a check: 'ok', 'warning' or 'problem', what was found, and what to do. Exits with
-/// 1 if there is a problem.
+/// 1 if there is a problem. A plain user is told what works for him: the same as with '--for run' and '--for
+/// mount'.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Also check whether images at this path can have direct I/O.
     path: Option<PathBuf>,
+
+    /// Check what this purpose needs, and nothing else. To see whether there can be a private pool, opens one.
+    #[arg(long = "for", value_name = "PURPOSE")]
+    goal: Option<Goal>,
 
     /// Print JSON; loopengine-json(7) describes it.
     #[arg(long)]
@@ -83,11 +95,11 @@ impl Check {
 
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
-        let mut checks = vec![driver(), permission(), io_uring(), features()];
-        let (daemon, pid) = daemon(run_dir);
-        checks.push(daemon);
-        checks.push(open_files(pid));
-        checks.extend(pid.map(|pid| mount_namespace(pid, run_dir)));
+        let mut checks = match self.goal {
+            Some(goal) => goal::checks(&[goal], run_dir),
+            None if rustix::process::geteuid().is_root() => of_daemon(run_dir),
+            None => goal::checks(&[Goal::Run, Goal::Mount], run_dir),
+        };
         if let Some(path) = &self.path {
             checks.push(direct_io(path)?);
         }
@@ -100,17 +112,28 @@ impl Args {
     }
 }
 
+fn of_daemon(run_dir: &Path) -> Vec<Check> {
+    let mut checks = vec![driver(), permission(), io_uring(), features()];
+    checks.extend(goal::features());
+    let (daemon, pid) = daemon(run_dir);
+    checks.push(daemon);
+    checks.push(open_files(pid));
+    checks.extend(pid.map(|pid| mount_namespace(pid, run_dir)));
+    checks
+}
+
 fn text(checks: &[Check]) -> String {
     let mut text = String::new();
+    let width = checks.iter().map(|check| check.name.len()).max().unwrap_or(0).max(16);
     for check in checks {
         let verdict = match check.verdict {
             Verdict::Ok => "ok",
             Verdict::Warning => "warning",
             Verdict::Problem => "problem",
         };
-        text.push_str(&format!("{verdict:<8} {:<16} {}\n", check.name, check.found));
+        text.push_str(&format!("{verdict:<8} {:<width$} {}\n", check.name, check.found));
         if let Some(advice) = &check.advice {
-            text.push_str(&format!("{:<25} -> {advice}\n", ""));
+            text.push_str(&format!("{:<indent$} -> {advice}\n", "", indent = width + 9));
         }
     }
     text
@@ -140,10 +163,6 @@ fn driver() -> Check {
 
 fn permission() -> Check {
     let name = "permission";
-    if !rustix::process::geteuid().is_root() {
-        let advice = "run 'loopengine serve', and commands that talk to it, as root";
-        return Check::problem(name, "this user is not root", advice);
-    }
     match open(UBLK_CONTROL, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
         Ok(_) => Check::ok(name, format!("root may use {UBLK_CONTROL}")),
         Err(rustix::io::Errno::NOENT) => Check::ok(name, "this user is root"),
@@ -182,13 +201,17 @@ fn features() -> Check {
         }
         Ok(features) if features.data_paths.is_empty() => {
             let found = format!("none works on kernel {}", features.kernel);
-            Check::problem(name, found, "use Linux 6.5 or newer; 6.16 or newer is faster")
+            let (works, faster) = (BLOCK_DEVICES.version(), NO_COPYING.version());
+            Check::problem(name, found, format!("use Linux {works} or newer; {faster} or newer is faster"))
         }
         Ok(features) => {
             let words: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
             let found = format!("{} (kernel {})", words.join(" "), features.kernel);
             match words.len() {
-                1 => Check::warning(name, found, "use Linux 6.16 or newer for speed"),
+                1 => {
+                    let advice = format!("use Linux {} or newer for speed", NO_COPYING.version());
+                    Check::warning(name, found, advice)
+                }
                 _ => Check::ok(name, found),
             }
         }

@@ -1,0 +1,460 @@
+//! `loopengine list --all`, `find` and `detach IMAGE`: the real program and both sockets, over an engine that
+//! only keeps books and pools that say what the test wants. Needs root; skips itself elsewhere.
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use loopengine::Result;
+use loopengine::control::{Backend, rundir::RunDir, server};
+use loopengine::loops::{Bound, Entry, PoolSpec, Quotas, flag};
+use loopengine::private::{
+    Asked, Defaults, DeviceInfo, DeviceStatus, Events, Guest, Operation, Outcome, Registry, Room, Source,
+};
+use rustix::mount::*;
+use serde_json::Value;
+use support::{Fake, Ran};
+use tokio::sync::watch;
+
+const PLAIN: u32 = 65534;
+
+/// Every pool has loop0, bound to a file, and loop1, which is not.
+#[derive(Clone, Default)]
+struct Bindings(Arc<Mutex<Option<(PathBuf, u64)>>>);
+
+impl Bindings {
+    fn to(&self, image: &Path, rdev: u64) {
+        *self.0.lock().unwrap() = Some((image.to_owned(), rdev));
+    }
+
+    fn image(&self) -> PathBuf {
+        self.0.lock().unwrap().as_ref().map(|(image, _)| image.clone()).unwrap_or_default()
+    }
+}
+
+impl Source for Bindings {
+    fn quotas(&self) -> Quotas {
+        Quotas::default()
+    }
+
+    fn open(&self, _: &PoolSpec, events: Events) -> Result<(Arc<dyn Room>, OwnedFd)> {
+        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+        fsconfig_create(&context).unwrap();
+        let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
+        Ok((Arc::new(BoundPool(self.clone(), events)), mount))
+    }
+}
+
+struct BoundPool(Bindings, Events);
+
+impl Room for BoundPool {
+    fn supervise(&self, _: OwnedFd, _: OwnedFd, _: Option<OwnedFd>) -> Result<()> {
+        Ok(())
+    }
+
+    fn admit(&self, _: Guest) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset(&self) {}
+
+    fn device_numbers(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    fn entries(&self) -> Vec<Entry> {
+        let bound = self.0.0.lock().unwrap().clone().map(|(backing_file, rdev)| {
+            (Bound { backing_file, offset: 512, size_limit: 0, flags: flag::READ_ONLY }, rdev)
+        });
+        let entry = |number, rdev, bound| Entry {
+            number,
+            rdev,
+            generation: 1,
+            size: 8 << 20,
+            block_size: 512,
+            bound,
+            partitions: Vec::new(),
+        };
+        let free = entry(1, rustix::fs::makedev(259, 7001), None);
+        bound.map(|(bound, rdev)| entry(0, rdev, Some(bound))).into_iter().chain([free]).collect()
+    }
+
+    fn operate(&self, asked: &Asked, _: Option<OwnedFd>) -> Outcome {
+        match (asked.operation, asked.number) {
+            (Operation::List, _) => Outcome { devices: Some(self.entries()), ..Outcome::default() },
+            (Operation::Status, Some(0)) => {
+                let meta = fs::metadata(self.0.image()).unwrap();
+                let info = DeviceInfo { offset: 512, size_limit: 0, flags: 1, file_name: Vec::new() };
+                let (device, inode) = (meta.dev(), meta.ino());
+                let status = DeviceStatus { number: 0, device, inode, rdevice: 0, info };
+                Outcome { status: Some(status), ..Outcome::default() }
+            }
+            _ => Outcome { errno: Some(libc::ENXIO), ..Outcome::default() },
+        }
+    }
+
+    fn end(&self, _: bool) {
+        self.1.ended();
+    }
+}
+
+struct Daemon {
+    bindings: Bindings,
+    dir: tempfile::TempDir,
+    registry: Arc<Registry>,
+    stop: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+    children: Vec<Child>,
+}
+
+impl Daemon {
+    fn start() -> Option<Daemon> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        // A plain user must get to it.
+        fs::copy(env!("CARGO_BIN_EXE_loopengine"), dir.path().join("loopengine")).unwrap();
+        let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
+        let (control, private) = (run_dir.bind().unwrap(), run_dir.bind_private().unwrap());
+        let bindings = Bindings::default();
+        let defaults = Defaults { devices: 64, pools: 8 };
+        let registry = Arc::new(Registry::start(bindings.clone(), defaults).unwrap());
+        let (stop, stopping) = watch::channel(false);
+        let (served, backend): (_, Arc<dyn Backend>) = (registry.clone(), Fake::new());
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).unwrap();
+            runtime.block_on(async {
+                let [control, private] =
+                    [control, private].map(|one| tokio::net::UnixListener::from_std(one).unwrap());
+                let also = server::serve_private(private, served, stopping.clone());
+                tokio::join!(server::serve(control, backend, stopping), also);
+            });
+            run_dir.unbind();
+        });
+        Some(Daemon { bindings, dir, registry, stop, thread: Some(thread), children: Vec::new() })
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        path
+    }
+
+    fn program(&self, uid: u32, words: &[&str]) -> Command {
+        let mut command = Command::new(self.dir.path().join("loopengine"));
+        command.arg("--run-dir").arg(self.dir.path().join("run")).args(words);
+        command.current_dir(self.dir.path()).stdin(Stdio::null());
+        if uid != 0 {
+            command.uid(uid).gid(uid);
+        }
+        command
+    }
+
+    fn run(&self, uid: u32, words: &[&str]) -> Ran {
+        let done = self.program(uid, words).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        Ran { code: done.status.code().unwrap(), out: text(&done.stdout), err: text(&done.stderr) }
+    }
+
+    fn json(&self, uid: u32, words: &[&str]) -> Value {
+        let words: Vec<&str> = words.iter().chain(&["--json"]).copied().collect();
+        serde_json::from_str(ok(&self.run(uid, &words))).unwrap()
+    }
+
+    /// A tenant: a pool, and the process that has it.
+    fn tenant(&mut self, uid: u32, name: &str) -> u32 {
+        let script = ["sh", "-c", "echo up; exec sleep 1000"];
+        let words: Vec<&str> = ["instance", "open", "--name", name, "--"].into_iter().chain(script).collect();
+        let child = self.program(uid, &words).stdout(Stdio::piped()).spawn().unwrap();
+        self.up(child)
+    }
+
+    /// Waits for its first line. It ends with the daemon.
+    fn up(&mut self, mut child: Child) -> u32 {
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "up\n");
+        let pid = child.id();
+        self.children.push(child);
+        // It says so before it has become the program that stays.
+        let is_there = || fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() == "sleep\n";
+        while !is_there() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        pid
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let _ = self.stop.send(true);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+        self.registry.shutdown();
+    }
+}
+
+fn ok(ran: &Ran) -> &str {
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{ran:?}");
+    &ran.out
+}
+
+fn fails(ran: &Ran, code: i32, says: &str) {
+    assert_eq!((ran.code, ran.out.as_str()), (code, ""), "{ran:?}");
+    assert!(ran.err.contains(says), "{says}: {ran:?}");
+    assert_eq!(ran.err.matches('\n').count(), 1, "one line: {ran:?}");
+}
+
+/// The cells of the row that begins like this, without its age.
+fn row(table: &str, start: &str) -> Vec<String> {
+    let line =
+        table.lines().find(|line| line.split_whitespace().collect::<Vec<_>>().join(" ").starts_with(start));
+    let line = line.unwrap_or_else(|| panic!("no row {start}:\n{table}"));
+    let cells: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+    let age = &cells[8];
+    assert!(age.ends_with('s') || age.ends_with('d'), "{cells:?}");
+    [&cells[..8], &cells[9..]].concat()
+}
+
+#[test]
+fn root_sees_every_device_pool_and_tenant() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    let image = daemon.image("a.img");
+    ok(&daemon.run(0, &["attach", "a.img"]));
+    let (own, plain) = (daemon.tenant(0, "ci"), daemon.tenant(PLAIN, "p"));
+    // The disk of loop0 is mounted where nobody else looks.
+    let dir = daemon.dir.path().join("mnt");
+    fs::create_dir(&dir).unwrap();
+    let script = "mount -t tmpfs x mnt && stat -c %d mnt >number && echo up && exec sleep 1000";
+    let mut elsewhere = Command::new("unshare");
+    elsewhere.args(["-m", "sh", "-c", script]).current_dir(daemon.dir.path()).stdout(Stdio::piped());
+    daemon.up(elsewhere.spawn().unwrap());
+    let number = fs::read_to_string(daemon.dir.path().join("number")).unwrap();
+    let bound = daemon.image("b.img");
+    daemon.bindings.to(&bound, number.trim().parse().unwrap());
+
+    let all = daemon.run(0, &["list", "--all"]);
+    let table = ok(&all);
+    assert_eq!(
+        table.lines().next().unwrap().split_whitespace().collect::<Vec<_>>().join(" "),
+        "KIND NAME DEVICE SIZE USER PID COMMAND CONTAINER AGE MOUNTED ON IMAGE"
+    );
+    let (dir, bound) = (dir.to_str().unwrap(), bound.to_str().unwrap());
+    let instance =
+        ["instance", "default", "loop0", "1M", "root", "-", "-", "-", "-", image.to_str().unwrap()];
+    assert_eq!(row(table, "instance"), instance);
+    let (own, other) = (own.to_string(), plain.to_string());
+    let want = ["pool", "ci", "loop0", "8M", "root", &own, "sleep", "-", dir, bound];
+    assert_eq!(row(table, "pool ci"), want);
+    let want = ["pool", "65534.p", "loop0", "8M", "nobody", &other, "sleep", "-", dir, bound];
+    assert_eq!(row(table, "pool 65534.p"), want);
+
+    let json = daemon.json(0, &["list", "--all"]);
+    let pool = &json["pools"][1];
+    assert_eq!((&pool["process"]["pid"], &pool["process"]["command"]), (&plain.into(), &"sleep".into()));
+    assert_eq!(
+        (&pool["uid"], &pool["user"], &pool["maxDevices"]),
+        (&PLAIN.into(), &"nobody".into(), &8.into())
+    );
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let since = pool["sinceUnixSeconds"].as_u64().unwrap();
+    assert!(since <= now && now - since < 60, "{since} of {now}");
+    let [first, second] = &pool["devices"].as_array().unwrap()[..] else { panic!("{pool}") };
+    assert_eq!((&first["image"], &first["mountedOn"]), (&bound.into(), &serde_json::json!([dir])));
+    assert_eq!((&first["offsetBytes"], &first["readOnly"]), (&512.into(), &true.into()));
+    assert_eq!(second["image"], Value::Null);
+
+    // A tenant that is gone is not shown.
+    let mut child = daemon.children.remove(1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(daemon.json(0, &["list", "--all"])["pools"][1]["process"], Value::Null);
+}
+
+/// The keys of all that '--json' prints here: scripts read them.
+#[test]
+fn json_has_a_schema() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    let image = daemon.image("a.img");
+    ok(&daemon.run(0, &["attach", "a.img"]));
+    daemon.tenant(0, "ci");
+    daemon.bindings.to(&image, rustix::fs::makedev(259, 7000));
+    for words in [&["list", "--all"][..], &["find", "a.img"]] {
+        let json = daemon.json(0, words);
+        let keys = |value: &Value| {
+            let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+            keys.sort_unstable();
+            keys.join(" ")
+        };
+        assert_eq!(keys(&json), "devices pools");
+        assert_eq!(keys(&json["devices"][0]), "device mountedOn openIn");
+        let pool = &json["pools"][0];
+        let want = "container devices ending maxDevices name process sinceUnixSeconds uid user";
+        assert_eq!(keys(pool), want);
+        assert_eq!(keys(&pool["process"]), "command pid");
+        let want =
+            "blockSizeBytes image mountedOn number offsetBytes openIn readOnly sizeBytes sizeLimitBytes";
+        assert_eq!(keys(&pool["devices"][0]), want);
+    }
+}
+
+#[test]
+fn a_plain_user_sees_his_own_pools() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    daemon.image("a.img");
+    ok(&daemon.run(0, &["attach", "a.img"]));
+    assert_eq!(daemon.json(PLAIN, &["list"]), serde_json::json!({ "devices": [], "pools": [] }));
+    daemon.tenant(0, "ci");
+    let pid = daemon.tenant(PLAIN, "p").to_string();
+    for words in [&["list"][..], &["list", "--all"]] {
+        let listed = daemon.run(PLAIN, words);
+        let want = ["pool", "65534.p", "-", "-", "nobody", &pid, "sleep", "-", "-", "-"];
+        assert_eq!(row(ok(&listed), "pool"), want);
+        assert_eq!(listed.out.lines().count(), 2, "{listed:?}");
+    }
+    fails(&daemon.run(PLAIN, &["list", "--instance", "default"]), 6, "loopengine: ");
+    // What root lists without a word is what it was.
+    assert!(daemon.json(0, &["list"]).is_array());
+}
+
+#[test]
+fn instance_list_counts_pools() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    let before = daemon.run(0, &["instance", "list"]);
+    assert_eq!(ok(&before).lines().count(), 2, "{before:?}");
+    daemon.tenant(PLAIN, "p");
+    let after = daemon.run(0, &["instance", "list"]);
+    let footer = "\n1 private pool with 1 device: 'loopengine list --all' shows them\n";
+    assert_eq!(ok(&after), before.out + footer);
+}
+
+#[test]
+fn an_image_is_found_by_what_it_is() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    let (image, bound) = (daemon.image("a.img"), daemon.image("b.img"));
+    daemon.image("other.img");
+    fs::hard_link(&image, image.with_file_name("hard.img")).unwrap();
+    fs::hard_link(&bound, image.with_file_name("hard-b.img")).unwrap();
+    std::os::unix::fs::symlink(&image, image.with_file_name("link.img")).unwrap();
+    ok(&daemon.run(0, &["attach", "a.img"]));
+    daemon.tenant(PLAIN, "p");
+    daemon.bindings.to(&bound, rustix::fs::makedev(259, 7000));
+    for name in ["a.img", "./hard.img", "link.img"] {
+        let found = daemon.json(0, &["find", name]);
+        assert_eq!(found["devices"][0]["device"]["path"], "/run/fake/default/loop0", "{name}");
+        assert_eq!(
+            (found["devices"].as_array().unwrap().len(), &found["pools"]),
+            (1, &serde_json::json!([]))
+        );
+    }
+    for uid in [0, PLAIN] {
+        let found = daemon.run(uid, &["find", "hard-b.img"]);
+        assert_eq!(row(ok(&found), "pool")[..3], ["pool", "65534.p", "loop0"]);
+        assert_eq!(found.out.lines().count(), 2, "{found:?}");
+    }
+    fails(&daemon.run(0, &["find", "other.img"]), 3, "other.img has no device");
+    fails(&daemon.run(PLAIN, &["find", "a.img"]), 3, "no device that this user may see");
+    fails(&daemon.run(0, &["find", "none.img"]), 3, "there is no none.img");
+    // A name that is gone is the name still.
+    fs::remove_file(&image).unwrap();
+    assert_eq!(daemon.json(0, &["find", "a.img"])["devices"][0]["device"]["number"], 0);
+}
+
+#[test]
+fn an_image_is_detached_if_it_has_one_device() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    let (image, bound) = (daemon.image("a.img"), daemon.image("b.img"));
+    fs::hard_link(&image, image.with_file_name("hard.img")).unwrap();
+    daemon.image("other.img");
+    ok(&daemon.run(0, &["attach", "a.img"]));
+    assert_eq!(ok(&daemon.run(0, &["detach", "hard.img"])), "/run/fake/default/loop0\n");
+    fails(&daemon.run(0, &["detach", "a.img"]), 3, "a.img is not attached");
+    ok(&daemon.run(0, &["attach", "-r", "a.img"]));
+    ok(&daemon.run(0, &["attach", "-r", "a.img"]));
+    let says = "a.img is attached as default/loop0, default/loop1; give one of these devices";
+    fails(&daemon.run(0, &["detach", "a.img"]), 2, says);
+    // A file that is called like a device does not hide the device.
+    fs::create_dir(image.with_file_name("default")).unwrap();
+    daemon.image("default/loop1");
+    assert_eq!(ok(&daemon.run(0, &["detach", "default/loop1"])), "/run/fake/default/loop1\n");
+    let both = daemon.run(0, &["detach", "a.img", "default/loop9"]);
+    assert_eq!((both.code, both.out.as_str()), (3, "/run/fake/default/loop0\n"), "{both:?}");
+
+    let pid = daemon.tenant(PLAIN, "p");
+    daemon.bindings.to(&bound, rustix::fs::makedev(259, 7000));
+    let says = format!(
+        "b.img is loop0 of private pool 65534.p (user nobody, pid {pid} (sleep)); unbind it there: \
+         'loopengine losetup --pool 65534.p --detach loop0'"
+    );
+    fails(&daemon.run(0, &["detach", "b.img"]), 4, &says);
+    fails(&daemon.run(PLAIN, &["detach", "b.img"]), 4, &says);
+}
+
+/// With pools there to be had, whatever the kernel of this machine.
+#[test]
+fn doctor_tells_users_what_works() {
+    let Some(daemon) = Daemon::start() else { return };
+    let checks = |uid, words: &[&str]| -> Vec<(String, String, String)> {
+        let words: Vec<&str> = ["doctor", "--json"].iter().chain(words).copied().collect();
+        let ran = daemon.run(uid, &words);
+        let checks: Vec<Value> = serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{ran:?}"));
+        let problems = checks.iter().any(|check| check["verdict"] == "problem");
+        assert_eq!(ran.code, i32::from(problems), "{ran:?}");
+        let text = |check: &Value, key: &str| check[key].as_str().unwrap_or_default().to_owned();
+        let each = |check: &Value| (text(check, "name"), text(check, "verdict"), text(check, "advice"));
+        checks.iter().map(each).collect()
+    };
+    let names = |checks: &[(String, String, String)]| {
+        checks.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
+    };
+    for (uid, goal, want) in [
+        (0, "run", "private devices, pool"),
+        (0, "mount", "private devices, pool"),
+        (0, "podman", "private devices, pool, podman, runtime, runtime's socket"),
+        (0, "kubernetes", "private devices, pool, runtime's socket, pods"),
+        (PLAIN, "run", "private devices, pool, user namespaces, FUSE"),
+        (PLAIN, "mount", "private devices, pool, FUSE"),
+        (PLAIN, "podman", "private devices, pool, containers"),
+    ] {
+        let found = checks(uid, &["--for", goal]);
+        assert_eq!(names(&found), want, "{uid} {goal}");
+        assert!(found[..2].iter().all(|(_, verdict, _)| verdict == "ok"), "{found:?}");
+    }
+    let own = checks(PLAIN, &[]);
+    assert_eq!(names(&own), "private devices, pool, user namespaces, FUSE");
+    assert!(own.iter().all(|(.., advice)| !advice.contains("run this as root")), "{own:?}");
+    let of_daemon = checks(0, &[]);
+    for name in ["driver", "block devices", "private devices", "daemon"] {
+        assert!(of_daemon.iter().any(|(found, ..)| found == name), "{name}: {of_daemon:?}");
+    }
+}
+
+#[test]
+fn users_are_told_what_they_can_do() {
+    let Some(daemon) = Daemon::start() else { return };
+    daemon.image("a.img");
+    fs::set_permissions(daemon.dir.path().join("a.img"), std::os::unix::fs::PermissionsExt::from_mode(0o666))
+        .unwrap();
+    for words in [&["attach", "a.img"][..], &["detach", "--all"], &["stats"], &["resize", "loop0"]] {
+        let ran = daemon.run(PLAIN, words);
+        fails(&ran, 6, "; run this as root; ");
+        let missing = loopengine::kernels::PRIVATE.missing();
+        assert!(ran.err.contains(missing.as_deref().unwrap_or("'loopengine mount IMAGE DIR'")), "{ran:?}");
+    }
+}
