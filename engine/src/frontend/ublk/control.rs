@@ -88,7 +88,7 @@ fn open() -> Result<File> {
     File::options().read(true).write(true).open(NODE).map_err(|error| {
         let hint = match error.raw_os_error() {
             Some(libc::ENOENT) => {
-                "load the driver with 'modprobe ublk_drv' (Linux 6.1 or newer with CONFIG_BLK_DEV_UBLK)"
+                "load the driver with 'modprobe ublk_drv' (Linux 6.5 or newer with CONFIG_BLK_DEV_UBLK)"
             }
             _ => "run the daemon as root",
         };

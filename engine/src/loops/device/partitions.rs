@@ -15,7 +15,7 @@ const NUMBERS: std::ops::Range<u32> = 1..256;
 impl Device {
     /// BLKRRPART.
     pub fn reread_partitions(&mut self, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
-        if !self.binding.as_ref().is_some_and(|binding| binding.info.flags & flag::PARTSCAN != 0) {
+        if self.binding.as_ref().is_none_or(|binding| binding.info.flags & flag::PARTSCAN == 0) {
             return Err(Errno::INVAL);
         }
         // The caller may have it open with O_EXCL itself: only its mounts and stacks upon it are in the way.
@@ -89,7 +89,7 @@ impl Device {
     fn check_range(&self, part: &partitions::Part) -> Answer<()> {
         let disk = self.disk()?;
         let block = u64::from(disk.block_size);
-        let is_whole = part.size > 0 && part.start % block == 0 && part.size % block == 0;
+        let is_whole = part.size > 0 && part.start.is_multiple_of(block) && part.size.is_multiple_of(block);
         let end = part.start.checked_add(part.size);
         if is_whole && end.is_some_and(|end| end <= disk.size()) { Ok(()) } else { Err(Errno::INVAL) }
     }

@@ -181,7 +181,7 @@ fn same(ctx: &Ctx, script: &str) -> Res {
     clean()?;
     let mut wrong = 0;
     for (theirs, ours) in theirs.lines().zip(ours.lines()) {
-        let known = KNOWN.iter().any(|known| *known == (theirs, ours));
+        let known = KNOWN.contains(&(theirs, ours));
         if theirs != ours && !known {
             wrong += 1;
             eprintln!("  kernel: {theirs}\n  ours:   {ours}");
