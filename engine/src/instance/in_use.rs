@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::frontend::Device;
+use crate::image::printable;
 use crate::sys::processes::{self, Process};
 use crate::sys::usage::Disks;
 
@@ -18,7 +19,12 @@ pub fn user_of(device: &Device) -> Option<String> {
         return None;
     }
     let disks = Disks::of(&node);
-    let mount = || disks.mounts().first().map(|directory| format!("mounted on {}", directory.display()));
+    let mount = || {
+        disks
+            .mounts()
+            .first()
+            .map(|directory| format!("mounted on {}", printable(&directory.display().to_string())))
+    };
     let swap = || disks.swaps().first().map(|_| "used as swap".to_owned());
     mount()
         .or_else(swap)

@@ -24,7 +24,7 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::{Door, Frontend, Parameters, Stop};
 use crate::image::{Image, Source};
 use crate::kernels::PRIVATE;
-use crate::loops::{Maker, PoolSpec};
+use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
 use crate::ring::Sizes;
 use crate::sys;
 use crate::worker::{Switches, WorkerHandle};
@@ -181,13 +181,13 @@ impl Instance {
         // device that has it next.
         let stopped = attached.stop(when).inspect(|()| self.unpublish(number));
         if let Err(error) = stopped.and_then(|()| attached.served.release()) {
+            self.table.put_back(number, Arc::clone(&attached));
+            if error.kind() != Kind::Busy {
+                return Err(error);
+            }
             let user = user_of(attached.served.device()).map_or(String::new(), |user| format!(": {user}"));
-            self.table.put_back(number, attached);
-            return Err(match error.kind() {
-                Kind::Busy => Error::new(Kind::Busy, format!("{path} is in use{user}"))
-                    .hint("unmount it or end what has it open; --force detaches it all the same"),
-                _ => error,
-            });
+            return Err(Error::new(Kind::Busy, format!("{path} is in use{user}"))
+                .hint("unmount it or end what has it open; --force detaches it all the same"));
         }
         let slot = attached.served.slot();
         drop(attached);
@@ -364,7 +364,8 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
     }
     let door = shared.frontend.door(Path::new("/"), 0, &[])?;
     // More than devices: partitions, and disks that were replaced and are still open, count too.
-    let sizes = Sizes::for_devices(3 * spec.max + 128);
+    let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
+    let sizes = Sizes::for_devices(3 * spec.max + 128 + partitions);
     let workers = (0..POOL_WORKERS)
         .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(), Vec::new()))
         .collect::<Result<Vec<_>>>()?;

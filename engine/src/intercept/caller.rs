@@ -276,8 +276,8 @@ impl<'a> Thread<'a> {
 
     /// Sees a file system that is mounted from the disk with this device number.
     fn has_mounted(&self, rdev: u64) -> bool {
-        let table = std::fs::read(format!("/proc/{}/mountinfo", self.tid.as_raw_nonzero()));
-        table.is_ok_and(|table| !mntns::mounted_in(&table, rdev).is_empty())
+        let table = std::fs::File::open(format!("/proc/{}/mountinfo", self.tid.as_raw_nonzero()));
+        table.is_ok_and(|table| mntns::is_mounted(std::io::BufReader::new(table), rdev)) && self.waits()
     }
 
     fn check(&self) -> Answer<()> {

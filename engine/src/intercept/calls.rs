@@ -52,7 +52,7 @@ pub trait Loops: Send + Sync {
     /// This node is a partition of a device, or was one.
     fn has_part(&self, node: &Node) -> bool;
     fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
-    fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()>;
+    fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()>;
 }
 
 impl Loops for Arc<Pool> {
@@ -101,8 +101,8 @@ impl Loops for Arc<Pool> {
     fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
         Pool::reread_partitions(self, number, caller)
     }
-    fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()> {
-        Pool::change_partition(self, number, change)
+    fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()> {
+        Pool::change_partition(self, number, change, caller)
     }
 }
 
@@ -181,8 +181,9 @@ impl Desk {
             match what {
                 What::Partition => self.partitions(None, call, &caller).map(|()| 0),
                 What::Control if call.is_of_partitions() => Err(Errno::NOTTY),
-                What::Device(number, _) if call.is_of_partitions() => {
-                    self.partitions(Some(number), call, &caller).map(|()| 0)
+                What::Device(number, node) if call.is_of_partitions() => {
+                    let current = self.loops.refresh_descriptor(number, &node, &caller);
+                    current.and_then(|()| self.partitions(Some(number), call, &caller)).map(|()| 0)
                 }
                 What::Control => self.control(call).map(i64::from),
                 What::Device(number, node) => {
@@ -229,7 +230,7 @@ impl Desk {
         }
         let partition = caller.thread.read::<BLKPG_PARTITION_BYTES>(address)?;
         let number = number.ok_or(Errno::INVAL)?;
-        self.loops.change_partition(number, &codec::blkpg_partition(operation, &partition)?)
+        self.loops.change_partition(number, &codec::blkpg_partition(operation, &partition)?, caller)
     }
 
     fn device(&self, number: u32, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {

@@ -139,7 +139,7 @@ impl Device {
         self.parts = parts;
         if self.disk()?.block_size == block_size {
             let disk = self.disk()?;
-            if let Err(error) = disk.present(image, read_only) {
+            if let Err(error) = disk.present(image, read_only, false) {
                 disk.withdraw();
                 self.drop_parts();
                 return Err(error);
@@ -147,7 +147,7 @@ impl Device {
         } else {
             // Its blocks have another size. The caller gets a new disk under the same name.
             let disk = room.make(block_size).map_err(|error| super::errno(&error))?;
-            let ready = disk.present(image, read_only);
+            let ready = disk.present(image, read_only, false);
             self.exchange(disk, ready, caller, room).inspect_err(|_| self.drop_parts())?;
         }
         self.binding = Some(binding);
@@ -264,7 +264,7 @@ impl Device {
         let mut binding = self.binding.take().ok_or(Errno::NXIO)?;
         let exchanged = binding.reopen(&info, wanted).and_then(|(image, direct)| {
             let disk = room.make(wanted).map_err(|error| super::errno(&error))?;
-            let ready = disk.present(image, binding.read_only());
+            let ready = disk.present(image, binding.read_only(), false);
             self.exchange(disk, ready, caller, room)?;
             Ok(direct)
         });

@@ -39,15 +39,16 @@ impl Disk {
         self.served.replace(image).map_err(|error| errno(&error))
     }
 
-    /// Shows a file for the first time. Read-only before anything can be written.
-    pub fn present(&self, image: Image, read_only: bool) -> Answer<()> {
+    /// Shows a file for the first time. Read-only before anything can be written; `closed`: for now.
+    pub fn present(&self, image: Image, read_only: bool, closed: bool) -> Answer<()> {
         // While nothing can be in flight. Whoever waited for the last close before did not wait for this.
         self.served.device().take_scheduler_off();
-        if read_only {
-            self.set_read_only(true)?;
-        } else if !image.geometry().can_discard {
+        if !read_only && !image.geometry().can_discard {
             // A disk offers discards before it has an image. The block layer takes a refusal for success.
             self.offer_discards(false)?;
+        }
+        if read_only || closed {
+            self.set_read_only(true)?;
         }
         self.show(image)
     }

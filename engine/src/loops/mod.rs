@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 pub use maker::Maker;
 pub use mounted::Lent;
+pub use parts::POOL_MAX as PARTITIONS_MAX;
 pub use pool::Pool;
 pub use quota::Quotas;
 pub use rustix::io::Errno;

@@ -14,10 +14,11 @@ use super::binding::Binding;
 use super::device::{Device, Room};
 use super::disk::Disk;
 use super::maker::Unrecycled;
-use super::parts::Part;
+use super::parts;
 use super::pool::Pool;
 use super::{Answer, Entry, Errno, Info, errno};
 use crate::frontend::Stop;
+use crate::image::partitions;
 use crate::sys::block;
 
 /// Nothing is read or written for so long: an unmount is not what goes on.
@@ -63,12 +64,9 @@ impl Hidden {
         self.disk.adapt()
     }
 
-    /// Shows a partition that has another size now, if it is of that one.
-    pub fn resize(&self, part: &Part, binding: &Binding) -> Answer<()> {
-        if !self.is_of(part.position().number) {
-            return Ok(());
-        }
-        self.disk.show(binding.reopen(&part.info(binding), self.disk.block_size)?.0)
+    /// Shows its partition, which has another size now.
+    pub fn show(&self, binding: &Binding, part: &partitions::Part) -> Answer<()> {
+        self.disk.show(binding.reopen(&parts::info(binding, part), self.disk.block_size)?.0)
     }
 
     /// It is of this partition.
@@ -123,7 +121,7 @@ impl Device {
         };
         let (image, _) = binding.reopen(&info, binding.block_size)?;
         let disk = room.make(binding.block_size).map_err(|error| errno(&error))?;
-        if let Err(error) = disk.present(image, binding.read_only()) {
+        if let Err(error) = disk.present(image, binding.read_only(), false) {
             if let Err(disk) = room.remove(disk, Stop::Always) {
                 tracing::error!(rdev = disk.rdev, "a disk for a mount cannot be taken away");
             }

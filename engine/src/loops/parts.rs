@@ -14,7 +14,7 @@ use crate::image::{Image, Region, partitions};
 /// Partitions of one device at the most: each is a disk of its own.
 pub const MAX: usize = 128;
 /// Partitions of all devices of a pool at the most.
-const POOL_MAX: usize = 256;
+pub const POOL_MAX: usize = 256;
 
 /// A partition that is there.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ pub fn make_all(binding: &Binding, found: &[partitions::Part], generation: u64, 
 }
 
 /// What of the file the partition shows.
-fn info(binding: &Binding, part: &partitions::Part) -> Info {
+pub fn info(binding: &Binding, part: &partitions::Part) -> Info {
     Info { offset: binding.info.offset.saturating_add(part.start), size_limit: part.size, ..binding.info }
 }
 
@@ -67,7 +67,7 @@ impl Part {
             binding.reopen(&info, binding.block_size)?.0
         };
         let disk = room.make(binding.block_size).map_err(|error| errno(&error))?;
-        if let Err(error) = disk.present(image, closed || binding.read_only()) {
+        if let Err(error) = disk.present(image, binding.read_only(), closed) {
             if let Err(disk) = room.give_back(disk) {
                 tracing::error!(rdev = disk.rdev, "the disk of a partition cannot be taken away");
             }
@@ -95,7 +95,8 @@ impl Part {
         self.disk.flush()?;
         self.disk.show(image)?;
         self.shown.size = size;
-        Ok(())
+        // Read in between, of what it was before.
+        self.disk.flush()
     }
 
     /// For directories and sysfs.

@@ -73,26 +73,32 @@ impl Place {
     /// What it is, for somebody who opens it next: not while its disk is being replaced, and that disk
     /// is then left alone for a while.
     pub(super) fn entry_to_open(&self) -> Option<Entry> {
-        let mut shown = self.wait_until_published();
+        let mut shown = self.wait_until_published()?;
         shown.named = Some(Instant::now());
         shown.entry.clone()
     }
 
     /// The same for somebody who does not.
     pub(super) fn published(&self) -> Option<Entry> {
-        self.wait_until_published().entry.clone()
+        self.wait_until_published()?.entry.clone()
     }
 
-    fn wait_until_published(&self) -> MutexGuard<'_, Shown> {
+    /// None: a disk of it is still being replaced. What was published last may name another's disk by now.
+    fn wait_until_published(&self) -> Option<MutexGuard<'_, Shown>> {
         let shown = lock(&self.shown);
         let waited = self.published.wait_timeout_while(shown, REPLACED_SOON, |shown| shown.replacing);
-        waited.unwrap_or_else(PoisonError::into_inner).0
+        Some(waited.unwrap_or_else(PoisonError::into_inner).0).filter(|shown| !shown.replacing)
     }
 
     /// This number is that of its disk, or of one that it was.
     pub(super) fn is_or_was(&self, rdev: u64) -> bool {
         let shown = lock(&self.shown);
         shown.entry.as_ref().is_some_and(|entry| entry.rdev == rdev) || shown.numbers.outgoing.contains(&rdev)
+    }
+
+    /// This number is that of its disk.
+    pub(super) fn is(&self, rdev: u64) -> bool {
+        lock(&self.shown).entry.as_ref().is_some_and(|entry| entry.rdev == rdev)
     }
 
     /// This number is that of one of its partitions, or of one that was.

@@ -21,7 +21,7 @@ use super::quota::Quotas;
 use super::reaper::{Reaper, Round};
 use super::{
     Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PartitionChange, PoolSpec, Status, Watcher,
-    errno,
+    errno, flag,
 };
 use crate::frontend::Stop;
 
@@ -220,7 +220,8 @@ impl Pool {
 
     /// LOOP_SET_STATUS64.
     pub fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()> {
-        self.change(number, |device| device.set_status(info, caller, &self.maker))
+        let moves = info.flags & flag::PARTSCAN != 0;
+        self.change_and_move(number, moves, |device| device.set_status(info, caller, &self.maker))
     }
 
     /// LOOP_SET_CAPACITY.
@@ -242,7 +243,7 @@ impl Pool {
     /// LOOP_CHANGE_FD.
     pub fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
         self.check_stack(number, &file)?;
-        self.change(number, |device| device.change_fd(file, caller, &self.maker))
+        self.change_and_move(number, true, |device| device.change_fd(file, caller, &self.maker))
     }
 
     /// BLKRRPART.
@@ -251,9 +252,9 @@ impl Pool {
     }
 
     /// BLKPG.
-    pub fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()> {
+    pub fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()> {
         let moves = matches!(change, PartitionChange::Delete(_));
-        self.change_and_move(number, moves, |device| device.change_partition(change, &self.maker))
+        self.change_and_move(number, moves, |device| device.change_partition(change, caller, &self.maker))
     }
 
     /// Somebody has unmounted something, or is about to close a device: the reaper looks soon.

@@ -71,15 +71,17 @@ pub fn kind_at(target: &Path) -> Option<String> {
 
 /// Where file systems with this device number are mounted, youngest first.
 pub fn mounted_of(device: u64) -> Vec<PathBuf> {
-    mounted_in(&fs::read(MOUNTINFO).unwrap_or_default(), device)
-}
-
-/// The same by the mountinfo of any process.
-pub fn mounted_in(table: &[u8], device: u64) -> Vec<PathBuf> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-    let table = String::from_utf8_lossy(table);
+    let table = fs::read_to_string(MOUNTINFO).unwrap_or_default();
     let ours = |mount: &Mount| mount.number == number;
     table.lines().rev().filter_map(parse).filter(ours).map(|mount| mount.target).collect()
+}
+
+/// Whether a file system with this device number is in a mountinfo, which may be long: a line at a time is kept.
+pub fn is_mounted(table: impl io::BufRead, device: u64) -> bool {
+    let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let is_it = |line: &[u8]| line.split(|byte| *byte == b' ').nth(2) == Some(number.as_bytes());
+    table.split(b'\n').map_while(io::Result::ok).any(|line| is_it(&line))
 }
 
 /// What interests us of a line of mountinfo(5).

@@ -12,6 +12,8 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
+use crate::image::printable;
+
 use super::mntns::{self, Mount};
 
 /// A process, as messages name it.
@@ -33,7 +35,8 @@ impl Process {
     /// None: there is no process of this number.
     pub fn of(pid: u32) -> Option<Process> {
         let command = fs::read(format!("/proc/{pid}/comm")).ok()?;
-        Some(Process { pid, command: String::from_utf8_lossy(command.trim_ascii_end()).into_owned() })
+        // Anybody can call himself anything; terminals obey control characters.
+        Some(Process { pid, command: printable(&String::from_utf8_lossy(command.trim_ascii_end())) })
     }
 }
 
@@ -96,8 +99,12 @@ pub fn mounts() -> Vec<Mount> {
         // One that we may not look into.
         Err(_) => false,
     });
-    let tables = fresh.filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok());
-    tables.flat_map(|table| table.lines().filter_map(mntns::parse).collect::<Vec<_>>()).collect()
+    let tables = fresh.filter_map(|pid| fs::read(format!("/proc/{pid}/mountinfo")).ok());
+    // One name that is not UTF-8 must not hide all others.
+    let parse = |table: Vec<u8>| -> Vec<Mount> {
+        String::from_utf8_lossy(&table).lines().filter_map(mntns::parse).collect()
+    };
+    tables.flat_map(parse).collect()
 }
 
 fn pids() -> impl Iterator<Item = u32> {

@@ -119,8 +119,9 @@ pub fn swaps() -> Vec<PathBuf> {
 
 /// All mounts of the machine, oldest first.
 pub fn mounts() -> Vec<Mount> {
-    let table = fs::read_to_string(FIRST_MOUNTINFO).or_else(|_| fs::read_to_string(mntns::MOUNTINFO));
-    table.unwrap_or_default().lines().filter_map(mntns::parse).collect()
+    let table = fs::read(FIRST_MOUNTINFO).or_else(|_| fs::read(mntns::MOUNTINFO)).unwrap_or_default();
+    // One name that is not UTF-8 must not hide all others.
+    String::from_utf8_lossy(&table).lines().filter_map(mntns::parse).collect()
 }
 
 /// Logs that users lose a device that ends.

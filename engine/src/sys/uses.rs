@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::mntns::Mount;
+use crate::image::printable;
+
 use super::processes::{self, Open, Process};
 use super::usage::Disks;
 
@@ -72,14 +74,16 @@ impl Uses {
 
     /// The directories that a device is mounted on, each once.
     pub fn mounted_on(&self, names: &Names) -> Vec<String> {
-        // Btrfs has a number of its own and names the node. Of FUSE anybody can name any.
+        // These have a number of their own and name the node. Of others anybody can name any.
         let is_it = |mount: &&Mount| {
-            let by_node = || !mount.kind.starts_with("fuse") && names.nodes.contains(&mount.source);
+            let by_node = || {
+                ["btrfs", "bcachefs"].contains(&mount.kind.as_str()) && names.nodes.contains(&mount.source)
+            };
             names.numbers.contains(&mount.number) || by_node()
         };
         let mut found: Vec<String> = Vec::new();
         for mount in self.mounts.iter().filter(is_it) {
-            let target = mount.target.display().to_string();
+            let target = printable(&mount.target.display().to_string());
             if !found.contains(&target) {
                 found.push(target);
             }

@@ -168,7 +168,7 @@ impl Loops for Pretend {
         Ok(())
     }
 
-    fn change_partition(&self, number: u32, change: &PartitionChange) -> Answer<()> {
+    fn change_partition(&self, number: u32, change: &PartitionChange, _: &dyn Caller) -> Answer<()> {
         self.0.log(format!("partition of {number}: {change:?}"));
         Ok(())
     }

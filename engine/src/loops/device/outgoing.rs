@@ -159,14 +159,20 @@ impl Device {
         self.is_free()
     }
 
+    /// Has partitions of outgoing disks go out by themselves.
+    pub(super) fn part_outgoing(&mut self) {
+        let parts: Vec<_> =
+            self.outgoing.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.parts)).collect();
+        self.outgoing.extend(parts.into_iter().map(Outgoing::part));
+    }
+
     /// Takes them away for good, as far as they can be had.
     pub(super) fn end_outgoing(&mut self, when: Stop, room: Room<'_>) {
         self.outgoing.extend(self.cleared.take());
-        let mut ending = std::mem::take(&mut self.outgoing);
-        let parts: Vec<_> =
-            ending.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.parts)).collect();
-        ending.extend(parts.into_iter().map(Outgoing::part));
-        for Outgoing { disk, binding, parts, since, generation, of_part } in ending {
+        self.part_outgoing();
+        for Outgoing { disk, binding, parts, since, generation, of_part } in
+            std::mem::take(&mut self.outgoing)
+        {
             match room.remove(disk, when) {
                 Ok(()) => let_go(binding),
                 Err(disk) => {

@@ -23,18 +23,29 @@ impl Device {
         if !self.mounted.is_empty() || caller.has_mounted(rdev) || self.disk()?.has_holders() {
             return Err(Errno::BUSY);
         }
+        if !caller.waits() {
+            return Err(Errno::INTR);
+        }
         self.rescan(room)
     }
 
     /// The same where the kernel answers nothing of it: LOOP_SET_STATUS64 and LOOP_CHANGE_FD.
     pub(super) fn look_for_partitions(&mut self, room: Room<'_>) {
         if let Err(error) = self.rescan(room) {
-            tracing::debug!(%error, number = self.number, "the partitions stay what they are");
+            tracing::debug!(%error, "cannot rescan the partitions of loop{}", self.number);
         }
     }
 
     /// BLKPG.
-    pub fn change_partition(&mut self, change: &PartitionChange, room: Room<'_>) -> Answer<()> {
+    pub fn change_partition(
+        &mut self,
+        change: &PartitionChange,
+        caller: &dyn Caller,
+        room: Room<'_>,
+    ) -> Answer<()> {
+        if !caller.waits() {
+            return Err(Errno::INTR);
+        }
         match *change {
             PartitionChange::Delete(number) => self.delete_partition(number, room),
             PartitionChange::Add(part) => self.add_partition(part, room),
@@ -81,8 +92,16 @@ impl Device {
         self.check_free(&part)?;
         let closed = !self.mounted.is_empty();
         let binding = self.binding.as_ref().ok_or(Errno::NXIO)?;
-        self.parts[at].show(binding, part.size, closed)?;
-        self.mounted.iter().try_for_each(|hidden| hidden.resize(&self.parts[at], binding))
+        let mounted = self.mounted.iter().filter(|hidden| hidden.is_of(part.number));
+        let resize_mounted = || mounted.clone().try_for_each(|hidden| hidden.show(binding, &part));
+        // What is mounted is at least as large as what it is mounted from, whatever fails.
+        if part.size > self.parts[at].position().size {
+            resize_mounted()?;
+            self.parts[at].show(binding, part.size, closed)
+        } else {
+            self.parts[at].show(binding, part.size, closed)?;
+            resize_mounted()
+        }
     }
 
     /// Refuses what is not on the device, or not in whole blocks.
@@ -159,11 +178,16 @@ impl Device {
     /// After the device has become another part of the file, or of another file.
     pub(super) fn show_partitions(&mut self) {
         let Some(binding) = &self.binding else { return };
-        for part in &mut self.parts {
-            let size = part.position().size;
-            if let Err(error) = part.show(binding, size, false) {
-                tracing::warn!(%error, number = self.number, "a partition shows nothing any more");
-                part.disk().withdraw();
+        for mut part in std::mem::take(&mut self.parts) {
+            let position = part.position();
+            match part.show(binding, position.size, false) {
+                Ok(()) => self.parts.push(part),
+                Err(error) => {
+                    let device = self.number;
+                    tracing::warn!(%error, "loop{device}p{} is removed: its image cannot be opened", position.number);
+                    part.disk().withdraw();
+                    self.outgoing.push(super::Outgoing::part(part));
+                }
             }
         }
     }

@@ -30,6 +30,7 @@ impl Device {
                     Err(error) => tracing::warn!(%error, number = self.number, "a loop device stays bound"),
                 }
             }
+            self.part_outgoing();
             for outgoing in &mut self.outgoing {
                 outgoing.disk.withdraw();
                 let_go(outgoing.binding.take());

@@ -27,7 +27,9 @@ impl Pool {
 
     /// A block device with this number is, or was until a moment ago, a partition of a device.
     pub fn has_part(&self, rdev: u64) -> bool {
-        self.all().iter().any(|(_, place)| place.has_part(rdev))
+        let all = self.all();
+        // The disk of a partition that went may be a device's by now.
+        all.iter().any(|(_, place)| place.has_part(rdev)) && !all.iter().any(|(_, place)| place.is(rdev))
     }
 
     /// Gives a caller whose descriptor is of a disk that the device no longer is one of its disk now.
