@@ -8,6 +8,7 @@ mod partitions;
 mod reset;
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use super::binding::{Binding, check_block_size, check_info, check_kind};
 use super::disk::Disk;
@@ -39,6 +40,9 @@ pub struct Device {
     /// Of the user's account.
     _charge: Charge,
 }
+
+/// How long a round of the reaper lets go of outgoing disks of one device.
+const RELEASE_MAX: Duration = Duration::from_millis(200);
 
 /// Operations need the room that makes disks.
 pub type Room<'a> = &'a Maker;
@@ -310,7 +314,8 @@ impl Device {
 
     /// Lets go of what nobody has any more, but not of its disk.
     pub fn reap(&mut self, room: Room<'_>) {
-        self.release_outgoing(room);
+        // Others wait for the device meanwhile, and a hundred partitions take seconds.
+        self.release_outgoing(room, RELEASE_MAX);
         self.look_at_cleared(room);
         self.take_back(room);
     }
@@ -370,7 +375,7 @@ impl Device {
 
     /// Gives its unused disk back.
     pub fn retire(&mut self, room: Room<'_>) -> Answer<()> {
-        self.release_outgoing(room);
+        self.release_outgoing(room, Duration::MAX);
         if !self.outgoing.is_empty() || self.is_cleared() || self.binding.is_some() {
             return Err(Errno::BUSY);
         }

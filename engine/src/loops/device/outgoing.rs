@@ -80,7 +80,7 @@ impl Device {
     fn next_disk(&mut self, room: Room<'_>) -> Option<Disk> {
         let until = Instant::now() + DISK_SOON;
         loop {
-            self.release_outgoing(room);
+            self.release_outgoing(room, DISK_SOON);
             let made = if self.outgoing.len() < MAX { room.make(512).ok() } else { None };
             if made.is_some() || self.outgoing.is_empty() || Instant::now() >= until {
                 return made;
@@ -111,12 +111,20 @@ impl Device {
         }
     }
 
-    /// Lets go of those that nobody has open.
-    pub(super) fn release_outgoing(&mut self, room: Room<'_>) {
-        for outgoing in std::mem::take(&mut self.outgoing) {
-            let kept = self.release(outgoing, room);
-            self.outgoing.extend(kept);
+    /// Lets go of those that nobody has open, as many as can be had in that time; of the others first the next time.
+    pub(super) fn release_outgoing(&mut self, room: Room<'_>, within: Duration) {
+        let start = Instant::now();
+        let mut waiting = std::mem::take(&mut self.outgoing).into_iter();
+        let mut kept = Vec::new();
+        for outgoing in waiting.by_ref() {
+            kept.extend(self.release(outgoing, room));
+            if start.elapsed() >= within {
+                break;
+            }
         }
+        // Partitions of what was released.
+        let parts = std::mem::take(&mut self.outgoing);
+        self.outgoing = waiting.chain(parts).chain(kept).collect();
     }
 
     fn release(&mut self, outgoing: Outgoing, room: Room<'_>) -> Option<Outgoing> {
