@@ -89,7 +89,7 @@ fn reflinked(ctx: &Ctx) -> Res {
     let reason = info["reason"].as_str().unwrap_or_default();
     ensure!(info["state"] == "stuck" && reason.contains("not the file"), "list says {info}");
     daemon.ok(&["recover", &device, "--image", &image])?;
-    unchanged(&daemon, &device, &before, "none")?;
+    unchanged(&daemon, &device, &before, "imageInode")?;
     single_sectors(&device, &image, 30)?;
     daemon.detach(&device)?;
     daemon.stop()
