@@ -40,13 +40,15 @@ const PACKAGES: [Package; 18] = [
 ];
 
 /// What the tests and the bench need besides; a demo does without.
-const MORE_PACKAGES: [Package; 10] = [
+const MORE_PACKAGES: [Package; 12] = [
     ("fuse3", "file systems in user space"),
     ("fuse2fs", "ext4 without the kernel's"),
     ("squashfuse", "squashfs without the kernel's"),
     ("squashfs-tools", "images of squashfs"),
     ("erofs-utils", "images of erofs"),
     ("dosfstools", "images of vfat"),
+    ("parted", "partitions, parted and partprobe"),
+    ("cloud-guest-utils", "partitions, growpart"),
     ("runc", "containers by another runtime"),
     ("podman", "containers with private loop devices, as most people start them"),
     ("qemu-utils", "qemu-nbd, to compare with"),

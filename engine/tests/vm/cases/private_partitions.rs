@@ -179,6 +179,7 @@ fn same(ctx: &Ctx, script: &str) -> Res {
     clean()?;
     let ours = Inside::new(ctx, &daemon).run_for(SCRIPT, &format!("{script}\n{NOTHING_OUTSIDE}"))?;
     clean()?;
+    ensure!(!theirs.contains("status 127"), "a tool is not installed: {theirs}");
     let mut wrong = 0;
     for (theirs, ours) in theirs.lines().zip(ours.lines()) {
         let known = KNOWN.contains(&(theirs, ours));
