@@ -32,6 +32,8 @@ pub struct Device {
     pub(super) mounted: Vec<Hidden>,
     /// What it was until LOOP_CLR_FD, and is again if that was not its last user.
     cleared: Option<Outgoing>,
+    /// It was cleared, and is bound again since somebody had it open for long.
+    bound_again: bool,
     /// Disks that it no longer is, but that somebody has open.
     outgoing: Vec<Outgoing>,
     generation: u64,
@@ -57,6 +59,7 @@ impl Device {
             parts: Vec::new(),
             mounted: Vec::new(),
             cleared: None,
+            bound_again: false,
             outgoing: Vec::new(),
             generation,
             last_generation: generation,
@@ -97,6 +100,11 @@ impl Device {
     pub fn is_awaited(&self) -> bool {
         let held = self.is_cleared() || !self.outgoing.is_empty() || !self.mounted.is_empty();
         held || self.is_to_be_unbound()
+    }
+
+    /// LOOP_CLR_FD came: it is bound for those who have it open, and for nobody else.
+    pub fn is_leaving(&self) -> bool {
+        self.bound_again && self.is_to_be_unbound()
     }
 
     /// Its last close unbinds it.
@@ -155,6 +163,7 @@ impl Device {
             self.exchange(disk, ready, caller, room).inspect_err(|_| self.drop_parts())?;
         }
         self.binding = Some(binding);
+        self.bound_again = false;
         self.outgoing.extend(self.cleared.take());
         Ok(())
     }

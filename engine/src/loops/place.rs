@@ -42,6 +42,8 @@ struct Shown {
     replacing: bool,
     /// The replacement was put off, since somebody was about to open the disk.
     put_off: bool,
+    /// See [`Device::is_leaving`].
+    leaving: bool,
     /// All who watch know of it: its number may be given out.
     announced: bool,
     /// When somebody was last told its device number, to open it.
@@ -112,6 +114,14 @@ impl Place {
 
     pub(super) fn is_shown_bound(&self) -> bool {
         lock(&self.shown).entry.as_ref().is_some_and(|entry| entry.bound.is_some())
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        lock(&self.shown).leaving
+    }
+
+    pub(super) fn set_leaving(&self, leaving: bool) {
+        lock(&self.shown).leaving = leaving;
     }
 
     /// From now on nobody is told its device number, and nobody who was told is about to open it.

@@ -100,7 +100,18 @@ impl Pool {
     /// One device, for somebody who opens it next. If its disk is being replaced just now, waits for
     /// that, not long; and the disk is not replaced right after.
     pub fn entry(&self, number: u32) -> Option<Entry> {
-        self.place(number).ok()?.entry_to_open()
+        let place = self.place(number).ok()?;
+        // After its last close the kernel's driver opens none that is bound still; the reaper may come later.
+        if place.is_leaving()
+            && let Ok(mut device) = place.lock_within(SHORT_PATIENCE)
+        {
+            if device.is_leaving() {
+                place.begin_replacing();
+                device.unbind(&self.maker);
+            }
+            self.settle(number, &place, device);
+        }
+        place.entry_to_open()
     }
 
     /// One device as it was shown last, without any wait: for who is told of the next change too.
@@ -390,6 +401,7 @@ impl Pool {
     fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
         // Before anybody is told, who may ask for the entry.
         let changed = place.publish(device.entry(), device.numbers());
+        place.set_leaving(device.is_leaving());
         drop(device);
         if changed {
             self.tell(number);

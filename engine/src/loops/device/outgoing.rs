@@ -150,6 +150,7 @@ impl Device {
             Some(was) if was.since.elapsed() >= UNBOUND_MAX && self.binding.is_none() => {
                 let unused = self.disk.replace(was.disk);
                 (self.binding, self.parts) = (was.binding, was.parts);
+                self.bound_again = true;
                 self.outgoing.extend(unused.map(Outgoing::bare));
                 // The same disk with the same file: names and descriptors that were its are so again.
                 self.generation = was.generation;

@@ -19,13 +19,15 @@ pub(super) fn cases() -> Vec<Case> {
             rounds(ctx, plan)
         })
     };
-    let usual = Plan { threads: 1, pace_ms: 0, how: "configure", beside: 0 };
+    let usual = Plan { threads: 1, pace_ms: 0, late_ms: 0, how: "configure", beside: 0, everyday: 100 };
     vec![
         rounds("no_round_is_missed", usual),
         rounds("none_with_set_fd", Plan { how: "set", ..usual }),
         rounds("none_under_load", Plan { beside: 4, ..usual }),
         rounds("none_on_eight_devices", Plan { threads: 8, ..usual }),
         rounds("none_paced", Plan { pace_ms: 50, ..usual }),
+        // As where the client is not scheduled for long: what is bound again meanwhile is not in its way.
+        rounds("none_closed_late", Plan { late_ms: 1300, everyday: 5, ..usual }),
         case("private::rounds::none_of_losetup", Needs::Private, 600, of_losetup),
         case("private::rounds::all_of_24_at_once", Needs::Private, 600, at_once),
     ]
@@ -35,14 +37,16 @@ pub(super) fn cases() -> Vec<Case> {
 struct Plan {
     threads: u64,
     pace_ms: u64,
+    late_ms: u64,
     how: &'static str,
     /// Busy loops with low priority beside it.
     beside: usize,
+    /// Rounds every day, and of the kernel's driver: so that what is asked for here is what it does.
+    everyday: u64,
 }
 
-/// Rounds every day, and of the kernel's driver: so that what is asked for here is what it does.
-const EVERYDAY: u64 = 100;
-const FULL: u64 = 10_000;
+/// Times as many with `--full`.
+const FULL: u64 = 100;
 /// For them, also beside other machines on a busy host.
 const EVERYDAY_SECS: u64 = 200;
 const FULL_SECS: u64 = 6000;
@@ -52,14 +56,17 @@ fn rounds(ctx: &Ctx, plan: Plan) -> Res {
     std::fs::copy(std::env::current_exe()?, &client).at("copy this program")?;
     // Where it can be had.
     if let Ok(driver) = Driver::load() {
-        let kernel = client_of(ctx, Command::new(&client), plan, EVERYDAY, EVERYDAY_SECS)?;
+        let kernel = client_of(ctx, Command::new(&client), plan, plan.everyday, EVERYDAY_SECS)?;
         driver.unload()?;
         ensure!(kernel.1.is_empty(), "the kernel's driver: {}", kernel.1);
     }
     let daemon = Daemon::start(ctx)?;
     let mut command = daemon.command_of(&ctx.host.program);
     command.args(["run", "--max", "32", "--", &client]);
-    let (count, secs) = if ctx.host.full { (FULL, FULL_SECS) } else { (EVERYDAY, EVERYDAY_SECS) };
+    let (count, secs) = match ctx.host.full {
+        true => (FULL * plan.everyday, FULL_SECS),
+        false => (plan.everyday, EVERYDAY_SECS),
+    };
     let beside: Vec<Running> = (0..plan.beside)
         .map(|_| {
             let mut busy = Command::new("nice");
@@ -77,9 +84,9 @@ fn rounds(ctx: &Ctx, plan: Plan) -> Res {
 
 /// How many rounds a client made, and which it missed.
 fn client_of(ctx: &Ctx, mut command: Command, plan: Plan, count: u64, secs: u64) -> Res<(u64, String)> {
-    let Plan { threads, pace_ms, how, .. } = plan;
+    let Plan { threads, pace_ms, late_ms, how, .. } = plan;
     let each = count / threads;
-    let what = format!("{WORD},{threads},{each},{secs},{pace_ms},{how}");
+    let what = format!("{WORD},{threads},{each},{secs},{pace_ms},{late_ms},{how}");
     command.args([driver::ROLE, &what]).current_dir(&ctx.dir);
     let out = Running::start(command)?.finish(Duration::from_secs(secs + 60))?.ok()?.out;
     let done = out.lines().find_map(|line| line.strip_prefix("rounds: ")?.parse().ok());

@@ -12,8 +12,8 @@ use rustix::fs::{Mode, OFlags};
 use super::abi::{self, Info};
 use super::raw::{self, Done, Memory};
 
-/// First word of what the client is to do: `rounds,THREADS,COUNT,SECONDS,PACE_MS,HOW`. `HOW` is
-/// `configure` or `set`, for LOOP_SET_FD and LOOP_SET_STATUS64.
+/// First word of what the client is to do: `rounds,THREADS,COUNT,SECONDS,PACE_MS,LATE_MS,HOW`. It closes the
+/// device `LATE_MS` after LOOP_CLR_FD. `HOW` is `configure` or `set`, for LOOP_SET_FD and LOOP_SET_STATUS64.
 pub(crate) const WORD: &str = "rounds";
 
 #[derive(Clone, Copy)]
@@ -22,6 +22,7 @@ struct Plan {
     count: u64,
     limit: Duration,
     pace: Duration,
+    late: Duration,
     configures: bool,
 }
 
@@ -34,7 +35,8 @@ pub(super) fn run(words: &str) {
         count: number(2),
         limit: Duration::from_secs(number(3)),
         pace: Duration::from_millis(number(4)),
-        configures: words[5] == "configure",
+        late: Duration::from_millis(number(5)),
+        configures: words[6] == "configure",
     };
     let lanes: Vec<_> =
         (0..plan.threads).map(|lane| std::thread::spawn(move || Lane::new(lane, plan).run())).collect();
@@ -103,6 +105,7 @@ impl Lane {
         let right = bytes == mark(self.number, turn);
         let cleared = self.call(&device, abi::CLR_FD, 0);
         cleared.map_err(|errno| ("LOOP_CLR_FD", errno))?;
+        std::thread::sleep(self.plan.late);
         if right { Ok(()) } else { Err(("bytes of another file", 0)) }
     }
 
