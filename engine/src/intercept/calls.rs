@@ -31,6 +31,7 @@ const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 // linux/fs.h and linux/blkpg.h.
 const BLKRRPART: u32 = 0x125f;
 const BLKPG: u32 = 0x1269;
+const BLKGETDISKSEQ: u32 = 0x8008_1280;
 
 /// What this room asks of a pool; tests put something else in its place.
 pub trait Loops: Send + Sync {
@@ -51,6 +52,8 @@ pub trait Loops: Send + Sync {
     fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()>;
     /// This node is a partition of a device, or was one.
     fn has_part(&self, node: &Node) -> bool;
+    /// Number of the disk whose partition this node is.
+    fn sequence(&self, node: &Node) -> Answer<u64>;
     fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
     fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()>;
 }
@@ -98,6 +101,9 @@ impl Loops for Arc<Pool> {
     fn has_part(&self, node: &Node) -> bool {
         node.block && Pool::has_part(self, node.rdev)
     }
+    fn sequence(&self, node: &Node) -> Answer<u64> {
+        Pool::sequence(self, node.rdev)
+    }
     fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
         Pool::reread_partitions(self, number, caller)
     }
@@ -136,7 +142,7 @@ impl Ioctl {
     }
 
     fn is_of_partitions(&self) -> bool {
-        matches!(self.command, BLKRRPART | BLKPG)
+        matches!(self.command, BLKRRPART | BLKPG | BLKGETDISKSEQ)
     }
 }
 
@@ -152,7 +158,7 @@ pub enum Verdict {
 enum What {
     Control,
     Device(u32, Node),
-    Partition,
+    Partition(Node),
 }
 
 impl Desk {
@@ -164,7 +170,11 @@ impl Desk {
             }
             if self.loops.has_part(node) {
                 // The block layer answers what a disk is asked as a loop device: ENOTTY.
-                return call.is_of_partitions().then_some(What::Partition);
+                return call.is_of_partitions().then_some(What::Partition(*node));
+            }
+            // The disk of a device says what its number is.
+            if call.command == BLKGETDISKSEQ {
+                return None;
             }
             self.loops.find(node).map(|number| What::Device(number, *node))
         };
@@ -179,7 +189,11 @@ impl Desk {
             let administrators = self.administrators;
             let caller = Opener { thread, fd: call.fd, flags, administrators };
             match what {
-                What::Partition => self.partitions(None, call, &caller).map(|()| 0),
+                What::Partition(node) if call.command == BLKGETDISKSEQ => {
+                    let sequence = self.loops.sequence(&node);
+                    sequence.and_then(|seq| thread.write(call.argument, &seq.to_le_bytes())).map(|()| 0)
+                }
+                What::Partition(_) => self.partitions(None, call, &caller).map(|()| 0),
                 What::Control if call.is_of_partitions() => Err(Errno::NOTTY),
                 What::Device(number, node) if call.is_of_partitions() => {
                     let current = self.loops.refresh_descriptor(number, &node, &caller);

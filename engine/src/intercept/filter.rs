@@ -8,8 +8,8 @@
 //! | call | without mounts | with |
 //! |---|---|---|
 //! | number below 133 (read, write, mmap, …) | 6 | 6 |
-//! | ioctl of others | 10 | 10 |
-//! | ioctl of ours | 7 to 10 | 7 to 10 |
+//! | ioctl of others | 11 | 11 |
+//! | ioctl of ours | 7 to 11 | 7 to 11 |
 //! | number from 133 (futex, openat, …) | 9 | 10 |
 //! | mknod | 11 | 11 |
 //!
@@ -49,7 +49,8 @@ pub enum Call {
 }
 
 /// BLKRRPART and BLKPG: the kernel would make partitions of the disk behind a device, for everybody to see.
-const PARTITIONS: [u32; 2] = [0x125f, 0x1269];
+/// BLKGETDISKSEQ: a partition of a device is a disk of its own, and would tell its own number.
+const BLOCK: [u32; 3] = [0x125f, 0x1269, 0x8008_1280];
 
 /// ioctl numbers 0x4C00 to 0x4CFF: those of loop(4). The kernel takes 32 bits of the argument.
 const IOCTL_MASK: u32 = 0xffff_ff00;
@@ -259,8 +260,9 @@ fn section(steps: &mut Vec<Step>, numbers: &Numbers, options: Options) {
         Return(Allow),
         Here(Mark::Ioctl),
         Load(low(1)),
-        Is(PARTITIONS[0], To::End(Notify), To::Next),
-        Is(PARTITIONS[1], To::End(Notify), To::Next),
+        Is(BLOCK[0], To::End(Notify), To::Next),
+        Is(BLOCK[1], To::End(Notify), To::Next),
+        Is(BLOCK[2], To::End(Notify), To::Next),
         And(IOCTL_MASK),
         Is(IOCTL_LOOP, To::End(Notify), ALLOW),
         // The mode of mknodat(2) is its third argument, that of mknod(2) the second. Character nodes

@@ -45,7 +45,7 @@ fn ioctls_of_loop_are_stopped_and_others_are_not() {
             for n in abis {
                 let ioctl = |cmd| end(&program, n.arch, n.ioctl, [3, cmd, 0, 0, 0, 0]);
                 let loops = [0x4c00, 0x4c0a, 0x4c0b, 0x4c82, 0x4cff, 0xffff_ffff_0000_4c05, 1 << 63 | 0x4c01];
-                for cmd in loops.into_iter().chain([0x125f, 0x1269, 1 << 32 | 0x125f]) {
+                for cmd in loops.into_iter().chain([0x125f, 0x1269, 0x8008_1280, 1 << 32 | 0x125f]) {
                     assert_eq!(ioctl(cmd), Notify, "{cmd:x}");
                 }
                 for cmd in [0x1200, 0x125e, 0x1260, 0x1268, 0x126a, 0x8008_1272] {
@@ -158,7 +158,7 @@ fn as_many_instructions_as_the_table_says() {
         for nr in (0..133).filter(|&nr| nr != X86_64.ioctl) {
             assert_eq!(count(program, &X86_64, nr, 0), 6, "{nr}");
         }
-        for (cmd, expected) in [(0x5401, 10), (0x4c05, 10), (0x1269, 8), (0x125f, 7)] {
+        for (cmd, expected) in [(0x5401, 11), (0x4c05, 11), (0x8008_1280, 9), (0x1269, 8), (0x125f, 7)] {
             assert_eq!(count(program, &X86_64, X86_64.ioctl, cmd), expected, "{cmd:x}");
         }
     }

@@ -76,7 +76,10 @@ impl Mirror {
     pub fn show(&self, number: u32, now: impl FnOnce() -> Option<Entry>) {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = now();
-        let (dev, sys) = entry.as_ref().map(|entry| (links(entry), sysfs::of(entry))).unwrap_or_default();
+        let (dev, sys) = entry
+            .as_ref()
+            .map(|entry| (links(entry), sysfs::of(entry, sysfs::Disk::find)))
+            .unwrap_or_default();
         let (old_dev, old_sys) = shown.remove(&number).unwrap_or_default();
         // A new device is described before it has a name, and an old one has none before it is not.
         if entry.is_some() {

@@ -41,7 +41,7 @@ pub use mirror::LOOPFS;
 pub use operation::{Asked, DeviceInfo, DeviceStatus, Operation, Outcome};
 pub use reaper::Events;
 pub use spec::{Caller, OpenSpec, Opened, PoolInfo, RESERVED_MAX};
-pub use sysfs::PLACES;
+pub use sysfs::{LIBUDEV, PLACES};
 
 use crate::accounts;
 use crate::error::{Error, Kind, Result};

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 const BLKROSET: libc::c_ulong = 0x125d;
 const BLKROGET: libc::c_ulong = 0x125e;
 const BLKFLSBUF: libc::c_ulong = 0x1261;
+const BLKGETDISKSEQ: libc::c_ulong = 0x8008_1280;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 
 /// Writes back and drops what is cached of a block device.
@@ -28,6 +29,14 @@ pub fn is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
     // SAFETY: BLKROGET writes one int, which lives until the call returns.
     answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut flag) })?;
     Ok(flag != 0)
+}
+
+/// Number of a disk in the order of all that the kernel has had.
+pub fn disk_sequence(device: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let mut sequence = 0u64;
+    // SAFETY: BLKGETDISKSEQ writes one u64, which lives until the call returns.
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKGETDISKSEQ, &raw mut sequence) })?;
+    Ok(sequence)
 }
 
 /// What a loop device of the kernel is bound to: device number of the file system, inode, and device

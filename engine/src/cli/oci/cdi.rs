@@ -12,6 +12,7 @@ use crate::cli::{daemon, out};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::DEFAULT_INSTANCE;
+use crate::private::LIBUDEV;
 
 /// Who devices are by, in CDI's names.
 const CDI_KIND: &str = "loopengine.io/loop";
@@ -91,7 +92,8 @@ fn of_pool(place: &Place) -> Result<Value> {
         .iter()
         .map(|(from, to, options)| json!({ "hostPath": from, "containerPath": to, "options": options }));
     let hook = json!({ "hookName": "createContainer", "path": place.program, "args": place.hook(place.numbers.len()) });
-    let edits = json!({ "deviceNodes": nodes.collect::<Vec<_>>(), "mounts": mounts.collect::<Vec<_>>(), "hooks": [hook] });
+    let env = [format!("{}={}", LIBUDEV.0, LIBUDEV.1)];
+    let edits = json!({ "env": env, "deviceNodes": nodes.collect::<Vec<_>>(), "mounts": mounts.collect::<Vec<_>>(), "hooks": [hook] });
     let device = json!({ "name": place.name, "containerEdits": edits });
     Ok(json!({ "cdiVersion": "0.5.0", "kind": CDI_KIND, "devices": [device] }))
 }
@@ -137,6 +139,7 @@ mod tests {
         let node =
             json!({ "path": "/dev/loop1", "type": "b", "major": 259, "minor": 300, "permissions": "rw" });
         assert_eq!(edits["deviceNodes"][1], node);
+        assert_eq!(edits["env"], json!(["SYSTEMD_DEVICE_VERIFY_SYSFS=0"]));
         assert_eq!(edits["mounts"][0]["containerPath"], "/dev/loopfs");
         assert_eq!(
             edits["hooks"][0]["args"],

@@ -8,6 +8,7 @@ use super::place::Place;
 use super::profile::{Profile, read};
 use crate::cli::out;
 use crate::error::{Error, Kind, Result};
+use crate::private::LIBUDEV;
 
 /// Print a config.json with private loop devices, for runc, crun and what uses them.
 ///
@@ -71,6 +72,7 @@ fn add(config: &mut Value, place: &Place) -> Result<()> {
             json!({ "destination": destination, "type": "bind", "source": source, "options": options }),
         );
     }
+    list(object(config, "process")?, "env")?.push(json!(format!("{}={}", LIBUDEV.0, LIBUDEV.1)));
     let hooks = list(object(config, "hooks")?, "createContainer")?;
     hooks.push(json!({ "path": place.program, "args": place.hook(0) }));
     let linux = object(config, "linux")?;
@@ -112,7 +114,8 @@ mod tests {
             "linux": { "resources": { "devices": [{ "allow": false, "access": "rwm" }] }, "namespaces": [] },
         });
         add(&mut config, &place()).unwrap();
-        assert_eq!(config["process"]["args"], json!(["sh"]));
+        let process = json!({ "args": ["sh"], "env": ["SYSTEMD_DEVICE_VERIFY_SYSFS=0"] });
+        assert_eq!(config["process"], process);
         assert_eq!(config["mounts"][0], json!({ "destination": "/proc" }));
         let dev = json!({ "destination": "/dev/loopfs", "type": "bind", "source": "/srv/ci/dev",
             "options": ["bind", "nosuid", "noexec"] });

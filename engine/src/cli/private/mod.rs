@@ -25,7 +25,7 @@ use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::intercept::filter;
-use crate::private::{OpenSpec, RESERVED_MAX};
+use crate::private::{LIBUDEV, OpenSpec, RESERVED_MAX};
 use crate::sys;
 
 use super::{cannot_run, daemon, number};
@@ -48,6 +48,9 @@ pub(super) use userns::user_name;
 /// command has no loop device of that number. So the first one is not always /dev/loop0; 'losetup -f' prints
 /// it. What the machine mounts later comes in too, except a loop device with another such number: a name
 /// means one device.
+///
+/// The command's environment has SYSTEMD_DEVICE_VERIFY_SYSFS=0: without it libudev takes no /sys/block but
+/// the kernel's own.
 ///
 /// If the daemon stops or is killed, the devices are gone for good. The command's terminal gets a line that
 /// says so. From then on losetup fails with "Function not implemented" (ENOSYS), and in a user namespace, or
@@ -197,7 +200,9 @@ fn become_command(words: &[OsString]) -> Result<u8> {
     let Some((program, arguments)) = words.split_first() else {
         return Err(Error::new(Kind::Invalid, "no command to run"));
     };
-    Ok(cannot_run(program, Command::new(program).args(arguments).exec()))
+    let mut command = Command::new(program);
+    command.args(arguments).env(LIBUDEV.0, LIBUDEV.1);
+    Ok(cannot_run(program, command.exec()))
 }
 
 #[cfg(test)]

@@ -2,10 +2,12 @@
 //!
 //! Knows device numbers; does not know who asks, nor how descriptors are looked at.
 
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::{Pool, SHORT_PATIENCE};
-use crate::loops::{Answer, Caller, Entry};
+use crate::loops::{Answer, Caller, Entry, Errno};
+use crate::sys;
 
 impl Pool {
     /// Which device (not partition) is the block device with this number, or was it until a moment ago.
@@ -30,6 +32,15 @@ impl Pool {
         let all = self.all();
         // The disk of a partition that went may be a device's by now.
         all.iter().any(|(_, place)| place.has_part(rdev)) && !all.iter().any(|(_, place)| place.is(rdev))
+    }
+
+    /// Number of the disk, in the order of all that the kernel has had, of the device whose partition has this
+    /// device number.
+    pub fn sequence(&self, rdev: u64) -> Answer<u64> {
+        let has = |entry: &Entry| entry.partitions.iter().any(|partition| partition.rdev == rdev);
+        let number = self.find_entry(has).ok_or(Errno::NXIO)?.number;
+        let disk = self.place(number)?.lock()?.disk()?.open(false)?;
+        sys::block::disk_sequence(disk.as_fd())
     }
 
     /// Gives a caller whose descriptor is of a disk that the device no longer is one of its disk now.

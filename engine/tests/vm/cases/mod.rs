@@ -33,6 +33,7 @@ mod private_podman;
 mod private_rounds;
 mod private_script;
 mod private_socket;
+mod private_sysfs;
 mod private_users;
 mod recovery;
 mod recovery_image;
@@ -93,6 +94,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_lifetime::cases(),
         private_nspawn::cases(),
         private_partitions::cases(),
+        private_sysfs::cases(),
         private_podman::cases(),
         private_rounds::cases(),
     ]

@@ -168,7 +168,7 @@ free; echo "left: $(ls -d ${dev}p* 2>/dev/null | wc -l)"
 "#;
 
 /// The lines of a script on the kernel's driver, and in a pool.
-fn same(ctx: &Ctx, script: &str) -> Res {
+pub(super) fn same(ctx: &Ctx, script: &str) -> Res {
     let script = format!("{TELL}\n{script}");
     let dir = ctx.dir.display().to_string();
     let clean = || tools::sh(format!("cd {dir} && rm -rf disk said mnt"));
