@@ -72,7 +72,10 @@ impl Room for BoundPool {
 
     fn entries(&self) -> Vec<Entry> {
         let bound = self.0.0.lock().unwrap().clone().map(|(backing_file, rdev)| {
-            (Bound { backing_file, offset: 512, size_limit: 0, flags: flag::READ_ONLY }, rdev)
+            let stat = rustix::fs::stat(&backing_file);
+            let (image_device, image_inode) = stat.map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
+            let flags = flag::READ_ONLY;
+            (Bound { backing_file, image_device, image_inode, offset: 512, size_limit: 0, flags }, rdev)
         });
         let entry = |number, rdev, bound| Entry {
             number,

@@ -148,6 +148,8 @@ impl Devices for Fake {
         let info = with.info;
         entry.bound = Some(Bound {
             backing_file: path.unwrap(),
+            image_device: stat.st_dev,
+            image_inode: stat.st_ino,
             offset: info.offset,
             size_limit: info.size_limit,
             flags: info.flags,
@@ -234,6 +236,8 @@ impl Kernel {
                 offset: text("loop/offset").parse().unwrap(),
                 size_limit: text("loop/sizelimit").parse().unwrap(),
                 backing_file: path.into(),
+                image_device: meta.dev(),
+                image_inode: meta.ino(),
                 flags,
             };
             let device = Entry {

@@ -122,6 +122,8 @@ impl Room for FakePool {
                 let info = asked.info.clone().unwrap();
                 let bound = Bound {
                     backing_file,
+                    image_device: 1,
+                    image_inode: 2,
                     offset: info.offset,
                     size_limit: info.size_limit,
                     flags: info.flags,
@@ -354,6 +356,8 @@ fn util_linux_reads_it() {
     let pool = daemon.pool();
     let bound = Bound {
         backing_file: "/images/a.img".into(),
+        image_device: 1,
+        image_inode: 2,
         offset: 512,
         size_limit: 1 << 20,
         flags: flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN,

@@ -170,8 +170,14 @@ impl Binding {
 
     /// For directories and sysfs.
     pub fn shown(&self) -> Bound {
+        let (image_device, image_inode) = match self.rdevice {
+            0 => (self.device, self.inode),
+            rdevice => (rdevice, 0),
+        };
         Bound {
             backing_file: path(&self.file),
+            image_device,
+            image_inode,
             offset: self.info.offset,
             size_limit: self.info.size_limit,
             flags: self.info.flags,

@@ -163,6 +163,10 @@ pub struct Bound {
     /// Path of the file as its opener sees it, with " (deleted)" if it is. In JSON, what is not UTF-8 is U+FFFD.
     #[serde(serialize_with = "lossy")]
     pub backing_file: PathBuf,
+    /// Device number of the file system that the file is in; of the block device itself, if it is one.
+    pub image_device: u64,
+    /// Inode number of the file; 0: it is a block device.
+    pub image_inode: u64,
     /// First byte of the file.
     pub offset: u64,
     /// Bytes at the most; 0: to the end.

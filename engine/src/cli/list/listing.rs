@@ -97,8 +97,8 @@ pub(crate) struct LoopDevice {
 /// An image that is looked for: by what it is, or, once it has no name any more, by the name that it had.
 pub(in crate::cli) struct Image {
     path: PathBuf,
-    /// File system and inode, or 0 and 0; then the block device's number, or 0.
-    identity: Option<(u64, u64, u64)>,
+    /// File system and inode, or the block device's number and 0.
+    identity: Option<(u64, u64)>,
 }
 
 impl Image {
@@ -106,8 +106,8 @@ impl Image {
         use std::os::unix::fs::FileTypeExt;
         let cannot = |error| Error::os(error, format!("cannot look for {}", path.display()));
         let identity = match std::fs::metadata(path) {
-            Ok(meta) if meta.file_type().is_block_device() => Some((0, 0, meta.rdev())),
-            Ok(meta) => Some((meta.dev(), meta.ino(), 0)),
+            Ok(meta) if meta.file_type().is_block_device() => Some((meta.rdev(), 0)),
+            Ok(meta) => Some((meta.dev(), meta.ino())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(cannot(error)),
         };
@@ -115,24 +115,19 @@ impl Image {
     }
 
     pub(in crate::cli) fn is_of(&self, device: &DeviceInfo) -> bool {
-        let DeviceInfo { image_device, image_inode, .. } = *device;
         match self.identity {
-            Some((0, 0, rdev)) => (image_device, image_inode) == (rdev, 0),
-            Some((dev, ino, _)) => (image_device, image_inode) == (dev, ino),
+            Some(identity) => identity == (device.image_device, device.image_inode),
             None => self.path == Path::new(&device.image),
         }
     }
 
-    fn is_bound_to(&self, remote: &mut Remote, entry: &Entry) -> bool {
+    fn is_bound_to(&self, entry: &Entry) -> bool {
         let Some(bound) = &entry.bound else { return false };
-        let Some(identity) = self.identity else {
-            let name = bound.backing_file.display().to_string();
-            return self.path == Path::new(name.strip_suffix(" (deleted)").unwrap_or(&name));
-        };
-        remote.status(entry.number).is_ok_and(|status| match identity {
-            (0, 0, rdev) => status.rdevice == rdev,
-            (dev, ino, _) => (status.device, status.inode) == (dev, ino),
-        })
+        if let Some(identity) = self.identity {
+            return identity == (bound.image_device, bound.image_inode);
+        }
+        let name = bound.backing_file.display().to_string();
+        self.path == Path::new(name.strip_suffix(" (deleted)").unwrap_or(&name))
     }
 }
 
@@ -173,7 +168,7 @@ fn pool_of(info: PoolInfo, run_dir: &Path, image: Option<&Image>, uses: &Uses) -
         remote => remote?,
     };
     let mut entries = remote.entries().unwrap_or_default();
-    entries.retain(|entry| image.is_none_or(|image| image.is_bound_to(&mut remote, entry)));
+    entries.retain(|entry| image.is_none_or(|image| image.is_bound_to(entry)));
     if image.is_some() && entries.is_empty() {
         return Ok(None);
     }

@@ -126,5 +126,12 @@ pub(super) fn host_device() -> Option<u64> {
 
 /// Something to be bound to.
 pub(super) fn bound() -> Bound {
-    Bound { backing_file: "/a.img".into(), offset: 0, size_limit: 0, flags: 0 }
+    Bound {
+        backing_file: "/a.img".into(),
+        image_device: 1,
+        image_inode: 2,
+        offset: 0,
+        size_limit: 0,
+        flags: 0,
+    }
 }
