@@ -4,6 +4,7 @@
 //! interface only: `serve` starts it, `features` and `doctor` ask it what the kernel grants.
 
 mod attach;
+mod complete;
 mod create;
 mod daemon;
 mod detach;
@@ -160,6 +161,7 @@ pub(crate) fn command() -> clap::Command {
 
 /// The program.
 pub fn main() -> ExitCode {
+    complete::answer_shell();
     let words: Vec<OsString> = std::env::args_os().collect();
     let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
