@@ -50,7 +50,7 @@ fn names_that_the_daemon_knows() {
     let run_dir = daemon.run_dir();
     let elsewhere = run_dir.display().to_string();
     for (words, names) in [
-        (&["detach", ""][..], &["build/loop0", "default/loop0"][..]),
+        (&["detach", ""][..], &["default/loop0", "build/loop0"][..]),
         (&["stats", "b"], &["build/loop0"]),
         (&["resize", "default/"], &["default/loop0"]),
         (&["recover", "build/loop0"], &["build/loop0"]),

@@ -91,7 +91,7 @@ fn path_parser() -> impl clap::builder::TypedValueParser<Value = DataPath> {
 }
 
 /// A specification with nothing special in it.
-pub(super) fn plain(instance: &str) -> AttachSpec {
+pub(crate) fn plain(instance: &str) -> AttachSpec {
     AttachSpec {
         instance: instance.to_owned(),
         path: String::new(),

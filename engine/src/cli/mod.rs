@@ -5,6 +5,7 @@
 
 mod attach;
 mod complete;
+mod configured;
 mod create;
 mod daemon;
 mod detach;
@@ -22,7 +23,7 @@ pub mod losetup;
 mod man;
 mod mount;
 mod mount_loop;
-mod number;
+pub(crate) mod number;
 mod oci;
 mod out;
 mod pool;
@@ -34,7 +35,7 @@ mod remote;
 mod resize;
 mod run;
 mod serve;
-mod size;
+pub(crate) mod size;
 mod stats;
 mod table;
 mod wanted;
@@ -49,6 +50,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::RUN_DIR;
 use crate::error::{Error, Kind, Result};
 
+#[cfg(test)]
+pub(crate) use attach::plain;
 pub use mount_loop::main as mount_loop;
 
 /// Serves image files as fast, private block devices.
