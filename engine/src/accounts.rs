@@ -2,7 +2,7 @@
 //!
 //! One person can act as many ids: those that /etc/subuid gives him, and those of user namespaces that
 //! he made. Limits per user hold for the person, so every such id has an *account*: its owner's id.
-//! Knows /etc/subuid and what was learned of sockets' creators. Does not know any limit.
+//! Knows /etc/subuid, /etc/passwd and what was learned of sockets' creators. Does not know any limit.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use crate::error::{Error, Kind, Result};
 use crate::received::open_regular;
 
 /// Larger files are not read.
@@ -65,26 +66,44 @@ fn refresh_from(subuid: &Path, passwd: &Path) {
     if table().version == Some(version) {
         return;
     }
-    let read = |path: &Path| {
-        let mut text = String::new();
-        let file = open_regular(path).and_then(|file| file.take(FILE_MAX).read_to_string(&mut text));
-        file.map(|_| text).unwrap_or_default()
-    };
     let ranges = parse(&read(subuid), &read(passwd));
     let mut table = table();
     (table.ranges, table.version) = (ranges, Some(version));
 }
 
+/// The id of a user, given by its number or by its name in /etc/passwd: not by what a network knows, which
+/// may not answer.
+pub fn uid_of(user: &str) -> Result<u32> {
+    if let Ok(uid) = user.parse() {
+        return Ok(uid);
+    }
+    let passwd = read(Path::new("/etc/passwd"));
+    ids(&passwd).get(user).copied().ok_or_else(|| {
+        let message = format!("no user '{user}' is in /etc/passwd");
+        Error::new(Kind::NotFound, message).hint("give the user's number, as 'id -u NAME' prints it")
+    })
+}
+
+/// A file of /etc, or nothing.
+fn read(path: &Path) -> String {
+    let mut text = String::new();
+    let file = open_regular(path).and_then(|file| file.take(FILE_MAX).read_to_string(&mut text));
+    file.map(|_| text).unwrap_or_default()
+}
+
+/// Names and numbers of a passwd(5) file.
+fn ids(passwd: &str) -> BTreeMap<&str, u32> {
+    let entry = |line| {
+        let mut fields = str::split(line, ':');
+        Some((fields.next()?, fields.nth(1)?.parse().ok()?))
+    };
+    passwd.lines().filter_map(entry).collect()
+}
+
 /// Lines `OWNER:FIRST:COUNT`, where the owner is a name of `passwd` or a number. Ids below 1000 are no
 /// range of anybody's; of ranges that overlap the first counts.
 fn parse(subuid: &str, passwd: &str) -> BTreeMap<u32, (u32, u32)> {
-    let ids: BTreeMap<&str, u32> = passwd
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(':');
-            Some((fields.next()?, fields.nth(1)?.parse().ok()?))
-        })
-        .collect();
+    let ids = ids(passwd);
     let mut ranges = BTreeMap::<u32, (u32, u32)>::new();
     for line in subuid.lines() {
         let fields: Vec<_> = line.trim().split(':').collect();

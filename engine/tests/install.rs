@@ -77,6 +77,9 @@ fn all_is_placed_and_all_is_taken_away() {
     for path in [
         "/usr/local/bin/loopengine",
         "/etc/systemd/system/loopengine.service",
+        "/etc/systemd/system/loopengine.socket",
+        "/etc/systemd/system/loopengine-private.socket",
+        "/usr/local/share/loopengine/fuse.conf",
         "/etc/udev/rules.d/59-loopengine.rules",
         "/etc/modules-load.d/loopengine.conf",
         "/etc/modprobe.d/loopengine.conf",
@@ -103,6 +106,64 @@ fn all_is_placed_and_all_is_taken_away() {
     assert_eq!(taken, placed);
     assert_eq!(root.all(), before);
     root.fails(&["--uninstall"], 3, "nothing was installed");
+}
+
+/// Each setting of the unit that gives the service a mount namespace, as systemd.exec(5) has them.
+#[test]
+fn the_drop_in_switches_off_what_hides_files() {
+    const HIDES: [&str; 18] = [
+        "PrivateMounts",
+        "PrivateTmp",
+        "PrivateDevices",
+        "ProtectSystem",
+        "ProtectHome",
+        "ProtectHostname",
+        "ProtectKernelModules",
+        "ProtectKernelLogs",
+        "ProtectKernelTunables",
+        "ProtectControlGroups",
+        "ProtectProc",
+        "ReadOnlyPaths",
+        "ReadWritePaths",
+        "InaccessiblePaths",
+        "BindPaths",
+        "TemporaryFileSystem",
+        "RootDirectory",
+        "MountFlags",
+    ];
+    let share = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/systemd");
+    let unit = fs::read_to_string(share.join("loopengine.service")).unwrap();
+    let drop_in = fs::read_to_string(share.join("fuse.conf")).unwrap();
+    let set = unit.lines().filter_map(|line| line.split_once('=')).map(|(setting, _)| setting);
+    let hiding: Vec<&str> = set.filter(|setting| HIDES.contains(setting)).collect();
+    assert!(!hiding.is_empty());
+    for setting in hiding {
+        assert!(drop_in.lines().any(|line| line == format!("{setting}=no")), "{setting}");
+    }
+}
+
+#[test]
+fn systemd_takes_the_units() {
+    let root = Root::new();
+    root.ok(&["--prefix", "/usr"]);
+    let at = root.at("/usr/lib/systemd/system");
+    let drop_ins = at.join("loopengine.service.d");
+    fs::create_dir(&drop_ins).unwrap();
+    fs::copy(root.at("/usr/share/loopengine/fuse.conf"), drop_ins.join("fuse.conf")).unwrap();
+    let mut verify = Command::new("systemd-analyze");
+    verify.args(["verify", "--man=no", "--recursive-errors=no"]);
+    verify.args(
+        ["loopengine.service", "loopengine.socket", "loopengine-private.socket"].map(|unit| at.join(unit)),
+    );
+    let Ok(ran) = verify.env("SYSTEMD_UNIT_PATH", format!("{}:", at.display())).output() else {
+        eprintln!("skipped: needs systemd-analyze");
+        return;
+    };
+    let said = String::from_utf8_lossy(&ran.stderr);
+    // Of the machine's own units, and of the program, which is not in /usr here, it may say what it likes.
+    let ours = |line: &&str| line.contains("loopengine") && !line.contains("is not executable");
+    let complaints: Vec<&str> = said.lines().filter(ours).collect();
+    assert!(complaints.is_empty(), "{said}");
 }
 
 #[test]

@@ -435,9 +435,47 @@ fn limits_bind_users_and_root_changes_them() {
     assert_eq!(run("13").status.code(), Some(0));
     let shown = daemon.program(0).args(["limit", "--json"]).output().unwrap();
     let shown: serde_json::Value = serde_json::from_str(&out(&shown)).unwrap();
-    assert_eq!((&shown[0]["max_devices"], &shown[1]["max_devices"]), (&12.into(), &100.into()));
+    assert_eq!((&shown[0]["maxDevices"], &shown[1]["maxDevices"]), (&12.into(), &100.into()));
     out(&daemon.program(0).args(["limit", &user, "default"]).output().unwrap());
     assert_eq!(run("13").status.code(), Some(125));
+}
+
+/// As 'loopengine limit' shows them, by name and number.
+#[test]
+fn the_configuration_gives_users_limits() {
+    let Some(daemon) = Daemon::start() else { return };
+    let limit = |uid, words: &[&str]| daemon.program(uid).arg("limit").args(words).output().unwrap();
+    let row = |user: &str| {
+        let shown = out(&limit(0, &[user]));
+        shown.lines().nth(1).unwrap().split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!((row("65534"), row("root")), ("nobody 12 0 0 3".to_owned(), "root none 0 0 none".to_owned()));
+    let text = "[[private.user]]\nuser = 'nobody'\nmax_devices = 20\nmax_pools = 1\n";
+    let (users, unknown) = loopengine::config::Config::parse(text, "x.toml").unwrap().users();
+    assert!(unknown.is_empty());
+    daemon.registry.configure(&users);
+    assert_eq!((row("nobody"), row("65534")), ("nobody 20 0 0 1".to_owned(), "nobody 20 0 0 1".to_owned()));
+    out(&limit(0, &["nobody", "30"]));
+    assert_eq!(row("nobody"), "nobody 30 0 0 1");
+    out(&limit(0, &["nobody", "default"]));
+    assert_eq!(row("nobody"), "nobody 20 0 0 1");
+    assert_eq!(out(&limit(PLAIN, &["nobody"])), out(&limit(0, &["nobody"])));
+    assert_eq!(limit(PLAIN, &["root"]).status.code(), Some(6));
+    let unknown = limit(0, &["no-such-user"]);
+    let said = String::from_utf8_lossy(&unknown.stderr);
+    assert!(unknown.status.code() == Some(2) && said.contains("is in /etc/passwd"), "{unknown:?}");
+}
+
+#[test]
+fn pools_are_completed() {
+    let Some(daemon) = Daemon::start() else { return };
+    let root = loopengine::private::Caller { uid: 0, gid: 0, pid: None };
+    let _pool =
+        daemon.registry.open(&OpenSpec { name: Some("ci".into()), ..OpenSpec::default() }, root).unwrap();
+    let mut asking = daemon.program(0);
+    asking.envs([("LOOPENGINE_COMPLETE", "bash"), ("_CLAP_COMPLETE_INDEX", "3"), ("_CLAP_IFS", "\u{b}")]);
+    let offered = asking.args(["--", "loopengine", "losetup", "--pool", ""]).output().unwrap();
+    assert_eq!(out(&offered).split('\u{b}').next(), Some("ci"));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DataPath};
 use crate::instance::{NUMBER_MAX, Selector};
 
-use super::{daemon, image, number, out, run, size};
+use super::{complete, daemon, image, number, out, run, size};
 
 /// Serve an image file or block device as a block device.
 ///
@@ -20,7 +20,7 @@ pub(super) struct Args {
     image: PathBuf,
 
     /// Instance that gets the device.
-    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
+    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE, add = complete::instances())]
     instance: String,
 
     /// Refuse writes. The image need not be writable.
@@ -91,7 +91,7 @@ fn path_parser() -> impl clap::builder::TypedValueParser<Value = DataPath> {
 }
 
 /// A specification with nothing special in it.
-pub(super) fn plain(instance: &str) -> AttachSpec {
+pub(crate) fn plain(instance: &str) -> AttachSpec {
     AttachSpec {
         instance: instance.to_owned(),
         path: String::new(),

@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 
 use super::list::{Image, InstanceDevice, gather};
-use super::{daemon, out};
+use super::{complete, daemon, out};
 
 /// Take devices away.
 ///
@@ -15,7 +15,7 @@ use super::{daemon, out};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Devices: a path that leads to one, NAME/loopN, or loopN of the instance 'default'. Or the image of one.
-    #[arg(value_name = "DEVICE|IMAGE", required_unless_present = "all", conflicts_with = "all")]
+    #[arg(value_name = "DEVICE|IMAGE", required_unless_present = "all", conflicts_with = "all", add = complete::devices())]
     device: Vec<String>,
 
     /// All devices, of the daemon or of one instance.
@@ -23,7 +23,7 @@ pub(super) struct Args {
     all: bool,
 
     /// With '--all': only the devices of this instance.
-    #[arg(short, long, value_name = "NAME", requires = "all")]
+    #[arg(short, long, value_name = "NAME", requires = "all", add = complete::instances())]
     instance: Option<String>,
 
     /// Also if it is in use. Whoever uses it gets input/output errors.

@@ -122,7 +122,8 @@ pub(super) fn of(command: &str) -> &'static [Example] {
         ],
         "limit" => &[
             ("What users may have, and have.", "loopengine limit"),
-            ("User 1000 may have 200 devices.", "loopengine limit 1000 200"),
+            ("The user ann may have 200 devices, until the daemon ends.", "loopengine limit ann 200"),
+            ("As the configuration has it again.", "loopengine limit ann default"),
         ],
         "features" => &[("What this kernel can do.", "loopengine features")],
         "doctor" => &[
@@ -180,7 +181,13 @@ pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
             &[("/run/loopengine/oci", "Where runtimes send listeners.")]
         }
         "instance mount" | "instance open" | "run" | "mount" | "umount" | "losetup" | "limit" => &[PRIVATE],
-        "install" => &[("PREFIX/share/loopengine/installed", "What was placed, and what it was.")],
+        "install" => &[
+            ("PREFIX/share/loopengine/installed", "What was placed, and what it was."),
+            (
+                "PREFIX/share/loopengine/fuse.conf",
+                "A drop-in for the unit, so that everybody sees the files of 'serve --frontend fuse'.",
+            ),
+        ],
         "doctor" => &[SOCKET, PRIVATE],
         "list" | "find" => &[SOCKET, PRIVATE, NAMES],
         _ => &[SOCKET, NAMES],

@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap_complete::Shell;
-
 use crate::error::{Error, Result};
+
+use super::complete;
 
 /// Write manual pages or shell completions. For packagers.
 #[derive(Debug, clap::Args)]
@@ -37,26 +37,17 @@ impl Args {
 
 /// Writes a completion for each shell to `dir`.
 pub fn completions(dir: &Path) -> Result<()> {
-    for (name, text) in completion_files() {
+    for (name, text) in complete::scripts() {
         write(dir, &name, &text)?;
     }
     Ok(())
 }
 
-/// Names and texts of the completions.
-pub(super) fn completion_files() -> Vec<(String, Vec<u8>)> {
+/// This command line as shells complete it.
+pub(super) fn shown() -> clap::Command {
     let mut command = super::command();
     command.build();
-    let made = [Shell::Bash, Shell::Zsh, Shell::Fish].map(|shell| {
-        let mut text = Vec::new();
-        clap_complete::generate(shell, &mut visible(&command), "loopengine", &mut text);
-        let name = match shell {
-            Shell::Zsh => "_loopengine".to_owned(),
-            _ => format!("loopengine.{shell}"),
-        };
-        (name, text)
-    });
-    made.into()
+    visible(&command)
 }
 
 /// The built `command` without the hidden ones, which clap would complete all the same.

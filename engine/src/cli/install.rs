@@ -12,9 +12,13 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 
-use super::{generate, man, mount_loop, out};
+use super::{complete, man, mount_loop, out};
 
 const UNIT: &str = include_str!("../../share/systemd/loopengine.service");
+const SOCKET: &str = include_str!("../../share/systemd/loopengine.socket");
+const PRIVATE_SOCKET: &str = include_str!("../../share/systemd/loopengine-private.socket");
+/// A drop-in for the unit, for who serves files: an example.
+const FUSE: &str = include_str!("../../share/systemd/fuse.conf");
 const UDEV: &str = include_str!("../../share/udev/59-loopengine.rules");
 const MODULES_LOAD: &str = include_str!("../../share/modules-load.d/loopengine.conf");
 const MODPROBE: &str = include_str!("../../share/modprobe.d/loopengine.conf");
@@ -27,8 +31,9 @@ const PROGRAM: u32 = 0o755;
 
 /// Install this program on this machine.
 ///
-/// Places the program, mount.loop for mount(8), the systemd unit, rules for udev, settings for the
-/// ublk driver, manual pages and completions. Refuses to replace files that it did not place, and
+/// Places the program, mount.loop for mount(8), the systemd units, rules for udev, settings for the
+/// ublk driver, manual pages and completions. 'systemctl enable --now loopengine.socket' instead of
+/// 'loopengine' starts the daemon when it is first used. Refuses to replace files that it did not place, and
 /// then places none. With the environment variable DESTDIR, everything is placed below that
 /// directory. Starts nothing.
 #[derive(Debug, clap::Args)]
@@ -92,6 +97,9 @@ fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
         (bin.clone(), Item::File { content: program, mode: PROGRAM }),
         (sbin.join(mount_loop::NAME), Item::Link(bin)),
         (settings.join("systemd/system/loopengine.service"), file(unit.as_bytes())),
+        (settings.join("systemd/system/loopengine.socket"), file(SOCKET.as_bytes())),
+        (settings.join("systemd/system/loopengine-private.socket"), file(PRIVATE_SOCKET.as_bytes())),
+        (prefix.join("share/loopengine/fuse.conf"), file(FUSE.as_bytes())),
         (settings.join("udev/rules.d/59-loopengine.rules"), file(UDEV.as_bytes())),
         (settings.join("modules-load.d/loopengine.conf"), file(MODULES_LOAD.as_bytes())),
         (settings.join("modprobe.d/loopengine.conf"), file(MODPROBE.as_bytes())),
@@ -101,7 +109,7 @@ fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
         let section = name.rsplit('.').next().unwrap_or("1");
         items.insert(share.join(format!("man/man{section}")).join(&name), file(&text));
     }
-    for (name, text) in generate::completion_files() {
+    for (name, text) in complete::scripts() {
         let path = match name.as_str() {
             "loopengine.bash" => "bash-completion/completions/loopengine".to_owned(),
             "loopengine.fish" => format!("fish/vendor_completions.d/{name}"),

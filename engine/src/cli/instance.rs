@@ -9,7 +9,7 @@ use crate::instance::{self, spec::InstanceSpec};
 use super::list::pools;
 use super::pool::{Mount, Open};
 use super::table::Table;
-use super::{daemon, number, out};
+use super::{complete, daemon, number, out};
 
 /// Create, list and remove instances.
 ///
@@ -64,6 +64,7 @@ pub(super) struct List {
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
     /// Its name.
+    #[arg(add = complete::instances())]
     name: String,
 
     /// Also if it has devices. Whoever uses them gets input/output errors.

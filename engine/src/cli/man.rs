@@ -186,6 +186,22 @@ fn configuration(roff: &mut Roff) {
             ],
         ),
         (
+            "[[private.user]]",
+            &[
+                (
+                    "user = \"NAME\" or N",
+                    "A user with limits of its own: a name in /etc/passwd, or a number. As many of these tables as \
+                     there are such users. 'loopengine limit' changes the first limit until the daemon ends. One that \
+                     is changed here holds after a reload.",
+                ),
+                (
+                    "max_devices = N",
+                    "Devices that all its private pools may have together; left out: as everybody.",
+                ),
+                ("max_pools = N", "Its private pools; left out: as everybody."),
+            ],
+        ),
+        (
             "[[instance]]",
             &[
                 (
@@ -193,6 +209,31 @@ fn configuration(roff: &mut Roff) {
                     "An instance to create at start. As many of these tables as there are instances.",
                 ),
                 ("max_devices, workers, cpus", "As in [default]."),
+            ],
+        ),
+        (
+            "[[device]]",
+            &[
+                (
+                    "image = \"PATH\"",
+                    "An image file or block device to attach when the daemon starts, by its absolute path. As many of \
+                     these tables as there are devices. One that is there already, since a daemon before this one \
+                     attached it, is not attached again. An image that cannot be attached is an error in the log, and \
+                     the others are attached. A reload attaches those that are not there, and detaches none. An \
+                     image, from one offset on, can appear once in an instance.",
+                ),
+                ("instance = \"NAME\"", "Instance that gets the device; left out: 'default'."),
+                ("number = N", "N of loopN; left out: the lowest that is free."),
+                (
+                    "read_only, force, buffered = true|false",
+                    "As the options of loopengine-attach(1) of these names [false].",
+                ),
+                (
+                    "offset, size_limit, block_size = N or \"SIZE\"",
+                    "As the options of loopengine-attach(1) of these names, with a unit as in \"1M\" or in bytes.",
+                ),
+                ("queues, depth = N", "As the options of loopengine-attach(1) of these names."),
+                ("io_mode = \"batch|auto|copy\"", "As --path of loopengine-attach(1)."),
             ],
         ),
     ];

@@ -4,6 +4,8 @@
 //! interface only: `serve` starts it, `features` and `doctor` ask it what the kernel grants.
 
 mod attach;
+mod complete;
+mod configured;
 mod create;
 mod daemon;
 mod detach;
@@ -21,7 +23,7 @@ pub mod losetup;
 mod man;
 mod mount;
 mod mount_loop;
-mod number;
+pub(crate) mod number;
 mod oci;
 mod out;
 mod pool;
@@ -33,7 +35,7 @@ mod remote;
 mod resize;
 mod run;
 mod serve;
-mod size;
+pub(crate) mod size;
 mod stats;
 mod table;
 mod wanted;
@@ -48,6 +50,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::RUN_DIR;
 use crate::error::{Error, Kind, Result};
 
+#[cfg(test)]
+pub(crate) use attach::plain;
 pub use mount_loop::main as mount_loop;
 
 /// Serves image files as fast, private block devices.
@@ -160,6 +164,7 @@ pub(crate) fn command() -> clap::Command {
 
 /// The program.
 pub fn main() -> ExitCode {
+    complete::answer_shell();
     let words: Vec<OsString> = std::env::args_os().collect();
     let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {

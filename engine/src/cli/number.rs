@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 /// A parser, for clap, of the numbers in `range`. `From<u32>` keeps untyped literals from being `i32`, which
 /// clap would find out at run time only.
-pub(super) fn within<T: From<u32> + FromStr + PartialOrd + Display>(
+pub(crate) fn within<T: From<u32> + FromStr + PartialOrd + Display>(
     range: impl RangeBounds<T> + Clone,
 ) -> impl Fn(&str) -> Result<T, String> + Clone {
     move |text| {

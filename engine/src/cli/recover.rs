@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, RecoverSpec};
 
-use super::{attach, daemon, detach, image, out, size};
+use super::{attach, complete, daemon, detach, image, out, size};
 
 /// Recover a device that is stuck, with an image that you name.
 ///
@@ -17,6 +17,7 @@ use super::{attach, daemon, detach, image, out, size};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Device: a path that leads to it, NAME/loopN, or loopN of the instance 'default'.
+    #[arg(add = complete::devices())]
     device: String,
 
     /// Image file or block device.

@@ -6,21 +6,38 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::timeout;
 
+use super::configured::Devices;
 use super::serve::tell;
-use crate::config::Config;
+use crate::config::{Config, DeviceTable};
 use crate::control::{self, Backend};
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
+use crate::private::Registry;
 
 /// How long reading the configuration may take.
 const LOAD_MAX: Duration = Duration::from_secs(5);
+
+/// What follows the configuration.
+#[derive(Clone)]
+pub(super) struct Followers {
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) devices: Devices,
+}
+
+/// Attaches the devices of `config` at the start of the daemon, which is ready then.
+pub(super) async fn start(config: Config, followers: Followers) -> Config {
+    followers.devices.attach(config.devices().cloned().collect()).await;
+    tell(&[NotifyState::Ready]);
+    config
+}
 
 /// Loads the configuration anew and makes a running engine follow it. Answers the one that holds now.
 /// Nothing else waits for this.
 pub(super) async fn reload(
     load: impl FnOnce() -> Result<Config> + Send + 'static,
     config: Config,
-    backend: Arc<dyn Backend>,
+    followers: Followers,
 ) -> Config {
     let mut states = vec![NotifyState::Reloading];
     states.extend(NotifyState::monotonic_usec_now());
@@ -30,12 +47,16 @@ pub(super) async fn reload(
     let late = |_| Err(Error::new(Kind::Deadline, "the configuration file was not read in time"));
     let config = match loaded.unwrap_or_else(late) {
         Ok(new) => {
-            let applied = new.clone();
-            let applying = tokio::task::spawn_blocking(move || apply(&config, &applied, &*backend));
+            let (applied, Followers { backend, registry, devices }) = (new.clone(), followers);
+            let applying = tokio::task::spawn_blocking(move || {
+                limit_users(&applied, &registry);
+                apply(&config, &applied, &*backend)
+            });
             match applying.await {
                 Ok(notes) => notes.iter().for_each(|note| tracing::info!("reload: {note}")),
                 Err(error) => tracing::error!("reload failed: {error}"),
             }
+            devices.attach(new.devices().cloned().collect()).await;
             new
         }
         Err(error) => {
@@ -45,6 +66,15 @@ pub(super) async fn reload(
     };
     tell(&[NotifyState::Ready]);
     config
+}
+
+/// Gives users what `config` does. Of users that are not known the log tells.
+pub(super) fn limit_users(config: &Config, registry: &Registry) {
+    let (users, unknown) = config.users();
+    registry.configure(&users);
+    for error in unknown {
+        tracing::error!("[[private.user]]: {error}");
+    }
 }
 
 /// Creates the instances of `config`. One that is there already (taken back from an earlier
@@ -85,11 +115,14 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<St
     if old.tuning() != new.tuning() {
         notes.push("[tuning] changed: takes effect at the next start".to_owned());
     }
-    if old.private != new.private {
+    if old.private() != new.private() || old.private.kernel_mounts != new.private.kernel_mounts {
         notes.push(
-            "[private] changed: takes effect at the next start; 'loopengine limit' changes one user's now"
+            "[private] changed: takes effect at the next start; [[private.user]] changes one user's limits now"
                 .to_owned(),
         );
+    }
+    if old.private.user != new.private.user {
+        notes.push("[[private.user]] changed: the limits of these users hold now".to_owned());
     }
     let before: Vec<InstanceSpec> = old.instances().chain([old.default_instance()]).collect();
     for spec in new.instances().chain([new.default_instance()]) {
@@ -106,6 +139,14 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<St
             ));
         }
     }
+    notes.extend(new.devices().filter_map(|device| change_device(old, device)));
+    let gone = |device: &&DeviceTable| !new.devices().any(|other| other.same_device(device));
+    notes.extend(old.devices().filter(gone).map(|DeviceTable { image, instance, .. }| {
+        format!(
+            "{image} in the instance '{instance}' is no longer configured but its device stays; \
+             'loopengine detach {image}' detaches it"
+        )
+    }));
     if notes.is_empty() {
         notes.push("nothing changed".to_owned());
     }
@@ -116,6 +157,20 @@ fn create(spec: &InstanceSpec, backend: &dyn Backend) -> String {
     match backend.create_instance(spec) {
         Ok(_) => format!("created instance '{}'", spec.name),
         Err(error) => format!("cannot create instance '{}': {error}", spec.name),
+    }
+}
+
+/// What has changed of a device that may be there. Whether it is is seen when it is attached.
+fn change_device(old: &Config, new: &DeviceTable) -> Option<String> {
+    let DeviceTable { image, instance, .. } = new;
+    let before = old.devices().find(|before| before.same_device(new));
+    match before.map(|before| before.spec() == new.spec()) {
+        None => Some(format!("{image} in the instance '{instance}' is configured now")),
+        Some(false) => Some(format!(
+            "the options of {image} in the instance '{instance}' changed: they take effect at the next reload \
+             after 'loopengine detach {image}'"
+        )),
+        Some(true) => None,
     }
 }
 
@@ -144,7 +199,7 @@ fn limit(spec: &InstanceSpec, backend: &dyn Backend) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::fd::OwnedFd;
     use std::sync::Mutex;
 
@@ -153,9 +208,9 @@ mod tests {
     use crate::instance::Selector;
     use crate::instance::spec::*;
 
-    /// Writes down what it is asked for; knows the instance `there` already.
+    /// Writes down what it is asked for; knows the instance `there` already, and devices once attached.
     #[derive(Default)]
-    struct Asked(Mutex<Vec<String>>);
+    pub(in crate::cli) struct Asked(pub(in crate::cli) Mutex<Vec<String>>, Mutex<Vec<DeviceInfo>>);
 
     fn info(name: &str) -> InstanceInfo {
         InstanceInfo {
@@ -189,8 +244,35 @@ mod tests {
         fn remove_instance(&self, _: &str, _: bool) -> Result<()> {
             unreachable!()
         }
-        fn attach(&self, _: &AttachSpec, _: bool, _: OwnedFd) -> Result<DeviceInfo> {
-            unreachable!()
+        fn attach(&self, spec: &AttachSpec, force: bool, _: OwnedFd) -> Result<DeviceInfo> {
+            self.0.lock().unwrap().push(format!("attach {} {force}", spec.path));
+            let mut devices = self.1.lock().unwrap();
+            let taken = |number: &u32| devices.iter().any(|device| device.number == *number);
+            let number = spec.number.unwrap_or_else(|| (0..).find(|number| !taken(number)).unwrap());
+            let device = DeviceInfo {
+                instance: spec.instance.clone(),
+                number,
+                path: format!("/run/{}/loop{number}", spec.instance),
+                node: String::new(),
+                image: spec.path.clone(),
+                state: DeviceState::Live,
+                reason: None,
+                size: 0,
+                offset: spec.offset,
+                size_limit: spec.size_limit,
+                block_size: 512,
+                read_only: spec.read_only,
+                buffered: spec.buffered,
+                queues: 1,
+                depth: 1,
+                data_path: DataPath::Copy,
+                shared_with: Vec::new(),
+                since_unix_seconds: None,
+                image_device: 0,
+                image_inode: 0,
+            };
+            devices.push(device.clone());
+            Ok(device)
         }
         fn detach(&self, _: &Selector, _: bool) -> Result<Vec<String>> {
             unreachable!()
@@ -202,7 +284,7 @@ mod tests {
             unreachable!()
         }
         fn devices(&self, _: &Selector) -> Result<Vec<DeviceInfo>> {
-            unreachable!()
+            Ok(self.1.lock().unwrap().clone())
         }
         fn stats(&self, _: &Selector) -> Result<Vec<DeviceStats>> {
             unreachable!()
@@ -236,6 +318,23 @@ mod tests {
     fn only_what_changed_is_done() {
         let same = "[[instance]]\nname='a'\n[tuning]\npoll_us=3\n";
         assert_eq!(applied(same, same), (vec![], vec!["nothing changed".to_owned()]));
+    }
+
+    #[test]
+    fn devices_that_come_change_and_go_are_told() {
+        let old = "[[device]]\nimage='/same'\n[[device]]\nimage='/other'\n[[device]]\nimage='/gone'\n\
+                   [[private.user]]\nuser=7\n";
+        let new = "\n[[private.user]]\nuser=7\nmax_devices=1\n[[device]]\nimage='/new'\n\
+                   [[device]]\nimage='/same'\n[[device]]\nimage='/other'\nread_only=true\n";
+        let (asked, notes) = applied(old, new);
+        assert_eq!(asked, [""; 0]);
+        let words = ["[[private.user]] changed", "/new in", "options of /other", "/gone in"];
+        assert_eq!(notes.len(), words.len(), "{notes:?}");
+        for (note, words) in notes.iter().zip(words) {
+            assert!(note.contains(words), "{notes:?}");
+        }
+        // That an entry has moved in the file is no change.
+        assert_eq!(applied(old, &format!("\n\n{old}")).1, ["nothing changed"]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::ResizeSpec;
 
-use super::{daemon, detach, out, size};
+use super::{complete, daemon, detach, out, size};
 
 /// Adapt a device to the present size of its image, or give both another size.
 ///
@@ -17,6 +17,7 @@ use super::{daemon, detach, out, size};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Device: a path that leads to it, NAME/loopN, or loopN of the instance 'default'.
+    #[arg(add = complete::devices())]
     device: String,
 
     /// Size of the device, with a unit as in 20G or 20GiB [default: what its image has now].

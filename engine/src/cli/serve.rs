@@ -27,6 +27,8 @@ use crate::received;
 use crate::sandbox;
 use crate::sys::{self, mntns};
 
+use super::configured::Devices;
+use super::reload::Followers;
 use super::{number, reload};
 
 /// Mount tables can change often; more often than this they are not looked at.
@@ -40,16 +42,25 @@ const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
 /// mounted file systems. 'loopengine detach --all' before a stop detaches them; --detach-all has every stop
 /// do so. Private pools end with the daemon.
 ///
-/// SIGHUP rereads the configuration: new instances are created, limits changed; what else changed is
-/// logged, and done at the next start. Logs to standard error; RUST_LOG sets what. Needs root, and
-/// the ublk driver or FUSE.
+/// SIGHUP rereads the configuration: new instances are created, limits changed, devices of '[[device]]'
+/// attached that are not there; what else changed is logged, and done at the next start. Logs to standard
+/// error; RUST_LOG sets what. Needs root, and the ublk driver or FUSE.
 ///
 /// Without the ublk driver devices are files of the same names, of a FUSE file system: they can be
 /// copied, partitioned, given to a virtual machine, or mounted with 'mount -o loop'. Their size is
 /// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. A write past
 /// the end fails with ENOSPC: directly at once, through the page cache at fsync, close or a later write.
 /// 'qemu-img convert' needs '-n' unless the new image has the file's size. They end with the daemon, and
-/// cannot be recovered.
+/// cannot be recovered. The unit's hardening hides them from everybody but the daemon; with the drop-in
+/// PREFIX/share/loopengine/fuse.conf in /etc/systemd/system/loopengine.service.d they are seen.
+///
+/// With the unit loopengine.socket enabled, systemd makes the sockets and starts the daemon when one is first
+/// used. They stay over a restart: who connects meanwhile waits. Any service manager can pass them in
+/// LISTEN_FDS; they must lie in the run directory, with the usual names.
+///
+/// '[[device]]' in the configuration names images that are attached at the start. The daemon is ready when
+/// they are, and does not wait long for a file system that does not answer. An image that cannot be
+/// attached is an error in the log; the others are attached.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
@@ -109,7 +120,10 @@ impl Args {
         log();
         check_root()?;
         let (frontend, line) = choose(config.frontend.unwrap_or_default())?;
-        let run_dir = RunDir::take(run_dir)?;
+        let mut run_dir = RunDir::take(run_dir)?;
+        let sockets = sys::activation::take_sockets()
+            .map_err(|error| Error::os(error, "cannot take the sockets of the service manager"))?;
+        run_dir.adopt(sockets)?;
         tracing::info!("{line}");
         for note in fuse::clear_stale(run_dir.path()) {
             tracing::info!("{note}");
@@ -169,6 +183,7 @@ impl Args {
         let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
+        reload::limit_users(config, &registry);
         let runtime = control::runtime::make()?;
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
@@ -205,12 +220,15 @@ impl Args {
         let all = (
             server::serve(control, Arc::clone(&backend), stopping.clone()),
             server::serve_private(private, Arc::clone(&registry), stopping.clone()),
-            server::serve_oci(oci, registry, stopping),
+            server::serve_oci(oci, Arc::clone(&registry), stopping),
         );
+        let devices = Devices::new(Arc::clone(&backend));
+        let followers = Followers { backend, registry, devices };
         let mut served = tokio::task::spawn_local(async { tokio::join!(all.0, all.1, all.2) });
-        let mut reloading: Option<tokio::task::JoinHandle<Config>> = None;
+        let starting = reload::start(config.clone(), followers.clone());
+        // A configuration is applied by one task at a time.
+        let mut following = Some(tokio::task::spawn_local(starting));
         let mounts = (frontend == FrontendKind::Ublk).then(|| tokio::task::spawn_local(watch_mounts()));
-        tell(&[NotifyState::Ready]);
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -219,17 +237,20 @@ impl Args {
                     let message = format!("the control service ended: {ended:?}");
                     return Err(Error::new(Kind::Internal, message));
                 }
-                _ = hangup.recv(), if reloading.is_none() => {
+                _ = hangup.recv(), if following.is_none() => {
                     let args = self.clone();
                     let load = move || args.load();
-                    let reload = reload::reload(load, config.clone(), Arc::clone(&backend));
-                    reloading = Some(tokio::task::spawn_local(reload));
+                    let reload = reload::reload(load, config.clone(), followers.clone());
+                    following = Some(tokio::task::spawn_local(reload));
                 }
-                Some(now) = async { Some(reloading.as_mut()?.await) } => {
-                    reloading = None;
+                Some(now) = async { Some(following.as_mut()?.await) } => {
+                    following = None;
                     config = now.unwrap_or(config);
                 }
             }
+        }
+        if let Some(following) = following {
+            following.abort();
         }
         tracing::info!("stopping");
         tell(&[NotifyState::Stopping]);
@@ -327,8 +348,9 @@ fn note_mount_namespace() {
     }
 }
 
-/// What keeps a service's mounts from the rest of the system.
-const SYSTEMD_HINT: &str = "set PrivateMounts=, ProtectHostname=, ProtectKernelModules=, ProtectKernelLogs= and \
+/// What keeps a service's mounts from the rest of the system: what share/systemd/fuse.conf sets.
+const SYSTEMD_HINT: &str = "copy PREFIX/share/loopengine/fuse.conf to /etc/systemd/system/loopengine.service.d, \
+     or set PrivateMounts=, ProtectHostname=, ProtectKernelModules=, ProtectKernelLogs= and \
      ProtectControlGroups= to no with 'systemctl edit loopengine'";
 
 /// What to do when the driver is missing.

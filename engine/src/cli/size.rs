@@ -4,7 +4,7 @@
 const UNITS: &str = "KMGTPE";
 
 /// Reads a size. The error is a sentence for clap to show.
-pub(super) fn parse(text: &str) -> Result<u64, String> {
+pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let wrong =
@@ -33,7 +33,7 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
 }
 
 /// A logical block size.
-pub(super) fn parse_block(text: &str) -> Result<u32, String> {
+pub(crate) fn parse_block(text: &str) -> Result<u32, String> {
     let bytes = parse(text)?;
     u32::try_from(bytes)
         .ok()

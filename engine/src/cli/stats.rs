@@ -9,7 +9,7 @@ use crate::instance::Selector;
 use crate::instance::spec::DeviceStats;
 
 use super::table::Table;
-use super::{daemon, detach, number, out, size};
+use super::{complete, daemon, detach, number, out, size};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -22,10 +22,11 @@ const SECOND: Duration = Duration::from_secs(1);
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Device [default: all].
+    #[arg(add = complete::devices())]
     device: Option<String>,
 
     /// Only the devices of this instance.
-    #[arg(short, long, value_name = "NAME", conflicts_with = "device")]
+    #[arg(short, long, value_name = "NAME", conflicts_with = "device", add = complete::instances())]
     instance: Option<String>,
 
     /// Show rates, every second, until interrupted.

@@ -151,8 +151,8 @@ impl PrivateService {
         Ok(Limits { limits })
     }
 
-    /// Gives a user a limit of its own until the daemon ends; without `max_devices`, the default
-    /// again. What it has, it keeps. Only for root.
+    /// Gives a user a limit of its own until the daemon ends; without `max_devices`, that of the
+    /// configuration again. What it has, it keeps. Only for root.
     async fn set_limit(&self, uid: u32, max_devices: Option<u32>) -> std::result::Result<(), Fault> {
         self.ask(move |registry, caller| registry.set_limit(uid, max_devices, caller)).await
     }

@@ -1,21 +1,33 @@
-//! The run directory: made safe, locked by one daemon, with the sockets in it.
+//! The run directory: made safe, locked by one daemon, with the sockets in it, which the service manager may
+//! have made.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::net::SocketType;
+use rustix::net::sockopt::{socket_acceptconn, socket_type};
 
 use super::{OCI_SOCKET, PRIVATE_SOCKET, SOCKET, reason};
 use crate::error::{Error, Kind, Result};
+
+/// Connections that wait at a socket of the service manager.
+const BACKLOG: i32 = 4096;
+/// Names of all sockets.
+const SOCKETS: [&str; 3] = [SOCKET, PRIVATE_SOCKET, OCI_SOCKET];
 
 /// A run directory that no other daemon can take while this lives.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     _lock: File,
+    /// Sockets that the service manager keeps, by their names.
+    kept: BTreeMap<&'static str, UnixListener>,
 }
 
 impl RunDir {
@@ -29,7 +41,39 @@ impl RunDir {
             .map_err(|error| Error::os(error, format!("cannot use the run directory {shown}")))?;
         check_private(&path)?;
         let lock = lock(&path)?;
-        Ok(RunDir { path, _lock: lock })
+        Ok(RunDir { path, _lock: lock, kept: BTreeMap::new() })
+    }
+
+    /// Serves these sockets of the service manager instead of making the same anew. They stay when the
+    /// daemon ends, and who connects meanwhile waits for the next.
+    pub fn adopt(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
+        for socket in sockets {
+            let listens = socket_acceptconn(&socket).unwrap_or(false)
+                && socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM);
+            let socket = UnixListener::from(socket);
+            let path = socket.local_addr().ok().and_then(|at| at.as_pathname().map(Path::to_owned));
+            let shown = path.as_deref().unwrap_or(Path::new("without a path")).display();
+            let directory = path.as_deref().and_then(Path::parent).and_then(|dir| fs::canonicalize(dir).ok());
+            let name = path.as_deref().and_then(Path::file_name);
+            let name = SOCKETS.into_iter().find(|known| name.is_some_and(|name| name == *known));
+            match name.filter(|_| listens && directory.as_ref() == Some(&self.path)) {
+                Some(name) => {
+                    // Who connects from now on is told that the daemon serves here, and not the manager.
+                    rustix::net::listen(&socket, BACKLOG)
+                        .map_err(|error| Error::os(error, format!("cannot listen on the socket {shown}")))?;
+                    self.kept.insert(name, socket);
+                }
+                None => {
+                    let message = format!(
+                        "the service manager passed the socket {shown}, which is none of this daemon's"
+                    );
+                    let ours = format!("{}/{}", self.path.display(), SOCKETS.join(", "));
+                    return Err(Error::new(Kind::Invalid, message)
+                        .hint(format!("have ListenStream= name some of {ours}, as loopengine.socket does")));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The absolute path.
@@ -60,6 +104,13 @@ impl RunDir {
     fn bind_as(&self, name: &str, mode: u32) -> Result<UnixListener> {
         let socket = self.path.join(name);
         let context = || format!("cannot create the socket {}", socket.display());
+        if let Some(kept) = self.kept.get(name) {
+            let listener = kept.try_clone().map_err(|error| Error::os(error, context()))?;
+            fs::set_permissions(&socket, Permissions::from_mode(mode))
+                .and_then(|()| listener.set_nonblocking(true))
+                .map_err(|error| Error::os(error, format!("cannot use the socket {}", socket.display())))?;
+            return Ok(listener);
+        }
         // Under another name until its mode is set, so that it never appears with a wrong one.
         let fresh = self.path.join(format!(".{name}.new"));
         let _ = fs::remove_file(&fresh);
@@ -71,9 +122,9 @@ impl RunDir {
         Ok(listener)
     }
 
-    /// Removes the sockets, so that clients learn at once that nobody serves.
+    /// Removes the sockets, so that clients learn at once that nobody serves; not those of the service manager.
     pub fn unbind(&self) {
-        for name in [SOCKET, PRIVATE_SOCKET, OCI_SOCKET] {
+        for name in SOCKETS.into_iter().filter(|name| !self.kept.contains_key(name)) {
             let _ = fs::remove_file(self.path.join(name));
         }
     }
@@ -178,6 +229,38 @@ mod tests {
         drop(listener);
         run.unbind();
         assert!(!socket.exists());
+    }
+
+    #[test]
+    fn sockets_of_the_service_manager_are_served_and_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut run = RunDir::take(dir.path()).unwrap();
+        let sockets = [SOCKET, PRIVATE_SOCKET].map(|name| dir.path().join(name));
+        let listen = |path: &Path| OwnedFd::from(UnixListener::bind(path).unwrap());
+        let theirs: Vec<OwnedFd> = sockets.iter().map(|path| listen(path)).collect();
+        run.adopt(theirs).unwrap();
+        let own = (run.bind().unwrap(), run.bind_private().unwrap(), run.bind_oci().unwrap());
+        let client = std::os::unix::net::UnixStream::connect(&sockets[0]).unwrap();
+        own.0.accept().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!(sockets.each_ref().map(|path| mode(path)), [0o600, 0o666]);
+        run.unbind();
+        assert!(sockets.iter().all(|path| path.exists()) && !dir.path().join(OCI_SOCKET).exists());
+        drop(client);
+
+        let elsewhere = tempfile::tempdir().unwrap();
+        let stranger = |name: &str| listen(&elsewhere.path().join(name));
+        let (connected, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let wrong = [
+            stranger(SOCKET),
+            listen(&dir.path().join("other")),
+            connected.into(),
+            File::open("/").unwrap().into(),
+        ];
+        for socket in wrong {
+            let error = run.adopt(vec![socket]).unwrap_err();
+            assert!(error.kind() == Kind::Invalid && error.to_string().contains("ListenStream="), "{error}");
+        }
     }
 
     #[test]

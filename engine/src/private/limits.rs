@@ -1,5 +1,5 @@
-//! How many devices and pools a user may have: defaults, and exceptions that root makes while the
-//! daemon runs. Root itself has no limit unless one is set.
+//! How many devices and pools a user may have: defaults, what the configuration gives single users, and
+//! exceptions that root makes while the daemon runs. Root itself has no limit unless one is set.
 //!
 //! Devices are counted one by one, when they appear (`loops::Quotas`), so that a limit that is lowered
 //! or raised holds at once, for pools that are there too. Pools are counted here. Both count for the
@@ -32,8 +32,19 @@ pub struct Defaults {
     pub pools: u32,
 }
 
+/// What the configuration gives one user; none: what everybody has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UserLimit {
+    /// Devices of all pools together.
+    pub devices: Option<u32>,
+    /// Pools.
+    pub pools: Option<u32>,
+}
+
 /// What a user may have, and has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct Limit {
     /// The user; none: everybody who is not listed.
     pub uid: Option<u32>,
@@ -43,6 +54,9 @@ pub struct Limit {
     pub devices: u32,
     /// Its pools now.
     pub pools: u32,
+    /// Pools that it may have; none: no limit.
+    #[serde(default)]
+    pub max_pools: Option<u32>,
 }
 
 /// Who has how many pools, and who may have how many devices.
@@ -51,6 +65,8 @@ pub struct Ledger {
     defaults: Defaults,
     quotas: Quotas,
     pools: Mutex<BTreeMap<u32, u32>>,
+    /// Of the configuration, by account.
+    users: Mutex<BTreeMap<u32, UserLimit>>,
 }
 
 /// One pool of a user, until this is dropped.
@@ -65,7 +81,30 @@ impl Ledger {
     /// Nobody has any pool; devices are counted in `quotas`.
     pub fn new(defaults: Defaults, quotas: Quotas) -> Arc<Ledger> {
         quotas.set_usual(defaults.devices);
-        Arc::new(Ledger { defaults, quotas, pools: Mutex::default() })
+        Arc::new(Ledger { defaults, quotas, pools: Mutex::default(), users: Mutex::default() })
+    }
+
+    /// Gives users what the configuration says now. A limit that root has set since stays where the
+    /// configuration says what it said before.
+    pub fn configure(&self, users: &BTreeMap<u32, UserLimit>) {
+        let users: BTreeMap<_, _> = users.iter().map(|(uid, limit)| (accounts::of(*uid), *limit)).collect();
+        let mut configured = self.users();
+        let before = std::mem::replace(&mut *configured, users);
+        for uid in before.keys().chain(configured.keys()) {
+            let devices = |of: &BTreeMap<u32, UserLimit>| of.get(uid).and_then(|limit| limit.devices);
+            if devices(&before) != devices(&configured) {
+                self.quotas.set_limit(*uid, devices(&configured));
+            }
+        }
+    }
+
+    fn users(&self) -> MutexGuard<'_, BTreeMap<u32, UserLimit>> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn max_pools(&self, account: u32) -> Option<u32> {
+        let own = self.users().get(&account).and_then(|limit| limit.pools);
+        own.or(if account == 0 { None } else { Some(self.defaults.pools) })
     }
 
     fn pools(&self) -> MutexGuard<'_, BTreeMap<u32, u32>> {
@@ -84,7 +123,7 @@ impl Ledger {
                 .hint(format!("ask for fewer with --max; root raises it with 'loopengine limit {uid} N'")));
         }
         let count = pools.entry(uid).or_default();
-        if uid != 0 && *count >= self.defaults.pools {
+        if self.max_pools(uid).is_some_and(|max| *count >= max) {
             let message = format!("user {uid} has {count} pools, and may not have more");
             return Err(Error::new(Kind::Quota, message).hint("end one of them first"));
         }
@@ -97,22 +136,26 @@ impl Ledger {
         Ok(Taken { ledger: Arc::clone(self), uid, devices: wanted })
     }
 
-    /// Gives `uid` a limit of its own; none: the default again. What it has, it keeps.
+    /// Gives `uid` a limit of its own; none: that of the configuration again. What it has, it keeps.
     pub fn set(&self, uid: u32, devices: Option<u32>) -> Result<()> {
         if devices.is_some() && self.quotas.list().len() >= EXCEPTIONS_MAX {
             let message = format!("{EXCEPTIONS_MAX} users have devices or a limit of their own already");
             return Err(Error::new(Kind::Quota, message));
         }
-        self.quotas.set_limit(uid, devices);
+        let configured = self.users().get(&accounts::of(uid)).and_then(|limit| limit.devices);
+        self.quotas.set_limit(uid, devices.or(configured));
         Ok(())
     }
 
     /// The default first, then everybody who has a limit of its own, devices or pools.
     pub fn list(&self) -> Vec<Limit> {
         let pools = self.pools();
-        let all = Limit { uid: None, max_devices: Some(self.defaults.devices), devices: 0, pools: 0 };
+        let Defaults { devices, pools: max_pools } = self.defaults;
+        let (max_devices, max_pools) = (Some(devices), Some(max_pools));
+        let all = Limit { uid: None, max_devices, devices: 0, pools: 0, max_pools };
         let mut uids: Vec<u32> = self.quotas.list().into_iter().map(|(uid, ..)| uid).collect();
         uids.extend(pools.keys());
+        uids.extend(self.users().keys());
         uids.sort_unstable();
         uids.dedup();
         let each = uids.into_iter().map(|uid| Limit {
@@ -120,6 +163,7 @@ impl Ledger {
             max_devices: Some(self.quotas.limit(uid)).filter(|&limit| limit != u32::MAX),
             devices: self.quotas.used(uid),
             pools: pools.get(&uid).copied().unwrap_or(0),
+            max_pools: self.max_pools(uid),
         });
         std::iter::once(all).chain(each).collect()
     }
@@ -175,7 +219,7 @@ mod tests {
         ledger.set(7, Some(11)).unwrap();
         let last = ledger.quotas.charge(7).unwrap();
         ledger.set(7, Some(1)).unwrap();
-        let shown = Limit { uid: Some(7), max_devices: Some(1), devices: 11, pools: 2 };
+        let shown = Limit { uid: Some(7), max_devices: Some(1), devices: 11, pools: 2, max_pools: Some(3) };
         assert_eq!(ledger.list()[1], shown);
         drop((devices, last));
         assert!(ledger.quotas.charge(7).is_ok());
@@ -194,6 +238,36 @@ mod tests {
         taken.push(ledger.take(31, None, 8).unwrap());
         assert!(taken.len() < POOLS_MAX - ROOT_POOLS);
         ledger.take(0, None, 8).unwrap();
+    }
+
+    #[test]
+    fn the_configuration_gives_users_limits_which_root_changes() {
+        let ledger = ledger();
+        let configure = |limits: &[(u32, Option<u32>, Option<u32>)]| {
+            let limit = |&(uid, devices, pools)| (uid, UserLimit { devices, pools });
+            ledger.configure(&limits.iter().map(limit).collect());
+        };
+        let shown = |uid| {
+            let limits = ledger.list();
+            let own = limits.iter().find(|limit| limit.uid == Some(uid))?;
+            Some((own.max_devices, own.max_pools))
+        };
+        configure(&[(7, Some(20), None), (8, None, Some(1)), (0, None, Some(0))]);
+        assert_eq!((shown(7), shown(8)), (Some((Some(20), Some(3))), Some((Some(10), Some(1)))));
+        let _pool = ledger.take(8, None, 8).unwrap();
+        assert!(ledger.take(8, None, 8).unwrap_err().message().contains("has 1 pools"));
+        assert!(ledger.take(0, None, 8).unwrap_err().message().contains("has 0 pools"));
+        // What root sets holds until the configuration says something else.
+        ledger.set(7, Some(30)).unwrap();
+        configure(&[(7, Some(20), Some(5))]);
+        assert_eq!((shown(7), shown(8)), (Some((Some(30), Some(5))), Some((Some(10), Some(3)))));
+        ledger.set(7, None).unwrap();
+        assert_eq!(shown(7), Some((Some(20), Some(5))));
+        configure(&[(7, Some(21), None)]);
+        assert_eq!(shown(7), Some((Some(21), Some(3))));
+        configure(&[]);
+        assert_eq!(shown(7), None);
+        assert!(ledger.take(7, Some(11), 8).is_err());
     }
 
     #[test]

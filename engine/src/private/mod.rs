@@ -36,7 +36,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use container::Guest;
 pub use engine::Served;
-pub use limits::{Defaults, Limit};
+pub use limits::{Defaults, Limit, UserLimit};
 pub use mirror::LOOPFS;
 pub use operation::{Asked, DeviceInfo, DeviceStatus, Operation, Outcome};
 pub use reaper::Events;
@@ -347,7 +347,12 @@ impl Registry {
         limits
     }
 
-    /// Gives a user a limit of its own, until the daemon ends; none: the default.
+    /// Gives users what the configuration says now.
+    pub fn configure(&self, users: &BTreeMap<u32, UserLimit>) {
+        self.ledger.configure(users);
+    }
+
+    /// Gives a user a limit of its own, until the daemon ends; none: that of the configuration.
     pub fn set_limit(&self, uid: u32, devices: Option<u32>, caller: Caller) -> Result<()> {
         if caller.uid != 0 {
             return Err(Error::new(Kind::Denied, "only root may change limits").hint("run this as root"));

@@ -2,6 +2,7 @@
 //!
 //! Knows the kernel's interfaces only. One of the three rooms with `unsafe`.
 
+pub mod activation;
 pub mod block;
 pub mod descriptor;
 pub mod loop_names;

@@ -16,7 +16,7 @@ use crate::instance::spec::{DeviceInfo, DeviceState};
 use crate::sys::processes::Process;
 
 use super::table::Table;
-use super::{daemon, out, size};
+use super::{complete, daemon, out, size};
 
 /// List devices.
 ///
@@ -25,7 +25,7 @@ use super::{daemon, out, size};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only those of this instance.
-    #[arg(short, long, value_name = "NAME")]
+    #[arg(short, long, value_name = "NAME", add = complete::instances())]
     instance: Option<String>,
 
     /// Everything: devices of instances, private pools and their tenants.

@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use super::table::{Column, Format};
+use crate::cli::complete;
 use crate::loops::flag;
 
 /// Set up and control the loop devices of a private pool, with the options of losetup(8).
@@ -95,7 +96,7 @@ pub struct Args {
     raw: bool,
 
     /// The pool [default: the one that is mounted here, or the user's only one].
-    #[arg(long, value_name = "NAME", env = "LOOPENGINE_POOL", hide_env_values = true)]
+    #[arg(long, value_name = "NAME", env = "LOOPENGINE_POOL", hide_env_values = true, add = complete::pools())]
     pool: Option<String>,
 
     /// A device, or a file, or both in this order.

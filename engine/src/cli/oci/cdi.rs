@@ -8,7 +8,7 @@ use rustix::fs::{major, minor};
 use serde_json::{Value, json};
 
 use super::place::Place;
-use crate::cli::{daemon, out};
+use crate::cli::{complete, daemon, out};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::DEFAULT_INSTANCE;
@@ -26,11 +26,11 @@ const CDI_KIND: &str = "loopengine.io/loop";
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Cdi {
     /// The instance.
-    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE)]
+    #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE, add = complete::instances())]
     instance: String,
 
     /// A pool that was made with 'loopengine instance mount --container', instead of an instance.
-    #[arg(long, value_name = "NAME", conflicts_with = "instance")]
+    #[arg(long, value_name = "NAME", conflicts_with = "instance", add = complete::pools())]
     pool: Option<String>,
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::place::Place;
 use super::profile::{Profile, read};
-use crate::cli::out;
+use crate::cli::{complete, out};
 use crate::error::{Error, Kind, Result};
 use crate::private::LIBUDEV;
 
@@ -19,7 +19,7 @@ use crate::private::LIBUDEV;
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Config {
     /// The pool.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = complete::pools())]
     pool: String,
 
     /// Socket of the daemon for listeners [default: DIR/oci in the run directory].

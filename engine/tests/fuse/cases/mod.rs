@@ -5,6 +5,7 @@ mod bounds;
 mod claims;
 #[path = "../../vm/cases/commands.rs"]
 mod commands;
+mod configured;
 #[path = "../../vm/cases/durability.rs"]
 mod durability;
 #[path = "../../vm/cases/errors.rs"]
@@ -68,5 +69,6 @@ pub(crate) fn all() -> Vec<Case> {
     let of_images = of_images.into_iter().flatten();
     let of_images =
         of_images.filter(|case| !OF_BLOCK_DEVICES.iter().any(|name| case.name().starts_with(name)));
-    files::cases().into_iter().chain(bounds::cases()).chain(lifetime::cases()).chain(of_images).collect()
+    let own = files::cases().into_iter().chain(configured::cases());
+    own.chain(bounds::cases()).chain(lifetime::cases()).chain(of_images).collect()
 }

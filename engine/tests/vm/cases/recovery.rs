@@ -23,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         });
         all.push(kept.variant_if(path == "auto"));
     }
+    all.push(case("recovery::configured_devices", Needs::Recovery("copy"), 120, configured_devices));
     all.push(case("recovery::kill_with_many_devices", Needs::Recovery("copy"), 180, kill_with_many_devices));
     all
 }
@@ -139,5 +140,22 @@ fn kill_with_many_devices(ctx: &Ctx) -> Res {
     }
     daemon.ok(&["detach", "--all"])?;
     ensure!(daemon.ublk_ids().is_empty(), "left after detach --all: {:?}", daemon.ublk_ids());
+    daemon.stop()
+}
+
+/// A device of the configuration that was recovered is not attached anew, however its entry may share the image.
+fn configured_devices(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let (image, config) = (store.sparse("image", 8 * MIB)?, ctx.path("config.toml"));
+    std::fs::write(&config, format!("[[device]]\nimage = '{image}'\nforce = true\n"))?;
+    let mut daemon = Daemon::with(ctx, &["--config", &config])?;
+    let before = daemon.json(&["list"])?;
+    ensure!(before[0]["image"] == image.as_str(), "{before}");
+    daemon.kill()?;
+    daemon.restart()?;
+    let after = daemon.json(&["list"])?;
+    ensure!(after == before, "before {before}, after {after}");
+    let log = daemon.log();
+    ensure!(log.contains(&format!("{config}, line 1: {image} is attached already")), "{log}");
     daemon.stop()
 }

@@ -3,16 +3,22 @@
 //! Knows TOML and the specifications of instances; does not know who serves them. What a value
 //! means is checked by the instance that gets it; here, that it has the right form.
 
+mod device;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use toml::Spanned;
 
+use crate::accounts;
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, FrontendKind, InstanceSpec};
 use crate::instance::{EngineConfig, Tuning};
 use crate::kernel_mounts::{FileSystem, policy};
 use crate::limits::{USER_DEVICES, USER_POOLS};
-use crate::private::Defaults;
+use crate::private::{Defaults, UserLimit};
+pub use device::DeviceTable;
 
 /// Where the daemon keeps its socket, its state and the names of devices.
 pub const RUN_DIR: &str = "/run/loopengine";
@@ -50,6 +56,9 @@ pub struct Config {
     /// Instances to create at start.
     #[serde(default)]
     pub instance: Vec<InstanceTable>,
+    /// Devices to attach at start.
+    #[serde(default)]
+    pub device: Vec<Spanned<DeviceTable>>,
 }
 
 /// `frontend`, and `serve --frontend`.
@@ -98,6 +107,22 @@ pub struct PrivateTable {
     /// File systems that users may have the kernel mount from devices of theirs.
     #[serde(default)]
     pub kernel_mounts: Vec<String>,
+    /// What single users may have instead.
+    #[serde(default)]
+    pub user: Vec<Spanned<UserTable>>,
+}
+
+/// `[[private.user]]`. What is left out is as for everybody.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserTable {
+    /// Its name in /etc/passwd, or its number.
+    #[serde(deserialize_with = "device::word")]
+    pub user: String,
+    /// Devices of all its private pools.
+    pub max_devices: Option<u32>,
+    /// Its private pools.
+    pub max_pools: Option<u32>,
 }
 
 /// `[[instance]]`.
@@ -128,15 +153,48 @@ impl Config {
 
     /// Parses `text`; `name` is what errors call it.
     pub fn parse(text: &str, name: &str) -> Result<Config> {
-        let config: Config = toml::from_str(text).map_err(|error| {
-            let line = error
-                .span()
-                .map_or(1, |span| 1 + text.bytes().take(span.start).filter(|&b| b == b'\n').count());
+        let place = |start: usize| {
+            let line = 1 + text.bytes().take(start).filter(|&byte| byte == b'\n').count();
+            format!("{name}, line {line}")
+        };
+        let mut config: Config = toml::from_str(text).map_err(|error| {
             let message = error.message().replace('\n', ", ");
-            invalid(format!("{name}, line {line}: {message}"))
+            invalid(format!("{}: {message}", place(error.span().map_or(0, |span| span.start))))
         })?;
+        for table in &mut config.device {
+            table.get_mut().place = place(table.span().start);
+        }
         config.check(name)?;
+        config.check_devices()?;
+        let users = &config.private.user;
+        for (at, table) in users.iter().enumerate() {
+            let user = &table.get_ref().user;
+            if users[..at].iter().any(|other| other.get_ref().user == *user) {
+                let message = format!("{}: the user '{user}' appears twice", place(table.span().start));
+                return Err(invalid(message));
+            }
+        }
         Ok(config)
+    }
+
+    fn check_devices(&self) -> Result<()> {
+        for (at, table) in self.devices().enumerate() {
+            let DeviceTable { image, instance, number, place, .. } = table;
+            for other in self.devices().take(at) {
+                if table.same_device(other) {
+                    let message =
+                        format!("{place}: the image {image} appears twice in the instance '{instance}'");
+                    return Err(invalid(message));
+                }
+                if let (Some(number), true) = (number, other.instance == *instance)
+                    && other.number == Some(*number)
+                {
+                    let message = format!("{place}: loop{number} of the instance '{instance}' appears twice");
+                    return Err(invalid(message));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, name: &str) -> Result<()> {
@@ -182,6 +240,29 @@ impl Config {
             workers: table.workers.unwrap_or(0),
             cpus: table.cpus.clone(),
         })
+    }
+
+    /// Devices to attach.
+    pub fn devices(&self) -> impl Iterator<Item = &DeviceTable> {
+        self.device.iter().map(Spanned::get_ref)
+    }
+
+    /// What single users may have of private pools, and why that of others is not known.
+    pub fn users(&self) -> (BTreeMap<u32, UserLimit>, Vec<Error>) {
+        let (mut users, mut unknown) = (BTreeMap::new(), Vec::new());
+        for UserTable { user, max_devices, max_pools } in self.private.user.iter().map(Spanned::get_ref) {
+            match accounts::uid_of(user) {
+                Ok(uid) => {
+                    let limit = UserLimit { devices: *max_devices, pools: *max_pools };
+                    if users.insert(uid, limit).is_some() {
+                        let message = format!("user {uid} appears twice, as '{user}' and otherwise");
+                        unknown.push(invalid(message));
+                    }
+                }
+                Err(error) => unknown.push(error),
+            }
+        }
+        (users, unknown)
     }
 
     /// Worker switches.
@@ -279,7 +360,21 @@ mod tests {
         assert!(refused("[[instance]]\nname = 'default'\n").contains("[default]"));
         assert!(refused("[[instance]]\nname='a'\n[[instance]]\nname='a'\n").contains("twice"));
         assert!(refused("[default]\nmax_devices = 0\n").contains("max_devices"));
+        let users = "[[private.user]]\nuser = 'ann'\n";
+        assert_eq!(refused(&format!("{users}{users}")), "x.toml, line 3: the user 'ann' appears twice");
+        assert!(refused(&format!("{users}max_device = 1\n")).starts_with("x.toml, line 3: "));
+        assert!(refused(&format!("{users}max_pools = -1\n")).starts_with("x.toml, line 3: "));
         assert!(refused("[private]\nkernel_mounts = ['ext4', 'btrfs']\n").contains("\"btrfs\""));
+    }
+
+    #[test]
+    fn users_are_found_by_name_and_number() {
+        let text = "[[private.user]]\nuser = 'root'\nmax_devices = 3\n[[private.user]]\nuser = 1000\n\
+                    max_pools = 0\n[[private.user]]\nuser = 'no such user'\n";
+        let (users, unknown) = Config::parse(text, "x.toml").unwrap().users();
+        let root = UserLimit { devices: Some(3), pools: None };
+        assert_eq!(users, BTreeMap::from([(0, root), (1000, UserLimit { devices: None, pools: Some(0) })]));
+        assert_eq!(unknown[0].message(), "no user 'no such user' is in /etc/passwd");
     }
 
     #[test]

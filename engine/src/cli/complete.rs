@@ -1,0 +1,94 @@
+//! What the shell completes: words of this command line, and names that the daemon knows.
+//!
+//! Knows how a shell asks (by an environment variable, see `clap_complete::env`) and how the daemon is asked.
+//! A shell waits for the answer, so it is given soon; who cannot be asked has no names, and nothing is said.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap_complete::CompleteEnv;
+use clap_complete::engine::{
+    ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter,
+};
+use clap_complete::env::{Bash, EnvCompleter, Fish, Zsh};
+
+use crate::config::RUN_DIR;
+use crate::control::{Client, PrivateClient};
+use crate::error::Result;
+use crate::instance::Selector;
+
+use super::{daemon, generate};
+
+/// Says which shell asks. Not the crate's own COMPLETE, which others may have set.
+const VARIABLE: &str = "LOOPENGINE_COMPLETE";
+/// How long the daemon may take to answer.
+const ANSWER_MAX: Duration = Duration::from_millis(500);
+
+/// Answers a shell, if one asks, and ends the program then.
+pub(super) fn answer_shell() {
+    CompleteEnv::with_factory(generate::shown).var(VARIABLE).complete();
+}
+
+/// Names and texts of what makes shells ask.
+pub(super) fn scripts() -> Vec<(String, Vec<u8>)> {
+    let shells: [(&str, &dyn EnvCompleter); 3] =
+        [("loopengine.bash", &Bash), ("_loopengine", &Zsh), ("loopengine.fish", &Fish)];
+    let script = |(name, shell): (&str, &dyn EnvCompleter)| {
+        let mut text = Vec::new();
+        // To memory, which takes it.
+        let _ = shell.write_registration(VARIABLE, "loopengine", "loopengine", "loopengine", &mut text);
+        if name == "_loopengine" {
+            // zsh loads the file when it first completes, and expects an answer then, too.
+            text.extend(b"[[ $funcstack[1] = _loopengine ]] && _clap_dynamic_completer_loopengine\n");
+        }
+        (name.to_owned(), text)
+    };
+    shells.into_iter().map(script).collect()
+}
+
+/// Devices of instances, by name; or paths, where no such name begins so.
+pub(super) fn devices() -> ArgValueCompleter {
+    ArgValueCompleter::new(|word: &OsStr| {
+        let devices = ask(async |run_dir| Client::connect(&run_dir).await?.devices(&Selector::All).await);
+        let names = devices.into_iter().map(|device| {
+            let name = format!("{}/loop{}", device.instance, device.number);
+            CompletionCandidate::new(name).help(Some(device.image.into()))
+        });
+        let begins = |name: &CompletionCandidate| {
+            name.get_value().as_encoded_bytes().starts_with(word.as_encoded_bytes())
+        };
+        let names: Vec<_> = names.filter(begins).collect();
+        if names.is_empty() { PathCompleter::any().complete(word) } else { names }
+    })
+}
+
+/// Instances.
+pub(super) fn instances() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let instances = ask(async |run_dir| Client::connect(&run_dir).await?.instances().await);
+        instances.into_iter().map(|instance| CompletionCandidate::new(instance.name)).collect()
+    })
+}
+
+/// Private pools that this user sees.
+pub(super) fn pools() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let pools = ask(async |run_dir| PrivateClient::connect(&run_dir).await?.list().await);
+        pools.into_iter().map(|pool| CompletionCandidate::new(pool.name)).collect()
+    })
+}
+
+/// What the daemon says; nothing if it does not say so soon.
+fn ask<T>(work: impl AsyncFnOnce(PathBuf) -> Result<Vec<T>>) -> Vec<T> {
+    let Ok(runtime) = daemon::runtime() else { return Vec::new() };
+    let said = runtime.block_on(async { tokio::time::timeout(ANSWER_MAX, work(run_dir())).await });
+    said.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// The run directory that the line names, which nobody has parsed yet.
+fn run_dir() -> PathBuf {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let named = words.windows(2).find(|pair| pair[0] == "--run-dir").map(|pair| pair[1].clone());
+    named.or_else(|| std::env::var_os("LOOPENGINE_RUN_DIR")).unwrap_or_else(|| RUN_DIR.into()).into()
+}
