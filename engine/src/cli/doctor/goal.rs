@@ -9,7 +9,7 @@ use std::path::Path;
 use super::Check;
 use crate::cli::daemon;
 use crate::cli::mount;
-use crate::cli::private::mounter::is_here;
+use crate::cli::fuse::is_here;
 use crate::control::{OCI_SOCKET, PrivateClient};
 use crate::error::{Error, Kind, Result};
 use crate::kernels::{self, BLOCK_DEVICES, Feature, PRIVATE};

@@ -12,6 +12,7 @@ use rustix::fs::OFlags;
 
 use crate::cli::size;
 use crate::error::{Error, Kind, Result};
+use crate::sys::range_lock;
 use crate::image::{Region, fs, partitions};
 
 /// Blocks in which partition tables count; a device of ours has them as well.
@@ -38,6 +39,8 @@ pub(super) struct Image {
     pub(super) size_limit: u64,
     /// The file system, as blkid calls it.
     pub(super) kind: &'static str,
+    /// It was not unmounted: its journal has what it lacks.
+    pub(super) needs_recovery: bool,
 }
 
 /// Which part of an image is asked for.
@@ -66,6 +69,7 @@ pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
     }
     let size = file.seek(SeekFrom::End(0)).map_err(cannot)?;
     let (offset, limit, kind) = find(&file, size, part, &shown.to_string())?;
+    let needs_recovery = fs::needs_recovery(&mut Region::new(file.as_fd(), offset, size.saturating_sub(offset)));
     Ok(Image {
         file,
         shown: path.to_owned(),
@@ -74,7 +78,37 @@ pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
         offset,
         size_limit: limit,
         kind,
+        needs_recovery,
     })
+}
+
+impl Image {
+    /// Has others that lock images keep away, for as long as this descriptor or a copy of it is open. Two
+    /// file systems that write to the same bytes would destroy them.
+    pub(super) fn lock(&self) -> Result<()> {
+        // A file system of the machine that knows no locks is no reason to mount nothing.
+        match range_lock::try_lock(self.file.as_fd(), self.offset, self.size_limit, !self.read_only) {
+            Ok(false) => {
+                let shown = self.shown.display();
+                let message = format!("{shown} is mounted already, or locked by another program");
+                Err(Error::new(Kind::Busy, message).hint(format!(
+                    "unmount it with 'loopengine umount {shown}'; 'fuser -v {shown}' lists who has it open"
+                )))
+            }
+            Ok(true) | Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn unlock(&self) {
+        let _ = range_lock::unlock(self.file.as_fd(), self.offset, self.size_limit);
+    }
+
+    /// The command that copies the part of the file out.
+    pub(super) fn copy_out(&self) -> String {
+        let count = if self.size_limit > 0 { format!(" count={}", self.size_limit) } else { String::new() };
+        let (shown, offset) = (self.shown.display(), self.offset);
+        format!("'dd if={shown} of=PART bs=1M iflag=skip_bytes,count_bytes skip={offset}{count}'")
+    }
 }
 
 /// Opens it for writing, if that is wanted and possible; true: only for reading.

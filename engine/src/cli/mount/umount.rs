@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::found::{Mounted, wait_gone};
-use super::program;
+use super::found::{ByProgram, Mounted, is_image, wait_gone};
+use super::program::{self, is_without_devices};
 use crate::error::{Error, Kind, Result};
 use crate::sys::mntns;
 
@@ -28,23 +28,22 @@ pub(in crate::cli) struct Args {
 impl Args {
     pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
         let named = full(&self.what);
-        let all = Mounted::all(run_dir)?;
-        let mut found = Vec::new();
-        for mounted in all {
-            let on_it = mounted.is_on(&named)?;
-            if on_it || is_of(&mounted, &named, run_dir)? {
-                found.push(mounted);
-            }
-        }
-        if found.is_empty() {
+        let by_program: Vec<ByProgram> = ByProgram::all().into_iter().filter(|one| one.is(&named)).collect();
+        let found = match pools(&named, run_dir) {
+            Err(error) if !by_program.is_empty() && is_without_devices(error.kind()) => Vec::new(),
+            found => found?,
+        };
+        if found.is_empty() && by_program.is_empty() {
             return Err(self.unknown(&named));
         }
+        let mut dirs: Vec<PathBuf> = by_program.iter().map(|one| one.dir.clone()).collect();
         for mounted in &found {
-            for dir in mounted.dirs()? {
-                leave(&dir)?;
-            }
+            dirs.extend(mounted.dirs()?.into_iter().filter(|dir| !by_program.iter().any(|one| one.dir == *dir)));
         }
-        if !wait_gone(run_dir, &found, END_MAX)? {
+        dirs.iter().try_for_each(|dir| leave(dir))?;
+        let until = Instant::now() + END_MAX;
+        let ended = found.is_empty() || wait_gone(run_dir, &found, END_MAX)?;
+        if !ended || !by_program.iter().all(|one| one.wait_gone(until)) {
             let message = format!("{} is unmounted, but its device is still in use", self.what.display());
             return Err(Error::new(Kind::Deadline, message)
                 .hint("wait for the program that mounted it, or see who else has the directory open"));
@@ -79,15 +78,24 @@ fn full(path: &Path) -> PathBuf {
     })
 }
 
+/// The pools of what is mounted on this directory, or from this image.
+fn pools(named: &Path, run_dir: &Path) -> Result<Vec<Mounted>> {
+    let mut found = Vec::new();
+    for mounted in Mounted::all(run_dir)? {
+        if mounted.is_on(named)? || is_of(&mounted, named, run_dir)? {
+            found.push(mounted);
+        }
+    }
+    Ok(found)
+}
+
 fn is_of(mounted: &Mounted, image: &Path, run_dir: &Path) -> Result<bool> {
-    use std::os::unix::fs::FileTypeExt;
     let Ok(meta) = image.metadata() else { return Ok(false) };
-    let fits = meta.is_file() || meta.file_type().is_block_device();
-    Ok(fits && !mounted.shows(&meta, run_dir)?.is_empty())
+    Ok(is_image(&meta) && !mounted.shows(&meta, run_dir)?.is_empty())
 }
 
 /// Unmounts one directory.
-fn leave(dir: &Path) -> Result<()> {
+pub(super) fn leave(dir: &Path) -> Result<()> {
     let shown = dir.display();
     let cannot = |error: Errno| {
         let error = Error::os(error, format!("cannot unmount {shown}"));
