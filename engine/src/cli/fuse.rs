@@ -96,8 +96,21 @@ const PROGRAMS: [Program; 10] = [
         ..PLAIN
     },
     Program { name: "fuseiso", package: Some("fuseiso"), kinds: &["iso9660"], writes: false, ..PLAIN },
+    Program {
+        name: "mount.exfat-fuse",
+        package: Some("exfat-fuse"),
+        kinds: &["exfat"],
+        shows_source: true,
+        ..PLAIN
+    },
     // The authors of both say that writing is experimental.
-    Program { name: "fusefatfs", package: Some("fusefat"), kinds: &["vfat"], writes: false, ..PLAIN },
+    Program {
+        name: "fusefatfs",
+        package: Some("fusefat"),
+        kinds: &["vfat", "exfat"],
+        writes: false,
+        ..PLAIN
+    },
     Program { name: "fusefat", package: Some("fusefat"), kinds: &["vfat"], writes: false, ..PLAIN },
     Program {
         name: "ntfs-3g",
@@ -111,7 +124,6 @@ const PROGRAMS: [Program; 10] = [
         options: &["no_def_opts"],
         ..PLAIN
     },
-    Program { name: "mount.exfat-fuse", package: Some("exfat-fuse"), kinds: &["exfat"], shows_source: true, ..PLAIN },
     Program { name: "xfs-fuse", kinds: &["xfs"], writes: false, ..PLAIN },
     Program { name: "xfuse", kinds: &["xfs"], writes: false, ..PLAIN },
 ];
@@ -182,9 +194,12 @@ pub(super) fn answers(dir: &Path) -> Answer<u64> {
     let (done, told) = mpsc::sync_channel(1);
     let dir = dir.to_owned();
     // Its own, because it may wait for ever: it ends with this process.
-    let asked = std::thread::Builder::new().spawn(move || done.send(rustix::fs::stat(&dir)));
-    asked.map_err(|_| Errno::AGAIN)?;
-    told.recv_timeout(ANSWER_MAX).unwrap_or(Err(Errno::TIMEDOUT)).map(|stat| stat.st_dev)
+    let ask = move || {
+        // Nobody waits any more, if it took too long.
+        let _ = done.send(rustix::fs::stat(&dir).map(|stat| stat.st_dev));
+    };
+    std::thread::Builder::new().spawn(ask).map_err(|_| Errno::AGAIN)?;
+    told.recv_timeout(ANSWER_MAX).unwrap_or(Err(Errno::TIMEDOUT))
 }
 
 #[cfg(test)]

@@ -190,6 +190,21 @@ pub(super) fn wait_gone(run_dir: &Path, these: &[Mounted], at_most: Duration) ->
     Ok(true)
 }
 
+/// A second image on a directory would hide the first.
+pub(super) fn is_free(dir: &Path) -> Result<()> {
+    match ByProgram::all().iter().any(|one| one.dir == dir) {
+        true => Err(taken(dir)),
+        false => Ok(()),
+    }
+}
+
+/// An image is there.
+pub(super) fn taken(dir: &Path) -> Error {
+    let shown = dir.display();
+    Error::new(Kind::Busy, format!("an image is mounted on {shown} already"))
+        .hint(format!("unmount it with 'loopengine umount {shown}'"))
+}
+
 /// Two file systems that write to the same bytes would destroy them.
 pub(super) fn not_mounted(run_dir: &Path, image: &Image) -> Result<()> {
     let shown = image.shown.display();

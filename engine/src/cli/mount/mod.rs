@@ -10,6 +10,7 @@
 //!
 //! Knows who mounts what. What is in an image is [`image`]'s, what is mounted already [`found`]'s.
 
+mod all;
 mod found;
 mod image;
 mod kernel;
@@ -59,6 +60,10 @@ pub(super) struct Args {
     #[arg(short, long, value_name = "N", value_parser = number::within(1..=255_u32))]
     partition: Option<u32>,
 
+    /// Mount every partition that has a file system, partition N on DIR/N, which is made.
+    #[arg(short, long, conflicts_with_all = ["partition", "offset", "size_limit"])]
+    all: bool,
+
     /// First byte of the image that counts, with a unit as in 1M or 1MiB.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
@@ -74,7 +79,7 @@ pub(super) struct Args {
 
     /// The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs,
     /// squashfs by squashfuse, erofs by erofsfuse, iso9660 by fuseiso, vfat by fusefatfs or fusefat, ntfs by
-    /// ntfs-3g, exfat by mount.exfat-fuse, xfs by xfs-fuse or xfuse].
+    /// ntfs-3g, exfat by mount.exfat-fuse or fusefatfs, xfs by xfs-fuse or xfuse].
     #[arg(long, value_name = "FS=PROGRAM,…", value_delimiter = ',', value_parser = parse_fuse)]
     fuse: Vec<Way>,
 }
@@ -91,6 +96,9 @@ enum By {
 
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        if self.all {
+            return all::mount(&self, run_dir);
+        }
         let part = image::Part { number: self.partition, offset: self.offset, size_limit: self.size_limit };
         self.mount(run_dir, image::look(&self.image, &part, self.read_only)?, &self.dir)
     }
@@ -107,6 +115,7 @@ impl Args {
             }
         }
         found::not_mounted(run_dir, &image)?;
+        found::is_free(&dir)?;
         image.lock()?;
         match &by {
             By::Kernel => {
@@ -140,18 +149,19 @@ impl Args {
 /// The directory, by its full name.
 fn directory(dir: &Path) -> Result<PathBuf> {
     let shown = dir.display();
-    let full = dir.canonicalize().map_err(|error| {
+    let cannot = |error: std::io::Error| {
         let (missing, number) = (error.kind() == std::io::ErrorKind::NotFound, error.raw_os_error());
         let error = Error::os(error, format!("cannot mount on {shown}"));
         match number {
             _ if missing => error.hint(format!("make it with 'mkdir {shown}'")),
             Some(libc::ENOTCONN) => error.hint(format!(
-                "the program that was mounted there is dead: unmount it with 'loopengine umount {shown}'"
+                "the program that has mounted there is dead: unmount it with 'loopengine umount {shown}'"
             )),
             _ => error,
         }
-    })?;
-    match full.is_dir() {
+    };
+    let full = dir.canonicalize().map_err(cannot)?;
+    match full.metadata().map_err(cannot)?.is_dir() {
         true => Ok(full),
         false => Err(Error::new(Kind::Invalid, format!("{shown} is not a directory"))),
     }
@@ -176,10 +186,7 @@ impl Device {
     fn serve(run_dir: &Path, image: &image::Image, dir: &Path) -> Result<Device> {
         let wanted = Wanted { name: Some(found::pool_name(dir)?), max: Some(1), ..Wanted::default() };
         let (name, pool) = open_pool(run_dir, &wanted).map_err(|error| match error.kind() {
-            Kind::Exists => {
-                Error::new(Kind::Busy, format!("an image is mounted on {} already", dir.display()))
-                    .hint(format!("unmount it with 'loopengine umount {}'", dir.display()))
-            }
+            Kind::Exists => found::taken(dir),
             _ => error,
         })?;
         let mut device = Device { pool, name, node: String::new() };

@@ -72,7 +72,8 @@ pub(super) fn check_journal(program: &str, image: &Image, replay: bool) -> Resul
         return Ok(());
     }
     let shown = image.shown.display();
-    let message = format!("{shown} was not unmounted, and {program} cannot mount it before its journal is replayed");
+    let message =
+        format!("{shown} was not unmounted, and {program} cannot mount it before its journal is replayed");
     Err(Error::new(Kind::Unsupported, message).hint(match (image.read_only, image.offset) {
         (true, _) => "that writes to the image: mount a copy, with --replay-journal".to_owned(),
         (false, 0) => format!("add --replay-journal, or run 'e2fsck -E journal_only {shown}'"),
@@ -123,7 +124,8 @@ pub(super) fn mount(program: &str, device: Option<&Device>, image: &Image, dir: 
     let known = fuse::known(program);
     let cannot = |error: std::io::Error| Error::os(error, format!("cannot run {program}"));
     // The program inherits the pool, which ends with it, and the lock on the image.
-    let inherited = |fd: BorrowedFd<'_>| fcntl_setfd(fd, FdFlags::empty()).map_err(|error| cannot(error.into()));
+    let inherited =
+        |fd: BorrowedFd<'_>| fcntl_setfd(fd, FdFlags::empty()).map_err(|error| cannot(error.into()));
     device.map_or(Ok(()), |device| inherited(device.pool.as_fd()))?;
     inherited(image.file.as_fd())?;
     let source = match device {
@@ -212,7 +214,9 @@ fn run<T>(
 /// The next step after what a program has said.
 fn advice(said: &str, image: &Image) -> Option<String> {
     if said.contains("user_allow_other") {
-        return Some("have root write 'user_allow_other' into /etc/fuse.conf, or mount it as root".to_owned());
+        return Some(
+            "have root write 'user_allow_other' into /etc/fuse.conf, or mount it as root".to_owned(),
+        );
     }
     // These complain of the directory, or of /dev/fuse: the image is well.
     let of_fuse = ["fuse: ", "fusermount: ", "fusermount3: "].iter().any(|word| said.contains(word));
@@ -294,7 +298,11 @@ mod tests {
         let fuse2fs = told("/opt/fuse2fs", &image("/x", false), false);
         assert!(fuse2fs.starts_with("rw,nosuid,nodev,fakeroot,no_default_opts,"), "{fuse2fs}");
         for name in ["/a,suid", "/a\\,suid", "/a\nb"] {
-            assert_eq!(told("squashfuse", &image(name, false), true), "rw,nosuid,nodev", "no name is an option");
+            assert_eq!(
+                told("squashfuse", &image(name, false), true),
+                "rw,nosuid,nodev",
+                "no name is an option"
+            );
         }
         let part = Image { offset: 512, ..image("/x", true) };
         assert_eq!(told("other", &part, true), "ro,nosuid,nodev,fsname=/x?offset=512");
@@ -308,7 +316,9 @@ mod tests {
         let check = Some("check it with 'e2fsck -fn /x'".to_owned());
         assert_eq!(advice("/x: Bad magic number in super-block", &ext4), check);
         assert_eq!(advice("", &Image { kind: "btrfs", ..image("/x", true) }), None);
-        for of_fuse in ["fuse: mountpoint is not empty", "fusermount3: user has no write access to mountpoint /x"] {
+        for of_fuse in
+            ["fuse: mountpoint is not empty", "fusermount3: user has no write access to mountpoint /x"]
+        {
             assert_eq!(advice(of_fuse, &ext4), None, "{of_fuse}");
         }
         let other = "fusermount: option allow_other only allowed if 'user_allow_other' is set";
@@ -318,7 +328,8 @@ mod tests {
     #[test]
     fn a_journal_is_replayed_where_asked() {
         let needs = |read_only, offset| Image { needs_recovery: true, offset, ..image("/x", read_only) };
-        let refused = |image: &Image, replay| check_journal("fuse2fs", image, replay).unwrap_err().to_string();
+        let refused =
+            |image: &Image, replay| check_journal("fuse2fs", image, replay).unwrap_err().to_string();
         assert!(check_journal("fuse2fs", &image("/x", false), false).is_ok());
         assert!(check_journal("fuse2fs", &needs(false, 0), true).is_ok());
         assert!(refused(&needs(false, 0), false).contains("'e2fsck -E journal_only /x'"));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
+use super::all;
 use super::found::{ByProgram, Mounted, is_image, wait_gone};
 use super::program::{self, is_without_devices};
 use crate::error::{Error, Kind, Result};
@@ -23,14 +24,22 @@ pub(in crate::cli) struct Args {
     /// The directory, or the image.
     #[arg(value_name = "DIR|IMAGE")]
     what: PathBuf,
+
+    /// Unmount DIR/1, DIR/2 and so on, and remove these directories: what 'mount --all' has mounted.
+    #[arg(short, long)]
+    all: bool,
 }
 
 impl Args {
     pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
         let named = full(&self.what);
-        let by_program: Vec<ByProgram> = ByProgram::all().into_iter().filter(|one| one.is(&named)).collect();
-        let found = match pools(&named, run_dir) {
-            Err(error) if !by_program.is_empty() && is_without_devices(error.kind()) => Vec::new(),
+        let inner = if self.all { all::directories(&named) } else { Vec::new() };
+        let names: Vec<&Path> = inner.iter().chain([&named]).map(PathBuf::as_path).collect();
+        let is_named = |one: &ByProgram| names.iter().any(|name| one.is(name));
+        let by_program: Vec<ByProgram> = ByProgram::all().into_iter().filter(is_named).collect();
+        let known = !by_program.is_empty() || mntns::kind_at(&named).is_some();
+        let found = match pools(&names, run_dir) {
+            Err(error) if known && is_without_devices(error.kind()) => Vec::new(),
             found => found?,
         };
         if found.is_empty() && by_program.is_empty() {
@@ -38,7 +47,9 @@ impl Args {
         }
         let mut dirs: Vec<PathBuf> = by_program.iter().map(|one| one.dir.clone()).collect();
         for mounted in &found {
-            dirs.extend(mounted.dirs()?.into_iter().filter(|dir| !by_program.iter().any(|one| one.dir == *dir)));
+            dirs.extend(
+                mounted.dirs()?.into_iter().filter(|dir| !by_program.iter().any(|one| one.dir == *dir)),
+            );
         }
         dirs.iter().try_for_each(|dir| leave(dir))?;
         let until = Instant::now() + END_MAX;
@@ -48,6 +59,8 @@ impl Args {
             return Err(Error::new(Kind::Deadline, message)
                 .hint("wait for the program that mounted it, or see who else has the directory open"));
         }
+        // One that has more in it, or is in use, stays.
+        inner.iter().filter(|dir| dirs.contains(dir)).for_each(|dir| drop(std::fs::remove_dir(dir)));
         Ok(())
     }
 
@@ -78,12 +91,15 @@ fn full(path: &Path) -> PathBuf {
     })
 }
 
-/// The pools of what is mounted on this directory, or from this image.
-fn pools(named: &Path, run_dir: &Path) -> Result<Vec<Mounted>> {
+/// The pools of what is mounted on these directories, or from these images.
+fn pools(names: &[&Path], run_dir: &Path) -> Result<Vec<Mounted>> {
     let mut found = Vec::new();
     for mounted in Mounted::all(run_dir)? {
-        if mounted.is_on(named)? || is_of(&mounted, named, run_dir)? {
-            found.push(mounted);
+        for name in names {
+            if mounted.is_on(name)? || is_of(&mounted, name, run_dir)? {
+                found.push(mounted);
+                break;
+            }
         }
     }
     Ok(found)

@@ -299,9 +299,8 @@ fn has_entries() -> bool {
 /// Some programs end well although they have mounted nothing (fuse2fs, where it may not open /dev/fuse), or
 /// die when they have mounted: what does not answer is taken off again.
 fn check_covered(target: &OwnedFd) -> Answer<()> {
-    let path = PathBuf::from(std::ffi::OsStr::from_bytes(
-        rustix::fs::readlink(own(target), Vec::new())?.as_bytes(),
-    ));
+    let path =
+        PathBuf::from(std::ffi::OsStr::from_bytes(rustix::fs::readlink(own(target), Vec::new())?.as_bytes()));
     let below = rustix::fs::fstat(target)?.st_dev;
     match fuse::answers(&path) {
         Ok(number) if number != below => return Ok(()),
