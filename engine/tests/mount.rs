@@ -135,7 +135,7 @@ fn a_journal_is_replayed_where_asked() {
 fn a_program_that_dies_has_not_mounted() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "pgrep"]) else { return };
     bed.shell("truncate -s 16M a; mkfs.ext4 -q a");
-    let script = "#!/bin/sh\nfuse2fs \"$@\" && kill -9 $(pgrep -f \"^fuse2fs .* $2 \")\n";
+    let script = "#!/bin/sh\nfuse2fs \"$@\" && kill -9 $(pgrep -f \"^[^ ]*fuse2fs .* $2 \")\n";
     fs::write(bed.path("dies"), script).unwrap();
     fs::set_permissions(bed.path("dies"), PermissionsExt::from_mode(0o755)).unwrap();
     let dies = bed.path("dies").to_str().unwrap().to_owned();
@@ -144,7 +144,7 @@ fn a_program_that_dies_has_not_mounted() {
     // One that dies later.
     bed.works(&format!("mount {EXT4} a dir"));
     let dir = bed.path("dir").canonicalize().unwrap();
-    bed.shell(&format!("kill -9 $(pgrep -f '^fuse2fs .* {} ')", dir.display()));
+    bed.shell(&format!("kill -9 $(pgrep -f '^[^ ]*fuse2fs .* {} ')", dir.display()));
     bed.refused(&format!("mount {EXT4} a dir"), &["cannot mount on dir", "loopengine umount dir"]);
     bed.works("umount dir");
     assert_eq!(bed.mounted("dir"), None);
@@ -162,14 +162,14 @@ fn partitions_are_mounted_one_by_one_or_all() {
     let programs = "--fuse ext4=fuse2fs,squashfs=squashfuse";
     bed.refused(&format!("mount {programs} disk dir"), &["--partition N, or mount all with --all"]);
     bed.works(&format!("mount {programs} -p 2 disk dir2"));
-    assert_eq!(fs::read_to_string(bed.path("dir2/file")).unwrap(), "squash");
+    assert_eq!(fs::read_to_string(bed.path("dir2/file")).unwrap(), "squash\n");
     assert!(bed.mounted("dir2").unwrap().1.ends_with("/disk?offset=17825792"));
     bed.works("umount dir2");
     let all = bed.run(&format!("mount --all {programs} disk dir"));
     assert_eq!(all.code, 0, "{}", all.err);
     assert!(all.err.contains("partition 3 of disk is not mounted"), "{}", all.err);
     fs::write(bed.path("dir/1/file"), "hello").unwrap();
-    assert_eq!(fs::read_to_string(bed.path("dir/2/file")).unwrap(), "squash");
+    assert_eq!(fs::read_to_string(bed.path("dir/2/file")).unwrap(), "squash\n");
     bed.refused(&format!("mount {programs} -p 1 disk dir2"), &["disk is mounted already"]);
     fs::create_dir(bed.path("dir/7")).unwrap();
     bed.works("umount --all dir");

@@ -1236,7 +1236,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__mount)
-            opts="-r -p -h -V --read-only --partition --offset --size-limit --fuse --run-dir --help --version"
+            opts="-r -p -a -h -V --read-only --partition --all --offset --size-limit --replay-journal --fuse --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1642,7 +1642,7 @@ _loopengine() {
             return 0
             ;;
         loopengine__subcmd__umount)
-            opts="-h -V --run-dir --help --version"
+            opts="-a -h -V --all --run-dir --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

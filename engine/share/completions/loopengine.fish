@@ -171,7 +171,7 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand stats" -s V -l ver
 complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l max -d 'Loop devices at the most [default: 8, or what the user\'s limit leaves]' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l name -d 'The pool\'s name, for lists [default: a number]' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l mount -d 'File systems that the kernel mounts, instead of a program of FUSE, when mount(8) mounts one of the devices in a user namespace: always nosuid and nodev, and while it is mounted nobody can write to the device; a remount is refused. For those that the administrator allows (kernel_mounts in loopengine.toml); for root, ext2, ext3, ext4, xfs, squashfs, erofs and vfat' -r
-complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l fuse -d 'File systems that a program of FUSE mounts when mount(8) mounts one of the devices, with the command\'s own rights [default in a user namespace: ext2, ext3 and ext4 by fuse2fs, squashfs by squashfuse, where installed; root of the machine without this option: the kernel mounts]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l fuse -d 'File systems that a program of FUSE mounts when mount(8) mounts one of the devices, with the command\'s own rights [default in a user namespace, where installed: as with \'loopengine mount\', except ntfs; root of the machine without this option: the kernel mounts]' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand run" -l user -d 'Use a user namespace, even as root'
 complete -c loopengine -n "__fish_loopengine_using_subcommand run" -s h -l help -d 'Print help'
@@ -179,12 +179,15 @@ complete -c loopengine -n "__fish_loopengine_using_subcommand run" -s V -l versi
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s p -l partition -d 'Mount partition N of the image' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l offset -d 'First byte of the image that counts, with a unit as in 1M or 1MiB' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l size-limit -d 'Bytes that count at the most; 0: up to the end of the image' -r
-complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l fuse -d 'The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs, squashfs by squashfuse]' -r
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l fuse -d 'The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs, squashfs by squashfuse, erofs by erofsfuse, iso9660 by fuseiso, vfat by fusefatfs or fusefat, ntfs by ntfs-3g, exfat by mount.exfat-fuse or fusefatfs, xfs by xfs-fuse or xfuse]' -r
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s r -l read-only -d 'Refuse writes. An image that cannot be written is mounted so in any case'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s a -l all -d 'Mount every partition that has a file system, partition N on DIR/N, which is made'
+complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -l replay-journal -d 'Replay the journal of an ext3 or ext4 that was not unmounted, with e2fsck. For root the kernel does so in any case'
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s h -l help -d 'Print help'
 complete -c loopengine -n "__fish_loopengine_using_subcommand mount" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -l run-dir -d 'Directory with the daemon\'s socket and the names of its devices' -r -F
+complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -s a -l all -d 'Unmount DIR/1, DIR/2 and so on, and remove these directories: what \'mount --all\' has mounted'
 complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -s h -l help -d 'Print help'
 complete -c loopengine -n "__fish_loopengine_using_subcommand umount" -s V -l version -d 'Print version'
 complete -c loopengine -n "__fish_loopengine_using_subcommand losetup" -s j -l associated -d 'List all devices associated with FILE' -r

@@ -157,12 +157,15 @@ pub(super) fn mount(program: &str, device: Option<&Device>, image: &Image, dir: 
             Ok(_) => return Ok(()),
             Err(error) => {
                 // Whether or not it can be: the user is told why it is useless.
-                let _ = umount::leave(dir);
+                let _ = umount::leave(dir, true);
                 format!("{program} has mounted {shown}, and does not answer ({error})")
             }
         },
         Ok(()) => format!("{program} has not mounted {shown}"),
         Err(Errno::TIMEDOUT) => {
+            if mounted() {
+                let _ = umount::leave(dir, true);
+            }
             let message = format!("{program} took too long to mount {shown}");
             return Err(Error::new(Kind::Deadline, message));
         }

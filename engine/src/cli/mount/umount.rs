@@ -51,7 +51,7 @@ impl Args {
                 mounted.dirs()?.into_iter().filter(|dir| !by_program.iter().any(|one| one.dir == *dir)),
             );
         }
-        dirs.iter().try_for_each(|dir| leave(dir))?;
+        dirs.iter().try_for_each(|dir| leave(dir, false))?;
         let until = Instant::now() + END_MAX;
         let ended = found.is_empty() || wait_gone(run_dir, &found, END_MAX)?;
         if !ended || !by_program.iter().all(|one| one.wait_gone(until)) {
@@ -110,8 +110,8 @@ fn is_of(mounted: &Mounted, image: &Path, run_dir: &Path) -> Result<bool> {
     Ok(is_image(&meta) && !mounted.shows(&meta, run_dir)?.is_empty())
 }
 
-/// Unmounts one directory.
-pub(super) fn leave(dir: &Path) -> Result<()> {
+/// Unmounts one directory; `dead`: whoever has it open gets nothing from it any more.
+pub(super) fn leave(dir: &Path, dead: bool) -> Result<()> {
     let shown = dir.display();
     let cannot = |error: Errno| {
         let error = Error::os(error, format!("cannot unmount {shown}"));
@@ -119,13 +119,18 @@ pub(super) fn leave(dir: &Path) -> Result<()> {
     };
     let fuse = mntns::kind_at(dir).is_some_and(|kind| kind.starts_with("fuse"));
     if rustix::process::geteuid().is_root() || !fuse {
-        return unmount(dir, UnmountFlags::NOFOLLOW).map_err(cannot);
+        let lazily = if dead { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+        return unmount(dir, UnmountFlags::NOFOLLOW | lazily).map_err(cannot);
     }
     let Some(fusermount) = program::fusermount() else {
         return Err(Error::new(Kind::Unavailable, "fusermount3, by which users unmount, is not installed")
             .hint("install it ('apt install fuse3')"));
     };
-    let done = Command::new(fusermount).args(["-u", "--"]).arg(dir).stdin(Stdio::null()).output();
+    let done = Command::new(fusermount)
+        .args([if dead { "-uz" } else { "-u" }, "--"])
+        .arg(dir)
+        .stdin(Stdio::null())
+        .output();
     let done = done.map_err(|error| Error::os(error, format!("cannot run {fusermount}")))?;
     if done.status.success() {
         return Ok(());
