@@ -154,7 +154,7 @@ fn directory(dir: &Path) -> Result<PathBuf> {
         let error = Error::os(error, format!("cannot mount on {shown}"));
         match number {
             _ if missing => error.hint(format!("make it with 'mkdir {shown}'")),
-            Some(libc::ENOTCONN) => error.hint(format!(
+            Some(libc::ENOTCONN | libc::ECONNABORTED) => error.hint(format!(
                 "the program that has mounted there is dead: unmount it with 'loopengine umount {shown}'"
             )),
             _ => error,
