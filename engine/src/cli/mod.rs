@@ -13,6 +13,7 @@ mod doctor;
 mod examples;
 mod features;
 mod find;
+mod fuse;
 pub mod generate;
 mod image;
 mod install;

@@ -73,6 +73,13 @@ fn ext(region: &mut Region<'_>) -> Option<&'static str> {
     })
 }
 
+/// Whether the ext3 or ext4 in `region` has a journal that must be replayed before anybody uses it.
+pub fn needs_recovery(region: &mut Region<'_>) -> bool {
+    const RECOVER: u64 = 0x4;
+    let superblock: Option<[u8; 128]> = region.bytes(1024);
+    superblock.is_some_and(|bytes| le::<2>(&bytes, 0x38) == 0xef53 && le::<4>(&bytes, 0x60) & RECOVER != 0)
+}
+
 /// FAT has no signature of its own: a boot sector whose numbers make sense.
 fn fat(region: &mut Region<'_>) -> Option<&'static str> {
     let boot: [u8; 512] = region.bytes(0)?;

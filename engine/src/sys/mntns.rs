@@ -63,6 +63,18 @@ pub fn targets() -> Vec<PathBuf> {
     table.lines().rev().filter_map(parse).map(|mount| mount.target).collect()
 }
 
+/// What programs of FUSE have mounted for a user: where, and what they call its source; youngest first.
+pub fn fuse_mounts(uid: u32) -> Vec<(PathBuf, PathBuf)> {
+    let table = fs::read_to_string(MOUNTINFO).unwrap_or_default();
+    let option = format!("user_id={uid}");
+    let is_his = |line: &&str| {
+        let options = line.rsplit(' ').next().unwrap_or_default();
+        options.split(',').any(|one| one == option)
+    };
+    let mounts = table.lines().rev().filter(is_his).filter_map(parse);
+    mounts.filter(|mount| mount.kind.starts_with("fuse")).map(|mount| (mount.target, mount.source)).collect()
+}
+
 /// Of which type the file system is that is mounted on `target`, if one is.
 pub fn kind_at(target: &Path) -> Option<String> {
     let table = fs::read_to_string(MOUNTINFO).ok()?;

@@ -12,6 +12,7 @@ pub mod packet;
 pub mod process;
 pub mod processes;
 pub mod pseudo;
+pub mod range_lock;
 pub mod remote;
 pub mod seccomp;
 pub mod uring;

@@ -40,10 +40,14 @@ const PACKAGES: [Package; 18] = [
 ];
 
 /// What the tests and the bench need besides; a demo does without.
-const MORE_PACKAGES: [Package; 12] = [
+const MORE_PACKAGES: [Package; 16] = [
     ("fuse3", "file systems in user space"),
     ("fuse2fs", "ext4 without the kernel's"),
     ("squashfuse", "squashfs without the kernel's"),
+    ("fuseiso", "iso9660 without the kernel's"),
+    ("fusefat", "vfat without the kernel's"),
+    ("ntfs-3g", "ntfs without the kernel's, and images of it"),
+    ("genisoimage", "images of iso9660"),
     ("squashfs-tools", "images of squashfs"),
     ("erofs-utils", "images of erofs"),
     ("dosfstools", "images of vfat"),

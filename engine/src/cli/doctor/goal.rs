@@ -8,8 +8,8 @@ use std::path::Path;
 
 use super::Check;
 use crate::cli::daemon;
+use crate::cli::fuse::is_here;
 use crate::cli::mount;
-use crate::cli::private::mounter::is_here;
 use crate::control::{OCI_SOCKET, PrivateClient};
 use crate::error::{Error, Kind, Result};
 use crate::kernels::{self, BLOCK_DEVICES, Feature, PRIVATE};
@@ -83,7 +83,7 @@ fn missing(feature: &Feature) -> Option<Check> {
             "boot such a kernel; what works with this one is 'loopengine serve --frontend fuse'"
         }
         _ if is_here("fuse2fs") && mount::check_fuse().is_ok() => {
-            "what works with this kernel, for ext2, ext3 and ext4: 'fuse2fs -o fakeroot IMAGE DIR'"
+            "what works with this kernel: 'loopengine mount IMAGE DIR', by a program of FUSE"
         }
         _ => "have such a kernel booted: with this one only root can attach images",
     };

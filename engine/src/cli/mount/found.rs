@@ -1,21 +1,25 @@
 //! What `loopengine mount` has mounted, found again: by the directory, or by the image.
 //!
 //! A pool's name tells the directory: the two belong together from before the mount until after it, and
-//! nothing has to be kept in a file. Knows no more of a pool than its devices and their images.
+//! nothing has to be kept in a file. Knows no more of a pool than its devices and their images. Where there
+//! is no pool, the table of mounts has the image's name, and a lock on the image tells whether its program
+//! has ended.
 
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::image::Image;
+use super::program::is_without_devices;
 use crate::cli::daemon;
 use crate::cli::losetup::Devices;
 use crate::cli::remote::Remote;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Info, flag};
-use crate::sys::mntns;
+use crate::sys::{mntns, range_lock};
 
 /// How names of pools that are mounts begin.
 const PREFIX: &str = "mount-";
@@ -119,6 +123,61 @@ impl Mounted {
     }
 }
 
+/// An image, or a part of one, that a program of FUSE has mounted, whether by a device or not.
+#[derive(Debug)]
+pub(super) struct ByProgram {
+    pub(super) dir: PathBuf,
+    image: PathBuf,
+    offset: u64,
+}
+
+impl ByProgram {
+    /// All of the caller's.
+    pub(super) fn all() -> Vec<ByProgram> {
+        let mounts = mntns::fuse_mounts(rustix::process::geteuid().as_raw());
+        mounts.into_iter().filter_map(|(dir, source)| ByProgram::of(dir, source)).collect()
+    }
+
+    /// Sources are called as `program` calls them.
+    fn of(dir: PathBuf, source: PathBuf) -> Option<ByProgram> {
+        // A name may have such an end itself.
+        let (image, offset) = match source.to_str().and_then(|source| source.rsplit_once("?offset=")) {
+            Some((image, offset)) if !source.exists() => (image.into(), offset.parse().ok()?),
+            _ => (source, 0),
+        };
+        // Others have sources that are no images.
+        let fits = image.is_absolute() && image.metadata().is_ok_and(|meta| is_image(&meta));
+        fits.then_some(ByProgram { dir, image, offset })
+    }
+
+    /// Whether this is the directory or the image; names are full.
+    pub(super) fn is(&self, named: &Path) -> bool {
+        self.dir == named || self.image == named
+    }
+
+    /// Waits until its program has ended, which has the image locked. False: that takes longer.
+    pub(super) fn wait_gone(&self, until: Instant) -> bool {
+        // What nobody can open any more is nobody's.
+        let Ok(image) = std::fs::File::open(&self.image) else { return true };
+        loop {
+            // Of a file system without locks nobody can tell.
+            if range_lock::try_lock(image.as_fd(), self.offset, 1, false).unwrap_or(true) {
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// Whether it can be an image.
+pub(super) fn is_image(meta: &std::fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    meta.is_file() || meta.file_type().is_block_device()
+}
+
 /// Waits for the end of these, at most so long; answers whether it has come.
 pub(super) fn wait_gone(run_dir: &Path, these: &[Mounted], at_most: Duration) -> Result<bool> {
     let until = Instant::now() + at_most;
@@ -131,11 +190,30 @@ pub(super) fn wait_gone(run_dir: &Path, these: &[Mounted], at_most: Duration) ->
     Ok(true)
 }
 
+/// A second image on a directory would hide the first.
+pub(super) fn is_free(dir: &Path) -> Result<()> {
+    match ByProgram::all().iter().any(|one| one.dir == dir) {
+        true => Err(taken(dir)),
+        false => Ok(()),
+    }
+}
+
+/// An image is there.
+pub(super) fn taken(dir: &Path) -> Error {
+    let shown = dir.display();
+    Error::new(Kind::Busy, format!("an image is mounted on {shown} already"))
+        .hint(format!("unmount it with 'loopengine umount {shown}'"))
+}
+
 /// Two file systems that write to the same bytes would destroy them.
 pub(super) fn not_mounted(run_dir: &Path, image: &Image) -> Result<()> {
     let shown = image.shown.display();
     let meta = image.file.metadata().map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
-    for user in Mounted::pools(run_dir)? {
+    let pools = match Mounted::pools(run_dir) {
+        Err(error) if is_without_devices(error.kind()) => return Ok(()),
+        pools => pools?,
+    };
+    for user in pools {
         for other in user.shows(&meta, run_dir)? {
             let writes = !image.read_only || other.flags & flag::READ_ONLY == 0;
             if writes && overlap((image.offset, image.size_limit), (other.offset, other.size_limit)) {

@@ -13,6 +13,7 @@ use rustix::fs::OFlags;
 use crate::cli::size;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Region, fs, partitions};
+use crate::sys::range_lock;
 
 /// Blocks in which partition tables count; a device of ours has them as well.
 const BLOCK: u32 = 512;
@@ -38,6 +39,8 @@ pub(super) struct Image {
     pub(super) size_limit: u64,
     /// The file system, as blkid calls it.
     pub(super) kind: &'static str,
+    /// It was not unmounted: its journal has what it lacks.
+    pub(super) needs_recovery: bool,
 }
 
 /// Which part of an image is asked for.
@@ -58,14 +61,10 @@ pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
     let shown = path.display();
     let cannot = |error| Error::os(error, format!("cannot open {shown}"));
     let full = path.canonicalize().map_err(cannot)?;
-    let (mut file, read_only) = open(path, read_only).map_err(cannot)?;
-    let kind = file.metadata().map_err(cannot)?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
-        return Err(invalid(format!("{shown} is {what}")).hint("give an image, and then the directory"));
-    }
-    let size = file.seek(SeekFrom::End(0)).map_err(cannot)?;
+    let (file, size, read_only) = open_image(path, read_only)?;
     let (offset, limit, kind) = find(&file, size, part, &shown.to_string())?;
+    let needs_recovery =
+        fs::needs_recovery(&mut Region::new(file.as_fd(), offset, size.saturating_sub(offset)));
     Ok(Image {
         file,
         shown: path.to_owned(),
@@ -74,7 +73,68 @@ pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
         offset,
         size_limit: limit,
         kind,
+        needs_recovery,
     })
+}
+
+impl Image {
+    /// Has others that lock images keep away, for as long as this descriptor or a copy of it is open. Two
+    /// file systems that write to the same bytes would destroy them.
+    pub(super) fn lock(&self) -> Result<()> {
+        // A file system of the machine that knows no locks is no reason to mount nothing.
+        match range_lock::try_lock(self.file.as_fd(), self.offset, self.size_limit, !self.read_only) {
+            Ok(false) => {
+                let shown = self.shown.display();
+                let message = format!("{shown} is mounted already, or locked by another program");
+                Err(Error::new(Kind::Busy, message).hint(format!(
+                    "unmount it with 'loopengine umount {shown}'; 'fuser -v {shown}' lists who has it open"
+                )))
+            }
+            Ok(true) | Err(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn unlock(&self) {
+        let _ = range_lock::unlock(self.file.as_fd(), self.offset, self.size_limit);
+    }
+
+    /// The command that copies the part of the file out.
+    pub(super) fn copy_out(&self) -> String {
+        let count = if self.size_limit > 0 { format!(" count={}", self.size_limit) } else { String::new() };
+        let (shown, offset) = (self.shown.display(), self.offset);
+        format!("'dd if={shown} of=PART bs=1M iflag=skip_bytes,count_bytes skip={offset}{count}'")
+    }
+}
+
+/// The partitions of the image at `path`, with what is in each.
+pub(super) fn partitions(path: &Path) -> Result<Vec<(u32, Option<&'static str>)>> {
+    let (file, size, _) = open_image(path, true)?;
+    let region = |start, size| Region::new(file.as_fd(), start, size);
+    let table = partitions::read(&mut region(0, size), BLOCK)?;
+    if table.is_empty() {
+        let message = format!("{} has no partitions", path.display());
+        return Err(Error::new(Kind::NotFound, message).hint("mount it without --all"));
+    }
+    Ok(table.iter().map(|part| (part.number, fs::detect(&mut region(part.start, part.size)))).collect())
+}
+
+/// Whether a file system can be mounted at all.
+pub(super) fn is_mountable(kind: &str) -> bool {
+    !NOT_MOUNTED.contains(&kind)
+}
+
+/// Opens an image; with it its size, and whether it is open only for reading.
+fn open_image(path: &Path, read_only: bool) -> Result<(File, u64, bool)> {
+    let shown = path.display();
+    let cannot = |error| Error::os(error, format!("cannot open {shown}"));
+    let (mut file, read_only) = open(path, read_only).map_err(cannot)?;
+    let kind = file.metadata().map_err(cannot)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
+        return Err(invalid(format!("{shown} is {what}")).hint("give an image, and then the directory"));
+    }
+    let size = file.seek(SeekFrom::End(0)).map_err(cannot)?;
+    Ok((file, size, read_only))
 }
 
 /// Opens it for writing, if that is wanted and possible; true: only for reading.
@@ -126,9 +186,9 @@ fn find(file: &File, size: u64, part: &Part, shown: &str) -> Result<(u64, u64, &
 }
 
 fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
-    match NOT_MOUNTED.contains(&kind) {
-        true => Err(invalid(format!("in {shown} is {kind}, which cannot be mounted"))),
-        false => Ok(kind),
+    match is_mountable(kind) {
+        true => Ok(kind),
+        false => Err(invalid(format!("in {shown} is {kind}, which cannot be mounted"))),
     }
 }
 
@@ -141,7 +201,8 @@ fn nothing(
         return invalid(format!("no file system that is known is in {shown}"))
             .hint("'file -s' may know what it is; '--offset' says where one begins");
     }
-    invalid(format!("{shown} has partitions: {}", list(table, kind))).hint("choose one with --partition N")
+    invalid(format!("{shown} has partitions: {}", list(table, kind)))
+        .hint("choose one with --partition N, or mount all with --all")
 }
 
 /// Numbers, file systems and sizes.

@@ -5,8 +5,12 @@
 //! mount, and whatever fails on the way leaves nothing behind. Its name is made of the directory
 //! ([`found::pool_name`]), so that `umount` finds it again without a file that says so.
 //!
+//! Where no private device can be had, a program of FUSE gets the image itself. In both cases it inherits
+//! the image with a lock on the part that it uses, by which a second mount and `umount` know of it.
+//!
 //! Knows who mounts what. What is in an image is [`image`]'s, what is mounted already [`found`]'s.
 
+mod all;
 mod found;
 mod image;
 mod kernel;
@@ -17,6 +21,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::fuse;
 use super::number;
 use super::private::mounter::Way;
 use super::private::parse_fuse;
@@ -36,6 +41,8 @@ pub(super) use umount::Args as Umount;
 /// always without set-user-ID programs and device nodes. For a plain user a program of FUSE does so with
 /// that user's rights, and only that user sees the files; for root the kernel does, unless '--fuse' names a program.
 ///
+/// Where no private device can be had (no daemon, an older kernel, a limit) the program gets the image itself.
+///
 /// 'loopengine umount' ends it; after 'umount' or 'fusermount3 -u' nothing is left either, a moment later.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -53,6 +60,10 @@ pub(super) struct Args {
     #[arg(short, long, value_name = "N", value_parser = number::within(1..=255_u32))]
     partition: Option<u32>,
 
+    /// Mount every partition that has a file system, partition N on DIR/N, which is made.
+    #[arg(short, long, conflicts_with_all = ["partition", "offset", "size_limit"])]
+    all: bool,
+
     /// First byte of the image that counts, with a unit as in 1M or 1MiB.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
@@ -61,8 +72,14 @@ pub(super) struct Args {
     #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
+    /// Replay the journal of an ext3 or ext4 that was not unmounted, with e2fsck. For root the kernel does so
+    /// in any case.
+    #[arg(long)]
+    replay_journal: bool,
+
     /// The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs,
-    /// squashfs by squashfuse].
+    /// squashfs by squashfuse, erofs by erofsfuse, iso9660 by fuseiso, vfat by fusefatfs or fusefat, ntfs by
+    /// ntfs-3g, exfat by mount.exfat-fuse or fusefatfs, xfs by xfs-fuse or xfuse].
     #[arg(long, value_name = "FS=PROGRAM,…", value_delimiter = ',', value_parser = parse_fuse)]
     fuse: Vec<Way>,
 }
@@ -79,22 +96,41 @@ enum By {
 
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        if self.all {
+            return all::mount(&self, run_dir);
+        }
         let part = image::Part { number: self.partition, offset: self.offset, size_limit: self.size_limit };
-        let image = image::look(&self.image, &part, self.read_only)?;
+        self.mount(run_dir, image::look(&self.image, &part, self.read_only)?, &self.dir)
+    }
+
+    fn mount(&self, run_dir: &Path, mut image: image::Image, dir: &Path) -> Result<()> {
         let by = self.by(image.kind)?;
-        let dir = directory(&self.dir)?;
+        let dir = directory(dir)?;
+        let mut why_read_only = format!("{} cannot be written", image.shown.display());
+        if let By::Program(program) = &by {
+            program::check_journal(program, &image, self.replay_journal)?;
+            if !image.read_only && !fuse::known(program).writes {
+                image.read_only = true;
+                why_read_only = format!("{program} does not write {} reliably", image.kind);
+            }
+        }
         found::not_mounted(run_dir, &image)?;
-        let device = Device::serve(run_dir, &image, &dir)?;
-        let mounted = match &by {
-            By::Kernel => kernel::mount(&device, &image, &dir),
-            By::Program(program) => program::mount(program, &device, &image, &dir),
-        };
-        if let Err(error) = mounted {
-            device.end(run_dir);
-            return Err(error);
+        found::is_free(&dir)?;
+        image.lock()?;
+        match &by {
+            By::Kernel => {
+                let device = Device::serve(run_dir, &image, &dir)?;
+                let mounted = kernel::mount(&device, &image, &dir);
+                mounted.inspect_err(|_| device.end(run_dir))?;
+            }
+            By::Program(program) => {
+                let device = program::device(program, &image, || Device::serve(run_dir, &image, &dir))?;
+                let mounted = program::mount(program, device.as_ref(), &image, &dir);
+                mounted.inspect_err(|_| device.into_iter().for_each(|device| device.end(run_dir)))?;
+            }
         }
         if image.read_only && !self.read_only && !image::never_written(image.kind) {
-            eprintln!("loopengine: {} cannot be written: mounted read-only", self.image.display());
+            eprintln!("loopengine: {why_read_only}: mounted read-only");
         }
         Ok(())
     }
@@ -113,12 +149,19 @@ impl Args {
 /// The directory, by its full name.
 fn directory(dir: &Path) -> Result<PathBuf> {
     let shown = dir.display();
-    let full = dir.canonicalize().map_err(|error| {
-        let missing = error.kind() == std::io::ErrorKind::NotFound;
+    let cannot = |error: std::io::Error| {
+        let (missing, number) = (error.kind() == std::io::ErrorKind::NotFound, error.raw_os_error());
         let error = Error::os(error, format!("cannot mount on {shown}"));
-        if missing { error.hint(format!("make it with 'mkdir {shown}'")) } else { error }
-    })?;
-    match full.is_dir() {
+        match number {
+            _ if missing => error.hint(format!("make it with 'mkdir {shown}'")),
+            Some(libc::ENOTCONN | libc::ECONNABORTED) => error.hint(format!(
+                "the program that has mounted there is dead: unmount it with 'loopengine umount {shown}'"
+            )),
+            _ => error,
+        }
+    };
+    let full = dir.canonicalize().map_err(cannot)?;
+    match full.metadata().map_err(cannot)?.is_dir() {
         true => Ok(full),
         false => Err(Error::new(Kind::Invalid, format!("{shown} is not a directory"))),
     }
@@ -143,10 +186,7 @@ impl Device {
     fn serve(run_dir: &Path, image: &image::Image, dir: &Path) -> Result<Device> {
         let wanted = Wanted { name: Some(found::pool_name(dir)?), max: Some(1), ..Wanted::default() };
         let (name, pool) = open_pool(run_dir, &wanted).map_err(|error| match error.kind() {
-            Kind::Exists => {
-                Error::new(Kind::Busy, format!("an image is mounted on {} already", dir.display()))
-                    .hint(format!("unmount it with 'loopengine umount {}'", dir.display()))
-            }
+            Kind::Exists => found::taken(dir),
             _ => error,
         })?;
         let mut device = Device { pool, name, node: String::new() };

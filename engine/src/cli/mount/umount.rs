@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::found::{Mounted, wait_gone};
-use super::program;
+use super::all;
+use super::found::{ByProgram, Mounted, is_image, wait_gone};
+use super::program::{self, is_without_devices};
 use crate::error::{Error, Kind, Result};
 use crate::sys::mntns;
 
@@ -23,32 +24,43 @@ pub(in crate::cli) struct Args {
     /// The directory, or the image.
     #[arg(value_name = "DIR|IMAGE")]
     what: PathBuf,
+
+    /// Unmount DIR/1, DIR/2 and so on, and remove these directories: what 'mount --all' has mounted.
+    #[arg(short, long)]
+    all: bool,
 }
 
 impl Args {
     pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
         let named = full(&self.what);
-        let all = Mounted::all(run_dir)?;
-        let mut found = Vec::new();
-        for mounted in all {
-            let on_it = mounted.is_on(&named)?;
-            if on_it || is_of(&mounted, &named, run_dir)? {
-                found.push(mounted);
-            }
-        }
-        if found.is_empty() {
+        let inner = if self.all { all::directories(&named) } else { Vec::new() };
+        let names: Vec<&Path> = inner.iter().chain([&named]).map(PathBuf::as_path).collect();
+        let is_named = |one: &ByProgram| names.iter().any(|name| one.is(name));
+        let by_program: Vec<ByProgram> = ByProgram::all().into_iter().filter(is_named).collect();
+        let known = !by_program.is_empty() || mntns::kind_at(&named).is_some();
+        let found = match pools(&names, run_dir) {
+            Err(error) if known && is_without_devices(error.kind()) => Vec::new(),
+            found => found?,
+        };
+        if found.is_empty() && by_program.is_empty() {
             return Err(self.unknown(&named));
         }
+        let mut dirs: Vec<PathBuf> = by_program.iter().map(|one| one.dir.clone()).collect();
         for mounted in &found {
-            for dir in mounted.dirs()? {
-                leave(&dir)?;
-            }
+            dirs.extend(
+                mounted.dirs()?.into_iter().filter(|dir| !by_program.iter().any(|one| one.dir == *dir)),
+            );
         }
-        if !wait_gone(run_dir, &found, END_MAX)? {
+        dirs.iter().try_for_each(|dir| leave(dir, false))?;
+        let until = Instant::now() + END_MAX;
+        let ended = found.is_empty() || wait_gone(run_dir, &found, END_MAX)?;
+        if !ended || !by_program.iter().all(|one| one.wait_gone(until)) {
             let message = format!("{} is unmounted, but its device is still in use", self.what.display());
             return Err(Error::new(Kind::Deadline, message)
                 .hint("wait for the program that mounted it, or see who else has the directory open"));
         }
+        // One that has more in it, or is in use, stays.
+        inner.iter().filter(|dir| dirs.contains(dir)).for_each(|dir| drop(std::fs::remove_dir(dir)));
         Ok(())
     }
 
@@ -79,15 +91,27 @@ fn full(path: &Path) -> PathBuf {
     })
 }
 
-fn is_of(mounted: &Mounted, image: &Path, run_dir: &Path) -> Result<bool> {
-    use std::os::unix::fs::FileTypeExt;
-    let Ok(meta) = image.metadata() else { return Ok(false) };
-    let fits = meta.is_file() || meta.file_type().is_block_device();
-    Ok(fits && !mounted.shows(&meta, run_dir)?.is_empty())
+/// The pools of what is mounted on these directories, or from these images.
+fn pools(names: &[&Path], run_dir: &Path) -> Result<Vec<Mounted>> {
+    let mut found = Vec::new();
+    for mounted in Mounted::all(run_dir)? {
+        for name in names {
+            if mounted.is_on(name)? || is_of(&mounted, name, run_dir)? {
+                found.push(mounted);
+                break;
+            }
+        }
+    }
+    Ok(found)
 }
 
-/// Unmounts one directory.
-fn leave(dir: &Path) -> Result<()> {
+fn is_of(mounted: &Mounted, image: &Path, run_dir: &Path) -> Result<bool> {
+    let Ok(meta) = image.metadata() else { return Ok(false) };
+    Ok(is_image(&meta) && !mounted.shows(&meta, run_dir)?.is_empty())
+}
+
+/// Unmounts one directory; `dead`: whoever has it open gets nothing from it any more.
+pub(super) fn leave(dir: &Path, dead: bool) -> Result<()> {
     let shown = dir.display();
     let cannot = |error: Errno| {
         let error = Error::os(error, format!("cannot unmount {shown}"));
@@ -95,13 +119,18 @@ fn leave(dir: &Path) -> Result<()> {
     };
     let fuse = mntns::kind_at(dir).is_some_and(|kind| kind.starts_with("fuse"));
     if rustix::process::geteuid().is_root() || !fuse {
-        return unmount(dir, UnmountFlags::NOFOLLOW).map_err(cannot);
+        let lazily = if dead { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+        return unmount(dir, UnmountFlags::NOFOLLOW | lazily).map_err(cannot);
     }
     let Some(fusermount) = program::fusermount() else {
         return Err(Error::new(Kind::Unavailable, "fusermount3, by which users unmount, is not installed")
             .hint("install it ('apt install fuse3')"));
     };
-    let done = Command::new(fusermount).args(["-u", "--"]).arg(dir).stdin(Stdio::null()).output();
+    let done = Command::new(fusermount)
+        .args([if dead { "-uz" } else { "-u" }, "--"])
+        .arg(dir)
+        .stdin(Stdio::null())
+        .output();
     let done = done.map_err(|error| Error::os(error, format!("cannot run {fusermount}")))?;
     if done.status.success() {
         return Ok(());

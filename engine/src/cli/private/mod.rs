@@ -28,7 +28,7 @@ use crate::intercept::filter;
 use crate::private::{LIBUDEV, OpenSpec, RESERVED_MAX};
 use crate::sys;
 
-use super::{cannot_run, daemon, number};
+use super::{cannot_run, daemon, fuse, number};
 
 pub(super) use userns::user_name;
 
@@ -77,8 +77,8 @@ pub(super) struct Args {
     mount: Vec<String>,
 
     /// File systems that a program of FUSE mounts when mount(8) mounts one of the devices, with the
-    /// command's own rights [default in a user namespace: ext2, ext3 and ext4 by fuse2fs, squashfs by
-    /// squashfuse, where installed; root of the machine without this option: the kernel mounts].
+    /// command's own rights [default in a user namespace, where installed: as with 'loopengine mount', except
+    /// ntfs; root of the machine without this option: the kernel mounts].
     #[arg(long, value_name = "FS=PROGRAM,…", value_delimiter = ',', value_parser = parse_fuse)]
     fuse: Vec<(String, String)>,
 
@@ -112,7 +112,7 @@ impl Args {
         // Also for root of a user namespace the kernel mounts no disk, if that is there already: a container's.
         let root = !user && sys::userns::is_initial();
         // The first that fits counts.
-        let usual = if root { Vec::new() } else { mounter::usual() };
+        let usual = if root { Vec::new() } else { fuse::for_devices() };
         let fuse = self.fuse.iter().cloned().chain(usual).collect();
         mounter::Ways { fuse, kernel: self.mount.clone(), root }
     }

@@ -9,15 +9,15 @@
 //! It also keeps out of the command's mount namespace what is mounted elsewhere under the name of one of the
 //! pool's devices, and tells the command's terminal when the pool ends before the command (`notice`).
 //!
-//! Knows which program mounts what, and how one is started. Does not know who may mount.
+//! Knows how a program is started in the caller's place. Does not know who may mount, nor which program
+//! mounts what (`fuse`).
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,22 +29,18 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::notice::Notice;
 use super::parse_fuse;
+use crate::cli::fuse;
 use crate::error::{Error, Result};
+use crate::image::{Region, fs as file_system};
 use crate::intercept::mounts::{Asked, Request, pair};
 use crate::loops::Answer;
 use crate::private::LOOPFS;
 use crate::sys;
 
-/// How long a program may take to mount.
-const MOUNT_MAX: Duration = Duration::from_secs(30);
 /// How long programs may take to write and end; the daemon waits a little longer.
 const END_MAX: Duration = Duration::from_secs(3);
 /// Mounts at a time.
 const AT_ONCE: usize = 4;
-
-/// What mounts what, if it is installed and nothing else was asked for.
-const USUAL: [(&str, &str); 4] =
-    [("ext2", "fuse2fs"), ("ext3", "fuse2fs"), ("ext4", "fuse2fs"), ("squashfs", "squashfuse")];
 
 /// Options of file systems that say nothing that a program needs to know.
 const HARMLESS: [&str; 3] = ["errors=remount-ro", "relatime", "rw"];
@@ -85,23 +81,6 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     ways: Ways,
-}
-
-/// The usual program for a file system.
-pub(crate) fn program_for(kind: &str) -> Option<&'static str> {
-    USUAL.iter().find(|(fits, _)| *fits == kind).map(|(_, program)| *program)
-}
-
-/// Whether a program is installed.
-pub(crate) fn is_here(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
-}
-
-/// The usual ways, as far as their programs are here.
-pub(super) fn usual() -> Vec<Way> {
-    let ways = USUAL.iter().filter(|(_, program)| is_here(program));
-    ways.map(|(kind, program)| ((*kind).to_owned(), (*program).to_owned())).collect()
 }
 
 /// Starts a mounter in the namespaces of this process, which becomes the command; answers the daemon's end
@@ -197,12 +176,16 @@ impl Mounter {
         let program = self.ways.fuse.iter().find(|(kind, _)| *kind == asked.kind).map(|(_, program)| program);
         // mount(8) calls it an unknown file system.
         let program = program.ok_or(Errno::NODEV)?;
-        let options = options(asked, is_read_only(&device)?)?;
+        let read_only = is_read_only(&device)? || !fuse::known(program).writes;
+        let options = options(asked, read_only)?;
+        if asked.kind.starts_with("ext") {
+            check_journal(&device)?;
+        }
         step_into(request)?;
         // Its name in the caller's mount namespace; an unlinked one has none.
         let path = link(&device)?;
         rustix::process::fchdir(&target)?;
-        let run = |options: &str| self.run(Command::new(program).arg(&path).arg(".").args(["-o", options]));
+        let run = |options: &str| self.run(fuse::command(program).arg(&path).arg(".").args(["-o", options]));
         // With libfuse 2 a directory that is not empty is covered only on demand, as mount(2) does always;
         // libfuse 3 does it always, and does not know the option.
         let mut done = match has_entries() {
@@ -212,6 +195,10 @@ impl Mounter {
         // Never twice on the same image, whatever a program says of the first.
         if done == Err(Errno::INVAL) && check_covered(&target).is_err() {
             done = run(&options);
+        }
+        if done == Err(Errno::TIMEDOUT) {
+            // Killed, perhaps when it had mounted.
+            let _ = check_covered(&target);
         }
         done?;
         check_covered(&target)?;
@@ -276,7 +263,7 @@ impl Mounter {
         })?;
         running.insert(child.id());
         drop(running);
-        let done = finish(&mut child);
+        let done = fuse::finish(&mut child);
         self.running().remove(&child.id());
         done
     }
@@ -290,26 +277,6 @@ impl Mounter {
         let running = self.running();
         for pid in children().into_iter().filter(|pid| !running.contains(&pid.as_raw_pid().cast_unsigned())) {
             let _ = waitpid(Some(pid), WaitOptions::NOHANG);
-        }
-    }
-}
-
-/// Waits until a program of FUSE leaves its parent, which it does when it has mounted.
-pub(crate) fn finish(child: &mut Child) -> Answer<()> {
-    let until = Instant::now() + MOUNT_MAX;
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) if status.success() => return Ok(()),
-            // It looked at the image, and did not like it.
-            Ok(Some(status)) => {
-                return Err(if status.signal().is_some() { Errno::IO } else { Errno::INVAL });
-            }
-            Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
-            _ => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(Errno::TIMEDOUT);
-            }
         }
     }
 }
@@ -335,14 +302,29 @@ fn has_entries() -> bool {
     fs::read_dir(".").is_ok_and(|mut entries| entries.next().is_some())
 }
 
-/// Some programs end well although they have mounted nothing: fuse2fs, where it may not open /dev/fuse.
+/// Some programs end well although they have mounted nothing (fuse2fs, where it may not open /dev/fuse), or
+/// die when they have mounted: what does not answer is taken off again.
 fn check_covered(target: &OwnedFd) -> Answer<()> {
-    let path = rustix::fs::readlink(own(target), Vec::new())?;
-    if rustix::fs::stat(&path)?.st_dev != rustix::fs::fstat(target)?.st_dev {
-        return Ok(());
+    let path =
+        PathBuf::from(std::ffi::OsStr::from_bytes(rustix::fs::readlink(own(target), Vec::new())?.as_bytes()));
+    let below = rustix::fs::fstat(target)?.st_dev;
+    match fuse::answers(&path) {
+        Ok(number) if number != below => return Ok(()),
+        Ok(_) => {}
+        Err(_) => {
+            let _ = unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+            return Err(Errno::IO);
+        }
     }
     let fuse = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
     Err(fuse.err().unwrap_or(Errno::IO))
+}
+
+/// No program of FUSE mounts an ext4 whose journal must be replayed: "Structure needs cleaning".
+fn check_journal(device: &OwnedFd) -> Answer<()> {
+    let opened = rustix::fs::open(own(device), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let needs = file_system::needs_recovery(&mut Region::new(opened.as_fd(), 0, 1 << 20));
+    if needs { Err(Errno::UCLEAN) } else { Ok(()) }
 }
 
 fn own(file: &OwnedFd) -> String {

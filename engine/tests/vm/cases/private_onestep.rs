@@ -197,13 +197,26 @@ fn failures(ctx: &Ctx) -> Res {
         works "mount" mnt a dir
         pkill -KILL -u 1000 -x fuse2fs
         soon "nothing is left of a killed one" "" devices
-        refused "how to unmount it" "fusermount3 -u dir" umnt dir
-        works "unmount it" fusermount3 -u dir
+        refused "a dead one" "loopengine umount dir" mnt a dir
+        works "unmount a dead one" umnt dir
+        refused "no longer there" "" findmnt dir
+        # Whoever mounts it dies at it, or would.
+        truncate -s 16M dirty; mkfs.ext4 -q dirty; debugfs -w -R 'feature +needs_recovery' dirty 2>/dev/null
+        one "a journal" "e2fsck -E journal_only dirty" mnt dirty dir
+        works "a journal, where asked" mnt --replay-journal dirty dir
+        works "a journal: umount" umnt dirty
+        works "a journal: whole" e2fsck -fn dirty
         halfway closed
         one "no /dev/fuse" "/dev/fuse" mnt a dir
         halfway stopped
-        refused "no daemon" "loopengine serve" mnt a dir
-        same "one line" "$(mnt a dir 2>&1 | wc -l)" 1
+        # The program gets the image itself.
+        works "no daemon" mnt dirty dir
+        same "no daemon: what is shown" "$(findmnt -no SOURCE dir)" "$PWD/dirty"
+        refused "no daemon: once more" "is mounted already" mnt dirty dir2
+        works "no daemon: write" touch dir/new
+        works "no daemon: umount" umnt dirty
+        works "no daemon: whole" e2fsck -fn dirty
+        refused "no daemon: nothing to unmount" "loopengine serve" umnt dir
         "#
     ))?;
     let script = script.wait("closed")?;

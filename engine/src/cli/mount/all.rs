@@ -1,0 +1,73 @@
+//! `loopengine mount --all`: every partition of a disk image, each in a directory of its own.
+//!
+//! Knows which partitions count and where they go. Each is mounted as if it had been named.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{Args, directory, image};
+use crate::error::{Error, Kind, Result};
+
+/// Mounts partition N on DIR/N. What cannot be mounted does not keep the others from it.
+pub(super) fn mount(args: &Args, run_dir: &Path) -> Result<()> {
+    let shown = args.image.display();
+    let (table, read_only) = (image::partitions(&args.image)?, args.read_only);
+    let dir = directory(&args.dir)?;
+    let (mut mounted, mut failed) = (0, None);
+    for (number, kind) in table {
+        match kind.filter(|kind| image::is_mountable(kind)) {
+            None => {
+                let kind = kind.unwrap_or("nothing that is known");
+                eprintln!("loopengine: partition {number} of {shown} is not mounted: in it is {kind}");
+            }
+            Some(_) => match one(args, run_dir, number, read_only, &dir.join(number.to_string())) {
+                Ok(()) => mounted += 1,
+                Err(error) => {
+                    let message = format!("partition {number}: {}", error.message());
+                    let next = error.next_step().unwrap_or_default();
+                    let error = Error::new(error.kind(), message);
+                    let error = if next.is_empty() { error } else { error.hint(next) };
+                    if let Some(before) = failed.replace(error) {
+                        eprintln!("loopengine: {before}");
+                    }
+                }
+            },
+        }
+    }
+    match failed {
+        Some(error) => Err(error),
+        None if mounted == 0 => {
+            let message = format!("no partition of {shown} has a file system that can be mounted");
+            Err(Error::new(Kind::NotFound, message))
+        }
+        None => Ok(()),
+    }
+}
+
+fn one(args: &Args, run_dir: &Path, number: u32, read_only: bool, dir: &Path) -> Result<()> {
+    let part = image::Part { number: Some(number), offset: 0, size_limit: 0 };
+    let image = image::look(&args.image, &part, read_only)?;
+    let made = match fs::create_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
+        done => {
+            done.map_err(|error| Error::os(error, format!("cannot make {}", dir.display())))?;
+            true
+        }
+    };
+    args.mount(run_dir, image, dir).inspect_err(|_| {
+        if made {
+            // Whether or not it can be: the user is told why nothing is in it.
+            let _ = fs::remove_dir(dir);
+        }
+    })
+}
+
+/// The directories in `dir` that `mount` may have made, if they are there.
+pub(super) fn directories(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_number = |name: &str| name.parse().is_ok_and(|number: u32| number.to_string() == name);
+    entries
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_number))
+        .map(|entry| entry.path())
+        .collect()
+}
