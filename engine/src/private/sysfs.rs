@@ -88,6 +88,11 @@ pub fn of(entry: &Entry, disk: impl Fn(u64) -> Option<Disk>) -> Vec<(String, Nod
     out.device(entry.rdev, entry.size, read_only);
     out.uevent(&name, "disk", entry.rdev, &more);
     out.disk(its.as_ref(), &["integrity", "queue", "mq"]);
+    if its.is_none() {
+        // What losetup asks for is known also to a daemon that sees no sysfs.
+        out.dir("queue");
+        out.file("queue/logical_block_size", entry.block_size);
+    }
     let (major, minor) = numbers(entry.rdev);
     out.link("bdi", &format!("devices/virtual/bdi/{major}:{minor}"));
     for (name, value) in

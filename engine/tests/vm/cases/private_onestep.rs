@@ -25,7 +25,7 @@ mnt() { "$loopengine" mount "$@"; }
 umnt() { "$loopengine" umount "$@"; }
 options() { findmnt -no OPTIONS "$1"; }
 # Devices of the user that the daemon counts.
-devices() { "$loopengine" limit | awk -v uid="$(id -u)" '$1 == uid { print $3 }'; }
+devices() { "$loopengine" limit | awk -v user="$(id -un 2>/dev/null || id -u)" '$1 == user { print $3 }'; }
 mkdir -p dir dir2
 "#;
 
