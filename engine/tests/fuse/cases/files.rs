@@ -31,7 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("files::more_requests_than_tags", Needs::Ublk, 180, crowded),
         case("files::durable_writes", Needs::Ublk, 60, durable),
         case("files::qemu_img", Needs::Ublk, 90, qemu_img),
-        case("files::grow_below_a_loop_device", Needs::Ublk, 60, grow),
+        case("files::grow_below_a_loop_device", Needs::Ublk, 120, grow),
         case("files::full_store_seen_by_the_cache", Needs::Ublk, 90, full_store),
     ]
 }
@@ -487,6 +487,11 @@ fn grow(ctx: &Ctx) -> Res {
     tools::ok(&["xfs_growfs", &mount.dir])?;
     std::fs::write(format!("{}/large", mount.dir), pattern(10, 420 << 20))?;
     mount.umount()?;
+    // Daemons of other tests, which start meanwhile, have copies of all mounts until they end.
+    let is_mounted =
+        || errno("", OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&node), libc::EBUSY);
+    let gone = tools::until(Duration::from_secs(30), || is_mounted().is_err().then_some(()));
+    ensure!(gone.is_some(), "{node} is still mounted in another mount namespace");
     crate::store::fsck("xfs", &device)?;
     daemon.detach(&device)?;
     crate::store::fsck("xfs", &image)?;
