@@ -321,7 +321,7 @@ fn refused(ctx: &Ctx) -> Res {
         same "a type off the list" "$(errno xfs '')" 19
         same "another" "$(errno btrfs '')" 19
         # Its program only reads; mount(8) asks again, for that.
-        type -P fusefat fusefatfs >/dev/null && same "one that is only read" "$(errno vfat '')" 13
+        { type -P fusefat || type -P fusefatfs; } >/dev/null && same "one that is only read" "$(errno vfat '')" 13
         holds "as mount says it" "$(mount -t xfs /dev/loop1 mnt 2>&1)" "unknown filesystem type"
         for option in errors=panic errors=continue allow_other fakeroot dev suid user_id=0 fsname=x offset=512; do
             same "$option" "$(errno ext4 $option)" 22

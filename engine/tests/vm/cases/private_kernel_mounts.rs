@@ -273,7 +273,7 @@ fn refused(ctx: &Ctx) -> Res {
         umount mnt; soon "none is left" "" losetup -a
         refused "off the list" "unknown filesystem type" mount -t btrfs -o loop a mnt
         # By a program of FUSE, if there is one, to which it is none.
-        type -P fusefat fusefatfs >/dev/null && said="wrong fs type" || said="unknown filesystem type"
+        { type -P fusefat || type -P fusefatfs; } >/dev/null && said=superblock || said="unknown filesystem type"
         refused "not asked for" "$said" mount -t vfat -o loop a mnt
         refused "another's" "wrong fs type" mount -t xfs -o loop a mnt
         truncate -s 1M junk; refused "no file system" "wrong fs type" mount -t ext4 -o loop junk mnt
