@@ -1,14 +1,42 @@
 //! Bytes of a block device or file, read and written directly, past every cache.
 //!
-//! Knows alignment. Knows nothing of what the bytes mean (see `model` and `ledger`).
+//! Knows alignment, and that nobody may touch the memory of a request that has ended. Knows nothing of what
+//! the bytes mean (see `model` and `ledger`).
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::sync::{Mutex, PoisonError};
 
 use crate::harness::{At, Res, ensure};
 
 const ALIGN: usize = 4096;
+/// What memory holds once its requests have ended.
+const ENDED: u8 = 0xe5;
+/// Bytes of such memory that are kept to be looked at.
+const KEPT: usize = 64 << 20;
+
+/// Memory whose requests have ended, the oldest first. Data that comes late is found here, and not by
+/// whoever has the memory next.
+static KEPT_BACK: Mutex<VecDeque<Vec<u8>>> = Mutex::new(VecDeque::new());
+
+/// Fails if data came into memory after its requests had ended. The memory is given back.
+pub(crate) fn none_came_late() -> Res {
+    let kept = std::mem::take(&mut *KEPT_BACK.lock().unwrap_or_else(PoisonError::into_inner));
+    for bytes in kept {
+        if let Some(at) = bytes.iter().position(|byte| *byte != ENDED) {
+            let wrong = bytes.iter().filter(|byte| **byte != ENDED).count();
+            let end = (at + 32).min(bytes.len());
+            crate::harness::fail!(
+                "{wrong} bytes came after the end of their request, the first at {at} of {}: {:02x?}",
+                bytes.len(),
+                &bytes[at..end]
+            );
+        }
+    }
+    Ok(())
+}
 
 /// Memory as direct I/O wants it.
 pub(crate) struct Aligned {
@@ -40,6 +68,19 @@ impl Aligned {
     /// The bytes, to be changed.
     pub(crate) fn get_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        self.bytes.fill(ENDED);
+        let mut kept = KEPT_BACK.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push_back(std::mem::take(&mut self.bytes));
+        let mut bytes: usize = kept.iter().map(Vec::len).sum();
+        // The oldest go unseen: a case that is busy has no time to look at all.
+        while bytes > KEPT {
+            bytes -= kept.pop_front().map_or(0, |oldest| oldest.len());
+        }
     }
 }
 

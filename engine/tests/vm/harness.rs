@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Completion, Failed, Trial};
 
-use crate::{host, tools};
+use crate::{disk, host, tools};
 
 /// Why a case ended early.
 #[derive(Clone, Debug)]
@@ -206,6 +206,7 @@ impl Case {
         if result.is_ok() {
             result = left_behind(&before, &self.name);
         }
+        result = result.and(disk::none_came_late());
         if let Err(Stop::Fail(_)) = &result {
             host::print_logs(&dir);
             host::print_kernel_log(&self.name, 40);
