@@ -151,9 +151,13 @@ impl PrivateService {
         Ok(Limits { limits })
     }
 
-    /// Gives a user a limit of its own until the daemon ends; without `max_devices`, that of the
+    /// Gives a user a limit of its own until the daemon ends; without `maxDevices`, that of the
     /// configuration again. What it has, it keeps. Only for root.
-    async fn set_limit(&self, uid: u32, max_devices: Option<u32>) -> std::result::Result<(), Fault> {
+    async fn set_limit(
+        &self,
+        uid: u32,
+        #[zlink(rename = "maxDevices")] max_devices: Option<u32>,
+    ) -> std::result::Result<(), Fault> {
         self.ask(move |registry, caller| registry.set_limit(uid, max_devices, caller)).await
     }
 }
@@ -182,7 +186,7 @@ trait Calls {
     async fn set_limit(
         &mut self,
         uid: u32,
-        max_devices: Option<u32>,
+        #[zlink(rename = "maxDevices")] max_devices: Option<u32>,
     ) -> zlink::Result<std::result::Result<(), Fault>>;
 }
 

@@ -140,6 +140,8 @@ pub struct Status {
 
 /// A device as directories and sysfs show it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct Entry {
     /// N of loopN.
     pub number: u32,
@@ -148,8 +150,12 @@ pub struct Entry {
     /// Another whenever `rdev` has become another's: names of an earlier one must not open any more.
     pub generation: u64,
     /// Bytes.
+    #[serde(rename = "sizeBytes")]
+    #[zlink(rename = "sizeBytes")]
     pub size: u64,
     /// Logical block size in bytes.
+    #[serde(rename = "blockSizeBytes")]
+    #[zlink(rename = "blockSizeBytes")]
     pub block_size: u32,
     /// Bound to a file.
     pub bound: Option<Bound>,
@@ -159,6 +165,8 @@ pub struct Entry {
 
 /// What a bound device is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct Bound {
     /// Path of the file as its opener sees it, with " (deleted)" if it is. In JSON, what is not UTF-8 is U+FFFD.
     #[serde(serialize_with = "lossy")]
@@ -168,8 +176,12 @@ pub struct Bound {
     /// Inode number of the file; 0: it is a block device.
     pub image_inode: u64,
     /// First byte of the file.
+    #[serde(rename = "offsetBytes")]
+    #[zlink(rename = "offsetBytes")]
     pub offset: u64,
     /// Bytes at the most; 0: to the end.
+    #[serde(rename = "sizeLimitBytes")]
+    #[zlink(rename = "sizeLimitBytes")]
     pub size_limit: u64,
     /// See [`flag`].
     pub flags: u32,
@@ -181,6 +193,8 @@ fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Resul
 
 /// A partition of a device, itself a block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct Partition {
     /// M of loopNpM.
     pub number: u32,
@@ -189,8 +203,12 @@ pub struct Partition {
     /// As with a device.
     pub generation: u64,
     /// First sector of 512 bytes on the device.
+    #[serde(rename = "startSectors")]
+    #[zlink(rename = "startSectors")]
     pub start: u64,
     /// Bytes.
+    #[serde(rename = "sizeBytes")]
+    #[zlink(rename = "sizeBytes")]
     pub size: u64,
 }
 

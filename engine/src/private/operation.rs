@@ -59,10 +59,16 @@ pub struct Asked {
 
 /// Of `struct loop_info64`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct DeviceInfo {
     /// First byte of the file that the device shows.
+    #[serde(rename = "offsetBytes")]
+    #[zlink(rename = "offsetBytes")]
     pub offset: u64,
     /// Bytes at the most; 0: to the end of the file.
+    #[serde(rename = "sizeLimitBytes")]
+    #[zlink(rename = "sizeLimitBytes")]
     pub size_limit: u64,
     /// LO_FLAGS_*.
     pub flags: u32,
@@ -72,6 +78,8 @@ pub struct DeviceInfo {
 
 /// What LOOP_GET_STATUS64 answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct DeviceStatus {
     /// N of loopN.
     pub number: u32,

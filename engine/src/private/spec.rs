@@ -23,6 +23,8 @@ pub struct Caller {
 
 /// What is asked of a new pool. What is left out has a default.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct OpenSpec {
     /// Its name; left out: a number.
     pub name: Option<String>,
@@ -80,6 +82,8 @@ pub(super) fn full_name(asked: Option<&str>, id: u64, caller: Caller) -> Result<
 
 /// A private pool, as lists show it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
 pub struct PoolInfo {
     /// Its name.
     pub name: String,

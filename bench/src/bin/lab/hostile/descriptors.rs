@@ -33,7 +33,7 @@ impl Pool {
         loop {
             let peer = scene.connect();
             let spec =
-                json!({ "spec": { "max": scene.random.u32(1..=4), "dev_and_sys": scene.random.bool() } });
+                json!({ "spec": { "max": scene.random.u32(1..=4), "devAndSys": scene.random.bool() } });
             if let Ok((reply, mounts)) = peer.call(&format!("{PRIVATE}.Open"), &spec, &[])
                 && let Some(name) = reply["name"].as_str()
             {
@@ -48,7 +48,7 @@ impl Pool {
 /// one or some, that does not exist, or with no whole call at all.
 fn throw(scene: &mut Scene, pool: &Pool, what: &str, fds: &[OwnedFd]) {
     let name = &pool.name;
-    let info = json!({ "offset": 0, "size_limit": 0, "flags": 0, "file_name": [] });
+    let info = json!({ "offsetBytes": 0, "sizeLimitBytes": 0, "flags": 0, "fileName": [] });
     let asked = json!({ "operation": "configure", "number": 0, "value": 0, "info": info });
     let (how, bytes) = match scene.random.u8(..6) {
         0 => ("List", call(&format!("{PRIVATE}.List"), &json!({}))),
