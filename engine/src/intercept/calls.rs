@@ -12,6 +12,7 @@ use super::caller::{Administrators, Found, Node, Opener, Thread};
 use super::codec::{self, BLKPG_BYTES_MAX, BLKPG_PARTITION_BYTES, CONFIG_BYTES, INFO_BYTES_MAX, Layout};
 use super::filter::Abi;
 use crate::loops::{Answer, Caller, Configure, Errno, Info, PartitionChange, Pool, Status};
+use crate::sys::usage;
 
 // linux/loop.h.
 const LOOP_SET_FD: u32 = 0x4c00;
@@ -32,6 +33,9 @@ const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 const BLKRRPART: u32 = 0x125f;
 const BLKPG: u32 = 0x1269;
 const BLKGETDISKSEQ: u32 = 0x8008_1280;
+const BLKBSZSET: [u32; 2] = [0x4008_1271, 0x4004_1271];
+/// The smallest and largest that the kernel takes.
+const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=65536;
 
 /// What this room asks of a pool; tests put something else in its place.
 pub trait Loops: Send + Sync {
@@ -141,6 +145,10 @@ impl Ioctl {
         Ioctl { abi, fd: args[0] as u32, command: args[1] as u32, argument }
     }
 
+    fn sets_block_size(&self) -> bool {
+        BLKBSZSET.contains(&self.command)
+    }
+
     fn is_of_partitions(&self) -> bool {
         matches!(self.command, BLKRRPART | BLKPG | BLKGETDISKSEQ)
     }
@@ -170,7 +178,8 @@ impl Desk {
             }
             if self.loops.has_part(node) {
                 // The block layer answers what a disk is asked as a loop device: ENOTTY.
-                return call.is_of_partitions().then_some(What::Partition(*node));
+                let answered = call.is_of_partitions() || call.sets_block_size();
+                return answered.then_some(What::Partition(*node));
             }
             // The disk of a device says what its number is.
             if call.command == BLKGETDISKSEQ {
@@ -189,6 +198,10 @@ impl Desk {
             let administrators = self.administrators;
             let caller = Opener { thread, fd: call.fd, flags, administrators };
             match what {
+                What::Control if call.sets_block_size() => Err(Errno::NOTTY),
+                What::Device(_, node) | What::Partition(node) if call.sets_block_size() => {
+                    set_cache_block_size(&node, call, &caller).map(|()| 0)
+                }
                 What::Partition(node) if call.command == BLKGETDISKSEQ => {
                     let sequence = self.loops.sequence(&node);
                     sequence.and_then(|seq| thread.write(call.argument, &seq.to_le_bytes())).map(|()| 0)
@@ -290,6 +303,23 @@ impl Desk {
             _ if call.abi.is_compat() => Err(Errno::NOTTY),
             _ => Err(Errno::INVAL),
         }
+    }
+}
+
+/// BLKBSZSET: in which pieces the kernel caches what is read and written through a node. It changes no byte, so it
+/// is enough that the caller may ask for it: the kernel allows it root of the machine only.
+fn set_cache_block_size(node: &Node, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
+    if !caller.is_admin() {
+        return Err(Errno::ACCESS);
+    }
+    if call.argument == 0 {
+        return Err(Errno::INVAL);
+    }
+    let bytes = u32::from_ne_bytes(caller.thread.read(call.argument)?);
+    let fits = bytes.is_power_of_two() && BLOCK_SIZES.contains(&bytes);
+    match fits && u64::from(bytes) >= usage::logical_block_size(node.rdev).unwrap_or(0) {
+        true => Ok(()),
+        false => Err(Errno::INVAL),
     }
 }
 

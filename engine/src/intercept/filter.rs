@@ -26,6 +26,8 @@ pub struct Options {
     /// Stop mount(2) too, and refuse the newer calls that make file systems, so that libmount takes
     /// mount(2). open_tree(2) and move_mount(2) stay: they move what is mounted already.
     pub mounts: bool,
+    /// Stop BLKBSZSET too, which the kernel allows root of the machine only.
+    pub block_sizes: bool,
 }
 
 /// An ABI of system calls.
@@ -51,6 +53,9 @@ pub enum Call {
 /// BLKRRPART and BLKPG: the kernel would make partitions of the disk behind a device, for everybody to see.
 /// BLKGETDISKSEQ: a partition of a device is a disk of its own, and would tell its own number.
 const BLOCK: [u32; 3] = [0x125f, 0x1269, 0x8008_1280];
+
+/// BLKBSZSET of 64 and of 32 bits.
+const BLOCK_SIZE: [u32; 2] = [0x4008_1271, 0x4004_1271];
 
 /// ioctl numbers 0x4C00 to 0x4CFF: those of loop(4). The kernel takes 32 bits of the argument.
 const IOCTL_MASK: u32 = 0xffff_ff00;
@@ -263,6 +268,11 @@ fn section(steps: &mut Vec<Step>, numbers: &Numbers, options: Options) {
         Is(BLOCK[0], To::End(Notify), To::Next),
         Is(BLOCK[1], To::End(Notify), To::Next),
         Is(BLOCK[2], To::End(Notify), To::Next),
+    ]);
+    if options.block_sizes {
+        steps.extend(BLOCK_SIZE.map(|command| Is(command, To::End(Notify), To::Next)));
+    }
+    steps.extend([
         And(IOCTL_MASK),
         Is(IOCTL_LOOP, To::End(Notify), ALLOW),
         // The mode of mknodat(2) is its third argument, that of mknod(2) the second. Character nodes

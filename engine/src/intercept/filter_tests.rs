@@ -2,8 +2,8 @@
 
 use super::*;
 
-const OFF: Options = Options { mounts: false };
-const ON: Options = Options { mounts: true };
+const OFF: Options = Options { mounts: false, block_sizes: false };
+const ON: Options = Options { mounts: true, block_sizes: true };
 
 /// What the program answers to a call, and after how many instructions.
 fn run(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> (u32, usize) {
@@ -54,6 +54,9 @@ fn ioctls_of_loop_are_stopped_and_others_are_not() {
                 for cmd in [0, 0x4bff, 0x4d00, 0x5401, 0x1_4c00, 0x8000_4c00, 0x4c, 0x4c00_0000, 0x4c00 << 32]
                 {
                     assert_eq!(ioctl(cmd), Allow, "{cmd:x}");
+                }
+                for cmd in [0x4008_1271, 0x4004_1271] {
+                    assert_eq!(ioctl(cmd), if options.block_sizes { Notify } else { Allow }, "{cmd:x}");
                 }
                 // The same number as something else's argument.
                 assert_eq!(end(&program, n.arch, n.ioctl + 1, [3, 0x4c00, 0, 0, 0, 0]), Allow);

@@ -103,6 +103,33 @@ impl Disks {
     }
 }
 
+/// A partition as the kernel knows it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Partition {
+    /// N of pN.
+    pub number: u32,
+    /// What users open.
+    pub node: PathBuf,
+}
+
+/// Partitions of the disk with this node.
+pub fn partitions(node: &Path) -> impl Iterator<Item = Partition> {
+    let disk =
+        node.file_name().filter(|_| node.starts_with("/dev")).map(|name| Path::new("/sys/block").join(name));
+    let entries = disk.into_iter().flat_map(fs::read_dir).flatten().flatten();
+    entries.filter_map(|entry| {
+        let number = fs::read_to_string(entry.path().join("partition")).ok()?.trim_ascii().parse().ok()?;
+        Some(Partition { number, node: Path::new("/dev").join(entry.file_name()) })
+    })
+}
+
+/// Logical block size of the disk with this device number, in bytes.
+pub fn logical_block_size(number: u64) -> Option<u64> {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let size = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/queue/logical_block_size"));
+    size.ok()?.trim_ascii().parse().ok()
+}
+
 /// Whether other disks lie upon the one with this device number.
 pub fn has_holders(number: u64) -> bool {
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));

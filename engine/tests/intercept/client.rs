@@ -33,7 +33,7 @@ pub fn run(role: &str) {
     if role == "cost" {
         return cost();
     }
-    raw::install_and_send(&filter::program(filter::Options { mounts: false }));
+    raw::install_and_send(&filter::program(filter::Options::default()));
     match role {
         "values" => values(),
         "i386" => i386(),
@@ -435,7 +435,7 @@ fn cost() {
         each(&format!("another ioctl, {when}"), 200_000, &ioctl_of_others);
     };
     unrelated("no filter");
-    raw::install_and_send(&filter::program(filter::Options { mounts: true }));
+    raw::install_and_send(&filter::program(filter::Options { mounts: true, ..Default::default() }));
     unrelated("filter");
     let bytes = [0_u8; 232];
     each("passed on", 5_000, &|| _ = ioctl(null.as_raw_fd(), GET_STATUS64, 0));

@@ -28,7 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
 const SCRIPT: Duration = Duration::from_secs(250);
 
 /// What scripts tell with: a line for each step, the same on both drivers.
-const TELL: &str = r#"
+pub(super) const TELL: &str = r#"
 truncate -s 64M disk; dev=
 tell() { local what=$1; shift; "$@" > said 2>&1; echo "$what: status $?: $(shown)"; }
 shown() {
@@ -41,7 +41,7 @@ free() { losetup -d $dev; for i in {1..100}; do [ -n "$(losetup -j disk)" ] || b
 table() { printf '%s\n' "$@"; }
 "#;
 
-const SFDISK: &str = r#"
+pub(super) const SFDISK: &str = r#"
 write() { table "$@" | sfdisk $options $dev; }
 for how in "" -P; do
     options=; bind $how; echo "with '$how'"
@@ -95,7 +95,7 @@ tell "all go" partx -d $dev
 free
 "#;
 
-const SGDISK: &str = r#"
+pub(super) const SGDISK: &str = r#"
 for how in "" -P; do
     bind $how; echo "with '$how'"
     tell "new" sgdisk -o -n 1:2048:+4M -n 2:0:+8M $dev
@@ -109,7 +109,7 @@ for how in "" -P; do
 done
 "#;
 
-const PARTED: &str = r#"
+pub(super) const PARTED: &str = r#"
 for how in "" -P; do
     bind $how; echo "with '$how'"
     tell "label" parted -s $dev mklabel gpt
@@ -127,7 +127,7 @@ for how in "" -P; do
 done
 "#;
 
-const GROWN: &str = r#"
+pub(super) const GROWN: &str = r#"
 table "label: gpt" "start=2048,size=4096" "size=65536" | sfdisk -q disk
 bind -P; tell "bound" true
 mkfs.ext4 -q ${dev}p2; mkdir -p mnt; mount ${dev}p2 mnt; echo hello > mnt/file
@@ -142,7 +142,7 @@ umount mnt; e2fsck -fn ${dev}p2 >/dev/null 2>&1; echo "e2fsck: $?"
 free
 "#;
 
-const TABLES: &str = r#"
+pub(super) const TABLES: &str = r#"
 for block in 512 4096; do
     rm -f disk; truncate -s 64M disk; bind -P -b $block; echo "blocks of $block"
     tell "gpt" sh -c "printf 'label: gpt\nsize=4M\nsize=8M\n' | sfdisk $dev"
@@ -179,6 +179,12 @@ pub(super) fn same(ctx: &Ctx, script: &str) -> Res {
     clean()?;
     let ours = Inside::new(ctx, &daemon).run_for(SCRIPT, &format!("{script}\n{NOTHING_OUTSIDE}"))?;
     clean()?;
+    compare(ctx, &theirs, &ours)?;
+    daemon.stop()
+}
+
+/// Both must have the same lines, but for those that are known to differ.
+pub(super) fn compare(ctx: &Ctx, theirs: &str, ours: &str) -> Res {
     ensure!(!theirs.contains("status 127"), "a tool is not installed: {theirs}");
     let mut wrong = 0;
     for (theirs, ours) in theirs.lines().zip(ours.lines()) {
@@ -191,7 +197,7 @@ pub(super) fn same(ctx: &Ctx, script: &str) -> Res {
     let lines = (theirs.lines().count(), ours.lines().count());
     ensure!(wrong == 0 && lines.0 == lines.1, "{wrong} lines are not the kernel's, of {lines:?}");
     ctx.note(format!("{} lines", lines.1));
-    daemon.stop()
+    Ok(())
 }
 
 /// Lines that differ: the kernel's, and ours. A partition is a disk of its own, and claims that one only: who opens
@@ -223,7 +229,13 @@ fn plain_user(ctx: &Ctx) -> Res {
         works "resizepart" resizepart $dev 2 4096
         same "resizepart, size" "$(size ${dev}p2)" 2097152
         same "owner" "$(stat -Lc %u ${dev}p2)" "$(id -u)"
+        works "block size of the cache" blockdev --setbsz 1024 ${dev}p2
+        refused "not a power of two" "Invalid argument" blockdev --setbsz 1000 $dev
         free
+        truncate -s 320M xfs; dev=$(losetup -f --show xfs)
+        works "mkfs.xfs" mkfs.xfs -q $dev
+        same "xfs" "$(blkid -p -o value -s TYPE $dev)" xfs
+        losetup -d $dev
         "#
     );
     Inside::new(ctx, &daemon).user(1000).run(&script)?;
