@@ -143,13 +143,21 @@ impl Listener {
         unsafe { self.ioctl(libc::SECCOMP_IOCTL_NOTIF_SET_FLAGS, argument) }.map(drop)
     }
 
+    /// Asks again when interrupted: that tells of this thread (work of io_uring is enough, if another thread has the
+    /// kernel's lock just then), and nothing of the caller.
+    ///
     /// # Safety
     /// `argument` is what this request takes, and lives until the call is over.
     unsafe fn ioctl(&self, request: libc::Ioctl, argument: *mut libc::c_void) -> io::Result<i32> {
-        // SAFETY: the descriptor is open; the caller of this function vouches for the argument.
-        match unsafe { libc::ioctl(self.0.as_raw_fd(), request, argument) } {
-            -1 => Err(io::Error::last_os_error()),
-            done => Ok(done),
+        loop {
+            // SAFETY: the descriptor is open; the caller of this function vouches for the argument.
+            match unsafe { libc::ioctl(self.0.as_raw_fd(), request, argument) } {
+                -1 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+                done => return Ok(done),
+            }
         }
     }
 }
@@ -161,6 +169,63 @@ pub(crate) mod tests {
         // SAFETY: for tests of filters that refuse it; no call finds anything at this address.
         let result = unsafe { libc::syscall(number, -1, -1, -1, -1, -1, -1) };
         if result == -1 { std::io::Error::last_os_error().raw_os_error() } else { None }
+    }
+
+    /// Threads that look at the same caller at once, and are interrupted: none may take him for gone.
+    #[test]
+    fn an_interrupted_look_is_no_answer() {
+        use super::{Listener, install_with_listener};
+        use crate::intercept::filter::{Options, program};
+        use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+        use std::sync::mpsc;
+        use std::time::{Duration, Instant};
+
+        const LOOKS: usize = 48;
+        extern "C" fn nothing(_: i32) {}
+        // SAFETY: the handler touches nothing; the signal is sent to threads of this test only.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = nothing as extern "C" fn(i32) as usize;
+            assert_eq!(libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()), 0);
+        }
+        let (to, from) = mpsc::channel();
+        let caller = std::thread::spawn(move || {
+            to.send(install_with_listener(&program(Options::default()))).unwrap();
+            // SAFETY: LOOP_CLR_FD takes no memory, and no file has this number.
+            unsafe { libc::ioctl(-1, 0x4c01, 0) };
+        });
+        let listener = match from.recv().unwrap() {
+            Ok(fd) => Listener::new(fd).unwrap(),
+            Err(error) => return eprintln!("skipped: no filter can be installed: {error}"),
+        };
+        let id = listener.receive().unwrap().id;
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (to, from) = mpsc::channel();
+            for _ in 0..LOOKS {
+                let (to, listener, over) = (to.clone(), &listener, &over);
+                scope.spawn(move || {
+                    to.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+                    while !over.load(Relaxed) {
+                        if !listener.waits(id) {
+                            over.store(true, Relaxed);
+                            panic!("the caller waits, and was taken for gone");
+                        }
+                    }
+                });
+            }
+            let threads: Vec<i32> = from.iter().take(LOOKS).collect();
+            let end = Instant::now() + Duration::from_secs(4);
+            while Instant::now() < end && !over.load(Relaxed) {
+                for thread in &threads {
+                    // SAFETY: plain numbers; the thread is one of this process, or gone.
+                    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), *thread, libc::SIGUSR1) };
+                }
+            }
+            over.store(true, Relaxed);
+        });
+        listener.answer(id, Ok(0)).unwrap();
+        caller.join().unwrap();
     }
 
     #[test]
