@@ -134,6 +134,7 @@ impl Device {
     /// LOOP_CONFIGURE.
     pub fn configure(&mut self, with: Configure, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
         if self.is_bound() {
+            tracing::debug!(number = self.number, again = self.bound_again, "a device to be bound is bound");
             return Err(Errno::BUSY);
         }
         let (binding, image) = Binding::take(with, caller.writes(), self.number, &room.shared().claims)?;

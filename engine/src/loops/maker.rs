@@ -158,6 +158,7 @@ impl Maker {
             owner: self.shared.new_mark(),
             // Its users are not told of a new daemon, and could not use it.
             outlives: false,
+            partscan: false,
         };
         let image = Image::nothing(block_size)?;
         // Numbers at the driver are few and everybody's: what is to be free again is, before another is taken.

@@ -116,12 +116,9 @@ impl Place {
         lock(&self.shown).entry.as_ref().is_some_and(|entry| entry.bound.is_some())
     }
 
+    /// As it was published: while its disk is being replaced it is not known yet.
     pub(super) fn is_leaving(&self) -> bool {
-        lock(&self.shown).leaving
-    }
-
-    pub(super) fn set_leaving(&self, leaving: bool) {
-        lock(&self.shown).leaving = leaving;
+        self.wait_until_published().is_some_and(|shown| shown.leaving)
     }
 
     /// From now on nobody is told its device number, and nobody who was told is about to open it.
@@ -147,16 +144,26 @@ impl Place {
         true
     }
 
-    /// Shows what has become of it. True: something has changed.
-    pub(super) fn publish(&self, entry: Option<Entry>, numbers: Numbers) -> bool {
+    /// Shows what has become of it, all at once: who waits for that looks at `leaving` first. True: something has
+    /// changed.
+    pub(super) fn publish(&self, device: &Device) -> bool {
+        let (entry, numbers, leaving) = (device.entry(), device.numbers(), device.is_leaving());
         let mut shown = lock(&self.shown);
         let changed = shown.entry != entry;
-        shown.entry = entry;
-        shown.numbers = numbers;
+        (shown.entry, shown.numbers, shown.leaving) = (entry, numbers, leaving);
         shown.replacing = false;
         drop(shown);
         self.published.notify_all();
         changed
+    }
+
+    /// It is gone.
+    pub(super) fn withdraw(&self) {
+        let mut shown = lock(&self.shown);
+        (shown.entry, shown.numbers, shown.leaving) = (None, Numbers::default(), false);
+        shown.replacing = false;
+        drop(shown);
+        self.published.notify_all();
     }
 
     /// All who watch know of it.

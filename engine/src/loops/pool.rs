@@ -16,7 +16,7 @@ use std::time::Duration;
 use super::binding::check_kind;
 use super::device::Device;
 use super::maker::Maker;
-use super::place::{Numbers, PATIENCE, Place};
+use super::place::{PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::{Reaper, Round};
 use super::{
@@ -107,7 +107,9 @@ impl Pool {
         {
             if device.is_leaving() {
                 place.begin_replacing();
-                device.unbind(&self.maker);
+                if !device.unbind(&self.maker) {
+                    tracing::debug!(number, "a device whose name is looked up is bound still");
+                }
             }
             self.settle(number, &place, device);
         }
@@ -199,7 +201,7 @@ impl Pool {
             self.settle(number, &place, device);
             return Err(error);
         }
-        place.publish(None, Numbers::default());
+        place.withdraw();
         lock(&self.places).remove(&number);
         drop(device);
         self.tell(number);
@@ -315,6 +317,9 @@ impl Pool {
                 continue;
             }
             device.reap(&self.maker);
+            if device.is_to_be_bound_again() && place.try_begin_replacing() {
+                device.bind_again(&self.maker);
+            }
             if device.is_to_be_unbound() && place.try_begin_replacing() {
                 device.unbind(&self.maker);
             }
@@ -343,7 +348,7 @@ impl Pool {
         if !device.end(when, &self.maker) {
             return false;
         }
-        place.publish(None, Numbers::default());
+        place.withdraw();
         lock(&self.places).remove(&number);
         drop(device);
         self.tell(number);
@@ -400,8 +405,7 @@ impl Pool {
     /// The same for the reaper.
     fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
         // Before anybody is told, who may ask for the entry.
-        let changed = place.publish(device.entry(), device.numbers());
-        place.set_leaving(device.is_leaving());
+        let changed = place.publish(&device);
         drop(device);
         if changed {
             self.tell(number);

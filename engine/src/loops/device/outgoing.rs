@@ -142,21 +142,29 @@ impl Device {
         }
     }
 
-    /// After LOOP_CLR_FD: lets go of what it was, or is that again after a while.
+    /// After LOOP_CLR_FD: lets go of what it was, if nobody has that open any more.
     pub(super) fn look_at_cleared(&mut self, room: Room<'_>) {
         let Some(was) = self.cleared.take() else { return };
-        let kept = self.release(was, room);
-        match kept {
-            Some(was) if was.since.elapsed() >= UNBOUND_MAX && self.binding.is_none() => {
-                let unused = self.disk.replace(was.disk);
-                (self.binding, self.parts) = (was.binding, was.parts);
-                self.bound_again = true;
-                self.outgoing.extend(unused.map(Outgoing::bare));
-                // The same disk with the same file: names and descriptors that were its are so again.
-                self.generation = was.generation;
-            }
-            kept => self.cleared = kept,
-        }
+        self.cleared = self.release(was, room);
+    }
+
+    /// LOOP_CLR_FD came long ago, and what it was is open still.
+    pub fn is_to_be_bound_again(&self) -> bool {
+        let long_ago = |was: &Outgoing| was.since.elapsed() >= UNBOUND_MAX;
+        self.binding.is_none() && self.cleared.as_ref().is_some_and(long_ago)
+    }
+
+    /// It becomes what it was, if that is still open. Nobody may be about to open what it is: who closed the one
+    /// before opens a free device, and not one that is bound again.
+    pub fn bind_again(&mut self, room: Room<'_>) {
+        self.look_at_cleared(room);
+        let Some(was) = self.cleared.take() else { return };
+        let unused = self.disk.replace(was.disk);
+        (self.binding, self.parts) = (was.binding, was.parts);
+        self.bound_again = true;
+        self.outgoing.extend(unused.map(Outgoing::bare));
+        // The same disk with the same file: names and descriptors that were its are so again.
+        self.generation = was.generation;
     }
 
     /// Waits until its caller of LOOP_CLR_FD may have closed it, not longer than needed or `within`.
