@@ -104,11 +104,12 @@ fn update(tree: &Tree, old: &Nodes, new: &Nodes) {
     let have: HashMap<&str, &Node> = old.iter().map(|(path, node)| (path.as_str(), node)).collect();
     let want: HashMap<&str, &Node> = new.iter().map(|(path, node)| (path.as_str(), node)).collect();
     let mut failed = None;
-    for (path, node) in old.iter().rev().filter(|(path, _)| !want.contains_key(path.as_str())) {
-        failed = failed.or(tree.remove(path, node).err());
-    }
+    // First what has changed: who sees that a device is unbound, since what tells of its file is gone, sees the rest.
     for (path, node) in new.iter().filter(|(path, node)| have.get(path.as_str()) != Some(&node)) {
         failed = failed.or(tree.put(path, node).err());
+    }
+    for (path, node) in old.iter().rev().filter(|(path, _)| !want.contains_key(path.as_str())) {
+        failed = failed.or(tree.remove(path, node).err());
     }
     if let Some(error) = failed {
         tracing::debug!("a tenant does not see all of its devices: {error}");
