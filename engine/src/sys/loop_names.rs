@@ -19,6 +19,8 @@ use super::mntns::{MOUNTINFO, Mount, parse, unescape};
 const SWAPS: &str = "/proc/swaps";
 /// udev's links by label, by UUID and so on.
 const LINKS: &str = "/dev/disk";
+/// Of these every disk has one, also a loop device without a file, and nobody looks for a file system by it.
+const BY_DISKSEQ: &str = "by-diskseq";
 /// Links that are looked at; no machine has as many.
 const LINKS_MAX: usize = 8192;
 
@@ -38,7 +40,8 @@ fn in_tables<'a>(mounts: &'a str, swaps: &'a str) -> impl Iterator<Item = u32> +
 
 fn linked() -> impl Iterator<Item = u32> {
     let entries = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let links = entries(LINKS.into()).flat_map(entries).take(LINKS_MAX);
+    let directories = entries(LINKS.into()).filter(|directory| !directory.ends_with(BY_DISKSEQ));
+    let links = directories.flat_map(entries).take(LINKS_MAX);
     links.filter_map(|link| of_name(fs::read_link(link).ok()?.file_name()?.to_str()?))
 }
 

@@ -39,7 +39,9 @@ impl HostLoops {
             truncate -s 8M a c; truncate -s 2M b
             mkfs.ext4 -q a; mkfs.ext4 -q c; mkswap -q b
             losetup /dev/loop0 a; mount /dev/loop0 mnt; echo host > mnt/file
-            losetup /dev/loop1 b; swapon /dev/loop1; losetup /dev/loop2 c"
+            losetup /dev/loop1 b; swapon /dev/loop1; losetup /dev/loop2 c
+            # As udev does for every disk: names nothing that anybody looks for.
+            mkdir -p /dev/disk/by-diskseq; ln -sf ../../loop2 /dev/disk/by-diskseq/99"
         ))?;
         Ok(host)
     }
@@ -54,7 +56,7 @@ impl Drop for HostLoops {
         let dir = &self.dir;
         let _ = tools::sh(format!(
             "set +e; umount {dir}/late; swapoff /dev/loop1; umount {dir}/mnt; losetup -d /dev/loop0 /dev/loop1 /dev/loop2
-            umount {dir}; rm -rf {dir}"
+            umount {dir}; rm -rf {dir} /dev/disk/by-diskseq/99"
         ));
     }
 }
