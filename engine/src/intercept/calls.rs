@@ -3,16 +3,16 @@
 //! Knows the numbers and arguments of loop(4), and in which order the driver finds fault with them.
 //! Does not know what the operations do ([`crate::loops`]), nor how calls come and go (`supervisor`).
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
 
 use super::caller::{Administrators, Found, Node, Opener, Thread};
 use super::codec::{self, BLKPG_BYTES_MAX, BLKPG_PARTITION_BYTES, CONFIG_BYTES, INFO_BYTES_MAX, Layout};
 use super::filter::Abi;
 use crate::loops::{Answer, Caller, Configure, Errno, Info, PartitionChange, Pool, Status};
-use crate::sys::usage;
+use crate::sys::{block, usage};
 
 // linux/loop.h.
 const LOOP_SET_FD: u32 = 0x4c00;
@@ -33,6 +33,7 @@ const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 const BLKRRPART: u32 = 0x125f;
 const BLKPG: u32 = 0x1269;
 const BLKGETDISKSEQ: u32 = 0x8008_1280;
+const BLKFLSBUF: u32 = 0x1261;
 const BLKBSZSET: [u32; 2] = [0x4008_1271, 0x4004_1271];
 /// The smallest and largest that the kernel takes.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=65536;
@@ -145,8 +146,8 @@ impl Ioctl {
         Ioctl { abi, fd: args[0] as u32, command: args[1] as u32, argument }
     }
 
-    fn sets_block_size(&self) -> bool {
-        BLKBSZSET.contains(&self.command)
+    fn is_of_cache(&self) -> bool {
+        self.command == BLKFLSBUF || BLKBSZSET.contains(&self.command)
     }
 
     fn is_of_partitions(&self) -> bool {
@@ -178,7 +179,7 @@ impl Desk {
             }
             if self.loops.has_part(node) {
                 // The block layer answers what a disk is asked as a loop device: ENOTTY.
-                let answered = call.is_of_partitions() || call.sets_block_size();
+                let answered = call.is_of_partitions() || call.is_of_cache();
                 return answered.then_some(What::Partition(*node));
             }
             // The disk of a device says what its number is.
@@ -198,9 +199,9 @@ impl Desk {
             let administrators = self.administrators;
             let caller = Opener { thread, fd: call.fd, flags, administrators };
             match what {
-                What::Control if call.sets_block_size() => Err(Errno::NOTTY),
-                What::Device(_, node) | What::Partition(node) if call.sets_block_size() => {
-                    set_cache_block_size(&node, call, &caller).map(|()| 0)
+                What::Control if call.is_of_cache() => Err(Errno::NOTTY),
+                What::Device(_, node) | What::Partition(node) if call.is_of_cache() => {
+                    cache(&node, call, &caller).map(|()| 0)
                 }
                 What::Partition(node) if call.command == BLKGETDISKSEQ => {
                     let sequence = self.loops.sequence(&node);
@@ -306,11 +307,23 @@ impl Desk {
     }
 }
 
-/// BLKBSZSET: in which pieces the kernel caches what is read and written through a node. It changes no byte, so it
-/// is enough that the caller may ask for it: the kernel allows it root of the machine only.
-fn set_cache_block_size(node: &Node, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
+/// What the kernel allows root of the machine only. BLKFLSBUF writes the page cache back and drops it. BLKBSZSET says
+/// in which pieces the page cache works, which changes no byte: it is left as it is.
+fn cache(node: &Node, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
     if !caller.is_admin() {
         return Err(Errno::ACCESS);
+    }
+    if call.command == BLKFLSBUF {
+        let file = caller.thread.take(call.fd)?;
+        // By now it may be another file, perhaps of a file system that never answers.
+        let stat =
+            rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+        let rdev = rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor);
+        let is_block = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice;
+        return match is_block && rdev == node.rdev {
+            true => block::flush(file.as_fd()),
+            false => Err(Errno::BADF),
+        };
     }
     if call.argument == 0 {
         return Err(Errno::INVAL);

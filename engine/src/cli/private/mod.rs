@@ -148,9 +148,9 @@ impl Args {
         sysfs::show(sys)?;
         // Root of the machine has the kernel mount, as without a filter.
         let mounts = !ways.root || !ways.fuse.is_empty();
-        let block_sizes = !ways.root;
+        let caches = !ways.root;
         let mounter = mounter::start(ways, &opened.name, reserved)?;
-        let listener = filter(filter::Options { mounts, block_sizes })?;
+        let listener = filter(filter::Options { mounts, caches })?;
         runtime.block_on(client.supervise(&opened.name, listener, namespace()?, Some(mounter)))?;
         drop((client, runtime));
         become_command(&self.command)

@@ -229,6 +229,7 @@ fn plain_user(ctx: &Ctx) -> Res {
         works "resizepart" resizepart $dev 2 4096
         same "resizepart, size" "$(size ${dev}p2)" 2097152
         same "owner" "$(stat -Lc %u ${dev}p2)" "$(id -u)"
+        works "flush" blockdev --flushbufs $dev ${dev}p2
         works "block size of the cache" blockdev --setbsz 1024 ${dev}p2
         refused "not a power of two" "Invalid argument" blockdev --setbsz 1000 $dev
         free
