@@ -47,6 +47,13 @@ pub(super) fn of(command: &str) -> &'static [Example] {
             "What is in the directory of a new pool.",
             "loopengine instance open -- sh -c 'ls /proc/self/fd/$LOOPENGINE_POOL_FD/'",
         )],
+        "podman-setup" => &[
+            (
+                "A container with four loop devices, from which it may mount ext4.",
+                "podman run -it --rm $(loopengine podman-setup ci --max 4 --mount ext4) IMAGE",
+            ),
+            ("Take the pool away again.", "loopengine podman-setup ci --remove"),
+        ],
         "install" => &[
             ("Install, and start the daemon.", "loopengine install && systemctl enable --now loopengine"),
             ("For a package.", "DESTDIR=$PWD/root loopengine install --prefix /usr"),

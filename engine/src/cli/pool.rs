@@ -93,7 +93,7 @@ impl Mount {
             Err(error) => return Err(Error::os(error, format!("cannot mount on {}", self.dir.display()))),
         }
         let name = match self.container {
-            true => self.for_containers(run_dir)?,
+            true => mount_for_containers(run_dir, &self.wanted, &self.mount, &self.dir)?,
             false => {
                 let (name, mount) = open_pool(run_dir, &self.wanted)?;
                 attach_mount(mount.as_fd(), &self.dir)?;
@@ -104,25 +104,29 @@ impl Mount {
     }
 }
 
-impl Mount {
-    fn for_containers(&self, run_dir: &Path) -> Result<String> {
-        let (name, [nodes, sys]) = open_for_containers(run_dir, &self.wanted, &self.mount)?;
-        self.attach_copy(&sys)?;
-        attach_mount(nodes.as_fd(), &self.dir.join(DEV)).inspect_err(|_| {
-            let _ = unmount(&self.dir, UnmountFlags::DETACH);
-        })?;
-        Ok(name)
-    }
+/// Makes a pool for containers and mounts it; the kernel may mount these file systems for them. Answers its name.
+pub(super) fn mount_for_containers(
+    run_dir: &Path,
+    wanted: &Wanted,
+    file_systems: &[String],
+    dir: &Path,
+) -> Result<String> {
+    let (name, [nodes, sys]) = open_for_containers(run_dir, wanted, file_systems)?;
+    attach_copy(&sys, dir)?;
+    attach_mount(nodes.as_fd(), &dir.join(DEV)).inspect_err(|_| {
+        let _ = unmount(dir, UnmountFlags::DETACH);
+    })?;
+    Ok(name)
+}
 
-    /// The daemon keeps the mount that it makes; where it is attached it could never be unmounted.
-    fn attach_copy(&self, mount: &OwnedFd) -> Result<()> {
-        let cannot = |error: Errno| Error::os(error, format!("cannot mount on {}", self.dir.display()));
-        attach_mount(mount.as_fd(), &self.dir)?;
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let copy = open_tree(CWD, &self.dir, flags).map_err(cannot);
-        unmount(&self.dir, UnmountFlags::DETACH).map_err(cannot)?;
-        attach_mount(copy?.as_fd(), &self.dir)
-    }
+/// The daemon keeps the mount that it makes; where it is attached it could never be unmounted.
+fn attach_copy(mount: &OwnedFd, dir: &Path) -> Result<()> {
+    let cannot = |error: Errno| Error::os(error, format!("cannot mount on {}", dir.display()));
+    attach_mount(mount.as_fd(), dir)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let copy = open_tree(CWD, dir, flags).map_err(cannot);
+    unmount(dir, UnmountFlags::DETACH).map_err(cannot)?;
+    attach_mount(copy?.as_fd(), dir)
 }
 
 impl Open {

@@ -28,8 +28,8 @@ use crate::private::{Caller, Guest, Registry};
 pub const MESSAGE_MAX: usize = 64 << 10;
 /// Descriptors beside a message at the most.
 const FDS_MAX: usize = 8;
-/// How long a runtime may take for its message.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// How long a runtime may take for its message: long, for it is root's, and machines are busy.
+const DEADLINE: Duration = Duration::from_secs(30);
 /// How the specification calls the listener.
 const LISTENER: &str = "seccompFd";
 /// The annotations that we know: which pool, how many of its devices, which file systems.

@@ -14,8 +14,10 @@ use crate::instance::Selector;
 use crate::instance::spec::DEFAULT_INSTANCE;
 use crate::private::LIBUDEV;
 
+/// Where what makes containers looks for specifications of what lives as long as the machine is up.
+pub(super) const CDI_DIR: &str = "/run/cdi";
 /// Who devices are by, in CDI's names.
-const CDI_KIND: &str = "loopengine.io/loop";
+pub(super) const CDI_KIND: &str = "loopengine.io/loop";
 
 /// Print a CDI specification, for /var/run/cdi.
 ///
@@ -81,7 +83,7 @@ fn check_name(name: &str) -> Result<()> {
 
 /// A pool as one device. CDI knows device numbers only as those of nodes: the hook takes the nodes away,
 /// which would be another's when the pool has ended, and leaves their numbers allowed.
-fn of_pool(place: &Place) -> Result<Value> {
+pub(super) fn of_pool(place: &Place) -> Result<Value> {
     check_name(&place.name)?;
     let nodes = place.numbers.iter().enumerate().map(|(at, (major, minor))| {
         let path = format!("/dev/loop{at}");

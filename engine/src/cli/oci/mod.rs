@@ -6,6 +6,7 @@ mod cdi;
 mod config;
 mod hook;
 mod place;
+pub(super) mod podman;
 mod profile;
 
 use std::path::Path;

@@ -1,19 +1,13 @@
-//! Podman, as its users have it: the pool by `--device` (CDI), the system calls by its own profile with
-//! ours added. Nothing else is said to it about loop devices.
+//! Podman, as its users have it: with the options that `podman-setup` prints. Nothing else is said to it about
+//! loop devices.
 
-use std::path::Path;
 use std::process::Command;
 
-use super::private_bundle::{self as bundle, Pool, unbound};
+use super::private_bundle::{self as bundle, unbound};
 use super::private_script::WORDS;
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, skip};
 use crate::tools::{self, Running};
-
-/// What Podman confines containers with.
-const PROFILE: &str = "/usr/share/containers/seccomp.json";
-/// Where it looks for specifications, if it is not told.
-const CDI: &str = "/run/cdi";
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -27,11 +21,10 @@ pub(super) fn cases() -> Vec<Case> {
 const RUN: &str = "/run/loopengine-podman";
 
 /// What is outside of the case's directory, until it is dropped.
-struct Outside(String);
+struct Outside;
 
 impl Drop for Outside {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
         let _ = std::fs::remove_dir_all(RUN);
     }
 }
@@ -42,18 +35,14 @@ fn podman(ctx: &Ctx, runtime: &str) -> Res {
             skip!("{program} is not installed");
         }
     }
-    if !Path::new(PROFILE).exists() {
-        skip!("{PROFILE} is not installed");
-    }
     let daemon = Daemon::start(ctx)?;
-    let pool = Pool::mounting(ctx, &daemon, "podman", 2, "ext4")?;
-    std::fs::create_dir_all(CDI).at(CDI)?;
-    let outside = Outside(format!("{CDI}/loopengine-podman.json"));
-    let text = daemon.ok(&["oci", "print-cdi", "--pool", "podman"])?;
-    std::fs::write(&outside.0, text).at(&outside.0)?;
-    let (profile, work) = (ctx.path("profile.json"), ctx.path("work"));
-    let words = ["oci", "print-profile", "--mount", "--base", PROFILE, "--metadata", "pool=podman"];
-    std::fs::write(&profile, daemon.ok(&words)?).at(&profile)?;
+    let _outside = Outside;
+    let setup = ["podman-setup", "podman", "--max", "2", "--mount", "ext4"];
+    let options = daemon.ok(&setup)?;
+    ensure!(daemon.ok(&setup[..2])? == options, "a second setup is another: {options}");
+    let other = daemon.cli(&["podman-setup", "podman", "--max", "3"])?;
+    ensure!(other.code == 4 && other.err.contains("has 2 devices"), "{other:?}");
+    let work = ctx.path("work");
     std::fs::create_dir(&work).at(&work)?;
 
     let script = r#"
@@ -75,10 +64,7 @@ fn podman(ctx: &Ctx, runtime: &str) -> Res {
     command.args(["--cgroup-manager", "cgroupfs", "--events-backend", "file", "--storage-driver", "vfs"]);
     command.args(["--runtime", runtime, "--root", &ctx.path("store"), "--runroot", RUN]);
     command.args(["run", "--rm", "--network", "none", "--log-driver", "none"]);
-    command.args(["--device", "loopengine.io/loop=podman"]);
-    command.args(["--security-opt", &format!("seccomp={profile}")]);
-    // Or it would cover the pool's.
-    command.args(["--security-opt", "unmask=/sys/dev/block"]);
+    command.args(options.split_whitespace());
     command.args(["--volume", &format!("{work}:/work"), "--rootfs", &bundle::root()?]);
     command.args(["bash", "-c", &format!("{WORDS}\n{script}")]);
     command.env("TMPDIR", &ctx.dir);
@@ -86,6 +72,9 @@ fn podman(ctx: &Ctx, runtime: &str) -> Res {
     let file = tools::run(&["debugfs", "-R", "cat /file", &format!("{work}/a")])?.ok()?;
     ensure!(file.out == "hello\n", "the image has {:?}", file.out);
     unbound(&daemon, "podman")?;
-    pool.end(&daemon)?;
+    daemon.ok(&["podman-setup", "podman", "--remove"])?;
+    let left = tools::sh("ls -d /run/loopengine-pools /run/cdi/loopengine-* 2>/dev/null || true")?;
+    ensure!(left.is_empty(), "left behind: {left}");
+    ensure!(daemon.cli(&["podman-setup", "podman", "--remove"])?.code == 3, "taken away twice");
     daemon.stop()
 }

@@ -1,0 +1,207 @@
+//! `loopengine podman-setup`: all that Podman has to be told of a pool, in one step.
+//!
+//! Knows where Podman looks, and the options that it takes. What they mean its neighbours know.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::mount::{UnmountFlags, unmount};
+use serde::Serialize;
+
+use super::cdi::{CDI_DIR, CDI_KIND, of_pool};
+use super::place::Place;
+use super::profile::{Profile, read};
+use crate::cli::pool::mount_for_containers;
+use crate::cli::private::parse_file_system;
+use crate::cli::wanted::Wanted;
+use crate::cli::{complete, daemon, number, out};
+use crate::control::PrivateClient;
+use crate::error::{Error, Kind, Result};
+use crate::instance::MAX_DEVICES;
+use crate::private::PoolInfo;
+use crate::sys::mntns;
+
+/// Pools are mounted here, with their seccomp profiles beside them.
+const POOLS: &str = "/run/loopengine-pools";
+/// What Podman confines containers with, unless it is told otherwise.
+const PROFILES: [&str; 2] = ["/etc/containers/seccomp.json", "/usr/share/containers/seccomp.json"];
+/// A pool ends a moment after it was unmounted.
+const GONE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Make a pool for Podman, and print the options that give it to a container.
+///
+/// Mounts the pool at /run/loopengine-pools/POOL unless there is one of this name already, describes it in
+/// /run/cdi, adds what it needs to Podman's seccomp profile, and prints the options for 'podman run', on one line.
+/// One pool is one container's at a time. Run it again after a restart of the daemon. For root.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    /// The pool's name.
+    #[arg(add = complete::pools())]
+    pool: String,
+
+    /// Devices that it may have [default: 8].
+    #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
+    max: Option<u32>,
+
+    /// File systems that the kernel mounts for the container: some of ext2, ext3, ext4, xfs, squashfs, erofs
+    /// and vfat [default: none].
+    #[arg(long, value_name = "FS,…", value_delimiter = ',', value_parser = parse_file_system)]
+    mount: Vec<String>,
+
+    /// Add to this seccomp profile [default: Podman's own].
+    #[arg(long, value_name = "FILE")]
+    base: Option<PathBuf>,
+
+    /// Take the pool and what describes it away. Its container must have ended.
+    #[arg(long, conflicts_with_all = ["max", "mount", "base"])]
+    remove: bool,
+}
+
+impl Args {
+    pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Error::new(Kind::Denied, "pools for containers are made by root")
+                .hint("'loopengine run -- CMD' gives private loop devices to a command without root"));
+        }
+        // Before the name is part of a path.
+        crate::instance::check_instance_name(&self.pool)?;
+        match self.remove {
+            true => self.take_away(run_dir),
+            false => self.set_up(run_dir),
+        }
+    }
+
+    fn home(&self) -> PathBuf {
+        Path::new(POOLS).join(&self.pool)
+    }
+
+    fn profile(&self) -> PathBuf {
+        Path::new(POOLS).join(format!("{}.seccomp.json", self.pool))
+    }
+
+    fn description(&self) -> PathBuf {
+        Path::new(CDI_DIR).join(format!("loopengine-{}.json", self.pool))
+    }
+
+    fn set_up(&self, run_dir: &Path) -> Result<()> {
+        let base = read(&self.base()?)?;
+        let fresh = match find(run_dir, &self.pool)? {
+            Some(pool) => self.check_same(&pool).map(|()| false)?,
+            None => self.make(run_dir).map(|()| true)?,
+        };
+        let described = self.describe(run_dir, base);
+        if described.is_err() && fresh {
+            let _ = self.unmount();
+        }
+        described?;
+        let profile = self.profile();
+        out::print(&format!(
+            "--device {CDI_KIND}={} --security-opt seccomp={} --security-opt unmask=/sys/dev/block\n",
+            self.pool,
+            profile.display()
+        ))
+        .map(drop)
+    }
+
+    fn base(&self) -> Result<PathBuf> {
+        let found = PROFILES.into_iter().map(PathBuf::from).find(|profile| profile.exists());
+        self.base.clone().or(found).ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("there is no {}: Podman is not installed here", PROFILES[1]))
+                .hint("install Podman, or name its seccomp profile with --base")
+        })
+    }
+
+    fn check_same(&self, pool: &PoolInfo) -> Result<()> {
+        let wanted: BTreeSet<_> = self.mount.iter().collect();
+        let mounting: BTreeSet<_> = pool.kernel_mounts.iter().collect();
+        let other = match self.max {
+            Some(max) if max != pool.max => Some(format!("has {} devices", pool.max)),
+            _ if wanted.is_empty() || wanted == mounting => None,
+            _ if mounting.is_empty() => Some("mounts nothing".to_owned()),
+            _ => Some(format!("mounts {}", pool.kernel_mounts.join(","))),
+        };
+        other.map_or(Ok(()), |other| {
+            Err(Error::new(Kind::Exists, format!("the pool {} is there, and {other}", self.pool))
+                .hint(format!("'loopengine podman-setup {} --remove' takes it away", self.pool)))
+        })
+    }
+
+    fn make(&self, run_dir: &Path) -> Result<()> {
+        let home = self.home();
+        let cannot = |error: std::io::Error| Error::os(error, format!("cannot make {}", home.display()));
+        // That of a pool that ended with its daemon.
+        self.unmount()?;
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(&home).map_err(cannot)?;
+        let wanted = Wanted { name: Some(self.pool.clone()), max: self.max, ..Wanted::default() };
+        mount_for_containers(run_dir, &wanted, &self.mount, &home).map(drop)
+    }
+
+    fn describe(&self, run_dir: &Path, base: serde_json::Value) -> Result<()> {
+        let place = Place::find(run_dir, &self.pool)?;
+        let profile = Profile {
+            base: None,
+            listener: None,
+            metadata: Some(format!("pool={}", place.name)),
+            mount: place.mounting,
+            wait_killable: false,
+        };
+        write(&self.profile(), &profile.make(Some(base), run_dir)?)?;
+        write(&self.description(), &of_pool(&place)?)
+    }
+
+    fn take_away(&self, run_dir: &Path) -> Result<()> {
+        let there = find(run_dir, &self.pool).unwrap_or_default().is_some();
+        let files = [self.description(), self.profile()];
+        if !there && !files.iter().any(|file| file.exists()) {
+            return Err(Error::new(Kind::NotFound, format!("there is no private pool {:?}", self.pool))
+                .hint("'loopengine list --all' shows those that there are"));
+        }
+        self.unmount()?;
+        let deadline = Instant::now() + GONE;
+        while there && find(run_dir, &self.pool).is_ok_and(|pool| pool.is_some()) {
+            if Instant::now() > deadline {
+                let message = format!("the pool {} is still in use, and ends when it is not", self.pool);
+                return Err(
+                    Error::new(Kind::Busy, message).hint("end its container, and unmount it elsewhere")
+                );
+            }
+            std::thread::sleep(PAUSE);
+        }
+        files.iter().for_each(|file| drop(fs::remove_file(file)));
+        let _ = fs::remove_dir(self.home());
+        let _ = fs::remove_dir(POOLS);
+        Ok(())
+    }
+
+    /// What is mounted at its place and below, if anything is.
+    fn unmount(&self) -> Result<()> {
+        let home = self.home();
+        let mut targets = mntns::targets();
+        targets.retain(|target| target.starts_with(&home));
+        // Not by age: what is mounted within was made first.
+        targets.sort_by_key(|target| std::cmp::Reverse(target.components().count()));
+        for target in targets {
+            unmount(&target, UnmountFlags::NOFOLLOW)
+                .map_err(|error| Error::os(error, format!("cannot unmount {}", target.display())))?;
+        }
+        Ok(())
+    }
+}
+
+fn find(run_dir: &Path, name: &str) -> Result<Option<PoolInfo>> {
+    let pools = daemon::runtime()?.block_on(async { PrivateClient::connect(run_dir).await?.list().await })?;
+    Ok(pools.into_iter().find(|pool| pool.name == name))
+}
+
+/// Replaces a file whole: Podman may be reading it.
+fn write(path: &Path, value: &impl Serialize) -> Result<()> {
+    let cannot = |error: std::io::Error| Error::os(error, format!("cannot write {}", path.display()));
+    let text = serde_json::to_vec_pretty(value).map_err(|error| cannot(error.into()))?;
+    let fresh = path.with_extension("new");
+    path.parent().map_or(Ok(()), fs::create_dir_all).map_err(cannot)?;
+    fs::write(&fresh, text).and_then(|()| fs::rename(&fresh, path)).map_err(cannot)
+}
