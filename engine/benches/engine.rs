@@ -29,7 +29,7 @@ const IMAGE_LEN: u64 = 1 << 20;
 const SLOT: SlotId = SlotId { index: 0, generation: 1 };
 
 fn small_ring() -> Ring {
-    Ring::new(&Sizes { submissions: 256, completions: 1024, files: 8, buffers: 64, arrivals: 8 })
+    Ring::new(&Sizes { submissions: 256, completions: 1024, files: 8, buffers: 64, arrivals: 8 }, false)
         .expect("a ring: Linux 6.1 or newer, io_uring allowed")
 }
 
@@ -270,6 +270,7 @@ fn control(c: &mut Criterion) {
         queues: 4,
         depth: 128,
         data_path: Some(DataPath::Batch),
+        partscan: false,
     };
     let message = codec::encode_attach(&spec).expect("a call");
     let mut group = c.benchmark_group("control codec");

@@ -67,6 +67,14 @@ pub fn enter_io_thread() {
     }
 }
 
+/// The same, but for what its ring is to remember: the driver has the kernel read a partition table only if all
+/// who serve a disk announce themselves with CAP_SYS_ADMIN.
+pub fn prepare_io_thread() {
+    if ENTERED.load(Relaxed) {
+        warn("drop capabilities of an I/O thread", reduce(IO_THREAD | CapabilitySet::SYS_ADMIN));
+    }
+}
+
 fn warn<E: std::fmt::Display>(what: &str, done: Result<(), E>) {
     if let Err(error) = done {
         tracing::warn!("the daemon cannot {what}: {error}");

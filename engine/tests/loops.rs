@@ -47,6 +47,7 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
         default_instance: InstanceSpec { name: "default".into(), max_devices: 8, workers: 0, cpus: None },
         frontend: FrontendKind::Ublk,
         tuning: Tuning { linked_commit: true, poll_us: 0 },
+        dev_links: false,
     };
     match Engine::start(config) {
         Ok(engine) => Some((dir, engine)),

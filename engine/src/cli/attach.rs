@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DataPath};
 use crate::instance::{NUMBER_MAX, Selector};
 
-use super::{complete, daemon, image, number, out, run, size};
+use super::{complete, daemon, image, number, out, partitions, run, size};
 
 /// Serve an image file or block device as a block device.
 ///
@@ -61,6 +61,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     path: Option<DataPath>,
 
+    /// Have the kernel look for partitions, as with losetup -P: they are beside the device, as loop0p1 beside
+    /// loop0, here and whenever the table is read again. The host's kernel parses the image's table.
+    #[arg(short = 'P', long)]
+    partscan: bool,
+
     /// Number of the device in its instance [default: the lowest that is free].
     #[arg(long, value_name = "N", value_parser = number::within(0..=NUMBER_MAX))]
     number: Option<u32>,
@@ -104,6 +109,7 @@ pub(crate) fn plain(instance: &str) -> AttachSpec {
         queues: 0,
         depth: 0,
         data_path: None,
+        partscan: false,
     }
 }
 
@@ -119,6 +125,7 @@ impl Args {
             queues: self.queues.unwrap_or(0),
             depth: self.depth.unwrap_or(0),
             data_path: self.path,
+            partscan: self.partscan,
             ..plain(&self.instance)
         };
         if !rustix::process::geteuid().is_root() {
@@ -131,6 +138,9 @@ impl Args {
         }
         daemon::ask(run_dir, async |client| {
             let device = client.attach(&spec, self.force, image).await?;
+            if spec.partscan {
+                partitions::wait(&device);
+            }
             let printed = match self.json {
                 true => out::json(&device),
                 false => out::print(&format!("{}\n", device.path)),

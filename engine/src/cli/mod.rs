@@ -27,6 +27,7 @@ mod mount_loop;
 pub(crate) mod number;
 mod oci;
 mod out;
+mod partitions;
 mod pool;
 mod private;
 mod recover;
@@ -40,6 +41,7 @@ pub(crate) mod size;
 mod stats;
 mod table;
 mod wanted;
+mod watched;
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -105,6 +107,7 @@ enum Command {
     Install(install::Args),
     #[command(subcommand)]
     Oci(oci::Command),
+    PodmanSetup(oci::podman::Args),
     Generate(generate::Args),
 }
 
@@ -256,6 +259,7 @@ impl Command {
             Command::Features(args) => args.run(),
             Command::Install(args) => args.run(),
             Command::Oci(command) => command.run(&run_dir),
+            Command::PodmanSetup(args) => args.run(&run_dir),
             Command::Generate(args) => args.run(),
         };
         done.map(|()| 0)

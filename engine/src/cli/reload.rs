@@ -109,6 +109,9 @@ fn unconfigurable(name: &str, error: &Error) -> Error {
 /// restart. Answers what was done and what was not.
 pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<String> {
     let mut notes = Vec::new();
+    if old.dev_links != new.dev_links {
+        notes.push("dev_links changed: takes effect at the next start".to_owned());
+    }
     if old.frontend != new.frontend {
         notes.push("frontend changed: takes effect at the next start".to_owned());
     }

@@ -20,7 +20,7 @@ use crate::instance::Selector;
 use crate::instance::spec::AttachSpec;
 use crate::sys::watch::watch;
 
-use super::{cannot_run, daemon};
+use super::{cannot_run, daemon, partitions};
 
 /// The environment variable with the device's path.
 const DEVICE_ENV: &str = "LOOPENGINE_DEVICE";
@@ -42,7 +42,11 @@ pub(super) fn with_device(
     daemon::runtime()?.block_on(async {
         // First of all, so that no signal can leave the device behind.
         let mut signals = Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
-        let device = Client::connect(run_dir).await?.attach(spec, force, image).await?.path;
+        let device = Client::connect(run_dir).await?.attach(spec, force, image).await?;
+        if spec.partscan {
+            partitions::wait(&device);
+        }
+        let device = device.path;
         let ran = run(&device, words, &mut signals).await;
         let detached = detach(run_dir, &device).await;
         match (ran, detached) {

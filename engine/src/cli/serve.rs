@@ -3,15 +3,12 @@
 use std::io::{self, IsTerminal};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
 
 use sd_notify::NotifyState;
-use tokio::io::Interest;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::time::sleep;
 
 use crate::accounts;
 use crate::config::{Choice, Config};
@@ -29,10 +26,7 @@ use crate::sys::{self, mntns};
 
 use super::configured::Devices;
 use super::reload::Followers;
-use super::{number, reload};
-
-/// Mount tables can change often; more often than this they are not looked at.
-const MOUNTS_PAUSE: Duration = Duration::from_millis(200);
+use super::{number, reload, watched};
 
 /// Run the daemon in the foreground.
 ///
@@ -81,6 +75,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", value_parser = number::within(0..=1_000_000_u32))]
     poll_us: Option<u32>,
 
+    /// Give devices names in /dev/loopengine as well, such as /dev/loopengine/default/loop0, for programs that
+    /// look only below /dev.
+    #[arg(long)]
+    dev_links: bool,
+
     /// Detach all devices when the daemon is stopped, also those in use: their users get I/O errors.
     #[arg(long)]
     detach_all: bool,
@@ -96,6 +95,7 @@ struct Services {
     listeners: [StdListener; 3],
     backend: Arc<dyn Backend>,
     registry: Arc<Registry>,
+    engine: Weak<Engine>,
 }
 
 /// How the daemon was asked to end.
@@ -162,6 +162,7 @@ impl Args {
     fn load(&self) -> Result<Config> {
         let mut config = Config::load(self.config.as_deref())?;
         config.frontend = self.frontend.or(config.frontend);
+        config.dev_links |= self.dev_links;
         let tuning = &mut config.tuning;
         tuning.linked_commit = self.linked_commit.or(tuning.linked_commit);
         tuning.poll_us = self.poll_us.or(tuning.poll_us);
@@ -188,7 +189,13 @@ impl Args {
         let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
-        let services = Services { listeners, backend, registry: Arc::clone(&registry) };
+        let services = Services {
+            listeners,
+            backend,
+            registry: Arc::clone(&registry),
+            // Whoever counts those that use the engine still must not count this.
+            engine: Arc::downgrade(engine),
+        };
         let ended = runtime.block_on(self.until_stopped(services, config.clone(), frontend));
         // They end with the daemon, whatever instances do.
         registry.shutdown();
@@ -212,7 +219,7 @@ impl Args {
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
         let mut hangup = signal(SignalKind::hangup()).map_err(cannot)?;
-        let Services { listeners: [control, private, oci], backend, registry } = services;
+        let Services { listeners: [control, private, oci], backend, registry, engine } = services;
         let control = UnixListener::from_std(control).map_err(cannot)?;
         let private = UnixListener::from_std(private).map_err(cannot)?;
         let oci = UnixListener::from_std(oci).map_err(cannot)?;
@@ -228,7 +235,10 @@ impl Args {
         let starting = reload::start(config.clone(), followers.clone());
         // A configuration is applied by one task at a time.
         let mut following = Some(tokio::task::spawn_local(starting));
-        let mounts = (frontend == FrontendKind::Ublk).then(|| tokio::task::spawn_local(watch_mounts()));
+        let followed = (frontend == FrontendKind::Ublk).then(|| {
+            let partitions = tokio::task::spawn_local(watched::follow_partitions(engine));
+            [tokio::task::spawn_local(watched::leave_mounts()), partitions]
+        });
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -254,9 +264,7 @@ impl Args {
         }
         tracing::info!("stopping");
         tell(&[NotifyState::Stopping]);
-        if let Some(mounts) = mounts {
-            mounts.abort();
-        }
+        followed.iter().flatten().for_each(tokio::task::JoinHandle::abort);
         let _ = stop.send(true);
         tokio::select! {
             _ = &mut served => Ok(End::InOrder),
@@ -378,40 +386,8 @@ fn own_mounts() -> Result<()> {
         Error::os(error, "cannot enter a mount namespace of its own")
             .hint("run the daemon with CAP_SYS_ADMIN, and not in a chroot")
     })?;
-    leave_own_disks();
+    watched::leave_own_disks();
     Ok(())
-}
-
-fn leave_own_disks() {
-    match mntns::detach_ublk_mounts() {
-        Ok((detached, failed)) => {
-            for path in detached {
-                tracing::debug!("left the mount {} in this namespace", path.display());
-            }
-            for failure in failed {
-                tracing::warn!("cannot leave a mount of a ublk disk: {failure}");
-            }
-        }
-        Err(error) => tracing::warn!("cannot read {}: {error}", mntns::MOUNTINFO),
-    }
-}
-
-/// Mounts made elsewhere come into this namespace too; those of ublk disks are left at once.
-async fn watch_mounts() {
-    let table = std::fs::File::open(mntns::MOUNTINFO)
-        .and_then(|file| sys::watch::watch(file.into(), Interest::PRIORITY));
-    let table = match table {
-        Ok(table) => table,
-        Err(error) => return tracing::warn!("cannot watch {}: {error}", mntns::MOUNTINFO),
-    };
-    loop {
-        match table.ready(Interest::PRIORITY).await {
-            Ok(mut ready) => ready.clear_ready(),
-            Err(error) => return tracing::warn!("cannot watch {}: {error}", mntns::MOUNTINFO),
-        }
-        let _ = tokio::task::spawn_blocking(leave_own_disks).await;
-        sleep(MOUNTS_PAUSE).await;
-    }
 }
 
 /// Tells the service manager, if there is one.

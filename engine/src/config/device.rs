@@ -49,6 +49,9 @@ pub struct DeviceTable {
     pub depth: u32,
     /// How data crosses; none: the best way that the kernel grants.
     pub io_mode: Option<DataPath>,
+    /// Have the kernel look for partitions.
+    #[serde(default)]
+    pub partscan: bool,
     /// File and line of this entry, for messages.
     #[serde(skip)]
     pub place: String,
@@ -69,6 +72,7 @@ impl DeviceTable {
             queues: self.queues,
             depth: self.depth,
             data_path: self.io_mode,
+            partscan: self.partscan,
         }
     }
 
@@ -145,7 +149,7 @@ mod tests {
     fn an_entry_has_the_options_of_attach() {
         let text = "# a comment\n[[device]]\nimage = '/srv//a.img'\ninstance = 'ci'\nnumber = 3\n\
                     read_only = true\nforce = true\noffset = '1M'\nsize_limit = 4096\nblock_size = '4k'\n\
-                    buffered = true\nqueues = 2\ndepth = 64\nio_mode = 'copy'\n[[device]]\nimage = '/b.img'\n";
+                    buffered = true\nqueues = 2\ndepth = 64\nio_mode = 'copy'\npartscan = true\n[[device]]\nimage = '/b.img'\n";
         let config = Config::parse(text, "x.toml").unwrap();
         let [first, second] = &config.devices().collect::<Vec<_>>()[..] else { panic!("{config:?}") };
         let spec = AttachSpec {
@@ -160,10 +164,11 @@ mod tests {
             queues: 2,
             depth: 64,
             data_path: Some(DataPath::Copy),
+            partscan: true,
         };
         assert_eq!((first.spec(), first.force, &*first.place), (spec, true, "x.toml, line 2"));
         let usual = AttachSpec { path: "/b.img".into(), ..crate::cli::plain("default") };
-        assert_eq!((second.spec(), second.force, &*second.place), (usual, false, "x.toml, line 15"));
+        assert_eq!((second.spec(), second.force, &*second.place), (usual, false, "x.toml, line 16"));
     }
 
     #[test]

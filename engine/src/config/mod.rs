@@ -44,6 +44,9 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 pub struct Config {
     /// How devices are shown to their users.
     pub frontend: Option<Choice>,
+    /// Devices have names below /dev as well.
+    #[serde(default)]
+    pub dev_links: bool,
     /// The instance `default`.
     #[serde(default)]
     pub default: Limits,
@@ -289,7 +292,7 @@ impl Config {
     /// All that the engine wants to know.
     pub fn engine(&self, run_dir: PathBuf, frontend: FrontendKind) -> EngineConfig {
         let (default_instance, tuning) = (self.default_instance(), self.tuning());
-        EngineConfig { run_dir, default_instance, frontend, tuning }
+        EngineConfig { run_dir, default_instance, frontend, tuning, dev_links: self.dev_links }
     }
 }
 

@@ -32,6 +32,8 @@ pub struct Parameters {
     pub owner: u64,
     /// It waits for the next daemon when this one dies; otherwise it ends.
     pub outlives: bool,
+    /// The kernel looks for partitions when it starts.
+    pub partscan: bool,
 }
 
 /// When to stop a device.

@@ -4,12 +4,12 @@
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::frontend::Device;
 use crate::image::printable;
-use crate::sys::processes::{self, Process};
-use crate::sys::usage::Disks;
+use crate::sys::processes::{self, Open, Process};
+use crate::sys::usage::{self, Disks};
 
 /// Who uses a device: "mounted on DIR", "open in pid 123 (PROGRAM)" and the like.
 pub fn user_of(device: &Device) -> Option<String> {
@@ -34,18 +34,28 @@ pub fn user_of(device: &Device) -> Option<String> {
         .or_else(|| is_claimed(&node).then(|| "claimed by another program".to_owned()))
 }
 
-/// A block device on top of this one.
+/// A block device on top of this one, or of one of its partitions.
 fn holder(node: &Path) -> Option<String> {
-    let disk = Path::new("/sys/block").join(node.file_name()?);
-    let upon = fs::read_dir(disk.join("holders")).ok().and_then(|all| all.flatten().next());
-    let name = upon.map(|upon| upon.file_name()).or_else(|| Disks::backed_by(|file| file == node).first())?;
+    let upon = |node: PathBuf| {
+        let holders = Path::new("/sys/class/block").join(node.file_name()?).join("holders");
+        let first = fs::read_dir(holders).ok()?.flatten().next().map(|upon| upon.file_name());
+        first.or_else(|| Disks::backed_by(|file| file == node).first())
+    };
+    let name = nodes(node).into_iter().find_map(upon)?;
     Some(format!("/dev/{}", name.to_string_lossy()))
 }
 
-/// A process that has it open.
+/// A process that has it open, or one of its partitions.
 fn program_with(node: &Path, number: Option<u64>) -> Option<Process> {
-    let open = processes::open_devices(|name| name == node);
-    open.iter().find(|open| open.rdev == number).and_then(|open| Process::of(open.pid))
+    let nodes = nodes(node);
+    let open = processes::open_devices(|name| nodes.iter().any(|node| node == name));
+    let partition = |open: &Open| open.name != node && open.rdev.is_some();
+    open.iter().find(|open| open.rdev == number || partition(open)).and_then(|open| Process::of(open.pid))
+}
+
+/// The disk's and its partitions'.
+fn nodes(node: &Path) -> Vec<PathBuf> {
+    std::iter::once(node.to_owned()).chain(usage::partitions(node).map(|partition| partition.node)).collect()
 }
 
 /// Somebody has it for himself. (What has it open only shared is not seen by this.)

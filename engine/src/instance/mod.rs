@@ -7,6 +7,7 @@
 mod attached;
 pub(crate) mod claims;
 mod in_use;
+mod links;
 mod names;
 pub(crate) mod pool;
 mod recover;
@@ -28,7 +29,9 @@ use crate::limits::POOLS_MAX;
 use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
 use claims::NoImages;
-use names::{DeviceName, check_instance_name, parse_device};
+use links::{BELOW_DEV, BelowDev};
+pub(crate) use names::check_instance_name;
+use names::{DeviceName, parse_device};
 use pool::{Instance, Shared};
 use spec::*;
 use state::StateDir;
@@ -53,6 +56,8 @@ pub struct EngineConfig {
     pub frontend: FrontendKind,
     /// Worker switches.
     pub tuning: Tuning,
+    /// Devices have names below /dev as well.
+    pub dev_links: bool,
 }
 
 /// Switches of the workers; the defaults are the measured best.
@@ -105,12 +110,24 @@ impl Engine {
     pub fn start(config: EngineConfig) -> Result<Engine> {
         sys::raise_file_limit(OPEN_FILES);
         let frontend = Frontend::open(config.frontend)?;
+        let below_dev = match (config.dev_links, frontend.kind()) {
+            (true, FrontendKind::Ublk) => Some(Arc::new(BelowDev::take(&config.run_dir)?)),
+            (true, FrontendKind::Fuse) => {
+                tracing::warn!("files have no names in {BELOW_DEV}: --dev-links is for block devices");
+                None
+            }
+            (false, _) => None,
+        };
+        if below_dev.is_none() {
+            BelowDev::forget(&config.run_dir);
+        }
         let shared = Shared {
             owner: owner_mark(&config.run_dir),
             state: StateDir::new(&config.run_dir),
             run_dir: config.run_dir,
             frontend,
             claims: Default::default(),
+            below_dev,
         };
         let engine = Engine {
             shared,
@@ -299,6 +316,12 @@ impl Engine {
             devices.extend(instance.devices(only)?);
         }
         Ok(devices)
+    }
+
+    /// Has the names of partitions follow those that disks have by now.
+    pub fn follow_partitions(&self) {
+        let instances: Vec<_> = self.table().values().cloned().collect();
+        instances.iter().for_each(|instance| instance.follow_partitions());
     }
 
     /// Figures of devices.

@@ -3,6 +3,7 @@
 //! Pure parsing; decides nothing.
 
 use super::Selector;
+use super::links::BELOW_DEV;
 use super::spec::DEFAULT_INSTANCE;
 use crate::error::{Error, Kind, Result};
 
@@ -69,8 +70,9 @@ pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName>
     if let Some(number) = text.strip_prefix("/dev/ublkb") {
         return number.parse::<u32>().map(|_| DeviceName::Node(text.into())).map_err(|_| unknown());
     }
-    let inside =
-        std::path::Path::new(text).strip_prefix(run_dir).ok().and_then(|rest| rest.to_str()).unwrap_or(text);
+    let below =
+        |directory: &std::path::Path| std::path::Path::new(text).strip_prefix(directory).ok()?.to_str();
+    let inside = below(run_dir).or_else(|| below(BELOW_DEV.as_ref())).unwrap_or(text);
     let (instance, device) = inside.split_once('/').unwrap_or((DEFAULT_INSTANCE, inside));
     let number = device.strip_prefix("loop").and_then(|number| number.parse().ok()).ok_or_else(unknown)?;
     check_instance_name(instance).map_err(|_| unknown())?;
@@ -114,6 +116,7 @@ mod tests {
         let run = Path::new("/run/loopengine");
         let number = |name: &str, number| DeviceName::Number(name.to_owned(), number);
         assert_eq!(parse_device("/run/loopengine/ci/loop7", run).unwrap(), number("ci", 7));
+        assert_eq!(parse_device("/dev/loopengine/ci/loop7", run).unwrap(), number("ci", 7));
         assert_eq!(parse_device("ci/loop7", run).unwrap(), number("ci", 7));
         assert_eq!(parse_device("loop0", run).unwrap(), number("default", 0));
         assert_eq!(parse_device("/dev/ublkb3", run).unwrap(), DeviceName::Node("/dev/ublkb3".into()));

@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,6 +13,7 @@ use super::attached::Attached;
 use super::claims::Claims;
 use super::claims::sources::{self, Sharing};
 use super::in_use::user_of;
+use super::links::{BelowDev, Links};
 use super::names::parse_cpus;
 use super::served::{Begin, Served, Workers};
 use super::spec::*;
@@ -38,9 +38,9 @@ const POOL_WORKERS: u32 = 2;
 const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
-    fn switches(self) -> Switches {
+    fn switches(self, partscan: bool) -> Switches {
         let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
-        Switches { linked_commit: self.linked_commit, poll }
+        Switches { linked_commit: self.linked_commit, poll, partscan }
     }
 }
 
@@ -57,6 +57,8 @@ pub struct Shared {
     pub claims: Claims,
     /// State that outlives the daemon.
     pub state: StateDir,
+    /// Names below /dev, if devices have them.
+    pub below_dev: Option<Arc<BelowDev>>,
 }
 
 impl Shared {
@@ -78,6 +80,8 @@ impl Shared {
 pub struct Instance {
     pub(super) shared: Shared,
     directory: PathBuf,
+    /// None: the door makes the names.
+    links: Option<Links>,
     pub(super) door: Door,
     pub(super) workers: Workers,
     pub(super) table: Table<Arc<Attached>>,
@@ -96,21 +100,23 @@ impl Instance {
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
         let opened = shared.frontend.door(&directory, count as usize, &cpus).and_then(|door| {
-            let switches = tuning.switches();
+            let switches = tuning.switches(true);
             let sizes = Sizes::for_devices(MAX_DEVICES);
             let workers = (0..count)
                 .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
                 .collect::<Result<Vec<_>>>()?;
-            Ok((door, workers))
+            let links =
+                door.wants_links().then(|| Links::new(&directory, &spec.name, shared.below_dev.is_some()));
+            Ok((door, workers, links.transpose()?))
         });
-        let (door, workers) = opened.inspect_err(|_| {
+        let (door, workers, links) = opened.inspect_err(|_| {
             let _ = fs::remove_dir(&directory);
         })?;
         shared.state.save_instance(spec).inspect_err(|_| {
             door.close();
             let _ = fs::remove_dir(&directory);
         })?;
-        Ok(Instance { shared: shared.clone(), directory, door, workers: workers.into(), table })
+        Ok(Instance { shared: shared.clone(), directory, links, door, workers: workers.into(), table })
     }
 
     /// As it is now.
@@ -305,6 +311,10 @@ impl Instance {
             return Err(Error::new(Kind::Invalid, format!("a queue depth of {depth} is too large"))
                 .hint(format!("use 1 to {MAX_DEPTH}")));
         }
+        if spec.partscan && !self.door.wants_links() {
+            return Err(Error::new(Kind::Unsupported, "files (FUSE) have no partitions")
+                .hint("attach a part of the image with --offset and --size-limit"));
+        }
         let path = spec.data_path.unwrap_or_else(|| self.door.best_path());
         self.door.check_path(path)?;
         Ok(Parameters {
@@ -313,6 +323,7 @@ impl Instance {
             depth: depth as u16,
             owner: self.shared.new_mark(),
             outlives: true,
+            partscan: spec.partscan,
         })
     }
 
@@ -334,19 +345,23 @@ impl Instance {
     }
 
     pub(super) fn link(&self, number: u32, served: &Served) -> Result<()> {
-        let path = self.table.path(number);
-        // One that is right stays: there may be no room for another.
-        if !self.door.wants_links() || fs::read_link(&path).is_ok_and(|node| node == served.device().node()) {
-            return Ok(());
+        self.links.as_ref().map_or(Ok(()), |links| links.make(number, &served.device().node()))
+    }
+
+    /// Has the names of partitions follow those that its disks have by now.
+    pub fn follow_partitions(&self) {
+        let Some(links) = &self.links else { return };
+        for (number, attached) in self.table.live() {
+            let there = || self.table.get(number).is_ok_and(|now| Arc::ptr_eq(&now, &attached));
+            if let Err(error) = links.follow(number, &attached.node(), there) {
+                tracing::warn!("partitions of {} have no names: {error}", self.table.path(number).display());
+            }
         }
-        let _ = fs::remove_file(&path);
-        symlink(served.device().node(), &path)
-            .map_err(|error| Error::os(error, format!("cannot make {}", path.display())))
     }
 
     fn unpublish(&self, number: u32) {
-        if self.door.wants_links() {
-            let _ = fs::remove_file(self.table.path(number));
+        if let Some(links) = &self.links {
+            links.remove(number);
         }
         self.shared.state.remove_device(&self.table.spec().0.name, number);
     }
@@ -367,7 +382,7 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
     let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
     let sizes = Sizes::for_devices(3 * spec.max + 128 + partitions);
     let workers = (0..POOL_WORKERS)
-        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(), Vec::new()))
+        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(false), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
     let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
     Ok(Maker::new(shared, door, workers.into()))
@@ -390,8 +405,6 @@ pub(super) fn source(spec: &AttachSpec) -> Source {
     }
 }
 
-/// One worker a CPU that may be used, two at least; but no more than the machine has CPUs, for the
-/// driver allows no more queues.
 /// Refuses CPUs that this machine lacks: workers would silently run on fewer.
 fn check_cpus(cpus: &[usize]) -> Result<()> {
     let present = fs::read_to_string("/sys/devices/system/cpu/present").unwrap_or_default();
@@ -404,6 +417,8 @@ fn check_cpus(cpus: &[usize]) -> Result<()> {
     }
 }
 
+/// One worker a CPU that may be used, two at least; but no more than the machine has CPUs, for the
+/// driver allows no more queues.
 fn worker_count(wanted: u32, cpus: &[usize]) -> Result<u32> {
     if wanted > MAX_WORKERS {
         return Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_WORKERS} workers")));

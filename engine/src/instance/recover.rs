@@ -177,6 +177,7 @@ impl Instance {
                 queues: 0,
                 depth: 0,
                 data_path: Some(parameters.path),
+                partscan: parameters.partscan,
             },
             id,
             mark: parameters.owner,

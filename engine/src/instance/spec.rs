@@ -71,6 +71,9 @@ pub struct AttachSpec {
     pub depth: u32,
     /// Path of the feature ladder, forced; none: the best that the kernel grants.
     pub data_path: Option<DataPath>,
+    /// Have the kernel look for partitions; they are named beside the device, as loop0p1.
+    #[serde(default)]
+    pub partscan: bool,
 }
 
 /// How a device is resized. It becomes smaller only if the caller says so.

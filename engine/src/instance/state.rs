@@ -47,7 +47,7 @@ impl DeviceRecord {
     /// What it was made with.
     pub fn parameters(&self) -> Parameters {
         let DeviceRecord { data_path: path, queues, depth, mark: owner, .. } = *self;
-        Parameters { path, queues, depth, owner, outlives: true }
+        Parameters { path, queues, depth, owner, outlives: true, partscan: self.spec.partscan }
     }
 }
 
@@ -236,6 +236,7 @@ mod tests {
             queues: 0,
             depth: 0,
             data_path: None,
+            partscan: false,
         };
         let identity = Identity { dev: 1, ino: 2, rdev: 0, born_ns: 9 };
         let data_path = DataPath::Batch;

@@ -29,6 +29,8 @@ use files::FileTable;
 pub struct Ring {
     io: IoUring,
     name: RingName,
+    /// Who the thread was when the ring was made, if that was asked for.
+    personality: Option<u16>,
     files: FileTable,
     /// Which registered buffers are whose.
     pub buffers: BufferSlots,
@@ -45,12 +47,21 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// Makes a ring for the calling thread.
-    pub fn new(sizes: &Sizes) -> Result<Ring> {
-        let (io, files, arrivals) = setup::make(sizes)?;
+    /// Makes a ring for the calling thread; a `privileged` one remembers what the thread may now.
+    pub fn new(sizes: &Sizes, privileged: bool) -> Result<Ring> {
+        let (io, personality, files, arrivals) = setup::make(sizes, privileged)?;
         let name = RingName::of(&io);
         let drained = Vec::with_capacity(io.params().cq_entries() as usize);
-        Ok(Ring { io, name, files, buffers: BufferSlots::new(sizes.buffers), arrivals, drained })
+        let buffers = BufferSlots::new(sizes.buffers);
+        Ok(Ring { io, name, personality, files, buffers, arrivals, drained })
+    }
+
+    /// The same submission, made with what the thread could do when the ring was made.
+    pub fn privileged(&self, entry: squeue::Entry) -> squeue::Entry {
+        match self.personality {
+            Some(personality) => entry.personality(personality),
+            None => entry,
+        }
     }
 
     /// Puts `file` at `place` of the file table.

@@ -40,15 +40,18 @@ impl Sizes {
     }
 }
 
-/// The stages in order. Must run on the thread that will use the ring.
-pub fn make(sizes: &Sizes) -> Result<(IoUring, FileTable, ArrivalBuffers)> {
+/// The stages in order. Must run on the thread that will use the ring. With `privileged` the ring remembers who
+/// the thread is now, for commands that ask for more than it keeps.
+pub fn make(sizes: &Sizes, privileged: bool) -> Result<(IoUring, Option<u16>, FileTable, ArrivalBuffers)> {
     let ring = build_disabled(sizes)?;
     check(&ring)?;
+    // What needs it is refused by the driver if there is none.
+    let personality = privileged.then(|| ring.submitter().register_personality().ok()).flatten();
     let files = FileTable::new(&ring, sizes.files)?;
     let arrivals = give_buffers(&ring, sizes)?;
     restrict(&ring, &files)?;
     let ring = enable(ring)?;
-    Ok((ring, files, arrivals))
+    Ok((ring, personality, files, arrivals))
 }
 
 fn build_disabled(sizes: &Sizes) -> Result<IoUring> {
@@ -128,8 +131,8 @@ const REGISTRATIONS: [u8; 3] =
     [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
 
 /// And what a ring takes that is being made: tables of files and buffers, arrival buffers, bounds of helper
-/// threads, restrictions, being enabled.
-const PREPARATIONS: [u8; 6] = [13, 15, 22, 19, 11, 12];
+/// threads, a personality, restrictions, being enabled.
+const PREPARATIONS: [u8; 7] = [13, 15, 22, 19, 9, 11, 12];
 /// Flags of submissions.
 const FLAGS: squeue::Flags = squeue::Flags::FIXED_FILE
     .union(squeue::Flags::IO_LINK)
@@ -185,7 +188,7 @@ mod tests {
     #[test]
     fn submissions_without_a_file_need_the_flag_too() {
         let sizes = Sizes { submissions: 8, completions: 16, files: 4, buffers: 16, arrivals: 8 };
-        let mut ring = Ring::new(&sizes).unwrap();
+        let mut ring = Ring::new(&sizes, false).unwrap();
         assert_eq!(result(&mut ring, &opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE)), 0);
         if ring.files.by_descriptor() {
             return eprintln!("skipped: this kernel's rings name descriptors");
@@ -213,7 +216,7 @@ mod tests {
                 assert_eq!(any.completion().next().unwrap().result(), expected);
             }
             // Those of workers can still be made.
-            Ring::new(&Sizes::for_devices(4)).unwrap();
+            Ring::new(&Sizes::for_devices(4), true).unwrap();
         });
         tried.join().unwrap();
     }

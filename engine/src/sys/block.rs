@@ -7,6 +7,7 @@ use rustix::io::Errno;
 const BLKROSET: libc::c_ulong = 0x125d;
 const BLKROGET: libc::c_ulong = 0x125e;
 const BLKFLSBUF: libc::c_ulong = 0x1261;
+const BLKRRPART: libc::c_ulong = 0x125f;
 const BLKGETDISKSEQ: libc::c_ulong = 0x8008_1280;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 
@@ -14,6 +15,13 @@ const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 pub fn flush(device: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: BLKFLSBUF takes no argument; the descriptor is open for the call (borrowed).
     answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF, 0) })
+}
+
+/// Has the kernel read the partition table of a disk again, and waits for it. EBUSY: one of the partitions is
+/// in use.
+pub fn read_partitions(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: BLKRRPART takes no argument; the descriptor is open for the call (borrowed).
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), BLKRRPART, 0) })
 }
 
 /// Has the block layer refuse writes to a device, or take them again.

@@ -151,8 +151,13 @@ fn serve<T: Transport>(
         return;
     }
     sys::declare_io_flusher();
+    match switches.partscan {
+        true => sandbox::prepare_io_thread(),
+        false => sandbox::enter_io_thread(),
+    }
+    let worker = Worker::new(sizes, switches, inbox, wake);
     sandbox::enter_io_thread();
-    let mut worker = match Worker::new(sizes, switches, inbox, wake) {
+    let mut worker = match worker {
         Ok(worker) => worker,
         Err(error) => {
             let _ = up.send(Err(error));

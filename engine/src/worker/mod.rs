@@ -37,6 +37,8 @@ pub struct Switches {
     pub linked_commit: bool,
     /// For how long a worker that had lone requests looks for more before it sleeps, at the most.
     pub poll: Duration,
+    /// Among its disks may be some of which the kernel reads the partition table, which takes CAP_SYS_ADMIN.
+    pub partscan: bool,
 }
 
 /// One worker, on its own thread.
@@ -58,7 +60,7 @@ struct Worker<T> {
 
 impl<T: Transport> Worker<T> {
     fn new(sizes: &Sizes, switches: Switches, messages: Receiver<Message<T>>, wake: OwnedFd) -> Result<Self> {
-        let mut ring = Ring::new(sizes)?;
+        let mut ring = Ring::new(sizes, switches.partscan)?;
         ring.set_file(WAKE.0, wake.as_raw_fd())?;
         let mut worker = Self {
             ring,

@@ -95,6 +95,7 @@ pub fn attach(instance: &str, path: &Path) -> AttachSpec {
         queues: 0,
         depth: 0,
         data_path: None,
+        partscan: false,
     }
 }
 

@@ -54,7 +54,7 @@ impl Bed {
             }
             image => Arc::new(image.unwrap()),
         };
-        let switches = Switches { linked_commit: linked, poll: Duration::ZERO };
+        let switches = Switches { linked_commit: linked, poll: Duration::ZERO, partscan: false };
         let worker = WorkerHandle::start("test".into(), Sizes::for_devices(8), switches, Vec::new()).unwrap();
         let (transport, user) = device(linked);
         worker.add(Job { slot: SLOT, transport, image: image.clone() }).unwrap();

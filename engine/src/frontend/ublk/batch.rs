@@ -39,6 +39,7 @@ pub struct Batch {
     depth: u16,
     descriptors: Descriptors,
     fallback: Fallback,
+    partscan: bool,
     place: Option<Place>,
     /// All tags, for the command that announces them.
     prepared: Vec<Element>,
@@ -53,13 +54,14 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub(super) fn new(file: File, queue: u16, depth: u16, descriptors: Descriptors) -> Self {
+    pub(super) fn new(file: File, queue: u16, depth: u16, descriptors: Descriptors, partscan: bool) -> Self {
         Self {
             file,
             queue,
             depth,
             descriptors,
             fallback: Fallback::new(),
+            partscan,
             place: None,
             prepared: Vec::new(),
             outstanding: 0,
@@ -101,6 +103,7 @@ impl Batch {
         self.prepared = (0..self.depth).map(|tag| self.element(tag, 0)).collect();
         self.outstanding += 1;
         let command = self.command(sys::UBLK_U_IO_PREP_IO_CMDS, &self.prepared)?;
+        let command = if self.partscan { ring.privileged(command) } else { command };
         ring.push(&command.user_data(Token::pack(Step::Prepare, place.slot, 0)))
     }
 

@@ -77,7 +77,7 @@ const _: () = assert!(std::mem::offset_of!(FullParams, dma_align) == 108);
 impl Device {
     /// Adds a device to the driver. It has no size and no users yet.
     pub fn add(granted: Granted, parameters: Parameters) -> Result<Device> {
-        let wanted = Granted::flags_of(parameters.path) | supported_extras(granted, parameters.outlives);
+        let wanted = Granted::flags_of(parameters.path) | supported_extras(granted, &parameters);
         let info = sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: parameters.queues,
             queue_depth: parameters.depth,
@@ -147,7 +147,7 @@ impl Device {
 
     /// Opens the device for serving and makes its queues.
     pub fn queues(&self) -> Result<Vec<Queue>> {
-        let Parameters { path, queues, depth, .. } = self.parameters;
+        let Parameters { path, queues, depth, partscan, .. } = self.parameters;
         let file = open_soon(&format!("/dev/ublkc{}", self.id))?;
         (0..queues)
             .map(|queue| {
@@ -155,14 +155,15 @@ impl Device {
                     file.try_clone().map_err(|error| Error::os(error, "cannot duplicate a descriptor"))?;
                 let descriptors = Descriptors::map(&file, queue, depth)?;
                 Ok(match path {
-                    DataPath::Batch => Queue::Batch(Batch::new(file, queue, depth, descriptors)),
+                    DataPath::Batch => Queue::Batch(Batch::new(file, queue, depth, descriptors, partscan)),
                     DataPath::Auto => {
                         let buffers = Buffers::Registered(Fallback::new());
-                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers))
+                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
                     }
                     DataPath::Copy => {
                         let buffers = CopyBuffers::new(depth, max_request(path) as usize)?;
-                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, Buffers::Copied(buffers)))
+                        let buffers = Buffers::Copied(buffers);
+                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
                     }
                     DataPath::Fuse => return Err(Error::new(Kind::Internal, "not a path of ublk")),
                 })
@@ -313,14 +314,15 @@ impl Device {
     }
 }
 
-fn supported_extras(granted: Granted, outlives: bool) -> u32 {
+fn supported_extras(granted: Granted, parameters: &Parameters) -> u32 {
     // Stopping for a while is for those that are taken back; older drivers take back and cannot stop.
     let recovery = [sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE, sys::UBLK_F_QUIESCE];
-    // A partition table is a tenant's data: the kernel is not to parse it by itself.
-    let always = [sys::UBLK_F_UPDATE_SIZE, sys::UBLK_F_NO_AUTO_PART_SCAN];
-    let recovery = recovery.into_iter().filter(|_| outlives);
+    // A partition table is a tenant's data: the kernel parses it only where that was asked for.
+    let no_scan = Some(sys::UBLK_F_NO_AUTO_PART_SCAN).filter(|_| !parameters.partscan);
+    let recovery = recovery.into_iter().filter(|_| parameters.outlives);
     recovery
-        .chain(always)
+        .chain(no_scan)
+        .chain([sys::UBLK_F_UPDATE_SIZE])
         .filter(|flags| granted.has(*flags))
         .fold(sys::UBLK_F_CMD_IOCTL_ENCODE, |all, flags| all | flags)
 }

@@ -34,6 +34,7 @@ impl Device {
                 depth: info.queue_depth,
                 owner: info.ublksrv_flags,
                 outlives: flags.has(sys::UBLK_F_USER_RECOVERY),
+                partscan: !flags.has(sys::UBLK_F_NO_AUTO_PART_SCAN),
             },
         })
     }

@@ -32,6 +32,7 @@ pub struct PerIo {
     queue: u16,
     descriptors: Descriptors,
     buffers: Buffers,
+    partscan: bool,
     place: Option<Place>,
     /// Commands at the driver, or on their way there.
     armed: u16,
@@ -45,8 +46,9 @@ impl PerIo {
         depth: u16,
         descriptors: Descriptors,
         buffers: Buffers,
+        partscan: bool,
     ) -> Self {
-        Self { file, queue, descriptors, buffers, place: None, armed: 0, depth }
+        Self { file, queue, descriptors, buffers, partscan, place: None, armed: 0, depth }
     }
 
     pub(in crate::frontend) fn file(&self) -> RawFd {
@@ -64,7 +66,7 @@ impl PerIo {
         }
         for tag in 0..self.depth {
             let fetch = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, -1)?;
-            ring.push(&fetch)?;
+            ring.push(&if self.partscan { ring.privileged(fetch) } else { fetch })?;
             self.armed += 1;
         }
         Ok(())

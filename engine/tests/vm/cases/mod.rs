@@ -9,6 +9,7 @@ mod faults;
 mod filesystem;
 mod geometry;
 mod many;
+mod partscan;
 mod private_binding;
 mod private_bundle;
 mod private_claims;
@@ -62,6 +63,7 @@ pub(crate) fn all() -> Vec<Case> {
         verify::cases(),
         zeroes::cases(),
         geometry::cases(),
+        partscan::cases(),
         resize::cases(),
         faults::cases(),
         durability::cases(),

@@ -1,0 +1,171 @@
+//! Partitions of public devices: beside the device under its name, as the kernel's driver has them beside its
+//! own, whoever makes them.
+
+use std::time::Duration;
+
+use super::MIB;
+use super::private_driver::Driver;
+use super::private_partitions::{GROWN, PARTED, SFDISK, SGDISK, TABLES, TELL, compare};
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::store::{Mount, Store, mkfs};
+use crate::tools;
+
+pub(super) fn cases() -> Vec<Case> {
+    let tools = |name: &str, script: &'static str| {
+        case(format!("partscan::{name}"), Needs::Ublk, 580, move |ctx| same(ctx, script))
+    };
+    vec![
+        tools("sfdisk", SFDISK),
+        tools("grown", GROWN),
+        tools("sgdisk", SGDISK).variant_if(true),
+        tools("parted", PARTED).variant_if(true),
+        tools("tables", TABLES).variant_if(true),
+        case("partscan::partitions_are_uses", Needs::Ublk, 200, uses),
+        case("partscan::names_outlive_the_daemon", Needs::Recovery("copy"), 200, outlive),
+        case("partscan::names_below_dev", Needs::Ublk, 200, below_dev),
+    ]
+}
+
+const SCRIPT: Duration = Duration::from_secs(250);
+/// For the daemon to hear of a partition.
+const SOON: Duration = Duration::from_secs(5);
+
+/// What `TELL` does with losetup, with loopengine. The kernel's name of a disk is another.
+const PUBLIC: &str = r#"
+bind() {
+    local options=()
+    while [ $# -gt 0 ]; do case $1 in -P) options+=(-P);; -b) options+=(--block-size $2); shift;; esac; shift; done
+    dev=$($loopengine attach ${options[@]} disk); disk=$(basename $(readlink $dev))
+}
+free() { $loopengine detach $dev > /dev/null; ls -d ${dev}* 2>/dev/null; }
+losetup() { $loopengine resize $2 > /dev/null; }
+parts() { (cd $1; ls -d $2p* 2>/dev/null) | sed "s/^$2//" | sort -V | tr '\n' ' '; }
+shown() {
+    local p i
+    for i in {1..100}; do [ "$(parts /sys/block/$disk $disk)" = "$(parts $(dirname $dev) loop0)" ] && break; sleep 0.05; done
+    for p in $(ls -d ${dev}p* 2>/dev/null | sort -V); do echo -n "${p#$dev} $(blockdev --getsize64 $p) "; done
+    echo -n "[$(lsblk -nro NAME,SIZE,TYPE /dev/$disk 2>&1 | sed "s,^$disk,,; s/disk$/loop/" | sort -V | tr '\n' ';')]"
+}
+"#;
+
+/// A script of the private cases on the kernel's driver and on public devices, each bound with -P.
+fn same(ctx: &Ctx, script: &str) -> Res {
+    let script = script.replace(r#"in "" -P"#, "in -P");
+    let dir = ctx.dir.display().to_string();
+    let clean = || tools::sh(format!("cd {dir} && rm -rf disk said mnt"));
+    let driver = Driver::load()?;
+    let daemon = Daemon::start(ctx)?;
+    let theirs = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &format!("{TELL}\n{script}"))?;
+    driver.unload()?;
+    clean()?;
+    let ours = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &format!("{TELL}\n{PUBLIC}\n{script}"))?;
+    clean()?;
+    compare(ctx, &theirs, &ours)?;
+    daemon.stop()
+}
+
+/// Two partitions of an image, with a file system on the first.
+fn image(ctx: &Ctx, store: &Store, bytes: u64) -> Res<String> {
+    let image = store.sparse("image", bytes)?;
+    tools::sh(format!("printf 'label: gpt\nsize=16M\nsize=8M\n' | sfdisk -q {image}"))?;
+    ctx.note("an image with two partitions");
+    Ok(image)
+}
+
+/// Names in the directory of a device that begin with its own.
+fn names(device: &str) -> Res<String> {
+    Ok(tools::sh(format!("cd $(dirname {device}); ls -d loop* | sort -V | tr '\n' ' '"))?
+        .trim_end()
+        .to_owned())
+}
+
+fn wait_for_names(device: &str, wanted: &str) -> Res {
+    let come = tools::until(SOON, || names(device).is_ok_and(|names| names == wanted).then_some(()));
+    ensure!(come.is_some(), "names are {:?} and not {wanted:?}", names(device)?);
+    Ok(())
+}
+
+/// A device of which a partition is used is used.
+fn uses(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = image(ctx, &store, 64 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&["--partscan", &image])?;
+    ensure!(names(&device)? == "loop0 loop0p1 loop0p2", "attached: {}", names(&device)?);
+    let first = format!("{device}p1");
+    mkfs("ext4", &first)?;
+    let mount = Mount::new(&first, &ctx.path("mnt"), &[])?;
+    let refused = daemon.cli(&["detach", &device])?;
+    let reason = format!("mounted on {}", mount.dir);
+    ensure!(refused.code == 4 && refused.err.contains(&reason), "{refused:?}");
+    mount.umount()?;
+    let held = std::fs::File::open(format!("{device}p2"))?;
+    let refused = daemon.cli(&["detach", &device])?;
+    ensure!(refused.code != 0 && refused.err.contains("in use"), "{refused:?}");
+    drop(held);
+    daemon.detach(&device)?;
+    let left = tools::sh(format!("ls {}", device.trim_end_matches("loop0")))?;
+    ensure!(left.is_empty(), "names are left: {left}");
+    // Not asked for: not there, until somebody does.
+    let device = daemon.attach(&[&image])?;
+    ensure!(names(&device)? == "loop0", "without --partscan: {}", names(&device)?);
+    tools::sh(format!("partx -a {device} || partx -u {device}"))?;
+    wait_for_names(&device, "loop0 loop0p1 loop0p2")?;
+    tools::sh(format!("delpart {device} 1; delpart {device} 2"))?;
+    wait_for_names(&device, "loop0")?;
+    daemon.detach(&device)?;
+    let run = ["attach", "--partscan", &image, "--run", "sh", "-c", "ls $0*", "{}"];
+    let out = daemon.ok(&run)?;
+    ensure!(out.lines().count() == 3 && out.contains("loop0p2"), "--run: {out}");
+    daemon.stop()
+}
+
+/// Names of partitions are right again with the next daemon, also those that came meanwhile.
+fn outlive(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let (image, config) = (image(ctx, &store, 64 * MIB)?, ctx.path("config.toml"));
+    std::fs::write(&config, format!("[[device]]\nimage = '{image}'\npartscan = true\n"))?;
+    let mut daemon = Daemon::with(ctx, &["--config", &config])?;
+    let device = format!("{}/default/loop0", ctx.path("run"));
+    wait_for_names(&device, "loop0 loop0p1 loop0p2")?;
+    daemon.kill()?;
+    // No table is read without a daemon, but the kernel can be told.
+    tools::sh(format!("delpart {device} 1"))?;
+    daemon.restart()?;
+    wait_for_names(&device, "loop0 loop0p2")?;
+    tools::sh(format!("partx -u {device}"))?;
+    wait_for_names(&device, "loop0 loop0p1 loop0p2")?;
+    daemon.stop()
+}
+
+/// Names below /dev: of one daemon, as right as its others, gone with the devices.
+fn below_dev(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = image(ctx, &store, 64 * MIB)?;
+    let mut daemon = Daemon::with(ctx, &["--dev-links"])?;
+    let device = daemon.attach(&["-P", &image])?;
+    let below = "/dev/loopengine/default/loop0";
+    wait_for_names(below, "loop0 loop0p1 loop0p2")?;
+    tools::sh(format!("cmp {device}p2 {below}p2"))?;
+    let stats = daemon.json(&["stats", below])?;
+    ensure!(stats[0]["path"] == device.as_str(), "{below} does not name {device}: {stats}");
+    daemon.kill()?;
+    daemon.restart()?;
+    wait_for_names(below, "loop0 loop0p1 loop0p2")?;
+    let other = tools::sh(format!(
+        "{} serve --run-dir {} --dev-links 2>&1 || echo status $?",
+        ctx.host.program,
+        ctx.path("other")
+    ))?;
+    ensure!(other.contains("another daemon has /dev/loopengine") && other.contains("status 4"), "{other}");
+    daemon.ok(&["detach", below])?;
+    let left = tools::sh("find /dev/loopengine -mindepth 1 -name 'loop*'")?;
+    ensure!(left.is_empty(), "left: {left}");
+    daemon.stop()?;
+    // The next daemon, which has no such names, leaves none that nobody keeps right.
+    let daemon = Daemon::start(ctx)?;
+    ensure!(!std::path::Path::new("/dev/loopengine").exists(), "/dev/loopengine is left");
+    daemon.stop()
+}
