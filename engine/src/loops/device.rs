@@ -32,8 +32,8 @@ pub struct Device {
     pub(super) mounted: Vec<Hidden>,
     /// What it was until LOOP_CLR_FD, and is again if that was not its last user.
     cleared: Option<Outgoing>,
-    /// It was cleared, and is bound again since somebody had it open for long.
-    bound_again: bool,
+    /// LOOP_CLR_FD came, and it is bound still, or again, for those who have it open.
+    leaving: bool,
     /// Disks that it no longer is, but that somebody has open.
     outgoing: Vec<Outgoing>,
     generation: u64,
@@ -59,7 +59,7 @@ impl Device {
             parts: Vec::new(),
             mounted: Vec::new(),
             cleared: None,
-            bound_again: false,
+            leaving: false,
             outgoing: Vec::new(),
             generation,
             last_generation: generation,
@@ -104,7 +104,7 @@ impl Device {
 
     /// LOOP_CLR_FD came: it is bound for those who have it open, and for nobody else.
     pub fn is_leaving(&self) -> bool {
-        self.bound_again && self.is_to_be_unbound()
+        self.leaving && self.is_to_be_unbound()
     }
 
     /// Its last close unbinds it.
@@ -134,7 +134,7 @@ impl Device {
     /// LOOP_CONFIGURE.
     pub fn configure(&mut self, with: Configure, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
         if self.is_bound() {
-            tracing::debug!(number = self.number, again = self.bound_again, "a device to be bound is bound");
+            tracing::debug!(number = self.number, leaving = self.leaving, "a device to be bound is bound");
             return Err(Errno::BUSY);
         }
         let (binding, image) = Binding::take(with, caller.writes(), self.number, &room.shared().claims)?;
@@ -164,7 +164,7 @@ impl Device {
             self.exchange(disk, ready, caller, room).inspect_err(|_| self.drop_parts())?;
         }
         self.binding = Some(binding);
-        self.bound_again = false;
+        self.leaving = false;
         self.outgoing.extend(self.cleared.take());
         Ok(())
     }

@@ -69,6 +69,7 @@ impl Device {
             self.outgoing.extend(self.cleared.take());
             self.cleared = self.put_out(next);
         }
+        self.leaving = self.binding.is_some();
         Ok(())
     }
 
@@ -161,7 +162,7 @@ impl Device {
         let Some(was) = self.cleared.take() else { return };
         let unused = self.disk.replace(was.disk);
         (self.binding, self.parts) = (was.binding, was.parts);
-        self.bound_again = true;
+        self.leaving = true;
         self.outgoing.extend(unused.map(Outgoing::bare));
         // The same disk with the same file: names and descriptors that were its are so again.
         self.generation = was.generation;
