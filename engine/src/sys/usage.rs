@@ -112,14 +112,16 @@ pub struct Partition {
     pub node: PathBuf,
 }
 
-/// Partitions of the disk with this node.
+/// Partitions of the disk with this node. One that goes loses its node first, of which inotify tells, and its entry in
+/// sysfs some time later: it is none any more.
 pub fn partitions(node: &Path) -> impl Iterator<Item = Partition> {
     let disk =
         node.file_name().filter(|_| node.starts_with("/dev")).map(|name| Path::new("/sys/block").join(name));
     let entries = disk.into_iter().flat_map(fs::read_dir).flatten().flatten();
     entries.filter_map(|entry| {
         let number = fs::read_to_string(entry.path().join("partition")).ok()?.trim_ascii().parse().ok()?;
-        Some(Partition { number, node: Path::new("/dev").join(entry.file_name()) })
+        let node = Path::new("/dev").join(entry.file_name());
+        node.symlink_metadata().is_ok().then_some(Partition { number, node })
     })
 }
 
