@@ -15,9 +15,11 @@ impl Pool {
     pub fn find(&self, rdev: u64) -> Option<u32> {
         let until = Instant::now() + SHORT_PATIENCE;
         loop {
-            let found = self.all().into_iter().find(|(_, place)| place.is_or_was(rdev));
-            if let Some((number, _)) = found {
-                return Some(number);
+            let all = self.all();
+            // The number of a disk that one was may be that of another's by now, and only then be told as gone.
+            let is = all.iter().find(|(_, place)| place.is(rdev) && !place.is_replacing());
+            if let Some((number, _)) = is.or_else(|| all.iter().find(|(_, place)| place.is_or_was(rdev))) {
+                return Some(*number);
             }
             // A partition is no loopN, and is not to become one.
             if self.has_part(rdev) || !self.maker.has(rdev) || Instant::now() >= until {
