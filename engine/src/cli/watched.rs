@@ -67,11 +67,8 @@ async fn follow(engine: &Weak<Engine>) -> std::io::Result<()> {
     let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     inotify::add_watch(&events, DEV, WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::ONLYDIR)?;
     let events = sys::watch::watch(events, Interest::READABLE)?;
+    // What changed before the watch was set has no event: the first look is at once.
     loop {
-        events.ready(Interest::READABLE).await?.clear_ready();
-        if !partitions_among(&events)? {
-            continue;
-        }
         let engine = engine.clone();
         let follow = move || engine.upgrade().inspect(|engine| engine.follow_partitions()).is_some();
         if !tokio::task::spawn_blocking(follow).await.unwrap_or(false) {
@@ -79,6 +76,9 @@ async fn follow(engine: &Weak<Engine>) -> std::io::Result<()> {
         }
         // A table of many partitions is many events.
         sleep(PAUSE / 10).await;
+        while !partitions_among(&events)? {
+            events.ready(Interest::READABLE).await?.clear_ready();
+        }
     }
 }
 
