@@ -34,6 +34,15 @@ pub(super) struct Numbers {
     pub(super) parts: Vec<u64>,
 }
 
+/// How surely a device number leads to a device, the surest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Lead {
+    /// It is that of its disk.
+    Present,
+    /// It was, or its disk is being replaced. The number may be another device's by now, and only then be told as gone.
+    Former,
+}
+
 #[derive(Debug, Default)]
 struct Shown {
     entry: Option<Entry>,
@@ -53,6 +62,17 @@ struct Shown {
 impl Shown {
     fn named_lately(&self) -> Option<Duration> {
         QUIET.checked_sub(self.named?.elapsed())
+    }
+
+    fn is(&self, rdev: u64) -> bool {
+        self.entry.as_ref().is_some_and(|entry| entry.rdev == rdev)
+    }
+
+    fn lead(&self, rdev: u64) -> Option<Lead> {
+        if self.is(rdev) && !self.replacing {
+            return Some(Lead::Present);
+        }
+        (self.is(rdev) || self.numbers.outgoing.contains(&rdev)).then_some(Lead::Former)
     }
 }
 
@@ -92,15 +112,14 @@ impl Place {
         Some(waited.unwrap_or_else(PoisonError::into_inner).0).filter(|shown| !shown.replacing)
     }
 
-    /// This number is that of its disk, or of one that it was.
-    pub(super) fn is_or_was(&self, rdev: u64) -> bool {
-        let shown = lock(&self.shown);
-        shown.entry.as_ref().is_some_and(|entry| entry.rdev == rdev) || shown.numbers.outgoing.contains(&rdev)
+    /// How this device number leads to it; none: it does not.
+    pub(super) fn lead(&self, rdev: u64) -> Option<Lead> {
+        lock(&self.shown).lead(rdev)
     }
 
     /// This number is that of its disk.
     pub(super) fn is(&self, rdev: u64) -> bool {
-        lock(&self.shown).entry.as_ref().is_some_and(|entry| entry.rdev == rdev)
+        lock(&self.shown).is(rdev)
     }
 
     /// This number is that of one of its partitions, or of one that was.
@@ -196,5 +215,36 @@ impl Place {
 
     pub(super) fn disks(&self) -> usize {
         self.device.try_lock().map_or(1, |device| device.disks())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As when the kernel gives a new disk the number of one that another device has let go of.
+    #[test]
+    fn a_number_is_that_of_the_device_that_has_it_now() {
+        let rdev = rustix::fs::makedev(259, 7);
+        let former = Numbers { outgoing: vec![rdev], parts: Vec::new() };
+        let was = Shown { numbers: former, ..Shown::default() };
+        let entry = Entry {
+            number: 1,
+            rdev,
+            generation: 1,
+            size: 0,
+            block_size: 512,
+            bound: None,
+            partitions: Vec::new(),
+        };
+        let mut is = Shown { entry: Some(entry), ..Shown::default() };
+        let surest = |is: &Shown| {
+            [was.lead(rdev).zip(Some(0)), is.lead(rdev).zip(Some(1))].into_iter().flatten().min()
+        };
+        assert_eq!(surest(&is), Some((Lead::Present, 1)));
+        // What is published of one whose disk is being replaced is not sure either.
+        is.replacing = true;
+        assert_eq!(is.lead(rdev), Some(Lead::Former));
+        assert_eq!(is.lead(rdev + 1), None);
     }
 }

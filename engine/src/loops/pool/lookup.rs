@@ -16,10 +16,9 @@ impl Pool {
         let until = Instant::now() + SHORT_PATIENCE;
         loop {
             let all = self.all();
-            // The number of a disk that one was may be that of another's by now, and only then be told as gone.
-            let is = all.iter().find(|(_, place)| place.is(rdev) && !place.is_replacing());
-            if let Some((number, _)) = is.or_else(|| all.iter().find(|(_, place)| place.is_or_was(rdev))) {
-                return Some(*number);
+            let leads = all.iter().filter_map(|(number, place)| Some((place.lead(rdev)?, *number)));
+            if let Some((_, number)) = leads.min() {
+                return Some(number);
             }
             // A partition is no loopN, and is not to become one.
             if self.has_part(rdev) || !self.maker.has(rdev) || Instant::now() >= until {
@@ -34,6 +33,11 @@ impl Pool {
         let all = self.all();
         // The disk of a partition that went may be a device's by now.
         all.iter().any(|(_, place)| place.has_part(rdev)) && !all.iter().any(|(_, place)| place.is(rdev))
+    }
+
+    /// A disk or partition of a device has this device number, or had it until a moment ago.
+    pub(super) fn has_disk(&self, rdev: u64) -> bool {
+        self.all().iter().any(|(_, place)| place.lead(rdev).is_some() || place.has_part(rdev))
     }
 
     /// Number of the disk, in the order of all that the kernel has had, of the device whose partition has this
