@@ -80,6 +80,7 @@ fn all_is_placed_and_all_is_taken_away() {
         "/etc/systemd/system/loopengine.socket",
         "/etc/systemd/system/loopengine-private.socket",
         "/usr/local/share/loopengine/fuse.conf",
+        "/usr/local/share/applications/loopengine-mount.desktop",
         "/etc/udev/rules.d/59-loopengine.rules",
         "/etc/modules-load.d/loopengine.conf",
         "/etc/modprobe.d/loopengine.conf",

@@ -50,6 +50,10 @@ impl Bed {
     fn run(&self, words: &str) -> Ran {
         let mut command = Command::new(env!("CARGO_BIN_EXE_loopengine"));
         command.args(words.split(' ')).current_dir(self.dir.path());
+        // What `--open` looks for.
+        command.env("XDG_RUNTIME_DIR", self.path("session"));
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", self.path("bin").display()));
         let ran = command.env("LOOPENGINE_RUN_DIR", self.path("none")).output().unwrap();
         Ran { code: ran.status.code().unwrap(), err: String::from_utf8(ran.stderr).unwrap() }
     }
@@ -79,7 +83,14 @@ impl Bed {
 impl Drop for Bed {
     fn drop(&mut self) {
         // What a failed test leaves.
-        for name in ["dir", "dir2", "dir/1", "dir/2"] {
+        for name in [
+            "dir",
+            "dir2",
+            "dir/1",
+            "dir/2",
+            "session/loopengine-mounts/one",
+            "session/loopengine-mounts/disk/1",
+        ] {
             if self.mounted(name).is_some() {
                 let _ = rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH);
             }
@@ -184,6 +195,32 @@ fn partitions_are_mounted_one_by_one_or_all() {
     bed.works("umount disk");
     assert_eq!(bed.mounted("dir/2"), None);
     bed.refused("mount --all one dir", &["one has no partitions", "without --all"]);
+}
+
+/// As a desktop does it: one file system, or all partitions.
+#[test]
+fn an_image_is_opened() {
+    let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "sfdisk", "e2fsck"]) else { return };
+    bed.shell(
+        "truncate -s 16M one; mkfs.ext4 -q one; truncate -s 20M disk; mkdir bin session
+        printf '%s\\n' 'label: gpt' 'start=2048, size=32768' | sfdisk -q disk
+        dd if=one of=disk bs=1M seek=1 conv=notrunc
+        printf '#!/bin/sh\\nls \"$1\" > shown\\n' > bin/xdg-open; chmod +x bin/xdg-open",
+    );
+    let shown = || fs::read_to_string(bed.path("shown")).unwrap();
+    bed.works(&format!("mount --open {EXT4} one"));
+    assert_eq!(shown(), "lost+found\n");
+    fs::write(bed.path("session/loopengine-mounts/one/file"), "hello").unwrap();
+    bed.works("umount session/loopengine-mounts/one");
+    assert!(!bed.path("session/loopengine-mounts/one").exists());
+    bed.shell("e2fsck -fn one");
+    bed.works(&format!("mount --open {EXT4} disk"));
+    assert_eq!(shown(), "1\n");
+    assert!(bed.path("session/loopengine-mounts/disk/1/lost+found").exists());
+    bed.works("umount --all session/loopengine-mounts/disk");
+    assert!(!bed.path("session/loopengine-mounts/disk").exists());
+    bed.refused("mount --open none", &["none"]);
+    assert_eq!(fs::read_dir(bed.path("session/loopengine-mounts")).unwrap().count(), 0);
 }
 
 impl Bed {

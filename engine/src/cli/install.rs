@@ -19,6 +19,7 @@ const SOCKET: &str = include_str!("../../share/systemd/loopengine.socket");
 const PRIVATE_SOCKET: &str = include_str!("../../share/systemd/loopengine-private.socket");
 /// A drop-in for the unit, for who serves files: an example.
 const FUSE: &str = include_str!("../../share/systemd/fuse.conf");
+const DESKTOP: &str = include_str!("../../share/applications/loopengine-mount.desktop");
 const UDEV: &str = include_str!("../../share/udev/59-loopengine.rules");
 const MODULES_LOAD: &str = include_str!("../../share/modules-load.d/loopengine.conf");
 const MODPROBE: &str = include_str!("../../share/modprobe.d/loopengine.conf");
@@ -93,12 +94,14 @@ fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
     let settings = Path::new(if prefix == Path::new("/usr") { "/usr/lib" } else { "/etc" });
     // mount(8) looks nowhere else.
     let sbin = Path::new(if Path::new("/sbin").is_symlink() { "/usr/sbin" } else { "/sbin" });
+    let desktop = DESKTOP.replace(PACKAGED, &bin.to_string_lossy());
     let mut items = BTreeMap::from([
         (bin.clone(), Item::File { content: program, mode: PROGRAM }),
         (sbin.join(mount_loop::NAME), Item::Link(bin)),
         (settings.join("systemd/system/loopengine.service"), file(unit.as_bytes())),
         (settings.join("systemd/system/loopengine.socket"), file(SOCKET.as_bytes())),
         (settings.join("systemd/system/loopengine-private.socket"), file(PRIVATE_SOCKET.as_bytes())),
+        (prefix.join("share/applications/loopengine-mount.desktop"), file(desktop.as_bytes())),
         (prefix.join("share/loopengine/fuse.conf"), file(FUSE.as_bytes())),
         (settings.join("udev/rules.d/59-loopengine.rules"), file(UDEV.as_bytes())),
         (settings.join("modules-load.d/loopengine.conf"), file(MODULES_LOAD.as_bytes())),

@@ -9,10 +9,10 @@ use super::{Args, directory, image};
 use crate::error::{Error, Kind, Result};
 
 /// Mounts partition N on DIR/N. What cannot be mounted does not keep the others from it.
-pub(super) fn mount(args: &Args, run_dir: &Path) -> Result<()> {
+pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
     let shown = args.image.display();
     let (table, read_only) = (image::partitions(&args.image)?, args.read_only);
-    let dir = directory(&args.dir)?;
+    let dir = directory(dir)?;
     let (mut mounted, mut failed) = (0, None);
     for (number, kind) in table {
         match kind.filter(|kind| image::is_mountable(kind)) {

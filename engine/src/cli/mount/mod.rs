@@ -14,6 +14,7 @@ mod all;
 mod found;
 mod image;
 mod kernel;
+mod open;
 mod program;
 mod umount;
 
@@ -50,7 +51,13 @@ pub(super) struct Args {
     image: PathBuf,
 
     /// Directory to mount it on.
-    dir: PathBuf,
+    #[arg(required_unless_present = "open")]
+    dir: Option<PathBuf>,
+
+    /// As a desktop opens an image: mount all that is in it below the directory of the user's session
+    /// (XDG_RUNTIME_DIR), on a directory that is called like the image, and show that with xdg-open.
+    #[arg(long, conflicts_with_all = ["dir", "all", "partition", "offset", "size_limit"])]
+    open: bool,
 
     /// Refuse writes. An image that cannot be written is mounted so in any case.
     #[arg(short, long)]
@@ -96,11 +103,15 @@ enum By {
 
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        if self.open {
+            return open::mount(self, run_dir);
+        }
+        let dir = self.dir.as_deref().unwrap_or(Path::new("."));
         if self.all {
-            return all::mount(&self, run_dir);
+            return all::mount(&self, dir, run_dir);
         }
         let part = image::Part { number: self.partition, offset: self.offset, size_limit: self.size_limit };
-        self.mount(run_dir, image::look(&self.image, &part, self.read_only)?, &self.dir)
+        self.mount(run_dir, image::look(&self.image, &part, self.read_only)?, dir)
     }
 
     fn mount(&self, run_dir: &Path, mut image: image::Image, dir: &Path) -> Result<()> {

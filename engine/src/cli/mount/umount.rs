@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::all;
 use super::found::{ByProgram, Mounted, is_image, wait_gone};
 use super::program::{self, is_without_devices};
+use super::{all, open};
 use crate::error::{Error, Kind, Result};
 use crate::sys::mntns;
 
@@ -61,6 +61,7 @@ impl Args {
         }
         // One that has more in it, or is in use, stays.
         inner.iter().filter(|dir| dirs.contains(dir)).for_each(|dir| drop(std::fs::remove_dir(dir)));
+        open::forget(&named);
         Ok(())
     }
 
