@@ -2,6 +2,7 @@
 //!
 //! Knows Debian's packages and the virtual environment; kernels are in `kernel`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -40,7 +41,7 @@ const PACKAGES: [Package; 18] = [
 ];
 
 /// What the tests and the bench need besides; a demo does without.
-const MORE_PACKAGES: [Package; 16] = [
+const MORE_PACKAGES: [Package; 19] = [
     ("fuse3", "file systems in user space"),
     ("fuse2fs", "ext4 without the kernel's"),
     ("squashfuse", "squashfs without the kernel's"),
@@ -51,6 +52,9 @@ const MORE_PACKAGES: [Package; 16] = [
     ("squashfs-tools", "images of squashfs"),
     ("erofs-utils", "images of erofs"),
     ("dosfstools", "images of vfat"),
+    ("cryptsetup-bin", "encrypted images, cryptsetup and veritysetup"),
+    ("python3-jinja2", "vmdb2, a builder of images"),
+    ("python3-yaml", "vmdb2, a builder of images"),
     ("parted", "partitions, parted and partprobe"),
     ("cloud-guest-utils", "partitions, growpart"),
     ("runc", "containers by another runtime"),
@@ -58,6 +62,14 @@ const MORE_PACKAGES: [Package; 16] = [
     ("qemu-utils", "qemu-nbd, to compare with"),
     ("chromium", "reports are looked at in a browser"),
 ];
+
+/// Packages that are unpacked and not installed: they would bring udev along, and VMs share this machine's root.
+const UNPACKED: [&str; 5] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "vmdb2"];
+/// Their programs that VMs find on PATH.
+const UNPACKED_PROGRAMS: [&str; 8] =
+    ["kpartx", "lvm", "pvcreate", "vgcreate", "vgchange", "lvcreate", "mdadm", "vmdb2"];
+/// Directory of what is unpacked. Its number goes with these lists.
+const UNPACKED_HOME: &str = "tools-2";
 
 /// As pip takes it.
 pub(crate) const VIRTME: &str = "virtme-ng==1.42";
@@ -74,6 +86,11 @@ impl Lab {
     /// The program that boots VMs.
     pub(crate) fn vng(&self) -> PathBuf {
         self.cache.join("venv/bin/vng")
+    }
+
+    /// Directory of programs that are on PATH in VMs only.
+    pub(crate) fn tools(&self) -> PathBuf {
+        self.cache.join(UNPACKED_HOME).join("on-path")
     }
 
     /// The kernel of `line`.
@@ -108,6 +125,7 @@ fn ensure_with(packages: &[Package]) -> Result<Lab> {
     let _turn = cache::lock(&lab.cache)?;
     install(packages)?;
     virtual_environment(&lab)?;
+    unpack(&lab)?;
     for line in Line::ALL {
         if kernel::find(&lab.cache, line).is_none() {
             eprintln!("setup: fetching and unpacking Debian's kernel {} (about 110 MB)", line.name());
@@ -120,7 +138,7 @@ fn ensure_with(packages: &[Package]) -> Result<Lab> {
 
 fn complete(lab: &Lab, packages: &[Package]) -> Result<bool> {
     let kernels = Line::ALL.iter().all(|line| kernel::find(&lab.cache, *line).is_some());
-    Ok(kernels && has_virtme(lab) && missing_packages(packages)?.is_empty())
+    Ok(kernels && has_virtme(lab) && lab.tools().exists() && missing_packages(packages)?.is_empty())
 }
 
 /// Removes the kernels, so that the next set-up fetches the newest.
@@ -170,6 +188,39 @@ fn install(packages: &[Package]) -> Result<()> {
     let mut words = vec!["install", "-y", "--no-install-recommends"];
     words.extend(names);
     apt(&words)
+}
+
+fn unpack(lab: &Lab) -> Result<()> {
+    if lab.tools().exists() {
+        return Ok(());
+    }
+    eprintln!("setup: unpacking {}", UNPACKED.join(" "));
+    let home = lab.cache.join(UNPACKED_HOME);
+    let root = home.join("root");
+    std::fs::create_dir_all(&root)?;
+    let debs = tempfile::Builder::new().prefix("debs-").tempdir_in(&home)?;
+    let mut download = Command::new("apt-get");
+    download.args(["-qq", "-o", "APT::Sandbox::User=root", "download"]).args(UNPACKED);
+    sh::capture(download.current_dir(debs.path()), INSTALL_LIMIT)?;
+    for deb in std::fs::read_dir(debs.path())? {
+        sh::capture(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root), INSTALL_LIMIT)?;
+    }
+    // Last, and at once: it says that all is there.
+    let fresh = tempfile::Builder::new().prefix("on-path-").tempdir_in(&home)?;
+    for name in UNPACKED_PROGRAMS {
+        let script = format!(
+            "#!/bin/sh\nLD_LIBRARY_PATH=$LD_LIBRARY_PATH:$(echo {root}/lib/*-linux-gnu {root}/usr/lib/*-linux-gnu | tr ' ' :)\n\
+             export LD_LIBRARY_PATH PYTHONPATH={root}/usr/lib/python3/dist-packages\n\
+             for file in {root}/sbin/{name} {root}/usr/sbin/{name} {root}/usr/bin/{name}; do [ -x $file ] && exec $file \"$@\"; done\n",
+            root = root.display()
+        );
+        let path = fresh.path().join(name);
+        std::fs::write(&path, script)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    }
+    std::fs::set_permissions(fresh.path(), std::fs::Permissions::from_mode(0o755))?;
+    std::fs::rename(fresh.keep(), lab.tools())?;
+    Ok(())
 }
 
 fn missing_packages(packages: &[Package]) -> Result<Vec<Package>> {

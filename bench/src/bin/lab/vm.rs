@@ -133,7 +133,7 @@ impl Vm {
         std::fs::copy(sh::which("fio")?, session.path().join("bin/fio")).context("cannot copy fio")?;
         std::fs::write(session.path().join("command"), command)?;
         let script = session.path().join("guest");
-        std::fs::write(&script, self.guest_script(session.path()))?;
+        std::fs::write(&script, self.guest_script(session.path(), lab))?;
         let console = File::create(session.path().join("console"))?;
         let output =
             File::options().create(true).append(true).read(true).open(session.path().join("output"))?;
@@ -198,15 +198,16 @@ impl Vm {
     }
 
     /// What the guest runs as root: programs to memory, for the shared root is slow, then the command.
-    fn guest_script(&self, session: &Path) -> String {
+    fn guest_script(&self, session: &Path, lab: &Lab) -> String {
         let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
         let (session, here) = (sh::quote(&[session.to_string_lossy()]), sh::quote(&[here.to_string_lossy()]));
+        let tools = sh::quote(&[lab.tools().to_string_lossy()]);
         let (kernel, mode) = (self.kernel.line.name(), self.mode.name());
         format!(
             "echo >{session}/booted\n\
              exec >>{session}/output 2>&1 </dev/null\n\
              mkdir -p /run/lab && cp {session}/bin/* /run/lab/\n\
-             export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
+             export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{tools}\n\
              export HOME=/root LAB_VM=1 LAB_KERNEL={kernel} LAB_MODE={mode} LAB_CPUS=$(nproc)\n\
              ulimit -n 1048576\n\
              modprobe -q -a ublk_drv virtio_blk\n\

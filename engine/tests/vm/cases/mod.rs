@@ -11,6 +11,7 @@ mod geometry;
 mod many;
 mod partscan;
 mod private_binding;
+mod private_builders;
 mod private_bundle;
 mod private_claims;
 mod private_container_mounts;
@@ -25,6 +26,7 @@ mod private_kernel_mounts;
 mod private_known;
 mod private_lifetime;
 mod private_losetup;
+mod private_mapped;
 mod private_mount;
 mod private_names;
 mod private_nspawn;
@@ -82,6 +84,8 @@ pub(crate) fn all() -> Vec<Case> {
         private_claims::cases(),
         private_driver::cases(),
         private_hostile::cases(),
+        private_mapped::cases(),
+        private_builders::cases(),
         private_mount::cases(),
         private_names::cases(),
         private_kernel_mounts::cases(),

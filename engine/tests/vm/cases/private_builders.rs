@@ -1,0 +1,128 @@
+//! Builders of disk images, unmodified, under `loopengine run`: the same steps on the kernel's own driver and in a pool,
+//! and the same lines from both. `engine/doc/builders.md` says which others there are.
+
+use std::time::Duration;
+
+use super::private_mapped::installed;
+use super::private_partitions::{TELL, same};
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case};
+use crate::tools;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("private::builders::script", Needs::Private, 580, |ctx| {
+            same(ctx, &format!("MOUNT=; {SCRIPT}{LOOK}"))
+        }),
+        case("private::builders::script_of_a_user", Needs::Private, 580, of_a_user),
+        case("private::builders::vmdb2", Needs::Private, 580, |ctx| {
+            installed(&["vmdb2", "lvm"])?;
+            same(ctx, VMDB2)
+        }),
+    ]
+}
+
+/// As those of Raspberry Pi's images work: a table, a file system each, a tree copied, names by PARTUUID.
+const SCRIPT: &str = r#"
+set -e
+truncate -s 96M disk
+table "label: dos" "label-id: 0xcafe1234" "start=8192,size=65536,type=c" "start=73728" | sfdisk -q disk
+dev=$(losetup --show -f -P disk)
+tell "bound" true
+mkfs.vfat -F 32 -n BOOTFS -i 12345678 ${dev}p1 > /dev/null
+mkfs.ext4 -q -L rootfs -U 11111111-2222-3333-4444-555555555555 -E lazy_itable_init=0 ${dev}p2
+mkdir -p mnt; mount $MOUNT ${dev}p2 mnt
+mkdir -p mnt/boot/firmware mnt/etc mnt/bin mnt/dev; mount $MOUNT ${dev}p1 mnt/boot/firmware
+cp /bin/busybox mnt/bin/; cp /etc/profile mnt/etc/
+for part in 1 2; do echo "PARTUUID=$(blkid -s PARTUUID -o value ${dev}p$part)"; done > mnt/etc/fstab
+echo "root=$(lsblk -nro PARTUUID ${dev}p2)" > mnt/boot/firmware/cmdline.txt
+cat mnt/etc/fstab mnt/boot/firmware/cmdline.txt
+findmnt -nro FSTYPE,LABEL -R $PWD/mnt
+umount -R mnt
+losetup -d $dev
+set +e
+"#;
+
+/// What has become of it.
+const LOOK: &str = r#"
+bind -P -r
+e2fsck -fn ${dev}p2 > said 2>&1; echo "e2fsck: $?"
+fsck.vfat -n ${dev}p1 > said 2>&1; echo "fsck.vfat: $?"
+blkid -o export ${dev}p2 | grep -E 'UUID|LABEL|TYPE' | sort
+tell "copied" debugfs -R "cat /etc/fstab" ${dev}p2; cat said
+free
+"#;
+
+/// The same for a plain user: the kernel mounts what the administrator allows.
+fn of_a_user(ctx: &Ctx) -> Res {
+    let config = ctx.path("loopengine.toml");
+    tools::sh(format!("printf '[private]\\nkernel_mounts = [\"ext4\", \"vfat\"]\\n' > {config}"))?;
+    let daemon = Daemon::with(ctx, &["--config", &config])?;
+    tools::ok(&["chown", "1000:1000", &ctx.dir.display().to_string()])?;
+    let script = format!(
+        "MOUNT=; {TELL}\n{SCRIPT}{}",
+        r#"
+        same "unbound" "$(losetup -j disk)" ""
+        e2fsck -fn "disk?offset=$((73728 * 512))" > said 2>&1; same "e2fsck" "$?" 0
+        holds "fstab" "$(debugfs -R 'cat /etc/fstab' "disk?offset=$((73728 * 512))" 2>/dev/null)" PARTUUID=cafe1234-02
+        "#
+    );
+    let user = Inside::new(ctx, &daemon).user(1000).with(&["--mount", "ext4,vfat"]);
+    user.run_for(Duration::from_secs(300), &script)?;
+    daemon.stop()
+}
+
+/// With kpartx, and LVM within.
+const VMDB2: &str = r#"
+modprobe dm_mod; export DM_DISABLE_UDEV=1
+export LVM_SUPPRESS_FD_WARNINGS=1 LVM_SYSTEM_DIR=$PWD/lvm; mkdir -p lvm/backup lvm/archive lvm/cache; : > lvm/lvm.conf
+cat > spec <<'END'
+steps:
+  - mkimg: "{{ output }}"
+    size: 192M
+  - mklabel: gpt
+    device: "{{ output }}"
+  - mkpart: primary
+    device: "{{ output }}"
+    start: 1M
+    end: 65M
+    tag: boot
+  - mkpart: primary
+    device: "{{ output }}"
+    start: 65M
+    end: 100%
+    tag: pv
+  - kpartx: "{{ output }}"
+  - vgcreate: built
+    physical:
+      - pv
+  - lvcreate: built
+    name: rootlv
+    size: 64M
+  - mkfs: ext4
+    partition: rootlv
+  - mkfs: vfat
+    partition: boot
+  - mount: rootlv
+    zerofree: false
+  - mount: boot
+    mount-on: rootlv
+    dirname: /boot
+    zerofree: false
+  - create-file: /boot/hello
+    contents: "built\n"
+  - create-file: /hello
+    contents: "by vmdb2\n"
+END
+rm -f disk
+tell "vmdb2" vmdb2 --output $PWD/disk --log log spec; tail -n 3 said; grep -E 'ERROR|Traceback' log
+losetup -a; ls /dev/mapper
+bind -P
+tell "found" lvm pvs --noheadings -o vg_name; cat said
+tell "activated" lvm vgchange -ay built
+mkdir -p mnt; mount /dev/built/rootlv mnt; cat mnt/hello; umount mnt
+mount ${dev}p1 mnt; cat mnt/hello; umount mnt
+tell "deactivated" lvm vgchange -an built
+free; rm -rf lvm spec log
+"#;
