@@ -66,6 +66,7 @@ fn pool(engine: &Engine, max: u32) -> Option<Arc<Pool>> {
         gid: 0,
         mode: 0o660,
         fixed: false,
+        intercepted: false,
         reserved: BTreeSet::new(),
     };
     match engine.open_pool(&spec) {

@@ -55,6 +55,8 @@ pub trait Loops: Send + Sync {
     fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()>;
     fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()>;
     fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()>;
+    /// Whether the callers may make a block node with this device number.
+    fn may_make(&self, rdev: u64) -> bool;
     /// This node is a partition of a device, or was one.
     fn has_part(&self, node: &Node) -> bool;
     /// Number of the disk whose partition this node is.
@@ -102,6 +104,9 @@ impl Loops for Arc<Pool> {
     }
     fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
         Pool::change_fd(self, number, file, caller)
+    }
+    fn may_make(&self, rdev: u64) -> bool {
+        Pool::may_make(self, rdev)
     }
     fn has_part(&self, node: &Node) -> bool {
         node.block && Pool::has_part(self, node.rdev)
@@ -237,7 +242,7 @@ impl Desk {
         }
     }
 
-    fn within(&self, number: u32) -> Answer<u32> {
+    pub(super) fn within(&self, number: u32) -> Answer<u32> {
         if number < self.first { Ok(number) } else { Err(Errno::NOSPC) }
     }
 

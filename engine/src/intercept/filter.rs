@@ -48,6 +48,10 @@ pub enum Call {
     Mount,
     /// umount2(2): of the profile of a container, not of this filter.
     Umount,
+    /// mknod(2) of a block node.
+    Mknod,
+    /// The same with mknodat(2).
+    Mknodat,
 }
 
 /// BLKRRPART and BLKPG: the kernel would make partitions of the disk behind a device, for everybody to see.
@@ -151,6 +155,8 @@ pub fn decode(arch: u32, nr: i32) -> Option<(Abi, Call)> {
         nr if nr == numbers.ioctl => Some((numbers.abi, Call::Ioctl)),
         nr if nr == numbers.mount => Some((numbers.abi, Call::Mount)),
         nr if nr == numbers.umount => Some((numbers.abi, Call::Umount)),
+        nr if nr == numbers.mknodat => Some((numbers.abi, Call::Mknodat)),
+        nr if Some(nr) == numbers.mknod => Some((numbers.abi, Call::Mknod)),
         _ => None,
     }
 }
@@ -166,21 +172,18 @@ pub fn program(options: Options) -> Vec<sock_filter> {
 enum End {
     Allow,
     Notify,
-    /// EPERM.
-    Refuse,
     /// ENOSYS.
     Lack,
     Kill,
 }
 
-const ENDS: [End; 5] = [End::Allow, End::Notify, End::Refuse, End::Lack, End::Kill];
+const ENDS: [End; 4] = [End::Allow, End::Notify, End::Lack, End::Kill];
 
 impl End {
     fn action(self) -> u32 {
         match self {
             End::Allow => libc::SECCOMP_RET_ALLOW,
             End::Notify => libc::SECCOMP_RET_USER_NOTIF,
-            End::Refuse => libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned(),
             End::Lack => libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(),
             End::Kill => libc::SECCOMP_RET_KILL_PROCESS,
         }
@@ -276,15 +279,15 @@ fn section(steps: &mut Vec<Step>, numbers: &Numbers, options: Options) {
         And(IOCTL_MASK),
         Is(IOCTL_LOOP, To::End(Notify), ALLOW),
         // The mode of mknodat(2) is its third argument, that of mknod(2) the second. Character nodes
-        // (overlayfs's whiteouts), pipes and sockets may be made, block nodes may not.
+        // (overlayfs's whiteouts), pipes and sockets may be made, block nodes are stopped.
         Here(Mark::Mknodat),
         Load(low(2)),
         And(libc::S_IFMT),
-        Is(libc::S_IFBLK, To::End(Refuse), ALLOW),
+        Is(libc::S_IFBLK, To::End(Notify), ALLOW),
         Here(Mark::Mknod),
         Load(low(1)),
         And(libc::S_IFMT),
-        Is(libc::S_IFBLK, To::End(Refuse), ALLOW),
+        Is(libc::S_IFBLK, To::End(Notify), ALLOW),
         Here(Mark::OtherAbi),
     ]);
 }

@@ -38,6 +38,7 @@ pub mod caller;
 pub mod calls;
 pub mod codec;
 pub mod filter;
+pub mod mknod;
 pub mod mounts;
 pub mod supervisor;
 

@@ -285,7 +285,7 @@ fn copy(thread: &Thread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Asked> {
     (!source.is_empty()).then_some(Asked { source, target, kind, flags, data })
 }
 
-fn address(abi: Abi, args: &[u64; 6], at: usize) -> u64 {
+pub(super) fn address(abi: Abi, args: &[u64; 6], at: usize) -> u64 {
     if abi.is_compat() { args[at] & u64::from(u32::MAX) } else { args[at] }
 }
 
@@ -297,7 +297,7 @@ fn flags(raw: u64) -> Option<u64> {
 
 /// A string of the caller's, up to its zero. None: it has none, or is too long; the kernel says what is
 /// wrong with it.
-fn text(thread: &Thread<'_>, address: u64, max: usize) -> Option<Vec<u8>> {
+pub(super) fn text(thread: &Thread<'_>, address: u64, max: usize) -> Option<Vec<u8>> {
     /// No page is smaller, so what is read at once is there or not.
     const PAGE: u64 = 4096;
     let mut text = Vec::new();

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use super::caller::{self, Administrators, Thread};
 use super::calls::{Desk, Ioctl, IsControl, Loops, Verdict};
 use super::filter::{self, Call};
+use super::mknod::Mknod;
 use super::mounts::{self, Mounts};
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::{Listener, Notification, is_over};
@@ -48,6 +49,8 @@ pub struct Options {
     pub first: Option<u32>,
     /// Who mounts for the callers; none: the kernel, as if there were no filter.
     pub mounts: Option<Arc<dyn Mounts>>,
+    /// Block nodes that are not the callers' are refused; or, like all other calls, left to the kernel.
+    pub nodes: bool,
     /// See [`AT_ONCE`].
     pub at_once: usize,
     /// See [`DEADLINE`].
@@ -117,6 +120,7 @@ struct Shared {
     listener: Listener,
     desk: Desk,
     mounts: Option<Arc<dyn Mounts>>,
+    nodes: bool,
     name: String,
     at_once: usize,
     deadline: Duration,
@@ -145,12 +149,14 @@ impl Supervisor {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| Error::os(error, what()))?;
         let context = what();
-        let Options { name, is_control, administrators, first, mounts, at_once, deadline, on_end } = options;
+        let Options { name, is_control, administrators, first, mounts, nodes, at_once, deadline, on_end } =
+            options;
         let first = first.unwrap_or(u32::MAX);
         let shared = Arc::new(Shared {
             listener,
             desk: Desk { loops: Box::new(loops), is_control, administrators, first },
             mounts,
+            nodes,
             name,
             at_once: at_once.max(1),
             deadline,
@@ -413,7 +419,10 @@ impl Shared {
         };
         match filter::decode(note.data.arch, note.data.nr) {
             Some((abi, Call::Ioctl)) => self.desk.ioctl(&thread, &Ioctl::new(abi, &note.data.args)),
-            Some((abi, call)) => match &self.mounts {
+            Some((_, Call::Mknod | Call::Mknodat)) if !self.nodes => Verdict::Pass,
+            Some((abi, Call::Mknod)) => self.desk.mknod(&thread, &Mknod::new(abi, &note.data.args)),
+            Some((abi, Call::Mknodat)) => self.desk.mknod(&thread, &Mknod::at(abi, &note.data.args)),
+            Some((abi, call @ (Call::Mount | Call::Umount))) => match &self.mounts {
                 Some(mounts) => {
                     let serve = if call == Call::Mount { mounts::mount } else { mounts::umount };
                     serve(&**mounts, &thread, abi, &note.data.args, self.desk.administrators)

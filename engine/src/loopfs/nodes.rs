@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Devices;
 use super::wire::{Attr, Changes, ROOT};
-use crate::loops::{Entry, Errno};
+use crate::loops::{Entry, Errno, PoolSpec};
 
 /// The inode of loop-control.
 pub(super) const CONTROL: u64 = 2;
@@ -22,6 +22,10 @@ pub(super) const CONTROL_NAME: &str = "loop-control";
 const DIRECTORY: u32 = 0o040000;
 const BLOCK: u32 = 0o060000;
 const REGULAR: u32 = 0o100000;
+const CHARACTER: u32 = 0o020000;
+/// /dev/null: where calls are intercepted, loop-control can be a character device as the kernel's is, which programs
+/// test for. All that its driver is ever asked is to be open.
+const NULL: (u32, u32) = (1, 3);
 const PERMISSIONS: u32 = 0o777;
 
 /// What a name stands for: the directory, loop-control, a device, a partition of it.
@@ -93,11 +97,12 @@ pub(super) struct Nodes {
 impl Nodes {
     pub(super) fn new(devices: Arc<dyn Devices>) -> Nodes {
         let spec = devices.spec();
-        let node = |ino, mode| {
+        let node = |ino, mode, stands_for| {
             let (uid, gid) = (spec.uid, spec.gid);
-            Node { ino, stands_for: (0, 0), former: None, mode, uid, gid, changed: now() }
+            Node { ino, stands_for, former: None, mode, uid, gid, changed: now() }
         };
-        let fixed = [(Key::Root, node(ROOT, 0o755)), (Key::Control, node(CONTROL, spec.mode & PERMISSIONS))];
+        let control = node(CONTROL, spec.mode & PERMISSIONS, control(spec));
+        let fixed = [(Key::Root, node(ROOT, 0o755, (0, 0))), (Key::Control, control)];
         let table = Table {
             nodes: BTreeMap::from(fixed),
             keys: BTreeMap::from([(ROOT, Key::Root), (CONTROL, Key::Control)]),
@@ -173,7 +178,7 @@ impl Nodes {
 
     /// All names behind `after`, in order, each with its place in that order.
     pub(super) fn list(&self, after: u64) -> Vec<(u64, Attr, String)> {
-        let mut keys = vec![(Key::Root, (0, 0)), (Key::Control, (0, 0))];
+        let mut keys = vec![(Key::Root, (0, 0)), (Key::Control, control(self.devices.spec()))];
         for entry in self.devices.entries() {
             let partitions = entry.partitions.iter().map(|part| Key::Partition(entry.number, part.number));
             let all = std::iter::once(Key::Device(entry.number)).chain(partitions);
@@ -198,10 +203,16 @@ impl Nodes {
     /// Device number and generation that a key has now; none if there is no such device.
     fn stands_for(&self, key: Key) -> Option<(u64, u64)> {
         match key {
-            Key::Root | Key::Control => Some((0, 0)),
+            Key::Root => Some((0, 0)),
+            Key::Control => Some(control(self.devices.spec())),
             Key::Device(number) | Key::Partition(number, _) => stands_for(&self.devices.entry(number)?, key),
         }
     }
+}
+
+/// Device number of loop-control; 0: a regular file, or what is asked of it would not reach the daemon.
+fn control(spec: &PoolSpec) -> (u64, u64) {
+    (if spec.intercepted { rustix::fs::makedev(NULL.0, NULL.1) } else { 0 }, 0)
 }
 
 /// The part of a listing's order that is a key's: it does not move when others come or go.
@@ -262,7 +273,8 @@ impl Node {
     fn attr(&self, key: Key) -> Attr {
         let (kind, links, rdev) = match key {
             Key::Root => (DIRECTORY, 2, 0),
-            Key::Control => (REGULAR, 1, 0),
+            Key::Control if self.stands_for.0 == 0 => (REGULAR, 1, 0),
+            Key::Control => (CHARACTER, 1, self.stands_for.0),
             Key::Device(_) | Key::Partition(..) => (BLOCK, 1, self.stands_for.0),
         };
         let Node { ino, mode, uid, gid, changed, .. } = *self;

@@ -33,6 +33,7 @@ use zlink::introspect::CustomType;
 
 use crate::error::{Error, Kind};
 use crate::image::partitions;
+use crate::sys::stack::Stack;
 
 /// What an operation answers to its caller.
 pub type Answer<T> = std::result::Result<T, Errno>;
@@ -68,6 +69,8 @@ pub struct PoolSpec {
     /// All devices are there from the start, and no disk of it ever has a device number that none had
     /// then: for those who may open what a list of numbers says.
     pub fixed: bool,
+    /// Who uses it has the calls on loop-control intercepted.
+    pub intercepted: bool,
     /// Numbers that no device gets: where the tenant is, loopN with such an N means another device.
     pub reserved: BTreeSet<u32>,
 }
@@ -246,6 +249,8 @@ pub trait Caller {
 pub trait Watcher: Send + Sync {
     /// The device with this number has come, changed, or gone.
     fn changed(&self, pool: &Pool, number: u32);
+    /// A disk that lies upon its devices has come, or gone.
+    fn stacked(&self, _stack: &Stack, _is_there: bool) {}
     /// The pool has ended: no device of it is left.
     fn ended(&self, _pool: &Pool) {}
 }
@@ -281,7 +286,16 @@ mod tests {
     #[test]
     fn reserved_numbers_are_passed_over() {
         let reserved = BTreeSet::from([0, 2]);
-        let spec = PoolSpec { name: String::new(), max: 2, uid: 0, gid: 0, mode: 0, fixed: false, reserved };
+        let spec = PoolSpec {
+            name: String::new(),
+            max: 2,
+            uid: 0,
+            gid: 0,
+            mode: 0,
+            fixed: false,
+            intercepted: false,
+            reserved,
+        };
         assert_eq!(spec.numbers().take(3).collect::<Vec<_>>(), [1, 3, 4]);
     }
 }

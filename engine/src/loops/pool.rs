@@ -6,6 +6,7 @@
 mod fixed;
 mod forced;
 mod lookup;
+mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,12 +25,15 @@ use super::{
     errno, flag,
 };
 use crate::frontend::Stop;
+use crate::sys::stack::Stack;
 
 /// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
 /// putting its old disks away, and another that is being bound hangs only if its file does.
 const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 /// Disks above two for each device: partitions, and what is open still of those before.
 const PARTS_MAX: usize = 64;
+/// Devices whose names are there from the start, as with the kernel's driver.
+const PROMISED: usize = 8;
 /// How deep loop devices may be stacked on each other.
 const STACK_MAX: usize = 8;
 
@@ -47,6 +51,10 @@ pub struct Pool {
     /// Its end does not wait for its users.
     forced: AtomicBool,
     watchers: Mutex<Watchers>,
+    /// Numbers whose names are there, and whose devices come when somebody looks a name up.
+    promised: Mutex<BTreeSet<u32>>,
+    /// Those that are shown.
+    stacks: Mutex<BTreeSet<Stack>>,
     pub(super) reaper: Reaper,
 }
 
@@ -66,7 +74,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pool {
     /// An empty one.
     pub fn start(spec: PoolSpec, maker: Maker, quotas: Quotas) -> crate::Result<Arc<Pool>> {
+        let most = PROMISED.min(spec.max as usize);
         let pool = Arc::new(Pool {
+            promised: Mutex::new(spec.numbers().take(most).collect()),
             spec,
             maker,
             quotas,
@@ -76,6 +86,7 @@ impl Pool {
             ending: AtomicBool::new(false),
             forced: AtomicBool::new(false),
             watchers: Mutex::default(),
+            stacks: Mutex::default(),
             reaper: Reaper::default(),
         });
         pool.reaper.start(&pool)?;
@@ -92,6 +103,11 @@ impl Pool {
         lock(&self.watchers).0.push(watcher);
     }
 
+    /// Numbers of devices that will be there when somebody looks their names up.
+    pub fn promised(&self) -> Vec<u32> {
+        lock(&self.promised).iter().copied().collect()
+    }
+
     /// All devices, by number.
     pub fn entries(&self) -> Vec<Entry> {
         self.all().iter().filter_map(|(_, place)| place.shown()).collect()
@@ -100,7 +116,7 @@ impl Pool {
     /// One device, for somebody who opens it next. If its disk is being replaced just now, waits for
     /// that, not long; and the disk is not replaced right after.
     pub fn entry(&self, number: u32) -> Option<Entry> {
-        let place = self.place(number).ok()?;
+        let place = self.place(number).or_else(|_| self.keep_promise(number)).ok()?;
         // After its last close the kernel's driver opens none that is bound still; the reaper may come later.
         if place.is_leaving()
             && let Ok(mut device) = place.lock_within(SHORT_PATIENCE)
@@ -116,6 +132,16 @@ impl Pool {
         place.entry_to_open()
     }
 
+    fn keep_promise(&self, number: u32) -> Answer<Arc<Place>> {
+        if !lock(&self.promised).contains(&number) {
+            return Err(Errno::NXIO);
+        }
+        match self.create(Some(number)) {
+            Ok(_) | Err(Errno::EXIST) => self.place(number),
+            Err(errno) => Err(errno),
+        }
+    }
+
     /// One device as it was shown last, without any wait: for who is told of the next change too.
     pub fn shown(&self, number: u32) -> Option<Entry> {
         self.place(number).ok()?.shown()
@@ -124,6 +150,12 @@ impl Pool {
     /// LOOP_CTL_GET_FREE.
     pub fn get_free(&self) -> Answer<u32> {
         for (number, place) in self.all() {
+            let promised = lock(&self.promised).first().copied();
+            if let Some(lower) = promised.filter(|promised| *promised < number)
+                && self.keep_promise(lower).is_ok()
+            {
+                return Ok(lower);
+            }
             // One that is being bound is not free, one that was just unbound is.
             let patience = if place.is_shown_bound() { Duration::ZERO } else { SHORT_PATIENCE };
             let Ok(mut device) = place.lock_within(patience) else { continue };
@@ -182,6 +214,7 @@ impl Pool {
         let generation = self.generations.fetch_add(1 << 20, Ordering::Relaxed);
         let place = Arc::new(Place::new(Device::new(number, disk, generation, charge)));
         lock(&self.places).insert(number, Arc::clone(&place));
+        lock(&self.promised).remove(&number);
         drop(creating);
         self.tell(number);
         place.announce();
@@ -191,7 +224,11 @@ impl Pool {
     /// LOOP_CTL_REMOVE. Answers 0.
     pub fn remove(&self, number: i32) -> Answer<u32> {
         let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
-        let place = lock(&self.places).get(&number).cloned().ok_or(Errno::NODEV)?;
+        let Ok(place) = self.place(number) else {
+            let promised = lock(&self.promised).remove(&number);
+            self.tell(number);
+            return if promised { Ok(0) } else { Err(Errno::NODEV) };
+        };
         let mut device = place.lock()?;
         place.begin_replacing();
         if device.is_cleared() {
@@ -280,6 +317,7 @@ impl Pool {
     pub fn end(&self, force: bool) {
         self.ending.store(true, Ordering::Release);
         self.forced.fetch_or(force, Ordering::AcqRel);
+        self.end_stacks();
         // What nobody uses does not wait for what somebody does.
         if !self.sweep_away(Stop::IfUnusedNow, PATIENCE) && force {
             self.sweep_away_together();
@@ -295,6 +333,7 @@ impl Pool {
     /// A round of the reaper; `names`: looks also for bound files that are called something else by now.
     pub(super) fn reap(&self, names: bool) -> Round {
         if self.is_ending() {
+            self.end_stacks();
             let when = if self.forced.load(Ordering::Acquire) { Stop::Always } else { Stop::IfUnusedNow };
             let over = self.sweep_away(when, Duration::ZERO);
             if over {
@@ -302,6 +341,9 @@ impl Pool {
                 watchers.iter().for_each(|watcher| watcher.ended(self));
             }
             return Round { awaited: if over { 0 } else { self.all().len().max(1) }, bound: 0, over };
+        }
+        if names {
+            self.look_after_stacks();
         }
         let mut round = Round::default();
         for (number, place) in self.all() {

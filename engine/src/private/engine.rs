@@ -16,6 +16,7 @@ use crate::intercept::{
 use crate::kernel_mounts::{FileSystem, KernelMounts, Wanted, policy};
 use crate::loopfs::Directory;
 use crate::loops::{Answer, Entry, Errno, Pool, PoolSpec, Quotas, Watcher};
+use crate::sys::stack::Stack;
 
 /// How long a mounter may take to end what it has started, and kernel mounts to end with their tenant.
 const MOUNTER_MAX: Duration = Duration::from_secs(4);
@@ -54,6 +55,7 @@ impl Source for Served {
     fn open(&self, spec: &PoolSpec, events: Events) -> Result<(Arc<dyn Room>, OwnedFd)> {
         let pool = self.engine.open_pool(spec)?;
         pool.watch(Arc::new(Told(events.clone())));
+        events.promised(&pool.promised());
         for entry in pool.entries() {
             events.changed(entry.number, || pool.shown(entry.number));
         }
@@ -119,7 +121,7 @@ impl Room for Made {
             self.mounter.get_or_init(|| Arc::clone(mounter));
         }
         let mounts = mounter.map(|mounter| mounter as Arc<dyn Mounts>);
-        self.serve(listener, Options { mounts, ..self.options(administrators) })
+        self.serve(listener, Options { mounts, nodes: true, ..self.options(administrators) })
     }
 
     fn admit(&self, guest: Guest) -> Result<()> {
@@ -227,6 +229,7 @@ impl Made {
             administrators,
             first: None,
             mounts: None,
+            nodes: false,
             at_once: AT_ONCE,
             deadline: DEADLINE,
             // The registry watches the listener too, and sees to all of the tenant.
@@ -256,6 +259,10 @@ struct Told(Events);
 impl Watcher for Told {
     fn changed(&self, pool: &Pool, number: u32) {
         self.0.changed(number, || pool.shown(number));
+    }
+
+    fn stacked(&self, stack: &Stack, is_there: bool) {
+        self.0.stacked(stack, is_there);
     }
 
     fn ended(&self, _pool: &Pool) {

@@ -11,6 +11,7 @@ use super::sysfs;
 use super::tree::{Node, Shape, Tree};
 use crate::error::{Error, Result};
 use crate::loops::Entry;
+use crate::sys::stack::Stack;
 
 /// The directory in the tenant's /dev on which the pool's own file system is mounted. Never `loop`:
 /// libloop would look for the devices in there.
@@ -34,6 +35,7 @@ pub struct Mirror {
     dev: Tree,
     sys: Tree,
     shown: Mutex<HashMap<u32, (Nodes, Nodes)>>,
+    stacks: Mutex<HashMap<String, (Nodes, Nodes)>>,
 }
 
 impl Mirror {
@@ -48,7 +50,8 @@ impl Mirror {
         });
         let nodes = 3 * OTHERS_MAX as u64 + u64::from(max) * sysfs::NODES_PER_DEVICE * (1 + PARTITIONS / 2);
         let sys = Tree::make(Shape { size: nodes * PAGE, nodes, uid: 0, gid: 0 });
-        let mirror = Mirror { dev: dev.map_err(cannot)?, sys: sys.map_err(cannot)?, shown: Mutex::default() };
+        let (dev, sys) = (dev.map_err(cannot)?, sys.map_err(cannot)?);
+        let mirror = Mirror { dev, sys, shown: Mutex::default(), stacks: Mutex::default() };
         let control = Node::Link(format!("{LOOPFS}/loop-control"));
         for (path, node) in [(LOOPFS, Node::Dir), ("loop-control", control)] {
             mirror.dev.put(path, &node).map_err(cannot)?;
@@ -71,6 +74,19 @@ impl Mirror {
         Ok([self.dev.mount().map_err(cannot)?, self.sys.mount().map_err(cannot)?])
     }
 
+    /// Has names for devices that will be there when somebody looks them up.
+    pub fn promise(&self, numbers: &[u32]) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let new: Vec<u32> = numbers.iter().copied().filter(|number| !shown.contains_key(number)).collect();
+        for number in new {
+            let name = format!("loop{number}");
+            let link = Node::Link(format!("{LOOPFS}/{name}"));
+            let dev = vec![(name, link)];
+            update(&self.dev, &Nodes::new(), &dev);
+            shown.insert(number, (dev, Nodes::new()));
+        }
+    }
+
     /// Shows the device with this number as `now` tells that it is; none: it is gone. Asks while it holds
     /// the lock: of two changes told at once, the later one to be shown is what is true then.
     pub fn show(&self, number: u32, now: impl FnOnce() -> Option<Entry>) {
@@ -91,6 +107,24 @@ impl Mirror {
             update(&self.sys, &old_sys, &sys);
         }
     }
+
+    /// Shows a disk that lies upon the devices, or shows it no longer. Its tenant makes the node that is opened, so that
+    /// dm-N is a link to that.
+    pub fn show_stack(&self, stack: &Stack, is_there: bool) {
+        let mut shown = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (old_dev, old_sys) = shown.remove(&stack.name).unwrap_or_default();
+        let (dev, sys) = if is_there { stack_nodes(stack) } else { (Nodes::new(), Nodes::new()) };
+        update(&self.sys, &old_sys, &sys);
+        update(&self.dev, &old_dev, &dev);
+        if is_there {
+            shown.insert(stack.name.clone(), (dev, sys));
+        }
+    }
+}
+
+fn stack_nodes(stack: &Stack) -> (Nodes, Nodes) {
+    let mapping = stack.mapping().map(|name| (stack.name.clone(), Node::Link(format!("mapper/{name}"))));
+    (mapping.into_iter().collect(), sysfs::link_to_disk(&stack.name, stack.rdev))
 }
 
 fn links(entry: &Entry) -> Nodes {

@@ -41,7 +41,7 @@ pub use mirror::LOOPFS;
 pub use operation::{Asked, DeviceInfo, DeviceStatus, Operation, Outcome};
 pub use reaper::Events;
 pub use spec::{Caller, OpenSpec, Opened, PoolInfo, RESERVED_MAX};
-pub use sysfs::{LIBUDEV, PLACES};
+pub use sysfs::{LIBUDEV, OWN_NODES, PLACES};
 
 use crate::accounts;
 use crate::error::{Error, Kind, Result};
@@ -201,12 +201,17 @@ impl Registry {
             return Err(Error::new(Kind::Denied, "only root may make pools for containers")
                 .hint("a plain user has 'loopengine run'"));
         }
+        let intercepted = !fixed && asked.dev_and_sys.unwrap_or(false);
         let kinds = self.source.kernel_mounts(asked.kernel_mounts.as_deref().unwrap_or_default(), caller)?;
         let taken = self.ledger.take(uid, asked.max, USUAL_DEVICES)?;
         let max = taken.devices();
-        let (id, spec) =
-            self.enter(asked, caller, |name| PoolSpec { name, max, uid, gid, mode, fixed, reserved }, taken)?;
-        let made = self.make(id, &spec, fixed || asked.dev_and_sys.unwrap_or(false));
+        let (id, spec) = self.enter(
+            asked,
+            caller,
+            |name| PoolSpec { name, max, uid, gid, mode, fixed, intercepted, reserved },
+            taken,
+        )?;
+        let made = self.make(id, &spec, fixed || intercepted);
         let (room, mounts) = match made {
             Ok(made) => made,
             Err(error) => {

@@ -15,6 +15,7 @@ use super::mirror::Mirror;
 use crate::error::{Error, Result};
 use crate::loops::Entry;
 use crate::sys::seccomp::is_over;
+use crate::sys::stack::Stack;
 
 /// See the module.
 pub(super) struct Reaper {
@@ -43,6 +44,20 @@ impl Events {
     pub fn changed(&self, number: u32, now: impl FnOnce() -> Option<Entry>) {
         if let Some(mirror) = &self.mirror {
             mirror.show(number, now);
+        }
+    }
+
+    /// Devices with these numbers will be there when somebody looks their names up.
+    pub fn promised(&self, numbers: &[u32]) {
+        if let Some(mirror) = &self.mirror {
+            mirror.promise(numbers);
+        }
+    }
+
+    /// A disk that lies upon its devices has come, or gone.
+    pub fn stacked(&self, stack: &Stack, is_there: bool) {
+        if let Some(mirror) = &self.mirror {
+            mirror.show_stack(stack, is_there);
         }
     }
 

@@ -26,6 +26,9 @@ pub const PLACES: [(&str, &str); 3] =
 /// The environment in which libudev takes the tree for a sysfs.
 pub const LIBUDEV: (&str, &str) = ("SYSTEMD_DEVICE_VERIFY_SYSFS", "0");
 
+/// In this one device mapper's tools and mdadm make nodes themselves: udev makes them where the machine looks.
+pub const OWN_NODES: [(&str, &str); 2] = [("DM_DISABLE_UDEV", "1"), ("MDADM_NO_UDEV", "1")];
+
 /// Names below which nodes of one device may be in number, for the tree's bound.
 pub const NODES_PER_DEVICE: u64 = 64;
 
@@ -126,6 +129,17 @@ pub fn of(entry: &Entry, disk: impl Fn(u64) -> Option<Disk>) -> Vec<(String, Nod
     }
     out.names(&name, entry.rdev);
     out.nodes
+}
+
+/// Links to a disk without hardware that is not the pool's own.
+pub fn link_to_disk(name: &str, rdev: u64) -> Vec<(String, Node)> {
+    let (major, minor) = numbers(rdev);
+    let link = |at: String, up: &str| (at, Node::Link(format!("{up}/devices/virtual/block/{name}")));
+    vec![
+        link(format!("block/{name}"), ".."),
+        link(format!("class-block/{name}"), "../.."),
+        link(format!("dev-block/{major}:{minor}"), "../.."),
+    ]
 }
 
 struct Nodes {

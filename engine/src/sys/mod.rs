@@ -15,6 +15,7 @@ pub mod pseudo;
 pub mod range_lock;
 pub mod remote;
 pub mod seccomp;
+pub mod stack;
 pub mod uring;
 pub mod usage;
 pub mod userns;

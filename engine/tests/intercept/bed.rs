@@ -61,6 +61,7 @@ impl Bed {
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
             first: None,
             mounts: None,
+            nodes: true,
             at_once: AT_ONCE,
             deadline,
             on_end: Box::new(move || _ = tell.send(())),

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use libc::{EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOSYS, ENOTTY, ENXIO, EOVERFLOW, EPERM};
 use loopengine::intercept::filter;
 
+use crate::fake::OWN_MAJOR;
 use crate::raw::{self, Done, ioctl};
 
 const SET_FD: u64 = 0x4c00;
@@ -247,6 +248,15 @@ fn nodes() {
     let make = |name, kind, device| mknodat(CWD, name, kind, Mode::RUSR, device);
     assert_eq!(make("block", FileType::BlockDevice, makedev(259, 7)), Err(rustix::io::Errno::PERM));
     assert!(!std::path::Path::new("block").exists());
+    // The kernel's own loop devices: no node is made, but the device of this name is.
+    assert_eq!(make("/dev/loop3", FileType::BlockDevice, makedev(7, 3)), Ok(()));
+    assert_eq!(make("/dev/loop0", FileType::BlockDevice, makedev(7, 0)), Ok(()), "it is there already");
+    assert_eq!(make("/dev/loop4", FileType::BlockDevice, makedev(7, 3)), Err(rustix::io::Errno::PERM));
+    assert_eq!(make("loop3", FileType::BlockDevice, makedev(7, 3)), Err(rustix::io::Errno::PERM));
+    // A disk that lies upon the devices: the kernel decides.
+    let own = make("own", FileType::BlockDevice, makedev(OWN_MAJOR, 300));
+    let kernel = if rustix::process::geteuid().is_root() { Ok(()) } else { Err(rustix::io::Errno::PERM) };
+    assert_eq!(own, kernel);
     make("fifo", FileType::Fifo, 0).unwrap();
     make("whiteout", FileType::CharacterDevice, 0).unwrap();
     #[cfg(target_arch = "x86_64")]

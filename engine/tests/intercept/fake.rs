@@ -57,6 +57,9 @@ impl Fake {
 }
 
 /// The fake as a pool.
+/// Of disks that lie upon the devices, in this test.
+pub const OWN_MAJOR: u32 = 253;
+
 pub struct Pretend(pub Arc<Fake>);
 
 fn allowed(caller: &dyn Caller) -> Answer<()> {
@@ -70,6 +73,10 @@ impl Loops for Pretend {
 
     fn refresh_descriptor(&self, _number: u32, _node: &Node, _caller: &dyn Caller) -> Answer<()> {
         Ok(())
+    }
+
+    fn may_make(&self, rdev: u64) -> bool {
+        rustix::fs::major(rdev) == OWN_MAJOR
     }
 
     fn get_free(&self) -> Answer<u32> {

@@ -153,6 +153,7 @@ fn no_listener() {
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
             first: None,
             mounts: None,
+            nodes: true,
             at_once: AT_ONCE,
             deadline: Duration::from_secs(1),
             on_end: Box::new(|| panic!("never began")),

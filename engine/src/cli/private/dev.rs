@@ -3,6 +3,7 @@
 //! ```text
 //! /dev               a file system in memory that the daemon made, and keeps the links below in
 //!   null, pts, …     what the machine's /dev has, bound one by one; links copied
+//!   mapper/          the same, one by one: the command's own mappings come beside them
 //!   loopfs/          the pool's own file system: loop-control, loopN
 //!   loop-control → loopfs/loop-control
 //!   loopN        → loopfs/loopN
@@ -20,6 +21,9 @@ use super::attach;
 use crate::error::{Error, Result};
 use crate::private::LOOPFS;
 
+/// Where device mapper's tools make nodes.
+const MAPPER: &str = "mapper";
+
 /// More entries than any /dev has; the rest is left out.
 const ENTRIES_MAX: usize = 8192;
 
@@ -32,12 +36,17 @@ pub(super) fn show(dev: OwnedFd, loopfs: OwnedFd) -> Result<()> {
     attach(dev.as_fd(), CWD, "/dev").map_err(cannot)?;
     // Looked up anew, so that it is the mount and not only the file system.
     let new = rustix::fs::open("/dev", flags, Mode::empty()).map_err(cannot)?;
-    for (name, kind) in entries(&old).map_err(cannot)? {
-        if let Err(error) = take_over(&old, &new, &name, kind) {
+    take_all_over(&old, &new).map_err(cannot)?;
+    attach(loopfs.as_fd(), new.as_fd(), LOOPFS).map_err(cannot)
+}
+
+fn take_all_over(old: &OwnedFd, new: &OwnedFd) -> rustix::io::Result<()> {
+    for (name, kind) in entries(old)? {
+        if let Err(error) = take_over(old, new, &name, kind) {
             tracing::debug!("/dev/{name} is left out: {error}");
         }
     }
-    attach(loopfs.as_fd(), new.as_fd(), LOOPFS).map_err(cannot)
+    Ok(())
 }
 
 fn entries(dir: &OwnedFd) -> rustix::io::Result<Vec<(String, FileType)>> {
@@ -79,6 +88,11 @@ fn take_over(old: &OwnedFd, new: &OwnedFd, name: &str, kind: FileType) -> rustix
             // With what is mounted on it and in it: pts, shm, mqueue.
             flags |= OpenTreeFlags::AT_RECURSIVE;
             rustix::fs::mkdirat(new, name, Mode::from_raw_mode(0o755))?;
+            if name == MAPPER {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let [old, new] = [old, new].map(|dir| rustix::fs::openat(dir, name, flags, Mode::empty()));
+                return take_all_over(&old?, &new?);
+            }
         }
         _ => {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;

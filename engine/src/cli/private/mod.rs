@@ -25,7 +25,7 @@ use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::intercept::filter;
-use crate::private::{LIBUDEV, OpenSpec, RESERVED_MAX};
+use crate::private::{LIBUDEV, OWN_NODES, OpenSpec, RESERVED_MAX};
 use crate::sys;
 
 use super::{cannot_run, daemon, fuse, number};
@@ -50,7 +50,9 @@ pub(super) use userns::user_name;
 /// means one device.
 ///
 /// The command's environment has SYSTEMD_DEVICE_VERIFY_SYSFS=0: without it libudev takes no /sys/block but
-/// the kernel's own.
+/// the kernel's own; and DM_DISABLE_UDEV=1 and MDADM_NO_UDEV=1: device mapper's tools and mdadm make nodes in the
+/// command's /dev themselves. As root of the machine, cryptsetup, veritysetup, LVM, kpartx, dmsetup and mdadm work
+/// upon the loop devices, and what they leave ends with the command. A plain user may not map devices.
 ///
 /// If the daemon stops or is killed, the devices are gone for good. The command's terminal gets a line that
 /// says so. From then on losetup fails with "Function not implemented" (ENOSYS), and in a user namespace, or
@@ -202,7 +204,7 @@ fn become_command(words: &[OsString]) -> Result<u8> {
         return Err(Error::new(Kind::Invalid, "no command to run"));
     };
     let mut command = Command::new(program);
-    command.args(arguments).env(LIBUDEV.0, LIBUDEV.1);
+    command.args(arguments).envs(OWN_NODES).env(LIBUDEV.0, LIBUDEV.1);
     Ok(cannot_run(program, command.exec()))
 }
 

@@ -27,6 +27,7 @@ impl Fake {
             gid: uid,
             mode: 0o660,
             fixed: false,
+            intercepted: false,
             reserved: BTreeSet::new(),
         };
         Arc::new(Fake {

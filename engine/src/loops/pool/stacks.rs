@@ -1,0 +1,65 @@
+//! Disks of device mapper and md upon a pool's devices: whose they are, and their end.
+//!
+//! The kernel has one list of them for all of the machine, and nobody but their maker ends them. Those whose every
+//! disk below is the pool's are its tenant's: it may have nodes of them, and they go with the pool.
+
+use std::collections::BTreeSet;
+
+use super::{Pool, lock};
+use crate::sys::stack::Stack;
+
+/// Those that are shown of a pool, at the most.
+const SHOWN_MAX: usize = 1024;
+
+impl Pool {
+    /// Whether its tenant may make a node with this device number. From then on its disk is shown, while there is one.
+    pub fn may_make(&self, rdev: u64) -> bool {
+        let ours = |rdev| self.has_disk(rdev);
+        let whole = || Stack::numbered(rdev).filter(|stack| stack.lies_on(&ours));
+        let Some(stack) = Stack::to_be(rdev).or_else(whole) else { return false };
+        let new = {
+            let mut stacks = lock(&self.stacks);
+            stacks.len() < SHOWN_MAX && stacks.insert(stack.clone())
+        };
+        if new {
+            self.tell_of(&stack, true);
+        }
+        true
+    }
+
+    /// Shows those no longer that are gone.
+    pub(super) fn look_after_stacks(&self) {
+        let gone: BTreeSet<Stack> = lock(&self.stacks).extract_if(.., |stack| !stack.exists()).collect();
+        gone.iter().for_each(|stack| self.tell_of(stack, false));
+    }
+
+    /// Ends all that lie on its devices only: their users have gone with the tenant, or are about to.
+    pub(super) fn end_stacks(&self) {
+        let entries = self.entries();
+        let parts = entries.iter().flat_map(|entry| &entry.partitions).map(|part| part.rdev);
+        let numbers: Vec<u64> = parts.chain(entries.iter().map(|entry| entry.rdev)).collect();
+        let ours = |rdev| self.has_disk(rdev);
+        let mut found: Vec<Stack> = Vec::new();
+        let mut below = numbers;
+        while let Some(rdev) = below.pop() {
+            for stack in Stack::upon(rdev) {
+                if !found.contains(&stack) && stack.lies_on(&ours) {
+                    below.push(stack.rdev);
+                    found.push(stack);
+                }
+            }
+        }
+        // The uppermost first.
+        for stack in found.iter().rev() {
+            match stack.end() {
+                Ok(()) => tracing::info!("{} ends with private pool {}", stack.name, self.spec.name),
+                Err(error) => tracing::debug!("{} upon private pool {}: {error}", stack.name, self.spec.name),
+            }
+        }
+    }
+
+    fn tell_of(&self, stack: &Stack, is_there: bool) {
+        let watchers = lock(&self.watchers).0.clone();
+        watchers.iter().for_each(|watcher| watcher.stacked(stack, is_there));
+    }
+}
