@@ -1,6 +1,7 @@
-//! What the daemon follows while it serves: mounts that come into its namespace, and partitions of its disks.
+//! What the daemon follows while it serves: mounts that come into its namespace, and nodes of partitions and of disks upon
+//! its own.
 //!
-//! Knows how to hear of both. Does not know what names partitions have.
+//! Knows how to hear of both. Does not know what names they have.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -56,10 +57,11 @@ pub(super) fn leave_own_disks() {
     }
 }
 
-/// The kernel makes and removes nodes of partitions when anybody has a table read again; names follow.
-pub(super) async fn follow_partitions(engine: Weak<Engine>) {
+/// The kernel makes and removes nodes of partitions when anybody has a table read again, and of disks that lie upon
+/// others; names follow.
+pub(super) async fn follow_nodes(engine: Weak<Engine>) {
     if let Err(error) = follow(&engine).await {
-        tracing::warn!("cannot watch {DEV}, so that new partitions have no names: {error}");
+        tracing::warn!("cannot watch {DEV}, so that names of partitions do not follow: {error}");
     }
 }
 
@@ -70,20 +72,20 @@ async fn follow(engine: &Weak<Engine>) -> std::io::Result<()> {
     // What changed before the watch was set has no event: the first look is at once.
     loop {
         let engine = engine.clone();
-        let follow = move || engine.upgrade().inspect(|engine| engine.follow_partitions()).is_some();
+        let follow = move || engine.upgrade().inspect(|engine| engine.follow_nodes()).is_some();
         if !tokio::task::spawn_blocking(follow).await.unwrap_or(false) {
             return Ok(());
         }
         // A table of many partitions is many events.
         sleep(PAUSE / 10).await;
-        while !partitions_among(&events)? {
+        while !ours_among(&events)? {
             events.ready(Interest::READABLE).await?.clear_ready();
         }
     }
 }
 
-/// Takes all events; whether some were of partitions, or were lost.
-fn partitions_among(events: &AsyncFd<OwnedFd>) -> Result<bool, Errno> {
+/// Takes all events; whether some were of partitions or of disks upon others, or were lost.
+fn ours_among(events: &AsyncFd<OwnedFd>) -> Result<bool, Errno> {
     let mut buffer = [MaybeUninit::uninit(); EVENTS];
     let mut events = inotify::Reader::new(events.get_ref().as_fd(), &mut buffer);
     let mut some = false;
@@ -92,7 +94,8 @@ fn partitions_among(events: &AsyncFd<OwnedFd>) -> Result<bool, Errno> {
             Ok(event) => {
                 let name = event.file_name().map(|name| name.to_bytes()).unwrap_or_default();
                 let partition = name.strip_prefix(b"ublkb").is_some_and(|rest| rest.contains(&b'p'));
-                some |= partition || event.events().contains(ReadFlags::QUEUE_OVERFLOW);
+                let stack = name.starts_with(b"dm-") || name.starts_with(b"md");
+                some |= partition || stack || event.events().contains(ReadFlags::QUEUE_OVERFLOW);
             }
             Err(Errno::WOULDBLOCK) => return Ok(some),
             Err(Errno::INTR) => {}

@@ -318,8 +318,9 @@ impl Engine {
         Ok(devices)
     }
 
-    /// Has the names of partitions follow those that disks have by now.
-    pub fn follow_partitions(&self) {
+    /// Has the names of partitions, and what pools show of disks that lie upon theirs, follow what the kernel has by now.
+    pub fn follow_nodes(&self) {
+        self.pools().iter().for_each(|pool| pool.look_after_stacks());
         let instances: Vec<_> = self.table().values().cloned().collect();
         instances.iter().for_each(|instance| instance.follow_partitions());
     }

@@ -53,8 +53,8 @@ pub struct Pool {
     watchers: Mutex<Watchers>,
     /// Numbers whose names are there, and whose devices come when somebody looks a name up.
     promised: Mutex<BTreeSet<u32>>,
-    /// Those that are shown.
-    stacks: Mutex<BTreeSet<Stack>>,
+    /// Those that are shown, and whether the kernel had them since: an array's node is made before there is one.
+    stacks: Mutex<BTreeMap<Stack, bool>>,
     pub(super) reaper: Reaper,
 }
 

@@ -118,6 +118,14 @@ impl Mirror {
         update(&self.dev, &old_dev, &dev);
         if is_there {
             shown.insert(stack.name.clone(), (dev, sys));
+            return;
+        }
+        // As devtmpfs does. Where the tenant has made none, or has removed it, there is nothing to do.
+        let _ = self.dev.remove_node(&stack.name, stack.rdev);
+        for (_, node) in old_dev {
+            if let Node::Link(made) = node {
+                let _ = self.dev.remove_node(&made, stack.rdev);
+            }
         }
     }
 }

@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
@@ -111,6 +111,18 @@ impl Tree {
                 }
             };
             Ok(rustix::fs::unlinkat(parent, name, flags)?)
+        })
+    }
+
+    /// Takes a block node with this device number away; what else is there stays.
+    pub fn remove_node(&self, path: &str, rdev: u64) -> io::Result<()> {
+        self.in_parent(path, |parent, name| {
+            let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let is_block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+            match is_block && stat.st_rdev == rdev {
+                true => Ok(rustix::fs::unlinkat(parent, name, AtFlags::empty())?),
+                false => Ok(()),
+            }
         })
     }
 

@@ -48,9 +48,10 @@ impl Stack {
         related(rdev, "holders").into_iter().filter_map(Stack::numbered).collect()
     }
 
-    /// It is there still.
+    /// It is there. One that goes loses its node first, and its entry in sysfs some time later.
     pub fn exists(&self) -> bool {
-        Stack::numbered(self.rdev).is_some_and(|stack| stack == *self)
+        Path::new("/dev").join(&self.name).exists()
+            && Stack::numbered(self.rdev).is_some_and(|stack| stack == *self)
     }
 
     /// All disks at the bottom of it are `ours`, and there are some.

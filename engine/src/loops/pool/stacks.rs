@@ -3,8 +3,6 @@
 //! The kernel has one list of them for all of the machine, and nobody but their maker ends them. Those whose every
 //! disk below is the pool's are its tenant's: it may have nodes of them, and they go with the pool.
 
-use std::collections::BTreeSet;
-
 use super::{Pool, lock};
 use crate::sys::stack::Stack;
 
@@ -17,9 +15,16 @@ impl Pool {
         let ours = |rdev| self.has_disk(rdev);
         let whole = || Stack::numbered(rdev).filter(|stack| stack.lies_on(&ours));
         let Some(stack) = Stack::to_be(rdev).or_else(whole) else { return false };
+        let there = stack.exists();
         let new = {
             let mut stacks = lock(&self.stacks);
-            stacks.len() < SHOWN_MAX && stacks.insert(stack.clone())
+            match stacks.get_mut(&stack) {
+                Some(seen) => {
+                    *seen = there;
+                    false
+                }
+                None => stacks.len() < SHOWN_MAX && stacks.insert(stack.clone(), there).is_none(),
+            }
         };
         if new {
             self.tell_of(&stack, true);
@@ -28,9 +33,14 @@ impl Pool {
     }
 
     /// Shows those no longer that are gone.
-    pub(super) fn look_after_stacks(&self) {
-        let gone: BTreeSet<Stack> = lock(&self.stacks).extract_if(.., |stack| !stack.exists()).collect();
-        gone.iter().for_each(|stack| self.tell_of(stack, false));
+    pub fn look_after_stacks(&self) {
+        let gone: Vec<_> = {
+            let mut stacks = lock(&self.stacks);
+            let went = |stack: &Stack, seen: &mut bool| !stack.exists() && *seen;
+            stacks.iter_mut().for_each(|(stack, seen)| *seen |= stack.exists());
+            stacks.extract_if(.., |stack, seen| went(stack, seen)).collect()
+        };
+        gone.iter().for_each(|(stack, _)| self.tell_of(stack, false));
     }
 
     /// Ends all that lie on its devices only: their users have gone with the tenant, or are about to.

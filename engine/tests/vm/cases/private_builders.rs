@@ -116,7 +116,7 @@ steps:
     contents: "by vmdb2\n"
 END
 rm -f disk
-tell "vmdb2" vmdb2 --output $PWD/disk --log log spec; tail -n 3 said; grep -E 'ERROR|Traceback' log
+vmdb2 --output $PWD/disk --log log spec > said 2>&1 || wrong "vmdb2: $(tail -n 5 said log)"
 losetup -a; ls /dev/mapper
 bind -P
 tell "found" lvm pvs --noheadings -o vg_name; cat said

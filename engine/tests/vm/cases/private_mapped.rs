@@ -135,7 +135,7 @@ stat -c %F /dev/md77
 mdadm --wait /dev/md77 >/dev/null 2>&1
 tell "mkfs" mkfs.ext4 -q /dev/md77
 mkdir -p mnt; tell "mount" mount /dev/md77 mnt; echo hello > mnt/file
-tell "detail" mdadm --detail /dev/md77; grep -E 'State :|Raid Devices' said | sort
+tell "detail" mdadm --detail /dev/md77; grep -E 'Raid Level|Raid Devices' said | sort
 tell "lsblk" lsblk -nro NAME,TYPE $dev; cat said
 umount mnt
 tell "stop" mdadm --stop /dev/md77
