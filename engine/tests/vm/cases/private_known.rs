@@ -37,6 +37,11 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
+        why: "loop-control has the number of /dev/null, whose driver reads and writes",
+        only_64: false,
+        lines: &[("loop-control: read", "EINVAL", "0"), ("loop-control: write", "EINVAL", "16")],
+    },
+    Known {
         why: "who may not read a file, or only append to it, does not get that right by a device",
         only_64: false,
         lines: &[
