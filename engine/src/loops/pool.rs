@@ -317,7 +317,9 @@ impl Pool {
     pub fn end(&self, force: bool) {
         self.ending.store(true, Ordering::Release);
         self.forced.fetch_or(force, Ordering::AcqRel);
-        self.end_stacks();
+        for stack in self.end_stacks() {
+            tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
+        }
         // What nobody uses does not wait for what somebody does.
         if !self.sweep_away(Stop::IfUnusedNow, PATIENCE) && force {
             self.sweep_away_together();

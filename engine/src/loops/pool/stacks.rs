@@ -43,8 +43,9 @@ impl Pool {
         gone.iter().for_each(|(stack, _)| self.tell_of(stack, false));
     }
 
-    /// Ends all that lie on its devices only: their users have gone with the tenant, or are about to.
-    pub(super) fn end_stacks(&self) {
+    /// Ends all that lie on its devices only, and answers which: their users have gone with the tenant, or are about
+    /// to. One that is open ends at its last close.
+    pub(super) fn end_stacks(&self) -> Vec<Stack> {
         let entries = self.entries();
         let parts = entries.iter().flat_map(|entry| &entry.partitions).map(|part| part.rdev);
         let numbers: Vec<u64> = parts.chain(entries.iter().map(|entry| entry.rdev)).collect();
@@ -60,12 +61,13 @@ impl Pool {
             }
         }
         // The uppermost first.
-        for stack in found.iter().rev() {
-            match stack.end() {
-                Ok(()) => tracing::info!("{} ends with private pool {}", stack.name, self.spec.name),
-                Err(error) => tracing::debug!("{} upon private pool {}: {error}", stack.name, self.spec.name),
-            }
-        }
+        let end = |stack: &Stack| {
+            let ended = stack.end();
+            ended
+                .inspect_err(|error| tracing::debug!("{} upon pool {}: {error}", stack.name, self.spec.name))
+                .is_ok()
+        };
+        found.into_iter().rev().filter(end).collect()
     }
 
     fn tell_of(&self, stack: &Stack, is_there: bool) {
