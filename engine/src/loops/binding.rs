@@ -44,8 +44,10 @@ pub struct Binding {
 pub fn check_kind(file: &OwnedFd, claims: &Claims) -> Answer<()> {
     let stat = rustix::fs::fstat(file)?;
     match FileType::from_raw_mode(stat.st_mode) {
-        // The loop-control of a pool looks like one.
-        FileType::RegularFile if !claims.may_be_on(stat.st_dev) => Err(Errno::INVAL),
+        // The loop-control of a pool looks like one, or like /dev/null.
+        FileType::RegularFile | FileType::CharacterDevice if !claims.may_be_on(stat.st_dev) => {
+            Err(Errno::INVAL)
+        }
         // The latter are the kernel's own: eventfd and the like.
         FileType::Directory | FileType::Unknown => Err(Errno::INVAL),
         _ => Ok(()),
