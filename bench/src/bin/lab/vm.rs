@@ -206,8 +206,8 @@ impl Vm {
         format!(
             "echo >{session}/booted\n\
              exec >>{session}/output 2>&1 </dev/null\n\
-             mkdir -p /run/lab && cp {session}/bin/* /run/lab/\n\
-             export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{tools}\n\
+             mkdir -p /run/lab && cp {session}/bin/* {tools}/* /run/lab/\n\
+             export PATH=/run/lab:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
              export HOME=/root LAB_VM=1 LAB_KERNEL={kernel} LAB_MODE={mode} LAB_CPUS=$(nproc)\n\
              ulimit -n 1048576\n\
              modprobe -q -a ublk_drv virtio_blk\n\
