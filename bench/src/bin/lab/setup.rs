@@ -176,18 +176,19 @@ fn install(packages: &[Package]) -> Result<()> {
     for (package, purpose) in &missing {
         eprintln!("setup: installing {package} ({purpose})");
     }
-    let apt = |words: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["-qq", "-o", "DPkg::Lock::Timeout=120"])
-            .args(words)
-            .env("DEBIAN_FRONTEND", "noninteractive");
-        sh::capture(&mut command, INSTALL_LIMIT).map(drop)
-    };
     apt(&["update"])?;
     let mut words = vec!["install", "-y", "--no-install-recommends"];
     words.extend(names);
     apt(&words)
+}
+
+fn apt(words: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command
+        .args(["-qq", "-o", "DPkg::Lock::Timeout=120"])
+        .args(words)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    sh::capture(&mut command, INSTALL_LIMIT).map(drop)
 }
 
 fn unpack(lab: &Lab) -> Result<()> {
@@ -195,6 +196,10 @@ fn unpack(lab: &Lab) -> Result<()> {
         return Ok(());
     }
     eprintln!("setup: unpacking {}", UNPACKED.join(" "));
+    // Images of containers come without lists of packages.
+    if rustix::process::geteuid().is_root() {
+        apt(&["update"])?;
+    }
     let home = lab.cache.join(UNPACKED_HOME);
     let root = home.join("root");
     std::fs::create_dir_all(&root)?;
