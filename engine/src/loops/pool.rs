@@ -17,7 +17,7 @@ use std::time::Duration;
 use super::binding::check_kind;
 use super::device::Device;
 use super::maker::Maker;
-use super::place::{PATIENCE, Place};
+use super::place::{END_PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::{Reaper, Round};
 use super::{
@@ -321,7 +321,7 @@ impl Pool {
             tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
         }
         // What nobody uses does not wait for what somebody does.
-        if !self.sweep_away(Stop::IfUnusedNow, PATIENCE) && force {
+        if !self.sweep_away(Stop::IfUnusedNow, END_PATIENCE) && force {
             self.sweep_away_together();
         }
         self.reaper.wake();
