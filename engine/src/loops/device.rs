@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::binding::{Binding, check_block_size, check_info, check_kind};
 use super::disk::Disk;
-use super::maker::{Maker, Unrecycled, let_go};
+use super::maker::{Maker, Unrecycled};
 use super::mounted::Hidden;
 use super::parts::{self, Part};
 use super::quota::Charge;
@@ -363,7 +363,7 @@ impl Device {
         }
         self.drop_parts();
         self.renew_generation();
-        let_go(self.binding.take());
+        room.close(self.binding.take());
         true
     }
 
@@ -376,7 +376,7 @@ impl Device {
         self.end_outgoing(when, room);
         if let Some(disk) = self.disk.take() {
             match room.remove(disk, when) {
-                Ok(()) => let_go(self.binding.take()),
+                Ok(()) => room.close(self.binding.take()),
                 Err(disk) => self.disk = Some(disk),
             }
         }

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::closer::Closer;
 use super::disk::Disk;
 use super::used::{Drawer, Slots};
 use crate::error::{Error, Kind, Result};
@@ -52,6 +53,7 @@ pub struct Maker {
     spares: Mutex<Vec<Disk>>,
     /// If they must not change: the device numbers of all disks.
     fixed: OnceLock<Vec<u64>>,
+    closer: Closer,
 }
 
 /// Why a disk was not recycled.
@@ -78,7 +80,23 @@ impl Maker {
             partitions: Arc::default(),
             spares: Mutex::default(),
             fixed: OnceLock::new(),
+            closer: Closer::default(),
         }
+    }
+
+    /// Has files of this pool closed together with those of the user's other pools.
+    pub fn close_with(&mut self, closer: Closer) {
+        self.closer = closer;
+    }
+
+    /// Drops what holds a backing file, without waiting for that.
+    pub fn close(&self, holder: impl Send + 'static) {
+        self.closer.close(holder);
+    }
+
+    /// The user has too many files that do not close.
+    pub fn is_closing_many(&self) -> bool {
+        self.closer.is_full()
     }
 
     /// Makes so many disks, and from now on none under any other number.
@@ -208,12 +226,12 @@ impl Maker {
         match disk.served.leave() {
             Ok(()) => {
                 // Its file is not open longer than it is shown.
-                let_go(disk.served.give_up_image());
+                self.close(disk.served.give_up_image());
                 self.drawer.put(disk.served);
             }
             Err(error) => {
                 tracing::error!(%error, "{STAYS}");
-                let_go(disk);
+                self.close(disk);
             }
         }
         next.map_err(Unrecycled::Lost)
@@ -294,7 +312,7 @@ impl Maker {
             Ok(()) => {
                 lock(&self.present).remove(&disk.rdev);
                 self.release(&disk.served);
-                let_go(disk);
+                self.close(disk);
                 Ok(())
             }
             Err(error) => {
@@ -349,12 +367,4 @@ impl Maker {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Drops what holds a backing file: closing one may take as long as its file system likes.
-pub fn let_go(holder: impl Send + 'static) {
-    let closing = std::thread::Builder::new().name("close".into()).spawn(move || drop(holder));
-    if let Err(error) = closing {
-        tracing::warn!(%error, "a backing file was closed in place");
-    }
 }

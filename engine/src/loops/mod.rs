@@ -6,6 +6,7 @@
 //! the nodes are shown (`loopfs`).
 
 mod binding;
+mod closer;
 mod device;
 mod disk;
 mod maker;

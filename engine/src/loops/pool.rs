@@ -73,7 +73,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Pool {
     /// An empty one.
-    pub fn start(spec: PoolSpec, maker: Maker, quotas: Quotas) -> crate::Result<Arc<Pool>> {
+    pub fn start(spec: PoolSpec, mut maker: Maker, quotas: Quotas) -> crate::Result<Arc<Pool>> {
+        maker.close_with(quotas.closer(spec.uid));
         let most = PROMISED.min(spec.max as usize);
         let pool = Arc::new(Pool {
             promised: Mutex::new(spec.numbers().take(most).collect()),
@@ -251,6 +252,9 @@ impl Pool {
         if self.place(number)?.is_shown_bound() {
             return Err(Errno::BUSY);
         }
+        if self.maker.is_closing_many() {
+            return Err(Errno::BUSY);
+        }
         self.check_stack(number, &with.file)?;
         let moves = !caller.has_descriptor();
         self.change_and_move(number, moves, |device| device.configure(with, caller, &self.maker))
@@ -292,6 +296,9 @@ impl Pool {
 
     /// LOOP_CHANGE_FD.
     pub fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
+        if self.maker.is_closing_many() {
+            return Err(Errno::BUSY);
+        }
         self.check_stack(number, &file)?;
         self.change_and_move(number, true, |device| device.change_fd(file, caller, &self.maker))
     }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Device, Room, let_go};
+use super::{Device, Room};
 use crate::frontend::Stop;
 use crate::loops::binding::Binding;
 use crate::loops::disk::Disk;
@@ -136,7 +136,7 @@ impl Device {
         match room.retire(disk) {
             Ok(()) => {
                 self.outgoing.extend(parts.into_iter().map(Outgoing::part));
-                let_go(binding);
+                room.close(binding);
                 None
             }
             Err(disk) => Some(Outgoing { disk, binding, parts, since, generation, of_part }),
@@ -192,7 +192,7 @@ impl Device {
             std::mem::take(&mut self.outgoing)
         {
             match room.remove(disk, when) {
-                Ok(()) => let_go(binding),
+                Ok(()) => room.close(binding),
                 Err(disk) => {
                     self.outgoing.push(Outgoing { disk, binding, parts, since, generation, of_part });
                 }
