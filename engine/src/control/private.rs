@@ -262,17 +262,15 @@ impl PrivateClient {
     /// See [`Registry::show_in`].
     pub async fn show_in(&mut self, name: &str, container: &str, dev: OwnedFd) -> Result<()> {
         let fds = [dev];
-        let call = async |connection: &mut Connection| {
-            connection.show_in(name, container, copies(&fds)?).await
-        };
+        let call =
+            async |connection: &mut Connection| connection.show_in(name, container, copies(&fds)?).await;
         self.0.call(ONE_MAX, call).await
     }
 
     /// See [`Registry::report_container`].
     pub async fn report_container(&mut self, name: &str, container: &str, problem: &str) -> Result<()> {
-        let call = async |connection: &mut Connection| {
-            connection.report_container(name, container, problem).await
-        };
+        let call =
+            async |connection: &mut Connection| connection.report_container(name, container, problem).await;
         self.0.call(ONE_MAX, call).await
     }
 

@@ -140,7 +140,10 @@ impl Registry {
             let guests = &tenant.guests;
             if !guests.any() {
                 let Some(mirror) = tenant.mirror.clone().filter(|_| tenant.spec.fixed) else {
-                    return Err(Error::new(Kind::Invalid, format!("private pool {name} is not for containers")));
+                    return Err(Error::new(
+                        Kind::Invalid,
+                        format!("private pool {name} is not for containers"),
+                    ));
                 };
                 drop(state);
                 mirror.show_in(Some(container));

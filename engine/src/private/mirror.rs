@@ -53,7 +53,13 @@ impl Mirror {
         let nodes = 3 * OTHERS_MAX as u64 + u64::from(max) * sysfs::NODES_PER_DEVICE * (1 + PARTITIONS / 2);
         let sys = Tree::make(Shape { size: nodes * PAGE, nodes, uid: 0, gid: 0 });
         let (dev, sys) = (dev.map_err(cannot)?, sys.map_err(cannot)?);
-        let mirror = Mirror { dev, sys, shown: Mutex::default(), container: Mutex::default(), stacks: Mutex::default() };
+        let mirror = Mirror {
+            dev,
+            sys,
+            shown: Mutex::default(),
+            container: Mutex::default(),
+            stacks: Mutex::default(),
+        };
         let control = Node::Link(format!("{LOOPFS}/loop-control"));
         for (path, node) in [(LOOPFS, Node::Dir), ("loop-control", control)] {
             mirror.dev.put(path, &node).map_err(cannot)?;

@@ -5,6 +5,7 @@
 pub mod activation;
 pub mod block;
 pub mod descriptor;
+pub mod ioctl;
 pub mod loop_names;
 pub mod mntns;
 pub mod mount;

@@ -176,7 +176,11 @@ fn hook(ctx: &Ctx) -> Res {
     );
     let failed = tools::run(&["sh", "-c", &hook])?;
     ensure!(failed.code == 1 && failed.err.contains("/dev"), "{failed:?}");
-    ensure!(daemon.log().contains("container \"c1\" was not prepared for private pool ci"), "{}", daemon.log());
+    ensure!(
+        daemon.log().contains("container \"c1\" was not prepared for private pool ci"),
+        "{}",
+        daemon.log()
+    );
     // A directory that is no tmpfs is refused: names are made nowhere else.
     tools::sh(format!("mkdir {bundle}/r/dev && mount -t ramfs none {bundle}/r/dev"))?;
     let done = tools::run(&["sh", "-c", &hook])?;
