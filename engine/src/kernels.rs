@@ -117,7 +117,11 @@ mod tests {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
             std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         };
-        assert!(file("doc/kernels.md").contains(&markdown()), "doc/kernels.md lacks this table:\n{}", markdown());
+        assert!(
+            file("doc/kernels.md").contains(&markdown()),
+            "doc/kernels.md lacks this table:\n{}",
+            markdown()
+        );
         for page in ["loopengine.1", "loopengine-doctor.1"] {
             let page = file(&format!("share/man/{page}"));
             for feature in &ALL {
