@@ -1,4 +1,4 @@
-//! What the daemon allows of what strangers can ask for: the figures that SECURITY.md promises.
+//! What the daemon allows of what strangers can ask for: the limits that doc/threat-model.md states.
 //!
 //! One place, so that code and document can be compared; a test here does. Limits of one module that
 //! nobody is promised stay in that module.
@@ -38,8 +38,8 @@ mod tests {
 
     /// Every figure of the row, in its order.
     #[test]
-    fn security_md_says_what_the_code_does() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../SECURITY.md");
+    fn threat_model_states_the_limits_of_the_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/doc/threat-model.md");
         let text = std::fs::read_to_string(path).unwrap();
         let row = text.lines().find(|line| line.starts_with("| use up devices")).expect("the row is there");
         let row = row.split('|').nth(2).unwrap();
