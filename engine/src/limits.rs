@@ -31,6 +31,8 @@ pub const USER_POOLS: u32 = 16;
 pub const POOLS_MAX: usize = 1024;
 /// Intercepted calls of one pool at a time.
 pub const CALLS_AT_ONCE: usize = 4;
+/// Files of one user that are being closed while another may be bound. Each has a thread.
+pub const CLOSING_MAX: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -59,6 +61,7 @@ mod tests {
             CONTROL_DESCRIPTORS_MAX as u64,
             RESERVED_DESCRIPTORS,
             CALLS_AT_ONCE as u64,
+            CLOSING_MAX as u64,
         ];
         assert_eq!(said, are, "{row}");
     }

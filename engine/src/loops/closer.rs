@@ -5,8 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Files of one user that may be closing when another is bound.
-const CLOSING_MAX: usize = 256;
+use crate::limits::CLOSING_MAX;
 
 type Holder = Box<dyn Send>;
 
