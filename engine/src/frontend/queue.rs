@@ -11,7 +11,7 @@ use super::ublk::{Batch, PerIo};
 use crate::error::Result;
 use crate::request::{Completion, Request, Tag};
 use crate::ring::{Ring, Token};
-use crate::worker::{Data, Place, Transport};
+use crate::worker::{Data, QueueSlot, Transport};
 
 /// One of the three transports.
 #[derive(Debug)]
@@ -43,8 +43,8 @@ impl Transport for Queue {
         each!(self, queue => queue.depth())
     }
 
-    fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        each!(self, queue => queue.arm(place, ring))
+    fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        each!(self, queue => queue.arm(queue_slot, ring))
     }
 
     fn on_event(
@@ -65,12 +65,12 @@ impl Transport for Queue {
         each!(self, queue => queue.complete(completion, ring))
     }
 
-    fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
+    fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
         match self {
             // Every answer is on its way already.
             Queue::PerIo(_) => Ok(0),
-            Queue::Batch(queue) => queue.flush(ring),
-            Queue::Fuse(queue) => queue.flush(ring),
+            Queue::Batch(queue) => queue.submit_commits(ring),
+            Queue::Fuse(queue) => queue.submit_commits(ring),
         }
     }
 
@@ -83,8 +83,8 @@ impl Transport for Queue {
         }
     }
 
-    fn is_gone(&self) -> bool {
-        each!(self, queue => queue.is_gone())
+    fn is_drained(&self) -> bool {
+        each!(self, queue => queue.is_drained())
     }
 
     fn fallbacks(&self) -> u64 {
@@ -95,18 +95,18 @@ impl Transport for Queue {
         }
     }
 
-    fn is_starved(&self) -> bool {
+    fn is_waiting_for_buffer(&self) -> bool {
         match self {
-            Queue::PerIo(queue) => queue.is_starved(),
-            Queue::Batch(queue) => queue.is_starved(),
+            Queue::PerIo(queue) => queue.is_waiting_for_buffer(),
+            Queue::Batch(queue) => queue.is_waiting_for_buffer(),
             Queue::Fuse(_) => false,
         }
     }
 
-    fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+    fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
         match self {
-            Queue::PerIo(queue) => queue.retry_starved(ring),
-            Queue::Batch(queue) => queue.retry_starved(ring),
+            Queue::PerIo(queue) => queue.retry_waiting(ring),
+            Queue::Batch(queue) => queue.retry_waiting(ring),
             Queue::Fuse(_) => Ok(()),
         }
     }

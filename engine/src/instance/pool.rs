@@ -25,9 +25,9 @@ use crate::frontend::{Door, Frontend, Parameters, Stop};
 use crate::image::{Image, Source};
 use crate::kernels::PRIVATE;
 use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
-use crate::ring::Sizes;
+use crate::ring::RingSizes;
 use crate::sys;
-use crate::worker::{Switches, WorkerHandle};
+use crate::worker::{WorkerHandle, WorkerOptions};
 
 /// Queue depth where none is asked for, and the most that can be.
 const DEFAULT_DEPTH: u32 = 128;
@@ -38,9 +38,9 @@ const POOL_WORKERS: u32 = 2;
 const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
-    fn switches(self, partscan: bool) -> Switches {
+    fn options(self, partscan: bool) -> WorkerOptions {
         let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
-        Switches { linked_commit: self.linked_commit, poll, partscan }
+        WorkerOptions { linked_commit: self.linked_commit, poll, partscan }
     }
 }
 
@@ -100,10 +100,10 @@ impl Instance {
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
         let opened = shared.frontend.door(&directory, count as usize, &cpus).and_then(|door| {
-            let switches = tuning.switches(true);
-            let sizes = Sizes::for_devices(MAX_DEVICES);
+            let options = tuning.options(true);
+            let sizes = RingSizes::for_devices(MAX_DEVICES);
             let workers = (0..count)
-                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
+                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, options, cpus.clone()))
                 .collect::<Result<Vec<_>>>()?;
             let links =
                 door.wants_links().then(|| Links::new(&directory, &spec.name, shared.below_dev.is_some()));
@@ -380,9 +380,9 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
     let door = shared.frontend.door(Path::new("/"), 0, &[])?;
     // More than devices: partitions, and disks that were replaced and are still open, count too.
     let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
-    let sizes = Sizes::for_devices(3 * spec.max + 128 + partitions);
+    let sizes = RingSizes::for_devices(3 * spec.max + 128 + partitions);
     let workers = (0..POOL_WORKERS)
-        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(false), Vec::new()))
+        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.options(false), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
     let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
     Ok(Maker::new(shared, door, workers.into()))

@@ -12,7 +12,7 @@ use crate::frontend::ublk::Alone;
 use crate::frontend::{Device, Queue, Stop};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
-use crate::worker::{Job, QueueStats, WorkerHandle};
+use crate::worker::{NewQueue, QueueStats, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
 pub type Workers = Arc<[WorkerHandle<Queue>]>;
@@ -110,7 +110,7 @@ impl Served {
             ));
         }
         for (worker, transport) in self.workers.iter().zip(queues) {
-            worker.add(Job { slot: self.slot, transport, image: image.clone() })?;
+            worker.add(NewQueue { slot: self.slot, transport, image: image.clone() })?;
         }
         match how {
             Begin::Fresh => self.device.start(),

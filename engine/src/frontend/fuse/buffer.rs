@@ -9,7 +9,7 @@ use super::MAX_REQUEST;
 
 /// What every file system and disk accepts.
 const ALIGN: usize = 4096;
-/// Sizes of buffers, and how many of each are kept: 45 MiB an instance at the most.
+/// RingSizes of buffers, and how many of each are kept: 45 MiB an instance at the most.
 const KEPT: [(usize, usize); 3] = [(4 << 10, 512), (128 << 10, 64), (MAX_REQUEST as usize, 32)];
 
 /// One request's memory.

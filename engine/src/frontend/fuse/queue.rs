@@ -15,8 +15,8 @@ use super::buffer::Buffers;
 use super::lane::{Call, Lane};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Op, Request, Tag};
-use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place};
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::{Data, QueueSlot};
 
 /// Tags of this queue's own completions.
 const BELL: Tag = 0;
@@ -40,7 +40,7 @@ pub struct FuseQueue {
     lane: Arc<Lane>,
     buffers: Arc<Buffers>,
     depth: u16,
-    place: Option<Place>,
+    queue_slot: Option<QueueSlot>,
     /// What the eventfd is read into; the kernel writes to it while `listening`.
     count: Box<u64>,
     listening: bool,
@@ -60,7 +60,7 @@ impl FuseQueue {
             lane,
             buffers,
             depth,
-            place: None,
+            queue_slot: None,
             count: Box::new(0),
             listening: false,
             awake: false,
@@ -79,21 +79,21 @@ impl FuseQueue {
         self.depth
     }
 
-    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
+    pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
         self.listen(ring)
     }
 
-    fn place(&self) -> Result<Place> {
-        self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))
+    fn queue_slot(&self) -> Result<QueueSlot> {
+        self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))
     }
 
     fn listen(&mut self, ring: &mut Ring) -> Result<()> {
-        let place = self.place()?;
-        let entry = opcode::Read::new(place.frontend(), (&raw mut *self.count).cast(), 8)
+        let queue_slot = self.queue_slot()?;
+        let entry = opcode::Read::new(queue_slot.frontend_file(), (&raw mut *self.count).cast(), 8)
             .build()
             .flags(squeue::Flags::FIXED_FILE)
-            .user_data(Token::pack(Step::Fetch, place.slot, BELL));
+            .user_data(Token::pack(EventKind::Fetch, queue_slot.id, BELL));
         ring.push(&entry)?;
         self.listening = true;
         Ok(())
@@ -106,9 +106,9 @@ impl FuseQueue {
         ring: &mut Ring,
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
-        match (token.step, token.tag) {
-            (Step::Fetch, BELL) => self.listening = false,
-            (Step::Fetch, _) => self.nudged = false,
+        match (token.kind, token.tag) {
+            (EventKind::Fetch, BELL) => self.listening = false,
+            (EventKind::Fetch, _) => self.nudged = false,
             _ => return Ok(()),
         }
         // Who rang has put something into the lane before, whatever came of the read. But a read that cannot
@@ -189,19 +189,19 @@ impl FuseQueue {
     }
 
     /// All answers are given already; but tags have come free, and what waits for one must be seen.
-    pub(in crate::frontend) fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
+    pub(in crate::frontend) fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
         let waits = self.awake || !self.unfinished.is_empty();
         if waits && !self.nudged && !self.free.is_empty() {
-            let slot = self.place()?.slot;
+            let slot = self.queue_slot()?.id;
             // It has no file; the ring asks every submission for the flag.
             let nudge = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
-            ring.push(&nudge.user_data(Token::pack(Step::Fetch, slot, NUDGE)))?;
+            ring.push(&nudge.user_data(Token::pack(EventKind::Fetch, slot, NUDGE)))?;
             self.nudged = true;
         }
         Ok(0)
     }
 
-    pub(in crate::frontend) fn is_gone(&self) -> bool {
+    pub(in crate::frontend) fn is_drained(&self) -> bool {
         self.lane.is_ended() && !self.listening && !self.nudged && self.unfinished.is_empty()
     }
 }

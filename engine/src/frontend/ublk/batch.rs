@@ -15,8 +15,8 @@ use super::memory::Descriptors;
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::setup::ARRIVAL_GROUP;
-use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place};
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::{Data, QueueSlot};
 
 type Element = sys::ublk_elem_header;
 const ELEMENT_BYTES: usize = size_of::<Element>();
@@ -40,7 +40,7 @@ pub struct Batch {
     descriptors: Descriptors,
     fallback: Fallback,
     partscan: bool,
-    place: Option<Place>,
+    queue_slot: Option<QueueSlot>,
     /// All tags, for the command that announces them.
     prepared: Vec<Element>,
     /// Prepare, fetch and counted commits at the driver.
@@ -62,7 +62,7 @@ impl Batch {
             descriptors,
             fallback: Fallback::new(),
             partscan,
-            place: None,
+            queue_slot: None,
             prepared: Vec::new(),
             outstanding: 0,
             ended: false,
@@ -80,15 +80,15 @@ impl Batch {
         self.depth
     }
 
-    pub(in crate::frontend) fn is_starved(&self) -> bool {
-        self.fallback.is_starved()
+    pub(in crate::frontend) fn is_waiting_for_buffer(&self) -> bool {
+        self.fallback.is_waiting_for_buffer()
     }
 
     pub(in crate::frontend) fn fallbacks(&self) -> u64 {
         self.fallback.count()
     }
 
-    pub(in crate::frontend) fn is_gone(&self) -> bool {
+    pub(in crate::frontend) fn is_drained(&self) -> bool {
         self.ended && self.outstanding == 0 && self.fallback.is_idle()
     }
 
@@ -97,23 +97,24 @@ impl Batch {
     }
 
     /// Announces the tags; the fetch follows once the driver has taken note of them.
-    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
-        self.fallback.assign(place, ring, self.depth);
+    pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
+        self.fallback.assign(queue_slot, ring, self.depth);
         self.prepared = (0..self.depth).map(|tag| self.element(tag, 0)).collect();
         self.outstanding += 1;
         let command = self.command(sys::UBLK_U_IO_PREP_IO_CMDS, &self.prepared)?;
         let command = if self.partscan { ring.privileged(command) } else { command };
-        ring.push(&command.user_data(Token::pack(Step::Prepare, place.slot, 0)))
+        ring.push(&command.user_data(Token::pack(EventKind::Prepare, queue_slot.id, 0)))
     }
 
     fn element(&self, tag: Tag, result: i32) -> Element {
-        Element { tag, buf_index: self.fallback.automatic_slot(tag), result }
+        Element { tag, buf_index: self.fallback.auto_slot(tag), result }
     }
 
     /// A command about these elements, which must stay where they are until it has ended.
     fn command(&self, opcode: u32, elements: &[Element]) -> Result<squeue::Entry> {
-        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let queue_slot =
+            self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let header = sys::ublk_batch_io {
             q_id: self.queue,
             flags: sys::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK as u16,
@@ -121,7 +122,7 @@ impl Batch {
             elem_bytes: ELEMENT_BYTES as u8,
             ..Default::default()
         };
-        Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+        Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
             .cmd(payload(header))
             .addr(Some(elements.as_ptr() as u64))
             .build()
@@ -129,14 +130,15 @@ impl Batch {
     }
 
     fn fetch(&mut self, ring: &mut Ring) -> Result<()> {
-        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let queue_slot =
+            self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let header =
             sys::ublk_batch_io { q_id: self.queue, elem_bytes: size_of::<Tag>() as u8, ..Default::default() };
-        let entry = opcode::UringCmd16::new(place.frontend(), sys::UBLK_U_IO_FETCH_IO_CMDS)
+        let entry = opcode::UringCmd16::new(queue_slot.frontend_file(), sys::UBLK_U_IO_FETCH_IO_CMDS)
             .cmd(payload(header))
             .build()
             .flags(squeue::Flags::FIXED_FILE | squeue::Flags::BUFFER_SELECT)
-            .user_data(Token::pack(Step::Fetch, place.slot, 0));
+            .user_data(Token::pack(EventKind::Fetch, queue_slot.id, 0));
         self.outstanding += 1;
         ring.push(&multishot(entry, ARRIVAL_GROUP))
     }
@@ -149,8 +151,8 @@ impl Batch {
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
         let result = entry.result();
-        match token.step {
-            Step::Prepare => {
+        match token.kind {
+            EventKind::Prepare => {
                 self.outstanding -= 1;
                 self.prepared = Vec::new();
                 if result < 0 {
@@ -159,9 +161,9 @@ impl Batch {
                 }
                 self.fetch(ring)
             }
-            Step::Fetch => self.on_fetch(entry, ring, arrived),
-            Step::Commit => self.on_commit(token, result, ring),
-            Step::Register | Step::Unregister => {
+            EventKind::Fetch => self.on_fetch(entry, ring, arrived),
+            EventKind::Commit => self.on_commit(token, result, ring),
+            EventKind::Register | EventKind::Unregister => {
                 if let Some(completion) = self.fallback.on_event(token, result, ring, arrived)? {
                     let element = self.element(completion.tag, completion.result);
                     self.collected.push(element);
@@ -177,24 +179,24 @@ impl Batch {
         let mut faults = Ok(());
         if let Some(id) = cqueue::buffer_select(entry.flags()) {
             let bytes = usize::try_from(result).unwrap_or(0);
-            let mut by_hand = Vec::new();
+            let mut needs_fallback = Vec::new();
             match ring.arrivals.tags(id, bytes) {
                 Some(tags) => {
                     for &tag in tags {
                         match self.descriptors.read(tag) {
                             Some(described) if described.needs_registration => {
-                                by_hand.push(described.request)
+                                needs_fallback.push(described.request)
                             }
                             Some(described) => arrived.push(described.request),
                             None => faults = Err(Error::new(Kind::Internal, "tag out of range")),
                         }
                     }
-                    ring.arrivals.offer(id);
+                    ring.arrivals.provide(id);
                 }
                 None => faults = Err(Error::new(Kind::Internal, "arrival buffer out of range")),
             }
-            for request in by_hand {
-                self.fallback.arrived(request, self.place, self.queue, ring)?;
+            for request in needs_fallback {
+                self.fallback.arrived(request, self.queue_slot, self.queue, ring)?;
             }
         }
         if cqueue::more(entry.flags()) {
@@ -221,14 +223,14 @@ impl Batch {
 
     pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
         if self.fallback.holds(completion.tag) {
-            return self.fallback.release(completion, self.place, self.queue, ring);
+            return self.fallback.release(completion, self.queue_slot, self.queue, ring);
         }
         let element = self.element(completion.tag, completion.result);
         self.collected.push(element);
         Ok(())
     }
 
-    pub(in crate::frontend) fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
+    pub(in crate::frontend) fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
         match *self.collected {
             [] => Ok(0),
             [one] => {
@@ -260,9 +262,11 @@ impl Batch {
     fn send(&self, number: usize, ring: &mut Ring) -> Result<()> {
         let commit = &self.commits[number];
         let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &commit.elements[commit.taken..])?;
-        let slot =
-            self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
-        ring.push(&entry.user_data(Token::pack(Step::Commit, slot, number as Tag)))
+        let slot = self
+            .queue_slot
+            .map(|queue_slot| queue_slot.id)
+            .ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
+        ring.push(&entry.user_data(Token::pack(EventKind::Commit, slot, number as Tag)))
     }
 
     /// The commit of one answer, which completes only when it is refused.
@@ -270,9 +274,11 @@ impl Batch {
         let index = usize::from(element.tag);
         self.singles[index] = element;
         let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &self.singles[index..=index])?;
-        let slot =
-            self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
-        Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(Step::Commit, slot, SINGLE)))
+        let slot = self
+            .queue_slot
+            .map(|queue_slot| queue_slot.id)
+            .ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
+        Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(EventKind::Commit, slot, SINGLE)))
     }
 
     fn on_commit(&mut self, token: Token, result: i32, ring: &mut Ring) -> Result<()> {
@@ -317,8 +323,8 @@ impl Batch {
         self.single(self.element(tag, len.cast_signed())).ok()
     }
 
-    pub(in crate::frontend) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
-        self.fallback.retry(self.place, self.queue, ring)
+    pub(in crate::frontend) fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
+        self.fallback.retry(self.queue_slot, self.queue, ring)
     }
 }
 

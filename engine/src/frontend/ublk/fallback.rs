@@ -7,8 +7,8 @@ use libublk::sys;
 
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
-use crate::ring::{Ring, Step, Token};
-use crate::worker::Place;
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::QueueSlot;
 
 /// The payload of a command for one request.
 pub(super) fn io_command(queue: u16, tag: Tag, result: i32, addr: u64) -> [u8; 16] {
@@ -25,7 +25,7 @@ pub(super) const UNREGISTERED: u16 = u16::MAX;
 #[derive(Debug)]
 pub(super) struct Fallback {
     first: usize,
-    automatic: Box<[u16]>,
+    auto_slots: Box<[u16]>,
     /// The spare slot that a tag in flight has; `UNREGISTERED` for all others.
     spare: Box<[u16]>,
     /// Being registered: the request to be handed on after it.
@@ -33,7 +33,7 @@ pub(super) struct Fallback {
     /// Being unregistered: the answer to be given after it.
     answered: Box<[Option<Completion>]>,
     /// Without a slot, since there was none.
-    starved: VecDeque<Request>,
+    waiting_for_buffer: VecDeque<Request>,
     busy: usize,
     count: u64,
 }
@@ -42,41 +42,41 @@ impl Fallback {
     pub(super) fn new() -> Self {
         Self {
             first: 0,
-            automatic: Box::default(),
+            auto_slots: Box::default(),
             spare: Box::default(),
             pending: Box::default(),
             answered: Box::default(),
-            starved: VecDeque::new(),
+            waiting_for_buffer: VecDeque::new(),
             busy: 0,
             count: 0,
         }
     }
 
-    /// Gives every tag of the queue at `place` its slot.
-    pub(super) fn assign(&mut self, place: Place, ring: &Ring, depth: u16) {
+    /// Gives every tag of the queue at `queue_slot` its slot.
+    pub(super) fn assign(&mut self, queue_slot: QueueSlot, ring: &Ring, depth: u16) {
         let tags = usize::from(depth);
-        self.first = usize::from(place.slot.index) * tags;
-        self.automatic = (0..tags).map(|tag| ring.buffers.automatic(self.first + tag)).collect();
+        self.first = usize::from(queue_slot.id.index) * tags;
+        self.auto_slots = (0..tags).map(|tag| ring.buffers.auto_slot_of(self.first + tag)).collect();
         self.spare = vec![UNREGISTERED; tags].into();
         self.pending = vec![None; tags].into();
         self.answered = vec![None; tags].into();
-        self.starved.reserve(tags);
+        self.waiting_for_buffer.reserve(tags);
     }
 
     /// What a per-request command says about its tag's buffer.
-    pub(super) fn automatic(&self, tag: Tag) -> u64 {
-        super::per_io::automatic_registration(self.automatic_slot(tag))
+    pub(super) fn auto_registration_of(&self, tag: Tag) -> u64 {
+        super::per_io::auto_registration(self.auto_slot(tag))
     }
 
-    pub(super) fn automatic_slot(&self, tag: Tag) -> u16 {
-        self.automatic.get(usize::from(tag)).copied().unwrap_or(0)
+    pub(super) fn auto_slot(&self, tag: Tag) -> u16 {
+        self.auto_slots.get(usize::from(tag)).copied().unwrap_or(0)
     }
 
     /// The slot where a request's data is now.
     pub(super) fn slot(&self, tag: Tag) -> u16 {
         match self.spare.get(usize::from(tag)) {
             Some(&slot) if slot != UNREGISTERED => slot,
-            _ => self.automatic_slot(tag),
+            _ => self.auto_slot(tag),
         }
     }
 
@@ -90,18 +90,18 @@ impl Fallback {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.busy == 0 && self.starved.is_empty()
+        self.busy == 0 && self.waiting_for_buffer.is_empty()
     }
 
-    pub(super) fn is_starved(&self) -> bool {
-        !self.starved.is_empty()
+    pub(super) fn is_waiting_for_buffer(&self) -> bool {
+        !self.waiting_for_buffer.is_empty()
     }
 
     /// A request has arrived whose buffer must be registered by hand.
     pub(super) fn arrived(
         &mut self,
         request: Request,
-        place: Option<Place>,
+        queue_slot: Option<QueueSlot>,
         queue: u16,
         ring: &mut Ring,
     ) -> Result<()> {
@@ -113,23 +113,23 @@ impl Fallback {
             ));
         }
         self.count += 1;
-        self.starved.push_back(request);
-        self.retry(place, queue, ring)
+        self.waiting_for_buffer.push_back(request);
+        self.retry(queue_slot, queue, ring)
     }
 
     /// Registers buffers of waiting requests as far as there are slots.
-    pub(super) fn retry(&mut self, place: Option<Place>, queue: u16, ring: &mut Ring) -> Result<()> {
-        while let Some(&request) = self.starved.front() {
+    pub(super) fn retry(&mut self, queue_slot: Option<QueueSlot>, queue: u16, ring: &mut Ring) -> Result<()> {
+        while let Some(&request) = self.waiting_for_buffer.front() {
             let Some(slot) = ring.buffers.take() else { return Ok(()) };
-            self.starved.pop_front();
+            self.waiting_for_buffer.pop_front();
             let index = usize::from(request.tag);
             self.spare[index] = slot;
             self.pending[index] = Some(request);
             self.busy += 1;
             ring.push(&registration(
                 sys::UBLK_U_IO_REGISTER_IO_BUF,
-                Step::Register,
-                place,
+                EventKind::Register,
+                queue_slot,
                 queue,
                 request.tag,
                 slot,
@@ -142,7 +142,7 @@ impl Fallback {
     pub(super) fn release(
         &mut self,
         completion: Completion,
-        place: Option<Place>,
+        queue_slot: Option<QueueSlot>,
         queue: u16,
         ring: &mut Ring,
     ) -> Result<()> {
@@ -151,8 +151,8 @@ impl Fallback {
         let slot = self.spare[index];
         ring.push(&registration(
             sys::UBLK_U_IO_UNREGISTER_IO_BUF,
-            Step::Unregister,
-            place,
+            EventKind::Unregister,
+            queue_slot,
             queue,
             completion.tag,
             slot,
@@ -171,40 +171,40 @@ impl Fallback {
         if index >= self.spare.len() {
             return Err(Error::new(Kind::Internal, "tag out of range"));
         }
-        if token.step == Step::Register && result >= 0 {
+        if token.kind == EventKind::Register && result >= 0 {
             arrived.extend(self.pending[index].take());
             return Ok(None);
         }
         let slot = std::mem::replace(&mut self.spare[index], UNREGISTERED);
-        if token.step == Step::Register || result >= 0 {
-            ring.buffers.give_back(slot);
+        if token.kind == EventKind::Register || result >= 0 {
+            ring.buffers.release(slot);
         } else {
             // The slot may still lead to the request's pages: nobody gets it again. The answer is given
             // all the same, or its submitter would wait for ever.
             tracing::error!(slot, errno = -result, "a buffer of a request cannot be unregistered");
         }
         self.busy -= 1;
-        if token.step == Step::Unregister {
+        if token.kind == EventKind::Unregister {
             return Ok(self.answered[index].take());
         }
         // It never had a buffer, and nobody has seen it yet: failed here.
         let failed = self.pending[index].take();
-        Ok(failed.map(|request| crate::request::Owed::new(request.tag).pay(-libc::EIO)))
+        Ok(failed.map(|request| crate::request::PendingRequest::new(request.tag).complete(-libc::EIO)))
     }
 }
 
 fn registration(
     opcode: u32,
-    step: Step,
-    place: Option<Place>,
+    step: EventKind,
+    queue_slot: Option<QueueSlot>,
     queue: u16,
     tag: Tag,
     slot: u16,
 ) -> Result<squeue::Entry> {
-    let place = place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
-    Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+    let queue_slot = queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+    Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
         .cmd(io_command(queue, tag, 0, u64::from(slot)))
         .build()
         .flags(squeue::Flags::FIXED_FILE)
-        .user_data(Token::pack(step, place.slot, tag)))
+        .user_data(Token::pack(step, queue_slot.id, tag)))
 }

@@ -26,7 +26,7 @@ unsafe impl Send for Mapping {}
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped by us with this length; the owner drops it after the kernel is done
-        // (`Transport::is_gone`).
+        // (`Transport::is_drained`).
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }

@@ -13,8 +13,8 @@ use super::fallback::{Fallback, UNREGISTERED, io_command};
 use super::memory::{CopyBuffers, Descriptors};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
-use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place};
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::{Data, QueueSlot};
 
 /// Where the data of this queue's requests is.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ pub struct PerIo {
     descriptors: Descriptors,
     buffers: Buffers,
     partscan: bool,
-    place: Option<Place>,
+    queue_slot: Option<QueueSlot>,
     /// Commands at the driver, or on their way there.
     armed: u16,
     depth: u16,
@@ -48,7 +48,7 @@ impl PerIo {
         buffers: Buffers,
         partscan: bool,
     ) -> Self {
-        Self { file, queue, descriptors, buffers, partscan, place: None, armed: 0, depth }
+        Self { file, queue, descriptors, buffers, partscan, queue_slot: None, armed: 0, depth }
     }
 
     pub(in crate::frontend) fn file(&self) -> RawFd {
@@ -59,10 +59,10 @@ impl PerIo {
         self.depth
     }
 
-    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
+    pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
         if let Buffers::Registered(fallback) = &mut self.buffers {
-            fallback.assign(place, ring, self.depth);
+            fallback.assign(queue_slot, ring, self.depth);
         }
         for tag in 0..self.depth {
             let fetch = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, -1)?;
@@ -74,18 +74,19 @@ impl PerIo {
 
     /// The command that answers `tag` (or only waits for it), and waits for its next request.
     fn command(&self, opcode: u32, tag: Tag, result: i32) -> Result<squeue::Entry> {
-        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let queue_slot =
+            self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let (address, in_entry) = match &self.buffers {
             Buffers::Copied(buffers) => (buffers.address(tag) as u64, 0),
-            Buffers::Registered(fallback) => (0, fallback.automatic(tag)),
+            Buffers::Registered(fallback) => (0, fallback.auto_registration_of(tag)),
         };
         let payload = io_command(self.queue, tag, result, address);
-        Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+        Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
             .cmd(payload)
             .addr(Some(in_entry))
             .build()
             .flags(squeue::Flags::FIXED_FILE)
-            .user_data(Token::pack(Step::Fetch, place.slot, tag)))
+            .user_data(Token::pack(EventKind::Fetch, queue_slot.id, tag)))
     }
 
     pub(in crate::frontend) fn on_event(
@@ -96,15 +97,15 @@ impl PerIo {
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
         let (tag, result) = (token.tag, entry.result());
-        match token.step {
-            Step::Fetch if result == 0 => {
+        match token.kind {
+            EventKind::Fetch if result == 0 => {
                 let described = self
                     .descriptors
                     .read(tag)
                     .ok_or_else(|| Error::new(Kind::Internal, "tag out of range"))?;
                 match &mut self.buffers {
                     Buffers::Registered(fallback) if described.needs_registration => {
-                        fallback.arrived(described.request, self.place, self.queue, ring)
+                        fallback.arrived(described.request, self.queue_slot, self.queue, ring)
                     }
                     _ => {
                         arrived.push(described.request);
@@ -112,7 +113,7 @@ impl PerIo {
                     }
                 }
             }
-            Step::Fetch => {
+            EventKind::Fetch => {
                 self.armed -= 1;
                 match -result {
                     // The device is being stopped, or its queue is cancelled.
@@ -123,7 +124,7 @@ impl PerIo {
                     }
                 }
             }
-            Step::Register | Step::Unregister => {
+            EventKind::Register | EventKind::Unregister => {
                 let Buffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
                 if let Some(completion) = fallback.on_event(token, result, ring, arrived)? {
                     ring.push(&self.command(
@@ -149,7 +150,7 @@ impl PerIo {
         if let Buffers::Registered(fallback) = &mut self.buffers
             && fallback.holds(completion.tag)
         {
-            return fallback.release(completion, self.place, self.queue, ring);
+            return fallback.release(completion, self.queue_slot, self.queue, ring);
         }
         ring.push(&self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, completion.tag, completion.result)?)
     }
@@ -161,12 +162,12 @@ impl PerIo {
         self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, len.cast_signed()).ok()
     }
 
-    pub(in crate::frontend) fn is_gone(&self) -> bool {
+    pub(in crate::frontend) fn is_drained(&self) -> bool {
         self.armed == 0 && self.fallback().is_none_or(Fallback::is_idle)
     }
 
-    pub(in crate::frontend) fn is_starved(&self) -> bool {
-        self.fallback().is_some_and(Fallback::is_starved)
+    pub(in crate::frontend) fn is_waiting_for_buffer(&self) -> bool {
+        self.fallback().is_some_and(Fallback::is_waiting_for_buffer)
     }
 
     fn fallback(&self) -> Option<&Fallback> {
@@ -176,10 +177,10 @@ impl PerIo {
         }
     }
 
-    pub(in crate::frontend) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
         match &mut self.buffers {
             Buffers::Copied(_) => Ok(()),
-            Buffers::Registered(fallback) => fallback.retry(self.place, self.queue, ring),
+            Buffers::Registered(fallback) => fallback.retry(self.queue_slot, self.queue, ring),
         }
     }
 
@@ -189,7 +190,7 @@ impl PerIo {
 }
 
 /// The flags and slot with which a tag's buffer is registered by the driver.
-pub(super) fn automatic_registration(slot: u16) -> u64 {
+pub(super) fn auto_registration(slot: u16) -> u64 {
     debug_assert_ne!(slot, UNREGISTERED);
     u64::from(slot) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
 }
