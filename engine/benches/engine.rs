@@ -15,7 +15,7 @@ use io_uring::{cqueue, opcode, squeue, types};
 use loopengine::control::codec;
 use loopengine::error::Result;
 use loopengine::image::{Image, Source};
-use loopengine::instance::spec::{AttachSpec, DataPath};
+use loopengine::instance::spec::{AttachSpec, IoMode};
 use loopengine::request::{Completion, Op, Request, Tag};
 use loopengine::ring::{EventKind, InFlight, Ring, RingSizes, SlotId, Token};
 use loopengine::worker::translate;
@@ -269,7 +269,7 @@ fn control(c: &mut Criterion) {
         buffered: false,
         queues: 4,
         depth: 128,
-        data_path: Some(DataPath::Batch),
+        io_mode: Some(IoMode::Batch),
         partscan: false,
     };
     let message = codec::encode_attach(&spec).expect("a call");

@@ -1,8 +1,7 @@
-//! The transport with one command a batch: one multishot fetch announces many requests, one
-//! commit answers many.
+//! The batch transport: one multishot fetch announces many requests, one commit completes many.
 //!
-//! A commit of several answers may be taken in part; the rest is sent again. A commit of a single
-//! one is taken or refused, so that its completion is only wanted when it is refused.
+//! The driver may consume only part of a commit of several completions; the rest is resubmitted. It
+//! consumes or rejects a commit of one as a whole, so its completion matters only on failure.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,15 +19,15 @@ use crate::worker::{Data, QueueSlot};
 
 type Element = sys::ublk_elem_header;
 const ELEMENT_BYTES: usize = size_of::<Element>();
-/// Tag of the token of a commit of one answer.
-const SINGLE: Tag = Tag::MAX;
+/// Token tag of a commit of one completion.
+const SINGLE_COMMIT: Tag = Tag::MAX;
 
-/// A commit of several answers: the driver reads the elements until it has taken them.
+/// A commit of several completions: the driver reads the elements until it has consumed them.
 #[derive(Debug, Default)]
 struct Commit {
     elements: Vec<Element>,
-    taken: usize,
-    busy: bool,
+    consumed: usize,
+    in_flight: bool,
 }
 
 /// One queue.
@@ -41,15 +40,16 @@ pub struct Batch {
     fallback: Fallback,
     partscan: bool,
     queue_slot: Option<QueueSlot>,
-    /// All tags, for the command that announces them.
+    /// All tags, for the command that prepares them.
     prepared: Vec<Element>,
-    /// Prepare, fetch and counted commits at the driver.
+    /// Prepare, fetch and multi-element commit commands at the driver.
     outstanding: usize,
-    /// The driver has ended the fetch for good, or the tags were not announced.
+    /// The driver has ended the fetch for good, or the tags were not prepared.
     ended: bool,
-    collected: Vec<Element>,
-    /// One element a tag, for commits of one: the tag is not used again before it was taken.
-    singles: Box<[Element]>,
+    pending_commits: Vec<Element>,
+    /// One element per tag, for commits of one: the tag is not reused before the driver has
+    /// consumed it.
+    single_elements: Box<[Element]>,
     commits: Vec<Commit>,
 }
 
@@ -66,8 +66,8 @@ impl Batch {
             prepared: Vec::new(),
             outstanding: 0,
             ended: false,
-            collected: Vec::with_capacity(usize::from(depth)),
-            singles: vec![Element::default(); usize::from(depth)].into(),
+            pending_commits: Vec::with_capacity(usize::from(depth)),
+            single_elements: vec![Element::default(); usize::from(depth)].into(),
             commits: Vec::new(),
         }
     }
@@ -96,10 +96,10 @@ impl Batch {
         Data::Registered(self.fallback.slot(tag))
     }
 
-    /// Announces the tags; the fetch follows once the driver has taken note of them.
+    /// Prepares the tags; the fetch follows once the driver has done so.
     pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
         self.queue_slot = Some(queue_slot);
-        self.fallback.assign(queue_slot, ring, self.depth);
+        self.fallback.assign_slots(queue_slot, ring, self.depth);
         self.prepared = (0..self.depth).map(|tag| self.element(tag, 0)).collect();
         self.outstanding += 1;
         let command = self.command(sys::UBLK_U_IO_PREP_IO_CMDS, &self.prepared)?;
@@ -111,7 +111,7 @@ impl Batch {
         Element { tag, buf_index: self.fallback.auto_slot(tag), result }
     }
 
-    /// A command about these elements, which must stay where they are until it has ended.
+    /// A command with these elements, which must stay in place until it completes.
     fn command(&self, opcode: u32, elements: &[Element]) -> Result<squeue::Entry> {
         let queue_slot =
             self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
@@ -157,7 +157,7 @@ impl Batch {
                 self.prepared = Vec::new();
                 if result < 0 {
                     self.ended = true;
-                    return Err(refused(result, "announcing the tags"));
+                    return Err(driver_error(result, "the preparation of the tags"));
                 }
                 self.fetch(ring)
             }
@@ -166,7 +166,7 @@ impl Batch {
             EventKind::Register | EventKind::Unregister => {
                 if let Some(completion) = self.fallback.on_event(token, result, ring, arrived)? {
                     let element = self.element(completion.tag, completion.result);
-                    self.collected.push(element);
+                    self.pending_commits.push(element);
                 }
                 Ok(())
             }
@@ -205,8 +205,8 @@ impl Batch {
         self.outstanding -= 1;
         match -result {
             libc::ENODEV | libc::ECANCELED => self.ended = true,
-            // The arrival buffers had run out, or the multishot ended for reasons of its own: the
-            // tags stay queued at the driver.
+            // The arrival buffers ran out, or the kernel ended the multishot. The tags stay queued
+            // at the driver.
             errno
                 if errno <= 0
                     || matches!(errno, libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN | libc::EINTR) =>
@@ -215,32 +215,32 @@ impl Batch {
             }
             _ => {
                 self.ended = true;
-                return Err(refused(result, "fetching requests"));
+                return Err(driver_error(result, "the fetch of requests"));
             }
         }
         faults
     }
 
     pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
-        if self.fallback.holds(completion.tag) {
+        if self.fallback.is_fallback(completion.tag) {
             return self.fallback.release(completion, self.queue_slot, self.queue, ring);
         }
         let element = self.element(completion.tag, completion.result);
-        self.collected.push(element);
+        self.pending_commits.push(element);
         Ok(())
     }
 
     pub(in crate::frontend) fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
-        match *self.collected {
+        match *self.pending_commits {
             [] => Ok(0),
             [one] => {
-                self.collected.clear();
+                self.pending_commits.clear();
                 let entry = self.single(one)?;
                 ring.push(&entry)?;
                 Ok(0)
             }
             _ => {
-                let number = match self.commits.iter().position(|commit| !commit.busy) {
+                let number = match self.commits.iter().position(|commit| !commit.in_flight) {
                     Some(number) => number,
                     None => {
                         let elements = Vec::with_capacity(usize::from(self.depth));
@@ -249,9 +249,9 @@ impl Batch {
                     }
                 };
                 let commit = &mut self.commits[number];
-                std::mem::swap(&mut commit.elements, &mut self.collected);
-                commit.taken = 0;
-                commit.busy = true;
+                std::mem::swap(&mut commit.elements, &mut self.pending_commits);
+                commit.consumed = 0;
+                commit.in_flight = true;
                 self.outstanding += 1;
                 self.send(number, ring)?;
                 Ok(1)
@@ -261,7 +261,7 @@ impl Batch {
 
     fn send(&self, number: usize, ring: &mut Ring) -> Result<()> {
         let commit = &self.commits[number];
-        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &commit.elements[commit.taken..])?;
+        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &commit.elements[commit.consumed..])?;
         let slot = self
             .queue_slot
             .map(|queue_slot| queue_slot.id)
@@ -269,55 +269,59 @@ impl Batch {
         ring.push(&entry.user_data(Token::pack(EventKind::Commit, slot, number as Tag)))
     }
 
-    /// The commit of one answer, which completes only when it is refused.
+    /// The commit of one completion. It posts a CQE only on failure.
     fn single(&mut self, element: Element) -> Result<squeue::Entry> {
         let index = usize::from(element.tag);
-        self.singles[index] = element;
-        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &self.singles[index..=index])?;
+        self.single_elements[index] = element;
+        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &self.single_elements[index..=index])?;
         let slot = self
             .queue_slot
             .map(|queue_slot| queue_slot.id)
             .ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
-        Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(EventKind::Commit, slot, SINGLE)))
+        Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(
+            EventKind::Commit,
+            slot,
+            SINGLE_COMMIT,
+        )))
     }
 
     fn on_commit(&mut self, token: Token, result: i32, ring: &mut Ring) -> Result<()> {
-        if token.tag == SINGLE {
+        if token.tag == SINGLE_COMMIT {
             return match -result {
-                // The device went away with the request. (Of a chain that broke at its transfer nothing is
-                // seen here: the kernel skips the completions of what it cancels then.)
+                // The device was removed with the request. (A chain that breaks at its transfer
+                // posts nothing here: the kernel skips the CQEs of what it cancels.)
                 errno if errno <= 0 || errno == libc::ENODEV => Ok(()),
-                _ => Err(refused(result, "an answer")),
+                _ => Err(driver_error(result, "a commit")),
             };
         }
         let number = usize::from(token.tag);
         let Some(commit) = self.commits.get_mut(number) else {
-            return Err(Error::new(Kind::Internal, "a commit ended that was never sent"));
+            return Err(Error::new(Kind::Internal, "a commit completed that was never submitted"));
         };
-        let taken = usize::try_from(result).unwrap_or(0) / ELEMENT_BYTES;
-        commit.taken += taken;
+        let consumed = usize::try_from(result).unwrap_or(0) / ELEMENT_BYTES;
+        commit.consumed += consumed;
         self.outstanding -= 1;
         let retry = matches!(-result, libc::EAGAIN | libc::EINTR | libc::ENOMEM);
-        if taken == 0 && !retry && commit.taken < commit.elements.len() {
-            // The driver refuses the first of those left: only this one is given up.
-            commit.taken += 1;
+        if consumed == 0 && !retry && commit.consumed < commit.elements.len() {
+            // The driver rejects the first remaining element: give up only this one.
+            commit.consumed += 1;
         }
-        if commit.taken < commit.elements.len() {
+        if commit.consumed < commit.elements.len() {
             self.outstanding += 1;
             self.send(number, ring)?;
         } else {
-            commit.busy = false;
+            commit.in_flight = false;
             commit.elements.clear();
         }
         if result < 0 && !retry && result != -libc::ENODEV {
-            Err(refused(result, "an answer"))
+            Err(driver_error(result, "a commit"))
         } else {
             Ok(())
         }
     }
 
     pub(in crate::frontend) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
-        if self.fallback.holds(tag) {
+        if self.fallback.is_fallback(tag) {
             return None;
         }
         self.single(self.element(tag, len.cast_signed())).ok()
@@ -328,7 +332,7 @@ impl Batch {
     }
 }
 
-fn refused(result: i32, what: &str) -> Error {
+fn driver_error(result: i32, what: &str) -> Error {
     Error::os(std::io::Error::from_raw_os_error(-result), format!("the driver refused {what}"))
 }
 
@@ -337,8 +341,8 @@ fn payload(header: sys::ublk_batch_io) -> [u8; 16] {
     unsafe { std::mem::transmute(header) }
 }
 
-/// Makes a command multishot, with buffers of `group`: io-uring 0.7 has no setters for these two
-/// fields of a command's entry.
+/// Makes a command multishot, with buffers of `group`: io-uring 0.7 has no setters for these
+/// fields.
 fn multishot(mut entry: squeue::Entry, group: u16) -> squeue::Entry {
     /// Byte offsets in `struct io_uring_sqe` of <linux/io_uring.h>.
     const URING_CMD_FLAGS: usize = 28;

@@ -1,7 +1,7 @@
-//! The transport with one command a request: copy path and automatic buffers.
+//! The transport with one command per request: copy mode and automatic buffers.
 //!
-//! Every tag has one command at the driver. Its completion announces a request; the command that
-//! answers the request waits for the tag's next one at the same time.
+//! Every tag has one command at the driver. Its completion announces a request. The command that
+//! commits this request also fetches the tag's next one.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,19 +9,19 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
-use super::fallback::{Fallback, UNREGISTERED, io_command};
+use super::fallback::{Fallback, NO_SLOT, io_command};
 use super::memory::{CopyBuffers, Descriptors};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::{EventKind, Ring, Token};
 use crate::worker::{Data, QueueSlot};
 
-/// Where the data of this queue's requests is.
+/// Location of the data of this queue's requests.
 #[derive(Debug)]
-pub(super) enum Buffers {
+pub(super) enum DataBuffers {
     /// Copied by the driver.
     Copied(CopyBuffers),
-    /// Registered by the driver; filled with slot numbers when armed.
+    /// Registered by the driver; slots are assigned when armed.
     Registered(Fallback),
 }
 
@@ -31,11 +31,11 @@ pub struct PerIo {
     file: File,
     queue: u16,
     descriptors: Descriptors,
-    buffers: Buffers,
+    buffers: DataBuffers,
     partscan: bool,
     queue_slot: Option<QueueSlot>,
-    /// Commands at the driver, or on their way there.
-    armed: u16,
+    /// Commands at the driver, or queued for it.
+    outstanding: u16,
     depth: u16,
 }
 
@@ -45,10 +45,10 @@ impl PerIo {
         queue: u16,
         depth: u16,
         descriptors: Descriptors,
-        buffers: Buffers,
+        buffers: DataBuffers,
         partscan: bool,
     ) -> Self {
-        Self { file, queue, descriptors, buffers, partscan, queue_slot: None, armed: 0, depth }
+        Self { file, queue, descriptors, buffers, partscan, queue_slot: None, outstanding: 0, depth }
     }
 
     pub(in crate::frontend) fn file(&self) -> RawFd {
@@ -61,24 +61,24 @@ impl PerIo {
 
     pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
         self.queue_slot = Some(queue_slot);
-        if let Buffers::Registered(fallback) = &mut self.buffers {
-            fallback.assign(queue_slot, ring, self.depth);
+        if let DataBuffers::Registered(fallback) = &mut self.buffers {
+            fallback.assign_slots(queue_slot, ring, self.depth);
         }
         for tag in 0..self.depth {
             let fetch = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, -1)?;
             ring.push(&if self.partscan { ring.privileged(fetch) } else { fetch })?;
-            self.armed += 1;
+            self.outstanding += 1;
         }
         Ok(())
     }
 
-    /// The command that answers `tag` (or only waits for it), and waits for its next request.
+    /// The command that commits `tag` (or only fetches), and fetches its next request.
     fn command(&self, opcode: u32, tag: Tag, result: i32) -> Result<squeue::Entry> {
         let queue_slot =
             self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let (address, in_entry) = match &self.buffers {
-            Buffers::Copied(buffers) => (buffers.address(tag) as u64, 0),
-            Buffers::Registered(fallback) => (0, fallback.auto_registration_of(tag)),
+            DataBuffers::Copied(buffers) => (buffers.address(tag) as u64, 0),
+            DataBuffers::Registered(fallback) => (0, fallback.auto_registration_of(tag)),
         };
         let payload = io_command(self.queue, tag, result, address);
         Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
@@ -104,7 +104,7 @@ impl PerIo {
                     .read(tag)
                     .ok_or_else(|| Error::new(Kind::Internal, "tag out of range"))?;
                 match &mut self.buffers {
-                    Buffers::Registered(fallback) if described.needs_registration => {
+                    DataBuffers::Registered(fallback) if described.needs_registration => {
                         fallback.arrived(described.request, self.queue_slot, self.queue, ring)
                     }
                     _ => {
@@ -114,9 +114,9 @@ impl PerIo {
                 }
             }
             EventKind::Fetch => {
-                self.armed -= 1;
+                self.outstanding -= 1;
                 match -result {
-                    // The device is being stopped, or its queue is cancelled.
+                    // The device is being stopped, or its queue cancelled.
                     libc::ENODEV | libc::ECANCELED => Ok(()),
                     errno => {
                         let error = std::io::Error::from_raw_os_error(errno);
@@ -125,7 +125,7 @@ impl PerIo {
                 }
             }
             EventKind::Register | EventKind::Unregister => {
-                let Buffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
+                let DataBuffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
                 if let Some(completion) = fallback.on_event(token, result, ring, arrived)? {
                     ring.push(&self.command(
                         sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ,
@@ -141,14 +141,14 @@ impl PerIo {
 
     pub(in crate::frontend) fn data(&self, tag: Tag) -> Data {
         match &self.buffers {
-            Buffers::Copied(buffers) => Data::Memory(buffers.address(tag)),
-            Buffers::Registered(fallback) => Data::Registered(fallback.slot(tag)),
+            DataBuffers::Copied(buffers) => Data::Memory(buffers.address(tag)),
+            DataBuffers::Registered(fallback) => Data::Registered(fallback.slot(tag)),
         }
     }
 
     pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
-        if let Buffers::Registered(fallback) = &mut self.buffers
-            && fallback.holds(completion.tag)
+        if let DataBuffers::Registered(fallback) = &mut self.buffers
+            && fallback.is_fallback(completion.tag)
         {
             return fallback.release(completion, self.queue_slot, self.queue, ring);
         }
@@ -156,14 +156,14 @@ impl PerIo {
     }
 
     pub(in crate::frontend) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
-        if matches!(&self.buffers, Buffers::Registered(fallback) if fallback.holds(tag)) {
+        if matches!(&self.buffers, DataBuffers::Registered(fallback) if fallback.is_fallback(tag)) {
             return None;
         }
         self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, len.cast_signed()).ok()
     }
 
     pub(in crate::frontend) fn is_drained(&self) -> bool {
-        self.armed == 0 && self.fallback().is_none_or(Fallback::is_idle)
+        self.outstanding == 0 && self.fallback().is_none_or(Fallback::is_idle)
     }
 
     pub(in crate::frontend) fn is_waiting_for_buffer(&self) -> bool {
@@ -172,15 +172,15 @@ impl PerIo {
 
     fn fallback(&self) -> Option<&Fallback> {
         match &self.buffers {
-            Buffers::Copied(_) => None,
-            Buffers::Registered(fallback) => Some(fallback),
+            DataBuffers::Copied(_) => None,
+            DataBuffers::Registered(fallback) => Some(fallback),
         }
     }
 
     pub(in crate::frontend) fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
         match &mut self.buffers {
-            Buffers::Copied(_) => Ok(()),
-            Buffers::Registered(fallback) => fallback.retry(self.queue_slot, self.queue, ring),
+            DataBuffers::Copied(_) => Ok(()),
+            DataBuffers::Registered(fallback) => fallback.retry(self.queue_slot, self.queue, ring),
         }
     }
 
@@ -189,8 +189,8 @@ impl PerIo {
     }
 }
 
-/// The flags and slot with which a tag's buffer is registered by the driver.
+/// The flags and slot with which the driver registers a tag's buffer.
 pub(super) fn auto_registration(slot: u16) -> u64 {
-    debug_assert_ne!(slot, UNREGISTERED);
+    debug_assert_ne!(slot, NO_SLOT);
     u64::from(slot) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
 }
