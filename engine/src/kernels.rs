@@ -18,15 +18,15 @@ pub const FILES: Feature =
     Feature { name: "files instead of block devices", since: (6, 1), by: "serve --frontend fuse" };
 /// Disks of ublk, by copying.
 pub const BLOCK_DEVICES: Feature =
-    Feature { name: "block devices", since: (6, 5), by: "serve --frontend ublk, attach --path copy" };
+    Feature { name: "block devices", since: (6, 5), by: "serve --frontend ublk, attach --io-mode copy" };
 /// The second rung of the ladder.
 pub const NO_COPYING: Feature =
-    Feature { name: "I/O without copying", since: (6, 16), by: "attach --path auto" };
+    Feature { name: "I/O without copying", since: (6, 16), by: "attach --io-mode auto" };
 /// Of disks.
 pub const RESIZE: Feature = Feature { name: "resize of block devices", since: (6, 16), by: "resize" };
 /// The third.
 pub const BATCHES: Feature =
-    Feature { name: "commands in batches", since: (7, 0), by: "attach --path batch" };
+    Feature { name: "commands in batches", since: (7, 0), by: "attach --io-mode batch" };
 /// Pools.
 pub const PRIVATE: Feature = Feature {
     name: "private devices",

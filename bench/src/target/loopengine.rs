@@ -22,7 +22,7 @@ impl Ublk {
     }
 
     fn check_granted(&self) -> Result<()> {
-        if !daemon::data_paths()?.iter().any(|path| path == self.path) {
+        if !daemon::io_modes()?.iter().any(|path| path == self.path) {
             bail!("this kernel ({}) does not grant path {}", kernel(), self.path);
         }
         Ok(())
@@ -55,7 +55,7 @@ impl Target for Ublk {
         self.check_granted()?;
         let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
         let (path, many) =
-            attach_all(place, &format!("loopengine {}", self.path), daemon, &["--path", self.path])?;
+            attach_all(place, &format!("loopengine {}", self.path), daemon, &["--io-mode", self.path])?;
         block(path, many, Some(daemon.pid()))
     }
 

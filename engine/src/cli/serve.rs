@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::accounts;
 use crate::config::{Choice, Config};
-use crate::control::{self, Backend, rundir::RunDir, server};
+use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
@@ -93,7 +93,7 @@ pub(super) struct Args {
 /// What is served where: `control`, and `private`.
 struct Services {
     listeners: [StdListener; 3],
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn EngineApi>,
     registry: Arc<Registry>,
     engine: Weak<Engine>,
 }
@@ -186,7 +186,7 @@ impl Args {
         let registry = Arc::new(Registry::start(source, config.private())?);
         reload::limit_users(config, &registry);
         let runtime = control::runtime::make()?;
-        let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
+        let backend: Arc<dyn EngineApi> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
         let services = Services {

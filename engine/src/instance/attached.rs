@@ -10,7 +10,7 @@ use super::served::Served;
 use super::spec::{DeviceInfo, DeviceState};
 use super::state::DeviceRecord;
 use crate::error::{Kind, Result};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use crate::sys::usage::{self, Disks};
 
 /// See above.
@@ -56,7 +56,7 @@ impl Attached {
             buffered: record.spec.buffered || served.is_buffered(),
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
-            data_path: record.data_path,
+            io_mode: record.io_mode,
             shared_with: hold.iter().flat_map(Hold::others).collect(),
             since_unix_seconds: record.since,
             // Of these two at most one is not 0.
@@ -71,9 +71,9 @@ impl Attached {
     }
 
     /// Stops it. By force also in use, which is logged.
-    pub fn stop(&self, when: Stop) -> Result<()> {
-        if when == Stop::Always {
-            match self.served.stop(Stop::IfUnusedNow) {
+    pub fn stop(&self, when: StopMode) -> Result<()> {
+        if when == StopMode::Always {
+            match self.served.stop(StopMode::IfUnusedNow) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == Kind::Busy => {
                     usage::warn_lost(&self.name(), &Disks::of(&self.served.device().node()));

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{self, Frontend, Stop, ublk};
+use crate::frontend::{self, Frontend, StopMode, ublk};
 use crate::limits::POOLS_MAX;
 use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
@@ -122,7 +122,7 @@ impl Engine {
             BelowDev::forget(&config.run_dir);
         }
         let shared = Shared {
-            owner: owner_mark(&config.run_dir),
+            owner_hash: owner_hash(&config.run_dir),
             state: StateDir::new(&config.run_dir),
             run_dir: config.run_dir,
             frontend,
@@ -147,18 +147,20 @@ impl Engine {
     /// What the kernel grants. Works without an engine.
     pub fn features() -> Result<Features> {
         let frontends = frontend::present();
-        let granted = match ublk::Granted::ask() {
+        let granted = match ublk::DriverFeatures::query() {
             // Not everything that could be there is; what is there is worth showing.
-            Err(error) if error.kind() == Kind::Unavailable && !frontends.is_empty() => ublk::Granted(0),
+            Err(error) if error.kind() == Kind::Unavailable && !frontends.is_empty() => {
+                ublk::DriverFeatures(0)
+            }
             asked => asked?,
         };
         Ok(Features {
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             frontends,
             flags: granted.names(),
-            data_paths: granted.paths(),
-            recovery: granted.recovers(),
-            resize: granted.resizes(),
+            io_modes: granted.io_modes(),
+            recovery: granted.supports_recovery(),
+            resize: granted.supports_resize(),
         })
     }
 
@@ -168,8 +170,10 @@ impl Engine {
             return Ok(());
         }
         let waits = |id: &u32| {
-            let found = ublk::Device::examine(*id);
-            found.is_ok_and(|found| found.parameters.outlives && self.shared.is_ours(found.parameters.owner))
+            let found = ublk::UblkDevice::examine(*id);
+            found.is_ok_and(|found| {
+                found.parameters.recoverable && self.shared.is_ours(found.parameters.owner_cookie)
+            })
         };
         if !ublk::present_devices().iter().any(waits) {
             return Ok(());
@@ -282,7 +286,7 @@ impl Engine {
     /// With [`Selector::All`] or `Instance` goes on after a failure and reports the first.
     /// Returns the paths of the devices that are gone.
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
-        let when = if force { Stop::Always } else { Stop::IfUnused };
+        let when = if force { StopMode::Always } else { StopMode::IfUnused };
         let selected = self.select(which)?;
         if force {
             stop::write_back(selected.iter().flat_map(|(instance, _)| stop::nodes_of(instance)).collect());
@@ -366,7 +370,7 @@ impl Engine {
 
 /// Half of the mark of ublk devices, by which a later daemon with the same run directory knows its
 /// own: an FNV-1a hash of the directory.
-fn owner_mark(run_dir: &Path) -> u32 {
+fn owner_hash(run_dir: &Path) -> u32 {
     use std::os::unix::ffi::OsStrExt;
     let hash = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
     run_dir.as_os_str().as_bytes().iter().fold(0x811c_9dc5, hash)

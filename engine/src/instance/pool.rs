@@ -21,13 +21,13 @@ use super::state::{DeviceRecord, StateDir};
 use super::table::Table;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Door, Frontend, Parameters, Stop};
+use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
 use crate::image::{Image, Source};
 use crate::kernels::PRIVATE;
 use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
-use crate::ring::Sizes;
+use crate::ring::RingSizes;
 use crate::sys;
-use crate::worker::{Switches, WorkerHandle};
+use crate::worker::{WorkerHandle, WorkerOptions};
 
 /// Queue depth where none is asked for, and the most that can be.
 const DEFAULT_DEPTH: u32 = 128;
@@ -38,9 +38,9 @@ const POOL_WORKERS: u32 = 2;
 const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
-    fn switches(self, partscan: bool) -> Switches {
+    fn options(self, partscan: bool) -> WorkerOptions {
         let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
-        Switches { linked_commit: self.linked_commit, poll, partscan }
+        WorkerOptions { linked_commit: self.linked_commit, poll, partscan }
     }
 }
 
@@ -52,7 +52,7 @@ pub struct Shared {
     /// How devices are shown to their users.
     pub frontend: Frontend,
     /// Upper half of the mark of devices of this run directory.
-    pub owner: u32,
+    pub owner_hash: u32,
     /// Images in use.
     pub claims: Claims,
     /// State that outlives the daemon.
@@ -64,14 +64,14 @@ pub struct Shared {
 impl Shared {
     /// A mark for a new device: whose it is, and a number that tells it from the next one with
     /// the same number at the driver.
-    pub fn new_mark(&self) -> u64 {
+    pub fn new_owner_cookie(&self) -> u64 {
         let nonce = std::hash::BuildHasher::build_hasher(&std::hash::RandomState::new());
-        u64::from(self.owner) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
+        u64::from(self.owner_hash) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
     }
 
     /// Whether a device has such a mark.
-    pub fn is_ours(&self, mark: u64) -> bool {
-        (mark >> 32) as u32 == self.owner
+    pub fn is_ours(&self, cookie: u64) -> bool {
+        (cookie >> 32) as u32 == self.owner_hash
     }
 }
 
@@ -82,7 +82,7 @@ pub struct Instance {
     directory: PathBuf,
     /// None: the door makes the names.
     links: Option<Links>,
-    pub(super) door: Door,
+    pub(super) backend: Backend,
     pub(super) workers: Workers,
     pub(super) table: Table<Arc<Attached>>,
 }
@@ -99,24 +99,24 @@ impl Instance {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
-        let opened = shared.frontend.door(&directory, count as usize, &cpus).and_then(|door| {
-            let switches = tuning.switches(true);
-            let sizes = Sizes::for_devices(MAX_DEVICES);
+        let opened = shared.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
+            let options = tuning.options(true);
+            let sizes = RingSizes::for_devices(MAX_DEVICES);
             let workers = (0..count)
-                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
+                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, options, cpus.clone()))
                 .collect::<Result<Vec<_>>>()?;
             let links =
-                door.wants_links().then(|| Links::new(&directory, &spec.name, shared.below_dev.is_some()));
-            Ok((door, workers, links.transpose()?))
+                backend.uses_links().then(|| Links::new(&directory, &spec.name, shared.below_dev.is_some()));
+            Ok((backend, workers, links.transpose()?))
         });
-        let (door, workers, links) = opened.inspect_err(|_| {
+        let (backend, workers, links) = opened.inspect_err(|_| {
             let _ = fs::remove_dir(&directory);
         })?;
         shared.state.save_instance(spec).inspect_err(|_| {
-            door.close();
+            backend.close();
             let _ = fs::remove_dir(&directory);
         })?;
-        Ok(Instance { shared: shared.clone(), directory, links, door, workers: workers.into(), table })
+        Ok(Instance { shared: shared.clone(), directory, links, backend, workers: workers.into(), table })
     }
 
     /// As it is now.
@@ -148,15 +148,15 @@ impl Instance {
         let number = reservation.number;
         let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
         let (image, hold) = sources::take(&self.shared.claims, image, spec, number, sharing)?;
-        let device = self.door.add(number, parameters)?;
+        let device = self.backend.add(number, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
         let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
         let record = DeviceRecord {
-            spec: AttachSpec { number: Some(number), data_path: Some(parameters.path), ..spec.clone() },
+            spec: AttachSpec { number: Some(number), io_mode: Some(parameters.io_mode), ..spec.clone() },
             id,
-            mark: parameters.owner,
+            owner_cookie: parameters.owner_cookie,
             identity,
-            data_path: parameters.path,
+            io_mode: parameters.io_mode,
             queues: parameters.queues,
             depth: parameters.depth,
             block_size: geometry.block_size,
@@ -166,7 +166,7 @@ impl Instance {
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
         let attached = Arc::new(Attached { record, served, reason: None, hold: Some(hold) });
         if let Err(error) = outcome {
-            let undone = attached.served.stop(Stop::Always);
+            let undone = attached.served.stop(StopMode::Always);
             self.unpublish(number);
             if let Err(undo) = undone.and_then(|()| attached.served.release()) {
                 // It may yet come to life: its number, slot and image stay taken.
@@ -180,7 +180,7 @@ impl Instance {
     }
 
     /// Takes a device away.
-    pub fn detach(&self, number: u32, when: Stop) -> Result<String> {
+    pub fn detach(&self, number: u32, when: StopMode) -> Result<String> {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
         // The names go while the number at the driver is still taken: they must never lead to the
@@ -272,7 +272,7 @@ impl Instance {
 
     /// Its directory and state go. All devices must be gone.
     pub fn erase(&self) {
-        self.door.close();
+        self.backend.close();
         self.shared.state.remove_instance(&self.table.spec().0.name);
         let _ = fs::remove_dir(&self.directory);
     }
@@ -298,7 +298,7 @@ impl Instance {
         attached.info(number, &self.table.path(number))
     }
 
-    fn parameters(&self, spec: &AttachSpec) -> Result<Parameters> {
+    fn parameters(&self, spec: &AttachSpec) -> Result<DeviceParameters> {
         let workers = self.workers.len() as u32;
         let queues = if spec.queues == 0 { workers } else { spec.queues };
         if queues > workers {
@@ -311,18 +311,18 @@ impl Instance {
             return Err(Error::new(Kind::Invalid, format!("a queue depth of {depth} is too large"))
                 .hint(format!("use 1 to {MAX_DEPTH}")));
         }
-        if spec.partscan && !self.door.wants_links() {
+        if spec.partscan && !self.backend.uses_links() {
             return Err(Error::new(Kind::Unsupported, "files (FUSE) have no partitions")
                 .hint("attach a part of the image with --offset and --size-limit"));
         }
-        let path = spec.data_path.unwrap_or_else(|| self.door.best_path());
-        self.door.check_path(path)?;
-        Ok(Parameters {
-            path,
+        let io_mode = spec.io_mode.unwrap_or_else(|| self.backend.best_io_mode());
+        self.backend.check_io_mode(io_mode)?;
+        Ok(DeviceParameters {
+            io_mode,
             queues: queues as u16,
             depth: depth as u16,
-            owner: self.shared.new_mark(),
-            outlives: true,
+            owner_cookie: self.shared.new_owner_cookie(),
+            recoverable: true,
             partscan: spec.partscan,
         })
     }
@@ -369,7 +369,7 @@ impl Instance {
 
 /// What makes the disks of a private pool: workers of its own, over ublk.
 pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
-    if !shared.frontend.has_private_pools() {
+    if !shared.frontend.supports_private_pools() {
         return Err(match PRIVATE.missing() {
             Some(missing) => Error::new(Kind::Unsupported, missing)
                 .hint("'loopengine doctor --for run' says what works with this kernel"),
@@ -377,20 +377,20 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
                 .hint("have root run 'modprobe ublk_drv', and restart the daemon"),
         });
     }
-    let door = shared.frontend.door(Path::new("/"), 0, &[])?;
+    let backend = shared.frontend.backend(Path::new("/"), 0, &[])?;
     // More than devices: partitions, and disks that were replaced and are still open, count too.
     let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
-    let sizes = Sizes::for_devices(3 * spec.max + 128 + partitions);
+    let sizes = RingSizes::for_devices(3 * spec.max + 128 + partitions);
     let workers = (0..POOL_WORKERS)
-        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(false), Vec::new()))
+        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.options(false), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
     let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
-    Ok(Maker::new(shared, door, workers.into()))
+    Ok(Maker::new(shared, backend, workers.into()))
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        self.door.close();
+        self.backend.close();
     }
 }
 

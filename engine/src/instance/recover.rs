@@ -15,7 +15,7 @@ use super::served::{Begin, Served};
 use super::spec::{AttachSpec, DeviceInfo, DeviceState, RecoverSpec};
 use super::state::DeviceRecord;
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Device, Found, Parameters};
+use crate::frontend::{DeviceParameters, ExistingDevice, FrontendDevice};
 use crate::image::{Geometry, Identity, Image, Source};
 use crate::ring::SlotId;
 
@@ -24,9 +24,9 @@ type Opened<'a> = &'a dyn Fn(&Source, &Geometry) -> Result<Image>;
 
 impl Instance {
     /// Recovers a device. Whatever fails, it keeps its entry: a device with users is never forgotten.
-    pub fn recover(&self, number: u32, record: DeviceRecord, found: Found) -> Result<()> {
+    pub fn recover(&self, number: u32, record: DeviceRecord, found: ExistingDevice) -> Result<()> {
         let reservation = self.table.reserve_again(number)?;
-        let device = self.door.existing(record.id, found.parameters)?;
+        let device = self.backend.existing(record.id, found.parameters)?;
         let (path, identity) = (record.spec.path.clone(), record.identity);
         let open =
             |source: &Source, shape: &Geometry| Image::reopen(Path::new(&path), source, &identity, shape);
@@ -38,11 +38,11 @@ impl Instance {
     }
 
     /// Has a device listed as stuck whose record was not read. Its state file stays as it is.
-    pub fn keep_stuck(&self, number: u32, id: u32, found: Found, reason: String) -> Result<()> {
+    pub fn keep_stuck(&self, number: u32, id: u32, found: ExistingDevice, reason: String) -> Result<()> {
         let reservation = self.table.reserve_again(number)?;
-        let device = self.door.existing(id, found.parameters)?;
+        let device = self.backend.existing(id, found.parameters)?;
         let record = self.unknown(number, id, found.parameters);
-        let geometry = device.shape(0).unwrap_or_else(|_| last_known(&record));
+        let geometry = device.driver_geometry(0).unwrap_or_else(|_| last_known(&record));
         let spec = AttachSpec { read_only: geometry.read_only, ..record.spec };
         let record = DeviceRecord { spec, block_size: geometry.block_size, size: geometry.size, ..record };
         let served = Served::abandoned(device, &self.workers, reservation.slot, geometry);
@@ -76,7 +76,7 @@ impl Instance {
         let record = DeviceRecord { spec: known, ..old.clone() };
         let served = &attached.served;
         let opened = self
-            .door
+            .backend
             .existing(old.id, served.device().parameters())
             .and_then(|device| self.open_by_hand(&device, &record, image).map(|image| (device, image)));
         let (device, (image, identity)) = match opened {
@@ -101,13 +101,13 @@ impl Instance {
     /// The identity check is waived by the one who calls; the size is not: data would be missing.
     fn open_by_hand(
         &self,
-        device: &Device,
+        device: &FrontendDevice,
         record: &DeviceRecord,
         file: OwnedFd,
     ) -> Result<(Image, Identity)> {
         let AttachSpec { path, offset, read_only, .. } = &record.spec;
         self.check_not_ours(&file, path)?;
-        let shape = device.shape(*offset)?;
+        let shape = device.driver_geometry(*offset)?;
         let source = Source { read_only: *read_only, ..shaped(record, &shape) };
         let image = Image::recover(file, &source, &shape, path)?;
         let (length, needed) = (image.length()?, offset.saturating_add(shape.size));
@@ -127,12 +127,12 @@ impl Instance {
         &self,
         number: u32,
         slot: SlotId,
-        device: Device,
+        device: FrontendDevice,
         record: DeviceRecord,
         open: Opened<'_>,
         sharing: Sharing,
     ) -> (Attached, Result<()>) {
-        let geometry = device.shape(record.spec.offset).unwrap_or_else(|_| last_known(&record));
+        let geometry = device.driver_geometry(record.spec.offset).unwrap_or_else(|_| last_known(&record));
         let opened = open(&shaped(&record, &geometry), &geometry)
             .and_then(|image| sources::take(&self.shared.claims, image, &record.spec, number, sharing));
         let record = DeviceRecord { size: geometry.size, block_size: geometry.block_size, ..record };
@@ -163,7 +163,7 @@ impl Instance {
     }
 
     /// A record of a device of which only the driver knows.
-    fn unknown(&self, number: u32, id: u32, parameters: Parameters) -> DeviceRecord {
+    fn unknown(&self, number: u32, id: u32, parameters: DeviceParameters) -> DeviceRecord {
         DeviceRecord {
             spec: AttachSpec {
                 instance: self.info().name,
@@ -176,13 +176,13 @@ impl Instance {
                 buffered: false,
                 queues: 0,
                 depth: 0,
-                data_path: Some(parameters.path),
+                io_mode: Some(parameters.io_mode),
                 partscan: parameters.partscan,
             },
             id,
-            mark: parameters.owner,
+            owner_cookie: parameters.owner_cookie,
             identity: Identity { dev: 0, ino: 0, rdev: 0, born_ns: 0 },
-            data_path: parameters.path,
+            io_mode: parameters.io_mode,
             queues: parameters.queues,
             depth: parameters.depth,
             block_size: 512,

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use super::Engine;
 use super::pool::Instance;
-use super::spec::{DEFAULT_INSTANCE, DataPath, DeviceInfo, InstanceSpec, RecoverSpec};
+use super::spec::{DEFAULT_INSTANCE, DeviceInfo, InstanceSpec, IoMode, RecoverSpec};
 use super::state::{DeviceRecord, Remembered};
 use super::{DeviceName, Selector, parse_device};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Found, Stop, Waiting};
+use crate::frontend::{ExistingDevice, OrphanState, StopMode};
 
 /// Numbers from here on are for devices whose own are lost: attach takes the lowest that is free.
 const LOST: u32 = 1_000_000;
@@ -26,13 +26,13 @@ struct Orphan {
     instance: Arc<Instance>,
     number: u32,
     id: u32,
-    found: Found,
+    found: ExistingDevice,
     /// What is known of it, or why nothing is.
     record: Result<DeviceRecord>,
 }
 
 /// Devices of this run directory at the driver, by its number, that no record names yet.
-type AtDriver = BTreeMap<u32, Found>;
+type AtDriver = BTreeMap<u32, ExistingDevice>;
 
 impl Engine {
     /// Recreates the instances of a previous daemon and recovers their devices. What cannot be recovered is
@@ -85,7 +85,7 @@ impl Engine {
 
     fn ours_at_driver(&self) -> AtDriver {
         let examine = |id| Some((id, self.shared.frontend.examine(id).ok()?));
-        let ours = |(_, found): &(u32, Found)| self.shared.is_ours(found.parameters.owner);
+        let ours = |(_, found): &(u32, ExistingDevice)| self.shared.is_ours(found.parameters.owner_cookie);
         self.shared.frontend.present().into_iter().filter_map(examine).filter(ours).collect()
     }
 
@@ -126,9 +126,10 @@ impl Engine {
         at_driver: &mut AtDriver,
         spoken_for: &[u32],
     ) -> Match {
-        let waits = |found: &Found| found.waiting == Waiting::ForDaemon && found.parameters.outlives;
+        let waits =
+            |found: &ExistingDevice| found.state == OrphanState::Waiting && found.parameters.recoverable;
         match record {
-            Ok(record) if record.data_path == DataPath::Fuse => {
+            Ok(record) if record.io_mode == IoMode::Fuse => {
                 let path = &record.spec.path;
                 tracing::error!(
                     "{instance}/loop{number} ({path}) was not recovered: files of FUSE end with their daemon"
@@ -136,13 +137,17 @@ impl Engine {
                 Match::Gone(record.spec.path)
             }
             Ok(record) => match at_driver.get(&record.id).copied() {
-                Some(found) if found.parameters.owner == record.mark && waits(&found) => {
+                Some(found) if found.parameters.owner_cookie == record.owner_cookie && waits(&found) => {
                     at_driver.remove(&record.id);
                     Match::Device(record.id, found, Ok(record))
                 }
                 None if self.is_unknown(record.id) => {
                     let parameters = record.parameters();
-                    Match::Device(record.id, Found { waiting: Waiting::ForDaemon, parameters }, Ok(record))
+                    Match::Device(
+                        record.id,
+                        ExistingDevice { state: OrphanState::Waiting, parameters },
+                        Ok(record),
+                    )
                 }
                 // Never started, stopped, or another by now: nobody waits for it.
                 _ => Match::Gone(record.spec.path),
@@ -170,7 +175,8 @@ impl Engine {
             let Some(id) = linked_id(&path) else { continue };
             let name = path.to_str().and_then(|path| parse_device(path, &self.shared.run_dir).ok());
             let Some(DeviceName::Number(instance, number)) = name else { continue };
-            let waits = |found: &Found| found.waiting == Waiting::ForDaemon && found.parameters.outlives;
+            let waits =
+                |found: &ExistingDevice| found.state == OrphanState::Waiting && found.parameters.recoverable;
             let Some(found) = at_driver.get(&id).copied().filter(waits) else { continue };
             let missing = Error::new(Kind::NotFound, "its state file is missing");
             let Some(instance) = self.instance_again(&instance, Ok(defaults.clone()), defaults) else {
@@ -187,11 +193,11 @@ impl Engine {
     /// file can be about it.
     fn delete_unused(&self, at_driver: &mut AtDriver, complete: bool, notes: &mut Vec<String>) {
         at_driver.retain(|&id, found| {
-            let ended = found.waiting == Waiting::ForNothing || !found.parameters.outlives;
-            if !(ended || complete && self.shared.frontend.stops_unused_only()) {
+            let ended = found.state == OrphanState::Unused || !found.parameters.recoverable;
+            if !(ended || complete && self.shared.frontend.can_stop_if_unused()) {
                 return true;
             }
-            let when = if ended { Stop::Always } else { Stop::IfUnused };
+            let when = if ended { StopMode::Always } else { StopMode::IfUnused };
             let deleted = self.shared.frontend.leftover(id, found.parameters).and_then(|device| {
                 device.stop(when)?;
                 device.delete()
@@ -249,7 +255,7 @@ impl Engine {
 /// What a state file is about.
 enum Match {
     /// This device.
-    Device(u32, Found, Result<DeviceRecord>),
+    Device(u32, ExistingDevice, Result<DeviceRecord>),
     /// Perhaps a device: it cannot be read, for this reason.
     Unknown(Error),
     /// None that is there.

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::spec::{DeviceState, DeviceStats, LatencySummary};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::Alone;
-use crate::frontend::{Device, Queue, Stop};
+use crate::frontend::ublk::StartLock;
+use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
-use crate::worker::{Job, QueueStats, WorkerHandle};
+use crate::worker::{NewQueue, QueueStats, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
-pub type Workers = Arc<[WorkerHandle<Queue>]>;
+pub type Workers = Arc<[WorkerHandle<FrontendQueue>]>;
 
 /// Requests of one device.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,7 +29,7 @@ pub struct Traffic {
 /// A device with its queues on the workers.
 #[derive(Debug)]
 pub struct Served {
-    device: Device,
+    device: FrontendDevice,
     workers: Workers,
     slot: SlotId,
     /// None: the image could not be found again, and nobody serves the device.
@@ -69,7 +69,7 @@ impl Served {
     /// Serves a device that was added, or is there already. When that fails, what there is of it
     /// comes back all the same, for the caller to take away or to keep as stuck.
     pub fn begin(
-        device: Device,
+        device: FrontendDevice,
         workers: &Workers,
         slot: SlotId,
         image: Image,
@@ -92,7 +92,7 @@ impl Served {
     }
 
     /// A device that nobody can serve now: it can only be taken away.
-    pub fn abandoned(device: Device, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
+    pub fn abandoned(device: FrontendDevice, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
         let (geometry, life) = (Mutex::new(geometry), Mutex::new(Life::Stuck));
         Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, life }
     }
@@ -110,7 +110,7 @@ impl Served {
             ));
         }
         for (worker, transport) in self.workers.iter().zip(queues) {
-            worker.add(Job { slot: self.slot, transport, image: image.clone() })?;
+            worker.add(NewQueue { slot: self.slot, transport, image: image.clone() })?;
         }
         match how {
             Begin::Fresh => self.device.start(),
@@ -125,17 +125,17 @@ impl Served {
     }
 
     /// Makes the device go away. `release` must follow.
-    pub fn stop(&self, when: Stop) -> Result<()> {
+    pub fn stop(&self, when: StopMode) -> Result<()> {
         let mut life = self.life();
         let mut pause = STOPPING;
         if let Life::Stopping(again, last) = *life {
             // It would wait behind the one that was given up, and hold a ring as long as that.
-            if self.device.is_shown() && Instant::now() < again {
+            if self.device.is_present() && Instant::now() < again {
                 return Err(Error::new(Kind::Deadline, "the device is being stopped still"));
             }
             pause = last.saturating_mul(2);
         }
-        if when == Stop::Always && self.hangs() {
+        if when == StopMode::Always && self.hangs() {
             let message = "the device cannot be stopped: the file system of its image does not answer";
             return Err(Error::new(Kind::Deadline, message).hint("end that file system"));
         }
@@ -202,18 +202,18 @@ impl Served {
     }
 
     /// Has one that waits appear while nobody else's does: under the lowest number that is free.
-    pub fn appear_alone(&self, alone: &Alone) -> Result<()> {
-        self.device.start_alone(alone)
+    pub fn appear_alone(&self, alone: &StartLock) -> Result<()> {
+        self.device.start_exclusively(alone)
     }
 
     /// Stops this one, if nobody has it open, so that another can take its place. Whatever else goes
     /// wrong, it is not to be used again.
-    pub fn make_way(&self, _alone: &Alone) -> Result<()> {
+    pub fn make_way(&self, _alone: &StartLock) -> Result<()> {
         let mut life = self.life();
         if *life != Life::Serving {
             return Err(Error::new(Kind::Deadline, "the device is stuck"));
         }
-        let outcome = self.device.stop(Stop::IfUnusedNow);
+        let outcome = self.device.stop(StopMode::IfUnusedNow);
         match &outcome {
             Err(error) if error.kind() == Kind::Busy => {}
             _ => *life = Life::Stuck,
@@ -249,7 +249,7 @@ impl Served {
 
     /// No worker has a queue of it: its recovery has not begun.
     pub fn is_unserved(&self) -> bool {
-        let missing = |worker: &WorkerHandle<Queue>| {
+        let missing = |worker: &WorkerHandle<FrontendQueue>| {
             worker.stats(self.slot).is_err_and(|error| error.kind() == Kind::NotFound)
         };
         self.workers.iter().all(missing)
@@ -310,7 +310,7 @@ impl Served {
 
     /// Tells workers and driver of a new shape, in the order in which requests up to the larger size
     /// are served while the two sides disagree.
-    fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<Queue>) -> Result<()>) -> Result<()> {
+    fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<FrontendQueue>) -> Result<()>) -> Result<()> {
         let queues = usize::from(self.device.parameters().queues);
         let tell_workers = || self.workers.iter().take(queues).try_for_each(&tell);
         if new.size >= self.geometry().size {
@@ -330,7 +330,7 @@ impl Served {
     }
 
     /// The frontend's device.
-    pub fn device(&self) -> &Device {
+    pub fn device(&self) -> &FrontendDevice {
         &self.device
     }
 

@@ -70,7 +70,7 @@ pub struct AttachSpec {
     /// Queue depth: requests in flight in each queue; 0: 128.
     pub depth: u32,
     /// Path of the feature ladder, forced; none: the best that the kernel grants.
-    pub data_path: Option<DataPath>,
+    pub io_mode: Option<IoMode>,
     /// Have the kernel look for partitions; they are named beside the device, as loop0p1.
     #[serde(default)]
     pub partscan: bool,
@@ -110,7 +110,7 @@ pub struct RecoverSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "kebab-case")]
 #[zlink(rename_all = "lowercase")]
-pub enum DataPath {
+pub enum IoMode {
     /// Data is copied to a buffer of the daemon and back (Linux 6.5).
     Copy,
     /// The request's pages are the buffer; one command a request (Linux 6.16).
@@ -122,14 +122,14 @@ pub enum DataPath {
     Fuse,
 }
 
-impl DataPath {
+impl IoMode {
     /// The word used on the command line and in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
-            DataPath::Copy => "copy",
-            DataPath::Auto => "auto",
-            DataPath::Batch => "batch",
-            DataPath::Fuse => "fuse",
+            IoMode::Copy => "copy",
+            IoMode::Auto => "auto",
+            IoMode::Batch => "batch",
+            IoMode::Fuse => "fuse",
         }
     }
 }
@@ -214,7 +214,7 @@ pub struct DeviceInfo {
     /// Queue depth.
     pub depth: u32,
     /// How data travels.
-    pub data_path: DataPath,
+    pub io_mode: IoMode,
     /// Who else has the image through this daemon: devices of instances, loop devices of pools.
     #[serde(default)]
     pub shared_with: Vec<String>,
@@ -304,7 +304,7 @@ pub struct Features {
     /// none without the driver, as below.
     pub flags: Vec<String>,
     /// Paths of block devices that work here, best first.
-    pub data_paths: Vec<DataPath>,
+    pub io_modes: Vec<IoMode>,
     /// Block devices outlive the daemon and can be taken back.
     pub recovery: bool,
     /// Block devices can be resized (files always can).

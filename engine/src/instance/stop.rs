@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::attached::Attached;
 use super::pool::Instance;
-use super::{Engine, owner_mark};
+use super::{Engine, owner_hash};
 use crate::error::{Error, Kind};
-use crate::frontend::{Stop, ublk};
+use crate::frontend::{StopMode, ublk};
 use crate::sys::usage::{self, Disks};
 
 /// For all devices together to answer what is in flight.
@@ -53,8 +53,8 @@ pub(crate) fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     let mut disks = Disks::backed_by(|file| file.starts_with(run_dir));
     let mut unknown = Vec::new();
     for id in ublk::present_devices() {
-        match ublk::Device::examine(id) {
-            Ok(found) if found.parameters.owner >> 32 == u64::from(owner_mark(run_dir)) => {
+        match ublk::UblkDevice::examine(id) {
+            Ok(found) if found.parameters.owner_cookie >> 32 == u64::from(owner_hash(run_dir)) => {
                 disks.insert(&format!("ublkb{id}"));
             }
             Ok(_) => {}
@@ -78,7 +78,7 @@ pub(super) fn nodes_of(instance: &Instance) -> Vec<PathBuf> {
 
 fn detach_devices(instance: &Instance) {
     for number in instance.numbers() {
-        if let Err(error) = instance.detach(number, Stop::Always) {
+        if let Err(error) = instance.detach(number, StopMode::Always) {
             tracing::warn!("{}/loop{number} did not stop: {error}", instance.info().name);
         }
     }

@@ -17,7 +17,7 @@ use super::mounted::Hidden;
 use super::parts::{self, Part};
 use super::quota::Charge;
 use super::{Answer, Caller, Configure, Entry, Errno, Info, Status, flag};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use outgoing::Outgoing;
 
 /// The state of one loopN.
@@ -368,8 +368,8 @@ impl Device {
     }
 
     /// Gives all its disks away, if they can be had.
-    pub fn end(&mut self, when: Stop, room: Room<'_>) -> bool {
-        if when == Stop::Always || self.is_claimed() == Ok(false) {
+    pub fn end(&mut self, when: StopMode, room: Room<'_>) -> bool {
+        if when == StopMode::Always || self.is_claimed() == Ok(false) {
             self.drop_parts();
         }
         self.end_mounts(when, room);

@@ -13,8 +13,8 @@ use super::closer::Closer;
 use super::disk::Disk;
 use super::used::{Drawer, Slots};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::Alone;
-use crate::frontend::{Door, Parameters, Stop};
+use crate::frontend::ublk::StartLock;
+use crate::frontend::{Backend, DeviceParameters, StopMode};
 use crate::image::Image;
 use crate::instance::pool::Shared;
 use crate::instance::served::{Begin, Served, Workers};
@@ -38,7 +38,7 @@ const SPARES_MAX: usize = 2;
 #[derive(Debug)]
 pub struct Maker {
     shared: Shared,
-    door: Door,
+    backend: Backend,
     workers: Workers,
     slots: Arc<Slots>,
     /// What has made way, until the driver has freed it.
@@ -67,11 +67,11 @@ pub enum Unrecycled {
 
 impl Maker {
     /// For a pool with these workers.
-    pub fn new(shared: Shared, door: Door, workers: Workers) -> Maker {
+    pub fn new(shared: Shared, backend: Backend, workers: Workers) -> Maker {
         let slots = Arc::<Slots>::default();
         Maker {
             shared,
-            door,
+            backend,
             workers,
             drawer: Drawer::new(Arc::clone(&slots)),
             slots,
@@ -169,19 +169,19 @@ impl Maker {
         if let Some(served) = standby {
             return Ok(served);
         }
-        let parameters = Parameters {
-            path: self.door.best_path(),
+        let parameters = DeviceParameters {
+            io_mode: self.backend.best_io_mode(),
             queues: self.workers.len() as u16,
             depth: DEPTH,
-            owner: self.shared.new_mark(),
+            owner_cookie: self.shared.new_owner_cookie(),
             // Its users are not told of a new daemon, and could not use it.
-            outlives: false,
+            recoverable: false,
             partscan: false,
         };
         let image = Image::nothing(block_size)?;
         // Numbers at the driver are few and everybody's: what is to be free again is, before another is taken.
         self.drawer.empty();
-        let device = self.door.add(0, parameters)?;
+        let device = self.backend.add(0, parameters)?;
         let (served, begun) = Served::begin(device, &self.workers, self.slots.take(), image, Begin::Waiting);
         if let Err(error) = begun {
             self.discard(&served);
@@ -203,7 +203,7 @@ impl Maker {
                 return Err(Unrecycled::InUse(disk));
             }
         };
-        let alone = Alone::wait();
+        let alone = StartLock::acquire();
         match disk.served.make_way(&alone) {
             Ok(()) => drop(lock(&self.present).remove(&disk.rdev)),
             Err(error) if error.kind() == Kind::Busy => {
@@ -253,7 +253,7 @@ impl Maker {
         old: &Disk,
         block_size: u32,
         fillers: &mut Vec<Served>,
-        alone: &Alone,
+        alone: &StartLock,
     ) -> Result<Disk> {
         let until = Instant::now() + NUMBER_MAX;
         loop {
@@ -283,7 +283,7 @@ impl Maker {
     /// needs one at once.
     pub fn retire(&self, disk: Disk) -> std::result::Result<(), Disk> {
         if self.fixed().is_none() && self.spares().len() >= SPARES_MAX {
-            return self.remove(disk, Stop::IfUnusedNow);
+            return self.remove(disk, StopMode::IfUnusedNow);
         }
         match self.recycle(disk) {
             Ok(spare) => self.keep(spare),
@@ -301,13 +301,13 @@ impl Maker {
     /// Takes back one that was given out, and has shown nothing to anybody.
     pub fn give_back(&self, disk: Disk) -> std::result::Result<(), Disk> {
         if self.fixed().is_none() {
-            return self.remove(disk, Stop::Always);
+            return self.remove(disk, StopMode::Always);
         }
         self.retire(disk)
     }
 
     /// Takes a disk away for good.
-    pub fn remove(&self, disk: Disk, when: Stop) -> std::result::Result<(), Disk> {
+    pub fn remove(&self, disk: Disk, when: StopMode) -> std::result::Result<(), Disk> {
         match disk.served.stop(when) {
             Ok(()) => {
                 lock(&self.present).remove(&disk.rdev);
@@ -336,7 +336,7 @@ impl Maker {
     pub fn end(&self) {
         let mut spares = self.spares();
         for spare in spares.drain(..) {
-            if let Err(spare) = self.remove(spare, Stop::Always) {
+            if let Err(spare) = self.remove(spare, StopMode::Always) {
                 tracing::error!(rdev = spare.rdev, "a spare disk stays");
             }
         }
@@ -351,7 +351,7 @@ impl Maker {
     }
 
     fn discard(&self, served: &Served) {
-        match served.stop(Stop::Always) {
+        match served.stop(StopMode::Always) {
             Ok(()) => self.release(served),
             Err(error) => tracing::error!(%error, "a disk cannot be taken away"),
         }

@@ -22,7 +22,7 @@ use super::place::{END_PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::{Reaper, Round};
 use super::{Answer, Configure, Entry, Errno, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use crate::sys::stack::Stack;
 pub use operation::{LoopOp, LoopReply};
 
@@ -280,7 +280,7 @@ impl Pool {
             tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
         }
         // What nobody uses does not wait for what somebody does.
-        if !self.sweep_away(Stop::IfUnusedNow, END_PATIENCE) && force {
+        if !self.sweep_away(StopMode::IfUnusedNow, END_PATIENCE) && force {
             self.sweep_away_together();
         }
         self.reaper.wake();
@@ -295,7 +295,8 @@ impl Pool {
     pub(super) fn reap(&self, names: bool) -> Round {
         if self.is_ending() {
             self.end_stacks();
-            let when = if self.forced.load(Ordering::Acquire) { Stop::Always } else { Stop::IfUnusedNow };
+            let when =
+                if self.forced.load(Ordering::Acquire) { StopMode::Always } else { StopMode::IfUnusedNow };
             let over = self.sweep_away(when, Duration::ZERO);
             if over {
                 let watchers = lock(&self.watchers).0.clone();
@@ -333,7 +334,7 @@ impl Pool {
     }
 
     /// Gives all disks away that can be had; true when none is left.
-    fn sweep_away(&self, when: Stop, patience: Duration) -> bool {
+    fn sweep_away(&self, when: StopMode, patience: Duration) -> bool {
         let mut clean = true;
         for (number, place) in self.all() {
             clean &= self.end_one(number, &place, when, patience);
@@ -346,7 +347,7 @@ impl Pool {
         over
     }
 
-    fn end_one(&self, number: u32, place: &Place, when: Stop, patience: Duration) -> bool {
+    fn end_one(&self, number: u32, place: &Place, when: StopMode, patience: Duration) -> bool {
         let Ok(mut device) = place.lock_within(patience) else { return false };
         if !device.end(when, &self.maker) {
             return false;

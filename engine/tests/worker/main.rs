@@ -14,8 +14,8 @@ use fake::{DEPTH, LEN_MAX, User, device};
 use loopengine::Kind;
 use loopengine::image::{Image, Source};
 use loopengine::request::{Op, Request, Tag};
-use loopengine::ring::{Sizes, SlotId};
-use loopengine::worker::{Job, Switches, WorkerHandle};
+use loopengine::ring::{RingSizes, SlotId};
+use loopengine::worker::{NewQueue, WorkerHandle, WorkerOptions};
 use proptest::prelude::*;
 
 /// Bytes of the device; in the file as many lie before and behind it, which nothing may touch.
@@ -54,10 +54,11 @@ impl Bed {
             }
             image => Arc::new(image.unwrap()),
         };
-        let switches = Switches { linked_commit: linked, poll: Duration::ZERO, partscan: false };
-        let worker = WorkerHandle::start("test".into(), Sizes::for_devices(8), switches, Vec::new()).unwrap();
+        let options = WorkerOptions { linked_commit: linked, poll: Duration::ZERO, partscan: false };
+        let worker =
+            WorkerHandle::start("test".into(), RingSizes::for_devices(8), options, Vec::new()).unwrap();
         let (transport, user) = device(linked);
-        worker.add(Job { slot: SLOT, transport, image: image.clone() }).unwrap();
+        worker.add(NewQueue { slot: SLOT, transport, image: image.clone() }).unwrap();
         Some(Bed { worker, user, image, file })
     }
 
@@ -273,10 +274,10 @@ fn a_device_goes_once_all_is_answered() {
         assert_eq!(bed.worker.stats(SLOT).unwrap_err().kind(), Kind::NotFound);
         let next = SlotId { generation: 2, ..SLOT };
         let (transport, user) = device(linked);
-        bed.worker.add(Job { slot: next, transport, image: bed.image.clone() }).unwrap();
+        bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).unwrap();
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         let (transport, _) = device(linked);
-        assert!(bed.worker.add(Job { slot: next, transport, image: bed.image.clone() }).is_err());
+        assert!(bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).is_err());
         // A slot that is taken stays its tenant's.
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         user.stop([]);

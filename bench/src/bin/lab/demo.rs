@@ -75,8 +75,8 @@ fn show() -> Result<()> {
     for instance in ["red", "blue"] {
         daemon.run(&["instance", "create", instance])?;
     }
-    let paths = daemon::data_paths()?;
-    say("serve", &format!("instances red and blue; data paths here: {}", paths.join(", ")));
+    let paths = daemon::io_modes()?;
+    say("serve", &format!("instances red and blue; I/O modes here: {}", paths.join(", ")));
 
     let tree = home.path().join("tree");
     let (files, bytes) = gather(&tree)?;
@@ -94,7 +94,7 @@ fn show() -> Result<()> {
         "measure",
         &format!("{ROUNDS} interleaved rounds; each number a median, × is the ratio to kernel loop"),
     );
-    let best = paths.first().cloned().context("the kernel grants no data path")?;
+    let best = paths.first().cloned().context("the kernel supports no I/O mode")?;
     daemon.stop()?;
     let plan = Plan {
         mode: outcome::Mode::Smp,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Device, Room};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use crate::loops::binding::Binding;
 use crate::loops::disk::Disk;
 use crate::loops::parts::Part;
@@ -185,7 +185,7 @@ impl Device {
     }
 
     /// Takes them away for good, as far as they can be had.
-    pub(super) fn end_outgoing(&mut self, when: Stop, room: Room<'_>) {
+    pub(super) fn end_outgoing(&mut self, when: StopMode, room: Room<'_>) {
         self.outgoing.extend(self.cleared.take());
         self.part_outgoing();
         for Outgoing { disk, binding, parts, since, generation, of_part } in
