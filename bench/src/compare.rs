@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail};
 
 use crate::outcome::{Cost, Mode, Outcome, Sample};
-use crate::render::units::plain;
+use crate::units::plain;
 use crate::stats::{median, quotient_interval};
 use crate::summary::{Interval, Verdict};
 

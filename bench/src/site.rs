@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::outcome::{TargetInfo, Warning};
 use crate::store::{Fs, Store};
-use crate::target::{LIMIT, Loops, Module, NULL_BLK, Opened, Place, Target};
+use crate::kernel_module::{Module, NULL_BLK};
+use crate::target::{LIMIT, Loops, Opened, Place, Target};
 use crate::{check, sh};
 
 /// Room for the images of all targets; memory is used as it is written.

@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
+use crate::kernel_module::NULL_BLK;
 use crate::sh;
-use crate::target::NULL_BLK;
 
 const LIMIT: Duration = Duration::from_secs(120);
 const NULLB: &str = "/sys/kernel/config/nullb";

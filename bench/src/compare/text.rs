@@ -4,7 +4,7 @@ use std::fmt::{Display, Formatter, Result};
 
 use super::{Change, Comparison, THRESHOLD};
 use crate::outcome::Mode;
-use crate::render::units::{NOTHING, change as percent, count, plain, ratio, short};
+use crate::units::{NOTHING, change as percent, count, plain, ratio, short};
 use crate::summary::Verdict;
 
 impl Display for Comparison {

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::run::{ATTACH, IDLE, write};
+use crate::raw::{ATTACH, IDLE, write};
 use crate::site::Site;
 
 /// How much of it.

@@ -3,7 +3,7 @@
 //! Knows what a document is made of, not how it is written or what it says.
 
 use super::svg::Plot;
-use super::units::NOTHING;
+use crate::units::NOTHING;
 use crate::summary::Verdict;
 
 pub(super) enum Block {

@@ -7,7 +7,7 @@ use std::fmt::Write;
 
 use super::doc::{Block, Kind, Line, Table};
 use super::svg;
-use super::units::escape;
+use crate::units::escape;
 use crate::summary::Verdict;
 
 const CSS: &str = include_str!("page.css");

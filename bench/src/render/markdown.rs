@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 use super::doc::{Block, Table};
-use super::units::plain;
+use crate::units::plain;
 
 pub(super) fn markdown(blocks: &[Block]) -> String {
     let mut text = String::new();

@@ -19,7 +19,6 @@ mod svg;
 mod terminal;
 #[cfg(test)]
 mod tests;
-pub(crate) mod units;
 
 #[cfg(test)]
 #[path = "../../tests/data/synthetic.rs"]

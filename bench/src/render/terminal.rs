@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use super::units::{contradiction, count, mark, plain, rate, ratio, ratio_of, short, time, wrapped};
+use crate::units::{contradiction, count, mark, plain, rate, ratio, ratio_of, short, time, wrapped};
 use crate::outcome::{JobInfo, Outcome};
 use crate::summary::{Row, Verdict, rows};
 

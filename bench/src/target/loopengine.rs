@@ -41,7 +41,7 @@ impl Target for Ublk {
     fn version(&self) -> Result<String> {
         let version = engine()?;
         // Which paths there are is known only once the driver is there.
-        if UBLK.is_there() {
+        if UBLK.is_loaded() {
             self.check_granted()?;
         }
         Ok(version)

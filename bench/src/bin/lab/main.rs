@@ -148,8 +148,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Bench(options) => bench::bench(&options),
         Command::Gate(options) => bench::gate(&options),
         Command::Report { dir } => {
-            let outcome = collect::collect(&dir.join("raw"))?;
-            render::write(&outcome, &dir).map(|()| 0)
+            render::write(&collect::result(&dir)?, &dir).map(|()| 0)
         }
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
     }

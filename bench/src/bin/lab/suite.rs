@@ -14,12 +14,12 @@ use crate::kernel::Line;
 use crate::programs::{self, Program};
 use crate::setup::{self, Lab};
 use crate::tally::{Tally, failed_names, libtest, nextest, seen};
-use crate::vm::{self, Mode, Vm};
+use crate::vm::{self, Mode, Sink, Vm};
 
 use crate::powercut;
 
 /// What to run.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Options {
     /// Kernel of the kernel cases; both unless given
     #[arg(long, value_enum)]
@@ -133,9 +133,6 @@ impl Phase {
         Ok(Phase { name, tally, time: start.elapsed() })
     }
 }
-
-/// Where output goes, piece by piece.
-pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]);
 
 /// Runs everything that `options` ask for; whether all of it passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {

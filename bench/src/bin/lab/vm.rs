@@ -23,6 +23,9 @@ use crate::setup::Lab;
 
 use crate::cache;
 
+/// Receives output piece by piece.
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]);
+
 /// What the VM's CPUs are like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Mode {
@@ -100,7 +103,7 @@ impl Vm {
         lab: &Lab,
         programs: &[Program],
         command: &str,
-        sink: &mut dyn FnMut(&[u8]),
+        sink: Sink<'_>,
     ) -> Result<i32> {
         let mut running = self.start(lab, programs, command)?;
         loop {

@@ -7,7 +7,7 @@ use crate::outcome::{JobInfo, Outcome};
 use crate::render::doc::{Block, Kind, Table};
 use crate::render::palette::{Palette, Style, ours};
 use crate::render::svg::forest::{Group, forest};
-use crate::render::units::{NOTHING, plain, ratio, ratio_of};
+use crate::units::{NOTHING, plain, ratio, ratio_of};
 use crate::summary::{Row, rows};
 
 /// The jobs that stand for the rest. Where none of them was run, the first few do.

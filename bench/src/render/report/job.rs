@@ -7,7 +7,7 @@ use crate::outcome::{JobInfo, Latency, Mode, Outcome};
 use crate::render::doc::{Block, Line, Table};
 use crate::render::palette::{Palette, RAW};
 use crate::render::svg::{bars::bars, curves, stack::stack};
-use crate::render::units::{
+use crate::units::{
     NOTHING, change, contradiction, count, known, operation, plain, rate, ratio_of, slug, time,
 };
 use crate::stats::percentile;

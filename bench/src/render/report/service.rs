@@ -3,7 +3,7 @@
 use super::{heading, kind};
 use crate::outcome::{Idle, Outcome};
 use crate::render::doc::{Block, Table};
-use crate::render::units::{kib, known, plain, time};
+use crate::units::{kib, known, plain, time};
 use crate::stats::median_and_p99;
 
 pub(super) fn attach(outcome: &Outcome) -> Vec<Block> {

@@ -3,7 +3,7 @@
 use super::{heading, kind};
 use crate::outcome::{Manifest, Mode, Outcome};
 use crate::render::doc::{Block, Table};
-use crate::render::units::{NOTHING, plain};
+use crate::units::{NOTHING, plain};
 
 pub(super) fn head(outcome: &Outcome) -> Vec<Block> {
     let manifest = &outcome.manifest;

@@ -4,7 +4,7 @@ use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::JobInfo;
 use crate::render::palette::Palette;
-use crate::render::units::{self, count, rate};
+use crate::units::{self, count, rate};
 use crate::summary::Row;
 
 const STEP: f64 = 23.0;

@@ -4,7 +4,7 @@ use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::{JobInfo, Latency};
 use crate::render::palette::Palette;
-use crate::render::units::{self, time};
+use crate::units::{self, time};
 use crate::stats;
 
 /// Shares and their names.

@@ -4,7 +4,7 @@ use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::{JobInfo, Outcome};
 use crate::render::palette::Palette;
-use crate::render::units::{self, count};
+use crate::units::{self, count};
 use crate::summary::rows;
 
 const HEIGHT: f64 = 240.0;

@@ -3,7 +3,7 @@
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot, WIDE};
 use crate::render::palette::Style;
-use crate::render::units::ratio;
+use crate::units::ratio;
 use crate::summary::Interval;
 
 /// A job and, a contender, what it reached there.

@@ -14,7 +14,7 @@ pub(super) mod stack;
 use std::fmt::Write;
 
 use super::palette::Style;
-use super::units::{escape, short, slug, wrapped};
+use crate::units::{escape, short, slug, wrapped};
 
 /// Widths of the paper. Shown on 358 of a phone's 390 pixels, text of `SIZE` is still 11 high.
 const NARROW: f64 = 420.0;

@@ -5,7 +5,7 @@ use super::{Anchor, CHARACTER, Plot};
 use crate::outcome::{JobInfo, Mode};
 use crate::render::palette::Style;
 use crate::render::report::cost::{Parts, parts, unit, writer};
-use crate::render::units::operation;
+use crate::units::operation;
 use crate::summary::Row;
 
 const STEP: f64 = 23.0;

@@ -15,9 +15,8 @@ use loopbench::sh;
 use crate::kernel::Line;
 use crate::programs::Program;
 use crate::setup::Lab;
-use crate::suite::Sink;
 use crate::tally::Tally;
-use crate::vm::{Mode, Vm};
+use crate::vm::{Mode, Sink, Vm};
 
 /// Promises to wait for; the cut comes in the middle of the next.
 const PROMISES: usize = 300;
