@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Turns raw files into an outcome: reports of fio become samples, latencies of all rounds are merged.
 //!
 //! Reads raw files; measures nothing.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Kernel modules that targets and the store need.
 //!
 //! Loads modules with modprobe and names the missing one. Knows nothing of what uses a module.

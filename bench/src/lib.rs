@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The harness that compares loopengine with the kernel's loop driver, FUSE and others, by fio.
 //!
 //! ```text

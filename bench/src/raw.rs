@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Raw files of a run: what fio and the other measurements reported, one JSON file per step.
 //!
 //! ```text

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A run: rounds of jobs over targets that are set up, interleaved, and raw files as they come.
 //!
 //! A A' B B' would compare minutes with minutes; A B A B compares neighbours: each round takes every
@@ -154,8 +155,13 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
 
 /// One job on all targets that are able to; each by itself if fio will not run on all.
 fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Round> {
-    let mut raw =
-        Round { round, job: job.name.into(), fio: Vec::new(), spent: BTreeMap::new(), failed: BTreeMap::new() };
+    let mut raw = Round {
+        round,
+        job: job.name.into(),
+        fio: Vec::new(),
+        spent: BTreeMap::new(),
+        failed: BTreeMap::new(),
+    };
     match start(job, sets, length, scratch, &mut raw) {
         Ok(()) => return Ok(raw),
         Err(error) => {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A backing store for tests and figures: a file system on a memory-backed null_blk device, for
 //! real direct I/O that nothing else uses.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Numbers and names for people.
 //!
 //! Knows units, and what must not reach a terminal or a page as it is; not what is written.

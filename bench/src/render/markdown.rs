@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The document as `report.md`, for GitHub and for plain reading.
 //!
 //! Everything that comes from data is escaped: it is text, never markup.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine, by its public program: over ublk on each path of its ladder, and over FUSE.
 //!
 //! A daemon each, so that what it costs can be told.

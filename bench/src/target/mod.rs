@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is measured: each target is one small file behind one trait.
 //!
 //! Every target gets images of its own, preallocated and written, on the same store. Its block

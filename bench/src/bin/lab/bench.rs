@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab bench` and `lab gate`: `loopbench` in a VM, and what only this side knows about it.
 //!
 //! Boots the VM (for `icount` the sealed one), says which revision was measured with what, and has the library write

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab test`: every test there is, and one line of totals at the end.
 //!
 //! Unit, property and command-line tests run on this machine; kernel cases in a VM of each kernel;

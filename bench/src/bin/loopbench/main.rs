@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopbench`: measures loopengine, the kernel's loop driver, FUSE and others by fio, side by side.
 //!
 //! This file knows the command line only. `cargo lab bench` runs it in a VM of the lab.
@@ -116,9 +117,7 @@ fn execute(command: Command) -> Result<u8> {
             say(&comparison.to_string());
             Ok(u8::from(comparison.slower()))
         }
-        Command::Gate { dir, baseline, accept } => {
-            gate::run(&collect::result(&dir)?, &baseline, accept)
-        }
+        Command::Gate { dir, baseline, accept } => gate::run(&collect::result(&dir)?, &baseline, accept),
     }
 }
 

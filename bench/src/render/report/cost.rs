@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where the cost of an operation lies.
 
 use crate::outcome::{Cost, Mode};

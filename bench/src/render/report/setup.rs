@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What was measured, where, and how much that is worth.
 
 use super::{heading, kind};

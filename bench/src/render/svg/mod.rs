@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Plots as SVG, drawn for a phone's width and for a desk's, light or dark, with a title and a
 //! description for those who do not see them.
 //!

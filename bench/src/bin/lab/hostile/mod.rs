@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab hostile`: hostile clients of all kinds in a VM, beside a tenant and an administrator who mean well.
 //!
 //! ```text

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power cuts: what the guest was told is durable must be there after its machine was killed.
 //!
 //! Boots a VM with a disk, lets the guest write through a device of the engine, kills
