@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is looked at before figures are believed: each thing that is wrong is a warning with
 //! advice, which goes into the report.
 //!

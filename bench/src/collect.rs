@@ -1,9 +1,9 @@
-//! From raw files to an outcome: what fio said becomes samples, latencies of all rounds are merged.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Turns raw files into an outcome: reports of fio become samples, latencies of all rounds are merged.
 //!
-//! Reads a directory of raw files; measures nothing.
+//! Reads raw files; measures nothing.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -13,17 +13,22 @@ use crate::cost::Spent;
 use crate::fio::{self, Values};
 use crate::job;
 use crate::outcome::{Cost, Latency, Manifest, Mode, Outcome, SCHEMA, Sample, TargetInfo};
-use crate::run::{ATTACH, FACTS, Facts, IDLE, ROUND, Raw, read};
+use crate::raw::{self, ATTACH, FACTS, Facts, IDLE, Round, read};
 
-/// What was measured and left in `raw`.
+/// The outcome of the result in `dir`, whose raw files may be packed.
+pub fn result(dir: &Path) -> Result<Outcome> {
+    collect(raw::open(dir)?.path())
+}
+
+/// The outcome of the raw files in the directory `raw`.
 pub fn collect(raw: &Path) -> Result<Outcome> {
     let facts: Facts = read(raw, FACTS)?
         .with_context(|| format!("{} has no {FACTS}: nothing was measured", raw.display()))?;
     let mut targets = facts.targets;
     let (mut samples, mut histograms) =
         (Vec::new(), BTreeMap::<(String, String), Vec<Histogram<u64>>>::new());
-    for name in files(raw)? {
-        let Some(one) = read::<Raw>(raw, &name)? else { continue };
+    for name in raw::round_files(raw)? {
+        let Some(one) = read::<Round>(raw, &name)? else { continue };
         for (target, why) in &one.failed {
             give_up(&mut targets, target, &one.job, why);
         }
@@ -74,16 +79,6 @@ pub fn collect(raw: &Path) -> Result<Outcome> {
         attach: read(raw, ATTACH)?.unwrap_or_default(),
         idle: read(raw, IDLE)?.unwrap_or_default(),
     })
-}
-
-/// Names of the files of rounds, in their order.
-fn files(raw: &Path) -> Result<Vec<String>> {
-    let entries = fs::read_dir(raw).with_context(|| format!("cannot read {}", raw.display()))?;
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut names: Vec<String> =
-        names.filter(|name| name.starts_with(ROUND) && name.ends_with(".json")).collect();
-    names.sort();
-    Ok(names)
 }
 
 fn give_up(targets: &mut [TargetInfo], target: &str, job: &str, why: &str) {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Two results beside each other: what became slower, row by row.
 //!
 //! On machines it compares ratios to the reference: what made the whole machine faster or slower
@@ -11,9 +12,9 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail};
 
 use crate::outcome::{Cost, Mode, Outcome, Sample};
-use crate::render::units::plain;
 use crate::stats::{median, quotient_interval};
 use crate::summary::{Interval, Verdict};
+use crate::units::plain;
 
 /// In `icount` less than this is no difference: the lab's sealed machine repeats exactly, but another build lays
 /// out code and data elsewhere.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a process has cost so far: CPU time and context switches of all its threads.
 //!
 //! Reads /proc. Kernel helper threads of io_uring are threads of the process.

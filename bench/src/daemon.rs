@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program under test, by its public command line: a daemon, and devices attached to it.
 //!
 //! Needs `loopengine` on PATH, root and ublk. Dropping the daemon ends it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Whether an I/O costs more instructions than the committed baseline says.
 //!
 //! Of a run in `icount`, where an instruction takes 1 ns: instructions = 10⁹ / IOPS. What is not

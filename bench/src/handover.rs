@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Files that leave a machine whose disk nobody sees: a line each with name and length, then the bytes.
 //!
 //! Knows nothing of what is in them. One side is `send`, in the machine; the other, outside, is `Inbox`.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The questions: each is one plain fio file of `fio-jobs/`, which anyone can run by hand.
 //!
 //! Knows the files and what each needs of a target; does not run them (that is `fio`).

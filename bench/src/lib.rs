@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The harness that compares loopengine with the kernel's loop driver, FUSE and others, by fio.
 //!
 //! ```text
@@ -17,10 +18,12 @@ pub mod fio;
 pub mod gate;
 pub mod handover;
 pub mod job;
+mod kernel_module;
 pub mod measure;
 pub mod outcome;
 pub mod plan;
 pub mod progress;
+pub mod raw;
 pub mod render;
 pub mod run;
 pub mod sh;
@@ -29,4 +32,5 @@ pub mod stats;
 pub mod store;
 pub mod summary;
 pub mod target;
+mod units;
 pub mod varlink;

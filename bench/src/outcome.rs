@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a run of `loopbench` found, as it is kept: `result.json`.
 //!
 //! Pure data, described field by field in `bench/RESULT.md`. Adding a field with a default is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is to be measured, as the command line says it, and for how long that takes.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How far a run is, and for how long it will go on: a bar on a terminal, plain lines without one.
 
 use std::io::IsTerminal;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A run: rounds of jobs over targets that are set up, interleaved, and raw files as they come.
 //!
 //! A A' B B' would compare minutes with minutes; A B A B compares neighbours: each round takes every
@@ -10,18 +11,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::cost::{Reading, Spent};
+use crate::cost::Reading;
 use crate::fio::{self, Length};
 use crate::job::{Job, Needs};
 use crate::measure::{self, Extras};
-use crate::outcome::{JobInfo, Manifest, Mode, TargetInfo, Warning};
+use crate::outcome::{Manifest, Mode};
 use crate::progress::Progress;
+use crate::raw::{self, FACTS, Facts, Round};
 use crate::site::{Set, Site};
 use crate::target::{self, Kind, MANY, Target};
-use crate::{check, handover, sh, site};
+use crate::{check, sh, site};
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -39,35 +40,6 @@ pub struct Plan {
     /// For the manifest.
     pub notes: BTreeMap<String, String>,
 }
-
-/// What a run knows before its first round.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-pub struct Facts {
-    pub manifest: Manifest,
-    pub warnings: Vec<Warning>,
-    pub targets: Vec<TargetInfo>,
-    pub jobs: Vec<JobInfo>,
-}
-
-/// One job in one round.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Raw {
-    pub round: u32,
-    pub job: String,
-    /// What fio said; several times, if it had to be started for each target.
-    pub fio: Vec<Value>,
-    /// What the processes that serve the targets spent, the ramp included, by target.
-    pub spent: BTreeMap<String, Spent>,
-    /// Why fio would not run, by target.
-    pub failed: BTreeMap<String, String>,
-}
-
-/// Its file in the directory of raw files.
-pub const FACTS: &str = "facts.json";
-pub const ATTACH: &str = "attach.json";
-pub const IDLE: &str = "idle.json";
-/// What raw files of rounds begin with.
-pub const ROUND: &str = "round-";
 
 /// Size of each of the many devices, in MiB.
 const MANY_MB: u32 = 4;
@@ -132,7 +104,7 @@ pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
     if resume {
         same_run(&facts, out)?;
     }
-    write(out, FACTS, &facts)?;
+    raw::write(out, FACTS, &facts)?;
     let measured = rounds(plan, &mut sets, &site, out);
     // Everything goes before the extras: they make devices of their own.
     sets.clear();
@@ -143,12 +115,11 @@ pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
         Err(error) => return Err(error),
     };
     facts.manifest.complete = complete;
-    write(out, FACTS, &facts)?;
+    raw::write(out, FACTS, &facts)?;
     Ok(complete)
 }
 
 fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> {
-    let file = |round: u32, job: &Job| format!("{ROUND}{round:02}-{}.json", job.name);
     let (able, unable): (Vec<&Job>, Vec<&Job>) =
         plan.jobs.iter().partition(|job| sets.iter().any(|set| fits(job, set)));
     for job in unable {
@@ -157,7 +128,7 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
     let mut steps: Vec<(u32, &Job)> =
         (0..plan.rounds).flat_map(|round| able.iter().map(move |job| (round, *job))).collect();
     let all = steps.len();
-    steps.retain(|(round, job)| !out.join(file(*round, job)).exists());
+    steps.retain(|(round, job)| !out.join(raw::round_file(*round, job.name)).exists());
     let mut progress = Progress::new(all, all - steps.len());
     let mut broken: Vec<(&str, String)> = Vec::new();
     for (round, job) in steps {
@@ -171,21 +142,26 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
         }
         let turn = round as usize % able.len();
         able.rotate_left(turn);
-        let raw = one(job, round, &able, plan.length, &site.scratch())?;
-        for (target, why) in &raw.failed {
+        let measured = one(job, round, &able, plan.length, &site.scratch())?;
+        for (target, why) in &measured.failed {
             progress.say(&format!("{target}: {}: {why}", job.name));
             broken.push((job.name, target.clone()));
         }
-        write(out, &file(round, job), &raw)?;
+        raw::write(out, &raw::round_file(round, job.name), &measured)?;
         progress.step(&what);
     }
     Ok(())
 }
 
 /// One job on all targets that are able to; each by itself if fio will not run on all.
-fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Raw> {
-    let mut raw =
-        Raw { round, job: job.name.into(), fio: Vec::new(), spent: BTreeMap::new(), failed: BTreeMap::new() };
+fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Round> {
+    let mut raw = Round {
+        round,
+        job: job.name.into(),
+        fio: Vec::new(),
+        spent: BTreeMap::new(),
+        failed: BTreeMap::new(),
+    };
     match start(job, sets, length, scratch, &mut raw) {
         Ok(()) => return Ok(raw),
         Err(error) => {
@@ -206,7 +182,7 @@ fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> 
     Ok(raw)
 }
 
-fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Raw) -> Result<()> {
+fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Round) -> Result<()> {
     let opened = |set: &&Set| {
         let opened = set.opened.clone()?;
         Some(fio::Place { name: set.info.name.clone(), path: opened.path, many: opened.many })
@@ -277,7 +253,7 @@ pub fn cpu_model(cpuinfo: &str) -> Option<&str> {
 
 /// What was measured before must have been the same.
 fn same_run(now: &Facts, out: &Path) -> Result<()> {
-    let Some(before) = read::<Facts>(out, FACTS)? else { return Ok(()) };
+    let Some(before) = raw::read::<Facts>(out, FACTS)? else { return Ok(()) };
     let key = |facts: &Facts| {
         let manifest = &facts.manifest;
         let names: Vec<String> = facts.jobs.iter().map(|job| job.name.clone()).collect();
@@ -292,31 +268,6 @@ fn same_run(now: &Facts, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A raw file, if it was left.
-pub fn read<T: serde::de::DeserializeOwned>(raw: &Path, name: &str) -> Result<Option<T>> {
-    match fs::read(raw.join(name)) {
-        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes).with_context(|| format!("{name} is damaged"))?)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("cannot read {name}")),
-    }
-}
-
-/// Writes a raw file in one step: a run that is ended in between leaves none that is half written. Outside of a
-/// machine whose disk nobody sees it is known at once, too.
-pub fn write<T: Serialize>(out: &Path, name: &str, value: &T) -> Result<()> {
-    let bytes = serde_json::to_vec(value)?;
-    keep(out, name, &bytes)?;
-    handover::send(name, &bytes).with_context(|| format!("cannot hand {name} on"))
-}
-
-/// The same of a raw file that was written before.
-pub fn keep(out: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let (path, new) = (out.join(name), out.join(format!("{name}.new")));
-    fs::write(&new, bytes)
-        .and_then(|()| fs::rename(&new, &path))
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -325,15 +276,5 @@ mod tests {
     fn the_cpu_is_named() {
         assert_eq!(cpu_model("vendor_id\t: X\nmodel name\t: Fast CPU @ 3 GHz\n"), Some("Fast CPU @ 3 GHz"));
         assert_eq!(cpu_model(""), None);
-    }
-
-    #[test]
-    fn raw_files_come_back_and_damaged_ones_are_errors() {
-        let raw = tempfile::tempdir().unwrap();
-        write(raw.path(), "a.json", &vec![1, 2]).unwrap();
-        assert_eq!(read::<Vec<u32>>(raw.path(), "a.json").unwrap(), Some(vec![1, 2]));
-        assert!(read::<Vec<u32>>(raw.path(), "none.json").unwrap().is_none());
-        fs::write(raw.path().join("b.json"), "[1,").unwrap();
-        assert!(read::<Vec<u32>>(raw.path(), "b.json").unwrap_err().to_string().contains("b.json"));
     }
 }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Running other programs: every run has a deadline, ends on Ctrl-C, and fails with one line that
 //! names the program and the last thing it said.
 //!

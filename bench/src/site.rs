@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where a run takes place: a store for images, a directory for the rest, the targets set up there.
 //!
 //! Whatever is set up is taken away when this is dropped, last things first.
@@ -7,9 +8,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::kernel_module::{Module, NULL_BLK};
 use crate::outcome::{TargetInfo, Warning};
 use crate::store::{Fs, Store};
-use crate::target::{LIMIT, Loops, Module, NULL_BLK, Opened, Place, Target};
+use crate::target::{LIMIT, Loops, Opened, Place, Target};
 use crate::{check, sh};
 
 /// Room for the images of all targets; memory is used as it is written.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What can be said of a few measurements: their median, and how far it may be off.
 //!
 //! Pure, and the same for the same numbers: resampling starts from a fixed seed.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A backing store for tests and figures: a file system on a memory-backed null_blk device, for
 //! real direct I/O that nothing else uses.
 //!
@@ -10,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
+use crate::kernel_module::NULL_BLK;
 use crate::sh;
-use crate::target::NULL_BLK;
 
 const LIMIT: Duration = Duration::from_secs(120);
 const NULLB: &str = "/sys/kernel/config/nullb";

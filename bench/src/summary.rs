@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From samples to what can be said: medians, ratios taken within a round, and whether a
 //! difference was shown.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One varlink call with a file descriptor, as any client of the daemon's socket makes it.
 //!
 //! Here because starting a program takes an emulated CPU longer than attaching a device.

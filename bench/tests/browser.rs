@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The report, read by a real browser as wide as a phone and as wide as a desk.
 //!
 //! Knows what must hold of any report: nothing wider than the screen, no text too small to read or

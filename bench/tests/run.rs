@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs of `loopbench` on this machine, without a VM: what comes out, and that nothing stays.
 //!
 //! Needs root, fio and the kernel's loop driver; says so where they are missing. QEMU's and the

@@ -1,11 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A comparison as text for a terminal or a log: a line a change, a block a job.
 
 use std::fmt::{Display, Formatter, Result};
 
 use super::{Change, Comparison, THRESHOLD};
 use crate::outcome::Mode;
-use crate::render::units::{NOTHING, change as percent, count, plain, ratio, short};
 use crate::summary::Verdict;
+use crate::units::{NOTHING, change as percent, count, plain, ratio, short};
 
 impl Display for Comparison {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {

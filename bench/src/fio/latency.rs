@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Distributions of latencies: merged over rounds, percentiles, and the form in which a result
 //! keeps them.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! fio: a job file of `fio-jobs/`, run on several places one after another in a single start of
 //! fio. Starting fio takes seconds where the CPU is emulated, so it starts once a job.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tests: what real runs of fio reported.
 //!
 //! How the recordings were made: `bench/tests/data/fio/README.md`.

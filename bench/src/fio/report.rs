@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What fio reports, as `--output-format=json+`, turned into figures.
 //!
 //! Knows fio's fields and units; does not run it. Whatever a version adds is ignored, whatever it

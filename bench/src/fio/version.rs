@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which fio is installed, and whether it will do.
 //!
 //! Knows nothing of jobs.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From the call that attaches an image until its first block is read, and from the call that
 //! detaches it until it is gone.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory and CPU time of a daemon whose devices nobody uses.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What fio does not measure: how long attaching takes, and what devices cost that nobody uses.
 //!
 //! Starts daemons of its own and leaves raw files.
@@ -9,7 +10,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::run::{ATTACH, IDLE, write};
+use crate::raw::{ATTACH, IDLE, write};
 use crate::site::Site;
 
 /// How much of it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `result.csv`: a line a sample, for spreadsheets and R.
 //!
 //! Plain numbers in base units; what cannot be told is empty.

@@ -1,10 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A document as blocks: what the page and the Markdown have in common.
 //!
 //! Knows what a document is made of, not how it is written or what it says.
 
 use super::svg::Plot;
-use super::units::NOTHING;
 use crate::summary::Verdict;
+use crate::units::NOTHING;
 
 pub(super) enum Block {
     /// Level 1 is the document's title.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The document as `report.html`: one file that asks the network for nothing.
 //!
 //! No script. Everything that comes from data is escaped. Well-formed as XML too, so that a test
@@ -7,8 +8,8 @@ use std::fmt::Write;
 
 use super::doc::{Block, Kind, Line, Table};
 use super::svg;
-use super::units::escape;
 use crate::summary::Verdict;
+use crate::units::escape;
 
 const CSS: &str = include_str!("page.css");
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The document as `report.md`, for GitHub and for plain reading.
 //!
 //! Everything that comes from data is escaped: it is text, never markup.
@@ -5,7 +6,7 @@
 use std::fmt::Write;
 
 use super::doc::{Block, Table};
-use super::units::plain;
+use crate::units::plain;
 
 pub(super) fn markdown(blocks: &[Block]) -> String {
     let mut text = String::new();

@@ -1,14 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ways to write a result down: for a terminal, as a page, as files that other programs read.
 //!
 //! ```text
 //!   outcome ─┬─ report: blocks of a document ─┬─ markdown: report.md
 //!            │     └ svg: its plots           └─ html: report.html
-//!            ├─ terminal
+//!            ├─ terminal, brief
 //!            └─ csv, and JSON: result.json
 //! ```
 //! Knows files and what is in them. Takes no measurement, and no conclusion that `summary` does
 //! not draw.
 
+mod brief;
 mod csv;
 mod doc;
 mod html;
@@ -19,7 +21,6 @@ mod svg;
 mod terminal;
 #[cfg(test)]
 mod tests;
-pub(crate) mod units;
 
 #[cfg(test)]
 #[path = "../../tests/data/synthetic.rs"]
@@ -32,6 +33,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
+pub use self::brief::brief;
 pub use self::terminal::terminal;
 use crate::outcome::{self, Outcome};
 
@@ -90,7 +92,7 @@ fn usable(outcome: &Outcome) -> Cow<'_, Outcome> {
     outcome.samples.retain(fine);
     outcome.warnings.push(outcome::Warning {
         what: format!("{bad} samples are not numbers and were left out"),
-        advice: "look at what fio wrote, in raw/".into(),
+        advice: "see the reports of fio in raw/ or raw.tar.gz".into(),
     });
     Cow::Owned(outcome)
 }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which colour, dash and marker a target has, in every plot of a result.
 //!
 //! Colours are Okabe and Ito's, which colour-blind readers tell apart, some a little darker so that

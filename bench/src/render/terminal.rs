@@ -1,12 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The summary that ends a run: a block a job, 80 columns.
 //!
 //! No colour: it is as readable in a log as in a terminal.
 
 use std::fmt::Write;
 
-use super::units::{contradiction, count, mark, plain, rate, ratio, ratio_of, short, time, wrapped};
 use crate::outcome::{JobInfo, Outcome};
 use crate::summary::{Row, Verdict, rows};
+use crate::units::{contradiction, count, mark, plain, rate, ratio, ratio_of, short, time, wrapped};
 
 /// Longer names are cut.
 const NAME: usize = 32;

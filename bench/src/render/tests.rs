@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What holds of everything that is written, whatever the result.
 
 use std::fs;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! ext4 in the image: mounted by the kernel from a loop device or one of the engine's, and served
 //! by fuse2fs.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's loop driver, with direct I/O and through the page cache.
 
 use std::cell::RefCell;

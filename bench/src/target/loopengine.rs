@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine, by its public program: over ublk on each path of its ladder, and over FUSE.
 //!
 //! A daemon each, so that what it costs can be told.
@@ -41,7 +42,7 @@ impl Target for Ublk {
     fn version(&self) -> Result<String> {
         let version = engine()?;
         // Which paths there are is known only once the driver is there.
-        if UBLK.is_there() {
+        if UBLK.is_loaded() {
             self.check_granted()?;
         }
         Ok(version)

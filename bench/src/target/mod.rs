@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is measured: each target is one small file behind one trait.
 //!
 //! Every target gets images of its own, preallocated and written, on the same store. Its block
@@ -16,8 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 
+use crate::kernel_module::{FUSE, LOOP, Module, NBD, NULL_BLK, UBLK, release as kernel};
 use crate::{daemon, sh, store};
 
 pub use kernel_loop::{LoopDevice, Loops};
@@ -190,56 +192,6 @@ pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())
 }
 
-/// A module of the kernel, which may be built in.
-#[derive(Clone, Copy, Debug)]
-pub struct Module {
-    /// With its options.
-    name: &'static str,
-    /// The file that shows that it is there.
-    sign: &'static str,
-}
-
-pub(crate) const LOOP: Module = Module { name: "loop", sign: "/dev/loop-control" };
-pub(crate) const FUSE: Module = Module { name: "fuse", sign: "/dev/fuse" };
-pub(crate) const UBLK: Module = Module { name: "ublk_drv", sign: "/dev/ublk-control" };
-pub(crate) const NULL_BLK: Module = Module { name: "null_blk nr_devices=0", sign: "/sys/module/null_blk" };
-pub(crate) const NBD: Module = Module { name: "nbd nbds_max=32", sign: "/sys/block/nbd0" };
-
-impl Module {
-    /// Loads it unless it is there.
-    pub(crate) fn load(self) -> Result<()> {
-        self.modprobe(&["-q"])?;
-        if self.is_there() { Ok(()) } else { Err(self.missing()) }
-    }
-
-    /// Whether `load` would find it; changes nothing.
-    pub(crate) fn check(self) -> Result<()> {
-        self.modprobe(&["-q", "--dry-run"])
-    }
-
-    fn is_there(self) -> bool {
-        Path::new(self.sign).exists()
-    }
-
-    fn modprobe(self, options: &[&str]) -> Result<()> {
-        if self.is_there() {
-            return Ok(());
-        }
-        let mut command = Command::new(sh::which("modprobe")?);
-        sh::capture(command.args(options).args(self.name.split(' ')), LIMIT)
-            .map(drop)
-            .map_err(|_| self.missing())
-    }
-
-    fn missing(self) -> anyhow::Error {
-        let name = self.name.split(' ').next().unwrap_or(self.name);
-        anyhow!(
-            "this kernel ({}) has no module {name}; `cargo lab bench` measures in a VM that has all",
-            kernel()
-        )
-    }
-}
-
 /// The version of what is behind `target`, or why it is unavailable here, as far as that can be told without
 /// setting it up.
 pub(crate) fn check(target: &dyn Target) -> Result<String> {
@@ -329,11 +281,6 @@ pub fn all() -> Vec<Box<dyn Target>> {
     targets.push(Box::new(ext4::Ext4::on_loopengine()));
     targets.push(Box::new(ext4::Fuse2fs::default()));
     targets
-}
-
-/// The version of the kernel, for what is part of it.
-pub(crate) fn kernel() -> String {
-    format!("Linux {}", rustix::system::uname().release().to_string_lossy())
 }
 
 /// The version of loopengine on PATH.

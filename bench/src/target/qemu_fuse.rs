@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! QEMU's storage daemon, exporting an image as a file over FUSE.
 
 use std::path::{Path, PathBuf};

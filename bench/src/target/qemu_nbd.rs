@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The kernel's network block device, served by qemu-nbd on this machine.
 
 use std::path::{Path, PathBuf};

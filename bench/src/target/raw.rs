@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The store itself: a file on it, and a block device like the one below it.
 
 use anyhow::Result;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! rublk, another loop device over ublk, where it is installed.
 
 use std::path::PathBuf;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A result as a long run would have it, made of chance: twelve targets, eight jobs.
 //!
 //! For tests of what is written about it; its numbers are plausible, and mean nothing.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab bench` and `lab gate`: `loopbench` in a VM, and what only this side knows about it.
 //!
 //! Boots the VM (for `icount` the sealed one), says which revision was measured with what, and has the library write
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use loopbench::job::Job;
 use loopbench::outcome::Outcome;
-use loopbench::run::Facts;
-use loopbench::{collect, daemon, gate, render, run, sh};
+use loopbench::raw::Facts;
+use loopbench::{collect, daemon, gate, raw, render, run, sh};
 
 use crate::kernel::Line;
 use crate::programs::Program;
@@ -57,7 +58,7 @@ pub(crate) struct Options {
 pub(crate) struct Gate {
     /// Make what is measured the new baseline
     #[arg(long)]
-    accept: bool,
+    pub(crate) accept: bool,
 }
 
 /// The machine on which `loopbench` runs.
@@ -113,6 +114,9 @@ pub(crate) fn bench(options: &Options) -> Result<u8> {
         let start = Instant::now();
         let outcome = measure(&stage, &words, &out, options.resume)?;
         render::write(&outcome, &out)?;
+        if outcome.manifest.complete {
+            raw::pack(&out)?;
+        }
         println!("\n{}", render::terminal(&outcome));
         println!("{} min; written to {}\n", start.elapsed().as_secs().div_ceil(60), out.display());
     }
@@ -153,10 +157,12 @@ pub(crate) fn gate(options: &Gate) -> Result<u8> {
 
 /// Runs `loopbench` with `words` on the stage, and collects what it leaves.
 fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Result<Outcome> {
-    let raw = out.join("raw");
-    if raw.exists() && !resume {
-        fs::remove_dir_all(&raw)?;
+    if resume {
+        raw::unpack(out)?;
+    } else {
+        raw::remove(out)?;
     }
+    let raw = out.join(raw::DIRECTORY);
     fs::create_dir_all(&raw).with_context(|| format!("cannot make {}", raw.display()))?;
     let out = out.canonicalize()?;
     let line = |out: &str| {
@@ -185,7 +191,7 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
             machine.run(&lab, &with_peers(stage.programs), &sh::quote(&line), &mut vm::to_stdout)?
         }
     };
-    if status != 0 && !raw.join(run::FACTS).exists() {
+    if status != 0 && !raw.join(raw::FACTS).exists() {
         bail!("measuring failed with status {status}");
     }
     if status != 0 {
@@ -199,7 +205,7 @@ const SEALED_OUT: &str = "out";
 
 /// Runs `line` in the sealed machine and keeps each raw file in `raw` as it comes. All that differs from run to run, the
 /// notes and the day, stays outside.
-fn sealed(stage: &Stage<'_>, line: &[String], raw: &Path) -> Result<i32> {
+fn sealed(stage: &Stage<'_>, line: &[String], into: &Path) -> Result<i32> {
     let lab = setup::ensure_all()?;
     let machine = Sealed {
         kernel: lab.kernel(stage.kernel)?,
@@ -209,7 +215,7 @@ fn sealed(stage: &Stage<'_>, line: &[String], raw: &Path) -> Result<i32> {
     };
     let mut tree = sealed::tree(&lab, &machine.kernel, stage.programs)?;
     // What a run that goes on has.
-    for entry in fs::read_dir(raw)? {
+    for entry in fs::read_dir(into)? {
         let entry = entry?;
         tree.file(
             &format!("{SEALED_OUT}/raw/{}", entry.file_name().to_string_lossy()),
@@ -218,7 +224,7 @@ fn sealed(stage: &Stage<'_>, line: &[String], raw: &Path) -> Result<i32> {
     }
     let date = today()?;
     let mut keep = |name: &str, bytes: &[u8]| match name {
-        run::FACTS => {
+        raw::FACTS => {
             let mut facts: Facts = serde_json::from_slice(bytes)?;
             facts.manifest.date.clone_from(&date);
             for (key, value) in &stage.notes {
@@ -227,9 +233,9 @@ fn sealed(stage: &Stage<'_>, line: &[String], raw: &Path) -> Result<i32> {
                     _ => drop(facts.manifest.notes.insert((*key).to_owned(), value.clone())),
                 }
             }
-            run::keep(raw, name, &serde_json::to_vec(&facts)?)
+            raw::keep(into, name, &serde_json::to_vec(&facts)?)
         }
-        _ => run::keep(raw, name, bytes),
+        _ => raw::keep(into, name, bytes),
     };
     let line = format!("loopbench {}", sh::quote(line));
     machine.run(&lab, tree, &line, Out { text: &mut vm::to_stdout, file: &mut keep })

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where the lab keeps what it has fetched.
 //!
 //! Knows directories only, not what lies in them.

@@ -1,7 +1,8 @@
-//! `lab demo`: real file systems in real images, and a short table.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `lab demo`: serves file systems in images, checks them, and compares with kernel loop.
 //!
-//! Runs where ublk is: on this machine if it has it, else in the lab's VM. Cleans up after itself
-//! on every way out.
+//! Runs on this machine if it has ublk, else in a VM of the lab. Says first what it will do and how
+//! long that takes. Leaves nothing behind, whether it succeeds or fails.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,10 +20,11 @@ use loopbench::store::{Fs, Store};
 use loopbench::{collect, outcome, render, sh, target};
 
 use crate::kernel::Line;
+use crate::steps::Steps;
 use crate::vm::{self, Mode, Vm};
 use crate::{programs, setup, tenants};
 
-/// What to show, and where.
+/// Where to run.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Kernel of the VM
@@ -31,19 +33,20 @@ pub(crate) struct Options {
     /// Use a VM even if this machine has ublk
     #[arg(long)]
     vm: bool,
-    /// This is where to run, with loopengine on PATH
+    /// Run here, with loopengine on PATH
     #[arg(long, hide = true)]
     inside: bool,
 }
 
 const TOOL_LIMIT: Duration = Duration::from_secs(180);
-/// What is copied: enough to be real, little enough for an emulated CPU.
+/// Limits of the files that are copied: an emulated CPU is slow.
 const TREE_BYTES_MAX: u64 = 24 << 20;
 const TREE_FILES_MAX: usize = 300;
 const TREE_SOURCES: [&str; 3] = ["/etc", "/usr/share/doc", "/usr/lib/x86_64-linux-gnu"];
 /// mkfs.xfs refuses less than 300 MB. Sparse: it takes what is written.
 const IMAGE: &str = "320M";
-const ROUNDS: u32 = 3;
+/// Five rounds are the fewest that give an interval; seven make it narrower.
+const ROUNDS: u32 = 7;
 const JOBS: [&Job; 3] = [&job::QD1, &job::QD32, &job::SEQ];
 
 /// Runs the demo; its exit code.
@@ -51,18 +54,54 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     if options.inside {
         return show().map(|()| 0);
     }
-    if !options.vm && daemon::can_run_here() {
-        println!("This machine has ublk: the demo runs on it.\n");
-        let mut again = programs::again(&programs::build()?, &["demo", "--inside"])?;
+    let here = !options.vm && daemon::can_run_here();
+    let steps = Steps::start();
+    announce(options, here)?;
+    if here {
+        steps.begin("build");
+        let programs = programs::build()?;
+        steps.begin("demo");
+        let mut again = programs::again(&programs, &["demo", "--inside"])?;
         let (status, _) = sh::tee(&mut again, vm::LIMIT)?;
         return Ok(if status.success() { 0 } else { 1 });
     }
+    steps.begin("set up");
     let lab = setup::ensure()?;
     let kernel = lab.kernel(options.kernel)?;
-    println!("No ublk here: the demo runs in a throw-away VM with Linux {}.\n", kernel.release);
+    steps.begin("build");
+    let programs = programs::build()?;
+    steps.begin(&format!("boot Linux {} in QEMU, about 15 s", kernel.release));
     let machine = Vm::new(kernel, Mode::Smp);
-    let status = machine.run(&lab, &programs::build()?, "lab demo --inside", &mut vm::to_stdout)?;
+    let status = machine.run(&lab, &programs, "lab demo --inside", &mut vm::to_stdout)?;
+    println!("{} s in all.", steps.seconds());
     Ok(u8::try_from(status).unwrap_or(1))
+}
+
+/// Says what the demo will do, and for how long.
+fn announce(options: &Options, here: bool) -> Result<()> {
+    if here {
+        println!(
+            "This machine has ublk: the demo runs on it. It takes about a minute, plus the build.\n\
+             \x20 build   loopengine and the lab: minutes the first time\n\
+             \x20 demo    serves two instances, makes file systems, verifies checksums, compares with kernel loop"
+        );
+        return Ok(());
+    }
+    let kernel = options.kernel.name();
+    let set_up = setup::missing()?;
+    let set_up = if set_up.is_empty() {
+        "nothing, all is installed".to_owned()
+    } else {
+        format!("about 2 min: {}", set_up.join("; "))
+    };
+    println!(
+        "The demo runs in a throw-away VM with Linux {kernel}: about 5 min, more the first time.\n\
+         \x20 set up  {set_up}\n\
+         \x20 build   loopengine and the lab: minutes the first time\n\
+         \x20 boot    a Debian kernel with ublk in QEMU, on emulated CPUs\n\
+         \x20 demo    serves two instances, makes file systems, verifies checksums, compares with kernel loop"
+    );
+    Ok(())
 }
 
 fn show() -> Result<()> {
@@ -70,13 +109,13 @@ fn show() -> Result<()> {
     let home = tempfile::Builder::new().prefix("loopengine-demo-").tempdir_in("/run")?;
     let place = home.path().join("store");
     let _store = Store::new(Fs::Xfs, 900, &place)?;
-    say("store", "XFS in memory (null_blk), for the images to lie on");
+    say("store", "XFS on a memory-backed null_blk device holds the images");
     let daemon = Daemon::start(&home.path().join("loopengine"))?;
     for instance in ["red", "blue"] {
         daemon.run(&["instance", "create", instance])?;
     }
     let paths = daemon::io_modes()?;
-    say("serve", &format!("instances red and blue; I/O modes here: {}", paths.join(", ")));
+    say("serve", &format!("instances red and blue; I/O modes of this kernel: {}", paths.join(", ")));
 
     let tree = home.path().join("tree");
     let (files, bytes) = gather(&tree)?;
@@ -87,19 +126,19 @@ fn show() -> Result<()> {
 
     match paths.first().map(String::as_str) {
         Some("batch") => tenants::show(&daemon, &place, |text| say("private", text))?,
-        _ => say("private", "loop devices of one's own need Linux 7.0"),
+        _ => say("private", "private loop devices need Linux 7.0"),
     }
 
     say(
         "measure",
-        &format!("{ROUNDS} interleaved rounds; each number a median, × is the ratio to kernel loop"),
+        &format!("{ROUNDS} interleaved rounds of {} jobs, about 90 s on emulated CPUs", JOBS.len()),
     );
     let best = paths.first().cloned().context("the kernel supports no I/O mode")?;
     daemon.stop()?;
     let plan = Plan {
         mode: outcome::Mode::Smp,
         rounds: ROUNDS,
-        length: Length { ramp_ms: 100, run_ms: 700 },
+        length: Length { ramp_ms: 100, run_ms: 400 },
         jobs: JOBS.into(),
         targets: Some(vec![target::RAW.into(), job::LOOP.into(), format!("loopengine {best}")]),
         images: None,
@@ -109,12 +148,15 @@ fn show() -> Result<()> {
     };
     let raw = home.path().join("raw");
     run::run(&plan, &raw, false)?;
-    println!("\n{}", render::terminal(&collect::collect(&raw)?));
+    println!("\n{}", render::brief(&collect::collect(&raw)?));
+    if std::env::var_os("LAB_VM").is_some() {
+        println!("These CPUs are emulated: ratios mean something, absolute rates do not.");
+    }
     println!("All checks passed, {} s.", start.elapsed().as_secs());
     Ok(())
 }
 
-/// An image with a file system, filled, checked, taken away, brought back and checked again.
+/// Makes a file system in an image, fills it, checks it, detaches it, attaches it again and checks it again.
 fn file_system(
     daemon: &Daemon,
     instance: &str,
@@ -137,7 +179,7 @@ fn file_system(
         sums(tree, &mount)?;
     }
     check(kind, &device)?;
-    say(kind, "mkfs, mount, copy, checksums, umount, file system check: all good");
+    say(kind, "mkfs, mount, copy, checksums, umount and fsck succeeded");
     daemon.detach(&device)?;
     let device = daemon.attach(&image, &["--instance", instance])?;
     {
@@ -146,7 +188,7 @@ fn file_system(
     }
     check(kind, &device)?;
     daemon.detach(&device)?;
-    say(kind, "detached, attached again: checksums and file system check good");
+    say(kind, "detached and attached again: checksums and fsck succeeded");
     fs::remove_file(&image).with_context(|| format!("cannot remove {}", image.display()))
 }
 
@@ -161,14 +203,14 @@ fn tool(program: &str, words: &[&str], device: &Path) -> Result<()> {
     sh::capture(Command::new(sh::which(program)?).args(words).arg(device), TOOL_LIMIT).map(drop)
 }
 
-/// Compares the checksums that lie in `tree` with the files of `copy`.
+/// Verifies the files of `copy` against the checksums of `tree`.
 fn sums(tree: &Path, copy: &Path) -> Result<()> {
     let mut check = Command::new("sha256sum");
     check.args(["--check", "--quiet", "--strict"]).arg(tree.with_extension("sums")).current_dir(copy);
     sh::capture(&mut check, TOOL_LIMIT).map(drop)
 }
 
-/// A mounted file system, until this is dropped.
+/// A mounted file system; dropping it unmounts it.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -187,11 +229,11 @@ impl Drop for Mounted {
     }
 }
 
-/// Copies some of this system's files to `tree`, their checksums beside it; how many and how large.
+/// Copies some files of this system to `tree` and writes their checksums; returns their number and size.
 fn gather(tree: &Path) -> Result<(usize, u64)> {
     let (mut files, mut bytes) = (Vec::new(), 0);
     for (index, source) in TREE_SOURCES.iter().enumerate() {
-        // Each source gets its share, and what those before it left over.
+        // Each source gets an equal share, plus what the sources before it left over.
         let share = |whole: u64| whole * (index as u64 + 1) / TREE_SOURCES.len() as u64;
         let (count_max, bytes_max) = (share(TREE_FILES_MAX as u64) as usize, share(TREE_BYTES_MAX));
         walk(Path::new(source), &mut |file, size| {
@@ -216,7 +258,7 @@ fn gather(tree: &Path) -> Result<(usize, u64)> {
     Ok((files.len(), bytes))
 }
 
-/// Calls `visit` with the readable regular files under `directory` until it says no.
+/// Calls `visit` with the readable regular files under `directory` until it returns false.
 fn walk(directory: &Path, visit: &mut dyn FnMut(&Path, u64) -> bool) -> bool {
     let mut entries: Vec<_> = fs::read_dir(directory).into_iter().flatten().flatten().collect();
     entries.sort_by_key(fs::DirEntry::file_name);

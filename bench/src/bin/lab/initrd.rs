@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The files of a sealed machine, as the archive that its kernel unpacks into memory.
 //!
 //! Nothing of this machine but what is put in: no times, owners or inode numbers, and the order is that of the names. So

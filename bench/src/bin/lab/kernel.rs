@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The Debian kernels that the lab boots: which there are, how they are fetched and unpacked.
 //!
 //! They go to the lab's own directory, beside this machine's kernel and unknown to its package

@@ -1,4 +1,5 @@
-//! `cargo lab`: a kernel with ublk for everyone, and the tests and figures that need one.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `cargo lab`: kernels with ublk in VMs, and the tests and measurements that need them.
 //!
 //! ```text
 //!  setup ── kernel ──┐
@@ -8,19 +9,25 @@
 //!                            ├─ lab hostile
 //!                            └─ lab bench in smp: loopbench
 //!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
+//!  steps, cargo_tools ─────────── lab ci (all checks), lab docs (the book), lab release
 //! ```
-//! This file knows the command line only. The lab uses the public programs, never the engine's insides.
+//! This file knows the command line only. The lab uses the public programs, never internals of the engine.
 
 mod bench;
+mod book;
 mod cache;
+mod cargo_tools;
+mod ci;
 mod demo;
 mod hostile;
 mod initrd;
 mod kernel;
 mod powercut;
 mod programs;
+mod release;
 mod sealed;
 mod setup;
+mod steps;
 mod suite;
 mod tally;
 mod tenants;
@@ -36,7 +43,7 @@ use loopbench::{collect, render, sh, store};
 
 use crate::vm::{Mode, Vm};
 
-/// The laboratory of loopengine: boots a kernel with ublk, runs the tests, takes the figures.
+/// Boots kernels with ublk in VMs, tests and measures loopengine, checks and documents a change.
 #[derive(Parser)]
 #[command(name = "lab", bin_name = "cargo lab", version)]
 struct Arguments {
@@ -48,40 +55,49 @@ struct Arguments {
 enum Command {
     /// Install what is missing: QEMU, fio, file system tools, virtme-ng, two kernels
     Setup {
-        /// Fetch the kernels anew, in case there are newer ones
+        /// Fetch the newest kernels again
         #[arg(long)]
         upgrade: bool,
     },
     /// Run a command as root in a throw-away VM with the freshly built programs on PATH
     ///
-    /// One word is a line for the shell; several are a program and its arguments. Output and exit
-    /// status come back; 125 means that the lab itself failed.
+    /// A single word is a line for the shell; several words are a program and its arguments. Prints
+    /// the output and returns the exit status of the command; 125 if the lab itself failed.
     Vm(VmArguments),
-    /// Serve two instances, put real file systems into real images, and show a short table
+    /// Serve two instances, check file systems in images, and compare with kernel loop
     Demo(demo::Options),
-    /// Measure loopengine, kernel loop, FUSE and others side by side: figures and report of the README
+    /// Measure loopengine, kernel loop, FUSE and others side by side, and write a report
     Bench(bench::Options),
-    /// Fail if an I/O costs more instructions than the committed baseline says
+    /// Fail if an I/O costs more instructions than the committed baseline
     Gate(bench::Gate),
-    /// Write the report of a result anew, from its raw files
+    /// Write the report of a result again from its raw files
     Report {
         /// Directory below results/
         dir: PathBuf,
     },
-    /// Run every test: on this machine, and in a VM of each kernel
+    /// Run all tests: on this machine, and in a VM per kernel
     Test(suite::Options),
-    /// Run hostile clients of all kinds in a VM, beside a tenant and root, who must not notice
+    /// Run hostile clients of all kinds in a VM, beside a well-behaved tenant and root
     ///
-    /// Each call of the two is to be answered within 2 s. Data have to compare equal; descriptors,
-    /// threads and memory of the daemon have to stay bounded and come back; SIGTERM has to end it
-    /// in time; the kernel may not warn.
+    /// Fails if a call of the well-behaved clients takes more than 2 s, if data differ, if the daemon
+    /// does not return to its former number of descriptors and threads and its former memory, if
+    /// SIGTERM does not end it in time, or if the kernel warns.
     Hostile(hostile::Options),
-    /// Make a file system in memory, for tests and figures: inside a VM, or anywhere as root
+    /// Run all checks that a change must pass, as .ci/run does
+    ///
+    /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile clients
+    /// for two minutes, all tests. Takes about 40 minutes on two cores.
+    Ci(ci::Options),
+    /// Build the book of all documentation with mdbook, and check its links
+    Docs(book::Options),
+    /// Check that this tree can be released, and print the manual steps of a release
+    Release(release::Options),
+    /// Make a file system in memory, for tests and measurements; needs root
     Store(store::Options),
-    /// The guest's half of the power cuts
+    /// Guest side of the power cut tests
     #[command(hide = true, subcommand)]
     PowerCut(powercut::guest::Round),
-    /// The guest's half of the campaign of hostile clients
+    /// Guest side of the hostile clients
     #[command(hide = true, subcommand)]
     HostileGuest(hostile::guest::Role),
 }
@@ -91,30 +107,30 @@ struct VmArguments {
     /// Kernel to boot
     #[arg(long, value_enum, default_value = "7")]
     kernel: kernel::Line,
-    /// What its CPUs are like
+    /// Kind of its CPUs
     #[arg(long, value_enum, default_value = "smp")]
     mode: Mode,
-    /// Memory, as QEMU takes it
+    /// Memory, in the format of QEMU
     #[arg(long, default_value = "3G")]
     memory: String,
-    /// Raw image that the VM sees as a disk, /dev/vda first; it keeps what is written to it
+    /// Raw image that the VM uses as a disk, /dev/vda first; writes persist
     #[arg(long, value_name = "FILE")]
     disk: Vec<PathBuf>,
-    /// Directory that the VM may write to
+    /// Directory that the VM can write to
     #[arg(long, value_name = "DIR")]
     share: Vec<PathBuf>,
     /// Seconds after which the VM is ended
     #[arg(long, value_name = "SECONDS", default_value_t = vm::LIMIT.as_secs())]
     timeout: u64,
-    /// CPUs spin instead of sleeping: wake-ups get as cheap as on hardware
+    /// CPUs spin instead of sleeping: wake-ups cost about as much as on hardware
     #[arg(long)]
     idle_poll: bool,
-    /// What to run
+    /// Command to run
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<String>,
 }
 
-/// Exit code of a failure of the lab itself while it ran a user's command, as of ssh or xargs.
+/// Exit code if the lab itself fails while it runs a user's command, as with env(1).
 const LAB_FAILED: u8 = 125;
 const INTERRUPTED: u8 = 130;
 
@@ -147,11 +163,11 @@ fn run(command: Command) -> Result<u8> {
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::bench(&options),
         Command::Gate(options) => bench::gate(&options),
-        Command::Report { dir } => {
-            let outcome = collect::collect(&dir.join("raw"))?;
-            render::write(&outcome, &dir).map(|()| 0)
-        }
+        Command::Report { dir } => render::write(&collect::result(&dir)?, &dir).map(|()| 0),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
+        Command::Ci(options) => ci::run(&options).map(|()| 0),
+        Command::Docs(options) => book::run(&options).map(|()| 0),
+        Command::Release(options) => Ok(u8::from(!release::run(&options)?)),
     }
 }
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The workspace's programs, built with the lab's profile, and copies of them small enough to
 //! travel into a VM.
 //!
@@ -116,9 +117,9 @@ pub(crate) fn test_targets() -> Result<Vec<String>> {
 
 fn build_with(words: &[&str], profile: &[&str]) -> Result<Vec<Program>> {
     let mut command = cargo(words);
-    command.args(profile).args(["--quiet", "--message-format=json-render-diagnostics"]);
+    command.args(profile).arg("--message-format=json-render-diagnostics");
     let name = sh::describe(&command);
-    // Compiler messages go straight to the user.
+    // Progress and compiler messages go to standard error, which is the user's.
     let child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {name}"))?;
     let deadline = std::thread::spawn(move || child.wait_with_output());
     let output = sh::wait_for(&name, BUILD_LIMIT, || Ok(deadline.is_finished().then_some(())))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A sealed machine, for figures that repeat: one emulated CPU on which an instruction takes 1 ns, files in memory, and
 //! two serial lines that it only writes to.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab setup`: what the lab needs and this machine lacks. Run again it does nothing, quickly.
 //!
 //! Knows Debian's packages and the virtual environment; kernels are in `kernel`.
@@ -113,7 +114,7 @@ pub(crate) fn ensure_all() -> Result<Lab> {
 }
 
 fn ensure_with(packages: &[Package]) -> Result<Lab> {
-    if !Path::new("/etc/debian_version").exists() || sh::which("dpkg-query").is_err() {
+    if !is_debian() {
         bail!(
             "the lab sets itself up on Debian only: run it on Debian 12 or 13, for instance in a container"
         );
@@ -134,6 +135,39 @@ fn ensure_with(packages: &[Package]) -> Result<Lab> {
         }
     }
     Ok(lab)
+}
+
+/// What `ensure` would install or fetch.
+pub(crate) fn missing() -> Result<Vec<String>> {
+    // On other systems `ensure` says what to do.
+    if !is_debian() {
+        return Ok(Vec::new());
+    }
+    let lab = Lab { cache: cache::directory()? };
+    let mut missing = Vec::new();
+    let packages: Vec<&str> = missing_packages(&PACKAGES)?.iter().map(|(name, _)| *name).collect();
+    if !packages.is_empty() {
+        missing.push(format!("installs {}", packages.join(", ")));
+    }
+    if !has_virtme(&lab) {
+        missing.push(format!("installs {VIRTME} below {}", lab.cache.display()));
+    }
+    if !lab.tools().exists() {
+        missing.push(format!("unpacks {}", UNPACKED.join(", ")));
+    }
+    let kernels: Vec<&str> = Line::ALL
+        .into_iter()
+        .filter(|line| kernel::find(&lab.cache, *line).is_none())
+        .map(Line::name)
+        .collect();
+    if !kernels.is_empty() {
+        missing.push(format!("fetches Debian's kernels {} (110 MB each)", kernels.join(" and ")));
+    }
+    Ok(missing)
+}
+
+fn is_debian() -> bool {
+    Path::new("/etc/debian_version").exists() && sh::which("dpkg-query").is_ok()
 }
 
 fn complete(lab: &Lab, packages: &[Package]) -> Result<bool> {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab test`: every test there is, and one line of totals at the end.
 //!
 //! Unit, property and command-line tests run on this machine; kernel cases in a VM of each kernel;
@@ -14,12 +15,12 @@ use crate::kernel::Line;
 use crate::programs::{self, Program};
 use crate::setup::{self, Lab};
 use crate::tally::{Tally, failed_names, libtest, nextest, seen};
-use crate::vm::{self, Mode, Vm};
+use crate::vm::{self, Mode, Sink, Vm};
 
 use crate::powercut;
 
 /// What to run.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Options {
     /// Kernel of the kernel cases; both unless given
     #[arg(long, value_enum)]
@@ -133,9 +134,6 @@ impl Phase {
         Ok(Phase { name, tally, time: start.elapsed() })
     }
 }
-
-/// Where output goes, piece by piece.
-pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]);
 
 /// Runs everything that `options` ask for; whether all of it passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {

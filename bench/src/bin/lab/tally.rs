@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How many tests ended how, read from what test programs print.
 //!
 //! Knows the words of libtest, its look-alikes and nextest; runs nothing.

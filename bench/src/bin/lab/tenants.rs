@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The part of the demo about private loop devices: two containers at a time, each with a /dev/loop0 of its
 //! own, used by the system's unmodified losetup and mount, with the capabilities that runtimes give.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A throw-away VM: this machine's files, read-only, under a kernel that has ublk.
 //!
 //! Debian's kernel has virtio_console as a module, so virtme-ng returns neither output nor status:
@@ -22,6 +23,9 @@ use crate::programs::{self, Program};
 use crate::setup::Lab;
 
 use crate::cache;
+
+/// Receives output piece by piece.
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]);
 
 /// What the VM's CPUs are like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -95,13 +99,7 @@ impl Vm {
 
     /// Boots it, runs the shell line `command` there with `programs` on PATH and hands each piece
     /// of output to `sink`. Returns the command's exit status.
-    pub(crate) fn run(
-        &self,
-        lab: &Lab,
-        programs: &[Program],
-        command: &str,
-        sink: &mut dyn FnMut(&[u8]),
-    ) -> Result<i32> {
+    pub(crate) fn run(&self, lab: &Lab, programs: &[Program], command: &str, sink: Sink<'_>) -> Result<i32> {
         let mut running = self.start(lab, programs, command)?;
         loop {
             if let Some(status) = running.turn(sink)? {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopbench`: measures loopengine, the kernel's loop driver, FUSE and others by fio, side by side.
 //!
 //! This file knows the command line only. `cargo lab bench` runs it in a VM of the lab.
@@ -6,10 +7,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use loopbench::plan::{Choice, describe};
-use loopbench::{collect, compare, gate, render, run, sh};
+use loopbench::{collect, compare, gate, raw, render, run, sh};
 
 /// Measures loop devices of every kind side by side, by fio.
 ///
@@ -29,7 +30,7 @@ enum Command {
     Run {
         #[command(flatten)]
         choice: Choice,
-        /// Directory for the result: raw/, result.json, result.csv, report.md, report.html, plots/
+        /// Directory for the result: result.json, result.csv, report.md, report.html, plots/, raw.tar.gz
         #[arg(long, value_name = "DIR", default_value = "loopbench-result")]
         out: PathBuf,
         /// Go on where a run was interrupted: what is in DIR is not measured again
@@ -90,13 +91,16 @@ fn execute(command: Command) -> Result<u8> {
             Ok(0)
         }
         Command::Run { choice, out, resume, raw_only } => {
-            let raw = out.join("raw");
-            if raw.join(run::FACTS).exists() && !resume {
+            if raw::exist(&out) && !resume {
                 bail!("{} holds a result: name another directory, or go on with --resume", out.display());
             }
-            let complete = run::run(&choice.plan()?, &raw, resume)?;
+            raw::unpack(&out)?;
+            let complete = run::run(&choice.plan()?, &out.join(raw::DIRECTORY), resume)?;
             if !raw_only {
                 let outcome = sh::uninterrupted(|| report(&out))?;
+                if complete {
+                    raw::pack(&out)?;
+                }
                 say(&format!("\n{}\nwritten to {}\n", render::terminal(&outcome), out.display()));
             }
             if !complete {
@@ -113,11 +117,7 @@ fn execute(command: Command) -> Result<u8> {
             say(&comparison.to_string());
             Ok(u8::from(comparison.slower()))
         }
-        Command::Gate { dir, baseline, accept } => {
-            let outcome = collect::collect(&dir.join("raw"))
-                .with_context(|| format!("{} is no result", dir.display()))?;
-            gate::run(&outcome, &baseline, accept)
-        }
+        Command::Gate { dir, baseline, accept } => gate::run(&collect::result(&dir)?, &baseline, accept),
     }
 }
 
@@ -127,7 +127,7 @@ fn say(text: &str) {
 }
 
 fn report(dir: &std::path::Path) -> Result<loopbench::outcome::Outcome> {
-    let outcome = collect::collect(&dir.join("raw"))?;
+    let outcome = collect::result(dir)?;
     render::write(&outcome, dir)?;
     Ok(outcome)
 }

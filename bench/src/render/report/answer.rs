@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The question of the whole: how loopengine compares with the kernel's loop driver, and what would
 //! serve the same file over FUSE.
 
@@ -7,8 +8,8 @@ use crate::outcome::{JobInfo, Outcome};
 use crate::render::doc::{Block, Kind, Table};
 use crate::render::palette::{Palette, Style, ours};
 use crate::render::svg::forest::{Group, forest};
-use crate::render::units::{NOTHING, plain, ratio, ratio_of};
 use crate::summary::{Row, rows};
+use crate::units::{NOTHING, plain, ratio, ratio_of};
 
 /// The jobs that stand for the rest. Where none of them was run, the first few do.
 const CORE: [&str; 7] = [

@@ -1,7 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where the cost of an operation lies.
 
 use crate::outcome::{Cost, Mode};
-use crate::render::units::{count, time};
+use crate::units::{count, time};
 
 /// Cost of one operation by place.
 #[derive(Clone, Copy, Debug, PartialEq)]

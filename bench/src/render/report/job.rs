@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One job: its question, how fast each target was, how long an operation took, what it cost.
 
 use super::cost::{self, below, writer};
@@ -7,11 +8,11 @@ use crate::outcome::{JobInfo, Latency, Mode, Outcome};
 use crate::render::doc::{Block, Line, Table};
 use crate::render::palette::{Palette, RAW};
 use crate::render::svg::{bars::bars, curves, stack::stack};
-use crate::render::units::{
-    NOTHING, change, contradiction, count, known, operation, plain, rate, ratio_of, slug, time,
-};
 use crate::stats::percentile;
 use crate::summary::{Row, rows};
+use crate::units::{
+    NOTHING, change, contradiction, count, known, operation, plain, rate, ratio_of, slug, time,
+};
 
 /// How to read the tables.
 pub(super) fn legend(outcome: &Outcome) -> Block {

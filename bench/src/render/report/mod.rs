@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a report says, in the order in which one wants to know it.
 //!
 //! Knows the words; not how a page or Markdown is written.

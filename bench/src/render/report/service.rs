@@ -1,10 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What devices cost beyond I/O: to come and go, and to be there.
 
 use super::{heading, kind};
 use crate::outcome::{Idle, Outcome};
 use crate::render::doc::{Block, Table};
-use crate::render::units::{kib, known, plain, time};
 use crate::stats::median_and_p99;
+use crate::units::{kib, known, plain, time};
 
 pub(super) fn attach(outcome: &Outcome) -> Vec<Block> {
     if outcome.attach.is_empty() {

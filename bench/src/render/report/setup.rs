@@ -1,9 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What was measured, where, and how much that is worth.
 
 use super::{heading, kind};
 use crate::outcome::{Manifest, Mode, Outcome};
 use crate::render::doc::{Block, Table};
-use crate::render::units::{NOTHING, plain};
+use crate::units::{NOTHING, plain};
 
 pub(super) fn head(outcome: &Outcome) -> Vec<Block> {
     let manifest = &outcome.manifest;

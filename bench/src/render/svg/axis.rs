@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From values to places on the paper, and where an axis has its numbers.
 //!
 //! Knows no data and no element.

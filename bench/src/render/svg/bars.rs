@@ -1,11 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Operations a second at one job: a bar a target, whiskers for the interval of its median.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::JobInfo;
 use crate::render::palette::Palette;
-use crate::render::units::{self, count, rate};
 use crate::summary::Row;
+use crate::units::{self, count, rate};
 
 const STEP: f64 = 23.0;
 const THICK: f64 = 14.0;

@@ -1,11 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Latency of completion at one job: percentiles from the median to 99.99, a line a target.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::{JobInfo, Latency};
 use crate::render::palette::Palette;
-use crate::render::units::{self, time};
 use crate::stats;
+use crate::units::{self, time};
 
 /// Shares and their names.
 pub(in crate::render) const PERCENTILES: [(f64, &str); 5] =

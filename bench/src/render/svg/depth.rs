@@ -1,11 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Throughput against depth: a line a target over the jobs that differ in depth alone.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
 use crate::outcome::{JobInfo, Outcome};
 use crate::render::palette::Palette;
-use crate::render::units::{self, count};
 use crate::summary::rows;
+use crate::units::{self, count};
 
 const HEIGHT: f64 = 240.0;
 

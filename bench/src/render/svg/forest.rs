@@ -1,10 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ratios to a reference with their intervals: a group a job, a line a contender.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot, WIDE};
 use crate::render::palette::Style;
-use crate::render::units::ratio;
 use crate::summary::Interval;
+use crate::units::ratio;
 
 /// A job and, a contender, what it reached there.
 pub(in crate::render) struct Group {

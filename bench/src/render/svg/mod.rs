@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Plots as SVG, drawn for a phone's width and for a desk's, light or dark, with a title and a
 //! description for those who do not see them.
 //!
@@ -14,7 +15,7 @@ pub(super) mod stack;
 use std::fmt::Write;
 
 use super::palette::Style;
-use super::units::{escape, short, slug, wrapped};
+use crate::units::{escape, short, slug, wrapped};
 
 /// Widths of the paper. Shown on 358 of a phone's 390 pixels, text of `SIZE` is still 11 high.
 const NARROW: f64 = 420.0;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an operation costs and where: submitter, engine and what lies below, on top of each other.
 
 use super::axis::Axis;
@@ -5,8 +6,8 @@ use super::{Anchor, CHARACTER, Plot};
 use crate::outcome::{JobInfo, Mode};
 use crate::render::palette::Style;
 use crate::render::report::cost::{Parts, parts, unit, writer};
-use crate::render::units::operation;
 use crate::summary::Row;
+use crate::units::operation;
 
 const STEP: f64 = 23.0;
 const THICK: f64 = 14.0;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A campaign: a daemon, the clients who mean well, rounds of hostile clients, and the verdict.
 //!
 //! Knows the order of things and what must hold; not what any client does.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile kinds that are about descriptors sent to the daemon. Each goes on until it is killed.
 
 use std::fs::{File, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The smallest server of FUSE: one directory with one file, `image`, and a request that it never answers.
 //! Knows the bytes of FUSE, not who opens the file.
 

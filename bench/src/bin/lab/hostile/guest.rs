@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Who runs inside the VM: the campaign itself, the clients who mean well, the hostile ones. Each is this
 //! program again. Knows where things lie there.
 

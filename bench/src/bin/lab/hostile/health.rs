@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the daemon holds of the machine, within which bounds, and what the kernel's log says.
 
 use std::fmt;

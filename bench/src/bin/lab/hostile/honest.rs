@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The clients who mean well, each a process: a tenant with unmodified losetup and mkfs under `loopengine run`,
 //! a caller of the private socket, and root on the control socket. They say what each call took, one line
 //! a beginning and one an end; the ledger reads it.

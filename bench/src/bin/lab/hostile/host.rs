@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile kinds that need root: for file systems that hang or are full below a tenant, and for a careless
 //! administrator. Each goes on until it is killed.
 

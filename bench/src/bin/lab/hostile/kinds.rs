@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of hostile kinds, and what all of them share: who a client is, how long it goes on, and how it
 //! says what it does. What a kind does is in the file of its family.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the clients who mean well met with: how long each of their calls took, which were late, which failed;
 //! and what the hostile clients did then.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile kinds that are about messages and connections. Each goes on until it is killed.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab hostile`: hostile clients of all kinds in a VM, beside a tenant and an administrator who mean well.
 //!
 //! ```text
@@ -36,13 +37,13 @@ use crate::{programs, setup};
 pub(crate) struct Options {
     /// How long the hostile clients run, in minutes
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
-    minutes: u64,
+    pub(crate) minutes: u64,
     /// Seed of the plan: the same seed gives the same plan [default: random, printed]
     #[arg(long, value_name = "N")]
-    seed: Option<u64>,
+    pub(crate) seed: Option<u64>,
     /// Run hostile clients of this kind only
     #[arg(long, value_name = "KIND", value_parser = PossibleValuesParser::new(kinds::names()))]
-    only: Option<String>,
+    pub(crate) only: Option<String>,
 }
 
 /// Besides the hostile clients' time: boot, warm-up, the waits for what must come back, the stop.

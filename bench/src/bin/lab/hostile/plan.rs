@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The plan of a campaign: which kinds of hostile clients run together in which round, and their seeds.
 //! It follows from the campaign's seed alone. Knows nothing of what the kinds do.
 

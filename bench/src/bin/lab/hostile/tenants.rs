@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile kinds that are about pools and their devices. Each goes on until it is killed.
 
 use std::fs::OpenOptions;

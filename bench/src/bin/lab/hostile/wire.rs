@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A connection to one of the daemon's sockets, on which anything can be sent: whole calls, parts of
 //! them, and descriptors. Knows varlink's framing, not what the calls mean.
 

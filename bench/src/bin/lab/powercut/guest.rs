@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest's half of the power cuts: promises before the cut, and what is left of them after it.
 //!
 //! The images' blocks are unwritten when they are served, so what the engine does not commit

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Power cuts: what the guest was told is durable must be there after its machine was killed.
 //!
 //! Boots a VM with a disk, lets the guest write through a device of the engine, kills
@@ -15,9 +16,8 @@ use loopbench::sh;
 use crate::kernel::Line;
 use crate::programs::Program;
 use crate::setup::Lab;
-use crate::suite::Sink;
 use crate::tally::Tally;
-use crate::vm::{Mode, Vm};
+use crate::vm::{Mode, Sink, Vm};
 
 /// Promises to wait for; the cut comes in the middle of the next.
 const PROMISES: usize = 300;

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `lab ci`: every check that a change must pass, in the order of `.ci/run`.
+//!
+//! `.ci/run` only calls this command. All steps build with the profile `lab`, so that no step
+//! compiles again what another has compiled.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::steps::{self, Steps};
+use crate::{bench, cargo_tools, hostile, programs, setup, suite};
+
+/// Which checks to run.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Only the checks that need neither root nor a VM: format, clippy, rustdoc, unit tests
+    #[arg(long)]
+    fast: bool,
+}
+
+const LIMIT: Duration = Duration::from_secs(3600);
+
+const FORMAT: &[&str] = &["fmt", "--all", "--check"];
+const CLIPPY: &[&str] =
+    &["clippy", "--profile", "lab", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+// Advisories are left out: their database is not on a package registry.
+const DENY: &[&str] = &["deny", "--log-level", "error", "check", "licenses", "bans", "sources"];
+const RUSTDOC: &[&str] = &["doc", "--profile", "lab", "--workspace", "--no-deps", "--document-private-items"];
+const BENCHES: &[&str] =
+    &["bench", "--profile", "lab", "--package", "loopengine", "--bench", "*", "--", "--quick"];
+const UNIT_TESTS: &[&str] = &["test", "--profile", "lab", "--workspace", "--lib", "--bins"];
+
+/// Runs the checks and stops at the first that fails.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let steps = Steps::start();
+    if options.fast {
+        fast(&steps)?
+    } else {
+        full(&steps)?
+    }
+    println!("\nAll checks passed after {} s.", steps.seconds());
+    Ok(())
+}
+
+fn fast(steps: &Steps) -> Result<()> {
+    steps.begin("format");
+    cargo(FORMAT)?;
+    steps.begin("clippy");
+    cargo(CLIPPY)?;
+    steps.begin("rustdoc");
+    cargo(RUSTDOC)?;
+    steps.begin("unit tests");
+    cargo(UNIT_TESTS)
+}
+
+fn full(steps: &Steps) -> Result<()> {
+    steps.begin("format");
+    cargo(FORMAT)?;
+    steps.begin("lab setup");
+    setup::report(&setup::ensure_all()?)?;
+    steps.begin("clippy");
+    cargo(CLIPPY)?;
+    steps.begin("licenses, bans and sources of the dependencies");
+    cargo_tools::ensure(&cargo_tools::DENY)?;
+    cargo(DENY)?;
+    steps.begin("rustdoc");
+    cargo(RUSTDOC)?;
+    steps.begin("benches, quick mode");
+    cargo(BENCHES)?;
+    steps.begin("instructions per I/O");
+    passed("lab gate", bench::gate(&bench::Gate { accept: false })? == 0)?;
+    steps.begin("hostile clients");
+    let campaign = hostile::Options { minutes: 2, seed: Some(7), only: None };
+    passed("lab hostile", hostile::run(&campaign)?)?;
+    steps.begin("all tests");
+    passed("lab test", suite::run(&suite::Options::default())?)
+}
+
+/// Runs a cargo command with the settings of CI.
+fn cargo(words: &[&str]) -> Result<()> {
+    let mut command = programs::cargo(words);
+    command.env("RUSTDOCFLAGS", "--deny warnings");
+    steps::run(&mut command, LIMIT)
+}
+
+fn passed(command: &str, success: bool) -> Result<()> {
+    if !success {
+        bail!("{command} failed: see above");
+    }
+    Ok(())
+}
