@@ -14,7 +14,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use io_uring::{cqueue, opcode, squeue, types};
 use loopengine::control::codec;
 use loopengine::error::Result;
-use loopengine::image::{Image, Source};
+use loopengine::image::{Image, ImageSpec};
 use loopengine::instance::spec::{AttachSpec, IoMode};
 use loopengine::request::{Completion, Op, Request, Tag};
 use loopengine::ring::{EventKind, InFlight, Ring, RingSizes, SlotId, Token};
@@ -113,7 +113,7 @@ impl Bed {
     fn new(requests: Vec<Request>) -> Bed {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary file");
         file.set_len(IMAGE_LEN).expect("room for an image");
-        let source = Source { buffered: true, ..Source::default() };
+        let source = ImageSpec { buffered: true, ..ImageSpec::default() };
         let own = file.try_clone().expect("a descriptor");
         let image = Arc::new(Image::open(file.into(), &source, "bench.img").expect("an image"));
         let buffers = vec![0xa5; usize::from(DEPTH) * BLOCK as usize];

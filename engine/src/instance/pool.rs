@@ -22,7 +22,7 @@ use super::table::Table;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
-use crate::image::{Image, Source};
+use crate::image::{Image, ImageSpec};
 use crate::kernels::PRIVATE;
 use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
 use crate::ring::RingSizes;
@@ -140,8 +140,8 @@ impl Instance {
     /// Serves an image as a new device; with `force`, one that others use as well.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.check_not_ours(&image, &spec.path)?;
-        let source = source(spec);
-        let image = Image::open(image, &source, &spec.path)?;
+        let image_spec = image_spec(spec);
+        let image = Image::open(image, &image_spec, &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
         let (identity, geometry) = (image.identity(), image.geometry());
@@ -284,7 +284,7 @@ impl Instance {
         };
         // A worker that has to leave direct I/O must not log: it is said when somebody looks next.
         for (number, Attached { record, served, .. }) in chosen.iter().map(|(n, attached)| (n, &**attached)) {
-            if served.left_direct_io() {
+            if served.take_direct_io_disabled() {
                 let (instance, path) = (&record.spec.instance, &record.spec.path);
                 tracing::warn!(
                     "{instance}/loop{number} ({path}) uses the page cache: direct I/O was refused"
@@ -394,14 +394,14 @@ impl Drop for Instance {
     }
 }
 
-pub(super) fn source(spec: &AttachSpec) -> Source {
-    Source {
+pub(super) fn image_spec(spec: &AttachSpec) -> ImageSpec {
+    ImageSpec {
         offset: spec.offset,
         size_limit: spec.size_limit,
         block_size: spec.block_size,
         read_only: spec.read_only,
         buffered: spec.buffered,
-        as_loop: false,
+        loop_semantics: false,
     }
 }
 

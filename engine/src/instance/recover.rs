@@ -10,17 +10,17 @@ use std::sync::Arc;
 
 use super::attached::Attached;
 use super::claims::sources::{self, Sharing};
-use super::pool::{Instance, source};
+use super::pool::{Instance, image_spec};
 use super::served::{Begin, Served};
 use super::spec::{AttachSpec, DeviceInfo, DeviceState, RecoverSpec};
 use super::state::DeviceRecord;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{DeviceParameters, ExistingDevice, FrontendDevice};
-use crate::image::{Geometry, Identity, Image, Source};
+use crate::image::{Geometry, Identity, Image, ImageSpec};
 use crate::ring::SlotId;
 
 /// The image of a device that exists, in its shape.
-type Opened<'a> = &'a dyn Fn(&Source, &Geometry) -> Result<Image>;
+type Opened<'a> = &'a dyn Fn(&ImageSpec, &Geometry) -> Result<Image>;
 
 impl Instance {
     /// Recovers a device. Whatever fails, it keeps its entry: a device with users is never forgotten.
@@ -28,8 +28,9 @@ impl Instance {
         let reservation = self.table.reserve_again(number)?;
         let device = self.backend.existing(record.id, found.parameters)?;
         let (path, identity) = (record.spec.path.clone(), record.identity);
-        let open =
-            |source: &Source, shape: &Geometry| Image::reopen(Path::new(&path), source, &identity, shape);
+        let open = |image_spec: &ImageSpec, shape: &Geometry| {
+            Image::reopen(Path::new(&path), image_spec, &identity, shape)
+        };
         // Whoever has the image by now: the device has users.
         let (attached, outcome) =
             self.serve_again(number, reservation.slot, device, record, &open, Sharing::Warn);
@@ -88,7 +89,7 @@ impl Instance {
         };
         let record = DeviceRecord { identity, ..record };
         let image = std::cell::Cell::new(Some(image));
-        let open = |_: &Source, _: &Geometry| {
+        let open = |_: &ImageSpec, _: &Geometry| {
             image.take().ok_or_else(|| Error::new(Kind::Internal, "the image was taken twice"))
         };
         let (recovered, outcome) =
@@ -108,8 +109,8 @@ impl Instance {
         let AttachSpec { path, offset, read_only, .. } = &record.spec;
         self.check_not_ours(&file, path)?;
         let shape = device.driver_geometry(*offset)?;
-        let source = Source { read_only: *read_only, ..shaped(record, &shape) };
-        let image = Image::recover(file, &source, &shape, path)?;
+        let image_spec = ImageSpec { read_only: *read_only, ..shaped(record, &shape) };
+        let image = Image::recover(file, &image_spec, &shape, path)?;
         let (length, needed) = (image.length()?, offset.saturating_add(shape.size));
         if length < needed {
             let context = format!(
@@ -138,7 +139,7 @@ impl Instance {
         let record = DeviceRecord { size: geometry.size, block_size: geometry.block_size, ..record };
         let (served, hold, outcome) = match opened {
             Ok((image, hold)) => {
-                if let Some(why) = image.why_buffered() {
+                if let Some(why) = image.buffered_reason() {
                     let (instance, path) = (&record.spec.instance, &record.spec.path);
                     tracing::warn!("{instance}/loop{number} ({path}) uses the page cache: {why}");
                 }
@@ -181,7 +182,7 @@ impl Instance {
             },
             id,
             owner_cookie: parameters.owner_cookie,
-            identity: Identity { dev: 0, ino: 0, rdev: 0, born_ns: 0 },
+            identity: Identity { dev: 0, ino: 0, rdev: 0, btime_ns: 0 },
             io_mode: parameters.io_mode,
             queues: parameters.queues,
             depth: parameters.depth,
@@ -193,8 +194,8 @@ impl Instance {
 }
 
 /// The source that a device of this shape has.
-fn shaped(record: &DeviceRecord, shape: &Geometry) -> Source {
-    Source { block_size: shape.block_size, ..source(&record.spec) }
+fn shaped(record: &DeviceRecord, shape: &Geometry) -> ImageSpec {
+    ImageSpec { block_size: shape.block_size, ..image_spec(&record.spec) }
 }
 
 /// What can be said about a device of which the driver says nothing.

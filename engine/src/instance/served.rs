@@ -186,7 +186,7 @@ impl Served {
         let until = Instant::now() + HANGS;
         let ended =
             || self.traffic().ok().filter(|traffic| traffic.in_flight > 0).map(|traffic| traffic.ended);
-        let Some(before) = ended().filter(|_| image.holds_up()) else { return false };
+        let Some(before) = ended().filter(|_| image.may_block()) else { return false };
         while Instant::now() < until {
             std::thread::sleep(Duration::from_millis(20));
             if ended() != Some(before) {
@@ -261,8 +261,8 @@ impl Served {
     }
 
     /// It was refused direct I/O since it was last asked this.
-    pub fn left_direct_io(&self) -> bool {
-        self.image().is_ok_and(|image| image.left_direct_io())
+    pub fn take_direct_io_disabled(&self) -> bool {
+        self.image().is_ok_and(|image| image.take_direct_io_disabled())
     }
 
     /// Adapts to the image's present size, or both to `size`; `check` may refuse the step from the first size
@@ -276,8 +276,8 @@ impl Served {
         let now = self.geometry();
         let before = image.length()?;
         let (new, length) = match size {
-            Some(size) => image.with_size(size, now.size)?,
-            None => (image.refreshed()?, before),
+            Some(size) => image.geometry_for_size(size, now.size)?,
+            None => (image.current_geometry()?, before),
         };
         check(now.size, new.size)?;
         // The file is never shorter than the device.

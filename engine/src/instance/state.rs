@@ -245,7 +245,7 @@ mod tests {
             io_mode: None,
             partscan: false,
         };
-        let identity = Identity { dev: 1, ino: 2, rdev: 0, born_ns: 9 };
+        let identity = Identity { dev: 1, ino: 2, rdev: 0, btime_ns: 9 };
         let io_mode = IoMode::Batch;
         DeviceRecord {
             spec,

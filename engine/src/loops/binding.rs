@@ -12,7 +12,7 @@ use rustix::fs::{FileType, OFlags};
 use super::{Answer, Bound, Configure, Errno, Info, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
-use crate::image::{Image, Source};
+use crate::image::{Image, ImageSpec};
 use crate::instance::claims::Claims;
 use crate::instance::claims::sources::{self, Hold};
 
@@ -199,23 +199,23 @@ fn direct_block_size(file: &OwnedFd, info: &Info, failures: &Arc<Failures>) -> u
 /// to the device's users, and faster.
 fn open(file: &OwnedFd, info: &Info, block_size: u32, failures: &Arc<Failures>) -> Answer<(Image, bool)> {
     let read_only = info.flags & flag::READ_ONLY != 0;
-    let source = Source {
+    let source = ImageSpec {
         offset: info.offset,
         size_limit: info.size_limit,
         block_size,
         read_only,
         buffered: false,
-        as_loop: true,
+        loop_semantics: true,
     };
-    let attempt = |source: &Source| {
+    let attempt = |source: &ImageSpec| {
         let file = rustix::io::fcntl_dupfd_cloexec(file, 0)?;
         let image = Image::open(file, source, failures.image());
-        Ok::<_, Errno>(image.map(|image| image.counted(Arc::clone(failures))))
+        Ok::<_, Errno>(image.map(|image| image.with_failure_counter(Arc::clone(failures))))
     };
     match attempt(&source)? {
         Ok(image) => Ok((image, true)),
         Err(error) if error.kind() == Kind::Unsupported => {
-            let image = attempt(&Source { buffered: true, ..source })?.map_err(|error| errno(&error))?;
+            let image = attempt(&ImageSpec { buffered: true, ..source })?.map_err(|error| errno(&error))?;
             Ok((image, false))
         }
         Err(error) => Err(errno(&error)),

@@ -59,7 +59,7 @@ impl Disk {
 
     /// Shows nothing again, after a `present` that failed: nobody was told that it is bound.
     pub fn withdraw(&self) {
-        let nothing = Image::nothing(self.block_size).map_err(|error| errno(&error));
+        let nothing = Image::unbound(self.block_size).map_err(|error| errno(&error));
         let withdrawn = nothing
             .and_then(|image| self.show(image))
             .and_then(|()| self.set_read_only(false))

@@ -178,7 +178,7 @@ impl Maker {
             recoverable: false,
             partscan: false,
         };
-        let image = Image::nothing(block_size)?;
+        let image = Image::unbound(block_size)?;
         // Numbers at the driver are few and everybody's: what is to be free again is, before another is taken.
         self.drawer.empty();
         let device = self.backend.add(0, parameters)?;

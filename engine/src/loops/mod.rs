@@ -221,11 +221,11 @@ pub struct Partition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartitionChange {
     /// A new partition.
-    Add(partitions::Part),
+    Add(partitions::PartitionRange),
     /// The partition with this number goes.
     Delete(u32),
     /// One that is there gets another size.
-    Resize(partitions::Part),
+    Resize(partitions::PartitionRange),
 }
 
 /// Who asks for an operation on a device, through a descriptor of it.

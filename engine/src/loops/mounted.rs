@@ -65,7 +65,7 @@ impl Hidden {
     }
 
     /// Shows its partition, which has another size now.
-    pub fn show(&self, binding: &Binding, part: &partitions::Part) -> Answer<()> {
+    pub fn show(&self, binding: &Binding, part: &partitions::PartitionRange) -> Answer<()> {
         self.disk.show(binding.reopen(&parts::info(binding, part), self.disk.block_size)?.0)
     }
 

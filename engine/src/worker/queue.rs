@@ -216,7 +216,7 @@ impl<T: Transport> DeviceQueue<T> {
             arrived_ns: (sampled && transfers).then_some(now_ns),
         };
         let rejection = self.rejection(&request);
-        let linked = transfers && isolated && self.linked_commit && !sampled && !self.image.holds_up();
+        let linked = transfers && isolated && self.linked_commit && !sampled && !self.image.may_block();
         let commit = match (linked, rejection) {
             (true, None) => self.transport.linked_commit(tag, request.len),
             _ => None,
@@ -278,7 +278,7 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     fn token(&self, entry: squeue::Entry, step: EventKind, tag: Tag) -> squeue::Entry {
-        let async_flag = if self.image.holds_up() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let async_flag = if self.image.may_block() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         entry
             .user_data(Token::pack(step, self.queue_slot.id, tag))
             .flags(squeue::Flags::FIXED_FILE | async_flag)
@@ -319,7 +319,7 @@ impl<T: Transport> DeviceQueue<T> {
         let (request, stage) = (active.request, active.stage);
         let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
         let moves = matches!(stage, Stage::Transfer | Stage::WritingZeroes);
-        if interrupted || moves && result == -libc::EINVAL && self.image.leave_direct_io() {
+        if interrupted || moves && result == -libc::EINVAL && self.image.disable_direct_io() {
             active.retries += 1;
             if active.retries > RETRIES {
                 return self.complete(tag, -libc::EIO, ring, now_ns);

@@ -58,7 +58,7 @@ impl QueueStats {
         if result < 0 {
             self.errors += 1;
             // After the first short read, further failed reads count as the same fault.
-            image.failed(-result, self.degraded && op == Op::Read);
+            image.count_failure(-result, self.degraded && op == Op::Read);
             return;
         }
         match op {

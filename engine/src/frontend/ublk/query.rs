@@ -10,7 +10,7 @@ use super::device::{FullParams, UblkDevice, command, from_bytes, to_bytes};
 use super::features::DriverFeatures;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{DeviceParameters, ExistingDevice, OrphanState};
-use crate::image::Geometry;
+use crate::image::{Geometry, is_block_size};
 use crate::instance::spec::IoMode;
 use crate::request::SECTOR;
 
@@ -51,7 +51,7 @@ impl UblkDevice {
         let FullParams { types, basic, discard, dma_align, .. } = from_bytes(&run(ask, TIMEOUT)?.1)?;
         let bytes = |shift: u8| 1u32.checked_shl(shift.into()).unwrap_or(0);
         let (block_size, physical) = (bytes(basic.logical_bs_shift), bytes(basic.physical_bs_shift));
-        if types & sys::UBLK_PARAM_TYPE_BASIC == 0 || !(512..=4096).contains(&block_size) {
+        if types & sys::UBLK_PARAM_TYPE_BASIC == 0 || !is_block_size(block_size) {
             let context =
                 format!("ublk device {} has a geometry that this program does not support", self.id());
             return Err(Error::new(Kind::Unsupported, context));

@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn nobody_uses_what_is_not_there() {
-        let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, born_ns: 0 };
+        let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, btime_ns: 0 };
         assert!(find(&nothing).is_empty());
         assert!(find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }).is_empty());
         assert_eq!(related(0), [0u64; 0]);

@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn once_for_each_pool_and_image_in_a_minute_and_not_too_often_for_a_user() {
         let pool = |name: &str, uid| Arc::new(PoolName { name: name.to_owned(), uid });
-        let image = |ino| Identity { dev: 1, ino, rdev: 0, born_ns: 0 };
+        let image = |ino| Identity { dev: 1, ino, rdev: 0, btime_ns: 0 };
         let (mut said, now) = (Said::new(), Instant::now());
         assert!(said.may_say(&pool("a", 1000), image(0), now));
         assert!(!said.may_say(&pool("a", 1000), image(0), now + QUIET / 2));

@@ -72,7 +72,7 @@ pub fn take(
     let holder = Holder::Device { instance: spec.instance.clone(), number };
     let failures = Failures::of(holder.to_string(), image.name().to_owned());
     let hold = attach(claims, &image, &Use { holder, read_only: spec.read_only }, sharing)?;
-    Ok((image.counted(failures), hold))
+    Ok((image.with_failure_counter(failures), hold))
 }
 
 fn attach(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<Hold> {
@@ -243,12 +243,12 @@ fn look_later(binding: Binding) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Source;
+    use crate::image::ImageSpec;
 
     fn open(path: &std::path::Path, read_only: bool) -> Image {
         let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-        let source = Source { buffered: true, read_only, ..Source::default() };
-        Image::open(file.into(), &source, path.to_str().unwrap()).unwrap()
+        let image_spec = ImageSpec { buffered: true, read_only, ..ImageSpec::default() };
+        Image::open(file.into(), &image_spec, path.to_str().unwrap()).unwrap()
     }
 
     fn device(number: u32, read_only: bool) -> Use {
