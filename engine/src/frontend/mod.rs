@@ -6,6 +6,7 @@
 
 mod device;
 pub mod fuse;
+mod mode;
 mod queue;
 pub mod ublk;
 
@@ -13,10 +14,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
-use crate::instance::spec::{FrontendKind, IoMode};
 use crate::kernels::BLOCK_DEVICES;
 
 pub use device::FrontendDevice;
+pub use mode::{FrontendKind, IoMode};
 pub use queue::FrontendQueue;
 
 /// The parameters of a device, fixed when it is added.

@@ -43,6 +43,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Kind, Result};
 use crate::failures::Failures;
+use crate::sys::printable;
 
 pub use create::create;
 pub use discard::{DiscardQueue, Punch};
@@ -336,10 +337,4 @@ impl Image {
         let properties = FileProperties { size: self.length()?, ..self.properties };
         Geometry::compute(&properties, &self.spec, &self.name)
     }
-}
-
-/// Replaces control characters, so that a path fits in one line of a message or a log.
-pub(crate) fn printable(path: &str) -> String {
-    let shown = |c: char| if c.is_control() { '?' } else { c };
-    path.chars().map(shown).collect()
 }

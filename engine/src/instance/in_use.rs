@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::frontend::FrontendDevice;
-use crate::image::printable;
+use crate::sys::printable;
 use crate::sys::processes::{self, Open, Process};
 use crate::sys::usage::{self, Disks};
 

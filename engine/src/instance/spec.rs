@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
+pub use crate::frontend::{FrontendKind, IoMode};
+
 /// Name of the instance that always exists.
 pub const DEFAULT_INSTANCE: &str = "default";
 
@@ -104,55 +106,6 @@ pub struct RecoverSpec {
     pub size_limit: Option<u64>,
     /// Use the page cache instead of direct I/O; none: as it was attached, or not if that is not known.
     pub buffered: Option<bool>,
-}
-
-/// How requests and their data travel between the kernel and the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
-#[serde(rename_all = "kebab-case")]
-#[zlink(rename_all = "lowercase")]
-pub enum IoMode {
-    /// Data is copied to a buffer of the daemon and back (Linux 6.5).
-    Copy,
-    /// The request's pages are the buffer; one command a request (Linux 6.16).
-    Auto,
-    /// The request's pages are the buffer; commands in batches (Linux 7.0).
-    Batch,
-    /// Through FUSE, to a file instead of a block device: data is copied to a buffer of the daemon
-    /// and back.
-    Fuse,
-}
-
-impl IoMode {
-    /// The word used on the command line and in JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            IoMode::Copy => "copy",
-            IoMode::Auto => "auto",
-            IoMode::Batch => "batch",
-            IoMode::Fuse => "fuse",
-        }
-    }
-}
-
-/// What devices are to those who use them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
-#[serde(rename_all = "lowercase")]
-#[zlink(rename_all = "lowercase")]
-pub enum FrontendKind {
-    /// Block devices of the ublk driver.
-    Ublk,
-    /// Files of a FUSE file system.
-    Fuse,
-}
-
-impl FrontendKind {
-    /// The word used on the command line and in JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            FrontendKind::Ublk => "ublk",
-            FrontendKind::Fuse => "fuse",
-        }
-    }
 }
 
 /// What state a device is in.

@@ -19,9 +19,9 @@ use super::features::DriverFeatures;
 use super::memory::{CopyBuffers, Descriptors};
 use super::per_io::{DataBuffers, PerIo};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::IoMode;
 use crate::frontend::{DeviceParameters, FrontendQueue, StopMode};
 use crate::image::Geometry;
-use crate::instance::spec::IoMode;
 use crate::request::SECTOR;
 
 /// Largest request in bytes. Two I/O modes do not copy data, so large requests cost nothing. In the

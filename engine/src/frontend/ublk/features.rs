@@ -4,7 +4,7 @@ use libublk::sys;
 
 use super::control::{ControlCommand, TIMEOUT, run};
 use crate::error::Result;
-use crate::instance::spec::IoMode;
+use crate::frontend::IoMode;
 
 /// Names of the flags, by bit.
 const NAMES: [&str; 20] = [

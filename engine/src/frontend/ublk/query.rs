@@ -9,9 +9,9 @@ use super::control::{ControlCommand, TIMEOUT, run};
 use super::device::{FullParams, UblkDevice, command, from_bytes, to_bytes};
 use super::features::DriverFeatures;
 use crate::error::{Error, Kind, Result};
+use crate::frontend::IoMode;
 use crate::frontend::{DeviceParameters, ExistingDevice, OrphanState};
 use crate::image::{Geometry, is_block_size};
-use crate::instance::spec::IoMode;
 use crate::request::SECTOR;
 
 impl UblkDevice {
