@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is looked at before figures are believed: each thing that is wrong is a warning with
-//! advice, which goes into the report.
+//! Checks of the machine and of the targets before a run. Each problem becomes a warning with
+//! advice, which the report shows.
 //!
-//! Knows the machine and what was set up on it; changes nothing.
+//! Changes nothing.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -14,16 +14,16 @@ use crate::outcome::{Mode, Warning};
 use crate::sh;
 use crate::target::{Kind, Opened, RAW};
 
-/// More than this of a CPU used by others disturbs.
+/// Other processes that use more than this share of a CPU disturb a measurement.
 const LOAD: f64 = 0.5;
-/// Pages of an image that may be left in the page cache.
+/// Pages of an image that may remain in the page cache.
 const RESIDUE: u64 = 1 << 20;
 
-/// Of the machine, before anything runs on it.
+/// Checks the machine before a run.
 pub fn machine(mode: Mode) -> Vec<Warning> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let mut warnings = Vec::new();
-    // In a lab's VM there is nobody else, and its load is that of its own start.
+    // A VM of the lab runs nothing else; its load is that of its own boot.
     if mode == Mode::Host {
         warnings.extend(load(&read("/proc/loadavg")));
         let cpus = fs::read_dir("/sys/devices/system/cpu").into_iter().flatten().flatten();
@@ -63,7 +63,7 @@ fn throttled(cpu_max: &str) -> Option<Warning> {
     })
 }
 
-/// Of one target that was set up.
+/// Checks a target that has been set up.
 pub fn target(name: &str, opened: &Opened) -> Vec<Warning> {
     let mut warnings = Vec::new();
     if opened.kind != Kind::Mount && !takes_direct(&opened.path) {
@@ -97,7 +97,7 @@ fn scheduler(name: &str, node: &Path) -> Option<Warning> {
     })
 }
 
-/// The image must be there in full, and not in memory.
+/// Checks that the image is fully allocated and not cached.
 fn image(path: &Path) -> Vec<Warning> {
     let mut warnings = Vec::new();
     if fs::metadata(path).is_ok_and(|metadata| metadata.blocks() * 512 < metadata.len()) {

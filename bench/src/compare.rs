@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Two results beside each other: what became slower, row by row.
+//! Compares two results row by row, and says what became slower.
 //!
-//! On machines it compares ratios to the reference: what made the whole machine faster or slower
-//! does not count. In `icount` it compares instructions an operation. Knows no file; what it finds
-//! is for people, and `slower` for an exit code.
+//! On real and emulated machines it compares ratios to the reference, so that the speed of the
+//! machine cancels out. In `icount` it compares instructions per operation. Reads no file.
 
 mod text;
 
@@ -16,44 +15,44 @@ use crate::stats::{median, quotient_interval};
 use crate::summary::{Interval, Verdict};
 use crate::units::plain;
 
-/// In `icount` less than this is no difference: the lab's sealed machine repeats exactly, but another build lays
-/// out code and data elsewhere.
+/// Smaller differences do not count in `icount`: a sealed machine repeats exactly, but another build
+/// lays out code and data differently.
 const THRESHOLD: f64 = 0.005;
 
-/// What two results have to say to each other.
+/// Differences between two results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     pub mode: Mode,
-    /// What makes them less comparable.
+    /// Why the results are not fully comparable.
     pub warnings: Vec<String>,
-    /// In the order of the new result.
+    /// Changes, in the order of the new result.
     pub changes: Vec<Change>,
-    /// Job and target that only one of them has.
+    /// Job and target of rows that only one result has.
     pub only_old: Vec<(String, String)>,
     pub only_new: Vec<(String, String)>,
 }
 
-/// One target at one job in both.
+/// One target at one job, in both results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Change {
     pub job: String,
     pub target: String,
-    /// Median ratio to the reference, or in `icount` instructions an operation.
+    /// Median ratio to the reference; in `icount`, instructions per operation.
     pub before: f64,
     pub after: f64,
-    /// `after` by `before`, and where it lies with 95 % confidence.
+    /// `after` divided by `before`, and its 95 % interval.
     pub quotient: f64,
     pub interval: Interval,
     pub verdict: Verdict,
 }
 
 impl Comparison {
-    /// Whether something became slower.
+    /// Whether a row became slower.
     pub fn slower(&self) -> bool {
         self.count(Verdict::Slower) > 0
     }
 
-    /// How many rows agree within the threshold, and the one that is farthest from it; none if there are no rows.
+    /// Number of rows within the threshold, and the row with the largest change.
     fn agreement(&self) -> Option<(usize, &Change)> {
         let apart = |change: &Change| (change.quotient - 1.0).abs();
         let worst = self.changes.iter().max_by(|a, b| apart(a).total_cmp(&apart(b)))?;
@@ -65,8 +64,7 @@ impl Comparison {
     }
 }
 
-/// How `new` differs from `old`. Refuses results of different modes: their figures have nothing to
-/// do with each other.
+/// Compares `new` with `old`. Rejects results of different modes.
 pub fn compare(old: &Outcome, new: &Outcome) -> Result<Comparison> {
     let (before, after) = (&old.manifest, &new.manifest);
     let mode = after.mode;
@@ -118,11 +116,11 @@ fn verdict(mode: Mode, quotient: f64, interval: Interval) -> Verdict {
     if low <= 1.0 && 1.0 <= high || counted && (quotient - 1.0).abs() <= THRESHOLD {
         return Verdict::NoDifference;
     }
-    // More instructions are slower, a higher ratio is faster.
+    // More instructions mean slower; a higher ratio means faster.
     if (low > 1.0) == counted { Verdict::Slower } else { Verdict::Faster }
 }
 
-/// What is compared, a value a round. Of the reference itself there is no ratio.
+/// Values to compare, one per round. The reference itself has no ratio.
 fn values(mode: Mode, outcome: &Outcome, job: &str, target: &str) -> Vec<f64> {
     let of = |target: &str| {
         let target = target.to_owned();
@@ -140,12 +138,12 @@ fn values(mode: Mode, outcome: &Outcome, job: &str, target: &str) -> Vec<f64> {
     of(target).filter_map(beside).filter(finite).collect()
 }
 
-/// Instructions an operation: on the emulated CPU one takes a nanosecond.
+/// Instructions per operation: on the emulated CPU an instruction takes a nanosecond.
 pub(crate) fn instructions(cost: &Cost, iops: f64) -> f64 {
     cost.system_ns.unwrap_or(1e9 / iops)
 }
 
-/// Job and target of every sample, each once, in order of jobs and targets.
+/// Distinct jobs and targets of the samples, in order of jobs and targets.
 fn pairs(outcome: &Outcome) -> Vec<(String, String)> {
     let sampled: BTreeSet<(&str, &str)> =
         outcome.samples.iter().map(|sample| (sample.job.as_str(), sample.target.as_str())).collect();

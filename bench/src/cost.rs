@@ -1,36 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a process has cost so far: CPU time and context switches of all its threads.
+//! CPU time and context switches of all threads of a process.
 //!
-//! Reads /proc. Kernel helper threads of io_uring are threads of the process.
+//! Reads /proc. Worker threads of io_uring are threads of the process.
 
 use std::collections::BTreeMap;
 use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-/// A thread's account.
+/// CPU time and context switches of a thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Account {
     cpu_ns: u64,
     switches: u64,
 }
 
-/// Accounts of a process at a moment, by thread.
+/// Accounts of a process at one moment, by thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reading(BTreeMap<u32, Account>);
 
-/// What was spent between two readings.
+/// Difference between two readings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spent {
     pub cpu_ns: u64,
     pub switches: u64,
-    /// As the engine counts them.
+    /// Requests that went to a kernel worker thread, from the engine's statistics.
     #[serde(default)]
     pub punts: Option<u64>,
 }
 
 impl Reading {
-    /// Of process `pid`, now; empty if it is gone.
+    /// Reads the accounts of process `pid`; empty if the process has ended.
     pub fn of(pid: u32) -> Reading {
         let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
         let account = |task: fs::DirEntry| {
@@ -42,7 +42,7 @@ impl Reading {
         Reading(tasks.filter_map(account).collect())
     }
 
-    /// What was spent since `before`. A thread that ended meanwhile takes its part with it.
+    /// The difference to `before`. Threads that have ended since are not counted.
     pub fn since(&self, before: &Reading) -> Spent {
         let mut spent = Spent::default();
         for (thread, now) in &self.0 {
@@ -67,7 +67,7 @@ mod tests {
     fn this_process_spends() {
         let pid = std::process::id();
         let before = Reading::of(pid);
-        // By the clock of this thread's own work: a busy machine makes a wall clock run ahead of it.
+        // Thread CPU time: on a busy machine the wall clock runs ahead of it.
         let worked = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_nsec;
         while worked() < 60_000_000 {
             std::hint::black_box(0);

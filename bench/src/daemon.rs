@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The program under test, by its public command line: a daemon, and devices attached to it.
+//! The program under test: a daemon and its devices, through the public command line.
 //!
-//! Needs `loopengine` on PATH, root and ublk. Dropping the daemon ends it.
+//! Needs `loopengine` on PATH, root and ublk. Dropping the daemon stops it.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt;
@@ -17,7 +17,7 @@ use crate::sh;
 /// An emulated CPU starts programs slowly.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// A daemon with a run directory of its own.
+/// A daemon with its own run directory.
 pub struct Daemon {
     child: Child,
     run_dir: PathBuf,
@@ -25,14 +25,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one and waits until it answers.
+    /// Starts a daemon and waits until it answers.
     pub fn start(run_dir: &Path) -> Result<Daemon> {
         Daemon::start_with(run_dir, &[])
     }
 
-    /// The same, with options of `serve`.
+    /// Starts a daemon with options of `serve`, and waits until it answers.
     pub fn start_with(run_dir: &Path, options: &[&str]) -> Result<Daemon> {
-        // Its image files must not lie on one of its own devices, nor must its log.
+        // The log is outside the run directory: it must not be on one of the daemon's own devices.
         let log = run_dir.with_extension("log");
         let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let child = command(run_dir, &["serve", "--detach-all"])
@@ -40,7 +40,7 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
-            // Ctrl-C on a terminal is not for it: it is stopped when its devices are not used any more.
+            // Ctrl-C on a terminal must not reach the daemon while its devices are in use.
             .process_group(0)
             .spawn()
             .context("cannot run loopengine")?;
@@ -56,7 +56,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// A subcommand, to be run.
+    /// A command line of the subcommand `words`.
     pub fn command(&self, words: &[&str]) -> Command {
         command(&self.run_dir, words)
     }
@@ -78,7 +78,7 @@ impl Daemon {
         sh::capture(command(&self.run_dir, &["detach"]).arg(device), LIMIT).map(drop)
     }
 
-    /// Its control socket.
+    /// Path of the control socket.
     pub fn socket(&self) -> PathBuf {
         self.run_dir.join("control")
     }
@@ -88,7 +88,7 @@ impl Daemon {
         self.child.id()
     }
 
-    /// Ends it as a service manager would.
+    /// Stops the daemon with SIGTERM and waits for it.
     pub fn stop(mut self) -> Result<()> {
         let status = self.end()?;
         if !status.success() {
@@ -126,13 +126,13 @@ fn command(run_dir: &Path, words: &[&str]) -> Command {
     command
 }
 
-/// What `loopengine --version` says.
+/// Output of `loopengine --version`.
 pub fn version() -> Result<String> {
     let said = sh::capture(Command::new(sh::which("loopengine")?).arg("--version"), LIMIT)?;
     Ok(said.trim().to_owned())
 }
 
-/// Paths of the feature ladder that work here, best first.
+/// I/O modes that this kernel supports, best first.
 pub fn io_modes() -> Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
@@ -144,7 +144,7 @@ pub fn io_modes() -> Result<Vec<String>> {
     Ok(features.io_modes)
 }
 
-/// Whether this machine can serve devices itself: root, and a kernel with ublk.
+/// Whether this machine can serve block devices: root, and a kernel with ublk.
 pub fn can_run_here() -> bool {
     if !rustix::process::geteuid().is_root() {
         return false;
@@ -153,7 +153,7 @@ pub fn can_run_here() -> bool {
     if !control.exists()
         && let Ok(modprobe) = sh::which("modprobe")
     {
-        // No module is an answer too.
+        // A missing module is no error here.
         let _ = sh::capture(Command::new(modprobe).args(["-q", "ublk_drv"]), LIMIT);
     }
     control.exists()

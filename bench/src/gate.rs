@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Whether an I/O costs more instructions than the committed baseline says.
+//! Compares the instructions per I/O with the committed baseline.
 //!
-//! Of a run in `icount`, where an instruction takes 1 ns: instructions = 10⁹ / IOPS. What is not
-//! ours (raw file, kernel loop) tells whether the two can be compared at all.
+//! Needs a run in `icount`, where an instruction takes 1 ns: instructions = 10⁹ / IOPS. Targets
+//! without loopengine (raw file, kernel loop) show whether the machines are comparable.
 
 use std::fmt;
 use std::fs;
@@ -15,19 +15,19 @@ use crate::job::{self, Job};
 use crate::outcome::{Mode, Outcome, Sample};
 use crate::target::RAW;
 
-/// What is measured for it: 4K at depth 1 and 32, and 128K.
+/// Jobs that are measured: 4K at depth 1 and 32, and 128K.
 pub const JOBS: [&Job; 3] = [&job::QD1, &job::QD32, &job::SEQ];
-/// On what.
+/// Targets that are measured.
 pub const TARGETS: [&str; 5] = [RAW, job::LOOP, "loopengine batch", "loopengine auto", "loopengine copy"];
 
-/// More than this share above the baseline is too much.
+/// Largest accepted increase, as a share of the baseline.
 const LIMIT: f64 = 0.02;
-/// If what is not ours differs by more than this share, the machine does.
+/// If targets without loopengine differ by more than this share, the machines differ.
 const DRIFT: f64 = 0.01;
-/// Its file, from the root of the work tree.
+/// File of the baseline, relative to the workspace.
 pub const BASELINE: &str = "bench/baseline.json";
 
-/// Instructions an I/O, and of what.
+/// Instructions per I/O of a target at a job.
 #[derive(Debug, Serialize, Deserialize)]
 struct Baseline {
     kernel: String,
@@ -53,7 +53,7 @@ impl Cost {
     }
 }
 
-/// One row beside its baseline.
+/// A row and its baseline.
 #[derive(Debug, PartialEq)]
 struct Compared {
     now: Cost,
@@ -61,7 +61,7 @@ struct Compared {
 }
 
 impl Compared {
-    /// Share by which it costs more than before.
+    /// Increase as a share of the baseline.
     fn excess(&self) -> Option<f64> {
         self.before.map(|before| self.now.instructions as f64 / before as f64 - 1.0)
     }
@@ -91,7 +91,7 @@ impl fmt::Display for Compared {
 enum Verdict {
     Passed,
     Failed,
-    /// What is not ours costs something else than before.
+    /// Targets without loopengine changed: the machines differ.
     Incomparable,
 }
 
@@ -116,7 +116,7 @@ fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
     (compared, verdict)
 }
 
-/// Compares `outcome` with the baseline at `path`, or makes it the new one; the exit code.
+/// Compares `outcome` with the baseline at `path`, or makes it the baseline; returns the exit code.
 pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
     if outcome.manifest.mode != Mode::Icount {
         bail!("only a result taken in icount counts instructions: cargo lab gate");

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Files that leave a machine whose disk nobody sees: a line each with name and length, then the bytes.
+//! Transfers files out of a sealed machine over a serial line: a line with name and length, then
+//! the bytes.
 //!
-//! Knows nothing of what is in them. One side is `send`, in the machine; the other, outside, is `Inbox`.
+//! `send` runs inside the machine, `Inbox` outside. Knows nothing of the files' contents.
 
 use std::fs::File;
 use std::io::{Result, Write};
 
-/// Environment variable that names the device to write to; without it nothing is sent.
+/// Environment variable that names the device to write to; if it is unset, nothing is sent.
 pub const VARIABLE: &str = "LOOPBENCH_HANDOVER";
 
-/// Hands a file on, if somebody waits for it.
+/// Sends a file, if this is a sealed machine.
 pub fn send(name: &str, bytes: &[u8]) -> Result<()> {
     let Some(device) = std::env::var_os(VARIABLE) else { return Ok(()) };
     write(&mut File::options().append(true).open(device)?, name, bytes)
@@ -20,12 +21,12 @@ fn write(to: &mut impl Write, name: &str, bytes: &[u8]) -> Result<()> {
     to.write_all(bytes)
 }
 
-/// What has come so far and was not taken out.
+/// Bytes that have arrived and were not taken yet.
 #[derive(Default)]
 pub struct Inbox(pub Vec<u8>);
 
 impl Inbox {
-    /// The next file that has come in whole: its name and what is in it.
+    /// Takes the next complete file: its name and contents.
     pub fn take(&mut self) -> Option<(String, Vec<u8>)> {
         let end = self.0.iter().position(|byte| *byte == b'\n')?;
         let head = String::from_utf8_lossy(&self.0[..end]).into_owned();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The questions: each is one plain fio file of `fio-jobs/`, which anyone can run by hand.
+//! The jobs: each is a plain job file of fio in `fio-jobs/`, which can also be run manually.
 //!
-//! Knows the files and what each needs of a target; does not run them (that is `fio`).
+//! Knows the files and what each needs of a target. `fio` runs them.
 
 use crate::outcome::JobInfo;
 
@@ -18,36 +18,36 @@ pub enum Needs {
     Mount,
 }
 
-/// How many files or devices a job that needs many of them uses.
+/// Number of devices for a job that needs many.
 pub const MANY: usize = 16;
 
 /// A job file.
 #[derive(Debug)]
 pub struct Job {
-    /// Its name, that of the file.
+    /// Name of the file without its ending.
     pub name: &'static str,
-    /// As a heading.
+    /// Title for a heading.
     pub title: &'static str,
-    /// What it isolates, and what bounds it.
+    /// What the job isolates, and what bounds it.
     pub question: &'static str,
     pub needs: Needs,
-    /// What an operation is, where it is not an I/O.
+    /// Unit of an operation, if it is not an I/O.
     pub unit: Option<&'static str>,
     /// I/Os in flight, if it belongs to the plot of throughput against depth.
     pub depth: Option<u32>,
-    /// Two processes: says nothing on one CPU.
+    /// Runs two processes: meaningless on one CPU.
     pub two_cpus: bool,
     /// Part of `--quick`.
     pub quick: bool,
     pub text: &'static str,
 }
 
-/// The target that ratios are to.
+/// Reference target of the ratios.
 pub const LOOP: &str = "kernel loop";
-/// The same among mounted file systems.
+/// Reference target among mounted file systems.
 pub const EXT4_ON_LOOP: &str = "ext4 on kernel loop";
 
-/// A row of the table: name, what it needs, title, question, and where it differs from most.
+/// A row of the table: name, needs, title, question, and fields that differ from the default.
 macro_rules! job {
     ($name:literal on $needs:ident: $title:literal, $question:literal, $($field:ident: $value:expr),* $(,)?) => {
         Job {
@@ -92,7 +92,7 @@ pub const SEQ: Job = job!(
     quick: true,
 );
 
-/// All of them, in the order of a report.
+/// All jobs, in the order of a report.
 pub const JOBS: &[Job] = &[
     QD1,
     job!(
@@ -174,7 +174,7 @@ pub fn by_name(name: &str) -> Option<&'static Job> {
 }
 
 impl Job {
-    /// As a result describes it.
+    /// The job as a result describes it.
     pub fn info(&self) -> JobInfo {
         JobInfo {
             name: self.name.into(),
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// What fio replaces in a job.
+    /// Variables that fio replaces in a job.
     fn variables(text: &str) -> BTreeSet<&str> {
         text.split("${").skip(1).map(|rest| rest.split('}').next().unwrap_or(rest)).collect()
     }
@@ -221,7 +221,7 @@ mod tests {
                 Needs::Mount => "DIRECTORY",
             };
             let timed = BTreeSet::from([place, "RAMP", "RUNTIME"]);
-            // Files are few: each counts.
+            // There are few files, so each counts.
             let at_once = BTreeSet::from([place, "RUNTIME"]);
             let expected = if job.unit.is_some() { at_once } else { timed };
             assert_eq!(variables(job.text), expected, "{}", job.name);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The harness that compares loopengine with the kernel's loop driver, FUSE and others, by fio.
+//! Compares loopengine with the kernel's loop driver, FUSE and others, with fio.
 //!
 //! ```text
 //!   job ─┐                          ┌─ render: terminal, Markdown, CSV, SVG, HTML
-//!        ├─ run ── raw/ ── outcome ─┼─ compare: what became slower
+//!        ├─ run ── raw ─── outcome ─┼─ compare: what became slower
 //!  target┘    └ check               └─ gate: what CI refuses
 //! ```
-//! It uses the public program, its socket and fio, never the engine's insides. `loopbench` is its
+//! Uses the public program, its socket and fio, never internals of the engine. `loopbench` is the
 //! command line; `lab` boots a VM for it.
 
 pub mod check;

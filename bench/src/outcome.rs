@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a run of `loopbench` found, as it is kept: `result.json`.
+//! The result of a run of `loopbench`: `result.json`.
 //!
 //! Pure data, described field by field in `bench/RESULT.md`. Adding a field with a default is
-//! compatible; anything else is a new `SCHEMA`. Draws no conclusions: those are `summary`'s.
+//! compatible; any other change needs a new `SCHEMA`. `summary` draws the conclusions.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the format.
 pub const SCHEMA: u32 = 1;
-/// Its file.
+/// Name of the file.
 pub const FILE: &str = "result.json";
 
 /// One run.
@@ -18,15 +18,15 @@ pub const FILE: &str = "result.json";
 pub struct Outcome {
     pub schema: u32,
     pub manifest: Manifest,
-    /// What makes the figures less certain, with advice.
+    /// What makes the measurements less certain, with advice.
     #[serde(default)]
     pub warnings: Vec<Warning>,
-    /// In the order of a table; those that could not be set up too.
+    /// Targets in the order of a table, including those that could not be set up.
     pub targets: Vec<TargetInfo>,
-    /// In the order of a report.
+    /// Jobs in the order of a report.
     pub jobs: Vec<JobInfo>,
     pub samples: Vec<Sample>,
-    /// Completion latencies of all rounds together.
+    /// Completion latencies, all rounds merged.
     #[serde(default)]
     pub latencies: Vec<Latency>,
     #[serde(default)]
@@ -35,42 +35,42 @@ pub struct Outcome {
     pub idle: Vec<Idle>,
 }
 
-/// Everything needed to take the same figures again.
+/// Everything needed to repeat the run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Day of the run, UTC: 2026-11-22.
     pub date: String,
-    /// Release of the kernel that was measured on.
+    /// Release of the kernel.
     pub kernel: String,
     pub mode: Mode,
     pub cpus: usize,
     pub host_cpu: String,
     pub fio: String,
     pub rounds: u32,
-    /// Length of a job, and of what it runs before that without being counted.
+    /// Length of a job, and of its ramp, which is not measured.
     pub run_ms: u32,
     pub ramp_ms: u32,
-    /// What was asked for was measured: no Ctrl-C, no failure.
+    /// The run was neither interrupted nor failed.
     pub complete: bool,
-    /// Whatever else says what was measured: revision, command, versions of QEMU and others.
+    /// More facts: revision, command, versions of QEMU and others.
     #[serde(default)]
     pub notes: BTreeMap<String, String>,
 }
 
-/// What time means.
+/// The kind of machine, and what its time means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// One emulated CPU on which an instruction takes 1 ns: IOPS = 10⁹ / instructions an I/O.
+    /// One emulated CPU on which an instruction takes 1 ns: IOPS = 10⁹ / instructions per I/O.
     Icount,
-    /// Emulated CPUs on a shared machine: only ratios within a round mean something.
+    /// Emulated CPUs on a shared machine: only ratios within a round are meaningful.
     Smp,
-    /// The machine itself.
+    /// The machine itself, without emulation.
     #[default]
     Host,
 }
 
-/// Something that makes figures less certain.
+/// Something that makes measurements less certain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Warning {
     /// What is wrong: "the governor of cpu0 is powersave".
@@ -79,35 +79,35 @@ pub struct Warning {
     pub advice: String,
 }
 
-/// Something that was measured, or was to be.
+/// A target of the run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetInfo {
-    /// Its name in samples and tables.
+    /// Name in samples and tables.
     pub name: String,
-    /// What it is, in one line.
+    /// Description in one line.
     pub about: String,
     /// Version of the program or driver behind it.
     pub version: String,
-    /// Why it was not measured, or from some point on not any more.
+    /// Why it was not measured, or not to the end.
     #[serde(default)]
     pub unavailable: Option<String>,
 }
 
-/// A question, as a job file of fio asks it.
+/// A job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobInfo {
     /// Name of the file in `fio-jobs/`, without its ending.
     pub name: String,
-    /// As a heading: "4K random read, depth 32".
+    /// Title: "4K random read, depth 32".
     pub title: String,
-    /// What it isolates, and what bounds it.
+    /// What the job isolates, and what bounds it.
     pub question: String,
-    /// What an operation is, where it is not an I/O: "file".
+    /// Unit of an operation, if it is not an I/O: "file".
     #[serde(default)]
     pub unit: Option<String>,
-    /// The target that ratios are to.
+    /// Reference target of the ratios.
     pub reference: String,
-    /// I/Os in flight in all, for the plot of throughput against depth; none: not part of it.
+    /// Total I/Os in flight, if the job belongs to the plot of throughput against depth.
     #[serde(default)]
     pub depth: Option<u32>,
 }
@@ -118,70 +118,70 @@ pub struct Sample {
     pub round: u32,
     pub job: String,
     pub target: String,
-    /// Operations a second.
+    /// Operations per second.
     pub iops: f64,
-    /// Bytes a second.
+    /// Bytes per second.
     pub bytes_per_s: f64,
-    /// Latency of completion, median and 99th percentile.
+    /// Completion latency: median and 99th percentile.
     pub p50_ns: u64,
     pub p99_ns: u64,
     #[serde(default)]
     pub cost: Cost,
 }
 
-/// What one I/O cost. None: cannot be told.
+/// Cost of one operation; `None` where it is unknown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cost {
-    /// CPU time of fio, the kernel's work for it included.
+    /// CPU time of fio, including kernel time.
     pub submitter_ns: Option<f64>,
-    /// CPU time of the process that serves the target, its kernel helper threads included.
+    /// CPU time of the process that serves the target, including io_uring's worker threads.
     pub engine_ns: Option<f64>,
-    /// All that the whole system did, idle time included; only in `icount`.
+    /// Time of the whole system, idle time included; only in `icount`.
     pub system_ns: Option<f64>,
     /// Context switches of the process that serves the target.
     pub switches: Option<f64>,
-    /// Operations that left the fast path for a kernel helper thread, as the engine counts them.
+    /// Requests that went to a kernel worker thread, from the engine's statistics.
     pub punts: Option<f64>,
 }
 
-/// Completion latencies of one job on one target, all rounds together.
+/// Completion latencies of one job on one target, all rounds merged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     pub job: String,
     pub target: String,
-    /// Nanoseconds and how often, in order: buckets of a histogram with two significant digits.
+    /// Nanoseconds and counts, ascending: buckets with two significant digits.
     pub counts: Vec<(u64, u64)>,
 }
 
-/// Attaching and detaching, a device at a time.
+/// Times of attaching and detaching one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attach {
     pub target: String,
-    /// How it was asked for: "call" (of a client that is connected already) or "command".
+    /// "call" (of a connected client) or "command" (a program per call).
     pub how: String,
-    /// Devices that were there meanwhile.
+    /// Devices that existed meanwhile.
     pub present: u32,
-    /// From the call until the first block was read from the new device.
+    /// From the call until the first block is read from the new device.
     pub attach_ns: Vec<u64>,
-    /// Until it was gone.
+    /// From the call until it returns.
     pub detach_ns: Vec<u64>,
 }
 
-/// A process that serves devices which nobody uses.
+/// A process that serves idle devices.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Idle {
     pub target: String,
     pub devices: u32,
-    /// Proportional set size, with the devices and before.
+    /// Proportional set size, with and without the devices.
     pub pss_kib: u64,
     pub pss_kib_before: u64,
-    /// CPU time that it took meanwhile, and how long that was.
+    /// CPU time, and the time over which it was measured.
     pub cpu_ns: u64,
     pub over_ns: u64,
 }
 
 impl Mode {
-    /// The word of the command line and of result directories.
+    /// Name on the command line and in names of result directories.
     pub fn name(self) -> &'static str {
         match self {
             Mode::Icount => "icount",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is to be measured, as the command line says it, and for how long that takes.
+//! Options of a run, and an estimate of its duration.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,50 +14,50 @@ use crate::outcome::Mode;
 use crate::run::Plan;
 use crate::{site, target};
 
-/// A start of fio, and setting a target up: seconds, roughly, on a machine and under emulation.
+/// Rough seconds of a start of fio and of setting up a target, on hardware and under emulation.
 const START_S: (f64, f64) = (0.3, 2.5);
 const SET_UP_S: (f64, f64) = (1.0, 6.0);
 
 /// What to measure.
 #[derive(Args, Clone, Debug)]
 pub struct Choice {
-    /// Fewer jobs, shorter rounds, fewer devices: an answer within minutes
+    /// Fewer jobs, shorter rounds, fewer devices: takes minutes
     #[arg(long)]
     pub quick: bool,
-    /// What time means here; the lab says it
+    /// Kind of machine; the lab sets it
     #[arg(long, value_enum, default_value = "host", hide = true)]
     pub mode: Mode,
-    /// Rounds: five or more give intervals; targets are interleaved within each [default: 7; quick 5; icount 1]
+    /// Interleaved rounds; five or more give intervals [default: 7; quick 5; icount 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
-    /// Length of a job in a round; a fifth more is run before it counts [default: 1000; quick 500; quick icount 200]
+    /// Length of a job per round, after a ramp of a fifth [default: 1000; quick 500; quick icount 200]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(10..=3_600_000))]
     pub run_ms: Option<u32>,
-    /// Jobs to run, files of fio-jobs/ without their ending [default: all]
+    /// Jobs to run: names of files in fio-jobs/ without .fio [default: all]
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub jobs: Vec<String>,
     /// Targets to measure [default: all that can be set up here]
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     pub targets: Vec<String>,
-    /// Directory for the images; without it they lie on a file system in memory, which needs null_blk
+    /// Directory for the images [default: a file system in memory, which needs null_blk]
     #[arg(long, value_name = "DIR")]
     pub images: Option<PathBuf>,
     /// Size of each target's image [default: 96; quick 32]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
     pub image_mb: Option<u32>,
-    /// Devices that are attached to see how long it takes; 0: none [default: 50; quick 20; icount none]
+    /// Devices that are attached to time it; 0: none [default: 50; quick 20; icount none]
     #[arg(long, value_name = "N")]
     pub attaches: Option<u32>,
     /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100; icount none]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
     pub idle: Option<u32>,
-    /// Something for the manifest
+    /// Note for the manifest
     #[arg(long, value_name = "KEY=VALUE", hide = true)]
     pub note: Vec<String>,
 }
 
 impl Choice {
-    /// The plan that this means.
+    /// The plan for these options.
     pub fn plan(&self) -> Result<Plan> {
         let icount = self.mode == Mode::Icount;
         let run_ms = self.run_ms.unwrap_or(match (self.quick, icount) {
@@ -71,7 +71,7 @@ impl Choice {
         };
         let plan = Plan {
             mode: self.mode,
-            // An emulated instruction takes as long as any other: once is enough.
+            // In `icount` every round is the same.
             rounds: self.rounds.unwrap_or(if icount { 1 } else { 7 - 2 * u32::from(self.quick) }),
             length: Length { ramp_ms: run_ms / 5, run_ms },
             jobs: self.jobs()?,
@@ -118,7 +118,7 @@ impl Choice {
     }
 }
 
-/// What would be run, on what, and for about how long.
+/// Describes jobs, targets and the duration of a run.
 pub fn describe(plan: &Plan) -> Result<String> {
     let targets = plan.targets()?;
     let mut text = format!(
@@ -158,7 +158,7 @@ fn or_unavailable(found: Result<String>) -> String {
 fn seconds(plan: &Plan, targets: usize) -> f64 {
     let pick = |(host, emulated): (f64, f64)| if plan.mode == Mode::Host { host } else { emulated };
     let length = f64::from(plan.length.ramp_ms + plan.length.run_ms) / 1000.0;
-    // A second of `icount` takes several of ours.
+    // A second of `icount` takes several seconds of real time.
     let length = if plan.mode == Mode::Icount { length * 6.0 } else { length };
     let jobs = plan.jobs.len() as f64;
     let round = jobs * (pick(START_S) + targets as f64 * length);

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How far a run is, and for how long it will go on: a bar on a terminal, plain lines without one.
+//! Progress of a run and the time left: a bar on a terminal, lines elsewhere.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How far a run is.
+/// Progress of a run.
 pub struct Progress {
     bar: Option<ProgressBar>,
     start: Instant,
-    /// What an earlier run did took none of this one's time.
+    /// Steps of an earlier run, which took no time of this one.
     before: usize,
     done: usize,
     of: usize,
 }
 
 impl Progress {
-    /// Of a run with this many steps, of which some were done before.
+    /// A run of `of` steps, of which an earlier run did `before`.
     pub fn new(of: usize, before: usize) -> Progress {
         let bar =
             std::io::stderr().is_terminal().then(|| ProgressBar::new(of as u64).with_position(before as u64));
@@ -32,14 +32,14 @@ impl Progress {
         progress
     }
 
-    /// Says what is being done now.
+    /// Shows the current step.
     pub fn doing(&self, what: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(format!("{what}{}", self.left()));
         }
     }
 
-    /// One step is done.
+    /// Counts a finished step.
     pub fn step(&mut self, what: &str) {
         self.done += 1;
         match &self.bar {
@@ -51,7 +51,7 @@ impl Progress {
         }
     }
 
-    /// Something that stays on the screen.
+    /// Prints a line that stays on the screen.
     pub fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
@@ -73,7 +73,7 @@ impl Drop for Progress {
     }
 }
 
-/// How long the steps that are left take, if they take as long as those that were done in `spent`.
+/// Estimated time of the remaining steps, if they take as long as the `done` ones.
 fn left(spent: Duration, done: usize, left: usize) -> Option<Duration> {
     (done > 0 && left > 0).then(|| spent.mul_f64(left as f64 / done as f64))
 }

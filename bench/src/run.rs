@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A run: rounds of jobs over targets that are set up, interleaved, and raw files as they come.
+//! A run: interleaved rounds of jobs over targets; writes raw files.
 //!
-//! A A' B B' would compare minutes with minutes; A B A B compares neighbours: each round takes every
-//! job once, each job every target once, one after another in a single start of fio. What is
-//! measured is kept at once: Ctrl-C loses nothing but the job it interrupts, and `--resume` goes on
-//! there. Draws no conclusions.
+//! Each round runs every job once, and each job runs on every target, one after another, in one
+//! start of fio. So a ratio compares measurements that are close in time. Each measurement is
+//! written at once: Ctrl-C loses only the job that it interrupts, and `--resume` continues there.
+//! Draws no conclusions.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,28 +24,28 @@ use crate::site::{Set, Site};
 use crate::target::{self, Kind, MANY, Target};
 use crate::{check, sh, site};
 
-/// What is to be measured.
+/// What to measure.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub mode: Mode,
     pub rounds: u32,
     pub length: Length,
     pub jobs: Vec<&'static Job>,
-    /// Names of targets; none: all.
+    /// Names of targets; `None` means all.
     pub targets: Option<Vec<String>>,
-    /// Directory for the images; none: a file system in memory.
+    /// Directory for the images; `None` means a file system in memory.
     pub images: Option<PathBuf>,
     pub image_mb: u32,
     pub extras: Extras,
-    /// For the manifest.
+    /// Notes for the manifest.
     pub notes: BTreeMap<String, String>,
 }
 
-/// Size of each of the many devices, in MiB.
+/// Size of each device of a job that needs many, in MiB.
 const MANY_MB: u32 = 4;
 
 impl Plan {
-    /// Targets of the plan, in the order of a table.
+    /// Targets of the plan in the order of a table.
     pub fn targets(&self) -> Result<Vec<Box<dyn Target>>> {
         let mut targets = target::all();
         let Some(names) = &self.targets else { return Ok(targets) };
@@ -63,7 +63,7 @@ impl Plan {
     }
 }
 
-/// Whether `job` can run on what a target is.
+/// Whether `job` can run on the target.
 fn fits(job: &Job, set: &Set) -> bool {
     let Some(opened) = &set.opened else { return false };
     match job.needs {
@@ -74,8 +74,9 @@ fn fits(job: &Job, set: &Set) -> bool {
     }
 }
 
-/// Measures by `plan` and leaves all that is seen in `out`; with `resume`, only what is not there.
-/// Whether all of it was measured: Ctrl-C is no error.
+/// Measures `plan` and writes raw files to `out`; with `resume`, only those that are missing.
+///
+/// Returns whether the run is complete: an interruption is no error.
 pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     let version = fio::version()?;
@@ -106,7 +107,7 @@ pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
     }
     raw::write(out, FACTS, &facts)?;
     let measured = rounds(plan, &mut sets, &site, out);
-    // Everything goes before the extras: they make devices of their own.
+    // Targets are torn down first: the extras make their own devices.
     sets.clear();
     let measured = measured.and_then(|()| measure::run(&plan.extras, &site, out));
     let complete = match measured {
@@ -153,7 +154,7 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
     Ok(())
 }
 
-/// One job on all targets that are able to; each by itself if fio will not run on all.
+/// Runs a job on all targets in one start of fio; if that fails, in one start per target.
 fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Round> {
     let mut raw = Round {
         round,
@@ -194,7 +195,7 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Rou
     };
     let before: Vec<Option<(Reading, Option<u64>)>> = sets.iter().map(account).collect();
     let said = fio::run(job, &places, length, scratch)?;
-    // Who stops this program may have stopped fio too, as systemd does: what it says then is cut short.
+    // A service manager stops fio together with this program: its report is truncated then.
     sh::interrupted()?;
     for (set, before) in sets.iter().zip(before) {
         if let (Some((before, punts)), Some((now, punts_now))) = (before, account(set)) {
@@ -208,11 +209,11 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Rou
             raw.failed.insert(measured.target, why);
         }
     }
-    // A report that broke off is none: each target gets a start of its own then.
+    // A truncated report is an error, so that each target gets its own start of fio.
     let start = said.find('{').context("fio printed no report")?;
     let mut stream = serde_json::Deserializer::from_str(&said[start..]).into_iter::<Value>();
     let mut said = stream.next().context("fio printed no report")?.context("fio's report broke off")?;
-    // Statistics of all block devices of the machine: of no use, and the larger part.
+    // Statistics of all block devices of the machine: large and not used.
     if let Some(report) = said.as_object_mut() {
         report.remove("disk_util");
     }
@@ -223,7 +224,7 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Rou
 fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let mut notes = plan.notes.clone();
-    // Inside a VM the CPU has the emulator's name.
+    // In a VM /proc/cpuinfo shows the emulated CPU.
     let host_cpu = notes.remove("host-cpu");
     let images = site::describe(plan.images.as_deref()).unwrap_or_else(|error| format!("{error:#}"));
     notes.insert("images".into(), format!("{} MiB each, in {images}", plan.image_mb));
@@ -246,12 +247,12 @@ fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
     })
 }
 
-/// The model of the first CPU.
+/// Model name of the first CPU.
 pub fn cpu_model(cpuinfo: &str) -> Option<&str> {
     cpuinfo.lines().find_map(|line| Some(line.strip_prefix("model name")?.split_once(':')?.1.trim()))
 }
 
-/// What was measured before must have been the same.
+/// Fails if the raw files in `out` are of a different run.
 fn same_run(now: &Facts, out: &Path) -> Result<()> {
     let Some(before) = raw::read::<Facts>(out, FACTS)? else { return Ok(()) };
     let key = |facts: &Facts| {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Running other programs: every run has a deadline, ends on Ctrl-C, and fails with one line that
-//! names the program and the last thing it said.
+//! Runs other programs: each has a deadline and ends on Ctrl-C. An error is one line with the
+//! program's name and the last line of its output.
 //!
-//! Knows nothing of what is run.
+//! Knows nothing of the programs.
 
 use std::cell::Cell;
 use std::io::{Read, Write};
@@ -17,16 +17,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// How often a wait looks again.
+/// Polling interval of a wait.
 pub const TICK: Duration = Duration::from_millis(50);
 
-/// What `interrupted` says; `main` turns it into exit code 130.
+/// Error text of `interrupted`; `main` returns exit code 130 for it.
 pub const INTERRUPTED: &str = "interrupted";
 
 static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
-/// From here on SIGINT, SIGTERM and SIGHUP are noted instead of ending the program at once, so that
-/// a VM or a mounted file system is never left behind.
+/// From now on SIGINT, SIGTERM and SIGHUP set a flag instead of ending the program, so that no VM
+/// and no mounted file system is left behind.
 pub fn watch_signals() -> Result<()> {
     let flag = Arc::clone(STOP.get_or_init(Arc::default));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
@@ -39,7 +39,7 @@ thread_local! {
     static CLEANING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Takes something away: the user's wish to stop does not stop this.
+/// Runs a clean-up, which signals do not interrupt.
 pub fn uninterrupted<T>(clean: impl FnOnce() -> T) -> T {
     let before = CLEANING.replace(true);
     let outcome = clean();
@@ -47,7 +47,7 @@ pub fn uninterrupted<T>(clean: impl FnOnce() -> T) -> T {
     outcome
 }
 
-/// Fails once the user asked to stop.
+/// Fails once a signal has arrived.
 pub fn interrupted() -> Result<()> {
     if CLEANING.get() {
         return Ok(());
@@ -58,7 +58,7 @@ pub fn interrupted() -> Result<()> {
     Ok(())
 }
 
-/// Waits for as long as `time`, unless the user asks to stop.
+/// Sleeps for `time`; fails if a signal arrives.
 pub fn pause(time: Duration) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < time {
@@ -68,7 +68,7 @@ pub fn pause(time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Waits in small steps until `done` gives a value; an error after `limit`, naming `what`.
+/// Polls `done` until it returns a value; fails after `limit` with an error that names `what`.
 pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
@@ -83,7 +83,7 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Result
     }
 }
 
-/// Runs `command` and returns what it printed on standard output; a status other than 0 is an error.
+/// Runs `command` and returns its standard output; a non-zero exit status is an error.
 pub fn capture(command: &mut Command, limit: Duration) -> Result<String> {
     let name = describe(command);
     let output = output(command, limit)?;
@@ -93,8 +93,10 @@ pub fn capture(command: &mut Command, limit: Duration) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs `command` to its end, whatever its status. Its process group is its own: Ctrl-C on a terminal reaches
-/// only this program, which decides what ends, and with it everything that `command` started ends.
+/// Runs `command` and returns its output, whatever its exit status.
+///
+/// The command has its own process group: Ctrl-C on a terminal reaches only this program, and a
+/// timeout kills all processes of the command.
 pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     let name = describe(command);
     let mut child = command
@@ -119,7 +121,7 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     Ok(Output { status, stdout: collect(readers.0), stderr: collect(readers.1) })
 }
 
-/// Runs `command`, hands on what it says as it comes, and returns its status with all that it said.
+/// Runs `command`, prints its output as it arrives, and returns its exit status and output.
 pub fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String)> {
     let name = describe(command);
     let mut child = command
@@ -140,7 +142,7 @@ pub fn tee(command: &mut Command, limit: Duration) -> Result<(ExitStatus, String
     Ok((status, String::from_utf8_lossy(&said).into_owned()))
 }
 
-/// `command` for a message: the program and its first words.
+/// `command` for a message: the program and its first arguments.
 pub fn describe(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
     words.extend(command.get_args().take(4).map(|word| word.to_string_lossy().into_owned()));
@@ -150,18 +152,18 @@ pub fn describe(command: &Command) -> String {
     words.join(" ")
 }
 
-/// Waits until `child` has ended, whatever its status.
+/// Waits until `child` has ended, whatever its exit status.
 pub fn ended(child: &mut Child, name: &str, limit: Duration) -> Result<()> {
     wait_for(name, limit, || Ok(child.try_wait()?.map(drop)))
 }
 
-/// The last line of a log that says something.
+/// The last non-empty line of a log.
 pub fn last_line(log: &Path) -> String {
     let said = std::fs::read_to_string(log).unwrap_or_default();
     said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
 }
 
-/// `program`'s place on PATH, or where the system's own programs lie.
+/// Finds `program` on PATH or in /usr/sbin and /sbin.
 pub fn which(program: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
@@ -172,7 +174,7 @@ pub fn which(program: &str) -> Result<PathBuf> {
         .with_context(|| format!("{program} is not installed: run `cargo lab setup`"))
 }
 
-/// `words` as one line for a shell, each word as it is.
+/// Quotes `words` as one line for a shell.
 pub fn quote<S: AsRef<str>>(words: &[S]) -> String {
     let quoted: Vec<String> = words.iter().map(|word| quote_word(word.as_ref())).collect();
     quoted.join(" ")
@@ -212,7 +214,7 @@ fn hand_on<R: Read + Send + 'static, W: Write + Send + 'static>(
     })
 }
 
-/// The last line that says something, of standard error first.
+/// The last non-empty line of standard error, else of standard output.
 fn last_words(output: &Output) -> String {
     [&output.stderr, &output.stdout]
         .iter()
@@ -251,7 +253,7 @@ mod tests {
         assert!(output(Command::new("sh").args(["-c", &script]), Duration::from_millis(500)).is_err());
         let child = std::fs::read_to_string(pid).unwrap();
         let state = || std::fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
-        // Nobody may have waited for it yet.
+        // It may be a zombie.
         let gone = || state().split(") ").nth(1).is_none_or(|state| state.starts_with('Z'));
         wait_for("the child to end", Duration::from_secs(10), || Ok(gone().then_some(()))).unwrap();
     }

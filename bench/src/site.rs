@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where a run takes place: a store for images, a directory for the rest, the targets set up there.
+//! The environment of a run: a store for images, a scratch directory, and targets.
 //!
-//! Whatever is set up is taken away when this is dropped, last things first.
+//! Dropping it tears everything down in reverse order.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,13 +14,13 @@ use crate::store::{Fs, Store};
 use crate::target::{LIMIT, Loops, Opened, Place, Target};
 use crate::{check, sh};
 
-/// Room for the images of all targets; memory is used as it is written.
+/// Size of the store for the images of all targets; memory is allocated on write.
 const STORE_MB: u32 = 6144;
 const NO_STORE: &str = "no store in memory can be made here; name a directory with --images";
 
 /// A store and a scratch directory.
 pub struct Site {
-    // In the order in which they are to go.
+    // Fields drop in this order.
     _store: Option<Store>,
     _images: Option<tempfile::TempDir>,
     pub place: Place,
@@ -28,7 +28,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// Images lie below `images`, or on a file system in memory if none is given.
+    /// Puts images below `images`; without it, on a file system in memory.
     pub fn new(images: Option<&Path>, image_mb: u32, many_mb: u32) -> Result<Site> {
         let home = tempfile::Builder::new().prefix("loopbench-").tempdir_in("/run").or_else(|_| {
             tempfile::Builder::new().prefix("loopbench-").tempdir().context("no directory to work in")
@@ -58,13 +58,13 @@ impl Site {
         Ok(Site { _store: store, _images: kept, place, home })
     }
 
-    /// Directory for what a run needs besides images.
+    /// Directory for everything but images.
     pub fn scratch(&self) -> PathBuf {
         self.home.path().to_owned()
     }
 }
 
-/// Where the images of a run lie, or why it can have none: their directory and its file system.
+/// Describes the directory of the images and its file system, or says why there can be none.
 pub fn describe(images: Option<&Path>) -> Result<String> {
     let Some(directory) = images else {
         NULL_BLK.check().context(NO_STORE)?;
@@ -81,16 +81,16 @@ pub fn describe(images: Option<&Path>) -> Result<String> {
     Ok(format!("{} ({})", directory.display(), said.join(" on ")))
 }
 
-/// A target that may be set up.
+/// A target and its state.
 pub struct Set {
     target: Box<dyn Target>,
     pub info: TargetInfo,
-    /// None: it is unavailable, and `info` says why.
+    /// `None` if it is unavailable; `info` says why.
     pub opened: Option<Opened>,
 }
 
 impl Set {
-    /// Sets `target` up, or finds out why that is impossible here.
+    /// Sets `target` up, or records why that fails.
     pub fn up(mut target: Box<dyn Target>, place: &Place) -> Result<(Set, Vec<Warning>)> {
         let (name, about) = (target.name(), target.about());
         let version = target.version();
@@ -106,7 +106,7 @@ impl Set {
         if set.opened.is_none() {
             set.down();
         }
-        // Only now, when there is something whose drop takes it all away.
+        // Not earlier: dropping `set` tears the target down.
         sh::interrupted()?;
         Ok((set, warnings))
     }

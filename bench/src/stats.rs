@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What can be said of a few measurements: their median, and how far it may be off.
+//! Medians, confidence intervals and percentiles.
 //!
-//! Pure, and the same for the same numbers: resampling starts from a fixed seed.
+//! Pure and deterministic: resampling uses a fixed seed.
 
-/// Fewer values than this say nothing about how far their median may be off.
+/// Fewer values give no interval.
 const ENOUGH: usize = 5;
 const RESAMPLES: usize = 4000;
-/// Shares of the resamples below and above the interval: 95 % lie within it.
+/// Share of the resamples below, and above, the 95 % interval.
 const TAIL: f64 = 0.025;
 
-/// The middle one, or the mean of the two in the middle.
+/// The median; of an even number of values, the mean of the two in the middle.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -25,7 +25,7 @@ fn median_of_sorted(sorted: &[f64]) -> Option<f64> {
     }
 }
 
-/// Where the median lies with 95 % confidence, by the percentile bootstrap.
+/// 95 % confidence interval of the median, by the percentile bootstrap.
 pub fn interval(values: &[f64]) -> Option<(f64, f64)> {
     if values.len() < ENOUGH {
         return None;
@@ -43,8 +43,8 @@ pub fn interval(values: &[f64]) -> Option<(f64, f64)> {
     Some((*medians.get(tail)?, *medians.get(medians.len() - 1 - tail)?))
 }
 
-/// Where the quotient of two medians, `new` by `old`, lies with 95 % confidence: each side is
-/// resampled by itself, as there is nothing that pairs them.
+/// 95 % confidence interval of the quotient of two medians, `new` by `old`. The sides are not
+/// paired, so each is resampled on its own.
 pub fn quotient_interval(old: &[f64], new: &[f64]) -> Option<(f64, f64)> {
     if old.len().min(new.len()) < ENOUGH {
         return None;
@@ -64,8 +64,8 @@ pub fn quotient_interval(old: &[f64], new: &[f64]) -> Option<(f64, f64)> {
     Some((*quotients.get(tail)?, *quotients.get(quotients.len() - 1 - tail)?))
 }
 
-/// The value that `share` of all lie at or below, from values and how often each was seen. None
-/// where fewer than ten lie beyond: that would be the longest of a few, not a percentile.
+/// The smallest value with at least `share` of the counts at or below it. `None` if fewer than ten
+/// counts are above: that would be the maximum of a few values, not a percentile.
 pub fn percentile(counts: &[(u64, u64)], share: f64) -> Option<u64> {
     const BEYOND: f64 = 10.0;
     let total: f64 = counts.iter().map(|(_, often)| *often as f64).sum();
@@ -82,7 +82,7 @@ pub fn percentile(counts: &[(u64, u64)], share: f64) -> Option<u64> {
     sorted.iter().find(reached).or(sorted.last()).map(|(value, _)| *value)
 }
 
-/// Median and 99th percentile (by rank: of fewer than a hundred the largest).
+/// Median and 99th percentile by rank: of fewer than a hundred values the largest.
 pub fn median_and_p99(values: &[u64]) -> Option<(f64, f64)> {
     let mut sorted: Vec<f64> = values.iter().map(|value| *value as f64).collect();
     sorted.sort_by(f64::total_cmp);
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn it_covers_the_truth_about_as_often_as_it_says() {
-        // Medians of samples from a uniform distribution over 0 … 1, whose median is 0.5.
+        // Samples of a uniform distribution over 0 … 1, whose median is 0.5.
         let mut random = fastrand::Rng::with_seed(7);
         let covered = (0..400)
             .filter(|_| {
@@ -152,7 +152,7 @@ mod tests {
     }
 
     proptest! {
-        // A case takes sixteen thousand medians.
+        // A case computes sixteen thousand medians.
         #![proptest_config(ProptestConfig::with_cases(24))]
 
         #[test]
@@ -163,7 +163,7 @@ mod tests {
             let (low, high) = quotient_interval(&old, &new).unwrap();
             let middle = median(&new).unwrap() / median(&old).unwrap();
             prop_assert!(low <= middle * 1.000001 && middle <= high * 1.000001);
-            // Twice as much everywhere is a quotient twice as large.
+            // Doubling all new values doubles the quotient.
             let twice: Vec<f64> = new.iter().map(|value| value * 2.0).collect();
             prop_assert_eq!(quotient_interval(&old, &twice), Some((low * 2.0, high * 2.0)));
         }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A backing store for tests and figures: a file system on a memory-backed null_blk device, for
-//! real direct I/O that nothing else uses.
+//! A backing store for tests and measurements: a file system on a memory-backed null_blk device,
+//! which supports direct I/O.
 //!
-//! Knows null_blk, mkfs and mount; nothing of what is put there. Needs root.
+//! Knows null_blk, mkfs and mount. Needs root.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,24 +26,24 @@ pub enum Fs {
     Ext4,
 }
 
-/// What to do about a store.
+/// Makes or removes a store.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Its file system
+    /// File system
     #[arg(long, value_enum, default_value = "xfs")]
     fs: Fs,
-    /// Its size: memory is used as it is written
+    /// Size in MiB; memory is allocated on write
     #[arg(long, value_name = "N", default_value_t = 700)]
     size_mb: u32,
-    /// Unmount it and give its memory back
+    /// Unmount the store and free its memory
     #[arg(long)]
     remove: bool,
-    /// Where it is mounted
+    /// Mount point
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }
 
-/// `lab store`.
+/// Runs `lab store`.
 pub fn run(options: &Options) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("a store needs root: run it in `cargo lab vm`");
@@ -55,13 +55,13 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// A store that is removed when it is dropped.
+/// A store; dropping it removes it.
 pub struct Store {
     directory: PathBuf,
 }
 
 impl Store {
-    /// Makes one of `size_mb` MiB at `directory`.
+    /// Makes a store of `size_mb` MiB at `directory`.
     pub fn new(fs: Fs, size_mb: u32, directory: &Path) -> Result<Store> {
         make(fs, size_mb, directory)?;
         Ok(Store { directory: directory.to_owned() })
@@ -80,7 +80,7 @@ fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
     let device = NullBlk::new(size_mb)?;
     let mkfs: &[&str] = match fs {
         Fs::Xfs => &["mkfs.xfs", "-q", "-f"],
-        // Without lazy initialisation: no kernel thread writes behind a measurement's back.
+        // Lazy initialisation would write during a measurement.
         Fs::Ext4 => &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
     };
     sh::capture(Command::new(sh::which(mkfs[0])?).args(&mkfs[1..]).arg(&device.node), LIMIT)?;
@@ -90,15 +90,15 @@ fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A memory-backed null_blk device; dropping it gives its memory back.
+/// A memory-backed null_blk device; dropping it frees its memory.
 pub struct NullBlk {
-    /// Its block device.
+    /// The block device.
     pub node: PathBuf,
     home: Option<PathBuf>,
 }
 
 impl NullBlk {
-    /// Makes one of `size_mb` MiB: memory is used as it is written.
+    /// Makes a device of `size_mb` MiB; memory is allocated on write.
     pub fn new(size_mb: u32) -> Result<NullBlk> {
         NULL_BLK.load()?;
         if !Path::new(NULLB).exists() {
@@ -106,7 +106,7 @@ impl NullBlk {
         }
         let (name, home) = new_device()?;
         let device = NullBlk { node: PathBuf::from(format!("/dev/{name}")), home: Some(home.clone()) };
-        // As many queues as CPUs, at most two, as in the figures that ours are compared with.
+        // One queue per CPU, at most two.
         let queues = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2));
         let attributes = [
             ("memory_backed", "1".to_owned()),
@@ -127,7 +127,7 @@ impl NullBlk {
         Ok(device)
     }
 
-    /// It stays when this is dropped.
+    /// Keeps the device when this is dropped.
     fn keep(mut self) {
         self.home = None;
     }
@@ -149,7 +149,7 @@ fn power_off(home: &Path) -> Result<()> {
         .with_context(|| format!("cannot remove {}", home.display()))
 }
 
-/// Name and configuration directory of a device that did not exist.
+/// Creates a device; returns its name and configuration directory.
 fn new_device() -> Result<(String, PathBuf)> {
     for number in 0..64 {
         let name = format!("labstore{number}");
@@ -172,7 +172,7 @@ fn remove(directory: &Path) -> Result<()> {
     power_off(&home)
 }
 
-/// The null_blk device that `mounts` say is mounted at `directory`.
+/// The null_blk device that is mounted at `directory` according to `mounts`.
 fn device_of<'a>(mounts: &'a str, directory: &Path) -> Option<&'a str> {
     mounts.lines().rev().find_map(|line| {
         let mut words = line.split(' ');
@@ -183,7 +183,7 @@ fn device_of<'a>(mounts: &'a str, directory: &Path) -> Option<&'a str> {
     })
 }
 
-/// Turns the I/O scheduler of the block device `node` off, the same for whoever is compared.
+/// Sets the I/O scheduler of the block device `node` to none.
 pub fn set_scheduler_none(node: &Path) -> Result<()> {
     let real = node.canonicalize().with_context(|| format!("no device {}", node.display()))?;
     let name = real.file_name().unwrap_or_default();

@@ -1,27 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! From samples to what can be said: medians, ratios taken within a round, and whether a
-//! difference was shown.
+//! Turns samples into medians, ratios within rounds, and verdicts.
 //!
-//! Pure: no file, no clock. How it is written down is `render`'s.
+//! Pure: reads no file and no clock. `render` formats the result.
 
 use crate::outcome::{Cost, JobInfo, Outcome, Sample};
 use crate::stats::{interval, median};
 
-/// Where a median lies with 95 % confidence; none with too few rounds.
+/// 95 % confidence interval of a median; `None` with too few rounds.
 pub type Interval = Option<(f64, f64)>;
 
-/// One target at one job, over all rounds.
+/// One target at one job over all rounds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
     pub target: String,
-    /// Median operations a second.
+    /// Median of operations per second.
     pub iops: f64,
     pub iops_interval: Interval,
-    /// Smallest and largest of a round.
+    /// Smallest and largest IOPS of a round.
     pub range: (f64, f64),
-    /// Median bytes a second.
+    /// Median of bytes per second.
     pub bytes_per_s: f64,
-    /// Median over the rounds of IOPS divided by the reference's in the same round.
+    /// Median of the ratios to the reference's IOPS in the same round.
     pub ratio: Option<f64>,
     pub ratio_interval: Interval,
     /// Medians of the rounds' percentiles.
@@ -31,21 +30,21 @@ pub struct Row {
     pub cost: Cost,
 }
 
-/// What a ratio and its interval show.
+/// What a ratio with its interval shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The interval lies above 1.
+    /// The interval is above 1.
     Faster,
-    /// It lies below 1.
+    /// The interval is below 1.
     Slower,
-    /// It spans 1.
+    /// The interval includes 1.
     NoDifference,
-    /// There is no interval: too few rounds, or it is the reference itself.
+    /// There is no interval: too few rounds, or the reference itself.
     Unknown,
 }
 
 impl Row {
-    /// What its ratio shows.
+    /// The verdict of the ratio.
     pub fn verdict(&self) -> Verdict {
         match self.ratio_interval {
             None => Verdict::Unknown,
@@ -63,10 +62,10 @@ pub fn rows(outcome: &Outcome, job: &JobInfo) -> Vec<Row> {
     targets.filter_map(|target| row(&of_job, target, &job.reference)).collect()
 }
 
-/// Two rows of a table that seem to contradict each other: the first has the larger median, and the smaller ratio.
-/// Both are right where the machine's speed changed from round to round.
+/// Two rows that seem to contradict each other: the first has the larger median and the smaller
+/// ratio. Both are correct if the machine's speed changed between rounds.
 pub fn contradiction(rows: &[Row]) -> Option<(&Row, &Row)> {
-    // Less than this is not seen in a table.
+    // Smaller differences are not visible in a table.
     let more = |a: f64, b: f64| a > b * 1.005;
     let contradict = |a: &Row, b: &Row| {
         a.ratio.zip(b.ratio).is_some_and(|(ours, theirs)| more(a.iops, b.iops) && more(theirs, ours))
@@ -162,7 +161,7 @@ mod tests {
 
     #[test]
     fn ratios_are_taken_within_a_round() {
-        // The machine was twice as fast in the second round: the ratio does not see it.
+        // The machine was twice as fast in the second round, which does not change the ratio.
         let (outcome, job) = outcome(&[
             &[("raw", 40.0), ("loop", 10.0), ("x", 15.0)],
             &[("raw", 80.0), ("loop", 20.0), ("x", 30.0)],
@@ -177,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_larger_median_with_a_smaller_ratio_is_noticed() {
-        // Always 10 % slower than the loop, except in the fast round.
+        // 10 % slower than kernel loop in all rounds but the fast one.
         let (outcome, job) = outcome(&[
             &[("loop", 10.0), ("x", 9.0)],
             &[("loop", 20.0), ("x", 18.0)],

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Numbers and names for people.
+//! Formats numbers and names for readers.
 //!
-//! Knows units, and what must not reach a terminal or a page as it is; not what is written.
+//! Knows units, and which characters must not reach a terminal or a page.
 
 use crate::outcome::JobInfo;
 use crate::summary::{self, Row, Verdict};
 
-/// Where there is nothing to say.
+/// Stands for a missing value.
 pub(crate) const NOTHING: &str = "–";
 
-/// Three digits that count.
+/// Three significant digits.
 fn three(value: f64) -> String {
     let digits = match value.abs() {
         size if size >= 99.95 => 0,
@@ -19,12 +19,12 @@ fn three(value: f64) -> String {
     format!("{value:.digits$}")
 }
 
-/// The largest of `units` that leaves a number of at least one.
+/// Scales to the largest of `units` that gives a number of at least one.
 fn scaled(value: f64, units: &[(f64, &str)]) -> String {
     if !value.is_finite() {
         return NOTHING.into();
     }
-    // 999.7 is written as 1.00 of the next unit, not as 1000.
+    // 999.7 becomes 1.00 of the next unit, not 1000.
     let fits = |(size, _): &&(f64, &str)| value.abs() >= size * 0.9995;
     let (size, unit) = units.iter().find(fits).or(units.last()).unwrap_or(&(1.0, ""));
     format!("{}{unit}", three(value / size))
@@ -40,7 +40,7 @@ pub(crate) fn count(value: f64) -> String {
 
 /// "12.3 µs"
 pub(crate) fn time(ns: f64) -> String {
-    // Nothing takes no time: it was not measured.
+    // 0 means that it was not measured.
     if ns == 0.0 {
         return NOTHING.into();
     }
@@ -55,7 +55,7 @@ pub(crate) fn kib(kib: f64) -> String {
     scaled(kib, &[(1024.0 * 1024.0, " GiB"), (1024.0, " MiB"), (1.0, " KiB")])
 }
 
-/// Without zeros that say nothing, for an axis: "75K", "20 µs".
+/// Without trailing zeros, for an axis: "75K", "20 µs".
 pub(crate) fn tick(text: &str) -> String {
     let digits = |c: char| c.is_ascii_digit() || c == '.';
     let (number, unit) = text.split_at(text.find(|c| !digits(c)).unwrap_or(text.len()));
@@ -78,12 +78,12 @@ pub(crate) fn change(quotient: f64) -> String {
     if quotient.is_finite() { format!("{:+.1} %", (quotient - 1.0) * 100.0) } else { NOTHING.into() }
 }
 
-/// What `write` makes of it, or the dash.
+/// Formats the value with `write`; a dash if there is none.
 pub(crate) fn known(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
     value.map_or(NOTHING.into(), write)
 }
 
-/// "1.36 (1.04 … 1.70) ▲": a ratio, its interval and what they show.
+/// "1.36 (1.04 … 1.70) ▲": a ratio, its interval and the verdict.
 pub(crate) fn ratio_of(row: &Row) -> String {
     match (row.ratio, row.ratio_interval) {
         (None, _) => NOTHING.into(),
@@ -94,7 +94,7 @@ pub(crate) fn ratio_of(row: &Row) -> String {
     }
 }
 
-/// Why a row with the larger median has the smaller ratio, if the table has such a row.
+/// Explains a row with a larger median and a smaller ratio, if there is one.
 pub(crate) fn contradiction(rows: &[Row], rate: &str) -> Option<String> {
     let (more, less) = summary::contradiction(rows)?;
     Some(format!(
@@ -105,7 +105,7 @@ pub(crate) fn contradiction(rows: &[Row], rate: &str) -> Option<String> {
     ))
 }
 
-/// A character for it.
+/// Symbol of a verdict.
 pub(crate) fn mark(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Faster => "▲",
@@ -120,12 +120,12 @@ pub(crate) fn rate(job: &JobInfo) -> String {
     job.unit.as_ref().map_or("IOPS".into(), |unit| format!("{}s/s", plain(unit)))
 }
 
-/// What one operation is called: "I/O", or "file".
+/// Unit of an operation: "I/O" or "file".
 pub(crate) fn operation(job: &JobInfo) -> String {
     job.unit.as_ref().map_or("I/O".into(), |unit| plain(unit))
 }
 
-/// One line without control characters: they would steer a terminal, and XML has no word for them.
+/// One line without control characters, which would control a terminal and are not valid XML.
 pub(crate) fn plain(text: &str) -> String {
     let steers = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let known = |c: char| match c {
@@ -136,7 +136,7 @@ pub(crate) fn plain(text: &str) -> String {
     text.chars().map(known).collect()
 }
 
-/// At most `length` characters.
+/// Truncates to `length` characters.
 pub(crate) fn short(text: &str, length: usize) -> String {
     let text = plain(text);
     if text.chars().count() <= length {
@@ -145,7 +145,7 @@ pub(crate) fn short(text: &str, length: usize) -> String {
     text.chars().take(length.saturating_sub(1)).chain(['…']).collect()
 }
 
-/// Lines of at most `length` characters, broken between words.
+/// Wraps to lines of at most `length` characters.
 pub(crate) fn wrapped(text: &str, length: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
@@ -160,7 +160,7 @@ pub(crate) fn wrapped(text: &str, length: usize) -> Vec<String> {
     lines
 }
 
-/// Text and attribute values of HTML and SVG.
+/// Escapes text and attribute values of HTML and SVG.
 pub(crate) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in plain(text).chars() {
@@ -176,7 +176,7 @@ pub(crate) fn escape(text: &str) -> String {
     safe
 }
 
-/// A name for a file and an anchor.
+/// A name for a file or an anchor.
 pub(crate) fn slug(text: &str) -> String {
     let kept = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     text.chars().map(kept).collect()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One varlink call with a file descriptor, as any client of the daemon's socket makes it.
+//! A varlink client of the daemon's control socket, which passes file descriptors.
 //!
-//! Here because starting a program takes an emulated CPU longer than attaching a device.
+//! On an emulated CPU, starting a program takes longer than attaching a device.
 
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
@@ -15,7 +15,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// A reply that describes one device is well below it.
+/// Longest reply; one that describes a device is much shorter.
 const REPLY_BYTES_MAX: usize = 1 << 20;
 
 /// A connection to the daemon.
@@ -48,7 +48,7 @@ impl Client {
         self.call("io.loopengine.Detach", &json!({ "device": device }), None).map(drop)
     }
 
-    /// Figures of all devices.
+    /// Statistics of all devices.
     pub fn stats(&mut self) -> Result<Vec<Value>> {
         let mut reply = self.call("io.loopengine.GetStats", &json!({}), None)?;
         match reply["stats"].take() {
@@ -77,7 +77,7 @@ impl Client {
         Ok(reply["parameters"].take())
     }
 
-    /// Bytes up to the 0 that ends every message.
+    /// Reads up to the zero byte that ends a message.
     fn reply(&mut self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let mut piece = [0; 4096];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A comparison as text for a terminal or a log: a line a change, a block a job.
+//! A comparison as text for a terminal or a log: one line per change, one block per job.
 
 use std::fmt::{Display, Formatter, Result};
 
@@ -50,7 +50,7 @@ impl Display for Comparison {
     }
 }
 
-/// How well two runs repeat.
+/// Says how well the second run repeats the first.
 fn repeated(f: &mut Formatter<'_>, comparison: &Comparison) -> Result {
     let Some((agree, worst)) = comparison.agreement() else { return Ok(()) };
     let total = comparison.changes.len();

@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Distributions of latencies: merged over rounds, percentiles, and the form in which a result
-//! keeps them.
+//! Latency distributions: merges rounds, computes percentiles, converts to the form of a result.
 //!
-//! Two significant digits, as fine as fio's own bins. Knows nothing of fio.
+//! Two significant digits, the resolution of fio's bins. Knows nothing of fio.
 
 use hdrhistogram::Histogram;
 
-/// An hour; whatever is above counts as this.
+/// One hour; longer latencies count as this.
 const LARGEST_NS: u64 = 3_600_000_000_000;
 const DIGITS: u8 = 2;
 
-/// Those that a report shows.
+/// Percentiles that a report shows.
 pub const PERCENTILES: [f64; 6] = [50.0, 90.0, 95.0, 99.0, 99.9, 99.99];
 
-/// Nothing yet.
+/// An empty histogram.
 pub fn empty() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LARGEST_NS, DIGITS).expect("the bounds are constants")
 }
 
-/// All of them together; the order does not matter.
+/// Merges histograms; the order does not matter.
 pub fn merge<'a>(histograms: impl IntoIterator<Item = &'a Histogram<u64>>) -> Histogram<u64> {
     let mut all = empty();
     for histogram in histograms {
@@ -27,29 +26,29 @@ pub fn merge<'a>(histograms: impl IntoIterator<Item = &'a Histogram<u64>>) -> Hi
     all
 }
 
-/// Nanoseconds and how often, in order, for `outcome::Latency`.
+/// Nanoseconds and counts, ascending, for `outcome::Latency`.
 pub fn counts(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
     histogram.iter_recorded().map(|at| (at.value_iterated_to(), at.count_at_value())).collect()
 }
 
-/// The other way.
+/// The inverse of `counts`.
 pub fn from_counts(counts: &[(u64, u64)]) -> Histogram<u64> {
     let mut histogram = empty();
     record(&mut histogram, counts.iter().copied());
     histogram
 }
 
-/// At each of `PERCENTILES`, in nanoseconds; none if nothing was recorded.
+/// Latency in nanoseconds at each of `PERCENTILES`; none if nothing was recorded.
 pub fn percentiles(histogram: &Histogram<u64>) -> Option<[u64; PERCENTILES.len()]> {
     (!histogram.is_empty()).then(|| PERCENTILES.map(|percentile| at(histogram, percentile)))
 }
 
-/// At one percentile; 0 if nothing was recorded.
+/// Latency at one percentile; 0 if nothing was recorded.
 pub fn at(histogram: &Histogram<u64>, percentile: f64) -> u64 {
     histogram.value_at_percentile(percentile)
 }
 
-/// Adds values with how often each was seen.
+/// Adds values with their counts.
 pub(super) fn record(histogram: &mut Histogram<u64>, counts: impl IntoIterator<Item = (u64, u64)>) {
     for (value_ns, count) in counts {
         histogram.saturating_record_n(value_ns, count);
@@ -61,7 +60,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Any distribution, of values beyond the largest too.
+    /// Any distribution, including values above the maximum.
     fn any() -> impl Strategy<Value = Histogram<u64>> {
         let value_ns = prop_oneof![0..100_u64, 0..2 * LARGEST_NS];
         prop::collection::vec((value_ns, 0..1_000_000_u64), 0..40).prop_map(|seen| from_counts(&seen))
@@ -94,7 +93,7 @@ mod tests {
             let middle = by % parts.len().max(1);
             parts.rotate_left(middle);
             prop_assert_eq!(&merge(&parts), &all);
-            // A part that was merged before may be merged again with the rest.
+            // Merging is associative.
             let nested = merge([&merge(&parts[..middle]), &merge(&parts[middle..])]);
             prop_assert_eq!(&nested, &all);
         }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! fio: a job file of `fio-jobs/`, run on several places one after another in a single start of
-//! fio. Starting fio takes seconds where the CPU is emulated, so it starts once a job.
+//! Runs a job file of `fio-jobs/` on several places, one after another, in one start of fio.
+//! Starting fio takes seconds on an emulated CPU, so it starts once per job.
 //!
-//! Knows places by name and path only. What fio says is read by `report`, its latencies are kept
-//! by `latency`.
+//! Knows places by name and path only. `report` reads fio's output, `latency` keeps latencies.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -23,38 +22,38 @@ mod version;
 pub use report::{Measured, Values, complete, parse};
 pub use version::{Version, version};
 
-/// Somewhere to run a job.
+/// A place to run a job on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// As the table calls it.
+    /// Name in tables.
     pub name: String,
-    /// A file, a block device or the directory of a mounted file system, as the job needs.
+    /// A file, a block device or the directory of a mounted file system, depending on the job.
     pub path: PathBuf,
     /// Files or devices, for a job that needs many.
     pub many: Vec<PathBuf>,
 }
 
 impl Place {
-    /// With a single path.
+    /// A place with a single path.
     pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Place {
         Place { name: name.into(), path: path.into(), many: Vec::new() }
     }
 }
 
-/// How long a job runs, unless it is a fixed amount of work.
+/// Length of a job, unless it is a fixed amount of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Length {
-    /// Before it counts.
+    /// Time before fio starts to measure.
     pub ramp_ms: u32,
-    /// While it counts.
+    /// Time that fio measures.
     pub run_ms: u32,
 }
 
 /// Separates job and place in the names of fio's sections.
 const SEPARATOR: &str = " @ ";
 
-/// Runs `job` on every place, in that order, and returns fio's own JSON; `parse` and `complete` say
-/// what it means. A place at which the job fails does not keep it from the others.
+/// Runs `job` on each place in order and returns fio's JSON, for `parse` and `complete`. If the job
+/// fails on one place, it still runs on the others.
 pub fn run(job: &Job, places: &[Place], length: Length, directory: &Path) -> Result<String> {
     let file = directory.join(format!("{}.fio", job.name));
     std::fs::write(&file, sections(job, places, length)?)
@@ -65,7 +64,7 @@ pub fn run(job: &Job, places: &[Place], length: Length, directory: &Path) -> Res
     said(&name, &sh::output(&mut fio, limit(job, places.len(), length))?)
 }
 
-/// What fio printed, if there is a report in it. Its status tells only whether all went well.
+/// Output of fio, if it contains a report, whatever the exit status.
 fn said(name: &str, output: &Output) -> Result<String> {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     if report::start(&said).is_none() {
@@ -76,20 +75,19 @@ fn said(name: &str, output: &Output) -> Result<String> {
     Ok(said)
 }
 
-/// An emulated second may take ten, and a busy machine some more.
+/// An emulated second may take ten seconds, more on a busy machine.
 fn limit(job: &Job, places: usize, length: Length) -> Duration {
     let timed_s = (u64::from(length.ramp_ms) + u64::from(length.run_ms)).div_ceil(1000) * 30;
-    // A fixed amount of work takes seconds at most; some jobs write their files first.
+    // A fixed amount of work takes seconds; some jobs write their files first.
     let fixed_s = if job.needs == Needs::Mount { 120 } else { 10 };
     Duration::from_secs(120 + places as u64 * (timed_s + fixed_s))
 }
 
-/// One job file with a section a place; each waits for the one before it.
+/// A job file with one section per place; each section waits for the previous one.
 fn sections(job: &Job, places: &[Place], length: Length) -> Result<String> {
     let mut text = String::new();
     for place in places {
-        // In a file a person runs, the variables come from the environment. Here they differ from
-        // section to section.
+        // Variables of a job file come from the environment. Here they differ between sections.
         let section = job
             .text
             .replace(&format!("[{}]", job.name), &format!("[{}{SEPARATOR}{}]", job.name, place.name))
@@ -104,7 +102,7 @@ fn sections(job: &Job, places: &[Place], length: Length) -> Result<String> {
     Ok(text)
 }
 
-/// The paths of a job that uses many at once.
+/// Paths of a job that uses many devices at once.
 fn many(job: &Job, place: &Place) -> Result<String> {
     if job.needs != Needs::Many {
         return Ok(String::new());
@@ -116,7 +114,7 @@ fn many(job: &Job, place: &Place) -> Result<String> {
     Ok(paths.join(":"))
 }
 
-/// A path as fio takes it: a colon would separate two.
+/// A path in fio's syntax: a colon separates paths, so it is escaped.
 fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(':', "\\:")
 }

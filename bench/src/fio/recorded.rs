@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Tests: what real runs of fio reported.
+//! Tests with recorded reports of fio.
 //!
 //! How the recordings were made: `bench/tests/data/fio/README.md`.
 
@@ -14,7 +14,7 @@ macro_rules! recorded {
 
 const FAILED: &str = recorded!("3.33-failed.txt");
 
-/// The figures of a recording with a single section.
+/// The values of a recording with a single section.
 fn values(said: &str) -> Values {
     let mut found = parse(said).unwrap();
     assert_eq!(found.len(), 1);
@@ -42,7 +42,7 @@ fn reads_are_as_fio_says_in_every_version() {
             assert_eq!(one.job, "randread-4k-qd32");
             assert_eq!(Some(values.iops), theirs["iops"].as_f64());
             assert_eq!(Some(values.total_ios), theirs["total_ios"].as_u64());
-            // What is in flight at the end of the ramp counts as bytes, not as I/Os.
+            // fio counts requests in flight at the end of the ramp as bytes, but not as I/Os.
             close(values.bytes_per_io, 4096.0);
             close(values.bytes_per_s, values.iops * 4096.0);
             assert_eq!(Some(values.latency.len()), theirs["clat_ns"]["N"].as_u64());
@@ -58,7 +58,7 @@ fn reads_are_as_fio_says_in_every_version() {
 fn cpu_time_is_of_all_processes() {
     let said = recorded!("3.33-two-processes.json");
     let (values, theirs) = (values(said), section(said, 0));
-    // Two processes that each ran 150 ms: fio adds up the time, and takes its percentages of that.
+    // Two processes ran 150 ms each: fio adds their times, and its percentages refer to the sum.
     assert!(theirs["job_runtime"].as_f64().unwrap() >= 300.0 && values.runtime_ms < 200);
     let percent = theirs["usr_cpu"].as_f64().unwrap() + theirs["sys_cpu"].as_f64().unwrap();
     let cpu_ns = values.submitter_ns * values.total_ios as f64;
@@ -94,7 +94,7 @@ fn an_fsync_after_each_write_is_the_latency_and_a_few_count_beside() {
         let (values, theirs) = (values(said), section(said, 0));
         close(values.p50_ns as f64, theirs["sync"]["lat_ns"]["percentile"]["50.000000"].as_f64().unwrap());
         assert_eq!(values.latency.len(), values.total_ios);
-        // One at a time: an operation takes at least as long as its fsync.
+        // At depth 1 an operation takes at least as long as its fsync.
         assert!(values.latency.mean() < 1e9 / values.iops);
     }
     let database = values(recorded!("3.33-database.json"));
@@ -145,7 +145,7 @@ fn of_a_report_that_was_cut_the_whole_sections_count() {
     let names: Vec<&str> = all.iter().map(|one| one.target.as_str()).collect();
     assert_eq!(names, ["raw file", "bad disk", "kernel loop"]);
     assert!(all[0].outcome.is_ok() && all[1].outcome.is_err() && all[2].outcome.is_err());
-    // Figures of another job are not this one's.
+    // Values of another job do not count.
     assert!(complete(&found, &QD32, &places).iter().all(|one| one.outcome.is_err()));
 }
 

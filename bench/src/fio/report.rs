@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What fio reports, as `--output-format=json+`, turned into figures.
+//! Parses fio's report (`--output-format=json+`).
 //!
-//! Knows fio's fields and units; does not run it. Whatever a version adds is ignored, whatever it
-//! leaves out is nought.
+//! Knows fio's fields and units; does not run fio. Unknown fields are ignored, missing ones are 0.
 
 use std::collections::BTreeMap;
 
@@ -13,30 +12,29 @@ use serde::Deserialize;
 use super::{Place, SEPARATOR, latency};
 use crate::job::Job;
 
-/// One job at one place.
+/// One job on one place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
     pub job: String,
     /// Name of the place.
     pub target: String,
-    /// The figures, or in one line why there are none.
+    /// The values, or one line that says why there are none.
     pub outcome: Result<Values, String>,
 }
 
-/// The figures of a job: of reads, writes and discards together.
+/// Values of a job, for reads, writes and discards together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Values {
-    /// I/Os a second. A job on small files does one I/O a file: files a second.
+    /// I/Os per second. A job on small files does one I/O per file: files per second.
     pub iops: f64,
     pub bytes_per_s: f64,
     pub bytes_per_io: f64,
-    /// Completion latencies: of an fsync where each I/O is followed by one, else of all I/Os with
-    /// the few fsyncs among them. Opening and closing a file are not in it.
+    /// Completion latencies: of the fsync where one follows each I/O, else of all I/Os and fsyncs.
+    /// Opening and closing a file are not included.
     pub latency: Histogram<u64>,
     pub p50_ns: u64,
     pub p99_ns: u64,
-    /// CPU time of fio an I/O, the kernel's work on its behalf included, that of helper threads of
-    /// io_uring not.
+    /// CPU time of fio per I/O, including kernel time, without io_uring's worker threads.
     pub submitter_ns: f64,
     pub total_ios: u64,
     pub runtime_ms: u64,
@@ -47,10 +45,10 @@ struct Entry {
     jobname: String,
     #[serde(default)]
     error: i32,
-    /// Milliseconds, without the ramp: the sum over the processes of a group.
+    /// Milliseconds without the ramp, summed over the processes of a group.
     #[serde(default)]
     job_runtime: f64,
-    /// Percent of that sum.
+    /// Percentage of that sum.
     #[serde(default)]
     usr_cpu: f64,
     #[serde(default)]
@@ -72,10 +70,10 @@ struct Side {
     io_bytes: u64,
     iops: f64,
     bw_bytes: f64,
-    /// Milliseconds: of the process that ran longest.
+    /// Milliseconds of the process that ran longest.
     runtime: u64,
     clat_ns: Latency,
-    /// From before the submission; of a sync fio knows nothing else.
+    /// Time from submission; fio reports nothing else for a sync.
     lat_ns: Latency,
 }
 
@@ -86,7 +84,7 @@ struct Latency {
     percentile: BTreeMap<String, u64>,
 }
 
-/// Where the report starts in what fio said: a warning may stand before it.
+/// Offset of the report in fio's output: warnings may precede it.
 pub(super) fn start(said: &str) -> Option<usize> {
     let mut lines = said.split_inclusive('\n').scan(0, |at, line| {
         let start = *at;
@@ -96,8 +94,8 @@ pub(super) fn start(said: &str) -> Option<usize> {
     lines.find(|(_, line)| line.starts_with('{')).map(|(start, _)| start)
 }
 
-/// Reads what fio said. Of a report that ends in the middle the sections that are whole count;
-/// `complete` tells which places are missing.
+/// Parses fio's output. Of a truncated report the complete sections count; `complete` adds the
+/// missing places.
 pub fn parse(said: &str) -> Result<Vec<Measured>> {
     let report = &said[start(said).context("fio printed no report")?..];
     let cut = "fio's report ends in the middle: was fio killed?";
@@ -115,7 +113,7 @@ pub fn parse(said: &str) -> Result<Vec<Measured>> {
             Some(Err(error)) if error.is_data() => {
                 return Err(error).context("fio's report has an unknown form");
             }
-            // A number may be cut too: then it is not the end that is missing, as JSON sees it.
+            // A truncated number is a syntax error, not an unexpected end.
             _ if found.is_empty() => bail!(cut),
             _ => return Ok(found),
         }
@@ -123,8 +121,7 @@ pub fn parse(said: &str) -> Result<Vec<Measured>> {
     }
 }
 
-/// What was found of `job` at each of `places`, in their order: a place that fio did not report has
-/// failed.
+/// Results of `job` on each of `places`, in order. A place without a report has failed.
 pub fn complete(found: &[Measured], job: &Job, places: &[Place]) -> Vec<Measured> {
     let one = |place: &Place| {
         let same = |one: &&Measured| one.job == job.name && one.target == place.name;
@@ -156,7 +153,7 @@ fn values(entry: &Entry) -> Result<Values, String> {
         return Err("fio did no I/O while it counted".into());
     }
     let latency = latencies(entry, total_ios);
-    // A report without bins has percentiles still; those of what was done most then.
+    // A report without bins still has percentiles: take those of the most frequent operation.
     let percentile = |percent: f64| match latency.is_empty() {
         false => latency::at(&latency, percent),
         true => sides
@@ -182,8 +179,8 @@ fn values(entry: &Entry) -> Result<Values, String> {
 /// See `Values::latency`.
 fn latencies(entry: &Entry, total_ios: u64) -> Histogram<u64> {
     let mut all = latency::empty();
-    // Of a write and its fsync, the fsync is what one waits for. fio does not time them together,
-    // and it leaves fdatasync out of its number of syncs: only their bins tell.
+    // A caller waits for the fsync. fio does not time write and fsync together, and does not count
+    // fdatasync as a sync: only the bins tell.
     let syncs: u64 = entry.sync.lat_ns.bins.values().sum();
     if syncs * 10 < total_ios * 9 {
         for side in [&entry.read, &entry.write, &entry.trim] {
@@ -199,7 +196,7 @@ fn add(histogram: &mut Histogram<u64>, latency: &Latency) {
     latency::record(histogram, bins);
 }
 
-/// The name of an error number.
+/// Name of an error number.
 fn describe(error: i32) -> String {
     let text = std::io::Error::from_raw_os_error(error).to_string();
     match text.split_once(" (os error") {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which fio is installed, and whether it will do.
+//! Checks which version of fio is installed.
 //!
 //! Knows nothing of jobs.
 
@@ -12,15 +12,15 @@ use anyhow::{Context, Result, bail};
 
 use crate::sh;
 
-/// The oldest that is taken: reports of older ones were never looked at.
+/// Oldest supported version: the format of older reports was never tested.
 const OLDEST: (u32, u32) = (3, 30);
 
-/// Of fio.
+/// Version of fio.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
     pub major: u32,
     pub minor: u32,
-    /// As fio says it: "fio-3.33", or "fio-3.42-6-g219f" if it was built between releases.
+    /// Parses "fio-3.33", or "fio-3.42-6-g219f" of a build between releases.
     text: String,
 }
 
@@ -30,7 +30,7 @@ impl fmt::Display for Version {
     }
 }
 
-/// That of the fio on PATH; an error if there is none, or if it is too old.
+/// Version of fio on PATH; fails if fio is missing or too old.
 pub fn version() -> Result<Version> {
     let said = match sh::capture(Command::new("fio").arg("--version"), Duration::from_secs(60)) {
         Err(error) if missing(&error) => bail!("fio is not installed: apt install fio"),

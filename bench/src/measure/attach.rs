@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! From the call that attaches an image until its first block is read, and from the call that
-//! detaches it until it is gone.
+//! Times attaching, from the call until the first block is read, and detaching, until it returns.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -18,11 +17,10 @@ use crate::varlink::Client;
 use crate::{daemon, sh};
 
 const IMAGE_BYTES: u64 = 64 << 20;
-/// Starting a program is slow where CPUs are emulated: a few say enough.
+/// Starting a program is slow on emulated CPUs: a few starts suffice.
 const COMMANDS: u32 = 10;
 
-/// Of kernel loop by losetup, and of the engine by its command and by calls, with one device and
-/// with many.
+/// Times losetup on kernel loop, and the engine's command and calls, with few and with many devices.
 pub(super) fn run(extras: &Extras, site: &Site) -> Result<Vec<Attach>> {
     let home = site.place.directory("attach")?;
     let images = site.place.images.join("attach");
@@ -79,7 +77,7 @@ trait Way {
     fn detach(&mut self, device: &Path) -> Result<()>;
 }
 
-/// Has the device until it is detached: also a series that breaks off detaches it.
+/// Owns the device until it is detached, so that an aborted series detaches it too.
 struct ByLosetup<'a> {
     loops: &'a Loops,
     device: Option<LoopDevice>,
@@ -137,11 +135,11 @@ fn series(
         detach_ns.push(nanoseconds(start));
     }
     println!("attach: {target} by {how}, {present} devices present: {count} times");
-    // The one that comes and goes is there, too.
+    // The device that is attached and detached counts too.
     Ok(Attach { target: target.into(), how: how.into(), present: present.max(1), attach_ns, detach_ns })
 }
 
-/// A file of `bytes` that takes no room.
+/// A sparse file of `bytes`.
 pub(super) fn sparse(directory: &Path, name: &str, bytes: u64) -> Result<PathBuf> {
     let path = directory.join(format!("{name}.img"));
     let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
@@ -149,7 +147,7 @@ pub(super) fn sparse(directory: &Path, name: &str, bytes: u64) -> Result<PathBuf
     Ok(path)
 }
 
-/// Past the page cache, as a file system's first read would come.
+/// Reads with direct I/O, past the page cache.
 fn read_first_block(device: &Path) -> Result<()> {
     let mut buffer = vec![0; 8192];
     let start = buffer.as_ptr().align_offset(4096);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Memory and CPU time of a daemon whose devices nobody uses.
+//! Memory and CPU time of a daemon with idle devices.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -14,10 +14,10 @@ use crate::sh;
 use crate::site::Site;
 use crate::varlink::Client;
 
-/// How long CPU time is watched.
+/// Time over which CPU time is measured.
 const WATCH: Duration = Duration::from_secs(5);
 
-/// `count` devices of the engine, over ublk and over FUSE.
+/// Measures `count` devices of the engine, over ublk and over FUSE.
 pub(super) fn run(count: u32, site: &Site) -> Result<Vec<Idle>> {
     let home = site.place.directory("idle")?;
     let mut figures = Vec::new();
@@ -65,7 +65,7 @@ fn pss(pid: u32) -> Result<u64> {
     field(&text, "Pss:").with_context(|| format!("{path} has no Pss"))
 }
 
-/// The number of KiB after `name` at the start of a line.
+/// KiB in the line that begins with `name`.
 fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok())
 }

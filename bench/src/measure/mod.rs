@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What fio does not measure: how long attaching takes, and what devices cost that nobody uses.
+//! Measurements without fio: the time of attaching, and the cost of idle devices.
 //!
-//! Starts daemons of its own and leaves raw files.
+//! Starts its own daemons and writes raw files.
 
 mod attach;
 mod idle;
@@ -13,13 +13,13 @@ use anyhow::Result;
 use crate::raw::{ATTACH, IDLE, write};
 use crate::site::Site;
 
-/// How much of it.
+/// How much to measure.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub struct Extras {
-    /// Devices that are attached to see how long it takes; 0: none
+    /// Devices that are attached to time it; 0: none
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub attaches: u32,
-    /// Devices that are there meanwhile, the second time
+    /// Devices that exist meanwhile, in the second series
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub present: u32,
     /// Idle devices whose memory and CPU time are measured; 0: none
@@ -27,7 +27,7 @@ pub struct Extras {
     pub idle: u32,
 }
 
-/// Measures them, unless that was done before.
+/// Measures what `out` does not contain yet.
 pub fn run(extras: &Extras, site: &Site, out: &Path) -> Result<()> {
     if extras.attaches > 0 && !out.join(ATTACH).exists() {
         let figures = attach::run(extras, site)?;

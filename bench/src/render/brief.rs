@@ -10,7 +10,7 @@ use crate::outcome::Outcome;
 use crate::summary::{Row, Verdict, rows};
 use crate::units::{count, plain, rate, ratio, short};
 
-/// Longer names are cut.
+/// Longer names are truncated.
 const NAME: usize = 24;
 
 /// A block per job: the reference with its rate, all others with their ratio and a verdict.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `result.csv`: a line a sample, for spreadsheets and R.
+//! `result.csv`: one line per sample, for spreadsheets and R.
 //!
-//! Plain numbers in base units; what cannot be told is empty.
+//! Plain numbers in base units; unknown values are empty.
 
 use crate::outcome::Outcome;
 
@@ -29,7 +29,7 @@ pub(super) fn csv(outcome: &Outcome) -> String {
     text
 }
 
-/// As RFC 4180 has it.
+/// Quotes a field as in RFC 4180.
 fn quoted(text: &str) -> String {
     if text.contains([',', '"', '\n', '\r']) {
         format!("\"{}\"", text.replace('"', "\"\""))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A document as blocks: what the page and the Markdown have in common.
+//! A document as blocks, the common source of the HTML page and of Markdown.
 //!
-//! Knows what a document is made of, not how it is written or what it says.
+//! Knows the kinds of blocks, not their syntax or contents.
 
 use super::svg::Plot;
 use crate::summary::Verdict;
@@ -16,9 +16,9 @@ pub(super) enum Block {
     },
     /// A paragraph.
     Text(String),
-    /// Names and what they stand for.
+    /// Names and their values.
     Facts(Vec<(String, String)>),
-    /// Something is wrong, and what to do about it.
+    /// A problem and what to do about it.
     Warning {
         what: String,
         advice: String,
@@ -28,7 +28,7 @@ pub(super) enum Block {
 }
 
 pub(super) struct Table {
-    /// What it shows; for those who cannot see the heading above it.
+    /// What the table shows, for readers who do not see the heading above it.
     pub(super) caption: String,
     pub(super) columns: Vec<Column>,
     pub(super) lines: Vec<Line>,
@@ -43,11 +43,11 @@ pub(super) struct Column {
 pub(super) struct Line {
     pub(super) cells: Vec<String>,
     pub(super) kind: Kind,
-    /// What the line shows, for its looks; the cells say it too.
+    /// Verdict, for styling; the cells say it too.
     pub(super) verdict: Option<Verdict>,
 }
 
-/// What a line of a table is about.
+/// The kind of target in a line of a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Kind {
     #[default]
@@ -57,7 +57,7 @@ pub(super) enum Kind {
 }
 
 impl Table {
-    /// Columns whose titles begin with `<` hold words, the others numbers.
+    /// Columns whose titles begin with `<` hold text, the others numbers.
     pub(super) fn new(caption: impl Into<String>, titles: &[&str]) -> Table {
         let column = |title: &&str| match title.strip_prefix('<') {
             Some(words) => Column { title: words.to_owned(), numeric: false },
@@ -70,7 +70,7 @@ impl Table {
         self.lines.push(Line { cells, kind, verdict: None });
     }
 
-    /// Without columns that say nothing in any line.
+    /// Removes columns that are empty in every line.
     pub(super) fn condensed(mut self) -> Table {
         let says = |index: usize| {
             index == 0 || self.lines.iter().any(|line| line.cells.get(index).is_some_and(|c| c != NOTHING))

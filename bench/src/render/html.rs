@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The document as `report.html`: one file that asks the network for nothing.
+//! The document as `report.html`: one file that loads nothing from the network.
 //!
-//! No script. Everything that comes from data is escaped. Well-formed as XML too, so that a test
-//! can take it apart.
+//! No script. All data is escaped. The page is well-formed XML, so that a test can parse it.
 
 use std::fmt::Write;
 
@@ -31,7 +30,7 @@ pub(super) fn html(blocks: &[Block]) -> String {
     for block in blocks {
         if let Block::Heading { level: 2, .. } = block {
             second += 1;
-            // Below the answer, which is the first section.
+            // After the first section, which is the answer.
             if second == 2 {
                 contents(&mut page, blocks);
             }

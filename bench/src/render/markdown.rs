@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The document as `report.md`, for GitHub and for plain reading.
+//! The document as `report.md`.
 //!
-//! Everything that comes from data is escaped: it is text, never markup.
+//! All data is escaped: it is text, never markup.
 
 use std::fmt::Write;
 
@@ -51,7 +51,7 @@ fn write_table(text: &mut String, table: &Table) {
     text.push('\n');
 }
 
-/// Text that Markdown takes for text.
+/// Escapes what Markdown would take for markup.
 fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for (index, c) in plain(text).chars().enumerate() {

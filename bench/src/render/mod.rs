@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Ways to write a result down: for a terminal, as a page, as files that other programs read.
+//! Output formats of a result: terminal, HTML page, files for other programs.
 //!
 //! ```text
 //!   outcome ─┬─ report: blocks of a document ─┬─ markdown: report.md
@@ -7,8 +7,7 @@
 //!            ├─ terminal, brief
 //!            └─ csv, and JSON: result.json
 //! ```
-//! Knows files and what is in them. Takes no measurement, and no conclusion that `summary` does
-//! not draw.
+//! Measures nothing. `summary` draws the conclusions.
 
 mod brief;
 mod csv;
@@ -42,7 +41,7 @@ pub fn write(outcome: &Outcome, dir: &Path) -> Result<()> {
     let outcome = &*usable(outcome);
     let plots = dir.join("plots");
     fs::create_dir_all(&plots).with_context(|| format!("cannot create {}", plots.display()))?;
-    // The data first: whatever goes wrong with its looks, it is there.
+    // The data first, so that it is saved if rendering fails.
     put(&dir.join(outcome::FILE), &(serde_json::to_string_pretty(outcome)? + "\n"))?;
     put(&dir.join("result.csv"), &csv::csv(outcome))?;
     let blocks = report::report(outcome);
@@ -62,7 +61,7 @@ pub fn read(path: &Path) -> Result<Outcome> {
     let file = if path.is_dir() { path.join(outcome::FILE) } else { path.to_owned() };
     let name = file.display();
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {name}"))?;
-    // Its version alone at first: nothing else of another version has to make sense.
+    // The version first: another version may differ in everything else.
     let damaged = || format!("{name} is damaged or no result of loopbench");
     match serde_json::from_str(&text).with_context(damaged)? {
         Version { schema: outcome::SCHEMA } => serde_json::from_str(&text).with_context(damaged),
@@ -72,7 +71,7 @@ pub fn read(path: &Path) -> Result<Outcome> {
     }
 }
 
-/// In one step: a reader sees the old file or the new one.
+/// Writes atomically: a reader sees the old file or the new one.
 fn put(path: &Path, text: &str) -> Result<()> {
     let fresh = path.with_extension("new");
     fs::write(&fresh, text)
@@ -80,8 +79,7 @@ fn put(path: &Path, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Without what JSON has no word for: samples that are not numbers are left out, and a warning
-/// says so.
+/// Drops samples that are not finite numbers, which JSON cannot represent, and adds a warning.
 fn usable(outcome: &Outcome) -> Cow<'_, Outcome> {
     let fine = |sample: &outcome::Sample| sample.iops.is_finite() && sample.bytes_per_s.is_finite();
     let bad = outcome.samples.iter().filter(|sample| !fine(sample)).count();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Which colour, dash and marker a target has, in every plot of a result.
+//! Colour, dash and marker of each target, the same in every plot of a result.
 //!
-//! Colours are Okabe and Ito's, which colour-blind readers tell apart, some a little darker so that
-//! they show on white and on black, and a few more of their kind. loopengine has the cool ones, others the warm ones, a reference
-//! the ink, and what has no driver at all grey. When they run out, dashes begin.
+//! Colours follow Okabe and Ito, which colour-blind readers can distinguish; some are darker, to be
+//! visible on white and on black. loopengine has cool colours, other targets warm ones, the
+//! reference the text colour, and the raw file grey. Further targets get dashes.
 
 use crate::outcome::Outcome;
 
@@ -11,21 +11,21 @@ const OURS: [&str; 6] = ["#0072b2", "#43a5e0", "#009e73", "#6673d9", "#00a3ad", 
 const OTHERS: [&str; 6] = ["#d55e00", "#cc79a7", "#d68f00", "#948b00", "#c0453f", "#a0765a"];
 const DASHES: [&str; 3] = ["", "6 3", "2 3"];
 
-/// The data file by itself: what nothing in between costs.
+/// The file itself, without any driver.
 pub(super) const RAW: &str = "raw file";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Style {
     pub(super) colour: &'static str,
-    /// `stroke-dasharray`; empty: none.
+    /// `stroke-dasharray`; empty for a solid line.
     pub(super) dash: &'static str,
-    /// Number of a shape.
+    /// Index of the marker's shape.
     pub(super) marker: usize,
 }
 
 pub(super) struct Palette(Vec<(String, Style)>);
 
-/// Whether it is loopengine that serves this target.
+/// Whether loopengine serves this target.
 pub(super) fn ours(target: &str) -> bool {
     target.contains("loopengine")
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The summary that ends a run: a block a job, 80 columns.
+//! The summary at the end of a run: one block per job, 80 columns.
 //!
-//! No colour: it is as readable in a log as in a terminal.
+//! Without colour, so that it reads the same in a log.
 
 use std::fmt::Write;
 
@@ -9,10 +9,10 @@ use crate::outcome::{JobInfo, Outcome};
 use crate::summary::{Row, Verdict, rows};
 use crate::units::{contradiction, count, mark, plain, rate, ratio, ratio_of, short, time, wrapped};
 
-/// Longer names are cut.
+/// Longer names are truncated.
 const NAME: usize = 32;
 
-/// Target, rate, ratio with interval and verdict, latencies.
+/// Prints target, rate, ratio with interval and verdict, and latencies.
 pub fn terminal(outcome: &Outcome) -> String {
     let mut text = String::new();
     let mut intervals = false;
@@ -45,7 +45,7 @@ pub fn terminal(outcome: &Outcome) -> String {
     text
 }
 
-/// What it comes to, a sentence a reference.
+/// One sentence per reference that sums up the ratios.
 fn closing(text: &mut String, outcome: &Outcome) {
     let mut references: Vec<&str> = outcome.jobs.iter().map(|job| job.reference.as_str()).collect();
     references.sort_unstable();
@@ -86,7 +86,7 @@ fn block(text: &mut String, job: &JobInfo, rows: &[Row]) {
     let _ = writeln!(text, "  {:<width$} {:>7} {against:>24} {:>9} {:>9}", "", rate(job), "p50", "p99");
     for row in rows {
         let (name, iops, ratio) = (short(&row.target, NAME), count(row.iops), ratio_of(row));
-        // The mark has a place of its own: ratios stay in line without it.
+        // Without a mark the column is padded, so that ratios stay aligned.
         let ratio = if row.ratio_interval.is_some() { ratio } else { format!("{ratio}  ") };
         let (p50, p99) = (time(row.p50_ns), time(row.p99_ns));
         let _ = writeln!(text, "  {name:<width$} {iops:>7} {ratio:>24} {p50:>9} {p99:>9}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What holds of everything that is written, whatever the result.
+//! Properties of all output formats, for any result.
 
 use std::fs;
 use std::path::Path;
@@ -8,14 +8,14 @@ use super::doc::{Block, plots};
 use super::*;
 use crate::outcome::{Cost, Mode, TargetInfo};
 
-/// Text that is markup wherever it is not escaped.
+/// Text that is markup in every format unless it is escaped.
 const HOSTILE: &str = "<script>alert('x')</script> | \"&amp; \x1b[31m\0 *b* `c`";
 
 fn page(outcome: &Outcome) -> String {
     html::html(&report::report(outcome))
 }
 
-/// Everything that is written parses, names no number that is none, and asks for nothing.
+/// All output parses, contains no NaN or infinity, and loads nothing.
 fn sound(outcome: &Outcome) {
     let blocks = report::report(outcome);
     let page = html::html(&blocks);

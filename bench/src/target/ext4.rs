@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! ext4 in the image: mounted by the kernel from a loop device or one of the engine's, and served
-//! by fuse2fs.
+//! ext4 in the image: mounted by the kernel from kernel loop or from loopengine, or served by
+//! fuse2fs.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +16,7 @@ use super::{
 use crate::daemon::Daemon;
 use crate::{job, sh, store};
 
-/// Mounted by the kernel.
+/// ext4, mounted by the kernel.
 pub(super) struct Ext4 {
     below: Below,
     mounted: Option<PathBuf>,
@@ -96,7 +96,7 @@ impl Target for Ext4 {
     }
 }
 
-/// The same image without the kernel's ext4.
+/// The same image, served by fuse2fs.
 #[derive(Default)]
 pub(super) struct Fuse2fs(Option<(Server, PathBuf)>);
 

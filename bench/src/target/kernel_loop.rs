@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use super::{LIMIT, LOOP, Module, Opened, Place, Target, block, check_mark, kernel};
 use crate::{job, sh};
 
-/// Asks the driver for the removal of the numbers that it is given, for five seconds: who looks at all disks of the
-/// machine, as udev does, holds one for a moment. Says which are left.
+/// Removes loop devices by number and prints those that remain. It retries for five seconds: programs
+/// that scan all disks, such as udev, briefly hold a device open.
 const REMOVE: &str = r#"
 use Errno;
 open(my $control, '+<', '/dev/loop-control') or die "/dev/loop-control: $!\n";
@@ -23,17 +23,17 @@ for (1 .. 50) {
 die "still in use: @ARGV\n";
 "#;
 
-/// The loop devices that a run makes. The driver makes one for whoever finds none free, and keeps it after it was
-/// detached; dropping this removes those that were made for this run.
+/// The loop devices of a run. The driver creates a device when none is free, and keeps it after it
+/// is detached; dropping this removes the devices that were created for this run.
 #[derive(Clone, Debug, Default)]
 pub struct Loops(Rc<Made>);
 
-/// Their numbers.
+/// Numbers of the devices.
 #[derive(Debug, Default)]
 struct Made(RefCell<Vec<String>>);
 
 impl Loops {
-    /// Attaches `image` to the first free one. Ctrl-C does not interrupt that: nobody would know which one it is.
+    /// Attaches `image` to the first free device. Not interrupted by Ctrl-C, which would lose its name.
     pub fn attach(&self, image: &Path, direct: bool) -> Result<LoopDevice> {
         LOOP.load()?;
         let mut losetup = Command::new(sh::which("losetup")?);
@@ -55,7 +55,7 @@ impl Drop for Made {
         if self.0.borrow().is_empty() {
             return;
         }
-        // losetup(8) has no option for it, and an ioctl is not safe Rust; Debian always has perl.
+        // losetup(8) has no option for this, and an ioctl needs unsafe code; Debian always has perl.
         let remove = || {
             let perl = sh::which("perl").context("perl is not installed")?;
             sh::capture(Command::new(perl).args(["-e", REMOVE]).args(&*self.0.borrow()), LIMIT)
@@ -66,7 +66,7 @@ impl Drop for Made {
     }
 }
 
-/// Of the loop devices that are there, bound or not.
+/// Numbers of the existing loop devices, bound or not.
 fn numbers() -> Vec<String> {
     let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
     disks.filter_map(|disk| Some(disk.file_name().to_str()?.strip_prefix("loop")?.to_owned())).collect()
@@ -76,12 +76,12 @@ fn numbers() -> Vec<String> {
 pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// Its node.
+    /// Path of the device node.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Detaches it, and says whether that failed.
+    /// Detaches the device.
     pub fn detach(self) -> Result<()> {
         let detached = self.losetup_detach();
         std::mem::forget(self);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The engine, by its public program: over ublk on each path of its ladder, and over FUSE.
+//! loopengine, through its public program: over ublk in each I/O mode, and over FUSE.
 //!
-//! A daemon each, so that what it costs can be told.
+//! Each target has its own daemon, so that its cost can be measured.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use super::{FUSE, Kind, Module, Opened, Place, Target, UBLK, block, check_mark, 
 use crate::daemon::{self, Daemon};
 use crate::varlink::Client;
 
-/// One path of the ladder.
+/// loopengine over ublk, in one I/O mode.
 pub(super) struct Ublk {
     path: &'static str,
     daemon: Option<Daemon>,
@@ -41,7 +41,7 @@ impl Target for Ublk {
 
     fn version(&self) -> Result<String> {
         let version = engine()?;
-        // Which paths there are is known only once the driver is there.
+        // The I/O modes are known only once the driver is loaded.
         if UBLK.is_loaded() {
             self.check_granted()?;
         }
@@ -69,7 +69,7 @@ impl Target for Ublk {
     }
 }
 
-/// The same engine, images and workers, as files.
+/// loopengine over FUSE: the same engine and workers.
 #[derive(Default)]
 pub(super) struct Fuse(Option<Daemon>);
 
@@ -105,7 +105,7 @@ impl Target for Fuse {
     }
 }
 
-/// A daemon with one door.
+/// A daemon with one frontend.
 pub(super) fn start(place: &Place, name: &str, frontend: &str) -> Result<Daemon> {
     Daemon::start_with(&place.directory(name)?.join("run"), &["--frontend", frontend])
 }
@@ -121,7 +121,7 @@ fn attach_all(place: &Place, name: &str, daemon: &Daemon, words: &[&str]) -> Res
     Ok((path, many))
 }
 
-/// Over all devices of a daemon.
+/// Sum over all devices of a daemon.
 fn punts(daemon: &Daemon) -> Option<u64> {
     let devices = Client::new(&daemon.socket()).and_then(|mut client| client.stats()).ok()?;
     devices.iter().map(|device| device["punts"].as_u64().context("no punts").ok()).sum()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is measured: each target is one small file behind one trait.
+//! Targets: what is measured. Each is one file that implements one trait.
 //!
-//! Every target gets images of its own, preallocated and written, on the same store. Its block
-//! devices have the scheduler `none`. Whatever it starts, it takes away.
+//! Each target gets its own preallocated and written images on the same store. Its block devices
+//! have the scheduler `none`. A target tears down everything that it sets up.
 
 mod ext4;
 mod kernel_loop;
@@ -24,44 +24,44 @@ use crate::{daemon, sh, store};
 
 pub use kernel_loop::{LoopDevice, Loops};
 
-/// The file itself, without a block device: what all others are on top of.
+/// The file itself, without a block device.
 pub const RAW: &str = raw::FILE;
 
-/// An emulated CPU is slow to start programs.
+/// Starting a program is slow on an emulated CPU.
 pub(crate) const LIMIT: Duration = Duration::from_secs(180);
 
-/// Devices of the job that uses many.
+/// Number of devices for a job that needs many.
 pub const MANY: usize = 16;
 
-/// Something to be measured.
+/// A target.
 pub trait Target {
-    /// Its name in tables.
+    /// Name in tables.
     fn name(&self) -> String;
 
-    /// What it is, in one line.
+    /// Description in one line.
     fn about(&self) -> String;
 
-    /// Version of what is behind it; an error where that is missing.
+    /// Version of the program or driver; fails if it is missing.
     fn version(&self) -> Result<String>;
 
-    /// The module of the kernel that it needs.
+    /// The kernel module that it needs.
     fn module(&self) -> Option<Module> {
         None
     }
 
-    /// Makes it usable, its module being there. After an error `tear_down` is called too.
+    /// Sets the target up; its module is loaded. `tear_down` follows an error too.
     fn set_up(&mut self, place: &Place) -> Result<Opened>;
 
-    /// Takes away what `set_up` made, however far it came.
+    /// Tears down what `set_up` made, even if it failed halfway.
     fn tear_down(&mut self) -> Result<()>;
 
-    /// Operations that left the fast path since it was set up, if it counts them.
+    /// Requests that went to a kernel worker thread since the set-up, if the target counts them.
     fn punts(&self) -> Option<u64> {
         None
     }
 }
 
-/// What a target's path is.
+/// What the path of a target is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     File,
@@ -70,38 +70,38 @@ pub enum Kind {
     Mount,
 }
 
-/// A target that can be measured.
+/// A target that is set up.
 #[derive(Clone, Debug)]
 pub struct Opened {
     pub kind: Kind,
     pub path: PathBuf,
-    /// Sixteen more, smaller ones, where it was asked for them.
+    /// `MANY` smaller devices, if they are needed.
     pub many: Vec<PathBuf>,
-    /// The process that serves it.
+    /// The process that serves the target.
     pub server: Option<u32>,
 }
 
 /// Where targets are set up.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// Directory for images, on the store.
+    /// Directory on the store, for images.
     pub images: PathBuf,
     /// Directory for sockets, mount points and the like.
     pub scratch: PathBuf,
-    /// Size of a target's image, in MiB.
+    /// Size of an image in MiB.
     pub image_mb: u32,
-    /// Size of each of the many, in MiB; 0: they are not needed.
+    /// Size of each of the `MANY` images in MiB; 0 if they are not needed.
     pub many_mb: u32,
     pub loops: Loops,
 }
 
 impl Place {
-    /// A preallocated and written image; its first block names it.
+    /// Makes a preallocated and written image that begins with its mark.
     pub fn image(&self, name: &str) -> Result<PathBuf> {
         self.make(name, self.image_mb)
     }
 
-    /// The many small ones.
+    /// Makes the `MANY` small images.
     pub fn many(&self, name: &str) -> Result<Vec<PathBuf>> {
         if self.many_mb == 0 {
             return Ok(Vec::new());
@@ -116,7 +116,7 @@ impl Place {
         Ok(path)
     }
 
-    /// An empty directory of this name.
+    /// Makes a directory with this name.
     pub fn directory(&self, name: &str) -> Result<PathBuf> {
         let path = self.scratch.join(plain(name));
         std::fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
@@ -124,12 +124,12 @@ impl Place {
     }
 }
 
-/// A name that can be one of a file.
+/// `name` as a file name.
 fn plain(name: &str) -> String {
     name.replace(|c: char| !c.is_ascii_alphanumeric(), "-")
 }
 
-/// Preallocates the image and writes all of it once, past the page cache where that can be done.
+/// Preallocates the image and writes all of it once with direct I/O.
 pub fn make_image(image: &Path, size_mb: u32) -> Result<()> {
     let bytes = format!("{size_mb}M");
     sh::capture(Command::new(sh::which("fallocate")?).args(["-l", &bytes]).arg(image), LIMIT)?;
@@ -139,7 +139,7 @@ pub fn make_image(image: &Path, size_mb: u32) -> Result<()> {
     sh::capture(&mut dd, LIMIT).map(drop)
 }
 
-/// Bytes of a mark.
+/// Size of a mark.
 const MARK: usize = 4096;
 
 fn mark_of(image: &Path) -> Vec<u8> {
@@ -153,12 +153,12 @@ fn mark(image: &Path) -> Result<()> {
     let file = std::fs::OpenOptions::new().write(true).open(image)?;
     file.write_all_at(&mark_of(image), 0)?;
     file.sync_all()?;
-    // What was written through the page cache is not to be found there later.
+    // Later measurements must not find it in the page cache.
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
     Ok(())
 }
 
-/// Whether what is read at `path` begins with the mark of `image`.
+/// Whether `path` begins with the mark of `image`.
 pub fn leads_to(path: &Path, image: &Path) -> Result<bool> {
     use std::io::Read;
     let mut bytes = vec![0; MARK];
@@ -168,7 +168,7 @@ pub fn leads_to(path: &Path, image: &Path) -> Result<bool> {
     Ok(bytes == mark_of(image))
 }
 
-/// An error if a device is not the one that it was meant to be.
+/// Fails unless the device at `path` is backed by `image`.
 pub(crate) fn check_mark(path: &Path, image: &Path) -> Result<()> {
     if !leads_to(path, image)? {
         bail!("{} does not show {}", path.display(), image.display());
@@ -176,31 +176,30 @@ pub(crate) fn check_mark(path: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Block devices at `path` and `many`, all with the scheduler `none`.
+/// A target of block devices, with the scheduler set to `none`.
 pub(crate) fn block(path: PathBuf, many: Vec<PathBuf>, server: Option<u32>) -> Result<Opened> {
     std::iter::once(&path).chain(&many).try_for_each(|node| store::set_scheduler_none(node))?;
     Ok(Opened { kind: Kind::Block, path, many, server })
 }
 
-/// The first word of what `program` says of its version that begins with a digit.
+/// The first word that begins with a digit in the output of `program`.
 pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     let output = sh::output(Command::new(sh::which(program)?).args(words), LIMIT)?;
-    // fuse2fs speaks on standard error, and what it calls on standard output.
+    // fuse2fs prints to standard error, the programs that it starts to standard output.
     let said = [output.stderr, output.stdout].concat();
     let said = String::from_utf8_lossy(&said);
     let number = said.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())
 }
 
-/// The version of what is behind `target`, or why it is unavailable here, as far as that can be told without
-/// setting it up.
+/// The version of `target`, or why it is unavailable, as far as this is known without setting it up.
 pub(crate) fn check(target: &dyn Target) -> Result<String> {
     let version = target.version()?;
     target.module().map_or(Ok(()), Module::check)?;
     Ok(version)
 }
 
-/// A program that serves while it runs in the foreground.
+/// A server that runs in the foreground.
 pub(crate) struct Server {
     child: Child,
     name: String,
@@ -215,7 +214,7 @@ impl Server {
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
-            // Ctrl-C on a terminal is not for it.
+            // Ctrl-C on a terminal must not reach the server.
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot run {name}"))?;
@@ -237,7 +236,7 @@ impl Server {
         })
     }
 
-    /// Ends it as a service manager would.
+    /// Stops the server with SIGTERM and waits for it.
     pub(crate) fn stop(&mut self) -> Result<()> {
         if self.child.try_wait()?.is_none()
             && let Some(pid) = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw)
@@ -261,7 +260,7 @@ impl Drop for Server {
     }
 }
 
-/// All there are, in the order of a table.
+/// All targets in the order of a table.
 pub fn all() -> Vec<Box<dyn Target>> {
     let mut targets: Vec<Box<dyn Target>> = vec![
         Box::new(raw::RawFile),
@@ -269,7 +268,7 @@ pub fn all() -> Vec<Box<dyn Target>> {
         Box::new(kernel_loop::KernelLoop::direct()),
         Box::new(kernel_loop::KernelLoop::buffered()),
     ];
-    // A path that is not granted says so when it is set up.
+    // Setting up fails in an I/O mode that the kernel does not support.
     for path in ["batch", "auto", "copy"] {
         targets.push(Box::new(loopengine::Ublk::new(path)));
     }
@@ -283,7 +282,7 @@ pub fn all() -> Vec<Box<dyn Target>> {
     targets
 }
 
-/// The version of loopengine on PATH.
+/// Version of loopengine on PATH.
 pub(crate) fn engine() -> Result<String> {
     daemon::version()
 }

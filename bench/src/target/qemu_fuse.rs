@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! QEMU's storage daemon, exporting an image as a file over FUSE.
+//! QEMU's storage daemon, which exports an image as a file over FUSE.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -40,7 +40,7 @@ impl Target for QemuFuse {
         for (number, image) in images.iter().enumerate() {
             let file = home.join(format!("export-{number}"));
             std::fs::write(&file, "").with_context(|| format!("cannot make {}", file.display()))?;
-            // A comma in a path is doubled.
+            // QEMU's syntax doubles a comma in a value.
             let quoted = |path: &Path| path.to_string_lossy().replace(',', ",,");
             command.arg("--blockdev").arg(format!(
                 "driver=file,node-name=f{number},filename={},cache.direct=on,aio=io_uring,discard=unmap",
@@ -54,7 +54,7 @@ impl Target for QemuFuse {
         }
         let server = Server::start(&mut command, home.join("log"))?;
         let (server, files) = self.0.insert((server, files));
-        // The empty files are there before the exports are.
+        // The mount points are empty files until the exports are mounted.
         server.wait(|| {
             files.iter().all(|file| std::fs::metadata(file).is_ok_and(|metadata| metadata.len() > 0))
         })?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The kernel's network block device, served by qemu-nbd on this machine.
+//! The kernel's network block device, served by a local qemu-nbd.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -39,7 +39,7 @@ impl Target for QemuNbd {
             let node = free_node()?;
             let mut command = Command::new(sh::which(PROGRAM)?);
             command.arg(format!("--connect={}", node.display()));
-            // Not verbose, it would leave for the background.
+            // Without --verbose it would fork to the background.
             command
                 .args(["--verbose", "--format=raw", "--cache=none", "--aio=io_uring", "--discard=unmap"])
                 .arg(image);
@@ -75,7 +75,7 @@ fn is_connected(node: &Path) -> bool {
     size_of(node) > 0
 }
 
-/// The driver makes all there are when it is loaded.
+/// The driver creates all devices when it is loaded.
 fn free_node() -> Result<PathBuf> {
     (0..2 * MANY)
         .map(|number| PathBuf::from(format!("/dev/nbd{number}")))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The store itself: a file on it, and a block device like the one below it.
+//! The store itself: a file on it, and a block device of the same kind.
 
 use anyhow::Result;
 
@@ -8,7 +8,7 @@ use crate::store::NullBlk;
 
 pub(super) const FILE: &str = "raw file";
 
-/// The image, as it lies on the store.
+/// The image file on the store.
 pub(super) struct RawFile;
 
 impl Target for RawFile {
@@ -34,7 +34,7 @@ impl Target for RawFile {
     }
 }
 
-/// A block device without a file.
+/// A null_blk device without a file system.
 #[derive(Default)]
 pub(super) struct RawDevice(Vec<NullBlk>);
 
@@ -73,7 +73,7 @@ impl Target for RawDevice {
     }
 }
 
-/// What was never written is not read from memory.
+/// Writes the whole device: null_blk does not read unwritten blocks from memory.
 fn written(size_mb: u32) -> Result<NullBlk> {
     let device = NullBlk::new(size_mb)?;
     let mut dd = std::process::Command::new("dd");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! rublk, another loop device over ublk, where it is installed.
+//! rublk, another loop device over ublk, if it is installed.
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `lab bench` and `lab gate`: `loopbench` in a VM, and what only this side knows about it.
+//! `lab bench` and `lab gate`: run `loopbench` in a VM.
 //!
-//! Boots the VM (for `icount` the sealed one), says which revision was measured with what, and has the library write
-//! the report.
+//! Boots the VM (for `icount` a sealed machine), records revision and versions, and writes the report.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,13 +20,13 @@ use crate::sealed::{self, Out, Sealed};
 use crate::vm::{self, Mode, Vm};
 use crate::{programs, setup};
 
-/// What to measure, and where.
+/// What to measure and where.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Fewer jobs, shorter rounds, fewer devices: both modes within a quarter of an hour
+    /// Fewer jobs, shorter rounds, fewer devices: both modes take less than a quarter of an hour
     #[arg(long)]
     quick: bool,
-    /// What the VM's CPUs are like [default: both, one after the other]
+    /// Kind of CPUs of the VM [default: both, one after the other]
     #[arg(long, value_enum)]
     mode: Option<Mode>,
     /// Kernel of the VM
@@ -39,24 +38,24 @@ pub(crate) struct Options {
     /// Measure on this machine instead of in a VM: needs root and ublk
     #[arg(long, conflicts_with_all = ["kernel", "mode", "idle_poll"])]
     host: bool,
-    /// Go on where a run was interrupted: what is there is not measured again
+    /// Continue an interrupted run: measure only what is missing
     #[arg(long)]
     resume: bool,
-    /// Where results go, a directory a mode [default: results/DATE-lab-MODE-KERNEL]
+    /// Directory for results, with one directory per mode [default: results/DATE-lab-MODE-KERNEL]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Seconds after which a VM is ended
+    /// Seconds after which a VM is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
     timeout: u64,
-    /// Options of `loopbench run`, which `loopbench run --help` shows
+    /// Options of `loopbench run`; see `loopbench run --help`
     #[arg(last = true, value_name = "OPTION")]
     more: Vec<String>,
 }
 
-/// What the gate does with what it measures.
+/// How to use the measurements.
 #[derive(clap::Args)]
 pub(crate) struct Gate {
-    /// Make what is measured the new baseline
+    /// Write the measurements to the baseline
     #[arg(long)]
     pub(crate) accept: bool,
 }
@@ -68,22 +67,22 @@ struct Stage<'a> {
     idle_poll: bool,
     limit: Duration,
     programs: &'a [Program],
-    /// For the manifest.
+    /// Notes for the manifest.
     notes: Vec<Note>,
 }
 
-/// Name and value of something for the manifest.
+/// Name and value of a note for the manifest.
 type Note = (&'static str, String);
 
-/// The note that is no note there: the CPU of this machine.
+/// The CPU of this machine, which has its own field in the manifest.
 const HOST_CPU: &str = "host-cpu";
 
-/// Memory of the VM: the images of all targets lie in it.
+/// Memory of the VM, which holds the images of all targets.
 const MEMORY: &str = "6G";
 
-/// Takes the figures; its exit code.
+/// Measures and writes reports; returns the exit code.
 pub(crate) fn bench(options: &Options) -> Result<u8> {
-    // An optimised link takes as long as a short run, and changes a 4K read by a quarter of a percent.
+    // Link-time optimisation takes as long as a short run, and changes a 4K read by 0.25 %.
     let programs = if options.quick { programs::build()? } else { programs::build_release()? };
     let modes = match (options.host, options.mode) {
         (true, _) => vec![None],
@@ -123,10 +122,10 @@ pub(crate) fn bench(options: &Options) -> Result<u8> {
     Ok(0)
 }
 
-/// Measures a few jobs in `icount` and compares with the baseline; its exit code.
+/// Measures a few jobs in `icount` and compares with the baseline; returns the exit code.
 pub(crate) fn gate(options: &Gate) -> Result<u8> {
     let out = tempfile::tempdir()?;
-    // Of the lab's own build: everything else in CI has made it already.
+    // The profile of the lab, which other steps of CI have built already.
     let programs = programs::build()?;
     let stage = Stage {
         mode: Some(Mode::Icount),
@@ -155,7 +154,7 @@ pub(crate) fn gate(options: &Gate) -> Result<u8> {
     gate::run(&outcome, &programs::workspace().join(gate::BASELINE), options.accept)
 }
 
-/// Runs `loopbench` with `words` on the stage, and collects what it leaves.
+/// Runs `loopbench` with `words` on the stage, and collects its raw files.
 fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Result<Outcome> {
     if resume {
         raw::unpack(out)?;
@@ -200,11 +199,11 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
     collect::collect(&raw)
 }
 
-/// Where a sealed machine keeps its result.
+/// Directory of the result in a sealed machine.
 const SEALED_OUT: &str = "out";
 
-/// Runs `line` in the sealed machine and keeps each raw file in `raw` as it comes. All that differs from run to run, the
-/// notes and the day, stays outside.
+/// Runs `line` in the sealed machine and writes each raw file to `into` as it arrives. Notes and
+/// date are added outside, since they differ between runs.
 fn sealed(stage: &Stage<'_>, line: &[String], into: &Path) -> Result<i32> {
     let lab = setup::ensure_all()?;
     let machine = Sealed {
@@ -214,7 +213,7 @@ fn sealed(stage: &Stage<'_>, line: &[String], into: &Path) -> Result<i32> {
         idle_poll: stage.idle_poll,
     };
     let mut tree = sealed::tree(&lab, &machine.kernel, stage.programs)?;
-    // What a run that goes on has.
+    // Raw files of the run that is resumed.
     for entry in fs::read_dir(into)? {
         let entry = entry?;
         tree.file(
@@ -250,7 +249,7 @@ fn here(stage: &Stage<'_>, line: &[String]) -> Result<i32> {
     Ok(status.code().unwrap_or(1))
 }
 
-/// Peers that are installed where the VM would not look for them.
+/// Adds peers that may be installed outside the VM's PATH.
 fn with_peers(programs: &[Program]) -> Vec<Program> {
     let mut programs = programs.to_vec();
     if let Ok(path) = sh::which("rublk") {
@@ -259,16 +258,16 @@ fn with_peers(programs: &[Program]) -> Vec<Program> {
     programs
 }
 
-/// For the manifest.
+/// Notes for the manifest.
 fn notes(options: &Options, mode: Option<Mode>) -> Result<Vec<Note>> {
     let git = |words: &[&str]| said(Command::new("git").args(words).current_dir(programs::workspace()));
     let first = |said: Result<String>| said.ok().and_then(|said| Some(said.lines().next()?.to_owned()));
-    // Results are not what is measured.
+    // Changes of results do not change what is measured.
     let dirty = git(&["status", "--porcelain", "--", ".", ":!results"]).map_or(true, |said| !said.is_empty());
     let revision = git(&["rev-parse", "HEAD"]).unwrap_or_else(|_| "unknown".into());
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let mut words: Vec<String> = std::env::args().skip(1).collect();
-    // Where the result lies is no part of how it is taken.
+    // The directory of the result does not matter for repeating the run.
     if let Some(at) = words.iter().position(|word| word == "--out") {
         words.drain(at..words.len().min(at + 2));
     }
@@ -290,7 +289,7 @@ fn notes(options: &Options, mode: Option<Mode>) -> Result<Vec<Note>> {
     Ok(notes)
 }
 
-/// As a directory of results is named.
+/// Date in names of result directories.
 fn today() -> Result<String> {
     said(Command::new("date").args(["-u", "+%F"]))
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where the lab keeps what it has fetched.
+//! The lab's directory for downloads.
 //!
-//! Knows directories only, not what lies in them.
+//! Knows nothing of the directory's contents.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -17,11 +17,11 @@ const VARIABLE: &str = "LOOPLAB_CACHE";
 /// A set-up takes about two minutes.
 const LOCK_LIMIT: Duration = Duration::from_secs(1200);
 
-/// Directories that a guest replaces by empty ones: what lies there is not seen in the VM.
+/// Directories that a guest replaces: their contents are not visible in the VM.
 const HIDDEN_IN_GUEST: [&str; 7] = ["/run", "/dev", "/proc", "/sys", "/var/cache", "/var/log", "/var/tmp"];
 
-/// `$LOOPLAB_CACHE`, else `$XDG_CACHE_HOME/loopengine-lab`, else `~/.cache/loopengine-lab`; made if
-/// it does not exist.
+/// `$LOOPLAB_CACHE`, else `$XDG_CACHE_HOME/loopengine-lab`, else `~/.cache/loopengine-lab`; created
+/// if missing.
 pub(crate) fn directory() -> Result<PathBuf> {
     let from =
         |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -38,7 +38,7 @@ pub(crate) fn directory() -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// Waits for this process's turn to change what lies in `cache`; the turn ends with the value.
+/// Takes the lock for changes of `cache`; dropping the value releases it.
 pub(crate) fn lock(cache: &Path) -> Result<File> {
     let path = cache.join("lock");
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
@@ -52,7 +52,7 @@ pub(crate) fn lock(cache: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Whether a guest sees nothing of `path`.
+/// Whether `path` is not visible in a guest.
 pub(crate) fn hidden_in_guest(path: &Path) -> bool {
     HIDDEN_IN_GUEST.iter().any(|hidden| path.starts_with(hidden))
 }

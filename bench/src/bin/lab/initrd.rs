@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The files of a sealed machine, as the archive that its kernel unpacks into memory.
+//! The initramfs of a sealed machine.
 //!
-//! Nothing of this machine but what is put in: no times, owners or inode numbers, and the order is that of the names. So
-//! the same files make the same archive. Knows cpio's format "newc", where a program's libraries lie and what a
-//! module of a kernel needs; not what any of it is for.
+//! The same files make the same archive: it has no times, owners or inode numbers of this machine,
+//! and files are sorted by name. Knows the cpio format "newc", libraries of programs and
+//! dependencies of kernel modules.
 
 use std::collections::BTreeMap;
 use std::io::{Result as IoResult, Write};
@@ -23,7 +23,7 @@ const PROGRAM: u32 = 0o100_755;
 const FILE: u32 = 0o100_644;
 const LINK: u32 = 0o120_777;
 
-/// Modes and contents by path, without the slash in front; a link's content is where it leads.
+/// Modes and contents by path without the leading slash; the content of a link is its target.
 #[derive(Default)]
 pub(crate) struct Tree(BTreeMap<String, (u32, Vec<u8>)>);
 
@@ -44,13 +44,13 @@ impl Tree {
         self.put(path, PROGRAM, text.into());
     }
 
-    /// The program at `from` as /bin/`name`, with the libraries that it names.
+    /// Adds the program at `from` as /bin/`name`, with its libraries.
     pub(crate) fn program(&mut self, name: &str, from: &Path) -> Result<()> {
         self.copy(&format!("bin/{name}"), PROGRAM, from)?;
-        // Of cargo's making, and meant for this machine only.
+        // cargo sets it for this machine only.
         let mut ldd = Command::new("ldd");
         ldd.arg(from).env_remove("LD_LIBRARY_PATH");
-        // A program without libraries is one more status than 0.
+        // ldd fails on a static program.
         let said = sh::output(&mut ldd, LIMIT)?.stdout;
         for library in libraries(&String::from_utf8_lossy(&said)) {
             self.copy(library.trim_start_matches('/'), PROGRAM, Path::new(library))?;
@@ -58,7 +58,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Modules of `kernel` with all that they need; those that it does not know are built in.
+    /// Adds modules of `kernel` with their dependencies; unknown ones are built in.
     pub(crate) fn modules(&mut self, kernel: &Kernel, names: &[&str]) -> Result<()> {
         let home = kernel.image.parent().context("the kernel lies nowhere")?;
         let base = home.ancestors().nth(3).context("the kernel lies nowhere")?;
@@ -84,7 +84,7 @@ impl Tree {
         Ok(())
     }
 
-    /// The archive.
+    /// Writes the archive.
     pub(crate) fn write(&self, to: &mut impl Write) -> IoResult<()> {
         for (number, (path, (mode, bytes))) in (1..).zip(&self.0) {
             entry(to, number, path, *mode, bytes)?;
@@ -121,12 +121,12 @@ fn entry(to: &mut impl Write, number: u32, path: &str, mode: u32, bytes: &[u8]) 
     Ok(())
 }
 
-/// Paths among what ldd says: "NAME => PATH (ADDRESS)" or "PATH (ADDRESS)".
+/// Paths in the output of ldd: "NAME => PATH (ADDRESS)" or "PATH (ADDRESS)".
 fn libraries(said: &str) -> Vec<&str> {
     said.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/'))).collect()
 }
 
-/// Files among what modprobe says: "insmod PATH OPTIONS".
+/// Files in the output of modprobe: "insmod PATH OPTIONS".
 fn modules(said: &str) -> Vec<PathBuf> {
     said.lines().filter_map(|line| Some(line.strip_prefix("insmod ")?.split(' ').next()?.into())).collect()
 }

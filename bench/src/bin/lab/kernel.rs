@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The Debian kernels that the lab boots: which there are, how they are fetched and unpacked.
+//! The Debian kernels that the lab boots: fetches and unpacks them.
 //!
-//! They go to the lab's own directory, beside this machine's kernel and unknown to its package
-//! manager. Nothing here needs root. Knows apt and dpkg, not how a kernel is booted.
+//! Kernels go to the lab's own directory; this machine's package manager is not involved, and root
+//! is not needed. Knows apt and dpkg, not how a kernel is booted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,22 +13,22 @@ use clap::ValueEnum;
 
 use loopbench::sh;
 
-/// A line of kernels, as a user names it.
+/// A kernel series, as a user names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Line {
-    /// The newest 7.x of Debian's backports: every path of the engine
+    /// The newest 7.x of Debian's backports: all I/O modes
     #[value(name = "7")]
     Seven,
-    /// Debian 13's own: copy mode only
+    /// The kernel of Debian 13: I/O mode copy only
     #[value(name = "6.12")]
     SixTwelve,
 }
 
 impl Line {
-    /// All of them, the main one first.
+    /// All series, the main one first.
     pub(crate) const ALL: [Line; 2] = [Line::Seven, Line::SixTwelve];
 
-    /// As it is named on the command line.
+    /// Name on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Line::Seven => "7",
@@ -36,8 +36,7 @@ impl Line {
         }
     }
 
-    /// Debian suite that has it. Bookworm's next release and trixie's own are the same suites, so
-    /// the machine's release plays no part.
+    /// Debian suite that has it, independent of this machine's release.
     fn suite(self) -> &'static str {
         match self {
             Line::Seven => "trixie-backports",
@@ -45,20 +44,20 @@ impl Line {
         }
     }
 
-    /// What the version of the meta package begins with.
+    /// Prefix of the version of the meta package.
     fn prefix(self) -> String {
         format!("{}.", self.name())
     }
 }
 
-/// A kernel, unpacked.
+/// An unpacked kernel.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
-    /// Its line.
+    /// Its series.
     pub(crate) line: Line,
-    /// Its release as `uname -r` says it.
+    /// Its release, as in `uname -r`.
     pub(crate) release: String,
-    /// Its bootable image; the modules lie beside it.
+    /// Its bootable image; the modules are in the same directory.
     pub(crate) image: PathBuf,
 }
 
@@ -68,10 +67,10 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Modules that a VM of the lab loads.
 const MODULES: [&str; 10] =
     ["9p", "9pnet_virtio", "overlay", "virtio_blk", "ublk_drv", "null_blk", "loop", "xfs", "ext4", "btrfs"];
-/// Directory of the kernels. Its number goes with what is done to a kernel once it is unpacked, so
-/// that two revisions of the lab do not take it from each other.
+/// Directory of the kernels. The number changes with the way they are unpacked, so that two revisions
+/// of the lab can share the cache.
 pub(crate) const HOME: &str = "kernels-2";
-/// Name of the file that says which kernel is ready.
+/// File with the release of the kernel that is ready.
 const MARK: &str = "unpacked";
 /// A kernel is about 110 MB.
 const FETCH_LIMIT: Duration = Duration::from_secs(900);
@@ -132,18 +131,18 @@ fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
     depmod(base, release)?;
     decompress(base, release)?;
     depmod(base, release)?;
-    // Last: a kernel without this mark is fetched again.
+    // Last: a kernel without this file is fetched again.
     std::fs::write(modules.join(MARK), release)?;
     Ok(())
 }
 
-/// Unpacks the modules that the lab loads: an emulated CPU takes seconds for a large one.
+/// Decompresses the modules that the lab loads: an emulated CPU needs seconds for a large one.
 fn decompress(base: &Path, release: &str) -> Result<()> {
     let mut query = Command::new(sh::which("modprobe")?);
     query.arg("-d").arg(base).args(["-S", release, "--show-depends", "-a"]).args(MODULES);
     let said = sh::capture(&mut query, Duration::from_secs(60))?;
     for file in said.lines().filter_map(|line| line.strip_prefix("insmod ")).map(str::trim) {
-        // Several modules share what they depend on.
+        // Modules share dependencies.
         if file.ends_with(".xz") && Path::new(file).exists() {
             sh::capture(Command::new("xz").args(["-d", file]), Duration::from_secs(60))?;
         }
@@ -156,7 +155,7 @@ fn depmod(base: &Path, release: &str) -> Result<()> {
     sh::capture(depmod.arg("-b").arg(base).arg(release), Duration::from_secs(120)).map(drop)
 }
 
-/// apt with lists and sources of its own, so that this machine's are left alone.
+/// apt with its own lists and sources; those of this machine do not change.
 struct Apt {
     options: Vec<String>,
 }
@@ -208,7 +207,7 @@ impl Apt {
     }
 }
 
-/// Mirror of Debian itself among lines of "URI release": neither the security archive nor a vendor's.
+/// Debian's mirror among lines of "URI release", which is neither the security archive nor a vendor's.
 fn mirror(targets: &str) -> Option<&str> {
     let suites = ["bookworm", "trixie", "stable", "oldstable", "testing", "unstable", "sid"];
     targets
@@ -218,7 +217,7 @@ fn mirror(targets: &str) -> Option<&str> {
         .map(|(uri, _)| uri)
 }
 
-/// Name of the image package that the newest version of the meta package wants.
+/// Name of the image package that the newest version of the meta package depends on.
 fn newest_image(show: &str, prefix: &str) -> Option<String> {
     let field = |stanza: &str, name: &str| {
         stanza.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ").map(str::to_owned))
@@ -233,8 +232,8 @@ fn newest_image(show: &str, prefix: &str) -> Option<String> {
         .and_then(|(_, depends)| names(&depends).into_iter().find(|name| is_image(name)))
 }
 
-/// The packages that together are the kernel `image`: since 7.0 the image package is but a shell
-/// around a binary and a modules package.
+/// The packages of the kernel `image`: since 7.0 the image package only depends on a binary and a
+/// modules package.
 fn parts(show: &str, image: &str) -> Vec<String> {
     let depends = show.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
     let mut parts = names(depends);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The workspace's programs, built with the lab's profile, and copies of them small enough to
-//! travel into a VM.
+//! Builds the workspace's programs with the profile `lab`, and makes stripped copies for VMs.
 //!
 //! Knows cargo, not what the programs do.
 
@@ -14,16 +13,16 @@ use serde::Deserialize;
 
 use loopbench::sh;
 
-/// Profile of all that the lab builds but for figures, so that no step compiles anew what another has.
+/// Profile of all builds except for measurements, so that steps share compiled code.
 pub(crate) const PROFILE: [&str; 2] = ["--profile", "lab"];
 const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
 /// A program that cargo built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Program {
-    /// Its name inside the VM.
+    /// Name inside the VM.
     pub(crate) name: String,
-    /// Where it lies.
+    /// Path on this machine.
     pub(crate) path: PathBuf,
 }
 
@@ -33,11 +32,11 @@ pub(crate) fn workspace() -> PathBuf {
     package.parent().unwrap_or(package).to_owned()
 }
 
-/// A cargo command in the workspace. The one that runs this program, if it does.
+/// A command of cargo in the workspace; of the cargo that runs this program, if any.
 pub(crate) fn cargo(words: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(words).current_dir(workspace()).stdin(Stdio::null());
-    // What `cargo run` says of this package is not so of what is built now.
+    // Variables that `cargo run` sets for this package would change what is built.
     let said = std::env::vars_os().filter(|(key, _)| key.to_str().is_some_and(said_by_cargo_run));
     for (key, _) in said {
         command.env_remove(key);
@@ -56,21 +55,21 @@ pub(crate) fn build() -> Result<Vec<Program>> {
     build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"], &PROFILE)
 }
 
-/// Builds `loopengine` as users do, which takes longer, and the others as the lab does: for figures.
+/// Builds `loopengine` for release, as users do, and the other programs with the profile `lab`.
 pub(crate) fn build_release() -> Result<Vec<Program>> {
     let mut programs = build_with(&["build", "--package", "loopengine", "--bins"], &["--release"])?;
     programs.extend(build_with(&["build", "--package", "loopbench", "--bins"], &PROFILE)?);
     Ok(programs)
 }
 
-/// This program once more, on this machine, with the engine among `programs` on its PATH.
+/// Runs this program again on this machine, with the engine of `programs` on PATH.
 pub(crate) fn again<S: AsRef<OsStr>>(programs: &[Program], words: &[S]) -> Result<Command> {
     let mut command = with_engine(programs, "lab")?;
     command.args(words);
     Ok(command)
 }
 
-/// One of `programs` on this machine, with the engine among them on its PATH.
+/// Runs one of `programs` on this machine, with the engine of `programs` on PATH.
 pub(crate) fn with_engine(programs: &[Program], name: &str) -> Result<Command> {
     let find = |name: &str| {
         programs.iter().find(|program| program.name == name).with_context(|| format!("cargo built no {name}"))
@@ -82,7 +81,7 @@ pub(crate) fn with_engine(programs: &[Program], name: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Builds the kernel cases: one program, named `vm`.
+/// Builds the kernel cases: one program named `vm`.
 pub(crate) fn build_cases() -> Result<Program> {
     let words = ["test", "--package", "loopengine", "--test", "vm", "--no-run"];
     let mut built = build_with(&words, &PROFILE)?;
@@ -119,7 +118,7 @@ fn build_with(words: &[&str], profile: &[&str]) -> Result<Vec<Program>> {
     let mut command = cargo(words);
     command.args(profile).arg("--message-format=json-render-diagnostics");
     let name = sh::describe(&command);
-    // Progress and compiler messages go to standard error, which is the user's.
+    // Progress and compiler messages go to standard error.
     let child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {name}"))?;
     let deadline = std::thread::spawn(move || child.wait_with_output());
     let output = sh::wait_for(&name, BUILD_LIMIT, || Ok(deadline.is_finished().then_some(())))
@@ -130,7 +129,7 @@ fn build_with(words: &[&str], profile: &[&str]) -> Result<Vec<Program>> {
     Ok(executables(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// Executables among cargo's messages, one JSON object a line.
+/// Executables in cargo's messages, one JSON object per line.
 fn executables(messages: &str) -> Vec<Program> {
     #[derive(Deserialize)]
     struct Message {
@@ -148,7 +147,7 @@ fn executables(messages: &str) -> Vec<Program> {
         .collect()
 }
 
-/// Copies `programs` to `directory` without their debug information: a VM reads files slowly.
+/// Copies `programs` to `directory` without debug information, since a VM reads files slowly.
 pub(crate) fn stage(programs: &[Program], directory: &Path) -> Result<()> {
     std::fs::create_dir_all(directory)?;
     for program in programs {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A sealed machine, for figures that repeat: one emulated CPU on which an instruction takes 1 ns, files in memory, and
-//! two serial lines that it only writes to.
+//! A sealed machine, whose measurements repeat exactly: one emulated CPU on which an instruction takes
+//! 1 ns, files in memory, and two serial lines for output.
 //!
-//! No disk, no network, and no clock, randomness or file of this machine: all that it sees follows from what it is
-//! given. So two runs are the same to the instruction, however busy this machine is. Text comes out of the first
-//! line, files out of the second (`handover`). Knows QEMU and what `loopbench` needs around it, not what it measures.
+//! It has no disk, no network, and no clock, randomness or file of this machine. So two runs are the
+//! same to the instruction, even on a busy machine. The first line carries text, the second files
+//! (`handover`). Knows QEMU and the programs that `loopbench` calls.
 
 use std::fs::File;
 use std::io::{BufWriter, Read};
@@ -24,7 +24,7 @@ use crate::programs::{self, Program};
 use crate::setup::Lab;
 use crate::vm;
 
-/// What `loopbench` and this machine's `init` call.
+/// Programs that `loopbench` and `init` call.
 const PROGRAMS: [&str; 13] = [
     "sh",
     "cat",
@@ -40,35 +40,35 @@ const PROGRAMS: [&str; 13] = [
     "stty",
     "umount",
 ];
-/// What it compares with: left out where it is not installed.
+/// Other servers, if they are installed.
 const PEERS: [&str; 4] = ["qemu-nbd", "qemu-storage-daemon", "fuse2fs", "rublk"];
 const MODULES: [&str; 7] = ["ublk_drv", "null_blk", "loop", "nbd", "fuse", "xfs", "ext4"];
 const ETC: [&str; 1] = ["etc/mke2fs.conf"];
-/// What comes out of the first and of the second line.
+/// Names of the two serial lines.
 const TEXT: &str = "text";
 const FILES: &str = "files";
-/// Name of the file that comes last, with the exit status in it.
+/// The last file, which contains the exit status.
 const STATUS: &str = "status";
 
-/// A machine to be started.
+/// A machine to start.
 pub(crate) struct Sealed {
     pub(crate) kernel: Kernel,
-    /// As QEMU takes it, "3G".
+    /// In QEMU's format: "3G".
     pub(crate) memory: String,
-    /// From start to end.
+    /// Time limit from start to end.
     pub(crate) limit: Duration,
     /// The CPU spins instead of sleeping.
     pub(crate) idle_poll: bool,
 }
 
-/// Takes what comes out of a machine.
+/// Receives the output of a machine.
 pub(crate) struct Out<'a> {
     pub(crate) text: &'a mut dyn FnMut(&[u8]),
-    /// A file's name and what is in it.
+    /// Receives name and contents of a file.
     pub(crate) file: &'a mut dyn FnMut(&str, &[u8]) -> Result<()>,
 }
 
-/// The files of a machine that can run `programs`; what a command needs besides may be added.
+/// The files of a machine that can run `programs`; the caller can add more.
 pub(crate) fn tree(lab: &Lab, kernel: &Kernel, programs: &[Program]) -> Result<Tree> {
     let mut tree = Tree::default();
     let staged = tempfile::Builder::new().prefix("staged-").tempdir_in(&lab.cache)?;
@@ -96,8 +96,8 @@ pub(crate) fn tree(lab: &Lab, kernel: &Kernel, programs: &[Program]) -> Result<T
 }
 
 impl Sealed {
-    /// Starts it with the files of `tree`, runs the shell line `command` there and hands on what comes out. Returns
-    /// the command's exit status.
+    /// Starts the machine with the files of `tree`, runs the shell line `command`, and passes its output
+    /// on. Returns the exit status of the command.
     pub(crate) fn run(&self, lab: &Lab, mut tree: Tree, command: &str, out: Out<'_>) -> Result<i32> {
         tree.script("init", &init(command));
         let session = tempfile::Builder::new().prefix("session-").tempdir_in(&lab.cache)?;
@@ -112,7 +112,7 @@ impl Sealed {
         let (start, mut inbox, mut status) = (Instant::now(), Inbox::default(), None);
         let outcome = loop {
             std::thread::sleep(sh::TICK);
-            // Asked before the lines are read: what it said last is not lost.
+            // Before reading the lines, so that the last output is not lost.
             let gone = machine.0.try_wait()?;
             let mut said = Vec::new();
             text.read_to_end(&mut said)?;
@@ -143,22 +143,22 @@ impl Sealed {
     }
 
     fn start(&self, session: &Path) -> Result<Machine> {
-        // `timeout` ends it even if this program is killed.
+        // `timeout` kills it even if this program is killed.
         let mut boot = Command::new("timeout");
         boot.arg("--signal=KILL").arg((self.limit.as_secs() + 10).to_string()).arg("qemu-system-x86_64");
         boot.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35"]);
         boot.args(["-cpu", "max", "-smp", "1", "-m", &self.memory]);
         boot.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
-        // The guest's clock and its randomness, which would be the host's.
+        // A clock and randomness that do not depend on the host.
         boot.args(["-rtc", "base=2026-01-01T00:00:00,clock=vm", "-seed", "1"]);
         for line in [TEXT, FILES] {
-            // A comma in a path is doubled.
+            // QEMU's syntax doubles a comma in a value.
             let path = session.join(line).to_string_lossy().replace(',', ",,");
             boot.arg("-chardev").arg(format!("file,id={line},path={path}"));
             boot.arg("-serial").arg(format!("chardev:{line}"));
         }
         boot.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(session.join("initrd"));
-        // Addresses are random by what -seed says; fixed ones do not differ between revisions either.
+        // Fixed addresses do not differ between revisions.
         let parameters =
             "console=ttyS0 quiet panic=-1 nokaslr norandmaps tsc=reliable audit=off cryptomgr.notests";
         boot.arg("-append").arg(format!("{parameters}{}", if self.idle_poll { " idle=poll" } else { "" }));
@@ -168,7 +168,7 @@ impl Sealed {
     }
 }
 
-/// What the machine runs first. It never ends: once the status is known the machine is switched off from outside.
+/// The init script. It never ends: once the status is known, QEMU is killed.
 fn init(command: &str) -> String {
     format!(
         "#!/bin/sh\n\
@@ -186,14 +186,14 @@ fn init(command: &str) -> String {
     )
 }
 
-/// An error that ends with the last words of the machine and of QEMU.
+/// An error with the last output of the machine and of QEMU.
 fn last_words(what: &str, session: &Path) -> anyhow::Error {
     let read = |name: &str| std::fs::read(session.join(name)).unwrap_or_default();
     let said = [read(TEXT), read("qemu")].concat();
     anyhow!("{what}; it said:\n  {}", vm::tail(&String::from_utf8_lossy(&said)))
 }
 
-/// QEMU; dropping it switches the machine off.
+/// QEMU; dropping it kills it.
 struct Machine(Child);
 
 impl Drop for Machine {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `lab setup`: what the lab needs and this machine lacks. Run again it does nothing, quickly.
+//! `lab setup`: installs what the lab needs. If nothing is missing, it returns at once.
 //!
 //! Knows Debian's packages and the virtual environment; kernels are in `kernel`.
 
@@ -16,10 +16,10 @@ use crate::kernel::{self, Line};
 
 use crate::cache;
 
-/// A Debian package, and what it is for.
+/// A Debian package and its purpose.
 type Package = (&'static str, &'static str);
 
-/// What a VM needs.
+/// Packages for VMs.
 const PACKAGES: [Package; 18] = [
     ("qemu-system-x86", "the VM"),
     ("busybox-static", "its first program"),
@@ -41,7 +41,7 @@ const PACKAGES: [Package; 18] = [
     ("crun", "containers with private loop devices"),
 ];
 
-/// What the tests and the bench need besides; a demo does without.
+/// More packages, for tests and measurements; the demo does not need them.
 const MORE_PACKAGES: [Package; 19] = [
     ("fuse3", "file systems in user space"),
     ("fuse2fs", "ext4 without the kernel's"),
@@ -64,22 +64,22 @@ const MORE_PACKAGES: [Package; 19] = [
     ("chromium", "reports are looked at in a browser"),
 ];
 
-/// Packages that are unpacked and not installed: they would bring udev along, and VMs share this machine's root.
+/// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's root.
 const UNPACKED: [&str; 5] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "vmdb2"];
-/// Their programs that VMs find on PATH.
+/// Programs of these packages that VMs have on PATH.
 const UNPACKED_PROGRAMS: [&str; 8] =
     ["kpartx", "lvm", "pvcreate", "vgcreate", "vgchange", "lvcreate", "mdadm", "vmdb2"];
-/// Directory of what is unpacked. Its number goes with these lists.
+/// Directory of the unpacked packages. The number changes with these lists.
 const UNPACKED_HOME: &str = "tools-2";
 
-/// As pip takes it.
+/// In pip's format.
 pub(crate) const VIRTME: &str = "virtme-ng==1.42";
 const INSTALL_LIMIT: Duration = Duration::from_secs(1200);
 
 /// A machine on which VMs can be booted.
 #[derive(Clone, Debug)]
 pub(crate) struct Lab {
-    /// Directory of all that the lab has fetched.
+    /// Directory of downloads.
     pub(crate) cache: PathBuf,
 }
 
@@ -89,7 +89,7 @@ impl Lab {
         self.cache.join("venv/bin/vng")
     }
 
-    /// Directory of programs that are on PATH in VMs only.
+    /// Directory of programs that only VMs have on PATH.
     pub(crate) fn tools(&self) -> PathBuf {
         self.cache.join(UNPACKED_HOME).join("on-path")
     }
@@ -103,12 +103,12 @@ impl Lab {
     }
 }
 
-/// Makes sure of what a VM needs, saying on standard error what it does and nothing when all is there.
+/// Installs what a VM needs, and prints each step to standard error.
 pub(crate) fn ensure() -> Result<Lab> {
     ensure_with(&PACKAGES)
 }
 
-/// The same, and of what the tests and the bench need besides.
+/// Installs what VMs, tests and measurements need.
 pub(crate) fn ensure_all() -> Result<Lab> {
     ensure_with(&[&PACKAGES[..], &MORE_PACKAGES].concat())
 }
@@ -139,7 +139,7 @@ fn ensure_with(packages: &[Package]) -> Result<Lab> {
 
 /// What `ensure` would install or fetch.
 pub(crate) fn missing() -> Result<Vec<String>> {
-    // On other systems `ensure` says what to do.
+    // Elsewhere `ensure` fails with advice.
     if !is_debian() {
         return Ok(Vec::new());
     }
@@ -175,7 +175,7 @@ fn complete(lab: &Lab, packages: &[Package]) -> Result<bool> {
     Ok(kernels && has_virtme(lab) && lab.tools().exists() && missing_packages(packages)?.is_empty())
 }
 
-/// Removes the kernels, so that the next set-up fetches the newest.
+/// Removes the kernels, so that the next set-up fetches the newest ones.
 pub(crate) fn forget_kernels() -> Result<()> {
     let cache = cache::directory()?;
     let _turn = cache::lock(&cache)?;
@@ -186,7 +186,7 @@ pub(crate) fn forget_kernels() -> Result<()> {
     Ok(())
 }
 
-/// What `lab setup` reports at its end.
+/// Prints kernels and directories.
 pub(crate) fn report(lab: &Lab) -> Result<()> {
     for line in Line::ALL {
         println!("kernel {:<5} {}", line.name(), lab.kernel(line)?.release);
@@ -230,7 +230,7 @@ fn unpack(lab: &Lab) -> Result<()> {
         return Ok(());
     }
     eprintln!("setup: unpacking {}", UNPACKED.join(" "));
-    // Images of containers come without lists of packages.
+    // Container images have no package lists.
     if rustix::process::geteuid().is_root() {
         apt(&["update"])?;
     }
@@ -244,7 +244,7 @@ fn unpack(lab: &Lab) -> Result<()> {
     for deb in std::fs::read_dir(debs.path())? {
         sh::capture(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root), INSTALL_LIMIT)?;
     }
-    // Last, and at once: it says that all is there.
+    // Last and atomically: this directory marks a complete set-up.
     let fresh = tempfile::Builder::new().prefix("on-path-").tempdir_in(&home)?;
     for name in UNPACKED_PROGRAMS {
         let script = format!(
@@ -265,12 +265,12 @@ fn unpack(lab: &Lab) -> Result<()> {
 fn missing_packages(packages: &[Package]) -> Result<Vec<Package>> {
     let mut query = Command::new("dpkg-query");
     query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(packages.iter().map(|(name, _)| name));
-    // Its status is 1 when a package was never heard of.
+    // dpkg-query fails for unknown packages.
     let output = sh::output(&mut query, Duration::from_secs(60))?;
     Ok(not_installed(packages, &String::from_utf8_lossy(&output.stdout)))
 }
 
-/// Packages that lines of "status name" do not call installed.
+/// Packages that are not installed according to lines of "status name".
 fn not_installed(packages: &[Package], status: &str) -> Vec<Package> {
     let installed: Vec<&str> = status.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
     packages.iter().filter(|(name, _)| !installed.contains(name)).copied().collect()
@@ -285,11 +285,11 @@ fn virtual_environment(lab: &Lab) -> Result<()> {
     if home.exists() {
         std::fs::remove_dir_all(&home)?;
     }
-    // Debian's own Python: one from elsewhere may lie where a guest does not see it.
+    // Debian's Python: another one may be in a directory that a guest does not see.
     let python = if Path::new("/usr/bin/python3").exists() { "/usr/bin/python3" } else { "python3" };
     sh::capture(Command::new(python).args(["-m", "venv"]).arg(&home), INSTALL_LIMIT)?;
     sh::capture(Command::new(home.join("bin/pip")).args(["install", "--quiet", VIRTME]), INSTALL_LIMIT)?;
-    // Last: an environment without this mark is made anew.
+    // Last: an environment without this file is made again.
     std::fs::write(home.join("installed"), VIRTME)?;
     Ok(())
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `lab test`: every test there is, and one line of totals at the end.
+//! `lab test`: runs all tests and prints totals.
 //!
-//! Unit, property and command-line tests run on this machine; kernel cases in a VM of each kernel;
-//! power cuts from outside a VM. Knows how tests are run; `tally` reads their words.
+//! Unit, property and command-line tests run on this machine, kernel cases in a VM per kernel, power
+//! cuts from outside a VM. `tally` parses the output of test programs.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,10 +22,10 @@ use crate::powercut;
 /// What to run.
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {
-    /// Kernel of the kernel cases; both unless given
+    /// Kernel of the kernel cases [default: both]
     #[arg(long, value_enum)]
     kernel: Option<Line>,
-    /// Only tests whose name has this in it
+    /// Only tests whose name contains TEXT
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
     /// Run the kernel cases on this machine instead of in a VM: needs root and ublk
@@ -34,43 +34,42 @@ pub(crate) struct Options {
     /// Kernel cases on the 7.x kernel only
     #[arg(long)]
     quick: bool,
-    /// Kernel cases in their full lengths: a thousand rounds where two minutes do every day
+    /// Run kernel cases at full length, a thousand rounds instead of two minutes
     #[arg(long)]
     full: bool,
 }
 
-/// Tests of a phase on this machine, from a warm build.
+/// Time limit of a phase on this machine, with a warm build.
 const HOST_LIMIT: Duration = Duration::from_secs(3600);
-/// Kernel cases of one VM, which shares two cores with the others: 40 minutes, and more on a slow machine.
+/// Time limit of the kernel cases of one VM: with other VMs on two cores they take 40 minutes.
 const CASES_LIMIT: Duration = Duration::from_secs(3600);
 
-/// A VM's share of the work.
+/// The work of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Share {
     line: Line,
     cases: Cases,
 }
 
-/// Which kernel cases.
+/// A subset of the kernel cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cases {
-    /// All, or those that the user's filter leaves.
+    /// All that match the user's filter.
     All,
-    /// Those in which another kernel may do something else.
+    /// Cases that depend on the kernel.
     Kernel,
-    /// Those of private loop devices, half of the time of all.
+    /// Cases of private loop devices, which take half of the time.
     Private,
-    /// The others.
+    /// All other cases.
     Others,
-    /// Those whose aim is a number of instructions, or a time that no other work may add to, where
-    /// instructions are counted.
+    /// Cases that count instructions, or measure a time that other work must not change, in `icount`.
     Counted,
 }
 
-/// What the names of cases of private loop devices begin with.
+/// Prefix of the names of cases of private loop devices.
 const PRIVATE: &str = "private";
-/// Names of those that an everyday run does not repeat on the older kernel: names, claims and the command line
-/// are the same on every kernel, and private loop devices need a newer one.
+/// Cases that a default run skips on the older kernel: names, claims and the command line do not
+/// depend on the kernel, and private loop devices need a newer one.
 const NOT_OF_THE_KERNEL: [&str; 9] = [
     PRIVATE,
     "commands::",
@@ -84,13 +83,13 @@ const NOT_OF_THE_KERNEL: [&str; 9] = [
 ];
 
 impl Cases {
-    /// Words for the program of the kernel cases.
+    /// Command line of the kernel cases.
     fn words(self, filter: Option<&str>) -> Vec<&str> {
         let mut words = vec!["vm", "--test-threads=1"];
         match self {
             Cases::All => words.extend(filter),
             Cases::Kernel => words.extend(NOT_OF_THE_KERNEL.iter().flat_map(|name| ["--skip", name])),
-            // Those that are counted mean nothing where CPUs share a core.
+            // Counted cases are meaningless on emulated CPUs that share a core.
             Cases::Private => words.extend([
                 PRIVATE,
                 "--skip",
@@ -118,7 +117,7 @@ impl Cases {
     }
 }
 
-/// A part of the run that is reported by itself.
+/// A part of the run that is reported separately.
 struct Phase {
     name: String,
     tally: Tally,
@@ -126,7 +125,7 @@ struct Phase {
 }
 
 impl Phase {
-    /// Runs `body` and says to `sink` that it begins.
+    /// Announces the phase on `sink` and runs `body`.
     fn run(name: String, sink: Sink<'_>, body: impl FnOnce(Sink<'_>) -> Result<Tally>) -> Result<Phase> {
         sink(format!("\n== {name}\n").as_bytes());
         let start = Instant::now();
@@ -135,7 +134,7 @@ impl Phase {
     }
 }
 
-/// Runs everything that `options` ask for; whether all of it passed.
+/// Runs the tests that `options` select; returns whether all passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let filter = options.filter.as_deref();
     let out: Sink<'_> = &mut vm::to_stdout;
@@ -151,8 +150,8 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     Ok(summarise(&phases))
 }
 
-/// Kernel cases and power cuts, in VMs beside each other: one seldom keeps both of its CPUs busy. The
-/// first one's output is shown as it comes, the others' when they are done.
+/// Runs kernel cases and power cuts in parallel VMs: one VM seldom keeps two cores busy. Prints the
+/// output of the first VM as it arrives, and that of the others when they end.
 fn in_vms(options: &Options) -> Result<Vec<Phase>> {
     let lab = setup::ensure_all()?;
     let mut programs = programs::build()?;
@@ -207,7 +206,7 @@ fn one_vm(
     Ok(phases)
 }
 
-/// The share whose output is shown as it comes, and the others.
+/// The share whose output is printed as it arrives, and the others.
 fn shares(options: &Options) -> (Share, Vec<Share>) {
     let all = |line| Share { line, cases: Cases::All };
     let seven = |cases| Share { line: Line::Seven, cases };
@@ -217,7 +216,7 @@ fn shares(options: &Options) -> (Share, Vec<Share>) {
         (options.kernel.is_none() && !options.quick).then_some(Share { line: Line::SixTwelve, cases });
     match options.kernel {
         Some(Line::SixTwelve) => (all(Line::SixTwelve), vec![]),
-        // Filters of libtest are alternatives: no second one can be put beside the user's.
+        // Several filters of libtest are alternatives, so no second one can narrow the user's.
         _ if options.filter.is_some() => (seven(Cases::All), older.into_iter().collect()),
         _ => {
             let others = [seven(Cases::Private), seven(Cases::Counted)];
@@ -237,7 +236,7 @@ fn summarise(phases: &[Phase]) -> bool {
     total.failed == 0
 }
 
-/// Unit, property and command-line tests: everything but the kernel cases.
+/// Runs unit, property and command-line tests: all but the kernel cases.
 fn host_tests(filter: Option<&str>) -> Result<Tally> {
     if sh::which("cargo-nextest").is_ok() {
         let words =
@@ -249,7 +248,7 @@ fn host_tests(filter: Option<&str>) -> Result<Tally> {
         let (status, said) = sh::tee(&mut command, HOST_LIMIT)?;
         return settle("cargo nextest", status.success(), nextest(&said, filter.is_some()));
     }
-    // Without nextest: every target of the workspace but the kernel cases, by name.
+    // Without nextest: all targets but the kernel cases, by name.
     let mut command = programs::cargo(&["test", "--workspace", "--quiet", "--no-fail-fast"]);
     command.args(programs::PROFILE).args(["--lib", "--bins"]);
     for name in programs::test_targets()?.iter().filter(|name| *name != "vm") {
@@ -284,8 +283,8 @@ fn cases_in_vm(
     if names.is_empty() || names.len() > SECOND_TRIES_MAX || names.len() as u64 != first.failed {
         return Ok(first);
     }
-    // An emulated machine that shares its two cores now and then misses a deadline of a case. What
-    // fails for a reason of its own fails again; what does not is named.
+    // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again; a
+    // case that passes at the second try is named.
     sink(format!("lab: once more, in a machine of their own: {}\n", names.join(", ")).as_bytes());
     let again: Vec<String> = names.iter().map(|name| sh::quote(&["vm", "--exact", name])).collect();
     let (second, said) = cases_once(lab, &machine, programs, &format!("{full}{}", again.join("; ")), sink)?;
@@ -299,7 +298,7 @@ fn cases_in_vm(
     Ok(Tally { passed: first.passed + second.passed, failed: second.failed, skipped: first.skipped })
 }
 
-/// Cases that are given a second try at the most: more than these fail for a reason.
+/// If more cases fail, none gets a second try.
 const SECOND_TRIES_MAX: usize = 6;
 
 fn cases_once(
@@ -316,14 +315,14 @@ fn cases_once(
     });
     let said = String::from_utf8_lossy(&said).into_owned();
     let tally = match result {
-        // The status is the last command's; the tallies tell all.
+        // The exit status is that of the last command; the tallies cover all.
         Ok(status) => {
             let failed_before_the_last = libtest(&said).is_some_and(|tally| tally.failed > 0);
             cases("the kernel cases", status == 0 && !failed_before_the_last, &said)?
         }
         Err(error) if sh::interrupted().is_err() => return Err(error),
         Err(error) => {
-            // One case took the VM with it: those before it count, those after it are not known.
+            // A case crashed the VM: count the cases before it.
             sink(format!("lab: {error:#}\n").as_bytes());
             let mut tally = seen(&said);
             tally.failed += 1;
@@ -333,7 +332,7 @@ fn cases_once(
     Ok((tally, said))
 }
 
-/// Whether a filter leaves any of the kernel cases: booting a VM for none would take a while.
+/// Whether a kernel case matches the filter: otherwise no VM is booted.
 fn any_case(cases: &Program, filter: Option<&str>) -> Result<bool> {
     let mut list = Command::new(&cases.path);
     list.args(["--list", "--format=terse"]).args(filter);
@@ -353,7 +352,7 @@ fn cases_here(options: &Options) -> Result<Tally> {
     cases("the kernel cases", status.success(), &said)
 }
 
-/// Kernel cases may be skipped, but not all of them.
+/// Fails if all kernel cases were skipped.
 fn cases(what: &str, success: bool, said: &str) -> Result<Tally> {
     let mut tally = settle(what, success, libtest(said))?;
     if tally.passed == 0 && tally.failed == 0 && tally.skipped > 0 {
@@ -363,7 +362,7 @@ fn cases(what: &str, success: bool, said: &str) -> Result<Tally> {
     Ok(tally)
 }
 
-/// A tally that agrees with the exit status of what was run.
+/// The tally, with a failure added if only the exit status reports one.
 fn settle(what: &str, success: bool, tally: Option<Tally>) -> Result<Tally> {
     match tally {
         Some(tally) if success || tally.failed > 0 => Ok(tally),

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How many tests ended how, read from what test programs print.
+//! Counts passed, failed and skipped tests in the output of test programs.
 //!
-//! Knows the words of libtest, its look-alikes and nextest; runs nothing.
+//! Knows the output of libtest, libtest-mimic and nextest.
 
 use std::fmt;
 use std::ops::AddAssign;
 
-/// How many tests ended how.
+/// Numbers of passed, failed and skipped tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) passed: u64,
@@ -28,7 +28,7 @@ impl fmt::Display for Tally {
     }
 }
 
-/// The names below the last "failures:" of each run.
+/// Names below the last "failures:" of each run.
 pub(crate) fn failed_names(said: &str) -> Vec<String> {
     let mut names = Vec::new();
     let mut listing = false;
@@ -60,8 +60,8 @@ pub(crate) fn libtest(said: &str) -> Option<Tally> {
     (!results.is_empty()).then_some(total)
 }
 
-/// nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped". What a filter
-/// leaves out it calls skipped too.
+/// Parses nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped". nextest
+/// counts tests that the filter excludes as skipped.
 pub(crate) fn nextest(said: &str, filtered: bool) -> Option<Tally> {
     let line = said.lines().rev().find(|line| line.trim_start().starts_with("Summary ["))?;
     Some(Tally {
@@ -71,8 +71,8 @@ pub(crate) fn nextest(said: &str, filtered: bool) -> Option<Tally> {
     })
 }
 
-/// Tally of single verdicts, for a run that never came to its end: "test NAME ... ok", the last
-/// word on a line of its own when the case said something.
+/// Counts the lines "test NAME ... ok" of a run that did not finish; if a case printed something,
+/// its verdict is on its own line.
 pub(crate) fn seen(said: &str) -> Tally {
     let verdict = |line: &str| {
         let line = line.trim_end();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The part of the demo about private loop devices: two containers at a time, each with a /dev/loop0 of its
-//! own, used by the system's unmodified losetup and mount, with the capabilities that runtimes give.
+//! Private loop devices in the demo: two containers at the same time, each with its own /dev/loop0, use
+//! unmodified losetup and mount with the default capabilities of a runtime.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use loopbench::sh;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Run in a container, with a word to write into the image. Says which device it has, and goes on when
-/// it is told to.
+/// Script of a container; its argument is written into the image. Prints the device, and continues
+/// after a line on standard input.
 const SCRIPT: &str = r#"set -e
 cd /work
 mount -o loop disk.img mnt
@@ -26,19 +26,19 @@ read -r _
 cat mnt/name
 umount mnt"#;
 
-/// Names in the root directory of a system whose programs all lie in /usr.
+/// Links of a root directory with merged /usr.
 const INTO_USR: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
 
 /// A container.
 struct Tenant {
     child: Child,
     said: BufReader<ChildStdout>,
-    /// Where its pool is mounted.
+    /// Mount point of its pool.
     pool: PathBuf,
 }
 
 impl Tenant {
-    /// Makes a pool, and starts a container with it that has the directory `home` at /work.
+    /// Makes a pool and starts a container with it that has the directory `home` at /work.
     fn start(daemon: &Daemon, runtime: &Path, home: &Path, word: &str) -> Result<Tenant> {
         let [pool, bundle, root] = ["pool", "bundle", "bundle/root"].map(|name| home.join(name));
         for dir in [&pool, &bundle, &root, &home.join("mnt")] {
@@ -93,7 +93,7 @@ impl Drop for Tenant {
     }
 }
 
-/// Two of them beside each other. Their images lie in `place`.
+/// Runs two containers at the same time, with images in `place`.
 pub(crate) fn show(daemon: &Daemon, place: &Path, say: impl Fn(&str)) -> Result<()> {
     let Some(runtime) = ["crun", "runc"].iter().find_map(|name| sh::which(name).ok()) else {
         say("skipped: containers need a runtime (crun or runc)");

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A throw-away VM: this machine's files, read-only, under a kernel that has ublk.
+//! A throw-away VM: a kernel with ublk, and this machine's files read-only.
 //!
 //! Debian's kernel has virtio_console as a module, so virtme-ng returns neither output nor status:
-//! they travel through a shared directory, the session. Emulated, because a nested or restricted
+//! both go through a shared directory, the session. CPUs are emulated, because a nested or restricted
 //! /dev/kvm often cannot run a stock kernel, and because only emulation counts instructions.
 
 use std::fs::File;
@@ -27,17 +27,17 @@ use crate::cache;
 /// Receives output piece by piece.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]);
 
-/// What the VM's CPUs are like.
+/// Kind of CPUs of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Mode {
-    /// Two CPUs: for tests, and for ratios taken in interleaved rounds
+    /// Two CPUs: for tests, and for ratios within interleaved rounds
     Smp,
-    /// One CPU on which an instruction takes 1 ns: for figures, which repeat exactly in `bench` and `gate`
+    /// One CPU on which an instruction takes 1 ns: repeats exactly in `bench` and `gate`
     Icount,
 }
 
 impl Mode {
-    /// As it is named on the command line.
+    /// Name on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Mode::Smp => "smp",
@@ -46,34 +46,33 @@ impl Mode {
     }
 }
 
-/// A VM to be booted.
+/// A VM to boot.
 #[derive(Clone, Debug)]
 pub(crate) struct Vm {
     pub(crate) kernel: Kernel,
     pub(crate) mode: Mode,
-    /// As QEMU takes it, "3G".
+    /// In QEMU's format: "3G".
     pub(crate) memory: String,
-    /// Raw images that the guest sees as virtio disks, /dev/vda first; written through.
+    /// Raw images that the guest sees as virtio disks, /dev/vda first, with cache mode writethrough.
     pub(crate) disks: Vec<PathBuf>,
-    /// Directories that the guest may write to, at their own paths.
+    /// Directories that the guest can write to, at the same paths.
     pub(crate) shares: Vec<PathBuf>,
-    /// From start to end.
+    /// Time limit from start to end.
     pub(crate) limit: Duration,
-    /// The CPUs run at once, each on a core of this machine, also where the emulator is not safe so
-    /// ([`takes_turns`]): for figures.
+    /// CPUs run in parallel, for measurements, even if the emulator is unsafe then ([`takes_turns`]).
     pub(crate) at_once: bool,
-    /// CPUs spin instead of sleeping, which makes wake-ups as cheap as on hardware.
+    /// CPUs spin instead of sleeping, so that wake-ups cost about as much as on hardware.
     pub(crate) idle_poll: bool,
 }
 
-/// Longest life of a VM, unless told otherwise.
+/// Default time limit of a VM.
 pub(crate) const LIMIT: Duration = Duration::from_secs(580);
 
-/// From power-on to the guest's first command; it takes 15 s on an idle machine.
+/// Time limit of a boot, which takes 15 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
 const BOOTS_MAX: u32 = 3;
 
-/// A VM that runs; dropping it ends it.
+/// A running VM; dropping it kills it.
 pub(crate) struct Running {
     child: Child,
     session: tempfile::TempDir,
@@ -83,7 +82,7 @@ pub(crate) struct Running {
 }
 
 impl Vm {
-    /// A VM with the usual equipment.
+    /// A VM with default settings.
     pub(crate) fn new(kernel: Kernel, mode: Mode) -> Vm {
         Vm {
             kernel,
@@ -97,8 +96,8 @@ impl Vm {
         }
     }
 
-    /// Boots it, runs the shell line `command` there with `programs` on PATH and hands each piece
-    /// of output to `sink`. Returns the command's exit status.
+    /// Boots the VM, runs the shell line `command` with `programs` on PATH, and passes its output to
+    /// `sink`. Returns the exit status of the command.
     pub(crate) fn run(&self, lab: &Lab, programs: &[Program], command: &str, sink: Sink<'_>) -> Result<i32> {
         let mut running = self.start(lab, programs, command)?;
         loop {
@@ -108,11 +107,11 @@ impl Vm {
         }
     }
 
-    /// Boots it and returns once `command` has begun.
+    /// Boots the VM and returns once `command` has started.
     pub(crate) fn start(&self, lab: &Lab, programs: &[Program], command: &str) -> Result<Running> {
         for _ in 1..BOOTS_MAX {
-            // CPUs that run at once may trip over the kernel's patching of itself while it boots
-            // (`takes_turns`). Past that point a VM that dies is a failure to be reported.
+            // Parallel CPUs may crash while the kernel patches itself during the boot (`takes_turns`). After
+            // the boot, a VM that dies is a failure.
             match self.boot(lab, programs, command)?.wait_until_booted() {
                 Ok(running) => return Ok(running),
                 Err(error) => eprintln!("lab: {error:#}\nlab: booting it again"),
@@ -136,14 +135,14 @@ impl Vm {
         let output =
             File::options().create(true).append(true).read(true).open(session.path().join("output"))?;
 
-        // `timeout` ends the VM even if this program is killed. It leads a process group of its
-        // own, through which all of the VM can be ended at once.
+        // `timeout` kills the VM even if this program is killed. It leads a process group, so that all
+        // processes of the VM can be killed together.
         let mut boot = Command::new("timeout");
         boot.arg("--signal=KILL").arg((self.limit.as_secs() + 10).to_string()).arg(lab.vng());
         self.arguments(session.path(), &mut boot)?;
         boot.arg("--").arg(format!("sh {}", sh::quote(&[script.to_string_lossy()])));
         boot.process_group(0).stdin(Stdio::null()).stdout(console.try_clone()?).stderr(console);
-        // virtme-ng looks for its other half, and for depmod and the like, on PATH.
+        // virtme-ng finds its helpers, depmod and others on PATH.
         let path = std::env::var("PATH").unwrap_or_default();
         boot.env("PATH", format!("{}/venv/bin:{path}:/usr/sbin:/sbin", lab.cache.display()));
         let child = boot.spawn().context("cannot start virtme-ng: run `cargo lab setup`")?;
@@ -167,11 +166,11 @@ impl Vm {
             if takes_turns()? {
                 boot.arg("--qemu-opts=-accel tcg,thread=single");
             }
-            // The emulator keeps what it has translated by virtual address: without random ones a program
-            // starts in a third of the time.
+            // The emulator caches translated code by virtual address: without ASLR a program starts in a
+            // third of the time.
             boot.args(["--append", "norandmaps no5lvl"]);
         }
-        // The kernel's self-tests of its ciphers take a good second of the boot.
+        // Self-tests of the kernel's ciphers take more than a second of the boot.
         boot.args(["--append", "cryptomgr.notests"]);
         if self.idle_poll {
             boot.args(["--append", "idle=poll"]);
@@ -195,7 +194,7 @@ impl Vm {
         Ok(())
     }
 
-    /// What the guest runs as root: programs to memory, for the shared root is slow, then the command.
+    /// The guest's script: copies programs to memory, since the shared root is slow, and runs the command.
     fn guest_script(&self, session: &Path, lab: &Lab) -> String {
         let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
         let (session, here) = (sh::quote(&[session.to_string_lossy()]), sh::quote(&[here.to_string_lossy()]));
@@ -216,10 +215,10 @@ impl Vm {
     }
 }
 
-/// Whether CPUs have to take turns in this machine's QEMU: before 8.1 one CPU may translate code while
-/// another writes it, and then runs what is no longer there. The kernel patches itself whenever a static
-/// key changes, so any program may bring it down; turning sched_schedstats on and off does within
-/// seconds (`Oops: int3`). QEMU's commit deba78709ae8, "Always lock pages before translation", ended that.
+/// Whether QEMU must run CPUs in turns: before 8.1 one CPU may translate code while another writes
+/// it, and then runs stale code. The kernel patches itself whenever a static key changes, so any
+/// program can crash it; toggling sched_schedstats does within seconds (`Oops: int3`). QEMU's commit
+/// deba78709ae8, "Always lock pages before translation", fixed it.
 fn takes_turns() -> Result<bool> {
     let said = sh::capture(Command::new("qemu-system-x86_64").arg("--version"), VERSION_LIMIT)?;
     Ok(version(&said).is_none_or(|version| version < (8, 1)))
@@ -227,15 +226,15 @@ fn takes_turns() -> Result<bool> {
 
 const VERSION_LIMIT: Duration = Duration::from_secs(20);
 
-/// Of "QEMU emulator version 7.2.22 (Debian …)".
+/// Parses "QEMU emulator version 7.2.22 (Debian …)".
 fn version(said: &str) -> Option<(u32, u32)> {
     let mut numbers = said.split("version ").nth(1)?.split(|letter: char| !letter.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 impl Running {
-    /// Waits a moment and hands on what the guest said meanwhile. Returns the command's exit status
-    /// once it has ended.
+    /// Waits briefly and passes new output of the guest on. Returns the exit status once the command has
+    /// ended.
     pub(crate) fn turn(&mut self, sink: &mut dyn FnMut(&[u8])) -> Result<Option<i32>> {
         std::thread::sleep(sh::TICK);
         let status = std::fs::read_to_string(self.session.path().join("status")).ok();
@@ -258,7 +257,7 @@ impl Running {
         Ok(None)
     }
 
-    /// Ends it like a power cut: no process of the guest hears of it.
+    /// Kills the VM like a power cut: no process of the guest is notified.
     pub(crate) fn kill(&mut self) {
         kill(&mut self.child);
     }
@@ -277,7 +276,7 @@ impl Running {
         Ok(self)
     }
 
-    /// Hands on what the guest has said since the last time.
+    /// Passes new output of the guest on.
     pub(crate) fn pass_on(&mut self, sink: &mut dyn FnMut(&[u8])) -> Result<()> {
         let mut buffer = Vec::new();
         self.output.read_to_end(&mut buffer)?;
@@ -287,7 +286,7 @@ impl Running {
         Ok(())
     }
 
-    /// An error that ends with the last words of the console.
+    /// An error with the last lines of the console.
     fn console(&self, what: &str) -> anyhow::Error {
         let said = std::fs::read(self.session.path().join("console")).unwrap_or_default();
         anyhow!("{what}; its console said:\n  {}", tail(&String::from_utf8_lossy(&said)))
@@ -300,7 +299,7 @@ impl Drop for Running {
     }
 }
 
-/// Ends `child` and all else in the process group that it leads.
+/// Kills `child` and its process group.
 pub(crate) fn kill(child: &mut Child) {
     if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
         let _ = kill_process_group(group, Signal::KILL);
@@ -308,13 +307,13 @@ pub(crate) fn kill(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The last lines that say something, to stand below an error.
+/// The last non-empty lines, for an error.
 pub(crate) fn tail(said: &str) -> String {
     let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
     lines[lines.len().saturating_sub(30)..].join("\n  ")
 }
 
-/// Hands output on to standard output as it comes.
+/// Writes output to standard output.
 pub(crate) fn to_stdout(bytes: &[u8]) {
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(bytes).and_then(|()| out.flush());

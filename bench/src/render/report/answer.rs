@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The question of the whole: how loopengine compares with the kernel's loop driver, and what would
-//! serve the same file over FUSE.
+//! The main question: how loopengine and FUSE servers compare with the kernel's loop driver.
 
 use super::{heading, kind};
 use crate::job::LOOP;
@@ -11,7 +10,7 @@ use crate::render::svg::forest::{Group, forest};
 use crate::summary::{Row, rows};
 use crate::units::{NOTHING, plain, ratio, ratio_of};
 
-/// The jobs that stand for the rest. Where none of them was run, the first few do.
+/// Representative jobs; if none of them was run, the first few are used.
 const CORE: [&str; 7] = [
     "randread-4k-qd1",
     "randread-4k-qd32",
@@ -22,10 +21,10 @@ const CORE: [&str; 7] = [
     "fsync-4k-qd1",
 ];
 
-/// Whom the question is about.
+/// A group of targets that the question is about.
 struct Contender {
     name: &'static str,
-    /// Whether a target is one of it.
+    /// Whether a target belongs to the group.
     means: fn(&str) -> bool,
 }
 
@@ -69,7 +68,7 @@ pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
             points: rows.each_ref().map(|row| row.as_ref().and_then(point)).into(),
         })
         .collect();
-    // The colours of the targets that stand for them.
+    // A group has the colour of its representative.
     let style = |index: usize| {
         let row = results.iter().find_map(|(_, rows)| rows[index].as_ref());
         palette.of(row.map_or("", |row| &row.target))
@@ -102,8 +101,7 @@ fn core(outcome: &Outcome) -> Vec<&JobInfo> {
     if core.is_empty() { against_loop().take(CORE.len()).collect() } else { core }
 }
 
-/// The first among those that are meant: what is chosen where nothing is asked for. To take the
-/// fastest at each job would flatter.
+/// The first target of the group, which is the default. The fastest per job would flatter.
 fn first(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
     let known = |row: &&Row| {
         kind(&row.target, &job.reference) != Kind::Reference
@@ -113,7 +111,7 @@ fn first(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
     rows.iter().find(known).cloned()
 }
 
-/// A name, and from where to where its ratios go: "0.85 to 1.36 ×".
+/// A name and the range of its ratios: "0.85 to 1.36 ×".
 fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<(String, String)> {
     let ratios = || results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio);
     let (least, most) = (ratio(ratios().reduce(f64::min)?), ratio(ratios().reduce(f64::max)?));

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where the cost of an operation lies.
+//! Where an operation costs time.
 
 use crate::outcome::{Cost, Mode};
 use crate::units::{count, time};
 
-/// Cost of one operation by place.
+/// Cost of one operation by layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(in crate::render) struct Parts {
     pub(in crate::render) submitter: f64,
@@ -23,8 +23,8 @@ impl Parts {
     }
 }
 
-/// None where they are not all that there is: of a driver without a process to serve it, only the
-/// whole system's cost tells what it costs.
+/// `None` where the layers are incomplete: the cost of a driver without a serving process is only
+/// known from the cost of the whole system.
 pub(in crate::render) fn parts(cost: &Cost) -> Option<Parts> {
     let positive =
         |value: Option<f64>| value.filter(|value| value.is_finite() && *value > 0.0).unwrap_or(0.0);
@@ -34,17 +34,17 @@ pub(in crate::render) fn parts(cost: &Cost) -> Option<Parts> {
     Some(Parts { submitter, engine, below: (positive(cost.system_ns) - submitter - engine).max(0.0) })
 }
 
-/// What is left of the whole system.
+/// The rest of the whole system's cost.
 pub(in crate::render) fn below(cost: &Cost) -> Option<f64> {
     Some((cost.system_ns? - cost.submitter_ns? - cost.engine_ns.unwrap_or(0.0)).max(0.0))
 }
 
-/// What a cost is counted in.
+/// Unit of a cost.
 pub(in crate::render) fn unit(mode: Mode) -> &'static str {
     if mode == Mode::Icount { "instructions" } else { "CPU time" }
 }
 
-/// How a cost is written: instructions where they are nanoseconds, CPU time elsewhere.
+/// Formats a cost: instructions in `icount`, CPU time elsewhere.
 pub(in crate::render) fn writer(mode: Mode) -> fn(f64) -> String {
     if mode == Mode::Icount { count } else { time }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One job: its question, how fast each target was, how long an operation took, what it cost.
+//! The section of one job: rate, latency and cost of each target.
 
 use super::cost::{self, below, writer};
 use super::{heading, kind};
@@ -14,7 +14,7 @@ use crate::units::{
     NOTHING, change, contradiction, count, known, operation, plain, rate, ratio_of, slug, time,
 };
 
-/// How to read the tables.
+/// Explanation of the tables.
 pub(super) fn legend(outcome: &Outcome) -> Block {
     let below = "what the whole system did less submitter and engine: drivers, file system, kernel threads, idle time";
     let mut facts = vec![
@@ -123,7 +123,7 @@ fn costs(job: &JobInfo, rows: &[Row], mode: Mode) -> Table {
     );
     for row in rows {
         let spent = &row.cost;
-        // A nanosecond a byte is 1.07 s a GiB.
+        // A nanosecond per byte is 1.07 s per GiB.
         let gib = spent.engine_ns.map(|ns| ns * 1e-9 * (1u64 << 30) as f64 * row.iops / row.bytes_per_s);
         let cells = vec![
             plain(&row.target),

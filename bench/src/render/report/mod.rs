@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a report says, in the order in which one wants to know it.
+//! Contents of a report, most important first.
 //!
-//! Knows the words; not how a page or Markdown is written.
+//! Knows the text, not the syntax of HTML or Markdown.
 
 mod answer;
 pub(super) mod cost;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What devices cost beyond I/O: to come and go, and to be there.
+//! Cost of devices besides I/O: attaching, detaching, and being idle.
 
 use super::{heading, kind};
 use crate::outcome::{Idle, Outcome};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What was measured, where, and how much that is worth.
+//! Machine, targets and mode of a run, and what they mean for the measurements.
 
 use super::{heading, kind};
 use crate::outcome::{Manifest, Mode, Outcome};
@@ -79,7 +79,7 @@ fn facts(manifest: &Manifest) -> Vec<(String, String)> {
     fixed.chain(manifest.notes.iter().map(|(name, value)| (plain(name), plain(value)))).collect()
 }
 
-/// What a mode is, and what its figures mean.
+/// Describes a mode and the meaning of its measurements.
 fn mode(mode: Mode) -> (&'static str, &'static str) {
     match mode {
         Mode::Icount => (

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! From values to places on the paper, and where an axis has its numbers.
+//! Maps values to positions, and chooses the ticks of an axis.
 //!
-//! Knows no data and no element.
+//! Knows no data and no SVG element.
 
-/// Values and the places of its ends.
+/// Values and positions of both ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Axis {
     pub(super) values: (f64, f64),
@@ -12,7 +12,7 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// From zero.
+    /// A linear axis that begins at zero.
     pub(super) fn linear(most: f64, places: (f64, f64)) -> Axis {
         let most = if most.is_finite() && most > 0.0 { most } else { 1.0 };
         Axis { values: (0.0, most), places, log: false }
@@ -23,7 +23,7 @@ impl Axis {
         Axis { values: if fine { values } else { (1.0, 10.0) }, places, log: true }
     }
 
-    /// Values beyond its ends are at its ends.
+    /// Position of a value; values beyond an end are placed at that end.
     pub(super) fn place(&self, value: f64) -> f64 {
         let scale = |value: f64| if self.log { value.max(f64::MIN_POSITIVE).ln() } else { value };
         let (from, to) = (scale(self.values.0), scale(self.values.1));
@@ -31,7 +31,7 @@ impl Axis {
         self.places.0 + share * (self.places.1 - self.places.0)
     }
 
-    /// Round values: about four, or on a log axis those that are 1, 2 or 5 times a power of ten.
+    /// About four round values; on a log axis 1, 2 and 5 times powers of ten.
     pub(super) fn ticks(&self) -> Vec<f64> {
         let (from, to) = self.values;
         if !self.log {

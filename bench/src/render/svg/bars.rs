@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Operations a second at one job: a bar a target, whiskers for the interval of its median.
+//! Operations per second of one job: a bar per target, with whiskers for the interval of the median.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
@@ -24,7 +24,7 @@ pub(in crate::render) fn bars(job: &JobInfo, rows: &[Row], palette: &Palette) ->
     Some(Plot::new(&format!("iops-{}", job.name), &title, about, |canvas, top| {
         let (names, longest) = canvas.names(rows.iter().map(|row| row.target.as_str()));
         let left = longest + 8.0;
-        // Numbers have a column of their own: no line goes through them.
+        // Numbers have their own column, so that no line crosses them.
         let x = Axis::linear(most, (left, canvas.width - 7.0 * CHARACTER));
         let reference = rows.iter().find(|row| row.target == job.reference).map(|row| x.place(row.iops));
         let top = top + reference.map_or(0.0, |_| LINE);

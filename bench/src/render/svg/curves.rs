@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Latency of completion at one job: percentiles from the median to 99.99, a line a target.
+//! Completion latency of one job: percentiles from the median to 99.99, one line per target.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
@@ -8,7 +8,7 @@ use crate::render::palette::Palette;
 use crate::stats;
 use crate::units::{self, time};
 
-/// Shares and their names.
+/// Percentiles and their names.
 pub(in crate::render) const PERCENTILES: [(f64, &str); 5] =
     [(0.5, "50"), (0.9, "90"), (0.99, "99"), (0.999, "99.9"), (0.9999, "99.99")];
 const HEIGHT: f64 = 230.0;
@@ -65,7 +65,7 @@ pub(in crate::render) fn curves(job: &JobInfo, latencies: &[&Latency], palette: 
     }))
 }
 
-/// How rare (one in …) and how long, as far as there are completions that rare.
+/// Rarity (one in …) and latency, as far as enough completions were that rare.
 fn curve(latency: &Latency) -> Vec<(f64, f64)> {
     const STEPS: u32 = 40;
     let at = |step: u32| 2.0 * 5000f64.powf(f64::from(step) / f64::from(STEPS));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Throughput against depth: a line a target over the jobs that differ in depth alone.
+//! Throughput against depth: one line per target, over jobs that differ only in depth.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};
@@ -65,7 +65,7 @@ pub(in crate::render) fn depth(outcome: &Outcome, palette: &Palette) -> Option<P
     }))
 }
 
-/// The reads that were taken at most depths, by depth; of two at the same depth the first.
+/// The jobs that were run at the most depths, by depth; of two at the same depth the first.
 fn reads(outcome: &Outcome) -> Vec<(u32, &JobInfo)> {
     let measured = |job: &&JobInfo| {
         let reads = kind(job).contains("read") && job.unit.is_none();
@@ -94,7 +94,7 @@ fn plain_title(job: &JobInfo) -> &str {
     job.title.split(", depth").next().unwrap_or(&job.title)
 }
 
-/// What is left of a job's name without its depth.
+/// The name of a job without its depth.
 fn kind(job: &JobInfo) -> &str {
     job.name.split("-qd").next().unwrap_or(&job.name)
 }

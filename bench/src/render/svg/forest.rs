@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Ratios to a reference with their intervals: a group a job, a line a contender.
+//! Ratios to a reference with their intervals: one group per job, one line per contender.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot, WIDE};
@@ -7,17 +7,17 @@ use crate::render::palette::Style;
 use crate::summary::Interval;
 use crate::units::ratio;
 
-/// A job and, a contender, what it reached there.
+/// A job, and the ratio of each contender.
 pub(in crate::render) struct Group {
     pub(in crate::render) title: String,
     pub(in crate::render) points: Vec<Option<Point>>,
 }
 
-/// A ratio and where it lies.
+/// A ratio and its interval.
 pub(in crate::render) type Point = (f64, Interval);
 
 const STEP: f64 = 15.0;
-/// Quotient of the ends from which on ticks are few.
+/// If the ends differ by more than this factor, the axis has fewer ticks.
 const WIDE_SPAN: f64 = 6.0;
 
 pub(in crate::render) fn forest(
@@ -41,7 +41,7 @@ pub(in crate::render) fn forest(
     let seen = |index: usize| groups.iter().any(|group| group.points.get(index).is_some_and(Option::is_some));
     let shown = contenders.iter().enumerate().filter(|(index, _)| seen(*index));
     let shown: Vec<(String, Style)> = shown.map(|(_, contender)| contender.clone()).collect();
-    // Where much is to be shown there is room for few.
+    // A wide axis has room for few ticks.
     let ticks: &[f64] = if most / least > WIDE_SPAN {
         &[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
     } else {
@@ -51,7 +51,7 @@ pub(in crate::render) fn forest(
     let title = format!("Throughput as a multiple of {reference}");
     Some(Plot::new("ratios", &title, about, |canvas, top| {
         let mut y = canvas.legend(&shown, top + 2.0);
-        // Values have a column of their own, with the interval where there is room: no line goes through them.
+        // Values have their own column, with the interval if there is room, so that no line crosses them.
         let with_interval = canvas.width >= WIDE;
         let written = |(value, interval): Point| match interval.filter(|_| with_interval) {
             Some((low, high)) => format!("{} ({} … {})", ratio(value), ratio(low), ratio(high)),
@@ -72,7 +72,7 @@ pub(in crate::render) fn forest(
             canvas.text("", 0.0, y + LINE * 0.6, Anchor::Start, &group.title);
             let points = of(group);
             y += LINE + 4.0;
-            // Beside the points only: none strikes a title through.
+            // The line is beside the points only, so that it does not cross a title.
             let bottom = y + points.len() as f64 * STEP;
             for tick in ticks() {
                 let class = if tick == 1.0 { "mark" } else { "rule" };

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Plots as SVG, drawn for a phone's width and for a desk's, light or dark, with a title and a
-//! description for those who do not see them.
+//! Plots as SVG: for a phone and for a desktop, light or dark, with a title and a description for
+//! screen readers.
 //!
-//! This file knows the paper and the pen, the others one kind of plot each. None knows the page it
-//! will be on.
+//! This file has the drawing functions, the others one kind of plot each. None knows the page.
 
 mod axis;
 pub(super) mod bars;
@@ -17,30 +16,29 @@ use std::fmt::Write;
 use super::palette::Style;
 use crate::units::{escape, short, slug, wrapped};
 
-/// Widths of the paper. Shown on 358 of a phone's 390 pixels, text of `SIZE` is still 11 high.
+/// Widths of a plot. On 358 of a phone's 390 pixels, text of `SIZE` is 11 pixels high.
 const NARROW: f64 = 420.0;
 const WIDE: f64 = 880.0;
 const SIZE: f64 = 13.0;
-/// Of a character, on the average: there is no font to ask here. DejaVu is the widest of those that
-/// `plot.css` names.
+/// Average width of a character in DejaVu, the widest font that `plot.css` names.
 const CHARACTER: f64 = 7.9;
-/// Distance of one line of text from the next.
+/// Distance between lines of text.
 const LINE: f64 = 17.0;
-/// Rules of all plots, for a file of its own and for the page.
+/// Style of all plots, for single files and for the page.
 pub(super) const CSS: &str = include_str!("plot.css");
 
 /// A finished plot.
 pub(super) struct Plot {
     name: String,
     pub(super) title: String,
-    /// What it shows, in words.
+    /// Description in words.
     pub(super) about: String,
     narrow: Canvas,
     wide: Canvas,
 }
 
 impl Plot {
-    /// On both papers; `draw` goes on below the title and says how far it came.
+    /// Draws for both widths; `draw` starts below the title and returns its height.
     fn new(name: &str, title: &str, about: String, draw: impl Fn(&mut Canvas, f64) -> f64) -> Plot {
         let on = |width| {
             let (mut canvas, top) = Canvas::titled(width, title);
@@ -50,18 +48,18 @@ impl Plot {
         Plot { name: slug(name), title: title.to_owned(), about, narrow: on(NARROW), wide: on(WIDE) }
     }
 
-    /// Its file in `plots/`.
+    /// Name of the file in `plots/`.
     pub(super) fn file(&self) -> String {
         format!("{}.svg", self.name)
     }
 
-    /// As a file.
+    /// As a stand-alone file.
     pub(super) fn standalone(&self) -> String {
         let paper = "<rect class=\"paper\" width=\"100%\" height=\"100%\"/>";
         self.element("wide", &self.wide, &format!("<style>{}</style>{paper}", CSS.trim())) + "\n"
     }
 
-    /// As part of a page that has `CSS` and shows the one for its width.
+    /// As part of a page that has `CSS` and shows the variant for its width.
     pub(super) fn inline(&self) -> String {
         self.element("narrow", &self.narrow, "") + &self.element("wide", &self.wide, "")
     }
@@ -84,7 +82,7 @@ struct Canvas {
     body: String,
 }
 
-/// Where a text begins, ends or has its middle.
+/// Which point of a text its position refers to.
 #[derive(Clone, Copy)]
 enum Anchor {
     Start,
@@ -93,7 +91,7 @@ enum Anchor {
 }
 
 impl Canvas {
-    /// An empty one with its title, and where it goes on below that.
+    /// An empty plot with its title, and the position below the title.
     fn titled(width: f64, title: &str) -> (Canvas, f64) {
         let mut canvas = Canvas { width, height: 0.0, body: String::new() };
         let mut y = LINE;
@@ -104,7 +102,7 @@ impl Canvas {
         (canvas, y)
     }
 
-    /// Names of targets, cut where they would leave too little room for what is drawn, and the width of the longest.
+    /// Names of targets, truncated to leave room for the plot, and the width of the longest.
     fn names<'a>(&self, targets: impl Iterator<Item = &'a str>) -> (Vec<String>, f64) {
         let room = (0.4 * self.width / CHARACTER) as usize;
         let names: Vec<String> = targets.map(|target| short(target, room)).collect();
@@ -112,12 +110,12 @@ impl Canvas {
         (names, longest as f64 * CHARACTER)
     }
 
-    /// Height of a plot of lines: enough for their names, and in proportion.
+    /// Height of a line plot: enough for the names of its lines.
     fn tall(&self, least: f64, lines: usize) -> f64 {
         least.max(0.36 * self.width).max(lines as f64 * (LINE - 2.0))
     }
 
-    /// The name of a vertical line at `x`, above it and on the paper.
+    /// The name of a vertical line at `x`, above the line and within the plot.
     fn line_name(&mut self, x: f64, y: f64, name: &str) {
         let half = (name.chars().count() as f64 * CHARACTER / 2.0).min(self.width / 2.0);
         self.text("soft", x.clamp(half, self.width - half), y, Anchor::Middle, name);
@@ -135,14 +133,14 @@ impl Canvas {
         ));
     }
 
-    /// `y` is the middle of its height.
+    /// `y` is the vertical centre.
     fn text(&mut self, class: &str, x: f64, y: f64, anchor: Anchor, text: &str) {
         let anchor = match anchor {
             Anchor::Start => "start",
             Anchor::Middle => "middle",
             Anchor::End => "end",
         };
-        // Not `dominant-baseline`: some viewers do not know it.
+        // Some viewers do not support `dominant-baseline`.
         let (x, y, text) = (n(x), n(y + SIZE * 0.35), escape(text));
         self.add(format_args!(
             "<text class=\"{class}\" x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\">{text}</text>"
@@ -162,7 +160,7 @@ impl Canvas {
         self.add(format_args!("<path class=\"curve\" d=\"{d}\" stroke=\"{}\"{dash}/>", style.colour));
     }
 
-    /// A point, of a shape that tells it from others.
+    /// A marker of the given shape.
     fn marker(&mut self, style: Style, (x, y): (f64, f64)) {
         let path = match style.marker % 4 {
             0 => {
@@ -178,7 +176,7 @@ impl Canvas {
         self.add(format_args!("<polygon points=\"{}\" fill=\"{}\"/>", points.join(" "), style.colour));
     }
 
-    /// An interval around a value, beside each other at `y`.
+    /// A value with its interval, at height `y`.
     fn whisker(&mut self, y: f64, from: f64, to: f64) {
         self.line("whisker", (from, y), (to, y));
         for x in [from, to] {
@@ -186,7 +184,7 @@ impl Canvas {
         }
     }
 
-    /// Colours and what they stand for, in rows that fit; where it goes on below.
+    /// A legend in rows that fit; returns the position below it.
     fn legend(&mut self, entries: &[(String, Style)], mut y: f64) -> f64 {
         let mut x = 0.0;
         for (name, style) in entries {
@@ -201,7 +199,7 @@ impl Canvas {
         if entries.is_empty() { y } else { y + LINE }
     }
 
-    /// Names right of where lines end, moved apart until each can be read.
+    /// Names at the right ends of lines, moved apart so that they do not overlap.
     fn ends(&mut self, mut ends: Vec<(String, Style, (f64, f64))>, x: f64, (top, bottom): (f64, f64)) {
         ends.sort_by(|a, b| a.2.1.total_cmp(&b.2.1));
         let wanted: Vec<f64> = ends.iter().map(|end| end.2.1).collect();
@@ -217,8 +215,8 @@ impl Canvas {
     }
 }
 
-/// Ascending positions at least `gap` apart, as near to the wanted ones as a pass down and a pass
-/// up bring them. Too many for the room go on below it.
+/// Ascending positions at least `gap` apart, close to the wanted ones. If there are too many, the
+/// last ones are below the room.
 fn apart(wanted: &[f64], gap: f64, top: f64, bottom: f64) -> Vec<f64> {
     let mut placed = wanted.to_vec();
     let mut next = top;
@@ -234,7 +232,7 @@ fn apart(wanted: &[f64], gap: f64, top: f64, bottom: f64) -> Vec<f64> {
     placed
 }
 
-/// A coordinate: short, and a number whatever was computed.
+/// A short coordinate that is always a number.
 fn n(value: f64) -> String {
     let rounded = (value * 10.0).round() / 10.0;
     if rounded.is_finite() { rounded.to_string() } else { "0".into() }

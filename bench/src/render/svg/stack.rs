@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What an operation costs and where: submitter, engine and what lies below, on top of each other.
+//! Cost of an operation by layer: submitter, engine and everything below, as stacked bars.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, Plot};
@@ -11,7 +11,7 @@ use crate::units::operation;
 
 const STEP: f64 = 23.0;
 const THICK: f64 = 14.0;
-/// None of a target's colours: these are places.
+/// Colours of layers, different from those of targets.
 const LAYERS: [(&str, &str); 3] = [("submitter", "#aab2bd"), ("engine", "#6f58a8"), ("below", "#65707c")];
 
 pub(in crate::render) fn stack(job: &JobInfo, rows: &[Row], mode: Mode) -> Option<Plot> {

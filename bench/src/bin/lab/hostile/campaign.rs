@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A campaign: a daemon, the clients who mean well, rounds of hostile clients, and the verdict.
+//! A campaign: a daemon, well-behaved clients, rounds of hostile clients, and the verdict.
 //!
-//! Knows the order of things and what must hold; not what any client does.
+//! Knows the order of steps and the conditions, not what a client does.
 
 use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader};
@@ -30,21 +30,21 @@ use super::ledger::Ledger;
 use super::{plan, tenants};
 use crate::vm;
 
-/// Users of hostile clients.
+/// User ids of hostile clients.
 const HOSTILE: Range<u32> = 2000..2100;
-/// Rounds of killing what is left of them: it may still start others, or wait for a file system to answer.
+/// Attempts to kill remaining processes: they may start others, or wait for a file system.
 const GONE_AFTER: u32 = 40;
-/// What the clients who mean well do alone, before what the daemon holds is looked at.
+/// Time for the well-behaved clients alone, before the daemon's resources are measured.
 const WARM_UP: Duration = Duration::from_secs(10);
-/// For a daemon whose clients have gone to let go of what it held for them.
+/// Time for the daemon to free resources of clients that have ended.
 const SETTLED: Duration = Duration::from_secs(60);
-/// From SIGTERM to the daemon's end: tenants have five seconds, the machine's caches ten, workers five each.
+/// Time from SIGTERM to the daemon's end: tenants have five seconds, caches ten, each worker five.
 const STOPPED: Duration = Duration::from_secs(45);
-/// A call that waits this long after the hostile clients have gone is not waited for any more.
+/// A call that is still pending this long after the hostile clients have ended is abandoned.
 const FROZEN: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What everybody writes to.
+/// The ledger, which all threads write to.
 #[derive(Clone, Default)]
 struct Shared(Arc<Mutex<Ledger>>);
 
@@ -54,7 +54,7 @@ impl Shared {
     }
 }
 
-/// Runs it; whether everything held.
+/// Runs the campaign; returns whether all conditions held.
 pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
     let (rounds, length) = plan::rounds(seed, seconds, only);
     prepare()?;
@@ -82,7 +82,7 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
         let hostile = Hostile::start(&round.0, &daemon, &shared)?;
         most = most.max(watch(&daemon, length)?);
         hostile.end();
-        // What hung has been let go; the next round has to begin with a daemon that answers.
+        // Hung file systems are released; the next round starts once the daemon answers.
         let start = Instant::now();
         while !frozen && ledger().longest_wait().is_some_and(|(_, time)| time > super::ledger::CALL) {
             frozen = start.elapsed() > FROZEN;
@@ -125,7 +125,7 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
     Ok(ledger.failures() == 0)
 }
 
-/// A memory file system with a home for every user, and a kernel that tells of hung tasks soon.
+/// Makes a memory file system with a home per user, and lets the kernel report hung tasks early.
 fn prepare() -> Result<()> {
     std::fs::create_dir_all(guest::BASE)?;
     let mount = ["-t", "tmpfs", "-o", "size=1G,mode=755", "hostile", guest::BASE];
@@ -138,15 +138,15 @@ fn prepare() -> Result<()> {
         chown(&home, Some(uid), Some(uid))?;
     }
     std::fs::write(guest::config(), "[default]\nmax_devices = 16\n")?;
-    // A kernel without these is none for which they would matter.
+    // Kernels without these settings do not need them.
     let _ = std::fs::write("/proc/sys/kernel/hung_task_timeout_secs", "30");
     let _ = sh::capture(Command::new("ip").args(["link", "set", "lo", "up"]), LIMIT);
     let _ = sh::capture(Command::new("dmesg").arg("-C"), LIMIT);
     Ok(())
 }
 
-/// From now on the ledger knows what starting a program that does nothing takes: where that is slow, a late
-/// call may be the machine's fault. It is late nevertheless.
+/// Records from now on how long starting a trivial program takes: if that is slow, a late call may be
+/// the machine's fault.
 fn measure_machine(shared: &Shared) {
     let shared = shared.clone();
     std::thread::spawn(move || {
@@ -159,7 +159,7 @@ fn measure_machine(shared: &Shared) {
     });
 }
 
-/// What the daemon held at the most in so much time; it may have ended.
+/// Peak resources of the daemon over a time; it may have ended.
 fn watch(daemon: &Daemon, time: Duration) -> Result<Footprint> {
     let (start, mut most) = (Instant::now(), Footprint::default());
     while start.elapsed() < time {
@@ -169,8 +169,8 @@ fn watch(daemon: &Daemon, time: Duration) -> Result<Footprint> {
     Ok(most)
 }
 
-/// What the daemon holds once `enough` says so and it stays the same for two seconds, or after the limit; and
-/// whether that was in time.
+/// The daemon's resources once `enough` accepts them and they are stable for two seconds, or at the
+/// time limit; and whether that was in time.
 fn settle(pid: u32, enough: impl Fn(&Footprint) -> bool) -> Result<(Footprint, bool)> {
     let start = Instant::now();
     let mut last = Footprint::of(pid)?;
@@ -187,7 +187,7 @@ fn settle(pid: u32, enough: impl Fn(&Footprint) -> bool) -> Result<(Footprint, b
     }
 }
 
-/// SIGTERM, while hostile clients of the last round are there again.
+/// Sends SIGTERM while hostile clients of the last round run again.
 fn end(daemon: Daemon, kinds: &[(&'static Kind, u64)], shared: &Shared) -> Result<()> {
     shared.ledger().round("SIGTERM".into());
     let hostile = Hostile::start(kinds, &daemon, shared)?;
@@ -207,12 +207,12 @@ fn end(daemon: Daemon, kinds: &[(&'static Kind, u64)], shared: &Shared) -> Resul
     Ok(())
 }
 
-/// The clients who mean well.
+/// The well-behaved clients.
 struct Honest(Vec<(Who, JoinHandle<Result<()>>)>);
 
 impl Honest {
     fn start(shared: &Shared) -> Result<Honest> {
-        // Absent the first time.
+        // The file may not exist.
         let _ = std::fs::remove_file(stop_file());
         let start = |who: &Who| {
             let (who, shared) = (*who, shared.clone());
@@ -221,7 +221,7 @@ impl Honest {
         Ok(Honest(Who::value_variants().iter().map(start).collect()))
     }
 
-    /// Tells them to stop and waits for it; who still waits for a call then is left behind.
+    /// Tells them to stop and waits; clients with a pending call are left behind.
     fn stop(self, shared: &Shared) -> Result<()> {
         File::create(stop_file())?;
         let start = Instant::now();
@@ -240,7 +240,7 @@ impl Honest {
     }
 }
 
-/// Runs one of them, a tenant again and again, and writes down what it says.
+/// Runs a client, a tenant repeatedly, and records its output.
 fn play(who: Who, shared: &Shared) -> Result<()> {
     while !stop_file().exists() {
         let mut command = Command::new(if who == Who::Tenant { "loopengine" } else { "lab" });
@@ -275,7 +275,7 @@ fn log_of(name: &str) -> String {
     format!("{}/{name}.log", guest::BASE)
 }
 
-/// The hostile clients of a round. Dropping them ends them.
+/// The hostile clients of a round; dropping them kills them.
 struct Hostile(Vec<Child>);
 
 impl Hostile {
@@ -297,12 +297,12 @@ impl Hostile {
 
 impl Drop for Hostile {
     fn drop(&mut self) {
-        // All at once: one may wait for another.
+        // All at once: a client may wait for another.
         for client in &mut self.0 {
             tenants::signal(client, Signal::KILL);
         }
         self.0.iter_mut().for_each(vm::kill);
-        // Tenants in process groups of their own have outlived who started them.
+        // Tenants with their own process groups have survived.
         for _ in 0..GONE_AFTER {
             let left = tenants::processes(|uid| HOSTILE.contains(&uid));
             if left.is_empty() {
@@ -316,8 +316,8 @@ impl Drop for Hostile {
     }
 }
 
-/// Starts a client of `kind` that leads a process group. It yields to others on the CPU: what is measured
-/// is the daemon, not how two CPUs are shared.
+/// Starts a client of `kind` that leads a process group. It has a low CPU priority: the campaign tests
+/// the daemon, not the sharing of two CPUs.
 fn start_client(kind: &Kind, seed: u64, uid: u32, daemon: &Daemon, shared: &Shared) -> Result<Child> {
     let place: &[&str] = match kind.place {
         Place::Plain => &[],
@@ -341,7 +341,7 @@ fn start_client(kind: &Kind, seed: u64, uid: u32, daemon: &Daemon, shared: &Shar
     Ok(child)
 }
 
-/// Writes down what a hostile client says.
+/// Records the output of a hostile client.
 fn listen(pipe: Option<impl std::io::Read + Send + 'static>, name: String, shared: &Shared) {
     let shared = shared.clone();
     std::thread::spawn(move || {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hostile kinds that are about descriptors sent to the daemon. Each goes on until it is killed.
+//! Hostile kinds that send descriptors to the daemon. Each runs until it is killed.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -21,7 +21,7 @@ use super::wire::{FDS_MAX, Peer, call};
 
 const PRIVATE: &str = "io.loopengine.Private";
 
-/// A pool over the socket. It ends when this is dropped.
+/// A pool over the socket; dropping this ends the pool.
 pub(super) struct Pool {
     pub(super) peer: Peer,
     pub(super) name: String,
@@ -29,7 +29,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Opens one; while the daemon refuses, it tries again.
+    /// Opens a pool; retries while the daemon refuses.
     pub(super) fn open(scene: &mut Scene) -> Pool {
         loop {
             let peer = scene.connect();
@@ -45,8 +45,8 @@ impl Pool {
     }
 }
 
-/// Sends descriptors in one of the ways in which descriptors can come: with a call that takes none, that takes
-/// one or some, that does not exist, or with no whole call at all.
+/// Sends descriptors with a call that takes none, one or several, with an unknown call, or with an
+/// incomplete call.
 fn throw(scene: &mut Scene, pool: &Pool, what: &str, fds: &[OwnedFd]) {
     let name = &pool.name;
     let info = json!({ "offsetBytes": 0, "sizeLimitBytes": 0, "flags": 0, "fileName": [] });
@@ -69,7 +69,7 @@ fn throw(scene: &mut Scene, pool: &Pool, what: &str, fds: &[OwnedFd]) {
     scene.rest(50);
 }
 
-/// Many descriptors with each byte of a message that does not end.
+/// Sends many descriptors with each byte of an endless message.
 pub(super) fn flood(scene: &mut Scene) -> Result<()> {
     let null = File::open("/dev/null")?;
     loop {
@@ -82,7 +82,7 @@ pub(super) fn flood(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Descriptors with messages that are refused.
+/// Sends descriptors with messages that are refused.
 pub(super) fn refused(scene: &mut Scene) -> Result<()> {
     let null = File::open("/dev/null")?;
     let methods = ["List", "ListLimits", "Nonsense", "Close", "SetLimit"];
@@ -97,7 +97,7 @@ pub(super) fn refused(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Descriptors that are no image.
+/// Sends descriptors that are no images.
 pub(super) fn strange(scene: &mut Scene) -> Result<()> {
     let _ = mkfifoat(CWD, "fifo", Mode::RUSR | Mode::WUSR);
     let pool = Pool::open(scene);
@@ -127,18 +127,18 @@ pub(super) fn strange(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Files whose last close waits for a server of FUSE that never answers. The server is a process of its own:
-/// killed with the client, it lets everybody go.
+/// Sends files whose last close waits for a FUSE server that never answers. The server is a process
+/// of its own; its death releases all waiters.
 pub(super) fn hung_close(scene: &mut Scene) -> Result<()> {
     if !scene.inner {
         let server = fuse::Server::mount(&scene.home.join("fuse"), 0, fuse::Hang::Flush)?;
-        // What it waits for never comes; it ends by being killed, as this does.
+        // It waits forever, until it is killed like this process.
         let _inner = scene.start_inner()?;
         return server.serve();
     }
     let pool = Pool::open(scene);
     let path = scene.home.join("fuse/image");
-    // Its own close must not be the one that waits.
+    // The close in this process must not wait.
     let mut kept = Vec::new();
     loop {
         let count = scene.random.usize(1..=3);
@@ -151,7 +151,7 @@ pub(super) fn hung_close(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// TCP sockets whose last close waits for data that nobody reads.
+/// Sends TCP sockets whose last close waits for data that nobody reads.
 pub(super) fn linger(scene: &mut Scene) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").context("the loopback interface is down")?;
     let address = listener.local_addr()?;
@@ -171,7 +171,7 @@ pub(super) fn linger(scene: &mut Scene) -> Result<()> {
     Ok(())
 }
 
-/// Sockets that are in flight inside themselves, and then sent.
+/// Sends sockets that are in flight inside themselves.
 pub(super) fn cycle(scene: &mut Scene) -> Result<()> {
     let pool = Pool::open(scene);
     loop {
@@ -185,7 +185,7 @@ pub(super) fn cycle(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// A pool that is given all but the listener of a filter to supervise.
+/// Sends everything but the listener of a seccomp filter to supervise.
 pub(super) fn supervise(scene: &mut Scene) -> Result<()> {
     let method = format!("{PRIVATE}.Supervise");
     loop {
@@ -195,7 +195,7 @@ pub(super) fn supervise(scene: &mut Scene) -> Result<()> {
             let fds: Vec<OwnedFd> = (0..count).map(|_| odd(scene)).collect::<Result<_>>()?;
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             scene.say(format!("has {} supervised with {count} wrong descriptors", pool.name));
-            // Refused calls may close the connection.
+            // A refused call may close the connection.
             if pool.peer.call(&method, &json!({ "name": pool.name }), &fds).is_err() {
                 let peer = scene.connect();
                 let _ = peer.call(&method, &json!({ "name": pool.name }), &fds);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The smallest server of FUSE: one directory with one file, `image`, and a request that it never answers.
-//! Knows the bytes of FUSE, not who opens the file.
+//! A minimal FUSE server: one directory with one file, `image`, and requests that it never answers.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -11,16 +10,16 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
 
-/// Which requests are never answered.
+/// Which requests the server never answers.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Hang {
-    /// Those of close(2).
+    /// Requests of close(2).
     Flush,
-    /// Reads and writes, after so many of them, and those of close(2).
+    /// Reads and writes after this many of them, and requests of close(2).
     Transfers(u32),
 }
 
-/// A server whose file system is mounted.
+/// A server with a mounted file system.
 pub(super) struct Server {
     device: File,
     owner: u32,
@@ -30,7 +29,7 @@ pub(super) struct Server {
 const SIZE: u64 = 8 << 20;
 const MAX_WRITE: u32 = 1 << 17;
 const HEADER: usize = 40;
-/// Inodes.
+/// Inode numbers.
 const ROOT: u64 = 1;
 const IMAGE: u64 = 2;
 
@@ -38,7 +37,7 @@ const ENOENT: i32 = -2;
 const ENOSYS: i32 = -38;
 
 impl Server {
-    /// Mounts it on `directory`, which is made if need be; its file belongs to `owner`.
+    /// Mounts the file system on `directory`, which is created if missing; `owner` owns the file.
     pub(super) fn mount(directory: &Path, owner: u32, hang: Hang) -> Result<Server> {
         std::fs::create_dir_all(directory)?;
         let device = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
@@ -56,12 +55,12 @@ impl Server {
         loop {
             let length = match self.device.read(&mut request) {
                 Ok(length) => length,
-                // A request that was taken back (ENOENT), or a signal.
+                // The kernel withdrew the request (ENOENT), or a signal arrived.
                 Err(error) if matches!(error.raw_os_error(), Some(2 | 4)) => continue,
                 Err(_) => return Ok(()),
             };
             if let Some(answer) = self.answer(&request[..length]) {
-                // Taken back meanwhile.
+                // Withdrawn meanwhile.
                 let _ = self.device.write(&answer);
             }
         }
@@ -76,7 +75,7 @@ impl Server {
                 Ok([longs(&[IMAGE, 0, 0, 0, 0]), self.attributes(IMAGE)].concat())
             }
             1 => Err(ENOENT),
-            // FORGET and BATCH_FORGET have no answer.
+            // FORGET and BATCH_FORGET have no reply.
             2 | 42 => return None,
             // GETATTR, SETATTR.
             3 | 4 => Ok([longs(&[0, 0]), self.attributes(node)].concat()),
@@ -100,7 +99,7 @@ impl Server {
         Some(answer)
     }
 
-    /// Whether a transfer that came now is not answered.
+    /// Whether the current transfer gets no reply.
     fn hangs(&mut self) -> bool {
         match &mut self.hang {
             Hang::Flush => false,
@@ -125,7 +124,7 @@ fn longs(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
 
-/// `struct fuse_init_out` of protocol 7.31, with no feature.
+/// `struct fuse_init_out` of protocol 7.31, without features.
 fn init() -> Vec<u8> {
     let mut bytes = vec![0; 64];
     bytes[0..4].copy_from_slice(&7_u32.to_ne_bytes());

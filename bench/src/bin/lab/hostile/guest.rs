@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Who runs inside the VM: the campaign itself, the clients who mean well, the hostile ones. Each is this
-//! program again. Knows where things lie there.
+//! Roles inside the VM: the campaign, well-behaved clients, hostile clients. Each is a process of this
+//! program. Knows the paths in the VM.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use super::{campaign, honest, kinds};
 
-/// Memory file system that holds everything of a campaign.
+/// Memory file system for all files of a campaign.
 pub(super) const BASE: &str = "/run/hostile";
 
 /// Run directory of the daemon under test.
@@ -26,10 +26,10 @@ pub(super) fn home(uid: u32) -> PathBuf {
     Path::new(BASE).join(format!("users/{uid}"))
 }
 
-/// What this process is in the VM.
+/// Role of this process in the VM.
 #[derive(clap::Subcommand)]
 pub(crate) enum Role {
-    /// Start the daemon and everybody else, and judge
+    /// Start the daemon and all clients, and check the conditions
     Campaign {
         #[arg(long)]
         seed: u64,
@@ -38,7 +38,7 @@ pub(crate) enum Role {
         #[arg(long)]
         only: Option<String>,
     },
-    /// A client who means well
+    /// A well-behaved client
     Honest { who: honest::Who },
     /// A hostile client
     Client {
@@ -50,7 +50,7 @@ pub(crate) enum Role {
     },
 }
 
-/// Plays the role; whether all is well.
+/// Runs the role; returns whether it succeeded.
 pub(crate) fn run(role: &Role) -> Result<bool> {
     match role {
         Role::Campaign { seed, seconds, only } => campaign::run(*seed, *seconds, only.as_deref()),

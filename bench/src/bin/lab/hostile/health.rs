@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the daemon holds of the machine, within which bounds, and what the kernel's log says.
+//! Resources of the daemon, their bounds, and warnings in the kernel's log.
 
 use std::fmt;
 use std::path::Path;
@@ -10,26 +10,26 @@ use anyhow::{Context, Result};
 
 use loopbench::sh;
 
-/// What a daemon holds.
+/// Resources of a daemon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Footprint {
     fds: u64,
     threads: u64,
-    /// Private memory that is in use, in KiB.
+    /// Private memory in use, in KiB.
     rss_anon: u64,
-    /// Disks of ublk in the whole machine.
+    /// ublk disks of the whole machine.
     disks: u64,
 }
 
-/// Never more than this. Users have 64 devices and 16 pools each, 24 users at a time; what a device
-/// takes is a few descriptors and tens of KiB, what a pool takes is a few threads.
+/// Upper bounds. 24 users at a time have 64 devices and 16 pools each; a device takes a few
+/// descriptors and tens of KiB, a pool takes a few threads.
 const MOST: Footprint = Footprint { fds: 8192, threads: 2048, rss_anon: 512 << 10, disks: 1024 };
-/// More than before, when all clients have gone. Descriptors: a connection that is just closed. Threads: those
-/// that the runtime keeps for a while. Memory: what the allocator keeps of what was freed.
+/// Accepted increase after all clients have ended. Descriptors: a connection that is just closing.
+/// Threads: idle threads of the runtime. Memory: free memory that the allocator keeps.
 const SLACK: Footprint = Footprint { fds: 4, threads: 4, rss_anon: 48 << 10, disks: 2 };
 
 impl Footprint {
-    /// Of the process `pid`.
+    /// Resources of the process `pid`.
     pub(super) fn of(pid: u32) -> Result<Footprint> {
         let status =
             std::fs::read_to_string(format!("/proc/{pid}/status")).context("the daemon has ended")?;
@@ -44,7 +44,7 @@ impl Footprint {
         })
     }
 
-    /// The larger of each.
+    /// The maximum of each resource.
     pub(super) fn max(self, other: Footprint) -> Footprint {
         Footprint {
             fds: self.fds.max(other.fds),
@@ -54,12 +54,12 @@ impl Footprint {
         }
     }
 
-    /// Whether it is within what a daemon may ever hold.
+    /// Whether the resources are within the upper bounds.
     pub(super) fn bounded(self) -> bool {
         self.within(MOST)
     }
 
-    /// Whether it is what it was before.
+    /// Whether the resources are back at their former level.
     pub(super) fn is_back_to(self, before: Footprint) -> bool {
         self.within(Footprint {
             fds: before.fds + SLACK.fds,
@@ -85,7 +85,7 @@ fn count(directory: impl AsRef<Path>) -> u64 {
     std::fs::read_dir(directory).map_or(0, |entries| entries.count() as u64)
 }
 
-/// What makes a line of the kernel's log a warning. Stalls that the emulator itself can cause are left out.
+/// Markers of warnings in the kernel's log, without stalls that the emulator can cause.
 const WARNINGS: [&str; 8] = [
     "blocked for more than",
     "circular locking",
@@ -97,7 +97,7 @@ const WARNINGS: [&str; 8] = [
     "refcount_t:",
 ];
 
-/// Warnings in the kernel's log so far.
+/// Warnings in the kernel's log.
 pub(super) fn kernel_warnings() -> Result<Vec<String>> {
     let log = sh::capture(&mut Command::new("dmesg"), Duration::from_secs(20))?;
     Ok(warnings(&log))

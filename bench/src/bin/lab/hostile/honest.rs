@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The clients who mean well, each a process: a tenant with unmodified losetup and mkfs under `loopengine run`,
-//! a caller of the private socket, and root on the control socket. They say what each call took, one line
-//! a beginning and one an end; the ledger reads it.
+//! The well-behaved clients, each a process: a tenant with unmodified losetup and mkfs under
+//! `loopengine run`, a caller of the private socket, and root on the control socket. They print a
+//! line at the start and at the end of each call, which the ledger reads.
 
 use std::fmt::Display;
 use std::fs::{File, OpenOptions};
@@ -21,10 +21,10 @@ use loopbench::sh;
 use super::guest;
 use super::wire::Peer;
 
-/// Who.
+/// A well-behaved client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Who {
-    /// Binds, formats, writes, compares and unbinds, under `loopengine run`
+    /// Binds, formats, writes, compares and unbinds under `loopengine run`
     Tenant,
     /// Opens, lists and closes pools
     Caller,
@@ -50,19 +50,19 @@ impl Who {
     }
 }
 
-/// For an answer: far beyond what is wanted, so that a late one is seen to come.
+/// Timeout of an answer: far beyond the limit, so that a late answer is recorded.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(100);
 const IMAGE_BYTES: usize = 1 << 20;
-/// Rounds of a tenant before it starts anew.
+/// Rounds of a tenant before it restarts.
 const TENANT_ROUNDS: u32 = 8;
 
-/// The file whose presence ends the clients who mean well.
+/// The well-behaved clients end once this file exists.
 pub(super) fn stop_file() -> PathBuf {
     Path::new(guest::BASE).join("stop")
 }
 
-/// Plays one of them until the stop file is there; a tenant a few rounds at the most.
+/// Runs a client until the stop file exists; a tenant at most a few rounds.
 pub(super) fn run(who: Who) -> Result<()> {
     std::env::set_current_dir(guest::home(who.uid()))?;
     for number in 0.. {
@@ -84,16 +84,16 @@ pub(super) fn run(who: Who) -> Result<()> {
 
 fn say(mark: char, what: impl Display) {
     let mut out = std::io::stdout().lock();
-    // If nobody listens any more, nobody needs to know.
+    // The reader may have ended.
     let _ = writeln!(out, "{mark} {what}").and_then(|()| out.flush());
 }
 
-/// Makes a call, and says what it is and how long it took.
+/// Makes a call, and prints its name and duration.
 fn call<T>(name: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
     timed('>', name, make)
 }
 
-/// Does what is many calls.
+/// Does work that consists of many calls.
 fn work<T>(name: &str, make: impl FnOnce() -> Result<T>) -> Result<T> {
     timed('~', name, make)
 }
@@ -164,7 +164,7 @@ fn root(number: u32) -> Result<()> {
     call("private List", || private.call("io.loopengine.Private.List", &json!({}), &[])).map(drop)
 }
 
-/// Writes all of the device, and compares it and its image with what was written.
+/// Writes the whole device, and compares device and image with the data.
 fn write_and_compare(device: &Path, image: &Path, number: u32) -> Result<()> {
     let written: Vec<u8> =
         (0..IMAGE_BYTES / 4).flat_map(|at| (at as u32 ^ number << 20).to_le_bytes()).collect();
@@ -182,7 +182,7 @@ fn write_and_compare(device: &Path, image: &Path, number: u32) -> Result<()> {
 }
 
 fn program(words: &[&str]) -> Result<String> {
-    // At once, where `sh::capture` looks again every 50 ms.
+    // `sh::capture` polls every 50 ms, which is too coarse here.
     let output = Command::new(sh::which(words[0])?).args(&words[1..]).output()?;
     let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     ensure!(output.status.success(), "{}: {}", output.status, said(&output.stderr));

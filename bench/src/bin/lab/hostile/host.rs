@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hostile kinds that need root: for file systems that hang or are full below a tenant, and for a careless
-//! administrator. Each goes on until it is killed.
+//! Hostile kinds that need root: file systems below a tenant that hang or are full, and a careless
+//! administrator. Each runs until it is killed.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -16,7 +16,7 @@ use super::{fuse, guest, tenants};
 /// Process id of the daemon.
 pub(super) const DAEMON: &str = "LAB_HOSTILE_DAEMON";
 
-/// Images on a file system of FUSE that answers no more transfers, and the end of their tenants.
+/// Images on a FUSE file system that stops answering transfers, and the end of their tenants.
 pub(super) fn hung_image(scene: &mut Scene) -> Result<()> {
     if !scene.inner {
         let hang = fuse::Hang::Transfers(scene.random.u32(..64));
@@ -33,13 +33,13 @@ pub(super) fn hung_image(scene: &mut Scene) -> Result<()> {
         scene.rest(4000);
         scene.say("kills it");
         tenants::signal(&mut child, Signal::KILL);
-        // It may have to wait for its image until the server ends.
+        // It may wait for its image until the server ends.
         gone.push(child);
         gone.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
     }
 }
 
-/// Images that are larger than what is left of the file system they lie on.
+/// Images larger than the free space of their file system.
 pub(super) fn full_disk(scene: &mut Scene) -> Result<()> {
     let uid = scene.uid;
     let small = scene.home.join("small");
@@ -57,7 +57,7 @@ pub(super) fn full_disk(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// A configuration that is a FIFO when the daemon is told to read it again.
+/// A configuration file that is a FIFO when the daemon rereads it.
 pub(super) fn fifo_config(scene: &mut Scene) -> Result<()> {
     let daemon = std::env::var(DAEMON)?.parse().ok().and_then(Pid::from_raw).context("no daemon")?;
     let (config, kept) = (guest::config(), guest::config().with_extension("kept"));
@@ -71,7 +71,7 @@ pub(super) fn fifo_config(scene: &mut Scene) -> Result<()> {
         kill_process(daemon, Signal::HUP)?;
         scene.rest(5000);
         scene.say("reloads a configuration that is a file");
-        // Lets go who waits for a writer.
+        // Releases readers that wait for a writer.
         let writer =
             OpenOptions::new().write(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(&config);
         std::fs::remove_file(&config)?;

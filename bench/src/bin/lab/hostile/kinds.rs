@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of hostile kinds, and what all of them share: who a client is, how long it goes on, and how it
-//! says what it does. What a kind does is in the file of its family.
+//! The table of hostile kinds, and the parts that they share: users, process groups, and output. What
+//! a kind does is in the file of its family.
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -18,7 +18,7 @@ use super::{descriptors, guest, host, messages, tenants};
 /// A kind of hostile clients.
 pub(super) struct Kind {
     pub(super) name: &'static str,
-    /// Clients at a time, each a user of its own.
+    /// Number of clients at a time, each with its own user.
     pub(super) users: u32,
     pub(super) place: Place,
     act: fn(&mut Scene) -> Result<()>,
@@ -29,11 +29,11 @@ pub(super) struct Kind {
 pub(super) enum Place {
     /// As a plain user.
     Plain,
-    /// As a plain user who is root of a user and mount namespace.
+    /// As a plain user that is root of a user and mount namespace.
     Namespace,
     /// As a plain user under `loopengine run`.
     Run,
-    /// As root in a mount namespace: what it does stands for hardware, or for a careless administrator.
+    /// As root in a mount namespace: it stands for hardware, or for a careless administrator.
     Root,
 }
 
@@ -77,7 +77,7 @@ pub(super) fn names() -> Vec<&'static str> {
 /// The child of a client of kinds that need two processes.
 const INNER: &str = "LAB_HOSTILE_INNER";
 
-/// What a hostile client has.
+/// The environment of a hostile client.
 pub(super) struct Scene {
     pub(super) random: fastrand::Rng,
     pub(super) uid: u32,
@@ -90,25 +90,25 @@ pub(super) struct Scene {
     words: [String; 6],
 }
 
-/// For reads and writes of hostile clients.
+/// Timeout of reads and writes of hostile clients.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// For programs that hostile clients start.
+/// Time limit of programs that hostile clients start.
 const PROGRAM: Duration = Duration::from_secs(20);
 
 impl Scene {
-    /// Says what it is about to do: shown if a call of the others is late meanwhile.
+    /// Prints what the client is about to do: shown if a call of a well-behaved client is late.
     pub(super) fn say(&self, what: impl AsRef<str>) {
         let mut out = std::io::stdout().lock();
-        // Nobody may listen any more.
+        // The reader may have ended.
         let _ = writeln!(out, "{}", what.as_ref()).and_then(|()| out.flush());
     }
 
-    /// Sleeps for up to `most` milliseconds.
+    /// Sleeps for at most `most` milliseconds.
     pub(super) fn rest(&mut self, most: u64) {
         std::thread::sleep(Duration::from_millis(self.random.u64(..=most)));
     }
 
-    /// A connection to the private socket; while none is to be had, it waits and tries again.
+    /// Connects to the private socket; retries while the daemon refuses.
     pub(super) fn connect(&mut self) -> Peer {
         loop {
             if let Ok(peer) = Peer::new(&self.private, PATIENCE) {
@@ -118,21 +118,21 @@ impl Scene {
         }
     }
 
-    /// Runs a program of `words` in its home; whether it succeeded.
+    /// Runs the program `words` in the client's home; returns whether it succeeded.
     pub(super) fn works(&self, words: &[&str]) -> bool {
         let mut command = Command::new(words[0]);
         let output = sh::output(command.args(&words[1..]).current_dir(&self.home), PROGRAM);
         output.is_ok_and(|output| output.status.success())
     }
 
-    /// The same, with what it printed.
+    /// The same, with the program's output.
     pub(super) fn output(&self, words: &[&str]) -> String {
         let mut command = Command::new(words[0]);
         let output = sh::output(command.args(&words[1..]).current_dir(&self.home), PROGRAM);
         output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
     }
 
-    /// Starts `loopengine run` with `words`, as the client's user, in a process group of its own if `apart`.
+    /// Starts `loopengine run` with `words` as the client's user, in its own process group if `apart`.
     pub(super) fn start_run(&self, words: &[&str], apart: bool) -> Result<Child> {
         let mut command = Command::new("loopengine");
         command.arg("run").args(words).current_dir(&self.home).stdin(Stdio::null());
@@ -146,7 +146,7 @@ impl Scene {
         command.spawn().context("cannot start loopengine run")
     }
 
-    /// Starts the child of this client, which does the second half of its kind.
+    /// Starts the child of this client, which does the second part of its kind.
     pub(super) fn start_inner(&self) -> Result<Child> {
         let mut command = Command::new("lab");
         command.args(&self.words).env(INNER, "1").stdin(Stdio::null());

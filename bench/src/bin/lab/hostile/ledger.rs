@@ -1,38 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the clients who mean well met with: how long each of their calls took, which were late, which failed;
-//! and what the hostile clients did then.
+//! Records durations, late calls and failures of the well-behaved clients, and what the hostile
+//! clients did meanwhile.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-/// Within this each call is answered.
+/// Limit of a call.
 pub(super) const CALL: Duration = Duration::from_secs(2);
-/// Within this, work that is many calls (mkfs, the start of `loopengine run`) is done.
+/// Limit of work that consists of many calls: mkfs, the start of `loopengine run`.
 const WORK: Duration = Duration::from_secs(20);
-/// A call that took no longer than so many starts of /bin/true at that moment says nothing about the daemon: the
-/// machine is too slow to judge. (Where a start takes a millisecond, the bound above is two thousand of them.)
+/// A late call that took at most this many starts of /bin/true at that moment is skipped: the machine
+/// is too slow to test the daemon. (If a start takes 1 ms, the limit of a call is 2,000 starts.)
 const PROGRAMS: u32 = 30;
-/// Last words kept of each hostile client.
+/// Lines kept per hostile client.
 const WORDS: usize = 3;
-/// Times of the yardstick that are kept, a few seconds' worth.
+/// Start times kept, for a few seconds.
 const YARDSTICK: usize = 6;
 const FINDINGS_SHOWN: usize = 40;
 
-/// All of it.
+/// The record of a campaign.
 #[derive(Default)]
 pub(super) struct Ledger {
     calls: BTreeMap<String, Calls>,
-    /// The call that each client waits for.
+    /// The pending call of each client.
     waiting: BTreeMap<&'static str, (String, Instant, Duration)>,
-    /// What the hostile clients of this round do, by client.
+    /// Last lines of the hostile clients of this round.
     actions: BTreeMap<String, VecDeque<String>>,
-    /// The round, for a reader.
+    /// Name of the round.
     round: String,
     findings: Vec<String>,
-    /// Late calls on a machine that was too slow to judge.
+    /// Late calls that were skipped because the machine was too slow.
     undecided: Vec<String>,
-    /// What a program that does nothing took, the last few times: how slow the machine is by itself.
+    /// Recent start times of a trivial program, which tell how slow the machine is.
     yardstick: VecDeque<Duration>,
 }
 
@@ -45,13 +45,13 @@ struct Calls {
 }
 
 impl Ledger {
-    /// A round begins.
+    /// Begins a round.
     pub(super) fn round(&mut self, name: String) {
         self.round = name;
         self.actions.clear();
     }
 
-    /// A hostile client says what it does.
+    /// Records a line of a hostile client.
     pub(super) fn action(&mut self, client: &str, what: &str) {
         let words = self.actions.entry(client.to_owned()).or_default();
         words.push_back(what.to_owned());
@@ -60,7 +60,7 @@ impl Ledger {
         }
     }
 
-    /// A line of a client who means well.
+    /// Records a line of a well-behaved client.
     pub(super) fn line(&mut self, who: &'static str, line: &str) {
         match line.split_at_checked(2) {
             Some((mark @ ("> " | "~ "), name)) => {
@@ -77,7 +77,7 @@ impl Ledger {
         }
     }
 
-    /// A program that does nothing took this long.
+    /// Records the start time of a trivial program.
     pub(super) fn machine(&mut self, time: Duration) {
         self.yardstick.push_back(time);
         if self.yardstick.len() > YARDSTICK {
@@ -100,7 +100,7 @@ impl Ledger {
         }
     }
 
-    /// A client who means well has ended: what it waited for is not answered.
+    /// Records that a well-behaved client has ended: its pending call is not answered.
     pub(super) fn ended(&mut self, who: &'static str) {
         if let Some((name, since, _)) = self.waiting.remove(who) {
             self.finding(format!(
@@ -110,7 +110,7 @@ impl Ledger {
         }
     }
 
-    /// The call that is waited for longest, and since when.
+    /// The longest pending call, and its start.
     pub(super) fn longest_wait(&self) -> Option<(&str, Duration)> {
         self.waiting
             .values()
@@ -118,34 +118,34 @@ impl Ledger {
             .max_by_key(|(_, time)| *time)
     }
 
-    /// Something is wrong.
+    /// Records a failure.
     pub(super) fn finding(&mut self, what: String) {
         let text = self.told(&what);
         self.findings.push(text);
     }
 
-    /// `what`, with the round and what the hostile clients do.
+    /// `what`, with the round and the last lines of the hostile clients.
     fn told(&self, what: &str) -> String {
         let mut text = format!("[{}] {what}", self.round);
         for (client, words) in &self.actions {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             let _ = write!(text, "\n      {client}: {}", words.join("; "));
         }
         text
     }
 
-    /// How many calls were late on a machine that was too slow to judge.
+    /// Number of late calls that were skipped.
     pub(super) fn undecided(&self) -> usize {
         self.undecided.len()
     }
 
-    /// How many things are wrong.
+    /// Number of failures.
     pub(super) fn failures(&self) -> usize {
         self.findings.len()
     }
 
-    /// The table of calls, and what is wrong.
+    /// The table of calls, and the failures.
     pub(super) fn report(&self) -> String {
         let mut text =
             format!("{:<28} {:>6} {:>8} {:>8} {:>5}\n", "call", "count", "mean ms", "max ms", "late");
@@ -179,7 +179,7 @@ mod tests {
             ledger.line("root", line);
         }
         assert_eq!(ledger.failures(), 1);
-        // A machine on which a program that does nothing takes a second cannot judge three seconds, but 31.
+        // If a trivial program takes a second, a call of 3 s is skipped, and one of 31 s is not.
         ledger.machine(Duration::from_secs(1));
         for line in ["> Open", "< 3000000", "~ mkfs", "< 3000000"] {
             ledger.line("caller", line);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hostile kinds that are about messages and connections. Each goes on until it is killed.
+//! Hostile kinds that misuse messages and connections. Each runs until it is killed.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use super::kinds::Scene;
 use super::wire::{Peer, call};
 
 const LIST: &str = "io.loopengine.Private.List";
-/// Connections that a user tries to hold: more than it is given.
+/// Connections that a user tries to hold: more than its limit.
 const CONNECTIONS: usize = 24;
 
-/// Connections that say nothing.
+/// Holds connections and sends nothing.
 pub(super) fn silent(scene: &mut Scene) -> Result<()> {
     loop {
         let held: Vec<Peer> = (0..scene.random.usize(1..=CONNECTIONS)).map(|_| scene.connect()).collect();
@@ -22,13 +22,13 @@ pub(super) fn silent(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// A byte now and then, never the end of the message.
+/// Sends a byte at a time, never the end of the message.
 pub(super) fn slow(scene: &mut Scene) -> Result<()> {
     let count = scene.random.usize(1..=CONNECTIONS);
     trickle(scene, count)
 }
 
-/// The same by many users at once, each with as many connections as it gets.
+/// The same by many users at once, each with as many connections as it can get.
 pub(super) fn crowd(scene: &mut Scene) -> Result<()> {
     trickle(scene, CONNECTIONS)
 }
@@ -49,7 +49,7 @@ fn trickle(scene: &mut Scene, count: usize) -> Result<()> {
     Ok(())
 }
 
-/// Messages without an end, of up to 64 MiB.
+/// Sends endless messages of up to 64 MiB.
 pub(super) fn huge(scene: &mut Scene) -> Result<()> {
     let piece = vec![b'a'; 1 << 16];
     loop {
@@ -64,7 +64,7 @@ pub(super) fn huge(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// What is no call: random bytes, deep nesting, wrong types, many keys.
+/// Sends invalid calls: random bytes, deep nesting, wrong types, many keys.
 pub(super) fn garbage(scene: &mut Scene) -> Result<()> {
     loop {
         let size = 1 << scene.random.u32(0..=17);
@@ -90,7 +90,7 @@ pub(super) fn garbage(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Thousands of calls whose answers nobody reads.
+/// Sends thousands of calls and reads no answer.
 pub(super) fn pipelined(scene: &mut Scene) -> Result<()> {
     loop {
         let calls = scene.random.usize(1..=20_000);
@@ -104,7 +104,7 @@ pub(super) fn pipelined(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Connects and leaves, as fast as it goes, by many users.
+/// Connects and disconnects as fast as possible, by many users.
 pub(super) fn storm(scene: &mut Scene) -> Result<()> {
     let text = call(LIST, &json!({}));
     let mut count = 0_u64;
@@ -113,7 +113,7 @@ pub(super) fn storm(scene: &mut Scene) -> Result<()> {
             scene.say(format!("connected and left {count} times"));
         }
         count += 1;
-        // To the control socket too, where it is not let in.
+        // To the control socket too, which refuses it.
         if let Ok(peer) = Peer::new(&scene.control, Duration::from_secs(1)) {
             let _ = peer.send(&text, &[]);
         }

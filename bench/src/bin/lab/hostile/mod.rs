@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `lab hostile`: hostile clients of all kinds in a VM, beside a tenant and an administrator who mean well.
+//! `lab hostile`: runs hostile clients of all kinds in a VM, beside well-behaved clients.
 //!
 //! ```text
 //!  mod ── boots the VM ──► guest ─┬─ campaign ── plan, ledger, health, quiet
 //!                                 ├─ honest: tenant, caller, root
 //!                                 └─ kinds ── messages, descriptors, tenants, host (wire, fuse)
 //! ```
-//! This file knows the command line and the VM. Everything else runs inside the VM, and uses the public
-//! program, its sockets and system calls, never the engine's insides.
+//! This file knows the command line and the VM. Everything else runs inside the VM, and uses the
+//! public program, its sockets and system calls, never internals of the engine.
 
 mod campaign;
 mod descriptors;
@@ -35,7 +35,7 @@ use crate::{programs, setup};
 /// What to run.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// How long the hostile clients run, in minutes
+    /// Minutes for which the hostile clients run
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub(crate) minutes: u64,
     /// Seed of the plan: the same seed gives the same plan [default: random, printed]
@@ -46,10 +46,10 @@ pub(crate) struct Options {
     pub(crate) only: Option<String>,
 }
 
-/// Besides the hostile clients' time: boot, warm-up, the waits for what must come back, the stop.
+/// Time for boot, warm-up, waits for the daemon's resources, and the stop.
 const BESIDES: Duration = Duration::from_secs(600);
 
-/// Boots the VM and runs the campaign there; whether it passed.
+/// Boots the VM and runs the campaign; returns whether it passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
     let lab = setup::ensure()?;
     let programs = programs::build()?;

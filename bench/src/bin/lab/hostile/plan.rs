@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The plan of a campaign: which kinds of hostile clients run together in which round, and their seeds.
-//! It follows from the campaign's seed alone. Knows nothing of what the kinds do.
+//! The plan of a campaign: which kinds of hostile clients run together in a round, and their seeds.
+//! It depends on the campaign's seed only. Knows nothing of what the kinds do.
 
 use std::time::Duration;
 
 use super::kinds::{KINDS, Kind};
 
-/// Kinds at a time.
+/// Number of kinds at a time.
 const TOGETHER: usize = 2;
-/// About this long each round is.
+/// Approximate length of a round.
 const ROUND: Duration = Duration::from_secs(9);
 
-/// Kinds that run at the same time, each with a seed of its own.
+/// Kinds that run at the same time, each with its own seed.
 pub(super) struct Round(pub(super) Vec<(&'static Kind, u64)>);
 
-/// The rounds of a campaign of so many seconds, and how long each is. Every kind has its turn before any
-/// has a second one.
+/// The rounds of a campaign of `seconds`, and the length of each. Every kind runs once before any
+/// runs again.
 pub(super) fn rounds(seed: u64, seconds: u64, only: Option<&str>) -> (Vec<Round>, Duration) {
     let mut random = fastrand::Rng::with_seed(seed);
     let chosen: Vec<&'static Kind> =

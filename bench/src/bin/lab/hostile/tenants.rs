@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Hostile kinds that are about pools and their devices. Each goes on until it is killed.
+//! Hostile kinds that misuse pools and their devices. Each runs until it is killed.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -17,11 +17,11 @@ use super::descriptors::Pool;
 use super::kinds::Scene;
 use super::wire::call;
 
-/// Pools that a user tries to hold: more than it is given.
+/// Pools that a user tries to hold: more than its limit.
 const POOLS: usize = 20;
 const IMAGE_BYTES: u64 = 4 << 20;
 
-/// Opens pools, closes some, lets go of others.
+/// Opens pools, closes some, and abandons others.
 pub(super) fn pools(scene: &mut Scene) -> Result<()> {
     let mut held = Vec::new();
     loop {
@@ -43,7 +43,7 @@ pub(super) fn pools(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Tenants that are killed at any moment: the command, what mounts for it, or all of it.
+/// Kills tenants at random moments: the command, its mount helper, or both.
 pub(super) fn killed(scene: &mut Scene) -> Result<()> {
     let script = "truncate -s 1M i$$; while :; do losetup -f i$$; losetup -D; done";
     loop {
@@ -69,7 +69,7 @@ pub(super) fn killed(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Tenants that are stopped while they hold pools, descriptors and half a call.
+/// Stops tenants that hold pools, descriptors and an incomplete call.
 pub(super) fn stopped(scene: &mut Scene) -> Result<()> {
     let script = "truncate -s 1M i$$; losetup -f i$$; exec 3</dev/loop0; while :; do losetup -a; done";
     loop {
@@ -92,7 +92,7 @@ pub(super) fn stopped(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// As many devices as the limit allows and more, by several processes at once.
+/// Requests more devices than the limit allows, by several processes at once.
 pub(super) fn losetup_storm(scene: &mut Scene) -> Result<()> {
     let script = "truncate -s 1M image; for n in 1 2 3; do \
                   (for m in 1 2 3 4 5 6; do losetup -f image; done) & done; losetup -a; wait";
@@ -104,7 +104,7 @@ pub(super) fn losetup_storm(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Calls of loop(4) with addresses that lead nowhere, for which no program of the system can be used.
+/// Issues calls of loop(4) with invalid addresses, which no system program can do.
 const IOCTLS: &str = r#"
 srand($ARGV[0]);
 my @calls = (0x4C00 .. 0x4C0A, 0x4C80 .. 0x4C82, 0x1260, 0x125F, 0x80081272);
@@ -119,7 +119,7 @@ for (1 .. 300) {
 }
 "#;
 
-/// Calls of loop(4) with wrong arguments.
+/// Issues calls of loop(4) with invalid arguments.
 pub(super) fn bad_pointers(scene: &mut Scene) -> Result<()> {
     scene.works(&["truncate", "-s", "1M", "image"]);
     loop {
@@ -131,7 +131,7 @@ pub(super) fn bad_pointers(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// An image that is cut, punched, renamed and removed while it is bound and used.
+/// Truncates, punches, renames and removes an image while it is bound and in use.
 pub(super) fn image_changes(scene: &mut Scene) -> Result<()> {
     loop {
         let image = std::fs::File::create("image")?;
@@ -175,7 +175,7 @@ pub(super) fn image_changes(scene: &mut Scene) -> Result<()> {
     }
 }
 
-/// Mounts and unmounts, as fast as it goes.
+/// Mounts and unmounts as fast as possible.
 pub(super) fn mount_storm(scene: &mut Scene) -> Result<()> {
     let script = "truncate -s 8M image && mkfs.ext4 -q image && mkdir -p mnt";
     scene.works(&["sh", "-c", script]);
@@ -202,7 +202,7 @@ pub(super) fn signal(child: &mut Child, signal: Signal) {
     std::thread::sleep(Duration::from_millis(1));
 }
 
-/// Processes of `uid` that mount for a tenant.
+/// Mount helpers of the user `uid`.
 fn mounters(uid: u32) -> Vec<Pid> {
     let mut found = processes(|of| of == uid);
     found.retain(|pid| {
@@ -212,7 +212,7 @@ fn mounters(uid: u32) -> Vec<Pid> {
     found
 }
 
-/// Processes of such users that have not ended.
+/// Running processes of the users.
 pub(super) fn processes(is_one: impl Fn(u32) -> bool) -> Vec<Pid> {
     let Ok(all) = std::fs::read_dir("/proc") else { return Vec::new() };
     let lives = |status: &str| !status.contains("\nState:\tZ");
@@ -221,7 +221,7 @@ pub(super) fn processes(is_one: impl Fn(u32) -> bool) -> Vec<Pid> {
     };
     all.flatten()
         .filter(|entry| {
-            // The owner of the directory is root's where a process is not dumpable.
+            // root owns the directory of a process that is not dumpable.
             let status = std::fs::read_to_string(entry.path().join("status")).unwrap_or_default();
             lives(&status) && uid(&status).is_some_and(&is_one)
         })

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A connection to one of the daemon's sockets, on which anything can be sent: whole calls, parts of
-//! them, and descriptors. Knows varlink's framing, not what the calls mean.
+//! A connection to one of the daemon's sockets, for complete and incomplete calls and descriptors.
+//! Knows varlink's framing, not the meaning of calls.
 
 use std::io::{IoSlice, IoSliceMut, Result as IoResult};
 use std::mem::MaybeUninit;
@@ -16,7 +16,7 @@ use rustix::net::{
 };
 use serde_json::{Value, json};
 
-/// Descriptors that the kernel takes in one message.
+/// Maximum number of descriptors per message.
 pub(super) const FDS_MAX: usize = 253;
 const REPLY_BYTES_MAX: usize = 4 << 20;
 
@@ -24,7 +24,7 @@ const REPLY_BYTES_MAX: usize = 4 << 20;
 pub(super) struct Peer(pub(super) UnixStream);
 
 impl Peer {
-    /// Connects to `socket`. `patience` is for each read and write.
+    /// Connects to `socket`; `patience` is the timeout of each read and write.
     pub(super) fn new(socket: &Path, patience: Duration) -> IoResult<Peer> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(patience))?;
@@ -32,7 +32,7 @@ impl Peer {
         Ok(Peer(stream))
     }
 
-    /// Sends bytes, with descriptors beside the first of them.
+    /// Sends bytes, with descriptors attached to the first byte.
     pub(super) fn send(&self, mut bytes: &[u8], fds: &[BorrowedFd<'_>]) -> IoResult<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -47,7 +47,7 @@ impl Peer {
         Ok(())
     }
 
-    /// Makes a call and returns the answer with the descriptors that came.
+    /// Makes a call and returns the answer with its descriptors.
     pub(super) fn call(
         &self,
         method: &str,
@@ -63,7 +63,7 @@ impl Peer {
         Ok((reply["parameters"].take(), fds))
     }
 
-    /// The next message, without the zero byte that ends it.
+    /// Reads the next message, without the zero byte that ends it.
     pub(super) fn reply(&self) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
         let (mut bytes, mut fds) = (Vec::new(), Vec::new());
         let mut piece = vec![0; 1 << 16];
@@ -87,7 +87,7 @@ impl Peer {
     }
 }
 
-/// A call as it travels.
+/// The encoded call.
 pub(super) fn call(method: &str, parameters: &Value) -> Vec<u8> {
     let mut message = json!({ "method": method, "parameters": parameters }).to_string().into_bytes();
     message.push(0);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The guest's half of the power cuts: promises before the cut, and what is left of them after it.
+//! Guest side of the power cut tests: durable writes before the cut, and their check after it.
 //!
-//! The images' blocks are unwritten when they are served, so what the engine does not commit
-//! together with its metadata reads as zeros after the cut. Knows nothing of VMs.
+//! The images' blocks are unwritten extents at first, so a write whose metadata was not committed
+//! reads as zeros after the cut. Knows nothing of VMs.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -17,15 +17,15 @@ use rustix::fs::OFlags;
 use loopbench::daemon::Daemon;
 use loopbench::sh;
 
-/// What the guest does in this boot.
+/// What the guest does in a boot.
 #[derive(clap::Subcommand)]
 pub(crate) enum Round {
-    /// Make a file system on the disk, serve images on it and write durably until the power is cut
+    /// Make a file system on the disk, serve images on it, and write durably until the power is cut
     Promise {
         #[arg(long)]
         fs: String,
     },
-    /// Look for what was promised; promises come one a line, as "fsync 12"
+    /// Check the durable writes, which are listed one per line, as "fsync 12"
     Keep {
         #[arg(long, value_name = "FILE")]
         promises: PathBuf,
@@ -37,7 +37,7 @@ const STORE: &str = "/run/store";
 const INSIDE: &str = "/run/inside";
 const LIMIT: Duration = Duration::from_secs(120);
 const BLOCK: usize = 4096;
-/// Blocks that are promised; noise goes to as many behind them.
+/// Blocks of durable writes; as many blocks behind them take other writes.
 const BLOCKS: u64 = 8192;
 
 /// Runs one of the two boots.
@@ -68,20 +68,20 @@ fn promise(fs: &str) -> Result<()> {
     let through = open(&blocks, OFlags::DSYNC)?;
     let mut out = std::io::stdout().lock();
     for number in 0..BLOCKS / 2 {
-        // A flush: the write is answered, then made durable.
+        // A write, then a flush.
         plain.write_all_at(Aligned::new(&pattern("fsync", number)).bytes(), number * 2 * BLOCK as u64)?;
         plain.sync_all()?;
         writeln!(out, "durable fsync {number}")?;
-        // FUA: durable when answered.
+        // A FUA write is durable when it completes.
         through
             .write_all_at(Aligned::new(&pattern("fua", number)).bytes(), (number * 2 + 1) * BLOCK as u64)?;
         writeln!(out, "durable fua {number}")?;
-        // FUA as journals use it: nothing follows the commit record.
+        // Journals use FUA like this: nothing follows the commit record.
         let mut file = File::create(file_path(number))?;
         file.write_all(&pattern("file", number))?;
         file.sync_all()?;
         writeln!(out, "durable file {number}")?;
-        // What nobody asked to be durable goes on beside it.
+        // Other writes, which need not be durable.
         plain.write_all_at(
             Aligned::new(&pattern("noise", number)).bytes(),
             (BLOCKS + number) * BLOCK as u64,
@@ -95,7 +95,7 @@ fn keep(promises: &Path) -> Result<()> {
     tool(&["modprobe", "loop"])?;
     tool(&["mount", DISK, STORE])?;
     let image = Path::new(STORE).join("files");
-    // Replays the journal, as anyone's next mount would.
+    // Mounting replays the journal.
     tool(&["mount", "-o", "loop", &image.to_string_lossy(), INSIDE])?;
     let blocks = File::open(Path::new(STORE).join("blocks"))?;
     let promises = std::fs::read_to_string(promises).context("cannot read the promises")?;
@@ -132,7 +132,7 @@ fn file_path(number: u64) -> PathBuf {
     Path::new(INSIDE).join(format!("file-{number}"))
 }
 
-/// A block that says whose it is, all over.
+/// A block filled with its kind and number.
 fn pattern(kind: &str, number: u64) -> Vec<u8> {
     let word = format!("{kind} {number}\n");
     word.bytes().cycle().take(BLOCK).collect()
@@ -142,7 +142,7 @@ fn tool(words: &[&str]) -> Result<()> {
     sh::capture(Command::new(sh::which(words[0])?).args(&words[1..]), LIMIT).map(drop)
 }
 
-/// A copy of a block at an address that direct I/O takes.
+/// A copy of a block, aligned for direct I/O.
 struct Aligned {
     buffer: Vec<u8>,
     start: usize,

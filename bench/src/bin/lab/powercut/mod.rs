@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Power cuts: what the guest was told is durable must be there after its machine was killed.
+//! Power cut tests: writes that were reported as durable must survive a kill of the VM.
 //!
-//! Boots a VM with a disk, lets the guest write through a device of the engine, kills
-//! QEMU in the middle, boots again on the same disk and compares. Knows nothing of the engine but
-//! its command line.
+//! Boots a VM with a disk, lets the guest write through a device of the engine, kills QEMU, boots
+//! again on the same disk and compares. Uses only the command line of the engine.
 
 use std::time::{Duration, Instant};
 
@@ -19,15 +18,15 @@ use crate::setup::Lab;
 use crate::tally::Tally;
 use crate::vm::{Mode, Sink, Vm};
 
-/// Promises to wait for; the cut comes in the middle of the next.
+/// Durable writes to wait for before the cut.
 const PROMISES: usize = 300;
 const DISK_BYTES: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// A case: its name, and the kinds of promises that it is about.
+/// A case: its name, and the kinds of writes that it checks.
 const CASES: [(&str, &[&str]); 2] = [("power_cut::fsync", &["fsync"]), ("power_cut::fua", &["fua", "file"])];
 
-/// Runs the cases that `filter` allows on the kernel of `line`.
+/// Runs the cases that match `filter` on the kernel of `line`.
 pub(crate) fn run(
     lab: &Lab,
     line: Line,
@@ -41,7 +40,7 @@ pub(crate) fn run(
     if wanted.is_empty() {
         return Ok(tally);
     }
-    // XFS on one kernel and ext4 on the other: both are seen, in half the time.
+    // XFS on one kernel and ext4 on the other cover both in half the time.
     let fs = if line == Line::Seven { "xfs" } else { "ext4" };
     let outcome = cut(lab, line, programs, fs);
     sh::interrupted()?;
@@ -62,7 +61,7 @@ pub(crate) fn run(
     Ok(tally)
 }
 
-/// Both boots; what the second one found.
+/// Boots twice; returns the output of the second boot.
 fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> {
     let directory = tempfile::Builder::new().prefix("power-cut-").tempdir_in(&lab.cache)?;
     let disk = directory.path().join("disk");
@@ -80,7 +79,7 @@ fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> 
     Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
-/// The first boot, up to the cut: what was promised, as "fsync 12".
+/// Runs the first boot up to the cut; returns the durable writes, as "fsync 12".
 fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<Vec<String>> {
     let mut said = Vec::new();
     let mut running = machine.start(lab, programs, &format!("lab power-cut promise --fs {fs}"))?;
@@ -103,7 +102,7 @@ fn last_line(said: &[u8]) -> String {
     said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
 }
 
-/// Promises among lines of output, the last one only if its line is complete.
+/// Durable writes among complete lines of output.
 fn promised(said: &[u8]) -> Vec<String> {
     let said = String::from_utf8_lossy(said);
     said.split_inclusive('\n')
@@ -112,7 +111,7 @@ fn promised(said: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// Number of promises of `kinds` that were kept, or what is wrong.
+/// Number of writes of `kinds` that survived, or the reason of a failure.
 fn judge(said: &str, kinds: &[&str]) -> Result<usize, String> {
     let of = |verdict: &str| -> Vec<&str> {
         said.lines()
