@@ -236,7 +236,7 @@ impl Args {
         // A configuration is applied by one task at a time.
         let mut following = Some(tokio::task::spawn_local(starting));
         let followed = (frontend == FrontendKind::Ublk).then(|| {
-            let partitions = tokio::task::spawn_local(watched::follow_nodes(engine));
+            let partitions = tokio::task::spawn_local(watched::update_nodes(engine));
             [tokio::task::spawn_local(watched::leave_mounts()), partitions]
         });
         loop {

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::claims::sources::Hold;
+use super::claims::sharing::Hold;
 use super::served::Served;
 use super::spec::{DeviceInfo, DeviceState};
 use super::state::DeviceRecord;
@@ -15,7 +15,7 @@ use crate::sys::usage::{self, Disks};
 
 /// See above.
 #[derive(Debug)]
-pub struct Attached {
+pub struct AttachedDevice {
     pub(super) record: DeviceRecord,
     pub(super) served: Served,
     /// Why nobody serves it.
@@ -23,7 +23,7 @@ pub struct Attached {
     pub(super) hold: Option<Hold>,
 }
 
-impl Attached {
+impl AttachedDevice {
     /// What logs call it.
     pub fn name(&self) -> String {
         let spec = &self.record.spec;
@@ -38,7 +38,7 @@ impl Attached {
 
     /// What users are told of it, who know it by `path`.
     pub fn info(&self, number: u32, path: &Path) -> DeviceInfo {
-        let Attached { record, served, hold, .. } = self;
+        let AttachedDevice { record, served, hold, .. } = self;
         let (geometry, state, identity) = (served.geometry(), served.state(), record.identity);
         DeviceInfo {
             instance: record.spec.instance.clone(),

@@ -60,7 +60,7 @@ impl DeviceRecord {
 
 /// An instance and its devices by number, as a daemon before this one left them.
 #[derive(Debug)]
-pub struct Remembered {
+pub struct SavedInstance {
     /// The instance's name.
     pub name: String,
     /// What it may have, or why that cannot be read.
@@ -120,14 +120,14 @@ impl StateDir {
     }
 
     /// Everything noted, by name and number.
-    pub fn load(&self) -> Vec<Remembered> {
-        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| remembered(dir)).collect();
+    pub fn load(&self) -> Vec<SavedInstance> {
+        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| saved(dir)).collect();
         found.sort_by(|a, b| a.name.cmp(&b.name));
         found
     }
 }
 
-fn remembered(dir: &Path) -> Option<Remembered> {
+fn saved(dir: &Path) -> Option<SavedInstance> {
     let name = dir.file_name()?.to_str()?.to_owned();
     let mut devices = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -137,7 +137,7 @@ fn remembered(dir: &Path) -> Option<Remembered> {
         devices.extend(number.map(|number: u32| (number, read(&entry.path()))));
     }
     devices.sort_by_key(|(number, _)| *number);
-    Some(Remembered { name, spec: read(&dir.join("instance.json")), devices })
+    Some(SavedInstance { name, spec: read(&dir.join("instance.json")), devices })
 }
 
 fn subdirectories(dir: &Path) -> Vec<PathBuf> {
@@ -271,7 +271,7 @@ mod tests {
 
     /// Why the only device cannot be read.
     fn reason(state: &StateDir) -> String {
-        let [Remembered { devices, .. }] = &state.load()[..] else { panic!("one instance") };
+        let [SavedInstance { devices, .. }] = &state.load()[..] else { panic!("one instance") };
         devices[0].1.as_ref().unwrap_err().to_string()
     }
 

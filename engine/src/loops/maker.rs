@@ -16,8 +16,8 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{Backend, DeviceParameters, StopMode};
 use crate::image::Image;
-use crate::instance::pool::Shared;
-use crate::instance::served::{Begin, Served, Workers};
+use crate::instance::instance::EngineContext;
+use crate::instance::served::{Served, StartMode, Workers};
 
 /// Queue depth of a loop device.
 const DEPTH: u16 = 128;
@@ -37,7 +37,7 @@ const SPARES_MAX: usize = 2;
 /// Makes devices for one pool.
 #[derive(Debug)]
 pub struct Maker {
-    shared: Shared,
+    shared: EngineContext,
     backend: Backend,
     workers: Workers,
     slots: Arc<Slots>,
@@ -67,7 +67,7 @@ pub enum Unrecycled {
 
 impl Maker {
     /// For a pool with these workers.
-    pub fn new(shared: Shared, backend: Backend, workers: Workers) -> Maker {
+    pub fn new(shared: EngineContext, backend: Backend, workers: Workers) -> Maker {
         let slots = Arc::<Slots>::default();
         Maker {
             shared,
@@ -119,7 +119,7 @@ impl Maker {
     }
 
     /// What all pools and instances share.
-    pub fn shared(&self) -> &Shared {
+    pub fn shared(&self) -> &EngineContext {
         &self.shared
     }
 
@@ -143,7 +143,7 @@ impl Maker {
 
     fn fresh(&self, block_size: u32) -> Result<Disk> {
         let served = self.prepare(block_size)?;
-        if let Err(error) = served.appear() {
+        if let Err(error) = served.start_deferred() {
             self.discard(&served);
             return Err(error);
         }
@@ -182,7 +182,8 @@ impl Maker {
         // Numbers at the driver are few and everybody's: what is to be free again is, before another is taken.
         self.drawer.empty();
         let device = self.backend.add(0, parameters)?;
-        let (served, begun) = Served::begin(device, &self.workers, self.slots.take(), image, Begin::Waiting);
+        let (served, begun) =
+            Served::start(device, &self.workers, self.slots.take(), image, StartMode::Deferred);
         if let Err(error) = begun {
             self.discard(&served);
             return Err(error);
@@ -204,7 +205,7 @@ impl Maker {
             }
         };
         let alone = StartLock::acquire();
-        match disk.served.make_way(&alone) {
+        match disk.served.try_stop(&alone) {
             Ok(()) => drop(lock(&self.present).remove(&disk.rdev)),
             Err(error) if error.kind() == Kind::Busy => {
                 drop(alone);
@@ -223,10 +224,10 @@ impl Maker {
         let next = self.take_place(next, &disk, block_size, &mut fillers, &alone);
         drop(alone);
         fillers.iter().for_each(|served| self.discard(served));
-        match disk.served.leave() {
+        match disk.served.remove_queues() {
             Ok(()) => {
                 // Its file is not open longer than it is shown.
-                self.close(disk.served.give_up_image());
+                self.close(disk.served.take_image());
                 self.drawer.put(disk.served);
             }
             Err(error) => {
@@ -257,7 +258,7 @@ impl Maker {
     ) -> Result<Disk> {
         let until = Instant::now() + NUMBER_MAX;
         loop {
-            if let Err(error) = next.appear_alone(alone) {
+            if let Err(error) = next.start_exclusively(alone) {
                 self.discard(&next);
                 return Err(error.with_kind(Kind::Internal));
             }

@@ -9,7 +9,7 @@ use super::container::HELD_MAX;
 use super::{Asked, Caller, Events, Guest, Outcome, Room, Source};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Engine;
-use crate::instance::claims::NoImages;
+use crate::instance::claims::ExcludedFileSystem;
 use crate::intercept::{
     AT_ONCE, Administrators, DEADLINE, Mounter, Mounts, Namespace, Options, Supervisor, mounts,
 };
@@ -63,7 +63,7 @@ impl Source for Served {
         let on_end = move || unused.upgrade().iter().for_each(|pool| pool.end(false));
         let (directory, mount) = Directory::open(pool.clone(), on_end).inspect_err(|_| pool.end(true))?;
         let made = Made {
-            _no_images: self.engine.no_images_on(directory.device()),
+            _no_images: self.engine.exclude_images_on(directory.device()),
             pool,
             directory: Arc::new(directory),
             supervisors: Mutex::default(),
@@ -80,7 +80,7 @@ struct Made {
     pool: Arc<Pool>,
     directory: Arc<Directory>,
     /// A device on the loop-control of a pool would keep the pool.
-    _no_images: NoImages,
+    _no_images: ExcludedFileSystem,
     supervisors: Mutex<Vec<Supervisor>>,
     mounter: OnceLock<Arc<Mounter>>,
     kernel: Option<Arc<KernelMounts>>,

@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::attached::Attached;
+use super::attached::AttachedDevice;
 use super::claims::Claims;
-use super::claims::sources::{self, Sharing};
+use super::claims::sharing::{self, Sharing};
 use super::in_use::user_of;
-use super::links::{BelowDev, Links};
+use super::links::{DevLinks, Links};
 use super::names::parse_cpus;
-use super::served::{Begin, Served, Workers};
+use super::served::{Served, StartMode, Workers};
 use super::spec::*;
 use super::state::{DeviceRecord, StateDir};
-use super::table::Table;
+use super::table::DeviceMap;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
@@ -46,7 +46,7 @@ impl Tuning {
 
 /// What all instances of a daemon share.
 #[derive(Clone, Debug)]
-pub struct Shared {
+pub struct EngineContext {
     /// See `EngineConfig`.
     pub run_dir: PathBuf,
     /// How devices are shown to their users.
@@ -58,10 +58,10 @@ pub struct Shared {
     /// State that outlives the daemon.
     pub state: StateDir,
     /// Names below /dev, if devices have them.
-    pub below_dev: Option<Arc<BelowDev>>,
+    pub dev_links: Option<Arc<DevLinks>>,
 }
 
-impl Shared {
+impl EngineContext {
     /// A mark for a new device: whose it is, and a number that tells it from the next one with
     /// the same number at the driver.
     pub fn new_owner_cookie(&self) -> u64 {
@@ -78,20 +78,20 @@ impl Shared {
 /// A private pool of devices.
 #[derive(Debug)]
 pub struct Instance {
-    pub(super) shared: Shared,
+    pub(super) context: EngineContext,
     directory: PathBuf,
     /// None: the door makes the names.
     links: Option<Links>,
     pub(super) backend: Backend,
     pub(super) workers: Workers,
-    pub(super) table: Table<Arc<Attached>>,
+    pub(super) table: DeviceMap<Arc<AttachedDevice>>,
 }
 
 impl Instance {
     /// Makes the directory, opens the door and starts the workers.
-    pub fn start(shared: &Shared, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
-        let directory = shared.run_dir.join(&spec.name);
-        let table = Table::new(spec, &directory)?;
+    pub fn start(context: &EngineContext, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
+        let directory = context.run_dir.join(&spec.name);
+        let table = DeviceMap::new(spec, &directory)?;
         let cpus = spec.cpus.as_deref().map(parse_cpus).transpose()?.unwrap_or_default();
         check_cpus(&cpus)?;
         let count = worker_count(spec.workers, &cpus)?;
@@ -99,24 +99,24 @@ impl Instance {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
-        let opened = shared.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
+        let opened = context.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
             let options = tuning.options(true);
             let sizes = RingSizes::for_devices(MAX_DEVICES);
             let workers = (0..count)
                 .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, options, cpus.clone()))
                 .collect::<Result<Vec<_>>>()?;
             let links =
-                backend.uses_links().then(|| Links::new(&directory, &spec.name, shared.below_dev.is_some()));
+                backend.uses_links().then(|| Links::new(&directory, &spec.name, context.dev_links.is_some()));
             Ok((backend, workers, links.transpose()?))
         });
         let (backend, workers, links) = opened.inspect_err(|_| {
             let _ = fs::remove_dir(&directory);
         })?;
-        shared.state.save_instance(spec).inspect_err(|_| {
+        context.state.save_instance(spec).inspect_err(|_| {
             backend.close();
             let _ = fs::remove_dir(&directory);
         })?;
-        Ok(Instance { shared: shared.clone(), directory, links, backend, workers: workers.into(), table })
+        Ok(Instance { context: context.clone(), directory, links, backend, workers: workers.into(), table })
     }
 
     /// As it is now.
@@ -134,12 +134,12 @@ impl Instance {
 
     /// Changes how many devices it may have; devices that are there stay.
     pub fn set_max_devices(&self, max_devices: u32) -> Result<()> {
-        self.shared.state.save_instance(&self.table.set_max_devices(max_devices)?)
+        self.context.state.save_instance(&self.table.set_max_devices(max_devices)?)
     }
 
     /// Serves an image as a new device; with `force`, one that others use as well.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
-        self.check_not_ours(&image, &spec.path)?;
+        self.check_not_served_here(&image, &spec.path)?;
         let image_spec = image_spec(spec);
         let image = Image::open(image, &image_spec, &spec.path)?;
         let parameters = self.parameters(spec)?;
@@ -147,10 +147,10 @@ impl Instance {
         let (identity, geometry) = (image.identity(), image.geometry());
         let number = reservation.number;
         let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
-        let (image, hold) = sources::take(&self.shared.claims, image, spec, number, sharing)?;
+        let (image, hold) = sharing::claim_image(&self.context.claims, image, spec, number, sharing)?;
         let device = self.backend.add(number, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
-        let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
+        let (served, begun) = Served::start(device, &self.workers, reservation.slot, image, StartMode::New);
         let record = DeviceRecord {
             spec: AttachSpec { number: Some(number), io_mode: Some(parameters.io_mode), ..spec.clone() },
             id,
@@ -164,7 +164,7 @@ impl Instance {
             since: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
-        let attached = Arc::new(Attached { record, served, reason: None, hold: Some(hold) });
+        let attached = Arc::new(AttachedDevice { record, served, reason: None, hold: Some(hold) });
         if let Err(error) = outcome {
             let undone = attached.served.stop(StopMode::Always);
             self.unpublish(number);
@@ -228,7 +228,7 @@ impl Instance {
     }
 
     /// Its devices.
-    pub fn live(&self) -> Vec<Arc<Attached>> {
+    pub fn live(&self) -> Vec<Arc<AttachedDevice>> {
         self.table.live().into_iter().map(|(_, attached)| attached).collect()
     }
 
@@ -242,21 +242,21 @@ impl Instance {
 
     /// All devices that are served, or the one with this number.
     pub fn devices(&self, only: Option<u32>) -> Result<Vec<DeviceInfo>> {
-        self.chosen(only)
-            .map(|chosen| chosen.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
+        self.select(only)
+            .map(|select| select.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
     }
 
     /// Figures of the same.
     pub fn stats(&self, only: Option<u32>) -> Result<Vec<DeviceStats>> {
-        let figures = |(number, attached): &(u32, Arc<Attached>)| {
+        let stats = |(number, attached): &(u32, Arc<AttachedDevice>)| {
             let path = self.table.path(*number).display().to_string();
             attached.served.stats(path, attached.record.spec.path.clone())
         };
-        let chosen = self.chosen(only)?;
+        let select = self.select(only)?;
         match only {
-            Some(_) => chosen.iter().map(figures).collect(),
+            Some(_) => select.iter().map(stats).collect(),
             // One that is stuck, or just going, does not hide the others.
-            None => Ok(chosen.iter().filter_map(|device| figures(device).ok()).collect()),
+            None => Ok(select.iter().filter_map(|device| stats(device).ok()).collect()),
         }
     }
 
@@ -273,17 +273,19 @@ impl Instance {
     /// Its directory and state go. All devices must be gone.
     pub fn erase(&self) {
         self.backend.close();
-        self.shared.state.remove_instance(&self.table.spec().0.name);
+        self.context.state.remove_instance(&self.table.spec().0.name);
         let _ = fs::remove_dir(&self.directory);
     }
 
-    fn chosen(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<Attached>)>> {
-        let chosen = match only {
+    fn select(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<AttachedDevice>)>> {
+        let select = match only {
             Some(number) => vec![(number, self.table.get(number)?)],
             None => self.table.live(),
         };
         // A worker that has to leave direct I/O must not log: it is said when somebody looks next.
-        for (number, Attached { record, served, .. }) in chosen.iter().map(|(n, attached)| (n, &**attached)) {
+        for (number, AttachedDevice { record, served, .. }) in
+            select.iter().map(|(n, attached)| (n, &**attached))
+        {
             if served.take_direct_io_disabled() {
                 let (instance, path) = (&record.spec.instance, &record.spec.path);
                 tracing::warn!(
@@ -291,10 +293,10 @@ impl Instance {
                 );
             }
         }
-        Ok(chosen)
+        Ok(select)
     }
 
-    pub(super) fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
+    pub(super) fn describe(&self, number: u32, attached: &AttachedDevice) -> DeviceInfo {
         attached.info(number, &self.table.path(number))
     }
 
@@ -321,17 +323,17 @@ impl Instance {
             io_mode,
             queues: queues as u16,
             depth: depth as u16,
-            owner_cookie: self.shared.new_owner_cookie(),
+            owner_cookie: self.context.new_owner_cookie(),
             recoverable: true,
             partscan: spec.partscan,
         })
     }
 
     /// Refuses an image that this very daemon serves: to read it, a worker would wait for itself.
-    pub(super) fn check_not_ours(&self, image: &OwnedFd, name: &str) -> Result<()> {
+    pub(super) fn check_not_served_here(&self, image: &OwnedFd, name: &str) -> Result<()> {
         let stat = rustix::fs::fstat(image.as_fd())
             .map_err(|error| Error::os(error, format!("cannot examine {name}")))?;
-        if !self.shared.frontend.serves(stat.st_dev) {
+        if !self.context.frontend.serves(stat.st_dev) {
             return Ok(());
         }
         Err(Error::new(Kind::Invalid, format!("{name} is itself served by this daemon"))
@@ -340,7 +342,7 @@ impl Instance {
 
     /// Makes a device known under its name, and to a later daemon.
     pub(super) fn publish(&self, number: u32, record: &DeviceRecord, served: &Served) -> Result<()> {
-        self.shared.state.save_device(number, record)?;
+        self.context.state.save_device(number, record)?;
         self.link(number, served)
     }
 
@@ -349,7 +351,7 @@ impl Instance {
     }
 
     /// Has the names of partitions follow those that its disks have by now.
-    pub fn follow_partitions(&self) {
+    pub fn update_partition_links(&self) {
         let Some(links) = &self.links else { return };
         for (number, attached) in self.table.live() {
             let there = || self.table.get(number).is_ok_and(|now| Arc::ptr_eq(&now, &attached));
@@ -363,13 +365,13 @@ impl Instance {
         if let Some(links) = &self.links {
             links.remove(number);
         }
-        self.shared.state.remove_device(&self.table.spec().0.name, number);
+        self.context.state.remove_device(&self.table.spec().0.name, number);
     }
 }
 
 /// What makes the disks of a private pool: workers of its own, over ublk.
-pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
-    if !shared.frontend.supports_private_pools() {
+pub fn disk_allocator(context: &EngineContext, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
+    if !context.frontend.supports_private_pools() {
         return Err(match PRIVATE.missing() {
             Some(missing) => Error::new(Kind::Unsupported, missing)
                 .hint("'loopengine doctor --for run' says what works with this kernel"),
@@ -377,15 +379,15 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
                 .hint("have root run 'modprobe ublk_drv', and restart the daemon"),
         });
     }
-    let backend = shared.frontend.backend(Path::new("/"), 0, &[])?;
+    let backend = context.frontend.backend(Path::new("/"), 0, &[])?;
     // More than devices: partitions, and disks that were replaced and are still open, count too.
     let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
     let sizes = RingSizes::for_devices(3 * spec.max + 128 + partitions);
     let workers = (0..POOL_WORKERS)
         .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.options(false), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
-    let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
-    Ok(Maker::new(shared, backend, workers.into()))
+    let context = EngineContext { claims: context.claims.of_pool(&spec.name, spec.uid), ..context.clone() };
+    Ok(Maker::new(context, backend, workers.into()))
 }
 
 impl Drop for Instance {
