@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use loopengine::instance::spec::{FrontendKind, InstanceSpec};
 use loopengine::instance::{Engine, EngineConfig, Tuning};
 use loopengine::loops::{
-    Answer, Caller, Configure, Errno, Info, LoopOp, Owner, Pool, PoolSpec, Status, flag,
+    Answer, Caller, Configure, Errno, Info, LoopOp, Owner, Pool, PoolSpec, Pools, Status, flag,
 };
 
 /// A caller with a descriptor that it can be given another for.
@@ -60,7 +60,7 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
     }
 }
 
-fn pool(engine: &Engine, max: u32) -> Option<Arc<Pool>> {
+fn pool(pools: &Pools, max: u32) -> Option<Arc<Pool>> {
     let spec = PoolSpec {
         name: format!("t{}", std::process::id()),
         max,
@@ -71,7 +71,7 @@ fn pool(engine: &Engine, max: u32) -> Option<Arc<Pool>> {
         intercepted: false,
         reserved: BTreeSet::new(),
     };
-    match engine.open_pool(&spec) {
+    match pools.open(&spec) {
         Ok(pool) => Some(pool),
         Err(error) => {
             println!("skipped: {error}");
@@ -128,7 +128,8 @@ fn until(what: &str, condition: impl Fn() -> bool) -> Duration {
 #[test]
 fn a_device_is_bound_in_place_and_another_takes_its_number() {
     let Some((_dir, engine)) = engine() else { return };
-    let Some(pool) = pool(&engine, 2) else { return };
+    let pools = Pools::new(&engine);
+    let Some(pool) = pool(&pools, 2) else { return };
     let start = Instant::now();
     assert_eq!(free(&pool), Ok(0));
     println!("first device: {:?}", start.elapsed());
@@ -184,7 +185,7 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
     assert_eq!(number(&pool, LoopOp::Remove(5)), Err(Errno::NODEV));
     let start = Instant::now();
     pool.end(false);
-    until("the end", || engine.pools().is_empty());
+    until("the end", || pools.all().is_empty());
     println!("end: {:?}", start.elapsed());
     engine.shutdown(true);
 }
@@ -192,7 +193,8 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
 #[test]
 fn other_block_sizes_and_offsets() {
     let Some((_dir, engine)) = engine() else { return };
-    let Some(pool) = pool(&engine, 4) else { return };
+    let pools = Pools::new(&engine);
+    let Some(pool) = pool(&pools, 4) else { return };
     let file = image(b"x", (1 << 20) + 700);
     let hand = Hand(Default::default());
     assert_eq!(free(&pool), Ok(0));
@@ -230,14 +232,15 @@ fn other_block_sizes_and_offsets() {
     let two = open(&pool, 2);
     assert_eq!(pool.execute(LoopOp::Configure(2, configure(&two, Info::default())), &hand), Err(Errno::BADF));
     pool.end(true);
-    until("the end", || engine.pools().is_empty());
+    until("the end", || pools.all().is_empty());
     engine.shutdown(true);
 }
 
 #[test]
 fn a_thousand_lives() {
     let Some((_dir, engine)) = engine() else { return };
-    let Some(pool) = pool(&engine, 2) else { return };
+    let pools = Pools::new(&engine);
+    let Some(pool) = pool(&pools, 2) else { return };
     let file = image(b"x", 1 << 20);
     let hand = Hand(Default::default());
     let rounds = if std::env::var_os("LOOPENGINE_VM_FULL").is_some() { 1000 } else { 50 };

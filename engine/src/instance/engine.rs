@@ -1,21 +1,19 @@
-//! The engine: all instances and private pools of one daemon.
+//! The engine: all instances of one daemon.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::claims::ExcludedFileSystem;
-use super::instance::{self, EngineContext, Instance};
+use super::companion::Companion;
+use super::instance::{EngineContext, Instance};
 use super::links::{DEV_DIR, DevLinks};
 use super::names::{DeviceName, check_instance_name, parse_device};
 use super::spec::*;
 use super::state::StateDir;
-use super::{MAX_DEVICES, MAX_INSTANCES, stop};
+use super::{MAX_INSTANCES, stop};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, StopMode, ublk};
-use crate::limits::POOLS_MAX;
-use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
 use crate::sys;
 
 /// Files that a daemon may have open: some for each of several thousand devices.
@@ -61,23 +59,9 @@ pub enum Selector {
 #[derive(Debug)]
 pub struct Engine {
     pub(super) context: EngineContext,
-    tuning: Tuning,
+    pub(super) tuning: Tuning,
     instances: Mutex<BTreeMap<String, Arc<Instance>>>,
-    pools: PoolTable,
-    quotas: Quotas,
-}
-
-type PoolTable = Arc<Mutex<BTreeMap<String, Arc<Pool>>>>;
-
-/// Takes a pool that has ended out of the table.
-struct RemoveOnEnd(PoolTable);
-
-impl Watcher for RemoveOnEnd {
-    fn changed(&self, _pool: &Pool, _number: u32) {}
-
-    fn ended(&self, pool: &Pool) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&pool.spec().name);
-    }
+    companions: Mutex<Vec<Arc<dyn Companion>>>,
 }
 
 impl Engine {
@@ -109,8 +93,7 @@ impl Engine {
             context,
             tuning: config.tuning,
             instances: Mutex::default(),
-            pools: Arc::default(),
-            quotas: Quotas::default(),
+            companions: Mutex::default(),
         };
         engine.check_no_other_frontend()?;
         engine.recover_all(&config.default_instance).iter().for_each(|note| tracing::info!("{note}"));
@@ -179,42 +162,13 @@ impl Engine {
         Ok(info)
     }
 
-    /// Has no file of the file system with this device number be an image, as long as the answer lives.
-    pub fn exclude_images_on(&self, dev: u64) -> ExcludedFileSystem {
-        self.context.claims.exclude_file_system(dev)
+    /// From now on `companion` ends with this engine.
+    pub fn add_companion(&self, companion: Arc<dyn Companion>) {
+        self.companions.lock().unwrap_or_else(PoisonError::into_inner).push(companion);
     }
 
-    /// Makes a private pool of loop devices. It ends at [`Pool::end`], or with the daemon.
-    pub fn open_pool(&self, spec: &PoolSpec) -> Result<Arc<Pool>> {
-        check_instance_name(&spec.name)?;
-        if !(1..=MAX_DEVICES).contains(&spec.max) {
-            return Err(Error::new(Kind::Invalid, format!("a pool can have 1 to {MAX_DEVICES} devices")));
-        }
-        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        if pools.contains_key(&spec.name) {
-            return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
-        }
-        if pools.len() >= POOLS_MAX {
-            return Err(Error::new(Kind::Quota, format!("there are {POOLS_MAX} private pools already")));
-        }
-        let disk_allocator = instance::disk_allocator(&self.context, spec, self.tuning)?;
-        let pool = Pool::start(spec.clone(), disk_allocator, self.quotas.clone())?;
-        if spec.fixed {
-            pool.fill().inspect_err(|_| pool.end(true))?;
-        }
-        pool.watch(Arc::new(RemoveOnEnd(self.pools.clone())));
-        pools.insert(spec.name.clone(), pool.clone());
-        Ok(pool)
-    }
-
-    /// All private pools.
-    pub fn pools(&self) -> Vec<Arc<Pool>> {
-        self.pools.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
-    }
-
-    /// How many private devices users may have.
-    pub fn quotas(&self) -> &Quotas {
-        &self.quotas
+    pub(super) fn companions(&self) -> Vec<Arc<dyn Companion>> {
+        self.companions.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// All instances, by name.
@@ -300,7 +254,7 @@ impl Engine {
 
     /// Has the names of partitions, and what pools show of disks that lie upon theirs, follow what the kernel has by now.
     pub fn update_nodes(&self) {
-        self.pools().iter().for_each(|pool| pool.look_after_stacks());
+        self.companions().iter().for_each(|companion| companion.update_nodes());
         let instances: Vec<_> = self.table().values().cloned().collect();
         instances.iter().for_each(|instance| instance.update_partition_links());
     }

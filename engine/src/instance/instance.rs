@@ -23,8 +23,6 @@ use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
 use crate::image::{Image, ImageSpec};
-use crate::kernels::PRIVATE;
-use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
 use crate::ring::RingSizes;
 use crate::sys;
 use crate::worker::{WorkerHandle, WorkerOptions};
@@ -32,13 +30,11 @@ use crate::worker::{WorkerHandle, WorkerOptions};
 /// Queue depth where none is asked for, and the most that can be.
 const DEFAULT_DEPTH: u32 = 128;
 const MAX_DEPTH: u32 = 1024;
-/// Workers of a private pool: two queues a device, so that the kernel gives it no scheduler.
-const POOL_WORKERS: u32 = 2;
 /// Workers that an instance can have.
 const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
-    fn options(self, partscan: bool) -> WorkerOptions {
+    pub(super) fn options(self, partscan: bool) -> WorkerOptions {
         let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
         WorkerOptions { linked_commit: self.linked_commit, poll, partscan }
     }
@@ -367,27 +363,6 @@ impl Instance {
         }
         self.context.state.remove_device(&self.table.spec().0.name, number);
     }
-}
-
-/// What makes the disks of a private pool: workers of its own, over ublk.
-pub fn disk_allocator(context: &EngineContext, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
-    if !context.frontend.supports_private_pools() {
-        return Err(match PRIVATE.missing() {
-            Some(missing) => Error::new(Kind::Unsupported, missing)
-                .hint("'loopengine doctor --for run' says what works with this kernel"),
-            None => Error::new(Kind::Unsupported, "this daemon has no private devices: it does not use ublk")
-                .hint("have root run 'modprobe ublk_drv', and restart the daemon"),
-        });
-    }
-    let backend = context.frontend.backend(Path::new("/"), 0, &[])?;
-    // More than devices: partitions, and disks that were replaced and are still open, count too.
-    let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
-    let sizes = RingSizes::for_devices(3 * spec.max + 128 + partitions);
-    let workers = (0..POOL_WORKERS)
-        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.options(false), Vec::new()))
-        .collect::<Result<Vec<_>>>()?;
-    let context = EngineContext { claims: context.claims.of_pool(&spec.name, spec.uid), ..context.clone() };
-    Ok(Maker::new(context, backend, workers.into()))
 }
 
 impl Drop for Instance {

@@ -5,6 +5,7 @@
 
 mod attached;
 pub(crate) mod claims;
+mod companion;
 mod engine;
 mod in_use;
 #[expect(clippy::module_inception, reason = "the type Instance lives in the file of its name")]
@@ -19,6 +20,7 @@ mod state;
 pub(crate) mod stop;
 mod table;
 
+pub use companion::{Companion, PoolResources};
 pub use engine::{Engine, EngineConfig, Selector, Tuning};
 pub(crate) use names::check_instance_name;
 

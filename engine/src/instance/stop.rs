@@ -25,20 +25,19 @@ const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
 const WRITE_BACK_PARALLEL: usize = 16;
 
 impl Engine {
-    /// Ends all pools. Then leaves the devices to the next daemon, with their names and state; or detaches
+    /// Ends all companions. Then leaves the devices to the next daemon, with their names and state; or detaches
     /// them, with `detach_all` and where the kernel does not keep them. The process must end next, without
     /// dropping the engine.
     pub fn shutdown(&self, detach_all: bool) {
         let detach = detach_all || !self.context.frontend.devices_outlive_daemon();
-        let pools = self.pools();
-        let bound = pools.iter().flat_map(|pool| pool.entries()).filter(|entry| entry.bound.is_some());
-        let mut ending: Vec<PathBuf> = bound.flat_map(|entry| Disks::numbered(entry.rdev).nodes()).collect();
+        let companions = self.companions();
+        let mut ending: Vec<PathBuf> = companions.iter().flat_map(|one| one.bound_nodes()).collect();
         let instances: Vec<Arc<Instance>> = self.table().values().cloned().collect();
         if detach {
             ending.extend(instances.iter().flat_map(|instance| nodes_of(instance)));
         }
         write_back(ending);
-        pools.iter().for_each(|pool| pool.end(true));
+        companions.iter().for_each(|companion| companion.end());
         instances.iter().for_each(|instance| instance.close());
         if detach {
             instances.iter().for_each(|instance| detach_devices(instance));

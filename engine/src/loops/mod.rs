@@ -14,6 +14,7 @@ mod mounted;
 mod parts;
 mod place;
 mod pool;
+mod pools;
 mod quota;
 mod reaper;
 mod used;
@@ -23,10 +24,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub use maker::Maker;
 pub use mounted::Lent;
 pub use parts::POOL_MAX as PARTITIONS_MAX;
 pub use pool::{LoopOp, LoopReply, Pool};
+pub use pools::Pools;
 pub use quota::Quotas;
 pub use rustix::io::Errno;
 
