@@ -21,6 +21,8 @@
 //! [`frontend::fuse`] (`handler.rs`, `lane.rs`, `queue.rs`), [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
 //! what each room knows and does not know.
 
+#![warn(missing_docs)]
+
 pub mod cli;
 pub mod config;
 pub mod control;

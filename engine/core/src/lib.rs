@@ -11,6 +11,8 @@
 //! An arrow points down only: `instance` → `frontend` → `worker` → `ring` → `request`, and `image` → `request`. The crate
 //! knows neither sockets nor command lines, nor private pools.
 
+#![warn(missing_docs)]
+
 pub mod accounts;
 pub mod error;
 pub mod failures;

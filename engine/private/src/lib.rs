@@ -9,6 +9,8 @@
 //!
 //! The crate knows neither sockets nor command lines.
 
+#![warn(missing_docs)]
+
 pub mod intercept;
 pub mod kernel_mounts;
 pub mod loopfs;

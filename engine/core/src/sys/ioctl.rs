@@ -1,5 +1,7 @@
 //! Numbers of the ioctls of loop(4), and of those of block devices that programs use on loop devices.
 
+#![expect(missing_docs, reason = "the kernel's headers name them so")]
+
 // linux/loop.h.
 pub const LOOP_SET_FD: u32 = 0x4c00;
 pub const LOOP_CLR_FD: u32 = 0x4c01;
