@@ -28,6 +28,7 @@ pub mod control;
 pub mod error;
 pub mod failures;
 pub mod frontend;
+pub mod hash;
 pub mod image;
 pub mod instance;
 pub mod intercept;
