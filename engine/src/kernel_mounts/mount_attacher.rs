@@ -1,11 +1,11 @@
-//! The process that attaches mounts in the mount namespaces of containers, and takes them off again.
+//! The process that attaches and detaches mounts in the mount namespaces of containers.
 //!
-//! Root of a container has, by default, no right to mount; the daemon has, but is to resolve no path of a
-//! container's. So a child of this process does: in the container's mount namespace, from its root
-//! directory, through no magic link, and as what it can do less than the daemon. What it finds it hands
-//! over as descriptors; what is to be done with them the daemon decides, and another child does.
+//! By default root of a container may not mount. The daemon may, but must not resolve a container's
+//! paths. So a child of this process does, in the container's mount namespace, from its root
+//! directory, without magic links, and with fewer capabilities than the daemon. It returns what it
+//! finds as descriptors. The daemon decides, and another child acts.
 //!
-//! Knows namespaces and paths. Does not know whose a device is, nor what was mounted by whom.
+//! Knows namespaces and paths. Does not know the owners of devices and mounts.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -16,38 +16,39 @@ use rustix::process::{chroot, fchdir};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
-use super::orders::Done;
+use super::helper::HelperReply;
 use super::{children, confine};
 use crate::error::{Error, Result};
 use crate::loops::Answer;
 use crate::sys::process::Alone;
 use crate::sys::pseudo;
 
-/// Of a path, as with the kernel's.
+/// Maximum length of a path, as in the kernel.
 const PATH_MAX: usize = 4096;
-/// Of a message: two paths, every byte written as up to four characters.
-const ORDER_MAX: usize = 2 * 4 * PATH_MAX + 4096;
-/// Children at a time. One that looks for a path may wait for a file system of FUSE.
-const AT_ONCE: usize = 64;
+/// Maximum size of a message: two paths with at most four characters per byte.
+const REQUEST_MAX: usize = 2 * 4 * PATH_MAX + 4096;
+/// Maximum number of children. One that resolves a path may wait for a FUSE file system.
+const CHILDREN_MAX: usize = 64;
 
-/// STATX_MNT_ID_UNIQUE (Linux 6.8): a number that no other mount will have.
+/// STATX_MNT_ID_UNIQUE (Linux 6.8): ids that are never reused.
 const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
-/// What the attacher is told. With every order come its container's places: root directory, working
-/// directory, mount namespace; or what is said here.
+/// A request to the mount-attacher. Every request passes its container's descriptors: root
+/// directory, working directory, mount namespace; or those named here.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Order {
-    /// Answers the number of the device at `source`, 0 if there is none, and the directory `target`.
+pub(super) enum AttachRequest {
+    /// Returns the number of the device at `source`, 0 if there is none, and the directory
+    /// `target`.
     Find { source: Vec<u8>, target: Vec<u8> },
-    /// Attaches: comes with a mount namespace, a mount, and the directory.
+    /// Attaches a mount: passes a mount namespace, the mount, and the directory.
     Attach,
-    /// Answers the number of the mount that has its root at `path`; 0: none has.
+    /// Returns the id of the mount whose root is at `path`; 0: none.
     Which { path: Vec<u8>, follow: bool },
-    /// Takes off what is mounted on a directory: comes with a mount namespace, and that directory.
+    /// Unmounts a directory: passes a mount namespace, and that directory.
     Detach { flags: u32 },
 }
 
-/// What it calls, beside what all such processes do.
+/// System calls beyond those of all helper processes.
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_setns,
     libc::SYS_fchdir,
@@ -59,69 +60,70 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_umount2,
 ];
 
-/// Takes orders from this socket until it is closed.
+/// Serves requests from this socket until it is closed.
 pub fn serve(socket: BorrowedFd<'_>) -> Result<()> {
     let cannot = |error: std::io::Error| Error::os(error, "cannot attach mounts");
     let alone = Alone::check().map_err(cannot)?;
-    // The last: paths of a container lead where its root may go, who may search any directory.
+    // DAC_READ_SEARCH: a container's root may search any directory of its paths.
     let kept = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT | CapabilitySet::DAC_READ_SEARCH;
     confine::enter(kept, ALLOWED)?;
-    children::serve(&alone, socket, ORDER_MAX, AT_ONCE, act).map_err(|error| cannot(error.into()))
+    children::serve(&alone, socket, REQUEST_MAX, CHILDREN_MAX, act).map_err(|error| cannot(error.into()))
 }
 
-/// Called in a child.
-fn act(order: &Order, fds: Vec<OwnedFd>) -> Answer<Done> {
-    match order {
-        Order::Find { source, target } => find(&step_into(fds)?, source, target),
-        Order::Which { path, follow } => {
-            step_into(fds)?;
+/// Runs in a child.
+fn act(request: &AttachRequest, fds: Vec<OwnedFd>) -> Answer<HelperReply> {
+    match request {
+        AttachRequest::Find { source, target } => find(&enter_container(fds)?, source, target),
+        AttachRequest::Which { path, follow } => {
+            enter_container(fds)?;
             let at = open(path, if *follow { OFlags::empty() } else { OFlags::NOFOLLOW })?;
-            let number = mount_with_root(&look(at.as_fd())?).unwrap_or(0);
-            Ok(Done { number, fd: None })
+            let number = id_of_mount_root(&statx_mount(at.as_fd())?).unwrap_or(0);
+            Ok(HelperReply { number, fd: None })
         }
-        Order::Attach => {
-            let [namespace, mount, target] = three(fds)?;
+        AttachRequest::Attach => {
+            let [namespace, mount, target] = three_fds(fds)?;
             enter(&namespace)?;
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
             move_mount(&mount, "", &target, "", flags)?;
-            // Or it would be in use until this process has ended.
+            // Closes it, or it would stay in use until this process ends.
             drop(mount);
-            Ok(Done::default())
+            Ok(HelperReply::default())
         }
-        Order::Detach { flags } => {
+        AttachRequest::Detach { flags } => {
             let [namespace, point] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| Errno::INVAL)?;
             enter(&namespace)?;
             fchdir(&point)?;
             drop(point);
-            // From the directory below the mount the kernel steps onto it by itself, so that nothing of
-            // it is in use here.
+            // From the directory below the mount the kernel enters the mount itself, so that
+            // nothing of it is in use here.
             unmount(".", UnmountFlags::from_bits_retain(*flags))?;
-            Ok(Done::default())
+            Ok(HelperReply::default())
         }
     }
 }
 
-fn find(roots: &[u64], source: &[u8], target: &[u8]) -> Answer<Done> {
-    let Ok(source) = open(source, OFlags::empty()) else { return Ok(Done::default()) };
+fn find(roots: &[u64], source: &[u8], target: &[u8]) -> Answer<HelperReply> {
+    let Ok(source) = open(source, OFlags::empty()) else { return Ok(HelperReply::default()) };
     let stat = rustix::fs::fstat(&source)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice {
-        return Ok(Done::default());
+        return Ok(HelperReply::default());
     }
     let target = open(target, OFlags::DIRECTORY)?;
-    if mount_with_root(&look(target.as_fd())?).is_some_and(|number| roots.contains(&number)) {
+    if id_of_mount_root(&statx_mount(target.as_fd())?).is_some_and(|number| roots.contains(&number)) {
         return Err(Errno::PERM);
     }
     if pseudo::name(rustix::fs::fstatfs(&target)?.f_type).is_some() {
         return Err(Errno::PERM);
     }
-    Ok(Done { number: stat.st_rdev, fd: Some(target) })
+    Ok(HelperReply { number: stat.st_rdev, fd: Some(target) })
 }
 
-/// Goes where the caller is. Answers which mounts are its roots: of its namespace, and its own.
-fn step_into(fds: Vec<OwnedFd>) -> Answer<[u64; 2]> {
-    let [root, cwd, namespace] = three(fds)?;
+/// Enters the caller's namespace and directories. Returns the ids of its root mounts: of its
+/// namespace, and its own.
+fn enter_container(fds: Vec<OwnedFd>) -> Answer<[u64; 2]> {
+    let [root, cwd, namespace] = three_fds(fds)?;
     enter(&namespace)?;
-    let number = || Ok::<_, Errno>(look(open(b"/", OFlags::empty())?.as_fd())?.stx_mnt_id);
+    let number = || Ok::<_, Errno>(statx_mount(open(b"/", OFlags::empty())?.as_fd())?.stx_mnt_id);
     let first = number()?;
     fchdir(&root)?;
     chroot(".")?;
@@ -129,7 +131,7 @@ fn step_into(fds: Vec<OwnedFd>) -> Answer<[u64; 2]> {
     Ok([first, number()?])
 }
 
-fn three(fds: Vec<OwnedFd>) -> Answer<[OwnedFd; 3]> {
+fn three_fds(fds: Vec<OwnedFd>) -> Answer<[OwnedFd; 3]> {
     fds.try_into().map_err(|_| Errno::INVAL)
 }
 
@@ -142,8 +144,8 @@ fn open(path: &[u8], flags: OFlags) -> Answer<OwnedFd> {
     rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS)
 }
 
-/// Asks no file system.
-fn look(at: BorrowedFd<'_>) -> Answer<Statx> {
+/// Does not query the file system.
+fn statx_mount(at: BorrowedFd<'_>) -> Answer<Statx> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let stat = rustix::fs::statx(at, "", flags, UNIQUE)?;
     match stat.stx_mask & UNIQUE.bits() {
@@ -152,12 +154,12 @@ fn look(at: BorrowedFd<'_>) -> Answer<Statx> {
     }
 }
 
-/// The number of the mount whose root this is.
-fn mount_with_root(stat: &Statx) -> Option<u64> {
+/// The id of the mount whose root this is.
+fn id_of_mount_root(stat: &Statx) -> Option<u64> {
     stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT).then_some(stat.stx_mnt_id)
 }
 
-/// The number of a mount.
-pub(super) fn number_of(mount: BorrowedFd<'_>) -> Answer<u64> {
-    Ok(look(mount)?.stx_mnt_id)
+/// The id of a mount.
+pub(super) fn mount_id_of(mount: BorrowedFd<'_>) -> Answer<u64> {
+    Ok(statx_mount(mount)?.stx_mnt_id)
 }
