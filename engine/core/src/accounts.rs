@@ -1,8 +1,8 @@
-//! Whose limits a user id counts for.
+//! The account whose limits a user id counts against.
 //!
-//! One person can act as many ids: those that /etc/subuid gives him, and those of user namespaces that
-//! he made. Limits per user hold for the person, so every such id has an *account*: its owner's id.
-//! Knows /etc/subuid, /etc/passwd and what was learned of sockets' creators. Does not know any limit.
+//! One user can act as many ids: those assigned in /etc/subuid, and those of user namespaces that
+//! it created. Limits hold for the user, so every id has an *account*: its owner's id. Knows
+//! /etc/subuid, /etc/passwd and the owners of sockets' user namespaces. Does not know limits.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -13,24 +13,24 @@ use std::time::SystemTime;
 use crate::error::{Error, Kind, Result};
 use crate::sys::open_regular;
 
-/// Larger files are not read.
+/// Maximum size of a file.
 const FILE_MAX: u64 = 1 << 20;
-/// Ids whose owner was learned; beyond, the table starts anew.
+/// Maximum number of learned ids; beyond, the table restarts empty.
 const LEARNED_MAX: usize = 4096;
 
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Table {
-    /// First id → the last one, and whose they are.
+struct AccountTable {
+    /// First id → last id and owner.
     ranges: BTreeMap<u32, (u32, u32)>,
     learned: BTreeMap<u32, u32>,
-    /// What the ranges were read from.
+    /// Version of the files that the ranges were read from.
     version: Option<[(SystemTime, u64); 2]>,
 }
 
-static TABLE: Mutex<Table> =
-    Mutex::new(Table { ranges: BTreeMap::new(), learned: BTreeMap::new(), version: None });
+static TABLE: Mutex<AccountTable> =
+    Mutex::new(AccountTable { ranges: BTreeMap::new(), learned: BTreeMap::new(), version: None });
 
-fn table() -> MutexGuard<'static, Table> {
+fn table() -> MutexGuard<'static, AccountTable> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -39,7 +39,8 @@ pub fn of(uid: u32) -> u32 {
     table().of(uid)
 }
 
-/// The user namespace of a process of `uid` was made by `owner`. Root's namespaces are no person's.
+/// Records that `owner` created the user namespace of a process of `uid`. Root's namespaces are
+/// ignored.
 pub fn learn(uid: u32, owner: u32) {
     let mut table = table();
     if uid == 0 || owner == 0 || uid == owner || table.of(uid) == owner {
@@ -51,7 +52,8 @@ pub fn learn(uid: u32, owner: u32) {
     table.learned.insert(uid, owner);
 }
 
-/// Reads /etc/subuid if it has changed. May wait for the disk: not on a thread that others wait for.
+/// Reads /etc/subuid if it has changed. May block on the disk: not for threads that others wait
+/// for.
 pub fn refresh() {
     refresh_from(Path::new("/etc/subuid"), Path::new("/etc/passwd"));
 }
@@ -71,8 +73,8 @@ fn refresh_from(subuid: &Path, passwd: &Path) {
     (table.ranges, table.version) = (ranges, Some(version));
 }
 
-/// The id of a user, given by its number or by its name in /etc/passwd: not by what a network knows, which
-/// may not answer.
+/// The id of a user, given by number or by name in /etc/passwd. Network directories are not
+/// queried: they may hang.
 pub fn uid_of(user: &str) -> Result<u32> {
     if let Ok(uid) = user.parse() {
         return Ok(uid);
@@ -84,7 +86,7 @@ pub fn uid_of(user: &str) -> Result<u32> {
     })
 }
 
-/// A file of /etc, or nothing.
+/// The content of a file, or nothing.
 fn read(path: &Path) -> String {
     let mut text = String::new();
     let file = open_regular(path).and_then(|file| file.take(FILE_MAX).read_to_string(&mut text));
@@ -100,8 +102,8 @@ fn ids(passwd: &str) -> BTreeMap<&str, u32> {
     passwd.lines().filter_map(entry).collect()
 }
 
-/// Lines `OWNER:FIRST:COUNT`, where the owner is a name of `passwd` or a number. Ids below 1000 are no
-/// range of anybody's; of ranges that overlap the first counts.
+/// Lines `OWNER:FIRST:COUNT`, where the owner is a name in `passwd` or a number. Ids below 1000 are
+/// ignored; of overlapping ranges the first counts.
 fn parse(subuid: &str, passwd: &str) -> BTreeMap<u32, (u32, u32)> {
     let ids = ids(passwd);
     let mut ranges = BTreeMap::<u32, (u32, u32)>::new();
@@ -121,7 +123,7 @@ fn parse(subuid: &str, passwd: &str) -> BTreeMap<u32, (u32, u32)> {
     ranges
 }
 
-impl Table {
+impl AccountTable {
     fn of(&self, uid: u32) -> u32 {
         match self.ranges.range(..=uid).next_back() {
             Some((_, (last, owner))) if *last >= uid => *owner,
@@ -141,7 +143,7 @@ mod tests {
     fn subordinate_ids_count_for_their_owner() {
         let text = "ann:100000:65536\n1002:165536:65536\nnobody-knows:300000:10\nroot:400000:10\n\
                     bob:100005:3\nbob:0:1000\nann:500000:0\nann:4294967000:4294967295\n";
-        let table = Table { ranges: parse(text, PASSWD), ..Table::default() };
+        let table = AccountTable { ranges: parse(text, PASSWD), ..AccountTable::default() };
         for (uid, account) in [
             (0, 0),
             (999, 999),
@@ -160,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_the_file_is_seen_and_what_was_learned_stays() {
+    fn rereads_a_changed_file_and_keeps_learned_ids() {
         let dir = tempfile::tempdir().unwrap();
         let (subuid, passwd) = (dir.path().join("subuid"), dir.path().join("passwd"));
         std::fs::write(&passwd, PASSWD).unwrap();
@@ -178,7 +180,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics(text in "([a-z0-9]{0,5}:[0-9]{0,11}:[0-9]{0,11}\n|\\PC{0,20}\n){0,8}", uid: u32) {
-            let table = Table { ranges: parse(&text, PASSWD), ..Table::default() };
+            let table = AccountTable { ranges: parse(&text, PASSWD), ..AccountTable::default() };
             table.of(uid);
         }
     }

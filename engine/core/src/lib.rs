@@ -17,6 +17,7 @@ pub mod accounts;
 pub mod error;
 pub mod failures;
 pub mod frontend;
+pub mod hash;
 pub mod image;
 pub mod instance;
 pub mod kernels;

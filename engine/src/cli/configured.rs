@@ -42,12 +42,13 @@ impl Devices {
         let end = Instant::now() + ALL_MAX;
         for table in tables {
             let Some(slot) = Slot::take(&self.busy, &table) else {
-                tracing::warn!("{}: {} is still being attached", table.place, table.image);
+                tracing::warn!("{}: {} is still being attached", table.location, table.image);
                 continue;
             };
-            let (backend, place) = (Arc::clone(&self.backend), format!("{}: {}", table.place, table.image));
-            let attaching = control::apart(move || {
-                let (place, instance) = (format!("{}: {}", table.place, table.image), &table.instance);
+            let (backend, place) =
+                (Arc::clone(&self.backend), format!("{}: {}", table.location, table.image));
+            let attaching = control::run_blocking(move || {
+                let (place, instance) = (format!("{}: {}", table.location, table.image), &table.instance);
                 match attach(&table, &*backend) {
                     Ok(done) => tracing::info!("{place} {done}"),
                     Err(error) => {

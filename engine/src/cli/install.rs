@@ -317,14 +317,8 @@ fn sum_at(path: &Path) -> io::Result<Option<Sum>> {
     Ok(Some(Sum::Of(0)))
 }
 
-/// FNV-1a: it is to notice changes, not enemies.
 fn checksum(kind: &[u8], content: &[u8]) -> Sum {
-    let bytes = kind.iter().chain(content);
-    Sum::Of(
-        bytes.fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
-            (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-        }),
-    )
+    Sum::Of(crate::hash::fnv1a(kind.iter().chain(content)))
 }
 
 /// Puts it there in one step: nobody sees a part of a file, and a program that runs can be replaced.

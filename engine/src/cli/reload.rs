@@ -43,7 +43,7 @@ pub(super) async fn reload(
     states.extend(NotifyState::monotonic_usec_now());
     tell(&states);
     // Not on the pool of threads: a file system that hangs would keep one of them.
-    let loaded = timeout(LOAD_MAX, control::apart(load)).await;
+    let loaded = timeout(LOAD_MAX, control::run_blocking(load)).await;
     let late = |_| Err(Error::new(Kind::Deadline, "the configuration file was not read in time"));
     let config = match loaded.unwrap_or_else(late) {
         Ok(new) => {

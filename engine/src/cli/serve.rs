@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::accounts;
-use crate::config::{Choice, Config};
+use crate::config::{Config, FrontendChoice};
 use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
@@ -65,7 +65,7 @@ pub(super) struct Args {
     /// What devices are: block devices (ublk), files (fuse), or block devices if the ublk driver is
     /// there and files otherwise (auto) [default: auto].
     #[arg(long, value_name = "auto|ublk|fuse", hide_possible_values = true)]
-    frontend: Option<Choice>,
+    frontend: Option<FrontendChoice>,
 
     /// Commit a request in one chain with its read or write, where that is possible.
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
@@ -320,23 +320,23 @@ fn check_root() -> Result<()> {
 }
 
 /// Takes what this machine has. The line for the log says what that is.
-fn choose(choice: Choice) -> Result<(FrontendKind, String)> {
+fn choose(choice: FrontendChoice) -> Result<(FrontendKind, String)> {
     let ublk = Path::new(ublk::CONTROL_NODE).exists();
     match choice {
-        Choice::Auto if !ublk && fuse::check().is_ok() => {
+        FrontendChoice::Auto if !ublk && fuse::check().is_ok() => {
             let (missing, hint) = (ublk::CONTROL_NODE, driver_hint());
             let line =
                 format!("devices are files (FUSE), for {missing} is missing; to have block devices, {hint}");
             Ok((FrontendKind::Fuse, line))
         }
-        Choice::Auto | Choice::Ublk if !ublk => {
+        FrontendChoice::Auto | FrontendChoice::Ublk if !ublk => {
             let message = format!("the ublk driver is not there ({} is missing)", ublk::CONTROL_NODE);
             Err(Error::new(Kind::Unavailable, message).hint(driver_hint()))
         }
-        Choice::Auto | Choice::Ublk => {
+        FrontendChoice::Auto | FrontendChoice::Ublk => {
             Ok((FrontendKind::Ublk, "devices are block devices (ublk)".to_owned()))
         }
-        Choice::Fuse => {
+        FrontendChoice::Fuse => {
             fuse::check()?;
             Ok((FrontendKind::Fuse, "devices are files (FUSE)".to_owned()))
         }

@@ -1,6 +1,6 @@
-//! A served device and what it was attached with.
+//! A served device and its record.
 //!
-//! Knows what logs and lists say of it, and what is logged when its users lose it. Does not know its instance.
+//! Provides its description for logs and lists, and logs a forced stop. Does not know its instance.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -13,18 +13,18 @@ use crate::error::{Kind, Result};
 use crate::frontend::StopMode;
 use crate::sys::usage::{self, Disks};
 
-/// See above.
+/// A served device and its record.
 #[derive(Debug)]
 pub struct AttachedDevice {
     pub(super) record: DeviceRecord,
     pub(super) served: Served,
-    /// Why nobody serves it.
+    /// Why it is not served.
     pub(super) reason: Option<String>,
     pub(super) hold: Option<Hold>,
 }
 
 impl AttachedDevice {
-    /// What logs call it.
+    /// Its name in logs.
     pub fn name(&self) -> String {
         let spec = &self.record.spec;
         let number = spec.number.unwrap_or_default();
@@ -36,7 +36,7 @@ impl AttachedDevice {
         self.served.quiesce(until)
     }
 
-    /// What users are told of it, who know it by `path`.
+    /// Its description for users, who know it by `path`.
     pub fn info(&self, number: u32, path: &Path) -> DeviceInfo {
         let AttachedDevice { record, served, hold, .. } = self;
         let (geometry, state, identity) = (served.geometry(), served.state(), record.identity);
@@ -59,18 +59,18 @@ impl AttachedDevice {
             io_mode: record.io_mode,
             shared_with: hold.iter().flat_map(Hold::others).collect(),
             since_unix_seconds: record.since,
-            // Of these two at most one is not 0.
+            // At most one of these is not 0.
             image_device: identity.dev | identity.rdev,
             image_inode: identity.ino,
         }
     }
 
-    /// What users open.
+    /// The path that users open.
     pub fn node(&self) -> PathBuf {
         self.served.device().node()
     }
 
-    /// Stops it. By force also in use, which is logged.
+    /// Stops it. A forced stop of a device in use is logged.
     pub fn stop(&self, when: StopMode) -> Result<()> {
         if when == StopMode::Always {
             match self.served.stop(StopMode::IfUnusedNow) {
@@ -88,7 +88,7 @@ impl AttachedDevice {
 fn why_not_live(state: DeviceState) -> Option<String> {
     let reason = match state {
         DeviceState::Live => return None,
-        DeviceState::Degraded => "the image is shorter than the device: reads behind its end fail",
+        DeviceState::Degraded => "the image is shorter than the device: reads past its end fail",
         DeviceState::Stuck => "the kernel or a worker did not answer in time",
     };
     Some(reason.to_owned())

@@ -1,7 +1,7 @@
-//! Which images this daemon has in use, by whom, and how; and which file systems have none.
+//! The images in use by this daemon, their users, and the file systems excluded from use.
 //!
-//! Knows identities and who holds them; what may be shared is decided in `sharing`. A claim is given
-//! back when it is dropped.
+//! Knows identities and their holders; `sharing` decides what may be shared. A claim ends when it
+//! is dropped.
 
 mod holders;
 pub mod sharing;
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::error::{Error, Kind, Result};
 use crate::image::Identity;
 
-/// Who has an image.
+/// The user of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Holder {
     /// A device of an instance.
@@ -33,31 +33,31 @@ pub enum Holder {
     },
 }
 
-/// A pool, as messages name it.
+/// A pool's name and user, for messages.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct PoolLabel {
     /// Its name.
     pub name: String,
-    /// Whom its devices count for.
+    /// The user whose quota its devices count against.
     pub uid: u32,
 }
 
-/// A holder, and what it does with the image.
+/// A holder and its access to the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageUse {
-    /// Who.
+    /// The holder.
     pub holder: Holder,
     /// It never writes.
     pub read_only: bool,
 }
 
-/// All claims of one engine, as an instance or one of its pools makes them.
+/// The claims of one engine, as seen by its instances or by one pool.
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
     table: Arc<Mutex<DeviceMap>>,
-    /// Device numbers of file systems.
+    /// Device numbers of excluded file systems.
     excluded: Arc<Mutex<HashSet<u64>>>,
-    /// Whose claims are made through this.
+    /// The pool that claims through this.
     pool: Arc<PoolLabel>,
 }
 
@@ -68,7 +68,7 @@ struct DeviceMap {
     next: u64,
 }
 
-/// One device's hold on its image.
+/// One device's claim on its image.
 #[derive(Debug)]
 pub struct Claim {
     claims: Claims,
@@ -76,7 +76,7 @@ pub struct Claim {
     id: u64,
 }
 
-/// While it lives no regular file of a file system is an image.
+/// Excludes a file system's regular files as images while it lives.
 #[derive(Debug)]
 pub struct ExcludedFileSystem {
     claims: Claims,
@@ -84,30 +84,31 @@ pub struct ExcludedFileSystem {
 }
 
 impl Claims {
-    /// The same claims, made by a pool.
+    /// The same claims, for a pool.
     #[must_use]
     pub fn of_pool(&self, name: &str, uid: u32) -> Claims {
         Claims { pool: Arc::new(PoolLabel { name: name.to_owned(), uid }), ..self.clone() }
     }
 
-    /// Device loopN of the pool that makes claims through this.
+    /// Device loopN of this pool.
     pub fn pool_device(&self, number: u32) -> Holder {
         Holder::Pooled { pool: Arc::clone(&self.pool), number }
     }
 
-    /// Has no regular file be an image that lies on the file system with this device number: one of the
-    /// daemon's own, which a device on a file there would keep. (What its nodes lead to is another matter.)
+    /// Excludes the regular files of the file system with this device number: one of the daemon's
+    /// own, which a device on such a file would keep busy. (The targets of its nodes are not
+    /// affected.)
     pub fn exclude_file_system(&self, dev: u64) -> ExcludedFileSystem {
         self.excluded.lock().unwrap_or_else(PoisonError::into_inner).insert(dev);
         ExcludedFileSystem { claims: self.clone(), dev }
     }
 
-    /// May regular files of the file system with this device number be images?
+    /// Whether regular files of this file system can be images.
     pub fn allows_images_on(&self, dev: u64) -> bool {
         !self.excluded.lock().unwrap_or_else(PoisonError::into_inner).contains(&dev)
     }
 
-    /// Claims an image if `check` agrees with who has it already.
+    /// Claims an image if `check` accepts its present users.
     fn claim(
         &self,
         identity: Identity,
@@ -115,7 +116,7 @@ impl Claims {
         check: impl FnOnce(&[(u64, ImageUse)]) -> Result<()>,
     ) -> Result<Claim> {
         let mut table = self.table();
-        // Checked and entered under one lock, so that of two who come at once only one gets it.
+        // Checks and enters under one lock, so that only one of two concurrent claims succeeds.
         check(table.uses.get(&identity).map_or(&[][..], Vec::as_slice))?;
         let id = table.next;
         table.next += 1;
@@ -123,7 +124,7 @@ impl Claims {
         Ok(Claim { claims: self.clone(), identity, id })
     }
 
-    /// Who has an image.
+    /// The users of an image.
     fn uses(&self, identity: Identity) -> Vec<ImageUse> {
         let table = self.table();
         let uses = table.uses.get(&identity).into_iter().flatten();
@@ -136,7 +137,7 @@ impl Claims {
 }
 
 impl Claim {
-    /// Who else has the image.
+    /// The other users of the image.
     pub fn others(&self) -> Vec<String> {
         let table = self.claims.table();
         let uses = table.uses.get(&self.identity).into_iter().flatten();
@@ -179,7 +180,7 @@ impl fmt::Display for ImageUse {
     }
 }
 
-/// Refuses a regular file of a file system that has no images.
+/// Rejects a regular file of an excluded file system.
 fn check_file_system(claims: &Claims, identity: &Identity, name: &str) -> Result<()> {
     if claims.allows_images_on(identity.dev) {
         return Ok(());

@@ -14,40 +14,41 @@ use super::state::StateDir;
 use super::{MAX_INSTANCES, stop};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, StopMode, ublk};
+use crate::hash::fnv1a;
 use crate::sys;
 
 /// Files that a daemon may have open: some for each of several thousand devices.
 const OPEN_FILES: u64 = 1 << 18;
 
-/// What the engine needs to know to start.
+/// The configuration of the engine.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// Where instance directories, device names and state live, e.g. `/run/loopengine`.
+    /// Directory of instances, device names and state, e.g. `/run/loopengine`.
     pub run_dir: PathBuf,
-    /// What the instance `default` may have.
+    /// The limits of the instance `default`.
     pub default_instance: InstanceSpec,
-    /// How devices are shown to their users.
+    /// The frontend of all devices.
     pub frontend: FrontendKind,
-    /// Worker switches.
+    /// Options of all workers.
     pub tuning: Tuning,
-    /// Devices have names below /dev as well.
+    /// Devices also have names below /dev.
     pub dev_links: bool,
 }
 
-/// Switches of the workers; the defaults are the measured best.
+/// Options of the workers; the defaults measured best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuning {
-    /// Read or write and its commit go to the kernel as one chain where that is possible.
+    /// Submit transfer and commit as one linked chain where possible.
     pub linked_commit: bool,
-    /// Microseconds for which a worker looks for more after a lone request; 0: never.
+    /// Busy-poll up to this many microseconds after an isolated request (adaptive); 0 disables.
     pub poll_us: u32,
 }
 
-/// Which devices a call is about.
+/// The devices that a call selects.
 #[derive(Clone, Debug)]
 pub enum Selector {
-    /// One device, by a path that leads to it (`/run/loopengine/default/loop0`, `/dev/ublkb3`), or
-    /// as `NAME/loopN`, or `loopN` for the instance `default`.
+    /// One device, by a path that leads to it (`/run/loopengine/default/loop0`, `/dev/ublkb3`), as
+    /// `NAME/loopN`, or as `loopN` for the instance `default`.
     Device(String),
     /// All devices of one instance.
     Instance(String),
@@ -55,7 +56,7 @@ pub enum Selector {
     All,
 }
 
-/// All instances of one daemon.
+/// All instances and pools of one daemon.
 #[derive(Debug)]
 pub struct Engine {
     pub(super) context: EngineContext,
@@ -65,15 +66,15 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Checks that the frontend can be used, recovers the devices of a previous daemon that used the same
-    /// run directory, and creates the instance `default`. Logs what was and was not recovered.
+    /// Checks the frontend, recovers the devices of a previous daemon with the same run directory,
+    /// and creates the instance `default`. Logs what was and was not recovered.
     pub fn start(config: EngineConfig) -> Result<Engine> {
         sys::raise_file_limit(OPEN_FILES);
         let frontend = Frontend::open(config.frontend)?;
         let dev_links = match (config.dev_links, frontend.kind()) {
             (true, FrontendKind::Ublk) => Some(Arc::new(DevLinks::take(&config.run_dir)?)),
             (true, FrontendKind::Fuse) => {
-                tracing::warn!("files have no names in {DEV_DIR}: --dev-links is for block devices");
+                tracing::warn!("--dev-links is ignored: only block devices have names in {DEV_DIR}");
                 None
             }
             (false, _) => None,
@@ -103,11 +104,11 @@ impl Engine {
         Ok(engine)
     }
 
-    /// What the kernel grants. Works without an engine.
+    /// The features of this kernel. Works without an engine.
     pub fn features() -> Result<Features> {
         let frontends = frontend::present();
         let granted = match ublk::DriverFeatures::query() {
-            // Not everything that could be there is; what is there is worth showing.
+            // The ublk driver is not loaded; report the other features.
             Err(error) if error.kind() == Kind::Unavailable && !frontends.is_empty() => {
                 ublk::DriverFeatures(0)
             }
@@ -123,7 +124,7 @@ impl Engine {
         })
     }
 
-    /// Block devices that wait for a daemon must not lose their names and numbers to files.
+    /// Fails if block devices wait for a daemon: files must not take their names and numbers.
     fn check_no_other_frontend(&self) -> Result<()> {
         if self.context.frontend.kind() == FrontendKind::Ublk || !Path::new(ublk::CONTROL_NODE).exists() {
             return Ok(());
@@ -137,7 +138,7 @@ impl Engine {
         if !ublk::present_devices().iter().any(waits) {
             return Ok(());
         }
-        let context = "block devices of a daemon before this one wait to be recovered";
+        let context = "block devices of a previous daemon wait for recovery";
         Err(Error::new(Kind::Busy, context).hint("start with --frontend ublk, or give another --run-dir"))
     }
 
@@ -148,13 +149,16 @@ impl Engine {
     /// Creates an instance.
     pub fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
         check_instance_name(&spec.name)?;
-        // Held while the workers start (milliseconds), so that no name is taken twice.
+        // Held while the workers start (milliseconds), so that names stay unique.
         let mut table = self.table();
         if table.contains_key(&spec.name) {
             return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
         }
         if table.len() >= MAX_INSTANCES {
-            return Err(Error::new(Kind::Quota, format!("there are {MAX_INSTANCES} instances already")));
+            return Err(Error::new(
+                Kind::Quota,
+                format!("the limit of {MAX_INSTANCES} instances is reached"),
+            ));
         }
         let instance = Arc::new(Instance::start(&self.context, spec, self.tuning)?);
         let info = instance.info();
@@ -176,7 +180,7 @@ impl Engine {
         self.table().values().map(|instance| instance.info()).collect()
     }
 
-    /// Changes how many devices an instance may have.
+    /// Changes the device limit of an instance.
     pub fn set_max_devices(&self, name: &str, max_devices: u32) -> Result<()> {
         self.instance(name)?.set_max_devices(max_devices)
     }
@@ -189,7 +193,7 @@ impl Engine {
         let instance = self.instance(name)?;
         if !force && !instance.numbers().is_empty() {
             return Err(Error::new(Kind::Busy, format!("instance {name} has devices"))
-                .hint("detach them first; --force detaches them all the same"));
+                .hint("detach them first, or use --force"));
         }
         self.detach(&Selector::Instance(name.to_owned()), force)?;
         if !instance.close_if_empty() {
@@ -201,20 +205,21 @@ impl Engine {
             table.remove(name);
         }
         drop(table);
-        // Its workers end here, where nobody waits for the table.
+        // Stops its workers, without holding the table's lock.
         drop(instance);
         Ok(())
     }
 
-    /// Serves `image` (opened by the caller, for writing unless the device is read-only) as a device, and
-    /// returns once it can be used; with `force`, also one that others use. Nothing is left when it fails.
+    /// Attaches `image` (opened by the caller, for writing unless the device is read-only) and
+    /// returns once the device is usable; with `force`, even if the image is in use. Undoes
+    /// everything on failure.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.instance(&spec.instance)?.attach(spec, force, image)
     }
 
-    /// Takes devices away. Without `force` a device in use is left alone, and the error says so.
-    /// With [`Selector::All`] or `Instance` goes on after a failure and reports the first.
-    /// Returns the paths of the devices that are gone.
+    /// Detaches devices. Without `force` a device in use stays, and the error says so. With
+    /// [`Selector::All`] or `Instance`, continues after a failure and reports the first one.
+    /// Returns the paths of the detached devices.
     pub fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>> {
         let when = if force { StopMode::Always } else { StopMode::IfUnused };
         let selected = self.select(which)?;
@@ -235,11 +240,11 @@ impl Engine {
         first.map_or(Ok(gone), Err)
     }
 
-    /// Adapts a device to the present size of its image, or both to a size that is given.
+    /// Resizes a device to the present size of its image, or both to a given size.
     pub fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo> {
         match &self.select(&Selector::Device(spec.device.clone()))?[..] {
             [(instance, Some(number))] => instance.resize(*number, spec),
-            _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
+            _ => Err(Error::new(Kind::Internal, "the device name selected several devices")),
         }
     }
 
@@ -252,14 +257,14 @@ impl Engine {
         Ok(devices)
     }
 
-    /// Has the names of partitions, and what pools show of disks that lie upon theirs, follow what the kernel has by now.
+    /// Updates the names of partitions, and the pools' view of disks stacked on their devices.
     pub fn update_nodes(&self) {
         self.companions().iter().for_each(|companion| companion.update_nodes());
         let instances: Vec<_> = self.table().values().cloned().collect();
         instances.iter().for_each(|instance| instance.update_partition_links());
     }
 
-    /// Figures of devices.
+    /// Statistics of devices.
     pub fn stats(&self, which: &Selector) -> Result<Vec<DeviceStats>> {
         let mut stats = Vec::new();
         for (instance, only) in self.select(which)? {
@@ -276,7 +281,7 @@ impl Engine {
         })
     }
 
-    /// Instances, each with one number or all of its devices.
+    /// The selected instances, each with one number or all of its devices.
     pub(super) fn select(&self, which: &Selector) -> Result<Vec<(Arc<Instance>, Option<u32>)>> {
         match which {
             Selector::All => Ok(self.table().values().map(|instance| (instance.clone(), None)).collect()),
@@ -289,7 +294,7 @@ impl Engine {
                         .values()
                         .find_map(|instance| Some((instance.clone(), instance.number_of(&node)?)));
                     found.map(|(instance, number)| vec![(instance, Some(number))]).ok_or_else(|| {
-                        Error::new(Kind::NotFound, format!("{name} is none of this daemon's devices"))
+                        Error::new(Kind::NotFound, format!("{name} is not a device of this daemon"))
                             .hint("'loopengine list' shows all")
                     })
                 }
@@ -298,10 +303,10 @@ impl Engine {
     }
 }
 
-/// Half of the mark of ublk devices, by which a later daemon with the same run directory knows its
-/// own: an FNV-1a hash of the directory.
+/// The upper half of the owner cookie of ublk devices: a hash of the run directory, by which a
+/// later daemon recognizes its own devices.
 pub(super) fn owner_hash(run_dir: &Path) -> u32 {
     use std::os::unix::ffi::OsStrExt;
-    let hash = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    run_dir.as_os_str().as_bytes().iter().fold(0x811c_9dc5, hash)
+    let hash = fnv1a(run_dir.as_os_str().as_bytes());
+    (hash ^ hash >> 32) as u32
 }

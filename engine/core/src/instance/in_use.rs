@@ -1,6 +1,7 @@
-//! Who uses a device, for messages and for what is refused while somebody does.
+//! Finds the users of a device, for messages and for operations that are rejected while it is in
+//! use.
 //!
-//! Reads what the kernel shows of mounts, swap, holders and open files; changes nothing.
+//! Reads mounts, swap, holders and open files from the kernel; changes nothing.
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
@@ -11,10 +12,10 @@ use crate::sys::printable;
 use crate::sys::processes::{self, Open, Process};
 use crate::sys::usage::{self, Disks};
 
-/// Who uses a device: "mounted on DIR", "open in pid 123 (PROGRAM)" and the like.
+/// The user of a device: "mounted on DIR", "open in pid 123 (PROGRAM)" and the like.
 pub fn user_of(device: &FrontendDevice) -> Option<String> {
     let (node, number) = (device.node(), device.device_number().ok());
-    // A file tells by itself whether somebody has it open.
+    // A FUSE file knows whether it is open.
     if number.is_none() && !device.is_open() {
         return None;
     }
@@ -34,7 +35,7 @@ pub fn user_of(device: &FrontendDevice) -> Option<String> {
         .or_else(|| is_claimed(&node).then(|| "claimed by another program".to_owned()))
 }
 
-/// A block device on top of this one, or of one of its partitions.
+/// A block device stacked on this one, or on one of its partitions.
 fn holder(node: &Path) -> Option<String> {
     let upon = |node: PathBuf| {
         let holders = Path::new("/sys/class/block").join(node.file_name()?).join("holders");
@@ -45,7 +46,7 @@ fn holder(node: &Path) -> Option<String> {
     Some(format!("/dev/{}", name.to_string_lossy()))
 }
 
-/// A process that has it open, or one of its partitions.
+/// A process that has it or one of its partitions open.
 fn program_with(node: &Path, number: Option<u64>) -> Option<Process> {
     let nodes = nodes(node);
     let open = processes::open_devices(|name| nodes.iter().any(|node| node == name));
@@ -53,12 +54,12 @@ fn program_with(node: &Path, number: Option<u64>) -> Option<Process> {
     open.iter().find(|open| open.rdev == number || partition(open)).and_then(|open| Process::of(open.pid))
 }
 
-/// The disk's and its partitions'.
+/// The nodes of the disk and of its partitions.
 fn nodes(node: &Path) -> Vec<PathBuf> {
     std::iter::once(node.to_owned()).chain(usage::partitions(node).map(|partition| partition.node)).collect()
 }
 
-/// Somebody has it for himself. (What has it open only shared is not seen by this.)
+/// Whether it is claimed exclusively. (Shared opens are not detected.)
 fn is_claimed(node: &Path) -> bool {
     let opened = fs::File::options().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node);
     opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))

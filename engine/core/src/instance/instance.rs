@@ -1,7 +1,7 @@
-//! An instance: a private pool of devices with its own workers, numbers and quota.
+//! An instance: a named group of devices with workers, numbers and limits of its own.
 //!
-//! Knows how a device comes and goes, and what is undone when that fails; who may have which
-//! number is the table's business.
+//! Knows how a device is attached and detached, and how a failure is undone; the table assigns
+//! numbers.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,10 +27,10 @@ use crate::ring::RingSizes;
 use crate::sys;
 use crate::worker::{WorkerHandle, WorkerOptions};
 
-/// Queue depth where none is asked for, and the most that can be.
+/// Default and maximum queue depth.
 const DEFAULT_DEPTH: u32 = 128;
 const MAX_DEPTH: u32 = 1024;
-/// Workers that an instance can have.
+/// Maximum number of workers of an instance.
 const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
@@ -40,43 +40,43 @@ impl Tuning {
     }
 }
 
-/// What all instances of a daemon share.
+/// State shared by all instances and pools of a daemon.
 #[derive(Clone, Debug)]
 pub struct EngineContext {
     /// See `EngineConfig`.
     pub run_dir: PathBuf,
-    /// How devices are shown to their users.
+    /// The frontend of all devices.
     pub frontend: Frontend,
-    /// Upper half of the mark of devices of this run directory.
+    /// Upper half of the owner cookies of this run directory.
     pub owner_hash: u32,
     /// Images in use.
     pub claims: Claims,
-    /// State that outlives the daemon.
+    /// The state files, which outlive the daemon.
     pub state: StateDir,
-    /// Names below /dev, if devices have them.
+    /// Names below /dev, if enabled.
     pub dev_links: Option<Arc<DevLinks>>,
 }
 
 impl EngineContext {
-    /// A mark for a new device: whose it is, and a number that tells it from the next one with
-    /// the same number at the driver.
+    /// An owner cookie for a new device: the owner, and a nonce that distinguishes it from the next
+    /// device with the same id.
     pub fn new_owner_cookie(&self) -> u64 {
         let nonce = std::hash::BuildHasher::build_hasher(&std::hash::RandomState::new());
         u64::from(self.owner_hash) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
     }
 
-    /// Whether a device has such a mark.
+    /// Whether a device with this cookie belongs to this run directory.
     pub fn is_ours(&self, cookie: u64) -> bool {
         (cookie >> 32) as u32 == self.owner_hash
     }
 }
 
-/// A private pool of devices.
+/// A named group of devices with its own workers.
 #[derive(Debug)]
 pub struct Instance {
     pub(super) context: EngineContext,
     directory: PathBuf,
-    /// None: the door makes the names.
+    /// None: the backend makes the names.
     links: Option<Links>,
     pub(super) backend: Backend,
     pub(super) workers: Workers,
@@ -84,7 +84,7 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Makes the directory, opens the door and starts the workers.
+    /// Creates the directory and the backend, and starts the workers.
     pub fn start(context: &EngineContext, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
         let directory = context.run_dir.join(&spec.name);
         let table = DeviceMap::new(spec, &directory)?;
@@ -93,7 +93,7 @@ impl Instance {
         let count = worker_count(spec.workers, &cpus)?;
         fs::create_dir(&directory).or_else(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
-            _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
+            _ => Err(Error::os(error, format!("cannot create {}", directory.display()))),
         })?;
         let opened = context.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
             let options = tuning.options(true);
@@ -115,7 +115,7 @@ impl Instance {
         Ok(Instance { context: context.clone(), directory, links, backend, workers: workers.into(), table })
     }
 
-    /// As it is now.
+    /// Its present state.
     pub fn info(&self) -> InstanceInfo {
         let (spec, devices) = self.table.spec();
         InstanceInfo {
@@ -128,12 +128,12 @@ impl Instance {
         }
     }
 
-    /// Changes how many devices it may have; devices that are there stay.
+    /// Changes its device limit; existing devices stay.
     pub fn set_max_devices(&self, max_devices: u32) -> Result<()> {
         self.context.state.save_instance(&self.table.set_max_devices(max_devices)?)
     }
 
-    /// Serves an image as a new device; with `force`, one that others use as well.
+    /// Attaches an image as a new device; with `force`, even if the image is in use.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.check_not_served_here(&image, &spec.path)?;
         let image_spec = image_spec(spec);
@@ -165,8 +165,8 @@ impl Instance {
             let undone = attached.served.stop(StopMode::Always);
             self.unpublish(number);
             if let Err(undo) = undone.and_then(|()| attached.served.release()) {
-                // It may yet come to life: its number, slot and image stay taken.
-                tracing::error!(%undo, id, "a device that failed cannot be taken away either");
+                // It may still start: its number, slot and image stay in use.
+                tracing::error!(%undo, id, "cannot remove a device that failed to start");
                 reservation.fill(attached);
             }
             return Err(error);
@@ -175,12 +175,12 @@ impl Instance {
         Ok(self.describe(number, &attached))
     }
 
-    /// Takes a device away.
+    /// Detaches a device.
     pub fn detach(&self, number: u32, when: StopMode) -> Result<String> {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
-        // The names go while the number at the driver is still taken: they must never lead to the
-        // device that has it next.
+        // Removes the names while the driver's id is still in use: they must never lead to its next
+        // device.
         let stopped = attached.stop(when).inspect(|()| self.unpublish(number));
         if let Err(error) = stopped.and_then(|()| attached.served.release()) {
             self.table.put_back(number, Arc::clone(&attached));
@@ -189,7 +189,7 @@ impl Instance {
             }
             let user = user_of(attached.served.device()).map_or(String::new(), |user| format!(": {user}"));
             return Err(Error::new(Kind::Busy, format!("{path} is in use{user}"))
-                .hint("unmount it or end what has it open; --force detaches it all the same"));
+                .hint("unmount it or close it, or use --force"));
         }
         let slot = attached.served.slot();
         drop(attached);
@@ -197,28 +197,26 @@ impl Instance {
         Ok(path)
     }
 
-    /// Adapts a device to its image's present size, or both to a size that is given.
+    /// Resizes a device to its image's present size, or both to a given size.
     pub fn resize(&self, number: u32, spec: &ResizeSpec) -> Result<DeviceInfo> {
         let attached = self.table.get(number)?;
         let path = self.table.path(number).display().to_string();
         attached.served.resize(spec.size, |now, new| {
             if new < now && !spec.shrink {
-                let context = format!("{path} has {now} bytes and would have only {new}");
+                let context = format!("{path} would shrink from {now} to {new} bytes");
                 return Err(Error::new(Kind::Invalid, context)
                     .hint("shrink the file system on it first, then use --shrink"));
             }
             match user_of(attached.served.device()).filter(|_| new < now && !spec.force) {
-                Some(user) => {
-                    Err(Error::new(Kind::Busy, format!("{path} is {user}, and would become smaller"))
-                        .hint("end that use first; --force shrinks it all the same"))
-                }
+                Some(user) => Err(Error::new(Kind::Busy, format!("{path} is {user} and would shrink"))
+                    .hint("end that use first, or use --force")),
                 None => Ok(()),
             }
         })?;
         Ok(self.describe(number, &attached))
     }
 
-    /// Numbers of its devices.
+    /// The numbers of its devices.
     pub fn numbers(&self) -> Vec<u32> {
         self.table.numbers()
     }
@@ -228,7 +226,7 @@ impl Instance {
         self.table.live().into_iter().map(|(_, attached)| attached).collect()
     }
 
-    /// The device that has this node.
+    /// The number of the device with this node.
     pub fn number_of(&self, node: &Path) -> Option<u32> {
         let live = self.table.live();
         live.into_iter()
@@ -242,7 +240,7 @@ impl Instance {
             .map(|select| select.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
     }
 
-    /// Figures of the same.
+    /// Statistics of all served devices, or of the one with this number.
     pub fn stats(&self, only: Option<u32>) -> Result<Vec<DeviceStats>> {
         let stats = |(number, attached): &(u32, Arc<AttachedDevice>)| {
             let path = self.table.path(*number).display().to_string();
@@ -251,22 +249,22 @@ impl Instance {
         let select = self.select(only)?;
         match only {
             Some(_) => select.iter().map(stats).collect(),
-            // One that is stuck, or just going, does not hide the others.
+            // A stuck or ending device does not hide the others.
             None => Ok(select.iter().filter_map(|device| stats(device).ok()).collect()),
         }
     }
 
-    /// Takes nothing more.
+    /// Accepts no more devices.
     pub fn close(&self) {
         self.table.close();
     }
 
-    /// Takes nothing more, if it has nothing now; false when it has.
+    /// Closes it if it has no devices; false if it has.
     pub fn close_if_empty(&self) -> bool {
         self.table.close_if_empty()
     }
 
-    /// Its directory and state go. All devices must be gone.
+    /// Removes its directory and state. All devices must be gone.
     pub fn erase(&self) {
         self.backend.close();
         self.context.state.remove_instance(&self.table.spec().0.name);
@@ -278,7 +276,7 @@ impl Instance {
             Some(number) => vec![(number, self.table.get(number)?)],
             None => self.table.live(),
         };
-        // A worker that has to leave direct I/O must not log: it is said when somebody looks next.
+        // A worker must not log that it disabled direct I/O: the next query does.
         for (number, AttachedDevice { record, served, .. }) in
             select.iter().map(|(n, attached)| (n, &**attached))
         {
@@ -300,9 +298,10 @@ impl Instance {
         let workers = self.workers.len() as u32;
         let queues = if spec.queues == 0 { workers } else { spec.queues };
         if queues > workers {
-            let context = format!("{queues} queues, but instance {} has {workers} workers", spec.instance);
+            let context =
+                format!("{queues} queues exceed the {workers} workers of instance {}", spec.instance);
             return Err(Error::new(Kind::Invalid, context)
-                .hint("make an instance with more: instance create --workers"));
+                .hint("create an instance with more workers ('instance create --workers')"));
         }
         let depth = if spec.depth == 0 { DEFAULT_DEPTH } else { spec.depth };
         if depth > MAX_DEPTH {
@@ -310,7 +309,7 @@ impl Instance {
                 .hint(format!("use 1 to {MAX_DEPTH}")));
         }
         if spec.partscan && !self.backend.uses_links() {
-            return Err(Error::new(Kind::Unsupported, "files (FUSE) have no partitions")
+            return Err(Error::new(Kind::Unsupported, "FUSE files do not support partitions")
                 .hint("attach a part of the image with --offset and --size-limit"));
         }
         let io_mode = spec.io_mode.unwrap_or_else(|| self.backend.best_io_mode());
@@ -325,18 +324,18 @@ impl Instance {
         })
     }
 
-    /// Refuses an image that this very daemon serves: to read it, a worker would wait for itself.
+    /// Rejects an image that this daemon serves itself: its worker would deadlock.
     pub(super) fn check_not_served_here(&self, image: &OwnedFd, name: &str) -> Result<()> {
         let stat = rustix::fs::fstat(image.as_fd())
             .map_err(|error| Error::os(error, format!("cannot examine {name}")))?;
         if !self.context.frontend.serves(stat.st_dev) {
             return Ok(());
         }
-        Err(Error::new(Kind::Invalid, format!("{name} is itself served by this daemon"))
-            .hint("attach the image behind it; 'loopengine list' shows which one that is"))
+        Err(Error::new(Kind::Invalid, format!("{name} is served by this daemon"))
+            .hint("attach its image instead, which 'loopengine list' shows"))
     }
 
-    /// Makes a device known under its name, and to a later daemon.
+    /// Saves a device's state and creates its name.
     pub(super) fn publish(&self, number: u32, record: &DeviceRecord, served: &Served) -> Result<()> {
         self.context.state.save_device(number, record)?;
         self.link(number, served)
@@ -346,13 +345,16 @@ impl Instance {
         self.links.as_ref().map_or(Ok(()), |links| links.make(number, &served.device().node()))
     }
 
-    /// Has the names of partitions follow those that its disks have by now.
+    /// Updates the names of partitions.
     pub fn update_partition_links(&self) {
         let Some(links) = &self.links else { return };
         for (number, attached) in self.table.live() {
             let there = || self.table.get(number).is_ok_and(|now| Arc::ptr_eq(&now, &attached));
             if let Err(error) = links.follow(number, &attached.node(), there) {
-                tracing::warn!("partitions of {} have no names: {error}", self.table.path(number).display());
+                tracing::warn!(
+                    "cannot update the names of the partitions of {}: {error}",
+                    self.table.path(number).display()
+                );
             }
         }
     }
@@ -382,7 +384,7 @@ pub(super) fn image_spec(spec: &AttachSpec) -> ImageSpec {
     }
 }
 
-/// Refuses CPUs that this machine lacks: workers would silently run on fewer.
+/// Rejects CPUs that this machine lacks: workers would silently run on fewer.
 fn check_cpus(cpus: &[usize]) -> Result<()> {
     let present = fs::read_to_string("/sys/devices/system/cpu/present").unwrap_or_default();
     let present = present.trim();
@@ -394,8 +396,8 @@ fn check_cpus(cpus: &[usize]) -> Result<()> {
     }
 }
 
-/// One worker a CPU that may be used, two at least; but no more than the machine has CPUs, for the
-/// driver allows no more queues.
+/// One worker per usable CPU, at least two; at most one per CPU of the machine, since the driver
+/// allows no more queues.
 fn worker_count(wanted: u32, cpus: &[usize]) -> Result<u32> {
     if wanted > MAX_WORKERS {
         return Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_WORKERS} workers")));
@@ -413,7 +415,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refuses_cpus_that_the_machine_lacks() {
+    fn rejects_cpus_that_the_machine_lacks() {
         assert!(check_cpus(&[]).is_ok() && check_cpus(&[0]).is_ok());
         let error = check_cpus(&[0, 8191]).unwrap_err();
         assert!(error.kind() == Kind::Invalid && error.to_string().contains("no CPU 8191"), "{error}");

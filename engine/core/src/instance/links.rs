@@ -1,8 +1,7 @@
-//! Names of an instance's devices: links to their nodes, and to those of their partitions.
+//! Names of an instance's devices: links to their nodes and those of their partitions.
 //!
-//! Knows the directories, which are one in the run directory and, where that was asked for, one below /dev; and
-//! what the kernel calls a disk's partitions. Does not know when a device comes or goes, nor who makes
-//! partitions: anybody who may write to the disk can.
+//! Manages one directory in the run directory and, if enabled, one below /dev. Reads the kernel's
+//! list of partitions, which anybody with write access to a disk can change.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -15,31 +14,31 @@ use rustix::fs::{FlockOperation, flock};
 use crate::error::{Error, Kind, Result};
 use crate::sys::usage;
 
-/// Where names are below /dev.
+/// Directory of names below /dev.
 pub const DEV_DIR: &str = "/dev/loopengine";
-/// Says whose these are: a link to the run directory.
+/// A link to the run directory that owns these names.
 const OWNER: &str = ".run-dir";
 
-/// The names below /dev, which one daemon has.
+/// The names below /dev, which one daemon owns.
 #[derive(Debug)]
 pub struct DevLinks(#[expect(dead_code, reason = "holds the lock")] File);
 
 impl DevLinks {
-    /// Takes the directory, makes it where it is missing, and clears it of what a daemon left there. Nobody
-    /// else may be using it.
+    /// Locks the directory, creates it if missing, and removes the names of an earlier daemon.
+    /// Fails if another daemon uses it.
     pub fn take(run_dir: &Path) -> Result<DevLinks> {
-        let cannot = |error: std::io::Error| Error::os(error, format!("cannot make names in {DEV_DIR}"));
+        let cannot = |error: std::io::Error| Error::os(error, format!("cannot create names in {DEV_DIR}"));
         fs::create_dir_all(DEV_DIR).map_err(cannot)?;
         let held = lock().map_err(cannot)?.ok_or_else(|| {
-            Error::new(Kind::Busy, format!("another daemon has {DEV_DIR}"))
-                .hint("only one can be started with --dev-links")
+            Error::new(Kind::Busy, format!("another daemon uses {DEV_DIR}"))
+                .hint("only one daemon can use --dev-links")
         })?;
         clear().map_err(cannot)?;
         symlink(run_dir, Path::new(DEV_DIR).join(OWNER)).map_err(cannot)?;
         Ok(DevLinks(held))
     }
 
-    /// Takes names away that an earlier daemon with this run directory left, since nobody would keep them right.
+    /// Removes names that an earlier daemon with this run directory left: nobody would update them.
     pub fn forget(run_dir: &Path) {
         let ours = fs::read_link(Path::new(DEV_DIR).join(OWNER)).is_ok_and(|owner| owner == run_dir);
         if ours && lock().is_ok_and(|held| held.is_some()) {
@@ -49,7 +48,7 @@ impl DevLinks {
     }
 }
 
-/// None: another process has it.
+/// None: another process holds it.
 fn lock() -> std::io::Result<Option<File>> {
     let directory = File::open(DEV_DIR)?;
     match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
@@ -74,18 +73,18 @@ fn clear() -> std::io::Result<()> {
 #[derive(Debug)]
 pub struct Links {
     directories: Vec<PathBuf>,
-    /// Held while names change: those of a device that is gone must not be made by who looked before.
+    /// Locked while names change, so that no name of a removed device is created.
     changing: Mutex<()>,
 }
 
 impl Links {
-    /// In `directory`, and perhaps below /dev as well, where an instance has a directory with its name.
+    /// In `directory`, and below /dev if enabled, in a directory named after the instance.
     pub fn new(directory: &Path, name: &str, dev_links: bool) -> Result<Links> {
         let mut directories = vec![directory.to_owned()];
         if dev_links {
             let second = Path::new(DEV_DIR).join(name);
             fs::create_dir_all(&second)
-                .map_err(|error| Error::os(error, format!("cannot make {}", second.display())))?;
+                .map_err(|error| Error::os(error, format!("cannot create {}", second.display())))?;
             directories.push(second);
         }
         Ok(Links { directories, changing: Mutex::default() })
@@ -95,18 +94,19 @@ impl Links {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Names a device, and the partitions it has.
+    /// Creates the names of a device and of its partitions.
     pub fn make(&self, number: u32, node: &Path) -> Result<()> {
         let changing = self.change();
         for directory in &self.directories {
             let link = directory.join(format!("loop{number}"));
-            name(&link, node).map_err(|error| Error::os(error, format!("cannot make {}", link.display())))?;
+            name(&link, node)
+                .map_err(|error| Error::os(error, format!("cannot create {}", link.display())))?;
         }
         drop(changing);
         self.follow(number, node, || true)
     }
 
-    /// Names the partitions that a device has by now, and none else; does nothing if it is not `there` any more.
+    /// Updates the names of a device's partitions, unless the device is not `there` any more.
     pub fn follow(&self, number: u32, node: &Path, there: impl Fn() -> bool) -> Result<()> {
         let _changing = self.change();
         if !there() {
@@ -119,7 +119,7 @@ impl Links {
             for (word, node) in &wanted {
                 let link = directory.join(word);
                 name(&link, node)
-                    .map_err(|error| Error::os(error, format!("cannot make {}", link.display())))?;
+                    .map_err(|error| Error::os(error, format!("cannot create {}", link.display())))?;
             }
             let old = partitions_in(directory, number);
             old.filter(|word| !wanted.contains_key(word)).for_each(|word| forget(&directory.join(word)));
@@ -127,7 +127,7 @@ impl Links {
         Ok(())
     }
 
-    /// Takes the names of a device and of its partitions away.
+    /// Removes the names of a device and of its partitions.
     pub fn remove(&self, number: u32) {
         let _changing = self.change();
         for directory in &self.directories {
@@ -139,12 +139,12 @@ impl Links {
 
 impl Drop for Links {
     fn drop(&mut self) {
-        // Those in the run directory are the instance's.
+        // The one in the run directory belongs to the instance.
         self.directories.iter().skip(1).for_each(|directory| drop(fs::remove_dir(directory)));
     }
 }
 
-/// One that is right stays: there may be no room for another.
+/// Keeps a correct link: a new one might not fit on a full file system.
 fn name(link: &Path, node: &Path) -> std::io::Result<()> {
     if fs::read_link(link).is_ok_and(|present| present == node) {
         return Ok(());
@@ -157,7 +157,7 @@ fn forget(link: &Path) {
     let _ = fs::remove_file(link);
 }
 
-/// Names that partitions of a device have.
+/// Names of a device's partitions.
 fn partitions_in(directory: &Path, number: u32) -> impl Iterator<Item = String> {
     let prefix = format!("loop{number}p");
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_partitions_follow_and_go() {
+    fn names_of_partitions_are_updated_and_removed() {
         let directory = tempfile::tempdir().unwrap();
         let links = Links::new(directory.path(), "x", false).unwrap();
         let node = Path::new("/dev/no-such-disk");

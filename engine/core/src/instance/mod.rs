@@ -1,7 +1,8 @@
-//! Instances: an engine owns instances, an instance owns devices and workers, a device owns its image.
+//! Instances: an engine owns instances, an instance owns devices and workers, a device owns its
+//! image.
 //!
-//! Every call may block as long as its deadlines allow (seconds at worst): asynchronous callers use a
-//! blocking thread. Knows nothing of sockets and command lines.
+//! Every call may block as long as its deadlines allow (seconds at worst): asynchronous callers use
+//! a blocking thread. Knows nothing of sockets and command lines.
 
 mod attached;
 pub mod claims;
@@ -24,9 +25,9 @@ pub use companion::{Companion, PoolResources};
 pub use engine::{Engine, EngineConfig, Selector, Tuning};
 pub use names::check_instance_name;
 
-/// Devices of one instance at the most.
+/// Maximum number of devices of one instance.
 pub const MAX_DEVICES: u32 = 4096;
-/// Highest number of a device: as of the kernel's loop devices, which have minor numbers of 20 bits.
+/// Highest device number, as for the kernel's loop devices: minor numbers have 20 bits.
 pub const NUMBER_MAX: u32 = (1 << 20) - 1;
-/// Instances of one daemon at the most.
+/// Maximum number of instances of one daemon.
 pub const MAX_INSTANCES: usize = 1024;

@@ -1,6 +1,5 @@
-//! What users call things: names of instances, device names, lists of CPUs.
+//! Parsers of user input: instance names, device names, lists of CPUs.
 //!
-//! Pure parsing; decides nothing.
 
 use super::Selector;
 use super::links::DEV_DIR;
@@ -12,7 +11,7 @@ const RESERVED: [&str; 4] = ["control", "lock", "private", "oci"];
 /// Highest CPU number that a list may name.
 const CPU_MAX: usize = 8191;
 
-/// Refuses what cannot be the name of an instance: it becomes a directory's.
+/// Rejects invalid instance names: they become directory names.
 pub fn check_instance_name(name: &str) -> Result<()> {
     let fits = (1..=64).contains(&name.len())
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
@@ -48,7 +47,7 @@ pub fn parse_cpus(list: &str) -> Result<Vec<usize>> {
     Ok(cpus)
 }
 
-/// How a user may name a device: instance and number, or a path that must be looked up.
+/// How a user can name a device: instance and number, or the kernel's node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceName {
     /// `NAME/loopN`, `loopN`, or the path of either in the run directory.
@@ -57,10 +56,10 @@ pub enum DeviceName {
     Node(std::path::PathBuf),
 }
 
-/// Understands a device's name; `run_dir` is where instances live.
+/// Parses a device name; `run_dir` is the directory of instances.
 pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName> {
     let placeholder_record = || {
-        // A path is understood, and leads to none of ours.
+        // A valid path that is not one of ours.
         let kind = if text.starts_with('/') { Kind::NotFound } else { Kind::Invalid };
         Error::new(kind, format!("{text:?} does not name a device")).hint(format!(
             "use a path such as {}/{DEFAULT_INSTANCE}/loop0, or NAME/loop0; 'loopengine list' shows all",
@@ -101,7 +100,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn a_refused_name_is_told_all_that_are_reserved() {
+    fn the_error_for_a_reserved_name_lists_all_reserved_names() {
         let error = check_instance_name("oci").unwrap_err().to_string();
         assert!(RESERVED.iter().all(|name| error.contains(&format!("'{name}'"))), "{error}");
     }
@@ -116,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_have_several_names() {
+    fn parses_every_form_of_device_name() {
         let run = Path::new("/run/loopengine");
         let number = |name: &str, number| DeviceName::Number(name.to_owned(), number);
         assert_eq!(parse_device("/run/loopengine/ci/loop7", run).unwrap(), number("ci", 7));

@@ -1,8 +1,8 @@
-//! One device that a daemon before this one served: recovered with its image, kept as stuck without, and
-//! recovered by hand.
+//! Recovery of one device of a previous daemon: with its image, as stuck without it, or with an
+//! image that the administrator gives.
 //!
-//! Knows that such a device keeps its shape, which is the driver's to tell, and that it is never forgotten:
-//! it may have users. Which devices there are is found out by `recovery`.
+//! Such a device keeps its geometry, which the driver reports. It is never dropped: it may have
+//! users. `recovery` finds these devices.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -19,11 +19,11 @@ use crate::frontend::{DeviceParameters, ExistingDevice, FrontendDevice};
 use crate::image::{Geometry, Identity, Image, ImageSpec};
 use crate::ring::SlotId;
 
-/// The image of a device that exists, in its shape.
+/// Opens the image of an existing device, in its geometry.
 type OpenImage<'a> = &'a dyn Fn(&ImageSpec, &Geometry) -> Result<Image>;
 
 impl Instance {
-    /// Recovers a device. Whatever fails, it keeps its entry: a device with users is never forgotten.
+    /// Recovers a device. On failure it keeps its entry: a device with users is never dropped.
     pub fn recover(&self, number: u32, record: DeviceRecord, found: ExistingDevice) -> Result<()> {
         let reservation = self.table.reserve_existing(number)?;
         let device = self.backend.existing(record.id, found.parameters)?;
@@ -31,13 +31,13 @@ impl Instance {
         let open = |image_spec: &ImageSpec, shape: &Geometry| {
             Image::reopen(Path::new(&path), image_spec, &identity, shape)
         };
-        // Whoever has the image by now: the device has users.
+        // The device has users, whoever else uses the image.
         let (attached, outcome) = self.resume(number, reservation.slot, device, record, &open, Sharing::Warn);
         reservation.fill(Arc::new(attached));
         outcome
     }
 
-    /// Has a device listed as stuck whose record was not read. Its state file stays as it is.
+    /// Lists a device as stuck whose record was not read. Its state file stays.
     pub fn list_stuck(&self, number: u32, id: u32, found: ExistingDevice, reason: String) -> Result<()> {
         let reservation = self.table.reserve_existing(number)?;
         let device = self.backend.existing(id, found.parameters)?;
@@ -52,7 +52,7 @@ impl Instance {
         linked
     }
 
-    /// Recovers a device that is stuck with an image that the caller opened.
+    /// Recovers a stuck device with an image that the caller opened.
     pub fn recover_with_image(&self, number: u32, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
@@ -97,7 +97,7 @@ impl Instance {
         outcome.map(|()| self.describe(number, &recovered))
     }
 
-    /// The identity check is waived by the one who calls; the size is not: data would be missing.
+    /// Skips the identity check, on the caller's responsibility, but not the size check.
     fn open_replacement(
         &self,
         device: &FrontendDevice,
@@ -121,7 +121,7 @@ impl Instance {
         Ok((image, identity))
     }
 
-    /// Serves a device that exists with its image, or has it stuck for the reason that comes back, too.
+    /// Serves an existing device with its image, or lists it as stuck with the returned error.
     fn resume(
         &self,
         number: u32,
@@ -152,7 +152,7 @@ impl Instance {
         let reason = outcome.as_ref().err().map(ToString::to_string);
         if let Err(error) = self.publish(number, &record, &served) {
             let instance = &record.spec.instance;
-            tracing::error!("{instance}/loop{number} is not known to the next daemon as it is now: {error}");
+            tracing::error!("cannot save the state of {instance}/loop{number} for the next daemon: {error}");
         }
         (AttachedDevice { record, served, reason, hold }, outcome)
     }
@@ -160,10 +160,10 @@ impl Instance {
     fn next_step(&self, number: u32) -> String {
         let path = self.table.path(number);
         let path = path.display();
-        format!("'loopengine recover {path} --image PATH' goes on with it, 'detach --force' ends it")
+        format!("run 'loopengine recover {path} --image PATH', or 'detach --force' to remove it")
     }
 
-    /// A record of a device of which only the driver knows.
+    /// A record for a device that only the driver knows.
     fn placeholder_record(&self, number: u32, id: u32, parameters: DeviceParameters) -> DeviceRecord {
         DeviceRecord {
             spec: AttachSpec {
@@ -193,12 +193,12 @@ impl Instance {
     }
 }
 
-/// The source that a device of this shape has.
+/// The image options for a device of this geometry.
 fn recovered_spec(record: &DeviceRecord, shape: &Geometry) -> ImageSpec {
     ImageSpec { block_size: shape.block_size, ..image_spec(&record.spec) }
 }
 
-/// What can be said about a device of which the driver says nothing.
+/// The recorded geometry of a device that the driver does not describe.
 fn last_known(record: &DeviceRecord) -> Geometry {
     Geometry {
         size: record.size,

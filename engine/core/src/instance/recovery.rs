@@ -1,7 +1,8 @@
-//! What a daemon before this one left: its instances and devices are recovered, or listed as stuck.
+//! Recovery of the instances and devices of a previous daemon; devices that cannot be recovered are
+//! listed as stuck.
 //!
-//! Knows where the two sides of a device are found: its record in the state directory, and itself at the
-//! driver. The driver is right: a device of ours with users is in a table, whatever became of its record.
+//! A device has a record in the state directory and an entry at the driver. The driver is
+//! authoritative: a device of ours with users is always listed, even without its record.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,9 +17,9 @@ use super::state::{DeviceRecord, SavedInstance};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{ExistingDevice, OrphanState, StopMode};
 
-/// Numbers from here on are for devices whose own are lost: attach takes the lowest that is free.
+/// First number for devices whose own is lost: attach takes the lowest free one.
 const LOST_NUMBER_BASE: u32 = 1_000_000;
-/// Devices that are recovered at a time: each may have to wait for the dead daemon's last operations.
+/// Devices recovered in parallel: each may have to wait for the dead daemon's last operations.
 const RECOVER_PARALLEL: usize = 16;
 
 /// A device that may have users.
@@ -28,16 +29,17 @@ struct Orphan {
     number: u32,
     id: u32,
     found: ExistingDevice,
-    /// What is known of it, or why nothing is.
+    /// Its record, or why it was not read.
     record: Result<DeviceRecord>,
 }
 
-/// Devices of this run directory at the driver, by its number, that no record names yet.
+/// Devices of this run directory at the driver, by id, not matched to a record yet.
 type DriverDevices = BTreeMap<u32, ExistingDevice>;
 
 impl Engine {
-    /// Recreates the instances of a previous daemon and recovers their devices. What cannot be recovered is
-    /// listed as stuck. `defaults`: for instances of which nothing can be read. Returns notes for the log.
+    /// Recreates the instances of a previous daemon and recovers their devices. Devices that cannot
+    /// be recovered are listed as stuck. `defaults`: limits for instances without readable state.
+    /// Returns notes for the log.
     pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Vec<String> {
         let mut notes = Vec::new();
         let mut driver_devices = self.own_driver_devices();
@@ -45,7 +47,7 @@ impl Engine {
         let mut unmatched = Vec::new();
         let saved = self.context.state.load();
         let records = saved.iter().flat_map(|instance| &instance.devices);
-        // A name may be older than a record.
+        // A link may be older than a record.
         let recorded_ids: Vec<u32> =
             records.filter_map(|(_, record)| Some(record.as_ref().ok()?.id)).collect();
         for SavedInstance { name, spec, devices } in saved {
@@ -76,12 +78,12 @@ impl Engine {
         notes
     }
 
-    /// Recovers a device that is stuck with the image that the administrator gives: the checks of a restart
-    /// are waived, but it must be as large as the device.
+    /// Recovers a stuck device with an image that the administrator gives: the checks of a restart
+    /// are skipped, but the image must be large enough.
     pub fn recover(&self, spec: &RecoverSpec, image: std::os::fd::OwnedFd) -> Result<DeviceInfo> {
         match &self.select(&Selector::Device(spec.device.clone()))?[..] {
             [(instance, Some(number))] => instance.recover_with_image(*number, spec, image),
-            _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
+            _ => Err(Error::new(Kind::Internal, "the device name selected several devices")),
         }
     }
 
@@ -91,12 +93,13 @@ impl Engine {
         self.context.frontend.present().into_iter().filter_map(examine).filter(ours).collect()
     }
 
-    /// The driver does not say what this device is, which may be there.
+    /// Whether the driver cannot describe this device, which may exist.
     fn is_unknown(&self, id: u32) -> bool {
         self.context.frontend.examine(id).is_err_and(|error| error.kind() != Kind::NotFound)
     }
 
-    /// An instance of a previous daemon; where its own limits cannot be read, with the default ones.
+    /// Recreates an instance of a previous daemon, with the default limits if its own cannot be
+    /// read.
     fn recreate_instance(
         &self,
         name: &str,
@@ -119,7 +122,7 @@ impl Engine {
         self.instance(name).ok()
     }
 
-    /// Which device at the driver a state file is about.
+    /// Matches a state file to a device at the driver.
     fn match_record(
         &self,
         instance: &str,
@@ -134,7 +137,7 @@ impl Engine {
             Ok(record) if record.io_mode == IoMode::Fuse => {
                 let path = &record.spec.path;
                 tracing::error!(
-                    "{instance}/loop{number} ({path}) was not recovered: files of FUSE end with their daemon"
+                    "{instance}/loop{number} ({path}) was not recovered: FUSE files do not outlive the daemon"
                 );
                 Match::Gone(record.spec.path)
             }
@@ -151,7 +154,7 @@ impl Engine {
                         Ok(record),
                     )
                 }
-                // Never started, stopped, or another by now: nobody waits for it.
+                // Never started, stopped, or replaced: it has no users.
                 _ => Match::Gone(record.spec.path),
             },
             Err(reason) => {
@@ -170,7 +173,7 @@ impl Engine {
         }
     }
 
-    /// Devices without a state file whose names are there still.
+    /// Devices without a state file that still have names.
     fn named_by_links(&self, driver_devices: &mut DriverDevices, defaults: &InstanceSpec) -> Vec<Orphan> {
         let entries = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten();
         let mut named = Vec::new();
@@ -192,9 +195,9 @@ impl Engine {
         named
     }
 
-    /// Deletes devices that a previous daemon had begun to make, or to take away; never one with users. One
-    /// that waits for a daemon goes only if the driver itself finds it unused, and if `complete`: no state
-    /// file can be about it.
+    /// Deletes devices that a previous daemon had begun to create or to remove; never one with
+    /// users. A device that waits for a daemon is deleted only if the driver finds it unused and no
+    /// state file can refer to it (`complete`).
     fn delete_unused(&self, driver_devices: &mut DriverDevices, complete: bool, notes: &mut Vec<String>) {
         driver_devices.retain(|&id, found| {
             let ended = found.state == OrphanState::Unused || !found.parameters.recoverable;
@@ -207,18 +210,18 @@ impl Engine {
                 device.delete()
             });
             match deleted {
-                Ok(()) => notes.push(format!("ublk device {id} was left over and is deleted")),
+                Ok(()) => notes.push(format!("deleted the leftover ublk device {id}")),
                 Err(error) if !ended && error.kind() == Kind::Busy => return true,
                 Err(error) => {
-                    tracing::error!("ublk device {id} was left over and cannot be deleted: {error}")
+                    tracing::error!("cannot delete the leftover ublk device {id}: {error}")
                 }
             }
             false
         });
     }
 
-    /// Devices of which neither record nor name is left. One that is alone with one record that cannot be
-    /// read is its device; others get names that nothing else has.
+    /// Devices without record and name. If exactly one is left, with exactly one unreadable record,
+    /// they belong together; others get unique names.
     fn unidentified(
         &self,
         driver_devices: DriverDevices,
@@ -252,7 +255,7 @@ impl Engine {
         orphans
     }
 
-    /// Nothing is left of a device but its state file, and perhaps its name.
+    /// Removes the state file and the name of a device that does not exist any more.
     fn forget(&self, instance: &str, number: u32) {
         self.context.state.remove_device(instance, number);
         let link = self.context.run_dir.join(instance).join(format!("loop{number}"));
@@ -262,18 +265,18 @@ impl Engine {
     }
 }
 
-/// What a state file is about.
+/// The result of matching a state file.
 enum Match {
     /// This device.
     Device(u32, ExistingDevice, Result<DeviceRecord>),
-    /// Perhaps a device: it cannot be read, for this reason.
+    /// Possibly a device: the file cannot be read.
     Unknown(Error),
-    /// None that is there.
+    /// No existing device.
     Gone(String),
 }
 
 impl Orphan {
-    /// Recovers it, or has it listed as stuck. Returns a note.
+    /// Recovers it, or lists it as stuck. Returns a note.
     fn recover(&self) -> Option<String> {
         let Orphan { instance, number, id, found, record } = self;
         let name = format!("{}/loop{number}", instance.info().name);
@@ -296,7 +299,7 @@ impl Orphan {
     }
 }
 
-/// The number at the driver of the block device that a name leads to.
+/// The driver id of the block device that a link points to.
 fn linked_id(link: &Path) -> Option<u32> {
     let node = std::fs::read_link(link).ok()?;
     node.to_str()?.strip_prefix("/dev/ublkb")?.parse().ok()

@@ -1,7 +1,7 @@
-//! One device that is served: an image, a frontend's device, a queue on each of the workers.
+//! One served device: an image, a frontend's device, a queue on each worker.
 //!
-//! Knows how the three are put together and taken apart, and in which order; does not know names,
-//! quotas or other devices.
+//! Assembles and disassembles these in the right order; does not know names, quotas or other
+//! devices.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -17,12 +17,12 @@ use crate::worker::{NewQueue, QueueStats, WorkerHandle};
 /// The workers of an instance, shared by its devices.
 pub type Workers = Arc<[WorkerHandle<FrontendQueue>]>;
 
-/// Requests of one device.
+/// Request counts of one device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Traffic {
-    /// Not answered yet.
+    /// In flight.
     pub in_flight: u64,
-    /// Answered since it appeared.
+    /// Completed since its start.
     pub ended: u64,
 }
 
@@ -32,42 +32,42 @@ pub struct Served {
     device: FrontendDevice,
     workers: Workers,
     slot: SlotId,
-    /// None: the image could not be found again, and nobody serves the device.
+    /// None: the image was not found, and the device is not served.
     image: Mutex<Option<Arc<Image>>>,
     geometry: Mutex<Geometry>,
     lifecycle: Mutex<Lifecycle>,
 }
 
-/// Whether a device can be talked to.
+/// The lifecycle state of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lifecycle {
     Serving,
-    /// It is being taken away.
+    /// It is being removed, or cannot be used.
     Stuck,
-    /// A stop did not end in time, and goes on in the kernel: not to be asked for again before this,
-    /// and the time until then.
+    /// A stop passed its deadline and goes on in the kernel: the time of the next attempt, and the
+    /// pause before it.
     Stopping(Instant, Duration),
 }
 
-/// How long a stop that was given up is left alone, at first.
+/// First pause after a stop that passed its deadline.
 const STOP_RETRY: Duration = Duration::from_secs(10);
-/// How long a file of a user's own file system may take to answer anything, where somebody waits for its end.
+/// How long a user's own file system may make no progress before a stop.
 const HANG_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How a frontend's device becomes one that works.
+/// How a device is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StartMode {
     /// It is new.
     New,
-    /// A daemon before us served it.
+    /// A previous daemon served it.
     Recovered,
-    /// It is new, and appears only when it takes another's place.
+    /// It is new, and starts only when it replaces another.
     Deferred,
 }
 
 impl Served {
-    /// Serves a device that was added, or is there already. When that fails, what there is of it
-    /// comes back all the same, for the caller to take away or to keep as stuck.
+    /// Serves a new or existing device. On failure the device is returned all the same, for the
+    /// caller to remove or to keep as stuck.
     pub fn start(
         device: FrontendDevice,
         workers: &Workers,
@@ -91,7 +91,7 @@ impl Served {
         (served, outcome)
     }
 
-    /// A device that nobody can serve now: it can only be taken away.
+    /// A device that cannot be served now: it can only be removed.
     pub fn unserved(device: FrontendDevice, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
         let (geometry, lifecycle) = (Mutex::new(geometry), Mutex::new(Lifecycle::Stuck));
         Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, lifecycle }
@@ -119,28 +119,28 @@ impl Served {
         }
     }
 
-    /// Held while the device changes, so that nothing is asked of one that is going.
+    /// Locked while the device changes.
     fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
         self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the device go away. `release` must follow.
+    /// Stops the device. `release` must follow.
     pub fn stop(&self, when: StopMode) -> Result<()> {
         let mut lifecycle = self.lifecycle();
         let mut pause = STOP_RETRY;
         if let Lifecycle::Stopping(again, last) = *lifecycle {
-            // It would wait behind the one that was given up, and hold a ring as long as that.
+            // It would block behind the previous stop, and occupy a ring.
             if self.device.is_present() && Instant::now() < again {
-                return Err(Error::new(Kind::Deadline, "the device is being stopped still"));
+                return Err(Error::new(Kind::Deadline, "the device is still being stopped"));
             }
             pause = last.saturating_mul(2);
         }
         if when == StopMode::Always && self.is_hung() {
             let message = "the device cannot be stopped: the file system of its image does not answer";
-            return Err(Error::new(Kind::Deadline, message).hint("end that file system"));
+            return Err(Error::new(Kind::Deadline, message).hint("unmount or kill that file system"));
         }
         match self.device.stop(when) {
-            // Gone already: a stop that was given up has ended after all.
+            // The previous stop has ended after all.
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => {
                 if error.kind() == Kind::Deadline {
@@ -150,16 +150,16 @@ impl Served {
             }
             Ok(()) => {}
         }
-        // It can be told nothing from here on.
+        // It cannot be used any more.
         *lifecycle = Lifecycle::Stuck;
         Ok(())
     }
 
-    /// Leaves the device to the next daemon: new requests are held back, those in flight are answered. The
-    /// driver gives the next daemon what is not answered by `until`; a write may be repeated then, as
-    /// after a crash.
+    /// Quiesces the device for the next daemon: new requests are held, those in flight are
+    /// completed. The driver reissues what is not completed by `until`; a write may be repeated
+    /// then, as after a crash.
     pub fn quiesce(&self, until: Instant) -> Result<()> {
-        // Nothing of one that is stuck is served here: it waits already.
+        // A stuck device is not served: it waits already.
         if *self.lifecycle() != Lifecycle::Serving {
             return Ok(());
         }
@@ -171,7 +171,7 @@ impl Served {
             match self.traffic()?.in_flight {
                 0 => return Ok(()),
                 requests if Instant::now() >= until => {
-                    let context = format!("{requests} requests in flight are not answered");
+                    let context = format!("{requests} requests are still in flight");
                     return Err(Error::new(Kind::Deadline, context));
                 }
                 _ => std::thread::sleep(Duration::from_millis(1)),
@@ -179,8 +179,8 @@ impl Served {
         }
     }
 
-    /// Requests are in flight on a file that may never answer, and none has ended for a while. A stop would
-    /// wait for them in the kernel, where nothing ends the wait, so that the daemon could not end either.
+    /// Whether requests in flight on a file that may hang make no progress. A stop would wait for
+    /// them in the kernel, uninterruptibly, and so would the daemon's end.
     fn is_hung(&self) -> bool {
         let Ok(image) = self.image() else { return false };
         let until = Instant::now() + HANG_TIMEOUT;
@@ -196,18 +196,18 @@ impl Served {
         true
     }
 
-    /// Has one that waits appear by itself.
+    /// Starts a deferred device.
     pub fn start_deferred(&self) -> Result<()> {
         self.device.start()
     }
 
-    /// Has one that waits appear while nobody else's does: under the lowest number that is free.
+    /// Starts a deferred device under the start lock: it gets the lowest free number.
     pub fn start_exclusively(&self, lock: &StartLock) -> Result<()> {
         self.device.start_exclusively(lock)
     }
 
-    /// Stops this one, if nobody has it open, so that another can take its place. Whatever else goes
-    /// wrong, it is not to be used again.
+    /// Stops this device if it is not open, so that a replacement can start. After any other error
+    /// it must not be used again.
     pub fn try_stop(&self, _lock: &StartLock) -> Result<()> {
         let mut lifecycle = self.lifecycle();
         if *lifecycle != Lifecycle::Serving {
@@ -221,13 +221,13 @@ impl Served {
         outcome
     }
 
-    /// Takes the queues of a stopped device from the workers, and gives its number back.
+    /// Removes the queues of a stopped device from the workers, and deletes it.
     pub fn release(&self) -> Result<()> {
         self.remove_queues()?;
         self.delete()
     }
 
-    /// Takes the queues of a stopped device from the workers.
+    /// Removes the queues of a stopped device from the workers.
     pub fn remove_queues(&self) -> Result<()> {
         let _life = self.lifecycle();
         for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
@@ -236,18 +236,19 @@ impl Served {
         Ok(())
     }
 
-    /// The image of a device that has left. Closing its file may take as long as its file system likes.
+    /// Takes the image of a device without queues. Closing its file may block as long as its file
+    /// system does.
     pub fn take_image(&self) -> Option<Arc<Image>> {
         self.image.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Gives the number of a stopped device back that no worker has any more.
+    /// Deletes a stopped device without queues.
     pub fn delete(&self) -> Result<()> {
         let _life = self.lifecycle();
         ignore_missing(self.device.delete())
     }
 
-    /// No worker has a queue of it: its recovery has not begun.
+    /// Whether no worker has a queue of it: its recovery has not begun.
     pub fn has_no_queues(&self) -> bool {
         let missing = |worker: &WorkerHandle<FrontendQueue>| {
             worker.stats(self.slot).is_err_and(|error| error.kind() == Kind::NotFound)
@@ -255,18 +256,18 @@ impl Served {
         self.workers.iter().all(missing)
     }
 
-    /// Data goes through the page cache.
+    /// Whether data goes through the page cache.
     pub fn is_buffered(&self) -> bool {
         self.image().is_ok_and(|image| image.is_buffered())
     }
 
-    /// It was refused direct I/O since it was last asked this.
+    /// Whether direct I/O was disabled since the last call.
     pub fn take_direct_io_disabled(&self) -> bool {
         self.image().is_ok_and(|image| image.take_direct_io_disabled())
     }
 
-    /// Adapts to the image's present size, or both to `size`; `check` may refuse the step from the first size
-    /// to the second. What fails leaves image and device as they were. Returns the new size.
+    /// Resizes to the image's present size, or both to `size`; `check` may reject the change from
+    /// the old to the new size. On failure image and device stay unchanged. Returns the new size.
     pub fn resize(&self, size: Option<u64>, check: impl FnOnce(u64, u64) -> Result<()>) -> Result<u64> {
         let image = self.image()?;
         let lifecycle = self.lifecycle();
@@ -295,12 +296,12 @@ impl Served {
         outcome.map(|()| new.size)
     }
 
-    /// Shows another image from now on. What is in flight ends on the old one, and may go on on the
-    /// new: it must be the same file, or nothing must be writable, or the old one have no size.
+    /// Replaces the image. Operations in flight end on the old one and may be retried on the new
+    /// one. It must be the same file, or read-only, or the old image must have size 0.
     pub fn replace(&self, image: Image) -> Result<()> {
         let lifecycle = self.lifecycle();
         if *lifecycle != Lifecycle::Serving {
-            return Err(Error::new(Kind::Busy, "the device is stuck or being taken away"));
+            return Err(Error::new(Kind::Busy, "the device is stuck or being removed"));
         }
         let image = Arc::new(image);
         self.change(image.geometry(), |worker| worker.replace(self.slot, image.clone()))?;
@@ -308,8 +309,8 @@ impl Served {
         Ok(())
     }
 
-    /// Tells workers and driver of a new shape, in the order in which requests up to the larger size
-    /// are served while the two sides disagree.
+    /// Changes the geometry of workers and driver, in the order that keeps requests up to the
+    /// larger size served meanwhile.
     fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<FrontendQueue>) -> Result<()>) -> Result<()> {
         let queues = usize::from(self.device.parameters().queues);
         let tell_workers = || self.workers.iter().take(queues).try_for_each(&tell);
@@ -326,7 +327,7 @@ impl Served {
 
     fn image(&self) -> Result<Arc<Image>> {
         let image = self.image.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        image.ok_or_else(|| Error::new(Kind::Io, "the image is gone"))
+        image.ok_or_else(|| Error::new(Kind::Io, "the device has no image"))
     }
 
     /// The frontend's device.
@@ -334,22 +335,22 @@ impl Served {
         &self.device
     }
 
-    /// Its place on the workers.
+    /// Its slot on the workers.
     pub fn slot(&self) -> SlotId {
         self.slot
     }
 
-    /// Its shape now.
+    /// Its present geometry.
     pub fn geometry(&self) -> Geometry {
         *self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// State, as far as it can be known without waiting long.
+    /// Its state, without blocking for long.
     pub fn state(&self) -> DeviceState {
         let lifecycle = match self.lifecycle.try_lock() {
             Ok(lifecycle) => *lifecycle,
             Err(TryLockError::Poisoned(lifecycle)) => *lifecycle.into_inner(),
-            // It is being changed just now; what it is asked is answered by the workers.
+            // It is being changed; the workers report its state.
             Err(TryLockError::WouldBlock) => Lifecycle::Serving,
         };
         if lifecycle != Lifecycle::Serving {
@@ -368,7 +369,7 @@ impl Served {
         self.workers.iter().take(queues).map(|worker| worker.stats(self.slot)).collect()
     }
 
-    /// What goes on, over all queues.
+    /// Request counts over all queues.
     pub fn traffic(&self) -> Result<Traffic> {
         let queues = self.queue_stats()?;
         let ended = |q: &QueueStats| q.reads + q.writes + q.flushes + q.discards + q.errors;
@@ -376,7 +377,7 @@ impl Served {
         Ok(Traffic { in_flight, ended: queues.iter().map(ended).sum() })
     }
 
-    /// Figures over all queues.
+    /// Statistics over all queues.
     pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
         let queues = self.queue_stats()?;
         let sum = |figure: fn(&QueueStats) -> u64| queues.iter().map(figure).sum();
@@ -414,7 +415,7 @@ fn summarise(queues: &[QueueStats]) -> LatencySummary {
     let mut histograms = queues.iter().filter_map(QueueStats::latency);
     let Some(mut all) = histograms.next().cloned() else { return LatencySummary::default() };
     for other in histograms {
-        // Same bounds everywhere, so that nothing can fail to fit.
+        // All histograms have the same bounds, so this cannot fail.
         let _ = all.add(other);
     }
     LatencySummary {

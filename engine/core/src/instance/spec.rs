@@ -1,5 +1,5 @@
-//! How instances, devices and their figures are described, on every surface: the engine's own
-//! interface, the control socket, `--json`.
+//! Descriptions of instances, devices and their statistics, for every interface: the engine, the
+//! control socket, `--json`.
 //!
 //! Pure data. Adding an optional field is compatible; renaming or removing one is not.
 
@@ -11,14 +11,14 @@ pub use crate::frontend::{FrontendKind, IoMode};
 /// Name of the instance that always exists.
 pub const DEFAULT_INSTANCE: &str = "default";
 
-/// What an instance may have.
+/// The limits of an instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[zlink(rename_all = "camelCase")]
 pub struct InstanceSpec {
     /// 1 to 64 of `a-z A-Z 0-9 . _ -`, not starting with a dot or a dash.
     pub name: String,
-    /// Devices at the most.
+    /// Maximum number of devices.
     pub max_devices: u32,
     /// Worker threads; 0: one for each CPU it may use, at least two.
     pub workers: u32,
@@ -26,14 +26,14 @@ pub struct InstanceSpec {
     pub cpus: Option<String>,
 }
 
-/// An instance as it is now.
+/// The present state of an instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct InstanceInfo {
     /// Its name.
     pub name: String,
-    /// Devices at the most.
+    /// Maximum number of devices.
     pub max_devices: u32,
     /// Devices now.
     pub devices: u32,
@@ -45,7 +45,7 @@ pub struct InstanceInfo {
     pub directory: String,
 }
 
-/// How to serve an image.
+/// How to attach an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[zlink(rename_all = "camelCase")]
@@ -53,15 +53,15 @@ pub struct AttachSpec {
     /// Instance that gets the device.
     pub instance: String,
     /// The image's path as the caller knows it: shown to users, and used to recover the device
-    /// after a restart of the daemon. The file itself comes as a file descriptor.
+    /// after a restart of the daemon. The file itself is passed as a file descriptor.
     pub path: String,
-    /// Device number wanted; none: the lowest free one.
+    /// Device number; none: the lowest free one.
     pub number: Option<u32>,
     /// Refuse writes.
     pub read_only: bool,
-    /// First byte of the image that the device shows.
+    /// First byte of the image that the device maps.
     pub offset: u64,
-    /// Bytes at the most; 0: to the end of the image.
+    /// Maximum size in bytes; 0: to the end of the image.
     pub size_limit: u64,
     /// Logical block size, 512 to 4096; 0: the smallest that the image allows.
     pub block_size: u32,
@@ -71,58 +71,61 @@ pub struct AttachSpec {
     pub queues: u32,
     /// Queue depth: requests in flight in each queue; 0: 128.
     pub depth: u32,
-    /// Path of the feature ladder, forced; none: the best that the kernel grants.
+    /// I/O mode; none: the best that the kernel supports.
     pub io_mode: Option<IoMode>,
-    /// Have the kernel look for partitions; they are named beside the device, as loop0p1.
+    /// Have the kernel scan for partitions; their names are beside the device's, as loop0p1.
     #[serde(default)]
     pub partscan: bool,
 }
 
-/// How a device is resized. It becomes smaller only if the caller says so.
+/// How a device is resized. It shrinks only on request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResizeSpec {
-    /// Which.
+    /// The device.
     pub device: String,
-    /// Bytes that the device is to have, and its image with it; none: what the image has now.
+    /// New size of the device and its image in bytes; none: the image's present size.
     pub size: Option<u64>,
-    /// It may become smaller.
+    /// It may shrink.
     pub shrink: bool,
-    /// Also while it is in use.
+    /// Even while it is in use.
     pub force: bool,
 }
 
-/// How a device that is stuck is recovered by hand.
+/// How a stuck device is recovered with an image that the administrator gives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[zlink(rename_all = "camelCase")]
 pub struct RecoverSpec {
     /// The device: a path that leads to it, or NAME/loopN.
     pub device: String,
-    /// The image's path as the caller knows it. The file itself comes as a file descriptor.
+    /// The image's path as the caller knows it. The file itself is passed as a file descriptor.
     pub path: String,
-    /// First byte of the image that the device shows; none: as it was attached, or 0 if that is not known.
+    /// First byte of the image that the device maps; none: as it was attached, or 0 if that is not
+    /// known.
     pub offset: Option<u64>,
-    /// Bytes that a later resize may give it; none: as it was attached, or any if that is not known.
+    /// Bytes that a later resize may give it; none: as it was attached, or any if that is not
+    /// known.
     pub size_limit: Option<u64>,
-    /// Use the page cache instead of direct I/O; none: as it was attached, or not if that is not known.
+    /// Use the page cache instead of direct I/O; none: as it was attached, or not if that is not
+    /// known.
     pub buffered: Option<bool>,
 }
 
-/// What state a device is in.
+/// The state of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "kebab-case")]
 #[zlink(rename_all = "lowercase")]
 pub enum DeviceState {
-    /// It serves.
+    /// It is served.
     Live,
-    /// It serves, but its image was found shorter than it was: reads past the end fail.
+    /// It is served, but its image has shrunk: reads past its end fail.
     Degraded,
-    /// It is not served, and its users wait: its image or its record was not found after a restart, or the
-    /// kernel or a worker did not answer in time. `reason` says which.
+    /// It is not served, and its users wait. Its image or its record was not found after a restart,
+    /// or the kernel or a worker did not answer in time. `reason` says which.
     Stuck,
 }
 
-/// A device as it is now.
+/// The present state of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
@@ -146,11 +149,11 @@ pub struct DeviceInfo {
     #[serde(rename = "sizeBytes")]
     #[zlink(rename = "sizeBytes")]
     pub size: u64,
-    /// First byte of the image that the device shows.
+    /// First byte of the image that the device maps.
     #[serde(rename = "offsetBytes")]
     #[zlink(rename = "offsetBytes")]
     pub offset: u64,
-    /// Bytes at the most; 0: to the end of the image.
+    /// Maximum size in bytes; 0: to the end of the image.
     #[serde(rename = "sizeLimitBytes")]
     #[zlink(rename = "sizeLimitBytes")]
     pub size_limit: u64,
@@ -166,15 +169,16 @@ pub struct DeviceInfo {
     pub queues: u32,
     /// Queue depth.
     pub depth: u32,
-    /// How data travels.
+    /// I/O mode.
     pub io_mode: IoMode,
-    /// Who else has the image through this daemon: devices of instances, loop devices of pools.
+    /// Other users of the image in this daemon: devices of instances, loop devices of pools.
     #[serde(default)]
     pub shared_with: Vec<String>,
     /// When it was attached, in seconds since 1970; none: not known.
     #[serde(default)]
     pub since_unix_seconds: Option<u64>,
-    /// Device number of the file system that the image is on; of a block device, its own. 0: not known.
+    /// Device number of the file system that the image is on; of a block device, its own. 0: not
+    /// known.
     #[serde(default)]
     pub image_device: u64,
     /// The image's inode number; 0: it is a block device, or not known.
@@ -182,7 +186,7 @@ pub struct DeviceInfo {
     pub image_inode: u64,
 }
 
-/// Figures of one device since it was attached, over all its queues.
+/// Statistics of one device since it was attached, over all its queues.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
@@ -191,7 +195,7 @@ pub struct DeviceStats {
     pub path: String,
     /// The image.
     pub image: String,
-    /// Nanoseconds of the monotonic clock when these were read: subtract two for rates.
+    /// Time of the sample, in nanoseconds of the monotonic clock: subtract two for rates.
     pub at_ns: u64,
     /// Reads completed.
     pub reads: u64,
@@ -207,21 +211,22 @@ pub struct DeviceStats {
     pub flushes: u64,
     /// Discards and write-zeroes completed.
     pub discards: u64,
-    /// Requests that were failed.
+    /// Failed requests.
     pub errors: u64,
     /// Operations resubmitted after a short or interrupted one.
     pub resubmits: u64,
-    /// Operations known to leave the fast path for a kernel helper thread (fsync, fallocate, EAGAIN).
+    /// Operations that the kernel hands to an io-wq thread (fsync, fallocate, EAGAIN).
     pub punts: u64,
-    /// Requests whose buffer had to be registered by hand.
+    /// Requests whose buffer the worker had to register (fallback).
     pub fallbacks: u64,
-    /// Requests that arrived, and arrivals (wake-ups with at least one): their quotient is the batch size.
+    /// Requests that arrived, and arrivals (wake-ups with at least one): their quotient is the
+    /// batch size.
     pub requests: u64,
     /// See `requests`.
     pub batches: u64,
     /// Requests in flight now.
     pub in_flight: u64,
-    /// Latency from arrival to completion in the daemon, of a sample of reads and writes.
+    /// Latency from arrival to completion in the daemon, of sampled reads and writes.
     pub latency: LatencySummary,
 }
 
@@ -244,21 +249,21 @@ pub struct LatencySummary {
     pub max_ns: u64,
 }
 
-/// What this kernel grants.
+/// The features of this kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct Features {
     /// Kernel release, e.g. `7.3.4+deb13-amd64`.
     pub kernel: String,
-    /// Frontends that this machine has, the one that `auto` takes first.
+    /// Frontends available on this machine, the preferred one first.
     pub frontends: Vec<FrontendKind>,
     /// Names of the ublk driver's feature flags, as in ublk_cmd.h, without the prefix `UBLK_F_`;
     /// none without the driver, as below.
     pub flags: Vec<String>,
-    /// Paths of block devices that work here, best first.
+    /// Supported I/O modes of block devices, best first.
     pub io_modes: Vec<IoMode>,
-    /// Block devices outlive the daemon and can be taken back.
+    /// Block devices outlive the daemon and can be recovered.
     pub recovery: bool,
     /// Block devices can be resized (files always can).
     pub resize: bool,

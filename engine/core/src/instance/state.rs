@@ -1,8 +1,9 @@
-//! What must outlive the daemon: which instances and devices there are, so that a daemon that was
-//! killed can take its devices back.
+//! State that outlives the daemon: its instances and devices, so that the next daemon can recover
+//! them.
 //!
-//! One JSON file an instance and one a device, below `.state` in the run directory, replaced
-//! whole, with the version of their format. What cannot be read is reported, never dropped. They live as long as the kernel does, as the devices do: the run directory is volatile.
+//! There is one JSON file per instance and one per device, below `.state` in the run directory,
+//! replaced atomically, with a format version. Files that cannot be read are reported, never
+//! dropped. They live as long as the kernel does, as the devices do: the run directory is volatile.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -17,18 +18,18 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::DeviceParameters;
 use crate::image::Identity;
 
-/// What is needed to take a device back.
+/// The record needed to recover a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceRecord {
     /// How it was attached; `number` and `io_mode` are filled in.
     pub spec: AttachSpec,
-    /// Its number at the driver.
+    /// Its id at the driver.
     pub id: u32,
-    /// The mark that the driver keeps for it.
+    /// Its owner cookie at the driver.
     pub owner_cookie: u64,
-    /// The image, to know it again.
+    /// The identity of the image.
     pub identity: Identity,
-    /// How data travels.
+    /// I/O mode.
     pub io_mode: IoMode,
     /// Queues, as granted.
     pub queues: u16,
@@ -38,13 +39,13 @@ pub struct DeviceRecord {
     pub block_size: u32,
     /// Bytes.
     pub size: u64,
-    /// When it was attached, in seconds since 1970; none: by a version that did not say.
+    /// When it was attached, in seconds since 1970; none: not recorded.
     #[serde(default)]
     pub since: Option<u64>,
 }
 
 impl DeviceRecord {
-    /// What it was made with.
+    /// Its parameters.
     pub fn parameters(&self) -> DeviceParameters {
         let DeviceRecord { io_mode, queues, depth, owner_cookie, .. } = *self;
         DeviceParameters {
@@ -58,20 +59,20 @@ impl DeviceRecord {
     }
 }
 
-/// An instance and its devices by number, as a daemon before this one left them.
+/// The saved state of an instance and its devices.
 #[derive(Debug)]
 pub struct SavedInstance {
     /// The instance's name.
     pub name: String,
-    /// What it may have, or why that cannot be read.
+    /// Its limits, or why they cannot be read.
     pub spec: Result<InstanceSpec>,
     /// Records, or why they cannot be read.
     pub devices: Vec<(u32, Result<DeviceRecord>)>,
 }
 
-/// Of the format of the files. One without a version is of the first.
+/// Version of the file format. A file without a version has the first.
 const VERSION: u64 = 1;
-/// Bytes that a file has at most.
+/// Maximum size of a file.
 const FILE_MAX: u64 = 1 << 20;
 
 /// The directory of these files.
@@ -79,7 +80,7 @@ const FILE_MAX: u64 = 1 << 20;
 pub struct StateDir(PathBuf);
 
 impl StateDir {
-    /// Below `run_dir`; made when first written to.
+    /// Below `run_dir`; created on first use.
     pub fn new(run_dir: &Path) -> Self {
         Self(run_dir.join(".state"))
     }
@@ -92,7 +93,7 @@ impl StateDir {
         self.instance_dir(instance).join(format!("loop{number}.json"))
     }
 
-    /// Notes an instance.
+    /// Saves an instance.
     pub fn save_instance(&self, spec: &InstanceSpec) -> Result<()> {
         let dir = self.instance_dir(&spec.name);
         fs::DirBuilder::new()
@@ -103,23 +104,23 @@ impl StateDir {
         replace(&dir.join("instance.json"), spec)
     }
 
-    /// Forgets an instance and its devices.
+    /// Removes an instance and its devices.
     pub fn remove_instance(&self, name: &str) {
         let _ = fs::remove_dir_all(self.instance_dir(name));
         let _ = fs::remove_dir(&self.0);
     }
 
-    /// Notes a device.
+    /// Saves a device.
     pub fn save_device(&self, number: u32, record: &DeviceRecord) -> Result<()> {
         replace(&self.device_file(&record.spec.instance, number), record)
     }
 
-    /// Forgets a device.
+    /// Removes a device.
     pub fn remove_device(&self, instance: &str, number: u32) {
         let _ = fs::remove_file(self.device_file(instance, number));
     }
 
-    /// Everything noted, by name and number.
+    /// All saved state, by name and number.
     pub fn load(&self) -> Vec<SavedInstance> {
         let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| saved(dir)).collect();
         found.sort_by(|a, b| a.name.cmp(&b.name));
@@ -150,8 +151,8 @@ fn subdirectories(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Replaces a file such that a crash leaves the old one or the new one, whole. One that is right already is
-/// left alone: a daemon must be able to recover devices although its run directory is full.
+/// Replaces a file atomically: a crash leaves the old or the new one. A file with the right content
+/// is left alone: recovery must work with a full run directory.
 fn replace(path: &Path, value: &impl Serialize) -> Result<()> {
     let failed = |error: serde_json::Error| {
         Error::new(Kind::Internal, format!("cannot write {}: {error}", path.display()))
@@ -180,7 +181,7 @@ fn replace(path: &Path, value: &impl Serialize) -> Result<()> {
 }
 
 fn write_whole(temporary: &Path, path: &Path, text: &[u8]) -> std::io::Result<()> {
-    // One that a crash left may be anything.
+    // A file that a crash left may be of any kind.
     let _ = fs::remove_file(temporary);
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(temporary)?;
     file.write_all(text)?;
@@ -203,11 +204,11 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_value(value).map_err(|error| unreadable(format!("is not understood: {error}")))
 }
 
-/// The bytes of a file that nobody but the daemon's user can have written.
+/// Reads a file that only the daemon's user can have written.
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let shown = path.display();
     let failed = |error: std::io::Error| Error::os(error, format!("state file {shown} cannot be read"));
-    // Not a pipe to wait for, nor a link to elsewhere.
+    // Neither blocks on a pipe nor follows a link.
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
     let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
@@ -215,7 +216,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let wrong = match (meta.is_file(), meta.uid(), meta.mode() & 0o022) {
         (false, _, _) => "is not a regular file".to_owned(),
         (_, owner, _) if owner != user => format!("belongs to user {owner}"),
-        (_, _, 1..) => format!("is one that others may write to (mode {:o})", meta.mode() & 0o7777),
+        (_, _, 1..) => format!("is writable by others (mode {:o})", meta.mode() & 0o7777),
         _ if meta.len() > FILE_MAX => "is too large".to_owned(),
         _ => {
             let mut text = Vec::new();
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_what_is_saved_and_names_what_is_broken() {
+    fn loads_saved_state_and_reports_broken_files() {
         let dir = tempfile::tempdir().unwrap();
         assert!(StateDir::new(dir.path()).load().is_empty());
         let (state, spec) = saved(dir.path());
@@ -293,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn unreadable_state_is_reported_with_the_reason() {
+    fn reports_why_state_is_unreadable() {
         let dir = tempfile::tempdir().unwrap();
         let (state, _) = saved(dir.path());
         let file = dir.path().join(".state/ci/loop3.json");

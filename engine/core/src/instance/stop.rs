@@ -1,6 +1,6 @@
-//! How an engine ends: its devices wait for the next daemon, or are detached.
+//! The shutdown of an engine: its devices wait for the next daemon, or are detached.
 //!
-//! Knows in which order, and how long that may take. Does not know signals, nor what a device is.
+//! Knows the order and the deadlines. Does not know signals.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,19 +15,19 @@ use crate::error::{Error, Kind};
 use crate::frontend::{StopMode, ublk};
 use crate::sys::usage::{self, Disks};
 
-/// For all devices together to answer what is in flight.
+/// Deadline for all devices together to complete requests in flight.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
-/// Devices that are quiesced at a time.
+/// Devices quiesced in parallel.
 const QUIESCE_PARALLEL: usize = 16;
-/// For the kernel to write back before devices in use are stopped.
+/// Deadline for the kernel's write-back before devices in use are stopped.
 const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
-/// Disks that are written back at a time.
+/// Disks written back in parallel.
 const WRITE_BACK_PARALLEL: usize = 16;
 
 impl Engine {
-    /// Ends all companions. Then leaves the devices to the next daemon, with their names and state; or detaches
-    /// them, with `detach_all` and where the kernel does not keep them. The process must end next, without
-    /// dropping the engine.
+    /// Ends all companions. Then quiesces the devices for the next daemon, keeping their names and
+    /// state; or detaches them, with `detach_all` or if the kernel does not keep them. The process
+    /// must end next, without dropping the engine.
     pub fn shutdown(&self, detach_all: bool) {
         let detach = detach_all || !self.context.frontend.devices_outlive_daemon();
         let companions = self.companions();
@@ -47,8 +47,8 @@ impl Engine {
     }
 }
 
-/// Disks of the daemon with this run directory: block devices, and what the kernel's loop driver makes of
-/// its files. And why some disks of the driver may or may not be its own.
+/// Disks of the daemon with this run directory: block devices, and the kernel's loop devices on its
+/// files. Also the errors for disks of the driver whose owner is unknown.
 pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     let mut disks = Disks::backed_by(|file| file.starts_with(run_dir));
     let mut placeholder_record = Vec::new();
@@ -58,7 +58,7 @@ pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
                 disks.insert(&format!("ublkb{id}"));
             }
             Ok(_) => {}
-            // It has gone meanwhile.
+            // It was deleted meanwhile.
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => placeholder_record.push(error),
         }
@@ -66,7 +66,7 @@ pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     (disks, placeholder_record)
 }
 
-/// Devices of an instance, and what lies upon them.
+/// Devices of an instance, and those stacked on them.
 pub(super) fn nodes_of(instance: &Instance) -> Vec<PathBuf> {
     let nodes = instance.live().into_iter().map(|attached| attached.node());
     nodes
@@ -87,7 +87,7 @@ fn detach_devices(instance: &Instance) {
     }
 }
 
-/// Some at a time, because each may wait for a slow image.
+/// In parallel, because each may wait for a slow image.
 fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
     if devices.is_empty() {
         return;
@@ -97,13 +97,13 @@ fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
     let quiesce = || {
         while let Some(device) = devices.get(next.fetch_add(1, Ordering::Relaxed)) {
             if let Err(error) = device.quiesce(until) {
-                tracing::warn!("{}: {error}; the next daemon repeats what is not answered", device.name());
+                tracing::warn!("{}: {error}; the next daemon repeats the requests in flight", device.name());
             }
         }
     };
     std::thread::scope(|scope| {
         for _ in 1..devices.len().min(QUIESCE_PARALLEL) {
-            // Without a thread the others do its part.
+            // If a thread fails to start, the others do its part.
             let _ = std::thread::Builder::new().name("quiesce".into()).spawn_scoped(scope, quiesce);
         }
         quiesce();
@@ -115,9 +115,9 @@ fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
     );
 }
 
-/// Has the kernel write back what its caches hold for disks that are going to be stopped in use: once they are
-/// stopping, the driver fails what is written late. What takes too long is lost then, as it would be with a disk
-/// that is pulled out. Nothing but these disks is waited for: a thread that waited for a stranger's could never end.
+/// Writes back the kernel's caches of disks that will be stopped in use: once they are stopping,
+/// the driver fails late writes. Data that is not written in time is lost, as if the disk were
+/// pulled out. Waits for these disks only: a thread that waits for others might never end.
 pub(super) fn write_back(nodes: Vec<PathBuf>) {
     let nodes = Arc::new(nodes);
     let next = Arc::new(AtomicUsize::new(0));
@@ -134,9 +134,9 @@ pub(super) fn write_back(nodes: Vec<PathBuf>) {
         });
     }
     drop(done);
-    // Nothing is sent: it is disconnected when all threads have ended.
+    // Nothing is sent: the channel disconnects when all threads have ended.
     let ended: Result<(), _> = is_done.recv_timeout(WRITE_BACK_LIMIT);
     if ended == Err(crossbeam::channel::RecvTimeoutError::Timeout) {
-        tracing::warn!("not all data could be written back before the devices are stopped");
+        tracing::warn!("could not write back all data before stopping the devices");
     }
 }

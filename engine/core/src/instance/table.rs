@@ -1,7 +1,7 @@
-//! An instance's table: which numbers and worker slots are let, within which quota, and to what.
+//! The devices of an instance: allocates numbers and worker slots within the limit.
 //!
-//! Knows numbers; does not know what a device is. Locked for moments only: what takes time
-//! (attaching, stopping) happens outside, with the number reserved.
+//! Knows numbers, not devices. Locked briefly only: slow work (attach, stop) happens outside, with
+//! the number reserved.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::ring::SlotId;
 /// A number's entry.
 #[derive(Clone, Debug)]
 enum MapEntry<D> {
-    /// Being attached or taken away.
+    /// Being attached or detached.
     Reserved,
     /// Served.
     Live(D),
@@ -25,7 +25,7 @@ enum MapEntry<D> {
 struct MapState<D> {
     spec: InstanceSpec,
     devices: BTreeMap<u32, MapEntry<D>>,
-    /// How often each slot of the workers was let; those that are not let are in `free`.
+    /// How often each worker slot was allocated; unallocated slots are in `free`.
     generations: Vec<u32>,
     free: Vec<u16>,
     closed: bool,
@@ -34,7 +34,7 @@ struct MapState<D> {
 /// Devices by number.
 #[derive(Debug)]
 pub struct DeviceMap<D> {
-    /// Where their names are.
+    /// The directory of their names.
     directory: PathBuf,
     state: Mutex<MapState<D>>,
 }
@@ -62,13 +62,13 @@ impl<D: Clone> DeviceMap<D> {
         self.directory.join(format!("loop{number}"))
     }
 
-    /// What the instance may have, and how many devices it has.
+    /// The limits of the instance, and its number of devices.
     pub fn spec(&self) -> (InstanceSpec, u32) {
         let state = self.state();
         (state.spec.clone(), state.devices.len() as u32)
     }
 
-    /// Changes how many devices it may have; devices that are there stay.
+    /// Changes the device limit; existing devices stay.
     pub fn set_max_devices(&self, max_devices: u32) -> Result<InstanceSpec> {
         check_quota(max_devices)?;
         let mut state = self.state();
@@ -76,7 +76,7 @@ impl<D: Clone> DeviceMap<D> {
         Ok(state.spec.clone())
     }
 
-    /// Numbers that are taken.
+    /// The numbers in use.
     pub fn numbers(&self) -> Vec<u32> {
         self.state().devices.keys().copied().collect()
     }
@@ -99,19 +99,19 @@ impl<D: Clone> DeviceMap<D> {
         }
     }
 
-    /// Takes nothing more.
+    /// Accepts no more devices.
     pub fn close(&self) {
         self.state().closed = true;
     }
 
-    /// Takes nothing more, if it has nothing now; false when it has.
+    /// Closes it if it is empty; false if it is not.
     pub fn close_if_empty(&self) -> bool {
         let mut state = self.state();
         state.closed |= state.devices.is_empty();
         state.devices.is_empty()
     }
 
-    /// Reserves a device's number while it is taken away; `put_back` or `remove` must follow.
+    /// Reserves a device's number while it is detached; `put_back` or `remove` must follow.
     pub fn withdraw(&self, number: u32) -> Result<D> {
         let mut state = self.state();
         let entry = state.devices.get_mut(&number).ok_or_else(|| self.no_such_device(number))?;
@@ -124,19 +124,19 @@ impl<D: Clone> DeviceMap<D> {
         }
     }
 
-    /// It stays after all.
+    /// Puts a withdrawn device back.
     pub fn put_back(&self, number: u32, device: D) {
         self.state().devices.insert(number, MapEntry::Live(device));
     }
 
-    /// It is gone: number and slot are free.
+    /// Frees the number and the slot of a device.
     pub fn remove(&self, number: u32, slot: SlotId) {
         let mut state = self.state();
         state.devices.remove(&number);
         state.free.push(slot.index);
     }
 
-    /// Takes a number and a slot, within the quota.
+    /// Reserves a number and a slot, within the limit.
     pub fn reserve(&self, wanted: Option<u32>) -> Result<Reservation<'_, D>> {
         let mut state = self.state();
         let name = state.spec.name.clone();
@@ -153,15 +153,15 @@ impl<D: Clone> DeviceMap<D> {
             None => (0..).find(|number| !state.devices.contains_key(number)).unwrap_or(u32::MAX),
         };
         if state.devices.len() >= state.spec.max_devices as usize {
-            let context = format!("instance {name} has its {} devices already", state.spec.max_devices);
-            return Err(
-                Error::new(Kind::Quota, context).hint("detach one, or make an instance with a larger --max")
-            );
+            let context =
+                format!("instance {name} has reached its limit of {} devices", state.spec.max_devices);
+            return Err(Error::new(Kind::Quota, context)
+                .hint("detach one, or create an instance with a larger --max"));
         }
         Ok(self.allocate_slot(&mut state, number))
     }
 
-    /// The same for a device that exists already: quotas are for new ones.
+    /// Likewise for an existing device, without a limit.
     pub fn reserve_existing(&self, number: u32) -> Result<Reservation<'_, D>> {
         let mut state = self.state();
         if state.devices.contains_key(&number) {
@@ -203,7 +203,7 @@ fn check_quota(max_devices: u32) -> Result<()> {
     Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_DEVICES} devices")))
 }
 
-/// A number and a slot that are given back unless they are filled.
+/// A reserved number and slot, freed unless filled.
 #[derive(Debug)]
 pub struct Reservation<'a, D: Clone> {
     table: &'a DeviceMap<D>,
@@ -215,7 +215,7 @@ pub struct Reservation<'a, D: Clone> {
 }
 
 impl<D: Clone> Reservation<'_, D> {
-    /// The device is there.
+    /// Enters the device.
     pub fn fill(mut self, device: D) {
         self.filled = true;
         self.table.put_back(self.number, device);
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reservation_that_is_not_filled_is_given_back() {
+    fn dropping_a_reservation_frees_it() {
         let table = table(1);
         drop(table.reserve(Some(7)).unwrap());
         let again = table.reserve(Some(7)).unwrap();
@@ -252,14 +252,14 @@ mod tests {
     }
 
     #[test]
-    fn refuses_numbers_out_of_range() {
+    fn rejects_numbers_out_of_range() {
         let table = table(2);
         assert!(table.reserve(Some(NUMBER_MAX)).is_ok());
         assert_eq!(table.reserve(Some(NUMBER_MAX + 1)).unwrap_err().kind(), Kind::Invalid);
     }
 
     #[test]
-    fn a_number_is_free_only_when_its_device_is_removed() {
+    fn a_number_is_free_only_after_its_device_is_removed() {
         let table = table(4);
         let first = table.reserve(None).unwrap();
         let slot = first.slot;

@@ -1,8 +1,7 @@
-//! What the processes that make and attach mounts can see and do: little.
+//! Confines the processes that make and attach mounts.
 //!
-//! Such a process has a mount namespace with one file system, in memory: two empty directories, which
-//! nobody can write to. It keeps few capabilities, and a filter lets it make only the calls that it makes.
-//! Knows nothing of what it is for.
+//! Such a process has a mount namespace with one tmpfs: two empty, read-only directories. It keeps
+//! few capabilities, and a filter allows only the system calls that it makes.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -20,15 +19,16 @@ use crate::error::{Error, Result};
 use crate::sandbox;
 use crate::sys::{mntns, mount, seccomp};
 
-/// Where a mount is made, and where its device is shown.
-pub const PLACES: [&str; 2] = ["/mnt", "/dev"];
-/// There on every Linux: the new root is put upon it for a moment.
+/// The mount point of a new mount, and the directory of its device.
+pub const DIRECTORIES: [&str; 2] = ["/mnt", "/dev"];
+/// Exists on every Linux: temporary mount point of the new root.
 const ANY_DIRECTORY: &str = "/proc";
 
-/// Confines this process, which has one thread: to these capabilities, and to these calls beside [`ALL`].
+/// Confines this single-threaded process to these capabilities, and to these system calls beyond
+/// [`ALL`].
 pub fn enter(capabilities: CapabilitySet, calls: &[c_long]) -> Result<()> {
     let cannot = |what: &'static str| move |error: Errno| Error::os(error, format!("cannot {what}"));
-    own_root().map_err(cannot("make a root directory of its own"))?;
+    enter_own_root().map_err(cannot("create its own root directory"))?;
     sandbox::keep(capabilities).map_err(cannot("drop capabilities"))?;
     set_no_new_privs(true).map_err(cannot("give up gaining privileges"))?;
     let program =
@@ -37,23 +37,23 @@ pub fn enter(capabilities: CapabilitySet, calls: &[c_long]) -> Result<()> {
     filtered.map_err(|error| Error::os(error, "cannot filter its calls"))
 }
 
-fn own_root() -> rustix::io::Result<()> {
+fn enter_own_root() -> rustix::io::Result<()> {
     mntns::enter_own().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-    let root = memory()?;
-    for place in PLACES {
+    let root = tmpfs()?;
+    for place in DIRECTORIES {
         rustix::fs::mkdirat(&root, place.trim_start_matches('/'), Mode::from_raw_mode(0o755))?;
     }
     move_mount(&root, "", rustix::fs::CWD, ANY_DIRECTORY, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     chdir(ANY_DIRECTORY)?;
     pivot_root(".", ".")?;
-    // The old one lies on the new one now.
+    // The old root is mounted over the new one now.
     unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
     mount::set_read_only(root.as_fd())
 }
 
-/// A file system in memory, mounted nowhere yet.
-pub fn memory() -> rustix::io::Result<OwnedFd> {
+/// A detached tmpfs.
+pub fn tmpfs() -> rustix::io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (key, value) in [("mode", "0755"), ("size", "64k"), ("nr_inodes", "8")] {
         fsconfig_set_string(&context, key, value)?;
@@ -62,14 +62,15 @@ pub fn memory() -> rustix::io::Result<OwnedFd> {
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NOSUID)
 }
 
-/// An empty file, to mount a node upon.
+/// Creates an empty file as a mount point for a node.
 pub fn empty_file(dir: impl AsFd, name: &str) -> rustix::io::Result<()> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o600)).map(drop)
 }
 
-/// What all call: files by descriptor, their socket, their children, memory, and what the C library does
-/// by itself. No thread, so that they may fork; no program, no other socket, no node.
+/// System calls of all helper processes: files by descriptor, their socket, their children, memory,
+/// and those of the C library. No threads, so that they may fork; no programs, other sockets,
+/// nodes.
 const ALL: &[c_long] = &[
     libc::SYS_close,
     libc::SYS_fcntl,
@@ -111,7 +112,7 @@ mod tests {
 
     /// A filter holds for the thread that installs it.
     #[test]
-    fn what_is_not_listed_is_refused() {
+    fn rejects_unlisted_system_calls() {
         let tried = std::thread::spawn(|| {
             let program = sandbox::only(ALL).unwrap();
             set_no_new_privs(true).unwrap();
@@ -122,7 +123,7 @@ mod tests {
             {
                 assert_eq!(errno_of(number), Some(libc::EPERM), "{number}");
             }
-            // It is listed, and says what it says of nonsense.
+            // It is listed, and fails as usual.
             assert_eq!(errno_of(libc::SYS_close), Some(libc::EBADF));
             assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "a thread was started");
         });

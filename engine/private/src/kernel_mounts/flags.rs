@@ -1,4 +1,4 @@
-//! The flags of mount(2), as the new calls have them.
+//! Translates the flags of mount(2) for the new mount API.
 
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
@@ -9,10 +9,10 @@ use crate::loops::Answer;
 const MS_NOUSER: u64 = 1 << 31;
 const MS_NOSYMFOLLOW: u64 = 256;
 
-/// What the file system is told, and what its mount is.
+/// The flags of the file system, and the attributes of the mount.
 ///
-/// nosuid and nodev are always on. What mount(2) has no effect with today (mand, iversion, …) has
-/// none; what it does not know it leaves alone, and so does this.
+/// nosuid and nodev are always set. Flags that mount(2) ignores today (mand, iversion, …) are
+/// ignored, and so are unknown ones.
 pub fn translate(flags: u64) -> Answer<(Vec<&'static str>, MountAttrFlags)> {
     let has = |bit: u64| flags & bit != 0;
     if has(MS_NOUSER) {
@@ -33,7 +33,7 @@ pub fn translate(flags: u64) -> Answer<(Vec<&'static str>, MountAttrFlags)> {
         (MS_NOSYMFOLLOW, MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW),
     ];
     of_mount.extend(bits.into_iter().filter(|(bit, _)| has(*bit)).map(|(_, attribute)| attribute));
-    // As the kernel: strict wins, and relative is what there is without a word.
+    // As in the kernel: strict wins, and relatime is the default.
     if has(libc::MS_STRICTATIME) {
         of_mount |= MountAttrFlags::MOUNT_ATTR_STRICTATIME;
     } else if has(libc::MS_NOATIME) {
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_the_kernel_takes_them() {
+    fn translates_as_the_kernel_does() {
         let always = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
         assert_eq!(translate(0), Ok((vec![], always)));
         // MS_SILENT, MS_MANDLOCK, MS_I_VERSION, MS_RELATIME.

@@ -1,21 +1,22 @@
-//! Mounts that the kernel makes for tenants, of devices of their pools.
+//! Kernel mounts for tenants, of devices of their pools.
 //!
 //! ```text
-//! daemon ── order, node, device, user namespace ──> maker ── fork ──> child: fsopen … open_tree
-//!        <───────────── errno, or a mount that is mounted nowhere yet ─────────┘
-//! daemon ── order, a container's directories ──> attacher ── fork ──> child: setns, openat2, move_mount
+//! daemon ── request, node, device, user namespace ─> mount-maker ── fork ─> child: fsopen … open_tree
+//!        <───────────── errno, or a detached mount ─────────┘
+//! daemon ── request, a container's directories ─> mount-attacher ── fork ─> child: setns, openat2, move_mount
 //! ```
-//! What comes of the first is always nosuid and nodev, has its owners mapped to the tenant's user
-//! namespace, and keeps both whatever root of that namespace does to it ([`maker`]). Which file systems, and
-//! with which options: [`policy`]. The second is for containers, where nobody may attach it
-//! ([`attacher`]). This room itself looks at no path of a tenant's, and does not know whose a device is.
+//! The first process returns mounts that are always nosuid and nodev and have their owners mapped
+//! to the tenant's user namespace; root of that namespace cannot change this ([`mount_maker`]).
+//! [`policy`] lists the file systems and options. The second process is for containers that may not
+//! mount themselves ([`mount_attacher`]). This module resolves no path of a tenant and does not
+//! know a device's owner.
 
-pub mod attacher;
 mod children;
 mod confine;
 mod flags;
-pub mod maker;
-mod orders;
+mod helper;
+pub mod mount_attacher;
+pub mod mount_maker;
 pub mod policy;
 
 use std::collections::BTreeMap;
@@ -30,22 +31,22 @@ pub use policy::FileSystem;
 use crate::error::Result;
 use crate::loops::{Answer, Lent};
 use crate::sys::process::Place;
-use orders::{Done, Process};
+use helper::{HelperProcess, HelperReply};
 
-/// The hidden commands that the processes are started as.
-pub const MAKER: &str = "mount-maker";
-/// See [`MAKER`].
-pub const ATTACHER: &str = "mount-attacher";
-/// Mounts of one tenant that are being made at a time.
-const AT_ONCE_PER_TENANT: usize = 4;
-/// Options of a mount, as bytes: a page, as with the kernel's.
+/// The hidden command of the process that makes mounts.
+pub const MOUNT_MAKER: &str = "mount-maker";
+/// The hidden command of the process that attaches mounts.
+pub const MOUNT_ATTACHER: &str = "mount-attacher";
+/// Maximum number of concurrent mounts per tenant.
+const PER_TENANT_MAX: usize = 4;
+/// Maximum size of mount options in bytes: a page, as in the kernel.
 const DATA_MAX: usize = 4096;
-/// Of a message: every byte of a text takes six at the most.
-const ORDER_MAX: usize = 6 * DATA_MAX + 4096;
+/// Maximum size of a message: JSON takes at most six bytes per byte of text.
+const REQUEST_MAX: usize = 6 * DATA_MAX + 4096;
 
-/// What the maker is told.
+/// A request to the mount-maker.
 #[derive(Debug, Serialize, Deserialize)]
-struct Order {
+struct MountRequest {
     name: String,
     size: u64,
     kind: String,
@@ -53,113 +54,122 @@ struct Order {
     data: String,
 }
 
-/// A mount that is asked for, as mount(2) does.
+/// The arguments of a mount, as for mount(2).
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
+pub struct MountSpec<'a> {
     /// The file system.
     pub kind: &'a FileSystem,
     /// `MS_*`.
     pub flags: u64,
     /// Options of the file system.
     pub data: &'a str,
-    /// Whose user namespace owners are shown as: a file of /proc/PID/ns/user. None: as they are.
+    /// The user namespace to which owners are mapped: a file of /proc/PID/ns/user. None: not
+    /// mapped.
     pub namespace: Option<BorrowedFd<'a>>,
-    /// Whose mounts are counted: of one name few are made at a time.
-    pub whose: &'a str,
+    /// The tenant whose concurrent mounts are limited.
+    pub tenant: &'a str,
 }
 
-/// The way to the processes that make mounts and attach them.
+/// The client of the processes that make and attach mounts.
 #[derive(Debug)]
 pub struct KernelMounts {
-    maker: Process,
-    attacher: Process,
+    maker: HelperProcess,
+    attacher: HelperProcess,
     making: Mutex<BTreeMap<String, usize>>,
 }
 
 impl KernelMounts {
-    /// Starts the processes. They end with this, or with the daemon.
+    /// Starts the processes. They end with this value, or with the daemon.
     pub fn start() -> Result<KernelMounts> {
-        let (maker, attacher) = (Process::start(MAKER)?, Process::start(ATTACHER)?);
+        let (maker, attacher) = (HelperProcess::start(MOUNT_MAKER)?, HelperProcess::start(MOUNT_ATTACHER)?);
         Ok(KernelMounts { maker, attacher, making: Mutex::default() })
     }
 
-    /// Has the kernel mount a device of a pool ([`crate::loops::Pool::lend`] lends it). The answer is a
-    /// mount that is mounted nowhere yet, for move_mount(2); or the errno that mount(2) would have.
+    /// Has the kernel mount a device of a pool ([`crate::loops::Pool::lend`] lends it). The answer
+    /// is a mount that is mounted nowhere yet, for move_mount(2); or the errno that mount(2) would
+    /// have.
     ///
-    /// `waits` is asked now and then: does whoever wants the mount still wait?
-    pub fn make(&self, lent: &Lent, wanted: Wanted<'_>, waits: &dyn Fn() -> bool) -> Answer<OwnedFd> {
-        if wanted.data.len() >= DATA_MAX {
+    /// `still_waiting` is polled: whether the requester still waits for the mount.
+    pub fn make(
+        &self,
+        mount_source: &Lent,
+        spec: MountSpec<'_>,
+        still_waiting: &dyn Fn() -> bool,
+    ) -> Answer<OwnedFd> {
+        if spec.data.len() >= DATA_MAX {
             return Err(Errno::INVAL);
         }
-        // Before anybody is troubled.
-        wanted.kind.settings(wanted.data)?;
-        flags::translate(wanted.flags)?;
-        let _counted = self.count(wanted.whose)?;
-        let order = Order {
-            name: lent.name.clone(),
-            size: lent.size,
-            kind: wanted.kind.name.to_owned(),
-            flags: wanted.flags,
-            data: wanted.data.to_owned(),
+        // Validates before the process is asked.
+        spec.kind.settings(spec.data)?;
+        flags::translate(spec.flags)?;
+        let _counted = self.count(spec.tenant)?;
+        let request = MountRequest {
+            name: mount_source.name.clone(),
+            size: mount_source.size,
+            kind: spec.kind.name.to_owned(),
+            flags: spec.flags,
+            data: spec.data.to_owned(),
         };
-        let fds = [Some(lent.node.as_fd()), Some(lent.device.as_fd()), wanted.namespace];
+        let fds = [Some(mount_source.node.as_fd()), Some(mount_source.device.as_fd()), spec.namespace];
         let fds: Vec<_> = fds.into_iter().flatten().collect();
-        self.maker.ask(&order, &fds, waits)?.fd.ok_or(Errno::IO)
+        self.maker.ask(&request, &fds, still_waiting)?.fd.ok_or(Errno::IO)
     }
 
-    /// The number of the device at a path of a container's, and a directory there. None: no device.
+    /// The number of the device at a container's path, and a directory there. None: no device.
     pub fn find(
         &self,
         place: &Place,
         source: &[u8],
         target: &[u8],
-        waits: &dyn Fn() -> bool,
+        still_waiting: &dyn Fn() -> bool,
     ) -> Answer<Option<(u64, OwnedFd)>> {
-        let order = attacher::Order::Find { source: source.to_vec(), target: target.to_vec() };
-        let Done { number, fd } = self.attacher.ask(&order, &place.each_ref().map(AsFd::as_fd), waits)?;
+        let request =
+            mount_attacher::AttachRequest::Find { source: source.to_vec(), target: target.to_vec() };
+        let HelperReply { number, fd } =
+            self.attacher.ask(&request, &place.each_ref().map(AsFd::as_fd), still_waiting)?;
         Ok(fd.map(|target| (number, target)))
     }
 
-    /// The number of a mount, which no other will ever have.
+    /// The unique id of a mount.
     pub fn number(mount: BorrowedFd<'_>) -> Answer<u64> {
-        attacher::number_of(mount)
+        mount_attacher::mount_id_of(mount)
     }
 
     /// Attaches a mount to a directory that was found. TIMEDOUT: it may be attached all the same.
     pub fn attach(&self, place: &Place, mount: OwnedFd, target: BorrowedFd<'_>) -> Answer<()> {
         let [_, _, namespace] = place;
         let fds = [namespace.as_fd(), mount.as_fd(), target];
-        self.attacher.ask(&attacher::Order::Attach, &fds, &|| true).map(drop)
+        self.attacher.ask(&mount_attacher::AttachRequest::Attach, &fds, &|| true).map(drop)
     }
 
-    /// The number of the mount that has its root at a path of a container's.
+    /// The id of the mount whose root is at a container's path.
     pub fn which(
         &self,
         place: &Place,
         path: &[u8],
         follow: bool,
-        waits: &dyn Fn() -> bool,
+        still_waiting: &dyn Fn() -> bool,
     ) -> Answer<Option<u64>> {
-        let order = attacher::Order::Which { path: path.to_vec(), follow };
-        let done = self.attacher.ask(&order, &place.each_ref().map(AsFd::as_fd), waits)?;
-        Ok((done.number != 0).then_some(done.number))
+        let request = mount_attacher::AttachRequest::Which { path: path.to_vec(), follow };
+        let reply = self.attacher.ask(&request, &place.each_ref().map(AsFd::as_fd), still_waiting)?;
+        Ok((reply.number != 0).then_some(reply.number))
     }
 
-    /// Takes off what is mounted on a directory, as umount2(2) with these flags.
+    /// Unmounts a directory, as umount2(2) with these flags.
     pub fn detach(&self, place: &Place, point: BorrowedFd<'_>, flags: u32) -> Answer<()> {
         let [_, _, namespace] = place;
-        let order = attacher::Order::Detach { flags };
-        self.attacher.ask(&order, &[namespace.as_fd(), point], &|| true).map(drop)
+        let request = mount_attacher::AttachRequest::Detach { flags };
+        self.attacher.ask(&request, &[namespace.as_fd(), point], &|| true).map(drop)
     }
 
-    fn count(&self, whose: &str) -> Answer<Counted<'_>> {
+    fn count(&self, tenant: &str) -> Answer<MountPermit<'_>> {
         let mut making = self.making();
-        let count = making.entry(whose.to_owned()).or_default();
-        if *count >= AT_ONCE_PER_TENANT {
+        let count = making.entry(tenant.to_owned()).or_default();
+        if *count >= PER_TENANT_MAX {
             return Err(Errno::AGAIN);
         }
         *count += 1;
-        Ok(Counted { mounts: self, whose: whose.to_owned() })
+        Ok(MountPermit { mounts: self, tenant: tenant.to_owned() })
     }
 
     fn making(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
@@ -167,19 +177,19 @@ impl KernelMounts {
     }
 }
 
-/// One of a tenant's, until it is dropped.
-struct Counted<'a> {
+/// One concurrent mount of a tenant.
+struct MountPermit<'a> {
     mounts: &'a KernelMounts,
-    whose: String,
+    tenant: String,
 }
 
-impl Drop for Counted<'_> {
+impl Drop for MountPermit<'_> {
     fn drop(&mut self) {
         let mut making = self.mounts.making();
-        if let Some(count) = making.get_mut(&self.whose) {
+        if let Some(count) = making.get_mut(&self.tenant) {
             *count -= 1;
             if *count == 0 {
-                making.remove(&self.whose);
+                making.remove(&self.tenant);
             }
         }
     }
@@ -191,11 +201,11 @@ mod tests {
     use crate::sys::packet;
 
     #[test]
-    fn a_tenant_waits_for_few_at_a_time() {
+    fn limits_concurrent_mounts_per_tenant() {
         let ((socket, _maker), (other, _attacher)) = (packet::pair().unwrap(), packet::pair().unwrap());
-        let (maker, attacher) = (Process::of(socket), Process::of(other));
+        let (maker, attacher) = (HelperProcess::of(socket), HelperProcess::of(other));
         let mounts = KernelMounts { maker, attacher, making: Mutex::default() };
-        let held: Vec<_> = (0..AT_ONCE_PER_TENANT).map(|_| mounts.count("a").unwrap()).collect();
+        let held: Vec<_> = (0..PER_TENANT_MAX).map(|_| mounts.count("a").unwrap()).collect();
         assert_eq!(mounts.count("a").map(drop), Err(Errno::AGAIN));
         assert!(mounts.count("b").is_ok());
         drop(held);

@@ -1,9 +1,9 @@
-//! Which file systems the kernel mounts for tenants, and with which options.
+//! The file systems that the kernel mounts for tenants, and their options.
 //!
-//! On the list are those whose mounts can show owners as a user namespace has them, and which open no
-//! device but the one they are given. So not btrfs and f2fs, which are made of several: btrfs finds the
-//! others of an image by its UUID, wherever the host has them. What is not on a list is refused, so
-//! that an option of a new kernel is not allowed by itself. Knows names; does not know how to mount.
+//! Listed are file systems that support owner mapping and open no device but the given one. So
+//! btrfs and f2fs are not, which can span several: btrfs finds the others of an image by UUID,
+//! anywhere on the host. Unlisted options are rejected, so that a new kernel's options are not
+//! allowed automatically. Does not mount.
 
 use rustix::io::Errno;
 
@@ -13,28 +13,28 @@ use crate::loops::Answer;
 
 use self::Value::{Number, OneOf};
 
-/// Bytes of an option's value at the most.
+/// Maximum length of an option's value.
 const VALUE_MAX: usize = 20;
 
 /// A file system that the kernel may mount.
 #[derive(Debug, PartialEq, Eq)]
 pub struct FileSystem {
-    /// What mount(2) calls it.
+    /// Its name for mount(2).
     pub name: &'static str,
-    /// Which driver mounts it.
+    /// The driver that mounts it.
     pub driver: &'static str,
-    /// What it is mounted with, whatever is asked for.
+    /// Options that are always set.
     forced: &'static [(&'static str, Option<&'static str>)],
     /// Options without a value.
     flags: &'static [&'static str],
-    /// Options with one.
+    /// Options with a value.
     values: &'static [(&'static str, Value)],
 }
 
-/// What an option may be.
+/// The allowed values of an option.
 #[derive(Debug, PartialEq, Eq)]
 enum Value {
-    /// Digits, and a unit after them.
+    /// Digits, and a unit suffix.
     Number,
     /// One of these.
     OneOf(&'static [&'static str]),
@@ -43,8 +43,8 @@ enum Value {
 /// An option, with its value if it has one.
 pub type Setting = (String, Option<String>);
 
-/// An error that its superblock wants to be a panic is none, and what the kernel finds wrong makes it
-/// read-only. Not among the options: journals elsewhere, quota files, another superblock than the first.
+/// Errors never panic, whatever the superblock says: they make the mount read-only. Not among the
+/// options: external journals, quota files, another superblock than the first.
 const EXT: FileSystem = FileSystem {
     name: "ext4",
     driver: "ext4",
@@ -83,7 +83,8 @@ const EXT: FileSystem = FileSystem {
     ],
 };
 
-/// All of them. The kernel's drivers ext2 and ext3 cannot map owners; that of ext4 mounts the same.
+/// All supported file systems. The kernel's drivers ext2 and ext3 do not support owner mapping;
+/// ext4 mounts these, too.
 const ALL: &[FileSystem] = &[
     FileSystem { name: "ext2", ..EXT },
     FileSystem { name: "ext3", ..EXT },
@@ -91,7 +92,7 @@ const ALL: &[FileSystem] = &[
     FileSystem {
         name: "xfs",
         driver: "xfs",
-        // Or an image with the UUID of a file system of the host would keep that from being mounted.
+        // Without it, an image with the UUID of a host's file system would block that one's mount.
         forced: &[("nouuid", None)],
         flags: &[
             "nouuid",
@@ -141,13 +142,13 @@ const ALL: &[FileSystem] = &[
     },
 ];
 
-/// The file system with this name, if it is on the list.
+/// The file system with this name, if it is supported.
 pub fn find(name: &str) -> Option<&'static FileSystem> {
     ALL.iter().find(|known| known.name == name)
 }
 
-/// The same, for who wrote it down.
-pub fn named(name: &str) -> Result<&'static FileSystem> {
+/// Likewise, with an error for a configuration.
+pub fn find_or_err(name: &str) -> Result<&'static FileSystem> {
     find(name).ok_or_else(|| {
         let known: Vec<_> = ALL.iter().map(|known| known.name).collect();
         Error::new(Kind::Invalid, format!("the kernel mounts no {name:?} for tenants"))
@@ -156,8 +157,8 @@ pub fn named(name: &str) -> Result<&'static FileSystem> {
 }
 
 impl FileSystem {
-    /// What a mount with these options is made with; INVAL, as the kernel says of an option that it
-    /// does not know, for one that may not be.
+    /// The settings of a mount with these options; EINVAL for an option that is not allowed, as the
+    /// kernel has for an unknown one.
     pub fn settings(&self, data: &str) -> Answer<Vec<Setting>> {
         let mut settings = Vec::new();
         for option in data.split(',').filter(|option| !option.is_empty()) {
@@ -183,9 +184,9 @@ impl FileSystem {
         self.values.iter().any(|(known, wanted)| *known == key && wanted.is(value))
     }
 
-    /// Looks at the image before the kernel does, for what would make it look elsewhere: a journal on
-    /// another device, and options in the superblock. INVAL: it is not mounted. Its owner may change
-    /// the image between this and that; doc/threat-model.md says what comes of it.
+    /// Checks the image before the kernel mounts it, for references elsewhere: an external journal,
+    /// and options in the superblock. EINVAL: it is not mounted. The owner may change the image
+    /// after the check; doc/threat-model.md covers that.
     pub fn check(&self, image: &mut Region<'_>) -> Answer<()> {
         if self.driver != "ext4" {
             return Ok(());
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_allowed_and_what_is_forced() {
+    fn rejects_unlisted_options_and_adds_forced_ones() {
         assert_eq!(made("ext4", ""), Ok(vec!["errors=remount-ro".to_owned()]));
         let some = made("ext3", "data=journal,,commit=5,errors=remount-ro,noload");
         assert_eq!(some.unwrap(), ["data=journal", "commit=5", "noload", "errors=remount-ro"]);
@@ -266,7 +267,7 @@ mod tests {
         for unlisted in ["btrfs", "f2fs", "EXT4", "overlay", "proc", ""] {
             assert!(find(unlisted).is_none(), "{unlisted}");
         }
-        assert!(named("btrfs").unwrap_err().next_step().unwrap().contains("xfs"));
+        assert!(find_or_err("btrfs").unwrap_err().next_step().unwrap().contains("xfs"));
     }
 
     /// Superblocks, with this written over one that is fine.
@@ -282,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn superblocks_that_lead_elsewhere() {
+    fn rejects_superblocks_with_external_references() {
         assert_eq!(checked(&[]), Ok(()));
         assert_eq!(checked(&[(0x200, b"commit=5")]), Ok(()));
         assert_eq!(checked(&[(0xe0, &[0])]), Err(Errno::INVAL), "a journal, but not inside");

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::intercept::mounts::{Asked, Mounts, Unmount};
-use crate::kernel_mounts::{FileSystem, KernelMounts, Wanted};
+use crate::kernel_mounts::{FileSystem, KernelMounts, MountSpec};
 use crate::loops::{Answer, Errno, Pool};
 use crate::sys::process::Place;
 
@@ -92,12 +92,12 @@ impl Mounts for Attached {
         if self.table.mounts().len() >= MOUNTS_MAX {
             return Err(Errno::NOSPC);
         }
-        let wanted = Wanted {
+        let wanted = MountSpec {
             kind,
             flags: asked.flags,
             data: &asked.data,
             namespace: self.namespace.as_ref().map(AsFd::as_fd),
-            whose: &self.pool.spec().name,
+            tenant: &self.pool.spec().name,
         };
         let mount = self.pool.lend(device, |lent| self.kernel.make(lent, wanted, waits))?;
         // Who was killed meanwhile wants none.

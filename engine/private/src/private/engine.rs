@@ -12,7 +12,7 @@ use crate::instance::claims::ExcludedFileSystem;
 use crate::intercept::{
     AT_ONCE, Administrators, DEADLINE, Mounter, Mounts, Namespace, Options, Supervisor, mounts,
 };
-use crate::kernel_mounts::{FileSystem, KernelMounts, Wanted, policy};
+use crate::kernel_mounts::{FileSystem, KernelMounts, MountSpec, policy};
 use crate::loopfs::Directory;
 use crate::loops::{Answer, Entry, Errno, Pool, PoolSpec, Pools, Quotas, Watcher};
 use crate::sys::stack::Stack;
@@ -37,7 +37,7 @@ impl Source for Served {
     }
 
     fn kernel_mounts(&self, asked: &[String], caller: Caller) -> Result<Vec<&'static FileSystem>> {
-        let asked = asked.iter().map(|name| policy::named(name)).collect::<Result<Vec<_>>>()?;
+        let asked = asked.iter().map(|name| policy::find_or_err(name)).collect::<Result<Vec<_>>>()?;
         if let Some(refused) = asked.iter().find(|asked| caller.uid != 0 && !self.for_all.contains(asked)) {
             let message = format!("the kernel may not mount {} for users here", refused.name);
             return Err(Error::new(Kind::Denied, message).hint(
@@ -100,12 +100,12 @@ struct ByKernel {
 impl mounts::Kernel for ByKernel {
     fn mount(&self, asked: &mounts::Asked, device: u64, waits: &dyn Fn() -> bool) -> Answer<OwnedFd> {
         let kind = self.allowed.iter().find(|kind| kind.name == asked.kind).ok_or(Errno::NODEV)?;
-        let wanted = Wanted {
+        let wanted = MountSpec {
             kind,
             flags: asked.flags,
             data: &asked.data,
             namespace: Some(self.namespace.as_fd()),
-            whose: &self.whose,
+            tenant: &self.whose,
         };
         self.pool.lend(device, |lent| self.kernel.make(lent, wanted, waits))
     }
@@ -205,7 +205,7 @@ impl Made {
     ) -> Result<Option<Arc<dyn Mounts>>> {
         let mut allowed = self.kernel_mounts();
         if let Some(asked) = asked {
-            let asked = asked.iter().map(|name| policy::named(name)).collect::<Result<Vec<_>>>()?;
+            let asked = asked.iter().map(|name| policy::find_or_err(name)).collect::<Result<Vec<_>>>()?;
             allowed.retain(|kind| asked.contains(kind));
         }
         let Some(kernel) = self.kernel.as_ref().filter(|_| !allowed.is_empty()) else { return Ok(None) };

@@ -18,6 +18,7 @@ use crate::cli::losetup::Devices;
 use crate::cli::remote::Remote;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
+use crate::hash::fnv1a;
 use crate::loops::{Info, LoopOp, LoopReply, flag};
 use crate::sys::{mntns, range_lock};
 
@@ -38,13 +39,7 @@ pub(super) fn pool_name(dir: &Path) -> Result<String> {
 fn name_in(namespace: u64, dir: &Path) -> String {
     let mut bytes = namespace.to_le_bytes().to_vec();
     bytes.extend(dir.as_os_str().as_bytes());
-    format!("{PREFIX}{:016x}", fnv(&bytes))
-}
-
-/// FNV-1a: the same in every version. Names need not be secret, and a plain user's are its own.
-fn fnv(bytes: &[u8]) -> u64 {
-    let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
+    format!("{PREFIX}{:016x}", fnv1a(&bytes))
 }
 
 /// What `opener` calls a pool that lists call `full`: those of plain users begin with their number.
@@ -247,8 +242,6 @@ mod tests {
 
     #[test]
     fn names_are_the_same_in_every_version() {
-        assert_eq!(fnv(b""), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(fnv(b"foobar"), 0x8594_4171_f739_67e8);
         let name = name_in(4026531840, Path::new("/mnt"));
         assert_eq!(name.len(), PREFIX.len() + 16);
         assert_ne!(name, name_in(4026531840, Path::new("/mnt2")));

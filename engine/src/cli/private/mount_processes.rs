@@ -2,7 +2,7 @@
 //! orders come from, and no more.
 
 use crate::error::Result;
-use crate::kernel_mounts::{attacher, maker};
+use crate::kernel_mounts::{mount_attacher, mount_maker};
 
 /// Takes orders for mounts by the kernel on its standard input. For `loopengine serve` only.
 #[derive(Debug, clap::Args)]
@@ -17,14 +17,14 @@ pub(crate) struct Attacher {}
 impl Maker {
     pub(crate) fn run(self) -> Result<()> {
         leave_group();
-        maker::serve(rustix::stdio::stdin())
+        mount_maker::serve(rustix::stdio::stdin())
     }
 }
 
 impl Attacher {
     pub(crate) fn run(self) -> Result<()> {
         leave_group();
-        attacher::serve(rustix::stdio::stdin())
+        mount_attacher::serve(rustix::stdio::stdin())
     }
 }
 

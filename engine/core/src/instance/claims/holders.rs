@@ -1,8 +1,8 @@
-//! Who outside this daemon uses a block device or a file: mounts, swap, device mapper and md, loop
-//! devices of the kernel.
+//! Finds users of a block device or a file outside this daemon: mounts, swap, device mapper and md,
+//! the kernel's loop devices.
 //!
-//! Reads /proc and /sys as root sees them. Does not know what may be shared, nor what this daemon
-//! serves. May wait for the file systems that swap files and backing files of loop devices are on.
+//! Reads /proc and /sys as root. Does not know what may be shared, nor what this daemon serves. May
+//! block on the file systems of swap files and of the loop devices' backing files.
 
 use std::fs::{self, OpenOptions};
 use std::os::fd::AsFd;
@@ -13,16 +13,16 @@ use std::path::{Path, PathBuf};
 use crate::image::Identity;
 use crate::sys::block;
 
-/// A use of an image by others.
+/// A use of an image outside this daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExternalUse {
-    /// Who, for messages: "the mount on /mnt".
+    /// The user, for messages: "the mount on /mnt".
     pub who: String,
     /// It may write.
     pub writes: bool,
 }
 
-/// What is kept of `/proc/PID/mountinfo` of one mount.
+/// One entry of `/proc/PID/mountinfo`.
 struct MountEntry {
     rdev: u64,
     point: String,
@@ -37,7 +37,7 @@ struct RelatedDevice {
     of: String,
 }
 
-/// Everybody who is found, those who write first.
+/// All users, writers first.
 pub fn find(image: &Identity) -> Vec<ExternalUse> {
     let mounts = mounts();
     let related_devices = match image.rdev {
@@ -93,8 +93,8 @@ fn related_devices(rdev: u64) -> Vec<RelatedDevice> {
 /// Mounts of a block device.
 fn mounted(rdev: u64, mounts: &[MountEntry]) -> Vec<ExternalUse> {
     let own = directory(rdev);
-    // Btrfs and others have device numbers of their own: there the name of the source tells. It is
-    // compared and never followed, for anybody may write it who can mount FUSE.
+    // Btrfs and others have their own device numbers: compare the source's name. It is never
+    // followed, since anyone who can mount FUSE chooses it.
     let sharing = [format!("/dev/{}", last(&own)), format!("/dev/mapper/{}", mapper_name(&own))];
     let is_it = |mount: &&MountEntry| mount.rdev == rdev || sharing.contains(&mount.source);
     let user = |mount: &MountEntry| ExternalUse {
@@ -104,7 +104,7 @@ fn mounted(rdev: u64, mounts: &[MountEntry]) -> Vec<ExternalUse> {
     mounts.iter().filter(is_it).map(user).collect()
 }
 
-/// Devices of device mapper, md and the like over a block device.
+/// Devices of device mapper, md and the like on a block device.
 fn built_upon(rdev: u64) -> Vec<ExternalUse> {
     let user = |holder: PathBuf| {
         let name = last(&holder);
@@ -117,7 +117,7 @@ fn built_upon(rdev: u64) -> Vec<ExternalUse> {
     entries(&directory(rdev).join("holders")).map(user).collect()
 }
 
-/// Loop devices of the kernel over a file or block device that `is_it`.
+/// The kernel's loop devices on a file or block device that `is_it`.
 fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[MountEntry]) -> Vec<ExternalUse> {
     let user = |device: PathBuf| {
         if !device.join("loop/backing_file").exists() {
@@ -139,11 +139,11 @@ fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[MountEntry]) 
     loops.filter_map(user).collect()
 }
 
-/// What the mount tables of the machine and of this process show, each mount once.
+/// The mounts of the machine and of this process, each once.
 fn mounts() -> Vec<MountEntry> {
     let mut all: Vec<MountEntry> = Vec::new();
     for table in ["/proc/1/mountinfo", "/proc/self/mountinfo"] {
-        // Names may have any bytes; escapes keep them in one line.
+        // Names may contain any bytes; escapes keep them in one line.
         let text = fs::read(table).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         for mount in text.unwrap_or_default().lines().filter_map(parse_mount) {
             if !all.iter().any(|other| (other.rdev, &other.point) == (mount.rdev, &mount.point)) {
@@ -163,12 +163,12 @@ fn parse_mount(line: &str) -> Option<MountEntry> {
     let point = words.nth(1)?.to_owned();
     let mut words = file_system.split(' ').skip(1);
     let source = words.next()?.to_owned();
-    // Of the file system and not of the mount: another mount of it may be writable.
+    // The flag of the file system, not of the mount: another mount may be writable.
     let read_only = words.next().is_some_and(|options| options.split(',').any(|option| option == "ro"));
     Some(MountEntry { rdev, point, source, read_only })
 }
 
-/// Files and block devices that are swap, as stat(2) numbers them.
+/// Files and block devices used as swap, as (dev, ino, rdev).
 fn swaps() -> Vec<(u64, u64, u64)> {
     let table = fs::read("/proc/swaps").unwrap_or_default();
     let paths = table.split(|byte| *byte == b'\n').skip(1);
@@ -178,7 +178,7 @@ fn swaps() -> Vec<(u64, u64, u64)> {
         let rdev = if found.file_type().is_block_device() { found.rdev() } else { 0 };
         Some((found.dev(), found.ino(), rdev))
     };
-    // As this process sees them and as the first one does: the mounts of the two may differ.
+    // As seen by this process and by process 1, whose mounts may differ.
     let seen = |path: &[u8]| [b"".as_slice(), b"/proc/1/root"].map(|root| [root, &unescape(path)].concat());
     paths.filter(|path| !path.is_empty()).flat_map(seen).filter_map(|path| numbers(&path)).collect()
 }
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_mounts_with_odd_names() {
+    fn parses_mounts_with_odd_names() {
         let line = r"36 35 8:1 / /mnt/a\040b rw,relatime shared:1 master:2 - ext4 /dev/sda1 ro,errors=x";
         let mount = parse_mount(line).unwrap();
         assert_eq!((mount.rdev, mount.read_only), (rustix::fs::makedev(8, 1), true));
@@ -244,13 +244,13 @@ mod tests {
     }
 
     #[test]
-    fn unescapes_what_swap_files_are_called() {
+    fn unescapes_names_of_swap_files() {
         assert_eq!(unescape(br"/a\040b\011\"), b"/a b\t\\");
         assert_eq!(unescape(br"\9991\04"), br"\9991\04");
     }
 
     #[test]
-    fn nobody_uses_what_is_not_there() {
+    fn a_missing_file_has_no_users() {
         let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, btime_ns: 0 };
         assert!(find(&nothing).is_empty());
         assert!(find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }).is_empty());

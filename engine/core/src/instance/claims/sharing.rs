@@ -1,8 +1,8 @@
-//! Taking a file or a block device as an image while others may have it: refused, or in the log.
+//! Claims a file or a block device as an image that others may use: rejects it, or logs a warning.
 //!
-//! Knows the rules; `claims` knows who has an image in this daemon, `holders` who has it outside.
+//! Knows the rules; `claims` knows the users in this daemon, `holders` those outside.
 //!
-//! | who takes it | an instance has it | a pool writes it | a pool reads it | others have it |
+//! | claimed by | an instance uses it | a pool writes it | a pool reads it | others use it |
 //! |---|---|---|---|---|
 //! | an instance, read-write | refused | refused | | refused |
 //! | an instance, read-only | refused, unless that only reads | WARN | | WARN, if they write |
@@ -10,7 +10,7 @@
 //! | a pool, read-write | WARN | WARN | | WARN |
 //! | a pool, read-only | WARN, if that writes | WARN | | WARN, if they write |
 //!
-//! Who only reads keeps nobody from writing, as with loop(4). Within one pool nothing is said.
+//! A reader does not block writers, as with loop(4). Sharing within one pool is not logged.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -28,40 +28,40 @@ use crate::image::{Identity, Image};
 use crate::instance::spec::AttachSpec;
 use crate::sys::processes::{self, Process};
 
-/// How long an attach waits for the file systems that loop devices of the kernel are on.
+/// How long an attach waits for the file systems of the kernel's loop devices.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Bindings of pools that may wait for a look at who else has their images.
+/// Maximum number of pool bindings with a pending check for other users.
 const BACKLOG: usize = 256;
 
-/// The next step for who wants to write what others use.
-const NEXT_STEP: &str =
-    "end that use, or attach it with --read-only; --force attaches it read-write all the same";
+/// The hint for writing to an image in use.
+const NEXT_STEP: &str = "end that use, or attach with --read-only or --force";
 
-/// What becomes of an image that somebody else has.
+/// What to do with an image in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// It is refused where that does harm.
+    /// Reject it where sharing is harmful.
     Refuse,
-    /// It is taken all the same, and the log says so.
+    /// Use it and log a warning.
     Warn,
 }
 
-/// An image that is taken, as long as this lives.
+/// A claimed image.
 #[derive(Debug)]
 pub struct Hold {
     claim: Claim,
-    /// A block device that is written is closed to everybody who asks (O_EXCL), mounts included.
+    /// A block device that is written is opened with O_EXCL, which blocks mounts and other
+    /// exclusive users.
     _exclusive: Option<OwnedFd>,
 }
 
 impl Hold {
-    /// Who else in this daemon has the image.
+    /// The other users of the image in this daemon.
     pub fn others(&self) -> Vec<String> {
         self.claim.others()
     }
 }
 
-/// Takes an image for device loopN of an instance, and has counted what fails on it.
+/// Claims an image for device loopN of an instance, and counts its failures.
 pub fn claim_image(
     claims: &Claims,
     image: Image,
@@ -99,7 +99,7 @@ fn attach(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Re
     Ok(Hold { claim, _exclusive: exclusive.filter(|_| !by.read_only) })
 }
 
-/// Takes an image for a loop device of a pool. Whoever else has it, as loop(4) does.
+/// Claims an image for a loop device of a pool, whoever else uses it, as loop(4) does.
 pub fn claim_for_pool(claims: &Claims, image: &Image, number: u32, read_only: bool) -> Result<Hold> {
     let by = ImageUse { holder: claims.pool_device(number), read_only };
     let (claim, uses) = claim(claims, image, &by, Sharing::Warn)?;
@@ -113,7 +113,8 @@ pub fn claim_for_pool(claims: &Claims, image: &Image, number: u32, read_only: bo
     Ok(Hold { claim, _exclusive: None })
 }
 
-/// Enters an image in the table; answers who else has it, or a block device that shares bytes with it.
+/// Enters an image in the table. Returns its other users, and those of block devices that share its
+/// bytes.
 fn claim(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Result<(Claim, Vec<ImageUse>)> {
     let (identity, name) = (image.identity(), image.name());
     check_file_system(claims, &identity, name)?;
@@ -127,17 +128,15 @@ fn claim(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Res
     Ok((claim, seen))
 }
 
-/// Refuses what a device of an instance may not share.
+/// Rejects what a device of an instance may not share.
 fn refuse(by: &ImageUse, uses: &[ImageUse], sharing: Sharing, name: &str) -> Result<()> {
     if sharing == Sharing::Warn {
         return Ok(());
     }
     let device = |one: &&ImageUse| matches!(one.holder, Holder::Device { .. });
     if let Some(one) = uses.iter().filter(device).find(|one| !(one.read_only && by.read_only)) {
-        return Err(Error::new(Kind::Exists, format!("{name} is attached already, as {one}")).hint(
-            "several devices may share an image only if all are attached with --read-only; \
-             --force attaches it all the same",
-        ));
+        return Err(Error::new(Kind::Exists, format!("{name} is attached already, as {one}"))
+            .hint("attach all devices of this image with --read-only, or use --force"));
     }
     match uses.iter().find(|one| !one.read_only && !by.read_only) {
         None => Ok(()),
@@ -145,7 +144,7 @@ fn refuse(by: &ImageUse, uses: &[ImageUse], sharing: Sharing, name: &str) -> Res
     }
 }
 
-/// Says who of this daemon shares an image, in one line; false: nobody does.
+/// Logs the users in this daemon that share an image, in one line; false: there are none.
 fn warn(by: &ImageUse, uses: &[ImageUse], identity: Identity, name: &str) -> bool {
     let pool = |holder: &Holder| match holder {
         Holder::Pooled { pool, .. } => Some(pool.clone()),
@@ -153,7 +152,7 @@ fn warn(by: &ImageUse, uses: &[ImageUse], identity: Identity, name: &str) -> boo
     };
     let own = pool(&by.holder);
     let matters = |one: &&ImageUse| match pool(&one.holder) {
-        // Its own business, and nobody's.
+        // Sharing within a pool, and readers.
         Some(pool) if own.as_ref() == Some(&pool) || one.read_only => false,
         _ => !(one.read_only && by.read_only),
     };
@@ -167,7 +166,7 @@ fn warn_external(by: &ImageUse, external: &[ExternalUse], identity: Identity, na
     log_sharing(by, identity, name, &others);
 }
 
-/// Says who shares an image; false: nobody does. About a pool that is said only so often.
+/// Logs who shares an image; false: nobody does. Warnings about pools are limited.
 fn log_sharing(by: &ImageUse, identity: Identity, name: &str, others: &[String]) -> bool {
     let may = match &by.holder {
         Holder::Pooled { pool, .. } => !others.is_empty() && warnings::may_warn(pool, identity),
@@ -179,21 +178,21 @@ fn log_sharing(by: &ImageUse, identity: Identity, name: &str, others: &[String])
     !others.is_empty()
 }
 
-/// Opens a block device so that nobody else can mount or claim it; true: somebody else has done so.
-/// For reading, so that udev does not look at it again when this is closed.
+/// Opens a block device exclusively; true: another program has claimed it. Opens for reading, so
+/// that udev does not probe it again on close.
 fn exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
     let link = format!("/proc/self/fd/{}", image.fd().as_raw_fd());
     match rustix::fs::open(link, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
         Ok(file) => (Some(file), false),
         Err(Errno::BUSY) => (None, true),
         Err(error) => {
-            tracing::warn!("cannot claim {}: {error}; others can take it as well", image.name());
+            tracing::warn!("cannot claim {}: {error}; others can use it, too", image.name());
             (None, false)
         }
     }
 }
 
-/// Who outside this daemon has an image. What does not answer in time is not waited for.
+/// Finds the users of an image outside this daemon, with a deadline.
 fn find_external_users(identity: Identity, name: &str) -> Vec<ExternalUse> {
     let (found, is_found) = std::sync::mpsc::channel();
     let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
@@ -201,23 +200,23 @@ fn find_external_users(identity: Identity, name: &str) -> Vec<ExternalUse> {
     });
     let found = started.ok().and_then(|_| is_found.recv_timeout(LOOKUP_TIMEOUT).ok());
     found.unwrap_or_else(|| {
-        tracing::warn!("could not find out within {} s who else uses {name}", LOOKUP_TIMEOUT.as_secs());
+        tracing::warn!("could not determine within {} s who else uses {name}", LOOKUP_TIMEOUT.as_secs());
         Vec::new()
     })
 }
 
-/// A binding whose image others may have.
+/// A pool binding to check for other users.
 struct DeferredCheck {
     by: ImageUse,
     identity: Identity,
     name: String,
 }
 
-/// Bindings to look at, and whether a thread does.
+/// Bindings to check, and whether a thread runs.
 static DEFERRED: Mutex<(VecDeque<DeferredCheck>, bool)> = Mutex::new((VecDeque::new(), false));
 
-/// Looks who outside has the image of a binding, on a thread of its own: the tenant does not wait for
-/// that. One thread for all, whatever it waits for; what comes when too much waits is left out.
+/// Checks a binding for users outside on another thread: the tenant does not wait. One thread
+/// serves all checks; beyond the limit they are skipped.
 fn find_external_users_later(binding: DeferredCheck) {
     let waiting = || DEFERRED.lock().unwrap_or_else(PoisonError::into_inner);
     let mut state = waiting();
@@ -261,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn instances_have_one_writer_or_many_readers_and_pools_as_many_as_come() {
+    fn instances_have_one_writer_or_many_readers_and_pools_any_number() {
         let dir = tempfile::tempdir().unwrap();
         let (path, hard) = (dir.path().join("image"), dir.path().join("hard"));
         std::fs::write(&path, [0; 4096]).unwrap();
@@ -288,7 +287,7 @@ mod tests {
         let forced = claim_image(1, false, Sharing::Warn).unwrap();
         drop((writer, forced));
 
-        // A reader of a pool is in nobody's way, a writer in that of writers.
+        // A pool's reader conflicts with nobody, its writer with writers.
         let pool = claims.of_pool("p", 1000);
         let reader = claim_for_pool(&pool, &readable, 3, true).unwrap();
         let writer = claim_image(0, false, Sharing::Refuse).unwrap();

@@ -1,6 +1,6 @@
-//! Which warnings about bindings of pools were given lately: a tenant that keeps binding must not fill the log.
+//! Rate limit for warnings about pool bindings: a tenant that keeps binding must not fill the log.
 //!
-//! Knows users, pools, images and when; does not know what was said.
+//! Knows users, pools, images and times; does not know the messages.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 use super::PoolLabel;
 use crate::image::Identity;
 
-/// A pool has one warning for an image in so much time,
-const QUIET: Duration = Duration::from_secs(60);
-/// its user so many for all pools and images,
+/// At most one warning per pool and image in this time,
+const INTERVAL: Duration = Duration::from_secs(60);
+/// this many per user,
 const PER_USER: usize = 16;
-/// and everybody together so many.
+/// and this many in total.
 const IN_ALL: usize = 1024;
 
-/// Warnings of the last minute, the oldest first.
+/// The warnings of the last minute, the oldest first.
 pub struct RecentWarnings(VecDeque<(Instant, Arc<PoolLabel>, Identity)>);
 
 static LATELY: Mutex<RecentWarnings> = Mutex::new(RecentWarnings::new());
 
-/// May the log have a warning about this binding now?
+/// Whether a warning about this binding may be logged now.
 pub fn may_warn(pool: &Arc<PoolLabel>, image: Identity) -> bool {
     LATELY.lock().unwrap_or_else(PoisonError::into_inner).may_warn(pool, image, Instant::now())
 }
@@ -32,7 +32,7 @@ impl RecentWarnings {
     }
 
     fn may_warn(&mut self, pool: &Arc<PoolLabel>, image: Identity, now: Instant) -> bool {
-        while self.0.front().is_some_and(|(at, ..)| now.saturating_duration_since(*at) >= QUIET) {
+        while self.0.front().is_some_and(|(at, ..)| now.saturating_duration_since(*at) >= INTERVAL) {
             self.0.pop_front();
         }
         let of_user = self.0.iter().filter(|(_, other, _)| other.uid == pool.uid).count();
@@ -50,18 +50,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn once_for_each_pool_and_image_in_a_minute_and_not_too_often_for_a_user() {
+    fn limits_warnings_per_pool_image_and_user() {
         let pool = |name: &str, uid| Arc::new(PoolLabel { name: name.to_owned(), uid });
         let image = |ino| Identity { dev: 1, ino, rdev: 0, btime_ns: 0 };
         let (mut warnings, now) = (RecentWarnings::new(), Instant::now());
         assert!(warnings.may_warn(&pool("a", 1000), image(0), now));
-        assert!(!warnings.may_warn(&pool("a", 1000), image(0), now + QUIET / 2));
+        assert!(!warnings.may_warn(&pool("a", 1000), image(0), now + INTERVAL / 2));
         assert!(warnings.may_warn(&pool("b", 1000), image(0), now));
-        assert!(warnings.may_warn(&pool("a", 1000), image(0), now + QUIET));
-        let more = (1..100).filter(|ino| warnings.may_warn(&pool("a", 1000), image(*ino), now + QUIET));
+        assert!(warnings.may_warn(&pool("a", 1000), image(0), now + INTERVAL));
+        let more = (1..100).filter(|ino| warnings.may_warn(&pool("a", 1000), image(*ino), now + INTERVAL));
         assert_eq!(more.count(), PER_USER - 1);
-        assert!(warnings.may_warn(&pool("c", 1001), image(0), now + QUIET));
-        let more = (0..2000).filter(|uid| warnings.may_warn(&pool("d", 2000 + uid), image(0), now + QUIET));
+        assert!(warnings.may_warn(&pool("c", 1001), image(0), now + INTERVAL));
+        let more =
+            (0..2000).filter(|uid| warnings.may_warn(&pool("d", 2000 + uid), image(0), now + INTERVAL));
         assert_eq!(more.count(), IN_ALL - PER_USER - 1);
     }
 }

@@ -1,10 +1,11 @@
-//! The process that has the kernel mount: one child for each mount.
+//! The process that makes mounts: one child per mount.
 //!
-//! It is started before the daemon gives up its privileges, and ends with it. What a file system does to
-//! a child, or how long it takes, is no matter of the next ([`children`]). The child makes the mount in a mount namespace of its own, which has nothing but that device. The
-//! mount that it hands over is a copy from a second one, of a new user namespace: on the way there the
-//! kernel locks nosuid, nodev and the rest, so that root of a tenant's namespace cannot take them off.
-//! With the child both namespaces end; nothing is to be cleaned up.
+//! It starts before the daemon drops its privileges, and ends with it. A file system that crashes
+//! or delays a child does not affect the next one ([`children`]). The child makes the mount in its
+//! own mount namespace, which contains only that device. It then returns a copy from a second mount
+//! namespace, owned by a new user namespace: the kernel thereby locks nosuid, nodev and the rest,
+//! so that root of a tenant's namespace cannot clear them. Both namespaces end with the child,
+//! without cleanup.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -16,14 +17,14 @@ use rustix::mount::{
 };
 use rustix::thread::CapabilitySet;
 
-use super::orders::Done;
-use super::{ORDER_MAX, Order, children, confine, flags, policy};
+use super::helper::HelperReply;
+use super::{MountRequest, REQUEST_MAX, children, confine, flags, policy};
 use crate::error::{Error, Result};
 use crate::image::Region;
 use crate::loops::Answer;
 use crate::sys::{self, mntns, process::Alone};
 
-/// What it calls, beside what all such processes do.
+/// System calls beyond those of all helper processes.
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_fsopen,
     libc::SYS_fsconfig,
@@ -37,31 +38,31 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_pread64,
 ];
 
-/// Children at a time.
-const AT_ONCE: usize = 16;
+/// Maximum number of children.
+const CHILDREN_MAX: usize = 16;
 
-/// Takes orders from this socket until it is closed.
+/// Serves requests from this socket until it is closed.
 pub fn serve(socket: BorrowedFd<'_>) -> Result<()> {
     let cannot = |error: std::io::Error| Error::os(error, "cannot make mounts");
     let alone = Alone::check().map_err(cannot)?;
     confine::enter(CapabilitySet::SYS_ADMIN, ALLOWED)?;
-    children::serve(&alone, socket, ORDER_MAX, AT_ONCE, make).map_err(|error| cannot(error.into()))
+    children::serve(&alone, socket, REQUEST_MAX, CHILDREN_MAX, make).map_err(|error| cannot(error.into()))
 }
 
-/// Called in a child. With the order came its device's node, as a mount; the device; a user namespace.
-fn make(order: &Order, fds: Vec<OwnedFd>) -> Answer<Done> {
+/// Runs in a child. The request passes its device's node, as a mount; the device; a user namespace.
+fn make(request: &MountRequest, fds: Vec<OwnedFd>) -> Answer<HelperReply> {
     let mut fds = fds.into_iter();
     let (Some(node), Some(device), namespace) = (fds.next(), fds.next(), fds.next()) else {
         return Err(Errno::INVAL);
     };
-    let system = policy::find(&order.kind).ok_or(Errno::NODEV)?;
-    let settings = system.settings(&order.data)?;
-    let (words, of_mount) = flags::translate(order.flags)?;
-    system.check(&mut Region::new(device.as_fd(), 0, order.size))?;
+    let system = policy::find(&request.kind).ok_or(Errno::NODEV)?;
+    let settings = system.settings(&request.data)?;
+    let (words, of_mount) = flags::translate(request.flags)?;
+    system.check(&mut Region::new(device.as_fd(), 0, request.size))?;
     drop(device);
 
     mntns::enter_own().map_err(|error| errno(&error))?;
-    let source = show(&order.name, node)?;
+    let source = show(&request.name, node)?;
     let context = fsopen(system.driver, FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "source", &source)?;
     for word in words {
@@ -79,19 +80,19 @@ fn make(order: &Order, fds: Vec<OwnedFd>) -> Answer<Done> {
     if let Some(namespace) = namespace {
         sys::mount::map_owners(mount.as_fd(), namespace.as_fd())?;
     }
-    let [place, _] = confine::PLACES;
+    let [place, _] = confine::DIRECTORIES;
     move_mount(&mount, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     drop(mount);
-    // Here it is locked. Found by its path, for which nothing of the image is asked.
+    // This locks the flags. The path lookup does not involve the image's file system.
     sys::userns::enter_own().map_err(|error| errno(&error))?;
     let mount = open_tree(CWD, place, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
-    Ok(Done { number: 0, fd: Some(mount) })
+    Ok(HelperReply { number: 0, fd: Some(mount) })
 }
 
-/// Shows the device, under the name that tables of mounts are to have. Answers its path.
+/// Mounts the device's node under the name that mount tables show. Returns its path.
 fn show(name: &str, node: OwnedFd) -> Answer<String> {
-    let [_, place] = confine::PLACES;
-    let own = confine::memory()?;
+    let [_, place] = confine::DIRECTORIES;
+    let own = confine::tmpfs()?;
     confine::empty_file(&own, name)?;
     move_mount(&own, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     let source = format!("{place}/{name}");

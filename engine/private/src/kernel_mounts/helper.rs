@@ -1,7 +1,7 @@
-//! Orders to a confined process, and what comes of them: the daemon's side.
+//! Requests to a confined process, and its replies: the daemon's side.
 //!
-//! An order is a packet: JSON, and descriptors, the first of which is where the answer goes. An answer is
-//! an errno or 0, a number, and perhaps a descriptor. Does not know what is ordered.
+//! A request is a packet: JSON and descriptors, the first of which is the reply socket. A reply is
+//! an errno or 0, a number, and possibly a descriptor.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -16,56 +16,57 @@ use crate::error::{Error, Result};
 use crate::loops::Answer;
 use crate::sys::packet;
 
-/// How long an order may take: a file system may have a journal to write back first.
-const PATIENCE: Duration = Duration::from_secs(25);
-/// How often whoever waits for it is asked meanwhile whether he still does.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+/// Deadline of a request: a file system may have to replay a journal first.
+const TIMEOUT: Duration = Duration::from_secs(25);
+/// How often `still_waiting` is polled.
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
-/// What an order comes to, beside an errno.
+/// The reply to a request, except its errno.
 #[derive(Debug, Default)]
-pub struct Done {
-    /// What the order asks for.
+pub struct HelperReply {
+    /// A result that depends on the request.
     pub number: u64,
-    /// The same.
+    /// A result that depends on the request.
     pub fd: Option<OwnedFd>,
 }
 
-/// A process that takes orders until this is dropped.
+/// A process that serves requests until this is dropped.
 #[derive(Debug)]
-pub struct Process {
+pub struct HelperProcess {
     socket: OwnedFd,
     name: &'static str,
 }
 
-impl Process {
-    /// Starts this program with this hidden command, its orders on standard input.
-    pub fn start(name: &'static str) -> Result<Process> {
+impl HelperProcess {
+    /// Starts this program with this hidden command, with the request socket on standard input.
+    pub fn start(name: &'static str) -> Result<HelperProcess> {
         let cannot = |error| Error::os(error, format!("cannot start the {name}"));
         let (socket, theirs) = packet::pair().map_err(|error| cannot(error.into()))?;
         let mut command = Command::new("/proc/self/exe");
         command.arg0("loopengine").arg(name).stdin(theirs).stdout(Stdio::null());
         command.spawn().map_err(cannot)?;
-        Ok(Process { socket, name })
+        Ok(HelperProcess { socket, name })
     }
 
-    /// Has an order done. `waits` is asked now and then: does whoever wants it still wait?
+    /// Sends a request and waits for its reply. `still_waiting` is polled: whether the requester
+    /// still waits.
     pub fn ask(
         &self,
-        order: &impl Serialize,
+        request: &impl Serialize,
         fds: &[BorrowedFd<'_>],
-        waits: &dyn Fn() -> bool,
-    ) -> Answer<Done> {
-        let order = serde_json::to_vec(order).map_err(|_| Errno::INVAL)?;
+        still_waiting: &dyn Fn() -> bool,
+    ) -> Answer<HelperReply> {
+        let request = serde_json::to_vec(request).map_err(|_| Errno::INVAL)?;
         let (reply, theirs) = packet::pair()?;
         let fds: Vec<_> = std::iter::once(theirs.as_fd()).chain(fds.iter().copied()).collect();
-        packet::send(self.socket.as_fd(), &order, &fds).map_err(|error| {
+        packet::send(self.socket.as_fd(), &request, &fds).map_err(|error| {
             tracing::error!(%error, "the {} does not answer; restart the daemon", self.name);
             Errno::IO
         })?;
         drop(theirs);
-        let until = Instant::now() + PATIENCE;
-        while Instant::now() < until && waits() {
-            match poll(&mut [PollFd::new(&reply, PollFlags::IN)], Some(&LOOK)) {
+        let until = Instant::now() + TIMEOUT;
+        while Instant::now() < until && still_waiting() {
+            match poll(&mut [PollFd::new(&reply, PollFlags::IN)], Some(&POLL_INTERVAL)) {
                 Ok(0) | Err(Errno::INTR) => {}
                 _ => return read(reply.as_fd()),
             }
@@ -74,29 +75,29 @@ impl Process {
     }
 
     #[cfg(test)]
-    pub fn of(socket: OwnedFd) -> Process {
-        Process { socket, name: "process" }
+    pub fn of(socket: OwnedFd) -> HelperProcess {
+        HelperProcess { socket, name: "process" }
     }
 }
 
-/// Answers an order. Nobody may wait any more: then its descriptor is closed.
-pub fn answer(reply: BorrowedFd<'_>, done: Answer<Done>) {
-    let (errno, Done { number, fd }) = match done {
-        Ok(done) => (0, done),
-        Err(errno) => (errno.raw_os_error(), Done::default()),
+/// Replies to a request. The receiver may be gone.
+pub fn answer(socket: BorrowedFd<'_>, reply: Answer<HelperReply>) {
+    let (errno, HelperReply { number, fd }) = match reply {
+        Ok(reply) => (0, reply),
+        Err(errno) => (errno.raw_os_error(), HelperReply::default()),
     };
     let bytes = [&errno.to_ne_bytes()[..], &number.to_ne_bytes()].concat();
     let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-    let _ = packet::send(reply, &bytes, &fds);
+    let _ = packet::send(socket, &bytes, &fds);
 }
 
-fn read(reply: BorrowedFd<'_>) -> Answer<Done> {
+fn read(reply: BorrowedFd<'_>) -> Answer<HelperReply> {
     let packet = packet::receive(reply, 16)?.filter(|packet| packet.whole).ok_or(Errno::IO)?;
     let (errno, number) = packet.bytes.split_at_checked(4).ok_or(Errno::IO)?;
     let errno = errno.try_into().map(i32::from_ne_bytes).map_err(|_| Errno::IO)?;
     let number = number.try_into().map(u64::from_ne_bytes).map_err(|_| Errno::IO)?;
     match errno {
-        0 => Ok(Done { number, fd: packet.fds.into_iter().next() }),
+        0 => Ok(HelperReply { number, fd: packet.fds.into_iter().next() }),
         1..4096 => Err(Errno::from_raw_os_error(errno)),
         _ => Err(Errno::IO),
     }
@@ -108,14 +109,14 @@ mod tests {
 
     #[test]
     fn answers() {
-        let said = |done: Answer<Done>| {
+        let said = |reply: Answer<HelperReply>| {
             let (ours, theirs) = packet::pair().unwrap();
-            answer(theirs.as_fd(), done);
-            read(ours.as_fd()).map(|done| (done.number, done.fd.is_some()))
+            answer(theirs.as_fd(), reply);
+            read(ours.as_fd()).map(|reply| (reply.number, reply.fd.is_some()))
         };
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert_eq!(said(Ok(Done { number: 7, fd: Some(file.into()) })), Ok((7, true)));
-        assert_eq!(said(Ok(Done::default())), Ok((0, false)));
+        assert_eq!(said(Ok(HelperReply { number: 7, fd: Some(file.into()) })), Ok((7, true)));
+        assert_eq!(said(Ok(HelperReply::default())), Ok((0, false)));
         assert_eq!(said(Err(Errno::INVAL)), Err(Errno::INVAL));
         let wrong = |bytes: &[u8]| {
             let (ours, theirs) = packet::pair().unwrap();

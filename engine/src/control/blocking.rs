@@ -1,10 +1,12 @@
-//! Threads for calls that may wait for a caller's file, for as long as its file system likes.
+//! Threads for calls that may block on a caller's file, as long as its file system does.
 
 use crate::error::{Error, Kind, Result};
 
-/// Runs `work` on a thread that nothing else needs and that the daemon's end does not wait for. The
-/// caller's connection counts until it has ended, so that nobody can have many.
-pub(crate) async fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+/// Runs `work` on its own thread, for which the daemon's end does not wait. The caller's connection
+/// counts until it has ended, which limits such threads.
+pub(crate) async fn run_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let (sender, answer) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("operation".into());
     let started = thread.spawn(move || drop(sender.send(work())));
@@ -12,7 +14,7 @@ pub(crate) async fn apart<T: Send + 'static>(work: impl FnOnce() -> Result<T> + 
     answer.await.map_err(|_| failed())?
 }
 
-/// The answer of a call that panicked.
+/// The error of a call that panicked.
 pub(super) fn failed() -> Error {
     let message = "the daemon failed while it handled this call";
     Error::new(Kind::Internal, message).hint("please report what its log says")
