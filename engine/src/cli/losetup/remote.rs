@@ -1,51 +1,52 @@
-//! `loopengine losetup`: which pool is meant, and its devices over the daemon's socket.
+//! `loopengine losetup`: selects the pool, and accesses its devices through the socket of the
+//! daemon.
 //!
-//! Knows the client of private pools, and where pools are mounted for the caller. What losetup does
-//! with devices is in [`super::losetup`].
+//! Knows the client of private pools, and where the caller sees pools mounted. The parent module
+//! implements losetup itself.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use super::daemon;
-use super::losetup::{self, Devices};
+use super::LoopDevices;
+use crate::cli::daemon;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply};
 use crate::private::{Asked, LOOPFS, Operation, Outcome, PoolInfo};
 use crate::sys::mntns::mounted;
 
-/// The daemon takes so many bytes from one connection that these calls never reach the limit.
+/// Reconnect after this many calls, before the connection reaches the daemon's byte limit.
 const CALLS_MAX: u32 = 64;
 
-/// Names in a message at the most.
+/// Maximum number of names in a message.
 const NAMES_MAX: usize = 8;
 
-/// Does what `args` ask for; the exit code.
-pub(super) fn run(args: losetup::Args, run_dir: &Path) -> Result<u8> {
+/// Executes `args`. Returns the exit code.
+pub(in crate::cli) fn run(args: super::Args, run_dir: &Path) -> Result<u8> {
     let mut remote = Remote::open(args.pool(), run_dir)?;
-    let done = losetup::run(args, &mut remote, &mut io::stdout().lock(), &mut io::stderr().lock());
+    let done = super::run(args, &mut remote, &mut io::stdout().lock(), &mut io::stderr().lock());
     match remote.failure {
         Some(failure) => Err(failure),
-        None => done.map_err(|error| Error::os(error, "cannot print")),
+        None => done.map_err(|error| Error::os(error, "cannot write to standard output")),
     }
 }
 
-/// A pool's devices, over the socket.
-pub(super) struct Remote {
+/// The devices of a pool, accessed through the socket.
+pub(in crate::cli) struct Remote {
     runtime: tokio::runtime::Runtime,
     run_dir: PathBuf,
     client: PrivateClient,
-    /// With this connection.
+    /// Calls on this connection.
     calls: u32,
     pool: String,
     directory: String,
-    /// Why the daemon could not be asked, the last time.
+    /// The last failed call to the daemon.
     failure: Option<Error>,
 }
 
 impl Remote {
-    pub(super) fn open(pool: Option<&str>, run_dir: &Path) -> Result<Remote> {
+    pub(in crate::cli) fn open(pool: Option<&str>, run_dir: &Path) -> Result<Remote> {
         let runtime = daemon::runtime()?;
         let (client, pool) = runtime.block_on(async {
             let mut client = PrivateClient::connect(run_dir).await?;
@@ -53,7 +54,7 @@ impl Remote {
                 Some(pool) => pool.to_owned(),
                 None => only(client.list().await?, rustix::process::geteuid().as_raw(), is_mounted)?,
             };
-            // Fails if there is none of this name, before losetup says anything.
+            // Fail on an unknown name before losetup prints anything.
             client.operate(&pool, &Asked::of(Operation::List), None).await?;
             Ok::<_, Error>((client, pool))
         })?;
@@ -61,8 +62,8 @@ impl Remote {
         Ok(Remote { runtime, run_dir: run_dir.to_owned(), client, calls: 2, pool, directory, failure: None })
     }
 
-    /// Why the daemon could not be asked, if that is why something failed.
-    pub(super) fn failure(&mut self) -> Option<Error> {
+    /// The failed call to the daemon, if that caused an error.
+    pub(in crate::cli) fn failure(&mut self) -> Option<Error> {
         self.failure.take()
     }
 
@@ -85,7 +86,7 @@ impl Remote {
     }
 }
 
-impl Devices for Remote {
+impl LoopDevices for Remote {
     fn directory(&self) -> &str {
         &self.directory
     }
@@ -100,8 +101,8 @@ impl Devices for Remote {
     }
 }
 
-/// The pool that is meant where none is named: the only one that is mounted where the caller is, or
-/// else the caller's only one. Root sees those of others, and is not to change them unawares.
+/// The pool to use if none is named: the only one mounted in this namespace, or else the only one
+/// of the caller. Root sees pools of others, and must not change them by mistake.
 fn only(mut pools: Vec<PoolInfo>, uid: u32, is_mounted: impl Fn(&str) -> bool) -> Result<String> {
     pools.retain(|pool| !pool.ending);
     let (here, elsewhere): (Vec<_>, Vec<_>) = pools.into_iter().partition(|pool| is_mounted(&pool.name));
@@ -109,14 +110,14 @@ fn only(mut pools: Vec<PoolInfo>, uid: u32, is_mounted: impl Fn(&str) -> bool) -
     let meant: Vec<PoolInfo> = if here.is_empty() { own } else { here };
     match meant.as_slice() {
         [one] => Ok(one.name.clone()),
-        [] => Err(Error::new(Kind::NotFound, "this user has no private pool of loop devices")
-            .hint("make one with 'loopengine instance mount DIR', or name another's with --pool NAME")),
+        [] => Err(Error::new(Kind::NotFound, "this user has no private pool")
+            .hint("create one with 'loopengine instance mount DIR', or give --pool NAME")),
         several => {
             let names: Vec<&str> = several.iter().take(NAMES_MAX).map(|pool| pool.name.as_str()).collect();
             let more = if several.len() > NAMES_MAX { ", ..." } else { "" };
             let message = format!("there are {} private pools: {}{more}", several.len(), names.join(", "));
             Err(Error::new(Kind::Invalid, message)
-                .hint("choose one with --pool NAME, or with LOOPENGINE_POOL in the environment"))
+                .hint("select one with --pool NAME or the environment variable LOOPENGINE_POOL"))
         }
     }
 }
@@ -131,7 +132,7 @@ fn directory(pool: &str) -> String {
     else {
         return pool.to_owned();
     };
-    // As 'loopengine run' has it: with links in /dev.
+    // 'loopengine run' makes links in /dev.
     let links =
         || std::fs::read_link("/dev/loop-control").is_ok_and(|to| to.parent() == Some(Path::new(LOOPFS)));
     if at == format!("/dev/{LOOPFS}") && links() { "/dev".to_owned() } else { at }
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn which_pool_is_meant() {
+    fn selects_the_pool() {
         let all = || vec![pool("a", 0), pool("1000.b", 1000), pool("1000.c", 1000)];
         let nowhere = |_: &str| false;
         assert_eq!(only(all(), 0, nowhere).unwrap(), "a", "not another's");

@@ -1,5 +1,5 @@
-//! The /sys of a command with loop devices of its own: three directories of it are covered by those
-//! that the daemon keeps as the pool is.
+//! The /sys of a command with private loop devices: three directories are covered by those of the
+//! pool, which the daemon updates.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -12,12 +12,12 @@ use super::attach;
 use crate::error::{Error, Result};
 use crate::private::PLACES;
 
-/// Covers the directories with those in `tree`. Without a /sys there is nothing to cover.
-pub(super) fn show(tree: OwnedFd) -> Result<()> {
-    let cannot = |error: Errno| Error::os(error, "cannot make a /sys/block of its own");
+/// Mounts the directories of `tree` over those of /sys. Does nothing without /sys.
+pub(super) fn mount(tree: OwnedFd) -> Result<()> {
+    let cannot = |error: Errno| Error::os(error, "cannot set up a private /sys/block");
     let present: Vec<_> = PLACES.iter().filter(|(_, place)| Path::new(place).is_dir()).collect();
     let Some((_, first)) = present.first() else { return Ok(()) };
-    // A part of a tree can be taken only where the tree is mounted; the last mount covers the whole.
+    // open_tree(2) needs an attached tree; the last mount covers it.
     attach(tree.as_fd(), CWD, first).map_err(cannot)?;
     for (part, place) in present {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;

@@ -1,7 +1,7 @@
-//! What the daemon follows while it serves: mounts that come into its namespace, and nodes of partitions and of disks upon
-//! its own.
+//! Watches that the daemon keeps: mounts that propagate into its namespace, and nodes of partitions
+//! and stacked disks in /dev.
 //!
-//! Knows how to hear of both. Does not know what names they have.
+//! Knows how to detect both. Does not know the names that the daemon gives to partitions.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,15 +17,15 @@ use tokio::time::sleep;
 use crate::instance::Engine;
 use crate::sys::{self, mntns};
 
-/// How often either is looked at, at the most.
+/// Minimum interval between two scans.
 const PAUSE: Duration = Duration::from_millis(200);
-/// Bytes of events that are taken at a time.
+/// Size of the event buffer.
 const EVENTS: usize = 4096;
-/// Where the kernel makes nodes of disks.
+/// Where the kernel creates disk nodes.
 const DEV: &str = "/dev";
 
-/// Mounts made elsewhere come into this namespace too; those of ublk disks are left at once.
-pub(super) async fn leave_mounts() {
+/// Detaches mounts of ublk disks whenever they propagate into this namespace.
+pub(super) async fn detach_new_ublk_mounts() {
     let table = std::fs::File::open(mntns::MOUNTINFO)
         .and_then(|file| sys::watch::watch(file.into(), Interest::PRIORITY));
     let table = match table {
@@ -37,31 +37,30 @@ pub(super) async fn leave_mounts() {
             Ok(mut ready) => ready.clear_ready(),
             Err(error) => return tracing::warn!("cannot watch {}: {error}", mntns::MOUNTINFO),
         }
-        let _ = tokio::task::spawn_blocking(leave_own_disks).await;
+        let _ = tokio::task::spawn_blocking(detach_ublk_mounts).await;
         sleep(PAUSE).await;
     }
 }
 
-/// The same once.
-pub(super) fn leave_own_disks() {
+/// Detaches all mounts of ublk disks in this namespace.
+pub(super) fn detach_ublk_mounts() {
     match mntns::detach_ublk_mounts() {
         Ok((detached, failed)) => {
             for path in detached {
-                tracing::debug!("left the mount {} in this namespace", path.display());
+                tracing::debug!("detached the mount {} from this namespace", path.display());
             }
             for failure in failed {
-                tracing::warn!("cannot leave a mount of a ublk disk: {failure}");
+                tracing::warn!("cannot detach a mount of a ublk disk: {failure}");
             }
         }
         Err(error) => tracing::warn!("cannot read {}: {error}", mntns::MOUNTINFO),
     }
 }
 
-/// The kernel makes and removes nodes of partitions when anybody has a table read again, and of disks that lie upon
-/// others; names follow.
-pub(super) async fn update_nodes(engine: Weak<Engine>) {
+/// Updates names when the kernel adds or removes nodes of partitions or of disks stacked on ours.
+pub(super) async fn follow_dev_nodes(engine: Weak<Engine>) {
     if let Err(error) = follow(&engine).await {
-        tracing::warn!("cannot watch {DEV}, so that names of partitions do not follow: {error}");
+        tracing::warn!("cannot watch {DEV}: names of partitions are not updated: {error}");
     }
 }
 
@@ -69,23 +68,23 @@ async fn follow(engine: &Weak<Engine>) -> std::io::Result<()> {
     let events = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     inotify::add_watch(&events, DEV, WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::ONLYDIR)?;
     let events = sys::watch::watch(events, Interest::READABLE)?;
-    // What changed before the watch was set has no event: the first look is at once.
+    // Changes before the watch have no event: scan once first.
     loop {
         let engine = engine.clone();
         let follow = move || engine.upgrade().inspect(|engine| engine.update_nodes()).is_some();
         if !tokio::task::spawn_blocking(follow).await.unwrap_or(false) {
             return Ok(());
         }
-        // A table of many partitions is many events.
+        // A table with many partitions causes many events.
         sleep(PAUSE / 10).await;
-        while !ours_among(&events)? {
+        while !has_block_event(&events)? {
             events.ready(Interest::READABLE).await?.clear_ready();
         }
     }
 }
 
-/// Takes all events; whether some were of partitions or of disks upon others, or were lost.
-fn ours_among(events: &AsyncFd<OwnedFd>) -> Result<bool, Errno> {
+/// Drains all events. True if one concerns a partition or a stacked disk, or if events were lost.
+fn has_block_event(events: &AsyncFd<OwnedFd>) -> Result<bool, Errno> {
     let mut buffer = [MaybeUninit::uninit(); EVENTS];
     let mut events = inotify::Reader::new(events.get_ref().as_fd(), &mut buffer);
     let mut some = false;

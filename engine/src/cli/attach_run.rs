@@ -1,4 +1,4 @@
-//! `attach --run`: a device for as long as a command runs.
+//! `attach --run`: keep a device attached while a command runs.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, IsTerminal};
@@ -22,16 +22,16 @@ use crate::sys::watch::watch;
 
 use super::{cannot_run, daemon, partitions};
 
-/// The environment variable with the device's path.
+/// The environment variable that holds the device path.
 const DEVICE_ENV: &str = "LOOPENGINE_DEVICE";
 
-/// How long a command may take to end after it was told to.
+/// Time for the command to end after a signal, before SIGKILL.
 const TERM_MAX: Duration = Duration::from_secs(10);
 
-/// How long the device may be in use after its command has ended (udev looks at it, for example).
+/// Time for the device to become idle after the command (udev may still probe it).
 const BUSY_MAX: Duration = Duration::from_secs(5);
 
-/// Attaches, runs `words`, detaches. Answers the command's exit status.
+/// Attaches the image, runs `words` and detaches the device. Returns the command's exit status.
 pub(super) fn with_device(
     run_dir: &Path,
     spec: &AttachSpec,
@@ -40,7 +40,7 @@ pub(super) fn with_device(
     words: &[OsString],
 ) -> Result<u8> {
     daemon::runtime()?.block_on(async {
-        // First of all, so that no signal can leave the device behind.
+        // First, so that no signal leaves the device attached.
         let mut signals = Signals::new().map_err(|error| Error::os(error, "cannot handle signals"))?;
         let device = Client::connect(run_dir).await?.attach(spec, force, image).await?;
         if spec.partscan {
@@ -67,7 +67,7 @@ pub(super) fn with_device(
 async fn run(device: &str, words: &[OsString], signals: &mut Signals) -> Result<u8> {
     let words = insert(words, device);
     let Some((program, arguments)) = words.split_first() else {
-        return Err(Error::new(Kind::Invalid, "no command to run").hint("give one after --run"));
+        return Err(Error::new(Kind::Invalid, "no command to run").hint("give a command after --run"));
     };
     let mut child = match Command::new(program).args(arguments).env(DEVICE_ENV, device).spawn() {
         Ok(child) => child,
@@ -81,12 +81,13 @@ async fn run(device: &str, words: &[OsString], signals: &mut Signals) -> Result<
     Ok(code(status))
 }
 
-/// Waits for the end of `child`. Passes signals on; one that is asked to end and does not is killed.
+/// Waits until `child` ends and forwards signals to it. Kills it if it outlives a signal by
+/// `TERM_MAX`.
 async fn wait(child: &mut Child, signals: &mut Signals) -> io::Result<ExitStatus> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or_else(|| io::Error::other("the command has no process"))?;
     let ended = watch(pidfd_open(pid, PidfdFlags::NONBLOCK)?, Interest::READABLE)?;
-    // At a terminal, Ctrl-C reaches the command without us.
+    // The terminal sends Ctrl-C to the command itself.
     let at_terminal = io::stdin().is_terminal();
     let mut kill_at: Option<tokio::time::Instant> = None;
     loop {
@@ -124,7 +125,7 @@ async fn detach(run_dir: &Path, device: &str) -> Result<()> {
             Err(error) => Err(error),
         };
         match detached {
-            // Gone is gone: the command may have detached it itself.
+            // The command may have detached the device itself.
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == Kind::NotFound => return Ok(()),
             Err(error) if error.kind() == Kind::Busy && Instant::now() < until => {
@@ -139,7 +140,7 @@ async fn detach(run_dir: &Path, device: &str) -> Result<()> {
     }
 }
 
-/// `{}` in any word becomes the device; without any, the device becomes the last word.
+/// Replaces `{}` in every word with the device; appends the device if no word contains it.
 fn insert(words: &[OsString], device: &str) -> Vec<OsString> {
     let mut found = false;
     let mut out: Vec<OsString> = words.iter().map(|word| replace(word, device, &mut found)).collect();
@@ -162,7 +163,7 @@ fn replace(word: &OsStr, device: &str, found: &mut bool) -> OsString {
     OsString::from_vec(out)
 }
 
-/// The exit status as a shell would say it.
+/// The exit status as a shell reports it.
 fn code(status: ExitStatus) -> u8 {
     let code = match (status.code(), status.signal()) {
         (Some(code), _) => code,
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn where_the_device_goes() {
+    fn inserts_the_device_path() {
         assert_eq!(inserted(&["fsck", "-n"]), ["fsck", "-n", "/dev/x"]);
         assert_eq!(inserted(&["dd", "if={}", "of=y"]), ["dd", "if=/dev/x", "of=y"]);
         assert_eq!(inserted(&["echo", "{}{}", "{", "}"]), ["echo", "/dev/x/dev/x", "{", "}"]);

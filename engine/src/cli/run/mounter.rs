@@ -1,16 +1,17 @@
-//! The mounter: mounts file systems for a command with loop devices of its own, by programs of FUSE, or
-//! has the daemon have the kernel mount them.
+//! The mounter: mounts file systems for a command with private loop devices, with FUSE drivers or
+//! through the kernel.
 //!
-//! A process in the command's namespaces, outside its filter, with exactly its rights; it takes the
-//! stopped calls of mount(2) from the daemon, and starts a program for each that is of one of the
-//! pool's devices, or attaches what it gets. It ends when the daemon says so, after the programs that it
-//! started: they are its children also when they have left their parent, and have what is not written yet.
+//! It runs in the command's namespaces with the command's privileges, but outside its filter. It
+//! receives intercepted mount(2) calls from the daemon. For a device of the pool it starts a FUSE
+//! driver, or attaches the mount that the daemon returns. It ends when the daemon closes the
+//! socket, after its drivers: as subreaper it is the parent of daemonized drivers too, which may
+//! hold unwritten data.
 //!
-//! It also keeps out of the command's mount namespace what is mounted elsewhere under the name of one of the
-//! pool's devices, and tells the command's terminal when the pool ends before the command (`notice`).
+//! It also keeps mounts of other devices under names of the pool out of the mount namespace, and
+//! reports to the command's terminal if the pool ends before the command (`end_notice`).
 //!
-//! Knows how a program is started in the caller's place. Does not know who may mount, nor which program
-//! mounts what (`fuse`).
+//! Knows how to start a driver in place of the caller. Does not know who may mount, or which driver
+//! mounts a file system (`fuse_drivers`).
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
@@ -27,9 +28,9 @@ use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::notice::Notice;
+use super::end_notice::EndNotice;
 use super::parse_fuse;
-use crate::cli::fuse;
+use crate::cli::fuse_drivers;
 use crate::error::{Error, Result};
 use crate::image::{Region, fs as file_system};
 use crate::intercept::mounts::{Asked, Request, pair};
@@ -37,59 +38,59 @@ use crate::loops::Answer;
 use crate::private::LOOPFS;
 use crate::sys;
 
-/// How long programs may take to write and end; the daemon waits a little longer.
+/// Time for drivers to write back and end; the daemon waits a little longer.
 const END_MAX: Duration = Duration::from_secs(3);
-/// Mounts at a time.
-const AT_ONCE: usize = 4;
+/// Maximum number of concurrent mounts.
+const CONCURRENT_MAX: usize = 4;
 
-/// Options of file systems that say nothing that a program needs to know.
-const HARMLESS: [&str; 3] = ["errors=remount-ro", "relatime", "rw"];
+/// Mount options that drivers need not know.
+const IGNORED_OPTIONS: [&str; 3] = ["errors=remount-ro", "relatime", "rw"];
 
-/// A file system, and the program that mounts it.
-pub(crate) type Way = (String, String);
+/// A file system and its FUSE driver.
+pub(crate) type FuseRule = (String, String);
 
-/// What is mounted how.
+/// How file systems are mounted.
 #[derive(Clone, Debug, clap::Args)]
-pub(super) struct Ways {
-    /// By programs of FUSE.
+pub(super) struct MountRules {
+    /// Mounted by FUSE drivers.
     #[arg(value_name = "FS=PROGRAM", value_parser = parse_fuse)]
-    pub(super) fuse: Vec<Way>,
+    pub(super) fuse: Vec<FuseRule>,
 
-    /// By the kernel.
+    /// Mounted by the kernel.
     #[arg(long, value_name = "FS")]
     pub(super) kernel: Vec<String>,
 
-    /// The command is root of the machine: the kernel mounts for it without us.
+    /// The command is root of the host: the kernel mounts without the mounter.
     #[arg(long)]
     pub(super) root: bool,
 }
 
-/// Takes calls of mount(2) on its standard input. For `loopengine run` only.
+/// Serves calls of mount(2) on standard input. For `loopengine run` only.
 #[derive(Clone, Debug, clap::Args)]
 #[command(hide = true)]
 pub(crate) struct Args {
-    /// Be the process that stays; otherwise start it, so that it is nobody's child.
+    /// Be the resident process; without it, start one that has no parent.
     #[arg(long)]
     stay: bool,
 
-    /// Numbers of loop devices that the pool does not use.
+    /// Device numbers that the pool omits.
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     reserved: Vec<u32>,
 
     #[command(flatten)]
-    notice: Notice,
+    notice: EndNotice,
 
     #[command(flatten)]
-    ways: Ways,
+    rules: MountRules,
 }
 
-/// Starts a mounter in the namespaces of this process, which becomes the command; answers the daemon's end
-/// of its socket.
-pub(super) fn start(ways: Ways, pool: &str, reserved: BTreeSet<u32>) -> Result<OwnedFd> {
-    let cannot = |error| Error::os(error, "cannot start a process that mounts for the command");
+/// Starts a mounter in the namespaces of this process, which later executes the command. Returns
+/// the daemon's end of the socket.
+pub(super) fn start(rules: MountRules, pool: &str, reserved: BTreeSet<u32>) -> Result<OwnedFd> {
+    let cannot = |error| Error::os(error, "cannot start the mounter of the command");
     let (ours, theirs) = pair().map_err(|error| cannot(error.into()))?;
-    let notice = Notice::to_this_process(pool);
-    let args = Args { stay: false, reserved: reserved.into_iter().collect(), notice, ways };
+    let notice = EndNotice::for_this_process(pool);
+    let args = Args { stay: false, reserved: reserved.into_iter().collect(), notice, rules };
     let status = args.command().stdin(theirs).status().map_err(cannot)?;
     match status.success() {
         true => Ok(ours),
@@ -98,23 +99,22 @@ pub(super) fn start(ways: Ways, pool: &str, reserved: BTreeSet<u32>) -> Result<O
 }
 
 impl Args {
-    /// This program with these arguments. Nothing of the terminal or of a pipe is kept open by a process
-    /// that stays.
+    /// This program with these arguments. The resident process keeps no terminal or pipe open.
     fn command(&self) -> Command {
         let mut command = Command::new("/proc/self/exe");
         command.arg("mounter").stdout(Stdio::null()).stderr(Stdio::null());
         command.args(self.reserved.iter().map(|number| format!("--reserved={number}")));
         command.args(self.notice.words());
-        command.args(self.ways.kernel.iter().map(|kind| format!("--kernel={kind}")));
-        command.args(self.ways.root.then_some("--root"));
-        command.args(self.ways.fuse.iter().map(|(kind, program)| format!("{kind}={program}")));
+        command.args(self.rules.kernel.iter().map(|kind| format!("--kernel={kind}")));
+        command.args(self.rules.root.then_some("--root"));
+        command.args(self.rules.fuse.iter().map(|(kind, program)| format!("{kind}={program}")));
         command
     }
 
     pub(crate) fn run(self) -> Result<()> {
-        let cannot = |error| Error::os(error, "cannot mount for a command");
+        let cannot = |error| Error::os(error, "the mounter failed");
         if !self.stay {
-            // Ctrl-C is for the command.
+            // The terminal sends Ctrl-C to the command only.
             rustix::process::setsid().map_err(|error| cannot(error.into()))?;
             self.command().arg("--stay").spawn().map_err(cannot)?;
             return Ok(());
@@ -123,20 +123,20 @@ impl Args {
             .map_err(|error| cannot(error.into()))?;
         let command = self.notice.watch();
         let known = self.reserved.into_iter().collect();
-        // Without the thread names may mislead; that is no reason to mount nothing.
+        // Optional: without the thread, only names may mislead.
         let _ = std::thread::Builder::new().spawn(move || sys::loop_names::keep_out(&known));
         let pool = rustix::fs::stat(Path::new("/dev").join(LOOPFS)).map_err(|error| cannot(error.into()))?;
         let mounter = Arc::new(Mounter {
             pool: pool.st_dev,
-            ways: self.ways,
+            rules: self.rules,
             running: Mutex::default(),
             attached: Mutex::default(),
         });
         let socket = rustix::stdio::stdin();
         while let Some(request) = Request::next(socket).map_err(|error| cannot(error.into()))? {
             mounter.reap();
-            // Each counts itself until its thread has ended.
-            if Arc::strong_count(&mounter) > AT_ONCE {
+            // Each thread holds a reference until it ends.
+            if Arc::strong_count(&mounter) > CONCURRENT_MAX {
                 request.answer(Err(Errno::AGAIN));
                 continue;
             }
@@ -147,7 +147,7 @@ impl Args {
                 request.answer(done);
             });
         }
-        self.notice.tell(command);
+        self.notice.write(command);
         mounter.detach();
         end();
         Ok(())
@@ -157,70 +157,73 @@ impl Args {
 struct Mounter {
     /// Device number of the pool's file system.
     pool: u64,
-    ways: Ways,
-    /// Programs that a thread waits for.
+    rules: MountRules,
+    /// Drivers that a thread waits for.
     running: Mutex<HashSet<u32>>,
-    /// What the kernel has mounted, by device number; it may have been unmounted since.
+    /// Kernel mounts by device number; they may be unmounted already.
     attached: Mutex<HashSet<u64>>,
 }
 
 impl Mounter {
-    /// `Ok(false)`: it is not of this pool. Called on a thread of its own, which it moves.
+    /// Handles one call. `Ok(false)`: not a device of this pool. Runs on a thread of its own, whose
+    /// namespace it changes.
     fn mount(&self, request: &Request) -> Answer<bool> {
         let asked = &request.asked;
         let Some((device, target)) = self.find(request)? else { return Ok(false) };
         let target = target?;
-        if self.ways.kernel.contains(&asked.kind) {
+        if self.rules.kernel.contains(&asked.kind) {
             return self.attach(request, &device, &target);
         }
-        let program = self.ways.fuse.iter().find(|(kind, _)| *kind == asked.kind).map(|(_, program)| program);
-        // mount(8) calls it an unknown file system.
+        let program =
+            self.rules.fuse.iter().find(|(kind, _)| *kind == asked.kind).map(|(_, program)| program);
+        // mount(8) reports an unknown file system.
         let program = program.ok_or(Errno::NODEV)?;
-        let read_only = is_read_only(&device)? || !fuse::known(program).writes;
+        let read_only = is_read_only(&device)? || !fuse_drivers::driver(program).writes;
         let options = options(asked, read_only)?;
         if asked.kind.starts_with("ext") {
             check_journal(&device)?;
         }
-        step_into(request)?;
-        // Its name in the caller's mount namespace; an unlinked one has none.
+        enter_caller_namespace(request)?;
+        // The path in the caller's mount namespace; an unlinked node has none.
         let path = link(&device)?;
         rustix::process::fchdir(&target)?;
-        let run = |options: &str| self.run(fuse::command(program).arg(&path).arg(".").args(["-o", options]));
-        // With libfuse 2 a directory that is not empty is covered only on demand, as mount(2) does always;
-        // libfuse 3 does it always, and does not know the option.
+        let run = |options: &str| {
+            self.run(fuse_drivers::command(program).arg(&path).arg(".").args(["-o", options]))
+        };
+        // libfuse 2 needs the option `nonempty` for a directory with entries; libfuse 3 does not
+        // know it.
         let mut done = match has_entries() {
             true => run(&format!("{options},nonempty")),
             false => Err(Errno::INVAL),
         };
-        // Never twice on the same image, whatever a program says of the first.
-        if done == Err(Errno::INVAL) && check_covered(&target).is_err() {
+        // Never start a second driver while the first has mounted.
+        if done == Err(Errno::INVAL) && check_mounted(&target).is_err() {
             done = run(&options);
         }
         if done == Err(Errno::TIMEDOUT) {
-            // Killed, perhaps when it had mounted.
-            let _ = check_covered(&target);
+            // The driver may have mounted before it was killed.
+            let _ = check_mounted(&target);
         }
         done?;
-        check_covered(&target)?;
+        check_mounted(&target)?;
         Ok(true)
     }
 
-    /// Attaches what the kernel mounts of the device.
+    /// Attaches the kernel mount of the device.
     fn attach(&self, request: &Request, device: &OwnedFd, target: &OwnedFd) -> Answer<bool> {
-        if self.ways.root {
+        if self.rules.root {
             return Ok(false);
         }
         let mount = request.by_kernel(rustix::fs::fstat(device)?.st_rdev)?;
         let number = rustix::fs::fstat(&mount)?.st_dev;
-        step_into(request)?;
+        enter_caller_namespace(request)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&mount, "", target, "", flags)?;
         self.attached.lock().unwrap_or_else(PoisonError::into_inner).insert(number);
         Ok(true)
     }
 
-    /// Takes what the kernel has mounted off, with everything written. What is in use still, or mounted
-    /// elsewhere, is written at least.
+    /// Flushes and unmounts kernel mounts. A mount that is still in use is flushed at least.
     fn detach(&self) {
         let attached = std::mem::take(&mut *self.attached.lock().unwrap_or_else(PoisonError::into_inner));
         for path in attached.into_iter().flat_map(sys::mntns::mounted_of) {
@@ -231,12 +234,13 @@ impl Mounter {
         }
     }
 
-    /// The device, and the directory, as the caller sees them. None: not ours.
+    /// The device and the mount point as the caller sees them. None if the device is not of this
+    /// pool.
     fn find(&self, request: &Request) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
-        // A thread of its own: it stays where the caller is, and programs are not looked for there.
+        // On a thread of its own: it stays in the caller's root, where no drivers are searched.
         let found = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().spawn_scoped(scope, || {
-                step_into(request)?;
+                enter_caller_namespace(request)?;
                 rustix::process::fchdir(&request.root)?;
                 rustix::process::chroot(".")?;
                 rustix::process::fchdir(&request.cwd)?;
@@ -263,7 +267,7 @@ impl Mounter {
         })?;
         running.insert(child.id());
         drop(running);
-        let done = fuse::finish(&mut child);
+        let done = fuse_drivers::wait_mounted(&mut child);
         self.running().remove(&child.id());
         done
     }
@@ -272,7 +276,7 @@ impl Mounter {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of programs that have ended since, after an unmount.
+    /// Reaps drivers that ended after an unmount.
     fn reap(&self) {
         let running = self.running();
         for pid in children().into_iter().filter(|pid| !running.contains(&pid.as_raw_pid().cast_unsigned())) {
@@ -281,8 +285,8 @@ impl Mounter {
     }
 }
 
-/// Moves this thread, and nothing else, into the caller's mount namespace.
-fn step_into(request: &Request) -> Answer<()> {
+/// Moves only this thread into the caller's mount namespace.
+fn enter_caller_namespace(request: &Request) -> Answer<()> {
     sys::userns::own_directories()?;
     move_into_link_name_space(request.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
 }
@@ -297,18 +301,18 @@ fn link(file: &OwnedFd) -> Answer<PathBuf> {
     }
 }
 
-/// Whether there is anything in the working directory that can be seen.
+/// True if the working directory has visible entries.
 fn has_entries() -> bool {
     fs::read_dir(".").is_ok_and(|mut entries| entries.next().is_some())
 }
 
-/// Some programs end well although they have mounted nothing (fuse2fs, where it may not open /dev/fuse), or
-/// die when they have mounted: what does not answer is taken off again.
-fn check_covered(target: &OwnedFd) -> Answer<()> {
+/// Checks the mount: a driver may exit with 0 without mounting (fuse2fs that cannot open
+/// /dev/fuse), or die afterwards. Unmounts a dead mount.
+fn check_mounted(target: &OwnedFd) -> Answer<()> {
     let path =
         PathBuf::from(std::ffi::OsStr::from_bytes(rustix::fs::readlink(own(target), Vec::new())?.as_bytes()));
     let below = rustix::fs::fstat(target)?.st_dev;
-    match fuse::answers(&path) {
+    match fuse_drivers::probe(&path) {
         Ok(number) if number != below => return Ok(()),
         Ok(_) => {}
         Err(_) => {
@@ -320,7 +324,7 @@ fn check_covered(target: &OwnedFd) -> Answer<()> {
     Err(fuse.err().unwrap_or(Errno::IO))
 }
 
-/// No program of FUSE mounts an ext4 whose journal must be replayed: "Structure needs cleaning".
+/// No FUSE driver mounts an ext4 whose journal needs a replay: "Structure needs cleaning".
 fn check_journal(device: &OwnedFd) -> Answer<()> {
     let opened = rustix::fs::open(own(device), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let needs = file_system::needs_recovery(&mut Region::new(opened.as_fd(), 0, 1 << 20));
@@ -336,15 +340,15 @@ fn is_read_only(device: &OwnedFd) -> Answer<bool> {
     sys::block::is_read_only(opened.as_fd())
 }
 
-/// What the program is told. An option that it might take for another is refused, as the kernel
-/// refuses one that it does not know.
+/// The mount options for the driver. Refuses options that a driver could misinterpret, as the
+/// kernel refuses unknown options.
 fn options(asked: &Asked, read_only_device: bool) -> Answer<String> {
     let flag = |bit: u64| asked.flags & bit != 0;
     if read_only_device && !flag(libc::MS_RDONLY) {
         return Err(Errno::ACCESS);
     }
     let mut data = asked.data.split(',').filter(|option| !option.is_empty());
-    if data.any(|option| !HARMLESS.contains(&option)) {
+    if data.any(|option| !IGNORED_OPTIONS.contains(&option)) {
         return Err(Errno::INVAL);
     }
     let mut options = vec![if flag(libc::MS_RDONLY) { "ro" } else { "rw" }, "nosuid", "nodev"];
@@ -353,14 +357,14 @@ fn options(asked: &Asked, read_only_device: bool) -> Answer<String> {
     Ok(options.join(","))
 }
 
-/// All children, also those that others left behind.
+/// All children, including adopted ones.
 fn children() -> Vec<Pid> {
     let parent = rustix::process::getpid().as_raw_pid();
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let ours = |pid: &i32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // The name may have anything in it; behind it are the state and the parent.
+        // The command name may contain any character; state and parent follow it.
         let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
         let its = fields.and_then(|fields| fields.split_ascii_whitespace().nth(1)?.parse().ok());
         its == Some(parent)
@@ -368,7 +372,7 @@ fn children() -> Vec<Pid> {
     pids.filter(ours).filter_map(Pid::from_raw).collect()
 }
 
-/// Has all programs unmount, write and end.
+/// Ends all drivers: they unmount and write back.
 fn end() {
     let mut signal = Signal::TERM;
     for within in [END_MAX, Duration::from_millis(500)] {
@@ -390,7 +394,7 @@ fn end() {
 mod tests {
     use super::*;
 
-    fn told(flags: u64, data: &str, read_only_device: bool) -> Answer<String> {
+    fn driver_options(flags: u64, data: &str, read_only_device: bool) -> Answer<String> {
         let asked = Asked {
             source: b"/dev/loop0".to_vec(),
             target: b"/mnt".to_vec(),
@@ -402,17 +406,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_program_is_told() {
-        assert_eq!(told(0, "", false).as_deref(), Ok("rw,nosuid,nodev"));
-        assert_eq!(told(1 | 8, "errors=remount-ro", true).as_deref(), Ok("ro,nosuid,nodev,noexec"));
-        assert_eq!(told(0, "", true), Err(Errno::ACCESS));
+    fn passes_safe_options() {
+        assert_eq!(driver_options(0, "", false).as_deref(), Ok("rw,nosuid,nodev"));
+        assert_eq!(driver_options(1 | 8, "errors=remount-ro", true).as_deref(), Ok("ro,nosuid,nodev,noexec"));
+        assert_eq!(driver_options(0, "", true), Err(Errno::ACCESS));
         for bad in ["suid", "dev", "allow_other", "errors=remount-ro,dev", "fsname=x", "user_id=0"] {
-            assert_eq!(told(0, bad, false), Err(Errno::INVAL), "{bad}");
+            assert_eq!(driver_options(0, bad, false), Err(Errno::INVAL), "{bad}");
         }
     }
 
     #[test]
-    fn children_are_found() {
+    fn finds_children() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let found = children().iter().any(|pid| pid.as_raw_pid().cast_unsigned() == child.id());
         child.kill().unwrap();

@@ -1,7 +1,6 @@
-//! A pool for containers, as what makes containers has to know it: directories to be bound, device
-//! numbers to be allowed, a hook.
+//! The directory of a pool for containers: bind mounts, device numbers and a hook.
 //!
-//! Knows where `instance mount --container` puts what. Does not know in which format it is written down.
+//! Knows the layout that `instance mount --container` creates. Does not know output formats.
 
 use std::path::{Path, PathBuf};
 
@@ -14,64 +13,65 @@ use crate::error::{Error, Kind, Result};
 use crate::private::{DEV, LOOPFS, PLACES, PoolInfo};
 use crate::sys::mntns::mounted;
 
-/// See the module.
+/// A pool for containers and its directory.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct PoolDir {
     pub name: String,
-    /// Devices.
+    /// Maximum number of devices.
     pub max: u32,
-    /// Numbers that none of them has.
+    /// Device numbers that the pool omits.
     pub reserved: Vec<u32>,
-    /// The kernel mounts for its containers.
+    /// True if the kernel mounts for its containers.
     pub mounting: bool,
     /// Device numbers of the pool's disks, major and minor.
     pub numbers: Vec<(u32, u32)>,
-    /// What is bound: from, to, and with which options.
+    /// Bind mounts: source, target and options.
     pub mounts: Vec<(String, String, Vec<&'static str>)>,
-    /// This program.
+    /// Path of this program.
     pub program: String,
-    /// The daemon's run directory, if it is not the usual one.
+    /// Run directory of the daemon, if it is not the default.
     pub run_dir: Option<String>,
 }
 
-impl Place {
-    /// Looks a pool up.
-    pub fn find(run_dir: &Path, name: &str) -> Result<Place> {
+impl PoolDir {
+    /// Finds a pool by name.
+    pub fn find(run_dir: &Path, name: &str) -> Result<PoolDir> {
         let pools =
             daemon::runtime()?.block_on(async { PrivateClient::connect(run_dir).await?.list().await })?;
         let pool = pools.into_iter().find(|pool| pool.name == name);
         let pool = pool.ok_or_else(|| {
             Error::new(Kind::NotFound, format!("there is no private pool {name:?}"))
-                .hint(format!("make it with 'loopengine instance mount --container --name {name} DIR'"))
+                .hint(format!("create it with 'loopengine instance mount --container --name {name} DIR'"))
         })?;
-        let program =
-            std::env::current_exe().map_err(|error| Error::os(error, "cannot find this program"))?;
+        let program = std::env::current_exe()
+            .map_err(|error| Error::os(error, "cannot find the path of this program"))?;
         let run_dir = (run_dir != Path::new(RUN_DIR)).then(|| text(run_dir)).transpose()?;
-        Ok(Place { run_dir, ..Place::of(&pool, mounted("fuse.loop", name), &program)? })
+        Ok(PoolDir { run_dir, ..PoolDir::of(&pool, mounted("fuse.loop", name), &program)? })
     }
 
-    fn of(pool: &PoolInfo, seen: Vec<PathBuf>, program: &Path) -> Result<Place> {
+    fn of(pool: &PoolInfo, seen: Vec<PathBuf>, program: &Path) -> Result<PoolDir> {
         if pool.device_numbers.is_empty() {
             return Err(Error::new(
                 Kind::Invalid,
                 format!("private pool {} is not for containers", pool.name),
             )
-            .hint("make one with 'loopengine instance mount --container'"));
+            .hint("create one with 'loopengine instance mount --container'"));
         }
-        // It may be seen in a container, too; what is bound is where it was mounted.
+        // It may be visible in a container too; bind mounts need the original mount point.
         let home =
             seen.into_iter().filter(|at| at.ends_with(DEV)).find_map(|at| at.parent().map(Path::to_owned));
         let Some(home) = home else {
             let message = format!("private pool {} is not mounted here", pool.name);
-            return Err(Error::new(Kind::NotFound, message).hint("run this where it was mounted"));
+            return Err(Error::new(Kind::NotFound, message)
+                .hint("run this in the mount namespace in which it was mounted"));
         };
         let dev = (DEV, format!("/dev/{LOOPFS}"), vec!["bind", "nosuid", "noexec"]);
-        let sys = PLACES
-            .map(|(part, place)| (part, place.to_owned(), vec!["bind", "ro", "nosuid", "noexec", "nodev"]));
+        let sys =
+            PLACES.map(|(part, dir)| (part, dir.to_owned(), vec!["bind", "ro", "nosuid", "noexec", "nodev"]));
         let mounts = std::iter::once(dev)
             .chain(sys)
             .map(|(part, to, options)| Ok((text(&home.join(part))?, to, options)));
-        Ok(Place {
+        Ok(PoolDir {
             name: pool.name.clone(),
             max: pool.max,
             reserved: pool.reserved.clone(),
@@ -83,7 +83,7 @@ impl Place {
         })
     }
 
-    /// The words of the hook that makes the names in /dev; `nodes` are there already.
+    /// The command line of the hook; the runtime creates `nodes` nodes itself.
     pub fn hook(&self, nodes: usize) -> Vec<String> {
         let mut words = vec!["loopengine".to_owned()];
         if let Some(run_dir) = &self.run_dir {
@@ -104,7 +104,7 @@ impl Place {
 
 fn text(path: &Path) -> Result<String> {
     path.to_str().map(str::to_owned).ok_or_else(|| {
-        Error::new(Kind::Invalid, format!("'{}' cannot be written as JSON", path.display()))
+        Error::new(Kind::Invalid, format!("'{}' is not valid in JSON", path.display()))
             .hint("use a directory whose name is UTF-8")
     })
 }
@@ -124,25 +124,28 @@ pub(super) mod tests {
         }
     }
 
-    pub fn place() -> Place {
+    pub fn pool_dir() -> PoolDir {
         let seen = vec!["/srv/c/rootfs/dev/loopfs".into(), "/srv/ci/dev".into()];
-        Place::of(&info(), seen, Path::new("/usr/bin/loopengine")).unwrap()
+        PoolDir::of(&info(), seen, Path::new("/usr/bin/loopengine")).unwrap()
     }
 
     #[test]
-    fn where_it_was_mounted() {
-        let place = place();
-        assert_eq!(place.numbers, [(259, 7), (259, 300)]);
-        let bound: Vec<_> = place.mounts.iter().map(|(from, to, _)| (from.as_str(), to.as_str())).collect();
+    fn finds_the_original_mount_point() {
+        let dir = pool_dir();
+        assert_eq!(dir.numbers, [(259, 7), (259, 300)]);
+        let bound: Vec<_> = dir.mounts.iter().map(|(from, to, _)| (from.as_str(), to.as_str())).collect();
         assert_eq!(bound[0], ("/srv/ci/dev", "/dev/loopfs"));
         assert_eq!(bound[2], ("/srv/ci/dev-block", "/sys/dev/block"));
-        assert!(!place.mounts[0].2.contains(&"nodev") && place.mounts[1].2.contains(&"ro"));
+        assert!(!dir.mounts[0].2.contains(&"nodev") && dir.mounts[1].2.contains(&"ro"));
         let program = Path::new("/bin/x");
         assert_eq!(
-            Place::of(&info(), vec!["/dev/loopfs".into()], program).unwrap_err().kind(),
+            PoolDir::of(&info(), vec!["/dev/loopfs".into()], program).unwrap_err().kind(),
             Kind::NotFound
         );
         let other = PoolInfo { device_numbers: Vec::new(), ..info() };
-        assert_eq!(Place::of(&other, vec!["/srv/ci/dev".into()], program).unwrap_err().kind(), Kind::Invalid);
+        assert_eq!(
+            PoolDir::of(&other, vec!["/srv/ci/dev".into()], program).unwrap_err().kind(),
+            Kind::Invalid
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! `instance mount` and `instance open`: a private pool of loop devices as a directory.
+//! `instance mount` and `instance open`: a private pool as a directory.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,39 +13,41 @@ use rustix::mount::{OpenTreeFlags, UnmountFlags, open_tree, unmount};
 use crate::error::{Error, Kind, Result};
 use crate::loopfs::attach::attach_mount;
 
-use super::private::parse_file_system;
-use super::wanted::{Wanted, open_for_containers, open_pool};
+use super::pool_options::{PoolOptions, open_for_containers, open_pool};
+use super::run::parse_file_system;
 use super::{cannot_run, out};
 use crate::private::DEV;
 
-/// The environment variable with the number of the descriptor.
+/// The environment variable that holds the descriptor number.
 const DESCRIPTOR_ENV: &str = "LOOPENGINE_POOL_FD";
 
-/// The descriptors below are those that every program expects.
+/// Lower descriptors are standard input, output and error.
 const DESCRIPTOR_MIN: i32 = 3;
 
-/// Mount a private pool of loop devices.
+/// Create a private pool and mount its directory.
 ///
-/// The directory gets a loop-control and a loopN for each device: a pool of its own, with numbers
-/// from 0 (with '--container' without those that mounts, swap areas and /dev/disk name here), which nobody sees but who sees the directory. loopengine-loopfs(7) says what its devices
-/// can do. The pool ends when it is unmounted everywhere. Prints its name.
+/// The directory contains loop-control and a node loopN for each device. Numbers start at 0; with
+/// '--container', the pool omits numbers that mounts, swap areas and /dev/disk use on this machine.
+/// loopengine-loopfs(7) describes the devices. The pool ends when its directory is unmounted
+/// everywhere. Prints the name of the pool.
 ///
-/// With '--container' the directory gets a directory 'dev' with these, and others to be shown at
-/// /sys/block, /sys/dev/block and /sys/class/block; 'loopengine oci print-config' gives them to a
-/// container. 'umount -R' takes all of it away.
+/// With '--container', DIR contains the nodes in 'dev' and directories for /sys/block,
+/// /sys/dev/block and /sys/class/block. 'loopengine oci print-config' gives them to a container.
+/// 'umount -R DIR' ends the pool.
 #[derive(Debug, clap::Args)]
-pub(super) struct Mount {
+pub(super) struct PoolMount {
     #[command(flatten)]
-    wanted: Wanted,
+    options: PoolOptions,
 
-    /// For containers, one after the other: all devices are there at once, their device numbers stay,
-    /// and the pool does when a container has gone, with its devices unbound. Only for root.
+    /// Create a pool for containers, one at a time. All devices exist from the start, with fixed
+    /// device numbers. When a container ends, the pool unbinds all devices and stays. Only for
+    /// root.
     #[arg(long)]
     container: bool,
 
-    /// File systems that the kernel mounts when mount(2) is called in a container for one of the devices,
-    /// also without the capability that it takes: some of ext2, ext3, ext4, xfs, squashfs, erofs and vfat.
-    /// Always nosuid and nodev, and while it is mounted nobody can write to the device.
+    /// File systems that the kernel mounts when a container calls mount(2) on a device of the pool:
+    /// ext2, ext3, ext4, xfs, squashfs, erofs, vfat. The container needs no capability. Mounts are
+    /// nosuid and nodev; nobody can write to a mounted device.
     #[arg(
         long,
         value_name = "FS,…",
@@ -55,22 +57,22 @@ pub(super) struct Mount {
     )]
     mount: Vec<String>,
 
-    /// Where to mount it.
+    /// Mount point.
     dir: PathBuf,
 }
 
-/// Give a command a private pool of loop devices.
+/// Open a private pool for a command.
 ///
-/// The command inherits a file descriptor of the pool's directory, which is mounted nowhere; the
-/// environment variable LOOPENGINE_POOL_FD has its number. It can move_mount(2) the directory to
-/// where it likes, in a mount namespace of its own too, or use it as it is: for itself,
-/// /proc/self/fd/N is the directory. The pool ends with the last descriptor and the last mount.
+/// The command inherits a descriptor of the pool's directory, which is mounted nowhere. The
+/// environment variable LOOPENGINE_POOL_FD holds its number. The command can use the directory as
+/// /proc/self/fd/N, or attach it with move_mount(2) in any mount namespace. The pool ends with the
+/// last descriptor and the last mount.
 #[derive(Debug, clap::Args)]
-pub(super) struct Open {
+pub(super) struct PoolOpen {
     #[command(flatten)]
-    wanted: Wanted,
+    options: PoolOptions,
 
-    /// The command and its arguments.
+    /// Command and arguments.
     #[arg(
         value_name = "CMD",
         required = true,
@@ -81,9 +83,9 @@ pub(super) struct Open {
     command: Vec<OsString>,
 }
 
-impl Mount {
+impl PoolMount {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        // Found out before there is a pool.
+        // Check this before the pool exists.
         match self.dir.metadata() {
             Ok(found) if found.is_dir() => {}
             Ok(_) => {
@@ -93,9 +95,9 @@ impl Mount {
             Err(error) => return Err(Error::os(error, format!("cannot mount on {}", self.dir.display()))),
         }
         let name = match self.container {
-            true => mount_for_containers(run_dir, &self.wanted, &self.mount, &self.dir)?,
+            true => mount_for_containers(run_dir, &self.options, &self.mount, &self.dir)?,
             false => {
-                let (name, mount) = open_pool(run_dir, &self.wanted)?;
+                let (name, mount) = open_pool(run_dir, &self.options)?;
                 attach_mount(mount.as_fd(), &self.dir)?;
                 name
             }
@@ -104,23 +106,25 @@ impl Mount {
     }
 }
 
-/// Makes a pool for containers and mounts it; the kernel may mount these file systems for them. Answers its name.
+/// Creates a pool for containers and mounts it. The kernel can mount `file_systems` for the
+/// containers. Returns the name.
 pub(super) fn mount_for_containers(
     run_dir: &Path,
-    wanted: &Wanted,
+    options: &PoolOptions,
     file_systems: &[String],
     dir: &Path,
 ) -> Result<String> {
-    let (name, [nodes, sys]) = open_for_containers(run_dir, wanted, file_systems)?;
-    attach_copy(&sys, dir)?;
+    let (name, [nodes, sys]) = open_for_containers(run_dir, options, file_systems)?;
+    attach_clone(&sys, dir)?;
     attach_mount(nodes.as_fd(), &dir.join(DEV)).inspect_err(|_| {
         let _ = unmount(dir, UnmountFlags::DETACH);
     })?;
     Ok(name)
 }
 
-/// The daemon keeps the mount that it makes; where it is attached it could never be unmounted.
-fn attach_copy(mount: &OwnedFd, dir: &Path) -> Result<()> {
+/// Attaches a clone of `mount`: the daemon keeps the original, whose mount point could never be
+/// unmounted.
+fn attach_clone(mount: &OwnedFd, dir: &Path) -> Result<()> {
     let cannot = |error: Errno| Error::os(error, format!("cannot mount on {}", dir.display()));
     attach_mount(mount.as_fd(), dir)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -129,21 +133,22 @@ fn attach_copy(mount: &OwnedFd, dir: &Path) -> Result<()> {
     attach_mount(copy?.as_fd(), dir)
 }
 
-impl Open {
-    /// Becomes the command: comes back only if that fails, with the exit code.
+impl PoolOpen {
+    /// Executes the command. Returns only if that fails, with the exit code.
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let Some((program, arguments)) = self.command.split_first() else {
             return Err(Error::new(Kind::Invalid, "no command to run"));
         };
-        let (_, mount) = open_pool(run_dir, &self.wanted)?;
-        let mount = inherited(mount).map_err(|error| Error::os(error, "cannot hand on a descriptor"))?;
+        let (_, mount) = open_pool(run_dir, &self.options)?;
+        let mount =
+            inherited(mount).map_err(|error| Error::os(error, "cannot pass a descriptor to the command"))?;
         let error =
             Command::new(program).args(arguments).env(DESCRIPTOR_ENV, mount.as_raw_fd().to_string()).exec();
         Ok(cannot_run(program, error))
     }
 }
 
-/// The same descriptor, for whoever this process becomes.
+/// The descriptor without close-on-exec.
 fn inherited(descriptor: OwnedFd) -> rustix::io::Result<OwnedFd> {
     let descriptor = match descriptor.as_raw_fd() {
         number if number < DESCRIPTOR_MIN => fcntl_dupfd_cloexec(descriptor, DESCRIPTOR_MIN)?,

@@ -1,7 +1,7 @@
-//! Devices of the configuration: those that are not there are attached, at start and at a reload.
+//! Attaches the devices of the configuration that are not attached yet, at start and on reload.
 //!
-//! Knows which devices are there already. A file system may never answer who opens an image of it. So every
-//! image has a thread, nothing waits long for one, and no image has two.
+//! Opening an image may block forever on its file system. So each image has a thread of its own,
+//! waits are bounded, and no image has two threads.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,33 +15,33 @@ use crate::error::Result;
 use crate::instance::Selector;
 use crate::instance::spec::{DeviceInfo, DeviceState};
 
-/// How long the start of the daemon waits for one image,
+/// Maximum wait of the daemon's start for one image.
 const ONE_MAX: Duration = Duration::from_secs(5);
-/// and for all of them together.
+/// Maximum wait of the daemon's start for all images.
 const ALL_MAX: Duration = Duration::from_secs(20);
 
-/// Entries whose devices are being attached now.
-type Busy = Arc<Mutex<Vec<DeviceTable>>>;
+/// Entries whose devices are being attached.
+type Attaching = Arc<Mutex<Vec<DeviceTable>>>;
 
-/// Attaches what the configuration names.
+/// Attaches the devices of the configuration.
 #[derive(Clone)]
-pub(super) struct Devices {
+pub(super) struct ConfiguredDevices {
     backend: Arc<dyn EngineApi>,
-    busy: Busy,
+    attaching: Attaching,
 }
 
-impl Devices {
-    pub(super) fn new(backend: Arc<dyn EngineApi>) -> Devices {
-        Devices { backend, busy: Busy::default() }
+impl ConfiguredDevices {
+    pub(super) fn new(backend: Arc<dyn EngineApi>) -> ConfiguredDevices {
+        ConfiguredDevices { backend, attaching: Attaching::default() }
     }
 
-    /// Attaches the devices of `tables` that are not there, in their order; first those with a number,
-    /// so that no other takes it. Logs each. What does not answer in time goes on by itself.
+    /// Attaches the devices of `tables` that are missing, those with a fixed number first. Logs
+    /// each result. An attach that exceeds its wait continues in the background.
     pub(super) async fn attach(&self, mut tables: Vec<DeviceTable>) {
         tables.sort_by_key(|table| table.number.is_none());
         let end = Instant::now() + ALL_MAX;
         for table in tables {
-            let Some(slot) = Slot::take(&self.busy, &table) else {
+            let Some(guard) = AttachGuard::begin(&self.attaching, &table) else {
                 tracing::warn!("{}: {} is still being attached", table.location, table.image);
                 continue;
             };
@@ -55,21 +55,21 @@ impl Devices {
                         tracing::error!("{place} is not attached to instance '{instance}': {error}")
                     }
                 }
-                drop(slot);
+                drop(guard);
                 Ok(())
             });
             match timeout_at(end.min(Instant::now() + ONE_MAX), attaching).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::error!("{place} is not attached: {error}"),
                 Err(_) => tracing::error!(
-                    "{place} is not attached yet: its file system does not answer; it is attached when it does"
+                    "{place} is not attached yet: its file system does not answer; the attach continues in the background"
                 ),
             }
         }
     }
 }
 
-/// Attaches the device of an entry, unless it is there. Answers what the log says of it.
+/// Attaches the device of an entry unless it exists. Returns the log text.
 fn attach(table: &DeviceTable, backend: &dyn EngineApi) -> Result<String> {
     if let Some(device) = backend.devices(&Selector::All)?.into_iter().find(|device| table.is(device)) {
         return Ok(found(&device));
@@ -83,32 +83,32 @@ fn attach(table: &DeviceTable, backend: &dyn EngineApi) -> Result<String> {
 fn found(device: &DeviceInfo) -> String {
     let DeviceInfo { path, state, reason, .. } = device;
     match (state, reason) {
-        (DeviceState::Live, _) | (_, None) => format!("is attached already, as {path}"),
-        (_, Some(reason)) => format!("is attached already, as {path}, which does not work: {reason}"),
+        (DeviceState::Live, _) | (_, None) => format!("is already attached as {path}"),
+        (_, Some(reason)) => format!("is already attached as {path}, which does not work: {reason}"),
     }
 }
 
-/// An entry's place among those that are being attached.
-struct Slot {
-    busy: Busy,
+/// Marks an entry as being attached until it is dropped.
+struct AttachGuard {
+    attaching: Attaching,
     table: DeviceTable,
 }
 
-impl Slot {
-    /// None: it is taken.
-    fn take(busy: &Busy, table: &DeviceTable) -> Option<Slot> {
-        let mut tables = busy.lock().unwrap_or_else(PoisonError::into_inner);
+impl AttachGuard {
+    /// None if the entry is being attached.
+    fn begin(attaching: &Attaching, table: &DeviceTable) -> Option<AttachGuard> {
+        let mut tables = attaching.lock().unwrap_or_else(PoisonError::into_inner);
         if tables.iter().any(|other| other.same_device(table)) {
             return None;
         }
         tables.push(table.clone());
-        Some(Slot { busy: Arc::clone(busy), table: table.clone() })
+        Some(AttachGuard { attaching: Arc::clone(attaching), table: table.clone() })
     }
 }
 
-impl Drop for Slot {
+impl Drop for AttachGuard {
     fn drop(&mut self) {
-        let mut tables = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self.attaching.lock().unwrap_or_else(PoisonError::into_inner);
         tables.retain(|other| !other.same_device(&self.table));
     }
 }
@@ -116,11 +116,11 @@ impl Drop for Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::reload::tests::Asked;
+    use crate::cli::reload::tests::RecordedCalls;
     use crate::config::Config;
 
     #[test]
-    fn what_is_not_there_is_attached_once() {
+    fn attaches_missing_devices_once() {
         let dir = tempfile::tempdir().unwrap();
         let [a, b, missing] = ["a", "b", "missing"].map(|name| dir.path().join(name).display().to_string());
         for image in [&a, &b] {
@@ -131,30 +131,34 @@ mod tests {
              [[device]]\nimage='{a}'\noffset=512\n"
         );
         let config = Config::parse(&text, "x.toml").unwrap();
-        let asked = Arc::new(Asked::default());
-        let devices = Devices::new(Arc::clone(&asked) as Arc<dyn EngineApi>);
+        let calls = Arc::new(RecordedCalls::default());
+        let devices = ConfiguredDevices::new(Arc::clone(&calls) as Arc<dyn EngineApi>);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        // As by another daemon, and by a reload.
+        // The second round is a reload.
         for _ in 0..2 {
             runtime.block_on(devices.attach(config.devices().cloned().collect()));
             let attached =
                 [format!("attach {b} true"), format!("attach {a} false"), format!("attach {a} false")];
-            assert_eq!(*asked.0.lock().unwrap(), attached);
+            assert_eq!(*calls.0.lock().unwrap(), attached);
         }
-        assert!(devices.busy.lock().unwrap().is_empty());
+        assert!(devices.attaching.lock().unwrap().is_empty());
         let [table] = &config.devices().take(1).collect::<Vec<_>>()[..] else { panic!() };
-        let refused = attach(table, &*asked).unwrap_err().to_string();
+        let refused = attach(table, &*calls).unwrap_err().to_string();
         assert!(refused.contains(&missing), "{refused}");
     }
 
     #[test]
-    fn no_image_is_attached_twice_at_once() {
+    fn attaches_no_image_concurrently() {
         let config = Config::parse("[[device]]\nimage='/a'\n[[device]]\nimage='/b'\n", "x.toml").unwrap();
         let [a, b] = &config.devices().collect::<Vec<_>>()[..] else { panic!() };
-        let busy = Busy::default();
-        let slot = Slot::take(&busy, a);
-        assert!(slot.is_some() && Slot::take(&busy, a).is_none() && Slot::take(&busy, b).is_some());
-        drop(slot);
-        assert!(Slot::take(&busy, a).is_some());
+        let attaching = Attaching::default();
+        let guard = AttachGuard::begin(&attaching, a);
+        assert!(
+            guard.is_some()
+                && AttachGuard::begin(&attaching, a).is_none()
+                && AttachGuard::begin(&attaching, b).is_some()
+        );
+        drop(guard);
+        assert!(AttachGuard::begin(&attaching, a).is_some());
     }
 }

@@ -1,7 +1,7 @@
 //! A user namespace in which the caller is root.
 //!
-//! With newuidmap(1) and ranges in /etc/subuid and /etc/subgid other users exist in it, too; without,
-//! only root does. Real root maps everybody to themselves.
+//! With newuidmap(1) and ranges in /etc/subuid and /etc/subgid, other users exist in it too;
+//! without, only root exists. Root of the host maps all users to themselves.
 
 use std::fs;
 use std::io::Write;
@@ -11,25 +11,25 @@ use super::NAMESPACES;
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// Waits until the namespace is there, then maps as root may and we may not: `$1` the process, then
-/// user, first of the range and its length, then the same for groups.
+/// Waits for the namespace, then writes maps that only a privileged helper can write: `$1` the
+/// process; user, first id and length of the range; then the same for groups.
 const MAP: &str =
     r#"read -r go && newuidmap "$1" 0 "$2" 1 1 "$3" "$4" && newgidmap "$1" 0 "$5" 1 1 "$6" "$7""#;
 
-/// Everybody.
+/// The map of all users.
 const ALL: &str = "0 0 4294967295";
 
-/// Enters one, with a mount namespace that mounts come into and do not leave.
+/// Enters a user namespace, with a mount namespace that receives mounts and propagates none.
 pub(super) fn enter() -> Result<()> {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    // Started before, so that it stays outside.
+    // Started first, so that it stays outside.
     let helper = if uid == 0 { map_all() } else { map_ranges(uid, gid) };
     let cannot = |error| Error::os(error, "cannot enter a user namespace").hint(NAMESPACES);
     sys::userns::enter_own().map_err(cannot)?;
     if !helper.is_some_and(finish) {
         map_one(uid, gid).map_err(|error| Error::os(error, "cannot become root of a user namespace"))?;
     }
-    super::slave().map_err(|error| Error::os(error, "cannot enter a mount namespace of its own"))
+    super::make_mounts_slave().map_err(|error| Error::os(error, "cannot enter a private mount namespace"))
 }
 
 fn start(script: &str, words: &[String]) -> Option<Child> {
@@ -51,10 +51,10 @@ fn map_ranges(uid: u32, gid: u32) -> Option<Child> {
     start(MAP, &numbers.map(|number| number.to_string()))
 }
 
-/// Has the helper do it now.
+/// Lets the helper write the maps.
 fn finish(mut helper: Child) -> bool {
-    let told = helper.stdin.take().is_some_and(|mut stdin| stdin.write_all(b"go\n").is_ok());
-    helper.wait().is_ok_and(|status| told && status.success())
+    let started = helper.stdin.take().is_some_and(|mut stdin| stdin.write_all(b"go\n").is_ok());
+    helper.wait().is_ok_and(|status| started && status.success())
 }
 
 fn map_one(uid: u32, gid: u32) -> std::io::Result<()> {
@@ -70,7 +70,7 @@ fn map_one(uid: u32, gid: u32) -> std::io::Result<()> {
     Ok(())
 }
 
-/// What /etc/passwd calls a user.
+/// The name of a user in /etc/passwd.
 pub(in crate::cli) fn user_name(uid: u32) -> Option<String> {
     let users = fs::read_to_string("/etc/passwd").ok()?;
     users.lines().find_map(|line| {
@@ -84,7 +84,7 @@ fn range(file: &str, uid: u32, name: Option<&str>) -> Option<(u32, u32)> {
     find_range(&fs::read_to_string(file).ok()?, uid, name)
 }
 
-/// First and length of the first range in a file like subuid(5).
+/// First id and length of the first range in a file like subuid(5).
 fn find_range(text: &str, uid: u32, name: Option<&str>) -> Option<(u32, u32)> {
     text.lines().find_map(|line| {
         let mut fields = line.split(':');
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges() {
+    fn finds_ranges() {
         let text = "# none\nann:100000:65536\n1001:200000:10\nbob:x:1\nbob:300000:7\n";
         assert_eq!(find_range(text, 1000, Some("ann")), Some((100_000, 65536)));
         assert_eq!(find_range(text, 1001, Some("eve")), Some((200_000, 10)));
