@@ -339,7 +339,9 @@ fn choose_frontend(choice: FrontendChoice) -> Result<(FrontendKind, String)> {
             let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
             Err(Error::new(Kind::Unavailable, message).hint(driver_hint()))
         }
-        FrontendChoice::Auto | FrontendChoice::Ublk => Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned())),
+        FrontendChoice::Auto | FrontendChoice::Ublk => {
+            Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
+        }
         FrontendChoice::Fuse => {
             fuse::check()?;
             Ok((FrontendKind::Fuse, "serving files (FUSE)".to_owned()))

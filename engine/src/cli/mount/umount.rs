@@ -124,8 +124,11 @@ pub(super) fn unmount_dir(dir: &Path, dead: bool) -> Result<()> {
         return unmount(dir, UnmountFlags::NOFOLLOW | lazily).map_err(cannot);
     }
     let Some(fusermount) = fuse::fusermount() else {
-        return Err(Error::new(Kind::Unavailable, "cannot unmount as this user: fusermount3 is not installed")
-            .hint("install it ('apt install fuse3')"));
+        return Err(Error::new(
+            Kind::Unavailable,
+            "cannot unmount as this user: fusermount3 is not installed",
+        )
+        .hint("install it ('apt install fuse3')"));
     };
     let done = Command::new(fusermount)
         .args([if dead { "-uz" } else { "-u" }, "--"])
