@@ -19,7 +19,7 @@ use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
 use crate::kernels::{self, BLOCK_DEVICES};
-use crate::private::{Registry, Served};
+use crate::private::{PoolBackend, Registry};
 use crate::received;
 use crate::sandbox;
 use crate::sys::{self, mntns};
@@ -181,7 +181,7 @@ impl Args {
             tracing::info!("{note}");
         }
         let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
-        let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
+        let source = PoolBackend { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
         reload::limit_users(config, &registry);

@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, StopMode, ublk};
 use crate::limits::POOLS_MAX;
-use crate::loops::{Pool, PoolSpec, Quotas, Watcher};
+use crate::loops::{Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::sys;
 use claims::NoImages;
 use links::{BELOW_DEV, BelowDev};
@@ -96,7 +96,7 @@ type Pools = Arc<Mutex<BTreeMap<String, Arc<Pool>>>>;
 /// Takes a pool that has ended out of the table.
 struct Forget(Pools);
 
-impl Watcher for Forget {
+impl PoolWatcher for Forget {
     fn changed(&self, _pool: &Pool, _number: u32) {}
 
     fn ended(&self, pool: &Pool) {
@@ -224,7 +224,7 @@ impl Engine {
         let maker = pool::maker(&self.shared, spec, self.tuning)?;
         let pool = Pool::start(spec.clone(), maker, self.quotas.clone())?;
         if spec.fixed {
-            pool.fill().inspect_err(|_| pool.end(true))?;
+            pool.create_all().inspect_err(|_| pool.end(true))?;
         }
         pool.watch(Arc::new(Forget(self.pools.clone())));
         pools.insert(spec.name.clone(), pool.clone());
@@ -324,7 +324,7 @@ impl Engine {
 
     /// Has the names of partitions, and what pools show of disks that lie upon theirs, follow what the kernel has by now.
     pub fn follow_nodes(&self) {
-        self.pools().iter().for_each(|pool| pool.look_after_stacks());
+        self.pools().iter().for_each(|pool| pool.withdraw_gone_stacks());
         let instances: Vec<_> = self.table().values().cloned().collect();
         instances.iter().for_each(|instance| instance.follow_partitions());
     }

@@ -24,7 +24,7 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
 use crate::image::{Image, Source};
 use crate::kernels::PRIVATE;
-use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
+use crate::loops::{DiskAllocator, PARTITIONS_MAX, PoolSpec};
 use crate::ring::RingSizes;
 use crate::sys;
 use crate::worker::{WorkerHandle, WorkerOptions};
@@ -368,7 +368,7 @@ impl Instance {
 }
 
 /// What makes the disks of a private pool: workers of its own, over ublk.
-pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
+pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<DiskAllocator> {
     if !shared.frontend.supports_private_pools() {
         return Err(match PRIVATE.missing() {
             Some(missing) => Error::new(Kind::Unsupported, missing)
@@ -385,7 +385,7 @@ pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> 
         .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.options(false), Vec::new()))
         .collect::<Result<Vec<_>>>()?;
     let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
-    Ok(Maker::new(shared, backend, workers.into()))
+    Ok(DiskAllocator::new(shared, backend, workers.into()))
 }
 
 impl Drop for Instance {

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 pub use policy::FileSystem;
 
 use crate::error::Result;
-use crate::loops::{Answer, Lent};
+use crate::loops::{Answer, MountSource};
 use crate::sys::process::Place;
 use orders::{Done, Process};
 
@@ -83,11 +83,16 @@ impl KernelMounts {
         Ok(KernelMounts { maker, attacher, making: Mutex::default() })
     }
 
-    /// Has the kernel mount a device of a pool ([`crate::loops::Pool::lend`] lends it). The answer is a
+    /// Has the kernel mount a device of a pool ([`crate::loops::Pool::mount_source`] lends it). The answer is a
     /// mount that is mounted nowhere yet, for move_mount(2); or the errno that mount(2) would have.
     ///
     /// `waits` is asked now and then: does whoever wants the mount still wait?
-    pub fn make(&self, lent: &Lent, wanted: Wanted<'_>, waits: &dyn Fn() -> bool) -> Answer<OwnedFd> {
+    pub fn make(
+        &self,
+        source: &MountSource,
+        wanted: Wanted<'_>,
+        waits: &dyn Fn() -> bool,
+    ) -> Answer<OwnedFd> {
         if wanted.data.len() >= DATA_MAX {
             return Err(Errno::INVAL);
         }
@@ -96,13 +101,13 @@ impl KernelMounts {
         flags::translate(wanted.flags)?;
         let _counted = self.count(wanted.whose)?;
         let order = Order {
-            name: lent.name.clone(),
-            size: lent.size,
+            name: source.name.clone(),
+            size: source.size,
             kind: wanted.kind.name.to_owned(),
             flags: wanted.flags,
             data: wanted.data.to_owned(),
         };
-        let fds = [Some(lent.node.as_fd()), Some(lent.device.as_fd()), wanted.namespace];
+        let fds = [Some(source.node.as_fd()), Some(source.device.as_fd()), wanted.namespace];
         let fds: Vec<_> = fds.into_iter().flatten().collect();
         self.maker.ask(&order, &fds, waits)?.fd.ok_or(Errno::IO)
     }

@@ -175,7 +175,7 @@ pub(crate) mod tests {
     #[test]
     fn an_interrupted_look_is_no_answer() {
         use super::{Listener, install_with_listener};
-        use crate::intercept::filter::{Options, program};
+        use crate::intercept::filter::{FilterOptions, program};
         use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
         use std::sync::mpsc;
         use std::time::{Duration, Instant};
@@ -190,7 +190,7 @@ pub(crate) mod tests {
         }
         let (to, from) = mpsc::channel();
         let caller = std::thread::spawn(move || {
-            to.send(install_with_listener(&program(Options::default()))).unwrap();
+            to.send(install_with_listener(&program(FilterOptions::default()))).unwrap();
             // SAFETY: LOOP_CLR_FD takes no memory, and no file has this number.
             unsafe { libc::ioctl(-1, 0x4c01, 0) };
         });

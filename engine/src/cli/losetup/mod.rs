@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args as _, FromArgMatches};
 use options::{Action, Request};
 
-use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply, Status};
+use crate::loops::{Answer, DeviceEntry, Errno, LoopOp, LoopReply, LoopStatus};
 
 pub use options::Args;
 pub use table::Row;
@@ -28,7 +28,7 @@ pub trait Devices {
     /// Where loopN are, without a slash at its end.
     fn directory(&self) -> &str;
     /// All devices.
-    fn entries(&mut self) -> Answer<Vec<Entry>>;
+    fn entries(&mut self) -> Answer<Vec<DeviceEntry>>;
     /// Carries out an operation.
     fn execute(&mut self, op: LoopOp) -> Answer<LoopReply>;
 }
@@ -153,11 +153,11 @@ impl Losetup<'_> {
         self.each(&names, "detach", LoopOp::Clear)
     }
 
-    fn status(&mut self, number: u32) -> Answer<Status> {
+    fn status(&mut self, number: u32) -> Answer<LoopStatus> {
         self.devices.execute(LoopOp::Status(number)).and_then(LoopReply::status)
     }
 
-    fn row(&mut self, entry: Entry) -> Row {
+    fn row(&mut self, entry: DeviceEntry) -> Row {
         let status = entry.bound.as_ref().and_then(|_| self.status(entry.number).ok());
         Row { name: self.path(entry.number), entry, status }
     }

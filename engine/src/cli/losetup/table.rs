@@ -4,7 +4,7 @@
 
 use rustix::fs::{major, minor};
 
-use crate::loops::{Entry, Status, flag};
+use crate::loops::{DeviceEntry, LoopStatus, flag};
 
 /// A device, and its status where it could be asked.
 #[derive(Clone, Debug)]
@@ -12,15 +12,15 @@ pub struct Row {
     /// Its name, with the directory.
     pub name: String,
     /// What it is.
-    pub entry: Entry,
+    pub entry: DeviceEntry,
     /// What LOOP_GET_STATUS64 says of it.
-    pub status: Option<Status>,
+    pub status: Option<LoopStatus>,
 }
 
 impl Row {
     /// Device and inode of the backing file, if they are known.
     pub(super) fn backing(&self) -> Option<(u64, u64)> {
-        let known = |status: &Status| (status.device, status.inode);
+        let known = |status: &LoopStatus| (status.device, status.inode);
         self.status.as_ref().map(known).filter(|known| *known != (0, 0))
     }
 

@@ -18,7 +18,7 @@ use crate::cli::losetup::Devices;
 use crate::cli::remote::Remote;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Info, LoopOp, LoopReply, flag};
+use crate::loops::{LoopInfo, LoopOp, LoopReply, flag};
 use crate::sys::{mntns, range_lock};
 
 /// How names of pools that are mounts begin.
@@ -103,7 +103,7 @@ impl Mounted {
     }
 
     /// The parts of a file that it shows; none, if it is of another file or has ended.
-    pub(super) fn shows(&self, file: &std::fs::Metadata, run_dir: &Path) -> Result<Vec<Info>> {
+    pub(super) fn shows(&self, file: &std::fs::Metadata, run_dir: &Path) -> Result<Vec<LoopInfo>> {
         let mut remote = match Remote::open(Some(&self.pool), run_dir) {
             Err(error) if error.kind() == Kind::NotFound => return Ok(Vec::new()),
             remote => remote?,

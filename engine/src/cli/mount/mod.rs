@@ -30,7 +30,7 @@ use super::remote::Remote;
 use super::size;
 use super::wanted::{Wanted, open_pool};
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
+use crate::loops::{Errno, LoopConfig, LoopInfo, LoopOp, NAME_BYTES, flag};
 
 pub(super) use found::Mounted;
 pub(super) use program::check as check_fuse;
@@ -238,11 +238,16 @@ impl Remote {
             *to = *from;
         }
         let flags = if image.read_only { flag::READ_ONLY } else { 0 };
-        let info =
-            Info { offset: image.offset, size_limit: image.size_limit, flags, file_name, ..Info::default() };
+        let info = LoopInfo {
+            offset: image.offset,
+            size_limit: image.size_limit,
+            flags,
+            file_name,
+            ..LoopInfo::default()
+        };
         let file = rustix::io::fcntl_dupfd_cloexec(&image.file, 0)?;
         let number = self.execute(LoopOp::GetFree)?.number()?;
-        self.execute(LoopOp::Configure(number, Configure { file, block_size: 0, info }))?;
+        self.execute(LoopOp::Configure(number, LoopConfig { file, block_size: 0, info }))?;
         Ok(number)
     }
 }

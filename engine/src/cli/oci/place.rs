@@ -11,7 +11,7 @@ use crate::cli::daemon;
 use crate::config::RUN_DIR;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::private::{DEV, LOOPFS, PLACES, PoolInfo};
+use crate::private::{DEV, LOOPFS, PoolInfo, SYSFS_DIRS};
 use crate::sys::mntns::mounted;
 
 /// See the module.
@@ -66,7 +66,7 @@ impl Place {
             return Err(Error::new(Kind::NotFound, message).hint("run this where it was mounted"));
         };
         let dev = (DEV, format!("/dev/{LOOPFS}"), vec!["bind", "nosuid", "noexec"]);
-        let sys = PLACES
+        let sys = SYSFS_DIRS
             .map(|(part, place)| (part, place.to_owned(), vec!["bind", "ro", "nosuid", "noexec", "nodev"]));
         let mounts = std::iter::once(dev)
             .chain(sys)

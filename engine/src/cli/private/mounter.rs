@@ -32,7 +32,7 @@ use super::parse_fuse;
 use crate::cli::fuse;
 use crate::error::{Error, Result};
 use crate::image::{Region, fs as file_system};
-use crate::intercept::mounts::{Asked, Request, pair};
+use crate::intercept::mounts::{MountRequest, MounterRequest, pair};
 use crate::loops::Answer;
 use crate::private::LOOPFS;
 use crate::sys;
@@ -133,7 +133,7 @@ impl Args {
             attached: Mutex::default(),
         });
         let socket = rustix::stdio::stdin();
-        while let Some(request) = Request::next(socket).map_err(|error| cannot(error.into()))? {
+        while let Some(request) = MounterRequest::next(socket).map_err(|error| cannot(error.into()))? {
             mounter.reap();
             // Each counts itself until its thread has ended.
             if Arc::strong_count(&mounter) > AT_ONCE {
@@ -166,8 +166,8 @@ struct Mounter {
 
 impl Mounter {
     /// `Ok(false)`: it is not of this pool. Called on a thread of its own, which it moves.
-    fn mount(&self, request: &Request) -> Answer<bool> {
-        let asked = &request.asked;
+    fn mount(&self, request: &MounterRequest) -> Answer<bool> {
+        let asked = &request.mount;
         let Some((device, target)) = self.find(request)? else { return Ok(false) };
         let target = target?;
         if self.ways.kernel.contains(&asked.kind) {
@@ -206,11 +206,11 @@ impl Mounter {
     }
 
     /// Attaches what the kernel mounts of the device.
-    fn attach(&self, request: &Request, device: &OwnedFd, target: &OwnedFd) -> Answer<bool> {
+    fn attach(&self, request: &MounterRequest, device: &OwnedFd, target: &OwnedFd) -> Answer<bool> {
         if self.ways.root {
             return Ok(false);
         }
-        let mount = request.by_kernel(rustix::fs::fstat(device)?.st_rdev)?;
+        let mount = request.request_kernel_mount(rustix::fs::fstat(device)?.st_rdev)?;
         let number = rustix::fs::fstat(&mount)?.st_dev;
         step_into(request)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
@@ -232,7 +232,7 @@ impl Mounter {
     }
 
     /// The device, and the directory, as the caller sees them. None: not ours.
-    fn find(&self, request: &Request) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
+    fn find(&self, request: &MounterRequest) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
         // A thread of its own: it stays where the caller is, and programs are not looked for there.
         let found = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().spawn_scoped(scope, || {
@@ -243,8 +243,8 @@ impl Mounter {
                 let open = |path: &[u8], flags| {
                     rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 };
-                let Ok(source) = open(&request.asked.source, OFlags::empty()) else { return Ok(None) };
-                Ok(Some((source, open(&request.asked.target, OFlags::DIRECTORY))))
+                let Ok(source) = open(&request.mount.source, OFlags::empty()) else { return Ok(None) };
+                Ok(Some((source, open(&request.mount.target, OFlags::DIRECTORY))))
             });
             thread.map_err(|_| Errno::AGAIN)?.join().unwrap_or(Err(Errno::IO))
         })?;
@@ -282,7 +282,7 @@ impl Mounter {
 }
 
 /// Moves this thread, and nothing else, into the caller's mount namespace.
-fn step_into(request: &Request) -> Answer<()> {
+fn step_into(request: &MounterRequest) -> Answer<()> {
     sys::userns::own_directories()?;
     move_into_link_name_space(request.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
 }
@@ -338,7 +338,7 @@ fn is_read_only(device: &OwnedFd) -> Answer<bool> {
 
 /// What the program is told. An option that it might take for another is refused, as the kernel
 /// refuses one that it does not know.
-fn options(asked: &Asked, read_only_device: bool) -> Answer<String> {
+fn options(asked: &MountRequest, read_only_device: bool) -> Answer<String> {
     let flag = |bit: u64| asked.flags & bit != 0;
     if read_only_device && !flag(libc::MS_RDONLY) {
         return Err(Errno::ACCESS);
@@ -391,7 +391,7 @@ mod tests {
     use super::*;
 
     fn told(flags: u64, data: &str, read_only_device: bool) -> Answer<String> {
-        let asked = Asked {
+        let asked = MountRequest {
             source: b"/dev/loop0".to_vec(),
             target: b"/mnt".to_vec(),
             kind: "ext4".to_owned(),

@@ -10,12 +10,12 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::attach;
 use crate::error::{Error, Result};
-use crate::private::PLACES;
+use crate::private::SYSFS_DIRS;
 
 /// Covers the directories with those in `tree`. Without a /sys there is nothing to cover.
 pub(super) fn show(tree: OwnedFd) -> Result<()> {
     let cannot = |error: Errno| Error::os(error, "cannot make a /sys/block of its own");
-    let present: Vec<_> = PLACES.iter().filter(|(_, place)| Path::new(place).is_dir()).collect();
+    let present: Vec<_> = SYSFS_DIRS.iter().filter(|(_, place)| Path::new(place).is_dir()).collect();
     let Some((_, first)) = present.first() else { return Ok(()) };
     // A part of a tree can be taken only where the tree is mounted; the last mount covers the whole.
     attach(tree.as_fd(), CWD, first).map_err(cannot)?;
