@@ -10,7 +10,7 @@ use loopengine::instance::spec::*;
 use support::{Daemon, KINDS, Ran};
 
 #[test]
-fn without_a_daemon() {
+fn fails_without_a_daemon() {
     trycmd::TestCases::new().case("tests/cli/*.trycmd").run();
 }
 
@@ -176,7 +176,7 @@ fn run_gives_the_device_to_a_command() {
 }
 
 #[test]
-fn run_says_what_it_could_not_detach() {
+fn run_reports_a_failed_detach() {
     let daemon = Daemon::start();
     daemon.image("busy.img", 4096);
     let ran = daemon.run(&["attach", "busy.img", "--run", "true"]);
@@ -186,7 +186,7 @@ fn run_says_what_it_could_not_detach() {
 }
 
 #[test]
-fn run_detaches_when_it_is_told_to_end() {
+fn run_detaches_on_a_signal() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     let mut child = daemon
@@ -320,7 +320,7 @@ fn recover_sends_the_image_and_prints_the_path() {
 }
 
 #[test]
-fn stats_once_and_every_second() {
+fn stats_prints_once_or_every_second() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     ok(&daemon.run(&["attach", "a.img"]));
@@ -345,7 +345,7 @@ fn stats_once_and_every_second() {
 }
 
 #[test]
-fn a_reader_that_leaves_ends_the_watch() {
+fn watch_ends_with_its_reader() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     ok(&daemon.run(&["attach", "a.img"]));
@@ -359,7 +359,7 @@ fn a_reader_that_leaves_ends_the_watch() {
 }
 
 #[test]
-fn output_that_cannot_be_written_is_an_error() {
+fn fails_if_it_cannot_write_its_output() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
@@ -369,7 +369,7 @@ fn output_that_cannot_be_written_is_an_error() {
 }
 
 #[test]
-fn doctor_knows_the_daemon() {
+fn doctor_reports_the_daemon() {
     let daemon = Daemon::start();
     let ran = daemon.run(&["doctor", "--json", "."]);
     let checks: Vec<serde_json::Value> = serde_json::from_str(&ran.out).unwrap();
@@ -415,7 +415,7 @@ fn create_makes_images() {
 }
 
 #[test]
-fn serve_refuses_before_it_makes_anything() {
+fn serve_checks_its_options_first() {
     let dir = tempfile::tempdir().unwrap();
     let run_dir = dir.path().join("run");
     let config = dir.path().join("loopengine.toml");
@@ -438,7 +438,7 @@ fn serve_refuses_before_it_makes_anything() {
 }
 
 #[test]
-fn create_leaves_nothing_when_it_is_interrupted() {
+fn create_removes_the_file_when_interrupted() {
     // A directory on a file system that reserves space only by writing it would be slow enough to
     // be interrupted; anywhere else the job is done before the signal comes. Both are right.
     let daemon = Daemon::start();

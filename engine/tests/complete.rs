@@ -39,7 +39,7 @@ fn offered(run_dir: &Path, words: &[&str]) -> Option<Vec<String>> {
 }
 
 #[test]
-fn names_that_the_daemon_knows() {
+fn completes_names_of_the_daemon() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     for words in
@@ -68,7 +68,7 @@ fn names_that_the_daemon_knows() {
 }
 
 #[test]
-fn hidden_commands_are_not_offered() {
+fn omits_hidden_commands() {
     let dir = tempfile::tempdir().unwrap();
     let Some(commands) = offered(dir.path(), &[""]) else { return };
     for command in ["attach", "detach", "serve", "limit"] {
@@ -83,7 +83,7 @@ fn hidden_commands_are_not_offered() {
 
 /// A daemon that takes connections and never answers; and one that is not there.
 #[test]
-fn a_shell_never_waits_long() {
+fn returns_within_a_timeout() {
     let dir = tempfile::tempdir().unwrap();
     let Some(nothing) = offered(dir.path(), &["instance", "remove", ""]) else { return };
     assert_eq!(nothing, [""; 0]);

@@ -23,7 +23,7 @@ fn open(path: &std::path::Path) -> OwnedFd {
 }
 
 #[test]
-fn every_call_there_and_back() {
+fn every_call_makes_a_round_trip() {
     let daemon = Daemon::start();
     let image = daemon.image("a.img", 1 << 20);
     block_on(async {
@@ -93,7 +93,7 @@ fn errors_keep_kind_message_and_hint() {
 }
 
 #[test]
-fn a_slow_call_stalls_nobody_else() {
+fn serves_others_during_a_slow_call() {
     let daemon = Daemon::start();
     let image = daemon.image("a.img", 4096);
     block_on(async {
@@ -116,7 +116,7 @@ fn a_slow_call_stalls_nobody_else() {
 }
 
 #[test]
-fn a_stop_lets_a_call_end_and_closes_the_rest() {
+fn finishes_running_calls_at_a_stop() {
     let daemon = Daemon::start();
     let image = daemon.image("a.img", 4096);
     block_on(async {
@@ -139,7 +139,7 @@ fn a_stop_lets_a_call_end_and_closes_the_rest() {
 }
 
 #[test]
-fn connections_are_bounded_and_the_next_waits() {
+fn limits_connections() {
     let daemon = Daemon::start();
     block_on(async {
         let mut clients = Vec::new();
@@ -182,7 +182,7 @@ fn raw(daemon: &Daemon, message: &str) -> String {
 }
 
 #[test]
-fn any_varlink_client_can_look_around() {
+fn supports_varlink_introspection() {
     let daemon = Daemon::start();
     let info = raw(&daemon, r#"{"method":"org.varlink.service.GetInfo"}"#);
     assert!(info.contains("\"io.loopengine\"") && info.contains("org.varlink.service"), "{info}");
@@ -193,7 +193,7 @@ fn any_varlink_client_can_look_around() {
 }
 
 #[test]
-fn bad_calls_are_refused() {
+fn refuses_invalid_calls() {
     let daemon = Daemon::start();
     // No file descriptor with it.
     let spec = attach("default", std::path::Path::new("/a.img"));
@@ -215,7 +215,7 @@ fn bad_calls_are_refused() {
 }
 
 #[test]
-fn strangers_are_refused() {
+fn refuses_other_users() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: only root can call as somebody else");
         return;
@@ -250,7 +250,7 @@ fn strangers_are_refused() {
 }
 
 #[test]
-fn a_dead_daemon_is_named() {
+fn reports_a_dead_daemon() {
     let dir = tempfile::tempdir().unwrap();
     let connect = || block_on(async { Client::connect(dir.path()).await.unwrap_err() });
     let missing = connect();
@@ -264,7 +264,7 @@ fn a_dead_daemon_is_named() {
 }
 
 #[test]
-fn a_client_that_goes_away_takes_nothing_along() {
+fn survives_a_disconnect_during_a_call() {
     let daemon = Daemon::start();
     for message in ["{\"method\":\"io.loop", "{\"method\":\"io.loopengine.ListInstances\"}\0"] {
         let mut socket = UnixStream::connect(daemon.run_dir().join(SOCKET)).unwrap();
@@ -276,7 +276,7 @@ fn a_client_that_goes_away_takes_nothing_along() {
 }
 
 #[test]
-fn the_codec_is_that_of_the_server() {
+fn client_and_server_share_a_codec() {
     let mut spec = attach("default", std::path::Path::new("/a \"b\"\n.img"));
     let message = codec::encode_attach(&spec).unwrap();
     codec::decode_call(&message).unwrap();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use loopengine::cli::generate;
 use loopengine::control::{rundir::RunDir, server};
 use loopengine::loops::{PoolSpec, Quotas};
-use loopengine::private::{Defaults, Events, Registry, Room, Source};
+use loopengine::private::{Defaults, PoolHandle, PoolSource, Registry, TenantEvents};
 
 fn kept(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
@@ -97,12 +97,12 @@ fn private_interface() {
 /// An interface can be described without any.
 struct NoPools;
 
-impl Source for NoPools {
+impl PoolSource for NoPools {
     fn quotas(&self) -> Quotas {
         Quotas::default()
     }
 
-    fn open(&self, _: &PoolSpec, _: Events) -> loopengine::Result<(Arc<dyn Room>, OwnedFd)> {
+    fn open(&self, _: &PoolSpec, _: TenantEvents) -> loopengine::Result<(Arc<dyn PoolHandle>, OwnedFd)> {
         Err(loopengine::Error::new(loopengine::Kind::Unsupported, "no pools here"))
     }
 }

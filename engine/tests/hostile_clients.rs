@@ -166,7 +166,7 @@ impl Slow {
 
 /// Every way by which a descriptor comes that nobody asked for.
 #[test]
-fn a_descriptor_that_cannot_be_closed_stops_nobody() {
+fn serves_others_while_a_descriptor_does_not_close() {
     let Some(daemon) = Daemon::start() else { return };
     let slow = Slow::new();
     let cut = &LIST[..20];
@@ -206,7 +206,7 @@ fn a_descriptor_that_cannot_be_closed_stops_nobody() {
 
 /// Nor the end of the daemon: the kernel would wait for the answer for ever, SIGKILL or not.
 #[test]
-fn a_file_system_that_answers_no_flush_stops_nobody_and_no_end() {
+fn ends_while_a_file_system_answers_no_flush() {
     let Some(daemon) = Daemon::start() else { return };
     let silent = silent::FileSystem::mount(&daemon.dir.path().join("silent"), HOSTILE);
     as_user(HOSTILE, || {
@@ -223,7 +223,7 @@ fn a_file_system_that_answers_no_flush_stops_nobody_and_no_end() {
 
 /// What lies unread in a socket is closed with the socket.
 #[test]
-fn descriptors_behind_a_call_stop_nobody() {
+fn serves_others_despite_descriptors_after_a_call() {
     let Some(daemon) = Daemon::start() else { return };
     let slow = Slow::new();
     let mut kept = Vec::new();
@@ -243,7 +243,7 @@ fn descriptors_behind_a_call_stop_nobody() {
 }
 
 #[test]
-fn descriptors_are_counted_from_message_to_message() {
+fn counts_descriptors_per_message() {
     let Some(daemon) = Daemon::start() else { return };
     let before = daemon.descriptors();
     let held = as_user(HOSTILE, || {
@@ -270,7 +270,7 @@ fn descriptors_are_counted_from_message_to_message() {
 }
 
 #[test]
-fn a_refusal_comes_at_once_and_is_read_whatever_was_sent() {
+fn refuses_at_once_whatever_was_sent() {
     let Some(daemon) = Daemon::start() else { return };
     as_user(HOSTILE, || {
         let held: Vec<_> = (0..16).map(|_| daemon.connect()).collect();
@@ -297,7 +297,7 @@ fn a_refusal_comes_at_once_and_is_read_whatever_was_sent() {
 }
 
 #[test]
-fn no_set_of_users_takes_all_connections() {
+fn keeps_connections_for_other_users() {
     let Some(daemon) = Daemon::start() else { return };
     let held: Vec<_> = (0..20)
         .map(|user| {
@@ -315,7 +315,7 @@ fn no_set_of_users_takes_all_connections() {
 }
 
 #[test]
-fn a_message_has_a_deadline() {
+fn enforces_a_deadline_per_message() {
     let Some(daemon) = Daemon::start() else { return };
     as_user(HOSTILE, || {
         let mut socket = daemon.connect();
@@ -328,7 +328,7 @@ fn a_message_has_a_deadline() {
 }
 
 #[test]
-fn an_idle_client_is_served_again() {
+fn serves_idle_clients_again() {
     let Some(daemon) = Daemon::start() else { return };
     as_user(NEIGHBOUR, || {
         block_on(async {
@@ -341,7 +341,7 @@ fn an_idle_client_is_served_again() {
 }
 
 #[test]
-fn a_client_waits_its_turn_among_those_of_its_user() {
+fn limits_concurrent_calls_per_user() {
     let Some(daemon) = Daemon::start() else { return };
     as_user(NEIGHBOUR, || {
         let held: Vec<_> = (0..16).map(|_| daemon.connect()).collect();
@@ -358,7 +358,7 @@ fn a_client_waits_its_turn_among_those_of_its_user() {
 }
 
 #[test]
-fn early_leavers_are_not_news() {
+fn logs_no_early_disconnects() {
     let Some(daemon) = Daemon::start() else { return };
     for _ in 0..20 {
         as_user(HOSTILE, || daemon.connect().write_all(LIST).unwrap());
@@ -369,7 +369,7 @@ fn early_leavers_are_not_news() {
 }
 
 #[test]
-fn a_pipe_for_a_configuration_stops_nothing() {
+fn survives_a_pipe_as_configuration() {
     let Some(daemon) = Daemon::start() else { return };
     let config = daemon.dir.path().join("config.toml");
     fs::remove_file(&config).unwrap();

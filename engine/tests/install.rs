@@ -59,7 +59,7 @@ fn sbin() -> &'static str {
 }
 
 #[test]
-fn all_is_placed_and_all_is_taken_away() {
+fn installs_and_removes_all_files() {
     let root = Root::new();
     let foreign = root.at("/etc/udev/rules.d/10-other.rules");
     fs::create_dir_all(foreign.parent().unwrap()).unwrap();
@@ -111,7 +111,7 @@ fn all_is_placed_and_all_is_taken_away() {
 
 /// Each setting of the unit that gives the service a mount namespace, as systemd.exec(5) has them.
 #[test]
-fn the_drop_in_switches_off_what_hides_files() {
+fn drop_in_disables_options_that_hide_files() {
     const HIDES: [&str; 18] = [
         "PrivateMounts",
         "PrivateTmp",
@@ -144,7 +144,7 @@ fn the_drop_in_switches_off_what_hides_files() {
 }
 
 #[test]
-fn systemd_takes_the_units() {
+fn systemd_accepts_the_units() {
     let root = Root::new();
     root.ok(&["--prefix", "/usr"]);
     let at = root.at("/usr/lib/systemd/system");
@@ -168,7 +168,7 @@ fn systemd_takes_the_units() {
 }
 
 #[test]
-fn foreign_files_stay() {
+fn keeps_foreign_files() {
     let root = Root::new();
     let foreign = root.at("/etc/modprobe.d/loopengine.conf");
     fs::create_dir_all(foreign.parent().unwrap()).unwrap();
@@ -188,7 +188,7 @@ fn foreign_files_stay() {
 }
 
 #[test]
-fn what_was_changed_stays() {
+fn keeps_changed_files() {
     let root = Root::new();
     root.ok(&[]);
     let unit = root.at("/etc/systemd/system/loopengine.service");
@@ -202,7 +202,7 @@ fn what_was_changed_stays() {
 }
 
 #[test]
-fn an_older_version_is_replaced() {
+fn replaces_an_older_version() {
     let root = Root::new();
     root.ok(&[]);
     // As if an older version had placed another page, and one that is no more.
@@ -220,7 +220,7 @@ fn an_older_version_is_replaced() {
 }
 
 #[test]
-fn other_prefixes() {
+fn supports_other_prefixes() {
     let root = Root::new();
     let listed = root.ok(&["--prefix", "/usr", "--dry-run"]);
     assert!(
@@ -234,7 +234,7 @@ fn other_prefixes() {
 
 /// The helper as mount(8) calls it; without a daemon.
 #[test]
-fn helper_of_mount() {
+fn installs_the_mount_helper() {
     let dir = tempfile::tempdir().unwrap();
     let helper = dir.path().join("mount.loop");
     symlink(PROGRAM, &helper).unwrap();

@@ -15,9 +15,10 @@ use std::thread::JoinHandle;
 
 use loopengine::Result;
 use loopengine::control::{EngineApi, rundir::RunDir, server};
-use loopengine::loops::{Bound, Entry, PoolSpec, Quotas, flag};
+use loopengine::loops::{Bound, DeviceEntry, PoolSpec, Quotas, flag};
 use loopengine::private::{
-    Asked, Defaults, DeviceInfo, DeviceStatus, Events, Guest, Operation, Outcome, Registry, Room, Source,
+    ContainerSession, Defaults, DeviceStatus, LoopInfo64, Operation, OperationRequest, OperationResult,
+    PoolHandle, PoolSource, Registry, TenantEvents,
 };
 use rustix::mount::*;
 use serde_json::Value;
@@ -40,12 +41,12 @@ impl Bindings {
     }
 }
 
-impl Source for Bindings {
+impl PoolSource for Bindings {
     fn quotas(&self) -> Quotas {
         Quotas::default()
     }
 
-    fn open(&self, _: &PoolSpec, events: Events) -> Result<(Arc<dyn Room>, OwnedFd)> {
+    fn open(&self, _: &PoolSpec, events: TenantEvents) -> Result<(Arc<dyn PoolHandle>, OwnedFd)> {
         let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
         fsconfig_create(&context).unwrap();
         let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
@@ -53,14 +54,14 @@ impl Source for Bindings {
     }
 }
 
-struct BoundPool(Bindings, Events);
+struct BoundPool(Bindings, TenantEvents);
 
-impl Room for BoundPool {
+impl PoolHandle for BoundPool {
     fn supervise(&self, _: OwnedFd, _: OwnedFd, _: Option<OwnedFd>) -> Result<()> {
         Ok(())
     }
 
-    fn admit(&self, _: Guest) -> Result<()> {
+    fn admit(&self, _: ContainerSession) -> Result<()> {
         Ok(())
     }
 
@@ -70,14 +71,14 @@ impl Room for BoundPool {
         Vec::new()
     }
 
-    fn entries(&self) -> Vec<Entry> {
+    fn entries(&self) -> Vec<DeviceEntry> {
         let bound = self.0.0.lock().unwrap().clone().map(|(backing_file, rdev)| {
             let stat = rustix::fs::stat(&backing_file);
             let (image_device, image_inode) = stat.map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
             let flags = flag::READ_ONLY;
             (Bound { backing_file, image_device, image_inode, offset: 512, size_limit: 0, flags }, rdev)
         });
-        let entry = |number, rdev, bound| Entry {
+        let entry = |number, rdev, bound| DeviceEntry {
             number,
             rdev,
             generation: 1,
@@ -90,17 +91,19 @@ impl Room for BoundPool {
         bound.map(|(bound, rdev)| entry(0, rdev, Some(bound))).into_iter().chain([free]).collect()
     }
 
-    fn operate(&self, asked: &Asked, _: Option<OwnedFd>) -> Outcome {
+    fn operate(&self, asked: &OperationRequest, _: Option<OwnedFd>) -> OperationResult {
         match (asked.operation, asked.number) {
-            (Operation::List, _) => Outcome { devices: Some(self.entries()), ..Outcome::default() },
+            (Operation::List, _) => {
+                OperationResult { devices: Some(self.entries()), ..OperationResult::default() }
+            }
             (Operation::Status, Some(0)) => {
                 let meta = fs::metadata(self.0.image()).unwrap();
-                let info = DeviceInfo { offset: 512, size_limit: 0, flags: 1, file_name: Vec::new() };
+                let info = LoopInfo64 { offset: 512, size_limit: 0, flags: 1, file_name: Vec::new() };
                 let (device, inode) = (meta.dev(), meta.ino());
                 let status = DeviceStatus { number: 0, device, inode, rdevice: 0, info };
-                Outcome { status: Some(status), ..Outcome::default() }
+                OperationResult { status: Some(status), ..OperationResult::default() }
             }
-            _ => Outcome { errno: Some(libc::ENXIO), ..Outcome::default() },
+            _ => OperationResult { errno: Some(libc::ENXIO), ..OperationResult::default() },
         }
     }
 
@@ -318,7 +321,7 @@ fn json_has_a_schema() {
 }
 
 #[test]
-fn a_plain_user_sees_his_own_pools() {
+fn users_see_their_own_pools() {
     let Some(mut daemon) = Daemon::start() else { return };
     daemon.image("a.img");
     ok(&daemon.run(0, &["attach", "a.img"]));
@@ -348,7 +351,7 @@ fn instance_list_counts_pools() {
 }
 
 #[test]
-fn an_image_is_found_by_what_it_is() {
+fn finds_images_by_identity() {
     let Some(mut daemon) = Daemon::start() else { return };
     let (image, bound) = (daemon.image("a.img"), daemon.image("b.img"));
     daemon.image("other.img");
@@ -380,7 +383,7 @@ fn an_image_is_found_by_what_it_is() {
 }
 
 #[test]
-fn an_image_is_detached_if_it_has_one_device() {
+fn detaches_an_image_with_one_device() {
     let Some(mut daemon) = Daemon::start() else { return };
     let (image, bound) = (daemon.image("a.img"), daemon.image("b.img"));
     fs::hard_link(&image, image.with_file_name("hard.img")).unwrap();
@@ -449,7 +452,7 @@ fn doctor_tells_users_what_works() {
 }
 
 #[test]
-fn users_are_told_what_they_can_do() {
+fn refusals_have_hints_for_users() {
     let Some(daemon) = Daemon::start() else { return };
     daemon.image("a.img");
     fs::set_permissions(daemon.dir.path().join("a.img"), std::os::unix::fs::PermissionsExt::from_mode(0o666))

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use loopengine::cli::losetup::{self, LoopDevices};
 use loopengine::loops::{
-    Answer, Bound, Configure, Entry, Errno, Info, LoopOp, LoopReply, NAME_BYTES, Status, flag,
+    Answer, Bound, DeviceEntry, Errno, LoopConfig, LoopInfo, LoopOp, LoopReply, LoopStatus, NAME_BYTES, flag,
 };
 
 /// What a run printed, and its exit code.
@@ -23,7 +23,7 @@ struct Ran {
 /// Loop devices in memory.
 #[derive(Default)]
 struct Fake {
-    entries: BTreeMap<u32, (Entry, Option<Status>)>,
+    entries: BTreeMap<u32, (DeviceEntry, Option<LoopStatus>)>,
     /// The errors of the next calls of an operation.
     fails: Vec<(&'static str, Errno)>,
     calls: Vec<String>,
@@ -43,7 +43,7 @@ impl Fake {
         }
     }
 
-    fn bound(&mut self, number: u32) -> Answer<&mut (Entry, Option<Status>)> {
+    fn bound(&mut self, number: u32) -> Answer<&mut (DeviceEntry, Option<LoopStatus>)> {
         let device = self.entries.get_mut(&number).ok_or(Errno::NOENT)?;
         if device.0.bound.is_some() { Ok(device) } else { Err(Errno::NXIO) }
     }
@@ -79,8 +79,8 @@ impl Fake {
     }
 }
 
-fn entry(number: u32) -> Entry {
-    Entry {
+fn entry(number: u32) -> DeviceEntry {
+    DeviceEntry {
         number,
         rdev: rustix::fs::makedev(259, number),
         generation: 1,
@@ -96,7 +96,7 @@ impl LoopDevices for Fake {
         "/dev"
     }
 
-    fn entries(&mut self) -> Answer<Vec<Entry>> {
+    fn entries(&mut self) -> Answer<Vec<DeviceEntry>> {
         Ok(self.entries.values().map(|(entry, _)| entry.clone()).rev().collect())
     }
 
@@ -120,12 +120,12 @@ impl LoopDevices for Fake {
 }
 
 impl Fake {
-    fn status(&mut self, number: u32) -> Answer<Status> {
+    fn status(&mut self, number: u32) -> Answer<LoopStatus> {
         self.call("status", format!("status {number}"))?;
         self.bound(number)?.1.ok_or(Errno::PERM)
     }
 
-    fn set_status(&mut self, number: u32, info: &Info) -> Answer<()> {
+    fn set_status(&mut self, number: u32, info: &LoopInfo) -> Answer<()> {
         self.call("set_status", format!("set_status {number}"))?;
         self.bound(number)?.0.bound.as_mut().unwrap().flags = info.flags;
         Ok(())
@@ -159,7 +159,7 @@ impl Fake {
         }
     }
 
-    fn configure(&mut self, number: u32, with: Configure) -> Answer<()> {
+    fn configure(&mut self, number: u32, with: LoopConfig) -> Answer<()> {
         self.call("configure", format!("configure {number} {}", with.block_size))?;
         let (entry, known) = self.entries.get_mut(&number).ok_or(Errno::NOENT)?;
         if entry.bound.is_some() {
@@ -177,7 +177,7 @@ impl Fake {
             flags: info.flags,
         });
         entry.block_size = with.block_size.max(512);
-        *known = Some(Status { number, device: stat.st_dev, inode: stat.st_ino, rdevice: 0, info });
+        *known = Some(LoopStatus { number, device: stat.st_dev, inode: stat.st_ino, rdevice: 0, info });
         Ok(())
     }
 
@@ -262,14 +262,14 @@ impl Kernel {
                 image_inode: meta.ino(),
                 flags,
             };
-            let device = Entry {
+            let device = DeviceEntry {
                 rdev: fs::metadata(name).unwrap().rdev(),
                 block_size: text("queue/logical_block_size").parse().unwrap(),
                 bound: Some(bound),
                 ..entry(number)
             };
-            let info = Info::default();
-            let status = Status { number, device: meta.dev(), inode: meta.ino(), rdevice: 0, info };
+            let info = LoopInfo::default();
+            let status = LoopStatus { number, device: meta.dev(), inode: meta.ino(), rdevice: 0, info };
             fake.entries.insert(number, (device, Some(status)));
         }
         fake
@@ -358,7 +358,7 @@ fn prints_what_losetup_prints() {
 }
 
 #[test]
-fn complains_as_losetup_does() {
+fn fails_as_losetup_does() {
     let directory = tempfile::tempdir().unwrap();
     let image = file(directory.path(), "image", 1 << 20);
     let cases: &[&[&str]] = &[
@@ -482,7 +482,7 @@ fn changes_devices() {
 }
 
 #[test]
-fn somebody_else_may_be_faster() {
+fn retries_if_another_process_is_faster() {
     let directory = tempfile::tempdir().unwrap();
     let image = file(directory.path(), "image", 1 << 20);
     let mut pool = Fake::of(3);
@@ -493,7 +493,7 @@ fn somebody_else_may_be_faster() {
 }
 
 #[test]
-fn overlaps_are_avoided() {
+fn avoids_overlaps() {
     let directory = tempfile::tempdir().unwrap();
     let image = file(directory.path(), "image", 1 << 20);
     let other = file(directory.path(), "other", 1 << 20);
@@ -517,7 +517,7 @@ fn overlaps_are_avoided() {
 }
 
 #[test]
-fn sizes_that_do_not_fit_are_warned_of() {
+fn warns_of_sizes_that_do_not_fit() {
     let directory = tempfile::tempdir().unwrap();
     let cases = [(100, "file is smaller than 512 bytes"), (1000, "file does not end on a 512-byte sector")];
     for (size, warning) in cases {

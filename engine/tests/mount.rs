@@ -101,7 +101,7 @@ impl Drop for Bed {
 const EXT4: &str = "--fuse ext4=fuse2fs";
 
 #[test]
-fn the_image_itself_is_mounted_and_whole_after_umount() {
+fn mounts_an_image_and_leaves_it_intact() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "e2fsck"]) else { return };
     bed.shell("truncate -s 16M a; mkfs.ext4 -q a; cp a b; mkdir full; : > full/x");
     bed.works(&format!("mount {EXT4} a dir"));
@@ -124,7 +124,7 @@ fn the_image_itself_is_mounted_and_whole_after_umount() {
 }
 
 #[test]
-fn a_journal_is_replayed_where_asked() {
+fn replays_a_journal_on_request() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "e2fsck", "debugfs"]) else { return };
     bed.shell("truncate -s 16M a; mkfs.ext4 -q a; debugfs -w -R 'feature +needs_recovery' a; cp a was");
     let asked = "--replay-journal --fuse ext4=fuse2fs";
@@ -143,7 +143,7 @@ fn a_journal_is_replayed_where_asked() {
 
 /// As fuse2fs 1.47 does when the journal needs recovery: it says that all is well, and dies.
 #[test]
-fn a_program_that_dies_has_not_mounted() {
+fn fails_if_the_driver_dies() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "pgrep"]) else { return };
     bed.shell("truncate -s 16M a; mkfs.ext4 -q a");
     let script = "#!/bin/sh\nfuse2fs \"$@\" && kill -9 $(pgrep -f \"^[^ ]*fuse2fs .* $2 \")\n";
@@ -162,7 +162,7 @@ fn a_program_that_dies_has_not_mounted() {
 }
 
 #[test]
-fn partitions_are_mounted_one_by_one_or_all() {
+fn mounts_one_or_all_partitions() {
     let Some(bed) = Bed::new(&["fuse2fs", "squashfuse", "mksquashfs", "sfdisk", "mkfs.ext4"]) else { return };
     bed.shell(
         "truncate -s 16M one; mkfs.ext4 -q one; mkdir tree; echo squash > tree/file
@@ -199,7 +199,7 @@ fn partitions_are_mounted_one_by_one_or_all() {
 
 /// As a desktop does it: one file system, or all partitions.
 #[test]
-fn an_image_is_opened() {
+fn opens_an_image() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "sfdisk", "e2fsck"]) else { return };
     bed.shell(
         "truncate -s 16M one; mkfs.ext4 -q one; truncate -s 20M disk; mkdir bin session
@@ -232,7 +232,7 @@ impl Bed {
 }
 
 #[test]
-fn every_program_is_told_what_it_takes() {
+fn passes_supported_options_to_drivers() {
     let kinds = [
         (
             "mkfs.vfat",
@@ -260,7 +260,7 @@ fn every_program_is_told_what_it_takes() {
 }
 
 #[test]
-fn advice_fits_what_is_wrong() {
+fn hints_match_the_error() {
     let Some(bed) = Bed::new(&["fuse2fs", "fuseiso", "genisoimage", "mkfs.ext4"]) else { return };
     bed.shell("truncate -s 16M a; mkfs.ext4 -q a; mkdir tree; genisoimage -quiet -o iso tree");
     bed.shell("head -c 4096 a > broken; truncate -s 16M broken; { head -c 1M /dev/zero; cat iso; } > part");

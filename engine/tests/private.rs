@@ -12,9 +12,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use loopengine::control::{PrivateClient, rundir::RunDir, server};
-use loopengine::loops::{Bound, Entry, Partition, PoolSpec, Quotas, flag};
+use loopengine::loops::{Bound, DeviceEntry, PartitionEntry, PoolSpec, Quotas, flag};
 use loopengine::private::{
-    Asked, Defaults, Events, Guest, OpenSpec, Operation, Outcome, Registry, Room, Source,
+    ContainerSession, Defaults, OpenSpec, Operation, OperationRequest, OperationResult, PoolHandle,
+    PoolSource, Registry, TenantEvents,
 };
 use loopengine::{Kind, Result};
 use rustix::fs::{FileType, Mode, makedev, mknodat};
@@ -29,8 +30,8 @@ fn rdev(minor: u32) -> u64 {
     makedev(259, 7000 + minor)
 }
 
-fn entry(number: u32) -> Entry {
-    Entry {
+fn entry(number: u32) -> DeviceEntry {
+    DeviceEntry {
         number,
         rdev: rdev(16 * number),
         generation: 1,
@@ -48,18 +49,18 @@ struct Fake {
 }
 
 struct FakePool {
-    events: Events,
-    entries: Mutex<Vec<Entry>>,
+    events: TenantEvents,
+    entries: Mutex<Vec<DeviceEntry>>,
     ended: Mutex<Option<(bool, Instant)>>,
     listener: Mutex<Option<OwnedFd>>,
 }
 
-impl Source for Fake {
+impl PoolSource for Fake {
     fn quotas(&self) -> Quotas {
         Quotas::default()
     }
 
-    fn open(&self, _spec: &PoolSpec, events: Events) -> Result<(Arc<dyn Room>, OwnedFd)> {
+    fn open(&self, _spec: &PoolSpec, events: TenantEvents) -> Result<(Arc<dyn PoolHandle>, OwnedFd)> {
         let pool = Arc::new(FakePool {
             events,
             entries: Mutex::default(),
@@ -89,7 +90,7 @@ fn nodes() -> OwnedFd {
     mount
 }
 
-impl Room for FakePool {
+impl PoolHandle for FakePool {
     fn supervise(&self, listener: OwnedFd, _: OwnedFd, _: Option<OwnedFd>) -> Result<()> {
         let served = listener.try_clone().unwrap();
         std::thread::spawn(move || refuse(&served));
@@ -97,7 +98,7 @@ impl Room for FakePool {
         Ok(())
     }
 
-    fn admit(&self, guest: Guest) -> Result<()> {
+    fn admit(&self, guest: ContainerSession) -> Result<()> {
         self.supervise(guest.listener, guest.namespace.unwrap(), None)
     }
 
@@ -107,16 +108,16 @@ impl Room for FakePool {
         Vec::new()
     }
 
-    fn entries(&self) -> Vec<Entry> {
+    fn entries(&self) -> Vec<DeviceEntry> {
         self.entries.lock().unwrap().clone()
     }
 
     /// Knows lists, and how to bind one device after the other.
-    fn operate(&self, asked: &Asked, file: Option<OwnedFd>) -> Outcome {
-        let mut outcome = Outcome::default();
+    fn operate(&self, asked: &OperationRequest, file: Option<OwnedFd>) -> OperationResult {
+        let mut outcome = OperationResult::default();
         match (asked.operation, file) {
             (Operation::List, None) => outcome.devices = Some(self.entries()),
-            (Operation::Free, None) => outcome.number = Some(self.entries().len() as u32),
+            (Operation::GetFree, None) => outcome.number = Some(self.entries().len() as u32),
             (Operation::Configure, Some(file)) => {
                 let backing_file = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
                 let info = asked.info.clone().unwrap();
@@ -129,7 +130,7 @@ impl Room for FakePool {
                     flags: info.flags,
                 };
                 let block_size = asked.value.unwrap() as u32;
-                self.put(Entry { block_size, bound: Some(bound), ..entry(asked.number.unwrap()) });
+                self.put(DeviceEntry { block_size, bound: Some(bound), ..entry(asked.number.unwrap()) });
             }
             _ => outcome.errno = Some(libc::EBUSY),
         }
@@ -143,7 +144,7 @@ impl Room for FakePool {
 }
 
 impl FakePool {
-    fn put(&self, entry: Entry) {
+    fn put(&self, entry: DeviceEntry) {
         let mut entries = self.entries.lock().unwrap();
         entries.retain(|known| known.number != entry.number);
         entries.push(entry.clone());
@@ -267,7 +268,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 }
 
 #[test]
-fn a_command_sees_its_own_devices_and_nobody_elses() {
+fn a_command_sees_only_its_own_devices() {
     let Some(daemon) = Daemon::start() else { return };
     // Other tests mount elsewhere at the same time.
     let mounts = || -> Vec<String> {
@@ -317,14 +318,14 @@ fn names_follow_the_pool() {
         assert_eq!(next(), "ready");
         let pool = daemon.pool();
         pool.put(entry(0));
-        let partition = |number| Partition {
+        let partition = |number| PartitionEntry {
             number,
             rdev: rdev(16 + number),
             generation: 1,
             start: 2048 * u64::from(number),
             size: 1 << 20,
         };
-        pool.put(Entry { partitions: vec![partition(1), partition(2)], ..entry(1) });
+        pool.put(DeviceEntry { partitions: vec![partition(1), partition(2)], ..entry(1) });
         writeln!(go).unwrap();
         for want in ["loopfs/loop0", "loopfs/loop1", "loopfs/loop1p2", "16384", "4096", "ready"] {
             assert_eq!(next(), want);
@@ -338,7 +339,7 @@ fn names_follow_the_pool() {
 }
 
 #[test]
-fn util_linux_reads_it() {
+fn util_linux_reads_the_tree() {
     let Some(daemon) = Daemon::start() else { return };
     let script = "echo ready; read go; losetup -l -J -O NAME,SIZELIMIT,OFFSET,AUTOCLEAR,RO,BACK-FILE,DIO,LOG-SEC,PARTSCAN; \
                   echo; losetup -j /images/a.img; losetup -a; lsblk -J -b -o NAME,TYPE,SIZE,RO,MAJ:MIN,LOG-SEC,PKNAME,START";
@@ -362,9 +363,9 @@ fn util_linux_reads_it() {
         size_limit: 1 << 20,
         flags: flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN,
     };
-    let partition = Partition { number: 1, rdev: rdev(17), generation: 1, start: 2048, size: 1 << 20 };
+    let partition = PartitionEntry { number: 1, rdev: rdev(17), generation: 1, start: 2048, size: 1 << 20 };
     pool.put(entry(0));
-    pool.put(Entry { block_size: 4096, bound: Some(bound), partitions: vec![partition], ..entry(1) });
+    pool.put(DeviceEntry { block_size: 4096, bound: Some(bound), partitions: vec![partition], ..entry(1) });
     writeln!(child.stdin.take().unwrap()).unwrap();
     let output = child.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -381,7 +382,7 @@ fn util_linux_reads_it() {
 }
 
 #[test]
-fn the_exit_status_is_the_commands() {
+fn returns_the_exit_status_of_the_command() {
     let Some(daemon) = Daemon::start() else { return };
     for uid in [0, PLAIN] {
         assert_eq!(daemon.run(uid, "exit 7").status.code(), Some(7));
@@ -419,7 +420,7 @@ fn a_pool_ends_with_its_last_process() {
 }
 
 #[test]
-fn limits_bind_users_and_root_changes_them() {
+fn enforces_limits_that_root_changes() {
     let Some(daemon) = Daemon::start() else { return };
     let run = |max: &str| daemon.program(PLAIN).args(["run", "--max", max, "--", "true"]).output().unwrap();
     assert_eq!(run("12").status.code(), Some(0));
@@ -442,7 +443,7 @@ fn limits_bind_users_and_root_changes_them() {
 
 /// As 'loopengine limit' shows them, by name and number.
 #[test]
-fn the_configuration_gives_users_limits() {
+fn applies_limits_of_the_configuration() {
     let Some(daemon) = Daemon::start() else { return };
     let limit = |uid, words: &[&str]| daemon.program(uid).arg("limit").args(words).output().unwrap();
     let row = |user: &str| {
@@ -467,7 +468,7 @@ fn the_configuration_gives_users_limits() {
 }
 
 #[test]
-fn pools_are_completed() {
+fn completes_pool_names() {
     let Some(daemon) = Daemon::start() else { return };
     let root = loopengine::private::Caller { uid: 0, gid: 0, pid: None };
     let _pool =
@@ -479,7 +480,7 @@ fn pools_are_completed() {
 }
 
 #[test]
-fn a_user_sees_and_touches_only_its_own() {
+fn users_access_only_their_own_pools() {
     let Some(daemon) = Daemon::start() else { return };
     let (root, plain) = (
         loopengine::private::Caller { uid: 0, gid: 0, pid: None },
@@ -559,14 +560,14 @@ fn losetup_works_over_the_socket() {
     // One descriptor, and no more.
     block_on(async {
         let mut client = PrivateClient::connect(&daemon.run_dir()).await.unwrap();
-        let list = Asked::of(Operation::List);
+        let list = OperationRequest::of(Operation::List);
         let devices = client.operate("r", &list, None).await.unwrap().devices;
         assert_eq!(devices, Some(Vec::new()));
     });
 }
 
 #[test]
-fn a_hostile_client_is_cut_short() {
+fn limits_hostile_clients() {
     let Some(daemon) = Daemon::start() else { return };
     let socket = daemon.run_dir().join("private");
     let mut flood = std::os::unix::net::UnixStream::connect(&socket).unwrap();

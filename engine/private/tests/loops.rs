@@ -11,23 +11,24 @@ use std::time::{Duration, Instant};
 use loopengine_core::instance::spec::{FrontendKind, InstanceSpec};
 use loopengine_core::instance::{Engine, EngineConfig, Tuning};
 use loopengine_private::loops::{
-    Answer, Caller, Configure, Errno, Info, LoopOp, Owner, Pool, PoolSpec, Pools, Status, flag,
+    Answer, Errno, LoopCaller, LoopConfig, LoopInfo, LoopOp, LoopStatus, OwnerCaller, Pool, PoolSpec, Pools,
+    flag,
 };
 
 /// A caller with a descriptor that it can be given another for.
 struct Hand(std::sync::Mutex<Option<File>>);
 
-impl Caller for Hand {
-    fn writes(&self) -> bool {
+impl LoopCaller for Hand {
+    fn can_write(&self) -> bool {
         true
     }
     fn is_admin(&self) -> bool {
         true
     }
-    fn waits(&self) -> bool {
+    fn is_waiting(&self) -> bool {
         true
     }
-    fn replace(&self, file: OwnedFd) -> Answer<()> {
+    fn replace_descriptor(&self, file: OwnedFd) -> Answer<()> {
         *self.0.lock().unwrap() = Some(file.into());
         Ok(())
     }
@@ -101,19 +102,19 @@ fn read(file: &mut File, len: usize) -> Vec<u8> {
 }
 
 fn number(pool: &Pool, op: LoopOp) -> Answer<u32> {
-    pool.execute(op, &Owner::waiting(Duration::from_secs(60)))?.number()
+    pool.execute(op, &OwnerCaller::with_timeout(Duration::from_secs(60)))?.number()
 }
 
 fn free(pool: &Pool) -> Answer<u32> {
     number(pool, LoopOp::GetFree)
 }
 
-fn status(pool: &Pool, number: u32) -> Answer<Status> {
-    pool.execute(LoopOp::Status(number), &Owner::waiting(Duration::from_secs(60)))?.status()
+fn status(pool: &Pool, number: u32) -> Answer<LoopStatus> {
+    pool.execute(LoopOp::Status(number), &OwnerCaller::with_timeout(Duration::from_secs(60)))?.status()
 }
 
-fn configure(file: &File, info: Info) -> Configure {
-    Configure { file: file.try_clone().unwrap().into(), block_size: 0, info }
+fn configure(file: &File, info: LoopInfo) -> LoopConfig {
+    LoopConfig { file: file.try_clone().unwrap().into(), block_size: 0, info }
 }
 
 fn until(what: &str, condition: impl Fn() -> bool) -> Duration {
@@ -126,7 +127,7 @@ fn until(what: &str, condition: impl Fn() -> bool) -> Duration {
 }
 
 #[test]
-fn a_device_is_bound_in_place_and_another_takes_its_number() {
+fn binds_in_place_and_replaces_the_disk() {
     let Some((_dir, engine)) = engine() else { return };
     let pools = Pools::new(&engine);
     let Some(pool) = pool(&pools, 2) else { return };
@@ -139,13 +140,13 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
     let first = image(b"first", 1 << 20);
     let hand = Hand(Default::default());
     let start = Instant::now();
-    pool.execute(LoopOp::Configure(0, configure(&first, Info::default())), &hand).unwrap();
+    pool.execute(LoopOp::Configure(0, configure(&first, LoopInfo::default())), &hand).unwrap();
     println!("configure: {:?}", start.elapsed());
     assert!(hand.0.lock().unwrap().is_none());
     assert_eq!(read(&mut device, 5), b"first");
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 1 << 20);
     assert_eq!(
-        pool.execute(LoopOp::Configure(0, configure(&first, Info::default())), &hand),
+        pool.execute(LoopOp::Configure(0, configure(&first, LoopInfo::default())), &hand),
         Err(Errno::BUSY)
     );
     assert_eq!(status(&pool, 0).unwrap().info.flags, 0);
@@ -163,7 +164,7 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
     pool.execute(LoopOp::Clear(0), &hand).unwrap();
     assert_eq!(status(&pool, 0).unwrap_err(), Errno::NXIO);
     let second = image(b"second", 2 << 20);
-    pool.execute(LoopOp::Configure(0, configure(&second, Info::default())), &hand).unwrap();
+    pool.execute(LoopOp::Configure(0, configure(&second, LoopInfo::default())), &hand).unwrap();
     let mut fresh = hand.0.lock().unwrap().take().unwrap();
     assert_eq!(read(&mut fresh, 6), b"second");
     assert_eq!(read(&mut device, 5), b"first");
@@ -191,19 +192,19 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
 }
 
 #[test]
-fn other_block_sizes_and_offsets() {
+fn supports_block_sizes_and_offsets() {
     let Some((_dir, engine)) = engine() else { return };
     let pools = Pools::new(&engine);
     let Some(pool) = pool(&pools, 4) else { return };
     let file = image(b"x", (1 << 20) + 700);
     let hand = Hand(Default::default());
     assert_eq!(free(&pool), Ok(0));
-    let with = Configure { block_size: 4096, ..configure(&file, Info::default()) };
+    let with = LoopConfig { block_size: 4096, ..configure(&file, LoopInfo::default()) };
     pool.execute(LoopOp::Configure(0, with), &hand).unwrap();
     let mut device = hand.0.lock().unwrap().take().unwrap();
     assert_eq!(rustix::fs::ioctl_blksszget(&device).unwrap(), 4096);
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), (1 << 20) + 512);
-    let info = Info { offset: 100, size_limit: 5000, ..Info::default() };
+    let info = LoopInfo { offset: 100, size_limit: 5000, ..LoopInfo::default() };
     pool.execute(LoopOp::SetStatus(0, info), &hand).unwrap();
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 4608);
     pool.execute(LoopOp::SetBlockSize(0, 512), &hand).unwrap();
@@ -211,7 +212,7 @@ fn other_block_sizes_and_offsets() {
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 4608);
     assert_eq!(pool.execute(LoopOp::SetBlockSize(0, 1000), &hand), Err(Errno::INVAL));
     assert_eq!(status(&pool, 0).unwrap().info.offset, 100);
-    let info = Info { flags: flag::AUTOCLEAR, ..Info::default() };
+    let info = LoopInfo { flags: flag::AUTOCLEAR, ..LoopInfo::default() };
     pool.execute(LoopOp::SetStatus(0, info), &hand).unwrap();
     file.set_len(1 << 21).unwrap();
     pool.execute(LoopOp::SetCapacity(0), &hand).unwrap();
@@ -221,23 +222,26 @@ fn other_block_sizes_and_offsets() {
 
     // A device below a device, and rings of them.
     assert_eq!(free(&pool), Ok(0));
-    pool.execute(LoopOp::Configure(0, configure(&file, Info::default())), &hand).unwrap();
+    pool.execute(LoopOp::Configure(0, configure(&file, LoopInfo::default())), &hand).unwrap();
     let zero = open(&pool, 0);
     assert_eq!(free(&pool), Ok(1));
-    pool.execute(LoopOp::Configure(1, configure(&zero, Info::default())), &hand).unwrap();
+    pool.execute(LoopOp::Configure(1, configure(&zero, LoopInfo::default())), &hand).unwrap();
     let mut one = open(&pool, 1);
     one.write_all(&[9; 4096]).unwrap();
     one.sync_all().unwrap();
     assert_eq!(free(&pool), Ok(2));
     let two = open(&pool, 2);
-    assert_eq!(pool.execute(LoopOp::Configure(2, configure(&two, Info::default())), &hand), Err(Errno::BADF));
+    assert_eq!(
+        pool.execute(LoopOp::Configure(2, configure(&two, LoopInfo::default())), &hand),
+        Err(Errno::BADF)
+    );
     pool.end(true);
     until("the end", || pools.all().is_empty());
     engine.shutdown(true);
 }
 
 #[test]
-fn a_thousand_lives() {
+fn replaces_a_disk_a_thousand_times() {
     let Some((_dir, engine)) = engine() else { return };
     let pools = Pools::new(&engine);
     let Some(pool) = pool(&pools, 2) else { return };
@@ -250,7 +254,7 @@ fn a_thousand_lives() {
         let number = free(&pool).unwrap();
         let device = open(&pool, number);
         numbers.insert(pool.entry(number).unwrap().rdev);
-        let info = Info { flags: flag::AUTOCLEAR, ..Info::default() };
+        let info = LoopInfo { flags: flag::AUTOCLEAR, ..LoopInfo::default() };
         pool.execute(LoopOp::Configure(number, configure(&file, info)), &hand).unwrap();
         drop(device);
         until("autoclear", || pool.entries().iter().all(|entry| entry.bound.is_none()));

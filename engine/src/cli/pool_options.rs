@@ -7,7 +7,7 @@ use super::{daemon, number};
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
-use crate::private::{OpenSpec, Opened, RESERVED_MAX};
+use crate::private::{OpenSpec, OpenedPool, RESERVED_MAX};
 use crate::sys::loop_names;
 
 /// Options of a new pool. The daemon has defaults for missing ones.
@@ -71,7 +71,7 @@ pub(super) fn open_for_containers(
     Ok((opened.name, [nodes, sys]))
 }
 
-fn open(run_dir: &Path, spec: &OpenSpec) -> Result<Opened> {
+fn open(run_dir: &Path, spec: &OpenSpec) -> Result<OpenedPool> {
     daemon::runtime()?.block_on(async {
         let mut client = PrivateClient::connect(run_dir).await?;
         client.open(spec).await

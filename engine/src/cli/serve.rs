@@ -20,7 +20,7 @@ use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
 use crate::kernels::{self, BLOCK_DEVICES};
 use crate::loops::Pools;
-use crate::private::{Registry, Served};
+use crate::private::{PoolBackend, Registry};
 use crate::received;
 use crate::sandbox;
 use crate::sys::{self, mntns};
@@ -185,7 +185,7 @@ impl Args {
             tracing::info!("{note}");
         }
         let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
-        let source = Served { pools: Pools::new(engine), kernel, for_all: config.kernel_mounts() };
+        let source = PoolBackend { pools: Pools::new(engine), kernel, for_all: config.kernel_mounts() };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
         reload::apply_user_limits(config, &registry);

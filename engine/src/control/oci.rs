@@ -23,7 +23,7 @@ use rustix::net::{
 use serde::Deserialize;
 
 use crate::error::{Error, Kind, Result};
-use crate::private::{Caller, Guest, Registry};
+use crate::private::{Caller, ContainerSession, Registry};
 
 /// Bytes of a message at most.
 pub const MESSAGE_MAX: usize = 64 << 10;
@@ -219,7 +219,7 @@ pub fn take(stream: &UnixStream, registry: &Registry) -> Result<(String, String)
     let namespace = container.namespace();
     let (max, mounts) = (container.max()?, container.mounts());
     let Container { id, listener, .. } = container;
-    let guest = Guest { id: id.clone(), listener, namespace, max, mounts };
+    let guest = ContainerSession { id: id.clone(), listener, namespace, max, mounts };
     registry.admit(&pool, guest, Caller { uid: 0, gid: 0, pid: None })?;
     Ok((id, pool))
 }

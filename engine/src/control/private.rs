@@ -12,9 +12,10 @@ use zlink::tokio::unix::Connection;
 use super::session::{ClientSession, ONE_MAX, close_on_exec, copies};
 use super::{Fault, Inbox, PRIVATE_SOCKET, run_blocking};
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Bound, Entry, Partition};
+use crate::loops::{Bound, DeviceEntry, PartitionEntry};
 use crate::private::{
-    Asked, Caller, DeviceInfo, DeviceStatus, Limit, OpenSpec, Opened, Operation, Outcome, PoolInfo, Registry,
+    Caller, DeviceStatus, Limit, LoopInfo64, OpenSpec, OpenedPool, Operation, OperationRequest,
+    OperationResult, PoolInfo, Registry,
 };
 use crate::received::{FileWait, Received};
 
@@ -84,7 +85,7 @@ impl PrivateService {
     version = env!("CARGO_PKG_VERSION"),
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
-        Asked, Bound, DeviceInfo, DeviceStatus, Entry, Limit, OpenSpec, Operation, Partition, PoolInfo
+        OperationRequest, Bound, LoopInfo64, DeviceStatus, DeviceEntry, Limit, OpenSpec, Operation, PartitionEntry, PoolInfo
     ]
 )]
 impl PrivateService {
@@ -95,7 +96,7 @@ impl PrivateService {
     async fn open(&self, spec: OpenSpec) -> (std::result::Result<NameReply, Fault>, Vec<OwnedFd>) {
         let caller = self.caller;
         match self.ask(move |registry, caller| registry.open(&spec, caller)).await {
-            Ok(Opened { name, mounts }) => {
+            Ok(OpenedPool { name, mounts }) => {
                 tracing::info!("opened private pool {name} for user {}", caller.uid);
                 self.inbox.keep(mounts.iter().filter_map(|mount| mount.try_clone().ok()));
                 (Ok(NameReply { name }), mounts)
@@ -124,11 +125,11 @@ impl PrivateService {
 
     /// Tells of a container that is being made with a pool for containers: the call's only file
     /// descriptor is its /dev, a tmpfs, in which the names of partitions will come and go. For root.
-    async fn show_in(&self, name: String, container: String) -> std::result::Result<(), Fault> {
+    async fn set_container_dev(&self, name: String, container: String) -> std::result::Result<(), Fault> {
         self.ask_with(move |registry, caller, fds| {
             let mut fds = fds.into_iter();
             match (fds.next(), fds.next()) {
-                (Some(dev), None) => registry.show_in(&name, &container, dev, caller),
+                (Some(dev), None) => registry.set_container_dev(&name, &container, dev, caller),
                 _ => Err(Error::new(Kind::Invalid, "not one file descriptor came with the call")
                     .hint("pass the /dev of the container alone")),
             }
@@ -154,11 +155,15 @@ impl PrivateService {
 
     /// Runs an operation on a device of a pool. The caller must see the pool. LOOP_CONFIGURE passes
     /// the backing file.
-    async fn operate(&self, name: String, asked: Asked) -> std::result::Result<Outcome, Fault> {
+    async fn operate(
+        &self,
+        name: String,
+        request: OperationRequest,
+    ) -> std::result::Result<OperationResult, Fault> {
         self.ask_with(move |registry, caller, fds| {
             let mut fds = fds.into_iter();
             match (fds.next(), fds.next()) {
-                (file, None) => registry.operate(&name, &asked, file, caller),
+                (file, None) => registry.operate(&name, &request, file, caller),
                 _ => Err(Error::new(Kind::Invalid, "more than one file descriptor came with the call")
                     .hint("pass the backing file alone")),
             }
@@ -200,7 +205,7 @@ trait PrivateCalls {
         name: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<std::result::Result<(), Fault>>;
-    async fn show_in(
+    async fn set_container_dev(
         &mut self,
         name: &str,
         container: &str,
@@ -216,9 +221,9 @@ trait PrivateCalls {
     async fn operate(
         &mut self,
         name: &str,
-        asked: &Asked,
+        request: &OperationRequest,
         #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> zlink::Result<std::result::Result<Outcome, Fault>>;
+    ) -> zlink::Result<std::result::Result<OperationResult, Fault>>;
     async fn close(&mut self, name: &str, force: bool) -> zlink::Result<std::result::Result<(), Fault>>;
     async fn list_limits(&mut self) -> zlink::Result<std::result::Result<LimitsReply, Fault>>;
     async fn set_limit(
@@ -239,11 +244,11 @@ impl PrivateClient {
     }
 
     /// See [`Registry::open`].
-    pub async fn open(&mut self, spec: &OpenSpec) -> Result<Opened> {
+    pub async fn open(&mut self, spec: &OpenSpec) -> Result<OpenedPool> {
         let call = async |connection: &mut Connection| {
             let (named, mounts) = connection.open(spec).await?;
             close_on_exec(&mounts)?;
-            Ok(named.map(|NameReply { name }| Opened { name, mounts }))
+            Ok(named.map(|NameReply { name }| OpenedPool { name, mounts }))
         };
         self.0.call(ONE_MAX, call).await
     }
@@ -261,11 +266,12 @@ impl PrivateClient {
         self.0.call(ONE_MAX, call).await
     }
 
-    /// See [`Registry::show_in`].
-    pub async fn show_in(&mut self, name: &str, container: &str, dev: OwnedFd) -> Result<()> {
+    /// See [`Registry::set_container_dev`].
+    pub async fn set_container_dev(&mut self, name: &str, container: &str, dev: OwnedFd) -> Result<()> {
         let fds = [dev];
-        let call =
-            async |connection: &mut Connection| connection.show_in(name, container, copies(&fds)?).await;
+        let call = async |connection: &mut Connection| {
+            connection.set_container_dev(name, container, copies(&fds)?).await
+        };
         self.0.call(ONE_MAX, call).await
     }
 
@@ -282,9 +288,14 @@ impl PrivateClient {
     }
 
     /// See [`Registry::operate`].
-    pub async fn operate(&mut self, name: &str, asked: &Asked, file: Option<OwnedFd>) -> Result<Outcome> {
+    pub async fn operate(
+        &mut self,
+        name: &str,
+        request: &OperationRequest,
+        file: Option<OwnedFd>,
+    ) -> Result<OperationResult> {
         let fds: Vec<_> = file.into_iter().collect();
-        let call = async |connection: &mut Connection| connection.operate(name, asked, copies(&fds)?).await;
+        let call = async |connection: &mut Connection| connection.operate(name, request, copies(&fds)?).await;
         self.0.call(ONE_MAX, call).await
     }
 

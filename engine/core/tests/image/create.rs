@@ -10,7 +10,7 @@ use loopengine_core::image::create;
 use crate::support::*;
 
 #[test]
-fn creating_images() {
+fn creates_images() {
     let directory = temporary();
     let path = directory.path().join("image");
     create(&path, 10 * MIB, false, |_, _| panic!("nothing to report")).unwrap();
@@ -31,7 +31,7 @@ fn creating_images() {
 }
 
 #[test]
-fn what_cannot_be_created_leaves_nothing_behind() {
+fn removes_the_file_after_a_failure() {
     let directory = temporary();
     let path = directory.path().join("image");
     let sparse = |path: &Path, size| create(path, size, false, |_, _| {});
@@ -54,7 +54,7 @@ fn what_cannot_be_created_leaves_nothing_behind() {
 }
 
 #[test]
-fn preallocating_where_only_writing_helps() {
+fn preallocates_by_writing() {
     // ext2's driver knows no fallocate; ext4's driver serving ext2 neither.
     let Some(mounted) = Mounted::new("mkfs.ext2 -q", 512, "") else {
         return;

@@ -25,7 +25,7 @@ fn blkid(path: &Path) -> Option<String> {
 }
 
 #[test]
-fn what_mkfs_makes_is_what_blkid_says() {
+fn detects_what_blkid_detects() {
     if run("blkid --version").is_err() {
         return skipped("no blkid");
     }
@@ -84,7 +84,7 @@ fn what_mkfs_makes_is_what_blkid_says() {
 }
 
 #[test]
-fn nothing_is_nothing() {
+fn detects_nothing_in_other_data() {
     let directory = temporary();
     let path = directory.path().join("image");
     for size in [0, 1, 511, 512, 1025, 4096, 70_000, MIB] {
@@ -105,7 +105,7 @@ fn nothing_is_nothing() {
 
 proptest! {
     #[test]
-    fn nothing_panics(bytes in proptest::collection::vec(any::<u8>(), 0..5000), size: u64) {
+    fn never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..5000), size: u64) {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&bytes, 0).unwrap();
         let _ = detect(&mut Region::new(file.as_fd(), 0, size));

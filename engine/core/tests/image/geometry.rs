@@ -66,7 +66,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(20_000))]
 
     #[test]
-    fn geometry_is_sound_or_a_clear_error(facts in any_facts(), source in any_source()) {
+    fn yields_a_valid_geometry_or_an_error(facts in any_facts(), source in any_source()) {
         match Geometry::compute(&facts, &source, "IMAGE") {
             Ok(g) => {
                 let block = u64::from(g.block_size);
@@ -133,7 +133,7 @@ fn geometry_of_common_images() {
 }
 
 #[test]
-fn geometry_errors_say_what_and_what_next() {
+fn geometry_errors_have_hints() {
     let plain = ImageSpec::default();
     let large = FileProperties { offset_align: 4096, ..facts(1 << 20) };
     let huge = FileProperties { offset_align: 65536, ..facts(1 << 20) };

@@ -14,7 +14,7 @@ use rustix::fs::OFlags;
 use crate::support::*;
 
 #[test]
-fn a_caller_cannot_change_our_file_description() {
+fn callers_cannot_change_the_daemons_file_description() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);
@@ -28,7 +28,7 @@ fn a_caller_cannot_change_our_file_description() {
 }
 
 #[test]
-fn the_callers_rights_are_not_exceeded() {
+fn respects_the_callers_rights() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);
@@ -58,7 +58,7 @@ fn the_callers_rights_are_not_exceeded() {
 }
 
 #[test]
-fn only_regular_files_and_block_devices_are_taken() {
+fn accepts_only_regular_files_and_block_devices() {
     let directory = temporary();
     let at = |name: &str| directory.path().join(name);
     let take = |file: OwnedFd, source: &ImageSpec| Image::open(file, source, "image");
@@ -92,7 +92,7 @@ fn only_regular_files_and_block_devices_are_taken() {
 }
 
 #[test]
-fn refusing_an_image_leaves_it_as_it_was() {
+fn leaves_a_refused_image_unchanged() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);
@@ -106,7 +106,7 @@ fn refusing_an_image_leaves_it_as_it_was() {
 }
 
 #[test]
-fn a_lease_does_not_hold_us_up() {
+fn does_not_wait_for_a_lease() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);

@@ -271,7 +271,7 @@ fn starts(parts: &[PartitionRange]) -> Vec<(u32, u64, u64)> {
 }
 
 #[test]
-fn what_sfdisk_makes() {
+fn reads_tables_of_sfdisk() {
     let tables = [
         "label: dos\n,5M\n,5M,,*\n",
         "label: dos\n,5M\n,5M\n,,E\n,3M\n,4M\n,2M\n",
@@ -297,7 +297,7 @@ fn what_sfdisk_makes() {
 }
 
 #[test]
-fn what_sgdisk_and_parted_make() {
+fn reads_tables_of_sgdisk_and_parted() {
     let disk = Disk::new(64 * MIB, 512);
     if disk.made("sgdisk -n 1:2048:4095 -n 3:8192:+3M -n 100:0:0", "") {
         assert_eq!(disk.agrees_with_sfdisk().len(), 3);
@@ -317,7 +317,7 @@ fn what_sgdisk_and_parted_make() {
 }
 
 #[test]
-fn every_number_there_is() {
+fn accepts_every_number() {
     let disk = Disk::new(64 * MIB, 512);
     let used: Vec<(u64, u64)> = (0..300).map(|index| (2048 + index, 2048 + index)).collect();
     let table = entries(300, &used);
@@ -336,7 +336,7 @@ fn every_number_there_is() {
 }
 
 #[test]
-fn the_backup_serves_where_the_primary_is_damaged() {
+fn uses_the_backup_of_a_damaged_table() {
     let disk = Disk::new(64 * MIB, 512);
     if !disk.made("sfdisk --quiet --no-reread --no-tell-kernel", "label: gpt\n,5M\n,6M\n") {
         return;
@@ -361,7 +361,7 @@ fn the_backup_serves_where_the_primary_is_damaged() {
 }
 
 #[test]
-fn no_table() {
+fn finds_no_table() {
     for size in [0, 1, 511, 512, 1024, 4096, MIB] {
         assert_eq!(Disk::new(size, 512).parts(), []);
     }
@@ -396,7 +396,7 @@ fn clipped_left_out_and_overlapping() {
 }
 
 #[test]
-fn chains_that_never_end() {
+fn stops_at_endless_chains() {
     let disk = Disk::new(MIB, 512);
     // To itself; to its start from the middle; to and fro; without any partition.
     disk.sector(0, &mbr(&[(5, 100, 1000), (0x0f, 100, 1000), (0x85, 300, 100), (5, 0, 2048)]));
@@ -413,7 +413,7 @@ fn chains_that_never_end() {
 }
 
 #[test]
-fn headers_that_lie() {
+fn refuses_invalid_headers() {
     let used = [(100, 200)];
     assert_eq!(starts(&gpt(&used, |_| ()).as_kernel()), [(1, 100, 101)]);
     type Lie = (&'static str, fn(&mut Header));
@@ -446,7 +446,7 @@ fn headers_that_lie() {
 }
 
 #[test]
-fn a_disk_of_eight_exbibytes() {
+fn supports_eight_exbibytes() {
     let mut disk = Disk::new(0, 512);
     disk.size = [(1 << 63) - 1, 1 << 43, 1 << 40]
         .into_iter()
@@ -469,7 +469,7 @@ fn a_disk_of_eight_exbibytes() {
 }
 
 #[test]
-fn a_file_cut_short_while_it_is_read() {
+fn survives_truncation_during_a_read() {
     let disk = gpt(&[(100, 200)], |_| ());
     for length in (0..34 * 4).rev().map(|part: u64| 128 * part) {
         disk.file.set_len(length).unwrap();
@@ -478,7 +478,7 @@ fn a_file_cut_short_while_it_is_read() {
 }
 
 #[test]
-fn regions_start_anywhere() {
+fn reads_regions_at_any_offset() {
     let disk = gpt(&[(100, 200)], |_| ());
     let bytes = fs::read(&disk.path).unwrap();
     for shift in [1, 511, 512, 4095, 4097, 65537] {
@@ -502,7 +502,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn nothing_panics_and_nothing_leaves_the_disk(
+    fn never_panics_nor_leaves_the_disk(
         (is_gpt, changes) in changes(),
         valid in any::<bool>(),
         size in prop_oneof![Just(2 * MIB), 0..2 * MIB],

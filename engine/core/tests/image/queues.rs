@@ -127,7 +127,7 @@ fn the_oldest_discard_goes_first() {
 }
 
 #[test]
-fn discards_at_the_end_of_all_numbers_do_not_overflow() {
+fn discards_do_not_overflow() {
     let mut queue = DiscardQueue::new(4, 4096);
     queue.push(0, u64::MAX - 100, u64::MAX);
     assert_eq!(queue.next().unwrap().len, 0);
@@ -143,7 +143,7 @@ proptest! {
     /// Time is the number of the step. Each flush must be answered by an fsync that began at or
     /// after its arrival, exactly once, and by the first such.
     #[test]
-    fn flushes_are_answered_by_an_fsync_that_began_later(
+    fn completes_flushes_with_a_later_fsync(
         steps in prop::collection::vec(0..3u8, 0..200),
     ) {
         const DEPTH: u16 = 16;

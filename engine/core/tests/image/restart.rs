@@ -8,7 +8,7 @@ use loopengine_core::image::{Identity, Image};
 use crate::support::*;
 
 #[test]
-fn an_image_is_found_again_only_if_it_is_the_same() {
+fn recognises_only_the_same_image() {
     let directory = temporary();
     let (path, other) = (directory.path().join("image"), directory.path().join("other"));
     image_file(&path, MIB);
@@ -39,7 +39,7 @@ fn an_image_is_found_again_only_if_it_is_the_same() {
 
 /// A device exists and has users: whatever the file is now, the device keeps what it was started with.
 #[test]
-fn a_device_keeps_its_shape_over_a_restart() {
+fn keeps_the_geometry_over_a_restart() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);

@@ -80,12 +80,12 @@ fn check_directory(directory: &Path, what: &str) {
 }
 
 #[test]
-fn on_the_disk_of_this_machine() {
+fn takes_images_on_the_local_disk() {
     check_directory(temporary().path(), "disk");
 }
 
 #[test]
-fn on_tmpfs() {
+fn takes_images_on_tmpfs() {
     match tempfile::tempdir_in("/dev/shm") {
         Ok(directory) => check_directory(directory.path(), "tmpfs"),
         Err(e) => skipped(&format!("no /dev/shm: {e}")),
@@ -93,7 +93,7 @@ fn on_tmpfs() {
 }
 
 #[test]
-fn on_file_systems_of_all_kinds() {
+fn takes_images_on_all_file_systems() {
     for (mkfs, sector, block_size, granularity) in [
         ("mkfs.xfs -q", 512, 512, 4096),
         ("mkfs.xfs -q -b size=1024", 512, 512, 1024),
@@ -114,7 +114,7 @@ fn on_file_systems_of_all_kinds() {
 }
 
 #[test]
-fn a_file_system_without_direct_io_is_served_buffered_only() {
+fn serves_only_buffered_without_direct_io() {
     let Some(mounted) = Mounted::new("mkfs.ext4 -q", 512, "data=journal") else {
         return;
     };
@@ -125,7 +125,7 @@ fn a_file_system_without_direct_io_is_served_buffered_only() {
 }
 
 #[test]
-fn block_devices() {
+fn takes_block_devices() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, 64 * MIB);
@@ -163,7 +163,7 @@ fn block_devices() {
 }
 
 #[test]
-fn the_largest_sparse_file() {
+fn takes_the_largest_sparse_file() {
     let Some(mounted) = Mounted::new("mkfs.xfs -q", 512, "") else {
         return;
     };
@@ -178,7 +178,7 @@ fn the_largest_sparse_file() {
 }
 
 #[test]
-fn cached_pages_are_dropped() {
+fn drops_cached_pages() {
     let directory = temporary();
     let path = directory.path().join("image");
     fs::write(&path, vec![1; 4 * MIB as usize]).unwrap();

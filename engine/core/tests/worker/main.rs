@@ -174,13 +174,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_device_is_like_its_model(linked: bool, direct: bool, rounds in any_rounds()) {
+    fn behaves_like_the_model(linked: bool, direct: bool, rounds in any_rounds()) {
         like_the_model(if direct { DIRECT } else { SHOWN }, linked, rounds);
     }
 }
 
 #[test]
-fn a_discard_frees_blocks() {
+fn discards_free_blocks() {
     let Some(bed) = Bed::new(SHOWN, true) else { return };
     if !bed.image.geometry().can_discard {
         println!("skipped: this file system cannot punch holes");
@@ -196,7 +196,7 @@ fn a_discard_frees_blocks() {
 }
 
 #[test]
-fn an_image_that_shrank_degrades_its_device() {
+fn degrades_a_device_of_a_shrunken_image() {
     for linked in [false, true] {
         let Some(bed) = Bed::new(SHOWN, linked) else { return };
         // The first request is timed, thus never linked: another one shall be that.
@@ -223,7 +223,7 @@ fn an_image_that_shrank_degrades_its_device() {
 }
 
 #[test]
-fn what_cannot_be_done_is_refused() {
+fn refuses_unsupported_operations() {
     let Some(bed) = Bed::new(SHOWN, true) else { return };
     let zeroes = Op::WriteZeroes { unmap: true, fua: false };
     for op in [Op::Read, WRITE, Op::Discard, zeroes] {
@@ -238,7 +238,7 @@ fn what_cannot_be_done_is_refused() {
 }
 
 #[test]
-fn a_read_only_device_takes_no_change() {
+fn refuses_writes_to_a_read_only_device() {
     let Some(bed) = Bed::new(ImageSpec { read_only: true, ..SHOWN }, true) else { return };
     let zeroes = Op::WriteZeroes { unmap: false, fua: true };
     for op in [WRITE, Op::Write { fua: true }, Op::Discard, zeroes] {
@@ -250,7 +250,7 @@ fn a_read_only_device_takes_no_change() {
 }
 
 #[test]
-fn a_device_goes_once_all_is_answered() {
+fn removes_a_device_after_its_last_request() {
     for linked in [false, true] {
         let Some(bed) = Bed::new(SHOWN, linked) else { return };
         let ops = [WRITE, Op::Flush, Op::Write { fua: true }, Op::Read, Op::Discard];
@@ -288,7 +288,7 @@ fn a_device_goes_once_all_is_answered() {
 
 /// As when a file comes to share blocks while it is attached: what direct I/O refuses is done all the same.
 #[test]
-fn transfers_that_direct_io_refuses_use_the_page_cache() {
+fn falls_back_to_the_page_cache() {
     for linked in [false, true] {
         let Some(bed) = Bed::new(DIRECT, linked) else { return };
         assert!(!bed.image.is_buffered() && bed.image.buffered_reason().is_none());

@@ -1,19 +1,19 @@
-//! The thread that waits for an answer: its descriptors, its memory, its rights.
+//! The thread behind an intercepted call: its descriptors, memory and rights.
 //!
-//! Knows what of /proc, pidfds and remote memory is safe with a hostile thread, and how to be sure
-//! that what it looked at was that thread's. Does not know what an ioctl means.
+//! Knows which uses of /proc, pidfds and remote memory are safe with a hostile thread, and how to
+//! verify that they concerned that thread. Does not know what an ioctl does.
 //!
-//! - `pid` of a notification is a *thread* id: descriptors may be a thread's own (CLONE_FILES is
-//!   unshared one by one), so only pidfds of threads will do. Thread ids are used again: everything
-//!   found by one counts only if the call still waits afterwards.
-//! - The descriptor that an ioctl is for is looked at, not taken. Taking it would keep a device open
-//!   behind its last close; and giving back one of a tenant's own FUSE file system asks its server,
-//!   which may never answer. Nothing here makes a file system ask anybody (AT_STATX_DONT_SYNC).
-//! - What kind of file it is and how it was opened are told by two files of /proc. Another thread may
-//!   change the table in between: both must have seen the same inode on the same mount, so whoever
-//!   cheats has opened this very node as he claims.
-//! - /proc/TID and the second of these files are kept open for the next call of the same thread. They
-//!   are the thread's, not its number's: once it is gone they tell nothing, whoever has the number now.
+//! - `pid` of a notification is a *thread* id. A thread may have a descriptor table of its own
+//!   (without CLONE_FILES), so only pidfds of threads are used. Thread ids are reused: a result
+//!   counts only if the call still waits afterwards.
+//! - The descriptor of an ioctl is examined, not duplicated. A duplicate would keep the device open
+//!   beyond its last close. To close a duplicate of a tenant's FUSE file sends FLUSH to its server,
+//!   which may never answer. No check makes a file system send a request (AT_STATX_DONT_SYNC).
+//! - The file type and the open flags come from two files of /proc. Another thread may change the
+//!   table in between. Both must report the same inode on the same mount, so a racing caller has
+//!   opened this very node with these flags.
+//! - /proc/TID and the second file are kept open for the thread's next call. They belong to the
+//!   thread, not to its id: after its end they report nothing, also if the id is reused.
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,7 +23,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::loops::{Answer, Caller};
+use crate::loops::{Answer, LoopCaller};
 use crate::sys::mntns;
 use crate::sys::process::Place;
 use crate::sys::remote;
@@ -32,8 +32,8 @@ use crate::sys::seccomp::Listener;
 /// Linux 6.9: a pidfd of a thread.
 const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL.cast_unsigned());
 
-/// Looks at a descriptor that changes all the time.
-const LOOKS_MAX: usize = 3;
+/// Attempts to examine a descriptor that changes concurrently.
+const ATTEMPTS_MAX: usize = 3;
 
 /// linux/capability.h.
 const CAP_SYS_ADMIN: u32 = 21;
@@ -46,13 +46,13 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// That of a process or thread.
+    /// The namespace of a process or thread.
     pub fn of(tid: Pid) -> std::io::Result<Namespace> {
         let stat = rustix::fs::stat(format!("/proc/{}/ns/user", tid.as_raw_nonzero()))?;
         Ok(Namespace { device: stat.st_dev, inode: stat.st_ino })
     }
 
-    /// That of a file of /proc/PID/ns, opened.
+    /// The namespace of an open file of /proc/PID/ns.
     pub fn of_file(file: impl AsFd) -> std::io::Result<Namespace> {
         let stat = rustix::fs::fstat(file)?;
         Ok(Namespace { device: stat.st_dev, inode: stat.st_ino })
@@ -67,96 +67,102 @@ pub struct Administrators {
 }
 
 impl Administrators {
-    /// Who has CAP_SYS_ADMIN in this namespace.
+    /// Callers with CAP_SYS_ADMIN in this namespace.
     pub fn capable(namespace: Namespace) -> Administrators {
         Administrators { namespace, root: false }
     }
 
-    /// They, and its root, who has not many capabilities in a container.
+    /// These, and root of the namespace, which has few capabilities in a container.
     pub fn root(namespace: Namespace) -> Administrators {
         Administrators { namespace, root: true }
     }
 }
 
-/// What a descriptor is of.
+/// The inode of a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Node {
+pub struct FdNode {
     /// A block device.
     pub block: bool,
-    /// Device number of the file system that it lies on.
+    /// Device number of its file system.
     pub device: u64,
-    /// Its inode number there.
+    /// Its inode number.
     pub inode: u64,
-    /// Which device it is, if it is one.
+    /// Its device number, if it is a device.
     pub rdev: u64,
     mount: u64,
 }
 
-/// What has been found at a descriptor.
+/// The result of examining a descriptor.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Found<T> {
-    /// Nothing, something else, or never twice the same.
-    Other,
-    /// This, opened like that.
-    This(T, OFlags),
+pub enum Lookup<T> {
+    /// No file, another file, or a file that changes concurrently.
+    NoMatch,
+    /// A match, with its open flags.
+    Match(T, OFlags),
 }
 
-/// Makes sure that pidfds can name threads here.
+/// Checks that the kernel has pidfds of threads.
 pub fn check_kernel() -> std::io::Result<()> {
     pidfd_open(rustix::thread::gettid(), PIDFD_THREAD)?;
     Ok(())
 }
 
-/// What is open of the thread that called last, if it is not being served.
+/// The open files of the last caller, while none of its calls is being served.
 #[derive(Debug, Default)]
-pub struct Known(Mutex<Option<Proc>>);
+pub struct ProcCache(Mutex<Option<Proc>>);
 
-/// What is open of one thread.
+/// The open files of a thread.
 #[derive(Debug)]
 struct Proc {
     tid: Pid,
     /// /proc/TID.
     directory: OwnedFd,
-    /// Opened for this call: nothing here can be of another thread that had the number before.
+    /// Opened for this call, so that it cannot belong to an earlier thread with this id.
     fresh: bool,
     /// /proc/TID/fdinfo of this descriptor.
     info: Option<(u32, OwnedFd)>,
 }
 
-impl Known {
+impl ProcCache {
     fn lock(&self) -> MutexGuard<'_, Option<Proc>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The thread behind one notification.
+/// The thread of a notification.
 #[derive(Debug)]
-pub struct Thread<'a> {
+pub struct CallerThread<'a> {
     listener: &'a Listener,
     id: u64,
     tid: Pid,
-    known: &'a Known,
+    proc_cache: &'a ProcCache,
     proc: RefCell<Option<Proc>>,
 }
 
-impl Drop for Thread<'_> {
+impl Drop for CallerThread<'_> {
     fn drop(&mut self) {
         if let Some(proc) = self.proc.take() {
-            *self.known.lock() = Some(Proc { fresh: false, ..proc });
+            *self.proc_cache.lock() = Some(Proc { fresh: false, ..proc });
         }
     }
 }
 
-impl<'a> Thread<'a> {
-    /// None: a thread that this process cannot see.
-    pub fn new(listener: &'a Listener, id: u64, pid: u32, known: &'a Known) -> Option<Thread<'a>> {
+impl<'a> CallerThread<'a> {
+    /// None: the thread is not in this pid namespace.
+    pub fn new(
+        listener: &'a Listener,
+        id: u64,
+        pid: u32,
+        proc_cache: &'a ProcCache,
+    ) -> Option<CallerThread<'a>> {
         let tid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-        let proc = RefCell::new(known.lock().take_if(|proc| proc.tid == tid));
-        Some(Thread { listener, id, tid, known, proc })
+        let proc = RefCell::new(proc_cache.lock().take_if(|proc| proc.tid == tid));
+        Some(CallerThread { listener, id, tid, proc_cache, proc })
     }
 
-    /// Looks at the thread's part of /proc; where that fails because it was another's, anew.
-    fn look<T>(&self, mut at: impl FnMut(&mut Proc) -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    /// Accesses the thread's /proc directory. Reopens it if a cached one belongs to an earlier
+    /// thread.
+    fn with_proc<T>(&self, mut at: impl FnMut(&mut Proc) -> rustix::io::Result<T>) -> rustix::io::Result<T> {
         let mut proc = self.proc.borrow_mut();
         if let Some(proc) = &mut *proc {
             let seen = at(proc);
@@ -170,33 +176,33 @@ impl<'a> Thread<'a> {
         at(proc.insert(Proc { tid: self.tid, directory, fresh: true, info: None }))
     }
 
-    /// Still waits for the answer.
-    pub fn waits(&self) -> bool {
+    /// Whether it still waits for the result.
+    pub fn is_waiting(&self) -> bool {
         self.listener.waits(self.id)
     }
 
-    /// Asks `matters` about what the descriptor is of.
-    pub fn find<T>(&self, fd: u32, matters: impl Fn(&Node) -> Option<T>) -> Found<T> {
-        for _ in 0..LOOKS_MAX {
+    /// Examines a descriptor. `matters` selects the inodes of interest.
+    pub fn find<T>(&self, fd: u32, matters: impl Fn(&FdNode) -> Option<T>) -> Lookup<T> {
+        for _ in 0..ATTEMPTS_MAX {
             let Ok(node) = self.node(fd) else { break };
             let Some(this) = matters(&node) else { break };
             match self.opened(fd) {
                 Some((flags, inode, mount)) if (inode, mount) == (node.inode, node.mount) => {
-                    return Found::This(this, flags);
+                    return Lookup::Match(this, flags);
                 }
                 Some(_) => {}
                 None => break,
             }
         }
-        Found::Other
+        Lookup::NoMatch
     }
 
-    fn node(&self, fd: u32) -> rustix::io::Result<Node> {
+    fn node(&self, fd: u32) -> rustix::io::Result<FdNode> {
         let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::MNT_ID;
         let path = format!("fd/{fd}");
-        let stat =
-            self.look(|proc| rustix::fs::statx(&proc.directory, &*path, AtFlags::STATX_DONT_SYNC, wanted))?;
-        Ok(Node {
+        let stat = self
+            .with_proc(|proc| rustix::fs::statx(&proc.directory, &*path, AtFlags::STATX_DONT_SYNC, wanted))?;
+        Ok(FdNode {
             block: FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice,
             device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
             inode: stat.stx_ino,
@@ -205,19 +211,18 @@ impl<'a> Thread<'a> {
         })
     }
 
-    /// How the descriptor was opened (with close-on-exec, which is its own), of which inode on which
-    /// mount.
+    /// The open flags of the descriptor (with its close-on-exec), its inode and its mount.
     fn opened(&self, fd: u32) -> Option<(OFlags, u64, u64)> {
-        // These lines come first; behind them the driver may say what it likes.
+        // These lines come first; the driver's own lines follow.
         let mut bytes = [0; 512];
-        let len = self.look(|proc| proc.read_info(fd, &mut bytes)).ok()?;
+        let len = self.with_proc(|proc| proc.read_info(fd, &mut bytes)).ok()?;
         let text = String::from_utf8_lossy(&bytes[..len]);
         let value = |name| field(&text, name);
         let flags = u32::from_str_radix(value("flags")?, 8).ok()?;
         Some((OFlags::from_bits_retain(flags), value("ino")?.parse().ok()?, value("mnt_id")?.parse().ok()?))
     }
 
-    /// A duplicate of a descriptor; BADF for one that does not let files be read, as everywhere.
+    /// Duplicates a descriptor. EBADF for one with O_PATH, as everywhere.
     pub fn take(&self, fd: u32) -> Answer<OwnedFd> {
         let fd = i32::try_from(fd).map_err(|_| Errno::BADF)?;
         let thread = pidfd_open(self.tid, PIDFD_THREAD)?;
@@ -229,7 +234,7 @@ impl<'a> Thread<'a> {
         Ok(file)
     }
 
-    /// A copy of its memory.
+    /// Copies its memory.
     pub fn read<const N: usize>(&self, address: u64) -> Answer<[u8; N]> {
         let mut bytes = [0; N];
         self.read_into(address, &mut bytes)?;
@@ -244,12 +249,14 @@ impl<'a> Thread<'a> {
 
     /// Writes into its memory.
     pub fn write(&self, address: u64, from: &[u8]) -> Answer<()> {
-        let memory = self.look(|proc| remote::Writable::open(&proc.directory)).map_err(|_| Errno::FAULT)?;
+        let memory =
+            self.with_proc(|proc| remote::Writable::open(&proc.directory)).map_err(|_| Errno::FAULT)?;
         self.check()?;
         memory.write(address, from).map_err(|_| Errno::FAULT)
     }
 
-    /// Its root and working directories, and its mount namespace. They are not looked into.
+    /// Opens its root and working directories, and its mount namespace, without a path lookup in
+    /// them.
     pub fn place(&self) -> Answer<Place> {
         let open = |name: &str, flags| {
             let path = format!("/proc/{}/{name}", self.tid.as_raw_nonzero());
@@ -261,33 +268,35 @@ impl<'a> Thread<'a> {
         Ok(place)
     }
 
-    /// Is one of these, and so in their namespace rather than in one of its own.
+    /// Whether it is an administrator, and in their user namespace itself.
     pub fn is_admin(&self, administrators: Administrators) -> bool {
         let Administrators { namespace, root } = administrators;
         let read = |name| std::fs::read_to_string(format!("/proc/{}/{name}", self.tid.as_raw_nonzero()));
         let status = read("status").unwrap_or_default();
         let effective = field(&status, "CapEff").and_then(|bits| u64::from_str_radix(bits, 16).ok());
         let capable = effective.is_some_and(|effective| effective & (1 << CAP_SYS_ADMIN) != 0);
-        // The second of four is the effective one.
+        // The second of four ids is the effective one.
         let user = field(&status, "Uid").and_then(|uids| uids.split_ascii_whitespace().nth(1)?.parse().ok());
         let is_root = || root && user.is_some() && user == root_of(&read("uid_map").unwrap_or_default());
-        (capable || is_root()) && Namespace::of(self.tid).is_ok_and(|its| its == namespace) && self.waits()
+        (capable || is_root())
+            && Namespace::of(self.tid).is_ok_and(|its| its == namespace)
+            && self.is_waiting()
     }
 
-    /// Sees a file system that is mounted from the disk with this device number.
+    /// Whether a file system of the disk with this number is mounted in its namespace.
     fn has_mounted(&self, rdev: u64) -> bool {
         let table = std::fs::File::open(format!("/proc/{}/mountinfo", self.tid.as_raw_nonzero()));
-        table.is_ok_and(|table| mntns::is_mounted(std::io::BufReader::new(table), rdev)) && self.waits()
+        table.is_ok_and(|table| mntns::is_mounted(std::io::BufReader::new(table), rdev)) && self.is_waiting()
     }
 
     fn check(&self) -> Answer<()> {
-        // Whatever this errno, there is nobody to see it.
-        if self.waits() { Ok(()) } else { Err(Errno::SRCH) }
+        // Nobody receives this errno.
+        if self.is_waiting() { Ok(()) } else { Err(Errno::SRCH) }
     }
 }
 
 impl Proc {
-    /// What the kernel says about a descriptor at this moment, whenever the file was opened.
+    /// The present content of the descriptor's fdinfo, also if the file was opened earlier.
     fn read_info(&mut self, fd: u32, into: &mut [u8]) -> rustix::io::Result<usize> {
         let info = match self.info.take() {
             Some((known, info)) if known == fd => info,
@@ -307,7 +316,7 @@ fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
 
-/// Who is user 0 of a user namespace, out here.
+/// The user id, in this namespace, of user 0 of a user namespace.
 fn root_of(uid_map: &str) -> Option<u32> {
     uid_map.lines().find_map(|line| {
         let mut fields = line.split_ascii_whitespace();
@@ -315,19 +324,22 @@ fn root_of(uid_map: &str) -> Option<u32> {
     })
 }
 
-/// A thread that asks through this descriptor of a device.
+/// A caller through a descriptor of a device.
 #[derive(Debug)]
-pub struct Opener<'a> {
-    pub thread: &'a Thread<'a>,
+pub struct DeviceFd<'a> {
+    /// The calling thread.
+    pub thread: &'a CallerThread<'a>,
+    /// Its descriptor.
     pub fd: u32,
+    /// The flags that the descriptor was opened with.
     pub flags: OFlags,
-    /// Who may change it without having it open for writing.
+    /// Callers that may change the device without write access.
     pub administrators: Administrators,
 }
 
-impl Caller for Opener<'_> {
-    fn writes(&self) -> bool {
-        // Both bits: a descriptor for ioctls only.
+impl LoopCaller for DeviceFd<'_> {
+    fn can_write(&self) -> bool {
+        // With both bits the descriptor is for ioctls only.
         let access = self.flags & OFlags::RWMODE;
         access == OFlags::WRONLY || access == OFlags::RDWR
     }
@@ -336,13 +348,13 @@ impl Caller for Opener<'_> {
         self.thread.is_admin(self.administrators)
     }
 
-    fn waits(&self) -> bool {
-        self.thread.waits()
+    fn is_waiting(&self) -> bool {
+        self.thread.is_waiting()
     }
 
-    /// The table is the caller's own, and so is the harm if he has put something else there. Whoever
-    /// shares the table sees the new file; duplicates elsewhere stay what they were.
-    fn replace(&self, file: OwnedFd) -> Answer<()> {
+    /// If the caller has put another file into its table meanwhile, the harm is its own. All
+    /// threads that share the table get the new file; duplicates elsewhere keep the old one.
+    fn replace_descriptor(&self, file: OwnedFd) -> Answer<()> {
         let cloexec = self.flags.contains(OFlags::CLOEXEC);
         let put = self.thread.listener.put_descriptor(self.thread.id, file.as_fd(), self.fd, cloexec);
         put.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
@@ -362,7 +374,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_proc() {
+    fn parses_files_of_proc() {
         let text = "pos:\t0\nflags:\t02100002\nmnt_id:\t15\nino:\t9\nflags2:\t1\n";
         assert_eq!(field(text, "flags"), Some("02100002"));
         assert_eq!(field(text, "ino"), Some("9"));

@@ -1,22 +1,22 @@
 //! `struct loop_info`, `loop_info64` and `loop_config` of linux/loop.h: bytes to values and back.
 //!
 //! Knows their layouts for 64-bit and 32-bit callers. Does not know where the bytes come from, nor
-//! what the values are good for ([`crate::loops`] refuses those that are not).
+//! which values are valid ([`crate::loops`] checks them).
 
 use super::filter::Abi;
 use crate::image::partitions::PartitionRange;
-use crate::loops::{Answer, Errno, Info, NAME_BYTES, PartitionChange, Status};
+use crate::loops::{Answer, Errno, LoopInfo, LoopStatus, NAME_BYTES, PartitionChange};
 
 /// Bytes of `struct loop_info64`: the same for all callers.
 pub const INFO64_BYTES: usize = 232;
-/// Bytes of `struct loop_config`: the same for all callers. Of its end nothing is looked at, as the
-/// kernel does not.
+/// Bytes of `struct loop_config`: the same for all callers. Its reserved end is not checked, as in
+/// the kernel.
 pub const CONFIG_BYTES: usize = 304;
 /// Bytes of the largest `struct loop_info`.
 pub const INFO_BYTES_MAX: usize = 168;
 
-// Where fields of `struct loop_info64` are. Behind the name come two that nobody uses (lo_crypt_name,
-// lo_init) and the key, which stays unread.
+// Offsets in `struct loop_info64`. Two unused fields (lo_crypt_name, lo_init) and the key follow
+// the name.
 const DEVICE: usize = 0;
 const INODE: usize = 8;
 const RDEVICE: usize = 16;
@@ -28,10 +28,10 @@ const ENCRYPT_KEY_SIZE: usize = 48;
 const FLAGS: usize = 52;
 const NAME: usize = 56;
 
-/// A `struct loop_info`, which differs from one ABI to the next: where its fields are.
+/// Offsets in `struct loop_info`, which differs between ABIs.
 #[derive(Debug)]
 pub struct Layout {
-    /// Bytes of the whole.
+    /// Size of the struct.
     pub bytes: usize,
     device: usize,
     /// Bytes of `lo_device` and `lo_rdevice`.
@@ -39,8 +39,8 @@ pub struct Layout {
     inode: usize,
     inode_bytes: usize,
     rdevice: usize,
-    /// `lo_offset`, then `lo_encrypt_type`, `lo_encrypt_key_size` and `lo_flags`, four bytes each, then
-    /// the name.
+    /// `lo_offset`, then `lo_encrypt_type`, `lo_encrypt_key_size` and `lo_flags`, four bytes each,
+    /// then the name.
     offset: usize,
 }
 
@@ -52,7 +52,7 @@ const AARCH64: Layout =
     Layout { bytes: 160, device: 4, device_bytes: 4, inode: 8, inode_bytes: 8, rdevice: 16, offset: 20 };
 
 impl Layout {
-    /// That of these callers.
+    /// The layout for callers of this ABI.
     pub fn of(abi: Abi) -> &'static Layout {
         match abi {
             Abi::X86_64 => &X86_64,
@@ -62,8 +62,9 @@ impl Layout {
     }
 }
 
-/// Bytes of `struct blkpg_ioctl_arg`, and those at the beginning of `struct blkpg_partition` that are looked at.
+/// Bytes of `struct blkpg_ioctl_arg`.
 pub const BLKPG_BYTES_MAX: usize = 24;
+/// Bytes of the beginning of `struct blkpg_partition` that are read.
 pub const BLKPG_PARTITION_BYTES: usize = 20;
 
 /// Bytes of a `struct blkpg_ioctl_arg` of this ABI.
@@ -71,7 +72,7 @@ pub fn blkpg_bytes(abi: Abi) -> usize {
     if abi.is_compat() { 16 } else { BLKPG_BYTES_MAX }
 }
 
-/// What a `struct blkpg_ioctl_arg` says: the operation, and where the partition is told.
+/// Decodes a `struct blkpg_ioctl_arg`: the operation, and the address of the partition.
 pub fn blkpg(bytes: &[u8; BLKPG_BYTES_MAX], abi: Abi) -> (u32, u64) {
     let address = match abi.is_compat() {
         true => u32::from_le_bytes(field(bytes, 12)).into(),
@@ -80,7 +81,7 @@ pub fn blkpg(bytes: &[u8; BLKPG_BYTES_MAX], abi: Abi) -> (u32, u64) {
     (u32::from_le_bytes(field(bytes, 0)), address)
 }
 
-/// What `struct blkpg_partition` asks of a disk, as the kernel reads it. It is the same for all callers.
+/// Decodes a `struct blkpg_partition`, with the kernel's checks. It is the same for all callers.
 pub fn blkpg_partition(operation: u32, bytes: &[u8; BLKPG_PARTITION_BYTES]) -> Answer<PartitionChange> {
     let number = i32::from_le_bytes(field(bytes, 16));
     let number = u32::try_from(number).ok().filter(|&number| number > 0).ok_or(Errno::INVAL)?;
@@ -102,9 +103,9 @@ const BLKPG_ADD_PARTITION: u32 = 1;
 const BLKPG_DEL_PARTITION: u32 = 2;
 const BLKPG_RESIZE_PARTITION: u32 = 3;
 
-/// What `struct loop_info64` says.
-pub fn info64(bytes: &[u8; INFO64_BYTES]) -> Info {
-    Info {
+/// Decodes a `struct loop_info64`.
+pub fn info64(bytes: &[u8; INFO64_BYTES]) -> LoopInfo {
+    LoopInfo {
         offset: u64::from_le_bytes(field(bytes, OFFSET)),
         size_limit: u64::from_le_bytes(field(bytes, SIZE_LIMIT)),
         flags: u32::from_le_bytes(field(bytes, FLAGS)),
@@ -114,8 +115,8 @@ pub fn info64(bytes: &[u8; INFO64_BYTES]) -> Info {
     }
 }
 
-/// `struct loop_info64` that says this.
-pub fn status64(status: &Status) -> [u8; INFO64_BYTES] {
+/// Encodes a `struct loop_info64`.
+pub fn status64(status: &LoopStatus) -> [u8; INFO64_BYTES] {
     let mut bytes = [0; INFO64_BYTES];
     let info = &status.info;
     for (at, value) in [
@@ -139,17 +140,17 @@ pub fn status64(status: &Status) -> [u8; INFO64_BYTES] {
     bytes
 }
 
-/// Descriptor, block size and the rest of `struct loop_config`.
-pub fn config(bytes: &[u8; CONFIG_BYTES]) -> (u32, u32, Info) {
+/// Decodes a `struct loop_config`: descriptor, block size, and `loop_info64`.
+pub fn config(bytes: &[u8; CONFIG_BYTES]) -> (u32, u32, LoopInfo) {
     let info = info64(&field(bytes, 8));
     (u32::from_le_bytes(field(bytes, 0)), u32::from_le_bytes(field(bytes, 4)), info)
 }
 
-/// What `struct loop_info` says, of which `layout.bytes` bytes are looked at. As in the kernel, a
-/// negative offset becomes an enormous one, and encryption is not looked at.
-pub fn info(bytes: &[u8; INFO_BYTES_MAX], layout: &Layout) -> Info {
+/// Decodes a `struct loop_info` of `layout.bytes` bytes. As in the kernel, a negative offset
+/// becomes a huge one, and encryption is ignored.
+pub fn info(bytes: &[u8; INFO_BYTES_MAX], layout: &Layout) -> LoopInfo {
     let int = |at| u32::from_le_bytes(field(bytes, layout.offset + at));
-    Info {
+    LoopInfo {
         offset: i64::from(int(0).cast_signed()).cast_unsigned(),
         size_limit: 0,
         flags: int(12),
@@ -159,9 +160,9 @@ pub fn info(bytes: &[u8; INFO_BYTES_MAX], layout: &Layout) -> Info {
     }
 }
 
-/// `struct loop_info` that says this: the first `layout.bytes` bytes. OVERFLOW where it has no room
-/// for a value; the size limit it never says.
-pub fn status(status: &Status, layout: &Layout) -> Answer<[u8; INFO_BYTES_MAX]> {
+/// Encodes a `struct loop_info` of `layout.bytes` bytes. EOVERFLOW if a value does not fit. It has
+/// no size limit.
+pub fn status(status: &LoopStatus, layout: &Layout) -> Answer<[u8; INFO_BYTES_MAX]> {
     let mut bytes = [0; INFO_BYTES_MAX];
     for (at, value, len) in [
         (layout.device, status.device, layout.device_bytes),
@@ -184,12 +185,12 @@ pub fn status(status: &Status, layout: &Layout) -> Answer<[u8; INFO_BYTES_MAX]> 
     Ok(bytes)
 }
 
-/// N bytes from `at` on; zeroes behind the end, which no layout reaches.
+/// N bytes at `at`; zeroes beyond the end, which no layout reaches.
 fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
 
-/// Writes `value` at `at`; nothing behind the end, which no layout reaches.
+/// Writes `value` at `at`; nothing beyond the end, which no layout reaches.
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     if let Some(place) = bytes.get_mut(at..at + value.len()) {
         place.copy_from_slice(value);
@@ -208,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn partitions_as_programs_ask_for_them() {
+    fn decodes_requests_of_blkpg() {
         let mut bytes = [0; BLKPG_BYTES_MAX];
         bytes[0] = 3;
         bytes[12] = 0x40;
@@ -242,9 +243,9 @@ mod tests {
         fn any_info()(
             offset: u64, size_limit: u64, flags: u32, name: [[u8; 32]; 2], encrypt_type: u32,
             encrypt_key_size: u32,
-        ) -> Info {
+        ) -> LoopInfo {
             let file_name = name.as_flattened().try_into().unwrap();
-            Info { offset, size_limit, flags, file_name, encrypt_type, encrypt_key_size }
+            LoopInfo { offset, size_limit, flags, file_name, encrypt_type, encrypt_key_size }
         }
     }
 
@@ -252,19 +253,19 @@ mod tests {
         fn any_status()(
             number: u32, device in small(), inode in small(), rdevice in small(), info in any_info(),
             offset in small(),
-        ) -> Status {
-            Status { number, device, inode, rdevice, info: Info { offset, ..info } }
+        ) -> LoopStatus {
+            LoopStatus { number, device, inode, rdevice, info: LoopInfo { offset, ..info } }
         }
     }
 
-    /// As often small as not.
+    /// Small and large values alike.
     fn small() -> impl Strategy<Value = u64> {
         (any::<u64>(), 0..64_u32).prop_map(|(value, shift)| value >> shift)
     }
 
     proptest! {
         #[test]
-        fn what_was_said_is_read_back(status in any_status()) {
+        fn decodes_what_it_encodes(status in any_status()) {
             let bytes = status64(&status);
             prop_assert_eq!(info64(&bytes), status.info);
             let mut whole = [0; CONFIG_BYTES];
@@ -274,21 +275,21 @@ mod tests {
         }
 
         #[test]
-        fn the_old_struct_says_all_it_can_or_refuses(said in any_status()) {
+        fn encodes_the_old_struct_or_refuses(expected in any_status()) {
             for abi in ABIS {
                 let layout = Layout::of(abi);
                 let room = |value: u64, bytes: usize| bytes == 8 || value >> (8 * bytes) == 0;
-                let fits = room(said.device, layout.device_bytes)
-                    && room(said.rdevice, layout.device_bytes)
-                    && room(said.inode, layout.inode_bytes)
-                    && said.info.offset < 1 << 31;
-                match status(&said, layout) {
+                let fits = room(expected.device, layout.device_bytes)
+                    && room(expected.rdevice, layout.device_bytes)
+                    && room(expected.inode, layout.inode_bytes)
+                    && expected.info.offset < 1 << 31;
+                match status(&expected, layout) {
                     Ok(bytes) => {
                         prop_assert!(fits);
-                        let plain = Info { encrypt_type: 0, encrypt_key_size: 0, ..said.info };
-                        prop_assert_eq!(info(&bytes, layout), Info { size_limit: 0, ..plain });
+                        let plain = LoopInfo { encrypt_type: 0, encrypt_key_size: 0, ..expected.info };
+                        prop_assert_eq!(info(&bytes, layout), LoopInfo { size_limit: 0, ..plain });
                         prop_assert!(bytes[layout.bytes..].iter().all(|&byte| byte == 0));
-                        prop_assert_eq!(u32::from_le_bytes(field(&bytes, 0)), said.number);
+                        prop_assert_eq!(u32::from_le_bytes(field(&bytes, 0)), expected.number);
                     }
                     Err(errno) => prop_assert_eq!((fits, errno), (false, Errno::OVERFLOW)),
                 }
@@ -296,30 +297,31 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_are_too_strange(bytes in proptest::collection::vec(any::<u8>(), CONFIG_BYTES)) {
-            let (fd, _, said) = config(&field(&bytes, 0));
+        fn decodes_any_bytes(bytes in proptest::collection::vec(any::<u8>(), CONFIG_BYTES)) {
+            let (fd, _, expected) = config(&field(&bytes, 0));
             prop_assert_eq!(fd.to_le_bytes(), field::<4>(&bytes, 0));
-            prop_assert_eq!(said.offset.to_le_bytes(), field::<8>(&bytes, 32));
+            prop_assert_eq!(expected.offset.to_le_bytes(), field::<8>(&bytes, 32));
             for abi in ABIS {
-                let said = info(&field(&bytes, 0), Layout::of(abi));
-                prop_assert!(said.offset < 1 << 31 || said.offset >= u64::MAX << 31);
+                let expected = info(&field(&bytes, 0), Layout::of(abi));
+                prop_assert!(expected.offset < 1 << 31 || expected.offset >= u64::MAX << 31);
             }
         }
     }
 
-    /// Values at the places that the C compiler gives for linux/loop.h.
+    /// Offsets of the C compiler for linux/loop.h.
     #[test]
-    fn fields_are_where_the_headers_have_them() {
+    fn has_the_offsets_of_the_headers() {
         let name = std::array::from_fn(|at| at as u8 + 1);
-        let info = Info { offset: 0x1122, size_limit: 512, flags: 5, file_name: name, ..Info::default() };
-        let said = Status { number: 3, device: 0x801, inode: 77, rdevice: 0x702, info };
-        let old = super::status(&said, &X86_64).unwrap();
+        let info =
+            LoopInfo { offset: 0x1122, size_limit: 512, flags: 5, file_name: name, ..LoopInfo::default() };
+        let expected = LoopStatus { number: 3, device: 0x801, inode: 77, rdevice: 0x702, info };
+        let old = super::status(&expected, &X86_64).unwrap();
         assert_eq!((old[0], &old[8..10], old[16], &old[24..26]), (3, &[1, 8][..], 77, &[2, 7][..]));
         assert_eq!((&old[32..34], old[44], &old[48..112]), (&[0x22, 0x11][..], 5, &name[..]));
-        let old = super::status(&said, &I386).unwrap();
+        let old = super::status(&expected, &I386).unwrap();
         assert_eq!((old[0], &old[4..6], old[8], &old[12..14]), (3, &[1, 8][..], 77, &[2, 7][..]));
         assert_eq!((&old[16..18], old[28], &old[32..96]), (&[0x22, 0x11][..], 5, &name[..]));
-        let new = status64(&said);
+        let new = status64(&expected);
         assert_eq!((&new[..2], new[8], &new[16..18]), (&[1, 8][..], 77, &[2, 7][..]));
         assert_eq!((&new[24..26], &new[32..34], new[40]), (&[0x22, 0x11][..], &[0, 2][..], 3));
         assert_eq!((new[52], &new[56..120]), (5, &name[..]));

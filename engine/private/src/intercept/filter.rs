@@ -1,52 +1,56 @@
-//! The seccomp filter: which system calls are stopped, refused, or none of our business.
+//! The seccomp filter: which system calls are intercepted, refused or allowed.
 //!
-//! Knows classic BPF and the numbers of system calls. Does not know what becomes of a call that it
-//! stops, nor how it is installed ([`crate::sys::seccomp`]).
+//! Knows classic BPF and system call numbers. Does not know what happens to an intercepted call,
+//! nor how the filter is installed ([`crate::sys::seccomp`]).
 //!
-//! What it costs, in instructions (x86_64; a test counts them):
+//! Its cost, in instructions (x86_64; a test counts them):
 //!
 //! | call | for root | for root of a user namespace: with mounts and caches |
 //! |---|---|---|
 //! | number below 133 (read, write, mmap, …) | 6 | 6 |
-//! | ioctl of others | 11 | 14 |
-//! | ioctl of ours | 7 to 11 | 7 to 14 |
+//! | other ioctls | 11 | 14 |
+//! | intercepted ioctls | 7 to 11 | 7 to 14 |
 //! | number from 133 (futex, openat, …) | 9 | 10 |
 //! | mknod | 11 | 11 |
 //!
-//! An i386 program's calls take one more.
+//! Calls of an i386 program take one more.
 //!
-//! Since Linux 5.11 the kernel runs it only for calls whose answer depends on arguments: it knows by
-//! heart which numbers are always allowed.
+//! Since Linux 5.11 the kernel runs the filter only for calls whose result depends on arguments: it
+//! caches which numbers are always allowed.
 
 use libc::sock_filter;
 
-/// What is asked of the filter.
+/// Options of the filter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Stop mount(2) too, and refuse the newer calls that make file systems, so that libmount takes
-    /// mount(2). open_tree(2) and move_mount(2) stay: they move what is mounted already.
+pub struct FilterOptions {
+    /// Intercept mount(2) too, and refuse the newer calls that create file systems, so that
+    /// libmount uses mount(2). open_tree(2) and move_mount(2) stay: they move existing mounts.
     pub mounts: bool,
-    /// Stop BLKBSZSET and BLKFLSBUF too, which the kernel allows root of the machine only.
+    /// Intercept BLKBSZSET and BLKFLSBUF too, which the kernel allows only root of the machine.
     pub caches: bool,
 }
 
 /// An ABI of system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Abi {
+    /// 64 bits on x86_64; x32 is not allowed.
     X86_64,
     /// i386 on x86_64.
     I386,
+    /// 64 bits on aarch64.
     Aarch64,
     /// 32 bits on aarch64.
     Arm,
 }
 
-/// A stopped system call, by its name.
+/// An intercepted system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
+    /// ioctl(2).
     Ioctl,
+    /// mount(2).
     Mount,
-    /// umount2(2): of the profile of a container, not of this filter.
+    /// umount2(2): in the profile of a container, not in this filter.
     Umount,
     /// mknod(2) of a block node.
     Mknod,
@@ -54,22 +58,22 @@ pub enum Call {
     Mknodat,
 }
 
-/// BLKRRPART and BLKPG: the kernel would make partitions of the disk behind a device, for everybody to see.
-/// BLKGETDISKSEQ: a partition of a device is a disk of its own, and would tell its own number.
+/// BLKRRPART and BLKPG: the kernel would add partitions to the disk of a device, visible to all.
+/// BLKGETDISKSEQ: a partition of a device is a disk of its own, with another sequence number.
 const BLOCK: [u32; 3] = [0x125f, 0x1269, 0x8008_1280];
 
 /// BLKBSZSET of 64 and of 32 bits, BLKFLSBUF.
 const CACHES: [u32; 3] = [0x4008_1271, 0x4004_1271, 0x1261];
 
-/// ioctl numbers 0x4C00 to 0x4CFF: those of loop(4). The kernel takes 32 bits of the argument.
+/// ioctl numbers 0x4C00 to 0x4CFF: those of loop(4). The kernel uses 32 bits of the argument.
 const IOCTL_MASK: u32 = 0xffff_ff00;
 const IOCTL_LOOP: u32 = 0x4c00;
 
-/// fsopen(2), fsconfig(2), fsmount(2), fspick(2): these numbers in every ABI.
+/// fsopen(2), fsconfig(2), fsmount(2), fspick(2): the same numbers in every ABI.
 const FSOPEN: u32 = 430;
 const AFTER_FSPICK: u32 = 434;
 
-/// Numbers from here on are x32's, on x86_64.
+/// Numbers from here on belong to x32, on x86_64.
 const X32: u32 = 0x4000_0000;
 
 /// Offsets in `struct seccomp_data`, little-endian.
@@ -80,7 +84,7 @@ const fn low(argument: u32) -> u32 {
 }
 
 /// System call numbers of an ABI.
-struct Numbers {
+struct AbiNumbers {
     abi: Abi,
     /// AUDIT_ARCH_*.
     arch: u32,
@@ -91,7 +95,7 @@ struct Numbers {
     umount: u32,
 }
 
-const X86_64: Numbers = Numbers {
+const X86_64: AbiNumbers = AbiNumbers {
     abi: Abi::X86_64,
     arch: 0xc000_003e,
     ioctl: 16,
@@ -100,7 +104,7 @@ const X86_64: Numbers = Numbers {
     mount: 165,
     umount: 166,
 };
-const I386: Numbers = Numbers {
+const I386: AbiNumbers = AbiNumbers {
     abi: Abi::I386,
     arch: 0x4000_0003,
     ioctl: 54,
@@ -109,7 +113,7 @@ const I386: Numbers = Numbers {
     mount: 21,
     umount: 52,
 };
-const AARCH64: Numbers = Numbers {
+const AARCH64: AbiNumbers = AbiNumbers {
     abi: Abi::Aarch64,
     arch: 0xc000_00b7,
     ioctl: 29,
@@ -118,7 +122,7 @@ const AARCH64: Numbers = Numbers {
     mount: 40,
     umount: 39,
 };
-const ARM: Numbers = Numbers {
+const ARM: AbiNumbers = AbiNumbers {
     abi: Abi::Arm,
     arch: 0x4000_0028,
     ioctl: 54,
@@ -128,11 +132,11 @@ const ARM: Numbers = Numbers {
     umount: 52,
 };
 
-const ALL: [&Numbers; 4] = [&X86_64, &I386, &AARCH64, &ARM];
+const ALL: [&AbiNumbers; 4] = [&X86_64, &I386, &AARCH64, &ARM];
 
-/// ABIs of this machine, the ordinary one first. On a machine that is none of these the program
-/// allows nothing: better no container than one without the filter.
-const HERE: &[&Numbers] = if cfg!(target_arch = "x86_64") {
+/// ABIs of this machine, the native one first. On other machines the program allows nothing: a
+/// container must not start without the filter.
+const HERE: &[&AbiNumbers] = if cfg!(target_arch = "x86_64") {
     &[&X86_64, &I386]
 } else if cfg!(target_arch = "aarch64") {
     &[&AARCH64, &ARM]
@@ -141,14 +145,13 @@ const HERE: &[&Numbers] = if cfg!(target_arch = "x86_64") {
 };
 
 impl Abi {
-    /// Addresses have 32 bits.
+    /// Whether addresses have 32 bits.
     pub fn is_compat(self) -> bool {
         matches!(self, Abi::I386 | Abi::Arm)
     }
 }
 
-/// Which call a notification is about. None: one of no interest; a listener may come with a filter by
-/// somebody else.
+/// The call of a notification. None: another call; a listener may belong to a foreign filter.
 pub fn decode(arch: u32, nr: i32) -> Option<(Abi, Call)> {
     let numbers = ALL.into_iter().find(|numbers| numbers.arch == arch)?;
     match u32::try_from(nr).ok()? {
@@ -161,166 +164,170 @@ pub fn decode(arch: u32, nr: i32) -> Option<(Abi, Call)> {
     }
 }
 
-/// The program for this machine, to be installed with
+/// The filter program for this machine, for
 /// [`install_with_listener`](crate::sys::seccomp::install_with_listener).
-pub fn program(options: Options) -> Vec<sock_filter> {
+pub fn program(options: FilterOptions) -> Vec<sock_filter> {
     assemble(HERE, options)
 }
 
-/// How a program ends.
+/// The result of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+enum FilterAction {
     Allow,
     Notify,
     /// ENOSYS.
-    Lack,
+    NotImplemented,
     Kill,
 }
 
-const ENDS: [End; 4] = [End::Allow, End::Notify, End::Lack, End::Kill];
+const FILTER_ACTIONS: [FilterAction; 4] =
+    [FilterAction::Allow, FilterAction::Notify, FilterAction::NotImplemented, FilterAction::Kill];
 
-impl End {
+impl FilterAction {
     fn action(self) -> u32 {
         match self {
-            End::Allow => libc::SECCOMP_RET_ALLOW,
-            End::Notify => libc::SECCOMP_RET_USER_NOTIF,
-            End::Lack => libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(),
-            End::Kill => libc::SECCOMP_RET_KILL_PROCESS,
+            FilterAction::Allow => libc::SECCOMP_RET_ALLOW,
+            FilterAction::Notify => libc::SECCOMP_RET_USER_NOTIF,
+            FilterAction::NotImplemented => libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned(),
+            FilterAction::Kill => libc::SECCOMP_RET_KILL_PROCESS,
         }
     }
 }
 
-/// Where a comparison leads.
+/// The target of a comparison.
 #[derive(Clone, Copy)]
-enum To {
+enum JumpTarget {
     Next,
-    /// The next mark of this name.
-    Mark(Mark),
-    End(End),
+    /// The next label of this name.
+    Label(Label),
+    FilterAction(FilterAction),
 }
 
-/// A place in the program.
+/// A label in the program.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mark {
+enum Label {
     Ioctl,
     Mknod,
     Mknodat,
     OtherAbi,
 }
 
-/// One instruction; the accumulator is all that it has. A mark is none.
+/// An instruction on the accumulator, or a label.
 #[derive(Clone, Copy)]
-enum Step {
+enum Instruction {
     /// Load the 32 bits at this offset of `struct seccomp_data`.
     Load(u32),
     /// Keep these bits.
     And(u32),
-    /// Is it this?
-    Is(u32, To, To),
-    /// Is it this or more?
-    AtLeast(u32, To, To),
-    Return(End),
-    Here(Mark),
+    /// Jump if equal, or else.
+    Is(u32, JumpTarget, JumpTarget),
+    /// Jump if equal or greater, or else.
+    AtLeast(u32, JumpTarget, JumpTarget),
+    Return(FilterAction),
+    Define(Label),
 }
 
-use self::{End::*, Step::*};
+use self::{FilterAction::*, Instruction::*};
 
-fn assemble(abis: &[&Numbers], options: Options) -> Vec<sock_filter> {
-    // Every ABI has numbers of its own; each section but the last leads to the next.
-    let mut steps = vec![Load(ARCH)];
+fn assemble(abis: &[&AbiNumbers], options: FilterOptions) -> Vec<sock_filter> {
+    // Every ABI has numbers of its own. A section jumps to the next one if the ABI differs.
+    let mut code = vec![Load(ARCH)];
     for numbers in abis {
-        section(&mut steps, numbers, options);
+        section(&mut code, numbers, options);
     }
-    // No other ABI exists in these kernels. If one does, it knows calls that we do not.
-    steps.push(Return(Kill));
-    link(&steps)
+    // These kernels have no other ABI. If one has, its numbers are unknown.
+    code.push(Return(Kill));
+    link(&code)
 }
 
-fn section(steps: &mut Vec<Step>, numbers: &Numbers, options: Options) {
-    const ALLOW: To = To::End(Allow);
+fn section(code: &mut Vec<Instruction>, numbers: &AbiNumbers, options: FilterOptions) {
+    const ALLOW: JumpTarget = JumpTarget::FilterAction(Allow);
     let nodes = numbers.mknod.into_iter().chain([numbers.mknodat]);
     let lowest = nodes.chain(options.mounts.then_some(numbers.mount)).min().unwrap_or(0);
 
-    steps.extend([
-        Is(numbers.arch, To::Next, To::Mark(Mark::OtherAbi)),
+    code.extend([
+        Is(numbers.arch, JumpTarget::Next, JumpTarget::Label(Label::OtherAbi)),
         Load(NR),
-        // The only one of ours that is frequent.
-        Is(numbers.ioctl, To::Mark(Mark::Ioctl), To::Next),
-        // Most calls leave here.
-        AtLeast(lowest, To::Next, ALLOW),
-        Is(numbers.mknodat, To::Mark(Mark::Mknodat), To::Next),
+        // The only frequent one of the intercepted calls.
+        Is(numbers.ioctl, JumpTarget::Label(Label::Ioctl), JumpTarget::Next),
+        // Most calls are allowed here.
+        AtLeast(lowest, JumpTarget::Next, ALLOW),
+        Is(numbers.mknodat, JumpTarget::Label(Label::Mknodat), JumpTarget::Next),
     ]);
     // aarch64 has mknodat(2) only.
-    steps.extend(numbers.mknod.map(|mknod| Is(mknod, To::Mark(Mark::Mknod), To::Next)));
+    code.extend(numbers.mknod.map(|mknod| Is(mknod, JumpTarget::Label(Label::Mknod), JumpTarget::Next)));
     if options.mounts {
-        steps.extend([
-            Is(numbers.mount, To::End(Notify), To::Next),
-            // Everything before fsopen(2) leaves, and those up to fspick(2) do not exist.
-            AtLeast(FSOPEN, To::Next, ALLOW),
-            AtLeast(AFTER_FSPICK, To::Next, To::End(Lack)),
+        code.extend([
+            Is(numbers.mount, JumpTarget::FilterAction(Notify), JumpTarget::Next),
+            // Numbers before fsopen(2) are allowed, those up to fspick(2) get ENOSYS.
+            AtLeast(FSOPEN, JumpTarget::Next, ALLOW),
+            AtLeast(AFTER_FSPICK, JumpTarget::Next, JumpTarget::FilterAction(NotImplemented)),
         ]);
     }
     if numbers.abi == Abi::X86_64 {
-        // x32 has numbers and structures of its own, and hardly a program: it does not exist.
-        steps.push(AtLeast(X32, To::End(Lack), To::Next));
+        // x32 has numbers and structures of its own, and hardly any program: ENOSYS.
+        code.push(AtLeast(X32, JumpTarget::FilterAction(NotImplemented), JumpTarget::Next));
     }
-    steps.extend([
+    code.extend([
         Return(Allow),
-        Here(Mark::Ioctl),
+        Define(Label::Ioctl),
         Load(low(1)),
-        Is(BLOCK[0], To::End(Notify), To::Next),
-        Is(BLOCK[1], To::End(Notify), To::Next),
-        Is(BLOCK[2], To::End(Notify), To::Next),
+        Is(BLOCK[0], JumpTarget::FilterAction(Notify), JumpTarget::Next),
+        Is(BLOCK[1], JumpTarget::FilterAction(Notify), JumpTarget::Next),
+        Is(BLOCK[2], JumpTarget::FilterAction(Notify), JumpTarget::Next),
     ]);
     if options.caches {
-        steps.extend(CACHES.map(|command| Is(command, To::End(Notify), To::Next)));
+        code.extend(CACHES.map(|command| Is(command, JumpTarget::FilterAction(Notify), JumpTarget::Next)));
     }
-    steps.extend([
+    code.extend([
         And(IOCTL_MASK),
-        Is(IOCTL_LOOP, To::End(Notify), ALLOW),
-        // The mode of mknodat(2) is its third argument, that of mknod(2) the second. Character nodes
-        // (overlayfs's whiteouts), pipes and sockets may be made, block nodes are stopped.
-        Here(Mark::Mknodat),
+        Is(IOCTL_LOOP, JumpTarget::FilterAction(Notify), ALLOW),
+        // The mode is the third argument of mknodat(2), and the second of mknod(2). Character nodes
+        // (whiteouts of overlayfs), pipes and sockets are allowed, block nodes are intercepted.
+        Define(Label::Mknodat),
         Load(low(2)),
         And(libc::S_IFMT),
-        Is(libc::S_IFBLK, To::End(Notify), ALLOW),
-        Here(Mark::Mknod),
+        Is(libc::S_IFBLK, JumpTarget::FilterAction(Notify), ALLOW),
+        Define(Label::Mknod),
         Load(low(1)),
         And(libc::S_IFMT),
-        Is(libc::S_IFBLK, To::End(Notify), ALLOW),
-        Here(Mark::OtherAbi),
+        Is(libc::S_IFBLK, JumpTarget::FilterAction(Notify), ALLOW),
+        Define(Label::OtherAbi),
     ]);
 }
 
-/// Turns steps into instructions, with the ends behind them.
-fn link(steps: &[Step]) -> Vec<sock_filter> {
-    let instructions = |steps: &[Step]| steps.iter().filter(|step| !matches!(step, Here(_))).count();
-    let mut program = Vec::with_capacity(steps.len() + ENDS.len());
-    for (at, step) in steps.iter().enumerate() {
-        let rest = &steps[at + 1..];
-        // Distances are counted from the next instruction. One that does not fit would lead out of
-        // the program, which the kernel refuses; a test says that all fit.
+/// Assembles the instructions, followed by the returns.
+fn link(code: &[Instruction]) -> Vec<sock_filter> {
+    let instructions =
+        |code: &[Instruction]| code.iter().filter(|instruction| !matches!(instruction, Define(_))).count();
+    let mut program = Vec::with_capacity(code.len() + FILTER_ACTIONS.len());
+    for (at, instruction) in code.iter().enumerate() {
+        let rest = &code[at + 1..];
+        // Jump offsets count from the next instruction. One that does not fit points beyond the
+        // program, which the kernel refuses; a test checks that all fit.
         let to = |to| {
             let distance = match to {
-                To::Next => Some(0),
-                To::Mark(mark) => rest
+                JumpTarget::Next => Some(0),
+                JumpTarget::Label(mark) => rest
                     .iter()
-                    .position(|step| matches!(step, Here(here) if *here == mark))
+                    .position(|instruction| matches!(instruction, Define(here) if *here == mark))
                     .map(|there| instructions(&rest[..there])),
-                To::End(end) => ENDS.iter().position(|&e| e == end).map(|there| instructions(rest) + there),
+                JumpTarget::FilterAction(end) => {
+                    FILTER_ACTIONS.iter().position(|&e| e == end).map(|there| instructions(rest) + there)
+                }
             };
             distance.and_then(|distance| u8::try_from(distance).ok()).unwrap_or(u8::MAX)
         };
-        program.push(match *step {
+        program.push(match *instruction {
             Load(offset) => plain(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset),
             And(bits) => plain(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, bits),
             Is(k, yes, no) => jump(libc::BPF_JEQ, k, to(yes), to(no)),
             AtLeast(k, yes, no) => jump(libc::BPF_JGE, k, to(yes), to(no)),
             Return(end) => plain(libc::BPF_RET | libc::BPF_K, end.action()),
-            Here(_) => continue,
+            Define(_) => continue,
         });
     }
-    program.extend(ENDS.map(|end| plain(libc::BPF_RET | libc::BPF_K, end.action())));
+    program.extend(FILTER_ACTIONS.map(|end| plain(libc::BPF_RET | libc::BPF_K, end.action())));
     program
 }
 

@@ -1,11 +1,11 @@
-//! The filter's program, run by a small interpreter of classic BPF.
+//! Runs the filter program in a small interpreter of classic BPF.
 
 use super::*;
 
-const OFF: Options = Options { mounts: false, caches: false };
-const ON: Options = Options { mounts: true, caches: true };
+const OFF: FilterOptions = FilterOptions { mounts: false, caches: false };
+const ON: FilterOptions = FilterOptions { mounts: true, caches: true };
 
-/// What the program answers to a call, and after how many instructions.
+/// The result of the program for a call, and the number of instructions.
 fn run(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> (u32, usize) {
     let mut data = [nr.to_le_bytes(), arch.to_le_bytes(), [0; 4], [0; 4]].concat();
     data.extend(args.into_iter().flat_map(u64::to_le_bytes));
@@ -30,15 +30,15 @@ fn run(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> (u32, usi
     }
 }
 
-fn end(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> End {
+fn end(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> FilterAction {
     let (action, _) = run(program, arch, nr, args);
-    ENDS.into_iter().find(|end| end.action() == action).unwrap()
+    FILTER_ACTIONS.into_iter().find(|end| end.action() == action).unwrap()
 }
 
-const PAIRS: [[&Numbers; 2]; 2] = [[&X86_64, &I386], [&AARCH64, &ARM]];
+const PAIRS: [[&AbiNumbers; 2]; 2] = [[&X86_64, &I386], [&AARCH64, &ARM]];
 
 #[test]
-fn ioctls_of_loop_are_stopped_and_others_are_not() {
+fn intercepts_ioctls_of_loop_only() {
     for abis in PAIRS {
         for options in [OFF, ON] {
             let program = assemble(&abis, options);
@@ -58,7 +58,7 @@ fn ioctls_of_loop_are_stopped_and_others_are_not() {
                 for cmd in [0x4008_1271, 0x4004_1271, 0x1261] {
                     assert_eq!(ioctl(cmd), if options.caches { Notify } else { Allow }, "{cmd:x}");
                 }
-                // The same number as something else's argument.
+                // The same number as an argument of another call.
                 assert_eq!(end(&program, n.arch, n.ioctl + 1, [3, 0x4c00, 0, 0, 0, 0]), Allow);
             }
         }
@@ -66,7 +66,7 @@ fn ioctls_of_loop_are_stopped_and_others_are_not() {
 }
 
 #[test]
-fn block_nodes_are_stopped_and_others_are_not() {
+fn intercepts_block_nodes_only() {
     let modes = [
         (libc::S_IFBLK | 0o600, Notify),
         (libc::S_IFBLK, Notify),
@@ -98,7 +98,7 @@ fn block_nodes_are_stopped_and_others_are_not() {
 }
 
 #[test]
-fn mounts_are_stopped_where_that_is_asked_for() {
+fn intercepts_mounts_on_request() {
     for abis in PAIRS {
         let (off, on) = (assemble(&abis, OFF), assemble(&abis, ON));
         for n in abis {
@@ -106,7 +106,7 @@ fn mounts_are_stopped_where_that_is_asked_for() {
             assert_eq!(end(&on, n.arch, n.mount, [0; 6]), Notify);
             for nr in 430..434 {
                 assert_eq!(end(&off, n.arch, nr, [0; 6]), Allow);
-                assert_eq!(end(&on, n.arch, nr, [0; 6]), Lack, "{nr}");
+                assert_eq!(end(&on, n.arch, nr, [0; 6]), NotImplemented, "{nr}");
             }
             // open_tree, move_mount, pidfd_open.
             for nr in [428, 429, 434] {
@@ -117,7 +117,7 @@ fn mounts_are_stopped_where_that_is_asked_for() {
 }
 
 #[test]
-fn every_other_number_is_allowed_whatever_its_arguments() {
+fn allows_all_other_numbers() {
     for abis in PAIRS {
         for options in [OFF, ON] {
             let program = assemble(&abis, options);
@@ -138,10 +138,10 @@ fn every_other_number_is_allowed_whatever_its_arguments() {
 }
 
 #[test]
-fn what_is_not_known_is_not_allowed() {
+fn refuses_unknown_numbers_and_abis() {
     let program = assemble(&PAIRS[0], OFF);
     for nr in [X32, X32 | 514, X32 | 133, X32 | 259, 0x7fff_ffff, u32::MAX] {
-        assert_eq!(end(&program, X86_64.arch, nr, [0; 6]), Lack, "{nr:x}");
+        assert_eq!(end(&program, X86_64.arch, nr, [0; 6]), NotImplemented, "{nr:x}");
     }
     for arch in [0, u32::MAX, AARCH64.arch, ARM.arch, 0xc000_0015] {
         assert_eq!(end(&program, arch, 0, [0; 6]), Kill, "{arch:x}");
@@ -150,11 +150,11 @@ fn what_is_not_known_is_not_allowed() {
 }
 
 #[test]
-fn as_many_instructions_as_the_table_says() {
+fn runs_as_many_instructions_as_documented() {
     let (off, on) = (assemble(&PAIRS[0], OFF), assemble(&PAIRS[0], ON));
     let count =
-        |program: &[sock_filter], n: &Numbers, nr, cmd| run(program, n.arch, nr, [0, cmd, 0, 0, 0, 0]).1;
-    let longest = |program: &[sock_filter], n: &Numbers, from| {
+        |program: &[sock_filter], n: &AbiNumbers, nr, cmd| run(program, n.arch, nr, [0, cmd, 0, 0, 0, 0]).1;
+    let longest = |program: &[sock_filter], n: &AbiNumbers, from| {
         (from..450).map(|nr| count(program, n, nr, 0x4c00)).max().unwrap()
     };
     for program in [&off, &on] {
@@ -177,9 +177,9 @@ fn as_many_instructions_as_the_table_says() {
     assert!(on.len() < 64, "{}", on.len());
 }
 
-/// The kernel takes only what neither leads out of the program nor fails to end.
+/// The kernel refuses programs with other jumps, or without a return at the end.
 #[test]
-fn every_jump_stays_inside_and_every_end_is_an_end() {
+fn jumps_stay_inside_the_program() {
     for abis in [&PAIRS[0][..], &PAIRS[1], &[]] {
         for program in [assemble(abis, OFF), assemble(abis, ON)] {
             for (at, step) in program.iter().enumerate() {
@@ -192,7 +192,7 @@ fn every_jump_stays_inside_and_every_end_is_an_end() {
 }
 
 #[test]
-fn notifications_are_known_by_name() {
+fn decodes_notifications() {
     assert_eq!(decode(X86_64.arch, 16), Some((Abi::X86_64, Call::Ioctl)));
     assert_eq!(decode(I386.arch, 54), Some((Abi::I386, Call::Ioctl)));
     assert_eq!(decode(X86_64.arch, 165), Some((Abi::X86_64, Call::Mount)));

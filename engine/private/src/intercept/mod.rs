@@ -1,38 +1,40 @@
-//! ioctl(2) on loopN and loop-control, stopped by a seccomp filter and served by a pool.
+//! ioctl(2) on loopN and loop-control: intercepted by a seccomp filter, and served by a pool.
 //!
-//! This room knows how such a call is recognised, decoded and answered: which system calls are
-//! stopped ([`filter`]), what is safe to look at in a hostile caller ([`caller`]), what its arguments
-//! say ([`codec`], [`calls`], [`mounts`]), and who serves whom when ([`supervisor`]). It does not know what the
-//! operations do ([`crate::loops`]), nor where the nodes come from (`loopfs`).
+//! This module knows how such a call is recognised, decoded and answered: the intercepted system
+//! calls ([`filter`]), safe access to a hostile caller ([`caller`]), the arguments ([`codec`],
+//! [`calls`], [`mounts`]), and the threads that serve calls ([`supervisor`]). It does not know what
+//! the operations do ([`crate::loops`]), nor which file system has the nodes (`loopfs`).
 //!
-//! # What a hostile caller may try
-//! - *Change arguments while they are judged.* Registers are those of the notification. Memory is
-//!   copied once and judged as copied; a backing file is taken once, and judged and used as taken.
-//! - *Have a call pass that was found good.* The kernel reads everything anew when a call is let
-//!   through, so nothing is ever let through that was found to be ours: it is answered. What passes
-//!   is what would have happened without a filter, and is refused by the kernel on our devices
-//!   (ENOTTY). This room is a driver, not a guard: the guards are the modes of the nodes, and the
-//!   one thing that the filter itself refuses, to make block nodes.
-//! - *Die, and have another process or thread get its number.* See [`caller`]: what was found by the
-//!   number counts if the call still waits afterwards, and memory is written through a descriptor
-//!   of the address space. Side effects begin only while the caller waits ([`Caller::waits`]).
-//! - *Open with O_PATH*, which asks for no permission: EBADF, as the kernel says, for the device and
+//! # Attacks of a hostile caller
+//! - *Change arguments after the check.* Registers are those of the notification. Memory is copied
+//!   once; a backing file is duplicated once. The copy is checked and used.
+//! - *Have a checked call served by the kernel with other arguments.* The kernel reads all
+//!   arguments again when a call continues. So a recognised call never continues: it is answered.
+//!   Calls that continue behave as without a filter, and the kernel refuses them on the pool's
+//!   devices (ENOTTY). This module is a driver, not a guard. The guards are the modes of the nodes,
+//!   and the refusal to make block nodes.
+//! - *End, so that another process or thread gets its id.* See [`caller`]: results by id count only
+//!   if the call still waits afterwards, and memory is written through a descriptor of the address
+//!   space. Side effects start only while the caller waits ([`LoopCaller::is_waiting`]).
+//! - *Open with O_PATH*, which needs no permission: EBADF, as from the kernel, for the device and
 //!   for the backing file.
-//! - *Share or change the table of descriptors* (threads, CLONE_FILES, vfork): all that is looked up
-//!   is one entry of that thread's table at one time. A descriptor that is replaced
-//!   ([`Caller::replace`]) is replaced for all who share the table, and for nobody else. A vfork
-//!   child has its parent's memory, and a table and thread id of its own.
-//! - *Install more filters.* All filters are asked, and the strictest answer counts: another can
-//!   refuse what this would stop. It cannot have a listener (EBUSY, one in a chain), nor undo this one.
-//! - *Send a listener of a filter of his own*, or keep a duplicate of ours. Calls that are not known
-//!   pass. He may answer calls himself: then nobody waits any more. He may receive calls himself: then
-//!   a thread of this listener may block in the kernel until the last of his processes is gone.
-//! - *Have us wait*: memory behind userfaultfd, a backing file on his own FUSE. That is one of
-//!   the few calls of his listener; its deadline fails it, and other listeners have threads of their own.
-//! - *Send signals all the time.* A call that has been received is interrupted by death only.
+//! - *Share or change the descriptor table* (threads, CLONE_FILES, vfork). Each check examines one
+//!   entry of that thread's table at one time. A replaced descriptor
+//!   ([`LoopCaller::replace_descriptor`]) is replaced for all threads that share the table, and for
+//!   no others. A vfork child has its parent's memory, and a table and thread id of its own.
+//! - *Install more filters.* The kernel runs all filters, and the strictest result counts: another
+//!   filter can refuse what this one intercepts. It cannot have a listener (EBUSY: one per chain),
+//!   nor remove this one.
+//! - *Pass a listener of a foreign filter*, or keep a duplicate of this one. Unknown calls
+//!   continue. A caller that answers calls itself has nobody waiting. If it receives calls itself,
+//!   a thread of this listener may block in the kernel until the last of its processes ends.
+//! - *Block the daemon*: memory behind userfaultfd, or a backing file on its own FUSE. That takes
+//!   one of the few concurrent calls of its listener, and fails at a deadline. Other listeners have
+//!   threads of their own.
+//! - *Send signals all the time.* Only SIGKILL interrupts a received call.
 //!
-//! [`Caller::waits`]: crate::loops::Caller::waits
-//! [`Caller::replace`]: crate::loops::Caller::replace
+//! [`LoopCaller::is_waiting`]: crate::loops::LoopCaller::is_waiting
+//! [`LoopCaller::replace_descriptor`]: crate::loops::LoopCaller::replace_descriptor
 
 pub mod caller;
 pub mod calls;
@@ -42,7 +44,7 @@ pub mod mknod;
 pub mod mounts;
 pub mod supervisor;
 
-pub use caller::{Administrators, Namespace, Node};
-pub use calls::{IsControl, Loops};
-pub use mounts::{Mounter, Mounts};
-pub use supervisor::{AT_ONCE, Counts, DEADLINE, Options, Supervisor};
+pub use caller::{Administrators, FdNode, Namespace};
+pub use calls::{IsControl, PoolOps};
+pub use mounts::{MountHandler, MounterSocket};
+pub use supervisor::{CALLS_AT_ONCE, Counts, DEADLINE, Supervisor, SupervisorOptions};

@@ -1,15 +1,16 @@
-//! One stopped mount(2) or umount2(2): copied once, and carried to who can do it ([`Mounts`]).
+//! One intercepted mount(2) or umount2(2): copied once, and passed to a [`MountHandler`].
 //!
-//! In containers that is the daemon (`private::attached`). Elsewhere it is a *mounter*: a plain user's mount of a loop device is done by a program of FUSE, which runs as the caller. The
-//! mounter starts it: a process of the caller's own user namespace that `loopengine run` leaves
-//! outside the filter. Since it has no more rights than the caller, and the caller may do with it as
-//! he likes, it may decide all: whether the source is a loop device of the pool, what the paths mean,
-//! which errno it is. The daemon looks at no path of the tenant's, and believes the mounter only what
-//! the caller could do by himself: to get an errno, or to have the call served by the kernel.
+//! In containers the handler is the daemon (`private::container_mounts`). Elsewhere it is a
+//! *mounter*: a FUSE driver, run as the caller, mounts a loop device. The mounter starts the
+//! driver. It is a process in the caller's own user namespace, which `loopengine run` starts
+//! outside of the filter. It has no more rights than the caller, and the caller controls it, so it
+//! may decide everything: whether the source is a loop device of the pool, how paths resolve, which
+//! errno the call gets. The daemon resolves no path of the tenant. It accepts from the mounter only
+//! what the caller could do itself: an errno, or that the kernel serves the call.
 //!
-//! Where the tenant may have mounts by the kernel, the mounter may ask for one instead of answering: it
-//! names a device by its number, gets a mount that is mounted nowhere, and attaches it where the path
-//! leads, by its own rights. File system, flags and options are those of the call, as it was copied.
+//! Where the tenant may have mounts by the kernel, the mounter may request one instead of a result.
+//! It sends a device number, gets a detached mount, and attaches it at the path, by its own rights.
+//! File system, flags and options are those of the copied call.
 //!
 //! Knows the arguments of mount(2) and the messages to the mounter. Does not know file systems.
 
@@ -21,8 +22,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use serde::{Deserialize, Serialize};
 
-use super::caller::{Administrators, Thread};
-use super::calls::Verdict;
+use super::caller::{Administrators, CallerThread};
+use super::calls::CallAction;
 use super::filter::Abi;
 use crate::error::{Error, Kind, Result};
 use crate::loops::Answer;
@@ -31,18 +32,18 @@ use crate::sys::packet;
 pub use crate::sys::packet::pair;
 use crate::sys::process::Place;
 
-/// How long a mounter may take; shorter than a call may.
-const PATIENCE: Duration = Duration::from_secs(40);
-/// How often it is asked meanwhile whether the caller still waits.
-const LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
-/// Of a path and of a page of options, as with the kernel's.
+/// Timeout of a mounter; shorter than that of a call.
+const MOUNTER_TIMEOUT: Duration = Duration::from_secs(40);
+/// Interval of checks whether the caller still waits.
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Maximum bytes of a path and of the options, as in the kernel.
 const TEXT_MAX: usize = 4096;
 const TYPE_MAX: usize = 64;
-/// Of a message: three texts, every byte written as up to four characters.
+/// Maximum bytes of a message: three texts, with up to four characters per byte.
 const MESSAGE_MAX: usize = 3 * 4 * TEXT_MAX + 4096;
 
-/// What the kernel, not a mounter, does: bind, remount, move, and change propagation.
-const NOT_NEW: u64 = libc::MS_BIND
+/// Flags of calls that the kernel serves: bind, remount, move, and change of propagation.
+const NO_NEW_MOUNT: u64 = libc::MS_BIND
     | libc::MS_REMOUNT
     | libc::MS_MOVE
     | libc::MS_UNBINDABLE
@@ -52,17 +53,17 @@ const NOT_NEW: u64 = libc::MS_BIND
 const MAGIC: u64 = libc::MS_MGC_VAL;
 const MAGIC_MASK: u64 = libc::MS_MGC_MSK;
 
-/// The mounter's answer for what is not of the pool.
-const NOT_OURS: i32 = -1;
-/// The same for a mount by the kernel: behind it comes the device number, as eight bytes.
-const BY_KERNEL: i32 = -2;
+/// The mounter's result for a source that is no device of the pool.
+const PASS: i32 = -1;
+/// The mounter's request of a mount by the kernel, followed by the device number, eight bytes.
+const MOUNT_BY_KERNEL: i32 = -2;
 
 /// The arguments of a mount(2).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Asked {
-    /// Path of what is mounted.
+pub struct MountRequest {
+    /// Path of the device.
     pub source: Vec<u8>,
-    /// Path of where.
+    /// Path of the mount point.
     pub target: Vec<u8>,
     /// The file system.
     pub kind: String,
@@ -72,11 +73,11 @@ pub struct Asked {
     pub data: String,
 }
 
-/// A call as it comes to the mounter.
+/// A call, as the mounter gets it.
 #[derive(Debug)]
-pub struct Request {
-    /// What is to be done.
-    pub asked: Asked,
+pub struct MounterRequest {
+    /// Its arguments.
+    pub mount: MountRequest,
     /// The caller's root directory.
     pub root: OwnedFd,
     /// Its working directory.
@@ -86,112 +87,117 @@ pub struct Request {
     reply: OwnedFd,
 }
 
-/// Who mounts for the callers of a filter. Of administrators only; others get what the kernel says.
-pub trait Mounts: Send + Sync {
-    /// Does it. None: it is not ours, and the kernel may serve it. `waits`: somebody still waits for it.
-    fn mount(&self, asked: &Asked, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>>;
+/// Serves mounts of the administrators under a filter. The kernel serves other callers.
+pub trait MountHandler: Send + Sync {
+    /// Serves a mount. None: the kernel serves it. `waits`: whether the caller still waits.
+    fn mount(&self, request: &MountRequest, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>>;
 
     /// The same for umount2(2).
-    fn umount(&self, _asked: &Unmount, _place: Place, _waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
+    fn umount(
+        &self,
+        _asked: &UnmountRequest,
+        _place: Place,
+        _waits: &dyn Fn() -> bool,
+    ) -> Answer<Option<()>> {
         Ok(None)
     }
 }
 
 /// The arguments of an umount2(2).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unmount {
+pub struct UnmountRequest {
     /// Path of a mount.
     pub path: Vec<u8>,
     /// `MNT_*` and `UMOUNT_NOFOLLOW`.
     pub flags: u32,
 }
 
-/// Serves a stopped mount(2).
+/// Serves an intercepted mount(2).
 pub(super) fn mount(
-    mounts: &dyn Mounts,
-    thread: &Thread<'_>,
+    mounts: &dyn MountHandler,
+    thread: &CallerThread<'_>,
     abi: Abi,
     args: &[u64; 6],
     administrators: Administrators,
-) -> Verdict {
-    let Some(asked) = copy(thread, abi, args) else { return Verdict::Pass };
-    verdict(thread, administrators, |place| mounts.mount(&asked, place, &|| thread.waits()))
+) -> CallAction {
+    let Some(request) = copy_mount(thread, abi, args) else { return CallAction::Pass };
+    act_as_admin(thread, administrators, |place| mounts.mount(&request, place, &|| thread.is_waiting()))
 }
 
-/// Serves a stopped umount2(2).
+/// Serves an intercepted umount2(2).
 pub(super) fn umount(
-    mounts: &dyn Mounts,
-    thread: &Thread<'_>,
+    mounts: &dyn MountHandler,
+    thread: &CallerThread<'_>,
     abi: Abi,
     args: &[u64; 6],
     administrators: Administrators,
-) -> Verdict {
-    let Some(path) = text(thread, address(abi, args, 0), TEXT_MAX) else { return Verdict::Pass };
-    // The kernel takes 32 bits.
-    let asked = Unmount { path, flags: args[1] as u32 };
-    verdict(thread, administrators, |place| mounts.umount(&asked, place, &|| thread.waits()))
+) -> CallAction {
+    let Some(path) = read_c_string(thread, address(abi, args, 0), TEXT_MAX) else { return CallAction::Pass };
+    // The kernel uses 32 bits.
+    let request = UnmountRequest { path, flags: args[1] as u32 };
+    act_as_admin(thread, administrators, |place| mounts.umount(&request, place, &|| thread.is_waiting()))
 }
 
-fn verdict(
-    thread: &Thread<'_>,
+fn act_as_admin(
+    thread: &CallerThread<'_>,
     administrators: Administrators,
     act: impl FnOnce(Place) -> Answer<Option<()>>,
-) -> Verdict {
-    // Others get EPERM from the kernel; nobody must lend them his rights.
+) -> CallAction {
+    // Others get EPERM from the kernel, and must not use the daemon's rights.
     if !thread.is_admin(administrators) {
-        return Verdict::Pass;
+        return CallAction::Pass;
     }
     match thread.place().and_then(act) {
-        Ok(None) => Verdict::Pass,
-        Ok(Some(())) => Verdict::Answer(Ok(0)),
-        Err(errno) => Verdict::Answer(Err(errno)),
+        Ok(None) => CallAction::Pass,
+        Ok(Some(())) => CallAction::Answer(Ok(0)),
+        Err(errno) => CallAction::Answer(Err(errno)),
     }
 }
 
-/// Has the kernel mount what a mounter names.
-pub trait Kernel: Send + Sync {
-    /// A mount of the device with this number, mounted nowhere yet. Which devices and file systems may
-    /// be mounted is to be checked: who asks is not trusted. `waits`: somebody still waits for it.
-    fn mount(&self, asked: &Asked, device: u64, waits: &dyn Fn() -> bool) -> Answer<OwnedFd>;
+/// Mounts by the kernel for a mounter.
+pub trait KernelMounter: Send + Sync {
+    /// Returns a detached mount of the device with this number. Must check device and file system:
+    /// the mounter is not trusted. `waits`: whether the caller still waits.
+    fn mount(&self, request: &MountRequest, device: u64, waits: &dyn Fn() -> bool) -> Answer<OwnedFd>;
 }
 
-/// The daemon's end of the socket to a mounter. It may come from anybody.
-pub struct Mounter {
+/// The daemon's end of the socket to a mounter. It is not trusted.
+pub struct MounterSocket {
     socket: OwnedFd,
-    kernel: Option<Box<dyn Kernel>>,
+    kernel: Option<Box<dyn KernelMounter>>,
 }
 
-impl std::fmt::Debug for Mounter {
+impl std::fmt::Debug for MounterSocket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Mounter").field("kernel", &self.kernel.is_some()).finish_non_exhaustive()
+        f.debug_struct("MounterSocket").field("kernel", &self.kernel.is_some()).finish_non_exhaustive()
     }
 }
 
-/// What a mounter says.
+/// A reply of a mounter.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+enum MounterReply {
     Done,
-    NotOurs,
+    Pass,
     ByKernel(u64),
 }
 
-/// Refuses what cannot be a mounter's socket, without a question to whoever serves its file.
+/// Refuses a descriptor that is no packet socket, without a request to its file system.
 pub fn check_socket(socket: &OwnedFd) -> Result<()> {
     match is_packet_socket(socket) {
         true => Ok(()),
-        false => Err(Error::new(Kind::Invalid, "what came with the call is no socket of a mounter")
+        false => Err(Error::new(Kind::Invalid, "the call's descriptor of a mounter is no packet socket")
             .hint("pass one of a pair of sockets of the type SOCK_SEQPACKET")),
     }
 }
 
-impl Mounter {
-    /// Takes a socket over, if it is such a one. `kernel`: if the tenant may have mounts by it.
-    pub fn new(socket: OwnedFd, kernel: Option<Box<dyn Kernel>>) -> Result<Mounter> {
+impl MounterSocket {
+    /// Takes over a packet socket. `kernel`: if the tenant may have mounts by the kernel.
+    pub fn new(socket: OwnedFd, kernel: Option<Box<dyn KernelMounter>>) -> Result<MounterSocket> {
         check_socket(&socket)?;
-        Ok(Mounter { socket, kernel })
+        Ok(MounterSocket { socket, kernel })
     }
 
-    /// Has it end what it has started, and waits for that. True: it has.
+    /// Ends the mounter, and waits until it has unmounted. False: timeout.
     pub fn end(&self, within: Duration) -> bool {
         let _ = shutdown(&self.socket, Shutdown::Write);
         let until = Instant::now() + within;
@@ -208,28 +214,28 @@ impl Mounter {
     }
 }
 
-impl Mounts for Mounter {
-    fn mount(&self, asked: &Asked, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
+impl MountHandler for MounterSocket {
+    fn mount(&self, request: &MountRequest, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
         let [root, cwd, namespace] = place;
         let (reply, theirs) = pair()?;
-        let message = serde_json::to_vec(asked).map_err(|_| Errno::INVAL)?;
+        let message = serde_json::to_vec(request).map_err(|_| Errno::INVAL)?;
         let fds = [theirs.as_fd(), root.as_fd(), cwd.as_fd(), namespace.as_fd()];
-        // Whoever is not there to take it, or takes nothing: the mount fails, and nothing else does.
+        // If the mounter is gone, or receives nothing, only the mount fails.
         packet::send(self.socket.as_fd(), &message, &fds).map_err(|_| Errno::IO)?;
         drop(theirs);
-        let until = Instant::now() + PATIENCE;
-        match said(&reply, until, waits)? {
-            Said::Done => Ok(Some(())),
-            Said::NotOurs => Ok(None),
-            Said::ByKernel(device) => {
+        let until = Instant::now() + MOUNTER_TIMEOUT;
+        match wait_for_reply(&reply, until, waits)? {
+            MounterReply::Done => Ok(Some(())),
+            MounterReply::Pass => Ok(None),
+            MounterReply::ByKernel(device) => {
                 let kernel = self.kernel.as_ref().ok_or(Errno::NODEV);
-                // Once: whatever the mounter says next is the end.
-                match kernel.and_then(|kernel| kernel.mount(asked, device, waits)) {
+                // Only once: the next reply must be final.
+                match kernel.and_then(|kernel| kernel.mount(request, device, waits)) {
                     Ok(mount) => packet::send(reply.as_fd(), &0_i32.to_ne_bytes(), &[mount.as_fd()])?,
                     Err(errno) => packet::send(reply.as_fd(), &errno.raw_os_error().to_ne_bytes(), &[])?,
                 }
-                match said(&reply, until, waits)? {
-                    Said::Done => Ok(Some(())),
+                match wait_for_reply(&reply, until, waits)? {
+                    MounterReply::Done => Ok(Some(())),
                     _ => Err(Errno::IO),
                 }
             }
@@ -237,10 +243,10 @@ impl Mounts for Mounter {
     }
 }
 
-/// Waits for what the mounter says.
-fn said(reply: &OwnedFd, until: Instant, waits: &dyn Fn() -> bool) -> Answer<Said> {
+/// Waits for a reply of the mounter.
+fn wait_for_reply(reply: &OwnedFd, until: Instant, waits: &dyn Fn() -> bool) -> Answer<MounterReply> {
     while Instant::now() < until && waits() {
-        match poll(&mut [PollFd::new(reply, PollFlags::IN)], Some(&LOOK)) {
+        match poll(&mut [PollFd::new(reply, PollFlags::IN)], Some(&POLL_INTERVAL)) {
             Ok(0) | Err(Errno::INTR) => {}
             _ => return read(reply),
         }
@@ -248,57 +254,57 @@ fn said(reply: &OwnedFd, until: Instant, waits: &dyn Fn() -> bool) -> Answer<Sai
     Err(Errno::TIMEDOUT)
 }
 
-fn read(reply: &OwnedFd) -> Answer<Said> {
-    // One more than an answer has, so that a longer one shows.
+fn read(reply: &OwnedFd) -> Answer<MounterReply> {
+    // One byte more than a reply has, to detect longer ones.
     let mut bytes = [0; 13];
     let (_, len) = recv(reply, &mut bytes[..], RecvFlags::DONTWAIT)?;
     let code = |bytes: [u8; 4]| i32::from_ne_bytes(bytes);
     match (len, bytes) {
         (4, [a, b, c, d, ..]) => match code([a, b, c, d]) {
-            NOT_OURS => Ok(Said::NotOurs),
-            0 => Ok(Said::Done),
+            PASS => Ok(MounterReply::Pass),
+            0 => Ok(MounterReply::Done),
             errno if (1..4096).contains(&errno) => Err(Errno::from_raw_os_error(errno)),
             _ => Err(Errno::IO),
         },
-        (12, [a, b, c, d, device @ .., _]) if code([a, b, c, d]) == BY_KERNEL => {
-            Ok(Said::ByKernel(u64::from_ne_bytes(device)))
+        (12, [a, b, c, d, device @ .., _]) if code([a, b, c, d]) == MOUNT_BY_KERNEL => {
+            Ok(MounterReply::ByKernel(u64::from_ne_bytes(device)))
         }
         _ => Err(Errno::IO),
     }
 }
 
-/// The call, if it makes a mount that could be ours.
-fn copy(thread: &Thread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Asked> {
+/// Copies the call, if it is a new mount that may concern the pool.
+fn copy_mount(thread: &CallerThread<'_>, abi: Abi, args: &[u64; 6]) -> Option<MountRequest> {
     let address = |at| address(abi, args, at);
     let flags = flags(address(3))?;
-    let kind = String::from_utf8(text(thread, address(2), TYPE_MAX)?).ok()?;
-    // What programs of FUSE mount in their turn, also under the filter, must not wait for anybody.
+    let kind = String::from_utf8(read_c_string(thread, address(2), TYPE_MAX)?).ok()?;
+    // A FUSE driver mounts too, also under the filter, and must not wait for the mounter.
     if kind.is_empty() || kind == "fuse" || kind.starts_with("fuse.") || kind == "fuseblk" {
         return None;
     }
-    let source = text(thread, address(0), TEXT_MAX)?;
-    let target = text(thread, address(1), TEXT_MAX)?;
+    let source = read_c_string(thread, address(0), TEXT_MAX)?;
+    let target = read_c_string(thread, address(1), TEXT_MAX)?;
     let data = match address(4) {
         0 => String::new(),
-        at => String::from_utf8(text(thread, at, TEXT_MAX)?).ok()?,
+        at => String::from_utf8(read_c_string(thread, at, TEXT_MAX)?).ok()?,
     };
-    (!source.is_empty()).then_some(Asked { source, target, kind, flags, data })
+    (!source.is_empty()).then_some(MountRequest { source, target, kind, flags, data })
 }
 
 pub(super) fn address(abi: Abi, args: &[u64; 6], at: usize) -> u64 {
     if abi.is_compat() { args[at] & u64::from(u32::MAX) } else { args[at] }
 }
 
-/// None: nothing new is mounted.
+/// None: the call creates no new mount.
 fn flags(raw: u64) -> Option<u64> {
     let flags = if raw & MAGIC_MASK == MAGIC { raw & !MAGIC_MASK } else { raw };
-    (flags & NOT_NEW == 0).then_some(flags)
+    (flags & NO_NEW_MOUNT == 0).then_some(flags)
 }
 
-/// A string of the caller's, up to its zero. None: it has none, or is too long; the kernel says what is
-/// wrong with it.
-pub(super) fn text(thread: &Thread<'_>, address: u64, max: usize) -> Option<Vec<u8>> {
-    /// No page is smaller, so what is read at once is there or not.
+/// Reads a string of the caller, up to its NUL. None: it is unreadable or too long; the kernel then
+/// refuses it.
+pub(super) fn read_c_string(thread: &CallerThread<'_>, address: u64, max: usize) -> Option<Vec<u8>> {
+    /// The smallest page size: a read within it succeeds or fails as a whole.
     const PAGE: u64 = 4096;
     let mut text = Vec::new();
     let mut at = address;
@@ -317,22 +323,22 @@ pub(super) fn text(thread: &Thread<'_>, address: u64, max: usize) -> Option<Vec<
     None
 }
 
-impl Request {
-    /// The next one; none: it is over. What is no request is left out.
-    pub fn next(socket: BorrowedFd<'_>) -> rustix::io::Result<Option<Request>> {
+impl MounterRequest {
+    /// Receives the next request. None: the daemon has closed the socket. Skips invalid messages.
+    pub fn next(socket: BorrowedFd<'_>) -> rustix::io::Result<Option<MounterRequest>> {
         while let Some(packet) = packet::receive(socket, MESSAGE_MAX)? {
-            if let (true, Ok(asked), Ok([reply, root, cwd, namespace])) =
+            if let (true, Ok(request), Ok([reply, root, cwd, namespace])) =
                 (packet.whole, serde_json::from_slice(&packet.bytes), <[OwnedFd; 4]>::try_from(packet.fds))
             {
-                return Ok(Some(Request { asked, root, cwd, namespace, reply }));
+                return Ok(Some(MounterRequest { mount: request, root, cwd, namespace, reply }));
             }
         }
         Ok(None)
     }
 
-    /// Asks for a mount by the kernel of the device with this number; it is mounted nowhere yet.
-    pub fn by_kernel(&self, device: u64) -> Answer<OwnedFd> {
-        let mut question = BY_KERNEL.to_ne_bytes().to_vec();
+    /// Requests a mount by the kernel of the device with this number; returns it detached.
+    pub fn request_kernel_mount(&self, device: u64) -> Answer<OwnedFd> {
+        let mut question = MOUNT_BY_KERNEL.to_ne_bytes().to_vec();
         question.extend(device.to_ne_bytes());
         packet::send(self.reply.as_fd(), &question, &[])?;
         let packet = packet::receive(self.reply.as_fd(), 16)?.ok_or(Errno::IO)?;
@@ -344,14 +350,14 @@ impl Request {
         }
     }
 
-    /// Answers the caller. `Ok(false)`: it is not ours.
+    /// Replies. `Ok(false)`: the kernel serves the call.
     pub fn answer(self, done: Answer<bool>) {
         let code = match done {
             Ok(true) => 0,
-            Ok(false) => NOT_OURS,
+            Ok(false) => PASS,
             Err(errno) => errno.raw_os_error(),
         };
-        // Nobody waits any more: killed, or overdue.
+        // The caller may have been killed, or failed at its deadline.
         let _ = send(&self.reply, &code.to_ne_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     }
 }
@@ -361,7 +367,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_makes_a_mount() {
+    fn recognises_new_mounts() {
         assert_eq!(flags(libc::MS_RDONLY), Some(1));
         assert_eq!(flags(MAGIC | libc::MS_NOSUID), Some(2));
         for other in [libc::MS_BIND, libc::MS_REMOUNT, libc::MS_MOVE, libc::MS_SLAVE, MAGIC | libc::MS_SHARED]
@@ -371,32 +377,32 @@ mod tests {
     }
 
     #[test]
-    fn a_mounter_is_a_socket_of_its_kind_and_ends_when_it_is_gone() {
+    fn accepts_a_packet_socket_and_detects_its_end() {
         let (ours, theirs) = pair().unwrap();
-        let mounter = Mounter::new(ours, None).unwrap();
+        let mounter = MounterSocket::new(ours, None).unwrap();
         assert!(!mounter.end(Duration::from_millis(10)));
-        assert!(Request::next(theirs.as_fd()).unwrap().is_none());
+        assert!(MounterRequest::next(theirs.as_fd()).unwrap().is_none());
         drop(theirs);
         assert!(mounter.end(Duration::from_secs(5)));
-        assert!(Mounter::new(std::fs::File::open("/dev/null").unwrap().into(), None).is_err());
+        assert!(MounterSocket::new(std::fs::File::open("/dev/null").unwrap().into(), None).is_err());
     }
 
     #[test]
-    fn answers_of_a_mounter_are_not_believed_blindly() {
-        let said = |bytes: &[u8]| {
+    fn refuses_invalid_replies_of_a_mounter() {
+        let parse = |bytes: &[u8]| {
             let (ours, theirs) = pair().unwrap();
             send(&theirs, bytes, SendFlags::empty()).unwrap();
             read(&ours)
         };
-        assert_eq!(said(&0_i32.to_ne_bytes()), Ok(Said::Done));
-        assert_eq!(said(&(-1_i32).to_ne_bytes()), Ok(Said::NotOurs));
-        assert_eq!(said(&libc::ENODEV.to_ne_bytes()), Err(Errno::NODEV));
+        assert_eq!(parse(&0_i32.to_ne_bytes()), Ok(MounterReply::Done));
+        assert_eq!(parse(&(-1_i32).to_ne_bytes()), Ok(MounterReply::Pass));
+        assert_eq!(parse(&libc::ENODEV.to_ne_bytes()), Err(Errno::NODEV));
         let asks = |code: i32| [&code.to_ne_bytes()[..], &259_u64.to_ne_bytes()].concat();
-        assert_eq!(said(&asks(-2)), Ok(Said::ByKernel(259)));
+        assert_eq!(parse(&asks(-2)), Ok(MounterReply::ByKernel(259)));
         let wrong =
             [&(-2_i32).to_ne_bytes()[..], &5000_i32.to_ne_bytes(), &[0; 5], &[0; 1], &[0; 13], &asks(0)];
         for wrong in wrong {
-            assert_eq!(said(wrong), Err(Errno::IO), "{wrong:?}");
+            assert_eq!(parse(wrong), Err(Errno::IO), "{wrong:?}");
         }
     }
 }

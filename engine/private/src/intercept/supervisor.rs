@@ -1,14 +1,14 @@
-//! The threads that serve one listener: receive, decide, answer, until the last caller is gone.
+//! The threads that serve one listener: receive, decide, reply, until the last caller is gone.
 //!
-//! Knows how many calls are served at a time, how long one may take, and when it is over. Does not
-//! know what a call means (`calls`).
+//! Knows how many calls are served concurrently, and how long one may take. Does not know what a
+//! call does (`calls`).
 //!
-//! One thread leads: it alone receives, and serves what it received. A second watches it while there is
-//! anything to serve, and leads in its place once a call takes longer than [`LEAD`]: so short calls cost
-//! no change of threads, and there is always one that sees the end, a deadline and
-//! [`Supervisor::stop`], however many calls hang. There is one thread more than calls are served at a
-//! time; with nothing to do there are one or two. Calls beyond the limit wait in the kernel, where a
-//! signal reaches them.
+//! The threads follow a leader/follower scheme. Only the leader receives, and serves what it
+//! received. One follower monitors it meanwhile, and becomes the leader once a call takes longer
+//! than [`LEADER_TIMEOUT`]. So a short call needs no switch of threads. And there is always a
+//! thread that notices the end, a deadline and [`Supervisor::stop`], however many calls hang. There
+//! is one thread more than concurrent calls; an idle listener has one or two. Calls beyond the
+//! limit wait in the kernel, where a signal reaches them.
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,59 +19,59 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
-use super::caller::{self, Administrators, Thread};
-use super::calls::{Desk, Ioctl, IsControl, Loops, Verdict};
+use super::caller::{self, Administrators, CallerThread};
+use super::calls::{CallAction, IoctlCall, IoctlDispatcher, IsControl, PoolOps};
 use super::filter::{self, Call};
-use super::mknod::Mknod;
-use super::mounts::{self, Mounts};
+use super::mknod::MknodCall;
+use super::mounts::{self, MountHandler};
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::{Listener, Notification, is_over};
 
-/// Calls of one listener that are served at a time.
-pub const AT_ONCE: usize = crate::limits::CALLS_AT_ONCE;
+/// Concurrent calls of one listener.
+pub const CALLS_AT_ONCE: usize = crate::limits::CALLS_AT_ONCE;
 
-/// How long a call may take. Long, since flushing a large image may take long; its caller can be
-/// killed all the while.
+/// Timeout of a call. Long, since the flush of a large image may take long; the caller can be
+/// killed meanwhile.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A call that takes up to twice as long may keep the others waiting.
-const LEAD: Duration = Duration::from_millis(2);
+/// A leader that serves one call for this long, or up to twice as long, is replaced.
+const LEADER_TIMEOUT: Duration = Duration::from_millis(2);
 
-/// How a listener is served.
-pub struct Options {
-    /// Whose it is, for logs and names of threads.
+/// Options of a supervisor.
+pub struct SupervisorOptions {
+    /// The pool, for logs and thread names.
     pub name: String,
-    /// Knows the pool's loop-control.
+    /// Recognises the pool's loop-control.
     pub is_control: IsControl,
-    /// Who administrates the pool.
+    /// The administrators of the pool.
     pub administrators: Administrators,
-    /// Devices that the callers may bind: the first so many; none: all.
-    pub first: Option<u32>,
-    /// Who mounts for the callers; none: the kernel, as if there were no filter.
-    pub mounts: Option<Arc<dyn Mounts>>,
-    /// Block nodes that are not the callers' are refused; or, like all other calls, left to the kernel.
-    pub nodes: bool,
-    /// See [`AT_ONCE`].
-    pub at_once: usize,
+    /// Callers may bind only devices below this number; none: all.
+    pub device_limit: Option<u32>,
+    /// Serves mounts of the callers; none: the kernel does, as without a filter.
+    pub mounts: Option<Arc<dyn MountHandler>>,
+    /// Refuses to make block nodes of foreign devices; false: the kernel decides.
+    pub refuse_foreign_nodes: bool,
+    /// See [`CALLS_AT_ONCE`].
+    pub concurrency: usize,
     /// See [`DEADLINE`].
     pub deadline: Duration,
-    /// Called once, when nobody is left who could call; not after [`Supervisor::stop`]. Calls of
-    /// those who were killed may still be in progress.
+    /// Called once, when the last process under the filter is gone; not after [`Supervisor::stop`].
+    /// Calls of killed callers may still be in progress.
     pub on_end: Box<dyn FnOnce() + Send>,
 }
 
-/// What has happened so far.
+/// Statistics of the calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Calls received.
     pub calls: u64,
-    /// Of these, not ours.
+    /// Of these, left to the kernel.
     pub passed: u64,
-    /// Of these, answered with an errno.
+    /// Of these, failed with an errno.
     pub failed: u64,
-    /// Of these, failed because they took too long.
+    /// Of these, failed at their deadline.
     pub overdue: u64,
-    /// Of these, failed because of a bug in this program.
+    /// Of these, failed by a panic.
     pub panicked: u64,
 }
 
@@ -84,62 +84,66 @@ struct Counters {
     panicked: AtomicU64,
 }
 
-/// A call being served.
-struct Busy {
+/// A call in progress.
+struct ServedCall {
     id: u64,
     until: Instant,
     overdue: bool,
 }
 
-/// What the thread that leads does.
+/// The state of the leader.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Lead {
-    /// None leads.
+enum Leader {
+    /// There is no leader.
     #[default]
-    Nobody,
-    /// Waits for a call.
-    Receives,
-    /// Serves the one with this id.
-    Serves(u64),
+    None,
+    /// It waits for a call.
+    Receiving,
+    /// It serves the call with this id.
+    Serving(u64),
 }
 
 #[derive(Default)]
-struct State {
-    busy: Vec<Busy>,
+struct SupervisorState {
+    calls: Vec<ServedCall>,
     threads: usize,
-    lead: Lead,
-    /// Threads that wait to lead.
-    idle: usize,
-    /// One of them looks now and then whether the one that leads still serves the same call.
-    watched: bool,
-    over: bool,
+    leader: Leader,
+    /// Followers.
+    followers: usize,
+    /// A follower monitors the leader.
+    monitored: bool,
+    ended: bool,
     on_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
-struct Shared {
+struct SupervisorShared {
     listener: Listener,
-    desk: Desk,
-    mounts: Option<Arc<dyn Mounts>>,
-    nodes: bool,
+    dispatcher: IoctlDispatcher,
+    mounts: Option<Arc<dyn MountHandler>>,
+    refuse_foreign_nodes: bool,
     name: String,
-    at_once: usize,
+    concurrency: usize,
     deadline: Duration,
-    /// Readable when the leader should look at the state again.
+    /// Readable when the leader must check the state.
     wake: OwnedFd,
-    known: caller::Known,
-    state: Mutex<State>,
-    /// The lead is free, there is something to watch, or it is over.
-    look: Condvar,
-    ended: Condvar,
+    proc_cache: caller::ProcCache,
+    state: Mutex<SupervisorState>,
+    /// There is no leader, a leader needs a monitor, or the listener has ended.
+    changed: Condvar,
+    threads_ended: Condvar,
     counters: Counters,
 }
 
-/// One listener, served. Dropped, it takes on nothing more, and waits for nothing.
-pub struct Supervisor(Arc<Shared>);
+/// Serves one listener. When dropped, it receives no more calls, and does not wait.
+pub struct Supervisor(Arc<SupervisorShared>);
 
 impl Supervisor {
-    /// Takes over a listener, which may come from anybody.
-    pub fn start(listener: OwnedFd, loops: impl Loops + 'static, options: Options) -> Result<Supervisor> {
+    /// Takes over a listener, which is not trusted.
+    pub fn start(
+        listener: OwnedFd,
+        loops: impl PoolOps + 'static,
+        options: SupervisorOptions,
+    ) -> Result<Supervisor> {
         let what = || format!("cannot intercept the calls of {}", options.name);
         caller::check_kernel().map_err(|error| {
             let error = Error::os(error, what()).with_kind(Kind::Unsupported);
@@ -149,31 +153,40 @@ impl Supervisor {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| Error::os(error, what()))?;
         let context = what();
-        let Options { name, is_control, administrators, first, mounts, nodes, at_once, deadline, on_end } =
-            options;
-        let first = first.unwrap_or(u32::MAX);
-        let shared = Arc::new(Shared {
-            listener,
-            desk: Desk { loops: Box::new(loops), is_control, administrators, first },
-            mounts,
-            nodes,
+        let SupervisorOptions {
             name,
-            at_once: at_once.max(1),
+            is_control,
+            administrators,
+            device_limit,
+            mounts,
+            refuse_foreign_nodes,
+            concurrency,
+            deadline,
+            on_end,
+        } = options;
+        let device_limit = device_limit.unwrap_or(u32::MAX);
+        let shared = Arc::new(SupervisorShared {
+            listener,
+            dispatcher: IoctlDispatcher { loops: Box::new(loops), is_control, administrators, device_limit },
+            mounts,
+            refuse_foreign_nodes,
+            name,
+            concurrency: concurrency.max(1),
             deadline,
             wake,
-            known: caller::Known::default(),
-            state: Mutex::new(State { on_end: Some(on_end), ..State::default() }),
-            look: Condvar::new(),
-            ended: Condvar::new(),
+            proc_cache: caller::ProcCache::default(),
+            state: Mutex::new(SupervisorState { on_end: Some(on_end), ..SupervisorState::default() }),
+            changed: Condvar::new(),
+            threads_ended: Condvar::new(),
             counters: Counters::default(),
         });
-        // From here on dropping it stops the thread.
+        // From here on, a drop stops the thread.
         let supervisor = Supervisor(shared);
         add_thread(&supervisor.0).map_err(|error| Error::os(error, context))?;
         Ok(supervisor)
     }
 
-    /// What has happened so far.
+    /// The statistics so far.
     pub fn counts(&self) -> Counts {
         let Counters { calls, passed, failed, overdue, panicked } = &self.0.counters;
         Counts {
@@ -185,17 +198,17 @@ impl Supervisor {
         }
     }
 
-    /// Nobody can call any more, or it was stopped.
+    /// Whether no caller is left, or it was stopped.
     pub fn is_over(&self) -> bool {
-        lock(&self.0.state).over
+        lock(&self.0.state).ended
     }
 
-    /// Takes on nothing more, and waits for the calls in progress. Answers whether they were over in
-    /// time; when they are, the listener is closed, and callers get ENOSYS.
+    /// Receives no more calls, and waits for those in progress. True: they ended in time; then the
+    /// listener is closed, and callers get ENOSYS.
     pub fn stop(self, within: Duration) -> bool {
         self.0.stop();
         let state = lock(&self.0.state);
-        let waited = self.0.ended.wait_timeout_while(state, within, |state| state.threads > 0);
+        let waited = self.0.threads_ended.wait_timeout_while(state, within, |state| state.threads > 0);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.threads == 0
     }
@@ -207,95 +220,97 @@ impl Drop for Supervisor {
     }
 }
 
-/// Nothing is left half done where a panic could happen under these locks.
+/// A panic under these locks leaves the state consistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn add_thread(shared: &Arc<Shared>) -> std::io::Result<()> {
+fn add_thread(shared: &Arc<SupervisorShared>) -> std::io::Result<()> {
     lock(&shared.state).threads += 1;
     let its = Arc::clone(shared);
     let name = format!("calls-{}", shared.name);
     let started = std::thread::Builder::new().name(name.replace('\0', "")).spawn(move || run(&its));
     if started.is_err() {
-        shared.leave();
+        shared.thread_ended();
     }
     started.map(drop)
 }
 
-fn run(shared: &Arc<Shared>) {
-    let mut leads = false;
-    while leads || shared.wait_to_lead() {
-        let Some(note) = shared.lead() else { break };
-        // Without another thread this one leads again when it has served: slower, but not wrong.
-        if !shared.is_watched()
+fn run(shared: &Arc<SupervisorShared>) {
+    let mut is_leader = false;
+    while is_leader || shared.wait_for_leadership() {
+        let Some(note) = shared.receive_next() else { break };
+        // Without another thread this one leads again after the call: slower, but correct.
+        if !shared.has_monitor()
             && let Err(error) = add_thread(shared)
         {
-            tracing::warn!(pool = shared.name, %error, "calls are served one by one");
+            tracing::warn!(pool = shared.name, %error, "cannot start a thread: calls are served one at a time");
         }
         shared.serve(&note);
-        leads = shared.done(&note);
-        if !leads && lock(&shared.state).idle > 0 {
+        is_leader = shared.finish_call(&note);
+        if !is_leader && lock(&shared.state).followers > 0 {
             break;
         }
     }
-    shared.leave();
+    shared.thread_ended();
 }
 
-impl Shared {
+impl SupervisorShared {
     fn stop(&self) {
-        lock(&self.state).over = true;
-        self.look.notify_all();
+        lock(&self.state).ended = true;
+        self.changed.notify_all();
         self.wake();
     }
 
     fn wake(&self) {
-        // Full is as good as written.
+        // A full counter wakes the leader too.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    fn leave(&self) {
+    fn thread_ended(&self) {
         lock(&self.state).threads -= 1;
-        self.ended.notify_all();
+        self.threads_ended.notify_all();
     }
 
-    /// Waits until nobody leads, or the one that leads is busy for too long. Not so: it is over.
-    fn wait_to_lead(&self) -> bool {
+    /// Waits until there is no leader, or the leader serves one call for too long. False: the
+    /// listener has ended.
+    fn wait_for_leadership(&self) -> bool {
         let mut state = lock(&self.state);
-        state.idle += 1;
-        let mut seen = Lead::Nobody;
-        while !state.over && state.lead != Lead::Nobody {
-            if let Lead::Serves(_) = state.lead {
-                if state.lead == seen {
+        state.followers += 1;
+        let mut seen = Leader::None;
+        while !state.ended && state.leader != Leader::None {
+            if let Leader::Serving(_) = state.leader {
+                if state.leader == seen {
                     break;
                 }
-                seen = state.lead;
-                state.watched = true;
-                let waited = self.look.wait_timeout(state, LEAD);
+                seen = state.leader;
+                state.monitored = true;
+                let waited = self.changed.wait_timeout(state, LEADER_TIMEOUT);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                state.watched = false;
+                state.monitored = false;
             } else {
-                state = self.look.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
         }
-        state.idle -= 1;
-        state.lead = Lead::Receives;
-        !state.over
+        state.followers -= 1;
+        state.leader = Leader::Receiving;
+        !state.ended
     }
 
-    /// A thread watches this one while it serves; if not, there should be one more.
-    fn is_watched(&self) -> bool {
+    /// Whether a follower can monitor this thread while it serves. If not, there should be one
+    /// more.
+    fn has_monitor(&self) -> bool {
         let state = lock(&self.state);
-        if !state.watched && state.idle > 0 {
-            self.look.notify_one();
+        if !state.monitored && state.followers > 0 {
+            self.changed.notify_one();
         }
-        state.idle > 0 || state.threads > self.at_once
+        state.followers > 0 || state.threads > self.concurrency
     }
 
-    /// Leads until there is a call to serve. None: it is over.
-    fn lead(&self) -> Option<Notification> {
+    /// As the leader, waits for the next call. None: the listener has ended.
+    fn receive_next(&self) -> Option<Notification> {
         loop {
-            let (full, timeout) = self.look()?;
+            let (full, timeout) = self.fail_overdue()?;
             let events = if full { PollFlags::empty() } else { PollFlags::IN };
             let mut fds = [PollFd::new(&self.listener, events), PollFd::new(&self.wake, PollFlags::IN)];
             match poll(&mut fds, timeout.as_ref()) {
@@ -314,13 +329,13 @@ impl Shared {
                     Ok(note) => {
                         let until = Instant::now() + self.deadline;
                         let mut state = lock(&self.state);
-                        state.busy.push(Busy { id: note.id, until, overdue: false });
-                        state.lead = Lead::Serves(note.id);
+                        state.calls.push(ServedCall { id: note.id, until, overdue: false });
+                        state.leader = Leader::Serving(note.id);
                         drop(state);
                         self.counters.calls.fetch_add(1, Relaxed);
                         return Some(note);
                     }
-                    // A caller that was killed before it was received, or a signal to this thread.
+                    // The caller was killed, or this thread got a signal.
                     Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {}
                     Err(error) => {
                         self.end(Some(error));
@@ -334,75 +349,75 @@ impl Shared {
         }
     }
 
-    /// A call has been served. Does this thread still lead?
-    fn done(&self, note: &Notification) -> bool {
+    /// Records the end of a call. True: this thread is still the leader.
+    fn finish_call(&self, note: &Notification) -> bool {
         let mut state = lock(&self.state);
-        let was_full = state.busy.len() >= self.at_once;
-        state.busy.retain(|busy| busy.id != note.id);
-        let leads = state.lead == Lead::Serves(note.id);
-        if leads {
-            state.lead = Lead::Receives;
+        let was_full = state.calls.len() >= self.concurrency;
+        state.calls.retain(|call| call.id != note.id);
+        let is_leader = state.leader == Leader::Serving(note.id);
+        if is_leader {
+            state.leader = Leader::Receiving;
         }
         drop(state);
-        if was_full && !leads {
+        if was_full && !is_leader {
             self.wake();
         }
-        leads
+        is_leader
     }
 
-    /// Fails what is overdue. Are as many calls served as may be, and when is the next overdue?
-    /// None: it is over.
-    fn look(&self) -> Option<(bool, Option<Timespec>)> {
+    /// Fails overdue calls. Returns whether the limit of calls is reached, and the time to the next
+    /// deadline. None: the listener has ended.
+    fn fail_overdue(&self) -> Option<(bool, Option<Timespec>)> {
         let mut state = lock(&self.state);
-        if state.over {
+        if state.ended {
             return None;
         }
         let now = Instant::now();
-        for busy in state.busy.iter_mut().filter(|busy| !busy.overdue && busy.until <= now) {
-            busy.overdue = true;
-            // From now on the operation finds that nobody waits for it.
-            if self.listener.answer(busy.id, Err(Errno::IO)).is_ok() {
+        for call in state.calls.iter_mut().filter(|call| !call.overdue && call.until <= now) {
+            call.overdue = true;
+            // From now on the operation sees that its caller does not wait.
+            if self.listener.answer(call.id, Err(Errno::IO)).is_ok() {
                 self.counters.overdue.fetch_add(1, Relaxed);
                 self.counters.failed.fetch_add(1, Relaxed);
-                tracing::warn!(pool = self.name, "a call took too long and was failed");
+                tracing::warn!(pool = self.name, "a call failed: it exceeded its deadline");
             }
         }
-        let next = state.busy.iter().filter(|busy| !busy.overdue).map(|busy| busy.until).min();
+        let next = state.calls.iter().filter(|call| !call.overdue).map(|call| call.until).min();
         let timeout = next.map(|next| {
             let left = next.saturating_duration_since(now);
             Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
         });
-        Some((state.busy.len() >= self.at_once, timeout))
+        Some((state.calls.len() >= self.concurrency, timeout))
     }
 
-    /// Nobody can call any more, or nobody can be served.
+    /// No caller is left, or the listener failed.
     fn end(&self, why: Option<std::io::Error>) {
         if let Some(error) = why {
-            tracing::error!(pool = self.name, %error, "calls are not intercepted any more");
+            tracing::error!(pool = self.name, %error, "cannot receive calls: interception ends");
         }
         let mut state = lock(&self.state);
-        state.over = true;
+        state.ended = true;
         let on_end = state.on_end.take();
         drop(state);
-        self.look.notify_all();
+        self.changed.notify_all();
         if let Some(on_end) = on_end
             && catch_unwind(AssertUnwindSafe(on_end)).is_err()
         {
-            tracing::error!(pool = self.name, "bug: the end of the last caller was not noticed");
+            tracing::error!(pool = self.name, "bug: panic at the end of the last caller");
         }
     }
 
     fn serve(&self, note: &Notification) {
-        let verdict = catch_unwind(AssertUnwindSafe(|| self.verdict(note)));
-        let verdict = verdict.unwrap_or_else(|_| {
+        let action = catch_unwind(AssertUnwindSafe(|| self.decide(note)));
+        let action = action.unwrap_or_else(|_| {
             self.counters.panicked.fetch_add(1, Relaxed);
-            tracing::error!(pool = self.name, "bug: a call could not be served");
-            Verdict::Answer(Err(Errno::IO))
+            tracing::error!(pool = self.name, "bug: panic in a call");
+            CallAction::Answer(Err(Errno::IO))
         });
-        // Nobody may wait any more: killed, failed as overdue, or answered by the owner of the filter.
-        let (told, counter) = match verdict {
-            Verdict::Pass => (self.listener.let_through(note.id), Some(&self.counters.passed)),
-            Verdict::Answer(answer) => {
+        // The caller may be killed, failed at its deadline, or answered by the owner of the filter.
+        let (told, counter) = match action {
+            CallAction::Pass => (self.listener.let_through(note.id), Some(&self.counters.passed)),
+            CallAction::Answer(answer) => {
                 let failed = answer.is_err().then_some(&self.counters.failed);
                 (self.listener.answer(note.id, answer), failed)
             }
@@ -412,24 +427,26 @@ impl Shared {
         }
     }
 
-    /// Nothing of a call that is not known has been looked at: it may pass.
-    fn verdict(&self, note: &Notification) -> Verdict {
-        let Some(thread) = Thread::new(&self.listener, note.id, note.pid, &self.known) else {
-            return Verdict::Pass;
+    /// An unknown call passes: nothing of it has been read.
+    fn decide(&self, note: &Notification) -> CallAction {
+        let Some(thread) = CallerThread::new(&self.listener, note.id, note.pid, &self.proc_cache) else {
+            return CallAction::Pass;
         };
         match filter::decode(note.data.arch, note.data.nr) {
-            Some((abi, Call::Ioctl)) => self.desk.ioctl(&thread, &Ioctl::new(abi, &note.data.args)),
-            Some((_, Call::Mknod | Call::Mknodat)) if !self.nodes => Verdict::Pass,
-            Some((abi, Call::Mknod)) => self.desk.mknod(&thread, &Mknod::new(abi, &note.data.args)),
-            Some((abi, Call::Mknodat)) => self.desk.mknod(&thread, &Mknod::at(abi, &note.data.args)),
+            Some((abi, Call::Ioctl)) => self.dispatcher.ioctl(&thread, &IoctlCall::new(abi, &note.data.args)),
+            Some((_, Call::Mknod | Call::Mknodat)) if !self.refuse_foreign_nodes => CallAction::Pass,
+            Some((abi, Call::Mknod)) => self.dispatcher.mknod(&thread, &MknodCall::new(abi, &note.data.args)),
+            Some((abi, Call::Mknodat)) => {
+                self.dispatcher.mknod(&thread, &MknodCall::at(abi, &note.data.args))
+            }
             Some((abi, call @ (Call::Mount | Call::Umount))) => match &self.mounts {
                 Some(mounts) => {
                     let serve = if call == Call::Mount { mounts::mount } else { mounts::umount };
-                    serve(&**mounts, &thread, abi, &note.data.args, self.desk.administrators)
+                    serve(&**mounts, &thread, abi, &note.data.args, self.dispatcher.administrators)
                 }
-                None => Verdict::Pass,
+                None => CallAction::Pass,
             },
-            None => Verdict::Pass,
+            None => CallAction::Pass,
         }
     }
 }

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 pub use policy::FileSystem;
 
 use crate::error::Result;
-use crate::loops::{Answer, Lent};
+use crate::loops::{Answer, MountSource};
 use crate::sys::process::Place;
 use helper::{HelperProcess, HelperReply};
 
@@ -85,14 +85,14 @@ impl KernelMounts {
         Ok(KernelMounts { maker, attacher, making: Mutex::default() })
     }
 
-    /// Has the kernel mount a device of a pool ([`crate::loops::Pool::lend`] lends it). The answer
+    /// Has the kernel mount a device of a pool ([`crate::loops::Pool::mount_source`] lends it). The answer
     /// is a mount that is mounted nowhere yet, for move_mount(2); or the errno that mount(2) would
     /// have.
     ///
     /// `still_waiting` is polled: whether the requester still waits for the mount.
     pub fn make(
         &self,
-        mount_source: &Lent,
+        mount_source: &MountSource,
         spec: MountSpec<'_>,
         still_waiting: &dyn Fn() -> bool,
     ) -> Answer<OwnedFd> {

@@ -1,8 +1,8 @@
-//! What a client does with the mount that it was given.
+//! Attaches the mount that a client gets.
 //!
-//! Knows mounts; knows nothing of pools. Works for root, and for anybody in a mount namespace of his
-//! own: a mount that was made in the initial user namespace keeps its usable device nodes when it
-//! is moved into the mount namespace of another user namespace.
+//! Knows mounts; knows nothing of pools. Works for root, and for any user in a mount namespace of
+//! their own: a mount made in the initial user namespace keeps its usable device nodes when it
+//! moves into the mount namespace of another user namespace.
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -14,15 +14,15 @@ use rustix::mount::{MoveMountFlags, move_mount};
 use crate::error::{Error, Kind, Result};
 use crate::sys::mount::set_read_only;
 
-/// Attaches a detached mount to `directory`. Who calls this is to close the descriptor afterwards,
-/// or the pool lives as long as it does.
+/// Attaches a detached mount to `directory`. The caller must close the descriptor afterwards: it
+/// keeps the pool.
 pub fn attach_mount(mount: BorrowedFd<'_>, directory: &Path) -> Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
     move_mount(mount, "", CWD, directory, flags).map_err(|error| failed(error, directory))
 }
 
-/// The same, read-only: owners and modes stay as they are, and no device is removed by its name.
-/// Devices can be written to all the same.
+/// The same, read-only: nobody can change owners and modes, or remove devices by name. Devices
+/// remain writable.
 pub fn attach_mount_read_only(mount: BorrowedFd<'_>, directory: &Path) -> Result<()> {
     set_read_only(mount).map_err(|error| failed(error, directory))?;
     attach_mount(mount, directory)

@@ -1,14 +1,13 @@
 //! A pool as a directory: `loop-control`, `loopN`, `loopNpM`.
 //!
-//! A FUSE file system without content: its nodes are block special inodes, so that no byte of a
-//! device goes through it. It is made as a mount that is attached nowhere; whoever gets the
-//! descriptor attaches it where he likes ([`attach`]), in whatever namespace, and when the last
-//! mount and the last descriptor are gone, so is the pool. Knows names, inodes, owners and
-//! lifetimes; what the operations mean is the pool's business ([`crate::loops`]).
+//! A FUSE file system without data: its nodes are block special inodes, so that no byte of a device
+//! passes through it. It is created as a detached mount. Whoever gets the descriptor can attach it
+//! ([`attach`]), in any namespace. The pool ends with the last mount and the last descriptor. Knows
+//! names, inodes, owners and lifetimes. Does not know what operations do ([`crate::loops`]).
 
-mod answers;
 pub mod attach;
-mod nodes;
+mod inode_table;
+mod request_handler;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -20,83 +19,83 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crate::error::Result;
-use crate::loops::{Answer, Entry, LoopOp, Owner, Pool, PoolSpec, Watcher};
+use crate::loops::{Answer, DeviceEntry, LoopOp, OwnerCaller, Pool, PoolSpec, PoolWatcher};
 
-use answers::Answers;
-use nodes::{CONTROL, Nodes};
-use session::Stop;
+use inode_table::{CONTROL, InodeTable};
+use request_handler::RequestHandler;
+use session::StopRequest;
 
-/// What a directory needs of a pool.
-pub trait Devices: fmt::Debug + Send + Sync {
+/// The interface that a directory needs of a pool.
+pub trait DeviceSource: fmt::Debug + Send + Sync {
     /// Limits and owner.
     fn spec(&self) -> &PoolSpec;
     /// All devices, by number.
-    fn entries(&self) -> Vec<Entry>;
-    /// One device, for who opens it next.
-    fn entry(&self, number: u32) -> Option<Entry>;
-    /// One device, for who does not.
-    fn shown(&self, number: u32) -> Option<Entry> {
+    fn entries(&self) -> Vec<DeviceEntry>;
+    /// One device, for a lookup that an open follows.
+    fn entry(&self, number: u32) -> Option<DeviceEntry>;
+    /// One device, for other purposes.
+    fn snapshot(&self, number: u32) -> Option<DeviceEntry> {
         self.entry(number)
     }
-    /// An operation of loop-control; its number.
-    fn control(&self, op: LoopOp) -> Answer<u32>;
-    /// Has the directory told of changes.
-    fn watch(&self, changes: Changes);
+    /// Runs an operation of loop-control. Returns its number.
+    fn control_op(&self, op: LoopOp) -> Answer<u32>;
+    /// Notifies the directory of changes.
+    fn watch(&self, changes: ChangeListener);
 }
 
-/// How long an operation of loop-control may take.
-const CONTROL_MAX: Duration = Duration::from_secs(60);
+/// Timeout of an operation of loop-control.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(60);
 
-impl Devices for Pool {
+impl DeviceSource for Pool {
     fn spec(&self) -> &PoolSpec {
         self.spec()
     }
 
-    fn entries(&self) -> Vec<Entry> {
+    fn entries(&self) -> Vec<DeviceEntry> {
         self.entries()
     }
 
-    fn entry(&self, number: u32) -> Option<Entry> {
+    fn entry(&self, number: u32) -> Option<DeviceEntry> {
         self.entry(number)
     }
 
-    fn shown(&self, number: u32) -> Option<Entry> {
-        self.shown(number)
+    fn snapshot(&self, number: u32) -> Option<DeviceEntry> {
+        self.snapshot(number)
     }
 
-    fn control(&self, op: LoopOp) -> Answer<u32> {
-        self.execute(op, &Owner::waiting(CONTROL_MAX))?.number()
+    fn control_op(&self, op: LoopOp) -> Answer<u32> {
+        self.execute(op, &OwnerCaller::with_timeout(CONTROL_TIMEOUT))?.number()
     }
 
-    fn watch(&self, changes: Changes) {
+    fn watch(&self, changes: ChangeListener) {
         self.watch(Arc::new(changes));
     }
 }
 
-/// Takes note of what changes in a pool. Does not keep the directory alive.
+/// Receives the changes of a pool. Does not keep the directory alive.
 #[derive(Debug)]
-pub struct Changes {
-    nodes: Weak<Nodes>,
-    stop: Weak<Stop>,
+pub struct ChangeListener {
+    nodes: Weak<InodeTable>,
+    stop: Weak<StopRequest>,
 }
 
-impl Changes {
-    /// A device has come, changed or gone.
+impl ChangeListener {
+    /// A device was added, changed or removed.
     pub fn changed(&self, number: u32) {
         if let Some(nodes) = self.nodes.upgrade() {
-            nodes.forget_gone(number);
+            nodes.remove_gone(number);
         }
     }
 
     /// The pool has ended.
     pub fn ended(&self) {
         if let Some(stop) = self.stop.upgrade() {
-            stop.ask();
+            stop.request();
         }
     }
 }
 
-impl Watcher for Changes {
+impl PoolWatcher for ChangeListener {
     fn changed(&self, _: &Pool, number: u32) {
         self.changed(number);
     }
@@ -106,30 +105,31 @@ impl Watcher for Changes {
     }
 }
 
-/// The daemon's hold of a directory. Dropping it changes nothing: the directory lives as long as it
-/// is mounted or open somewhere.
+/// The daemon's handle of a directory. To drop it changes nothing: the directory lives while it is
+/// mounted or open.
 #[derive(Debug)]
 pub struct Directory {
-    stop: Arc<Stop>,
+    stop: Arc<StopRequest>,
     device: u64,
 }
 
 impl Directory {
-    /// Makes the directory of a pool, and its mount: attached nowhere, to be given away. `on_end` is
-    /// called when nobody has it any more, unless [`Directory::end`] or the pool's end was the reason.
+    /// Creates the directory of a pool, and its detached mount. Calls `on_end` when the last mount
+    /// and descriptor are gone, unless [`Directory::end`] or the end of the pool is the reason.
     pub fn open(
-        devices: Arc<dyn Devices>,
+        devices: Arc<dyn DeviceSource>,
         on_end: impl FnOnce() + Send + Sync + 'static,
     ) -> Result<(Directory, OwnedFd)> {
-        let stop = Arc::new(Stop::new()?);
-        let nodes = Arc::new(Nodes::new(devices.clone()));
-        devices.watch(Changes { nodes: Arc::downgrade(&nodes), stop: Arc::downgrade(&stop) });
+        let stop = Arc::new(StopRequest::new()?);
+        let nodes = Arc::new(InodeTable::new(devices.clone()));
+        devices.watch(ChangeListener { nodes: Arc::downgrade(&nodes), stop: Arc::downgrade(&stop) });
         let source = devices.spec().name.clone();
-        let (mount, device) = session::start(&source, Answers::new(nodes), stop.clone(), Box::new(on_end))?;
+        let (mount, device) =
+            session::start(&source, RequestHandler::new(nodes), stop.clone(), Box::new(on_end))?;
         Ok((Directory { stop, device }, mount))
     }
 
-    /// Number of the file system, as stat(2) has it.
+    /// Device number of the file system, as in stat(2).
     pub fn device(&self) -> u64 {
         self.device
     }
@@ -139,9 +139,8 @@ impl Directory {
         (st_dev, st_ino) == (self.device, CONTROL)
     }
 
-    /// Ends it, mounted or not, as soon as what is being answered is answered. Whoever asks it for
-    /// anything later gets ENOTCONN.
+    /// Ends it, mounted or not, after the requests in progress. Later requests fail with ENOTCONN.
     pub fn end(&self) {
-        self.stop.ask();
+        self.stop.request();
     }
 }

@@ -1,14 +1,14 @@
-//! The kernel's side of a directory: a detached mount, and the threads that answer for it.
+//! The FUSE session of a directory: a detached mount, and the threads that serve it.
 //!
-//! Knows mounts and /dev/fuse. The session ends when the last mount or descriptor of it is gone,
-//! for the kernel then says so, or when it is told to. Told or not, the last thread closes
-//! /dev/fuse, and with that the kernel fails whatever is still asked: that works for a mount which
-//! is attached nowhere, or where the daemon cannot see it, and needs no fusectl.
+//! Knows mounts and /dev/fuse. The session ends with the last mount and descriptor, which the
+//! kernel reports, or on request. In either case the last thread closes /dev/fuse, and the kernel
+//! fails all pending requests. That works for detached mounts, and for mounts in other namespaces,
+//! and needs no fusectl.
 //!
-//! Nothing is ever told to the kernel but answers. To drop a name from its cache
-//! (FUSE_NOTIFY_INVAL_ENTRY, _DELETE) it takes the lock of the directory, without a way to give up;
-//! a tenant can hold that lock as long as he likes, by listing the directory into memory that does
-//! not come. There is no need either: what was answered holds for that once.
+//! The daemon sends replies only, and no notifications. To drop a cached name
+//! (FUSE_NOTIFY_INVAL_ENTRY, _DELETE), the kernel takes the lock of the directory, without a
+//! timeout. A tenant can hold that lock for ever: it lists the directory into memory whose page
+//! fault never completes. No notification is needed: every reply is valid only once.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -24,58 +24,58 @@ use rustix::mount::{
     fsmount, fsopen,
 };
 
-use super::answers::Answers;
-use super::wire::{BUFFER_BYTES, Request};
+use super::request_handler::RequestHandler;
+use super::wire::{BUFFER_BYTES, LoopfsRequest};
 use crate::error::{Error, Result};
 
-/// Where the kernel's side is.
+/// The FUSE device.
 const NODE: &str = "/dev/fuse";
-/// While one waits for the pool, the other goes on answering.
+/// While one waits for the pool, the other serves requests.
 const THREADS: usize = 2;
 
-/// Says that a session is to end.
+/// Requests the end of a session.
 #[derive(Debug)]
-pub(super) struct Stop {
-    bell: OwnedFd,
-    asked: AtomicBool,
+pub(super) struct StopRequest {
+    eventfd_: OwnedFd,
+    requested: AtomicBool,
 }
 
-impl Stop {
-    pub(super) fn new() -> Result<Stop> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::os(error, "cannot make an eventfd"))?;
-        Ok(Stop { bell, asked: AtomicBool::new(false) })
+impl StopRequest {
+    pub(super) fn new() -> Result<StopRequest> {
+        let eventfd_ = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| Error::os(error, "cannot create an eventfd"))?;
+        Ok(StopRequest { eventfd_, requested: AtomicBool::new(false) })
     }
 
-    /// Ends the session, soon: what is being answered is answered first.
-    pub(super) fn ask(&self) {
-        self.asked.store(true, Ordering::Release);
-        self.ring();
+    /// Ends the session after the requests in progress.
+    pub(super) fn request(&self) {
+        self.requested.store(true, Ordering::Release);
+        self.wake();
     }
 
-    /// Wakes the threads, for good: nobody reads it.
-    fn ring(&self) {
-        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    /// Wakes the threads. Nobody reads the eventfd, so that it stays readable.
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.eventfd_, &1u64.to_ne_bytes());
     }
 
-    fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::Acquire)
+    fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Acquire)
     }
 }
 
-/// What the threads share. Nobody else has a part in it, for the last to leave closes /dev/fuse.
-struct Session {
+/// The state of the threads. Only they refer to it: the last one closes /dev/fuse.
+struct FuseSession {
     fuse: OwnedFd,
-    answers: Answers,
-    stop: Arc<Stop>,
+    handler: RequestHandler,
+    stop: Arc<StopRequest>,
     on_end: Box<dyn FnOnce() + Send + Sync>,
 }
 
-/// Starts a session. Answers its mount, attached nowhere, and the number of its file system.
+/// Starts a session. Returns its detached mount, and the device number of its file system.
 pub(super) fn start(
     source: &str,
-    answers: Answers,
-    stop: Arc<Stop>,
+    handler: RequestHandler,
+    stop: Arc<StopRequest>,
     on_end: Box<dyn FnOnce() + Send + Sync>,
 ) -> Result<(OwnedFd, u64)> {
     let fuse: OwnedFd = File::options()
@@ -86,17 +86,17 @@ pub(super) fn start(
         .map_err(|error| Error::os(error, format!("cannot open {NODE}")))?
         .into();
     let mount = mount(source, fuse.as_fd()).map_err(|error| {
-        Error::os(error, "cannot make a FUSE file system").hint("the daemon needs root (CAP_SYS_ADMIN)")
+        Error::os(error, "cannot create a FUSE file system").hint("the daemon needs root (CAP_SYS_ADMIN)")
     })?;
-    // Told by the kernel alone: no thread answers yet.
+    // The kernel answers this itself: no thread serves requests yet.
     let stat = statx(&mount, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::INO)
-        .map_err(|error| Error::os(error, "cannot tell the number of a FUSE file system"))?;
-    let session = Arc::new(Session { fuse, answers, stop: stop.clone(), on_end });
+        .map_err(|error| Error::os(error, "cannot read the device number of a FUSE file system"))?;
+    let session = Arc::new(FuseSession { fuse, handler, stop: stop.clone(), on_end });
     for _ in 0..THREADS {
         let session = session.clone();
         let started = std::thread::Builder::new().name("loopfs".to_owned()).spawn(move || serve(session));
         if let Err(error) = started {
-            stop.ask();
+            stop.request();
             return Err(Error::os(error, "cannot start a thread"));
         }
     }
@@ -117,58 +117,58 @@ fn mount(source: &str, fuse: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
     for (option, value) in options {
         fsconfig_set_string(&fs, option, value)?;
     }
-    // Everybody may come in, and the kernel decides who may do what. For that it asks for the
-    // attributes of an inode at every open, so that one of a device that is gone is refused.
+    // Any user has access, and the kernel checks permissions. It reads the attributes of an inode
+    // at every open, which refuses inodes of removed devices.
     for flag in ["allow_other", "default_permissions"] {
         fsconfig_set_flag(&fs, flag)?;
     }
     fsconfig_create(&fs)?;
-    // Not nodev: the nodes are what it is for.
+    // Not nodev: its nodes are devices.
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// One thread.
-fn serve(session: Arc<Session>) {
+/// The loop of a thread.
+fn serve(session: Arc<FuseSession>) {
     let mut buffer = vec![0; BUFFER_BYTES];
     while let Some(len) = next(&session, &mut buffer) {
-        match Request::parse(&buffer[..len]) {
-            Some(request) => session.answers.answer(&request, session.fuse.as_fd()),
-            // Not to be answered, so that whoever asked would wait for ever.
+        match LoopfsRequest::parse(&buffer[..len]) {
+            Some(request) => session.handler.handle(&request, session.fuse.as_fd()),
+            // It cannot be answered, and its caller would wait for ever.
             None => break,
         }
     }
-    session.stop.ring();
-    if let Some(Session { fuse, answers, stop, on_end }) = Arc::into_inner(session) {
+    session.stop.wake();
+    if let Some(FuseSession { fuse, handler, stop, on_end }) = Arc::into_inner(session) {
         drop(fuse);
-        drop(answers);
-        if !stop.is_asked() {
+        drop(handler);
+        if !stop.is_requested() {
             on_end();
         }
     }
 }
 
 /// The length of the next request; none at the end of the session.
-fn next(session: &Session, buffer: &mut [u8]) -> Option<usize> {
+fn next(session: &FuseSession, buffer: &mut [u8]) -> Option<usize> {
     loop {
-        let mut waits = [&session.fuse, &session.stop.bell].map(|fd| PollFd::new(fd, PollFlags::IN));
+        let mut waits = [&session.fuse, &session.stop.eventfd_].map(|fd| PollFd::new(fd, PollFlags::IN));
         match poll(&mut waits, None) {
             Ok(_) if !waits[1].revents().is_empty() => return None,
             Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return lost(error),
+            Err(error) => return log_read_error(error),
         }
         match rustix::io::read(&session.fuse, &mut *buffer) {
             Ok(len) => return Some(len),
-            // The other thread was faster, or nobody waits for this one any more.
+            // The other thread has read it, or its caller does not wait any more.
             Err(Errno::AGAIN | Errno::INTR | Errno::NOENT) => {}
-            // The last mount is gone.
+            // The last mount and descriptor are gone.
             Err(Errno::NODEV) => return None,
-            Err(error) => return lost(error),
+            Err(error) => return log_read_error(error),
         }
     }
 }
 
-fn lost(error: Errno) -> Option<usize> {
-    tracing::error!(%error, "a directory of loop devices ends: /dev/fuse cannot be read");
+fn log_read_error(error: Errno) -> Option<usize> {
+    tracing::error!(%error, "cannot read /dev/fuse: a directory of loop devices ends");
     None
 }

@@ -1,7 +1,7 @@
-//! One loopN: what it is bound to, which disk it is, and the operations of loop(4) on it.
+//! One loopN: its backing file, its disk, and the operations of loop(4) on it.
 //!
-//! Knows one device at a time. Numbers, limits and who is told of a change are the pool's business;
-//! when the last one has closed it, the reaper finds out.
+//! Knows one device. Does not know numbers, limits and watchers (the pool does), nor when its last
+//! user closes it (the close watcher does).
 
 mod outgoing;
 mod partitions;
@@ -10,56 +10,53 @@ mod reset;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use super::binding::{Binding, check_block_size, check_info, check_kind};
-use super::disk::Disk;
-use super::maker::{Maker, Unrecycled};
-use super::mounted::Hidden;
-use super::parts::{self, Part};
+use super::disk_allocator::{DiskAllocator, NotReplaced};
+use super::file_binding::{FileBinding, check_block_size, check_info, check_kind};
+use super::partition_disk::{self, PartitionDisk};
+use super::pool_disk::PoolDisk;
 use super::quota::Charge;
-use super::{Answer, Caller, Configure, Entry, Errno, Info, Status, flag};
+use super::shadow_disk::ShadowDisk;
+use super::{Answer, DeviceEntry, Errno, LoopCaller, LoopConfig, LoopInfo, LoopStatus, flag};
 use crate::frontend::StopMode;
-use outgoing::Outgoing;
+use outgoing::OutgoingDisk;
 
 /// The state of one loopN.
 #[derive(Debug)]
-pub struct Device {
+pub struct PoolDevice {
     pub(super) number: u32,
-    /// None: the kernel failed us, and there is no disk.
-    pub(super) disk: Option<Disk>,
-    pub(super) binding: Option<Binding>,
-    pub(super) parts: Vec<Part>,
-    /// Mounted by the kernel for the tenant: others may not write then.
-    pub(super) mounted: Vec<Hidden>,
-    /// What it was until LOOP_CLR_FD, and is again if that was not its last user.
-    cleared: Option<Outgoing>,
-    /// LOOP_CLR_FD came, and it is bound still, or again, for those who have it open.
-    leaving: bool,
-    /// Disks that it no longer is, but that somebody has open.
-    outgoing: Vec<Outgoing>,
+    /// None: the kernel has no disk for it, after a failure.
+    pub(super) disk: Option<PoolDisk>,
+    pub(super) binding: Option<FileBinding>,
+    pub(super) partitions: Vec<PartitionDisk>,
+    /// Mounted by the kernel for the tenant; the device is read-only meanwhile.
+    pub(super) shadows: Vec<ShadowDisk>,
+    /// Its disk until LOOP_CLR_FD. It is its disk again, if it has other users than the caller.
+    cleared: Option<OutgoingDisk>,
+    /// It is bound after LOOP_CLR_FD, for those who have it open.
+    in_rundown: bool,
+    /// Replaced disks that somebody has open.
+    outgoing: Vec<OutgoingDisk>,
     generation: u64,
-    /// The highest that it has had: a device may become what it was before.
+    /// The highest generation so far: a device may get an earlier disk again.
     last_generation: u64,
-    /// Of the user's account.
+    /// Charged to the user.
     _charge: Charge,
 }
 
-/// How long a round of the reaper lets go of outgoing disks of one device.
-const RELEASE_MAX: Duration = Duration::from_millis(200);
+/// How long one poll of the close watcher releases outgoing disks of one device.
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Operations need the room that makes disks.
-pub type Room<'a> = &'a Maker;
-
-impl Device {
-    /// Unbound.
-    pub fn new(number: u32, disk: Disk, generation: u64, charge: Charge) -> Device {
-        Device {
+impl PoolDevice {
+    /// Creates an unbound device.
+    pub fn new(number: u32, disk: PoolDisk, generation: u64, charge: Charge) -> PoolDevice {
+        PoolDevice {
             number,
             disk: Some(disk),
             binding: None,
-            parts: Vec::new(),
-            mounted: Vec::new(),
+            partitions: Vec::new(),
+            shadows: Vec::new(),
             cleared: None,
-            leaving: false,
+            in_rundown: false,
             outgoing: Vec::new(),
             generation,
             last_generation: generation,
@@ -67,18 +64,18 @@ impl Device {
         }
     }
 
-    /// As directories and sysfs show it.
-    pub fn entry(&self) -> Option<Entry> {
+    /// For listings and sysfs.
+    pub fn entry(&self) -> Option<DeviceEntry> {
         let disk = self.disk.as_ref()?;
-        let bound = self.bound().ok().map(Binding::shown);
-        Some(Entry {
+        let bound = self.bound().ok().map(FileBinding::to_bound);
+        Some(DeviceEntry {
             number: self.number,
             rdev: disk.rdev,
             generation: self.generation,
             size: disk.size(),
             block_size: disk.block_size,
             partitions: if bound.is_some() {
-                self.parts.iter().map(Part::shown).collect()
+                self.partitions.iter().map(PartitionDisk::entry).collect()
             } else {
                 Vec::new()
             },
@@ -86,123 +83,145 @@ impl Device {
         })
     }
 
-    /// It is bound, as far as its users are to know.
+    /// Whether it is bound, as users see it.
     pub fn is_bound(&self) -> bool {
         self.binding.is_some()
     }
 
-    /// It can be bound at once.
+    /// Whether it can be bound at once.
     pub fn is_free(&self) -> bool {
         self.binding.is_none() && self.disk.is_some() && self.cleared.is_none()
     }
 
-    /// Its last close is to be waited for.
-    pub fn is_awaited(&self) -> bool {
-        let held = self.is_cleared() || !self.outgoing.is_empty() || !self.mounted.is_empty();
-        held || self.is_to_be_unbound()
+    /// Whether the close watcher must poll it.
+    pub fn awaits_close(&self) -> bool {
+        let held = self.is_cleared() || !self.outgoing.is_empty() || !self.shadows.is_empty();
+        held || self.is_autoclear()
     }
 
-    /// LOOP_CLR_FD came: it is bound for those who have it open, and for nobody else.
-    pub fn is_leaving(&self) -> bool {
-        self.leaving && self.is_to_be_unbound()
+    /// Whether it is between LOOP_CLR_FD and the last close: bound only for those who have it open.
+    pub fn is_in_rundown(&self) -> bool {
+        self.in_rundown && self.is_autoclear()
     }
 
-    /// Its last close unbinds it.
-    pub fn is_to_be_unbound(&self) -> bool {
+    /// Whether the last close unbinds it.
+    pub fn is_autoclear(&self) -> bool {
         self.binding.as_ref().is_some_and(|binding| autoclears(&binding.info))
     }
 
-    /// Disks that it holds.
+    /// The number of its disks.
     pub fn disks(&self) -> usize {
         let outgoing = self.outgoing.len() + usize::from(self.is_cleared());
-        outgoing + self.parts.len() + self.mounted.len() + usize::from(self.disk.is_some())
+        outgoing + self.partitions.len() + self.shadows.len() + usize::from(self.disk.is_some())
     }
 
-    /// Block device that it shows in turn, if it does.
-    pub fn shows(&self) -> Option<u64> {
-        self.binding.as_ref().map(Binding::rdevice).filter(|rdev| *rdev != 0)
+    /// The block device that backs it, if one does.
+    pub fn backing_device(&self) -> Option<u64> {
+        self.binding.as_ref().map(FileBinding::rdevice).filter(|rdev| *rdev != 0)
     }
 
-    pub(super) fn bound(&self) -> Answer<&Binding> {
+    pub(super) fn bound(&self) -> Answer<&FileBinding> {
         self.binding.as_ref().ok_or(Errno::NXIO)
     }
 
-    pub(super) fn disk(&self) -> Answer<&Disk> {
+    pub(super) fn disk(&self) -> Answer<&PoolDisk> {
         self.disk.as_ref().ok_or(Errno::IO)
     }
 
     /// LOOP_CONFIGURE.
-    pub fn configure(&mut self, with: Configure, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
+    pub fn configure(
+        &mut self,
+        with: LoopConfig,
+        caller: &dyn LoopCaller,
+        allocator: &DiskAllocator,
+    ) -> Answer<()> {
         if self.is_bound() {
-            tracing::debug!(number = self.number, leaving = self.leaving, "a device to be bound is bound");
+            tracing::debug!(number = self.number, in_rundown = self.in_rundown, "cannot bind a bound device");
             return Err(Errno::BUSY);
         }
-        let (binding, image) = Binding::take(with, caller.writes(), self.number, &room.shared().claims)?;
-        if !caller.waits() {
+        let (binding, image) =
+            FileBinding::open(with, caller.can_write(), self.number, &allocator.shared().claims)?;
+        if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
         let block_size = binding.block_size;
         let read_only = binding.read_only();
-        self.drop_parts();
-        let parts = match binding.info.flags & flag::PARTSCAN {
+        self.drop_partitions();
+        let partitions = match binding.info.flags & flag::PARTSCAN {
             0 => Vec::new(),
-            _ => parts::make_all(&binding, &parts::read(&image), self.generation, room),
+            _ => partition_disk::create_all(
+                &binding,
+                &partition_disk::read(&image),
+                self.generation,
+                allocator,
+            ),
         };
-        // They go again with everything else if this fails.
-        self.parts = parts;
+        // Dropped again if the bind fails.
+        self.partitions = partitions;
         if self.disk()?.block_size == block_size {
             let disk = self.disk()?;
-            if let Err(error) = disk.present(image, read_only, false) {
-                disk.withdraw();
-                self.drop_parts();
+            if let Err(error) = disk.bind(image, read_only, false) {
+                disk.unbind();
+                self.drop_partitions();
                 return Err(error);
             }
         } else {
-            // Its blocks have another size. The caller gets a new disk under the same name.
-            let disk = room.make(block_size).map_err(|error| super::errno(&error))?;
-            let ready = disk.present(image, read_only, false);
-            self.exchange(disk, ready, caller, room).inspect_err(|_| self.drop_parts())?;
+            // Another block size needs another disk. The caller gets it under the same name.
+            let disk = allocator.allocate(block_size).map_err(|error| super::errno(&error))?;
+            let ready = disk.bind(image, read_only, false);
+            self.exchange_disk(disk, ready, caller, allocator).inspect_err(|_| self.drop_partitions())?;
         }
         self.binding = Some(binding);
-        self.leaving = false;
+        self.in_rundown = false;
         self.outgoing.extend(self.cleared.take());
         Ok(())
     }
 
-    /// Puts another disk in the place of this one, and into the caller's hands. Where those are empty,
-    /// nobody else may have this one open, and be left with it.
-    fn exchange(&mut self, disk: Disk, ready: Answer<()>, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
+    /// Replaces the disk by another, and the caller's descriptor with it. Without a descriptor,
+    /// this fails if anybody has the old disk open.
+    fn exchange_disk(
+        &mut self,
+        disk: PoolDisk,
+        ready: Answer<()>,
+        caller: &dyn LoopCaller,
+        allocator: &DiskAllocator,
+    ) -> Answer<()> {
         let given = ready.and_then(|()| match caller.has_descriptor() {
-            true => disk.open(caller.writes()).and_then(|file| caller.replace(file)),
-            false => self.renew(room),
+            true => disk.open(caller.can_write()).and_then(|file| caller.replace_descriptor(file)),
+            false => self.replace_disk(allocator),
         });
         if let Err(error) = given {
-            if let Err(disk) = room.give_back(disk) {
-                self.outgoing.push(Outgoing::bare(disk));
+            if let Err(disk) = allocator.free(disk) {
+                self.outgoing.push(OutgoingDisk::unbound(disk));
             }
             return Err(error);
         }
-        let old = self.put_out(disk);
+        let old = self.swap_disk(disk);
         self.outgoing.extend(old);
         Ok(())
     }
 
     /// LOOP_GET_STATUS64.
-    pub fn status(&self) -> Answer<Status> {
+    pub fn status(&self) -> Answer<LoopStatus> {
         let binding = self.bound()?;
-        let (device, inode, rdevice) = binding.numbers();
-        Ok(Status { number: self.number, device, inode, rdevice, info: binding.info })
+        let (device, inode, rdevice) = binding.stat_numbers();
+        Ok(LoopStatus { number: self.number, device, inode, rdevice, info: binding.info })
     }
 
     /// LOOP_SET_STATUS64.
-    pub fn set_status(&mut self, info: &Info, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
-        may_change(caller)?;
+    pub fn set_status(
+        &mut self,
+        info: &LoopInfo,
+        caller: &dyn LoopCaller,
+        allocator: &DiskAllocator,
+    ) -> Answer<()> {
+        check_may_change(caller)?;
         let old = self.bound()?.info;
-        let mut new = Info { flags: old.flags, ..check_info(info)? };
-        // Set and cleared; the other only set.
+        let mut new = LoopInfo { flags: old.flags, ..check_info(info)? };
+        // AUTOCLEAR can be set and cleared, PARTSCAN only set.
         new.flags = new.flags & !flag::AUTOCLEAR | info.flags & (flag::AUTOCLEAR | flag::PARTSCAN);
         let same = (new.offset, new.size_limit) == (old.offset, old.size_limit);
-        if !self.mounted.is_empty() && !same {
+        if !self.shadows.is_empty() && !same {
             return Err(Errno::BUSY);
         }
         if same {
@@ -210,47 +229,47 @@ impl Device {
                 binding.info = new;
             }
         } else {
-            self.reshow(new, caller)?;
+            self.set_range(new, caller)?;
         }
-        if info.flags & flag::PARTSCAN != 0 && self.mounted.is_empty() {
-            self.look_for_partitions(room);
+        if info.flags & flag::PARTSCAN != 0 && self.shadows.is_empty() {
+            self.try_rescan(allocator);
         }
         Ok(())
     }
 
-    /// It, or a partition of it, is mounted or opened with O_EXCL.
+    /// Whether it, or a partition of it, is mounted or open with O_EXCL.
     pub(super) fn is_claimed(&self) -> Answer<bool> {
-        let mounted = !self.mounted.is_empty();
-        Ok(mounted || self.disk()?.is_claimed() || self.parts.iter().any(Part::is_claimed))
+        let mounted = !self.shadows.is_empty();
+        Ok(mounted || self.disk()?.is_claimed() || self.partitions.iter().any(PartitionDisk::is_claimed))
     }
 
-    /// Shows another part of the same file.
-    fn reshow(&mut self, info: Info, caller: &dyn Caller) -> Answer<()> {
+    /// Serves another range of the same file.
+    fn set_range(&mut self, info: LoopInfo, caller: &dyn LoopCaller) -> Answer<()> {
         let disk = self.disk.as_ref().ok_or(Errno::IO)?;
         let binding = self.binding.as_mut().ok_or(Errno::NXIO)?;
         disk.flush()?;
         let (image, direct) = binding.reopen(&info, disk.block_size)?;
-        if !caller.waits() {
+        if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
-        disk.show(image)?;
+        disk.set_image(image)?;
         disk.flush()?;
-        binding.reopened(info, disk.block_size, direct);
-        self.show_partitions();
+        binding.adopt(info, disk.block_size, direct);
+        self.reopen_partitions();
         Ok(())
     }
 
     /// LOOP_SET_CAPACITY.
-    pub fn set_capacity(&mut self, caller: &dyn Caller) -> Answer<()> {
-        may_change(caller)?;
+    pub fn set_capacity(&mut self, caller: &dyn LoopCaller) -> Answer<()> {
+        check_may_change(caller)?;
         self.bound()?;
-        self.disk()?.adapt()?;
-        self.mounted.iter().try_for_each(Hidden::adapt)
+        self.disk()?.resize_to_file()?;
+        self.shadows.iter().try_for_each(ShadowDisk::resize_to_file)
     }
 
     /// LOOP_SET_DIRECT_IO.
-    pub fn set_direct_io(&mut self, on: bool, caller: &dyn Caller) -> Answer<()> {
-        may_change(caller)?;
+    pub fn set_direct_io(&mut self, on: bool, caller: &dyn LoopCaller) -> Answer<()> {
+        check_may_change(caller)?;
         let direct = self.bound()?.is_direct();
         if on && !direct {
             return Err(Errno::INVAL);
@@ -263,146 +282,156 @@ impl Device {
     }
 
     /// LOOP_SET_BLOCK_SIZE.
-    pub fn set_block_size(&mut self, bytes: u64, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
-        may_change(caller)?;
+    pub fn set_block_size(
+        &mut self,
+        bytes: u64,
+        caller: &dyn LoopCaller,
+        allocator: &DiskAllocator,
+    ) -> Answer<()> {
+        check_may_change(caller)?;
         let info = self.bound()?.info;
         let wanted = check_block_size(bytes)?;
         let old = self.disk()?;
         if wanted == old.block_size {
             return Ok(());
         }
-        if old.is_claimed() || !self.mounted.is_empty() {
+        if old.is_claimed() || !self.shadows.is_empty() {
             return Err(Errno::BUSY);
         }
         old.flush()?;
         let mut binding = self.binding.take().ok_or(Errno::NXIO)?;
-        let exchanged = binding.reopen(&info, wanted).and_then(|(image, direct)| {
-            let disk = room.make(wanted).map_err(|error| super::errno(&error))?;
-            let ready = disk.present(image, binding.read_only(), false);
-            self.exchange(disk, ready, caller, room)?;
+        let replaced = binding.reopen(&info, wanted).and_then(|(image, direct)| {
+            let disk = allocator.allocate(wanted).map_err(|error| super::errno(&error))?;
+            let ready = disk.bind(image, binding.read_only(), false);
+            self.exchange_disk(disk, ready, caller, allocator)?;
             Ok(direct)
         });
-        if let Ok(direct) = &exchanged {
-            binding.reopened(info, wanted, *direct);
+        if let Ok(direct) = &replaced {
+            binding.adopt(info, wanted, *direct);
         }
         self.binding = Some(binding);
-        exchanged.map(drop)
+        replaced.map(drop)
     }
 
     /// LOOP_CHANGE_FD.
-    pub fn change_fd(&mut self, file: OwnedFd, caller: &dyn Caller, room: Room<'_>) -> Answer<()> {
-        check_kind(&file, &room.shared().claims)?;
+    pub fn change_fd(
+        &mut self,
+        file: OwnedFd,
+        caller: &dyn LoopCaller,
+        allocator: &DiskAllocator,
+    ) -> Answer<()> {
+        check_kind(&file, &allocator.shared().claims)?;
         let old = self.bound()?;
         if !old.read_only() {
             return Err(Errno::INVAL);
         }
-        if !self.mounted.is_empty() {
+        if !self.shadows.is_empty() {
             return Err(Errno::BUSY);
         }
-        let info = Info { flags: old.info.flags & flag::DIRECT_IO | flag::READ_ONLY, ..old.info };
+        let info = LoopInfo { flags: old.info.flags & flag::DIRECT_IO | flag::READ_ONLY, ..old.info };
         let kept = old.info.flags;
-        let with = Configure { file, block_size: old.block_size, info };
-        let (mut binding, image) = Binding::take(with, false, self.number, &room.shared().claims)?;
+        let with = LoopConfig { file, block_size: old.block_size, info };
+        let (mut binding, image) = FileBinding::open(with, false, self.number, &allocator.shared().claims)?;
         let disk = self.disk()?;
         if image.geometry().size != disk.size() {
             return Err(Errno::INVAL);
         }
-        if !caller.waits() {
+        if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
         disk.flush()?;
-        disk.show(image)?;
+        disk.set_image(image)?;
         disk.flush()?;
         binding.info.flags |= kept & (flag::AUTOCLEAR | flag::PARTSCAN);
         self.binding = Some(binding);
-        self.show_partitions();
+        self.reopen_partitions();
         if kept & flag::PARTSCAN != 0 {
-            self.look_for_partitions(room);
+            self.try_rescan(allocator);
         }
         Ok(())
     }
 
-    /// Lets go of what nobody has any more, but not of its disk.
-    pub fn reap(&mut self, room: Room<'_>) {
-        // Others wait for the device meanwhile, and a hundred partitions take seconds.
-        self.release_outgoing(room, RELEASE_MAX);
-        self.look_at_cleared(room);
-        self.take_back(room);
+    /// Releases replaced and shadow disks that nobody has open any more.
+    pub fn release_unused(&mut self, allocator: &DiskAllocator) {
+        // Operations wait for the lock meanwhile, and a hundred partitions take seconds.
+        self.release_outgoing(allocator, RELEASE_TIMEOUT);
+        self.release_cleared(allocator);
+        self.release_shadows(allocator);
     }
 
-    /// Has its disk make way for a new one without a size, if nobody has it open.
-    fn renew(&mut self, room: Room<'_>) -> Answer<()> {
+    /// Replaces its disk by a new one without a size, if nobody has it open.
+    fn replace_disk(&mut self, allocator: &DiskAllocator) -> Answer<()> {
         let disk = self.disk.take().ok_or(Errno::IO)?;
-        match room.recycle(disk) {
+        match allocator.replace(disk) {
             Ok(next) => {
                 self.disk = Some(next);
                 Ok(())
             }
-            Err(Unrecycled::InUse(disk)) => {
+            Err(NotReplaced::InUse(disk)) => {
                 self.disk = Some(disk);
                 Err(Errno::BUSY)
             }
-            Err(Unrecycled::Lost(error)) => {
-                tracing::error!(%error, number = self.number, "a loop device lost its disk");
+            Err(NotReplaced::Lost(error)) => {
+                tracing::error!(%error, number = self.number, "cannot replace the disk of a loop device: it is lost");
                 Err(Errno::IO)
             }
         }
     }
 
-    /// Names of what it was must not open what it is now.
-    fn renew_generation(&mut self) {
+    /// Names of the old disk must not open the new one.
+    fn bump_generation(&mut self) {
         self.last_generation += 1;
         self.generation = self.last_generation;
     }
 
     /// Unbinds it, if nobody has it open.
-    pub fn unbind(&mut self, room: Room<'_>) -> bool {
-        let claimed = !self.mounted.is_empty() || self.parts.iter().any(Part::is_claimed);
-        if self.disk.is_none() || claimed || self.renew(room) == Err(Errno::BUSY) {
+    pub fn unbind(&mut self, allocator: &DiskAllocator) -> bool {
+        let claimed = !self.shadows.is_empty() || self.partitions.iter().any(PartitionDisk::is_claimed);
+        if self.disk.is_none() || claimed || self.replace_disk(allocator) == Err(Errno::BUSY) {
             return false;
         }
-        self.drop_parts();
-        self.renew_generation();
-        room.close(self.binding.take());
+        self.drop_partitions();
+        self.bump_generation();
+        allocator.close(self.binding.take());
         true
     }
 
-    /// Gives all its disks away, if they can be had.
-    pub fn end(&mut self, when: StopMode, room: Room<'_>) -> bool {
+    /// Removes its disks. True: all are removed.
+    pub fn end(&mut self, when: StopMode, allocator: &DiskAllocator) -> bool {
         if when == StopMode::Always || self.is_claimed() == Ok(false) {
-            self.drop_parts();
+            self.drop_partitions();
         }
-        self.end_mounts(when, room);
-        self.end_outgoing(when, room);
+        self.remove_shadows(when, allocator);
+        self.end_outgoing(when, allocator);
         if let Some(disk) = self.disk.take() {
-            match room.remove(disk, when) {
-                Ok(()) => room.close(self.binding.take()),
+            match allocator.remove(disk, when) {
+                Ok(()) => allocator.close(self.binding.take()),
                 Err(disk) => self.disk = Some(disk),
             }
         }
-        self.disk.is_none() && self.outgoing.is_empty() && self.mounted.is_empty()
+        self.disk.is_none() && self.outgoing.is_empty() && self.shadows.is_empty()
     }
 
-    /// Gives its unused disk back.
-    pub fn retire(&mut self, room: Room<'_>) -> Answer<()> {
-        self.release_outgoing(room, Duration::MAX);
+    /// Puts its disk on the free list, if it is unused.
+    pub fn retire(&mut self, allocator: &DiskAllocator) -> Answer<()> {
+        self.release_outgoing(allocator, Duration::MAX);
         if !self.outgoing.is_empty() || self.is_cleared() || self.binding.is_some() {
             return Err(Errno::BUSY);
         }
-        if self.disk.is_some() && !self.unbind(room) {
+        if self.disk.is_some() && !self.unbind(allocator) {
             return Err(Errno::BUSY);
         }
         if let Some(disk) = self.disk.take() {
-            room.keep(disk);
+            allocator.keep(disk);
         }
         Ok(())
     }
 }
 
-fn autoclears(info: &Info) -> bool {
+fn autoclears(info: &LoopInfo) -> bool {
     info.flags & flag::AUTOCLEAR != 0
 }
 
-fn may_change(caller: &dyn Caller) -> Answer<()> {
-    if caller.writes() || caller.is_admin() { Ok(()) } else { Err(Errno::PERM) }
+fn check_may_change(caller: &dyn LoopCaller) -> Answer<()> {
+    if caller.can_write() || caller.is_admin() { Ok(()) } else { Err(Errno::PERM) }
 }

@@ -1,35 +1,36 @@
-//! Private pools of loop devices: what loop(4) promises, on ublk.
+//! Private pools of loop devices: loop(4) on ublk.
 //!
-//! A pool is an independent `/dev/loop-control` with its `loopN`, from 0, at most so many, for one
-//! owner. This room knows what each operation does, in the real driver's values and errnos, and when
-//! a device comes, goes and is reused. It does not know how operations arrive (`intercept`), nor where
-//! the nodes are shown (`loopfs`).
+//! A pool is an independent `/dev/loop-control` with its own `loopN`, numbered from 0 and limited
+//! in number, for one owner. This module knows the effect of each operation, with the real driver's
+//! values and errnos, and when a device is created, reused and removed. It does not know how
+//! operations arrive (`intercept`), nor which file system has the nodes (`loopfs`).
 
-mod binding;
-mod closer;
+mod close_watcher;
+mod deletion_queue;
 mod device;
-mod disk;
-mod maker;
-mod mounted;
-mod parts;
-mod place;
+mod disk_allocator;
+mod file_binding;
+mod file_closer;
+mod loop_slot;
+mod partition_disk;
 mod pool;
+mod pool_disk;
 mod pools;
 mod quota;
-mod reaper;
-mod used;
+mod shadow_disk;
+mod slot_allocator;
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub use mounted::Lent;
-pub use parts::POOL_MAX as PARTITIONS_MAX;
+pub use partition_disk::POOL_MAX as PARTITIONS_MAX;
 pub use pool::{LoopOp, LoopReply, Pool};
 pub use pools::Pools;
 pub use quota::Quotas;
 pub use rustix::io::Errno;
+pub use shadow_disk::MountSource;
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
@@ -38,7 +39,7 @@ use crate::error::{Error, Kind};
 use crate::image::partitions;
 use crate::sys::stack::Stack;
 
-/// What an operation answers to its caller.
+/// The result of an operation, as its caller gets it.
 pub type Answer<T> = std::result::Result<T, Errno>;
 
 /// Flags of a device, as in linux/loop.h.
@@ -47,39 +48,39 @@ pub mod flag {
     pub const READ_ONLY: u32 = 1;
     /// The last close unbinds.
     pub const AUTOCLEAR: u32 = 4;
-    /// Partitions are wanted.
+    /// Partitions are requested.
     pub const PARTSCAN: u32 = 8;
-    /// Direct I/O is wanted, and possible.
+    /// Direct I/O is requested, and possible.
     pub const DIRECT_IO: u32 = 16;
 }
 
 /// Bytes of a name in `struct loop_info64`.
 pub const NAME_BYTES: usize = 64;
 
-/// What a pool is.
+/// The properties of a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolSpec {
-    /// Its name, for logs and lists; unique in the daemon.
+    /// Its name, unique in the daemon.
     pub name: String,
-    /// Devices at the most.
+    /// Maximum number of devices.
     pub max: u32,
-    /// Whom the limit per user charges, and who owns the nodes.
+    /// The user whose limit counts its devices, and owner of the nodes.
     pub uid: u32,
     /// Group of the nodes.
     pub gid: u32,
     /// Permission bits of the nodes.
     pub mode: u32,
-    /// All devices are there from the start, and no disk of it ever has a device number that none had
-    /// then: for those who may open what a list of numbers says.
+    /// All devices exist from the start, and the set of device numbers of its disks never changes:
+    /// for containers, whose device cgroup lists these numbers.
     pub fixed: bool,
-    /// Who uses it has the calls on loop-control intercepted.
+    /// Calls of its users on loop-control are intercepted.
     pub intercepted: bool,
-    /// Numbers that no device gets: where the tenant is, loopN with such an N means another device.
+    /// Numbers that no device gets: the tenant has another device of that name.
     pub reserved: BTreeSet<u32>,
 }
 
 impl PoolSpec {
-    /// The numbers that devices may have, lowest first.
+    /// Allowed device numbers, lowest first.
     pub fn numbers(&self) -> impl Iterator<Item = u32> {
         (0..=NUMBER_MAX.cast_unsigned()).filter(|number| !self.reserved.contains(number))
     }
@@ -88,27 +89,27 @@ impl PoolSpec {
 /// Highest number, as with the kernel's.
 pub const NUMBER_MAX: i32 = (1 << 20) - 1;
 
-/// What LOOP_CONFIGURE asks for; LOOP_SET_FD asks for the same with everything 0.
+/// The arguments of LOOP_CONFIGURE. LOOP_SET_FD is the same with everything 0.
 #[derive(Debug)]
-pub struct Configure {
+pub struct LoopConfig {
     /// The backing file: a duplicate of the caller's descriptor.
     pub file: OwnedFd,
     /// Logical block size; 0: 512.
     pub block_size: u32,
-    /// The rest.
-    pub info: Info,
+    /// `struct loop_info64`.
+    pub info: LoopInfo,
 }
 
-/// What `struct loop_info64` says that matters.
+/// The fields of `struct loop_info64` that are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Info {
-    /// First byte of the file that the device shows.
+pub struct LoopInfo {
+    /// First byte of the file that is part of the device.
     pub offset: u64,
-    /// Bytes at the most; 0: to the end of the file.
+    /// Maximum size in bytes; 0: to the end of the file.
     pub size_limit: u64,
     /// See [`flag`].
     pub flags: u32,
-    /// What the caller calls the file.
+    /// The caller's name of the file.
     pub file_name: [u8; NAME_BYTES],
     /// Must be 0.
     pub encrypt_type: u32,
@@ -116,9 +117,9 @@ pub struct Info {
     pub encrypt_key_size: u32,
 }
 
-impl Default for Info {
+impl Default for LoopInfo {
     fn default() -> Self {
-        Info {
+        LoopInfo {
             offset: 0,
             size_limit: 0,
             flags: 0,
@@ -129,9 +130,9 @@ impl Default for Info {
     }
 }
 
-/// What LOOP_GET_STATUS64 answers.
+/// The result of LOOP_GET_STATUS64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Status {
+pub struct LoopStatus {
     /// N of loopN.
     pub number: u32,
     /// Device number of the file system of the backing file.
@@ -140,20 +141,20 @@ pub struct Status {
     pub inode: u64,
     /// Device number of the backing file, if it is a device.
     pub rdevice: u64,
-    /// The rest; nothing is encrypted.
-    pub info: Info,
+    /// The other fields of `struct loop_info64`.
+    pub info: LoopInfo,
 }
 
-/// A device as directories and sysfs show it.
+/// A device as listings and sysfs have it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
-pub struct Entry {
+pub struct DeviceEntry {
     /// N of loopN.
     pub number: u32,
-    /// Device number of the block device that loopN is now.
+    /// Device number of its disk.
     pub rdev: u64,
-    /// Another whenever `rdev` has become another's: names of an earlier one must not open any more.
+    /// Changes with the disk: names of an earlier disk must not open the present one.
     pub generation: u64,
     /// Bytes.
     #[serde(rename = "sizeBytes")]
@@ -163,21 +164,22 @@ pub struct Entry {
     #[serde(rename = "blockSizeBytes")]
     #[zlink(rename = "blockSizeBytes")]
     pub block_size: u32,
-    /// Bound to a file.
+    /// Its backing file, if it is bound.
     pub bound: Option<Bound>,
-    /// Partitions, if they were asked for and there are any.
-    pub partitions: Vec<Partition>,
+    /// Its partitions, if they were requested.
+    pub partitions: Vec<PartitionEntry>,
 }
 
-/// What a bound device is bound to.
+/// The backing file of a bound device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct Bound {
-    /// Path of the file as its opener sees it, with " (deleted)" if it is. In JSON, what is not UTF-8 is U+FFFD.
+    /// Path of the file in the mounts of its opener, with " (deleted)" if it is deleted. In JSON,
+    /// bytes that are not UTF-8 become U+FFFD.
     #[serde(serialize_with = "lossy")]
     pub backing_file: PathBuf,
-    /// Device number of the file system that the file is in; of the block device itself, if it is one.
+    /// Device number of the file system of the file, or of the block device itself, if it is one.
     pub image_device: u64,
     /// Inode number of the file; 0: it is a block device.
     pub image_inode: u64,
@@ -185,11 +187,11 @@ pub struct Bound {
     #[serde(rename = "offsetBytes")]
     #[zlink(rename = "offsetBytes")]
     pub offset: u64,
-    /// Bytes at the most; 0: to the end.
+    /// Maximum size in bytes; 0: to the end of the file.
     #[serde(rename = "sizeLimitBytes")]
     #[zlink(rename = "sizeLimitBytes")]
     pub size_limit: u64,
-    /// See [`flag`].
+    /// LO_FLAGS_* of linux/loop.h.
     pub flags: u32,
 }
 
@@ -201,12 +203,12 @@ fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Resul
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
-pub struct Partition {
+pub struct PartitionEntry {
     /// M of loopNpM.
     pub number: u32,
     /// Device number of its block device.
     pub rdev: u64,
-    /// As with a device.
+    /// As that of a device.
     pub generation: u64,
     /// First sector of 512 bytes on the device.
     #[serde(rename = "startSectors")]
@@ -218,50 +220,50 @@ pub struct Partition {
     pub size: u64,
 }
 
-/// What BLKPG asks for, in bytes of the device.
+/// A request of BLKPG, in bytes of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartitionChange {
-    /// A new partition.
+    /// Adds a partition.
     Add(partitions::PartitionRange),
-    /// The partition with this number goes.
+    /// Deletes the partition with this number.
     Delete(u32),
-    /// One that is there gets another size.
+    /// Changes the size of a partition.
     Resize(partitions::PartitionRange),
 }
 
-/// Who asks for an operation on a device, through a descriptor of it.
-pub trait Caller {
-    /// The descriptor was opened for writing.
-    fn writes(&self) -> bool;
-    /// The caller is the administrator of the pool (CAP_SYS_ADMIN where the pool belongs).
+/// The caller of an operation on a device, through a descriptor of the device.
+pub trait LoopCaller {
+    /// Whether the descriptor was opened for writing.
+    fn can_write(&self) -> bool;
+    /// Whether the caller administrates the pool (CAP_SYS_ADMIN in the user namespace of the pool).
     fn is_admin(&self) -> bool;
-    /// The caller still waits for the answer. To be asked before each side effect.
-    fn waits(&self) -> bool;
-    /// From now on the caller's descriptor is this file. Unsupported where there is no descriptor.
-    fn replace(&self, file: OwnedFd) -> Answer<()>;
-    /// The caller has such a descriptor, so that `replace` can work.
+    /// Whether the caller still waits for the result. To be checked before each side effect.
+    fn is_waiting(&self) -> bool;
+    /// Replaces the caller's descriptor by this file. EOPNOTSUPP without a descriptor.
+    fn replace_descriptor(&self, file: OwnedFd) -> Answer<()>;
+    /// Whether the caller has a descriptor that can be replaced.
     fn has_descriptor(&self) -> bool;
-    /// The caller sees a file system mounted from the disk with this device number.
+    /// Whether a file system of the disk with this number is mounted in the caller's namespace.
     fn has_mounted(&self, _rdev: u64) -> bool {
         false
     }
 }
 
-/// A [`Caller`] without a descriptor of a device: the owner of the pool, or root.
+/// A caller without a descriptor of a device: the owner of the pool, or root.
 #[derive(Clone, Copy, Debug)]
-pub struct Owner {
+pub struct OwnerCaller {
     until: Instant,
 }
 
-impl Owner {
-    /// One who waits so long for an answer.
-    pub fn waiting(at_most: Duration) -> Owner {
-        Owner { until: Instant::now() + at_most }
+impl OwnerCaller {
+    /// A caller that waits at most for this time.
+    pub fn with_timeout(timeout: Duration) -> OwnerCaller {
+        OwnerCaller { until: Instant::now() + timeout }
     }
 }
 
-impl Caller for Owner {
-    fn writes(&self) -> bool {
+impl LoopCaller for OwnerCaller {
+    fn can_write(&self) -> bool {
         true
     }
 
@@ -269,11 +271,11 @@ impl Caller for Owner {
         true
     }
 
-    fn waits(&self) -> bool {
+    fn is_waiting(&self) -> bool {
         Instant::now() < self.until
     }
 
-    fn replace(&self, _file: OwnedFd) -> Answer<()> {
+    fn replace_descriptor(&self, _file: OwnedFd) -> Answer<()> {
         Err(Errno::OPNOTSUPP)
     }
 
@@ -282,18 +284,18 @@ impl Caller for Owner {
     }
 }
 
-/// Is told what changes in a pool, after the change and before the operation is answered. Must not
-/// call the pool's operations; may ask for entries.
-pub trait Watcher: Send + Sync {
-    /// The device with this number has come, changed, or gone.
+/// Is notified of changes of a pool, after the change and before the operation returns. Must not
+/// call operations of the pool; may read entries.
+pub trait PoolWatcher: Send + Sync {
+    /// The device with this number was added, changed, or removed.
     fn changed(&self, pool: &Pool, number: u32);
-    /// A disk that lies upon its devices has come, or gone.
-    fn stacked(&self, _stack: &Stack, _is_there: bool) {}
-    /// The pool has ended: no device of it is left.
+    /// A disk stacked on devices of the pool was added or removed.
+    fn stack_changed(&self, _stack: &Stack, _is_there: bool) {}
+    /// The pool has ended: it has no device left.
     fn ended(&self, _pool: &Pool) {}
 }
 
-/// The errno that a failure is to a caller of loop(4): the kernel's own where there is one.
+/// The errno of a failure for a caller of loop(4): the kernel's own, if there is one.
 fn errno(error: &Error) -> Errno {
     let mut source = std::error::Error::source(error);
     while let Some(inner) = source {
@@ -322,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reserved_numbers_are_passed_over() {
+    fn skips_reserved_numbers() {
         let reserved = BTreeSet::from([0, 2]);
         let spec = PoolSpec {
             name: String::new(),

@@ -1,10 +1,10 @@
-//! One pool: its numbers, its limits, and who is told when something changes.
+//! One pool: its numbers, limits and watchers.
 //!
-//! Knows which loopN there are and hands operations to them, one at a time each. A device whose backing
-//! file does not answer holds up itself only: every wait for another's operation has a limit.
+//! Knows which loopN exist, and passes operations to them, one at a time per device. A device whose
+//! backing file does not answer blocks only itself: every wait for a device has a timeout.
 
 mod fixed;
-mod forced;
+mod force_end;
 mod lookup;
 mod operation;
 mod stacks;
@@ -15,52 +15,54 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::binding::check_kind;
-use super::device::Device;
-use super::maker::Maker;
-use super::place::{END_PATIENCE, Place};
+use super::close_watcher::{CloseWatcher, PollResult};
+use super::device::PoolDevice;
+use super::disk_allocator::DiskAllocator;
+use super::file_binding::check_kind;
+use super::loop_slot::{END_LOCK_TIMEOUT, LoopSlot};
 use super::quota::Quotas;
-use super::reaper::{Reaper, Round};
-use super::{Answer, Configure, Entry, Errno, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
+use super::{Answer, DeviceEntry, Errno, LoopConfig, LoopStatus, NUMBER_MAX, PoolSpec, PoolWatcher, errno};
 use crate::frontend::StopMode;
 use crate::sys::stack::Stack;
 pub use operation::{LoopOp, LoopReply};
 
-/// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
-/// putting its old disks away, and another that is being bound hangs only if its file does.
-const SHORT_PATIENCE: Duration = Duration::from_secs(1);
-/// Disks above two for each device: partitions, and what is open still of those before.
-const PARTS_MAX: usize = 64;
-/// Devices whose names are there from the start, as with the kernel's driver.
-const PROMISED: usize = 8;
-/// How deep loop devices may be stacked on each other.
-const STACK_MAX: usize = 8;
+/// How long a search for a free device waits for the lock of one that is published as unbound: the
+/// close watcher may be releasing its disks. A device that is being bound hangs only if its file
+/// does.
+const SHORT_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+/// Disks of a pool beside two per device: for partitions and outgoing disks.
+const EXTRA_DISKS_MAX: usize = 64;
+/// Names that exist from the start, as with the kernel's driver.
+const PREALLOCATED_NAMES: usize = 8;
+/// Maximum depth of loop devices that back each other.
+const STACK_DEPTH_MAX: usize = 8;
 
 /// A private pool of loop devices.
 #[derive(Debug)]
 pub struct Pool {
     spec: PoolSpec,
-    pub(super) maker: Maker,
+    pub(super) allocator: DiskAllocator,
     quotas: Quotas,
-    places: Mutex<BTreeMap<u32, Arc<Place>>>,
-    /// Held while a device is made, so that no number is taken twice.
+    slots: Mutex<BTreeMap<u32, Arc<LoopSlot>>>,
+    /// Held while a device is created, so that no number is taken twice.
     creating: Mutex<()>,
     generations: AtomicU64,
     ending: AtomicBool,
-    /// Its end does not wait for its users.
+    /// The pool ends without waiting for users of its devices.
     forced: AtomicBool,
-    watchers: Mutex<Watchers>,
-    /// Numbers whose names are there, and whose devices come when somebody looks a name up.
-    promised: Mutex<BTreeSet<u32>>,
-    /// Those that are shown, and whether the kernel had them since: an array's node is made before there is one.
+    watchers: Mutex<WatcherList>,
+    /// Numbers of devices that have names, and are created by the first lookup.
+    preallocated: Mutex<BTreeSet<u32>>,
+    /// Published stacked disks, and whether each has existed since: an array's node precedes the
+    /// array.
     stacks: Mutex<BTreeMap<Stack, bool>>,
-    pub(super) reaper: Reaper,
+    pub(super) close_watcher: CloseWatcher,
 }
 
 #[derive(Default)]
-struct Watchers(Vec<Arc<dyn Watcher>>);
+struct WatcherList(Vec<Arc<dyn PoolWatcher>>);
 
-impl std::fmt::Debug for Watchers {
+impl std::fmt::Debug for WatcherList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} watchers", self.0.len())
     }
@@ -71,103 +73,104 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Pool {
-    /// An empty one.
-    pub fn start(spec: PoolSpec, mut maker: Maker, quotas: Quotas) -> crate::Result<Arc<Pool>> {
-        maker.close_with(quotas.closer(spec.uid));
-        let most = PROMISED.min(spec.max as usize);
+    /// Starts an empty pool.
+    pub fn start(spec: PoolSpec, mut allocator: DiskAllocator, quotas: Quotas) -> crate::Result<Arc<Pool>> {
+        allocator.set_closer(quotas.closer(spec.uid));
+        let most = PREALLOCATED_NAMES.min(spec.max as usize);
         let pool = Arc::new(Pool {
-            promised: Mutex::new(spec.numbers().take(most).collect()),
+            preallocated: Mutex::new(spec.numbers().take(most).collect()),
             spec,
-            maker,
+            allocator,
             quotas,
-            places: Mutex::default(),
+            slots: Mutex::default(),
             creating: Mutex::default(),
             generations: AtomicU64::new(1),
             ending: AtomicBool::new(false),
             forced: AtomicBool::new(false),
             watchers: Mutex::default(),
             stacks: Mutex::default(),
-            reaper: Reaper::default(),
+            close_watcher: CloseWatcher::default(),
         });
-        pool.reaper.start(&pool)?;
+        pool.close_watcher.start(&pool)?;
         Ok(pool)
     }
 
-    /// What it is.
+    /// Its properties.
     pub fn spec(&self) -> &PoolSpec {
         &self.spec
     }
 
-    /// Has changes told to `watcher`.
-    pub fn watch(&self, watcher: Arc<dyn Watcher>) {
+    /// Notifies `watcher` of changes from now on.
+    pub fn watch(&self, watcher: Arc<dyn PoolWatcher>) {
         lock(&self.watchers).0.push(watcher);
     }
 
-    /// Numbers of devices that will be there when somebody looks their names up.
-    pub fn promised(&self) -> Vec<u32> {
-        lock(&self.promised).iter().copied().collect()
+    /// Numbers of devices that their first lookup creates.
+    pub fn preallocated(&self) -> Vec<u32> {
+        lock(&self.preallocated).iter().copied().collect()
     }
 
     /// All devices, by number.
-    pub fn entries(&self) -> Vec<Entry> {
-        self.all().iter().filter_map(|(_, place)| place.shown()).collect()
+    pub fn entries(&self) -> Vec<DeviceEntry> {
+        self.all_slots().iter().filter_map(|(_, slot)| slot.snapshot()).collect()
     }
 
-    /// One device, for somebody who opens it next. If its disk is being replaced just now, waits for
-    /// that, not long; and the disk is not replaced right after.
-    pub fn entry(&self, number: u32) -> Option<Entry> {
-        let place = self.place(number).or_else(|_| self.keep_promise(number)).ok()?;
-        // After its last close the kernel's driver opens none that is bound still; the reaper may come later.
-        if place.is_leaving()
-            && let Ok(mut device) = place.lock_within(SHORT_PATIENCE)
+    /// One device, for a lookup that an open follows. Waits for a running replacement of its disk,
+    /// with a timeout, and delays the next one.
+    pub fn entry(&self, number: u32) -> Option<DeviceEntry> {
+        let slot = self.slot(number).or_else(|_| self.create_preallocated(number)).ok()?;
+        // With the kernel's driver a device is unbound right after the last close. The close
+        // watcher may not have noticed it yet.
+        if slot.is_in_rundown()
+            && let Ok(mut device) = slot.lock_within(SHORT_LOCK_TIMEOUT)
         {
-            if device.is_leaving() {
-                place.begin_replacing();
-                if !device.unbind(&self.maker) {
-                    tracing::debug!(number, "a device whose name is looked up is bound still");
+            if device.is_in_rundown() {
+                slot.begin_replacing();
+                if !device.unbind(&self.allocator) {
+                    tracing::debug!(number, "a device is looked up in rundown, and still in use");
                 }
             }
-            self.settle(number, &place, device);
+            self.publish(number, &slot, device);
         }
-        place.entry_to_open()
+        slot.entry_for_open()
     }
 
-    fn keep_promise(&self, number: u32) -> Answer<Arc<Place>> {
-        if !lock(&self.promised).contains(&number) {
+    fn create_preallocated(&self, number: u32) -> Answer<Arc<LoopSlot>> {
+        if !lock(&self.preallocated).contains(&number) {
             return Err(Errno::NXIO);
         }
         match self.create(Some(number)) {
-            Ok(_) | Err(Errno::EXIST) => self.place(number),
+            Ok(_) | Err(Errno::EXIST) => self.slot(number),
             Err(errno) => Err(errno),
         }
     }
 
-    /// One device as it was shown last, without any wait: for who is told of the next change too.
-    pub fn shown(&self, number: u32) -> Option<Entry> {
-        self.place(number).ok()?.shown()
+    /// One device as last published, without a wait: for watchers.
+    pub fn snapshot(&self, number: u32) -> Option<DeviceEntry> {
+        self.slot(number).ok()?.snapshot()
     }
 
     /// LOOP_CTL_GET_FREE.
     fn get_free(&self) -> Answer<u32> {
-        for (number, place) in self.all() {
-            let promised = lock(&self.promised).first().copied();
-            if let Some(lower) = promised.filter(|promised| *promised < number)
-                && self.keep_promise(lower).is_ok()
+        for (number, slot) in self.all_slots() {
+            let preallocated = lock(&self.preallocated).first().copied();
+            if let Some(lower) = preallocated.filter(|preallocated| *preallocated < number)
+                && self.create_preallocated(lower).is_ok()
             {
                 return Ok(lower);
             }
-            // One that is being bound is not free, one that was just unbound is.
-            let patience = if place.is_shown_bound() { Duration::ZERO } else { SHORT_PATIENCE };
-            let Ok(mut device) = place.lock_within(patience) else { continue };
+            // A device that is being bound is not free; one that was just unbound is.
+            let timeout = if slot.is_published_bound() { Duration::ZERO } else { SHORT_LOCK_TIMEOUT };
+            let Ok(mut device) = slot.lock_within(timeout) else { continue };
             if device.is_free() {
                 drop(device);
-                place.wait_until_announced();
+                slot.wait_until_announced();
                 return Ok(number);
             }
-            // LOOP_CLR_FD came, and nobody has looked yet whether that was its last user.
-            if device.is_cleared() && device.finish_clearing(&self.maker, SHORT_PATIENCE) {
-                self.settle(number, &place, device);
-                place.wait_until_announced();
+            // After LOOP_CLR_FD: check whether it was the last user.
+            if device.is_cleared() && device.finish_clear(&self.allocator, SHORT_LOCK_TIMEOUT) {
+                self.publish(number, &slot, device);
+                slot.wait_until_announced();
                 return Ok(number);
             }
         }
@@ -177,7 +180,7 @@ impl Pool {
     /// LOOP_CTL_ADD.
     fn add(&self, number: i32) -> Answer<u32> {
         match u32::try_from(number) {
-            // As the kernel: any of them means the next.
+            // As in the kernel: a negative number means the next.
             Err(_) => self.create(None),
             Ok(wanted) if number <= NUMBER_MAX => self.create(Some(wanted)),
             _ => Err(Errno::INVAL),
@@ -186,7 +189,7 @@ impl Pool {
 
     fn create(&self, wanted: Option<u32>) -> Answer<u32> {
         let creating = lock(&self.creating);
-        let present = self.all();
+        let present = self.all_slots();
         let is_there = |number: u32| present.binary_search_by_key(&number, |(number, _)| *number);
         if self.is_ending() {
             return Err(Errno::NODEV);
@@ -201,54 +204,54 @@ impl Pool {
         }
         let free = || self.spec.numbers().find(|number| is_there(*number).is_err());
         let number = wanted.or_else(free).ok_or(Errno::NOSPC)?;
-        let held: usize = present.iter().map(|(_, place)| place.disks()).sum();
-        // Disks that are no longer anybody's loopN, but open still, count too.
-        if present.len() >= self.spec.max as usize || held > 2 * self.spec.max as usize + PARTS_MAX {
+        let held: usize = present.iter().map(|(_, slot)| slot.disks()).sum();
+        // Outgoing disks count too.
+        if present.len() >= self.spec.max as usize || held > 2 * self.spec.max as usize + EXTRA_DISKS_MAX {
             return Err(Errno::NOSPC);
         }
         let charge = self.quotas.charge(self.spec.uid)?;
-        let disk = self.maker.make(512).map_err(|error| {
-            tracing::warn!(%error, pool = self.spec.name, "no disk for a loop device");
+        let disk = self.allocator.allocate(512).map_err(|error| {
+            tracing::warn!(%error, pool = self.spec.name, "cannot allocate a disk for a loop device");
             errno(&error)
         })?;
         let generation = self.generations.fetch_add(1 << 20, Ordering::Relaxed);
-        let place = Arc::new(Place::new(Device::new(number, disk, generation, charge)));
-        lock(&self.places).insert(number, Arc::clone(&place));
-        lock(&self.promised).remove(&number);
+        let slot = Arc::new(LoopSlot::new(PoolDevice::new(number, disk, generation, charge)));
+        lock(&self.slots).insert(number, Arc::clone(&slot));
+        lock(&self.preallocated).remove(&number);
         drop(creating);
-        self.tell(number);
-        place.announce();
+        self.notify(number);
+        slot.announce();
         Ok(number)
     }
 
-    /// LOOP_CTL_REMOVE. Answers 0.
+    /// LOOP_CTL_REMOVE. Returns 0.
     fn remove(&self, number: i32) -> Answer<u32> {
         let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
-        let Ok(place) = self.place(number) else {
-            let promised = lock(&self.promised).remove(&number);
-            self.tell(number);
-            return if promised { Ok(0) } else { Err(Errno::NODEV) };
+        let Ok(slot) = self.slot(number) else {
+            let preallocated = lock(&self.preallocated).remove(&number);
+            self.notify(number);
+            return if preallocated { Ok(0) } else { Err(Errno::NODEV) };
         };
-        let mut device = place.lock()?;
-        place.begin_replacing();
+        let mut device = slot.lock()?;
+        slot.begin_replacing();
         if device.is_cleared() {
-            device.finish_clearing(&self.maker, SHORT_PATIENCE);
+            device.finish_clear(&self.allocator, SHORT_LOCK_TIMEOUT);
         }
-        if let Err(error) = device.retire(&self.maker) {
-            self.settle(number, &place, device);
+        if let Err(error) = device.retire(&self.allocator) {
+            self.publish(number, &slot, device);
             return Err(error);
         }
-        place.withdraw();
-        lock(&self.places).remove(&number);
+        slot.withdraw();
+        lock(&self.slots).remove(&number);
         drop(device);
-        self.tell(number);
+        self.notify(number);
         Ok(0)
     }
 
-    /// Refuses a file that this device is not to be bound to.
-    fn check_file(&self, number: u32, with: &Configure) -> Answer<()> {
-        check_kind(&with.file, &self.maker.shared().claims)?;
-        if self.place(number)?.is_shown_bound() {
+    /// Refuses a file that this device may not be bound to.
+    fn check_file(&self, number: u32, with: &LoopConfig) -> Answer<()> {
+        check_kind(&with.file, &self.allocator.shared().claims)?;
+        if self.slot(number)?.is_published_bound() {
             return Err(Errno::BUSY);
         }
         self.check_closing()?;
@@ -256,22 +259,22 @@ impl Pool {
     }
 
     fn check_closing(&self) -> Answer<()> {
-        if self.maker.is_closing_many() { Err(Errno::BUSY) } else { Ok(()) }
+        if self.allocator.has_too_many_closing() { Err(Errno::BUSY) } else { Ok(()) }
     }
 
     /// LOOP_GET_STATUS64.
-    fn status(&self, number: u32) -> Answer<Status> {
-        let place = self.place(number)?;
-        let device = place.lock()?;
+    fn status(&self, number: u32) -> Answer<LoopStatus> {
+        let slot = self.slot(number)?;
+        let device = slot.lock()?;
         device.status()
     }
 
-    /// Somebody has unmounted something, or is about to close a device: the reaper looks soon.
+    /// A close is near, for instance after an unmount: the close watcher polls often for a while.
     pub fn expect_close(&self) {
-        self.reaper.wake();
+        self.close_watcher.wake();
     }
 
-    /// Takes nothing more; unused devices go at once, used ones at their last close, or at once too
+    /// Ends the pool. Removes unused devices at once, used ones at their last close, or at once
     /// with `force`.
     pub fn end(&self, force: bool) {
         self.ending.store(true, Ordering::Release);
@@ -279,165 +282,172 @@ impl Pool {
         for stack in self.end_stacks() {
             tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
         }
-        // What nobody uses does not wait for what somebody does.
-        if !self.sweep_away(StopMode::IfUnusedNow, END_PATIENCE) && force {
-            self.sweep_away_together();
+        // Unused devices do not wait for those in use.
+        if !self.remove_devices(StopMode::IfUnusedNow, END_LOCK_TIMEOUT) && force {
+            self.remove_devices_in_parallel();
         }
-        self.reaper.wake();
+        self.close_watcher.wake();
     }
 
-    /// It has ended, or is about to.
+    /// Whether it has ended, or is ending.
     pub fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Acquire)
     }
 
-    /// A round of the reaper; `names`: looks also for bound files that are called something else by now.
-    pub(super) fn reap(&self, names: bool) -> Round {
+    /// One poll of the close watcher. `names`: also detects renamed backing files.
+    pub(super) fn poll_closes(&self, names: bool) -> PollResult {
         if self.is_ending() {
             self.end_stacks();
             let when =
                 if self.forced.load(Ordering::Acquire) { StopMode::Always } else { StopMode::IfUnusedNow };
-            let over = self.sweep_away(when, Duration::ZERO);
+            let over = self.remove_devices(when, Duration::ZERO);
             if over {
                 let watchers = lock(&self.watchers).0.clone();
                 watchers.iter().for_each(|watcher| watcher.ended(self));
             }
-            return Round { awaited: if over { 0 } else { self.all().len().max(1) }, bound: 0, over };
+            return PollResult {
+                awaited: if over { 0 } else { self.all_slots().len().max(1) },
+                bound: 0,
+                over,
+            };
         }
         if names {
-            self.look_after_stacks();
+            self.withdraw_gone_stacks();
         }
-        let mut round = Round::default();
-        for (number, place) in self.all() {
-            let Ok(mut device) = place.device.try_lock() else {
+        let mut round = PollResult::default();
+        for (number, slot) in self.all_slots() {
+            let Ok(mut device) = slot.device.try_lock() else {
                 round.awaited += 1;
                 continue;
             };
             round.bound += usize::from(device.is_bound());
-            if !device.is_awaited() {
+            if !device.awaits_close() {
                 if names && device.is_bound() {
-                    self.publish(number, &place, device);
+                    self.publish_without_wake(number, &slot, device);
                 }
                 continue;
             }
-            device.reap(&self.maker);
-            if device.is_to_be_bound_again() && place.try_begin_replacing() {
-                device.bind_again(&self.maker);
+            device.release_unused(&self.allocator);
+            if device.should_rebind() && slot.try_begin_replacing() {
+                device.rebind_cleared(&self.allocator);
             }
-            if device.is_to_be_unbound() && place.try_begin_replacing() {
-                device.unbind(&self.maker);
+            if device.is_autoclear() && slot.try_begin_replacing() {
+                device.unbind(&self.allocator);
             }
-            round.awaited += usize::from(device.is_awaited());
-            self.publish(number, &place, device);
+            round.awaited += usize::from(device.awaits_close());
+            self.publish_without_wake(number, &slot, device);
         }
         round
     }
 
-    /// Gives all disks away that can be had; true when none is left.
-    fn sweep_away(&self, when: StopMode, patience: Duration) -> bool {
+    /// Removes all devices that can be removed. True: none is left.
+    fn remove_devices(&self, when: StopMode, timeout: Duration) -> bool {
         let mut clean = true;
-        for (number, place) in self.all() {
-            clean &= self.end_one(number, &place, when, patience);
+        for (number, slot) in self.all_slots() {
+            clean &= self.end_device(number, &slot, when, timeout);
         }
-        // What was being made is there by now, and ends with the next sweep.
+        // A device that was being created exists by now. The next call removes it.
         let _none_comes = lock(&self.creating);
-        let over = clean && self.all().is_empty();
-        // Disks that no device has go at once, also where a device stays.
-        self.maker.end();
+        let over = clean && self.all_slots().is_empty();
+        // Free disks are removed at once, also where a device stays.
+        self.allocator.end();
         over
     }
 
-    fn end_one(&self, number: u32, place: &Place, when: StopMode, patience: Duration) -> bool {
-        let Ok(mut device) = place.lock_within(patience) else { return false };
-        if !device.end(when, &self.maker) {
+    fn end_device(&self, number: u32, slot: &LoopSlot, when: StopMode, timeout: Duration) -> bool {
+        let Ok(mut device) = slot.lock_within(timeout) else { return false };
+        if !device.end(when, &self.allocator) {
             return false;
         }
-        place.withdraw();
-        lock(&self.places).remove(&number);
+        slot.withdraw();
+        lock(&self.slots).remove(&number);
         drop(device);
-        self.tell(number);
+        self.notify(number);
         true
     }
 
-    pub(super) fn all(&self) -> Vec<(u32, Arc<Place>)> {
-        lock(&self.places).iter().map(|(number, place)| (*number, place.clone())).collect()
+    pub(super) fn all_slots(&self) -> Vec<(u32, Arc<LoopSlot>)> {
+        lock(&self.slots).iter().map(|(number, slot)| (*number, slot.clone())).collect()
     }
 
-    fn place(&self, number: u32) -> Answer<Arc<Place>> {
-        lock(&self.places).get(&number).cloned().ok_or(Errno::NXIO)
+    fn slot(&self, number: u32) -> Answer<Arc<LoopSlot>> {
+        lock(&self.slots).get(&number).cloned().ok_or(Errno::NXIO)
     }
 
-    /// One operation on one device, and the news of it.
+    /// Runs one operation on one device, and publishes the result.
     pub(super) fn change(
         &self,
         number: u32,
-        operation: impl FnOnce(&mut Device) -> Answer<()>,
+        operation: impl FnOnce(&mut PoolDevice) -> Answer<()>,
     ) -> Answer<()> {
-        self.change_and_move(number, false, operation)
+        self.change_replacing(number, false, operation)
     }
 
-    /// The same; `moves`: its disk may go on the way, since no descriptor of it is to be replaced.
-    fn change_and_move(
+    /// The same. `moves`: the operation may replace its disk without replacing the caller's
+    /// descriptor.
+    fn change_replacing(
         &self,
         number: u32,
         moves: bool,
-        operation: impl FnOnce(&mut Device) -> Answer<()>,
+        operation: impl FnOnce(&mut PoolDevice) -> Answer<()>,
     ) -> Answer<()> {
-        let place = self.place(number)?;
-        let mut device = place.lock()?;
+        let slot = self.slot(number)?;
+        let mut device = slot.lock()?;
         if self.is_ending() {
             return Err(Errno::NXIO);
         }
         if moves {
-            place.begin_replacing();
+            slot.begin_replacing();
         }
         let answer = operation(&mut device);
-        self.settle(number, &place, device);
+        self.publish(number, &slot, device);
         answer
     }
 
-    /// Shows what became of a device, lets go of it, and tells those who watch.
-    fn settle(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
-        let was_bound = place.is_shown_bound();
-        let (awaited, bound) = (device.is_awaited(), device.is_bound());
-        self.publish(number, place, device);
+    /// Publishes the state of a device, unlocks it, notifies the watchers, and wakes the close
+    /// watcher.
+    fn publish(&self, number: u32, slot: &LoopSlot, device: MutexGuard<'_, PoolDevice>) {
+        let was_bound = slot.is_published_bound();
+        let (awaited, bound) = (device.awaits_close(), device.is_bound());
+        self.publish_without_wake(number, slot, device);
         if awaited || bound && !was_bound {
-            self.reaper.wake();
+            self.close_watcher.wake();
         }
     }
 
-    /// The same for the reaper.
-    fn publish(&self, number: u32, place: &Place, device: MutexGuard<'_, Device>) {
-        // Before anybody is told, who may ask for the entry.
-        let changed = place.publish(&device);
+    /// The same for the close watcher itself.
+    fn publish_without_wake(&self, number: u32, slot: &LoopSlot, device: MutexGuard<'_, PoolDevice>) {
+        // A notified watcher may read the entry.
+        let changed = slot.publish(&device);
         drop(device);
         if changed {
-            self.tell(number);
+            self.notify(number);
         }
     }
 
-    fn tell(&self, number: u32) {
+    fn notify(&self, number: u32) {
         let watchers = lock(&self.watchers).0.clone();
         watchers.iter().for_each(|watcher| watcher.changed(self, number));
     }
 
-    /// Refuses a device as its own backing file, directly or through others of this pool, and towers.
+    /// Refuses a device as its own backing file, directly or through others of this pool, and
+    /// stacks that are too deep.
     fn check_stack(&self, number: u32, file: &OwnedFd) -> Answer<()> {
         let stat = rustix::fs::fstat(file.as_fd())?;
         let is_block = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::BlockDevice;
         let mut below = is_block.then_some(stat.st_rdev);
         let mut seen = BTreeSet::from([number]);
         while let Some(next) = below.and_then(|rdev| self.find(rdev)) {
-            if !seen.insert(next) || seen.len() > STACK_MAX {
+            if !seen.insert(next) || seen.len() > STACK_DEPTH_MAX {
                 return Err(Errno::BADF);
             }
-            let place = self.place(next)?;
-            let device = place.lock()?;
-            // As the kernel: nothing can be read from an unbound one.
+            let slot = self.slot(next)?;
+            let device = slot.lock()?;
+            // As in the kernel: an unbound device backs nothing.
             if !device.is_bound() {
                 return Err(Errno::INVAL);
             }
-            below = device.shows();
+            below = device.backing_device();
         }
         Ok(())
     }

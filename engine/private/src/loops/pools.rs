@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::maker::Maker;
-use super::{PARTITIONS_MAX, Pool, PoolSpec, Quotas, Watcher};
+use super::disk_allocator::DiskAllocator;
+use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::error::{Error, Kind, Result};
 use crate::instance::claims::ExcludedFileSystem;
 use crate::instance::{Companion, Engine, MAX_DEVICES, PoolResources, check_instance_name};
@@ -35,7 +35,7 @@ impl Table {
 /// Removes a pool that has ended from the table.
 struct RemoveOnEnd(Table);
 
-impl Watcher for RemoveOnEnd {
+impl PoolWatcher for RemoveOnEnd {
     fn changed(&self, _pool: &Pool, _number: u32) {}
 
     fn ended(&self, pool: &Pool) {
@@ -72,9 +72,10 @@ impl Pools {
         let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
         let (context, backend, workers) =
             self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions)?;
-        let pool = Pool::start(spec.clone(), Maker::new(context, backend, workers), self.quotas.clone())?;
+        let pool =
+            Pool::start(spec.clone(), DiskAllocator::new(context, backend, workers), self.quotas.clone())?;
         if spec.fixed {
-            pool.fill().inspect_err(|_| pool.end(true))?;
+            pool.create_all().inspect_err(|_| pool.end(true))?;
         }
         pool.watch(Arc::new(RemoveOnEnd(self.table.clone())));
         table.insert(spec.name.clone(), pool.clone());
@@ -111,6 +112,6 @@ impl Companion for Pools {
     }
 
     fn update_nodes(&self) {
-        self.all().iter().for_each(|pool| pool.look_after_stacks());
+        self.all().iter().for_each(|pool| pool.withdraw_gone_stacks());
     }
 }

@@ -1,29 +1,29 @@
-//! How many loop devices a user may have, over all of that user's pools. Subordinate ids count for
-//! their owner.
+//! Limits the loop devices of a user, over all pools of that user. Subordinate ids count for their
+//! owner.
 //!
-//! Counts only; who asks for a device is known above.
+//! Counts only. Does not know who asks for a device.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::closer::Closer;
+use super::file_closer::FileCloser;
 use super::{Answer, Errno};
 use crate::accounts;
 
 #[derive(Debug, Default)]
-struct Table {
-    usual: u32,
-    /// Limits other than the usual one.
+struct QuotaTable {
+    default: u32,
+    /// Limits other than the default.
     limits: HashMap<u32, u32>,
     used: HashMap<u32, u32>,
-    closers: HashMap<u32, Closer>,
+    closers: HashMap<u32, FileCloser>,
 }
 
-/// All users' limits and what they have.
+/// The limits and device counts of all users.
 #[derive(Clone, Debug, Default)]
-pub struct Quotas(Arc<Mutex<Table>>);
+pub struct Quotas(Arc<Mutex<QuotaTable>>);
 
-/// One device on a user's account; given back when dropped.
+/// One device charged to a user, until this is dropped.
 #[derive(Debug)]
 pub struct Charge {
     quotas: Quotas,
@@ -31,33 +31,33 @@ pub struct Charge {
 }
 
 impl Quotas {
-    /// Everybody may have `usual` devices; root any number.
-    pub fn new(usual: u32) -> Quotas {
+    /// `default` devices per user; root has no limit.
+    pub fn new(default: u32) -> Quotas {
         let quotas = Quotas::default();
-        quotas.set_usual(usual);
+        quotas.set_default(default);
         quotas
     }
 
-    /// Changes what everybody may have who has no limit of its own.
-    pub fn set_usual(&self, usual: u32) {
-        self.table().usual = usual;
+    /// Changes the limit of users without a limit of their own.
+    pub fn set_default(&self, default: u32) {
+        self.table().default = default;
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, QuotaTable> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a user may have.
+    /// The limit of a user.
     pub fn limit(&self, uid: u32) -> u32 {
         self.table().limit(accounts::of(uid))
     }
 
-    /// What a user has.
+    /// The devices of a user.
     pub fn used(&self, uid: u32) -> u32 {
         self.table().used.get(&accounts::of(uid)).copied().unwrap_or(0)
     }
 
-    /// Changes what a user may have; what is there stays. None: as usual.
+    /// Changes the limit of a user; present devices stay. None: the default.
     pub fn set_limit(&self, uid: u32, limit: Option<u32>) {
         let (uid, mut table) = (accounts::of(uid), self.table());
         match limit {
@@ -66,7 +66,7 @@ impl Quotas {
         };
     }
 
-    /// Users that have devices or a limit of their own: who, how many, at the most.
+    /// Users that have devices or a limit of their own: user, devices, limit.
     pub fn list(&self) -> Vec<(u32, u32, u32)> {
         let table = self.table();
         let mut users: Vec<u32> = table.limits.keys().chain(table.used.keys()).copied().collect();
@@ -76,14 +76,14 @@ impl Quotas {
         users.into_iter().map(row).collect()
     }
 
-    /// Closes files of all the pools of a user.
-    pub fn closer(&self, uid: u32) -> Closer {
+    /// The closer of files of all pools of a user.
+    pub fn closer(&self, uid: u32) -> FileCloser {
         let (uid, mut table) = (accounts::of(uid), self.table());
         table.closers.retain(|_, closer| closer.is_needed());
         table.closers.entry(uid).or_default().clone()
     }
 
-    /// Puts one more device on a user's account, or answers ENOSPC.
+    /// Charges one more device to a user, or fails with ENOSPC.
     pub fn charge(&self, uid: u32) -> Answer<Charge> {
         let (uid, mut table) = (accounts::of(uid), self.table());
         let limit = table.limit(uid);
@@ -96,10 +96,10 @@ impl Quotas {
     }
 }
 
-impl Table {
+impl QuotaTable {
     fn limit(&self, uid: u32) -> u32 {
-        let usual = if uid == 0 { u32::MAX } else { self.usual };
-        self.limits.get(&uid).copied().unwrap_or(usual)
+        let default = if uid == 0 { u32::MAX } else { self.default };
+        self.limits.get(&uid).copied().unwrap_or(default)
     }
 }
 
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_holds_over_all_and_can_be_changed() {
+    fn limits_devices_over_all_pools() {
         let quotas = Quotas::new(2);
         let first = quotas.charge(1000).unwrap();
         let _second = quotas.charge(1000).unwrap();

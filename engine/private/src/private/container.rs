@@ -1,9 +1,9 @@
-//! Containers as users of a pool: one after the other, each with a filter for every process that its
-//! runtime starts in it.
+//! Sessions of containers in a pool: one container after the other, each with a filter per process
+//! that its runtime starts in it.
 //!
-//! A pool that root has made for containers stays when one has gone: its devices are unbound, within a
-//! second, and the next may come; usually the same one, started again. Knows who uses a pool now. Does
-//! not know what runtimes say, nor what a call means.
+//! A pool that root opens for containers stays when a container ends: its devices are unbound
+//! within a second, and the next container may start; usually the same one, restarted. Knows which
+//! container uses a pool now. Does not know the messages of runtimes, nor what a call does.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -12,108 +12,109 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::descriptors::check_listener;
 use super::tree::Tree;
-use super::{Caller, Registry, Shared, open_to};
+use super::{Caller, Registry, RegistryShared, open_to};
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::is_over;
 
-/// Filters of one container at a time: that of its first process, and one for each `exec`.
+/// Maximum number of filters of a container: one for its first process, and one per `exec`.
 const FILTERS_MAX: usize = 64;
-/// How long devices that somebody holds are left to him when their container has gone.
-pub(super) const HELD_MAX: Duration = Duration::from_millis(500);
-/// How long the next container waits for a pool to be as new.
-const TURN_MAX: Duration = Duration::from_secs(5);
-/// Characters of a hook's problem in the log.
+/// How long holders may keep a device after the container ended.
+pub(super) const HOLD_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long the next container waits until the pool is reset.
+const ADMISSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum number of logged characters of a hook's error.
 const PROBLEM_MAX: usize = 1024;
-const TURN_PAUSE: Duration = Duration::from_millis(10);
+const ADMISSION_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A process of a container, whose calls are to be served.
+/// A process of a container that requests service for its calls.
 #[derive(Debug)]
-pub struct Guest {
-    /// The container's name with its runtime.
+pub struct ContainerSession {
+    /// The id of the container at its runtime.
     pub id: String,
     /// The listener of its filter.
     pub listener: OwnedFd,
-    /// Its user namespace, whose root is the pool's administrator; none: that of the container, which is
-    /// there already.
+    /// Its user namespace, whose root administrates the pool. None: that of the container, which is
+    /// known already.
     pub namespace: Option<OwnedFd>,
-    /// Devices that it may use, if fewer than the pool has.
+    /// How many devices it may use, if fewer than the pool has.
     pub max: Option<u32>,
-    /// File systems that the kernel may mount for it, if fewer than the pool allows.
+    /// Allowed kernel mounts, if fewer than the pool allows.
     pub mounts: Option<Vec<String>>,
 }
 
-/// Who uses a pool.
+/// The container that uses a pool.
 #[derive(Debug, Default)]
-pub(super) struct Guests {
+pub(super) struct ContainerSessions {
     id: String,
     listeners: Vec<OwnedFd>,
     namespace: Option<OwnedFd>,
-    /// The last has gone, and its devices are being unbound.
+    /// The container has ended, and its devices are being unbound.
     clearing: bool,
 }
 
-enum Turn {
-    /// It is among the pool's, under this number.
-    Now(RawFd),
-    Later,
+enum Admission {
+    /// The session is recorded, with this descriptor of its listener.
+    Admitted(RawFd),
+    Retry,
 }
 
-impl Guests {
-    /// Somebody is there, or has just gone.
-    pub(super) fn any(&self) -> bool {
+impl ContainerSessions {
+    /// Whether a container uses the pool, or its devices are being unbound.
+    pub(super) fn is_active(&self) -> bool {
         self.clearing || !self.listeners.is_empty()
     }
 
-    /// Who that is, as its runtime calls it.
+    /// The id of that container.
     pub(super) fn container(&self) -> Option<&str> {
-        self.any().then_some(self.id.as_str())
+        self.is_active().then_some(self.id.as_str())
     }
 
-    /// A process of the container is there.
+    /// Whether a process of the container is alive.
     fn is_used(&self) -> bool {
         !self.clearing && !self.listeners.iter().all(has_ended)
     }
 
-    fn refusal(&self, pool: &str) -> Error {
+    fn busy_error(&self, pool: &str) -> Error {
         Error::new(Kind::Busy, format!("private pool {pool} is used by container {}", self.id))
             .hint("give each container a pool of its own")
     }
 
-    fn enter(&mut self, pool: &str, guest: &mut Guest) -> Result<Turn> {
+    fn admit(&mut self, pool: &str, session: &mut ContainerSession) -> Result<Admission> {
         if self.clearing {
-            return Ok(Turn::Later);
+            return Ok(Admission::Retry);
         }
         if !self.listeners.is_empty() {
-            // They are seen off by the reaper; a container of the same name may be another.
+            // The reaper will end this container; one of the same id may be another.
             if !self.is_used() {
-                return Ok(Turn::Later);
+                return Ok(Admission::Retry);
             }
-            if self.id != guest.id {
-                return Err(self.refusal(pool));
+            if self.id != session.id {
+                return Err(self.busy_error(pool));
             }
             self.listeners.retain(|listener| !has_ended(listener));
             if self.listeners.len() >= FILTERS_MAX {
-                let message = format!("{FILTERS_MAX} processes were started in the container already");
+                let message =
+                    format!("container {} has {FILTERS_MAX} processes with a filter already", self.id);
                 return Err(Error::new(Kind::Quota, message));
             }
         }
         let cannot = |error| Error::os(error, "cannot watch a container");
-        match (&guest.namespace, &self.namespace) {
+        match (&session.namespace, &self.namespace) {
             (Some(its), _) => self.namespace = Some(its.try_clone().map_err(cannot)?),
             (None, Some(known)) if !self.listeners.is_empty() => {
-                guest.namespace = Some(known.try_clone().map_err(cannot)?);
+                session.namespace = Some(known.try_clone().map_err(cannot)?);
             }
-            _ => return Err(Error::new(Kind::NotFound, format!("cannot find container {}", guest.id))),
+            _ => return Err(Error::new(Kind::NotFound, format!("cannot find container {}", session.id))),
         }
-        let watched = guest.listener.try_clone().map_err(cannot)?;
+        let watched = session.listener.try_clone().map_err(cannot)?;
         let number = watched.as_raw_fd();
         self.listeners.push(watched);
-        self.id.clone_from(&guest.id);
-        Ok(Turn::Now(number))
+        self.id.clone_from(&session.id);
+        Ok(Admission::Admitted(number))
     }
 
-    /// Has the last gone? Then its devices are to be unbound.
-    fn leave(&mut self) -> bool {
+    /// Removes ended sessions. True: the last one ended, and the devices must be unbound.
+    fn remove_ended(&mut self) -> bool {
         self.listeners.retain(|listener| !has_ended(listener));
         let last = self.listeners.is_empty() && !self.clearing;
         self.clearing |= last;
@@ -121,7 +122,7 @@ impl Guests {
     }
 }
 
-/// Nobody is left under its filter.
+/// Whether no process is left under its filter.
 fn has_ended(listener: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(listener, PollFlags::empty())];
     let looked = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
@@ -129,16 +130,18 @@ fn has_ended(listener: &OwnedFd) -> bool {
 }
 
 impl Registry {
-    /// Keeps the names of a pool's partitions in the /dev of a container that is being made. May block on `dev`.
-    pub fn show_in(&self, name: &str, id: &str, dev: OwnedFd, caller: Caller) -> Result<()> {
-        let container = Tree::adopt(dev)
-            .map_err(|error| Error::os(error, format!("cannot make names in the /dev of container {id}")))?;
-        let until = Instant::now() + TURN_MAX;
+    /// Keeps the names of the pool's partitions in the /dev of a container that is being created.
+    /// May block on `dev`.
+    pub fn set_container_dev(&self, name: &str, id: &str, dev: OwnedFd, caller: Caller) -> Result<()> {
+        let container = Tree::adopt(dev).map_err(|error| {
+            Error::os(error, format!("cannot create names in the /dev of container {id}"))
+        })?;
+        let until = Instant::now() + ADMISSION_TIMEOUT;
         loop {
             let mut state = self.shared.state();
             let (_, tenant, _) = open_to(&mut state, name, caller)?;
-            let guests = &tenant.guests;
-            if !guests.any() {
+            let sessions = &tenant.sessions;
+            if !sessions.is_active() {
                 let Some(mirror) = tenant.mirror.clone().filter(|_| tenant.spec.fixed) else {
                     return Err(Error::new(
                         Kind::Invalid,
@@ -146,90 +149,91 @@ impl Registry {
                     ));
                 };
                 drop(state);
-                mirror.show_in(Some(container));
+                mirror.set_container_dev(Some(container));
                 return Ok(());
             }
-            if guests.is_used() {
-                return Err(guests.refusal(name));
+            if sessions.is_used() {
+                return Err(sessions.busy_error(name));
             }
             drop(state);
             if Instant::now() >= until {
-                return Err(Error::new(Kind::Busy, format!("private pool {name} is not free yet")));
+                return Err(Error::new(Kind::Busy, format!("private pool {name} is still being reset")));
             }
-            std::thread::sleep(TURN_PAUSE);
+            std::thread::sleep(ADMISSION_INTERVAL);
         }
     }
 
-    /// Logs why a container could not be prepared for a pool: its runtime may show that to nobody.
+    /// Logs why a hook could not prepare a container: the runtime may discard the hook's message.
     pub fn report_container(&self, name: &str, id: &str, problem: &str, caller: Caller) -> Result<()> {
         open_to(&mut self.shared.state(), name, caller)?;
-        // Quoted, since a container's name and its files are strangers' words; and not without end.
+        // Untrusted text: quoted, and of limited length.
         let problem: String = problem.chars().take(PROBLEM_MAX).collect();
         tracing::warn!("container {id:?} was not prepared for private pool {name}: {problem:?}");
         Ok(())
     }
 
-    /// Serves a process of a container. The pool is one that root has made for containers; or any of its, which
-    /// then ends with the container.
-    pub fn admit(&self, name: &str, mut guest: Guest, caller: Caller) -> Result<()> {
-        check_listener(&guest.listener)?;
-        let until = Instant::now() + TURN_MAX;
-        let (id, number, room) = loop {
+    /// Serves a process of a container. The pool is one for containers, or any other, which then
+    /// ends with the container.
+    pub fn admit(&self, name: &str, mut session: ContainerSession, caller: Caller) -> Result<()> {
+        check_listener(&session.listener)?;
+        let until = Instant::now() + ADMISSION_TIMEOUT;
+        let (id, number, pool) = loop {
             let mut state = self.shared.state();
-            let (id, tenant, room) = open_to(&mut state, name, caller)?;
+            let (id, tenant, pool) = open_to(&mut state, name, caller)?;
             if !tenant.spec.fixed {
                 drop(state);
-                let missing = || Error::new(Kind::NotFound, format!("cannot find container {}", guest.id));
-                let namespace = guest.namespace.ok_or_else(missing)?;
-                return self.supervise(name, guest.listener, namespace, None, caller);
+                let missing = || Error::new(Kind::NotFound, format!("cannot find container {}", session.id));
+                let namespace = session.namespace.ok_or_else(missing)?;
+                return self.supervise(name, session.listener, namespace, None, caller);
             }
-            match tenant.guests.enter(name, &mut guest)? {
-                Turn::Now(number) => break (id, number, room),
-                Turn::Later if Instant::now() >= until => {
-                    return Err(Error::new(Kind::Busy, format!("private pool {name} is not free yet")));
+            match tenant.sessions.admit(name, &mut session)? {
+                Admission::Admitted(number) => break (id, number, pool),
+                Admission::Retry if Instant::now() >= until => {
+                    return Err(Error::new(Kind::Busy, format!("private pool {name} is still being reset")));
                 }
-                Turn::Later => drop(state),
+                Admission::Retry => drop(state),
             }
-            std::thread::sleep(TURN_PAUSE);
+            std::thread::sleep(ADMISSION_INTERVAL);
         };
-        let watched = guest.listener.try_clone();
+        let watched = session.listener.try_clone();
         let served = watched
             .map_err(|error| Error::os(error, "cannot watch a container"))
-            .and_then(|watched| room.admit(guest).map(|()| watched))
+            .and_then(|watched| pool.admit(session).map(|()| watched))
             .inspect_err(|_| {
-                // Whoever keeps a listener and does not serve it has its callers wait for ever.
+                // Callers of a listener that is open and not served wait for ever.
                 if let Some(tenant) = self.shared.state().tenants.get_mut(&id) {
-                    tenant.guests.listeners.retain(|listener| listener.as_raw_fd() != number);
+                    tenant.sessions.listeners.retain(|listener| listener.as_raw_fd() != number);
                 }
             })?;
         self.reaper.watch(id, served).map_err(|error| Error::os(error, "cannot watch a container"))
     }
 }
 
-impl Shared {
-    /// The processes under one filter are gone: the end of a pool, or the turn of the next container.
-    pub(super) fn left(&self, id: u64) {
-        let (name, guest, room, mirror) = {
+impl RegistryShared {
+    /// The processes under one filter have ended. Ends the pool, or resets it for the next
+    /// container.
+    pub(super) fn session_ended(&self, id: u64) {
+        let (name, session, pool, mirror) = {
             let mut state = self.state();
             let Some(tenant) = state.tenants.get_mut(&id) else { return };
             if !tenant.spec.fixed {
                 drop(state);
                 return self.end(id, true);
             }
-            if !tenant.guests.leave() {
+            if !tenant.sessions.remove_ended() {
                 return;
             }
-            (tenant.spec.name.clone(), tenant.guests.id.clone(), tenant.room.clone(), tenant.mirror.clone())
+            (tenant.spec.name.clone(), tenant.sessions.id.clone(), tenant.pool.clone(), tenant.mirror.clone())
         };
-        if let Some(room) = room {
-            room.reset();
+        if let Some(pool) = pool {
+            pool.reset();
         }
         if let Some(mirror) = mirror {
-            mirror.show_in(None);
+            mirror.set_container_dev(None);
         }
-        tracing::info!("container {guest:?} has left private pool {name}");
+        tracing::info!("container {session:?} has left private pool {name}");
         if let Some(tenant) = self.state().tenants.get_mut(&id) {
-            tenant.guests = Guests::default();
+            tenant.sessions = ContainerSessions::default();
         }
     }
 }
@@ -238,49 +242,58 @@ impl Shared {
 mod tests {
     use super::*;
 
-    /// Any descriptor whose other end can go stands for a listener here.
-    fn guest(id: &str) -> (Guest, std::io::PipeWriter) {
+    /// A pipe stands for a listener: its other end can be closed.
+    fn session(id: &str) -> (ContainerSession, std::io::PipeWriter) {
         let (reader, writer) = std::io::pipe().unwrap();
         let namespace = Some(std::fs::File::open("/proc/self/ns/user").unwrap().into());
-        (Guest { id: id.to_owned(), listener: reader.into(), namespace, max: None, mounts: None }, writer)
+        (
+            ContainerSession {
+                id: id.to_owned(),
+                listener: reader.into(),
+                namespace,
+                max: None,
+                mounts: None,
+            },
+            writer,
+        )
     }
 
-    fn enters(guests: &mut Guests, guest: &mut Guest) -> Option<bool> {
-        guests.enter("ci", guest).ok().map(|turn| matches!(turn, Turn::Now(_)))
+    fn admits(sessions: &mut ContainerSessions, session: &mut ContainerSession) -> Option<bool> {
+        sessions.admit("ci", session).ok().map(|turn| matches!(turn, Admission::Admitted(_)))
     }
 
     #[test]
-    fn one_container_after_the_other() {
-        let mut guests = Guests::default();
-        let ((mut one, first), (mut exec, second)) = (guest("a"), guest("a"));
-        let (mut other, _third) = guest("b");
+    fn admits_one_container_at_a_time() {
+        let mut sessions = ContainerSessions::default();
+        let ((mut one, first), (mut exec, second)) = (session("a"), session("a"));
+        let (mut other, _third) = session("b");
         exec.namespace = None;
-        assert_eq!(enters(&mut guests, &mut exec), None, "of what container?");
-        assert_eq!(guests.container(), None);
-        assert_eq!(enters(&mut guests, &mut one), Some(true));
-        assert_eq!(enters(&mut guests, &mut exec), Some(true), "another process of the same");
+        assert_eq!(admits(&mut sessions, &mut exec), None, "no container is known");
+        assert_eq!(sessions.container(), None);
+        assert_eq!(admits(&mut sessions, &mut one), Some(true));
+        assert_eq!(admits(&mut sessions, &mut exec), Some(true), "another process of the same");
         assert!(exec.namespace.is_some(), "as its container");
-        assert_eq!(guests.container(), Some("a"));
-        assert_eq!(guests.enter("ci", &mut other).err().map(|error| error.kind()), Some(Kind::Busy));
+        assert_eq!(sessions.container(), Some("a"));
+        assert_eq!(sessions.admit("ci", &mut other).err().map(|error| error.kind()), Some(Kind::Busy));
         drop(first);
-        assert!(!guests.leave(), "one process is left");
-        assert_eq!(enters(&mut guests, &mut other), None);
+        assert!(!sessions.remove_ended(), "one process is left");
+        assert_eq!(admits(&mut sessions, &mut other), None);
         drop(second);
-        // Gone, and not cleared away yet: also for one of the same name.
-        assert_eq!(enters(&mut guests, &mut exec), Some(false));
-        assert!(guests.leave() && guests.any());
-        assert!(!guests.leave(), "once");
-        assert_eq!(enters(&mut guests, &mut other), Some(false));
-        guests = Guests::default();
-        assert_eq!(enters(&mut guests, &mut other), Some(true));
+        // The container has ended, and is not reset yet; one of the same id waits too.
+        assert_eq!(admits(&mut sessions, &mut exec), Some(false));
+        assert!(sessions.remove_ended() && sessions.is_active());
+        assert!(!sessions.remove_ended(), "once");
+        assert_eq!(admits(&mut sessions, &mut other), Some(false));
+        sessions = ContainerSessions::default();
+        assert_eq!(admits(&mut sessions, &mut other), Some(true));
     }
 
     #[test]
-    fn processes_of_a_container_are_bounded() {
-        let mut guests = Guests::default();
-        let mut held: Vec<_> = (0..FILTERS_MAX).map(|_| guest("a")).collect();
-        assert!(held.iter_mut().all(|(guest, _)| enters(&mut guests, guest) == Some(true)));
-        let (mut more, _writer) = guest("a");
-        assert_eq!(guests.enter("ci", &mut more).err().map(|error| error.kind()), Some(Kind::Quota));
+    fn limits_processes_of_a_container() {
+        let mut sessions = ContainerSessions::default();
+        let mut held: Vec<_> = (0..FILTERS_MAX).map(|_| session("a")).collect();
+        assert!(held.iter_mut().all(|(session, _)| admits(&mut sessions, session) == Some(true)));
+        let (mut more, _writer) = session("a");
+        assert_eq!(sessions.admit("ci", &mut more).err().map(|error| error.kind()), Some(Kind::Quota));
     }
 }

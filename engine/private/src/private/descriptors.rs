@@ -1,5 +1,5 @@
-//! The descriptors that come with a call for a pool: each is found out to be what it should be before
-//! anything else is done with it, since any other file could make whoever asks it something wait.
+//! Checks the descriptors of a call for a pool, before any other use: an operation on a wrong file
+//! could block.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -14,7 +14,7 @@ pub(super) fn check_listener(listener: &OwnedFd) -> Result<()> {
     }
 }
 
-/// Those of a call for supervision.
+/// Checks those of a call of Supervise.
 pub(super) fn check(listener: &OwnedFd, namespace: &OwnedFd, mounter: Option<&OwnedFd>) -> Result<()> {
     check_listener(listener)?;
     if !is_user_namespace(namespace.as_fd()) {
@@ -27,15 +27,15 @@ pub(super) fn check(listener: &OwnedFd, namespace: &OwnedFd, mounter: Option<&Ow
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::intercept::filter::{Options, program};
+    use crate::intercept::filter::{FilterOptions, program};
     use crate::sys::{packet, seccomp};
     use std::fs::File;
 
     #[test]
-    fn refuses_what_is_not_what_it_should_be() {
-        // The filter is that of this thread alone, and ends with it.
+    fn refuses_descriptors_of_other_types() {
+        // The filter applies to this thread only, and ends with it.
         let listener = std::thread::spawn(|| {
-            let listener = seccomp::install_with_listener(&program(Options::default()));
+            let listener = seccomp::install_with_listener(&program(FilterOptions::default()));
             listener.inspect_err(|error| eprintln!("skipped: no filter here: {error}")).ok()
         });
         let Some(listener) = listener.join().unwrap() else { return };

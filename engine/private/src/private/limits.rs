@@ -1,9 +1,9 @@
-//! How many devices and pools a user may have: defaults, what the configuration gives single users, and
-//! exceptions that root makes while the daemon runs. Root itself has no limit unless one is set.
+//! Limits on devices and pools per user: defaults, limits of single users in the configuration, and
+//! exceptions that root sets at run time. Root itself has no limit unless one is set.
 //!
-//! Devices are counted one by one, when they appear (`loops::Quotas`), so that a limit that is lowered
-//! or raised holds at once, for pools that are there too. Pools are counted here. Both count for the
-//! account of a user id (`accounts`), and of all pools no account has more than a share of what is left.
+//! Devices are counted one by one when they are created (`loops::Quotas`), so that a changed limit
+//! applies to present pools at once. Pools are counted here. Both count for the account of a user
+//! id (`accounts`). No account may take more than a share of the remaining pools.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,14 +16,14 @@ use crate::error::{Error, Kind, Result};
 use crate::limits::POOLS_MAX;
 use crate::loops::Quotas;
 
-/// A plain user may open a pool while he has fewer than one in so many of those that are left.
+/// A user other than root may have at most one in so many of the remaining pools.
 const SHARE: usize = 8;
-/// Pools that plain users leave to root.
+/// Pools that are reserved for root.
 const ROOT_POOLS: usize = 64;
-/// Users with a limit of their own at the most.
+/// Maximum number of users with a limit of their own.
 const EXCEPTIONS_MAX: usize = 4096;
 
-/// What every user may have who has no limit of its own.
+/// The limits of users without limits of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Defaults {
     /// Devices of all pools together.
@@ -32,7 +32,7 @@ pub struct Defaults {
     pub pools: u32,
 }
 
-/// What the configuration gives one user; none: what everybody has.
+/// The limits of one user in the configuration. None: the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UserLimit {
     /// Devices of all pools together.
@@ -41,51 +41,51 @@ pub struct UserLimit {
     pub pools: Option<u32>,
 }
 
-/// What a user may have, and has.
+/// The limits and the usage of a user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct Limit {
-    /// The user; none: everybody who is not listed.
+    /// The user; none: all users that are not listed.
     pub uid: Option<u32>,
-    /// Devices that all its pools together may have; none: no limit.
+    /// Maximum number of devices over all pools; none: no limit.
     pub max_devices: Option<u32>,
-    /// Devices that its pools have now.
+    /// Present devices.
     pub devices: u32,
-    /// Its pools now.
+    /// Present pools.
     pub pools: u32,
-    /// Pools that it may have; none: no limit.
+    /// Maximum number of pools; none: no limit.
     #[serde(default)]
     pub max_pools: Option<u32>,
 }
 
-/// Who has how many pools, and who may have how many devices.
+/// The limits of all users, and the pools that they have.
 #[derive(Debug)]
 pub struct Ledger {
     defaults: Defaults,
     quotas: Quotas,
     pools: Mutex<BTreeMap<u32, u32>>,
-    /// Of the configuration, by account.
+    /// Limits of the configuration, by account.
     users: Mutex<BTreeMap<u32, UserLimit>>,
 }
 
-/// One pool of a user, until this is dropped.
+/// One pool charged to a user, until this is dropped.
 #[derive(Debug)]
-pub struct Taken {
+pub struct PoolCharge {
     ledger: Arc<Ledger>,
     uid: u32,
     devices: u32,
 }
 
 impl Ledger {
-    /// Nobody has any pool; devices are counted in `quotas`.
+    /// Creates an empty ledger. Devices are counted in `quotas`.
     pub fn new(defaults: Defaults, quotas: Quotas) -> Arc<Ledger> {
-        quotas.set_usual(defaults.devices);
+        quotas.set_default(defaults.devices);
         Arc::new(Ledger { defaults, quotas, pools: Mutex::default(), users: Mutex::default() })
     }
 
-    /// Gives users what the configuration says now. A limit that root has set since stays where the
-    /// configuration says what it said before.
+    /// Applies a new configuration. A limit that root has set at run time stays unless the
+    /// configuration of that user has changed.
     pub fn configure(&self, users: &BTreeMap<u32, UserLimit>) {
         let users: BTreeMap<_, _> = users.iter().map(|(uid, limit)| (accounts::of(*uid), *limit)).collect();
         let mut configured = self.users();
@@ -111,32 +111,35 @@ impl Ledger {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes one pool with up to `devices` devices. None given: `usual`, or the user's limit if that is less.
-    pub fn take(self: &Arc<Ledger>, uid: u32, devices: Option<u32>, usual: u32) -> Result<Taken> {
+    /// Charges one pool of up to `devices` devices. None: `default`, or the user's limit if that is
+    /// less.
+    pub fn take(self: &Arc<Ledger>, uid: u32, devices: Option<u32>, default: u32) -> Result<PoolCharge> {
         let (uid, mut pools) = (accounts::of(uid), self.pools());
         let all: usize = pools.values().map(|&count| count as usize).sum();
         let limit = self.quotas.limit(uid);
-        let wanted = devices.unwrap_or(usual.min(limit.max(1)));
+        let wanted = devices.unwrap_or(default.min(limit.max(1)));
         if wanted > limit {
-            let message = format!("user {uid} may have {limit} loop devices, and this pool alone {wanted}");
+            let message =
+                format!("a pool of {wanted} loop devices exceeds the limit of user {uid}, which is {limit}");
             return Err(Error::new(Kind::Quota, message)
                 .hint(format!("ask for fewer with --max; root raises it with 'loopengine limit {uid} N'")));
         }
         let count = pools.entry(uid).or_default();
         if self.max_pools(uid).is_some_and(|max| *count >= max) {
-            let message = format!("user {uid} has {count} pools, and may not have more");
+            let message = format!("user {uid} has {count} pools, which is the limit");
             return Err(Error::new(Kind::Quota, message).hint("end one of them first"));
         }
         let left = POOLS_MAX.saturating_sub(ROOT_POOLS + all);
         if uid != 0 && *count as usize >= left.div_ceil(SHARE) {
-            let message = format!("there are {all} private pools already, {count} of them of user {uid}");
+            let message =
+                format!("of {all} private pools, user {uid} has {count}, which is the user's share");
             return Err(Error::new(Kind::Quota, message).hint("end one of them first, or try again later"));
         }
         *count += 1;
-        Ok(Taken { ledger: Arc::clone(self), uid, devices: wanted })
+        Ok(PoolCharge { ledger: Arc::clone(self), uid, devices: wanted })
     }
 
-    /// Gives `uid` a limit of its own; none: that of the configuration again. What it has, it keeps.
+    /// Sets the limit of a user. None: that of the configuration. Present devices stay.
     pub fn set(&self, uid: u32, devices: Option<u32>) -> Result<()> {
         if devices.is_some() && self.quotas.list().len() >= EXCEPTIONS_MAX {
             let message = format!("{EXCEPTIONS_MAX} users have devices or a limit of their own already");
@@ -147,7 +150,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// The default first, then everybody who has a limit of its own, devices or pools.
+    /// The default first, then all users with limits of their own, devices or pools.
     pub fn list(&self) -> Vec<Limit> {
         let pools = self.pools();
         let Defaults { devices, pools: max_pools } = self.defaults;
@@ -169,14 +172,14 @@ impl Ledger {
     }
 }
 
-impl Taken {
-    /// How many devices the pool may have.
+impl PoolCharge {
+    /// Maximum number of devices of the pool.
     pub fn devices(&self) -> u32 {
         self.devices
     }
 }
 
-impl Drop for Taken {
+impl Drop for PoolCharge {
     fn drop(&mut self) {
         let mut pools = self.ledger.pools();
         if let Some(count) = pools.get_mut(&self.uid) {
@@ -197,21 +200,21 @@ mod tests {
     }
 
     #[test]
-    fn pools_count_until_they_are_dropped() {
+    fn counts_pools_until_they_are_dropped() {
         let ledger = ledger();
-        let mut taken: Vec<_> = (0..3).map(|_| ledger.take(7, None, 8).unwrap()).collect();
-        assert_eq!(taken[0].devices(), 8);
+        let mut charge: Vec<_> = (0..3).map(|_| ledger.take(7, None, 8).unwrap()).collect();
+        assert_eq!(charge[0].devices(), 8);
         assert!(ledger.take(7, None, 8).unwrap_err().message().contains("pools"));
         let _another = ledger.take(8, None, 8).unwrap();
-        taken.pop();
-        taken.push(ledger.take(7, None, 100).unwrap());
-        assert_eq!(taken[2].devices(), 10);
-        drop(taken);
-        assert_eq!(ledger.list().len(), 2, "who has nothing is not listed");
+        charge.pop();
+        charge.push(ledger.take(7, None, 100).unwrap());
+        assert_eq!(charge[2].devices(), 10);
+        drop(charge);
+        assert_eq!(ledger.list().len(), 2, "users without pools are not listed");
     }
 
     #[test]
-    fn a_limit_holds_for_devices_that_come() {
+    fn applies_limits_to_new_devices() {
         let ledger = ledger();
         let _pools = [ledger.take(7, Some(10), 8).unwrap(), ledger.take(7, Some(10), 8).unwrap()];
         let devices: Vec<_> = (0..10).map(|_| ledger.quotas.charge(7).unwrap()).collect();
@@ -227,21 +230,21 @@ mod tests {
     }
 
     #[test]
-    fn no_set_of_users_takes_all_pools() {
+    fn keeps_pools_for_other_users_and_root() {
         let ledger = Ledger::new(Defaults { devices: 10, pools: 10_000 }, Quotas::default());
-        let mut taken = Vec::new();
+        let mut charge = Vec::new();
         for uid in 1..=30 {
             while let Ok(one) = ledger.take(uid, None, 8) {
-                taken.push(one);
+                charge.push(one);
             }
         }
-        taken.push(ledger.take(31, None, 8).unwrap());
-        assert!(taken.len() < POOLS_MAX - ROOT_POOLS);
+        charge.push(ledger.take(31, None, 8).unwrap());
+        assert!(charge.len() < POOLS_MAX - ROOT_POOLS);
         ledger.take(0, None, 8).unwrap();
     }
 
     #[test]
-    fn the_configuration_gives_users_limits_which_root_changes() {
+    fn root_overrides_limits_of_the_configuration() {
         let ledger = ledger();
         let configure = |limits: &[(u32, Option<u32>, Option<u32>)]| {
             let limit = |&(uid, devices, pools)| (uid, UserLimit { devices, pools });
@@ -257,7 +260,7 @@ mod tests {
         let _pool = ledger.take(8, None, 8).unwrap();
         assert!(ledger.take(8, None, 8).unwrap_err().message().contains("has 1 pools"));
         assert!(ledger.take(0, None, 8).unwrap_err().message().contains("has 0 pools"));
-        // What root sets holds until the configuration says something else.
+        // A limit of root holds until the configuration changes.
         ledger.set(7, Some(30)).unwrap();
         configure(&[(7, Some(20), Some(5))]);
         assert_eq!((shown(7), shown(8)), (Some((Some(30), Some(5))), Some((Some(10), Some(3)))));
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn root_has_a_limit_only_if_it_sets_one() {
+    fn limits_root_only_if_root_sets_a_limit() {
         let ledger = ledger();
         let _many = ledger.take(0, Some(1000), 8).unwrap();
         ledger.set(0, Some(999)).unwrap();

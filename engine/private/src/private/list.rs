@@ -1,50 +1,49 @@
-//! Which pools there are, whose they are, and since when.
+//! Lists pools, with their owners and ages.
 //!
-//! Knows what the registry keeps of a tenant. Where devices are mounted, and what a process is called, is for
-//! the client to find out.
+//! Knows the registry's data of a tenant. The client looks up mounts and process names.
 
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use super::{Caller, PoolInfo, Registry, Room, Tenant, sees};
+use super::{Caller, PoolHandle, PoolInfo, Registry, Tenant, sees};
 use crate::loops::PoolSpec;
 
 impl Registry {
-    /// The pools of `caller`, by age; all for root.
+    /// The pools of `caller`, oldest first; for root, all.
     pub fn list(&self, caller: Caller) -> Vec<PoolInfo> {
         let state = self.shared.state();
         let mine = state.tenants.values().filter(|tenant| sees(caller, tenant));
-        let known: Vec<_> = mine.map(|tenant| (known(tenant), tenant.room.clone())).collect();
+        let known: Vec<_> = mine.map(|tenant| (describe(tenant), tenant.pool.clone())).collect();
         drop(state);
-        // Asked where nobody waits for the state.
-        known.into_iter().map(|(info, room)| with_devices(info, room)).collect()
+        // Outside of the lock of the state.
+        known.into_iter().map(|(info, pool)| with_devices(info, pool)).collect()
     }
 }
 
-fn known(tenant: &Tenant) -> PoolInfo {
+fn describe(tenant: &Tenant) -> PoolInfo {
     let PoolSpec { name, uid, max, reserved, .. } = tenant.spec.clone();
     PoolInfo {
         name,
         uid,
         max,
-        supervised: tenant.supervised || tenant.guests.any(),
+        supervised: tenant.supervised || tenant.sessions.is_active(),
         reserved: reserved.into_iter().collect(),
         ending: tenant.ending,
         pid: tenant.process.map(|(pid, _)| pid),
         pid_start_ticks: tenant.process.map(|(_, started)| started),
-        container: tenant.guests.container().map(str::to_owned),
+        container: tenant.sessions.container().map(str::to_owned),
         since_unix_seconds: tenant.since.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
         ..PoolInfo::default()
     }
 }
 
-fn with_devices(mut info: PoolInfo, room: Option<Arc<dyn Room>>) -> PoolInfo {
-    let Some(room) = room else { return info };
+fn with_devices(mut info: PoolInfo, pool: Option<Arc<dyn PoolHandle>>) -> PoolInfo {
+    let Some(pool) = pool else { return info };
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    let entries = room.entries();
+    let entries = pool.entries();
     info.devices = count(entries.len());
     info.bound = count(entries.iter().filter(|entry| entry.bound.is_some()).count());
-    info.device_numbers = room.device_numbers();
-    info.kernel_mounts = room.kernel_mounts().iter().map(|kind| kind.name.to_owned()).collect();
+    info.device_numbers = pool.device_numbers();
+    info.kernel_mounts = pool.kernel_mounts().iter().map(|kind| kind.name.to_owned()).collect();
     info
 }

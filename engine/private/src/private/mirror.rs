@@ -1,131 +1,133 @@
-//! The names of a pool's devices in the /dev and the /sys of a tenant, kept as the pool is.
+//! Keeps the names of a pool's devices in a tenant's /dev and /sys up to date.
 //!
-//! Only what has changed is written. What cannot be written is logged and left: it is the tenant's
-//! own view. Knows what is to be seen where; does not know who changes it.
+//! Writes only changes. Logs failures and continues: a tenant can damage only its own view. Knows
+//! which names belong where. Does not know what causes a change.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use super::sysfs;
-use super::tree::{Node, Shape, Tree};
+use super::tree::{Tree, TreeNode, TreeOptions};
 use crate::error::{Error, Result};
-use crate::loops::Entry;
+use crate::loops::DeviceEntry;
 use crate::sys::stack::Stack;
 
-/// The directory in the tenant's /dev on which the pool's own file system is mounted. Never `loop`:
-/// libloop would look for the devices in there.
+/// The directory in the tenant's /dev on which loopfs is mounted. Not `loop`: libloop would search
+/// for devices in it.
 pub const LOOPFS: &str = "loopfs";
 
-/// What a tenant may put into its /dev besides.
+/// Space in /dev for the tenant's own files.
 const DEV_BYTES: u64 = 4 << 20;
 const DEV_NODES: u64 = 1 << 14;
-/// The smallest unit of a tmpfs.
+/// The allocation unit of tmpfs.
 const PAGE: u64 = 4096;
-/// Partitions that are counted for the bound of a tree.
+/// Partitions per device in the size limit of a tree.
 const PARTITIONS: u64 = 4;
-/// Links to the machine's own disks that are shown at the most.
-const OTHERS_MAX: usize = 4096;
+/// Maximum number of links to the machine's own disks.
+const OTHER_DISKS_MAX: usize = 4096;
 
-type Nodes = Vec<(String, Node)>;
+type FileList = Vec<(String, TreeNode)>;
 
-/// See the module.
+/// The trees of a tenant.
 #[derive(Debug)]
 pub struct Mirror {
     dev: Tree,
     sys: Tree,
-    shown: Mutex<HashMap<u32, (Nodes, Nodes)>>,
-    /// The /dev of a container, whose runtime has made it: only names of partitions are put there.
+    written: Mutex<HashMap<u32, (FileList, FileList)>>,
+    /// The /dev of a container, which its runtime creates: gets only names of partitions.
     container: Mutex<Option<Tree>>,
-    stacks: Mutex<HashMap<String, (Nodes, Nodes)>>,
+    stacks: Mutex<HashMap<String, (FileList, FileList)>>,
 }
 
 impl Mirror {
-    /// For a pool of `max` devices; `uid` and `gid` may write to their /dev, nobody to their /sys.
+    /// For a pool of `max` devices. `uid` and `gid` may write to /dev, nobody to /sys.
     pub fn make(max: u32, uid: u32, gid: u32) -> Result<Mirror> {
-        let cannot = |error| Error::os(error, "cannot make the pool's part of /dev and /sys");
-        let dev = Tree::make(Shape {
+        let cannot = |error| Error::os(error, "cannot create the pool's part of /dev and /sys");
+        let dev = Tree::make(TreeOptions {
             size: DEV_BYTES,
             nodes: DEV_NODES + u64::from(max) * (1 + PARTITIONS),
             uid,
             gid,
         });
-        let nodes = 3 * OTHERS_MAX as u64 + u64::from(max) * sysfs::NODES_PER_DEVICE * (1 + PARTITIONS / 2);
-        let sys = Tree::make(Shape { size: nodes * PAGE, nodes, uid: 0, gid: 0 });
+        let nodes =
+            3 * OTHER_DISKS_MAX as u64 + u64::from(max) * sysfs::FILES_PER_DEVICE * (1 + PARTITIONS / 2);
+        let sys = Tree::make(TreeOptions { size: nodes * PAGE, nodes, uid: 0, gid: 0 });
         let (dev, sys) = (dev.map_err(cannot)?, sys.map_err(cannot)?);
         let mirror = Mirror {
             dev,
             sys,
-            shown: Mutex::default(),
+            written: Mutex::default(),
             container: Mutex::default(),
             stacks: Mutex::default(),
         };
-        let control = Node::Link(format!("{LOOPFS}/loop-control"));
-        for (path, node) in [(LOOPFS, Node::Dir), ("loop-control", control)] {
+        let control = TreeNode::Link(format!("{LOOPFS}/loop-control"));
+        for (path, node) in [(LOOPFS, TreeNode::Dir), ("loop-control", control)] {
             mirror.dev.put(path, &node).map_err(cannot)?;
         }
-        for (path, node) in sysfs::others().iter().take(3 * OTHERS_MAX) {
+        for (path, node) in sysfs::other_disks().iter().take(3 * OTHER_DISKS_MAX) {
             mirror.sys.put(path, node).map_err(cannot)?;
         }
         Ok(mirror)
     }
 
-    /// Makes a directory beside those for /sys, for who has one mount for all.
+    /// Creates a directory beside those for /sys, for a client that attaches one mount for all.
     pub fn add_directory(&self, name: &str) -> Result<()> {
-        let made = self.sys.put(name, &Node::Dir);
-        made.map_err(|error| Error::os(error, "cannot make the pool's part of /dev and /sys"))
+        let made = self.sys.put(name, &TreeNode::Dir);
+        made.map_err(|error| Error::os(error, "cannot create the pool's part of /dev and /sys"))
     }
 
-    /// The mounts to give away: of /dev, and of the directories for /sys.
+    /// The mounts for the client: of /dev, and of the directories for /sys.
     pub fn mounts(&self) -> Result<[OwnedFd; 2]> {
-        let cannot = |error| Error::os(error, "cannot give the mounts of a pool away");
+        let cannot = |error| Error::os(error, "cannot duplicate the mounts of a pool");
         Ok([self.dev.mount().map_err(cannot)?, self.sys.mount().map_err(cannot)?])
     }
 
-    /// Has names for devices that will be there when somebody looks them up.
-    pub fn promise(&self, numbers: &[u32]) {
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let new: Vec<u32> = numbers.iter().copied().filter(|number| !shown.contains_key(number)).collect();
+    /// Creates names of devices that their first lookup creates.
+    pub fn preallocate(&self, numbers: &[u32]) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let new: Vec<u32> = numbers.iter().copied().filter(|number| !written.contains_key(number)).collect();
         for number in new {
             let name = format!("loop{number}");
-            let link = Node::Link(format!("{LOOPFS}/{name}"));
+            let link = TreeNode::Link(format!("{LOOPFS}/{name}"));
             let dev = vec![(name, link)];
-            update(&self.dev, &Nodes::new(), &dev);
-            shown.insert(number, (dev, Nodes::new()));
+            update(&self.dev, &FileList::new(), &dev);
+            written.insert(number, (dev, FileList::new()));
         }
     }
 
-    /// Names of partitions are kept in this /dev from now on, and in no other container's.
-    pub fn show_in(&self, container: Option<Tree>) {
-        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Keeps names of partitions in this /dev from now on, and in no other container's.
+    pub fn set_container_dev(&self, container: Option<Tree>) {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(tree) = &container {
-            shown.values().for_each(|(dev, _)| update(tree, &Nodes::new(), &partitions(dev)));
+            written.values().for_each(|(dev, _)| update(tree, &FileList::new(), &partitions(dev)));
         }
         *self.container.lock().unwrap_or_else(PoisonError::into_inner) = container;
     }
 
-    fn update_container(&self, old: &Nodes, new: &Nodes) {
+    fn update_container(&self, old: &FileList, new: &FileList) {
         if let Some(tree) = &*self.container.lock().unwrap_or_else(PoisonError::into_inner) {
             update(tree, &partitions(old), &partitions(new));
         }
     }
 
-    /// Shows the device with this number as `now` tells that it is; none: it is gone. Asks while it holds
-    /// the lock: of two changes told at once, the later one to be shown is what is true then.
-    pub fn show(&self, number: u32, now: impl FnOnce() -> Option<Entry>) {
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Updates the names of a device. `now` returns its state; none: it is removed. Calls `now`
+    /// under the lock, so that of two concurrent updates the last one writes the present state.
+    pub fn update_device(&self, number: u32, now: impl FnOnce() -> Option<DeviceEntry>) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = now();
         let (dev, sys) = entry
             .as_ref()
-            .map(|entry| (links(entry), sysfs::of(entry, sysfs::Disk::find)))
+            .map(|entry| (device_links(entry), sysfs::files_of(entry, sysfs::SysfsDisk::find)))
             .unwrap_or_default();
-        let (old_dev, old_sys) = shown.remove(&number).unwrap_or_default();
-        // A new device is described before it has a name, and an old one has none before it is not.
+        let (old_dev, old_sys) = written.remove(&number).unwrap_or_default();
+        // A new device gets its /sys before its name in /dev, and a removed one loses its name
+        // first.
         if entry.is_some() {
             update(&self.sys, &old_sys, &sys);
             update(&self.dev, &old_dev, &dev);
             self.update_container(&old_dev, &dev);
-            shown.insert(number, (dev, sys));
+            written.insert(number, (dev, sys));
         } else {
             self.update_container(&old_dev, &dev);
             update(&self.dev, &old_dev, &dev);
@@ -133,50 +135,51 @@ impl Mirror {
         }
     }
 
-    /// Shows a disk that lies upon the devices, or shows it no longer. Its tenant makes the node that is opened, so that
-    /// dm-N is a link to that.
-    pub fn show_stack(&self, stack: &Stack, is_there: bool) {
-        let mut shown = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
-        let (old_dev, old_sys) = shown.remove(&stack.name).unwrap_or_default();
-        let (dev, sys) = if is_there { stack_nodes(stack) } else { (Nodes::new(), Nodes::new()) };
+    /// Adds or removes the names of a stacked disk. The tenant makes the node; dm-N is a link to
+    /// it.
+    pub fn update_stack(&self, stack: &Stack, is_there: bool) {
+        let mut written = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (old_dev, old_sys) = written.remove(&stack.name).unwrap_or_default();
+        let (dev, sys) = if is_there { stack_nodes(stack) } else { (FileList::new(), FileList::new()) };
         update(&self.sys, &old_sys, &sys);
         update(&self.dev, &old_dev, &dev);
         if is_there {
-            shown.insert(stack.name.clone(), (dev, sys));
+            written.insert(stack.name.clone(), (dev, sys));
             return;
         }
-        // As devtmpfs does. Where the tenant has made none, or has removed it, there is nothing to do.
+        // As devtmpfs does. The tenant may have made none, or removed it.
         let _ = self.dev.remove_node(&stack.name, stack.rdev);
         for (_, node) in old_dev {
-            if let Node::Link(made) = node {
+            if let TreeNode::Link(made) = node {
                 let _ = self.dev.remove_node(&made, stack.rdev);
             }
         }
     }
 }
 
-fn stack_nodes(stack: &Stack) -> (Nodes, Nodes) {
-    let mapping = stack.mapping().map(|name| (stack.name.clone(), Node::Link(format!("mapper/{name}"))));
+fn stack_nodes(stack: &Stack) -> (FileList, FileList) {
+    let mapping = stack.mapping().map(|name| (stack.name.clone(), TreeNode::Link(format!("mapper/{name}"))));
     (mapping.into_iter().collect(), sysfs::link_to_disk(&stack.name, stack.rdev))
 }
 
-fn links(entry: &Entry) -> Nodes {
+fn device_links(entry: &DeviceEntry) -> FileList {
     let disk = format!("loop{}", entry.number);
     let partitions = entry.partitions.iter().map(|partition| format!("{disk}p{}", partition.number));
     let names = std::iter::once(disk.clone()).chain(partitions);
-    names.map(|name| (name.clone(), Node::Link(format!("{LOOPFS}/{name}")))).collect()
+    names.map(|name| (name.clone(), TreeNode::Link(format!("{LOOPFS}/{name}")))).collect()
 }
 
-fn partitions(names: &Nodes) -> Nodes {
+fn partitions(names: &FileList) -> FileList {
     let is_partition = |name: &str| name.strip_prefix("loop").is_some_and(|rest| rest.contains('p'));
     names.iter().filter(|(name, _)| is_partition(name)).cloned().collect()
 }
 
-fn update(tree: &Tree, old: &Nodes, new: &Nodes) {
-    let have: HashMap<&str, &Node> = old.iter().map(|(path, node)| (path.as_str(), node)).collect();
-    let want: HashMap<&str, &Node> = new.iter().map(|(path, node)| (path.as_str(), node)).collect();
+fn update(tree: &Tree, old: &FileList, new: &FileList) {
+    let have: HashMap<&str, &TreeNode> = old.iter().map(|(path, node)| (path.as_str(), node)).collect();
+    let want: HashMap<&str, &TreeNode> = new.iter().map(|(path, node)| (path.as_str(), node)).collect();
     let mut failed = None;
-    // First what has changed: who sees that a device is unbound, since what tells of its file is gone, sees the rest.
+    // First the changes, then the removals: a reader that misses the `loop` directory of an unbound
+    // device sees the other changes.
     for (path, node) in new.iter().filter(|(path, node)| have.get(path.as_str()) != Some(&node)) {
         failed = failed.or(tree.put(path, node).err());
     }
@@ -184,31 +187,39 @@ fn update(tree: &Tree, old: &Nodes, new: &Nodes) {
         failed = failed.or(tree.remove(path, node).err());
     }
     if let Some(error) = failed {
-        tracing::debug!("a tenant does not see all of its devices: {error}");
+        tracing::debug!("cannot update the /dev and /sys of a tenant: {error}");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::loops::Partition;
+    use crate::loops::PartitionEntry;
     use std::sync::mpsc::channel;
     use std::time::Duration;
 
-    fn entry(partitions: Vec<Partition>) -> Entry {
+    fn entry(partitions: Vec<PartitionEntry>) -> DeviceEntry {
         let rdev = rustix::fs::makedev(259, 17);
-        Entry { number: 0, rdev, generation: 1, size: 1 << 20, block_size: 512, bound: None, partitions }
+        DeviceEntry {
+            number: 0,
+            rdev,
+            generation: 1,
+            size: 1 << 20,
+            block_size: 512,
+            bound: None,
+            partitions,
+        }
     }
 
-    /// As when the reaper's news of an unbound device comes after the caller's of the next binding.
+    /// For instance, the close watcher's update after an unbind comes after that of the next bind.
     #[test]
-    fn old_news_does_not_come_last() {
+    fn writes_the_present_state_last() {
         let Ok(mirror) = Mirror::make(4, 0, 0) else {
             eprintln!("skipped: no tmpfs of its own here");
             return;
         };
         let rdev = rustix::fs::makedev(259, 18);
-        let partition = Partition { number: 1, rdev, generation: 1, start: 8, size: 4096 };
+        let partition = PartitionEntry { number: 1, rdev, generation: 1, start: 8, size: 4096 };
         let is = Mutex::new(entry(Vec::new()));
         let (asked, is_asked) = channel();
         std::thread::scope(|scope| {
@@ -219,14 +230,14 @@ mod tests {
                     std::thread::sleep(Duration::from_millis(50));
                     Some(now)
                 };
-                mirror.show(0, now);
+                mirror.update_device(0, now);
             });
             is_asked.recv().unwrap();
             std::thread::sleep(Duration::from_millis(10));
             *is.lock().unwrap() = entry(vec![partition]);
-            mirror.show(0, || Some(is.lock().unwrap().clone()));
+            mirror.update_device(0, || Some(is.lock().unwrap().clone()));
         });
-        let shown = mirror.shown.lock().unwrap();
-        assert!(shown[&0].0.iter().any(|(name, _)| name == "loop0p1"));
+        let written = mirror.written.lock().unwrap();
+        assert!(written[&0].0.iter().any(|(name, _)| name == "loop0p1"));
     }
 }

@@ -1,5 +1,5 @@
-//! What is asked of private pools, and what is answered. The comments are part of the description
-//! that varlink clients get.
+//! Requests for private pools, and their results. The comments are part of the varlink interface
+//! description.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -10,51 +10,52 @@ use zlink::introspect::CustomType;
 use crate::error::{Error, Kind, Result};
 use crate::loops::NUMBER_MAX;
 
-/// Who calls, as the kernel knows it.
+/// The credentials of a caller, from the kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Caller {
     /// User.
     pub uid: u32,
     /// Primary group.
     pub gid: u32,
-    /// Process that connected; none: not one that the daemon sees.
+    /// Process that connected; none: not in the daemon's pid namespace.
     pub pid: Option<u32>,
 }
 
-/// What is asked of a new pool. What is left out has a default.
+/// The properties of a new pool. All have defaults.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct OpenSpec {
-    /// Its name; left out: a number.
+    /// Its name; default: a number.
     pub name: Option<String>,
-    /// Devices at the most; left out: 8, or as many as the user may still have.
+    /// Maximum number of devices; default: 8, or the user's limit if that is less.
     pub max: Option<u32>,
-    /// Whom the limit charges, and who owns the nodes; left out: the caller. Others only by root.
+    /// The user whose limit counts its devices, and owner of the nodes; default: the caller. Only
+    /// root may name others.
     pub uid: Option<u32>,
-    /// Group of the nodes; left out: the caller's. Others only by root.
+    /// Group of the nodes; default: the caller's. Only root may name others.
     pub gid: Option<u32>,
-    /// Permission bits of the nodes; left out: 0660.
+    /// Permission bits of the nodes; default: 0660.
     pub mode: Option<u32>,
-    /// Whether parts of /dev and /sys are wanted, too.
+    /// Whether to create a /dev and directories for a /sys, too.
     pub dev_and_sys: Option<bool>,
-    /// File systems that the kernel is to mount when a process under the filter mounts a device, if the
-    /// caller may have that: always nosuid and nodev, with owners as the user namespace has them.
+    /// File systems that the kernel mounts when a process under the filter mounts a device, if
+    /// allowed for the caller: always nosuid and nodev, with ids mapped to the user namespace.
     pub kernel_mounts: Option<Vec<String>>,
-    /// Whether it is for containers, one after the other: all devices are there from the start, under device
-    /// numbers that stay, and the pool stays when a container has gone. Parts of /dev and /sys come, too.
-    /// Only for root.
+    /// Whether it is for containers, one after the other: all devices exist from the start, device
+    /// numbers do not change, and the pool stays when a container ends. Includes a /dev and
+    /// directories for a /sys. Only for root.
     pub container: Option<bool>,
-    /// Numbers that no device is to have, since loopN means another device where the pool is used: at most
+    /// Numbers that no device gets, because the tenant has another device of that name: at most
     /// 4096.
     pub reserved: Option<Vec<u32>>,
 }
 
-/// Numbers that may be reserved at the most.
+/// Maximum count of reserved numbers.
 pub const RESERVED_MAX: usize = 4096;
 
 impl OpenSpec {
-    /// The numbers that no device is to have, if they can be had.
+    /// Checks the reserved numbers.
     pub(super) fn reserved(&self) -> Result<BTreeSet<u32>> {
         let reserved: BTreeSet<u32> = self.reserved.iter().flatten().copied().collect();
         let message = match reserved.last() {
@@ -67,9 +68,9 @@ impl OpenSpec {
     }
 }
 
-/// A pool's name, if it can be one.
-pub(super) fn full_name(asked: Option<&str>, id: u64, caller: Caller) -> Result<String> {
-    let own = asked.map_or_else(|| id.to_string(), str::to_owned);
+/// Checks a pool's name, and completes it.
+pub(super) fn full_name(request: Option<&str>, id: u64, caller: Caller) -> Result<String> {
+    let own = request.map_or_else(|| id.to_string(), str::to_owned);
     let fits = (1..=48).contains(&own.len())
         && own.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         && !own.starts_with(['.', '-']);
@@ -80,38 +81,38 @@ pub(super) fn full_name(asked: Option<&str>, id: u64, caller: Caller) -> Result<
     Ok(if caller.uid == 0 { own } else { format!("{}.{own}", caller.uid) })
 }
 
-/// A private pool, as lists show it.
+/// A private pool in a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct PoolInfo {
     /// Its name.
     pub name: String,
-    /// Whom its devices count for.
+    /// The user whose limit counts its devices.
     pub uid: u32,
-    /// Devices at the most.
+    /// Maximum number of devices.
     pub max: u32,
-    /// Devices that are there.
+    /// Present devices.
     pub devices: u32,
     /// Of these, bound to a file.
     pub bound: u32,
-    /// Whether calls of a process tree are served.
+    /// Whether the daemon serves intercepted calls for it.
     pub supervised: bool,
-    /// Device numbers that its disks have, if it was made for containers.
+    /// Device numbers of its disks, if it is for containers.
     pub device_numbers: Vec<u64>,
-    /// File systems that the kernel mounts for who is served.
+    /// File systems that the kernel mounts for the tenant.
     pub kernel_mounts: Vec<String>,
-    /// Numbers that none of its devices has.
+    /// Numbers that no device gets.
     pub reserved: Vec<u32>,
-    /// Whether it takes nothing more, and ends with the last use of its devices.
+    /// Whether it is ending: with the last close of its devices.
     pub ending: bool,
-    /// Process that opened it, as the daemon numbers it.
+    /// Process that opened it, in the daemon's pid namespace.
     #[serde(default)]
     pub pid: Option<u32>,
-    /// When that process started, in clock ticks since boot: tells it from a later one of its number.
+    /// Start time of that process, in clock ticks since boot: identifies it if the pid is reused.
     #[serde(default)]
     pub pid_start_ticks: Option<u64>,
-    /// Container that uses it, as its runtime calls it.
+    /// Id of the container that uses it.
     #[serde(default)]
     pub container: Option<String>,
     /// When it was opened, in seconds since 1970.
@@ -119,12 +120,12 @@ pub struct PoolInfo {
     pub since_unix_seconds: Option<u64>,
 }
 
-/// What [`super::Registry::open`] answers.
+/// The result of [`super::Registry::open`].
 #[derive(Debug)]
-pub struct Opened {
+pub struct OpenedPool {
     /// The pool's name.
     pub name: String,
-    /// The file system with the nodes; then, if they were asked for, the tenant's /dev, and the
-    /// directories for its /sys. None is mounted anywhere yet.
+    /// Detached mounts: the file system with the nodes; then, if requested, the tenant's /dev, and
+    /// the directories for its /sys.
     pub mounts: Vec<OwnedFd>,
 }

@@ -1,9 +1,8 @@
-//! A small file system in memory that the daemon makes, keeps a descriptor of, and fills after its
-//! mount has been given away.
+//! A tmpfs that the daemon creates and keeps updating after it has passed the mount to a client.
 //!
-//! Whoever has the mount may put things into it, or mounts upon it, so that every step starts at the
-//! descriptor, follows no link, and leaves the file system nowhere: the worst that a tenant can do is
-//! to spoil its own view. Being tmpfs, it never makes us wait. Does not know what it shows.
+//! The holder of the mount may add files or mounts. So every path lookup starts at the descriptor,
+//! follows no link, and stays on the file system: a tenant can damage only its own view. A tmpfs
+//! never blocks the daemon. Does not know the meaning of the files.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,41 +12,41 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
 
-/// What a name in the tree is.
+/// A file of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Node {
+pub enum TreeNode {
     /// A directory.
     Dir,
-    /// A file of which everybody may read this.
+    /// A file with this content, readable for all.
     File(Vec<u8>),
     /// A symbolic link.
     Link(String),
 }
 
-/// How large a tree may become, and whose its root is.
+/// Size limits of a tree, and the owner of its root.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct TreeOptions {
     /// Bytes.
     pub size: u64,
-    /// Files, directories and links.
+    /// Maximum number of files, directories and links.
     pub nodes: u64,
-    /// Who may write to its root.
+    /// Owner of the root.
     pub uid: u32,
     /// Group of the root.
     pub gid: u32,
 }
 
-/// See the module.
+/// A tree, by a descriptor of its root.
 #[derive(Debug)]
 pub struct Tree {
     root: OwnedFd,
 }
 
 impl Tree {
-    /// Makes an empty one, mounted nowhere yet.
-    pub fn make(shape: Shape) -> io::Result<Tree> {
+    /// Creates an empty tree, as a detached mount.
+    pub fn make(options: TreeOptions) -> io::Result<Tree> {
         let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        let Shape { size, nodes, uid, gid } = shape;
+        let TreeOptions { size, nodes, uid, gid } = options;
         let options = [
             ("source", "loopengine".to_owned()),
             ("mode", "0755".to_owned()),
@@ -65,7 +64,7 @@ impl Tree {
         Ok(Tree { root })
     }
 
-    /// One that others have made and mounted. It must be a tmpfs: any other file system may block later.
+    /// Takes over a mounted tree, which must be a tmpfs: any other file system may block later.
     /// This call itself may block on the file system of `root`.
     pub fn adopt(root: OwnedFd) -> io::Result<Tree> {
         let is_directory = FileType::from_raw_mode(rustix::fs::fstat(&root)?.st_mode) == FileType::Directory;
@@ -75,15 +74,15 @@ impl Tree {
         }
     }
 
-    /// The mount, to give away.
+    /// The mount, for a client.
     pub fn mount(&self) -> io::Result<OwnedFd> {
         self.root.try_clone()
     }
 
-    /// Makes `path` be `node`, or be another of the same kind. Its directory must be there.
-    pub fn put(&self, path: &str, node: &Node) -> io::Result<()> {
+    /// Creates `path`, or replaces a file of the same type. Its directory must exist.
+    pub fn put(&self, path: &str, node: &TreeNode) -> io::Result<()> {
         self.in_parent(path, |parent, name| match node {
-            Node::Dir => match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
+            TreeNode::Dir => match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
                 // The daemon's umask may be stricter.
                 Ok(()) => {
                     Ok(rustix::fs::chmodat(parent, name, Mode::from_raw_mode(0o755), AtFlags::empty())?)
@@ -91,28 +90,29 @@ impl Tree {
                 Err(rustix::io::Errno::EXIST) => Ok(()),
                 Err(error) => Err(error.into()),
             },
-            // Another file in its place, not another content: readers see the one or the other.
-            Node::File(text) => replace(parent, name, |fresh| {
+            // Replaces the file, not its content: readers get the old or the new one.
+            TreeNode::File(text) => replace(parent, name, |temporary| {
                 let flags =
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat2(parent, fresh, flags, Mode::from_raw_mode(0o444), WITHIN)?;
+                let file =
+                    rustix::fs::openat2(parent, temporary, flags, Mode::from_raw_mode(0o444), LOOKUP_FLAGS)?;
                 rustix::fs::fchmod(&file, Mode::from_raw_mode(0o444))?;
                 io::Write::write_all(&mut std::fs::File::from(file), text)
             }),
-            Node::Link(target) => {
-                replace(parent, name, |fresh| Ok(rustix::fs::symlinkat(target, parent, fresh)?))
+            TreeNode::Link(target) => {
+                replace(parent, name, |temporary| Ok(rustix::fs::symlinkat(target, parent, temporary)?))
             }
         })
     }
 
-    /// Takes `path` away if it is `node` still; a directory if it is empty.
-    pub fn remove(&self, path: &str, node: &Node) -> io::Result<()> {
+    /// Removes `path`: a link only if it is `node`, a directory only if it is empty.
+    pub fn remove(&self, path: &str, node: &TreeNode) -> io::Result<()> {
         self.in_parent(path, |parent, name| {
             let flags = match node {
-                Node::Dir => AtFlags::REMOVEDIR,
-                Node::File(_) => AtFlags::empty(),
-                Node::Link(target) => {
-                    // The name may be another device's by now.
+                TreeNode::Dir => AtFlags::REMOVEDIR,
+                TreeNode::File(_) => AtFlags::empty(),
+                TreeNode::Link(target) => {
+                    // Another device may have the name by now.
                     let present = rustix::fs::readlinkat(parent, name, Vec::new())?;
                     if present.as_bytes() != target.as_bytes() {
                         return Ok(());
@@ -124,7 +124,7 @@ impl Tree {
         })
     }
 
-    /// Takes a block node with this device number away; what else is there stays.
+    /// Removes a block node with this device number, and nothing else.
     pub fn remove_node(&self, path: &str, rdev: u64) -> io::Result<()> {
         self.in_parent(path, |parent, name| {
             let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -145,24 +145,24 @@ impl Tree {
             return work(self.root.as_fd(), path);
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let parent = rustix::fs::openat2(&self.root, parent, flags, Mode::empty(), WITHIN)?;
+        let parent = rustix::fs::openat2(&self.root, parent, flags, Mode::empty(), LOOKUP_FLAGS)?;
         work(parent.as_fd(), name)
     }
 }
 
-/// How paths are looked up in a tree.
-const WITHIN: ResolveFlags = ResolveFlags::BENEATH
+/// Restrictions of a path lookup in a tree.
+const LOOKUP_FLAGS: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_XDEV);
 
-/// Has `make` make the new thing under another name, then puts it where the old one is.
+/// Creates a file under a temporary name, then renames it over the old one.
 fn replace(parent: BorrowedFd<'_>, name: &str, make: impl FnOnce(&str) -> io::Result<()>) -> io::Result<()> {
-    let fresh = format!(".{name}.new");
-    let _ = rustix::fs::unlinkat(parent, &fresh, AtFlags::empty());
-    make(&fresh)?;
-    rustix::fs::renameat(parent, &fresh, parent, name).map_err(|error| {
-        let _ = rustix::fs::unlinkat(parent, &fresh, AtFlags::empty());
+    let temporary = format!(".{name}.new");
+    let _ = rustix::fs::unlinkat(parent, &temporary, AtFlags::empty());
+    make(&temporary)?;
+    rustix::fs::renameat(parent, &temporary, parent, name).map_err(|error| {
+        let _ = rustix::fs::unlinkat(parent, &temporary, AtFlags::empty());
         error.into()
     })
 }
@@ -174,10 +174,10 @@ mod tests {
     use std::io::Read;
 
     fn tree() -> Option<Tree> {
-        match Tree::make(Shape { size: 1 << 20, nodes: 100, uid: 0, gid: 0 }) {
+        match Tree::make(TreeOptions { size: 1 << 20, nodes: 100, uid: 0, gid: 0 }) {
             Ok(tree) => Some(tree),
             Err(error) => {
-                eprintln!("skipped: no tmpfs of its own here: {error}");
+                eprintln!("skipped: cannot create a tmpfs here: {error}");
                 None
             }
         }
@@ -191,7 +191,7 @@ mod tests {
     }
 
     fn names(tree: &Tree) -> Vec<String> {
-        // The descriptor of a mount leads to it, but cannot be read.
+        // The descriptor of a mount is an O_PATH one.
         let dir = rustix::fs::openat(&tree.root, ".", OFlags::RDONLY, Mode::empty()).unwrap();
         let dir = rustix::fs::Dir::read_from(&dir).unwrap();
         let names = dir.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
@@ -203,35 +203,35 @@ mod tests {
     #[test]
     fn puts_replaces_and_removes() {
         let Some(tree) = tree() else { return };
-        let (one, two) = (Node::File("one\n".into()), Node::File("two\n".into()));
-        tree.put("d", &Node::Dir).unwrap();
-        tree.put("d", &Node::Dir).unwrap();
+        let (one, two) = (TreeNode::File("one\n".into()), TreeNode::File("two\n".into()));
+        tree.put("d", &TreeNode::Dir).unwrap();
+        tree.put("d", &TreeNode::Dir).unwrap();
         tree.put("d/f", &one).unwrap();
         assert_eq!(text(&tree, "d/f"), "one\n");
         tree.put("d/f", &two).unwrap();
         assert_eq!(text(&tree, "d/f"), "two\n");
-        let (link, other) = (Node::Link("d/f".into()), Node::Link("d/g".into()));
+        let (link, other) = (TreeNode::Link("d/f".into()), TreeNode::Link("d/g".into()));
         tree.put("l", &link).unwrap();
         assert_eq!(names(&tree), ["d", "l"], "nothing else is left");
         tree.put("l", &other).unwrap();
         tree.remove("l", &link).unwrap();
-        assert_eq!(names(&tree), ["d", "l"], "it is another's link by now");
+        assert_eq!(names(&tree), ["d", "l"], "another device has the link by now");
         tree.remove("l", &other).unwrap();
         tree.remove("d/f", &two).unwrap();
-        tree.remove("d", &Node::Dir).unwrap();
+        tree.remove("d", &TreeNode::Dir).unwrap();
         assert!(names(&tree).is_empty());
     }
 
     #[test]
-    fn a_tenant_cannot_lead_us_astray() {
+    fn follows_no_links_of_a_tenant() {
         let Some(tree) = tree() else { return };
         let outside = tempfile::tempdir().unwrap();
-        let file = Node::File("x".into());
-        // A link where a directory was.
+        let file = TreeNode::File("x".into());
+        // A link in place of a directory.
         rustix::fs::symlinkat(outside.path(), &tree.root, "d").unwrap();
         assert!(tree.put("d/f", &file).is_err());
         assert!(tree.put("../f", &file).is_err());
-        // A link where a file was, and where the new file is made.
+        // A link in place of a file, and of the temporary file.
         let victim = outside.path().join("victim");
         std::fs::write(&victim, "safe").unwrap();
         rustix::fs::symlinkat(&victim, &tree.root, "f").unwrap();
@@ -239,7 +239,7 @@ mod tests {
         tree.put("f", &file).unwrap();
         assert_eq!(std::fs::read_to_string(&victim).unwrap(), "safe");
         assert_eq!(text(&tree, "f"), "x");
-        // A directory where a file should be: an error, and nothing else.
+        // A directory in place of a file is an error.
         rustix::fs::mkdirat(&tree.root, "g", Mode::from_raw_mode(0o755)).unwrap();
         assert!(tree.put("g", &file).is_err());
         assert!(tree.remove("g", &file).is_err());
@@ -247,9 +247,9 @@ mod tests {
     }
 
     #[test]
-    fn it_is_bounded() {
+    fn limits_the_number_of_files() {
         let Some(tree) = tree() else { return };
-        let fails = (0..200).any(|n| tree.put(&format!("f{n}"), &Node::File("x".into())).is_err());
+        let fails = (0..200).any(|n| tree.put(&format!("f{n}"), &TreeNode::File("x".into())).is_err());
         assert!(fails, "200 files in a tree for 100");
     }
 }

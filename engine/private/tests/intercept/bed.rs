@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use loopengine_private::intercept::{AT_ONCE, Administrators, Counts, Namespace, Options, Supervisor};
+use loopengine_private::intercept::{
+    Administrators, CALLS_AT_ONCE, Counts, Namespace, Supervisor, SupervisorOptions,
+};
 
 use crate::fake::{Fake, Pretend};
 
@@ -55,14 +57,14 @@ impl Bed {
         let control =
             std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(dir.path().join("control")).unwrap());
         let (tell, ended) = channel();
-        let options = Options {
+        let options = SupervisorOptions {
             name: role.to_owned(),
             is_control: Box::new(move |_, inode, _| inode == control),
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
-            first: None,
+            device_limit: None,
             mounts: None,
-            nodes: true,
-            at_once: AT_ONCE,
+            refuse_foreign_nodes: true,
+            concurrency: CALLS_AT_ONCE,
             deadline,
             on_end: Box::new(move || _ = tell.send(())),
         };

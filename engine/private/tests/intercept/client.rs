@@ -34,7 +34,7 @@ pub fn run(role: &str) {
     if role == "cost" {
         return cost();
     }
-    raw::install_and_send(&filter::program(filter::Options::default()));
+    raw::install_and_send(&filter::program(filter::FilterOptions::default()));
     match role {
         "values" => values(),
         "i386" => i386(),
@@ -239,8 +239,9 @@ fn others() {
         }
     }
     // A second listener in the chain.
-    let again =
-        loopengine_core::sys::seccomp::install_with_listener(&filter::program(filter::Options::default()));
+    let again = loopengine_core::sys::seccomp::install_with_listener(&filter::program(
+        filter::FilterOptions::default(),
+    ));
     assert_eq!(again.unwrap_err().raw_os_error(), Some(EBUSY));
 }
 
@@ -446,7 +447,7 @@ fn cost() {
         each(&format!("another ioctl, {when}"), 200_000, &ioctl_of_others);
     };
     unrelated("no filter");
-    raw::install_and_send(&filter::program(filter::Options { mounts: true, ..Default::default() }));
+    raw::install_and_send(&filter::program(filter::FilterOptions { mounts: true, ..Default::default() }));
     unrelated("filter");
     let bytes = [0_u8; 232];
     each("passed on", 5_000, &|| _ = ioctl(null.as_raw_fd(), GET_STATUS64, 0));

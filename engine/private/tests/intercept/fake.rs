@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use loopengine_private::intercept::{Loops, Node};
-use loopengine_private::loops::{Answer, Caller, Configure, Errno, Info, LoopOp, LoopReply, Status};
+use loopengine_private::intercept::{FdNode, PoolOps};
+use loopengine_private::loops::{
+    Answer, Errno, LoopCaller, LoopConfig, LoopInfo, LoopOp, LoopReply, LoopStatus,
+};
 
 /// The number whose LOOP_CTL_ADD panics.
 pub const PANICS: i32 = 1313;
@@ -18,7 +20,7 @@ pub const PANICS: i32 = 1313;
 pub struct Fake {
     /// Inode to number.
     nodes: Mutex<BTreeMap<u64, u32>>,
-    bound: Mutex<BTreeMap<u32, Status>>,
+    bound: Mutex<BTreeMap<u32, LoopStatus>>,
     /// What was done, in words.
     pub log: Mutex<Vec<String>>,
     /// LOOP_SET_CAPACITY waits while this is shut, and does nothing for who does not wait any more.
@@ -62,32 +64,32 @@ pub const OWN_MAJOR: u32 = 253;
 
 pub struct Pretend(pub Arc<Fake>);
 
-fn allowed(caller: &dyn Caller) -> Answer<()> {
-    if caller.writes() || caller.is_admin() { Ok(()) } else { Err(Errno::PERM) }
+fn allowed(caller: &dyn LoopCaller) -> Answer<()> {
+    if caller.can_write() || caller.is_admin() { Ok(()) } else { Err(Errno::PERM) }
 }
 
-impl Loops for Pretend {
-    fn find(&self, node: &Node) -> Option<u32> {
+impl PoolOps for Pretend {
+    fn find(&self, node: &FdNode) -> Option<u32> {
         self.0.nodes.lock().unwrap().get(&node.inode).copied()
     }
 
-    fn refresh_descriptor(&self, _number: u32, _node: &Node, _caller: &dyn Caller) -> Answer<()> {
+    fn refresh_descriptor(&self, _number: u32, _node: &FdNode, _caller: &dyn LoopCaller) -> Answer<()> {
         Ok(())
     }
 
-    fn may_make(&self, rdev: u64) -> bool {
+    fn may_make_node(&self, rdev: u64) -> bool {
         rustix::fs::major(rdev) == OWN_MAJOR
     }
 
-    fn sequence(&self, _node: &Node) -> Answer<u64> {
+    fn disk_sequence(&self, _node: &FdNode) -> Answer<u64> {
         Ok(7)
     }
 
-    fn has_part(&self, _node: &Node) -> bool {
+    fn is_partition(&self, _node: &FdNode) -> bool {
         false
     }
 
-    fn execute(&self, op: LoopOp, caller: &dyn Caller) -> Answer<LoopReply> {
+    fn execute(&self, op: LoopOp, caller: &dyn LoopCaller) -> Answer<LoopReply> {
         let done = match op {
             LoopOp::GetFree => return self.get_free().map(LoopReply::Number),
             LoopOp::Add(number) => return self.add(number).map(LoopReply::Number),
@@ -130,7 +132,7 @@ impl Pretend {
         if number < 0 { Err(Errno::INVAL) } else { Ok(0) }
     }
 
-    fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()> {
+    fn configure(&self, number: u32, with: LoopConfig, caller: &dyn LoopCaller) -> Answer<()> {
         let mut bound = self.0.bound.lock().unwrap();
         if bound.contains_key(&number) {
             return Err(Errno::BUSY);
@@ -138,11 +140,12 @@ impl Pretend {
         if with.info.offset > i64::MAX as u64 {
             return Err(Errno::OVERFLOW);
         }
-        if !caller.waits() {
+        if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
         let meta = File::from(with.file).metadata().unwrap();
-        let status = Status { number, device: meta.dev(), inode: meta.ino(), rdevice: 0, info: with.info };
+        let status =
+            LoopStatus { number, device: meta.dev(), inode: meta.ino(), rdevice: 0, info: with.info };
         self.0.log(format!("configure {number} {} {}", with.block_size, meta.ino()));
         bound.insert(number, status);
         Ok(())
@@ -153,12 +156,12 @@ impl Pretend {
         self.0.bound.lock().unwrap().remove(&number).map(drop).ok_or(Errno::NXIO)
     }
 
-    fn status(&self, number: u32) -> Answer<Status> {
+    fn status(&self, number: u32) -> Answer<LoopStatus> {
         self.0.log("status");
         self.0.bound.lock().unwrap().get(&number).copied().ok_or(Errno::NXIO)
     }
 
-    fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()> {
+    fn set_status(&self, number: u32, info: &LoopInfo, caller: &dyn LoopCaller) -> Answer<()> {
         allowed(caller)?;
         self.0.log("set_status");
         let mut bound = self.0.bound.lock().unwrap();
@@ -166,7 +169,7 @@ impl Pretend {
         Ok(())
     }
 
-    fn set_capacity(&self, caller: &dyn Caller) -> Answer<()> {
+    fn set_capacity(&self, caller: &dyn LoopCaller) -> Answer<()> {
         allowed(caller)?;
         self.0.log("asked for capacity");
         let mut shut = self.0.shut.lock().unwrap();
@@ -174,22 +177,22 @@ impl Pretend {
             shut = self.0.opened.wait(shut).unwrap();
         }
         drop(shut);
-        self.0.log(if caller.waits() { "capacity set" } else { "nobody waits" });
+        self.0.log(if caller.is_waiting() { "capacity set" } else { "nobody waits" });
         Ok(())
     }
 
-    fn set_direct_io(&self, on: bool, caller: &dyn Caller) -> Answer<()> {
+    fn set_direct_io(&self, on: bool, caller: &dyn LoopCaller) -> Answer<()> {
         allowed(caller)?;
         self.0.log(format!("direct {on}"));
         Ok(())
     }
 
-    fn set_block_size(&self, bytes: u64, caller: &dyn Caller) -> Answer<()> {
+    fn set_block_size(&self, bytes: u64, caller: &dyn LoopCaller) -> Answer<()> {
         allowed(caller)?;
         self.0.log(format!("block size {bytes}"));
         assert!(caller.has_descriptor());
         match &*self.0.spare.lock().unwrap() {
-            Some(path) => caller.replace(File::open(path).unwrap().into()),
+            Some(path) => caller.replace_descriptor(File::open(path).unwrap().into()),
             None => Err(Errno::INVAL),
         }
     }

@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use bed::Bed;
 use libtest_mimic::{Failed, Trial};
-use loopengine_private::intercept::{AT_ONCE, Administrators, Namespace, Options, Supervisor};
+use loopengine_private::intercept::{
+    Administrators, CALLS_AT_ONCE, Namespace, Supervisor, SupervisorOptions,
+};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().collect();
@@ -126,9 +128,9 @@ fn stopped() {
 /// No more at once than were allowed, and all in the end.
 fn crowd() {
     let mut bed = Bed::shut("crowd", Duration::from_secs(30));
-    bed.fake.wait_for("asked for capacity", AT_ONCE);
+    bed.fake.wait_for("asked for capacity", CALLS_AT_ONCE);
     std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(bed.fake.count("asked for capacity"), AT_ONCE);
+    assert_eq!(bed.fake.count("asked for capacity"), CALLS_AT_ONCE);
     bed.fake.shut(false);
     bed.finish();
     assert_eq!(bed.fake.count("capacity set"), 32 * 50);
@@ -137,7 +139,7 @@ fn crowd() {
 /// All places of one are taken by calls that hang.
 fn others_do_not_wait() {
     let hung = Bed::shut("crowd", Duration::from_secs(30));
-    hung.fake.wait_for("asked for capacity", AT_ONCE);
+    hung.fake.wait_for("asked for capacity", CALLS_AT_ONCE);
     let mut other = Bed::new("values");
     other.finish();
 }
@@ -147,14 +149,14 @@ fn no_listener() {
     let started = Supervisor::start(
         pipe.into(),
         fake::Pretend(std::sync::Arc::default()),
-        Options {
+        SupervisorOptions {
             name: "none".to_owned(),
             is_control: Box::new(|_, _, _| false),
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
-            first: None,
+            device_limit: None,
             mounts: None,
-            nodes: true,
-            at_once: AT_ONCE,
+            refuse_foreign_nodes: true,
+            concurrency: CALLS_AT_ONCE,
             deadline: Duration::from_secs(1),
             on_end: Box::new(|| panic!("never began")),
         },

@@ -17,7 +17,7 @@ use crate::cli::run::user_name;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::{Selector, spec::DeviceInfo};
-use crate::loops::{Entry, flag};
+use crate::loops::{DeviceEntry, flag};
 use crate::private::PoolInfo;
 use crate::sys::processes::{self, Process};
 use crate::sys::uses::{Names, Uses};
@@ -121,7 +121,7 @@ impl ImageQuery {
         }
     }
 
-    fn is_bound_to(&self, entry: &Entry) -> bool {
+    fn is_bound_to(&self, entry: &DeviceEntry) -> bool {
         let Some(bound) = &entry.bound else { return false };
         if let Some(identity) = self.identity {
             return identity == (bound.image_device, bound.image_inode);
@@ -205,7 +205,7 @@ fn pool_of(
     }))
 }
 
-fn loop_device(entry: &Entry, uses: &Uses) -> LoopDevice {
+fn loop_device(entry: &DeviceEntry, uses: &Uses) -> LoopDevice {
     let names = Names::of_number(entry.rdev, entry.partitions.iter().map(|partition| partition.rdev));
     let bound = entry.bound.as_ref();
     LoopDevice {

@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use super::{BackingFile, Losetup, LosetupRequest, LosetupResult, NAME, reason};
-use crate::loops::{Answer, Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
+use crate::loops::{Answer, Errno, LoopConfig, LoopInfo, LoopOp, NAME_BYTES, flag};
 
 /// Retries if another process takes the free device, and the pause between them.
 const TRIES: u32 = 64;
@@ -83,15 +83,15 @@ impl Losetup<'_> {
         for (to, from) in file_name.iter_mut().take(NAME_BYTES - 1).zip(name) {
             *to = *from;
         }
-        let info = Info {
+        let info = LoopInfo {
             offset: request.offset.unwrap_or(0),
             size_limit: request.size_limit,
             flags: request.flags | if read_only { flag::READ_ONLY } else { 0 },
             file_name,
-            ..Info::default()
+            ..LoopInfo::default()
         };
         let block_size = u32::try_from(request.block_size).map_err(|_| Errno::INVAL)?;
-        self.devices.execute(LoopOp::Configure(number, Configure { file, block_size, info })).map(drop)
+        self.devices.execute(LoopOp::Configure(number, LoopConfig { file, block_size, info })).map(drop)
     }
 
     /// A device with exactly this range, for reuse. An error if a device overlaps it.
@@ -120,7 +120,7 @@ impl Losetup<'_> {
             }
             let number = row.entry.number;
             let kept = self.status(number).and_then(|status| {
-                let info = Info { flags: status.info.flags & !flag::AUTOCLEAR, ..status.info };
+                let info = LoopInfo { flags: status.info.flags & !flag::AUTOCLEAR, ..status.info };
                 self.devices.execute(LoopOp::SetStatus(number, info))
             });
             return match kept {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args as _, FromArgMatches};
 use options::{Action, LosetupRequest};
 
-use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply, Status};
+use crate::loops::{Answer, DeviceEntry, Errno, LoopOp, LoopReply, LoopStatus};
 
 pub use options::Args;
 pub use table::Row;
@@ -29,7 +29,7 @@ pub trait LoopDevices {
     /// Directory of loopN, without a slash at the end.
     fn directory(&self) -> &str;
     /// Lists all devices.
-    fn entries(&mut self) -> Answer<Vec<Entry>>;
+    fn entries(&mut self) -> Answer<Vec<DeviceEntry>>;
     /// Executes an operation.
     fn execute(&mut self, op: LoopOp) -> Answer<LoopReply>;
 }
@@ -160,11 +160,11 @@ impl Losetup<'_> {
         self.each(&names, "detach", LoopOp::Clear)
     }
 
-    fn status(&mut self, number: u32) -> Answer<Status> {
+    fn status(&mut self, number: u32) -> Answer<LoopStatus> {
         self.devices.execute(LoopOp::Status(number)).and_then(LoopReply::status)
     }
 
-    fn row(&mut self, entry: Entry) -> Row {
+    fn row(&mut self, entry: DeviceEntry) -> Row {
         let status = entry.bound.as_ref().and_then(|_| self.status(entry.number).ok());
         Row { name: self.path(entry.number), entry, status }
     }

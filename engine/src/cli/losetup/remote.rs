@@ -12,8 +12,8 @@ use super::LoopDevices;
 use crate::cli::daemon;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply};
-use crate::private::{Asked, LOOPFS, Operation, Outcome, PoolInfo};
+use crate::loops::{Answer, DeviceEntry, Errno, LoopOp, LoopReply};
+use crate::private::{LOOPFS, Operation, OperationRequest, OperationResult, PoolInfo};
 use crate::sys::mntns::mounted;
 
 /// Reconnect after this many calls, before the connection reaches the daemon's byte limit.
@@ -55,7 +55,7 @@ impl Remote {
                 None => only(client.list().await?, rustix::process::geteuid().as_raw(), is_mounted)?,
             };
             // Fail on an unknown name before losetup prints anything.
-            client.operate(&pool, &Asked::of(Operation::List), None).await?;
+            client.operate(&pool, &OperationRequest::of(Operation::List), None).await?;
             Ok::<_, Error>((client, pool))
         })?;
         let directory = directory(&pool);
@@ -67,7 +67,7 @@ impl Remote {
         self.failure.take()
     }
 
-    fn ask(&mut self, asked: &Asked, file: Option<OwnedFd>) -> Answer<Outcome> {
+    fn ask(&mut self, asked: &OperationRequest, file: Option<OwnedFd>) -> Answer<OperationResult> {
         let outcome = self.runtime.block_on(async {
             if self.calls >= CALLS_MAX {
                 self.client = PrivateClient::connect(&self.run_dir).await?;
@@ -91,12 +91,12 @@ impl LoopDevices for Remote {
         &self.directory
     }
 
-    fn entries(&mut self) -> Answer<Vec<Entry>> {
-        self.ask(&Asked::of(Operation::List), None)?.devices.ok_or(Errno::PROTO)
+    fn entries(&mut self) -> Answer<Vec<DeviceEntry>> {
+        self.ask(&OperationRequest::of(Operation::List), None)?.devices.ok_or(Errno::PROTO)
     }
 
     fn execute(&mut self, op: LoopOp) -> Answer<LoopReply> {
-        let (asked, file) = Asked::from_op(op)?;
+        let (asked, file) = OperationRequest::from_op(op)?;
         self.ask(&asked, file)?.try_into()
     }
 }

@@ -4,7 +4,7 @@
 
 use rustix::fs::{major, minor};
 
-use crate::loops::{Entry, Status, flag};
+use crate::loops::{DeviceEntry, LoopStatus, flag};
 
 /// A device, and its status if known.
 #[derive(Clone, Debug)]
@@ -12,15 +12,15 @@ pub struct Row {
     /// Path.
     pub name: String,
     /// The device.
-    pub entry: Entry,
+    pub entry: DeviceEntry,
     /// The result of LOOP_GET_STATUS64.
-    pub status: Option<Status>,
+    pub status: Option<LoopStatus>,
 }
 
 impl Row {
     /// Device and inode of the backing file, if known.
     pub(super) fn backing(&self) -> Option<(u64, u64)> {
-        let known = |status: &Status| (status.device, status.inode);
+        let known = |status: &LoopStatus| (status.device, status.inode);
         self.status.as_ref().map(known).filter(|known| *known != (0, 0))
     }
 

@@ -30,7 +30,7 @@ use super::run::mounter::FuseRule;
 use super::run::parse_fuse;
 use super::size;
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
+use crate::loops::{Errno, LoopConfig, LoopInfo, LoopOp, NAME_BYTES, flag};
 
 pub(super) use fuse::check_fuse;
 pub(super) use mounted::MountPool;
@@ -243,11 +243,16 @@ impl Remote {
             *to = *from;
         }
         let flags = if image.read_only { flag::READ_ONLY } else { 0 };
-        let info =
-            Info { offset: image.offset, size_limit: image.size_limit, flags, file_name, ..Info::default() };
+        let info = LoopInfo {
+            offset: image.offset,
+            size_limit: image.size_limit,
+            flags,
+            file_name,
+            ..LoopInfo::default()
+        };
         let file = rustix::io::fcntl_dupfd_cloexec(&image.file, 0)?;
         let number = self.execute(LoopOp::GetFree)?.number()?;
-        self.execute(LoopOp::Configure(number, Configure { file, block_size: 0, info }))?;
+        self.execute(LoopOp::Configure(number, LoopConfig { file, block_size: 0, info }))?;
         Ok(number)
     }
 }

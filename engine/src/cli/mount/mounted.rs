@@ -18,7 +18,7 @@ use crate::cli::losetup::remote::Remote;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::hash::fnv1a;
-use crate::loops::{Info, LoopOp, LoopReply, flag};
+use crate::loops::{LoopInfo, LoopOp, LoopReply, flag};
 use crate::sys::{mntns, range_lock};
 
 /// Prefix of the names of pools made by `loopengine mount`.
@@ -99,7 +99,7 @@ impl MountPool {
 
     /// The ranges of a file to which its devices are bound; none if it has another file, or has
     /// ended.
-    pub(super) fn bound_ranges(&self, file: &std::fs::Metadata, run_dir: &Path) -> Result<Vec<Info>> {
+    pub(super) fn bound_ranges(&self, file: &std::fs::Metadata, run_dir: &Path) -> Result<Vec<LoopInfo>> {
         let mut remote = match Remote::open(Some(&self.pool), run_dir) {
             Err(error) if error.kind() == Kind::NotFound => return Ok(Vec::new()),
             remote => remote?,

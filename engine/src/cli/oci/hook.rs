@@ -74,7 +74,7 @@ impl Hook {
         });
         let Some(pool) = &self.pool else { return linked.map(drop) };
         let reported = report(run_dir, async |client| match &linked {
-            Ok(dev) => client.show_in(pool, &state.id, dev.try_clone().map_err(cannot)?).await,
+            Ok(dev) => client.set_container_dev(pool, &state.id, dev.try_clone().map_err(cannot)?).await,
             Err(error) => client.report_container(pool, &state.id, &error.to_string()).await,
         });
         // Without names, partitions are still in /dev/loopfs.

@@ -10,7 +10,7 @@ use crate::cli::daemon;
 use crate::config::RUN_DIR;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::private::{DEV, LOOPFS, PLACES, PoolInfo};
+use crate::private::{DEV, LOOPFS, PoolInfo, SYSFS_DIRS};
 use crate::sys::mntns::mounted;
 
 /// A pool for containers and its directory.
@@ -66,8 +66,8 @@ impl PoolDir {
                 .hint("run this in the mount namespace in which it was mounted"));
         };
         let dev = (DEV, format!("/dev/{LOOPFS}"), vec!["bind", "nosuid", "noexec"]);
-        let sys =
-            PLACES.map(|(part, dir)| (part, dir.to_owned(), vec!["bind", "ro", "nosuid", "noexec", "nodev"]));
+        let sys = SYSFS_DIRS
+            .map(|(part, dir)| (part, dir.to_owned(), vec!["bind", "ro", "nosuid", "noexec", "nodev"]));
         let mounts = std::iter::once(dev)
             .chain(sys)
             .map(|(part, to, options)| Ok((text(&home.join(part))?, to, options)));

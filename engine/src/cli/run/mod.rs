@@ -26,7 +26,7 @@ use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::intercept::filter;
-use crate::private::{LIBUDEV, OWN_NODES, OpenSpec, RESERVED_MAX};
+use crate::private::{LIBUDEV, NO_UDEV, OpenSpec, RESERVED_MAX};
 use crate::sys;
 
 use super::{cannot_run, daemon, fuse_drivers, number};
@@ -157,7 +157,7 @@ impl Args {
         let mounts = !rules.root || !rules.fuse.is_empty();
         let caches = !rules.root;
         let mounter = mounter::start(rules, &opened.name, reserved)?;
-        let listener = filter(filter::Options { mounts, caches })?;
+        let listener = filter(filter::FilterOptions { mounts, caches })?;
         runtime.block_on(client.supervise(&opened.name, listener, namespace()?, Some(mounter)))?;
         drop((client, runtime));
         exec_command(&self.command)
@@ -183,7 +183,7 @@ fn attach(mount: BorrowedFd<'_>, to: BorrowedFd<'_>, path: &str) -> rustix::io::
     move_mount(mount, "", to.as_fd(), path, flags)
 }
 
-fn filter(options: filter::Options) -> Result<OwnedFd> {
+fn filter(options: filter::FilterOptions) -> Result<OwnedFd> {
     let program = filter::program(options);
     sys::seccomp::install_with_listener(&program).map_err(|error| {
         let nested = error.raw_os_error() == Some(libc::EBUSY);
@@ -209,7 +209,7 @@ fn exec_command(words: &[OsString]) -> Result<u8> {
         return Err(Error::new(Kind::Invalid, "no command to run"));
     };
     let mut command = Command::new(program);
-    command.args(arguments).envs(OWN_NODES).env(LIBUDEV.0, LIBUDEV.1);
+    command.args(arguments).envs(NO_UDEV).env(LIBUDEV.0, LIBUDEV.1);
     Ok(cannot_run(program, command.exec()))
 }
 

@@ -33,7 +33,7 @@ use super::parse_fuse;
 use crate::cli::fuse_drivers;
 use crate::error::{Error, Result};
 use crate::image::{Region, fs as file_system};
-use crate::intercept::mounts::{Asked, Request, pair};
+use crate::intercept::mounts::{MountRequest, MounterRequest, pair};
 use crate::loops::Answer;
 use crate::private::LOOPFS;
 use crate::sys;
@@ -133,7 +133,7 @@ impl Args {
             attached: Mutex::default(),
         });
         let socket = rustix::stdio::stdin();
-        while let Some(request) = Request::next(socket).map_err(|error| cannot(error.into()))? {
+        while let Some(request) = MounterRequest::next(socket).map_err(|error| cannot(error.into()))? {
             mounter.reap();
             // Each thread holds a reference until it ends.
             if Arc::strong_count(&mounter) > CONCURRENT_MAX {
@@ -167,8 +167,8 @@ struct Mounter {
 impl Mounter {
     /// Handles one call. `Ok(false)`: not a device of this pool. Runs on a thread of its own, whose
     /// namespace it changes.
-    fn mount(&self, request: &Request) -> Answer<bool> {
-        let asked = &request.asked;
+    fn mount(&self, request: &MounterRequest) -> Answer<bool> {
+        let asked = &request.mount;
         let Some((device, target)) = self.find(request)? else { return Ok(false) };
         let target = target?;
         if self.rules.kernel.contains(&asked.kind) {
@@ -210,11 +210,11 @@ impl Mounter {
     }
 
     /// Attaches the kernel mount of the device.
-    fn attach(&self, request: &Request, device: &OwnedFd, target: &OwnedFd) -> Answer<bool> {
+    fn attach(&self, request: &MounterRequest, device: &OwnedFd, target: &OwnedFd) -> Answer<bool> {
         if self.rules.root {
             return Ok(false);
         }
-        let mount = request.by_kernel(rustix::fs::fstat(device)?.st_rdev)?;
+        let mount = request.request_kernel_mount(rustix::fs::fstat(device)?.st_rdev)?;
         let number = rustix::fs::fstat(&mount)?.st_dev;
         enter_caller_namespace(request)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
@@ -236,7 +236,7 @@ impl Mounter {
 
     /// The device and the mount point as the caller sees them. None if the device is not of this
     /// pool.
-    fn find(&self, request: &Request) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
+    fn find(&self, request: &MounterRequest) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
         // On a thread of its own: it stays in the caller's root, where no drivers are searched.
         let found = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().spawn_scoped(scope, || {
@@ -247,8 +247,8 @@ impl Mounter {
                 let open = |path: &[u8], flags| {
                     rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 };
-                let Ok(source) = open(&request.asked.source, OFlags::empty()) else { return Ok(None) };
-                Ok(Some((source, open(&request.asked.target, OFlags::DIRECTORY))))
+                let Ok(source) = open(&request.mount.source, OFlags::empty()) else { return Ok(None) };
+                Ok(Some((source, open(&request.mount.target, OFlags::DIRECTORY))))
             });
             thread.map_err(|_| Errno::AGAIN)?.join().unwrap_or(Err(Errno::IO))
         })?;
@@ -286,7 +286,7 @@ impl Mounter {
 }
 
 /// Moves only this thread into the caller's mount namespace.
-fn enter_caller_namespace(request: &Request) -> Answer<()> {
+fn enter_caller_namespace(request: &MounterRequest) -> Answer<()> {
     sys::userns::own_directories()?;
     move_into_link_name_space(request.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
 }
@@ -342,7 +342,7 @@ fn is_read_only(device: &OwnedFd) -> Answer<bool> {
 
 /// The mount options for the driver. Refuses options that a driver could misinterpret, as the
 /// kernel refuses unknown options.
-fn options(asked: &Asked, read_only_device: bool) -> Answer<String> {
+fn options(asked: &MountRequest, read_only_device: bool) -> Answer<String> {
     let flag = |bit: u64| asked.flags & bit != 0;
     if read_only_device && !flag(libc::MS_RDONLY) {
         return Err(Errno::ACCESS);
@@ -395,7 +395,7 @@ mod tests {
     use super::*;
 
     fn driver_options(flags: u64, data: &str, read_only_device: bool) -> Answer<String> {
-        let asked = Asked {
+        let asked = MountRequest {
             source: b"/dev/loop0".to_vec(),
             target: b"/mnt".to_vec(),
             kind: "ext4".to_owned(),

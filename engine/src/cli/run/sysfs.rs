@@ -10,12 +10,12 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::attach;
 use crate::error::{Error, Result};
-use crate::private::PLACES;
+use crate::private::SYSFS_DIRS;
 
 /// Mounts the directories of `tree` over those of /sys. Does nothing without /sys.
 pub(super) fn mount(tree: OwnedFd) -> Result<()> {
     let cannot = |error: Errno| Error::os(error, "cannot set up a private /sys/block");
-    let present: Vec<_> = PLACES.iter().filter(|(_, place)| Path::new(place).is_dir()).collect();
+    let present: Vec<_> = SYSFS_DIRS.iter().filter(|(_, place)| Path::new(place).is_dir()).collect();
     let Some((_, first)) = present.first() else { return Ok(()) };
     // open_tree(2) needs an attached tree; the last mount covers it.
     attach(tree.as_fd(), CWD, first).map_err(cannot)?;

@@ -110,7 +110,7 @@ fn limit(ctx: &Ctx) -> Res {
     let Err(refusal) = inside("2").run("true") else {
         return Err("a user with a limit of 1 got a pool of 2".into());
     };
-    ensure!(format!("{refusal:?}").contains("may have 1 loop devices"), "refused by {refusal:?}");
+    ensure!(format!("{refusal:?}").contains("exceeds the limit of user"), "refused by {refusal:?}");
     daemon.stop()
 }
 

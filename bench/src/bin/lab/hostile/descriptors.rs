@@ -50,11 +50,11 @@ impl Pool {
 fn throw(scene: &mut Scene, pool: &Pool, what: &str, fds: &[OwnedFd]) {
     let name = &pool.name;
     let info = json!({ "offsetBytes": 0, "sizeLimitBytes": 0, "flags": 0, "fileName": [] });
-    let asked = json!({ "operation": "configure", "number": 0, "value": 0, "info": info });
+    let request = json!({ "operation": "configure", "number": 0, "value": 0, "info": info });
     let (how, bytes) = match scene.random.u8(..6) {
         0 => ("List", call(&format!("{PRIVATE}.List"), &json!({}))),
         1 => ("an unknown call", call(&format!("{PRIVATE}.Nonsense"), &json!({}))),
-        2 => ("Operate", call(&format!("{PRIVATE}.Operate"), &json!({ "name": name, "asked": asked }))),
+        2 => ("Operate", call(&format!("{PRIVATE}.Operate"), &json!({ "name": name, "request": request }))),
         3 => ("Supervise", call(&format!("{PRIVATE}.Supervise"), &json!({ "name": name }))),
         4 => ("half a call", b"{\"method\":".to_vec()),
         _ => ("no JSON", b"]\0".to_vec()),

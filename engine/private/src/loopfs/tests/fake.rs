@@ -1,25 +1,25 @@
-//! A pool of entries without devices.
+//! A fake pool: entries without devices.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::loopfs::{Changes, Devices};
-use crate::loops::{Answer, Bound, Entry, Errno, LoopOp, PoolSpec};
+use crate::loopfs::{ChangeListener, DeviceSource};
+use crate::loops::{Answer, Bound, DeviceEntry, Errno, LoopOp, PoolSpec};
 
 #[derive(Debug)]
-pub(super) struct Fake {
+pub(super) struct FakeDevices {
     spec: PoolSpec,
-    pub(super) entries: Mutex<BTreeMap<u32, Entry>>,
+    pub(super) entries: Mutex<BTreeMap<u32, DeviceEntry>>,
     generations: AtomicU64,
-    pub(super) changes: Mutex<Option<Changes>>,
+    pub(super) changes: Mutex<Option<ChangeListener>>,
     /// Milliseconds that ADD takes.
     pub(super) slow: AtomicU32,
 }
 
-impl Fake {
-    pub(super) fn new(uid: u32) -> Arc<Fake> {
+impl FakeDevices {
+    pub(super) fn new(uid: u32) -> Arc<FakeDevices> {
         let spec = PoolSpec {
             name: "fake".to_owned(),
             max: 8,
@@ -30,7 +30,7 @@ impl Fake {
             intercepted: false,
             reserved: BTreeSet::new(),
         };
-        Arc::new(Fake {
+        Arc::new(FakeDevices {
             spec,
             entries: Mutex::default(),
             generations: AtomicU64::new(1),
@@ -39,42 +39,49 @@ impl Fake {
         })
     }
 
-    /// What the next device, or the next holder of its number, is.
+    /// Adds a device with this number, or another one in its place.
     pub(super) fn make(&self, number: u32) {
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let rdev = host_device().unwrap();
-        let entry =
-            Entry { number, rdev, generation, size: 0, block_size: 512, bound: None, partitions: Vec::new() };
+        let entry = DeviceEntry {
+            number,
+            rdev,
+            generation,
+            size: 0,
+            block_size: 512,
+            bound: None,
+            partitions: Vec::new(),
+        };
         self.entries.lock().unwrap().insert(number, entry);
-        self.told(number);
+        self.notify(number);
     }
 
-    pub(super) fn change(&self, number: u32, change: impl FnOnce(&mut Entry)) {
+    pub(super) fn change(&self, number: u32, change: impl FnOnce(&mut DeviceEntry)) {
         change(self.entries.lock().unwrap().get_mut(&number).unwrap());
-        self.told(number);
+        self.notify(number);
     }
 
-    fn told(&self, number: u32) {
+    fn notify(&self, number: u32) {
         if let Some(changes) = &*self.changes.lock().unwrap() {
             changes.changed(number);
         }
     }
 }
 
-impl Devices for Fake {
+impl DeviceSource for FakeDevices {
     fn spec(&self) -> &PoolSpec {
         &self.spec
     }
 
-    fn entries(&self) -> Vec<Entry> {
+    fn entries(&self) -> Vec<DeviceEntry> {
         self.entries.lock().unwrap().values().cloned().collect()
     }
 
-    fn entry(&self, number: u32) -> Option<Entry> {
+    fn entry(&self, number: u32) -> Option<DeviceEntry> {
         self.entries.lock().unwrap().get(&number).cloned()
     }
 
-    fn control(&self, op: LoopOp) -> Answer<u32> {
+    fn control_op(&self, op: LoopOp) -> Answer<u32> {
         match op {
             LoopOp::GetFree => self.get_free(),
             LoopOp::Add(number) => self.add(number),
@@ -83,12 +90,12 @@ impl Devices for Fake {
         }
     }
 
-    fn watch(&self, changes: Changes) {
+    fn watch(&self, changes: ChangeListener) {
         *self.changes.lock().unwrap() = Some(changes);
     }
 }
 
-impl Fake {
+impl FakeDevices {
     fn get_free(&self) -> Answer<u32> {
         let taken = self.entries();
         if let Some(free) = taken.iter().find(|entry| entry.bound.is_none()) {
@@ -118,15 +125,15 @@ impl Fake {
             Some(entry) if entry.bound.is_some() => Err(Errno::BUSY),
             Some(_) => {
                 self.entries.lock().unwrap().remove(&number);
-                self.told(number);
+                self.notify(number);
                 Ok(0)
             }
         }
     }
 }
 
-/// A block device that can be opened and that nobody is likely to use: the last host loop device
-/// that is not bound.
+/// A block device that can be opened and is probably unused: the last unbound loop device of the
+/// host.
 pub(super) fn host_device() -> Option<u64> {
     let names =
         std::fs::read_dir("/sys/block").ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -136,7 +143,7 @@ pub(super) fn host_device() -> Option<u64> {
     unbound.max().map(|number| rustix::fs::makedev(7, number))
 }
 
-/// Something to be bound to.
+/// A backing file.
 pub(super) fn bound() -> Bound {
     Bound {
         backing_file: "/a.img".into(),

@@ -1,4 +1,4 @@
-//! How long a directory lives, and where its mount can go.
+//! The lifetime of a directory, and the namespaces of its mount.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,54 +16,54 @@ fn wait_for(what: &str, is: impl Fn() -> bool) {
 }
 
 #[test]
-fn it_ends_with_its_last_descriptor() {
-    if !able() {
+fn ends_with_its_last_descriptor() {
+    if !can_mount() {
         return;
     }
-    let shown = Shown::new();
-    let file = File::open(shown.path("loop-control")).unwrap();
-    let Shown { mount, ended, fake, directory } = shown;
+    let test = TestMount::new();
+    let file = File::open(test.path("loop-control")).unwrap();
+    let TestMount { mount, ended, fake, directory } = test;
     drop(directory);
     drop(mount);
     assert_eq!(control(&file, 0x4C82, 0), Ok(0), "still in use");
     assert_eq!(ended.load(Ordering::Relaxed), 0);
     drop(file);
     wait_for("the end", || ended.load(Ordering::Relaxed) == 1);
-    // Nobody holds the pool.
+    // No reference to the pool is left.
     wait_for("the pool", || Arc::strong_count(&fake) == 1);
     fake.make(3);
 }
 
 #[test]
-fn it_ends_when_told_to() {
-    if !able() {
+fn ends_on_request() {
+    if !can_mount() {
         return;
     }
     for by_pool in [false, true] {
-        let shown = Shown::new();
-        let file = File::open(shown.path("loop-control")).unwrap();
+        let test = TestMount::new();
+        let file = File::open(test.path("loop-control")).unwrap();
         match by_pool {
-            true => shown.fake.changes.lock().unwrap().as_ref().unwrap().ended(),
-            false => shown.directory.end(),
+            true => test.fake.changes.lock().unwrap().as_ref().unwrap().ended(),
+            false => test.directory.end(),
         }
         wait_for("the end", || control(&file, 0x4C82, 0) == Err(libc::ENOTCONN));
-        assert_eq!(errno(shown.stat("loop-control")), libc::ENOTCONN);
-        wait_for("the threads", || Arc::strong_count(&shown.fake) == 1);
-        assert_eq!(shown.ended.load(Ordering::Relaxed), 0, "whoever told it to knows");
-        shown.directory.end();
+        assert_eq!(errno(test.stat("loop-control")), libc::ENOTCONN);
+        wait_for("the threads", || Arc::strong_count(&test.fake) == 1);
+        assert_eq!(test.ended.load(Ordering::Relaxed), 0, "no callback on request");
+        test.directory.end();
     }
 }
 
 #[test]
-fn it_is_attached_in_another_mount_namespace() {
-    if !able() {
+fn attaches_in_another_mount_namespace() {
+    if !can_mount() {
         return;
     }
-    let shown = Shown::new();
-    shown.fake.make(0);
+    let test = TestMount::new();
+    test.fake.make(0);
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().to_owned();
-    let Shown { mount, ended, .. } = shown;
+    let TestMount { mount, ended, .. } = test;
     let counted = ended.clone();
     let attached = std::thread::spawn(move || {
         if let Err(error) = mntns::enter_own() {
@@ -85,9 +85,9 @@ fn it_is_attached_in_another_mount_namespace() {
     wait_for("the end", || ended.load(Ordering::Relaxed) == 1);
 }
 
-/// Run as a child in a user namespace: its standard input is a mount.
+/// Runs as a child in a user namespace, with a mount as standard input.
 #[test]
-#[ignore = "a part of the next"]
+#[ignore = "child of attaches_for_an_unprivileged_user"]
 fn within_a_user_namespace() {
     let Some(target) = std::env::var_os("LOOPFS_TARGET").map(PathBuf::from) else { return };
     attach::attach_mount(io::stdin().as_fd(), &target).unwrap();
@@ -101,8 +101,8 @@ fn within_a_user_namespace() {
 }
 
 #[test]
-fn it_is_attached_by_a_user_without_privileges() {
-    if !able() {
+fn attaches_for_an_unprivileged_user() {
+    if !can_mount() {
         return;
     }
     let can = Command::new("setpriv")
@@ -112,10 +112,10 @@ fn it_is_attached_by_a_user_without_privileges() {
         eprintln!("skipped: users may not make user namespaces here");
         return;
     }
-    let shown = Shown::of(Fake::new(1000));
-    shown.fake.make(0);
-    let Shown { mount, ended, .. } = shown;
-    // Where the user can get to, the test's program included.
+    let test = TestMount::of(FakeDevices::new(1000));
+    test.fake.make(0);
+    let TestMount { mount, ended, .. } = test;
+    // A directory that the user can search, with a copy of this program.
     let dir = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir().unwrap();
     let program = dir.path().join("test");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();

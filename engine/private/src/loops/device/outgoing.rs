@@ -1,200 +1,214 @@
-//! Disks that a loopN no longer is, and that somebody may have open still.
+//! Replaced disks of a loopN, which somebody may still have open.
 //!
-//! LOOP_CLR_FD gives the device another disk at once, for who opens it next; what it was serves those who
-//! have it open until their last close. If the caller was not its only user, it becomes that again.
-//! Knows one device; what the driver needs for a disk to go is the business of `maker`.
+//! LOOP_CLR_FD gives the device another disk at once, for the next open. The old disk serves those
+//! who have it open until their last close. If others than the caller have it open, the device gets
+//! it back. Knows one device. Does not know how the driver removes a disk (`disk_allocator`).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Device, Room};
+use super::PoolDevice;
 use crate::frontend::StopMode;
-use crate::loops::binding::Binding;
-use crate::loops::disk::Disk;
-use crate::loops::parts::Part;
-use crate::loops::place::{Numbers, QUIET};
+use crate::loops::disk_allocator::DiskAllocator;
+use crate::loops::file_binding::FileBinding;
+use crate::loops::loop_slot::{OPEN_GRACE, RelatedNumbers};
+use crate::loops::partition_disk::PartitionDisk;
+use crate::loops::pool_disk::PoolDisk;
 use crate::loops::{Answer, flag};
 
-/// How long a device is shown as unbound after LOOP_CLR_FD although somebody may have it open still: the
-/// caller itself has, and closes it next.
-const UNBOUND_MAX: Duration = Duration::from_secs(1);
-/// Outgoing disks of one device at the most.
+/// How long a device counts as unbound after LOOP_CLR_FD although it may be open: the caller has it
+/// open, and closes it next.
+const REBIND_AFTER: Duration = Duration::from_secs(1);
+/// Maximum number of outgoing disks of a device.
 const MAX: usize = 16;
-/// How long LOOP_CLR_FD waits for a disk, where a pool has so many and no more.
-const DISK_SOON: Duration = Duration::from_millis(300);
-const PAUSE: Duration = Duration::from_millis(2);
+/// How long LOOP_CLR_FD waits for a free disk, in a pool with a fixed set.
+const DISK_TIMEOUT: Duration = Duration::from_millis(300);
+const INTERVAL: Duration = Duration::from_millis(2);
 
-/// See the module.
+/// A replaced disk.
 #[derive(Debug)]
-pub(super) struct Outgoing {
-    pub(super) disk: Disk,
-    pub(super) binding: Option<Binding>,
-    parts: Vec<Part>,
+pub(super) struct OutgoingDisk {
+    pub(super) disk: PoolDisk,
+    pub(super) binding: Option<FileBinding>,
+    partitions: Vec<PartitionDisk>,
     since: Instant,
-    /// Of the device, while this was its disk.
+    /// The generation of the device while this was its disk.
     generation: u64,
-    /// It was the disk of a partition.
-    of_part: Option<Arc<()>>,
+    /// The count token, if it was the disk of a partition.
+    of_partition: Option<Arc<()>>,
 }
 
-impl Outgoing {
-    /// One that is bound to nothing that must be kept.
-    pub(super) fn bare(disk: Disk) -> Outgoing {
+impl OutgoingDisk {
+    /// A disk without a binding to keep.
+    pub(super) fn unbound(disk: PoolDisk) -> OutgoingDisk {
         let since = Instant::now();
-        Outgoing { disk, binding: None, parts: Vec::new(), since, generation: 0, of_part: None }
+        OutgoingDisk { disk, binding: None, partitions: Vec::new(), since, generation: 0, of_partition: None }
     }
 
-    /// That of a partition.
-    pub(super) fn part(part: Part) -> Outgoing {
-        let (disk, counted) = part.into_disk();
-        Outgoing { of_part: Some(counted), ..Outgoing::bare(disk) }
+    /// The disk of a partition.
+    pub(super) fn of_partition(part: PartitionDisk) -> OutgoingDisk {
+        let (disk, count_token) = part.into_disk();
+        OutgoingDisk { of_partition: Some(count_token), ..OutgoingDisk::unbound(disk) }
     }
 
-    /// Who was told its number before it went out has opened it by now.
-    fn is_quiet(&self) -> bool {
-        self.since.elapsed() >= QUIET
+    /// Whether opens that follow lookups before the replacement are over.
+    fn may_release(&self) -> bool {
+        self.since.elapsed() >= OPEN_GRACE
     }
 }
 
-impl Device {
+impl PoolDevice {
     /// LOOP_CLR_FD.
-    pub fn clear(&mut self, room: Room<'_>) -> Answer<()> {
+    pub fn clear(&mut self, allocator: &DiskAllocator) -> Answer<()> {
         self.bound()?;
         let claimed = self.is_claimed()?;
         if let Some(binding) = &mut self.binding {
             binding.info.flags |= flag::AUTOCLEAR;
         }
-        // Otherwise the last close unbinds it, as it does where others have it open.
-        if !claimed && let Some(next) = self.next_disk(room) {
+        // Otherwise it is unbound at the last close.
+        if !claimed && let Some(next) = self.wait_for_disk(allocator) {
             self.outgoing.extend(self.cleared.take());
-            self.cleared = self.put_out(next);
+            self.cleared = self.swap_disk(next);
         }
-        self.leaving = self.binding.is_some();
+        self.in_rundown = self.binding.is_some();
         Ok(())
     }
 
-    /// LOOP_CLR_FD came, and whether that was its last user is not known yet.
+    /// Whether LOOP_CLR_FD has replaced its disk, which may still be open.
     pub fn is_cleared(&self) -> bool {
         self.cleared.is_some()
     }
 
-    fn next_disk(&mut self, room: Room<'_>) -> Option<Disk> {
-        let until = Instant::now() + DISK_SOON;
+    fn wait_for_disk(&mut self, allocator: &DiskAllocator) -> Option<PoolDisk> {
+        let until = Instant::now() + DISK_TIMEOUT;
         loop {
-            self.release_outgoing(room, DISK_SOON);
-            let made = if self.outgoing.len() < MAX { room.make(512).ok() } else { None };
+            self.release_outgoing(allocator, DISK_TIMEOUT);
+            let made = if self.outgoing.len() < MAX { allocator.allocate(512).ok() } else { None };
             if made.is_some() || self.outgoing.is_empty() || Instant::now() >= until {
                 return made;
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(INTERVAL);
         }
     }
 
-    /// Puts another disk in the place of its own, without a file.
-    pub(super) fn put_out(&mut self, next: Disk) -> Option<Outgoing> {
+    /// Replaces its disk by an unbound one. Returns the old disk.
+    pub(super) fn swap_disk(&mut self, next: PoolDisk) -> Option<OutgoingDisk> {
         let generation = self.generation;
-        self.renew_generation();
-        let (binding, parts) = (self.binding.take(), std::mem::take(&mut self.parts));
+        self.bump_generation();
+        let (binding, partitions) = (self.binding.take(), std::mem::take(&mut self.partitions));
         let since = Instant::now();
         let old = self.disk.replace(next);
-        old.map(|disk| Outgoing { disk, binding, parts, since, generation, of_part: None })
+        old.map(|disk| OutgoingDisk { disk, binding, partitions, since, generation, of_partition: None })
     }
 
-    /// Device numbers of its outgoing disks, and of all that are or were partitions of it.
-    pub fn numbers(&self) -> Numbers {
+    /// Device numbers of its outgoing disks, and of its present and former partitions.
+    pub fn related_numbers(&self) -> RelatedNumbers {
         let outgoing = || self.outgoing.iter().chain(&self.cleared);
-        let (parts, disks): (Vec<_>, Vec<_>) = outgoing().partition(|outgoing| outgoing.of_part.is_some());
-        let present = self.parts.iter().chain(outgoing().flat_map(|outgoing| &outgoing.parts));
-        let rdev = |outgoing: &Outgoing| outgoing.disk.rdev;
-        Numbers {
+        let (partitions, disks): (Vec<_>, Vec<_>) =
+            outgoing().partition(|outgoing| outgoing.of_partition.is_some());
+        let present = self.partitions.iter().chain(outgoing().flat_map(|outgoing| &outgoing.partitions));
+        let rdev = |outgoing: &OutgoingDisk| outgoing.disk.rdev;
+        RelatedNumbers {
             outgoing: disks.into_iter().map(rdev).collect(),
-            parts: parts.into_iter().map(rdev).chain(present.map(|part| part.disk().rdev)).collect(),
+            partitions: partitions
+                .into_iter()
+                .map(rdev)
+                .chain(present.map(|part| part.disk().rdev))
+                .collect(),
         }
     }
 
-    /// Lets go of those that nobody has open, as many as can be had in that time; of the others first the next time.
-    pub(super) fn release_outgoing(&mut self, room: Room<'_>, within: Duration) {
+    /// Releases outgoing disks that nobody has open, within a time limit. The next call begins with
+    /// those that this one does not reach.
+    pub(super) fn release_outgoing(&mut self, allocator: &DiskAllocator, within: Duration) {
         let start = Instant::now();
         let mut waiting = std::mem::take(&mut self.outgoing).into_iter();
         let mut kept = Vec::new();
         for outgoing in waiting.by_ref() {
-            kept.extend(self.release(outgoing, room));
+            kept.extend(self.release(outgoing, allocator));
             if start.elapsed() >= within {
                 break;
             }
         }
-        // Partitions of what was released.
-        let parts = std::mem::take(&mut self.outgoing);
-        self.outgoing = waiting.chain(parts).chain(kept).collect();
+        // Partitions of the released disks.
+        let partitions = std::mem::take(&mut self.outgoing);
+        self.outgoing = waiting.chain(partitions).chain(kept).collect();
     }
 
-    fn release(&mut self, outgoing: Outgoing, room: Room<'_>) -> Option<Outgoing> {
-        if !outgoing.is_quiet() {
+    fn release(&mut self, outgoing: OutgoingDisk, allocator: &DiskAllocator) -> Option<OutgoingDisk> {
+        if !outgoing.may_release() {
             return Some(outgoing);
         }
-        let Outgoing { disk, binding, parts, since, generation, of_part } = outgoing;
-        match room.retire(disk) {
+        let OutgoingDisk { disk, binding, partitions, since, generation, of_partition } = outgoing;
+        match allocator.retire(disk) {
             Ok(()) => {
-                self.outgoing.extend(parts.into_iter().map(Outgoing::part));
-                room.close(binding);
+                self.outgoing.extend(partitions.into_iter().map(OutgoingDisk::of_partition));
+                allocator.close(binding);
                 None
             }
-            Err(disk) => Some(Outgoing { disk, binding, parts, since, generation, of_part }),
+            Err(disk) => Some(OutgoingDisk { disk, binding, partitions, since, generation, of_partition }),
         }
     }
 
-    /// After LOOP_CLR_FD: lets go of what it was, if nobody has that open any more.
-    pub(super) fn look_at_cleared(&mut self, room: Room<'_>) {
+    /// Releases the disk that LOOP_CLR_FD replaced, if nobody has it open.
+    pub(super) fn release_cleared(&mut self, allocator: &DiskAllocator) {
         let Some(was) = self.cleared.take() else { return };
-        self.cleared = self.release(was, room);
+        self.cleared = self.release(was, allocator);
     }
 
-    /// LOOP_CLR_FD came long ago, and what it was is open still.
-    pub fn is_to_be_bound_again(&self) -> bool {
-        let long_ago = |was: &Outgoing| was.since.elapsed() >= UNBOUND_MAX;
+    /// Whether the disk that LOOP_CLR_FD replaced is still open after [`REBIND_AFTER`].
+    pub fn should_rebind(&self) -> bool {
+        let long_ago = |was: &OutgoingDisk| was.since.elapsed() >= REBIND_AFTER;
         self.binding.is_none() && self.cleared.as_ref().is_some_and(long_ago)
     }
 
-    /// It becomes what it was, if that is still open. Nobody may be about to open what it is: who closed the one
-    /// before opens a free device, and not one that is bound again.
-    pub fn bind_again(&mut self, room: Room<'_>) {
-        self.look_at_cleared(room);
+    /// Takes back the disk that LOOP_CLR_FD replaced, if it is still open. Nobody may be about to
+    /// open the present one: a process that expects a free device must not open a bound one.
+    pub fn rebind_cleared(&mut self, allocator: &DiskAllocator) {
+        self.release_cleared(allocator);
         let Some(was) = self.cleared.take() else { return };
         let unused = self.disk.replace(was.disk);
-        (self.binding, self.parts) = (was.binding, was.parts);
-        self.leaving = true;
-        self.outgoing.extend(unused.map(Outgoing::bare));
-        // The same disk with the same file: names and descriptors that were its are so again.
+        (self.binding, self.partitions) = (was.binding, was.partitions);
+        self.in_rundown = true;
+        self.outgoing.extend(unused.map(OutgoingDisk::unbound));
+        // The same disk with the same file: its names and descriptors are valid again.
         self.generation = was.generation;
     }
 
-    /// Waits until its caller of LOOP_CLR_FD may have closed it, not longer than needed or `within`.
-    /// True: nobody has what it was open, and it is free.
-    pub fn finish_clearing(&mut self, room: Room<'_>, within: Duration) -> bool {
-        let early = self.cleared.as_ref().and_then(|was| QUIET.checked_sub(was.since.elapsed()));
+    /// Gives the caller of LOOP_CLR_FD time to close the device, at most `within`. True: nobody has
+    /// the replaced disk open, and the device is free.
+    pub fn finish_clear(&mut self, allocator: &DiskAllocator, within: Duration) -> bool {
+        let early = self.cleared.as_ref().and_then(|was| OPEN_GRACE.checked_sub(was.since.elapsed()));
         early.into_iter().for_each(|early| std::thread::sleep(early.min(within)));
-        self.look_at_cleared(room);
+        self.release_cleared(allocator);
         self.is_free()
     }
 
-    /// Has partitions of outgoing disks go out by themselves.
-    pub(super) fn part_outgoing(&mut self) {
-        let parts: Vec<_> =
-            self.outgoing.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.parts)).collect();
-        self.outgoing.extend(parts.into_iter().map(Outgoing::part));
+    /// Makes partitions of outgoing disks outgoing disks of their own.
+    pub(super) fn split_outgoing(&mut self) {
+        let partitions: Vec<_> =
+            self.outgoing.iter_mut().flat_map(|outgoing| std::mem::take(&mut outgoing.partitions)).collect();
+        self.outgoing.extend(partitions.into_iter().map(OutgoingDisk::of_partition));
     }
 
-    /// Takes them away for good, as far as they can be had.
-    pub(super) fn end_outgoing(&mut self, when: StopMode, room: Room<'_>) {
+    /// Removes the outgoing disks that can be removed.
+    pub(super) fn end_outgoing(&mut self, when: StopMode, allocator: &DiskAllocator) {
         self.outgoing.extend(self.cleared.take());
-        self.part_outgoing();
-        for Outgoing { disk, binding, parts, since, generation, of_part } in
+        self.split_outgoing();
+        for OutgoingDisk { disk, binding, partitions, since, generation, of_partition } in
             std::mem::take(&mut self.outgoing)
         {
-            match room.remove(disk, when) {
-                Ok(()) => room.close(binding),
+            match allocator.remove(disk, when) {
+                Ok(()) => allocator.close(binding),
                 Err(disk) => {
-                    self.outgoing.push(Outgoing { disk, binding, parts, since, generation, of_part });
+                    self.outgoing.push(OutgoingDisk {
+                        disk,
+                        binding,
+                        partitions,
+                        since,
+                        generation,
+                        of_partition,
+                    });
                 }
             }
         }

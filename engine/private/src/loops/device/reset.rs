@@ -1,43 +1,46 @@
-//! A device whose user is gone, for the next.
+//! Resets a device between two containers.
 
-use super::outgoing::Outgoing;
-use super::{Device, Room, flag};
+use super::outgoing::OutgoingDisk;
+use super::{PoolDevice, flag};
+use crate::loops::disk_allocator::DiskAllocator;
 
-impl Device {
-    /// Unbinds it. Who has it open keeps that disk until its last close; with force another disk takes
-    /// its place at once, and nothing is behind the old one any more. True: it is as new.
-    pub fn reset(&mut self, room: Room<'_>, by_force: bool) -> bool {
+impl PoolDevice {
+    /// Unbinds it. Its holders keep the disk until their last close. With force, another disk
+    /// replaces it at once, and the old one has no file any more. True: the device is free.
+    pub fn reset(&mut self, allocator: &DiskAllocator, by_force: bool) -> bool {
         if let Some(binding) = &mut self.binding {
-            // The reaper goes on where this ends.
+            // The close watcher continues.
             binding.info.flags |= flag::AUTOCLEAR;
         }
-        self.reap(room);
-        if self.is_to_be_unbound() {
-            self.unbind(room);
+        self.release_unused(allocator);
+        if self.is_autoclear() {
+            self.unbind(allocator);
         }
         if by_force {
-            let mounted = self.leave_mounts();
-            self.outgoing.extend(mounted.map(Outgoing::bare));
+            let mounted = self.take_shadow_disks();
+            self.outgoing.extend(mounted.map(OutgoingDisk::unbound));
             self.outgoing.extend(self.cleared.take());
             if self.binding.is_some() {
-                match room.make(512) {
+                match allocator.allocate(512) {
                     Ok(disk) => {
-                        self.drop_parts();
-                        let old = self.put_out(disk);
+                        self.drop_partitions();
+                        let old = self.swap_disk(disk);
                         self.outgoing.extend(old);
                     }
-                    Err(error) => tracing::warn!(%error, number = self.number, "a loop device stays bound"),
+                    Err(error) => {
+                        tracing::warn!(%error, number = self.number, "cannot unbind a loop device: there is no free disk")
+                    }
                 }
             }
-            self.part_outgoing();
+            self.split_outgoing();
             for outgoing in &mut self.outgoing {
-                outgoing.disk.withdraw();
-                room.close(outgoing.binding.take());
+                outgoing.disk.unbind();
+                allocator.close(outgoing.binding.take());
             }
         }
         if self.disk.is_none() {
-            self.disk = room.make(512).ok();
-            self.renew_generation();
+            self.disk = allocator.allocate(512).ok();
+            self.bump_generation();
         }
         self.is_free()
     }

@@ -1,36 +1,36 @@
-//! A pool whose devices are all there from the start, under device numbers that stay, and that is used by
-//! one after the other: a container's, and its next start's.
+//! Pools for containers: all devices exist from the start, under device numbers that stay, and one
+//! container after the other uses them.
 //!
-//! Knows how many disks that takes, and how a pool becomes as new. Does not know who uses it.
+//! Knows how many disks that takes, and how to reset a pool. Does not know who uses it.
 
 use std::time::{Duration, Instant};
 
-use super::{Pool, SHORT_PATIENCE};
+use super::{Pool, SHORT_LOCK_TIMEOUT};
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Answer, Errno};
 
-/// Disks beside two for each device.
-const SPARES: usize = 4;
-/// Between two looks at devices whose last user has gone.
-const PAUSE: Duration = Duration::from_millis(20);
+/// Disks beside two per device.
+const EXTRA_DISKS: usize = 4;
+/// Interval between two attempts to reset devices.
+const INTERVAL: Duration = Duration::from_millis(20);
 
 impl Pool {
-    /// Makes all devices of a pool that is to have them from the start, and as many disks again and
-    /// some more: for partitions, other block sizes, and devices that somebody holds.
-    pub fn fill(&self) -> Result<()> {
-        self.maker.fix(2 * self.spec.max as usize + SPARES)?;
-        match self.restore() {
+    /// Creates all devices. Allocates as many disks again and some more: for partitions, other
+    /// block sizes, and outgoing disks.
+    pub fn create_all(&self) -> Result<()> {
+        self.allocator.preallocate(2 * self.spec.max as usize + EXTRA_DISKS)?;
+        match self.create_missing() {
             Ok(()) => Ok(()),
             Err(Errno::NOSPC) => Err(Error::new(
                 Kind::Quota,
                 format!("user {} may not have {} devices", self.spec.uid, self.spec.max),
             )),
-            Err(error) => Err(Error::os(error, "cannot make the devices of a pool")),
+            Err(error) => Err(Error::os(error, "cannot create the devices of a pool")),
         }
     }
 
-    /// Adds what is missing of them.
-    fn restore(&self) -> Answer<()> {
+    /// Creates the missing devices.
+    fn create_missing(&self) -> Answer<()> {
         for number in self.spec.numbers().take(self.spec.max as usize) {
             match self.create(Some(number)) {
                 Ok(_) | Err(Errno::EXIST) => {}
@@ -40,42 +40,47 @@ impl Pool {
         Ok(())
     }
 
-    /// Device numbers of all disks that it will ever have, if they must not change.
+    /// Device numbers of all its disks, if they must not change.
     pub fn device_numbers(&self) -> &[u64] {
-        self.maker.fixed().unwrap_or_default()
+        self.allocator.fixed().unwrap_or_default()
     }
 
-    /// Makes it as new for the next user. Whoever holds a device after `patience` is cut off from its file.
-    pub fn reset(&self, patience: Duration) {
-        let until = Instant::now() + patience;
+    /// Resets the pool for the next container. A holder of a device after `timeout` loses its file.
+    pub fn reset(&self, timeout: Duration) {
+        let until = Instant::now() + timeout;
         loop {
             let by_force = Instant::now() >= until;
-            let mut clean = true;
-            for (number, place) in self.all() {
-                // An operation of the last user that does not end holds up its own device.
-                let Ok(mut device) = place.lock_within(SHORT_PATIENCE) else {
-                    clean = false;
+            let mut held = Vec::new();
+            for (number, slot) in self.all_slots() {
+                // An operation that does not end blocks only its own device.
+                let Ok(mut device) = slot.lock_within(SHORT_LOCK_TIMEOUT) else {
+                    held.push(number);
                     continue;
                 };
                 if self.is_ending() {
                     return;
                 }
-                place.begin_replacing();
-                clean &= device.reset(&self.maker, by_force);
-                self.settle(number, &place, device);
+                slot.begin_replacing();
+                if !device.reset(&self.allocator, by_force) {
+                    held.push(number);
+                }
+                self.publish(number, &slot, device);
             }
-            if by_force && !clean {
-                tracing::warn!(pool = self.spec.name, "a device is still its last user's");
+            if by_force {
+                for number in &held {
+                    let pool = &self.spec.name;
+                    tracing::warn!("loop{number} of pool {pool} is still in use by the previous container");
+                }
             }
-            if clean || by_force {
+            if held.is_empty() || by_force {
                 break;
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(INTERVAL);
         }
-        if let Err(error) = self.restore()
+        if let Err(error) = self.create_missing()
             && !self.is_ending()
         {
-            tracing::warn!(%error, pool = self.spec.name, "a pool has not all of its devices");
+            tracing::warn!(%error, pool = self.spec.name, "a pool lacks devices");
         }
     }
 }

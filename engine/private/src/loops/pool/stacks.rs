@@ -1,18 +1,19 @@
-//! Disks of device mapper and md upon a pool's devices: whose they are, and their end.
+//! Disks of device mapper and md stacked on a pool's devices: their ownership, and their end.
 //!
-//! The kernel has one list of them for all of the machine, and nobody but their maker ends them. Those whose every
-//! disk below is the pool's are its tenant's: it may have nodes of them, and they go with the pool.
+//! The kernel has one namespace of these disks, and removes none by itself. A disk that is stacked
+//! only on disks of the pool belongs to the tenant: the tenant may make nodes of it, and it ends
+//! with the pool.
 
 use super::{Pool, lock};
 use crate::sys::stack::Stack;
 
-/// Those that are shown of a pool, at the most.
-const SHOWN_MAX: usize = 1024;
+/// Maximum number of published stacked disks of a pool.
+const PUBLISHED_STACKS_MAX: usize = 1024;
 
 impl Pool {
-    /// Whether its tenant may make a node with this device number. From then on its disk is shown, while there is one.
-    pub fn may_make(&self, rdev: u64) -> bool {
-        // Only root maps. Others would fill lists with arrays that never come.
+    /// Whether the tenant may make a node with this device number. Publishes its disk from then on.
+    pub fn may_make_node(&self, rdev: u64) -> bool {
+        // Only root can stack disks. Others would fill the table with arrays that never exist.
         if self.spec.uid != 0 {
             return false;
         }
@@ -27,32 +28,32 @@ impl Pool {
                     *seen = there;
                     false
                 }
-                None => stacks.len() < SHOWN_MAX && stacks.insert(stack.clone(), there).is_none(),
+                None => stacks.len() < PUBLISHED_STACKS_MAX && stacks.insert(stack.clone(), there).is_none(),
             }
         };
         if new {
-            self.tell_of(&stack, true);
+            self.notify_stacked(&stack, true);
         }
         true
     }
 
-    /// Shows those no longer that are gone.
-    pub fn look_after_stacks(&self) {
+    /// Withdraws stacked disks that do not exist any more.
+    pub fn withdraw_gone_stacks(&self) {
         let gone: Vec<_> = {
             let mut stacks = lock(&self.stacks);
             let went = |stack: &Stack, seen: &mut bool| !stack.exists() && *seen;
             stacks.iter_mut().for_each(|(stack, seen)| *seen |= stack.exists());
             stacks.extract_if(.., |stack, seen| went(stack, seen)).collect()
         };
-        gone.iter().for_each(|(stack, _)| self.tell_of(stack, false));
+        gone.iter().for_each(|(stack, _)| self.notify_stacked(stack, false));
     }
 
-    /// Ends all that lie on its devices only, and answers which: their users have gone with the tenant, or are about
-    /// to. One that is open ends at its last close.
+    /// Removes the disks that are stacked only on its devices, and returns them. Their users end
+    /// with the tenant. An open disk is removed at its last close.
     pub(super) fn end_stacks(&self) -> Vec<Stack> {
         let entries = self.entries();
-        let parts = entries.iter().flat_map(|entry| &entry.partitions).map(|part| part.rdev);
-        let numbers: Vec<u64> = parts.chain(entries.iter().map(|entry| entry.rdev)).collect();
+        let partitions = entries.iter().flat_map(|entry| &entry.partitions).map(|part| part.rdev);
+        let numbers: Vec<u64> = partitions.chain(entries.iter().map(|entry| entry.rdev)).collect();
         let ours = |rdev| self.has_disk(rdev);
         let mut found: Vec<Stack> = Vec::new();
         let mut below = numbers;
@@ -64,7 +65,7 @@ impl Pool {
                 }
             }
         }
-        // The uppermost first.
+        // From the top of the stack.
         let end = |stack: &Stack| {
             let ended = stack.end();
             ended
@@ -74,8 +75,8 @@ impl Pool {
         found.into_iter().rev().filter(end).collect()
     }
 
-    fn tell_of(&self, stack: &Stack, is_there: bool) {
+    fn notify_stacked(&self, stack: &Stack, is_there: bool) {
         let watchers = lock(&self.watchers).0.clone();
-        watchers.iter().for_each(|watcher| watcher.stacked(stack, is_there));
+        watchers.iter().for_each(|watcher| watcher.stack_changed(stack, is_there));
     }
 }

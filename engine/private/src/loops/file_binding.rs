@@ -1,7 +1,7 @@
-//! What a device is bound to: the caller's file, checked, and opened anew for I/O.
+//! The backing file of a device: the caller's file, checked, and reopened for I/O.
 //!
-//! Knows what loop(4) takes and refuses as a backing file, and how a tenant could misuse one. Does not
-//! know devices.
+//! Knows which backing files loop(4) accepts, and how a tenant could misuse one. Does not know
+//! devices.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -9,66 +9,66 @@ use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 
-use super::{Answer, Bound, Configure, Errno, Info, NAME_BYTES, errno, flag};
+use super::{Answer, Bound, Errno, LoopConfig, LoopInfo, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
 use crate::image::{Image, ImageSpec};
 use crate::instance::claims::Claims;
 use crate::instance::claims::sharing::{self, Hold};
 
-/// Flags that LOOP_CONFIGURE takes.
+/// Flags that LOOP_CONFIGURE accepts.
 const CONFIGURABLE: u32 = flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN | flag::DIRECT_IO;
-/// Block sizes that there are.
+/// Valid block sizes.
 const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 
-/// A bound file.
+/// An open backing file.
 #[derive(Debug)]
-pub struct Binding {
-    /// The caller's file, kept to look at and to open anew; never used for I/O.
+pub struct FileBinding {
+    /// The caller's file, kept to examine and reopen it; never used for I/O.
     file: OwnedFd,
-    /// What was asked for, with the flags that came of it.
-    pub info: Info,
+    /// The requested values, with the resulting flags.
+    pub info: LoopInfo,
     /// Logical block size in bytes.
     pub block_size: u32,
-    /// Direct I/O is done (whether it was asked for or not).
+    /// Direct I/O is used (whether it was requested or not).
     direct: bool,
     _hold: Hold,
-    /// Of the device that it is bound to, partitions included.
+    /// Failed requests of the device, partitions included.
     failures: Arc<Failures>,
     device: u64,
     inode: u64,
     rdevice: u64,
 }
 
-/// Refuses what cannot be read and written like a file, which the driver finds out before all else.
+/// Refuses a file of the wrong type, which the driver checks first.
 pub fn check_kind(file: &OwnedFd, claims: &Claims) -> Answer<()> {
     let stat = rustix::fs::fstat(file)?;
     match FileType::from_raw_mode(stat.st_mode) {
-        // The loop-control of a pool looks like one, or like /dev/null.
+        // The loop-control of a pool is one of these.
         FileType::RegularFile | FileType::CharacterDevice if !claims.allows_images_on(stat.st_dev) => {
             Err(Errno::INVAL)
         }
-        // The latter are the kernel's own: eventfd and the like.
+        // Anonymous inodes, as of eventfd, have no type.
         FileType::Directory | FileType::Unknown => Err(Errno::INVAL),
         _ => Ok(()),
     }
 }
 
-/// Checks what LOOP_CONFIGURE and LOOP_SET_STATUS64 check alike. Answers what is kept of it: a name
-/// that ends, and nothing of encryption.
-pub fn check_info(info: &Info) -> Answer<Info> {
+/// Does the checks that LOOP_CONFIGURE and LOOP_SET_STATUS64 have in common. Returns the values to
+/// keep: a terminated name, and nothing of encryption.
+pub fn check_info(info: &LoopInfo) -> Answer<LoopInfo> {
     if info.encrypt_key_size > 32 || info.encrypt_type != 0 {
         return Err(Errno::INVAL);
     }
     if info.offset > i64::MAX as u64 || info.size_limit > i64::MAX as u64 {
         return Err(Errno::OVERFLOW);
     }
-    let mut kept = Info { encrypt_key_size: 0, ..*info };
+    let mut kept = LoopInfo { encrypt_key_size: 0, ..*info };
     kept.file_name[NAME_BYTES - 1] = 0;
     Ok(kept)
 }
 
-/// The logical block size that is meant: a power of two, 512 to a page.
+/// The requested logical block size: a power of two, 512 to a page.
 pub fn check_block_size(bytes: u64) -> Answer<u32> {
     match u32::try_from(bytes) {
         Ok(0) => Ok(BLOCK_SIZES[0]),
@@ -77,10 +77,15 @@ pub fn check_block_size(bytes: u64) -> Answer<u32> {
     }
 }
 
-impl Binding {
-    /// Takes a caller's file for loopN; `writes`: the device was opened for writing. Answers it and the image.
-    pub fn take(with: Configure, writes: bool, number: u32, claims: &Claims) -> Answer<(Binding, Image)> {
-        // Faults are found in the driver's order.
+impl FileBinding {
+    /// Opens the image of a caller's file for loopN. `writes`: the device was opened for writing.
+    pub fn open(
+        with: LoopConfig,
+        writes: bool,
+        number: u32,
+        claims: &Claims,
+    ) -> Answer<(FileBinding, Image)> {
+        // The checks have the driver's order.
         let file = with.file;
         let stat = rustix::fs::fstat(&file)?;
         match FileType::from_raw_mode(stat.st_mode) {
@@ -111,7 +116,7 @@ impl Binding {
         let read_only = info.flags & flag::READ_ONLY != 0;
         let hold =
             sharing::claim_for_pool(claims, &image, number, read_only).map_err(|error| errno(&error))?;
-        let binding = Binding {
+        let binding = FileBinding {
             file,
             info,
             block_size,
@@ -125,22 +130,22 @@ impl Binding {
         Ok((binding, image))
     }
 
-    /// The image once more: with another offset, limit or block size.
-    pub fn reopen(&self, info: &Info, block_size: u32) -> Answer<(Image, bool)> {
+    /// Opens the image again, with another offset, limit or block size.
+    pub fn reopen(&self, info: &LoopInfo, block_size: u32) -> Answer<(Image, bool)> {
         open(&self.file, info, block_size, &self.failures)
     }
 
-    /// The same, only to read.
-    pub fn reopen_to_read(&self, info: &Info, block_size: u32) -> Answer<Image> {
-        let info = Info { flags: info.flags | flag::READ_ONLY, ..*info };
+    /// The same, read-only.
+    pub fn reopen_read_only(&self, info: &LoopInfo, block_size: u32) -> Answer<Image> {
+        let info = LoopInfo { flags: info.flags | flag::READ_ONLY, ..*info };
         open(&self.file, &info, block_size, &self.failures).map(|(image, _)| image)
     }
 
-    /// Takes over what `reopen` was given and found out.
-    pub fn reopened(&mut self, info: Info, block_size: u32, direct: bool) {
+    /// Takes over the arguments and the result of `reopen`.
+    pub fn adopt(&mut self, info: LoopInfo, block_size: u32, direct: bool) {
         if self.direct && !direct {
             tracing::warn!(
-                "a loop device on {} uses the page cache: direct I/O needs more now",
+                "a loop device on {} uses the page cache: direct I/O is no longer possible",
                 path(&self.file).display()
             );
         }
@@ -152,28 +157,28 @@ impl Binding {
         }
     }
 
-    /// Whether direct I/O is done, and not only wanted.
+    /// Whether direct I/O is used, and not only requested.
     pub fn is_direct(&self) -> bool {
         self.direct
     }
 
-    /// Writes are refused.
+    /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.info.flags & flag::READ_ONLY != 0
     }
 
-    /// The block device that it is bound to, if it is one.
+    /// Device number of the backing file, if it is a block device.
     pub fn rdevice(&self) -> u64 {
         self.rdevice
     }
 
-    /// File system, inode, and number of a device, as stat(2) tells them.
-    pub fn numbers(&self) -> (u64, u64, u64) {
+    /// File system, inode, and device number, as in stat(2).
+    pub fn stat_numbers(&self) -> (u64, u64, u64) {
         (self.device, self.inode, self.rdevice)
     }
 
-    /// For directories and sysfs.
-    pub fn shown(&self) -> Bound {
+    /// For listings and sysfs.
+    pub fn to_bound(&self) -> Bound {
         let (image_device, image_inode) = match self.rdevice {
             0 => (self.device, self.inode),
             rdevice => (rdevice, 0),
@@ -189,17 +194,17 @@ impl Binding {
     }
 }
 
-/// The smallest block size in which direct I/O can be done on a file, wherever it is done; if there is
-/// none, the smallest.
-fn direct_block_size(file: &OwnedFd, info: &Info, failures: &Arc<Failures>) -> u32 {
-    let whole = Info { offset: 0, size_limit: 0, ..*info };
+/// The smallest block size that allows direct I/O at any offset of a file; without one, the
+/// smallest.
+fn direct_block_size(file: &OwnedFd, info: &LoopInfo, failures: &Arc<Failures>) -> u32 {
+    let whole = LoopInfo { offset: 0, size_limit: 0, ..*info };
     let direct = |size: &u32| open(file, &whole, *size, failures).is_ok_and(|(_, direct)| direct);
     BLOCK_SIZES.into_iter().find(direct).unwrap_or(BLOCK_SIZES[0])
 }
 
-/// Opens the image by direct I/O if that can be done, whether it was asked for or not: it is the same
-/// to the device's users, and faster.
-fn open(file: &OwnedFd, info: &Info, block_size: u32, failures: &Arc<Failures>) -> Answer<(Image, bool)> {
+/// Opens the image for direct I/O if possible, whether it was requested or not. The device behaves
+/// the same, and is faster.
+fn open(file: &OwnedFd, info: &LoopInfo, block_size: u32, failures: &Arc<Failures>) -> Answer<(Image, bool)> {
     let read_only = info.flags & flag::READ_ONLY != 0;
     let source = ImageSpec {
         offset: info.offset,
@@ -224,7 +229,7 @@ fn open(file: &OwnedFd, info: &Info, block_size: u32, failures: &Arc<Failures>) 
     }
 }
 
-/// The file's path in the mounts of the one who opened it, as it is called now: no file system is asked.
+/// The file's present path in the mounts of its opener. Asks no file system.
 fn path(file: &OwnedFd) -> PathBuf {
     std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default()
 }

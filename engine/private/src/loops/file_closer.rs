@@ -1,33 +1,35 @@
 //! Closes the backing files of one user's pools, each on a thread of its own.
 //!
-//! close(2) blocks as long as the file system likes: a FUSE server may never answer FLUSH. So no thread that others
-//! wait for closes a file, and a user with too many files that do not close binds no more. Knows nothing of devices.
+//! close(2) may block for ever: a FUSE server may never answer FLUSH. So no thread that others wait
+//! for closes a file, and a user with too many files that do not close cannot bind more. Knows
+//! nothing of devices.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::limits::CLOSING_MAX;
 
-type Holder = Box<dyn Send>;
+type FileHolder = Box<dyn Send>;
 
-/// See the module. Clones count together.
+/// The closing files of one user. Clones share the limit.
 #[derive(Clone, Default)]
-pub struct Closer(Arc<Mutex<State>>);
+pub struct FileCloser(Arc<Mutex<CloserState>>);
 
 #[derive(Default)]
-struct State {
+struct CloserState {
     running: usize,
-    /// Those for which no thread could be started; the next close takes them along.
-    postponed: Vec<Holder>,
+    /// Files for which no thread could be started; the next close retries.
+    deferred: Vec<FileHolder>,
 }
 
-impl Closer {
-    /// Drops what holds a backing file. Never blocks.
+impl FileCloser {
+    /// Drops the holder of a backing file. Never blocks.
     pub fn close(&self, holder: impl Send + 'static) {
         let mut state = self.state();
-        state.postponed.push(Box::new(holder));
-        while let Some(holder) = state.postponed.pop() {
-            // A thread that cannot be started drops its closure: the holder stays here until it can.
-            let (give, take) = std::sync::mpsc::channel::<Holder>();
+        state.deferred.push(Box::new(holder));
+        while let Some(holder) = state.deferred.pop() {
+            // A failed spawn drops its closure, so the holder is sent to the thread only after it
+            // started.
+            let (give, take) = std::sync::mpsc::channel::<FileHolder>();
             let closer = self.clone();
             let close = move || {
                 drop(take.recv());
@@ -35,7 +37,7 @@ impl Closer {
             };
             if let Err(error) = std::thread::Builder::new().name("close".into()).spawn(close) {
                 tracing::warn!(%error, "cannot start a thread to close a backing file: it stays open for now");
-                state.postponed.push(holder);
+                state.deferred.push(holder);
                 return;
             }
             state.running += 1;
@@ -44,25 +46,25 @@ impl Closer {
         }
     }
 
-    /// So many files are closing that no more may be bound.
+    /// Whether too many files are closing to bind more.
     pub fn is_full(&self) -> bool {
         let state = self.state();
-        state.running + state.postponed.len() >= CLOSING_MAX
+        state.running + state.deferred.len() >= CLOSING_MAX
     }
 
-    /// Pools of the user have it, or there is something to close yet.
+    /// Whether pools of the user have it, or a file is still to be closed.
     pub(super) fn is_needed(&self) -> bool {
-        Arc::strong_count(&self.0) > 1 || !self.state().postponed.is_empty()
+        Arc::strong_count(&self.0) > 1 || !self.state().deferred.is_empty()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, CloserState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl std::fmt::Debug for Closer {
+impl std::fmt::Debug for FileCloser {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Closer").field("running", &self.state().running).finish_non_exhaustive()
+        f.debug_struct("FileCloser").field("running", &self.state().running).finish_non_exhaustive()
     }
 }
 
@@ -72,23 +74,23 @@ mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::time::{Duration, Instant};
 
-    /// As a file whose server does not answer.
-    struct Hangs(Receiver<()>);
+    /// Stands for a file whose server does not answer.
+    struct HangingFile(Receiver<()>);
 
-    impl Drop for Hangs {
+    impl Drop for HangingFile {
         fn drop(&mut self) {
             let _ = self.0.recv();
         }
     }
 
     #[test]
-    fn files_that_do_not_close_have_a_limit() {
-        let closer = Closer::default();
+    fn limits_files_that_do_not_close() {
+        let closer = FileCloser::default();
         let held: Vec<Sender<()>> = (0..CLOSING_MAX)
             .map(|_| {
                 assert!(!closer.is_full());
                 let (answer, answered) = channel();
-                closer.close(Hangs(answered));
+                closer.close(HangingFile(answered));
                 answer
             })
             .collect();

@@ -1,0 +1,101 @@
+//! Deletes replaced disks in the background.
+//!
+//! A waiter for a last close waits for the replacement only: deletion at the driver takes as long
+//! again. Knows neither pools nor backing files. No worker serves a disk that is queued here.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::slot_allocator::SlotAllocator;
+use crate::instance::served::Served;
+
+/// At most so many disks wait. Who adds one more deletes disks itself.
+const WAITING_MAX: usize = 8;
+
+/// The disks of a pool that wait for their deletion.
+#[derive(Clone, Debug)]
+pub struct DeletionQueue(Arc<DeletionState>);
+
+#[derive(Debug)]
+struct DeletionState {
+    slots: Arc<SlotAllocator>,
+    waiting: Mutex<PendingDeletions>,
+    /// Held while a disk is deleted.
+    working: Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct PendingDeletions {
+    /// Stopped, removed from the workers, and without a file.
+    disks: VecDeque<Box<Served>>,
+    /// A thread deletes them.
+    has_thread: bool,
+}
+
+impl DeletionQueue {
+    /// Creates an empty queue, which frees the slots of deleted disks in `slots`.
+    pub fn new(slots: Arc<SlotAllocator>) -> DeletionQueue {
+        DeletionQueue(Arc::new(DeletionState { slots, waiting: Mutex::default(), working: Mutex::default() }))
+    }
+
+    /// Deletes a disk, now or soon.
+    pub fn push(&self, disk: Box<Served>) {
+        let start = {
+            let mut waiting = lock(&self.0.waiting);
+            waiting.disks.push_back(disk);
+            let full = waiting.disks.len() > WAITING_MAX;
+            (!std::mem::replace(&mut waiting.has_thread, true), full)
+        };
+        let delete_here = match start {
+            (true, _) => {
+                let other = self.clone();
+                let thread = std::thread::Builder::new().name("disk-delete".into());
+                thread.spawn(move || other.drain()).is_err()
+            }
+            (false, full) => full,
+        };
+        if delete_here {
+            self.drain();
+        }
+    }
+
+    /// Returns when the queue is empty: the daemon may end then.
+    pub fn drain(&self) {
+        while self.delete_oldest() {}
+    }
+
+    /// Deletes the oldest disk. False: there is none.
+    fn delete_oldest(&self) -> bool {
+        let DeletionState { slots, waiting, working } = &*self.0;
+        let _guard = lock(working);
+        let next = {
+            let mut waiting = lock(waiting);
+            let next = waiting.disks.pop_front();
+            waiting.has_thread &= next.is_some();
+            next
+        };
+        let Some(disk) = next else { return false };
+        match disk.delete() {
+            Ok(()) => slots.free(disk.slot()),
+            // Its slot on the workers stays taken, and so does its number.
+            Err(error) => tracing::error!(%error, "a used disk cannot be deleted"),
+        }
+        true
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn starts_no_thread_for_an_empty_queue() {
+        let deletion_queue = DeletionQueue::new(Arc::default());
+        deletion_queue.drain();
+        assert!(!lock(&deletion_queue.0.waiting).has_thread);
+    }
+}

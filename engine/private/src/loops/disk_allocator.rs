@@ -1,0 +1,376 @@
+//! Allocates the ublk disks of one pool, and replaces used ones.
+//!
+//! Knows workers, their queue slots, and the order in which a disk starts and stops. Does not know
+//! numbers, files or limits. A used disk is never bound again: a new disk replaces it and takes
+//! over its device number. So no cached page, and no name that somebody kept, leads from one file
+//! to the next, or from one tenant to another.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::deletion_queue::DeletionQueue;
+use super::file_closer::FileCloser;
+use super::pool_disk::PoolDisk;
+use super::slot_allocator::SlotAllocator;
+use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::StartLock;
+use crate::frontend::{Backend, DeviceParameters, StopMode};
+use crate::image::Image;
+use crate::instance::instance::EngineContext;
+use crate::instance::served::{Served, StartMode, Workers};
+
+/// Queue depth of a loop device.
+const DEPTH: u16 = 128;
+/// Logical block size of a disk, unless another is asked for.
+const DEFAULT_BLOCK_SIZE: u32 = 512;
+/// Placeholders that occupy lower minors while a disk starts under its predecessor's number.
+const PLACEHOLDERS_MAX: usize = 256;
+/// How long the kernel may take to free a number, and the interval between two attempts.
+const NUMBER_MAX: Duration = Duration::from_secs(2);
+const NUMBER_INTERVAL: Duration = Duration::from_millis(20);
+/// Its slot on the workers stays taken: requests of it may still be in flight.
+const CANNOT_RELEASE: &str = "cannot release the queues of a disk";
+
+/// Disks on the free list of a pool whose disks may have any number.
+const FREE_LIST_MAX: usize = 2;
+
+/// Allocates disks for one pool.
+#[derive(Debug)]
+pub struct DiskAllocator {
+    shared: EngineContext,
+    backend: Backend,
+    workers: Workers,
+    slots: Arc<SlotAllocator>,
+    /// Replaced disks that the driver has not deleted yet.
+    deletion_queue: DeletionQueue,
+    /// A disk that is not started yet. To replace a disk is the only way to learn whether it is in
+    /// use, and is attempted often.
+    prepared: Mutex<Option<Served>>,
+    /// Device numbers of all started disks.
+    started: Mutex<BTreeSet<u64>>,
+    /// Each disk of a partition holds a reference, which bounds their number.
+    pub(super) partitions: Arc<()>,
+    /// Unused disks that keep their device numbers.
+    free_list: Mutex<Vec<PoolDisk>>,
+    /// The device numbers of all disks, if they must not change.
+    fixed: OnceLock<Vec<u64>>,
+    closer: FileCloser,
+}
+
+/// Why a disk was not replaced.
+#[derive(Debug)]
+pub enum NotReplaced {
+    /// Somebody has it open.
+    InUse(PoolDisk),
+    /// It stopped, and no replacement started.
+    Lost(Error),
+}
+
+impl DiskAllocator {
+    /// Creates the allocator of a pool with these workers.
+    pub fn new(shared: EngineContext, backend: Backend, workers: Workers) -> DiskAllocator {
+        let slots = Arc::<SlotAllocator>::default();
+        DiskAllocator {
+            shared,
+            backend,
+            workers,
+            deletion_queue: DeletionQueue::new(Arc::clone(&slots)),
+            slots,
+            prepared: Mutex::default(),
+            started: Mutex::default(),
+            partitions: Arc::default(),
+            free_list: Mutex::default(),
+            fixed: OnceLock::new(),
+            closer: FileCloser::default(),
+        }
+    }
+
+    /// Shares the limit of closing files with the user's other pools.
+    pub fn set_closer(&mut self, closer: FileCloser) {
+        self.closer = closer;
+    }
+
+    /// Drops the holder of a backing file on another thread.
+    pub fn close(&self, holder: impl Send + 'static) {
+        self.closer.close(holder);
+    }
+
+    /// Whether the user has too many files that do not close.
+    pub fn has_too_many_closing(&self) -> bool {
+        self.closer.is_full()
+    }
+
+    /// Allocates `disks` disks. From now on no disk gets another device number.
+    pub fn preallocate(&self, disks: usize) -> Result<()> {
+        let made = (0..disks).map(|_| self.new_disk(DEFAULT_BLOCK_SIZE)).collect::<Result<Vec<_>>>();
+        // The free list is a stack: the lowest number comes last.
+        let mut made = made?;
+        made.sort_by_key(|disk| std::cmp::Reverse(disk.rdev));
+        let mut numbers: Vec<u64> = made.iter().map(|disk| disk.rdev).collect();
+        numbers.reverse();
+        self.free_list().extend(made);
+        self.fixed
+            .set(numbers)
+            .map_err(|_| Error::new(Kind::Internal, "the disks of a pool are allocated twice"))
+    }
+
+    /// The device numbers of all disks, if they must not change.
+    pub fn fixed(&self) -> Option<&[u64]> {
+        self.fixed.get().map(Vec::as_slice)
+    }
+
+    /// The state that all pools and instances share.
+    pub fn shared(&self) -> &EngineContext {
+        &self.shared
+    }
+
+    /// Allocates a disk without a size.
+    pub fn allocate(&self, block_size: u32) -> Result<PoolDisk> {
+        let fixed = self.fixed().is_some();
+        let free = if block_size == DEFAULT_BLOCK_SIZE || fixed { self.free_list().pop() } else { None };
+        match free {
+            Some(free) if free.block_size == block_size => Ok(free),
+            Some(free) => self.replace_with(free, block_size).map_err(|failure| match failure {
+                NotReplaced::InUse(free) => {
+                    self.keep(free);
+                    Error::new(Kind::Busy, "the free disk of the pool is in use")
+                }
+                NotReplaced::Lost(error) => error,
+            }),
+            None if fixed => Err(Error::new(Kind::Quota, "the pool has no free disk left")),
+            None => self.new_disk(block_size),
+        }
+    }
+
+    fn new_disk(&self, block_size: u32) -> Result<PoolDisk> {
+        let served = self.prepare(block_size)?;
+        if let Err(error) = served.start_deferred() {
+            self.discard(&served);
+            return Err(error);
+        }
+        self.register(served, block_size)
+    }
+
+    fn register(&self, served: Served, block_size: u32) -> Result<PoolDisk> {
+        match served.device().device_number() {
+            Ok(rdev) => {
+                lock(&self.started).insert(rdev);
+                Ok(PoolDisk { served: Box::new(served), rdev, block_size })
+            }
+            Err(error) => {
+                self.discard(&served);
+                Err(error)
+            }
+        }
+    }
+
+    /// Adds a disk at the driver without starting it.
+    fn prepare(&self, block_size: u32) -> Result<Served> {
+        let prepared = if block_size == DEFAULT_BLOCK_SIZE { self.prepared().take() } else { None };
+        if let Some(served) = prepared {
+            return Ok(served);
+        }
+        let parameters = DeviceParameters {
+            io_mode: self.backend.best_io_mode(),
+            queues: self.workers.len() as u16,
+            depth: DEPTH,
+            owner_cookie: self.shared.new_owner_cookie(),
+            // A pool does not survive the daemon.
+            recoverable: false,
+            partscan: false,
+        };
+        let image = Image::unbound(block_size)?;
+        // All pools and instances share the driver's numbers: free those of deleted disks first.
+        self.deletion_queue.drain();
+        let device = self.backend.add(0, parameters)?;
+        let (served, begun) =
+            Served::start(device, &self.workers, self.slots.allocate(), image, StartMode::Deferred);
+        if let Err(error) = begun {
+            self.discard(&served);
+            return Err(error);
+        }
+        Ok(served)
+    }
+
+    /// Replaces a disk that nobody has open by a new one without a size.
+    pub fn replace(&self, disk: PoolDisk) -> std::result::Result<PoolDisk, NotReplaced> {
+        self.replace_with(disk, DEFAULT_BLOCK_SIZE)
+    }
+
+    fn replace_with(&self, disk: PoolDisk, block_size: u32) -> std::result::Result<PoolDisk, NotReplaced> {
+        let next = match self.prepare(block_size) {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::warn!(%error, "cannot create the replacement of a used disk");
+                return Err(NotReplaced::InUse(disk));
+            }
+        };
+        let start_lock = StartLock::acquire();
+        match disk.served.try_stop(&start_lock) {
+            Ok(()) => drop(lock(&self.started).remove(&disk.rdev)),
+            Err(error) if error.kind() == Kind::Busy => {
+                drop(start_lock);
+                self.keep_prepared(next, block_size);
+                return Err(NotReplaced::InUse(disk));
+            }
+            // It is stopped, and its replacement cannot start: remove both.
+            Err(error) => {
+                drop(start_lock);
+                self.discard(&disk.served);
+                self.discard(&next);
+                return Err(NotReplaced::Lost(error));
+            }
+        }
+        let mut minor_placeholders = Vec::new();
+        let next = self.start_in_place(next, &disk, block_size, &mut minor_placeholders, &start_lock);
+        drop(start_lock);
+        minor_placeholders.iter().for_each(|served| self.discard(served));
+        match disk.served.remove_queues() {
+            Ok(()) => {
+                // A file is not kept open longer than it is bound.
+                self.close(disk.served.take_image());
+                self.deletion_queue.push(disk.served);
+            }
+            Err(error) => {
+                tracing::error!(%error, "{CANNOT_RELEASE}");
+                self.close(disk);
+            }
+        }
+        next.map_err(NotReplaced::Lost)
+    }
+
+    fn keep_prepared(&self, next: Served, block_size: u32) {
+        let surplus = match block_size {
+            DEFAULT_BLOCK_SIZE => self.prepared().replace(next),
+            _ => Some(next),
+        };
+        surplus.iter().for_each(|served| self.discard(served));
+    }
+
+    /// Starts a disk in place of one that has stopped. The kernel gives it the lowest free minor.
+    /// Where that must be its predecessor's, `minor_placeholders` occupy the lower ones.
+    fn start_in_place(
+        &self,
+        mut next: Served,
+        old: &PoolDisk,
+        block_size: u32,
+        minor_placeholders: &mut Vec<Served>,
+        start_lock: &StartLock,
+    ) -> Result<PoolDisk> {
+        let until = Instant::now() + NUMBER_MAX;
+        loop {
+            if let Err(error) = next.start_exclusively(start_lock) {
+                self.discard(&next);
+                return Err(error.with_kind(Kind::Internal));
+            }
+            let disk = self.register(next, block_size)?;
+            if self.fixed().is_none() || disk.rdev == old.rdev {
+                return Ok(disk);
+            }
+            // The kernel frees a number some time after it removed the disk.
+            let beyond = disk.rdev > old.rdev;
+            lock(&self.started).remove(&disk.rdev);
+            minor_placeholders.push(*disk.served);
+            if minor_placeholders.len() == PLACEHOLDERS_MAX || Instant::now() >= until {
+                return Err(Error::new(
+                    Kind::Internal,
+                    "another disk has taken the device number of a used one",
+                ));
+            }
+            if beyond {
+                std::thread::sleep(NUMBER_INTERVAL);
+            }
+            next = self.prepare(block_size)?;
+        }
+    }
+
+    /// Removes a used disk, if nobody has it open. A few are replaced instead, and kept on the free
+    /// list.
+    pub fn retire(&self, disk: PoolDisk) -> std::result::Result<(), PoolDisk> {
+        if self.fixed().is_none() && self.free_list().len() >= FREE_LIST_MAX {
+            return self.remove(disk, StopMode::IfUnusedNow);
+        }
+        match self.replace(disk) {
+            Ok(free) => self.keep(free),
+            Err(NotReplaced::InUse(disk)) => return Err(disk),
+            Err(NotReplaced::Lost(error)) => tracing::error!(%error, "cannot replace a disk: it is lost"),
+        }
+        Ok(())
+    }
+
+    /// Whether a started disk has this device number.
+    pub fn has_started(&self, rdev: u64) -> bool {
+        lock(&self.started).contains(&rdev)
+    }
+
+    /// Frees a disk that was allocated and never bound.
+    pub fn free(&self, disk: PoolDisk) -> std::result::Result<(), PoolDisk> {
+        if self.fixed().is_none() {
+            return self.remove(disk, StopMode::Always);
+        }
+        self.retire(disk)
+    }
+
+    /// Stops and deletes a disk.
+    pub fn remove(&self, disk: PoolDisk, when: StopMode) -> std::result::Result<(), PoolDisk> {
+        match disk.served.stop(when) {
+            Ok(()) => {
+                lock(&self.started).remove(&disk.rdev);
+                self.release(&disk.served);
+                self.close(disk);
+                Ok(())
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a disk is not removed");
+                Err(disk)
+            }
+        }
+    }
+
+    /// Puts a disk on the free list: unbound and closed.
+    pub fn keep(&self, disk: PoolDisk) {
+        self.free_list().push(disk);
+    }
+
+    fn free_list(&self) -> MutexGuard<'_, Vec<PoolDisk>> {
+        lock(&self.free_list)
+    }
+
+    /// Removes all unused disks. To be called last. Of two concurrent callers neither returns
+    /// before all disks are removed: the daemon may end then.
+    pub fn end(&self) {
+        let mut free_list = self.free_list();
+        for free in free_list.drain(..) {
+            if let Err(free) = self.remove(free, StopMode::Always) {
+                tracing::error!(rdev = free.rdev, "cannot remove a free disk");
+            }
+        }
+        drop(free_list);
+        self.deletion_queue.drain();
+        let mut prepared = self.prepared();
+        prepared.take().iter().for_each(|served| self.discard(served));
+    }
+
+    fn prepared(&self) -> MutexGuard<'_, Option<Served>> {
+        lock(&self.prepared)
+    }
+
+    fn discard(&self, served: &Served) {
+        match served.stop(StopMode::Always) {
+            Ok(()) => self.release(served),
+            Err(error) => tracing::error!(%error, "cannot remove a disk"),
+        }
+    }
+
+    fn release(&self, served: &Served) {
+        match served.release() {
+            Ok(()) => self.slots.free(served.slot()),
+            Err(error) => tracing::error!(%error, "{CANNOT_RELEASE}"),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

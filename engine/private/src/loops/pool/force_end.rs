@@ -1,0 +1,36 @@
+//! Ends a pool whose devices are in use.
+//!
+//! Knows that a hung device must not delay others, and that losses are logged.
+
+use super::{END_LOCK_TIMEOUT, LoopSlot, Pool};
+use crate::frontend::StopMode;
+use crate::sys::usage::{self, Disks};
+
+/// Devices that are ended at a time: one may hang.
+const ENDED_IN_PARALLEL: usize = 64;
+
+impl Pool {
+    /// Ends all remaining devices, many at a time.
+    pub(super) fn remove_devices_in_parallel(&self) {
+        for some in self.all_slots().chunks(ENDED_IN_PARALLEL) {
+            std::thread::scope(|scope| {
+                for (number, slot) in some {
+                    let end = || {
+                        self.warn_lost(*number, slot);
+                        self.end_device(*number, slot, StopMode::Always, END_LOCK_TIMEOUT)
+                    };
+                    // Without a thread the close watcher ends it.
+                    let _ = std::thread::Builder::new().name("end".into()).spawn_scoped(scope, end);
+                }
+            });
+        }
+    }
+
+    fn warn_lost(&self, number: u32, slot: &LoopSlot) {
+        let Some((rdev, Some(bound))) = slot.snapshot().map(|entry| (entry.rdev, entry.bound)) else {
+            return;
+        };
+        let device = format!("loop{number} of pool {} ({})", self.spec.name, bound.backing_file.display());
+        usage::warn_lost(&device, &Disks::numbered(rdev));
+    }
+}
