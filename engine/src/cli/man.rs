@@ -138,7 +138,7 @@ fn synopsis(command: &clap::Command, path: &str) -> Roff {
     let mut line = vec![bold(name)];
     for word in words.split_whitespace() {
         line.push(roman(" "));
-        let (open, rest) = if word.starts_with('[') { ("[", &word[1..]) } else { ("", word) };
+        let (open, rest) = word.strip_prefix('[').map_or(("", word), |rest| ("[", rest));
         let inner = rest.trim_start_matches('<');
         let end = inner.find(['>', ']']).unwrap_or(inner.len());
         let (value, after) = inner.split_at(end);

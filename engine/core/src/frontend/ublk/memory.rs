@@ -120,6 +120,7 @@ impl CopyBuffers {
                 .map_err(|error| Error::os(error, "no memory for data buffers"))?;
         // Huge pages would cost an idle device megabytes for the first 4 KiB used. A kernel without
         // huge pages fails here, which is as good.
+        // SAFETY: the mapping made above; this advice changes no byte.
         let _ = unsafe { madvise(start, bytes, Advice::LinuxNoHugepage) };
         let start = NonNull::new(start.cast()).ok_or_else(|| Error::new(Kind::Internal, "mapped at zero"))?;
         Ok(Self { mapping: Mapping { start, bytes }, each })
