@@ -23,7 +23,7 @@ pub fn result(dir: &Path) -> Result<Outcome> {
 /// The outcome of the raw files in the directory `raw`.
 pub fn collect(raw: &Path) -> Result<Outcome> {
     let facts: Facts = read(raw, FACTS)?
-        .with_context(|| format!("{} has no {FACTS}: nothing was measured", raw.display()))?;
+        .with_context(|| format!("{} has no {FACTS}: the run measured nothing", raw.display()))?;
     let mut targets = facts.targets;
     let (mut samples, mut histograms) =
         (Vec::new(), BTreeMap::<(String, String), Vec<Histogram<u64>>>::new());

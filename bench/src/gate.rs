@@ -119,7 +119,7 @@ fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
 /// Compares `outcome` with the baseline at `path`, or makes it the baseline; returns the exit code.
 pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
     if outcome.manifest.mode != Mode::Icount {
-        bail!("only a result taken in icount counts instructions: cargo lab gate");
+        bail!("instructions are counted in icount only: run cargo lab gate");
     }
     let (kernel, fio) = (&outcome.manifest.kernel, &outcome.manifest.fio);
     let now: Vec<Cost> = outcome.samples.iter().map(Cost::of).collect();
@@ -131,16 +131,16 @@ pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
     let baseline: Baseline =
         serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
     let (compared, verdict) = compare(&baseline, &now);
-    println!("\ninstructions an I/O: now, in the baseline, and the difference");
+    println!("\ninstructions per I/O: now, in the baseline, and the difference");
     compared.iter().for_each(|row| println!("{row}"));
     Ok(match verdict {
         Verdict::Passed => {
-            println!("gate: passed: nothing costs more than {:.0} % above the baseline", 100.0 * LIMIT);
+            println!("gate: passed: no row is more than {:.0} % above the baseline", 100.0 * LIMIT);
             0
         }
         Verdict::Failed => {
             println!(
-                "gate: failed: \"too much\" above, or a row of the baseline is not there; if it is meant, 'cargo lab gate --accept' and commit"
+                "gate: failed: a row costs too much, or a row of the baseline is missing; if this is intended, run 'cargo lab gate --accept' and commit the baseline"
             );
             1
         }

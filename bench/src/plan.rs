@@ -122,7 +122,7 @@ impl Choice {
 pub fn describe(plan: &Plan) -> Result<String> {
     let targets = plan.targets()?;
     let mut text = format!(
-        "{} rounds of {} jobs, {} ms each after {} ms that do not count\n\njobs\n",
+        "{} rounds of {} jobs, {} ms each after a ramp of {} ms\n\njobs\n",
         plan.rounds,
         plan.jobs.len(),
         plan.length.run_ms,
@@ -145,7 +145,7 @@ pub fn describe(plan: &Plan) -> Result<String> {
         or_unavailable(site::describe(plan.images.as_deref()))
     ));
     if !rustix::process::geteuid().is_root() {
-        text.push_str("run it as root: without, most targets are unavailable\n");
+        text.push_str("run it as root: otherwise most targets are unavailable\n");
     }
     text.push_str(&format!("about {} min\n", (seconds(plan, able) / 60.0).ceil()));
     Ok(text)

@@ -16,7 +16,7 @@ use crate::{check, sh};
 
 /// Size of the store for the images of all targets; memory is allocated on write.
 const STORE_MB: u32 = 6144;
-const NO_STORE: &str = "no store in memory can be made here; name a directory with --images";
+const NO_STORE: &str = "cannot make a store in memory; name a directory with --images";
 
 /// A store and a scratch directory.
 pub struct Site {
@@ -76,7 +76,7 @@ pub fn describe(images: Option<&Path>) -> Result<String> {
     let mut findmnt = Command::new(sh::which("findmnt")?);
     findmnt.args(["--noheadings", "--first-only", "--output", "FSTYPE,SOURCE", "--target"]).arg(directory);
     let said = sh::capture(&mut findmnt, LIMIT)
-        .with_context(|| format!("cannot tell the file system of {}", directory.display()))?;
+        .with_context(|| format!("cannot determine the file system of {}", directory.display()))?;
     let said: Vec<&str> = said.split_whitespace().collect();
     Ok(format!("{} ({})", directory.display(), said.join(" on ")))
 }

@@ -87,7 +87,7 @@ fn readable(name: &str, width: u32, rounds: u32, mode: outcome::Mode) -> Result<
     };
     // A job: throughput, percentiles, costs. The others: in short, targets, attaching, idle.
     let (jobs, plots) = (outcome.jobs.len(), std::fs::read_dir(dir.join("plots"))?.count());
-    expect(found.title == "Figures of 2026-11-22: loopbench", format!("title {:?}", found.title));
+    expect(found.title == "Results of 2026-11-22: loopbench", format!("title {:?}", found.title));
     expect(found.width == width, format!("{} wide, not {width}", found.width));
     expect(
         found.scroll_width <= found.width,

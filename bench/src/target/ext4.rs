@@ -48,7 +48,7 @@ impl Target for Ext4 {
     fn about(&self) -> String {
         match self.below {
             Below::Loop(_) => "ext4 of the kernel on kernel loop with direct I/O".into(),
-            Below::Engine(_) => "ext4 of the kernel on loopengine's best path".into(),
+            Below::Engine(_) => "ext4 of the kernel on loopengine in its default I/O mode".into(),
         }
     }
 

@@ -24,7 +24,7 @@ impl Ublk {
 
     fn check_granted(&self) -> Result<()> {
         if !daemon::data_paths()?.iter().any(|path| path == self.path) {
-            bail!("this kernel ({}) does not grant path {}", kernel(), self.path);
+            bail!("this kernel ({}) does not support I/O mode {}", kernel(), self.path);
         }
         Ok(())
     }
@@ -36,7 +36,7 @@ impl Target for Ublk {
     }
 
     fn about(&self) -> String {
-        format!("loopengine over ublk, path {}", self.path)
+        format!("loopengine over ublk, I/O mode {}", self.path)
     }
 
     fn version(&self) -> Result<String> {
@@ -79,7 +79,7 @@ impl Target for Fuse {
     }
 
     fn about(&self) -> String {
-        "the same engine, images and workers behind FUSE, several threads, clone_fd".into()
+        "the same engine and workers over FUSE, several threads, clone_fd".into()
     }
 
     fn version(&self) -> Result<String> {

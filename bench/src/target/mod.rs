@@ -171,7 +171,7 @@ pub fn leads_to(path: &Path, image: &Path) -> Result<bool> {
 /// Fails unless the device at `path` is backed by `image`.
 pub(crate) fn check_mark(path: &Path, image: &Path) -> Result<()> {
     if !leads_to(path, image)? {
-        bail!("{} does not show {}", path.display(), image.display());
+        bail!("{} is not backed by {}", path.display(), image.display());
     }
     Ok(())
 }
@@ -310,6 +310,6 @@ mod tests {
         }
         assert!(leads_to(&a, &a).unwrap());
         assert!(!leads_to(&b, &a).unwrap());
-        assert!(check_mark(&b, &a).unwrap_err().to_string().contains("does not show"));
+        assert!(check_mark(&b, &a).unwrap_err().to_string().contains("is not backed by"));
     }
 }

@@ -17,7 +17,7 @@ impl Target for RawFile {
     }
 
     fn about(&self) -> String {
-        "the image itself, on the store's file system: what all others are on top of".into()
+        "the image file itself, on the store's file system".into()
     }
 
     fn version(&self) -> Result<String> {
@@ -44,7 +44,7 @@ impl Target for RawDevice {
     }
 
     fn about(&self) -> String {
-        "a memory-backed null_blk device, without a file system between".into()
+        "a memory-backed null_blk device, without a file system".into()
     }
 
     fn version(&self) -> Result<String> {

@@ -20,7 +20,7 @@ impl Target for Rublk {
     }
 
     fn about(&self) -> String {
-        "rublk's loop target over ublk: a queue a CPU, zero copy where the kernel grants it".into()
+        "rublk's loop target over ublk: one queue per CPU, zero copy if the kernel supports it".into()
     }
 
     fn version(&self) -> Result<String> {
@@ -40,7 +40,8 @@ impl Target for Rublk {
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);
         for image in &images {
-            let id = (500..600).find(|id| !node(*id).exists()).context("no free ublk id")?;
+            let id =
+                (500..600).find(|id| !node(*id).exists()).context("no free ublk id between 500 and 599")?;
             let mut command = Command::new(sh::which(PROGRAM)?);
             command.args(["add", "loop", "--foreground", "--number", &id.to_string()]);
             command.args(["--queue", &queues, "--depth", "128"]);

@@ -191,10 +191,10 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
         }
     };
     if status != 0 && !raw.join(raw::FACTS).exists() {
-        bail!("measuring failed with status {status}");
+        bail!("loopbench failed with status {status}");
     }
     if status != 0 {
-        println!("measuring ended early with status {status}: --resume goes on");
+        println!("loopbench ended early with status {status}: continue with --resume");
     }
     collect::collect(&raw)
 }

@@ -133,7 +133,7 @@ fn show() -> Result<()> {
         "measure",
         &format!("{ROUNDS} interleaved rounds of {} jobs, about 90 s on emulated CPUs", JOBS.len()),
     );
-    let best = paths.first().cloned().context("the kernel grants no data path")?;
+    let best = paths.first().cloned().context("the kernel supports no I/O mode")?;
     daemon.stop()?;
     let plan = Plan {
         mode: outcome::Mode::Smp,
@@ -150,7 +150,7 @@ fn show() -> Result<()> {
     run::run(&plan, &raw, false)?;
     println!("\n{}", render::brief(&collect::collect(&raw)?));
     if std::env::var_os("LAB_VM").is_some() {
-        println!("These CPUs are emulated: ratios mean something, absolute rates do not.");
+        println!("These CPUs are emulated: ratios are meaningful, absolute rates are not.");
     }
     println!("All checks passed, {} s.", start.elapsed().as_secs());
     Ok(())

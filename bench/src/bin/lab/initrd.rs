@@ -60,10 +60,14 @@ impl Tree {
 
     /// Adds modules of `kernel` with their dependencies; unknown ones are built in.
     pub(crate) fn modules(&mut self, kernel: &Kernel, names: &[&str]) -> Result<()> {
-        let home = kernel.image.parent().context("the kernel lies nowhere")?;
-        let base = home.ancestors().nth(3).context("the kernel lies nowhere")?;
+        let home = kernel.image.parent().context("the path of the kernel has no directory")?;
+        let base = home.ancestors().nth(3).context("the path of the kernel has no directory")?;
         let place = |path: &Path| -> Result<String> {
-            Ok(path.strip_prefix(base).context("a module lies elsewhere")?.to_string_lossy().into_owned())
+            Ok(path
+                .strip_prefix(base)
+                .context("a module is outside the directory of the kernel")?
+                .to_string_lossy()
+                .into_owned())
         };
         for name in names {
             let mut modprobe = Command::new(sh::which("modprobe")?);

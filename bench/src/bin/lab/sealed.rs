@@ -134,7 +134,7 @@ impl Sealed {
             }
             if start.elapsed() > self.limit {
                 break format!(
-                    "the sealed machine passed its deadline of {} s and was ended (--timeout gives it more)",
+                    "the sealed machine exceeded its time limit of {} s and was killed (see --timeout)",
                     self.limit.as_secs()
                 );
             }

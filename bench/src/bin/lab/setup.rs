@@ -98,7 +98,7 @@ impl Lab {
     pub(crate) fn kernel(&self, line: Line) -> Result<kernel::Kernel> {
         match kernel::find(&self.cache, line) {
             Some(kernel) => Ok(kernel),
-            None => bail!("kernel {} is not there: run `cargo lab setup`", line.name()),
+            None => bail!("kernel {} is missing: run `cargo lab setup`", line.name()),
         }
     }
 }
@@ -205,7 +205,7 @@ fn install(packages: &[Package]) -> Result<()> {
     let names: Vec<&str> = missing.iter().map(|(name, _)| *name).collect();
     let list = names.join(" ");
     if !rustix::process::geteuid().is_root() {
-        bail!("packages are missing and only root can install them: sudo apt-get install {list}");
+        bail!("packages are missing: run sudo apt-get install {list}");
     }
     for (package, purpose) in &missing {
         eprintln!("setup: installing {package} ({purpose})");

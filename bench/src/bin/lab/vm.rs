@@ -250,7 +250,7 @@ impl Running {
         sh::interrupted()?;
         if self.start.elapsed() > self.limit {
             return Err(self.console(&format!(
-                "the VM passed its deadline of {} s and was ended (--timeout gives it more)",
+                "the VM exceeded its time limit of {} s and was killed (see --timeout)",
                 self.limit.as_secs()
             )));
         }

@@ -50,12 +50,12 @@ pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
     let reached: Vec<(String, String)> =
         (0..CONTENDERS.len()).filter_map(|index| span(&results, index)).collect();
     if reached.is_empty() {
-        blocks.push(Block::Text(format!("Nothing was measured beside {LOOP}: there is no ratio to tell.")));
+        blocks.push(Block::Text(format!("No target was measured beside {LOOP}: there is no ratio.")));
         return blocks;
     }
     blocks.push(Block::Text(format!(
-        "Operations a second as a multiple of what the kernel's loop driver did in the same round, over {}. \
-         loopengine's path is the one that it takes by itself: the best that the kernel grants.",
+        "Operations per second as a multiple of the kernel's loop driver in the same round, over {}. \
+         loopengine runs in its default I/O mode, the best that the kernel supports.",
         if results.len() == 1 { "one job".into() } else { format!("{} jobs", results.len()) },
     )));
     let said: Vec<String> = reached.iter().map(|(name, span)| format!("{name} {span}")).collect();
@@ -85,7 +85,7 @@ fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
     let titles: Vec<String> = CONTENDERS.iter().map(|contender| format!("× {}", contender.name)).collect();
     let mut table = Table::new(
         format!("Throughput × {LOOP}"),
-        &["<job", &titles[0], "<its path", &titles[1], &titles[2]],
+        &["<job", &titles[0], "<I/O mode", &titles[1], &titles[2]],
     );
     for (job, rows) in results {
         let cell = |index: usize| rows[index].as_ref().map_or(NOTHING.into(), ratio_of);

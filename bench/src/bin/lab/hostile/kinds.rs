@@ -150,7 +150,7 @@ impl Scene {
     pub(super) fn start_inner(&self) -> Result<Child> {
         let mut command = Command::new("lab");
         command.args(&self.words).env(INNER, "1").stdin(Stdio::null());
-        command.spawn().context("cannot start the second half of a client")
+        command.spawn().context("cannot start the child of a client")
     }
 }
 

@@ -103,10 +103,7 @@ impl Ledger {
     /// Records that a well-behaved client has ended: its pending call is not answered.
     pub(super) fn ended(&mut self, who: &'static str) {
         if let Some((name, since, _)) = self.waiting.remove(who) {
-            self.finding(format!(
-                "{name}: not answered, given up after {:.1} s",
-                since.elapsed().as_secs_f32()
-            ));
+            self.finding(format!("{name}: not answered after {:.1} s", since.elapsed().as_secs_f32()));
         }
     }
 
