@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Turns raw files into an outcome: reports of fio become samples, latencies of all rounds are merged.
+//! Turns raw files into an outcome: reports of fio become samples, latencies of all rounds are
+//! merged.
 //!
 //! Reads raw files; measures nothing.
 

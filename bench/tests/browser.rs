@@ -2,8 +2,8 @@
 //! The report, read by a real browser as wide as a phone and as wide as a desk.
 //!
 //! Knows what must hold of any report: nothing wider than the screen, no text too small to read or
-//! on top of another or struck through, nothing asked of the network. Needs chromium; says so where there is none.
-//! `LOOPBENCH_KEEP=DIR` leaves the report in DIR, to look at.
+//! on top of another or struck through, nothing asked of the network. Needs chromium; says so where
+//! there is none. `LOOPBENCH_KEEP=DIR` leaves the report in DIR, to look at.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Runs of `loopbench` on this machine without a VM: their results, and that they leave nothing behind.
+//! Runs of `loopbench` on this machine without a VM: their results, and that they leave nothing
+//! behind.
 //!
 //! Needs root, fio and the kernel's loop driver; prints what is missing. Targets of QEMU and of the
 //! engine are measured too if they are installed.
@@ -128,8 +129,8 @@ fn loops() -> Vec<String> {
         .collect()
 }
 
-/// Starts a run and presses Ctrl-C, as a terminal does it: every process of the foreground gets the signal. Once
-/// a line with `word` has come, or a moment later.
+/// Starts a run and presses Ctrl-C, as a terminal does it: every process of the foreground gets the
+/// signal. Once a line with `word` has come, or a moment later.
 fn interrupt(command: &mut Command, word: &str, later: Duration) -> Check {
     let mut child = command.process_group(0).stdout(Stdio::piped()).spawn()?;
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();

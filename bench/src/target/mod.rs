@@ -192,7 +192,8 @@ pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())
 }
 
-/// The version of `target`, or why it is unavailable, as far as this is known without setting it up.
+/// The version of `target`, or why it is unavailable, as far as this is known without setting it
+/// up.
 pub(crate) fn check(target: &dyn Target) -> Result<String> {
     let version = target.version()?;
     target.module().map_or(Ok(()), Module::check)?;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab bench` and `lab gate`: run `loopbench` in a VM.
 //!
-//! Boots the VM (for `icount` a sealed machine), records revision and versions, and writes the report.
+//! Boots the VM (for `icount` a sealed machine), records revision and versions, and writes the
+//! report.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -112,7 +112,8 @@ impl Tree {
 }
 
 fn entry(to: &mut impl Write, number: u32, path: &str, mode: u32, bytes: &[u8]) -> IoResult<()> {
-    // Inode, mode, owner, group, links, time, length, four numbers of devices, length of the name, checksum.
+    // Inode, mode, owner, group, links, time, length, four numbers of devices, length of the name,
+    // checksum.
     let fields = [number as usize, mode as usize, 0, 0, 1, 0, bytes.len(), 0, 0, 0, 0, path.len() + 1, 0];
     let mut head = String::from("070701");
     fields.iter().for_each(|field| head.push_str(&format!("{field:08X}")));

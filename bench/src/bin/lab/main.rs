@@ -11,7 +11,8 @@
 //!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
 //!  steps, cargo_tools ─────────── lab ci (all checks), lab docs (the book), lab release
 //! ```
-//! This file knows the command line only. The lab uses the public programs, never internals of the engine.
+//! This file knows the command line only. The lab uses the public programs, never internals of the
+//! engine.
 
 mod bench;
 mod book;
@@ -79,14 +80,14 @@ enum Command {
     Test(suite::Options),
     /// Run hostile clients of all kinds in a VM, beside a well-behaved tenant and root
     ///
-    /// Fails if a call of the well-behaved clients takes more than 2 s, if data differ, if the daemon
-    /// does not return to its former number of descriptors and threads and its former memory, if
-    /// SIGTERM does not end it in time, or if the kernel warns.
+    /// Fails if a call of the well-behaved clients takes more than 2 s, if data differ, if the
+    /// daemon does not return to its former number of descriptors and threads and its former
+    /// memory, if SIGTERM does not end it in time, or if the kernel warns.
     Hostile(hostile::Options),
     /// Run all checks that a change must pass, as .ci/run does
     ///
-    /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile clients
-    /// for two minutes, all tests. Takes about 40 minutes on two cores.
+    /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile
+    /// clients for two minutes, all tests. Takes about 40 minutes on two cores.
     Ci(ci::Options),
     /// Build the book of all documentation with mdbook, and check its links
     Docs(book::Options),

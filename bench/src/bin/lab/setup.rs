@@ -64,7 +64,8 @@ const MORE_PACKAGES: [Package; 19] = [
     ("chromium", "reports are looked at in a browser"),
 ];
 
-/// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's root.
+/// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's
+/// root.
 const UNPACKED: [&str; 5] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "vmdb2"];
 /// Programs of these packages that VMs have on PATH.
 const UNPACKED_PROGRAMS: [&str; 8] =

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab test`: runs all tests and prints totals.
 //!
-//! Unit, property and command-line tests run on this machine, kernel cases in a VM per kernel, power
-//! cuts from outside a VM. `tally` parses the output of test programs.
+//! Unit, property and command-line tests run on this machine, kernel cases in a VM per kernel,
+//! power cuts from outside a VM. `tally` parses the output of test programs.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -62,7 +62,8 @@ enum Cases {
     Private,
     /// All other cases.
     Others,
-    /// Cases that count instructions, or measure a time that other work must not change, in `icount`.
+    /// Cases that count instructions, or measure a time that other work must not change, in
+    /// `icount`.
     Counted,
 }
 
@@ -283,8 +284,8 @@ fn cases_in_vm(
     if names.is_empty() || names.len() > SECOND_TRIES_MAX || names.len() as u64 != first.failed {
         return Ok(first);
     }
-    // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again; a
-    // case that passes at the second try is named.
+    // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again;
+    // a case that passes at the second try is named.
     sink(format!("lab: second try in a VM of their own: {}\n", names.join(", ")).as_bytes());
     let again: Vec<String> = names.iter().map(|name| sh::quote(&["vm", "--exact", name])).collect();
     let (second, said) = cases_once(lab, &machine, programs, &format!("{full}{}", again.join("; ")), sink)?;

@@ -30,7 +30,8 @@ enum Command {
     Run {
         #[command(flatten)]
         choice: Choice,
-        /// Directory for the result: result.json, result.csv, report.md, report.html, plots/, raw.tar.gz
+        /// Directory for the result: result.json, result.csv, report.md, report.html, plots/,
+        /// raw.tar.gz
         #[arg(long, value_name = "DIR", default_value = "loopbench-result")]
         out: PathBuf,
         /// Continue an interrupted run: measure only what DIR lacks

@@ -148,8 +148,8 @@ fn prepare() -> Result<()> {
     Ok(())
 }
 
-/// Records from now on how long starting a trivial program takes: if that is slow, a late call may be
-/// the machine's fault.
+/// Records from now on how long starting a trivial program takes: if that is slow, a late call may
+/// be the machine's fault.
 fn measure_machine(shared: &Shared) {
     let shared = shared.clone();
     std::thread::spawn(move || {
@@ -319,8 +319,8 @@ impl Drop for Hostile {
     }
 }
 
-/// Starts a client of `kind` that leads a process group. It has a low CPU priority: the campaign tests
-/// the daemon, not the sharing of two CPUs.
+/// Starts a client of `kind` that leads a process group. It has a low CPU priority: the campaign
+/// tests the daemon, not the sharing of two CPUs.
 fn start_client(kind: &Kind, seed: u64, uid: u32, daemon: &Daemon, shared: &Shared) -> Result<Child> {
     let place: &[&str] = match kind.place {
         Place::Plain => &[],

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 pub(super) const CALL: Duration = Duration::from_secs(2);
 /// Limit of work that consists of many calls: mkfs, the start of `loopengine run`.
 const WORK: Duration = Duration::from_secs(20);
-/// A late call that took at most this many starts of /bin/true at that moment is skipped: the machine
-/// is too slow to test the daemon. (If a start takes 1 ms, the limit of a call is 2,000 starts.)
+/// A late call that took at most this many starts of /bin/true at that moment is skipped: the
+/// machine is too slow to test the daemon. (If a start takes 1 ms, the limit of a call is 2,000
+/// starts.)
 const PROGRAMS: u32 = 30;
 /// Lines kept per hostile client.
 const WORDS: usize = 3;
