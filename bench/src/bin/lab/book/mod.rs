@@ -44,7 +44,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 pub(crate) fn run(options: &Options) -> Result<()> {
     let steps = Steps::start();
     steps.begin("mdbook");
-    cargo_tools::ensure(&cargo_tools::MDBOOK)?;
+    let mdbook = cargo_tools::ensure(&cargo_tools::MDBOOK)?;
     steps.begin("pages");
     let metadata = metadata()?;
     let home = metadata.target_directory.join("book");
@@ -59,7 +59,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         Some(out) => std::path::absolute(out)?,
         None => home.join("html"),
     };
-    let mut build = Command::new(sh::which("mdbook")?);
+    let mut build = Command::new(mdbook);
     steps::run(build.arg("build").arg("--dest-dir").arg(&html).arg(&home), LIMIT)?;
     steps.begin("links");
     let links = check(&html)?;
