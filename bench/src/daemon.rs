@@ -133,15 +133,15 @@ pub fn version() -> Result<String> {
 }
 
 /// I/O modes that this kernel supports, best first.
-pub fn data_paths() -> Result<Vec<String>> {
+pub fn io_modes() -> Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Features {
-        data_paths: Vec<String>,
+        io_modes: Vec<String>,
     }
     let said = sh::capture(Command::new("loopengine").args(["features", "--json"]), LIMIT)?;
     let features: Features = serde_json::from_str(&said).context("loopengine features --json")?;
-    Ok(features.data_paths)
+    Ok(features.io_modes)
 }
 
 /// Whether this machine can serve block devices: root, and a kernel with ublk.

@@ -36,7 +36,7 @@ impl Client {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(image)?;
         let spec = json!({
             "instance": instance, "path": image, "number": null, "readOnly": false, "offset": 0,
-            "sizeLimit": 0, "blockSize": 0, "buffered": false, "queues": 0, "depth": 0, "dataPath": null,
+            "sizeLimit": 0, "blockSize": 0, "buffered": false, "queues": 0, "depth": 0, "ioMode": null,
         });
         let reply = self.call("io.loopengine.Attach", &json!({ "spec": spec }), Some(file.as_fd()))?;
         let path = reply["device"]["path"].as_str().context("the daemon named no device")?;

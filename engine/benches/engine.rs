@@ -14,12 +14,12 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use io_uring::{cqueue, opcode, squeue, types};
 use loopengine::control::codec;
 use loopengine::error::Result;
-use loopengine::image::{Image, Source};
-use loopengine::instance::spec::{AttachSpec, DataPath};
+use loopengine::image::{Image, ImageSpec};
+use loopengine::instance::spec::{AttachSpec, IoMode};
 use loopengine::request::{Completion, Op, Request, Tag};
-use loopengine::ring::{InFlight, Ring, Sizes, SlotId, Step, Token};
+use loopengine::ring::{EventKind, InFlight, Ring, RingSizes, SlotId, Token};
 use loopengine::worker::translate;
-use loopengine::worker::{Data, DeviceQueue, Place, Transport};
+use loopengine::worker::{Data, DeviceQueue, QueueSlot, Transport};
 
 /// Requests a round: what a busy queue gets at once.
 const BATCH: u16 = 32;
@@ -29,11 +29,11 @@ const IMAGE_LEN: u64 = 1 << 20;
 const SLOT: SlotId = SlotId { index: 0, generation: 1 };
 
 fn small_ring() -> Ring {
-    Ring::new(&Sizes { submissions: 256, completions: 1024, files: 8, buffers: 64, arrivals: 8 }, false)
+    Ring::new(&RingSizes { submissions: 256, completions: 1024, files: 8, buffers: 64, arrivals: 8 }, false)
         .expect("a ring: Linux 6.1 or newer, io_uring allowed")
 }
 
-fn idle(step: Step) -> squeue::Entry {
+fn nop(step: EventKind) -> squeue::Entry {
     opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE).user_data(Token::pack(step, SLOT, 0))
 }
 
@@ -59,7 +59,7 @@ impl Transport for Fake {
     fn depth(&self) -> u16 {
         DEPTH
     }
-    fn arm(&mut self, _: Place, _: &mut Ring) -> Result<()> {
+    fn arm(&mut self, _: QueueSlot, _: &mut Ring) -> Result<()> {
         self.address = self.buffers.as_mut_ptr() as usize;
         Ok(())
     }
@@ -81,23 +81,23 @@ impl Transport for Fake {
         self.answered += 1;
         Ok(())
     }
-    fn flush(&mut self, _: &mut Ring) -> Result<usize> {
+    fn submit_commits(&mut self, _: &mut Ring) -> Result<usize> {
         self.answered = 0;
         Ok(0)
     }
     fn linked_commit(&mut self, _: Tag, _: u32) -> Option<squeue::Entry> {
         None
     }
-    fn is_gone(&self) -> bool {
+    fn is_drained(&self) -> bool {
         self.answered == 0
     }
     fn fallbacks(&self) -> u64 {
         0
     }
-    fn is_starved(&self) -> bool {
+    fn is_waiting_for_buffer(&self) -> bool {
         false
     }
-    fn retry_starved(&mut self, _: &mut Ring) -> Result<()> {
+    fn retry_waiting(&mut self, _: &mut Ring) -> Result<()> {
         Ok(())
     }
 }
@@ -113,15 +113,15 @@ impl Bed {
     fn new(requests: Vec<Request>) -> Bed {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary file");
         file.set_len(IMAGE_LEN).expect("room for an image");
-        let source = Source { buffered: true, ..Source::default() };
+        let source = ImageSpec { buffered: true, ..ImageSpec::default() };
         let own = file.try_clone().expect("a descriptor");
         let image = Arc::new(Image::open(file.into(), &source, "bench.img").expect("an image"));
         let buffers = vec![0xa5; usize::from(DEPTH) * BLOCK as usize];
         let fake = Fake { file: own, buffers, address: 0, requests, answered: 0 };
         let mut ring = small_ring();
-        let queue = DeviceQueue::new(Place { slot: SLOT }, fake, image, false, &mut ring)
+        let queue = DeviceQueue::new(QueueSlot { id: SLOT }, fake, image, false, &mut ring)
             .expect("a queue on the ring");
-        ring.push(&idle(Step::Fetch)).expect("room in the ring");
+        ring.push(&nop(EventKind::Fetch)).expect("room in the ring");
         ring.enter(1).expect("a completion");
         let arrival = ring.drain().pop().expect("the no-op");
         Bed { ring, arrival, queue }
@@ -151,7 +151,7 @@ impl Bed {
                 self.event(entry);
             }
             self.ring.recycle(drained);
-            self.queue.flush(&mut self.ring).expect("answers sent");
+            self.queue.submit_commits(&mut self.ring).expect("answers sent");
             spent += start.elapsed();
             if left == 0 {
                 assert!(self.queue.is_idle(), "every request was answered");
@@ -214,7 +214,7 @@ fn completion(c: &mut Criterion) {
         let mut bed = Bed::new(batch(Op::Read, IMAGE_LEN));
         b.iter(|| {
             bed.arrive();
-            bed.queue.flush(&mut bed.ring).expect("answers sent");
+            bed.queue.submit_commits(&mut bed.ring).expect("answers sent");
         });
         assert!(bed.queue.is_idle(), "every request was answered");
     });
@@ -243,7 +243,7 @@ fn ring(c: &mut Criterion) {
     group.throughput(Throughput::Elements(u64::from(BATCH)));
     group.bench_function("32 no-ops", |b| {
         let mut ring = small_ring();
-        let entry = idle(Step::Idle);
+        let entry = nop(EventKind::Nop);
         b.iter(|| {
             for _ in 0..BATCH {
                 ring.push(&entry).expect("room in the ring");
@@ -269,7 +269,7 @@ fn control(c: &mut Criterion) {
         buffered: false,
         queues: 4,
         depth: 128,
-        data_path: Some(DataPath::Batch),
+        io_mode: Some(IoMode::Batch),
         partscan: false,
     };
     let message = codec::encode_attach(&spec).expect("a call");

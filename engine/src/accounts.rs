@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use crate::error::{Error, Kind, Result};
-use crate::received::open_regular;
+use crate::sys::open_regular;
 
 /// Larger files are not read.
 const FILE_MAX: u64 = 1 << 20;

@@ -1,31 +1,31 @@
-//! The one error of this program: a kind to decide by, a context to read, a source to dig in.
+//! The error type of this program: kind, context, optional hint, optional source.
 //!
-//! Knows nothing of any room. The kind decides exit codes and varlink error names (see
-//! `control`); the context is one line that says what was being done to what; the hint, where we
-//! know one, is the next step.
+//! Imports no other module. The kind selects exit codes and varlink error names (see `control`).
+//! The context says in one line which operation failed on which object. The hint names the next
+//! step.
 
 use std::fmt;
 
-/// What kind of failure this is. Stable: scripts see it as an exit code, varlink clients as a name.
+/// The kind of failure. Stable: scripts see it as an exit code, varlink clients as a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// The caller asked for something that can never work: fix the arguments.
+    /// The request can never succeed: fix the arguments.
     Invalid,
     /// The named image, instance or device does not exist.
     NotFound,
-    /// The name is taken, or the image is attached already.
+    /// The name is in use, or the image is already attached.
     Exists,
-    /// Somebody still holds the device or instance open.
+    /// The device or instance is still open.
     Busy,
     /// A limit (devices of an instance, buffers, memory) is reached.
     Quota,
-    /// The caller may not do this.
+    /// The caller lacks permission.
     Denied,
-    /// This kernel, file system or device cannot do this.
+    /// The kernel, file system or device does not support this.
     Unsupported,
-    /// The daemon or the driver cannot be reached.
+    /// The daemon or the driver is unreachable.
     Unavailable,
-    /// The kernel or a worker did not answer in time. The state of the device is unknown.
+    /// The kernel or a worker did not answer in time. The device's state is unknown.
     Deadline,
     /// Input or output failed.
     Io,
@@ -75,14 +75,14 @@ impl Error {
         self
     }
 
-    /// The same error as another kind.
+    /// Replaces the kind.
     #[must_use]
     pub fn with_kind(mut self, kind: Kind) -> Self {
         self.kind = kind;
         self
     }
 
-    /// What to decide by.
+    /// The kind.
     pub fn kind(&self) -> Kind {
         self.kind
     }

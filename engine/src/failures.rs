@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use crate::image::printable;
+use crate::sys::printable;
 
 /// Kinds of failure that are told apart, by errno; one more is all others.
 const KINDS: [i32; 3] = [libc::ENOSPC, libc::EDQUOT, libc::EIO];

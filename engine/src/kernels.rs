@@ -1,4 +1,4 @@
-//! Which feature needs which Linux: the one table behind README, manual pages, `doctor` and hints.
+//! Which feature needs which Linux: the one table behind doc/kernels.md, manual pages, `doctor` and hints.
 //!
 //! By release, for people: the daemon itself asks the driver what it grants (`frontend/ublk/features.rs`).
 
@@ -18,15 +18,15 @@ pub const FILES: Feature =
     Feature { name: "files instead of block devices", since: (6, 1), by: "serve --frontend fuse" };
 /// Disks of ublk, by copying.
 pub const BLOCK_DEVICES: Feature =
-    Feature { name: "block devices", since: (6, 5), by: "serve --frontend ublk, attach --path copy" };
+    Feature { name: "block devices", since: (6, 5), by: "serve --frontend ublk, attach --io-mode copy" };
 /// The second rung of the ladder.
 pub const NO_COPYING: Feature =
-    Feature { name: "I/O without copying", since: (6, 16), by: "attach --path auto" };
+    Feature { name: "I/O without copying", since: (6, 16), by: "attach --io-mode auto" };
 /// Of disks.
 pub const RESIZE: Feature = Feature { name: "resize of block devices", since: (6, 16), by: "resize" };
 /// The third.
 pub const BATCHES: Feature =
-    Feature { name: "commands in batches", since: (7, 0), by: "attach --path batch" };
+    Feature { name: "commands in batches", since: (7, 0), by: "attach --io-mode batch" };
 /// Pools.
 pub const PRIVATE: Feature = Feature {
     name: "private devices",
@@ -75,7 +75,7 @@ pub fn without_root() -> String {
     }
 }
 
-/// The table as README has it: features by kernels.
+/// The table as doc/kernels.md has it: features by kernels.
 pub fn markdown() -> String {
     let mut kernels: Vec<_> = ALL.iter().map(|feature| feature.since).collect();
     kernels.dedup();
@@ -117,7 +117,11 @@ mod tests {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
             std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         };
-        assert!(file("../README.md").contains(&markdown()), "README.md lacks this table:\n{}", markdown());
+        assert!(
+            file("doc/kernels.md").contains(&markdown()),
+            "doc/kernels.md lacks this table:\n{}",
+            markdown()
+        );
         for page in ["loopengine.1", "loopengine-doctor.1"] {
             let page = file(&format!("share/man/{page}"));
             for feature in &ALL {

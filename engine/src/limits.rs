@@ -1,4 +1,4 @@
-//! What the daemon allows of what strangers can ask for: the figures that SECURITY.md promises.
+//! What the daemon allows of what strangers can ask for: the limits that doc/threat-model.md states.
 //!
 //! One place, so that code and document can be compared; a test here does. Limits of one module that
 //! nobody is promised stay in that module.
@@ -31,6 +31,8 @@ pub const USER_POOLS: u32 = 16;
 pub const POOLS_MAX: usize = 1024;
 /// Intercepted calls of one pool at a time.
 pub const CALLS_AT_ONCE: usize = 4;
+/// Files of one user that are being closed while another may be bound. Each has a thread.
+pub const CLOSING_MAX: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -38,8 +40,8 @@ mod tests {
 
     /// Every figure of the row, in its order.
     #[test]
-    fn security_md_says_what_the_code_does() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../SECURITY.md");
+    fn threat_model_states_the_limits_of_the_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/doc/threat-model.md");
         let text = std::fs::read_to_string(path).unwrap();
         let row = text.lines().find(|line| line.starts_with("| use up devices")).expect("the row is there");
         let row = row.split('|').nth(2).unwrap();
@@ -59,6 +61,7 @@ mod tests {
             CONTROL_DESCRIPTORS_MAX as u64,
             RESERVED_DESCRIPTORS,
             CALLS_AT_ONCE as u64,
+            CLOSING_MAX as u64,
         ];
         assert_eq!(said, are, "{row}");
     }

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statat, statx};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, openat, statat, statx};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 use tokio::sync::Notify;
 
@@ -236,16 +236,6 @@ fn abort(minor: u32, uid: u32) -> rustix::io::Result<()> {
     let switch =
         openat(&connections, format!("{name}/abort"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(&switch, b"1").map(drop)
-}
-
-/// Opens a configuration file: a regular one only, and without waiting for another side of a pipe.
-pub fn open_regular(path: &std::path::Path) -> std::io::Result<std::fs::File> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = std::fs::File::from(openat(CWD, path, flags, Mode::empty())?);
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")),
-    }
 }
 
 #[cfg(test)]

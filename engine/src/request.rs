@@ -1,12 +1,12 @@
-//! The vocabulary of the data path: what a block device is asked, and what it answers.
+//! The types of the data path: what a block device is asked, and what it answers.
 //!
-//! Imports no room. A frontend makes [`Request`]s, the worker turns them into operations on the
-//! image, and exactly one [`Completion`] goes back for each.
+//! Imports no other module. A frontend produces a [`Request`]. The worker submits the operations on
+//! the image that it needs. Each request gets exactly one [`Completion`].
 
 /// Bytes in a sector, the unit in which the block layer counts.
 pub const SECTOR: u64 = 512;
 
-/// What is asked of the device. Offsets and lengths are in the [`Request`].
+/// The operation of a [`Request`], which holds offset and length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Read into the request's buffer.
@@ -16,37 +16,37 @@ pub enum Op {
         /// Force unit access.
         fua: bool,
     },
-    /// Everything written and completed before this is durable when it completes.
+    /// Make every write that completed before this request durable.
     Flush,
-    /// The range's content is of no interest any more.
+    /// Discard the range: its content is undefined afterwards.
     Discard,
-    /// The range reads as zeroes afterwards; with `unmap` its blocks may be freed.
+    /// Zero the range; with `unmap` the file system may free its blocks.
     WriteZeroes {
         /// Blocks may be deallocated.
         unmap: bool,
         /// Durable before it completes.
         fua: bool,
     },
-    /// The range has blocks of its own afterwards; its content stays.
+    /// Allocate blocks for the range. Its content stays.
     Reserve,
-    /// An operation this program does not know. It is failed with EOPNOTSUPP.
+    /// An unknown operation. It fails with EOPNOTSUPP.
     Unknown(u8),
 }
 
-/// The number of a request within its queue: 0 .. queue depth.
+/// Number of a request within its queue: 0 .. queue depth.
 pub type Tag = u16;
 
-/// The number of a queue within its device: 0 .. number of queues.
+/// Number of a queue within its device: 0 .. number of queues.
 pub type QueueId = u16;
 
 /// One request of the block layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Its number within the queue; free again once it is completed.
+    /// Its number within the queue, free for reuse after completion.
     pub tag: Tag,
-    /// What is asked.
+    /// The operation.
     pub op: Op,
-    /// First byte, counted from the start of the device.
+    /// First byte, relative to the start of the device.
     pub offset: u64,
     /// Bytes; 0 for a flush.
     pub len: u32,
@@ -57,40 +57,39 @@ pub struct Request {
 pub struct Completion {
     /// The request's number.
     pub tag: Tag,
-    /// Bytes done (always all of them), 0 for operations without data, or a negative errno.
+    /// Bytes transferred (always all of them), 0 for operations without data, or a negative errno.
     pub result: i32,
 }
 
-/// The duty to answer one request, exactly once.
+/// A request that must be completed exactly once.
 ///
-/// Whoever takes a request on holds one; [`Owed::pay`] is the only way to a [`Completion`]. One
-/// that is dropped unpaid is a request that the block layer would wait for for ever: a panic
-/// where debug assertions are on, an error in the log elsewhere.
+/// The code that accepts a request holds one of these. [`PendingRequest::complete`] is the only way
+/// to obtain a [`Completion`]. Dropping one without completion would hang the submitter: it panics
+/// with debug assertions and logs an error without.
 #[derive(Debug)]
 #[must_use = "a request that is not completed hangs its submitter"]
-pub struct Owed(Tag);
+pub struct PendingRequest(Tag);
 
-impl Owed {
-    /// Takes on request `tag`.
+impl PendingRequest {
+    /// Accepts request `tag`.
     pub fn new(tag: Tag) -> Self {
         Self(tag)
     }
 
-    /// Answers it.
-    pub fn pay(self, result: i32) -> Completion {
+    /// Completes the request.
+    pub fn complete(self, result: i32) -> Completion {
         let tag = self.0;
         std::mem::forget(self);
         Completion { tag, result }
     }
 
-    /// The driver has taken the answer itself (a linked commit), or has ended the request (its
-    /// device is gone).
-    pub fn settled(self) {
+    /// Forgets the request: the driver completed it (linked commit) or ended it with the device.
+    pub fn abandon(self) {
         std::mem::forget(self);
     }
 }
 
-impl Drop for Owed {
+impl Drop for PendingRequest {
     fn drop(&mut self) {
         if std::thread::panicking() {
             return;
@@ -107,13 +106,13 @@ mod tests {
     #[test]
     #[cfg(debug_assertions)]
     #[should_panic(expected = "dropped without a completion")]
-    fn an_unpaid_request_is_a_panic() {
-        drop(Owed::new(3));
+    fn dropping_a_pending_request_panics() {
+        drop(PendingRequest::new(3));
     }
 
     #[test]
-    fn a_paid_request_is_quiet() {
-        assert_eq!(Owed::new(3).pay(-5), Completion { tag: 3, result: -5 });
-        Owed::new(4).settled();
+    fn completed_and_abandoned_requests_drop_silently() {
+        assert_eq!(PendingRequest::new(3).complete(-5), Completion { tag: 3, result: -5 });
+        PendingRequest::new(4).abandon();
     }
 }

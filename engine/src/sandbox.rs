@@ -1,6 +1,6 @@
 //! What the daemon gives up before it starts its first thread; and how others of its processes do.
 //!
-//! Knows which capabilities `serve` needs and which system calls it never makes; SECURITY.md lists
+//! Knows which capabilities `serve` needs and which system calls it never makes; doc/threat-model.md lists
 //! both for readers. Does not know what any of it is for in detail: the rooms do. Whoever takes over
 //! the daemon still has CAP_SYS_ADMIN, so this is no wall: it takes away what is convenient (to start
 //! a program, to load code into the kernel, to talk to a network), and whatever else was inherited.

@@ -45,14 +45,14 @@ fn attach_passes_every_option() {
     let daemon = Daemon::start();
     daemon.image("a.img", 1 << 20);
     ok(&daemon.run(&["instance", "create", "build", "--max", "3", "--cpus", "0"]));
-    let options = "--offset 8k --size-limit 64K --block-size 4k --buffered --queues 3 --depth 7 --path auto -i build -r";
+    let options = "--offset 8k --size-limit 64K --block-size 4k --buffered --queues 3 --depth 7 --io-mode auto -i build -r";
     let words: Vec<&str> = ["attach", "a.img"].into_iter().chain(options.split(' ')).collect();
     ok(&daemon.run(&words));
     let listed = daemon.run(&["list", "--json", "-i", "build"]);
     let devices: Vec<DeviceInfo> = serde_json::from_str(ok(&listed)).unwrap();
     let device = &devices[0];
     assert_eq!((device.offset, device.size_limit, device.block_size), (8192, 65536, 4096));
-    assert_eq!((device.queues, device.depth, device.data_path), (3, 7, DataPath::Auto));
+    assert_eq!((device.queues, device.depth, device.io_mode), (3, 7, IoMode::Auto));
     assert!(device.buffered && device.read_only);
     let table = daemon.run(&["list"]);
     let lines: Vec<&str> = ok(&table).lines().collect();
@@ -249,7 +249,7 @@ fn json_has_a_schema() {
     daemon.image("a.img", 4096);
     let device = "instance:string number:number path:string node:string image:string state:string \
         reason:null sizeBytes:number offsetBytes:number sizeLimitBytes:number blockSizeBytes:number \
-        readOnly:boolean buffered:boolean queues:number depth:number dataPath:string sharedWith:array \
+        readOnly:boolean buffered:boolean queues:number depth:number ioMode:string sharedWith:array \
         sinceUnixSeconds:number imageDevice:number imageInode:number";
     let instance = "name:string maxDevices:number devices:number workers:number cpus:null directory:string";
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \

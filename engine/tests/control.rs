@@ -42,14 +42,14 @@ fn every_call_there_and_back() {
             block_size: 4096,
             queues: 3,
             depth: 5,
-            data_path: Some(DataPath::Copy),
+            io_mode: Some(IoMode::Copy),
             ..attach("build", &image)
         };
         let device = client.attach(&spec, false, open(&image)).await.unwrap();
         assert_eq!(device.path, "/run/fake/build/loop0");
         assert_eq!((device.offset, device.size_limit, device.block_size), (512, 4096, 4096));
         assert_eq!((device.queues, device.depth), (3, 5));
-        assert_eq!((device.data_path, device.state), (DataPath::Copy, DeviceState::Live));
+        assert_eq!((device.io_mode, device.state), (IoMode::Copy, DeviceState::Live));
         assert_eq!(daemon.fake.received(&image), Some(true));
 
         let of_build = Selector::Instance("build".into());
@@ -280,10 +280,10 @@ fn the_codec_is_that_of_the_server() {
     let mut spec = attach("default", std::path::Path::new("/a \"b\"\n.img"));
     let message = codec::encode_attach(&spec).unwrap();
     codec::decode_call(&message).unwrap();
-    spec.data_path = Some(DataPath::Batch);
+    spec.io_mode = Some(IoMode::Batch);
     let message = codec::encode_attach(&spec).unwrap();
     let text = String::from_utf8(message).unwrap();
-    assert!(text.contains("\"dataPath\":\"batch\""), "{text}");
+    assert!(text.contains("\"ioMode\":\"batch\""), "{text}");
     codec::decode_call(text.replace("readOnly", "readonly").as_bytes()).unwrap_err();
     codec::decode_call(b"{}").unwrap_err();
 }

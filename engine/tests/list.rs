@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use loopengine::Result;
-use loopengine::control::{Backend, rundir::RunDir, server};
+use loopengine::control::{EngineApi, rundir::RunDir, server};
 use loopengine::loops::{Bound, Entry, PoolSpec, Quotas, flag};
 use loopengine::private::{
     Asked, Defaults, DeviceInfo, DeviceStatus, Events, Guest, Operation, Outcome, Registry, Room, Source,
@@ -134,7 +134,7 @@ impl Daemon {
         let defaults = Defaults { devices: 64, pools: 8 };
         let registry = Arc::new(Registry::start(bindings.clone(), defaults).unwrap());
         let (stop, stopping) = watch::channel(false);
-        let (served, backend): (_, Arc<dyn Backend>) = (registry.clone(), Fake::new());
+        let (served, backend): (_, Arc<dyn EngineApi>) = (registry.clone(), Fake::new());
         let thread = std::thread::spawn(move || {
             let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).unwrap();
             runtime.block_on(async {

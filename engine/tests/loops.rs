@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use loopengine::instance::spec::{FrontendKind, InstanceSpec};
 use loopengine::instance::{Engine, EngineConfig, Tuning};
-use loopengine::loops::{Answer, Caller, Configure, Errno, Info, Pool, PoolSpec, flag};
+use loopengine::loops::{
+    Answer, Caller, Configure, Errno, Info, LoopOp, Owner, Pool, PoolSpec, Pools, Status, flag,
+};
 
 /// A caller with a descriptor that it can be given another for.
 struct Hand(std::sync::Mutex<Option<File>>);
@@ -58,7 +60,7 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
     }
 }
 
-fn pool(engine: &Engine, max: u32) -> Option<Arc<Pool>> {
+fn pool(pools: &Pools, max: u32) -> Option<Arc<Pool>> {
     let spec = PoolSpec {
         name: format!("t{}", std::process::id()),
         max,
@@ -69,7 +71,7 @@ fn pool(engine: &Engine, max: u32) -> Option<Arc<Pool>> {
         intercepted: false,
         reserved: BTreeSet::new(),
     };
-    match engine.open_pool(&spec) {
+    match pools.open(&spec) {
         Ok(pool) => Some(pool),
         Err(error) => {
             println!("skipped: {error}");
@@ -98,6 +100,18 @@ fn read(file: &mut File, len: usize) -> Vec<u8> {
     bytes
 }
 
+fn number(pool: &Pool, op: LoopOp) -> Answer<u32> {
+    pool.execute(op, &Owner::waiting(Duration::from_secs(60)))?.number()
+}
+
+fn free(pool: &Pool) -> Answer<u32> {
+    number(pool, LoopOp::GetFree)
+}
+
+fn status(pool: &Pool, number: u32) -> Answer<Status> {
+    pool.execute(LoopOp::Status(number), &Owner::waiting(Duration::from_secs(60)))?.status()
+}
+
 fn configure(file: &File, info: Info) -> Configure {
     Configure { file: file.try_clone().unwrap().into(), block_size: 0, info }
 }
@@ -114,23 +128,27 @@ fn until(what: &str, condition: impl Fn() -> bool) -> Duration {
 #[test]
 fn a_device_is_bound_in_place_and_another_takes_its_number() {
     let Some((_dir, engine)) = engine() else { return };
-    let Some(pool) = pool(&engine, 2) else { return };
+    let pools = Pools::new(&engine);
+    let Some(pool) = pool(&pools, 2) else { return };
     let start = Instant::now();
-    assert_eq!(pool.get_free(), Ok(0));
+    assert_eq!(free(&pool), Ok(0));
     println!("first device: {:?}", start.elapsed());
-    assert_eq!(pool.get_free(), Ok(0));
+    assert_eq!(free(&pool), Ok(0));
     let mut device = open(&pool, 0);
     assert_eq!(read(&mut device, 512), b"");
     let first = image(b"first", 1 << 20);
     let hand = Hand(Default::default());
     let start = Instant::now();
-    pool.configure(0, configure(&first, Info::default()), &hand).unwrap();
+    pool.execute(LoopOp::Configure(0, configure(&first, Info::default())), &hand).unwrap();
     println!("configure: {:?}", start.elapsed());
     assert!(hand.0.lock().unwrap().is_none());
     assert_eq!(read(&mut device, 5), b"first");
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 1 << 20);
-    assert_eq!(pool.configure(0, configure(&first, Info::default()), &hand), Err(Errno::BUSY));
-    assert_eq!(pool.status(0).unwrap().info.flags, 0);
+    assert_eq!(
+        pool.execute(LoopOp::Configure(0, configure(&first, Info::default())), &hand),
+        Err(Errno::BUSY)
+    );
+    assert_eq!(status(&pool, 0).unwrap().info.flags, 0);
     device.seek(SeekFrom::Start(4096)).unwrap();
     device.write_all(&[7; 4096]).unwrap();
     device.sync_all().unwrap();
@@ -142,10 +160,10 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
 
     // Cleared while open, and bound anew through the same descriptor.
     let rdev = pool.entry(0).unwrap().rdev;
-    pool.clear(0, &hand).unwrap();
-    assert_eq!(pool.status(0).unwrap_err(), Errno::NXIO);
+    pool.execute(LoopOp::Clear(0), &hand).unwrap();
+    assert_eq!(status(&pool, 0).unwrap_err(), Errno::NXIO);
     let second = image(b"second", 2 << 20);
-    pool.configure(0, configure(&second, Info::default()), &hand).unwrap();
+    pool.execute(LoopOp::Configure(0, configure(&second, Info::default())), &hand).unwrap();
     let mut fresh = hand.0.lock().unwrap().take().unwrap();
     assert_eq!(read(&mut fresh, 6), b"second");
     assert_eq!(read(&mut device, 5), b"first");
@@ -153,21 +171,21 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
     drop(device);
 
     // Cleared, and closed.
-    pool.clear(0, &hand).unwrap();
+    pool.execute(LoopOp::Clear(0), &hand).unwrap();
     drop(fresh);
     let took = until("autoclear", || pool.entry(0).unwrap().size == 0);
     println!("autoclear: {took:?}");
-    assert_eq!(pool.get_free(), Ok(0));
+    assert_eq!(free(&pool), Ok(0));
     assert_eq!(read(&mut open(&pool, 0), 512), b"");
 
-    assert_eq!(pool.add(5), Ok(5));
-    assert_eq!(pool.add(5), Err(Errno::EXIST));
-    assert_eq!(pool.add(-1), Err(Errno::NOSPC));
-    assert_eq!(pool.remove(5), Ok(0));
-    assert_eq!(pool.remove(5), Err(Errno::NODEV));
+    assert_eq!(number(&pool, LoopOp::Add(5)), Ok(5));
+    assert_eq!(number(&pool, LoopOp::Add(5)), Err(Errno::EXIST));
+    assert_eq!(number(&pool, LoopOp::Add(-1)), Err(Errno::NOSPC));
+    assert_eq!(number(&pool, LoopOp::Remove(5)), Ok(0));
+    assert_eq!(number(&pool, LoopOp::Remove(5)), Err(Errno::NODEV));
     let start = Instant::now();
     pool.end(false);
-    until("the end", || engine.pools().is_empty());
+    until("the end", || pools.all().is_empty());
     println!("end: {:?}", start.elapsed());
     engine.shutdown(true);
 }
@@ -175,63 +193,65 @@ fn a_device_is_bound_in_place_and_another_takes_its_number() {
 #[test]
 fn other_block_sizes_and_offsets() {
     let Some((_dir, engine)) = engine() else { return };
-    let Some(pool) = pool(&engine, 4) else { return };
+    let pools = Pools::new(&engine);
+    let Some(pool) = pool(&pools, 4) else { return };
     let file = image(b"x", (1 << 20) + 700);
     let hand = Hand(Default::default());
-    assert_eq!(pool.get_free(), Ok(0));
+    assert_eq!(free(&pool), Ok(0));
     let with = Configure { block_size: 4096, ..configure(&file, Info::default()) };
-    pool.configure(0, with, &hand).unwrap();
+    pool.execute(LoopOp::Configure(0, with), &hand).unwrap();
     let mut device = hand.0.lock().unwrap().take().unwrap();
     assert_eq!(rustix::fs::ioctl_blksszget(&device).unwrap(), 4096);
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), (1 << 20) + 512);
     let info = Info { offset: 100, size_limit: 5000, ..Info::default() };
-    pool.set_status(0, &info, &hand).unwrap();
+    pool.execute(LoopOp::SetStatus(0, info), &hand).unwrap();
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 4608);
-    pool.set_block_size(0, 512, &hand).unwrap();
+    pool.execute(LoopOp::SetBlockSize(0, 512), &hand).unwrap();
     let mut device = hand.0.lock().unwrap().take().unwrap();
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 4608);
-    assert_eq!(pool.set_block_size(0, 1000, &hand), Err(Errno::INVAL));
-    assert_eq!(pool.status(0).unwrap().info.offset, 100);
+    assert_eq!(pool.execute(LoopOp::SetBlockSize(0, 1000), &hand), Err(Errno::INVAL));
+    assert_eq!(status(&pool, 0).unwrap().info.offset, 100);
     let info = Info { flags: flag::AUTOCLEAR, ..Info::default() };
-    pool.set_status(0, &info, &hand).unwrap();
+    pool.execute(LoopOp::SetStatus(0, info), &hand).unwrap();
     file.set_len(1 << 21).unwrap();
-    pool.set_capacity(0, &hand).unwrap();
+    pool.execute(LoopOp::SetCapacity(0), &hand).unwrap();
     assert_eq!(device.seek(SeekFrom::End(0)).unwrap(), 1 << 21);
     drop(device);
     until("autoclear", || pool.entry(0).unwrap().bound.is_none());
 
     // A device below a device, and rings of them.
-    assert_eq!(pool.get_free(), Ok(0));
-    pool.configure(0, configure(&file, Info::default()), &hand).unwrap();
+    assert_eq!(free(&pool), Ok(0));
+    pool.execute(LoopOp::Configure(0, configure(&file, Info::default())), &hand).unwrap();
     let zero = open(&pool, 0);
-    assert_eq!(pool.get_free(), Ok(1));
-    pool.configure(1, configure(&zero, Info::default()), &hand).unwrap();
+    assert_eq!(free(&pool), Ok(1));
+    pool.execute(LoopOp::Configure(1, configure(&zero, Info::default())), &hand).unwrap();
     let mut one = open(&pool, 1);
     one.write_all(&[9; 4096]).unwrap();
     one.sync_all().unwrap();
-    assert_eq!(pool.get_free(), Ok(2));
+    assert_eq!(free(&pool), Ok(2));
     let two = open(&pool, 2);
-    assert_eq!(pool.configure(2, configure(&two, Info::default()), &hand), Err(Errno::BADF));
+    assert_eq!(pool.execute(LoopOp::Configure(2, configure(&two, Info::default())), &hand), Err(Errno::BADF));
     pool.end(true);
-    until("the end", || engine.pools().is_empty());
+    until("the end", || pools.all().is_empty());
     engine.shutdown(true);
 }
 
 #[test]
 fn a_thousand_lives() {
     let Some((_dir, engine)) = engine() else { return };
-    let Some(pool) = pool(&engine, 2) else { return };
+    let pools = Pools::new(&engine);
+    let Some(pool) = pool(&pools, 2) else { return };
     let file = image(b"x", 1 << 20);
     let hand = Hand(Default::default());
     let rounds = if std::env::var_os("LOOPENGINE_VM_FULL").is_some() { 1000 } else { 50 };
     let start = Instant::now();
     let mut numbers = std::collections::BTreeSet::new();
     for _ in 0..rounds {
-        let number = pool.get_free().unwrap();
+        let number = free(&pool).unwrap();
         let device = open(&pool, number);
         numbers.insert(pool.entry(number).unwrap().rdev);
         let info = Info { flags: flag::AUTOCLEAR, ..Info::default() };
-        pool.configure(number, configure(&file, info), &hand).unwrap();
+        pool.execute(LoopOp::Configure(number, configure(&file, info)), &hand).unwrap();
         drop(device);
         until("autoclear", || pool.entries().iter().all(|entry| entry.bound.is_none()));
     }

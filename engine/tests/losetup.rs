@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use loopengine::cli::losetup::{self, Devices};
-use loopengine::loops::{Answer, Bound, Configure, Entry, Errno, Info, NAME_BYTES, Status, flag};
+use loopengine::loops::{
+    Answer, Bound, Configure, Entry, Errno, Info, LoopOp, LoopReply, NAME_BYTES, Status, flag,
+};
 
 /// What a run printed, and its exit code.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +100,26 @@ impl Devices for Fake {
         Ok(self.entries.values().map(|(entry, _)| entry.clone()).rev().collect())
     }
 
+    fn execute(&mut self, op: LoopOp) -> Answer<LoopReply> {
+        let unsigned = |number: i32| u32::try_from(number).map_err(|_| Errno::INVAL);
+        let done = match op {
+            LoopOp::GetFree => return self.get_free().map(LoopReply::Number),
+            LoopOp::Add(number) => return self.add(unsigned(number)?).map(LoopReply::Number),
+            LoopOp::Remove(number) => return self.remove(unsigned(number)?).map(LoopReply::Number),
+            LoopOp::Status(number) => return self.status(number).map(LoopReply::Status),
+            LoopOp::Configure(number, with) => self.configure(number, with),
+            LoopOp::Clear(number) => self.clear(number),
+            LoopOp::SetStatus(number, info) => self.set_status(number, &info),
+            LoopOp::SetCapacity(number) => self.set_capacity(number),
+            LoopOp::SetDirectIo(number, on) => self.set_direct_io(number, on),
+            LoopOp::SetBlockSize(number, bytes) => self.set_block_size(number, bytes),
+            other => panic!("losetup asks for {other:?}"),
+        };
+        done.map(|()| LoopReply::Done)
+    }
+}
+
+impl Fake {
     fn status(&mut self, number: u32) -> Answer<Status> {
         self.call("status", format!("status {number}"))?;
         self.bound(number)?.1.ok_or(Errno::PERM)

@@ -13,18 +13,18 @@ use crate::varlink::Client;
 
 /// loopengine over ublk, in one I/O mode.
 pub(super) struct Ublk {
-    path: &'static str,
+    mode: &'static str,
     daemon: Option<Daemon>,
 }
 
 impl Ublk {
-    pub(super) fn new(path: &'static str) -> Ublk {
-        Ublk { path, daemon: None }
+    pub(super) fn new(mode: &'static str) -> Ublk {
+        Ublk { mode, daemon: None }
     }
 
     fn check_granted(&self) -> Result<()> {
-        if !daemon::data_paths()?.iter().any(|path| path == self.path) {
-            bail!("this kernel ({}) does not support I/O mode {}", kernel(), self.path);
+        if !daemon::io_modes()?.iter().any(|mode| mode == self.mode) {
+            bail!("this kernel ({}) does not support I/O mode {}", kernel(), self.mode);
         }
         Ok(())
     }
@@ -32,11 +32,11 @@ impl Ublk {
 
 impl Target for Ublk {
     fn name(&self) -> String {
-        format!("loopengine {}", self.path)
+        format!("loopengine {}", self.mode)
     }
 
     fn about(&self) -> String {
-        format!("loopengine over ublk, I/O mode {}", self.path)
+        format!("loopengine over ublk, I/O mode {}", self.mode)
     }
 
     fn version(&self) -> Result<String> {
@@ -56,7 +56,7 @@ impl Target for Ublk {
         self.check_granted()?;
         let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
         let (path, many) =
-            attach_all(place, &format!("loopengine {}", self.path), daemon, &["--path", self.path])?;
+            attach_all(place, &format!("loopengine {}", self.mode), daemon, &["--io-mode", self.mode])?;
         block(path, many, Some(daemon.pid()))
     }
 

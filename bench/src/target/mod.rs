@@ -270,8 +270,8 @@ pub fn all() -> Vec<Box<dyn Target>> {
         Box::new(kernel_loop::KernelLoop::buffered()),
     ];
     // Setting up fails in an I/O mode that the kernel does not support.
-    for path in ["batch", "auto", "copy"] {
-        targets.push(Box::new(loopengine::Ublk::new(path)));
+    for mode in ["batch", "auto", "copy"] {
+        targets.push(Box::new(loopengine::Ublk::new(mode)));
     }
     targets.push(Box::new(loopengine::Fuse::default()));
     targets.push(Box::new(qemu_fuse::QemuFuse::default()));

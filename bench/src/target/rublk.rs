@@ -34,7 +34,7 @@ impl Target for Rublk {
     }
 
     fn set_up(&mut self, place: &Place) -> Result<Opened> {
-        let zero_copy = daemon::data_paths()?.iter().any(|path| path == "auto");
+        let zero_copy = daemon::io_modes()?.iter().any(|path| path == "auto");
         let queues = std::thread::available_parallelism().map_or(1, usize::from).to_string();
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];

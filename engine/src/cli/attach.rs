@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
-use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DataPath};
+use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, IoMode};
 use crate::instance::{NUMBER_MAX, Selector};
 
 use super::{complete, daemon, image, number, out, partitions, run, size};
@@ -58,8 +58,8 @@ pub(super) struct Args {
     depth: Option<u32>,
 
     /// Force one way of moving data [default: the best that the kernel grants].
-    #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    path: Option<DataPath>,
+    #[arg(long, value_name = "MODE", value_parser = io_mode_parser())]
+    io_mode: Option<IoMode>,
 
     /// Have the kernel look for partitions, as with losetup -P: they are beside the device, as loop0p1 beside
     /// loop0, here and whenever the table is read again. The host's kernel parses the image's table.
@@ -86,12 +86,12 @@ pub(super) struct Args {
     run: Vec<OsString>,
 }
 
-fn path_parser() -> impl clap::builder::TypedValueParser<Value = DataPath> {
+fn io_mode_parser() -> impl clap::builder::TypedValueParser<Value = IoMode> {
     use clap::builder::{PossibleValuesParser, TypedValueParser};
-    let paths = [DataPath::Copy, DataPath::Auto, DataPath::Batch, DataPath::Fuse];
-    PossibleValuesParser::new(paths.map(DataPath::as_str)).try_map(move |word| {
-        let path = paths.into_iter().find(|path| path.as_str() == word);
-        path.ok_or("unknown path")
+    let modes = [IoMode::Copy, IoMode::Auto, IoMode::Batch, IoMode::Fuse];
+    PossibleValuesParser::new(modes.map(IoMode::as_str)).try_map(move |word| {
+        let mode = modes.into_iter().find(|mode| mode.as_str() == word);
+        mode.ok_or("unknown I/O mode")
     })
 }
 
@@ -108,7 +108,7 @@ pub(crate) fn plain(instance: &str) -> AttachSpec {
         buffered: false,
         queues: 0,
         depth: 0,
-        data_path: None,
+        io_mode: None,
         partscan: false,
     }
 }
@@ -124,7 +124,7 @@ impl Args {
             buffered: self.buffered,
             queues: self.queues.unwrap_or(0),
             depth: self.depth.unwrap_or(0),
-            data_path: self.path,
+            io_mode: self.io_mode,
             partscan: self.partscan,
             ..plain(&self.instance)
         };

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::image;
 use crate::config::DeviceTable;
-use crate::control::{self, Backend};
+use crate::control::{self, EngineApi};
 use crate::error::Result;
 use crate::instance::Selector;
 use crate::instance::spec::{DeviceInfo, DeviceState};
@@ -26,12 +26,12 @@ type Busy = Arc<Mutex<Vec<DeviceTable>>>;
 /// Attaches what the configuration names.
 #[derive(Clone)]
 pub(super) struct Devices {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn EngineApi>,
     busy: Busy,
 }
 
 impl Devices {
-    pub(super) fn new(backend: Arc<dyn Backend>) -> Devices {
+    pub(super) fn new(backend: Arc<dyn EngineApi>) -> Devices {
         Devices { backend, busy: Busy::default() }
     }
 
@@ -69,7 +69,7 @@ impl Devices {
 }
 
 /// Attaches the device of an entry, unless it is there. Answers what the log says of it.
-fn attach(table: &DeviceTable, backend: &dyn Backend) -> Result<String> {
+fn attach(table: &DeviceTable, backend: &dyn EngineApi) -> Result<String> {
     if let Some(device) = backend.devices(&Selector::All)?.into_iter().find(|device| table.is(device)) {
         return Ok(found(&device));
     }
@@ -131,7 +131,7 @@ mod tests {
         );
         let config = Config::parse(&text, "x.toml").unwrap();
         let asked = Arc::new(Asked::default());
-        let devices = Devices::new(Arc::clone(&asked) as Arc<dyn Backend>);
+        let devices = Devices::new(Arc::clone(&asked) as Arc<dyn EngineApi>);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         // As by another daemon, and by a reload.
         for _ in 0..2 {

@@ -31,14 +31,14 @@ impl Args {
 }
 
 fn text(features: &Features) -> String {
-    let paths: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
+    let modes: Vec<&str> = features.io_modes.iter().map(|mode| mode.as_str()).collect();
     let frontends: Vec<&str> = features.frontends.iter().map(|frontend| frontend.as_str()).collect();
     let yes = |granted: bool| if granted { "yes" } else { "no" };
     format!(
-        "kernel    {}\nfrontends {}\npaths     {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
+        "kernel    {}\nfrontends {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
         features.kernel,
         if frontends.is_empty() { "none".to_owned() } else { frontends.join(" ") },
-        if paths.is_empty() { "none".to_owned() } else { paths.join(" ") },
+        if modes.is_empty() { "none".to_owned() } else { modes.join(" ") },
         yes(features.recovery),
         yes(features.resize),
         features.flags.join(" ")
@@ -48,7 +48,7 @@ fn text(features: &Features) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::spec::{DataPath, FrontendKind};
+    use crate::instance::spec::{FrontendKind, IoMode};
 
     #[test]
     fn shown() {
@@ -56,11 +56,11 @@ mod tests {
             kernel: "7.3.4".into(),
             frontends: vec![FrontendKind::Ublk, FrontendKind::Fuse],
             flags: vec!["CMD_IOCTL_ENCODE".into(), "USER_COPY".into()],
-            data_paths: vec![DataPath::Auto, DataPath::Copy],
+            io_modes: vec![IoMode::Auto, IoMode::Copy],
             recovery: true,
             resize: false,
         };
-        let want = "kernel    7.3.4\nfrontends ublk fuse\npaths     auto copy (best first)\nrecovery  yes\n\
+        let want = "kernel    7.3.4\nfrontends ublk fuse\nI/O modes auto copy (best first)\nrecovery  yes\n\
                     resize    no\nflags     CMD_IOCTL_ENCODE USER_COPY\n";
         assert_eq!(text(&features), want);
     }

@@ -160,7 +160,10 @@ fn find(program: &str) -> Option<PathBuf> {
 
 /// The program, to be run.
 pub(super) fn command(program: &str) -> Command {
-    Command::new(find(program).unwrap_or_else(|| program.into()))
+    // execvp(3) is not to look for it again: where $PATH has a directory that may not be searched, it says EACCES.
+    let nowhere =
+        || if program.contains('/') { program.into() } else { Path::new(MORE_DIRS[0]).join(program) };
+    Command::new(find(program).unwrap_or_else(nowhere))
 }
 
 /// Waits until a program of FUSE leaves its parent, which it does when it has mounted.

@@ -233,7 +233,7 @@ fn configuration(roff: &mut Roff) {
                     "As the options of loopengine-attach(1) of these names, with a unit as in \"1M\" or in bytes.",
                 ),
                 ("queues, depth = N", "As the options of loopengine-attach(1) of these names."),
-                ("io_mode = \"batch|auto|copy\"", "As --path of loopengine-attach(1)."),
+                ("io_mode = \"batch|auto|copy\"", "As --io-mode of loopengine-attach(1)."),
             ],
         ),
     ];
@@ -259,7 +259,7 @@ const TYPES: &[&idl::CustomType<'static>] = &[
     Process::CUSTOM_TYPE,
     DeviceInfo::CUSTOM_TYPE,
     ImageInfo::CUSTOM_TYPE,
-    DataPath::CUSTOM_TYPE,
+    IoMode::CUSTOM_TYPE,
     FrontendKind::CUSTOM_TYPE,
     DeviceState::CUSTOM_TYPE,
     DeviceStats::CUSTOM_TYPE,

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::configured::Devices;
 use super::serve::tell;
 use crate::config::{Config, DeviceTable};
-use crate::control::{self, Backend};
+use crate::control::{self, EngineApi};
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
 use crate::private::Registry;
@@ -20,7 +20,7 @@ const LOAD_MAX: Duration = Duration::from_secs(5);
 /// What follows the configuration.
 #[derive(Clone)]
 pub(super) struct Followers {
-    pub(super) backend: Arc<dyn Backend>,
+    pub(super) backend: Arc<dyn EngineApi>,
     pub(super) registry: Arc<Registry>,
     pub(super) devices: Devices,
 }
@@ -79,7 +79,7 @@ pub(super) fn limit_users(config: &Config, registry: &Registry) {
 
 /// Creates the instances of `config`. One that is there already (taken back from an earlier
 /// daemon) only gets the limit of `config`. Answers what could not be done without a failure.
-pub(super) fn create_all(config: &Config, backend: &dyn Backend) -> Result<Vec<String>> {
+pub(super) fn create_all(config: &Config, backend: &dyn EngineApi) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     let there = backend.instances();
     for spec in config.instances().chain([config.default_instance()]) {
@@ -107,7 +107,7 @@ fn unconfigurable(name: &str, error: &Error) -> Error {
 
 /// Makes a running engine follow the change from `old` to `new`, as far as that goes without a
 /// restart. Answers what was done and what was not.
-pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<String> {
+pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<String> {
     let mut notes = Vec::new();
     if old.dev_links != new.dev_links {
         notes.push("dev_links changed: takes effect at the next start".to_owned());
@@ -156,7 +156,7 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn Backend) -> Vec<St
     notes
 }
 
-fn create(spec: &InstanceSpec, backend: &dyn Backend) -> String {
+fn create(spec: &InstanceSpec, backend: &dyn EngineApi) -> String {
     match backend.create_instance(spec) {
         Ok(_) => format!("created instance '{}'", spec.name),
         Err(error) => format!("cannot create instance '{}': {error}", spec.name),
@@ -177,7 +177,7 @@ fn change_device(old: &Config, new: &DeviceTable) -> Option<String> {
     }
 }
 
-fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn Backend) -> Vec<String> {
+fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn EngineApi) -> Vec<String> {
     let mut notes = Vec::new();
     let name = &new.name;
     if old.workers != new.workers || old.cpus != new.cpus {
@@ -193,7 +193,7 @@ fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn Backend) -> Vec<
     notes
 }
 
-fn limit(spec: &InstanceSpec, backend: &dyn Backend) -> String {
+fn limit(spec: &InstanceSpec, backend: &dyn EngineApi) -> String {
     let (name, max) = (&spec.name, spec.max_devices);
     match backend.set_max_devices(name, max) {
         Ok(()) => format!("instance '{name}' may have {max} devices now"),
@@ -226,7 +226,7 @@ pub(super) mod tests {
         }
     }
 
-    impl Backend for Asked {
+    impl EngineApi for Asked {
         fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
             self.0.lock().unwrap().push(format!("create {}", spec.name));
             match spec.name.as_str() {
@@ -268,7 +268,7 @@ pub(super) mod tests {
                 buffered: spec.buffered,
                 queues: 1,
                 depth: 1,
-                data_path: DataPath::Copy,
+                io_mode: IoMode::Copy,
                 shared_with: Vec::new(),
                 since_unix_seconds: None,
                 image_device: 0,

@@ -11,8 +11,8 @@ use super::daemon;
 use super::losetup::{self, Devices};
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Answer, Configure, Entry, Errno, Info, Status};
-use crate::private::{Asked, DeviceInfo, LOOPFS, Operation, Outcome, PoolInfo};
+use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply};
+use crate::private::{Asked, LOOPFS, Operation, Outcome, PoolInfo};
 use crate::sys::mntns::mounted;
 
 /// The daemon takes so many bytes from one connection that these calls never reach the limit.
@@ -83,15 +83,6 @@ impl Remote {
             }
         }
     }
-
-    fn on(&mut self, operation: Operation, number: u32) -> Answer<Outcome> {
-        self.ask(&Asked { number: Some(number), ..Asked::of(operation) }, None)
-    }
-
-    fn with(&mut self, operation: Operation, number: u32, value: u64) -> Answer<()> {
-        let asked = Asked { number: Some(number), value: Some(value), ..Asked::of(operation) };
-        self.ask(&asked, None).map(drop)
-    }
 }
 
 impl Devices for Remote {
@@ -103,47 +94,9 @@ impl Devices for Remote {
         self.ask(&Asked::of(Operation::List), None)?.devices.ok_or(Errno::PROTO)
     }
 
-    fn status(&mut self, number: u32) -> Answer<Status> {
-        self.on(Operation::Status, number)?.status.ok_or(Errno::PROTO)?.try_into()
-    }
-
-    fn set_status(&mut self, number: u32, info: &Info) -> Answer<()> {
-        let info = Some(DeviceInfo::from(info));
-        self.ask(&Asked { number: Some(number), info, ..Asked::of(Operation::Change) }, None).map(drop)
-    }
-
-    fn get_free(&mut self) -> Answer<u32> {
-        self.ask(&Asked::of(Operation::Free), None)?.number.ok_or(Errno::PROTO)
-    }
-
-    fn add(&mut self, number: u32) -> Answer<u32> {
-        self.on(Operation::Add, number)?.number.ok_or(Errno::PROTO)
-    }
-
-    fn remove(&mut self, number: u32) -> Answer<u32> {
-        self.on(Operation::Remove, number)?.number.ok_or(Errno::PROTO)
-    }
-
-    fn configure(&mut self, number: u32, with: Configure) -> Answer<()> {
-        let (value, info) = (Some(with.block_size.into()), Some(DeviceInfo::from(&with.info)));
-        let asked = Asked { operation: Operation::Configure, number: Some(number), value, info };
-        self.ask(&asked, Some(with.file)).map(drop)
-    }
-
-    fn clear(&mut self, number: u32) -> Answer<()> {
-        self.on(Operation::Clear, number).map(drop)
-    }
-
-    fn set_capacity(&mut self, number: u32) -> Answer<()> {
-        self.on(Operation::Capacity, number).map(drop)
-    }
-
-    fn set_direct_io(&mut self, number: u32, on: bool) -> Answer<()> {
-        self.with(Operation::Direct, number, on.into())
-    }
-
-    fn set_block_size(&mut self, number: u32, bytes: u64) -> Answer<()> {
-        self.with(Operation::Block, number, bytes)
+    fn execute(&mut self, op: LoopOp) -> Answer<LoopReply> {
+        let (asked, file) = Asked::from_op(op)?;
+        self.ask(&asked, file)?.try_into()
     }
 }
 

@@ -12,13 +12,14 @@ use tokio::sync::watch;
 
 use crate::accounts;
 use crate::config::{Choice, Config};
-use crate::control::{self, Backend, rundir::RunDir, server};
+use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
 use crate::kernels::{self, BLOCK_DEVICES};
+use crate::loops::Pools;
 use crate::private::{Registry, Served};
 use crate::received;
 use crate::sandbox;
@@ -93,7 +94,7 @@ pub(super) struct Args {
 /// What is served where: `control`, and `private`.
 struct Services {
     listeners: [StdListener; 3],
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn EngineApi>,
     registry: Arc<Registry>,
     engine: Weak<Engine>,
 }
@@ -181,12 +182,12 @@ impl Args {
             tracing::info!("{note}");
         }
         let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
-        let source = Served { engine: Arc::clone(engine), kernel, for_all: config.kernel_mounts() };
+        let source = Served { pools: Pools::new(engine), kernel, for_all: config.kernel_mounts() };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
         reload::limit_users(config, &registry);
         let runtime = control::runtime::make()?;
-        let backend: Arc<dyn Backend> = Arc::clone(engine) as _;
+        let backend: Arc<dyn EngineApi> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
         tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
         let services = Services {
@@ -236,7 +237,7 @@ impl Args {
         // A configuration is applied by one task at a time.
         let mut following = Some(tokio::task::spawn_local(starting));
         let followed = (frontend == FrontendKind::Ublk).then(|| {
-            let partitions = tokio::task::spawn_local(watched::follow_nodes(engine));
+            let partitions = tokio::task::spawn_local(watched::update_nodes(engine));
             [tokio::task::spawn_local(watched::leave_mounts()), partitions]
         });
         loop {

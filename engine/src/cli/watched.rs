@@ -59,7 +59,7 @@ pub(super) fn leave_own_disks() {
 
 /// The kernel makes and removes nodes of partitions when anybody has a table read again, and of disks that lie upon
 /// others; names follow.
-pub(super) async fn follow_nodes(engine: Weak<Engine>) {
+pub(super) async fn update_nodes(engine: Weak<Engine>) {
     if let Err(error) = follow(&engine).await {
         tracing::warn!("cannot watch {DEV}, so that names of partitions do not follow: {error}");
     }
@@ -72,7 +72,7 @@ async fn follow(engine: &Weak<Engine>) -> std::io::Result<()> {
     // What changed before the watch was set has no event: the first look is at once.
     loop {
         let engine = engine.clone();
-        let follow = move || engine.upgrade().inspect(|engine| engine.follow_nodes()).is_some();
+        let follow = move || engine.upgrade().inspect(|engine| engine.update_nodes()).is_some();
         if !tokio::task::spawn_blocking(follow).await.unwrap_or(false) {
             return Ok(());
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::cli::{number, size};
 use crate::instance::NUMBER_MAX;
-use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DataPath, DeviceInfo};
+use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DeviceInfo, IoMode};
 
 /// `[[device]]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -48,7 +48,7 @@ pub struct DeviceTable {
     #[serde(default, deserialize_with = "count")]
     pub depth: u32,
     /// How data crosses; none: the best way that the kernel grants.
-    pub io_mode: Option<DataPath>,
+    pub io_mode: Option<IoMode>,
     /// Have the kernel look for partitions.
     #[serde(default)]
     pub partscan: bool,
@@ -71,7 +71,7 @@ impl DeviceTable {
             buffered: self.buffered,
             queues: self.queues,
             depth: self.depth,
-            data_path: self.io_mode,
+            io_mode: self.io_mode,
             partscan: self.partscan,
         }
     }
@@ -139,7 +139,7 @@ fn device_number<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::
 #[cfg(test)]
 mod tests {
     use crate::config::Config;
-    use crate::instance::spec::{AttachSpec, DataPath};
+    use crate::instance::spec::{AttachSpec, IoMode};
 
     fn refused(text: &str) -> String {
         Config::parse(text, "x.toml").unwrap_err().message()
@@ -163,7 +163,7 @@ mod tests {
             buffered: true,
             queues: 2,
             depth: 64,
-            data_path: Some(DataPath::Copy),
+            io_mode: Some(IoMode::Copy),
             partscan: true,
         };
         assert_eq!((first.spec(), first.force, &*first.place), (spec, true, "x.toml, line 2"));

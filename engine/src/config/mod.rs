@@ -304,7 +304,7 @@ fn read(path: &Path) -> Result<String> {
     use std::io::Read;
     let shown = path.display();
     let mut text = String::new();
-    crate::received::open_regular(path)
+    crate::sys::open_regular(path)
         .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text))
         .map_err(|error| Error::os(error, format!("cannot read {shown}")))?;
     if text.len() as u64 > FILE_BYTES_MAX {

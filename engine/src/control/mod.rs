@@ -6,14 +6,14 @@
 //!         ◄── reply or fault ──        slots, link, guard: who,        on a blocking thread
 //!                                      how long, how much, what fds
 //! ```
-//! Knows the interface of the engine (through [`Backend`]), credentials of callers, and how errors
+//! Knows the interface of the engine (through [`EngineApi`]), credentials of callers, and how errors
 //! travel. Knows nothing of ublk, rings or images.
 
 mod apart;
-mod backend;
 mod calls;
 pub mod client;
 pub mod codec;
+mod engine_api;
 mod fault;
 mod guard;
 mod link;
@@ -29,8 +29,8 @@ mod session;
 mod slots;
 
 pub(crate) use apart::apart;
-pub use backend::Backend;
 pub use client::Client;
+pub use engine_api::EngineApi;
 pub use fault::Fault;
 pub use guard::Inbox;
 pub use private::{PrivateClient, PrivateService};

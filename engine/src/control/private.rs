@@ -121,6 +121,30 @@ impl PrivateService {
         .await
     }
 
+    /// Tells of a container that is being made with a pool for containers: the call's only file
+    /// descriptor is its /dev, a tmpfs, in which the names of partitions will come and go. For root.
+    async fn show_in(&self, name: String, container: String) -> std::result::Result<(), Fault> {
+        self.ask_with(move |registry, caller, fds| {
+            let mut fds = fds.into_iter();
+            match (fds.next(), fds.next()) {
+                (Some(dev), None) => registry.show_in(&name, &container, dev, caller),
+                _ => Err(Error::new(Kind::Invalid, "not one file descriptor came with the call")
+                    .hint("pass the /dev of the container alone")),
+            }
+        })
+        .await
+    }
+
+    /// Logs why a hook could not prepare a container. For root.
+    async fn report_container(
+        &self,
+        name: String,
+        container: String,
+        problem: String,
+    ) -> std::result::Result<(), Fault> {
+        self.ask(move |registry, caller| registry.report_container(&name, &container, &problem, caller)).await
+    }
+
     /// The caller's pools; for root, all.
     async fn list(&self) -> std::result::Result<Pools, Fault> {
         let pools = self.ask(|registry, caller| Ok(registry.list(caller))).await?;
@@ -174,6 +198,18 @@ trait Calls {
         name: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<std::result::Result<(), Fault>>;
+    async fn show_in(
+        &mut self,
+        name: &str,
+        container: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<std::result::Result<(), Fault>>;
+    async fn report_container(
+        &mut self,
+        name: &str,
+        container: &str,
+        problem: &str,
+    ) -> zlink::Result<std::result::Result<(), Fault>>;
     async fn list(&mut self) -> zlink::Result<std::result::Result<Pools, Fault>>;
     async fn operate(
         &mut self,
@@ -220,6 +256,21 @@ impl PrivateClient {
     ) -> Result<()> {
         let fds: Vec<_> = [Some(listener), Some(namespace), mounter].into_iter().flatten().collect();
         let call = async |connection: &mut Connection| connection.supervise(name, copies(&fds)?).await;
+        self.0.call(ONE_MAX, call).await
+    }
+
+    /// See [`Registry::show_in`].
+    pub async fn show_in(&mut self, name: &str, container: &str, dev: OwnedFd) -> Result<()> {
+        let fds = [dev];
+        let call =
+            async |connection: &mut Connection| connection.show_in(name, container, copies(&fds)?).await;
+        self.0.call(ONE_MAX, call).await
+    }
+
+    /// See [`Registry::report_container`].
+    pub async fn report_container(&mut self, name: &str, container: &str, problem: &str) -> Result<()> {
+        let call =
+            async |connection: &mut Connection| connection.report_container(name, container, problem).await;
         self.0.call(ONE_MAX, call).await
     }
 

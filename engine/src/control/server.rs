@@ -19,7 +19,7 @@ use super::guard::{self, Guarded};
 use super::link::{Link, fd_limit};
 use super::refusal::{DENIED, Refusals, TOO_MANY};
 use super::slots::Slots;
-use super::{Backend, ControlService, PrivateService, apart, oci};
+use super::{ControlService, EngineApi, PrivateService, apart, oci};
 use crate::accounts;
 pub use crate::limits::{CONNECTIONS_MAX, USER_CONNECTIONS_MAX};
 use crate::private::{Caller, Registry};
@@ -40,7 +40,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves `backend` until `stop` becomes true, then lets calls end (with a bound). Runs its
 /// connections as local tasks: call it inside a `LocalSet`, as tokio-uring provides one.
-pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>, stop: watch::Receiver<bool>) {
+pub async fn serve(listener: UnixListener, backend: Arc<dyn EngineApi>, stop: watch::Receiver<bool>) {
     let (stopping, refusals) = (stop.clone(), Arc::default());
     let each = move |stream, permit| {
         connection(stream, permit, Arc::clone(&backend), stopping.clone(), Arc::clone(&refusals))
@@ -158,7 +158,7 @@ async fn accept(
 async fn connection(
     stream: UnixStream,
     permit: OwnedSemaphorePermit,
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn EngineApi>,
     stop: watch::Receiver<bool>,
     refusals: Arc<Refusals>,
 ) -> zlink::Result<()> {

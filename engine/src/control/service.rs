@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::apart::failed;
 use super::reply::*;
-use super::{Backend, Fault, Inbox};
+use super::{EngineApi, Fault, Inbox};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::*;
@@ -16,19 +16,19 @@ use crate::received::Received;
 
 /// One connection's view of the engine.
 pub struct ControlService {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn EngineApi>,
     inbox: Inbox,
 }
 
 impl ControlService {
     /// A service for one connection, whose descriptors come to `inbox`.
-    pub fn new(backend: Arc<dyn Backend>, inbox: Inbox) -> Self {
+    pub fn new(backend: Arc<dyn EngineApi>, inbox: Inbox) -> Self {
         Self { backend, inbox }
     }
 
     async fn ask<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&dyn Backend) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&dyn EngineApi) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Fault> {
         let backend = Arc::clone(&self.backend);
         match tokio::task::spawn_blocking(move || work(&*backend)).await {
@@ -78,7 +78,7 @@ fn only_one(came: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
     version = env!("CARGO_PKG_VERSION"),
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
-        AttachSpec, DataPath, DeviceInfo, DeviceState, DeviceStats, Features, FrontendKind,
+        AttachSpec, IoMode, DeviceInfo, DeviceState, DeviceStats, Features, FrontendKind,
         InstanceInfo, InstanceSpec, LatencySummary, RecoverSpec
     ]
 )]

@@ -1,178 +1,180 @@
-//! One device of either frontend: added, described, started, resized, stopped, deleted.
+//! One device of either frontend: add, configure, start, resize, stop, delete.
 //!
-//! Knows which frontend it is of, and nothing else. Every step has a deadline and undoes nothing:
-//! the caller decides what to do about a failure.
+//! Dispatches to the frontend. Every step has a deadline. Nothing is undone on failure: the caller
+//! decides.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Parameters, Queue, Stop, fuse, ublk};
+use super::{DeviceParameters, FrontendQueue, StopMode, fuse, ublk};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
 
 /// A block device of ublk, or a file of FUSE.
 #[derive(Debug)]
-pub enum Device {
+pub enum FrontendDevice {
     /// A block device.
-    Ublk(ublk::Device),
+    Ublk(ublk::UblkDevice),
     /// A file.
-    Fuse(fuse::Device),
+    Fuse(fuse::FuseDevice),
 }
 
-impl Device {
-    /// Its number at the driver; 0 where the driver numbers nothing.
+impl FrontendDevice {
+    /// Its id at the driver; 0 for a file.
     pub fn id(&self) -> u32 {
         match self {
-            Device::Ublk(device) => device.id(),
-            Device::Fuse(_) => 0,
+            FrontendDevice::Ublk(device) => device.id(),
+            FrontendDevice::Fuse(_) => 0,
         }
     }
 
-    /// What it was made with.
-    pub fn parameters(&self) -> Parameters {
+    /// Its parameters.
+    pub fn parameters(&self) -> DeviceParameters {
         match self {
-            Device::Ublk(device) => device.parameters(),
-            Device::Fuse(device) => device.parameters(),
+            FrontendDevice::Ublk(device) => device.parameters(),
+            FrontendDevice::Fuse(device) => device.parameters(),
         }
     }
 
-    /// What users open.
+    /// The path that users open.
     pub fn node(&self) -> PathBuf {
         match self {
-            Device::Ublk(device) => device.node(),
-            Device::Fuse(device) => device.node(),
+            FrontendDevice::Ublk(device) => device.node(),
+            FrontendDevice::Fuse(device) => device.node(),
         }
     }
 
-    /// Tells the driver what the device over this image looks like.
+    /// Configures the device for this image.
     pub fn describe(&self, image: &Arc<Image>) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.describe(&image.geometry()),
-            Device::Fuse(device) => device.describe(image),
+            FrontendDevice::Ublk(device) => device.describe(&image.geometry()),
+            FrontendDevice::Fuse(device) => device.describe(image),
         }
     }
 
-    /// Makes its queues.
-    pub fn queues(&self) -> Result<Vec<Queue>> {
+    /// Creates its queues.
+    pub fn queues(&self) -> Result<Vec<FrontendQueue>> {
         match self {
-            Device::Ublk(device) => device.queues(),
-            Device::Fuse(device) => device.queues(),
+            FrontendDevice::Ublk(device) => device.queues(),
+            FrontendDevice::Fuse(device) => device.queues(),
         }
     }
 
-    /// Makes it appear. All queues must be served: the kernel may read from it.
+    /// Starts it. All queues must be served: the kernel may read from it.
     pub fn start(&self) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.start(),
-            Device::Fuse(device) => device.start(),
+            FrontendDevice::Ublk(device) => device.start(),
+            FrontendDevice::Fuse(device) => device.start(),
         }
     }
 
-    /// Begins to take it back from a daemon that is gone.
+    /// Begins its recovery from a daemon that is gone.
     pub fn begin_recovery(&self) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.begin_recovery(),
-            Device::Fuse(_) => Err(not_recovered()),
+            FrontendDevice::Ublk(device) => device.begin_recovery(),
+            FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
 
-    /// Has taken it back: all queues are served again.
+    /// Ends its recovery: all queues are served again.
     pub fn end_recovery(&self) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.end_recovery(),
-            Device::Fuse(_) => Err(not_recovered()),
+            FrontendDevice::Ublk(device) => device.end_recovery(),
+            FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
 
-    /// Its shape, as the driver has it; `offset` is where it begins in its image.
-    pub fn shape(&self, offset: u64) -> Result<Geometry> {
+    /// Its geometry as reported by the driver; `offset` is its first byte in the image.
+    pub fn driver_geometry(&self, offset: u64) -> Result<Geometry> {
         match self {
-            Device::Ublk(device) => device.shape(offset),
-            Device::Fuse(_) => Err(not_recovered()),
+            FrontendDevice::Ublk(device) => device.driver_geometry(offset),
+            FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
 
-    /// Somebody has the file open; of a block device nobody can tell.
+    /// Whether the file is open. Always false for a block device, whose driver does not tell.
     pub fn is_open(&self) -> bool {
         match self {
-            Device::Ublk(_) => false,
-            Device::Fuse(device) => device.is_open(),
+            FrontendDevice::Ublk(_) => false,
+            FrontendDevice::Fuse(device) => device.is_open(),
         }
     }
 
     /// Changes its size.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.resize(bytes),
-            Device::Fuse(device) => device.resize(bytes),
+            FrontendDevice::Ublk(device) => device.resize(bytes),
+            FrontendDevice::Fuse(device) => device.resize(bytes),
         }
     }
 
-    /// Makes it go away, after what is in flight.
-    pub fn stop(&self, when: Stop) -> Result<()> {
+    /// Stops it, after the requests in flight.
+    pub fn stop(&self, when: StopMode) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.stop(when),
-            Device::Fuse(device) => device.stop(when),
+            FrontendDevice::Ublk(device) => device.stop(when),
+            FrontendDevice::Fuse(device) => device.stop(when),
         }
     }
 
-    /// Holds back new requests for the next daemon; false if the end of the process does that.
+    /// Holds new requests for the next daemon. False: the end of the process does that.
     pub fn quiesce(&self, limit: std::time::Duration) -> Result<bool> {
         match self {
-            Device::Ublk(device) => device.quiesce(limit),
-            Device::Fuse(_) => Err(not_recovered()),
+            FrontendDevice::Ublk(device) => device.quiesce(limit),
+            FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
 
-    /// Makes it appear while nobody else's does.
-    pub fn start_alone(&self, alone: &ublk::Alone) -> Result<()> {
+    /// Starts it while the caller holds the start lock.
+    pub fn start_exclusively(&self, alone: &ublk::StartLock) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.start_alone(alone),
-            Device::Fuse(_) => Err(Error::new(Kind::Unsupported, "files do not make way")),
+            FrontendDevice::Ublk(device) => device.start_exclusively(alone),
+            FrontendDevice::Fuse(_) => {
+                Err(Error::new(Kind::Unsupported, "FUSE files cannot replace each other"))
+            }
         }
     }
 
-    /// Takes the scheduler off that the kernel gave it, if it appeared alone. Nothing may be in flight.
-    pub fn take_scheduler_off(&self) {
+    /// Disables the I/O scheduler that the kernel chose. Nothing may be in flight.
+    pub fn disable_scheduler(&self) {
         match self {
-            Device::Ublk(device) => device.take_scheduler_off(),
-            Device::Fuse(_) => {}
+            FrontendDevice::Ublk(device) => device.disable_scheduler(),
+            FrontendDevice::Fuse(_) => {}
         }
     }
 
-    /// Lets it offer discards or not, whatever it was described with. Nothing may be in flight.
-    pub fn offer_discards(&self, offer: bool) -> Result<()> {
+    /// Enables or disables discards. Nothing may be in flight.
+    pub fn set_discard_support(&self, offer: bool) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.offer_discards(offer),
-            Device::Fuse(_) => Ok(()),
+            FrontendDevice::Ublk(device) => device.set_discard_support(offer),
+            FrontendDevice::Fuse(_) => Ok(()),
         }
     }
 
-    /// Users may see it still.
-    pub fn is_shown(&self) -> bool {
+    /// Whether the disk still exists.
+    pub fn is_present(&self) -> bool {
         match self {
-            Device::Ublk(device) => device.is_shown(),
-            Device::Fuse(_) => true,
+            FrontendDevice::Ublk(device) => device.is_present(),
+            FrontendDevice::Fuse(_) => true,
         }
     }
 
-    /// Its device number, once it has appeared.
+    /// The disk's device number, once it has started.
     pub fn device_number(&self) -> Result<u64> {
         match self {
-            Device::Ublk(device) => device.device_number(),
-            Device::Fuse(_) => Err(Error::new(Kind::Unsupported, "files have no device number")),
+            FrontendDevice::Ublk(device) => device.device_number(),
+            FrontendDevice::Fuse(_) => Err(Error::new(Kind::Unsupported, "FUSE files have no device number")),
         }
     }
 
-    /// Gives its number back. Nothing of it may be open here any more.
+    /// Deletes it and frees its id. It must not be open here any more.
     pub fn delete(&self) -> Result<()> {
         match self {
-            Device::Ublk(device) => device.delete(),
-            Device::Fuse(_) => Ok(()),
+            FrontendDevice::Ublk(device) => device.delete(),
+            FrontendDevice::Fuse(_) => Ok(()),
         }
     }
 }
 
 fn not_recovered() -> Error {
-    Error::new(Kind::Unsupported, "files end with their daemon")
+    Error::new(Kind::Unsupported, "FUSE files do not outlive the daemon")
 }

@@ -1,11 +1,12 @@
-//! Doors through which requests come in, and what all of them have in common.
+//! Frontends: the drivers that deliver requests, and what they have in common.
 //!
-//! Two: block devices of the ublk driver, and files of FUSE. An engine uses one of them. The rooms
-//! above say [`Frontend`], [`Door`] and [`Device`], the workers say [`Queue`]; only this file and
-//! its two neighbours name a driver.
+//! There are two: block devices of the ublk driver, and files of FUSE. An engine uses one of them.
+//! The modules above use [`Frontend`], [`Backend`] and [`FrontendDevice`], the workers use
+//! [`FrontendQueue`]; only this file and its two neighbours name a driver.
 
 mod device;
 pub mod fuse;
+mod mode;
 mod queue;
 pub mod ublk;
 
@@ -13,86 +14,87 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
-use crate::instance::spec::{DataPath, FrontendKind};
 use crate::kernels::BLOCK_DEVICES;
 
-pub use device::Device;
-pub use queue::Queue;
+pub use device::FrontendDevice;
+pub use mode::{FrontendKind, IoMode};
+pub use queue::FrontendQueue;
 
-/// What a device is made with; it cannot change later.
+/// The parameters of a device, fixed when it is added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parameters {
-    /// How data travels.
-    pub path: DataPath,
+pub struct DeviceParameters {
+    /// The I/O mode.
+    pub io_mode: IoMode,
     /// Hardware queues.
     pub queues: u16,
     /// Requests in flight in each.
     pub depth: u16,
-    /// Marks the device as ours, where it outlives the daemon; see [`Frontend::examine`].
-    pub owner: u64,
+    /// The cookie that identifies the owner of a device that outlives the daemon; see
+    /// [`Frontend::examine`].
+    pub owner_cookie: u64,
     /// It waits for the next daemon when this one dies; otherwise it ends.
-    pub outlives: bool,
-    /// The kernel looks for partitions when it starts.
+    pub recoverable: bool,
+    /// The kernel scans for partitions when it starts.
     pub partscan: bool,
 }
 
-/// When to stop a device.
+/// The condition for stopping a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Only if nobody has it open.
+pub enum StopMode {
+    /// Only if it is not open.
     IfUnused,
-    /// The same, without waiting for those who only take a look at a new disk.
+    /// Likewise, without waiting for udev and blkid to close a new disk.
     IfUnusedNow,
-    /// In any case; what its users do from now on fails.
+    /// Unconditionally; I/O of its users fails from now on.
     Always,
 }
 
-/// What a device without a daemon is in the middle of.
+/// The state of a device without a daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Waiting {
-    /// It was never started, or is stopped: nobody can have it open.
-    ForNothing,
-    /// It has users, whose requests wait.
-    ForDaemon,
+pub enum OrphanState {
+    /// It was never started, or is stopped: it cannot be open.
+    Unused,
+    /// It may have users, whose requests wait.
+    Waiting,
 }
 
-/// A device as its driver knows it.
+/// A device as reported by its driver.
 #[derive(Clone, Copy, Debug)]
-pub struct Found {
-    /// What it was made with.
-    pub parameters: Parameters,
-    /// What it waits for.
-    pub waiting: Waiting,
+pub struct ExistingDevice {
+    /// Its parameters.
+    pub parameters: DeviceParameters,
+    /// Its state.
+    pub state: OrphanState,
 }
 
-/// The door that all instances of an engine use.
+/// The frontend that all instances of an engine use.
 #[derive(Clone, Debug)]
 pub enum Frontend {
     /// Block devices.
-    Ublk(ublk::Granted),
+    Ublk(ublk::DriverFeatures),
     /// Files.
-    Fuse(fuse::Mounts),
+    Fuse(fuse::FuseMounts),
 }
 
 impl Frontend {
-    /// Looks whether the kernel has what this one needs.
+    /// Checks that the kernel supports this frontend.
     pub fn open(kind: FrontendKind) -> Result<Frontend> {
         match kind {
             FrontendKind::Ublk => {
-                let granted = ublk::Granted::ask()?;
-                if granted.paths().is_empty() {
+                let features = ublk::DriverFeatures::query()?;
+                if features.io_modes().is_empty() {
                     let hint = format!("Linux {} or newer is needed", BLOCK_DEVICES.version());
                     return Err(
                         Error::new(Kind::Unsupported, "this kernel's ublk driver is too old").hint(hint)
                     );
                 }
-                Ok(Frontend::Ublk(granted))
+                Ok(Frontend::Ublk(features))
             }
-            FrontendKind::Fuse => fuse::check().map(|()| Frontend::Fuse(fuse::Mounts::default())),
+            FrontendKind::Fuse => fuse::check().map(|()| Frontend::Fuse(fuse::FuseMounts::default())),
         }
     }
 
-    /// Which of the two.
+    /// Its kind.
     pub fn kind(&self) -> FrontendKind {
         match self {
             Frontend::Ublk(_) => FrontendKind::Ublk,
@@ -100,11 +102,10 @@ impl Frontend {
         }
     }
 
-    /// Whether devices can be told to be unused, and be given a size later: what private loop devices
-    /// are made of.
-    pub fn has_private_pools(&self) -> bool {
+    /// Whether a device can be stopped only if unused, and resized later. Private pools need both.
+    pub fn supports_private_pools(&self) -> bool {
         match self {
-            Frontend::Ublk(granted) => granted.binds_in_place(),
+            Frontend::Ublk(features) => features.supports_binding(),
             Frontend::Fuse(_) => false,
         }
     }
@@ -112,37 +113,36 @@ impl Frontend {
     /// Whether devices wait for the next daemon when this one ends.
     pub fn devices_outlive_daemon(&self) -> bool {
         match self {
-            Frontend::Ublk(granted) => granted.recovers(),
+            Frontend::Ublk(features) => features.supports_recovery(),
             Frontend::Fuse(_) => false,
         }
     }
 
-    /// An instance's own door: its devices' names appear in `directory`, and whatever threads it
-    /// needs for so many queues run on these CPUs (on all for none).
-    pub fn door(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Door> {
+    /// Creates an instance's backend. Device names appear in `directory`. Its threads for this many
+    /// queues run on these CPUs (on all if empty).
+    pub fn backend(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Backend> {
         match self {
-            Frontend::Ublk(granted) => Ok(Door::Ublk(*granted)),
-            Frontend::Fuse(mounts) => fuse::FileSystem::mount(directory, queues, cpus, mounts)
-                .map(|files| Door::Fuse(Arc::new(files))),
+            Frontend::Ublk(features) => Ok(Backend::Ublk(*features)),
+            Frontend::Fuse(mounts) => fuse::FuseFileSystem::mount(directory, queues, cpus, mounts)
+                .map(|files| Backend::Fuse(Arc::new(files))),
         }
     }
 
-    /// Whether a file on the file system with this device number is served by this very engine.
+    /// Whether this engine serves the file system with this device number.
     pub fn serves(&self, device_number: u64) -> bool {
         match self {
-            // Its own mount namespace has no mounts of its disks.
+            // The daemon's mount namespace has no mounts of its disks.
             Frontend::Ublk(_) => false,
             Frontend::Fuse(mounts) => mounts.contains(device_number),
         }
     }
 
-    /// Whether a device can be stopped only if nobody has it open.
-    pub fn stops_unused_only(&self) -> bool {
-        self.has_private_pools()
+    /// Whether the driver can stop a device only if it is not open.
+    pub fn can_stop_if_unused(&self) -> bool {
+        self.supports_private_pools()
     }
 
-    /// Numbers of all devices there are at the driver, whosever they are. Files end with their
-    /// daemon.
+    /// The ids of all devices of the driver, of any owner. Files end with their daemon.
     pub fn present(&self) -> Vec<u32> {
         match self {
             Frontend::Ublk(_) => ublk::present_devices(),
@@ -150,95 +150,102 @@ impl Frontend {
         }
     }
 
-    /// What the driver says of a device.
-    pub fn examine(&self, id: u32) -> Result<Found> {
+    /// Queries the driver about a device.
+    pub fn examine(&self, id: u32) -> Result<ExistingDevice> {
         match self {
-            Frontend::Ublk(_) => ublk::Device::examine(id),
-            Frontend::Fuse(_) => Err(Error::new(Kind::NotFound, "the driver of files numbers none")),
+            Frontend::Ublk(_) => ublk::UblkDevice::examine(id),
+            Frontend::Fuse(_) => Err(Error::new(Kind::NotFound, "FUSE files have no driver ids")),
         }
     }
 
-    /// A device at the driver that no instance has.
-    pub fn leftover(&self, id: u32, parameters: Parameters) -> Result<Device> {
+    /// A device of the driver that belongs to no instance.
+    pub fn leftover(&self, id: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
         match self {
-            Frontend::Ublk(granted) => Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters))),
-            Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "files are never left over")),
+            Frontend::Ublk(features) => {
+                Ok(FrontendDevice::Ublk(ublk::UblkDevice::existing(*features, id, parameters)))
+            }
+            Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "FUSE files never outlive the daemon")),
         }
     }
 }
 
-/// One instance's way to make devices.
+/// An instance's backend: how its devices are made.
 #[derive(Debug)]
-pub enum Door {
-    /// Nothing of its own: all instances share the driver.
-    Ublk(ublk::Granted),
+pub enum Backend {
+    /// Stateless: all instances share the driver.
+    Ublk(ublk::DriverFeatures),
     /// A file system, mounted on the instance's directory.
-    Fuse(Arc<fuse::FileSystem>),
+    Fuse(Arc<fuse::FuseFileSystem>),
 }
 
-impl Door {
-    /// The best way for data to travel here.
-    pub fn best_path(&self) -> DataPath {
+impl Backend {
+    /// The best supported I/O mode.
+    pub fn best_io_mode(&self) -> IoMode {
         match self {
-            Door::Ublk(granted) => granted.paths().first().copied().unwrap_or(DataPath::Copy),
-            Door::Fuse(_) => DataPath::Fuse,
+            Backend::Ublk(features) => features.io_modes().first().copied().unwrap_or(IoMode::Copy),
+            Backend::Fuse(_) => IoMode::Fuse,
         }
     }
 
-    /// Refuses a way that does not work here.
-    pub fn check_path(&self, path: DataPath) -> Result<()> {
+    /// Rejects an unsupported I/O mode.
+    pub fn check_io_mode(&self, mode: IoMode) -> Result<()> {
         let (allowed, wrong) = match self {
-            Door::Ublk(granted) => (granted.allows(path), path == DataPath::Fuse),
-            Door::Fuse(_) => (path == DataPath::Fuse, path != DataPath::Fuse),
+            Backend::Ublk(features) => (features.allows(mode), mode == IoMode::Fuse),
+            Backend::Fuse(_) => (mode == IoMode::Fuse, mode != IoMode::Fuse),
         };
         match (allowed, wrong) {
             (true, _) => Ok(()),
             (false, false) => {
-                let context = format!("this kernel does not grant path {}", path.as_str());
+                let context = format!("this kernel does not support I/O mode {}", mode.as_str());
                 Err(Error::new(Kind::Unsupported, context).hint("'loopengine features' shows what it grants"))
             }
             (false, true) => {
                 let serves = match self {
-                    Door::Ublk(_) => "block devices (ublk)",
-                    Door::Fuse(_) => "files (FUSE)",
+                    Backend::Ublk(_) => "block devices (ublk)",
+                    Backend::Fuse(_) => "files (FUSE)",
                 };
-                let context = format!("path {} is not for a daemon that serves {serves}", path.as_str());
+                let context =
+                    format!("I/O mode {} does not apply to a daemon that serves {serves}", mode.as_str());
                 Err(Error::new(Kind::Unsupported, context)
-                    .hint("leave out --path, or start the daemon with another --frontend"))
+                    .hint("leave out --io-mode, or start the daemon with another --frontend"))
             }
         }
     }
 
-    /// Makes a device. It has no size and no users yet.
-    pub fn add(&self, number: u32, parameters: Parameters) -> Result<Device> {
+    /// Adds a device. It has no size and no users yet.
+    pub fn add(&self, number: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
         match self {
-            Door::Ublk(granted) => ublk::Device::add(*granted, parameters).map(Device::Ublk),
-            Door::Fuse(files) => Ok(Device::Fuse(fuse::Device::new(files.clone(), number, parameters))),
+            Backend::Ublk(features) => ublk::UblkDevice::add(*features, parameters).map(FrontendDevice::Ublk),
+            Backend::Fuse(files) => {
+                Ok(FrontendDevice::Fuse(fuse::FuseDevice::new(files.clone(), number, parameters)))
+            }
         }
     }
 
-    /// A device that a daemon before this one made, to be taken back.
-    pub fn existing(&self, id: u32, parameters: Parameters) -> Result<Device> {
+    /// A device of a previous daemon, to be recovered.
+    pub fn existing(&self, id: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
         match self {
-            Door::Ublk(granted) => Ok(Device::Ublk(ublk::Device::existing(*granted, id, parameters))),
-            Door::Fuse(_) => Err(Error::new(Kind::Unsupported, "files end with their daemon")),
+            Backend::Ublk(features) => {
+                Ok(FrontendDevice::Ublk(ublk::UblkDevice::existing(*features, id, parameters)))
+            }
+            Backend::Fuse(_) => Err(Error::new(Kind::Unsupported, "FUSE files do not outlive the daemon")),
         }
     }
 
-    /// Whether names in the instance's directory are links to nodes elsewhere, and ours to make.
-    pub fn wants_links(&self) -> bool {
-        matches!(self, Door::Ublk(_))
+    /// Whether names in the instance's directory are links to nodes, made by the instance.
+    pub fn uses_links(&self) -> bool {
+        matches!(self, Backend::Ublk(_))
     }
 
-    /// Ends it: the directory is an ordinary one again. All devices must be gone.
+    /// Unmounts the file system. All devices must be gone.
     pub fn close(&self) {
-        if let Door::Fuse(files) = self {
+        if let Backend::Fuse(files) = self {
             files.end();
         }
     }
 }
 
-/// The frontends that could work on this machine, the preferred one first.
+/// The frontends available on this machine, the preferred one first.
 pub fn present() -> Vec<FrontendKind> {
     [(ublk::CONTROL_NODE, FrontendKind::Ublk), (fuse::NODE, FrontendKind::Fuse)]
         .into_iter()

@@ -1,6 +1,6 @@
-//! One queue of a device of any frontend, as the worker sees it.
+//! One queue of a device of any frontend: the worker's view.
 //!
-//! One flat choice a call: what is behind it is decided once a device, and predicted ever after.
+//! One branch per call, well predicted: the kind never changes for a device.
 
 use std::os::fd::RawFd;
 
@@ -11,30 +11,30 @@ use super::ublk::{Batch, PerIo};
 use crate::error::Result;
 use crate::request::{Completion, Request, Tag};
 use crate::ring::{Ring, Token};
-use crate::worker::{Data, Place, Transport};
+use crate::worker::{Data, QueueSlot, Transport};
 
-/// One of the three transports.
+/// The three transports.
 #[derive(Debug)]
-pub enum Queue {
-    /// ublk, one command a request.
+pub enum FrontendQueue {
+    /// ublk, one command per request.
     PerIo(PerIo),
     /// ublk, commands in batches.
     Batch(Batch),
-    /// FUSE. Boxed, so that it makes the others no larger.
+    /// FUSE. Boxed, so that it does not enlarge the others.
     Fuse(Box<FuseQueue>),
 }
 
 macro_rules! each {
     ($self:expr, $queue:ident => $call:expr) => {
         match $self {
-            Queue::PerIo($queue) => $call,
-            Queue::Batch($queue) => $call,
-            Queue::Fuse($queue) => $call,
+            FrontendQueue::PerIo($queue) => $call,
+            FrontendQueue::Batch($queue) => $call,
+            FrontendQueue::Fuse($queue) => $call,
         }
     };
 }
 
-impl Transport for Queue {
+impl Transport for FrontendQueue {
     fn file(&self) -> RawFd {
         each!(self, queue => queue.file())
     }
@@ -43,8 +43,8 @@ impl Transport for Queue {
         each!(self, queue => queue.depth())
     }
 
-    fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        each!(self, queue => queue.arm(place, ring))
+    fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        each!(self, queue => queue.arm(queue_slot, ring))
     }
 
     fn on_event(
@@ -65,49 +65,49 @@ impl Transport for Queue {
         each!(self, queue => queue.complete(completion, ring))
     }
 
-    fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
+    fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
         match self {
-            // Every answer is on its way already.
-            Queue::PerIo(_) => Ok(0),
-            Queue::Batch(queue) => queue.flush(ring),
-            Queue::Fuse(queue) => queue.flush(ring),
+            // Every commit is queued already.
+            FrontendQueue::PerIo(_) => Ok(0),
+            FrontendQueue::Batch(queue) => queue.submit_commits(ring),
+            FrontendQueue::Fuse(queue) => queue.submit_commits(ring),
         }
     }
 
     fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
         match self {
-            Queue::PerIo(queue) => queue.linked_commit(tag, len),
-            Queue::Batch(queue) => queue.linked_commit(tag, len),
-            // An answer is a write to the kernel that only this thread can make.
-            Queue::Fuse(_) => None,
+            FrontendQueue::PerIo(queue) => queue.linked_commit(tag, len),
+            FrontendQueue::Batch(queue) => queue.linked_commit(tag, len),
+            // A reply is a write to the kernel that only this thread can make.
+            FrontendQueue::Fuse(_) => None,
         }
     }
 
-    fn is_gone(&self) -> bool {
-        each!(self, queue => queue.is_gone())
+    fn is_drained(&self) -> bool {
+        each!(self, queue => queue.is_drained())
     }
 
     fn fallbacks(&self) -> u64 {
         match self {
-            Queue::PerIo(queue) => queue.fallbacks(),
-            Queue::Batch(queue) => queue.fallbacks(),
-            Queue::Fuse(_) => 0,
+            FrontendQueue::PerIo(queue) => queue.fallbacks(),
+            FrontendQueue::Batch(queue) => queue.fallbacks(),
+            FrontendQueue::Fuse(_) => 0,
         }
     }
 
-    fn is_starved(&self) -> bool {
+    fn is_waiting_for_buffer(&self) -> bool {
         match self {
-            Queue::PerIo(queue) => queue.is_starved(),
-            Queue::Batch(queue) => queue.is_starved(),
-            Queue::Fuse(_) => false,
+            FrontendQueue::PerIo(queue) => queue.is_waiting_for_buffer(),
+            FrontendQueue::Batch(queue) => queue.is_waiting_for_buffer(),
+            FrontendQueue::Fuse(_) => false,
         }
     }
 
-    fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+    fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
         match self {
-            Queue::PerIo(queue) => queue.retry_starved(ring),
-            Queue::Batch(queue) => queue.retry_starved(ring),
-            Queue::Fuse(_) => Ok(()),
+            FrontendQueue::PerIo(queue) => queue.retry_waiting(ring),
+            FrontendQueue::Batch(queue) => queue.retry_waiting(ring),
+            FrontendQueue::Fuse(_) => Ok(()),
         }
     }
 }

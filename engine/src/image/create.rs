@@ -1,7 +1,6 @@
-//! Making a new image file.
+//! Creates image files.
 //!
-//! Knows files and directories; opens nothing that exists. Works with the rights of the process
-//! that calls it, so let that be the user's.
+//! Never opens existing files. Uses the permissions of the calling process, so call it as the user.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,20 +13,20 @@ use rustix::io::Errno;
 use crate::error::{Error, Kind, Result};
 use crate::request::SECTOR;
 
-/// Bytes allocated by one call: small enough for a progress bar, large enough for long extents.
+/// Bytes per fallocate call: small enough for a progress bar, large enough for long extents.
 const ALLOCATE_CHUNK: u64 = 1 << 30;
-/// Bytes of zeroes written by one call.
+/// Bytes of zeroes per write.
 const WRITE_CHUNK: u64 = 1 << 20;
-/// The kernel counts bytes of files in an i64.
+/// The kernel stores file sizes in an i64.
 const SIZE_MAX: u64 = i64::MAX as u64;
 
-/// Creates an image of `size` bytes at `path`, where nothing may exist, and makes it durable.
+/// Creates an image of `size` bytes at `path`, which must not exist, and makes it durable.
 ///
-/// It takes no space until it is written to; with `preallocate` all of it is taken now, and
-/// `progress` is told (bytes done, bytes in all). When this fails, nothing is left behind.
+/// The image is sparse. With `preallocate` all space is allocated now; `progress` gets (bytes done,
+/// total bytes). On failure nothing is left behind.
 ///
-/// Errors: [`Kind::Exists`], [`Kind::Invalid`] for a size that cannot be, [`Kind::Quota`] when
-/// the file system is full, and whatever the file system says.
+/// Errors: [`Kind::Exists`], [`Kind::Invalid`] for an invalid size, [`Kind::Quota`] if the file
+/// system is full, and errors of the file system.
 pub fn create(path: &Path, size: u64, preallocate: bool, mut progress: impl FnMut(u64, u64)) -> Result<()> {
     check_size(size)?;
     let name = path.display();
@@ -35,7 +34,7 @@ pub fn create(path: &Path, size: u64, preallocate: bool, mut progress: impl FnMu
         let context = format!("'{name}' does not end in a file name");
         return Err(Error::new(Kind::Invalid, context).hint("name the file to create"));
     };
-    // By way of the directory's descriptor: what we remove is in the place where we created.
+    // Uses the directory's descriptor, so that cleanup removes the file from the same directory.
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -56,9 +55,9 @@ pub fn create(path: &Path, size: u64, preallocate: bool, mut progress: impl FnMu
     fill(file, size, preallocate, &mut progress)
         .and_then(|()| rustix::io::retry_on_intr(|| sync_directory(&directory)))
         .map_err(|error| {
-            // The first error is the one to report.
+            // Report the first error only.
             let _ = rustix::fs::unlinkat(&directory, file_name, AtFlags::empty());
-            explain(error, size, preallocate, &name.to_string())
+            describe_error(error, size, preallocate, &name.to_string())
         })
 }
 
@@ -73,7 +72,7 @@ fn check_size(size: u64) -> Result<()> {
     }
 }
 
-fn explain(error: Errno, size: u64, preallocate: bool, name: &str) -> Error {
+fn describe_error(error: Errno, size: u64, preallocate: bool, name: &str) -> Error {
     let context = format!("cannot create {name} with {size} bytes");
     let os = Error::os(error, context);
     match error {
@@ -85,7 +84,7 @@ fn explain(error: Errno, size: u64, preallocate: bool, name: &str) -> Error {
     }
 }
 
-/// Gives the file its size and makes that durable.
+/// Sets the file's size and makes it durable.
 fn fill(
     file: OwnedFd,
     size: u64,
@@ -100,7 +99,7 @@ fn fill(
     rustix::io::retry_on_intr(|| rustix::fs::fsync(&file))
 }
 
-/// Takes all the space, chunk by chunk; writes zeroes where that is the only way.
+/// Allocates all space in chunks; writes zeroes if fallocate is unsupported.
 fn allocate(file: &OwnedFd, size: u64, progress: &mut dyn FnMut(u64, u64)) -> std::result::Result<(), Errno> {
     let mut done = 0;
     progress(done, size);
@@ -138,7 +137,7 @@ fn write_zeroes(
     Ok(())
 }
 
-/// Makes the new name durable, where the file system knows how.
+/// Makes the directory entry durable, where supported.
 fn sync_directory(directory: &OwnedFd) -> std::result::Result<(), Errno> {
     match rustix::fs::fsync(directory) {
         Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),

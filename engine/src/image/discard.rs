@@ -1,14 +1,14 @@
-//! Few large punches for many small discards.
+//! Merges many small discards into few large hole punches.
 //!
-//! Pure bookkeeping of one queue of a device: knows ranges and tags, not files.
+//! Pure bookkeeping for one queue of a device: knows ranges and tags, not files.
 
 use std::vec::Drain;
 
 use crate::request::Tag;
 
-/// A discard that waits.
+/// A pending discard.
 #[derive(Clone, Copy, Debug)]
-struct Pending {
+struct PendingDiscard {
     start: u64,
     end: u64,
     /// Order of arrival.
@@ -21,31 +21,31 @@ struct Pending {
 pub struct Punch {
     /// First byte, a multiple of the granularity.
     pub offset: u64,
-    /// Bytes, a multiple of the granularity. 0: the discards fill no block, so there is nothing
-    /// to do; call [`DiscardQueue::done`] at once and complete its tags with success.
+    /// Bytes, a multiple of the granularity. 0: the discards fill no block, so there is nothing to
+    /// punch; call [`DiscardQueue::done`] and complete its tags with success.
     pub len: u64,
 }
 
-/// Discards of one queue, merged while they wait for the one that is in flight.
+/// The discards of one queue, merged while one is in flight.
 ///
-/// fallocate waits for all I/O on the file and keeps new I/O out, so one at a time, and as large
-/// as possible. Merging comes before the cutting to whole blocks: a block half in one discard and
-/// half in the next is freed too.
+/// fallocate waits for all I/O on the file and blocks new I/O: issue one at a time, as large as
+/// possible. Discards are merged before they are aligned to blocks, so a block split between two
+/// adjacent discards is freed too.
 ///
-/// The cycle: `push`..., `next` → punch, `done` → tags, `next`... Every tag pushed comes out of
-/// `done` exactly once.
+/// The cycle is `push`..., `next` → punch, `done` → tags, `next`... `done` returns every pushed tag
+/// exactly once.
 #[derive(Debug)]
 pub struct DiscardQueue {
     granularity: u64,
     /// By `start`.
-    pending: Vec<Pending>,
+    pending: Vec<PendingDiscard>,
     in_flight: Vec<Tag>,
     arrived: u64,
 }
 
 impl DiscardQueue {
-    /// For a queue of this depth over a file with this discard granularity in bytes (0 counts
-    /// as 1). Never allocates afterwards.
+    /// For a queue of this depth on a file with this discard granularity in bytes (0 counts as 1).
+    /// Never allocates afterwards.
     pub fn new(depth: u16, granularity: u32) -> Self {
         Self {
             granularity: u64::from(granularity.max(1)),
@@ -55,18 +55,19 @@ impl DiscardQueue {
         }
     }
 
-    /// A discard of `len` bytes at `offset` **of the file** arrived: the file's blocks are what
-    /// the granularity is about.
+    /// Adds a discard of `len` bytes at `offset` **of the file**, to whose blocks the granularity
+    /// applies.
     pub fn push(&mut self, tag: Tag, offset: u64, len: u64) {
         debug_assert!(self.pending.len() < self.pending.capacity());
         let at = self.pending.partition_point(|p| p.start <= offset);
         self.arrived += 1;
-        let pending = Pending { start: offset, end: offset.saturating_add(len), number: self.arrived, tag };
+        let pending =
+            PendingDiscard { start: offset, end: offset.saturating_add(len), number: self.arrived, tag };
         self.pending.insert(at, pending);
     }
 
-    /// The next range to punch: that of the oldest discard and of all that touch it. It is in
-    /// flight from now on, until [`done`](Self::done); none while one is.
+    /// The next range to punch: that of the oldest discard and all adjacent ones. It is in flight
+    /// until [`done`](Self::done); none while one is.
     #[must_use = "the punch counts as in flight until `done`"]
     #[expect(clippy::should_implement_trait, reason = "not an iterator: `done` comes between")]
     pub fn next(&mut self) -> Option<Punch> {
@@ -75,27 +76,27 @@ impl DiscardQueue {
         }
         let run = self.oldest_run()?;
         let start = self.pending[run.first].start;
-        let tags = self.pending.drain(run.first..run.behind).map(|p| p.tag);
+        let tags = self.pending.drain(run.first..run.end_index).map(|p| p.tag);
         self.in_flight.extend(tags);
-        // Inwards, so that only bytes which were asked for are lost.
+        // Rounds inwards, so that only requested bytes are lost.
         let offset = start.checked_next_multiple_of(self.granularity);
         let end = run.end - run.end % self.granularity;
         let punch = offset.filter(|offset| *offset < end);
         Some(punch.map_or(Punch { offset: 0, len: 0 }, |offset| Punch { offset, len: end - offset }))
     }
 
-    /// Among the runs of discards that touch each other, the one with the oldest discard.
+    /// Of the runs of adjacent discards, the one with the oldest discard.
     fn oldest_run(&self) -> Option<Run> {
         let mut oldest: Option<Run> = None;
         let mut current: Option<Run> = None;
         for (i, p) in self.pending.iter().enumerate() {
             let run = match current {
                 Some(run) if p.start <= run.end => {
-                    Run { behind: i + 1, end: run.end.max(p.end), number: run.number.min(p.number), ..run }
+                    Run { end_index: i + 1, end: run.end.max(p.end), number: run.number.min(p.number), ..run }
                 }
-                _ => Run { first: i, behind: i + 1, end: p.end, number: p.number },
+                _ => Run { first: i, end_index: i + 1, end: p.end, number: p.number },
             };
-            // A run that grew replaces its former self: its number is the same or lower.
+            // A run that grew replaces itself: its number is the same or lower.
             if oldest.is_none_or(|oldest| oldest.first == run.first || run.number < oldest.number) {
                 oldest = Some(run);
             }
@@ -109,24 +110,24 @@ impl DiscardQueue {
         !self.in_flight.is_empty()
     }
 
-    /// Nothing waits and nothing is in flight.
+    /// No discard is pending or in flight.
     pub fn is_empty(&self) -> bool {
         self.pending.is_empty() && self.in_flight.is_empty()
     }
 
-    /// The punch ended: the discards that its result answers. Ask [`next`](Self::next) again.
+    /// Completes the punch: returns the discards that it covers. Call [`next`](Self::next) next.
     pub fn done(&mut self) -> Drain<'_, Tag> {
         self.in_flight.drain(..)
     }
 }
 
-/// Discards `first .. behind` of those that wait: each touches the ones before it.
+/// Pending discards `first .. end_index`: each is adjacent to the ones before it.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     first: usize,
-    behind: usize,
-    /// Where the union of their ranges ends.
+    end_index: usize,
+    /// End of the union of their ranges.
     end: u64,
-    /// The oldest one's.
+    /// Number of the oldest one.
     number: u64,
 }

@@ -1,15 +1,15 @@
-//! One fsync for many flushes.
+//! Coalesces flushes: one fdatasync completes many.
 //!
-//! Pure bookkeeping of one queue of a device: knows tags, not files.
+//! Pure bookkeeping for one queue of a device: knows tags, not files.
 
 use std::vec::Drain;
 
 use crate::request::Tag;
 
-/// Flushes that wait, and those that the running fsync will answer.
+/// Pending flushes, and those that the running fdatasync completes.
 ///
-/// A flush promises that whatever was completed before it is durable. An fsync that already runs
-/// when the flush arrives may have passed by such writes, so the flush waits for the next one.
+/// A flush guarantees that all writes completed before it are durable. An fsync that runs when the
+/// flush arrives may miss such writes, so the flush waits for the next one.
 #[derive(Debug)]
 pub struct FlushQueue {
     waiting: Vec<Tag>,
@@ -22,13 +22,13 @@ impl FlushQueue {
         Self { waiting: Vec::with_capacity(depth.into()), in_flight: Vec::with_capacity(depth.into()) }
     }
 
-    /// A flush arrived.
+    /// Adds a flush.
     pub fn push(&mut self, tag: Tag) {
         debug_assert!(self.waiting.len() < self.waiting.capacity());
         self.waiting.push(tag);
     }
 
-    /// Whether an fsync must be issued now. When true, all that wait have become its business.
+    /// Whether an fsync must be issued now. If so, it covers all pending flushes.
     #[must_use = "when true, an fsync must be issued"]
     pub fn start(&mut self) -> bool {
         if self.in_flight() || self.waiting.is_empty() {
@@ -43,12 +43,12 @@ impl FlushQueue {
         !self.in_flight.is_empty()
     }
 
-    /// Nothing waits and nothing runs.
+    /// No flush is pending or in flight.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.in_flight.is_empty()
     }
 
-    /// The fsync ended: the flushes that its result answers. Ask [`start`](Self::start) again.
+    /// Completes the fsync: returns the flushes that it covers. Call [`start`](Self::start) next.
     pub fn done(&mut self) -> Drain<'_, Tag> {
         self.in_flight.drain(..)
     }

@@ -1,14 +1,14 @@
-//! Which file system a region seems to hold, in blkid's names.
+//! Detects the file system in a region, by blkid's names.
 //!
-//! Knows where file systems have their signatures. An answer says what to try, never that it is safe:
-//! who wrote the image chose the signature.
+//! Knows the signatures of file systems. A result is a hint, never a guarantee: the author of the
+//! image chose the signature.
 
 use super::region::{Region, le};
 
-/// A signature: the file system's name, where it is, and its bytes.
+/// A signature: file system name, offset, bytes.
 type Magic = (&'static str, u64, &'static [u8]);
 
-/// Those of which the signature alone is telling, in the order in which they are asked.
+/// File systems identified by their signature alone, in the order of checks.
 const MAGICS: &[Magic] = &[
     ("crypto_LUKS", 0, b"LUKS\xba\xbe"),
     ("LVM2_member", 512 + 24, b"LVM2 001"),
@@ -25,12 +25,12 @@ const MAGICS: &[Magic] = &[
     ("cramfs", 0, b"\x45\x3d\xcd\x28"),
 ];
 
-/// Sizes of pages on which mkswap may have run.
+/// Page sizes with which mkswap may have run.
 const PAGES: [u64; 5] = [4096, 8192, 16384, 32768, 65536];
 
-/// The file system in `region`; None: none that is known, or it cannot be read.
+/// The file system in `region`; None: unknown or unreadable.
 ///
-/// May block for as long as the file does, for at most some hundred KiB.
+/// May block as long as the file does; reads some hundred KiB at most.
 pub fn detect(region: &mut Region<'_>) -> Option<&'static str> {
     let mut is = |&(_, at, magic): &Magic| {
         let mut bytes = [0; 8];
@@ -54,7 +54,8 @@ pub fn detect(region: &mut Region<'_>) -> Option<&'static str> {
 fn ext(region: &mut Region<'_>) -> Option<&'static str> {
     const HAS_JOURNAL: u64 = 0x4;
     const JOURNAL_DEVICE: u64 = 0x8;
-    // Incompatible: filetype, recover, meta_bg. Read-only compatible: sparse_super, large_file, btree_dir.
+    // Incompatible: filetype, recover, meta_bg. Read-only compatible: sparse_super, large_file,
+    // btree_dir.
     const EXT3_INCOMPATIBLE: u64 = 0x2 | 0x4 | 0x10;
     const EXT3_READ_ONLY: u64 = 0x1 | 0x2 | 0x4;
     let superblock: [u8; 128] = region.bytes(1024)?;
@@ -73,14 +74,14 @@ fn ext(region: &mut Region<'_>) -> Option<&'static str> {
     })
 }
 
-/// Whether the ext3 or ext4 in `region` has a journal that must be replayed before anybody uses it.
+/// Whether the ext3 or ext4 in `region` needs journal recovery before use.
 pub fn needs_recovery(region: &mut Region<'_>) -> bool {
     const RECOVER: u64 = 0x4;
     let superblock: Option<[u8; 128]> = region.bytes(1024);
     superblock.is_some_and(|bytes| le::<2>(&bytes, 0x38) == 0xef53 && le::<4>(&bytes, 0x60) & RECOVER != 0)
 }
 
-/// FAT has no signature of its own: a boot sector whose numbers make sense.
+/// FAT has no signature: checks a boot sector for plausible values.
 fn fat(region: &mut Region<'_>) -> Option<&'static str> {
     let boot: [u8; 512] = region.bytes(0)?;
     let (sector, cluster) = (le::<2>(&boot, 11), le::<1>(&boot, 13));

@@ -1,91 +1,94 @@
-//! Sizes and alignments of a device, computed from those of its file.
+//! The geometry of a device, computed from the properties of its file.
 //!
-//! Pure: knows neither files nor ublk. The file's side comes in as [`Facts`].
+//! Pure: knows neither files nor ublk.
 
-use super::Source;
+use super::ImageSpec;
 use crate::error::{Error, Kind, Result};
 use crate::request::SECTOR;
 
-/// Largest logical block and largest memory alignment: what ublk takes on every machine.
+/// Largest logical block and memory alignment: ublk supports it on every machine.
 const BLOCK_MAX: u32 = 4096;
 
-/// What there is to know about a file. All alignments in bytes.
+/// The properties of a file. All alignments are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Facts {
+pub struct FileProperties {
     /// Bytes.
     pub size: u64,
     /// It is a block device.
     pub block_device: bool,
-    /// Direct I/O starts and ends at multiples of this; 1 when buffered.
+    /// Alignment of offset and length of direct I/O; 1 if buffered.
     pub offset_align: u32,
-    /// Memory of direct I/O starts at multiples of this; 1 when buffered.
+    /// Alignment of memory for direct I/O; 1 if buffered.
     pub mem_align: u32,
-    /// Bytes that the file system allocates, or the device writes, as one.
+    /// Allocation unit of the file system, or write unit of the device, in bytes.
     pub physical_block_size: u32,
-    /// Bytes that can be freed; punches that fill none free nothing.
+    /// Unit of deallocation in bytes; smaller punches free nothing.
     pub discard_granularity: u32,
     /// fallocate can punch holes.
     pub can_punch: bool,
 }
 
-/// The shape of a device over a file.
+/// The geometry of a device on a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Bytes of the device; a multiple of the logical block size, never 0 (as a loop device: of 512, or 0).
+    /// Size of the device in bytes: a multiple of the logical block size, never 0 (with loop
+    /// semantics: of 512, or 0).
     pub size: u64,
     /// First byte of the device in the file; `offset + size` does not overflow.
     pub offset: u64,
     /// Logical block size in bytes: a power of two, 512 to 4096.
     pub block_size: u32,
-    /// Physical block size in bytes: a power of two, at least the logical one, and one that the
-    /// offset does not misalign.
+    /// Physical block size in bytes: a power of two, at least the logical one, and aligned with the
+    /// offset.
     pub physical_block_size: u32,
     /// Alignment of a request's memory in bytes: a power of two, 512 to 4096.
     pub dma_align: u32,
-    /// What a discard must fill, counted in bytes of the file, not of the device: a power of
-    /// two, at least the logical block size.
+    /// Discard granularity in bytes of the file, not of the device: a power of two, at least the
+    /// logical block size.
     pub discard_granularity: u32,
-    /// Writes must be refused.
+    /// Writes are rejected.
     pub read_only: bool,
     /// Discards free blocks.
     pub can_discard: bool,
-    /// fallocate zeroes ranges; where not, it is better that the block layer writes zeroes.
+    /// fallocate can zero ranges; otherwise the block layer should write zeroes.
     pub can_write_zeroes: bool,
 }
 
 impl Geometry {
-    /// The geometry that `source` asks for over a file with these `facts`; `name` is for messages.
+    /// The geometry that `spec` requests for a file with these `properties`; `name` is for
+    /// messages.
     ///
-    /// Errors are [`Kind::Invalid`] where another `source` or a larger file would do, and
-    /// [`Kind::Unsupported`] where only buffered I/O would.
-    pub fn compute(facts: &Facts, source: &Source, name: &str) -> Result<Geometry> {
-        let block_size = block_size(facts, source, name)?;
-        let offset = source.offset;
-        let size = match source.as_loop {
-            false => size(facts, source, block_size, name)?,
-            true => size_as_loop(facts, source, block_size, name)?,
+    /// Errors are [`Kind::Invalid`] if another `spec` or a larger file would help, and
+    /// [`Kind::Unsupported`] if only buffered I/O would.
+    pub fn compute(properties: &FileProperties, spec: &ImageSpec, name: &str) -> Result<Geometry> {
+        let block_size = block_size(properties, spec, name)?;
+        let offset = spec.offset;
+        let size = match spec.loop_semantics {
+            false => size(properties, spec, block_size, name)?,
+            true => size_as_loop(properties, spec, block_size, name)?,
         };
         Ok(Geometry {
             size,
             offset,
             block_size,
-            physical_block_size: physical_block_size(facts, offset, block_size),
-            dma_align: facts.mem_align.max(SECTOR as u32),
-            discard_granularity: Some(facts.discard_granularity)
+            physical_block_size: physical_block_size(properties, offset, block_size),
+            dma_align: properties.mem_align.max(SECTOR as u32),
+            discard_granularity: Some(properties.discard_granularity)
                 .filter(|granularity| granularity.is_power_of_two())
                 .map_or(block_size, |granularity| granularity.max(block_size)),
-            read_only: source.read_only,
-            can_discard: facts.can_punch && !source.read_only,
-            // A block device zeroes ranges by itself where its hardware cannot.
-            can_write_zeroes: (facts.can_punch || facts.block_device) && !source.read_only,
+            read_only: spec.read_only,
+            can_discard: properties.can_punch && !spec.read_only,
+            // A block device zeroes ranges in software if its hardware cannot.
+            can_write_zeroes: (properties.can_punch || properties.block_device) && !spec.read_only,
         })
     }
 }
 
 impl Geometry {
-    /// Whether a device of this shape, which exists, can be served by direct I/O on a file with these `facts`.
-    pub fn check(&self, facts: &Facts, name: &str) -> Result<()> {
-        let Facts { offset_align, mem_align, .. } = *facts;
+    /// Checks that an existing device of this geometry can use direct I/O on a file with these
+    /// `properties`.
+    pub fn check(&self, properties: &FileProperties, name: &str) -> Result<()> {
+        let FileProperties { offset_align, mem_align, .. } = *properties;
         let fits = offset_align <= self.block_size
             && mem_align <= self.dma_align
             && self.offset.is_multiple_of(offset_align.max(1).into());
@@ -93,89 +96,93 @@ impl Geometry {
             return Ok(());
         }
         let least = offset_align.max(mem_align);
-        let context = format!(
-            "direct I/O on {name} needs an alignment of {least} bytes now, the device has {}",
-            self.block_size
-        );
-        Err(Error::new(Kind::Unsupported, context))
+        Err(unsupported_alignment(name, least))
     }
 }
 
-/// The logical block size: the wish if it can be had, else the least that direct I/O allows.
-fn block_size(facts: &Facts, source: &Source, name: &str) -> Result<u32> {
-    for align in [facts.offset_align, facts.mem_align] {
+/// Whether `bytes` is a logical block size that devices support.
+pub fn is_block_size(bytes: u32) -> bool {
+    bytes.is_power_of_two() && (SECTOR as u32..=BLOCK_MAX).contains(&bytes)
+}
+
+fn unsupported_alignment(name: &str, align: u32) -> Error {
+    Error::new(Kind::Unsupported, format!("direct I/O on {name} needs an alignment of {align} bytes"))
+}
+
+/// The logical block size: the requested one if possible, else the smallest for direct I/O.
+fn block_size(properties: &FileProperties, spec: &ImageSpec, name: &str) -> Result<u32> {
+    for align in [properties.offset_align, properties.mem_align] {
         if !align.is_power_of_two() || align > BLOCK_MAX {
-            let context = format!("direct I/O on {name} needs an alignment of {align} bytes");
-            return Err(Error::new(Kind::Unsupported, context).hint("attach with --buffered"));
+            return Err(unsupported_alignment(name, align).hint("attach with --buffered"));
         }
     }
-    let least = facts.offset_align.max(SECTOR as u32);
-    match source.block_size {
+    let least = properties.offset_align.max(SECTOR as u32);
+    match spec.block_size {
         0 => Ok(least),
-        wish if !wish.is_power_of_two() || !(SECTOR as u32..=BLOCK_MAX).contains(&wish) => {
-            let context = format!("block size {wish} is not one of 512, 1024, 2048, 4096");
+        wanted if !is_block_size(wanted) => {
+            let context = format!("block size {wanted} is not one of 512, 1024, 2048, 4096");
             Err(Error::new(Kind::Invalid, context).hint("choose one of these with --block-size"))
         }
-        wish if wish < least => Err(Error::new(
-            if source.as_loop { Kind::Unsupported } else { Kind::Invalid },
-            format!("block size {wish} is less than the {least} bytes that direct I/O on {name} needs"),
+        wanted if wanted < least => Err(Error::new(
+            if spec.loop_semantics { Kind::Unsupported } else { Kind::Invalid },
+            format!("block size {wanted} is less than the {least} bytes that direct I/O on {name} needs"),
         )
         .hint(format!("attach with --block-size {least} or with --buffered"))),
-        wish => Ok(wish),
+        wanted => Ok(wanted),
     }
 }
 
-/// Bytes of the device: what lies behind the offset, cut to the limit and to whole blocks.
-fn size(facts: &Facts, source: &Source, block_size: u32, name: &str) -> Result<u64> {
-    let (offset, block) = (source.offset, u64::from(block_size));
-    if facts.size == 0 {
+/// The device size: from the offset to the end, limited, and in whole blocks.
+fn size(properties: &FileProperties, spec: &ImageSpec, block_size: u32, name: &str) -> Result<u64> {
+    let (offset, block) = (spec.offset, u64::from(block_size));
+    if properties.size == 0 {
         return Err(Error::new(Kind::Invalid, format!("{name} is empty"))
             .hint("give it a size, as in 'truncate --size 1G FILE'"));
     }
     if !offset.is_multiple_of(block) {
         let context = format!("offset {offset} is not a multiple of the block size, {block} bytes");
-        let hint = match (source.block_size, facts.offset_align) {
+        let hint = match (spec.block_size, properties.offset_align) {
             (0, align) if align > SECTOR as u32 => "choose a multiple, or attach with --buffered",
             (0 | 512, _) => "choose a multiple",
             _ => "choose a multiple, or a smaller --block-size",
         };
         return Err(Error::new(Kind::Invalid, context).hint(hint));
     }
-    let behind = facts.size.checked_sub(offset).filter(|left| *left > 0);
-    let Some(behind) = behind else {
-        let end = facts.size;
+    let available = properties.size.checked_sub(offset).filter(|remaining| *remaining > 0);
+    let Some(available) = available else {
+        let end = properties.size;
         let context = format!("offset {offset} is not within {name}, which has {end} bytes");
         return Err(Error::new(Kind::Invalid, context).hint("choose a smaller --offset"));
     };
-    let shown = match source.size_limit {
-        0 => behind,
-        limit => behind.min(limit),
+    let mapped = match spec.size_limit {
+        0 => available,
+        limit => available.min(limit),
     };
-    match shown - shown % block {
+    match mapped - mapped % block {
         0 => Err(Error::new(
             Kind::Invalid,
-            format!("{shown} bytes of {name} are less than one block of {block} bytes"),
+            format!("{mapped} bytes of {name} are less than one block of {block} bytes"),
         )
         .hint("enlarge the image, or choose another --offset or --size-limit")),
         size => Ok(size),
     }
 }
 
-/// Bytes of the device as loop(4) counts them; nothing is too small or too far out.
-fn size_as_loop(facts: &Facts, source: &Source, block_size: u32, name: &str) -> Result<u64> {
-    let least = facts.offset_align.max(facts.mem_align);
-    if least > block_size || facts.mem_align > SECTOR as u32 || !source.offset.is_multiple_of(least.into()) {
-        let context = format!("direct I/O on {name} needs an alignment of {least} bytes");
-        return Err(Error::new(Kind::Unsupported, context));
+/// The device size by the rules of loop(4): no range is too small or out of bounds.
+fn size_as_loop(properties: &FileProperties, spec: &ImageSpec, block_size: u32, name: &str) -> Result<u64> {
+    let least = properties.offset_align.max(properties.mem_align);
+    if least > block_size || properties.mem_align > SECTOR as u32 || !spec.offset.is_multiple_of(least.into())
+    {
+        return Err(unsupported_alignment(name, least));
     }
-    let behind = facts.size.saturating_sub(source.offset);
-    let shown = if source.size_limit == 0 { behind } else { behind.min(source.size_limit) };
-    Ok(shown - shown % SECTOR)
+    let available = properties.size.saturating_sub(spec.offset);
+    let mapped = if spec.size_limit == 0 { available } else { available.min(spec.size_limit) };
+    Ok(mapped - mapped % SECTOR)
 }
 
-/// The physical block size: the file's, unless the offset splits its blocks.
-fn physical_block_size(facts: &Facts, offset: u64, block_size: u32) -> u32 {
-    let mut physical = facts.physical_block_size;
+/// The physical block size: the file's, unless the offset misaligns it.
+fn physical_block_size(properties: &FileProperties, offset: u64, block_size: u32) -> u32 {
+    let mut physical = properties.physical_block_size;
     if !physical.is_power_of_two() {
         return block_size;
     }

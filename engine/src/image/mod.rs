@@ -1,26 +1,26 @@
-//! Where bytes live: the file or block device behind a device, and what may be done to it.
+//! Images: the file or block device behind a device, and the operations on it.
 //!
-//! Knows files: which descriptor, which geometry, which ranges. Does not know rings, workers,
-//! ublk or instances: a worker issues the operations, by this table:
+//! Knows files: descriptors, geometry, ranges. Does not know rings, workers, ublk or instances. A
+//! worker issues the operations by this table:
 //!
-//! | block operation | on the file, at [`Geometry::offset`] + request offset | right when |
+//! | block operation | on the file, at [`Geometry::offset`] + request offset | success condition |
 //! |---|---|---|
-//! | READ | read | all bytes came; a short read goes on where it stopped. 0 before the end means that the image has shrunk: EIO, and the device is degraded |
-//! | WRITE | write | all bytes went; a short write goes on where it stopped. 0 is EIO: to ublk any result that is not negative means "all written" |
+//! | READ | read | all bytes were read; a short read is resumed. 0 before the end means that the image has shrunk: EIO, and the device is degraded |
+//! | WRITE | write | all bytes were written; a short write is resumed. 0 is EIO: to ublk any result that is not negative means "all written" |
 //! | WRITE with FUA | write with RWF_DSYNC | as WRITE; the data is durable before it completes |
-//! | either, EINVAL although direct I/O was allowed | the same again, through the page cache: [`Image::leave_direct_io`] | the file shares blocks now, for example |
-//! | either, EINTR or EAGAIN | the same again | a bounded number of times, then the errno |
-//! | FLUSH | fdatasync, one for all that wait: [`FlushQueue`] | it began after the flush arrived |
-//! | DISCARD | fallocate PUNCH_HOLE, KEEP_SIZE: [`DiscardQueue`] | nothing outside the request is touched; what does not fill a block stays |
-//! | WRITE_ZEROES | fallocate PUNCH_HOLE, KEEP_SIZE, byte-exact | every byte reads as zero; EOPNOTSUPP: zeroes are written |
+//! | either, EINVAL although direct I/O was allowed | a retry through the page cache: [`Image::disable_direct_io`] | for example, the file shares blocks now |
+//! | either, EINTR or EAGAIN | a retry | a bounded number of times, then the errno |
+//! | FLUSH | fdatasync, one for all pending flushes: [`FlushQueue`] | it started after the flush arrived |
+//! | DISCARD | fallocate PUNCH_HOLE, KEEP_SIZE: [`DiscardQueue`] | nothing outside the request changes; a partial block stays |
+//! | WRITE_ZEROES | fallocate PUNCH_HOLE, KEEP_SIZE, byte-exact | every byte reads as zero; on EOPNOTSUPP, zeroes are written |
 //! | WRITE_ZEROES, keep blocks | fallocate ZERO_RANGE, KEEP_SIZE | as above, and the blocks stay allocated |
 //! | WRITE_ZEROES with FUA | as above, then fdatasync | durable before it completes |
-//! | any change, read-only | none: EPERM | |
+//! | any modification, read-only | none: EPERM | |
 //!
-//! fallocate takes the inode's lock and waits for all direct I/O on the file, hence the merging
-//! and the limit of one punch in flight. The file itself is opened with O_DIRECT (unless
+//! fallocate takes the inode lock and waits for all direct I/O on the file. Hence discards are
+//! merged, and one punch is in flight at a time. The file is opened with O_DIRECT (unless
 //! buffered), and its cached pages are dropped first, since any cached page makes every direct
-//! write pay for invalidating it.
+//! write invalidate it.
 
 mod create;
 mod discard;
@@ -43,306 +43,298 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Kind, Result};
 use crate::failures::Failures;
+use crate::sys::printable;
 
 pub use create::create;
 pub use discard::{DiscardQueue, Punch};
 pub use flush::FlushQueue;
-pub use geometry::{Facts, Geometry};
+pub use geometry::{FileProperties, Geometry, is_block_size};
 pub use identity::Identity;
 pub use region::Region;
 
-/// Which part of a file is shown, and how it is used.
+/// The part of a file that a device maps, and how it is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Source {
-    /// First byte of the file that the device shows.
+pub struct ImageSpec {
+    /// First byte of the file that the device maps.
     pub offset: u64,
-    /// Bytes at the most; 0: to the end of the file.
+    /// Maximum size in bytes; 0: to the end of the file.
     pub size_limit: u64,
-    /// Logical block size in bytes; 0: the smallest that the file allows.
+    /// Logical block size in bytes; 0: the smallest that the file supports.
     pub block_size: u32,
-    /// Nothing is ever written.
+    /// The file is never written.
     pub read_only: bool,
-    /// Through the page cache instead of by direct I/O.
+    /// Use the page cache instead of direct I/O.
     pub buffered: bool,
-    /// Sizes are what loop(4) makes of them: any offset, sectors of 512 bytes whatever the block size,
-    /// and a device that shows nothing of its file has no bytes. With direct I/O, what that cannot do
-    /// is [`Kind::Unsupported`].
-    pub as_loop: bool,
+    /// Size rules of loop(4): any offset, 512-byte sectors whatever the block size, and size 0 for
+    /// an empty range. If direct I/O does not support that, the error is [`Kind::Unsupported`].
+    pub loop_semantics: bool,
 }
 
-/// An image: a file description of our own, which nobody else can change, and its geometry.
+/// An image: a private file description, which nobody else can change, and its geometry.
 #[derive(Debug)]
 pub struct Image {
     file: OwnedFd,
-    /// What was found out about the file; its size is as of the last look.
-    facts: Facts,
-    source: Source,
+    /// Properties of the file; its size is as of the last check.
+    properties: FileProperties,
+    spec: ImageSpec,
     identity: Identity,
     geometry: Geometry,
-    /// See [`Image::holds_up`].
-    holds_up: bool,
-    /// Direct I/O was wanted, and why it is not done.
-    why_buffered: Option<String>,
-    /// Direct I/O was given up since the last look.
-    left: AtomicBool,
+    /// See [`Image::may_block`].
+    may_block: bool,
+    /// Why direct I/O is not used although requested.
+    buffered_reason: Option<String>,
+    /// Direct I/O was disabled since the last check.
+    direct_io_disabled: AtomicBool,
     /// The path, for messages only.
     name: String,
-    /// Where failing I/O is counted, if it is.
+    /// Counter of failed I/O, if any.
     failures: Option<Arc<Failures>>,
 }
 
 impl Image {
-    /// Takes a file that a caller opened, and trusts nothing about it.
+    /// Takes a file that a caller opened. Trusts nothing about it.
     ///
-    /// The caller must have opened it for what `source` wants; only regular files and block
-    /// devices are taken. The file is then opened once more, so that nobody shares our file
+    /// The caller must have opened it with the access that `spec` needs. Only regular files and
+    /// block devices are accepted. The file is then opened again, so that nobody shares our file
     /// description, and the caller's is closed.
     ///
-    /// May block for as long as the file's file system likes (NFS, FUSE), and while cached pages
-    /// are written back: never call it on a worker.
-    pub fn open(file: OwnedFd, source: &Source, path_for_messages: &str) -> Result<Image> {
+    /// May block as long as the file's file system does (NFS, FUSE), and while cached pages are
+    /// written back: never call it on a worker.
+    pub fn open(file: OwnedFd, spec: &ImageSpec, path_for_messages: &str) -> Result<Image> {
         let name = printable(path_for_messages);
-        open::check_access(file.as_fd(), source.read_only, &name)?;
-        Self::adopt(file.as_fd(), source, name, None)
+        open::check_access(file.as_fd(), spec.read_only, &name)?;
+        Self::adopt(file.as_fd(), spec, name, None)
     }
 
-    /// No image: a device over it has no size, and every request on it fails.
-    pub fn nothing(block_size: u32) -> Result<Image> {
+    /// The placeholder image of an unbound device: size 0, every request fails.
+    pub fn unbound(block_size: u32) -> Result<Image> {
         let name = "/dev/null".to_owned();
         let file = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::os(e, "cannot open /dev/null"))?;
-        let source = Source { as_loop: true, buffered: true, block_size, ..Source::default() };
-        let facts = Facts {
+        let spec = ImageSpec { loop_semantics: true, buffered: true, block_size, ..ImageSpec::default() };
+        let properties = FileProperties {
             size: 0,
             block_device: false,
             offset_align: 1,
             mem_align: 1,
             physical_block_size: block_size,
-            // What a device can do is said once, when it has no image yet; what its image cannot, fails.
+            // A device's features are fixed before its image is known. An image without them fails
+            // such requests.
             discard_granularity: 4096,
             can_punch: true,
         };
         Ok(Image {
-            geometry: Geometry::compute(&facts, &source, &name)?,
+            geometry: Geometry::compute(&properties, &spec, &name)?,
             identity: Identity::of(file.as_fd(), &name)?,
             file,
-            facts,
-            source,
-            holds_up: false,
-            why_buffered: None,
-            left: AtomicBool::new(false),
+            properties,
+            spec,
+            may_block: false,
+            buffered_reason: None,
+            direct_io_disabled: AtomicBool::new(false),
             name,
             failures: None,
         })
     }
 
-    /// Opens the image of a device of this `shape` again after a restart, by path, and only if it is still
-    /// the same file. See [`Image::recover`].
+    /// Opens the image of a device of this `shape` again after a restart, by path, and only if it
+    /// is the same file. See [`Image::recover`].
     ///
-    /// Errors: [`Kind::NotFound`] when the path leads nowhere or to another file.
-    pub fn reopen(path: &Path, source: &Source, expected: &Identity, shape: &Geometry) -> Result<Image> {
+    /// Errors: [`Kind::NotFound`] if the path does not exist or leads to another file.
+    pub fn reopen(path: &Path, spec: &ImageSpec, expected: &Identity, shape: &Geometry) -> Result<Image> {
         let name = printable(&path.to_string_lossy());
-        // O_PATH looks without touching: opening some device nodes has effects.
+        // O_PATH has no side effects; opening some device nodes has.
         let handle = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::os(e, format!("cannot open image {name}")))?;
-        if !Identity::of(handle.as_fd(), &name)?.is_still(expected) {
+        if !Identity::of(handle.as_fd(), &name)?.is_same_file(expected) {
             return Err(Error::new(
                 Kind::NotFound,
                 format!("{name} is not the file that was attached before"),
             )
             .hint("put the image back at that path, or detach the device with --force"));
         }
-        Self::adopt_for(handle.as_fd(), source, name, shape)
+        Self::adopt_for(handle.as_fd(), spec, name, shape)
     }
 
-    /// Takes a file that a caller opened, for a device that exists and keeps its `shape` whatever the file
-    /// allows now. Where it no longer allows direct I/O in that shape, the page cache is used.
+    /// Takes a file that a caller opened, for an existing device, which keeps its `shape`. If the
+    /// file no longer supports direct I/O in that shape, the page cache is used.
     pub fn recover(
         file: OwnedFd,
-        source: &Source,
+        spec: &ImageSpec,
         shape: &Geometry,
         path_for_messages: &str,
     ) -> Result<Image> {
         let name = printable(path_for_messages);
-        open::check_access(file.as_fd(), source.read_only, &name)?;
-        Self::adopt_for(file.as_fd(), source, name, shape)
+        open::check_access(file.as_fd(), spec.read_only, &name)?;
+        Self::adopt_for(file.as_fd(), spec, name, shape)
     }
 
-    fn adopt_for(handle: BorrowedFd<'_>, source: &Source, name: String, shape: &Geometry) -> Result<Image> {
-        match Self::adopt(handle, source, name.clone(), Some(shape)) {
-            Err(error) if error.kind() == Kind::Unsupported && !source.buffered => {
-                let image = Self::adopt(handle, &Source { buffered: true, ..*source }, name, Some(shape))?;
-                Ok(Image { why_buffered: Some(error.message()), ..image })
+    fn adopt_for(handle: BorrowedFd<'_>, spec: &ImageSpec, name: String, shape: &Geometry) -> Result<Image> {
+        match Self::adopt(handle, spec, name.clone(), Some(shape)) {
+            Err(error) if error.kind() == Kind::Unsupported && !spec.buffered => {
+                let image = Self::adopt(handle, &ImageSpec { buffered: true, ..*spec }, name, Some(shape))?;
+                Ok(Image { buffered_reason: Some(error.message()), ..image })
             }
             outcome => outcome,
         }
     }
 
-    /// `shape`: of a device that exists; none: what the file allows.
+    /// `shape`: of an existing device; none: computed from the file.
     fn adopt(
         handle: BorrowedFd<'_>,
-        source: &Source,
+        spec: &ImageSpec,
         name: String,
         shape: Option<&Geometry>,
     ) -> Result<Image> {
-        let geometry = |facts: &Facts| match shape {
-            Some(shape) => shape.check(facts, &name).map(|()| *shape),
-            None => Geometry::compute(facts, source, &name),
+        let geometry = |properties: &FileProperties| match shape {
+            Some(shape) => shape.check(properties, &name).map(|()| *shape),
+            None => Geometry::compute(properties, spec, &name),
         };
         let kind = open::file_kind(handle, &name)?;
-        let file = open::reopen(handle, kind, source, &name)?;
+        let file = open::reopen(handle, kind, spec, &name)?;
         let identity = Identity::of(file.as_fd(), &name)?;
         if identity != Identity::of(handle, &name)? {
-            return Err(Error::new(
-                Kind::Internal,
-                format!("{name} became another file while it was opened"),
-            ));
+            return Err(Error::new(Kind::Internal, format!("{name} was replaced while it was opened")));
         }
-        let mut facts = probe::facts(file.as_fd(), kind, source, &name)?;
-        // Everything that can be wrong with the request is known before the file is touched.
-        geometry(&facts)?;
-        if !source.buffered {
-            open::drop_cached_pages(file.as_fd(), source.read_only, &name)?;
+        let mut properties = probe::properties(file.as_fd(), kind, spec, &name)?;
+        // Validates the request before the file is touched.
+        geometry(&properties)?;
+        if !spec.buffered {
+            open::drop_cached_pages(file.as_fd(), spec.read_only, &name)?;
         }
-        if !source.read_only {
-            facts.can_punch = probe::can_punch(file.as_fd(), kind, facts.size);
+        if !spec.read_only {
+            properties.can_punch = probe::can_punch(file.as_fd(), kind, properties.size);
         }
         Ok(Image {
-            geometry: geometry(&facts)?,
-            // Data of a block device does not pass through the file system that its node is on.
-            holds_up: !facts.block_device && probe::holds_up(file.as_fd(), &name)?,
+            geometry: geometry(&properties)?,
+            // Block device data bypasses the file system of the device's node.
+            may_block: !properties.block_device && probe::may_block(file.as_fd(), &name)?,
             file,
-            facts,
-            source: *source,
+            properties,
+            spec: *spec,
             identity,
-            why_buffered: None,
-            left: AtomicBool::new(false),
+            buffered_reason: None,
+            direct_io_disabled: AtomicBool::new(false),
             name,
             failures: None,
         })
     }
 
-    /// Has failing I/O counted there.
+    /// Counts failed I/O in `failures`.
     #[must_use]
-    pub fn counted(self, failures: Arc<Failures>) -> Image {
+    pub fn with_failure_counter(self, failures: Arc<Failures>) -> Image {
         Image { failures: Some(failures), ..self }
     }
 
-    /// A request on it failed. `short`: the file was found to end before the device does.
+    /// Counts a failed request. `short`: the file ends before the device does.
     #[cold]
-    pub fn failed(&self, errno: i32, short: bool) {
+    pub fn count_failure(&self, errno: i32, short: bool) {
         self.failures.iter().for_each(|failures| failures.count(errno, short));
     }
 
-    /// The path, as it may stand in a message.
+    /// The path, printable.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The descriptor on which the worker's operations go.
+    /// The descriptor of the worker's operations.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// Which file this is, whatever path led to it.
+    /// The identity of the file, independent of its path.
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// Sizes and alignments, as of the last look.
+    /// The geometry, as of the last check.
     pub fn geometry(&self) -> Geometry {
         self.geometry
     }
 
-    /// Transfers must not be tried by the thread that submits them: it would wait for them.
-    pub fn holds_up(&self) -> bool {
-        self.holds_up
+    /// Transfers may block the thread that submits them, so they must be submitted with
+    /// IOSQE_ASYNC.
+    pub fn may_block(&self) -> bool {
+        self.may_block
     }
 
-    /// Data goes through the page cache.
+    /// Whether data goes through the page cache.
     pub fn is_buffered(&self) -> bool {
         rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| !flags.contains(OFlags::DIRECT))
     }
 
-    /// Why data goes through the page cache although direct I/O was wanted.
-    pub fn why_buffered(&self) -> Option<&str> {
-        let refused = !self.source.buffered && self.is_buffered();
-        self.why_buffered.as_deref().or(refused.then_some("its file system refused direct I/O"))
+    /// Why data goes through the page cache although direct I/O was requested.
+    pub fn buffered_reason(&self) -> Option<&str> {
+        let refused = !self.spec.buffered && self.is_buffered();
+        self.buffered_reason.as_deref().or(refused.then_some("its file system refused direct I/O"))
     }
 
-    /// Goes on through the page cache where the file system refuses direct I/O that it took before; false:
-    /// direct I/O is not what it refuses. The file description is ours alone, so that all queues change at
-    /// once: of two writes to one page, no one bypasses the cache that the other is in.
-    pub fn leave_direct_io(&self) -> bool {
+    /// Falls back to the page cache after the file system rejected direct I/O. Returns false if
+    /// direct I/O is not the cause. The file description is private, so all queues change at once:
+    /// no write bypasses the cache while another one uses it.
+    pub fn disable_direct_io(&self) -> bool {
         let Ok(flags) = rustix::fs::fcntl_getfl(&self.file) else { return false };
-        if self.source.buffered || !flags.contains(OFlags::DIRECT) {
-            return !self.source.buffered;
+        if self.spec.buffered || !flags.contains(OFlags::DIRECT) {
+            return !self.spec.buffered;
         }
-        self.left.store(true, Ordering::Relaxed);
+        self.direct_io_disabled.store(true, Ordering::Relaxed);
         rustix::fs::fcntl_setfl(&self.file, flags - OFlags::DIRECT).is_ok()
     }
 
-    /// Direct I/O was given up since this was last asked.
-    pub fn left_direct_io(&self) -> bool {
-        self.left.swap(false, Ordering::Relaxed)
+    /// Whether direct I/O was disabled since the last call.
+    pub fn take_direct_io_disabled(&self) -> bool {
+        self.direct_io_disabled.swap(false, Ordering::Relaxed)
     }
 
-    /// A block device, not a regular file.
+    /// Whether it is a block device.
     pub fn is_block_device(&self) -> bool {
-        self.facts.block_device
+        self.properties.block_device
     }
 
-    /// Bytes that the file has now.
+    /// The file's present size in bytes.
     pub fn length(&self) -> Result<u64> {
-        probe::size(self.file.as_fd(), self.facts.block_device, &self.name)
+        probe::size(self.file.as_fd(), self.properties.block_device, &self.name)
     }
 
-    /// Changes them; what comes to it takes no space.
+    /// Truncates or extends the file; new bytes take no space.
     pub fn set_length(&self, bytes: u64) -> Result<()> {
         rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.file, bytes))
-            .map_err(|error| Error::os(error, format!("cannot give {} a length of {bytes} bytes", self.name)))
+            .map_err(|error| Error::os(error, format!("cannot resize {} to {bytes} bytes", self.name)))
     }
 
-    /// The geometry with a device of `size` bytes, and the length that the file must have for it. `now`: what
-    /// the device shows. Refuses what would cut off bytes that are not the device's.
-    pub fn with_size(&self, size: u64, now: u64) -> Result<(Geometry, u64)> {
-        let Image { name, source, .. } = self;
+    /// The geometry of a device of `size` bytes, and the file length that it needs. `now`: the
+    /// present device size. Rejects a size that would truncate bytes beyond the device.
+    pub fn geometry_for_size(&self, size: u64, now: u64) -> Result<(Geometry, u64)> {
+        let Image { name, spec, .. } = self;
         let refuse = |context: String, hint: &str| Err(Error::new(Kind::Invalid, context).hint(hint));
-        if self.facts.block_device {
-            let hint = "resize it with its own tools, then the device without --size";
-            return refuse(format!("{name} is a block device: its size is not the daemon's to change"), hint);
+        if self.properties.block_device {
+            let hint = "resize it with its own tools, then resize the device without --size";
+            return refuse(format!("{name} is a block device: the daemon cannot resize it"), hint);
         }
         let block = u64::from(self.geometry.block_size);
         if size == 0 || !size.is_multiple_of(block) {
             let context = format!("{size} bytes are not a multiple of the block size, {block} bytes");
             return refuse(context, "give another --size");
         }
-        if source.size_limit != 0 && size > source.size_limit {
-            let context = format!("the device was attached with --size-limit {}", source.size_limit);
+        if spec.size_limit != 0 && size > spec.size_limit {
+            let context = format!("the device was attached with --size-limit {}", spec.size_limit);
             return refuse(context, "give a smaller --size, or attach it again");
         }
-        let (old, end) = (self.length()?, source.offset.saturating_add(now));
-        let new = source.offset.saturating_add(size);
+        let (old, end) = (self.length()?, spec.offset.saturating_add(now));
+        let new = spec.offset.saturating_add(size);
         if new < old && old >= end.saturating_add(block) {
-            let context =
-                format!("{} bytes of {name} lie behind the device, and would be cut off", old - end);
-            return refuse(context, "change the image by hand, then the device without --size");
+            let context = format!("{} bytes of {name} follow the device and would be lost", old - end);
+            return refuse(context, "resize the image yourself, then resize the device without --size");
         }
-        let facts = Facts { size: new, ..self.facts };
-        Ok((Geometry::compute(&facts, source, name)?, new))
+        let properties = FileProperties { size: new, ..self.properties };
+        Ok((Geometry::compute(&properties, spec, name)?, new))
     }
 
-    /// The geometry that follows from the file's present size; `geometry` keeps what it was.
+    /// The geometry for the file's present size; `geometry` keeps the old one.
     ///
-    /// When the file has become too small to be shown at all, this is an error.
-    pub fn refreshed(&self) -> Result<Geometry> {
-        let facts = Facts { size: self.length()?, ..self.facts };
-        Geometry::compute(&facts, &self.source, &self.name)
+    /// Fails if the file has become too small for a device.
+    pub fn current_geometry(&self) -> Result<Geometry> {
+        let properties = FileProperties { size: self.length()?, ..self.properties };
+        Geometry::compute(&properties, &self.spec, &self.name)
     }
-}
-
-/// A path as it may stand in a one-line message or a log, whoever chose it.
-pub(crate) fn printable(path: &str) -> String {
-    let shown = |c: char| if c.is_control() { '?' } else { c };
-    path.chars().map(shown).collect()
 }

@@ -1,7 +1,6 @@
-//! What a file, its file system and its device can do, asked of the kernel.
+//! Probes the properties of a file, its file system and its device.
 //!
-//! Knows statx, sysfs and a few harmless trials; does not know what will be made of the answers
-//! (see `geometry`).
+//! Uses statx, sysfs and a few harmless tests; `geometry` interprets the results.
 
 use std::fs;
 use std::os::fd::BorrowedFd;
@@ -10,31 +9,36 @@ use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use super::open::{FileKind, no_direct_io};
-use super::{Facts, Source};
+use super::{FileProperties, ImageSpec};
 use crate::error::{Error, Result};
 
-/// Blocks above this would only make sense to a file system that uses larger pages.
+/// Larger blocks are useful only to file systems with larger pages.
 const PHYSICAL_MAX: u32 = 4096;
 
-/// Magic number of the one file system that takes unaligned direct I/O and, in silence, does it
-/// through the page cache. It aligns to its blocks, and does not say so.
+/// Magic number of btrfs. It accepts unaligned direct I/O and silently uses the page cache for it.
+/// Its alignment is its block size, which it does not report.
 const BTRFS: u32 = 0x9123_683e;
 
 /// Magic number of FUSE.
 const FUSE: u32 = 0x6573_5546;
 
-/// Whether a transfer may hold up who submits it to io_uring. The kernel tries it at once if it cannot
-/// wait, and asks files that do not say so whether they are ready. Files of FUSE have that question
-/// answered by their server, and then wait for the transfer, too; no other file system does.
-pub(super) fn holds_up(file: BorrowedFd<'_>, name: &str) -> Result<bool> {
+/// Whether a transfer may block its submission to io_uring. The kernel polls files that do not
+/// support non-blocking I/O. FUSE forwards this poll to its server and then blocks in the transfer,
+/// too; other file systems do not.
+pub(super) fn may_block(file: BorrowedFd<'_>, name: &str) -> Result<bool> {
     Ok(rustix::fs::fstatfs(file).map_err(|e| examine(e, name))?.f_type as u32 == FUSE)
 }
 
-/// Everything that can be learnt about a file without touching it; `can_punch` is left false.
-pub(super) fn facts(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name: &str) -> Result<Facts> {
+/// The properties that can be read without touching the file; `can_punch` stays false.
+pub(super) fn properties(
+    file: BorrowedFd<'_>,
+    kind: FileKind,
+    spec: &ImageSpec,
+    name: &str,
+) -> Result<FileProperties> {
     let block_device = kind == FileKind::BlockDevice;
     let size = size(file, block_device, name)?;
-    let (offset_align, mem_align) = match (source.buffered, kind) {
+    let (offset_align, mem_align) = match (spec.buffered, kind) {
         (true, _) => (1, 1),
         (false, FileKind::Regular) => file_alignment(file, name)?,
         (false, FileKind::BlockDevice) => device_alignment(file, name)?,
@@ -51,7 +55,7 @@ pub(super) fn facts(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name:
             (physical, u32::try_from(granularity).unwrap_or(0))
         }
     };
-    Ok(Facts {
+    Ok(FileProperties {
         size,
         block_device,
         offset_align,
@@ -65,7 +69,7 @@ pub(super) fn facts(file: BorrowedFd<'_>, kind: FileKind, source: &Source, name:
 /// Present size in bytes.
 pub(super) fn size(file: BorrowedFd<'_>, block_device: bool, name: &str) -> Result<u64> {
     if block_device {
-        // Nothing else uses the position of our own file description.
+        // Nothing else uses the offset of our file description.
         return rustix::fs::seek(file, SeekFrom::End(0)).map_err(|e| examine(e, name));
     }
     let stat = rustix::fs::fstat(file).map_err(|e| examine(e, name))?;
@@ -81,7 +85,7 @@ fn file_alignment(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> {
     match statx_alignment(file) {
         Some((0, _) | (_, 0)) => Err(no_direct_io(name)),
         Some(alignment) => Ok(alignment),
-        // Not every file system tells (tmpfs), and no kernel before 6.1.
+        // Some file systems do not report it (tmpfs), nor do kernels before 6.1.
         None => {
             let stat = rustix::fs::fstatfs(file).map_err(|e| examine(e, name))?;
             if stat.f_type as u32 == BTRFS {
@@ -102,16 +106,16 @@ fn device_alignment(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> {
 
 fn statx_alignment(file: BorrowedFd<'_>) -> Option<(u32, u32)> {
     let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
-    let told = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
-    told.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
+    let reported = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    reported.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
 }
 
-/// Tries reads of the file's first bytes, from the most convenient alignment on.
+/// Tries reads of the file's first bytes, starting with the smallest alignment.
 fn alignment_by_reading(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> {
     let mut memory = vec![0u8; 3 * 4096];
     let page = memory.as_ptr().align_offset(4096);
     for (offset_align, mem_align) in [(512, 512), (4096, 512), (4096, 4096)] {
-        // 512 bytes behind the start of a page is aligned to 512 bytes and to no more.
+        // 512 bytes after the start of a page is aligned to 512 bytes only.
         let start = page + mem_align % 4096;
         let buffer = memory.get_mut(start..start + offset_align).unwrap_or_default();
         match rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *buffer, 0)) {
@@ -123,19 +127,18 @@ fn alignment_by_reading(file: BorrowedFd<'_>, name: &str) -> Result<(u32, u32)> 
     Err(no_direct_io(name))
 }
 
-/// Whether fallocate can punch holes, which is how discards are done.
+/// Whether fallocate can punch holes, which implements discards.
 ///
-/// For a regular file the only way to know is to try: one byte right behind the end, where there
-/// is nothing to lose. (This may set the file's time of modification, as any attaching for
-/// writing soon will.)
+/// For a regular file only a test tells: it punches one byte just beyond the end, where there is no
+/// data. (This may set the modification time, as any later write will.)
 pub(super) fn can_punch(file: BorrowedFd<'_>, kind: FileKind, size: u64) -> bool {
     match kind {
-        // The kernel punches holes in a block device with the command Write Zeroes.
+        // The kernel punches holes in a block device with Write Zeroes.
         FileKind::BlockDevice => queue_attribute(file, "write_zeroes_max_bytes").is_some_and(|most| most > 0),
         FileKind::Regular => {
             let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let tried = rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, size, 1));
-            // Other errors (a file of the largest size) do not mean that it is impossible.
+            // Other errors (a file of maximum size) do not mean that it is unsupported.
             !matches!(tried, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV))
         }
     }

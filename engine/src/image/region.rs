@@ -1,16 +1,16 @@
-//! Bounded reads of the part of a file that a device shows.
+//! Bounded reads of the part of a file that a device maps.
 //!
-//! Knows alignment (the file may be open with O_DIRECT) and ends; does not know what is read.
+//! Handles alignment (the file may be open with O_DIRECT) and ends; does not know the content.
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
-/// What direct I/O asks for at the most: positions, lengths and memory in pages.
+/// Maximum alignment of direct I/O for offsets, lengths and memory.
 const ALIGN: u64 = 4096;
-/// Bytes a read at the most.
+/// Maximum bytes per read.
 const CHUNK: usize = 64 << 10;
 
-/// A part of a file, to be looked at. Reads may block for as long as the file likes.
+/// A readable part of a file. Reads may block as long as the file does.
 #[derive(Debug)]
 pub struct Region<'a> {
     file: BorrowedFd<'a>,
@@ -22,7 +22,7 @@ pub struct Region<'a> {
 }
 
 impl<'a> Region<'a> {
-    /// The `size` bytes of `file` from `offset`. What the file lacks of them is never read.
+    /// The `size` bytes of `file` from `offset`. Bytes beyond the end of the file are never read.
     pub fn new(file: BorrowedFd<'a>, offset: u64, size: u64) -> Region<'a> {
         let memory = vec![0; CHUNK + ALIGN as usize];
         let start = memory.as_ptr().align_offset(ALIGN as usize);
@@ -34,7 +34,7 @@ impl<'a> Region<'a> {
         self.size
     }
 
-    /// Fills `into` from byte `at` on. False: the region, or the file, ends before.
+    /// Reads `into` from byte `at` on. False: the region or the file ends before.
     pub fn read(&mut self, at: u64, into: &mut [u8]) -> io::Result<bool> {
         let end = at.checked_add(into.len() as u64);
         if end.is_none_or(|end| end > self.size) {
@@ -51,7 +51,7 @@ impl<'a> Region<'a> {
             let got = rustix::io::retry_on_intr(|| rustix::io::pread(file, &mut *page, from));
             let got = match got {
                 Ok(got) => got,
-                // Positions above 2^63: no file is as long.
+                // Offsets above 2^63: no file is that long.
                 Err(rustix::io::Errno::INVAL) if i64::try_from(from).is_err() => return Ok(false),
                 Err(error) => return Err(error.into()),
             };
@@ -65,7 +65,7 @@ impl<'a> Region<'a> {
         Ok(true)
     }
 
-    /// `N` bytes from byte `at` on, if they are there and can be read.
+    /// Reads `N` bytes from byte `at` on, if possible.
     pub fn bytes<const N: usize>(&mut self, at: u64) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         self.read(at, &mut bytes).ok()?.then_some(bytes)

@@ -1,6 +1,6 @@
-//! Where an image has data and where holes, for files that show it.
+//! Finds data and holes of an image, on file systems that support it.
 //!
-//! Knows lseek; does not know who asks. May block for as long as the image's file system likes.
+//! Uses lseek. May block as long as the image's file system does.
 
 use std::os::fd::AsFd;
 
@@ -10,13 +10,13 @@ use rustix::io::Errno;
 use super::Image;
 
 impl Image {
-    /// The first byte of data, or of a hole, among those from `from` to `size` of the device; none: there is
-    /// no data any more. At `size` begins a hole. Where the image cannot tell, all is data.
+    /// The first byte of data, or of a hole, in `from`..`size` of the device; none: no more data. A
+    /// hole begins at `size`. Without support by the image, everything is data.
     pub fn seek(&self, from: u64, size: u64, hole: bool) -> Result<Option<u64>, Errno> {
         let offset = self.geometry.offset;
         let Some(start) = offset.checked_add(from) else { return Err(Errno::OVERFLOW) };
         let whence = if hole { SeekFrom::Hole(start) } else { SeekFrom::Data(start) };
-        // The position of the file description is nobody's: all transfers name theirs.
+        // The file offset is unused: all transfers pass theirs.
         match rustix::fs::seek(self.file.as_fd(), whence) {
             Ok(found) if hole => Ok(Some(found.saturating_sub(offset).clamp(from, size))),
             Ok(found) => Ok(Some(found.saturating_sub(offset).max(from)).filter(|found| *found < size)),

@@ -5,17 +5,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::claims::sources::Hold;
+use super::claims::sharing::Hold;
 use super::served::Served;
 use super::spec::{DeviceInfo, DeviceState};
 use super::state::DeviceRecord;
 use crate::error::{Kind, Result};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use crate::sys::usage::{self, Disks};
 
 /// See above.
 #[derive(Debug)]
-pub struct Attached {
+pub struct AttachedDevice {
     pub(super) record: DeviceRecord,
     pub(super) served: Served,
     /// Why nobody serves it.
@@ -23,7 +23,7 @@ pub struct Attached {
     pub(super) hold: Option<Hold>,
 }
 
-impl Attached {
+impl AttachedDevice {
     /// What logs call it.
     pub fn name(&self) -> String {
         let spec = &self.record.spec;
@@ -38,7 +38,7 @@ impl Attached {
 
     /// What users are told of it, who know it by `path`.
     pub fn info(&self, number: u32, path: &Path) -> DeviceInfo {
-        let Attached { record, served, hold, .. } = self;
+        let AttachedDevice { record, served, hold, .. } = self;
         let (geometry, state, identity) = (served.geometry(), served.state(), record.identity);
         DeviceInfo {
             instance: record.spec.instance.clone(),
@@ -56,7 +56,7 @@ impl Attached {
             buffered: record.spec.buffered || served.is_buffered(),
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
-            data_path: record.data_path,
+            io_mode: record.io_mode,
             shared_with: hold.iter().flat_map(Hold::others).collect(),
             since_unix_seconds: record.since,
             // Of these two at most one is not 0.
@@ -71,9 +71,9 @@ impl Attached {
     }
 
     /// Stops it. By force also in use, which is logged.
-    pub fn stop(&self, when: Stop) -> Result<()> {
-        if when == Stop::Always {
-            match self.served.stop(Stop::IfUnusedNow) {
+    pub fn stop(&self, when: StopMode) -> Result<()> {
+        if when == StopMode::Always {
+            match self.served.stop(StopMode::IfUnusedNow) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == Kind::Busy => {
                     usage::warn_lost(&self.name(), &Disks::of(&self.served.device().node()));

@@ -1,11 +1,11 @@
 //! Which images this daemon has in use, by whom, and how; and which file systems have none.
 //!
-//! Knows identities and who holds them; what may be shared is decided in `sources`. A claim is given
+//! Knows identities and who holds them; what may be shared is decided in `sharing`. A claim is given
 //! back when it is dropped.
 
 mod holders;
-mod said;
-pub mod sources;
+pub mod sharing;
+mod warnings;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -27,7 +27,7 @@ pub enum Holder {
     /// A loop device of a pool.
     Pooled {
         /// The pool.
-        pool: Arc<PoolName>,
+        pool: Arc<PoolLabel>,
         /// N of loopN.
         number: u32,
     },
@@ -35,7 +35,7 @@ pub enum Holder {
 
 /// A pool, as messages name it.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct PoolName {
+pub struct PoolLabel {
     /// Its name.
     pub name: String,
     /// Whom its devices count for.
@@ -44,7 +44,7 @@ pub struct PoolName {
 
 /// A holder, and what it does with the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Use {
+pub struct ImageUse {
     /// Who.
     pub holder: Holder,
     /// It never writes.
@@ -54,16 +54,16 @@ pub struct Use {
 /// All claims of one engine, as an instance or one of its pools makes them.
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
-    table: Arc<Mutex<Table>>,
+    table: Arc<Mutex<DeviceMap>>,
     /// Device numbers of file systems.
-    none_here: Arc<Mutex<HashSet<u64>>>,
+    excluded: Arc<Mutex<HashSet<u64>>>,
     /// Whose claims are made through this.
-    pool: Arc<PoolName>,
+    pool: Arc<PoolLabel>,
 }
 
 #[derive(Debug, Default)]
-struct Table {
-    uses: HashMap<Identity, Vec<(u64, Use)>>,
+struct DeviceMap {
+    uses: HashMap<Identity, Vec<(u64, ImageUse)>>,
     /// The next claim's number.
     next: u64,
 }
@@ -78,7 +78,7 @@ pub struct Claim {
 
 /// While it lives no regular file of a file system is an image.
 #[derive(Debug)]
-pub struct NoImages {
+pub struct ExcludedFileSystem {
     claims: Claims,
     dev: u64,
 }
@@ -87,32 +87,32 @@ impl Claims {
     /// The same claims, made by a pool.
     #[must_use]
     pub fn of_pool(&self, name: &str, uid: u32) -> Claims {
-        Claims { pool: Arc::new(PoolName { name: name.to_owned(), uid }), ..self.clone() }
+        Claims { pool: Arc::new(PoolLabel { name: name.to_owned(), uid }), ..self.clone() }
     }
 
     /// Device loopN of the pool that makes claims through this.
-    pub fn pooled(&self, number: u32) -> Holder {
+    pub fn pool_device(&self, number: u32) -> Holder {
         Holder::Pooled { pool: Arc::clone(&self.pool), number }
     }
 
     /// Has no regular file be an image that lies on the file system with this device number: one of the
     /// daemon's own, which a device on a file there would keep. (What its nodes lead to is another matter.)
-    pub fn none_on(&self, dev: u64) -> NoImages {
-        self.none_here.lock().unwrap_or_else(PoisonError::into_inner).insert(dev);
-        NoImages { claims: self.clone(), dev }
+    pub fn exclude_file_system(&self, dev: u64) -> ExcludedFileSystem {
+        self.excluded.lock().unwrap_or_else(PoisonError::into_inner).insert(dev);
+        ExcludedFileSystem { claims: self.clone(), dev }
     }
 
     /// May regular files of the file system with this device number be images?
-    pub fn may_be_on(&self, dev: u64) -> bool {
-        !self.none_here.lock().unwrap_or_else(PoisonError::into_inner).contains(&dev)
+    pub fn allows_images_on(&self, dev: u64) -> bool {
+        !self.excluded.lock().unwrap_or_else(PoisonError::into_inner).contains(&dev)
     }
 
     /// Claims an image if `check` agrees with who has it already.
     fn claim(
         &self,
         identity: Identity,
-        by: &Use,
-        check: impl FnOnce(&[(u64, Use)]) -> Result<()>,
+        by: &ImageUse,
+        check: impl FnOnce(&[(u64, ImageUse)]) -> Result<()>,
     ) -> Result<Claim> {
         let mut table = self.table();
         // Checked and entered under one lock, so that of two who come at once only one gets it.
@@ -124,13 +124,13 @@ impl Claims {
     }
 
     /// Who has an image.
-    fn uses(&self, identity: Identity) -> Vec<Use> {
+    fn uses(&self, identity: Identity) -> Vec<ImageUse> {
         let table = self.table();
         let uses = table.uses.get(&identity).into_iter().flatten();
         uses.map(|(_, one)| one.clone()).collect()
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, DeviceMap> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -155,9 +155,9 @@ impl Drop for Claim {
     }
 }
 
-impl Drop for NoImages {
+impl Drop for ExcludedFileSystem {
     fn drop(&mut self) {
-        self.claims.none_here.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.dev);
+        self.claims.excluded.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.dev);
     }
 }
 
@@ -172,7 +172,7 @@ impl fmt::Display for Holder {
     }
 }
 
-impl fmt::Display for Use {
+impl fmt::Display for ImageUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mode = if self.read_only { "read-only" } else { "read-write" };
         write!(f, "{} ({mode})", self.holder)
@@ -180,8 +180,8 @@ impl fmt::Display for Use {
 }
 
 /// Refuses a regular file of a file system that has no images.
-fn check_may_be(claims: &Claims, identity: &Identity, name: &str) -> Result<()> {
-    if claims.may_be_on(identity.dev) {
+fn check_file_system(claims: &Claims, identity: &Identity, name: &str) -> Result<()> {
+    if claims.allows_images_on(identity.dev) {
         return Ok(());
     }
     Err(Error::new(Kind::Invalid, format!("{name} is part of a private pool, not an image")))

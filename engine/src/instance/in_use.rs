@@ -6,13 +6,13 @@ use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::frontend::Device;
-use crate::image::printable;
+use crate::frontend::FrontendDevice;
+use crate::sys::printable;
 use crate::sys::processes::{self, Open, Process};
 use crate::sys::usage::{self, Disks};
 
 /// Who uses a device: "mounted on DIR", "open in pid 123 (PROGRAM)" and the like.
-pub fn user_of(device: &Device) -> Option<String> {
+pub fn user_of(device: &FrontendDevice) -> Option<String> {
     let (node, number) = (device.node(), device.device_number().ok());
     // A file tells by itself whether somebody has it open.
     if number.is_none() && !device.is_open() {

@@ -16,42 +16,42 @@ use crate::error::{Error, Kind, Result};
 use crate::sys::usage;
 
 /// Where names are below /dev.
-pub const BELOW_DEV: &str = "/dev/loopengine";
+pub const DEV_DIR: &str = "/dev/loopengine";
 /// Says whose these are: a link to the run directory.
 const OWNER: &str = ".run-dir";
 
 /// The names below /dev, which one daemon has.
 #[derive(Debug)]
-pub struct BelowDev(#[expect(dead_code, reason = "holds the lock")] File);
+pub struct DevLinks(#[expect(dead_code, reason = "holds the lock")] File);
 
-impl BelowDev {
+impl DevLinks {
     /// Takes the directory, makes it where it is missing, and clears it of what a daemon left there. Nobody
     /// else may be using it.
-    pub fn take(run_dir: &Path) -> Result<BelowDev> {
-        let cannot = |error: std::io::Error| Error::os(error, format!("cannot make names in {BELOW_DEV}"));
-        fs::create_dir_all(BELOW_DEV).map_err(cannot)?;
+    pub fn take(run_dir: &Path) -> Result<DevLinks> {
+        let cannot = |error: std::io::Error| Error::os(error, format!("cannot make names in {DEV_DIR}"));
+        fs::create_dir_all(DEV_DIR).map_err(cannot)?;
         let held = lock().map_err(cannot)?.ok_or_else(|| {
-            Error::new(Kind::Busy, format!("another daemon has {BELOW_DEV}"))
+            Error::new(Kind::Busy, format!("another daemon has {DEV_DIR}"))
                 .hint("only one can be started with --dev-links")
         })?;
         clear().map_err(cannot)?;
-        symlink(run_dir, Path::new(BELOW_DEV).join(OWNER)).map_err(cannot)?;
-        Ok(BelowDev(held))
+        symlink(run_dir, Path::new(DEV_DIR).join(OWNER)).map_err(cannot)?;
+        Ok(DevLinks(held))
     }
 
     /// Takes names away that an earlier daemon with this run directory left, since nobody would keep them right.
     pub fn forget(run_dir: &Path) {
-        let ours = fs::read_link(Path::new(BELOW_DEV).join(OWNER)).is_ok_and(|owner| owner == run_dir);
+        let ours = fs::read_link(Path::new(DEV_DIR).join(OWNER)).is_ok_and(|owner| owner == run_dir);
         if ours && lock().is_ok_and(|held| held.is_some()) {
             let _ = clear();
-            let _ = fs::remove_dir(BELOW_DEV);
+            let _ = fs::remove_dir(DEV_DIR);
         }
     }
 }
 
 /// None: another process has it.
 fn lock() -> std::io::Result<Option<File>> {
-    let directory = File::open(BELOW_DEV)?;
+    let directory = File::open(DEV_DIR)?;
     match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(Some(directory)),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
@@ -60,7 +60,7 @@ fn lock() -> std::io::Result<Option<File>> {
 }
 
 fn clear() -> std::io::Result<()> {
-    for entry in fs::read_dir(BELOW_DEV)? {
+    for entry in fs::read_dir(DEV_DIR)? {
         let entry = entry?;
         match entry.file_type()?.is_dir() {
             true => fs::remove_dir_all(entry.path())?,
@@ -80,10 +80,10 @@ pub struct Links {
 
 impl Links {
     /// In `directory`, and perhaps below /dev as well, where an instance has a directory with its name.
-    pub fn new(directory: &Path, name: &str, below_dev: bool) -> Result<Links> {
+    pub fn new(directory: &Path, name: &str, dev_links: bool) -> Result<Links> {
         let mut directories = vec![directory.to_owned()];
-        if below_dev {
-            let second = Path::new(BELOW_DEV).join(name);
+        if dev_links {
+            let second = Path::new(DEV_DIR).join(name);
             fs::create_dir_all(&second)
                 .map_err(|error| Error::os(error, format!("cannot make {}", second.display())))?;
             directories.push(second);

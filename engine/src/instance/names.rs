@@ -3,7 +3,7 @@
 //! Pure parsing; decides nothing.
 
 use super::Selector;
-use super::links::BELOW_DEV;
+use super::links::DEV_DIR;
 use super::spec::DEFAULT_INSTANCE;
 use crate::error::{Error, Kind, Result};
 
@@ -59,7 +59,7 @@ pub enum DeviceName {
 
 /// Understands a device's name; `run_dir` is where instances live.
 pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName> {
-    let unknown = || {
+    let placeholder_record = || {
         // A path is understood, and leads to none of ours.
         let kind = if text.starts_with('/') { Kind::NotFound } else { Kind::Invalid };
         Error::new(kind, format!("{text:?} does not name a device")).hint(format!(
@@ -68,14 +68,18 @@ pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName>
         ))
     };
     if let Some(number) = text.strip_prefix("/dev/ublkb") {
-        return number.parse::<u32>().map(|_| DeviceName::Node(text.into())).map_err(|_| unknown());
+        return number
+            .parse::<u32>()
+            .map(|_| DeviceName::Node(text.into()))
+            .map_err(|_| placeholder_record());
     }
     let below =
         |directory: &std::path::Path| std::path::Path::new(text).strip_prefix(directory).ok()?.to_str();
-    let inside = below(run_dir).or_else(|| below(BELOW_DEV.as_ref())).unwrap_or(text);
+    let inside = below(run_dir).or_else(|| below(DEV_DIR.as_ref())).unwrap_or(text);
     let (instance, device) = inside.split_once('/').unwrap_or((DEFAULT_INSTANCE, inside));
-    let number = device.strip_prefix("loop").and_then(|number| number.parse().ok()).ok_or_else(unknown)?;
-    check_instance_name(instance).map_err(|_| unknown())?;
+    let number =
+        device.strip_prefix("loop").and_then(|number| number.parse().ok()).ok_or_else(placeholder_record)?;
+    check_instance_name(instance).map_err(|_| placeholder_record())?;
     Ok(DeviceName::Number(instance.to_owned(), number))
 }
 

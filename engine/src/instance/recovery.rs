@@ -8,17 +8,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Engine;
-use super::pool::Instance;
-use super::spec::{DEFAULT_INSTANCE, DataPath, DeviceInfo, InstanceSpec, RecoverSpec};
-use super::state::{DeviceRecord, Remembered};
-use super::{DeviceName, Selector, parse_device};
+use super::Selector;
+use super::instance::Instance;
+use super::names::{DeviceName, parse_device};
+use super::spec::{DEFAULT_INSTANCE, DeviceInfo, InstanceSpec, IoMode, RecoverSpec};
+use super::state::{DeviceRecord, SavedInstance};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Found, Stop, Waiting};
+use crate::frontend::{ExistingDevice, OrphanState, StopMode};
 
 /// Numbers from here on are for devices whose own are lost: attach takes the lowest that is free.
-const LOST: u32 = 1_000_000;
+const LOST_NUMBER_BASE: u32 = 1_000_000;
 /// Devices that are recovered at a time: each may have to wait for the dead daemon's last operations.
-const AT_A_TIME: usize = 16;
+const RECOVER_PARALLEL: usize = 16;
 
 /// A device that may have users.
 #[derive(Debug)]
@@ -26,30 +27,31 @@ struct Orphan {
     instance: Arc<Instance>,
     number: u32,
     id: u32,
-    found: Found,
+    found: ExistingDevice,
     /// What is known of it, or why nothing is.
     record: Result<DeviceRecord>,
 }
 
 /// Devices of this run directory at the driver, by its number, that no record names yet.
-type AtDriver = BTreeMap<u32, Found>;
+type DriverDevices = BTreeMap<u32, ExistingDevice>;
 
 impl Engine {
     /// Recreates the instances of a previous daemon and recovers their devices. What cannot be recovered is
     /// listed as stuck. `defaults`: for instances of which nothing can be read. Returns notes for the log.
     pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Vec<String> {
         let mut notes = Vec::new();
-        let mut at_driver = self.ours_at_driver();
+        let mut driver_devices = self.own_driver_devices();
         let mut orphans = Vec::new();
         let mut unmatched = Vec::new();
-        let remembered = self.shared.state.load();
-        let records = remembered.iter().flat_map(|instance| &instance.devices);
+        let saved = self.context.state.load();
+        let records = saved.iter().flat_map(|instance| &instance.devices);
         // A name may be older than a record.
-        let spoken_for: Vec<u32> = records.filter_map(|(_, record)| Some(record.as_ref().ok()?.id)).collect();
-        for Remembered { name, spec, devices } in remembered {
-            let Some(instance) = self.instance_again(&name, spec, defaults) else { continue };
+        let recorded_ids: Vec<u32> =
+            records.filter_map(|(_, record)| Some(record.as_ref().ok()?.id)).collect();
+        for SavedInstance { name, spec, devices } in saved {
+            let Some(instance) = self.recreate_instance(&name, spec, defaults) else { continue };
             for (number, record) in devices {
-                match self.match_record(&name, number, record, &mut at_driver, &spoken_for) {
+                match self.match_record(&name, number, record, &mut driver_devices, &recorded_ids) {
                     Match::Device(id, found, record) => {
                         orphans.push(Orphan { instance: instance.clone(), number, id, found, record })
                     }
@@ -61,10 +63,10 @@ impl Engine {
                 }
             }
         }
-        orphans.extend(self.named_by_links(&mut at_driver, defaults));
-        self.delete_unused(&mut at_driver, unmatched.is_empty(), &mut notes);
-        orphans.extend(self.nameless(at_driver, unmatched, defaults));
-        for some in orphans.chunks(AT_A_TIME) {
+        orphans.extend(self.named_by_links(&mut driver_devices, defaults));
+        self.delete_unused(&mut driver_devices, unmatched.is_empty(), &mut notes);
+        orphans.extend(self.unidentified(driver_devices, unmatched, defaults));
+        for some in orphans.chunks(RECOVER_PARALLEL) {
             std::thread::scope(|scope| {
                 let threads: Vec<_> =
                     some.iter().map(|orphan| scope.spawn(move || orphan.recover())).collect();
@@ -78,24 +80,24 @@ impl Engine {
     /// are waived, but it must be as large as the device.
     pub fn recover(&self, spec: &RecoverSpec, image: std::os::fd::OwnedFd) -> Result<DeviceInfo> {
         match &self.select(&Selector::Device(spec.device.clone()))?[..] {
-            [(instance, Some(number))] => instance.recover_by_hand(*number, spec, image),
+            [(instance, Some(number))] => instance.recover_with_image(*number, spec, image),
             _ => Err(Error::new(Kind::Internal, "a device's name selected something else")),
         }
     }
 
-    fn ours_at_driver(&self) -> AtDriver {
-        let examine = |id| Some((id, self.shared.frontend.examine(id).ok()?));
-        let ours = |(_, found): &(u32, Found)| self.shared.is_ours(found.parameters.owner);
-        self.shared.frontend.present().into_iter().filter_map(examine).filter(ours).collect()
+    fn own_driver_devices(&self) -> DriverDevices {
+        let examine = |id| Some((id, self.context.frontend.examine(id).ok()?));
+        let ours = |(_, found): &(u32, ExistingDevice)| self.context.is_ours(found.parameters.owner_cookie);
+        self.context.frontend.present().into_iter().filter_map(examine).filter(ours).collect()
     }
 
     /// The driver does not say what this device is, which may be there.
     fn is_unknown(&self, id: u32) -> bool {
-        self.shared.frontend.examine(id).is_err_and(|error| error.kind() != Kind::NotFound)
+        self.context.frontend.examine(id).is_err_and(|error| error.kind() != Kind::NotFound)
     }
 
     /// An instance of a previous daemon; where its own limits cannot be read, with the default ones.
-    fn instance_again(
+    fn recreate_instance(
         &self,
         name: &str,
         spec: Result<InstanceSpec>,
@@ -123,36 +125,43 @@ impl Engine {
         instance: &str,
         number: u32,
         record: Result<DeviceRecord>,
-        at_driver: &mut AtDriver,
-        spoken_for: &[u32],
+        driver_devices: &mut DriverDevices,
+        recorded_ids: &[u32],
     ) -> Match {
-        let waits = |found: &Found| found.waiting == Waiting::ForDaemon && found.parameters.outlives;
+        let waits =
+            |found: &ExistingDevice| found.state == OrphanState::Waiting && found.parameters.recoverable;
         match record {
-            Ok(record) if record.data_path == DataPath::Fuse => {
+            Ok(record) if record.io_mode == IoMode::Fuse => {
                 let path = &record.spec.path;
                 tracing::error!(
                     "{instance}/loop{number} ({path}) was not recovered: files of FUSE end with their daemon"
                 );
                 Match::Gone(record.spec.path)
             }
-            Ok(record) => match at_driver.get(&record.id).copied() {
-                Some(found) if found.parameters.owner == record.mark && waits(&found) => {
-                    at_driver.remove(&record.id);
+            Ok(record) => match driver_devices.get(&record.id).copied() {
+                Some(found) if found.parameters.owner_cookie == record.owner_cookie && waits(&found) => {
+                    driver_devices.remove(&record.id);
                     Match::Device(record.id, found, Ok(record))
                 }
                 None if self.is_unknown(record.id) => {
                     let parameters = record.parameters();
-                    Match::Device(record.id, Found { waiting: Waiting::ForDaemon, parameters }, Ok(record))
+                    Match::Device(
+                        record.id,
+                        ExistingDevice { state: OrphanState::Waiting, parameters },
+                        Ok(record),
+                    )
                 }
                 // Never started, stopped, or another by now: nobody waits for it.
                 _ => Match::Gone(record.spec.path),
             },
             Err(reason) => {
-                let id = linked_id(&self.shared.run_dir.join(instance).join(format!("loop{number}")));
-                let id = id.filter(|id| !spoken_for.contains(id));
-                match id.and_then(|id| at_driver.get(&id).copied().filter(waits).map(|found| (id, found))) {
+                let id = linked_id(&self.context.run_dir.join(instance).join(format!("loop{number}")));
+                let id = id.filter(|id| !recorded_ids.contains(id));
+                match id
+                    .and_then(|id| driver_devices.get(&id).copied().filter(waits).map(|found| (id, found)))
+                {
                     Some((id, found)) => {
-                        at_driver.remove(&id);
+                        driver_devices.remove(&id);
                         Match::Device(id, found, Err(reason))
                     }
                     None => Match::Unknown(reason),
@@ -162,21 +171,22 @@ impl Engine {
     }
 
     /// Devices without a state file whose names are there still.
-    fn named_by_links(&self, at_driver: &mut AtDriver, defaults: &InstanceSpec) -> Vec<Orphan> {
+    fn named_by_links(&self, driver_devices: &mut DriverDevices, defaults: &InstanceSpec) -> Vec<Orphan> {
         let entries = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten();
         let mut named = Vec::new();
-        for link in entries(&self.shared.run_dir).flat_map(|dir| entries(&dir.path())) {
+        for link in entries(&self.context.run_dir).flat_map(|dir| entries(&dir.path())) {
             let path = link.path();
             let Some(id) = linked_id(&path) else { continue };
-            let name = path.to_str().and_then(|path| parse_device(path, &self.shared.run_dir).ok());
+            let name = path.to_str().and_then(|path| parse_device(path, &self.context.run_dir).ok());
             let Some(DeviceName::Number(instance, number)) = name else { continue };
-            let waits = |found: &Found| found.waiting == Waiting::ForDaemon && found.parameters.outlives;
-            let Some(found) = at_driver.get(&id).copied().filter(waits) else { continue };
+            let waits =
+                |found: &ExistingDevice| found.state == OrphanState::Waiting && found.parameters.recoverable;
+            let Some(found) = driver_devices.get(&id).copied().filter(waits) else { continue };
             let missing = Error::new(Kind::NotFound, "its state file is missing");
-            let Some(instance) = self.instance_again(&instance, Ok(defaults.clone()), defaults) else {
+            let Some(instance) = self.recreate_instance(&instance, Ok(defaults.clone()), defaults) else {
                 continue;
             };
-            at_driver.remove(&id);
+            driver_devices.remove(&id);
             named.push(Orphan { instance, number, id, found, record: Err(missing) });
         }
         named
@@ -185,14 +195,14 @@ impl Engine {
     /// Deletes devices that a previous daemon had begun to make, or to take away; never one with users. One
     /// that waits for a daemon goes only if the driver itself finds it unused, and if `complete`: no state
     /// file can be about it.
-    fn delete_unused(&self, at_driver: &mut AtDriver, complete: bool, notes: &mut Vec<String>) {
-        at_driver.retain(|&id, found| {
-            let ended = found.waiting == Waiting::ForNothing || !found.parameters.outlives;
-            if !(ended || complete && self.shared.frontend.stops_unused_only()) {
+    fn delete_unused(&self, driver_devices: &mut DriverDevices, complete: bool, notes: &mut Vec<String>) {
+        driver_devices.retain(|&id, found| {
+            let ended = found.state == OrphanState::Unused || !found.parameters.recoverable;
+            if !(ended || complete && self.context.frontend.can_stop_if_unused()) {
                 return true;
             }
-            let when = if ended { Stop::Always } else { Stop::IfUnused };
-            let deleted = self.shared.frontend.leftover(id, found.parameters).and_then(|device| {
+            let when = if ended { StopMode::Always } else { StopMode::IfUnused };
+            let deleted = self.context.frontend.leftover(id, found.parameters).and_then(|device| {
                 device.stop(when)?;
                 device.delete()
             });
@@ -209,22 +219,28 @@ impl Engine {
 
     /// Devices of which neither record nor name is left. One that is alone with one record that cannot be
     /// read is its device; others get names that nothing else has.
-    fn nameless(
+    fn unidentified(
         &self,
-        at_driver: AtDriver,
+        driver_devices: DriverDevices,
         mut unmatched: Vec<(Arc<Instance>, u32, Error)>,
         defaults: &InstanceSpec,
     ) -> Vec<Orphan> {
-        let alone = at_driver.len() == 1 && unmatched.len() == 1;
+        let alone = driver_devices.len() == 1 && unmatched.len() == 1;
         let named = |(id, found)| {
             if let Some((instance, number, reason)) = unmatched.pop().filter(|_| alone) {
                 return Some(Orphan { instance, number, id, found, record: Err(reason) });
             }
-            let instance = self.instance_again(DEFAULT_INSTANCE, Ok(defaults.clone()), defaults)?;
+            let instance = self.recreate_instance(DEFAULT_INSTANCE, Ok(defaults.clone()), defaults)?;
             let lost = Error::new(Kind::NotFound, "its state file and its name are missing");
-            Some(Orphan { instance, number: LOST.saturating_add(id), id, found, record: Err(lost) })
+            Some(Orphan {
+                instance,
+                number: LOST_NUMBER_BASE.saturating_add(id),
+                id,
+                found,
+                record: Err(lost),
+            })
         };
-        let orphans = at_driver.into_iter().filter_map(named).collect();
+        let orphans = driver_devices.into_iter().filter_map(named).collect();
         for (instance, number, reason) in unmatched {
             let name = instance.info().name;
             tracing::error!(
@@ -238,8 +254,8 @@ impl Engine {
 
     /// Nothing is left of a device but its state file, and perhaps its name.
     fn forget(&self, instance: &str, number: u32) {
-        self.shared.state.remove_device(instance, number);
-        let link = self.shared.run_dir.join(instance).join(format!("loop{number}"));
+        self.context.state.remove_device(instance, number);
+        let link = self.context.run_dir.join(instance).join(format!("loop{number}"));
         if std::fs::read_link(&link).is_ok() {
             let _ = std::fs::remove_file(link);
         }
@@ -249,7 +265,7 @@ impl Engine {
 /// What a state file is about.
 enum Match {
     /// This device.
-    Device(u32, Found, Result<DeviceRecord>),
+    Device(u32, ExistingDevice, Result<DeviceRecord>),
     /// Perhaps a device: it cannot be read, for this reason.
     Unknown(Error),
     /// None that is there.
@@ -271,7 +287,7 @@ impl Orphan {
             Err(reason) => {
                 let reason = reason.message();
                 tracing::error!("{name} (ublk device {id}) was not recovered and is stuck: {reason}");
-                if let Err(error) = instance.keep_stuck(*number, *id, *found, reason) {
+                if let Err(error) = instance.list_stuck(*number, *id, *found, reason) {
                     tracing::error!("{name} (ublk device {id}) is not listed: {error}");
                 }
             }

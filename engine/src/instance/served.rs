@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::spec::{DeviceState, DeviceStats, LatencySummary};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::Alone;
-use crate::frontend::{Device, Queue, Stop};
+use crate::frontend::ublk::StartLock;
+use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
-use crate::worker::{Job, QueueStats, WorkerHandle};
+use crate::worker::{NewQueue, QueueStats, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
-pub type Workers = Arc<[WorkerHandle<Queue>]>;
+pub type Workers = Arc<[WorkerHandle<FrontendQueue>]>;
 
 /// Requests of one device.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,18 +29,18 @@ pub struct Traffic {
 /// A device with its queues on the workers.
 #[derive(Debug)]
 pub struct Served {
-    device: Device,
+    device: FrontendDevice,
     workers: Workers,
     slot: SlotId,
     /// None: the image could not be found again, and nobody serves the device.
     image: Mutex<Option<Arc<Image>>>,
     geometry: Mutex<Geometry>,
-    life: Mutex<Life>,
+    lifecycle: Mutex<Lifecycle>,
 }
 
 /// Whether a device can be talked to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Life {
+enum Lifecycle {
     Serving,
     /// It is being taken away.
     Stuck,
@@ -50,30 +50,30 @@ enum Life {
 }
 
 /// How long a stop that was given up is left alone, at first.
-const STOPPING: Duration = Duration::from_secs(10);
+const STOP_RETRY: Duration = Duration::from_secs(10);
 /// How long a file of a user's own file system may take to answer anything, where somebody waits for its end.
-const HANGS: Duration = Duration::from_secs(2);
+const HANG_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How a frontend's device becomes one that works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Begin {
+pub enum StartMode {
     /// It is new.
-    Fresh,
+    New,
     /// A daemon before us served it.
     Recovered,
     /// It is new, and appears only when it takes another's place.
-    Waiting,
+    Deferred,
 }
 
 impl Served {
     /// Serves a device that was added, or is there already. When that fails, what there is of it
     /// comes back all the same, for the caller to take away or to keep as stuck.
-    pub fn begin(
-        device: Device,
+    pub fn start(
+        device: FrontendDevice,
         workers: &Workers,
         slot: SlotId,
         image: Image,
-        how: Begin,
+        how: StartMode,
     ) -> (Served, Result<()>) {
         let (geometry, image) = (image.geometry(), Arc::new(image));
         let served = Served {
@@ -82,25 +82,25 @@ impl Served {
             slot,
             image: Mutex::new(Some(image.clone())),
             geometry: Mutex::new(geometry),
-            life: Mutex::new(Life::Serving),
+            lifecycle: Mutex::new(Lifecycle::Serving),
         };
         let outcome = served.bring_up(&image, how);
         if outcome.is_err() {
-            *served.life() = Life::Stuck;
+            *served.lifecycle() = Lifecycle::Stuck;
         }
         (served, outcome)
     }
 
     /// A device that nobody can serve now: it can only be taken away.
-    pub fn abandoned(device: Device, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
-        let (geometry, life) = (Mutex::new(geometry), Mutex::new(Life::Stuck));
-        Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, life }
+    pub fn unserved(device: FrontendDevice, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
+        let (geometry, lifecycle) = (Mutex::new(geometry), Mutex::new(Lifecycle::Stuck));
+        Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, lifecycle }
     }
 
-    fn bring_up(&self, image: &Arc<Image>, how: Begin) -> Result<()> {
+    fn bring_up(&self, image: &Arc<Image>, how: StartMode) -> Result<()> {
         match how {
-            Begin::Fresh | Begin::Waiting => self.device.describe(image)?,
-            Begin::Recovered => self.device.begin_recovery()?,
+            StartMode::New | StartMode::Deferred => self.device.describe(image)?,
+            StartMode::Recovered => self.device.begin_recovery()?,
         }
         let queues = self.device.queues()?;
         if queues.len() > self.workers.len() {
@@ -110,32 +110,32 @@ impl Served {
             ));
         }
         for (worker, transport) in self.workers.iter().zip(queues) {
-            worker.add(Job { slot: self.slot, transport, image: image.clone() })?;
+            worker.add(NewQueue { slot: self.slot, transport, image: image.clone() })?;
         }
         match how {
-            Begin::Fresh => self.device.start(),
-            Begin::Recovered => self.device.end_recovery(),
-            Begin::Waiting => Ok(()),
+            StartMode::New => self.device.start(),
+            StartMode::Recovered => self.device.end_recovery(),
+            StartMode::Deferred => Ok(()),
         }
     }
 
     /// Held while the device changes, so that nothing is asked of one that is going.
-    fn life(&self) -> MutexGuard<'_, Life> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the device go away. `release` must follow.
-    pub fn stop(&self, when: Stop) -> Result<()> {
-        let mut life = self.life();
-        let mut pause = STOPPING;
-        if let Life::Stopping(again, last) = *life {
+    pub fn stop(&self, when: StopMode) -> Result<()> {
+        let mut lifecycle = self.lifecycle();
+        let mut pause = STOP_RETRY;
+        if let Lifecycle::Stopping(again, last) = *lifecycle {
             // It would wait behind the one that was given up, and hold a ring as long as that.
-            if self.device.is_shown() && Instant::now() < again {
+            if self.device.is_present() && Instant::now() < again {
                 return Err(Error::new(Kind::Deadline, "the device is being stopped still"));
             }
             pause = last.saturating_mul(2);
         }
-        if when == Stop::Always && self.hangs() {
+        if when == StopMode::Always && self.is_hung() {
             let message = "the device cannot be stopped: the file system of its image does not answer";
             return Err(Error::new(Kind::Deadline, message).hint("end that file system"));
         }
@@ -144,14 +144,14 @@ impl Served {
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => {
                 if error.kind() == Kind::Deadline {
-                    *life = Life::Stopping(Instant::now() + pause, pause);
+                    *lifecycle = Lifecycle::Stopping(Instant::now() + pause, pause);
                 }
                 return Err(error);
             }
             Ok(()) => {}
         }
         // It can be told nothing from here on.
-        *life = Life::Stuck;
+        *lifecycle = Lifecycle::Stuck;
         Ok(())
     }
 
@@ -160,7 +160,7 @@ impl Served {
     /// after a crash.
     pub fn quiesce(&self, until: Instant) -> Result<()> {
         // Nothing of one that is stuck is served here: it waits already.
-        if *self.life() != Life::Serving {
+        if *self.lifecycle() != Lifecycle::Serving {
             return Ok(());
         }
         let left = until.saturating_duration_since(Instant::now());
@@ -181,12 +181,12 @@ impl Served {
 
     /// Requests are in flight on a file that may never answer, and none has ended for a while. A stop would
     /// wait for them in the kernel, where nothing ends the wait, so that the daemon could not end either.
-    fn hangs(&self) -> bool {
+    fn is_hung(&self) -> bool {
         let Ok(image) = self.image() else { return false };
-        let until = Instant::now() + HANGS;
+        let until = Instant::now() + HANG_TIMEOUT;
         let ended =
             || self.traffic().ok().filter(|traffic| traffic.in_flight > 0).map(|traffic| traffic.ended);
-        let Some(before) = ended().filter(|_| image.holds_up()) else { return false };
+        let Some(before) = ended().filter(|_| image.may_block()) else { return false };
         while Instant::now() < until {
             std::thread::sleep(Duration::from_millis(20));
             if ended() != Some(before) {
@@ -197,39 +197,39 @@ impl Served {
     }
 
     /// Has one that waits appear by itself.
-    pub fn appear(&self) -> Result<()> {
+    pub fn start_deferred(&self) -> Result<()> {
         self.device.start()
     }
 
     /// Has one that waits appear while nobody else's does: under the lowest number that is free.
-    pub fn appear_alone(&self, alone: &Alone) -> Result<()> {
-        self.device.start_alone(alone)
+    pub fn start_exclusively(&self, lock: &StartLock) -> Result<()> {
+        self.device.start_exclusively(lock)
     }
 
     /// Stops this one, if nobody has it open, so that another can take its place. Whatever else goes
     /// wrong, it is not to be used again.
-    pub fn make_way(&self, _alone: &Alone) -> Result<()> {
-        let mut life = self.life();
-        if *life != Life::Serving {
+    pub fn try_stop(&self, _lock: &StartLock) -> Result<()> {
+        let mut lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
             return Err(Error::new(Kind::Deadline, "the device is stuck"));
         }
-        let outcome = self.device.stop(Stop::IfUnusedNow);
+        let outcome = self.device.stop(StopMode::IfUnusedNow);
         match &outcome {
             Err(error) if error.kind() == Kind::Busy => {}
-            _ => *life = Life::Stuck,
+            _ => *lifecycle = Lifecycle::Stuck,
         }
         outcome
     }
 
     /// Takes the queues of a stopped device from the workers, and gives its number back.
     pub fn release(&self) -> Result<()> {
-        self.leave()?;
+        self.remove_queues()?;
         self.delete()
     }
 
     /// Takes the queues of a stopped device from the workers.
-    pub fn leave(&self) -> Result<()> {
-        let _life = self.life();
+    pub fn remove_queues(&self) -> Result<()> {
+        let _life = self.lifecycle();
         for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
             ignore_missing(worker.remove(self.slot))?;
         }
@@ -237,19 +237,19 @@ impl Served {
     }
 
     /// The image of a device that has left. Closing its file may take as long as its file system likes.
-    pub fn give_up_image(&self) -> Option<Arc<Image>> {
+    pub fn take_image(&self) -> Option<Arc<Image>> {
         self.image.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Gives the number of a stopped device back that no worker has any more.
     pub fn delete(&self) -> Result<()> {
-        let _life = self.life();
+        let _life = self.lifecycle();
         ignore_missing(self.device.delete())
     }
 
     /// No worker has a queue of it: its recovery has not begun.
-    pub fn is_unserved(&self) -> bool {
-        let missing = |worker: &WorkerHandle<Queue>| {
+    pub fn has_no_queues(&self) -> bool {
+        let missing = |worker: &WorkerHandle<FrontendQueue>| {
             worker.stats(self.slot).is_err_and(|error| error.kind() == Kind::NotFound)
         };
         self.workers.iter().all(missing)
@@ -261,23 +261,23 @@ impl Served {
     }
 
     /// It was refused direct I/O since it was last asked this.
-    pub fn left_direct_io(&self) -> bool {
-        self.image().is_ok_and(|image| image.left_direct_io())
+    pub fn take_direct_io_disabled(&self) -> bool {
+        self.image().is_ok_and(|image| image.take_direct_io_disabled())
     }
 
     /// Adapts to the image's present size, or both to `size`; `check` may refuse the step from the first size
     /// to the second. What fails leaves image and device as they were. Returns the new size.
     pub fn resize(&self, size: Option<u64>, check: impl FnOnce(u64, u64) -> Result<()>) -> Result<u64> {
         let image = self.image()?;
-        let life = self.life();
-        if *life != Life::Serving {
+        let lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
             return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
         }
         let now = self.geometry();
         let before = image.length()?;
         let (new, length) = match size {
-            Some(size) => image.with_size(size, now.size)?,
-            None => (image.refreshed()?, before),
+            Some(size) => image.geometry_for_size(size, now.size)?,
+            None => (image.current_geometry()?, before),
         };
         check(now.size, new.size)?;
         // The file is never shorter than the device.
@@ -298,8 +298,8 @@ impl Served {
     /// Shows another image from now on. What is in flight ends on the old one, and may go on on the
     /// new: it must be the same file, or nothing must be writable, or the old one have no size.
     pub fn replace(&self, image: Image) -> Result<()> {
-        let life = self.life();
-        if *life != Life::Serving {
+        let lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
             return Err(Error::new(Kind::Busy, "the device is stuck or being taken away"));
         }
         let image = Arc::new(image);
@@ -310,7 +310,7 @@ impl Served {
 
     /// Tells workers and driver of a new shape, in the order in which requests up to the larger size
     /// are served while the two sides disagree.
-    fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<Queue>) -> Result<()>) -> Result<()> {
+    fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<FrontendQueue>) -> Result<()>) -> Result<()> {
         let queues = usize::from(self.device.parameters().queues);
         let tell_workers = || self.workers.iter().take(queues).try_for_each(&tell);
         if new.size >= self.geometry().size {
@@ -330,7 +330,7 @@ impl Served {
     }
 
     /// The frontend's device.
-    pub fn device(&self) -> &Device {
+    pub fn device(&self) -> &FrontendDevice {
         &self.device
     }
 
@@ -346,13 +346,13 @@ impl Served {
 
     /// State, as far as it can be known without waiting long.
     pub fn state(&self) -> DeviceState {
-        let life = match self.life.try_lock() {
-            Ok(life) => *life,
-            Err(TryLockError::Poisoned(life)) => *life.into_inner(),
+        let lifecycle = match self.lifecycle.try_lock() {
+            Ok(lifecycle) => *lifecycle,
+            Err(TryLockError::Poisoned(lifecycle)) => *lifecycle.into_inner(),
             // It is being changed just now; what it is asked is answered by the workers.
-            Err(TryLockError::WouldBlock) => Life::Serving,
+            Err(TryLockError::WouldBlock) => Lifecycle::Serving,
         };
-        if life != Life::Serving {
+        if lifecycle != Lifecycle::Serving {
             return DeviceState::Stuck;
         }
         match self.queue_stats() {

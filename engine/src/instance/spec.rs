@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
+pub use crate::frontend::{FrontendKind, IoMode};
+
 /// Name of the instance that always exists.
 pub const DEFAULT_INSTANCE: &str = "default";
 
@@ -70,7 +72,7 @@ pub struct AttachSpec {
     /// Queue depth: requests in flight in each queue; 0: 128.
     pub depth: u32,
     /// Path of the feature ladder, forced; none: the best that the kernel grants.
-    pub data_path: Option<DataPath>,
+    pub io_mode: Option<IoMode>,
     /// Have the kernel look for partitions; they are named beside the device, as loop0p1.
     #[serde(default)]
     pub partscan: bool,
@@ -104,55 +106,6 @@ pub struct RecoverSpec {
     pub size_limit: Option<u64>,
     /// Use the page cache instead of direct I/O; none: as it was attached, or not if that is not known.
     pub buffered: Option<bool>,
-}
-
-/// How requests and their data travel between the kernel and the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
-#[serde(rename_all = "kebab-case")]
-#[zlink(rename_all = "lowercase")]
-pub enum DataPath {
-    /// Data is copied to a buffer of the daemon and back (Linux 6.5).
-    Copy,
-    /// The request's pages are the buffer; one command a request (Linux 6.16).
-    Auto,
-    /// The request's pages are the buffer; commands in batches (Linux 7.0).
-    Batch,
-    /// Through FUSE, to a file instead of a block device: data is copied to a buffer of the daemon
-    /// and back.
-    Fuse,
-}
-
-impl DataPath {
-    /// The word used on the command line and in JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            DataPath::Copy => "copy",
-            DataPath::Auto => "auto",
-            DataPath::Batch => "batch",
-            DataPath::Fuse => "fuse",
-        }
-    }
-}
-
-/// What devices are to those who use them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
-#[serde(rename_all = "lowercase")]
-#[zlink(rename_all = "lowercase")]
-pub enum FrontendKind {
-    /// Block devices of the ublk driver.
-    Ublk,
-    /// Files of a FUSE file system.
-    Fuse,
-}
-
-impl FrontendKind {
-    /// The word used on the command line and in JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            FrontendKind::Ublk => "ublk",
-            FrontendKind::Fuse => "fuse",
-        }
-    }
 }
 
 /// What state a device is in.
@@ -214,7 +167,7 @@ pub struct DeviceInfo {
     /// Queue depth.
     pub depth: u32,
     /// How data travels.
-    pub data_path: DataPath,
+    pub io_mode: IoMode,
     /// Who else has the image through this daemon: devices of instances, loop devices of pools.
     #[serde(default)]
     pub shared_with: Vec<String>,
@@ -304,7 +257,7 @@ pub struct Features {
     /// none without the driver, as below.
     pub flags: Vec<String>,
     /// Paths of block devices that work here, best first.
-    pub data_paths: Vec<DataPath>,
+    pub io_modes: Vec<IoMode>,
     /// Block devices outlive the daemon and can be taken back.
     pub recovery: bool,
     /// Block devices can be resized (files always can).

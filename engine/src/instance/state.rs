@@ -12,24 +12,24 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::spec::{AttachSpec, DataPath, InstanceSpec};
+use super::spec::{AttachSpec, InstanceSpec, IoMode};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::Parameters;
+use crate::frontend::DeviceParameters;
 use crate::image::Identity;
 
 /// What is needed to take a device back.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceRecord {
-    /// How it was attached; `number` and `data_path` are filled in.
+    /// How it was attached; `number` and `io_mode` are filled in.
     pub spec: AttachSpec,
     /// Its number at the driver.
     pub id: u32,
     /// The mark that the driver keeps for it.
-    pub mark: u64,
+    pub owner_cookie: u64,
     /// The image, to know it again.
     pub identity: Identity,
     /// How data travels.
-    pub data_path: DataPath,
+    pub io_mode: IoMode,
     /// Queues, as granted.
     pub queues: u16,
     /// Queue depth.
@@ -45,15 +45,22 @@ pub struct DeviceRecord {
 
 impl DeviceRecord {
     /// What it was made with.
-    pub fn parameters(&self) -> Parameters {
-        let DeviceRecord { data_path: path, queues, depth, mark: owner, .. } = *self;
-        Parameters { path, queues, depth, owner, outlives: true, partscan: self.spec.partscan }
+    pub fn parameters(&self) -> DeviceParameters {
+        let DeviceRecord { io_mode, queues, depth, owner_cookie, .. } = *self;
+        DeviceParameters {
+            io_mode,
+            queues,
+            depth,
+            owner_cookie,
+            recoverable: true,
+            partscan: self.spec.partscan,
+        }
     }
 }
 
 /// An instance and its devices by number, as a daemon before this one left them.
 #[derive(Debug)]
-pub struct Remembered {
+pub struct SavedInstance {
     /// The instance's name.
     pub name: String,
     /// What it may have, or why that cannot be read.
@@ -113,14 +120,14 @@ impl StateDir {
     }
 
     /// Everything noted, by name and number.
-    pub fn load(&self) -> Vec<Remembered> {
-        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| remembered(dir)).collect();
+    pub fn load(&self) -> Vec<SavedInstance> {
+        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| saved(dir)).collect();
         found.sort_by(|a, b| a.name.cmp(&b.name));
         found
     }
 }
 
-fn remembered(dir: &Path) -> Option<Remembered> {
+fn saved(dir: &Path) -> Option<SavedInstance> {
     let name = dir.file_name()?.to_str()?.to_owned();
     let mut devices = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -130,7 +137,7 @@ fn remembered(dir: &Path) -> Option<Remembered> {
         devices.extend(number.map(|number: u32| (number, read(&entry.path()))));
     }
     devices.sort_by_key(|(number, _)| *number);
-    Some(Remembered { name, spec: read(&dir.join("instance.json")), devices })
+    Some(SavedInstance { name, spec: read(&dir.join("instance.json")), devices })
 }
 
 fn subdirectories(dir: &Path) -> Vec<PathBuf> {
@@ -235,17 +242,17 @@ mod tests {
             buffered: false,
             queues: 0,
             depth: 0,
-            data_path: None,
+            io_mode: None,
             partscan: false,
         };
-        let identity = Identity { dev: 1, ino: 2, rdev: 0, born_ns: 9 };
-        let data_path = DataPath::Batch;
+        let identity = Identity { dev: 1, ino: 2, rdev: 0, btime_ns: 9 };
+        let io_mode = IoMode::Batch;
         DeviceRecord {
             spec,
             id: 7,
-            mark: 11,
+            owner_cookie: 11,
             identity,
-            data_path,
+            io_mode,
             queues: 2,
             depth: 128,
             block_size: 512,
@@ -264,7 +271,7 @@ mod tests {
 
     /// Why the only device cannot be read.
     fn reason(state: &StateDir) -> String {
-        let [Remembered { devices, .. }] = &state.load()[..] else { panic!("one instance") };
+        let [SavedInstance { devices, .. }] = &state.load()[..] else { panic!("one instance") };
         devices[0].1.as_ref().unwrap_err().to_string()
     }
 

@@ -7,42 +7,42 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::attached::Attached;
-use super::pool::Instance;
-use super::{Engine, owner_mark};
+use super::Engine;
+use super::attached::AttachedDevice;
+use super::engine::owner_hash;
+use super::instance::Instance;
 use crate::error::{Error, Kind};
-use crate::frontend::{Stop, ublk};
+use crate::frontend::{StopMode, ublk};
 use crate::sys::usage::{self, Disks};
 
 /// For all devices together to answer what is in flight.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 /// Devices that are quiesced at a time.
-const QUIESCED_TOGETHER: usize = 16;
+const QUIESCE_PARALLEL: usize = 16;
 /// For the kernel to write back before devices in use are stopped.
 const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
 /// Disks that are written back at a time.
-const WRITTEN_BACK_TOGETHER: usize = 16;
+const WRITE_BACK_PARALLEL: usize = 16;
 
 impl Engine {
-    /// Ends all pools. Then leaves the devices to the next daemon, with their names and state; or detaches
+    /// Ends all companions. Then leaves the devices to the next daemon, with their names and state; or detaches
     /// them, with `detach_all` and where the kernel does not keep them. The process must end next, without
     /// dropping the engine.
     pub fn shutdown(&self, detach_all: bool) {
-        let detach = detach_all || !self.shared.frontend.devices_outlive_daemon();
-        let pools = self.pools();
-        let bound = pools.iter().flat_map(|pool| pool.entries()).filter(|entry| entry.bound.is_some());
-        let mut ending: Vec<PathBuf> = bound.flat_map(|entry| Disks::numbered(entry.rdev).nodes()).collect();
+        let detach = detach_all || !self.context.frontend.devices_outlive_daemon();
+        let companions = self.companions();
+        let mut ending: Vec<PathBuf> = companions.iter().flat_map(|one| one.bound_nodes()).collect();
         let instances: Vec<Arc<Instance>> = self.table().values().cloned().collect();
         if detach {
             ending.extend(instances.iter().flat_map(|instance| nodes_of(instance)));
         }
         write_back(ending);
-        pools.iter().for_each(|pool| pool.end(true));
+        companions.iter().for_each(|companion| companion.end());
         instances.iter().for_each(|instance| instance.close());
         if detach {
             instances.iter().for_each(|instance| detach_devices(instance));
         } else {
-            leave_waiting(&instances.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>());
+            quiesce_devices(&instances.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>());
         }
     }
 }
@@ -51,19 +51,19 @@ impl Engine {
 /// its files. And why some disks of the driver may or may not be its own.
 pub(crate) fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     let mut disks = Disks::backed_by(|file| file.starts_with(run_dir));
-    let mut unknown = Vec::new();
+    let mut placeholder_record = Vec::new();
     for id in ublk::present_devices() {
-        match ublk::Device::examine(id) {
-            Ok(found) if found.parameters.owner >> 32 == u64::from(owner_mark(run_dir)) => {
+        match ublk::UblkDevice::examine(id) {
+            Ok(found) if found.parameters.owner_cookie >> 32 == u64::from(owner_hash(run_dir)) => {
                 disks.insert(&format!("ublkb{id}"));
             }
             Ok(_) => {}
             // It has gone meanwhile.
             Err(error) if error.kind() == Kind::NotFound => {}
-            Err(error) => unknown.push(error),
+            Err(error) => placeholder_record.push(error),
         }
     }
-    (disks, unknown)
+    (disks, placeholder_record)
 }
 
 /// Devices of an instance, and what lies upon them.
@@ -78,7 +78,7 @@ pub(super) fn nodes_of(instance: &Instance) -> Vec<PathBuf> {
 
 fn detach_devices(instance: &Instance) {
     for number in instance.numbers() {
-        if let Err(error) = instance.detach(number, Stop::Always) {
+        if let Err(error) = instance.detach(number, StopMode::Always) {
             tracing::warn!("{}/loop{number} did not stop: {error}", instance.info().name);
         }
     }
@@ -88,7 +88,7 @@ fn detach_devices(instance: &Instance) {
 }
 
 /// Some at a time, because each may wait for a slow image.
-fn leave_waiting(devices: &[Arc<Attached>]) {
+fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
     if devices.is_empty() {
         return;
     }
@@ -102,7 +102,7 @@ fn leave_waiting(devices: &[Arc<Attached>]) {
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..devices.len().min(QUIESCED_TOGETHER) {
+        for _ in 1..devices.len().min(QUIESCE_PARALLEL) {
             // Without a thread the others do its part.
             let _ = std::thread::Builder::new().name("quiesce".into()).spawn_scoped(scope, quiesce);
         }
@@ -121,8 +121,8 @@ fn leave_waiting(devices: &[Arc<Attached>]) {
 pub(super) fn write_back(nodes: Vec<PathBuf>) {
     let nodes = Arc::new(nodes);
     let next = Arc::new(AtomicUsize::new(0));
-    let (done, is_done) = crossbeam::channel::bounded(WRITTEN_BACK_TOGETHER);
-    for _ in 0..nodes.len().min(WRITTEN_BACK_TOGETHER) {
+    let (done, is_done) = crossbeam::channel::bounded(WRITE_BACK_PARALLEL);
+    for _ in 0..nodes.len().min(WRITE_BACK_PARALLEL) {
         let (nodes, next, done) = (Arc::clone(&nodes), Arc::clone(&next), done.clone());
         std::thread::spawn(move || {
             while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {

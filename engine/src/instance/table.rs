@@ -14,7 +14,7 @@ use crate::ring::SlotId;
 
 /// A number's entry.
 #[derive(Clone, Debug)]
-enum Entry<D> {
+enum MapEntry<D> {
     /// Being attached or taken away.
     Reserved,
     /// Served.
@@ -22,9 +22,9 @@ enum Entry<D> {
 }
 
 #[derive(Debug)]
-struct State<D> {
+struct MapState<D> {
     spec: InstanceSpec,
-    devices: BTreeMap<u32, Entry<D>>,
+    devices: BTreeMap<u32, MapEntry<D>>,
     /// How often each slot of the workers was let; those that are not let are in `free`.
     generations: Vec<u32>,
     free: Vec<u16>,
@@ -33,17 +33,17 @@ struct State<D> {
 
 /// Devices by number.
 #[derive(Debug)]
-pub struct Table<D> {
+pub struct DeviceMap<D> {
     /// Where their names are.
     directory: PathBuf,
-    state: Mutex<State<D>>,
+    state: Mutex<MapState<D>>,
 }
 
-impl<D: Clone> Table<D> {
+impl<D: Clone> DeviceMap<D> {
     /// An empty one.
     pub fn new(spec: &InstanceSpec, directory: &Path) -> Result<Self> {
         check_quota(spec.max_devices)?;
-        let state = State {
+        let state = MapState {
             spec: spec.clone(),
             devices: BTreeMap::new(),
             generations: Vec::new(),
@@ -53,7 +53,7 @@ impl<D: Clone> Table<D> {
         Ok(Self { directory: directory.to_owned(), state: Mutex::new(state) })
     }
 
-    fn state(&self) -> MutexGuard<'_, State<D>> {
+    fn state(&self) -> MutexGuard<'_, MapState<D>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -85,8 +85,8 @@ impl<D: Clone> Table<D> {
     pub fn live(&self) -> Vec<(u32, D)> {
         let state = self.state();
         let live = state.devices.iter().filter_map(|(number, entry)| match entry {
-            Entry::Live(device) => Some((*number, device.clone())),
-            Entry::Reserved => None,
+            MapEntry::Live(device) => Some((*number, device.clone())),
+            MapEntry::Reserved => None,
         });
         live.collect()
     }
@@ -94,7 +94,7 @@ impl<D: Clone> Table<D> {
     /// The device with this number.
     pub fn get(&self, number: u32) -> Result<D> {
         match self.state().devices.get(&number) {
-            Some(Entry::Live(device)) => Ok(device.clone()),
+            Some(MapEntry::Live(device)) => Ok(device.clone()),
             _ => Err(self.no_such_device(number)),
         }
     }
@@ -115,9 +115,9 @@ impl<D: Clone> Table<D> {
     pub fn withdraw(&self, number: u32) -> Result<D> {
         let mut state = self.state();
         let entry = state.devices.get_mut(&number).ok_or_else(|| self.no_such_device(number))?;
-        match std::mem::replace(entry, Entry::Reserved) {
-            Entry::Live(device) => Ok(device),
-            Entry::Reserved => {
+        match std::mem::replace(entry, MapEntry::Reserved) {
+            MapEntry::Live(device) => Ok(device),
+            MapEntry::Reserved => {
                 let context = format!("{} is being attached or detached", self.path(number).display());
                 Err(Error::new(Kind::Busy, context).hint("try again"))
             }
@@ -126,7 +126,7 @@ impl<D: Clone> Table<D> {
 
     /// It stays after all.
     pub fn put_back(&self, number: u32, device: D) {
-        self.state().devices.insert(number, Entry::Live(device));
+        self.state().devices.insert(number, MapEntry::Live(device));
     }
 
     /// It is gone: number and slot are free.
@@ -144,7 +144,7 @@ impl<D: Clone> Table<D> {
             return Err(Error::new(Kind::NotFound, format!("instance {name} is being removed")));
         }
         let number = match wanted {
-            Some(number) if state.devices.contains_key(&number) => return Err(self.taken(number)),
+            Some(number) if state.devices.contains_key(&number) => return Err(self.exists(number)),
             Some(number) if number > NUMBER_MAX => {
                 let context = format!("a device of instance {name} cannot have the number {number}");
                 return Err(Error::new(Kind::Invalid, context).hint(format!("give at most {NUMBER_MAX}")));
@@ -158,19 +158,19 @@ impl<D: Clone> Table<D> {
                 Error::new(Kind::Quota, context).hint("detach one, or make an instance with a larger --max")
             );
         }
-        Ok(self.let_slot(&mut state, number))
+        Ok(self.allocate_slot(&mut state, number))
     }
 
     /// The same for a device that exists already: quotas are for new ones.
-    pub fn reserve_again(&self, number: u32) -> Result<Reservation<'_, D>> {
+    pub fn reserve_existing(&self, number: u32) -> Result<Reservation<'_, D>> {
         let mut state = self.state();
         if state.devices.contains_key(&number) {
-            return Err(self.taken(number));
+            return Err(self.exists(number));
         }
-        Ok(self.let_slot(&mut state, number))
+        Ok(self.allocate_slot(&mut state, number))
     }
 
-    fn let_slot(&self, state: &mut State<D>, number: u32) -> Reservation<'_, D> {
+    fn allocate_slot(&self, state: &mut MapState<D>, number: u32) -> Reservation<'_, D> {
         let index = match state.free.pop() {
             Some(index) => {
                 state.generations[usize::from(index)] += 1;
@@ -182,11 +182,11 @@ impl<D: Clone> Table<D> {
             }
         };
         let slot = SlotId { index, generation: state.generations[usize::from(index)] & 0xff_ffff };
-        state.devices.insert(number, Entry::Reserved);
+        state.devices.insert(number, MapEntry::Reserved);
         Reservation { table: self, number, slot, filled: false }
     }
 
-    fn taken(&self, number: u32) -> Error {
+    fn exists(&self, number: u32) -> Error {
         Error::new(Kind::Exists, format!("{} exists", self.path(number).display()))
     }
 
@@ -206,7 +206,7 @@ fn check_quota(max_devices: u32) -> Result<()> {
 /// A number and a slot that are given back unless they are filled.
 #[derive(Debug)]
 pub struct Reservation<'a, D: Clone> {
-    table: &'a Table<D>,
+    table: &'a DeviceMap<D>,
     /// The number.
     pub number: u32,
     /// The slot.
@@ -234,9 +234,9 @@ impl<D: Clone> Drop for Reservation<'_, D> {
 mod tests {
     use super::*;
 
-    fn table(max_devices: u32) -> Table<&'static str> {
+    fn table(max_devices: u32) -> DeviceMap<&'static str> {
         let spec = InstanceSpec { name: "ci".into(), max_devices, workers: 0, cpus: None };
-        Table::new(&spec, Path::new("/run/x/ci")).unwrap()
+        DeviceMap::new(&spec, Path::new("/run/x/ci")).unwrap()
     }
 
     #[test]

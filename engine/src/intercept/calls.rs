@@ -3,7 +3,7 @@
 //! Knows the numbers and arguments of loop(4), and in which order the driver finds fault with them.
 //! Does not know what the operations do ([`crate::loops`]), nor how calls come and go (`supervisor`).
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
@@ -11,30 +11,9 @@ use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags};
 use super::caller::{Administrators, Found, Node, Opener, Thread};
 use super::codec::{self, BLKPG_BYTES_MAX, BLKPG_PARTITION_BYTES, CONFIG_BYTES, INFO_BYTES_MAX, Layout};
 use super::filter::Abi;
-use crate::loops::{Answer, Caller, Configure, Errno, Info, PartitionChange, Pool, Status};
-use crate::sys::{block, usage};
+use crate::loops::{Answer, Caller, Configure, Errno, Info, LoopOp, LoopReply, Pool};
+use crate::sys::{block, ioctl, usage};
 
-// linux/loop.h.
-const LOOP_SET_FD: u32 = 0x4c00;
-const LOOP_CLR_FD: u32 = 0x4c01;
-const LOOP_SET_STATUS: u32 = 0x4c02;
-const LOOP_GET_STATUS: u32 = 0x4c03;
-const LOOP_SET_STATUS64: u32 = 0x4c04;
-const LOOP_GET_STATUS64: u32 = 0x4c05;
-const LOOP_CHANGE_FD: u32 = 0x4c06;
-const LOOP_SET_CAPACITY: u32 = 0x4c07;
-const LOOP_SET_DIRECT_IO: u32 = 0x4c08;
-const LOOP_SET_BLOCK_SIZE: u32 = 0x4c09;
-const LOOP_CONFIGURE: u32 = 0x4c0a;
-const LOOP_CTL_ADD: u32 = 0x4c80;
-const LOOP_CTL_REMOVE: u32 = 0x4c81;
-const LOOP_CTL_GET_FREE: u32 = 0x4c82;
-// linux/fs.h and linux/blkpg.h.
-const BLKRRPART: u32 = 0x125f;
-const BLKPG: u32 = 0x1269;
-const BLKGETDISKSEQ: u32 = 0x8008_1280;
-const BLKFLSBUF: u32 = 0x1261;
-const BLKBSZSET: [u32; 2] = [0x4008_1271, 0x4004_1271];
 /// The smallest and largest that the kernel takes.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=65536;
 
@@ -44,25 +23,14 @@ pub trait Loops: Send + Sync {
     fn find(&self, node: &Node) -> Option<u32>;
     /// Gives a caller whose descriptor is of a disk that loopN no longer is one of its disk now.
     fn refresh_descriptor(&self, number: u32, node: &Node, caller: &dyn Caller) -> Answer<()>;
-    fn get_free(&self) -> Answer<u32>;
-    fn add(&self, number: i32) -> Answer<u32>;
-    fn remove(&self, number: i32) -> Answer<u32>;
-    fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()>;
-    fn clear(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
-    fn status(&self, number: u32) -> Answer<Status>;
-    fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()>;
-    fn set_capacity(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
-    fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()>;
-    fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()>;
-    fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()>;
+    /// See [`Pool::execute`].
+    fn execute(&self, op: LoopOp, caller: &dyn Caller) -> Answer<LoopReply>;
     /// Whether the callers may make a block node with this device number.
     fn may_make(&self, rdev: u64) -> bool;
     /// This node is a partition of a device, or was one.
     fn has_part(&self, node: &Node) -> bool;
     /// Number of the disk whose partition this node is.
     fn sequence(&self, node: &Node) -> Answer<u64>;
-    fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()>;
-    fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()>;
 }
 
 impl Loops for Arc<Pool> {
@@ -72,38 +40,8 @@ impl Loops for Arc<Pool> {
     fn refresh_descriptor(&self, number: u32, node: &Node, caller: &dyn Caller) -> Answer<()> {
         Pool::refresh_descriptor(self, number, node.rdev, caller)
     }
-    fn get_free(&self) -> Answer<u32> {
-        Pool::get_free(self)
-    }
-    fn add(&self, number: i32) -> Answer<u32> {
-        Pool::add(self, number)
-    }
-    fn remove(&self, number: i32) -> Answer<u32> {
-        Pool::remove(self, number)
-    }
-    fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()> {
-        Pool::configure(self, number, with, caller)
-    }
-    fn clear(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
-        Pool::clear(self, number, caller)
-    }
-    fn status(&self, number: u32) -> Answer<Status> {
-        Pool::status(self, number)
-    }
-    fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()> {
-        Pool::set_status(self, number, info, caller)
-    }
-    fn set_capacity(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
-        Pool::set_capacity(self, number, caller)
-    }
-    fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()> {
-        Pool::set_direct_io(self, number, on, caller)
-    }
-    fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()> {
-        Pool::set_block_size(self, number, bytes, caller)
-    }
-    fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
-        Pool::change_fd(self, number, file, caller)
+    fn execute(&self, op: LoopOp, caller: &dyn Caller) -> Answer<LoopReply> {
+        Pool::execute(self, op, caller)
     }
     fn may_make(&self, rdev: u64) -> bool {
         Pool::may_make(self, rdev)
@@ -113,12 +51,6 @@ impl Loops for Arc<Pool> {
     }
     fn sequence(&self, node: &Node) -> Answer<u64> {
         Pool::sequence(self, node.rdev)
-    }
-    fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
-        Pool::reread_partitions(self, number, caller)
-    }
-    fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()> {
-        Pool::change_partition(self, number, change, caller)
     }
 }
 
@@ -152,11 +84,11 @@ impl Ioctl {
     }
 
     fn is_of_cache(&self) -> bool {
-        self.command == BLKFLSBUF || BLKBSZSET.contains(&self.command)
+        self.command == ioctl::BLKFLSBUF || ioctl::BLKBSZSET.contains(&self.command)
     }
 
     fn is_of_partitions(&self) -> bool {
-        matches!(self.command, BLKRRPART | BLKPG | BLKGETDISKSEQ)
+        matches!(self.command, ioctl::BLKRRPART | ioctl::BLKPG | ioctl::BLKGETDISKSEQ)
     }
 }
 
@@ -188,7 +120,7 @@ impl Desk {
                 return answered.then_some(What::Partition(*node));
             }
             // The disk of a device says what its number is.
-            if call.command == BLKGETDISKSEQ {
+            if call.command == ioctl::BLKGETDISKSEQ {
                 return None;
             }
             self.loops.find(node).map(|number| What::Device(number, *node))
@@ -208,7 +140,7 @@ impl Desk {
                 What::Device(_, node) | What::Partition(node) if call.is_of_cache() => {
                     cache(&node, call, &caller).map(|()| 0)
                 }
-                What::Partition(node) if call.command == BLKGETDISKSEQ => {
+                What::Partition(node) if call.command == ioctl::BLKGETDISKSEQ => {
                     let sequence = self.loops.sequence(&node);
                     sequence.and_then(|seq| thread.write(call.argument, &seq.to_le_bytes())).map(|()| 0)
                 }
@@ -218,7 +150,7 @@ impl Desk {
                     let current = self.loops.refresh_descriptor(number, &node, &caller);
                     current.and_then(|()| self.partitions(Some(number), call, &caller)).map(|()| 0)
                 }
-                What::Control => self.control(call).map(i64::from),
+                What::Control => self.control(call, &caller).map(i64::from),
                 What::Device(number, node) => {
                     let current = self.loops.refresh_descriptor(number, &node, &caller);
                     current.and_then(|()| self.device(number, call, &caller)).map(|()| 0)
@@ -228,16 +160,16 @@ impl Desk {
     }
 
     /// Nothing that these do needs to be undone for a caller that is gone: devices are the pool's.
-    fn control(&self, call: &Ioctl) -> Answer<u32> {
+    fn control(&self, call: &Ioctl, caller: &Opener<'_>) -> Answer<u32> {
         // The driver takes an int.
         let number = (call.argument as u32).cast_signed();
         match call.command {
-            LOOP_CTL_ADD => {
+            ioctl::LOOP_CTL_ADD => {
                 self.within(u32::try_from(number).unwrap_or(0))?;
-                self.loops.add(number)
+                self.loops.execute(LoopOp::Add(number), caller)?.number()
             }
-            LOOP_CTL_REMOVE => self.loops.remove(number),
-            LOOP_CTL_GET_FREE => self.within(self.loops.get_free()?),
+            ioctl::LOOP_CTL_REMOVE => self.loops.execute(LoopOp::Remove(number), caller)?.number(),
+            ioctl::LOOP_CTL_GET_FREE => self.within(self.loops.execute(LoopOp::GetFree, caller)?.number()?),
             _ => Err(Errno::NOSYS),
         }
     }
@@ -248,10 +180,10 @@ impl Desk {
 
     /// BLKRRPART and BLKPG of a device; none: of a partition. The block layer's, and by its rules.
     fn partitions(&self, number: Option<u32>, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
-        if call.command == BLKRRPART {
+        if call.command == ioctl::BLKRRPART {
             return match number {
                 _ if !caller.is_admin() => Err(Errno::ACCESS),
-                Some(number) => self.loops.reread_partitions(number, caller),
+                Some(number) => self.loops.execute(LoopOp::RereadPartitions(number), caller).map(drop),
                 None => Err(Errno::INVAL),
             };
         }
@@ -263,52 +195,53 @@ impl Desk {
         }
         let partition = caller.thread.read::<BLKPG_PARTITION_BYTES>(address)?;
         let number = number.ok_or(Errno::INVAL)?;
-        self.loops.change_partition(number, &codec::blkpg_partition(operation, &partition)?, caller)
+        let change = codec::blkpg_partition(operation, &partition)?;
+        self.loops.execute(LoopOp::ChangePartition(number, change), caller).map(drop)
     }
 
     fn device(&self, number: u32, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
         let Ioctl { argument, .. } = *call;
         let thread = caller.thread;
         let layout = Layout::of(call.abi);
-        match call.command {
-            LOOP_SET_FD => {
+        let status = || self.loops.execute(LoopOp::Status(number), caller)?.status();
+        let op = match call.command {
+            ioctl::LOOP_SET_FD => {
                 self.within(number)?;
                 let file = thread.take(argument as u32)?;
-                self.loops.configure(number, Configure { file, block_size: 0, info: Info::default() }, caller)
+                LoopOp::Configure(number, Configure { file, block_size: 0, info: Info::default() })
             }
-            LOOP_CONFIGURE => {
+            ioctl::LOOP_CONFIGURE => {
                 self.within(number)?;
                 let (fd, block_size, info) = codec::config(&thread.read::<CONFIG_BYTES>(argument)?);
-                let file = thread.take(fd)?;
-                self.loops.configure(number, Configure { file, block_size, info }, caller)
+                LoopOp::Configure(number, Configure { file: thread.take(fd)?, block_size, info })
             }
-            LOOP_CHANGE_FD => self.loops.change_fd(number, thread.take(argument as u32)?, caller),
-            LOOP_CLR_FD => self.loops.clear(number, caller),
-            LOOP_SET_STATUS => {
+            ioctl::LOOP_CHANGE_FD => LoopOp::ChangeFd(number, thread.take(argument as u32)?),
+            ioctl::LOOP_CLR_FD => LoopOp::Clear(number),
+            ioctl::LOOP_SET_STATUS => {
                 let mut bytes = [0; INFO_BYTES_MAX];
                 allowed(caller)?;
                 thread.read_into(argument, &mut bytes[..layout.bytes])?;
-                self.loops.set_status(number, &codec::info(&bytes, layout), caller)
+                LoopOp::SetStatus(number, codec::info(&bytes, layout))
             }
-            LOOP_SET_STATUS64 => {
+            ioctl::LOOP_SET_STATUS64 => {
                 allowed(caller)?;
-                let info = codec::info64(&thread.read(argument)?);
-                self.loops.set_status(number, &info, caller)
+                LoopOp::SetStatus(number, codec::info64(&thread.read(argument)?))
             }
-            LOOP_GET_STATUS | LOOP_GET_STATUS64 if argument == 0 => Err(Errno::INVAL),
-            LOOP_GET_STATUS => {
-                let bytes = codec::status(&self.loops.status(number)?, layout)?;
-                thread.write(argument, &bytes[..layout.bytes])
+            ioctl::LOOP_GET_STATUS | ioctl::LOOP_GET_STATUS64 if argument == 0 => return Err(Errno::INVAL),
+            ioctl::LOOP_GET_STATUS => {
+                let bytes = codec::status(&status()?, layout)?;
+                return thread.write(argument, &bytes[..layout.bytes]);
             }
-            LOOP_GET_STATUS64 => thread.write(argument, &codec::status64(&self.loops.status(number)?)),
-            LOOP_SET_CAPACITY => self.loops.set_capacity(number, caller),
-            LOOP_SET_DIRECT_IO => self.loops.set_direct_io(number, argument != 0, caller),
+            ioctl::LOOP_GET_STATUS64 => return thread.write(argument, &codec::status64(&status()?)),
+            ioctl::LOOP_SET_CAPACITY => LoopOp::SetCapacity(number),
+            ioctl::LOOP_SET_DIRECT_IO => LoopOp::SetDirectIo(number, argument != 0),
             // The driver takes an unsigned int.
-            LOOP_SET_BLOCK_SIZE => self.loops.set_block_size(number, (argument as u32).into(), caller),
+            ioctl::LOOP_SET_BLOCK_SIZE => LoopOp::SetBlockSize(number, (argument as u32).into()),
             // What the driver does not know is found out elsewhere for programs of 32 bits.
-            _ if call.abi.is_compat() => Err(Errno::NOTTY),
-            _ => Err(Errno::INVAL),
-        }
+            _ if call.abi.is_compat() => return Err(Errno::NOTTY),
+            _ => return Err(Errno::INVAL),
+        };
+        self.loops.execute(op, caller).map(drop)
     }
 }
 
@@ -318,7 +251,7 @@ fn cache(node: &Node, call: &Ioctl, caller: &Opener<'_>) -> Answer<()> {
     if !caller.is_admin() {
         return Err(Errno::ACCESS);
     }
-    if call.command == BLKFLSBUF {
+    if call.command == ioctl::BLKFLSBUF {
         let file = caller.thread.take(call.fd)?;
         // By now it may be another file, perhaps of a file system that never answers.
         let stat =

@@ -4,7 +4,7 @@
 //! what the values are good for ([`crate::loops`] refuses those that are not).
 
 use super::filter::Abi;
-use crate::image::partitions::Part;
+use crate::image::partitions::PartitionRange;
 use crate::loops::{Answer, Errno, Info, NAME_BYTES, PartitionChange, Status};
 
 /// Bytes of `struct loop_info64`: the same for all callers.
@@ -88,7 +88,7 @@ pub fn blkpg_partition(operation: u32, bytes: &[u8; BLKPG_PARTITION_BYTES]) -> A
         return Ok(PartitionChange::Delete(number));
     }
     let value = |at| u64::try_from(i64::from_le_bytes(field(bytes, at))).map_err(|_| Errno::INVAL);
-    let part = Part { number, start: value(0)?, size: value(8)? };
+    let part = PartitionRange { number, start: value(0)?, size: value(8)? };
     match operation {
         _ if part.start.checked_add(part.size).is_none_or(|end| end > i64::MAX as u64) => Err(Errno::INVAL),
         BLKPG_ADD_PARTITION => Ok(PartitionChange::Add(part)),
@@ -220,7 +220,7 @@ mod tests {
             let bytes = [&start.to_le_bytes()[..], &size.to_le_bytes(), &number.to_le_bytes()].concat();
             <[u8; BLKPG_PARTITION_BYTES]>::try_from(bytes).unwrap()
         };
-        let part = Part { number: 2, start: 4096, size: 512 };
+        let part = PartitionRange { number: 2, start: 4096, size: 512 };
         assert_eq!(blkpg_partition(1, &partition(2, 4096, 512)), Ok(PartitionChange::Add(part)));
         assert_eq!(blkpg_partition(3, &partition(2, 4096, 512)), Ok(PartitionChange::Resize(part)));
         assert_eq!(blkpg_partition(2, &partition(2, -1, -1)), Ok(PartitionChange::Delete(2)));

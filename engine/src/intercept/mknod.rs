@@ -5,14 +5,18 @@
 //! are the caller's, and the kernel makes the node: device number and type came in registers, so that what
 //! was looked at is what is made. All others are somebody else's, or will be: a number outlives its disk.
 
+use std::time::Duration;
+
 use super::caller::Thread;
 use super::calls::{Desk, Verdict};
 use super::filter::Abi;
 use super::mounts;
-use crate::loops::Errno;
+use crate::loops::{Errno, LoopOp, Owner};
 
 /// Major number of the kernel's loop devices.
 const LOOP: u32 = 7;
+/// How long a device may take to be made.
+const MADE_WITHIN: Duration = Duration::from_secs(60);
 /// Bytes of a path that is looked at.
 const PATH_MAX: usize = 64;
 
@@ -57,7 +61,7 @@ impl Desk {
 
     fn make_loop(&self, number: u32) -> Result<i64, Errno> {
         let number = i32::try_from(self.within(number)?).map_err(|_| Errno::INVAL)?;
-        match self.loops.add(number) {
+        match self.loops.execute(LoopOp::Add(number), &Owner::waiting(MADE_WITHIN)) {
             Ok(_) | Err(Errno::EXIST) => Ok(0),
             Err(errno) => Err(errno),
         }

@@ -185,7 +185,7 @@ impl FileSystem {
 
     /// Looks at the image before the kernel does, for what would make it look elsewhere: a journal on
     /// another device, and options in the superblock. INVAL: it is not mounted. Its owner may change
-    /// the image between this and that; SECURITY.md says what comes of it.
+    /// the image between this and that; doc/threat-model.md says what comes of it.
     pub fn check(&self, image: &mut Region<'_>) -> Answer<()> {
         if self.driver != "ext4" {
             return Ok(());

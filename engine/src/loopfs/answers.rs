@@ -20,11 +20,8 @@ use std::sync::Arc;
 
 use super::nodes::{CONTROL, Key, Nodes};
 use super::wire::{Op, ROOT, Reply, Request, refuse};
-use crate::loops::{Answer, Errno};
-
-const LOOP_CTL_ADD: u32 = 0x4C80;
-const LOOP_CTL_REMOVE: u32 = 0x4C81;
-const LOOP_CTL_GET_FREE: u32 = 0x4C82;
+use crate::loops::{Answer, Errno, LoopOp};
+use crate::sys::ioctl;
 
 /// Bytes of one answer to READDIR at the most.
 const LISTING_MAX: usize = 64 << 10;
@@ -83,9 +80,9 @@ impl Answers {
     fn control(&self, command: u32, argument: u64) -> Answer<u32> {
         let devices = self.nodes.devices();
         match command {
-            LOOP_CTL_ADD => devices.add(argument as u32 as i32),
-            LOOP_CTL_REMOVE => devices.remove(argument as u32 as i32),
-            LOOP_CTL_GET_FREE => devices.get_free(),
+            ioctl::LOOP_CTL_ADD => devices.control(LoopOp::Add(argument as u32 as i32)),
+            ioctl::LOOP_CTL_REMOVE => devices.control(LoopOp::Remove(argument as u32 as i32)),
+            ioctl::LOOP_CTL_GET_FREE => devices.control(LoopOp::GetFree),
             _ => Err(Errno::NOSYS),
         }
     }
@@ -95,7 +92,7 @@ impl Answers {
         match Key::of(name) {
             Some(Key::Device(device)) => {
                 let number = i32::try_from(device).map_err(|_| Errno::INVAL)?;
-                self.nodes.devices().remove(number).map(drop)
+                self.nodes.devices().control(LoopOp::Remove(number)).map(drop)
             }
             _ => Err(Errno::PERM),
         }

@@ -17,9 +17,10 @@ mod wire;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use crate::error::Result;
-use crate::loops::{Answer, Entry, Pool, PoolSpec, Watcher};
+use crate::loops::{Answer, Entry, LoopOp, Owner, Pool, PoolSpec, Watcher};
 
 use answers::Answers;
 use nodes::{CONTROL, Nodes};
@@ -37,15 +38,14 @@ pub trait Devices: fmt::Debug + Send + Sync {
     fn shown(&self, number: u32) -> Option<Entry> {
         self.entry(number)
     }
-    /// LOOP_CTL_GET_FREE.
-    fn get_free(&self) -> Answer<u32>;
-    /// LOOP_CTL_ADD.
-    fn add(&self, number: i32) -> Answer<u32>;
-    /// LOOP_CTL_REMOVE.
-    fn remove(&self, number: i32) -> Answer<u32>;
+    /// An operation of loop-control; its number.
+    fn control(&self, op: LoopOp) -> Answer<u32>;
     /// Has the directory told of changes.
     fn watch(&self, changes: Changes);
 }
+
+/// How long an operation of loop-control may take.
+const CONTROL_MAX: Duration = Duration::from_secs(60);
 
 impl Devices for Pool {
     fn spec(&self) -> &PoolSpec {
@@ -64,16 +64,8 @@ impl Devices for Pool {
         self.shown(number)
     }
 
-    fn get_free(&self) -> Answer<u32> {
-        self.get_free()
-    }
-
-    fn add(&self, number: i32) -> Answer<u32> {
-        self.add(number)
-    }
-
-    fn remove(&self, number: i32) -> Answer<u32> {
-        self.remove(number)
+    fn control(&self, op: LoopOp) -> Answer<u32> {
+        self.execute(op, &Owner::waiting(CONTROL_MAX))?.number()
     }
 
     fn watch(&self, changes: Changes) {

@@ -12,9 +12,9 @@ use rustix::fs::{FileType, OFlags};
 use super::{Answer, Bound, Configure, Errno, Info, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
-use crate::image::{Image, Source};
+use crate::image::{Image, ImageSpec};
 use crate::instance::claims::Claims;
-use crate::instance::claims::sources::{self, Hold};
+use crate::instance::claims::sharing::{self, Hold};
 
 /// Flags that LOOP_CONFIGURE takes.
 const CONFIGURABLE: u32 = flag::READ_ONLY | flag::AUTOCLEAR | flag::PARTSCAN | flag::DIRECT_IO;
@@ -45,7 +45,7 @@ pub fn check_kind(file: &OwnedFd, claims: &Claims) -> Answer<()> {
     let stat = rustix::fs::fstat(file)?;
     match FileType::from_raw_mode(stat.st_mode) {
         // The loop-control of a pool looks like one, or like /dev/null.
-        FileType::RegularFile | FileType::CharacterDevice if !claims.may_be_on(stat.st_dev) => {
+        FileType::RegularFile | FileType::CharacterDevice if !claims.allows_images_on(stat.st_dev) => {
             Err(Errno::INVAL)
         }
         // The latter are the kernel's own: eventfd and the like.
@@ -99,7 +99,8 @@ impl Binding {
         if opened.contains(OFlags::DIRECT) {
             info.flags |= flag::DIRECT_IO;
         }
-        let failures = Failures::of(claims.pooled(number).to_string(), path(&file).display().to_string());
+        let failures =
+            Failures::of(claims.pool_device(number).to_string(), path(&file).display().to_string());
         if with.block_size == 0 && info.flags & flag::DIRECT_IO != 0 {
             block_size = direct_block_size(&file, &info, &failures);
         }
@@ -108,7 +109,8 @@ impl Binding {
             info.flags &= !flag::DIRECT_IO;
         }
         let read_only = info.flags & flag::READ_ONLY != 0;
-        let hold = sources::bind(claims, &image, number, read_only).map_err(|error| errno(&error))?;
+        let hold =
+            sharing::claim_for_pool(claims, &image, number, read_only).map_err(|error| errno(&error))?;
         let binding = Binding {
             file,
             info,
@@ -199,23 +201,23 @@ fn direct_block_size(file: &OwnedFd, info: &Info, failures: &Arc<Failures>) -> u
 /// to the device's users, and faster.
 fn open(file: &OwnedFd, info: &Info, block_size: u32, failures: &Arc<Failures>) -> Answer<(Image, bool)> {
     let read_only = info.flags & flag::READ_ONLY != 0;
-    let source = Source {
+    let source = ImageSpec {
         offset: info.offset,
         size_limit: info.size_limit,
         block_size,
         read_only,
         buffered: false,
-        as_loop: true,
+        loop_semantics: true,
     };
-    let attempt = |source: &Source| {
+    let attempt = |source: &ImageSpec| {
         let file = rustix::io::fcntl_dupfd_cloexec(file, 0)?;
         let image = Image::open(file, source, failures.image());
-        Ok::<_, Errno>(image.map(|image| image.counted(Arc::clone(failures))))
+        Ok::<_, Errno>(image.map(|image| image.with_failure_counter(Arc::clone(failures))))
     };
     match attempt(&source)? {
         Ok(image) => Ok((image, true)),
         Err(error) if error.kind() == Kind::Unsupported => {
-            let image = attempt(&Source { buffered: true, ..source })?.map_err(|error| errno(&error))?;
+            let image = attempt(&ImageSpec { buffered: true, ..source })?.map_err(|error| errno(&error))?;
             Ok((image, false))
         }
         Err(error) => Err(errno(&error)),

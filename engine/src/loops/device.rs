@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use super::binding::{Binding, check_block_size, check_info, check_kind};
 use super::disk::Disk;
-use super::maker::{Maker, Unrecycled, let_go};
+use super::maker::{Maker, Unrecycled};
 use super::mounted::Hidden;
 use super::parts::{self, Part};
 use super::quota::Charge;
 use super::{Answer, Caller, Configure, Entry, Errno, Info, Status, flag};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use outgoing::Outgoing;
 
 /// The state of one loopN.
@@ -363,20 +363,20 @@ impl Device {
         }
         self.drop_parts();
         self.renew_generation();
-        let_go(self.binding.take());
+        room.close(self.binding.take());
         true
     }
 
     /// Gives all its disks away, if they can be had.
-    pub fn end(&mut self, when: Stop, room: Room<'_>) -> bool {
-        if when == Stop::Always || self.is_claimed() == Ok(false) {
+    pub fn end(&mut self, when: StopMode, room: Room<'_>) -> bool {
+        if when == StopMode::Always || self.is_claimed() == Ok(false) {
             self.drop_parts();
         }
         self.end_mounts(when, room);
         self.end_outgoing(when, room);
         if let Some(disk) = self.disk.take() {
             match room.remove(disk, when) {
-                Ok(()) => let_go(self.binding.take()),
+                Ok(()) => room.close(self.binding.take()),
                 Err(disk) => self.disk = Some(disk),
             }
         }

@@ -42,10 +42,10 @@ impl Disk {
     /// Shows a file for the first time. Read-only before anything can be written; `closed`: for now.
     pub fn present(&self, image: Image, read_only: bool, closed: bool) -> Answer<()> {
         // While nothing can be in flight. Whoever waited for the last close before did not wait for this.
-        self.served.device().take_scheduler_off();
+        self.served.device().disable_scheduler();
         if !read_only && !image.geometry().can_discard {
             // A disk offers discards before it has an image. The block layer takes a refusal for success.
-            self.offer_discards(false)?;
+            self.set_discard_support(false)?;
         }
         if read_only || closed {
             self.set_read_only(true)?;
@@ -53,17 +53,17 @@ impl Disk {
         self.show(image)
     }
 
-    fn offer_discards(&self, offer: bool) -> Answer<()> {
-        self.served.device().offer_discards(offer).map_err(|error| errno(&error))
+    fn set_discard_support(&self, offer: bool) -> Answer<()> {
+        self.served.device().set_discard_support(offer).map_err(|error| errno(&error))
     }
 
     /// Shows nothing again, after a `present` that failed: nobody was told that it is bound.
     pub fn withdraw(&self) {
-        let nothing = Image::nothing(self.block_size).map_err(|error| errno(&error));
+        let nothing = Image::unbound(self.block_size).map_err(|error| errno(&error));
         let withdrawn = nothing
             .and_then(|image| self.show(image))
             .and_then(|()| self.set_read_only(false))
-            .and_then(|()| self.offer_discards(true));
+            .and_then(|()| self.set_discard_support(true));
         if let Err(error) = withdrawn {
             tracing::error!(%error, rdev = self.rdev, "an unbound disk still shows a file");
         }

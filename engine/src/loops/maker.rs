@@ -9,14 +9,15 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::closer::Closer;
 use super::disk::Disk;
 use super::used::{Drawer, Slots};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::ublk::Alone;
-use crate::frontend::{Door, Parameters, Stop};
+use crate::frontend::ublk::StartLock;
+use crate::frontend::{Backend, DeviceParameters, StopMode};
 use crate::image::Image;
-use crate::instance::pool::Shared;
-use crate::instance::served::{Begin, Served, Workers};
+use crate::instance::instance::EngineContext;
+use crate::instance::served::{Served, StartMode, Workers};
 
 /// Queue depth of a loop device.
 const DEPTH: u16 = 128;
@@ -36,8 +37,8 @@ const SPARES_MAX: usize = 2;
 /// Makes devices for one pool.
 #[derive(Debug)]
 pub struct Maker {
-    shared: Shared,
-    door: Door,
+    shared: EngineContext,
+    backend: Backend,
     workers: Workers,
     slots: Arc<Slots>,
     /// What has made way, until the driver has freed it.
@@ -52,6 +53,7 @@ pub struct Maker {
     spares: Mutex<Vec<Disk>>,
     /// If they must not change: the device numbers of all disks.
     fixed: OnceLock<Vec<u64>>,
+    closer: Closer,
 }
 
 /// Why a disk was not recycled.
@@ -65,11 +67,11 @@ pub enum Unrecycled {
 
 impl Maker {
     /// For a pool with these workers.
-    pub fn new(shared: Shared, door: Door, workers: Workers) -> Maker {
+    pub fn new(shared: EngineContext, backend: Backend, workers: Workers) -> Maker {
         let slots = Arc::<Slots>::default();
         Maker {
             shared,
-            door,
+            backend,
             workers,
             drawer: Drawer::new(Arc::clone(&slots)),
             slots,
@@ -78,7 +80,23 @@ impl Maker {
             partitions: Arc::default(),
             spares: Mutex::default(),
             fixed: OnceLock::new(),
+            closer: Closer::default(),
         }
+    }
+
+    /// Has files of this pool closed together with those of the user's other pools.
+    pub fn close_with(&mut self, closer: Closer) {
+        self.closer = closer;
+    }
+
+    /// Drops what holds a backing file, without waiting for that.
+    pub fn close(&self, holder: impl Send + 'static) {
+        self.closer.close(holder);
+    }
+
+    /// The user has too many files that do not close.
+    pub fn is_closing_many(&self) -> bool {
+        self.closer.is_full()
     }
 
     /// Makes so many disks, and from now on none under any other number.
@@ -101,7 +119,7 @@ impl Maker {
     }
 
     /// What all pools and instances share.
-    pub fn shared(&self) -> &Shared {
+    pub fn shared(&self) -> &EngineContext {
         &self.shared
     }
 
@@ -125,7 +143,7 @@ impl Maker {
 
     fn fresh(&self, block_size: u32) -> Result<Disk> {
         let served = self.prepare(block_size)?;
-        if let Err(error) = served.appear() {
+        if let Err(error) = served.start_deferred() {
             self.discard(&served);
             return Err(error);
         }
@@ -151,20 +169,21 @@ impl Maker {
         if let Some(served) = standby {
             return Ok(served);
         }
-        let parameters = Parameters {
-            path: self.door.best_path(),
+        let parameters = DeviceParameters {
+            io_mode: self.backend.best_io_mode(),
             queues: self.workers.len() as u16,
             depth: DEPTH,
-            owner: self.shared.new_mark(),
+            owner_cookie: self.shared.new_owner_cookie(),
             // Its users are not told of a new daemon, and could not use it.
-            outlives: false,
+            recoverable: false,
             partscan: false,
         };
-        let image = Image::nothing(block_size)?;
+        let image = Image::unbound(block_size)?;
         // Numbers at the driver are few and everybody's: what is to be free again is, before another is taken.
         self.drawer.empty();
-        let device = self.door.add(0, parameters)?;
-        let (served, begun) = Served::begin(device, &self.workers, self.slots.take(), image, Begin::Waiting);
+        let device = self.backend.add(0, parameters)?;
+        let (served, begun) =
+            Served::start(device, &self.workers, self.slots.take(), image, StartMode::Deferred);
         if let Err(error) = begun {
             self.discard(&served);
             return Err(error);
@@ -185,8 +204,8 @@ impl Maker {
                 return Err(Unrecycled::InUse(disk));
             }
         };
-        let alone = Alone::wait();
-        match disk.served.make_way(&alone) {
+        let alone = StartLock::acquire();
+        match disk.served.try_stop(&alone) {
             Ok(()) => drop(lock(&self.present).remove(&disk.rdev)),
             Err(error) if error.kind() == Kind::Busy => {
                 drop(alone);
@@ -205,15 +224,15 @@ impl Maker {
         let next = self.take_place(next, &disk, block_size, &mut fillers, &alone);
         drop(alone);
         fillers.iter().for_each(|served| self.discard(served));
-        match disk.served.leave() {
+        match disk.served.remove_queues() {
             Ok(()) => {
                 // Its file is not open longer than it is shown.
-                let_go(disk.served.give_up_image());
+                self.close(disk.served.take_image());
                 self.drawer.put(disk.served);
             }
             Err(error) => {
                 tracing::error!(%error, "{STAYS}");
-                let_go(disk);
+                self.close(disk);
             }
         }
         next.map_err(Unrecycled::Lost)
@@ -235,11 +254,11 @@ impl Maker {
         old: &Disk,
         block_size: u32,
         fillers: &mut Vec<Served>,
-        alone: &Alone,
+        alone: &StartLock,
     ) -> Result<Disk> {
         let until = Instant::now() + NUMBER_MAX;
         loop {
-            if let Err(error) = next.appear_alone(alone) {
+            if let Err(error) = next.start_exclusively(alone) {
                 self.discard(&next);
                 return Err(error.with_kind(Kind::Internal));
             }
@@ -265,7 +284,7 @@ impl Maker {
     /// needs one at once.
     pub fn retire(&self, disk: Disk) -> std::result::Result<(), Disk> {
         if self.fixed().is_none() && self.spares().len() >= SPARES_MAX {
-            return self.remove(disk, Stop::IfUnusedNow);
+            return self.remove(disk, StopMode::IfUnusedNow);
         }
         match self.recycle(disk) {
             Ok(spare) => self.keep(spare),
@@ -283,18 +302,18 @@ impl Maker {
     /// Takes back one that was given out, and has shown nothing to anybody.
     pub fn give_back(&self, disk: Disk) -> std::result::Result<(), Disk> {
         if self.fixed().is_none() {
-            return self.remove(disk, Stop::Always);
+            return self.remove(disk, StopMode::Always);
         }
         self.retire(disk)
     }
 
     /// Takes a disk away for good.
-    pub fn remove(&self, disk: Disk, when: Stop) -> std::result::Result<(), Disk> {
+    pub fn remove(&self, disk: Disk, when: StopMode) -> std::result::Result<(), Disk> {
         match disk.served.stop(when) {
             Ok(()) => {
                 lock(&self.present).remove(&disk.rdev);
                 self.release(&disk.served);
-                let_go(disk);
+                self.close(disk);
                 Ok(())
             }
             Err(error) => {
@@ -318,7 +337,7 @@ impl Maker {
     pub fn end(&self) {
         let mut spares = self.spares();
         for spare in spares.drain(..) {
-            if let Err(spare) = self.remove(spare, Stop::Always) {
+            if let Err(spare) = self.remove(spare, StopMode::Always) {
                 tracing::error!(rdev = spare.rdev, "a spare disk stays");
             }
         }
@@ -333,7 +352,7 @@ impl Maker {
     }
 
     fn discard(&self, served: &Served) {
-        match served.stop(Stop::Always) {
+        match served.stop(StopMode::Always) {
             Ok(()) => self.release(served),
             Err(error) => tracing::error!(%error, "a disk cannot be taken away"),
         }
@@ -349,12 +368,4 @@ impl Maker {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Drops what holds a backing file: closing one may take as long as its file system likes.
-pub fn let_go(holder: impl Send + 'static) {
-    let closing = std::thread::Builder::new().name("close".into()).spawn(move || drop(holder));
-    if let Err(error) = closing {
-        tracing::warn!(%error, "a backing file was closed in place");
-    }
 }

@@ -6,6 +6,7 @@
 //! the nodes are shown (`loopfs`).
 
 mod binding;
+mod closer;
 mod device;
 mod disk;
 mod maker;
@@ -13,6 +14,7 @@ mod mounted;
 mod parts;
 mod place;
 mod pool;
+mod pools;
 mod quota;
 mod reaper;
 mod used;
@@ -20,11 +22,12 @@ mod used;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-pub use maker::Maker;
 pub use mounted::Lent;
 pub use parts::POOL_MAX as PARTITIONS_MAX;
-pub use pool::Pool;
+pub use pool::{LoopOp, LoopReply, Pool};
+pub use pools::Pools;
 pub use quota::Quotas;
 pub use rustix::io::Errno;
 
@@ -219,11 +222,11 @@ pub struct Partition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartitionChange {
     /// A new partition.
-    Add(partitions::Part),
+    Add(partitions::PartitionRange),
     /// The partition with this number goes.
     Delete(u32),
     /// One that is there gets another size.
-    Resize(partitions::Part),
+    Resize(partitions::PartitionRange),
 }
 
 /// Who asks for an operation on a device, through a descriptor of it.
@@ -240,6 +243,41 @@ pub trait Caller {
     fn has_descriptor(&self) -> bool;
     /// The caller sees a file system mounted from the disk with this device number.
     fn has_mounted(&self, _rdev: u64) -> bool {
+        false
+    }
+}
+
+/// A [`Caller`] without a descriptor of a device: the owner of the pool, or root.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner {
+    until: Instant,
+}
+
+impl Owner {
+    /// One who waits so long for an answer.
+    pub fn waiting(at_most: Duration) -> Owner {
+        Owner { until: Instant::now() + at_most }
+    }
+}
+
+impl Caller for Owner {
+    fn writes(&self) -> bool {
+        true
+    }
+
+    fn is_admin(&self) -> bool {
+        true
+    }
+
+    fn waits(&self) -> bool {
+        Instant::now() < self.until
+    }
+
+    fn replace(&self, _file: OwnedFd) -> Answer<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    fn has_descriptor(&self) -> bool {
         false
     }
 }

@@ -17,7 +17,7 @@ use super::maker::Unrecycled;
 use super::parts;
 use super::pool::Pool;
 use super::{Answer, Entry, Errno, Info, errno};
-use crate::frontend::Stop;
+use crate::frontend::StopMode;
 use crate::image::partitions;
 use crate::sys::block;
 
@@ -65,7 +65,7 @@ impl Hidden {
     }
 
     /// Shows its partition, which has another size now.
-    pub fn show(&self, binding: &Binding, part: &partitions::Part) -> Answer<()> {
+    pub fn show(&self, binding: &Binding, part: &partitions::PartitionRange) -> Answer<()> {
         self.disk.show(binding.reopen(&parts::info(binding, part), self.disk.block_size)?.0)
     }
 
@@ -122,7 +122,7 @@ impl Device {
         let (image, _) = binding.reopen(&info, binding.block_size)?;
         let disk = room.make(binding.block_size).map_err(|error| errno(&error))?;
         if let Err(error) = disk.present(image, binding.read_only(), false) {
-            if let Err(disk) = room.remove(disk, Stop::Always) {
+            if let Err(disk) = room.remove(disk, StopMode::Always) {
                 tracing::error!(rdev = disk.rdev, "a disk for a mount cannot be taken away");
             }
             return Err(error);
@@ -184,7 +184,7 @@ impl Device {
     }
 
     /// Takes away what was lent, for good.
-    pub fn end_mounts(&mut self, when: Stop, room: Room<'_>) {
+    pub fn end_mounts(&mut self, when: StopMode, room: Room<'_>) {
         for Hidden { part, disk } in std::mem::take(&mut self.mounted) {
             if let Err(disk) = room.remove(disk, when) {
                 self.mounted.push(Hidden { part, disk });

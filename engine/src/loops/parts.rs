@@ -25,7 +25,7 @@ pub struct Part {
 }
 
 /// Partitions that the table in `image` tells of. A table that cannot be read tells of none.
-pub fn read(image: &Image) -> Vec<partitions::Part> {
+pub fn read(image: &Image) -> Vec<partitions::PartitionRange> {
     let geometry = image.geometry();
     let mut region = Region::new(image.fd(), geometry.offset, geometry.size);
     let mut found = partitions::read(&mut region, geometry.block_size).unwrap_or_else(|error| {
@@ -37,13 +37,18 @@ pub fn read(image: &Image) -> Vec<partitions::Part> {
 }
 
 /// Makes these partitions. What cannot be made is left out, as a kernel would; the device itself works without.
-pub fn make_all(binding: &Binding, found: &[partitions::Part], generation: u64, room: &Maker) -> Vec<Part> {
+pub fn make_all(
+    binding: &Binding,
+    found: &[partitions::PartitionRange],
+    generation: u64,
+    room: &Maker,
+) -> Vec<Part> {
     let made = found.iter().map(|part| Part::make(binding, part, generation, false, room));
     made.filter_map(|part| part.inspect_err(|error| tracing::debug!(%error, "no partition")).ok()).collect()
 }
 
 /// What of the file the partition shows.
-pub fn info(binding: &Binding, part: &partitions::Part) -> Info {
+pub fn info(binding: &Binding, part: &partitions::PartitionRange) -> Info {
     Info { offset: binding.info.offset.saturating_add(part.start), size_limit: part.size, ..binding.info }
 }
 
@@ -51,7 +56,7 @@ impl Part {
     /// A new one; `closed`: to be read only, while its device is.
     pub fn make(
         binding: &Binding,
-        part: &partitions::Part,
+        part: &partitions::PartitionRange,
         generation: u64,
         closed: bool,
         room: &Maker,
@@ -85,7 +90,7 @@ impl Part {
 
     /// Shows what the partition is now: another size, or the same of another file.
     pub fn show(&mut self, binding: &Binding, size: u64, closed: bool) -> Answer<()> {
-        let part = partitions::Part { size, ..self.position() };
+        let part = partitions::PartitionRange { size, ..self.position() };
         let info = info(binding, &part);
         let image = if closed {
             binding.reopen_to_read(&info, self.disk.block_size)?
@@ -105,8 +110,12 @@ impl Part {
     }
 
     /// Where it is on the device.
-    pub fn position(&self) -> partitions::Part {
-        partitions::Part { number: self.shown.number, start: self.shown.start * 512, size: self.shown.size }
+    pub fn position(&self) -> partitions::PartitionRange {
+        partitions::PartitionRange {
+            number: self.shown.number,
+            start: self.shown.start * 512,
+            size: self.shown.size,
+        }
     }
 
     /// Somebody has mounted it, or opened it with O_EXCL.

@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use super::device::Device;
 use super::{Answer, Entry, Errno};
 
-/// How long an operation waits for another on the same device.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an operation waits for its device: longer than a control command of the driver may take, during
+/// which the reaper has the device.
+const OPERATION_PATIENCE: Duration = Duration::from_secs(15);
+/// How long the end of a pool waits for one of its devices.
+pub(super) const END_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a disk may take to be replaced, before its name leads nowhere after all.
 const REPLACED_SOON: Duration = Duration::from_secs(1);
 /// Who was told a device number opens it within this time: the kernel asks for it first.
@@ -198,7 +201,7 @@ impl Place {
     }
 
     pub(super) fn lock(&self) -> Answer<MutexGuard<'_, Device>> {
-        self.lock_within(PATIENCE)
+        self.lock_within(OPERATION_PATIENCE)
     }
 
     pub(super) fn lock_within(&self, patience: Duration) -> Answer<MutexGuard<'_, Device>> {

@@ -6,6 +6,7 @@
 mod fixed;
 mod forced;
 mod lookup;
+mod operation;
 mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,15 +18,13 @@ use std::time::Duration;
 use super::binding::check_kind;
 use super::device::Device;
 use super::maker::Maker;
-use super::place::{PATIENCE, Place};
+use super::place::{END_PATIENCE, Place};
 use super::quota::Quotas;
 use super::reaper::{Reaper, Round};
-use super::{
-    Answer, Caller, Configure, Entry, Errno, Info, NUMBER_MAX, PartitionChange, PoolSpec, Status, Watcher,
-    errno, flag,
-};
-use crate::frontend::Stop;
+use super::{Answer, Configure, Entry, Errno, NUMBER_MAX, PoolSpec, Status, Watcher, errno};
+use crate::frontend::StopMode;
 use crate::sys::stack::Stack;
+pub use operation::{LoopOp, LoopReply};
 
 /// How long somebody who wants any free device waits for one that is shown unbound: the reaper may be
 /// putting its old disks away, and another that is being bound hangs only if its file does.
@@ -73,7 +72,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Pool {
     /// An empty one.
-    pub fn start(spec: PoolSpec, maker: Maker, quotas: Quotas) -> crate::Result<Arc<Pool>> {
+    pub fn start(spec: PoolSpec, mut maker: Maker, quotas: Quotas) -> crate::Result<Arc<Pool>> {
+        maker.close_with(quotas.closer(spec.uid));
         let most = PROMISED.min(spec.max as usize);
         let pool = Arc::new(Pool {
             promised: Mutex::new(spec.numbers().take(most).collect()),
@@ -148,7 +148,7 @@ impl Pool {
     }
 
     /// LOOP_CTL_GET_FREE.
-    pub fn get_free(&self) -> Answer<u32> {
+    fn get_free(&self) -> Answer<u32> {
         for (number, place) in self.all() {
             let promised = lock(&self.promised).first().copied();
             if let Some(lower) = promised.filter(|promised| *promised < number)
@@ -175,7 +175,7 @@ impl Pool {
     }
 
     /// LOOP_CTL_ADD.
-    pub fn add(&self, number: i32) -> Answer<u32> {
+    fn add(&self, number: i32) -> Answer<u32> {
         match u32::try_from(number) {
             // As the kernel: any of them means the next.
             Err(_) => self.create(None),
@@ -222,7 +222,7 @@ impl Pool {
     }
 
     /// LOOP_CTL_REMOVE. Answers 0.
-    pub fn remove(&self, number: i32) -> Answer<u32> {
+    fn remove(&self, number: i32) -> Answer<u32> {
         let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
         let Ok(place) = self.place(number) else {
             let promised = lock(&self.promised).remove(&number);
@@ -245,66 +245,25 @@ impl Pool {
         Ok(0)
     }
 
-    /// LOOP_CONFIGURE and LOOP_SET_FD.
-    pub fn configure(&self, number: u32, with: Configure, caller: &dyn Caller) -> Answer<()> {
+    /// Refuses a file that this device is not to be bound to.
+    fn check_file(&self, number: u32, with: &Configure) -> Answer<()> {
         check_kind(&with.file, &self.maker.shared().claims)?;
         if self.place(number)?.is_shown_bound() {
             return Err(Errno::BUSY);
         }
-        self.check_stack(number, &with.file)?;
-        let moves = !caller.has_descriptor();
-        self.change_and_move(number, moves, |device| device.configure(with, caller, &self.maker))
+        self.check_closing()?;
+        self.check_stack(number, &with.file)
     }
 
-    /// LOOP_CLR_FD.
-    pub fn clear(&self, number: u32, _caller: &dyn Caller) -> Answer<()> {
-        self.change(number, |device| device.clear(&self.maker))
+    fn check_closing(&self) -> Answer<()> {
+        if self.maker.is_closing_many() { Err(Errno::BUSY) } else { Ok(()) }
     }
 
     /// LOOP_GET_STATUS64.
-    pub fn status(&self, number: u32) -> Answer<Status> {
+    fn status(&self, number: u32) -> Answer<Status> {
         let place = self.place(number)?;
         let device = place.lock()?;
         device.status()
-    }
-
-    /// LOOP_SET_STATUS64.
-    pub fn set_status(&self, number: u32, info: &Info, caller: &dyn Caller) -> Answer<()> {
-        let moves = info.flags & flag::PARTSCAN != 0;
-        self.change_and_move(number, moves, |device| device.set_status(info, caller, &self.maker))
-    }
-
-    /// LOOP_SET_CAPACITY.
-    pub fn set_capacity(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
-        self.change(number, |device| device.set_capacity(caller))
-    }
-
-    /// LOOP_SET_DIRECT_IO.
-    pub fn set_direct_io(&self, number: u32, on: bool, caller: &dyn Caller) -> Answer<()> {
-        self.change(number, |device| device.set_direct_io(on, caller))
-    }
-
-    /// LOOP_SET_BLOCK_SIZE.
-    pub fn set_block_size(&self, number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()> {
-        let moves = !caller.has_descriptor();
-        self.change_and_move(number, moves, |device| device.set_block_size(bytes, caller, &self.maker))
-    }
-
-    /// LOOP_CHANGE_FD.
-    pub fn change_fd(&self, number: u32, file: OwnedFd, caller: &dyn Caller) -> Answer<()> {
-        self.check_stack(number, &file)?;
-        self.change_and_move(number, true, |device| device.change_fd(file, caller, &self.maker))
-    }
-
-    /// BLKRRPART.
-    pub fn reread_partitions(&self, number: u32, caller: &dyn Caller) -> Answer<()> {
-        self.change_and_move(number, true, |device| device.reread_partitions(caller, &self.maker))
-    }
-
-    /// BLKPG.
-    pub fn change_partition(&self, number: u32, change: &PartitionChange, caller: &dyn Caller) -> Answer<()> {
-        let moves = matches!(change, PartitionChange::Delete(_));
-        self.change_and_move(number, moves, |device| device.change_partition(change, caller, &self.maker))
     }
 
     /// Somebody has unmounted something, or is about to close a device: the reaper looks soon.
@@ -321,7 +280,7 @@ impl Pool {
             tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
         }
         // What nobody uses does not wait for what somebody does.
-        if !self.sweep_away(Stop::IfUnusedNow, PATIENCE) && force {
+        if !self.sweep_away(StopMode::IfUnusedNow, END_PATIENCE) && force {
             self.sweep_away_together();
         }
         self.reaper.wake();
@@ -336,7 +295,8 @@ impl Pool {
     pub(super) fn reap(&self, names: bool) -> Round {
         if self.is_ending() {
             self.end_stacks();
-            let when = if self.forced.load(Ordering::Acquire) { Stop::Always } else { Stop::IfUnusedNow };
+            let when =
+                if self.forced.load(Ordering::Acquire) { StopMode::Always } else { StopMode::IfUnusedNow };
             let over = self.sweep_away(when, Duration::ZERO);
             if over {
                 let watchers = lock(&self.watchers).0.clone();
@@ -374,7 +334,7 @@ impl Pool {
     }
 
     /// Gives all disks away that can be had; true when none is left.
-    fn sweep_away(&self, when: Stop, patience: Duration) -> bool {
+    fn sweep_away(&self, when: StopMode, patience: Duration) -> bool {
         let mut clean = true;
         for (number, place) in self.all() {
             clean &= self.end_one(number, &place, when, patience);
@@ -387,7 +347,7 @@ impl Pool {
         over
     }
 
-    fn end_one(&self, number: u32, place: &Place, when: Stop, patience: Duration) -> bool {
+    fn end_one(&self, number: u32, place: &Place, when: StopMode, patience: Duration) -> bool {
         let Ok(mut device) = place.lock_within(patience) else { return false };
         if !device.end(when, &self.maker) {
             return false;

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::closer::Closer;
 use super::{Answer, Errno};
 use crate::accounts;
 
@@ -15,6 +16,7 @@ struct Table {
     /// Limits other than the usual one.
     limits: HashMap<u32, u32>,
     used: HashMap<u32, u32>,
+    closers: HashMap<u32, Closer>,
 }
 
 /// All users' limits and what they have.
@@ -72,6 +74,13 @@ impl Quotas {
         users.dedup();
         let row = |uid: u32| (uid, table.used.get(&uid).copied().unwrap_or(0), table.limit(uid));
         users.into_iter().map(row).collect()
+    }
+
+    /// Closes files of all the pools of a user.
+    pub fn closer(&self, uid: u32) -> Closer {
+        let (uid, mut table) = (accounts::of(uid), self.table());
+        table.closers.retain(|_, closer| closer.is_needed());
+        table.closers.entry(uid).or_default().clone()
     }
 
     /// Puts one more device on a user's account, or answers ENOSPC.

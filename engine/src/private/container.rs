@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::descriptors::check_listener;
+use super::tree::Tree;
 use super::{Caller, Registry, Shared, open_to};
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::is_over;
@@ -21,6 +22,8 @@ const FILTERS_MAX: usize = 64;
 pub(super) const HELD_MAX: Duration = Duration::from_millis(500);
 /// How long the next container waits for a pool to be as new.
 const TURN_MAX: Duration = Duration::from_secs(5);
+/// Characters of a hook's problem in the log.
+const PROBLEM_MAX: usize = 1024;
 const TURN_PAUSE: Duration = Duration::from_millis(10);
 
 /// A process of a container, whose calls are to be served.
@@ -66,18 +69,27 @@ impl Guests {
         self.any().then_some(self.id.as_str())
     }
 
+    /// A process of the container is there.
+    fn is_used(&self) -> bool {
+        !self.clearing && !self.listeners.iter().all(has_ended)
+    }
+
+    fn refusal(&self, pool: &str) -> Error {
+        Error::new(Kind::Busy, format!("private pool {pool} is used by container {}", self.id))
+            .hint("give each container a pool of its own")
+    }
+
     fn enter(&mut self, pool: &str, guest: &mut Guest) -> Result<Turn> {
         if self.clearing {
             return Ok(Turn::Later);
         }
         if !self.listeners.is_empty() {
             // They are seen off by the reaper; a container of the same name may be another.
-            if self.listeners.iter().all(has_ended) {
+            if !self.is_used() {
                 return Ok(Turn::Later);
             }
             if self.id != guest.id {
-                let message = format!("private pool {pool} is container {}'s", self.id);
-                return Err(Error::new(Kind::Busy, message).hint("give each container a pool of its own"));
+                return Err(self.refusal(pool));
             }
             self.listeners.retain(|listener| !has_ended(listener));
             if self.listeners.len() >= FILTERS_MAX {
@@ -117,6 +129,46 @@ fn has_ended(listener: &OwnedFd) -> bool {
 }
 
 impl Registry {
+    /// Keeps the names of a pool's partitions in the /dev of a container that is being made. May block on `dev`.
+    pub fn show_in(&self, name: &str, id: &str, dev: OwnedFd, caller: Caller) -> Result<()> {
+        let container = Tree::adopt(dev)
+            .map_err(|error| Error::os(error, format!("cannot make names in the /dev of container {id}")))?;
+        let until = Instant::now() + TURN_MAX;
+        loop {
+            let mut state = self.shared.state();
+            let (_, tenant, _) = open_to(&mut state, name, caller)?;
+            let guests = &tenant.guests;
+            if !guests.any() {
+                let Some(mirror) = tenant.mirror.clone().filter(|_| tenant.spec.fixed) else {
+                    return Err(Error::new(
+                        Kind::Invalid,
+                        format!("private pool {name} is not for containers"),
+                    ));
+                };
+                drop(state);
+                mirror.show_in(Some(container));
+                return Ok(());
+            }
+            if guests.is_used() {
+                return Err(guests.refusal(name));
+            }
+            drop(state);
+            if Instant::now() >= until {
+                return Err(Error::new(Kind::Busy, format!("private pool {name} is not free yet")));
+            }
+            std::thread::sleep(TURN_PAUSE);
+        }
+    }
+
+    /// Logs why a container could not be prepared for a pool: its runtime may show that to nobody.
+    pub fn report_container(&self, name: &str, id: &str, problem: &str, caller: Caller) -> Result<()> {
+        open_to(&mut self.shared.state(), name, caller)?;
+        // Quoted, since a container's name and its files are strangers' words; and not without end.
+        let problem: String = problem.chars().take(PROBLEM_MAX).collect();
+        tracing::warn!("container {id:?} was not prepared for private pool {name}: {problem:?}");
+        Ok(())
+    }
+
     /// Serves a process of a container. The pool is one that root has made for containers; or any of its, which
     /// then ends with the container.
     pub fn admit(&self, name: &str, mut guest: Guest, caller: Caller) -> Result<()> {
@@ -157,7 +209,7 @@ impl Registry {
 impl Shared {
     /// The processes under one filter are gone: the end of a pool, or the turn of the next container.
     pub(super) fn left(&self, id: u64) {
-        let (name, guest, room) = {
+        let (name, guest, room, mirror) = {
             let mut state = self.state();
             let Some(tenant) = state.tenants.get_mut(&id) else { return };
             if !tenant.spec.fixed {
@@ -167,10 +219,13 @@ impl Shared {
             if !tenant.guests.leave() {
                 return;
             }
-            (tenant.spec.name.clone(), tenant.guests.id.clone(), tenant.room.clone())
+            (tenant.spec.name.clone(), tenant.guests.id.clone(), tenant.room.clone(), tenant.mirror.clone())
         };
         if let Some(room) = room {
             room.reset();
+        }
+        if let Some(mirror) = mirror {
+            mirror.show_in(None);
         }
         tracing::info!("container {guest:?} has left private pool {name}");
         if let Some(tenant) = self.state().tenants.get_mut(&id) {

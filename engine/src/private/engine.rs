@@ -8,14 +8,13 @@ use super::attached::{Attached, Table};
 use super::container::HELD_MAX;
 use super::{Asked, Caller, Events, Guest, Outcome, Room, Source};
 use crate::error::{Error, Kind, Result};
-use crate::instance::Engine;
-use crate::instance::claims::NoImages;
+use crate::instance::claims::ExcludedFileSystem;
 use crate::intercept::{
     AT_ONCE, Administrators, DEADLINE, Mounter, Mounts, Namespace, Options, Supervisor, mounts,
 };
 use crate::kernel_mounts::{FileSystem, KernelMounts, Wanted, policy};
 use crate::loopfs::Directory;
-use crate::loops::{Answer, Entry, Errno, Pool, PoolSpec, Quotas, Watcher};
+use crate::loops::{Answer, Entry, Errno, Pool, PoolSpec, Pools, Quotas, Watcher};
 use crate::sys::stack::Stack;
 
 /// How long a mounter may take to end what it has started, and kernel mounts to end with their tenant.
@@ -24,8 +23,8 @@ const MOUNTER_MAX: Duration = Duration::from_secs(4);
 /// What serves pools.
 #[derive(Debug)]
 pub struct Served {
-    /// Has the devices.
-    pub engine: Arc<Engine>,
+    /// Has the pools.
+    pub pools: Arc<Pools>,
     /// Has the kernel mount; none: nobody gets mounts by the kernel.
     pub kernel: Option<Arc<KernelMounts>>,
     /// File systems that the kernel may mount for users who are not root.
@@ -34,7 +33,7 @@ pub struct Served {
 
 impl Source for Served {
     fn quotas(&self) -> Quotas {
-        Engine::quotas(&self.engine).clone()
+        self.pools.quotas().clone()
     }
 
     fn kernel_mounts(&self, asked: &[String], caller: Caller) -> Result<Vec<&'static FileSystem>> {
@@ -53,7 +52,7 @@ impl Source for Served {
     }
 
     fn open(&self, spec: &PoolSpec, events: Events) -> Result<(Arc<dyn Room>, OwnedFd)> {
-        let pool = self.engine.open_pool(spec)?;
+        let pool = self.pools.open(spec)?;
         pool.watch(Arc::new(Told(events.clone())));
         events.promised(&pool.promised());
         for entry in pool.entries() {
@@ -63,7 +62,7 @@ impl Source for Served {
         let on_end = move || unused.upgrade().iter().for_each(|pool| pool.end(false));
         let (directory, mount) = Directory::open(pool.clone(), on_end).inspect_err(|_| pool.end(true))?;
         let made = Made {
-            _no_images: self.engine.no_images_on(directory.device()),
+            _no_images: self.pools.exclude_images_on(directory.device()),
             pool,
             directory: Arc::new(directory),
             supervisors: Mutex::default(),
@@ -80,7 +79,7 @@ struct Made {
     pool: Arc<Pool>,
     directory: Arc<Directory>,
     /// A device on the loop-control of a pool would keep the pool.
-    _no_images: NoImages,
+    _no_images: ExcludedFileSystem,
     supervisors: Mutex<Vec<Supervisor>>,
     mounter: OnceLock<Arc<Mounter>>,
     kernel: Option<Arc<KernelMounts>>,

@@ -35,6 +35,8 @@ pub struct Mirror {
     dev: Tree,
     sys: Tree,
     shown: Mutex<HashMap<u32, (Nodes, Nodes)>>,
+    /// The /dev of a container, whose runtime has made it: only names of partitions are put there.
+    container: Mutex<Option<Tree>>,
     stacks: Mutex<HashMap<String, (Nodes, Nodes)>>,
 }
 
@@ -51,7 +53,13 @@ impl Mirror {
         let nodes = 3 * OTHERS_MAX as u64 + u64::from(max) * sysfs::NODES_PER_DEVICE * (1 + PARTITIONS / 2);
         let sys = Tree::make(Shape { size: nodes * PAGE, nodes, uid: 0, gid: 0 });
         let (dev, sys) = (dev.map_err(cannot)?, sys.map_err(cannot)?);
-        let mirror = Mirror { dev, sys, shown: Mutex::default(), stacks: Mutex::default() };
+        let mirror = Mirror {
+            dev,
+            sys,
+            shown: Mutex::default(),
+            container: Mutex::default(),
+            stacks: Mutex::default(),
+        };
         let control = Node::Link(format!("{LOOPFS}/loop-control"));
         for (path, node) in [(LOOPFS, Node::Dir), ("loop-control", control)] {
             mirror.dev.put(path, &node).map_err(cannot)?;
@@ -87,6 +95,21 @@ impl Mirror {
         }
     }
 
+    /// Names of partitions are kept in this /dev from now on, and in no other container's.
+    pub fn show_in(&self, container: Option<Tree>) {
+        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tree) = &container {
+            shown.values().for_each(|(dev, _)| update(tree, &Nodes::new(), &partitions(dev)));
+        }
+        *self.container.lock().unwrap_or_else(PoisonError::into_inner) = container;
+    }
+
+    fn update_container(&self, old: &Nodes, new: &Nodes) {
+        if let Some(tree) = &*self.container.lock().unwrap_or_else(PoisonError::into_inner) {
+            update(tree, &partitions(old), &partitions(new));
+        }
+    }
+
     /// Shows the device with this number as `now` tells that it is; none: it is gone. Asks while it holds
     /// the lock: of two changes told at once, the later one to be shown is what is true then.
     pub fn show(&self, number: u32, now: impl FnOnce() -> Option<Entry>) {
@@ -101,8 +124,10 @@ impl Mirror {
         if entry.is_some() {
             update(&self.sys, &old_sys, &sys);
             update(&self.dev, &old_dev, &dev);
+            self.update_container(&old_dev, &dev);
             shown.insert(number, (dev, sys));
         } else {
+            self.update_container(&old_dev, &dev);
             update(&self.dev, &old_dev, &dev);
             update(&self.sys, &old_sys, &sys);
         }
@@ -140,6 +165,11 @@ fn links(entry: &Entry) -> Nodes {
     let partitions = entry.partitions.iter().map(|partition| format!("{disk}p{}", partition.number));
     let names = std::iter::once(disk.clone()).chain(partitions);
     names.map(|name| (name.clone(), Node::Link(format!("{LOOPFS}/{name}")))).collect()
+}
+
+fn partitions(names: &Nodes) -> Nodes {
+    let is_partition = |name: &str| name.strip_prefix("loop").is_some_and(|rest| rest.contains('p'));
+    names.iter().filter(|(name, _)| is_partition(name)).cloned().collect()
 }
 
 fn update(tree: &Tree, old: &Nodes, new: &Nodes) {

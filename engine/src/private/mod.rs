@@ -133,6 +133,8 @@ struct Tenant {
     since: SystemTime,
     /// None: it is being opened.
     room: Option<Arc<dyn Room>>,
+    /// Its names in /dev and /sys, once it is open and if it has some.
+    mirror: Option<Arc<Mirror>>,
     supervised: bool,
     guests: Guests,
     ending: bool,
@@ -212,7 +214,7 @@ impl Registry {
             taken,
         )?;
         let made = self.make(id, &spec, fixed || intercepted);
-        let (room, mounts) = match made {
+        let (room, mirror, mounts) = match made {
             Ok(made) => made,
             Err(error) => {
                 drop(self.shared.state().tenants.remove(&id));
@@ -225,6 +227,7 @@ impl Registry {
         // It may have ended already, or have been closed while there was nothing to end.
         if let Some(tenant) = state.tenants.get_mut(&id) {
             tenant.room = Some(Arc::clone(&room));
+            tenant.mirror = mirror;
             unwanted |= tenant.ending;
         }
         drop(state);
@@ -263,6 +266,7 @@ impl Registry {
             process,
             since: SystemTime::now(),
             room: None,
+            mirror: None,
             supervised: false,
             guests: Guests::default(),
             ending: false,
@@ -272,7 +276,13 @@ impl Registry {
         Ok((id, spec))
     }
 
-    fn make(&self, id: u64, spec: &PoolSpec, mirrored: bool) -> Result<(Arc<dyn Room>, Vec<OwnedFd>)> {
+    #[expect(clippy::type_complexity, reason = "named where it is called")]
+    fn make(
+        &self,
+        id: u64,
+        spec: &PoolSpec,
+        mirrored: bool,
+    ) -> Result<(Arc<dyn Room>, Option<Arc<Mirror>>, Vec<OwnedFd>)> {
         let mirror = match mirrored {
             true => Some(Arc::new(Mirror::make(spec.max, spec.uid, spec.gid)?)),
             false => None,
@@ -282,7 +292,7 @@ impl Registry {
         }
         let (room, mount) = self.source.open(spec, self.reaper.events(id, mirror.clone()))?;
         let mut mounts = vec![mount];
-        if let Some(mirror) = mirror {
+        if let Some(mirror) = &mirror {
             match mirror.mounts() {
                 Ok(more) => mounts.extend(more),
                 Err(error) => {
@@ -291,7 +301,7 @@ impl Registry {
                 }
             }
         }
-        Ok((room, mounts))
+        Ok((room, mirror, mounts))
     }
 
     /// Serves the filter with this listener, for whoever opened the pool. The pool then ends with the

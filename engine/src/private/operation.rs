@@ -1,16 +1,18 @@
 //! Operations on a pool's devices without a descriptor of one: as they are asked for over a socket, and
 //! what they answer. The comments are part of the description that varlink clients get.
 //!
-//! Knows how words of the wire become operations of [`Pool`], and that a refusal is an errno here,
+//! Knows how words of the wire become a [`LoopOp`], and back, and that a refusal is an errno here,
 //! since callers print it as loop(4)'s. Does not know who may ask: that is the registry's.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-use crate::loops::{Answer, Caller, Configure, Entry, Errno, Info, NAME_BYTES, Pool, Status};
+use crate::loops::{
+    Answer, Configure, Entry, Errno, Info, LoopOp, LoopReply, NAME_BYTES, Owner, Pool, Status,
+};
 
 /// For so long an operation may begin to change something. Clients wait as long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -167,59 +169,87 @@ impl Asked {
 
     /// Does it. `file` came with the call.
     pub fn run(&self, pool: &Pool, file: Option<OwnedFd>) -> Outcome {
-        self.attempt(pool, file).into()
+        if self.operation == Operation::List {
+            return Outcome { devices: Some(pool.entries()), ..Outcome::default() };
+        }
+        let reply = self.op(file).and_then(|op| pool.execute(op, &Owner::waiting(PATIENCE)));
+        reply.map(Outcome::from).into()
     }
 
-    fn attempt(&self, pool: &Pool, file: Option<OwnedFd>) -> Answer<Outcome> {
+    /// The operation on one device or on loop-control.
+    fn op(&self, file: Option<OwnedFd>) -> Answer<LoopOp> {
         let number = self.number.ok_or(Errno::INVAL);
         let signed = || i32::try_from(number?).map_err(|_| Errno::INVAL);
         let value = self.value.ok_or(Errno::INVAL);
         let info = || Info::try_from(self.info.as_ref().ok_or(Errno::INVAL)?);
-        let caller = &Remote(Instant::now());
-        let mut outcome = Outcome::default();
-        match self.operation {
-            Operation::List => outcome.devices = Some(pool.entries()),
-            Operation::Status => outcome.status = Some(pool.status(number?)?.into()),
-            Operation::Change => pool.set_status(number?, &info()?, caller)?,
-            Operation::Free => outcome.number = Some(pool.get_free()?),
-            Operation::Add => outcome.number = Some(pool.add(signed()?)?),
-            Operation::Remove => outcome.number = Some(pool.remove(signed()?)?),
+        Ok(match self.operation {
+            Operation::List => return Err(Errno::INVAL),
+            Operation::Status => LoopOp::Status(number?),
+            Operation::Change => LoopOp::SetStatus(number?, info()?),
+            Operation::Free => LoopOp::GetFree,
+            Operation::Add => LoopOp::Add(signed()?),
+            Operation::Remove => LoopOp::Remove(signed()?),
             Operation::Configure => {
                 let block_size = u32::try_from(self.value.unwrap_or(0)).map_err(|_| Errno::INVAL)?;
-                let with = Configure { file: file.ok_or(Errno::BADF)?, block_size, info: info()? };
-                pool.configure(number?, with, caller)?;
+                let file = file.ok_or(Errno::BADF)?;
+                LoopOp::Configure(number?, Configure { file, block_size, info: info()? })
             }
-            Operation::Clear => pool.clear(number?, caller)?,
-            Operation::Capacity => pool.set_capacity(number?, caller)?,
-            Operation::Direct => pool.set_direct_io(number?, value? != 0, caller)?,
-            Operation::Block => pool.set_block_size(number?, value?, caller)?,
-        }
-        Ok(outcome)
+            Operation::Clear => LoopOp::Clear(number?),
+            Operation::Capacity => LoopOp::SetCapacity(number?),
+            Operation::Direct => LoopOp::SetDirectIo(number?, value? != 0),
+            Operation::Block => LoopOp::SetBlockSize(number?, value?),
+        })
+    }
+
+    /// An operation as it is sent, with the file that goes with it. EOPNOTSUPP: it cannot be sent.
+    pub fn from_op(op: LoopOp) -> Answer<(Asked, Option<OwnedFd>)> {
+        let unsigned = |number: i32| u32::try_from(number).map_err(|_| Errno::INVAL);
+        let on = |operation, number| Asked { number: Some(number), ..Asked::of(operation) };
+        let with = |operation, number, value| Asked { value: Some(value), ..on(operation, number) };
+        let asked = match op {
+            LoopOp::GetFree => Asked::of(Operation::Free),
+            LoopOp::Add(number) => on(Operation::Add, unsigned(number)?),
+            LoopOp::Remove(number) => on(Operation::Remove, unsigned(number)?),
+            LoopOp::Status(number) => on(Operation::Status, number),
+            LoopOp::SetStatus(number, info) => {
+                Asked { info: Some(DeviceInfo::from(&info)), ..on(Operation::Change, number) }
+            }
+            LoopOp::Configure(number, Configure { file, block_size, info }) => {
+                let info = Some(DeviceInfo::from(&info));
+                let asked = Asked { info, ..with(Operation::Configure, number, block_size.into()) };
+                return Ok((asked, Some(file)));
+            }
+            LoopOp::Clear(number) => on(Operation::Clear, number),
+            LoopOp::SetCapacity(number) => on(Operation::Capacity, number),
+            LoopOp::SetDirectIo(number, is_on) => with(Operation::Direct, number, is_on.into()),
+            LoopOp::SetBlockSize(number, bytes) => with(Operation::Block, number, bytes),
+            LoopOp::ChangeFd(..) | LoopOp::RereadPartitions(_) | LoopOp::ChangePartition(..) => {
+                return Err(Errno::OPNOTSUPP);
+            }
+        };
+        Ok((asked, None))
     }
 }
 
-/// Who asks over a socket: the pool's owner or root, without a descriptor of a device.
-struct Remote(Instant);
-
-impl Caller for Remote {
-    fn writes(&self) -> bool {
-        true
+impl From<LoopReply> for Outcome {
+    fn from(reply: LoopReply) -> Outcome {
+        match reply {
+            LoopReply::Done => Outcome::default(),
+            LoopReply::Number(number) => Outcome { number: Some(number), ..Outcome::default() },
+            LoopReply::Status(status) => Outcome { status: Some(status.into()), ..Outcome::default() },
+        }
     }
+}
 
-    fn is_admin(&self) -> bool {
-        true
-    }
+impl TryFrom<Outcome> for LoopReply {
+    type Error = Errno;
 
-    fn waits(&self) -> bool {
-        self.0.elapsed() < PATIENCE
-    }
-
-    fn replace(&self, _file: OwnedFd) -> Answer<()> {
-        Err(Errno::OPNOTSUPP)
-    }
-
-    fn has_descriptor(&self) -> bool {
-        false
+    fn try_from(outcome: Outcome) -> Answer<LoopReply> {
+        Ok(match outcome.answer()? {
+            Outcome { status: Some(status), .. } => LoopReply::Status(status.try_into()?),
+            Outcome { number: Some(number), .. } => LoopReply::Number(number),
+            _ => LoopReply::Done,
+        })
     }
 }
 

@@ -65,6 +65,16 @@ impl Tree {
         Ok(Tree { root })
     }
 
+    /// One that others have made and mounted. It must be a tmpfs: any other file system may block later.
+    /// This call itself may block on the file system of `root`.
+    pub fn adopt(root: OwnedFd) -> io::Result<Tree> {
+        let is_directory = FileType::from_raw_mode(rustix::fs::fstat(&root)?.st_mode) == FileType::Directory;
+        match is_directory && rustix::fs::fstatfs(&root)?.f_type == libc::TMPFS_MAGIC {
+            true => Ok(Tree { root }),
+            false => Err(io::Error::other("it is not a directory of a tmpfs")),
+        }
+    }
+
     /// The mount, to give away.
     pub fn mount(&self) -> io::Result<OwnedFd> {
         self.root.try_clone()

@@ -1,5 +1,4 @@
-//! The two kinds of buffers that belong to a ring: slots for registered ones, and the small ones
-//! into which the kernel writes arrivals.
+//! The buffers of a ring: the table of registered buffers, and provided buffers for arriving tags.
 //!
 //! Knows nothing of devices. Data never passes through here.
 
@@ -11,16 +10,16 @@ use io_uring::types::BufRingEntry;
 
 use crate::error::{Error, Kind, Result};
 
-/// Slots in the table of registered buffers; the kernel's own limit.
+/// Slots in the table of registered buffers: the kernel's limit.
 pub const BUFFER_SLOTS: u16 = 16_384;
-/// The last ones are kept for requests whose own slot was taken.
+/// Slots at the end, reserved for requests whose own slot is in use.
 const SPARE_SLOTS: u16 = 256;
 
-/// Which slots of the table of registered buffers are whose.
+/// Allocation of the slots of the table of registered buffers.
 ///
-/// Every tag of every device has a slot that the driver fills by itself. With more tags than
-/// slots several tags share one; if two of them are in flight at once, the later one falls back
-/// to a spare slot, which the worker fills by hand.
+/// Every tag of every device has a slot that the driver fills. With more tags than slots, several
+/// tags share a slot. If two of them are in flight at once, the later one falls back to a spare
+/// slot, which the worker fills.
 #[derive(Debug)]
 pub struct BufferSlots {
     shared: u16,
@@ -28,36 +27,36 @@ pub struct BufferSlots {
 }
 
 impl BufferSlots {
-    /// A table with `slots` places.
+    /// A table with this many slots.
     pub fn new(slots: u16) -> Self {
         let spare = SPARE_SLOTS.min(slots / 2).max(1);
         Self { shared: slots - spare, spare: (slots - spare..slots).rev().collect() }
     }
 
-    /// The slot that the driver fills for the `n`th tag, counted over all devices.
-    pub fn automatic(&self, n: usize) -> u16 {
+    /// The slot that the driver fills for the `n`th tag, over all devices.
+    pub fn auto_slot_of(&self, n: usize) -> u16 {
         (n % usize::from(self.shared)) as u16
     }
 
-    /// A spare slot, if one is left; give it back with [`BufferSlots::give_back`].
+    /// A spare slot, if one is free; return it with [`BufferSlots::release`].
     pub fn take(&mut self) -> Option<u16> {
         self.spare.pop()
     }
 
-    /// Gives a spare slot back.
-    pub fn give_back(&mut self, slot: u16) {
+    /// Returns a spare slot.
+    pub fn release(&mut self, slot: u16) {
         debug_assert!(slot >= self.shared && !self.spare.contains(&slot));
         self.spare.push(slot);
     }
 }
 
-/// Bytes of one arrival buffer: 128 tags, the most that the driver puts into one.
+/// Bytes of one arrival buffer: 128 tags, the driver's maximum.
 const ARRIVAL_BYTES: usize = 256;
 const PAGE: usize = 4096;
 
-/// A ring of provided buffers, shared by all multishot fetches of a ring.
+/// A ring of provided buffers, shared by all multishot fetches of an io_uring.
 ///
-/// The memory holds the descriptor ring first and the buffers after it.
+/// The memory holds the descriptor ring, then the buffers.
 #[derive(Debug)]
 pub struct ArrivalBuffers {
     memory: NonNull<u8>,
@@ -71,7 +70,8 @@ pub struct ArrivalBuffers {
 unsafe impl Send for ArrivalBuffers {}
 
 impl ArrivalBuffers {
-    /// Memory for `entries` buffers (a power of two, 1024 at the most), all offered to the kernel.
+    /// Allocates `entries` buffers (a power of two, at most 1024) and provides all of them to the
+    /// kernel.
     pub fn new(entries: u16) -> Result<Self> {
         assert!(entries.is_power_of_two() && entries <= 1024);
         let bytes = usize::from(entries) * (size_of::<BufRingEntry>() + ARRIVAL_BYTES);
@@ -82,7 +82,7 @@ impl ArrivalBuffers {
             .ok_or_else(|| Error::new(Kind::Quota, "arrival buffers: out of memory"))?;
         let mut buffers = Self { memory, layout, entries, tail: 0 };
         for id in 0..entries {
-            buffers.offer(id);
+            buffers.provide(id);
         }
         Ok(buffers)
     }
@@ -94,32 +94,33 @@ impl ArrivalBuffers {
 
     fn buffer(&self, id: u16) -> NonNull<u8> {
         let start = usize::from(self.entries) * size_of::<BufRingEntry>() + usize::from(id) * ARRIVAL_BYTES;
-        // SAFETY: `id` is below `entries` (checked by the callers), so the place is inside `memory`.
+        // SAFETY: `id` is below `entries` (checked by the callers), so the place is inside
+        // `memory`.
         unsafe { self.memory.add(start) }
     }
 
-    /// The first `bytes` of buffer `id` as tags; none when the kernel names what it cannot have filled.
+    /// The first `bytes` of buffer `id` as tags; none if the kernel names an impossible buffer.
     pub fn tags(&self, id: u16, bytes: usize) -> Option<&[u16]> {
         if id >= self.entries || bytes > ARRIVAL_BYTES {
             return None;
         }
-        // SAFETY: inside the buffer, aligned to 2 (buffers are 256 bytes apart from a page's start),
-        // initialised (zeroed at birth, then written by the kernel), and left alone by the kernel
-        // until `offer`, which needs `&mut self`.
+        // SAFETY: inside the buffer, aligned to 2 (buffers are 256 bytes apart from a page's
+        // start), initialised (zeroed at birth, then written by the kernel), and left alone by the
+        // kernel until `provide`, which needs `&mut self`.
         Some(unsafe { std::slice::from_raw_parts(self.buffer(id).cast::<u16>().as_ptr(), bytes / 2) })
     }
 
-    /// Lets the kernel have buffer `id` (again).
-    pub fn offer(&mut self, id: u16) {
+    /// Provides buffer `id` to the kernel (again).
+    pub fn provide(&mut self, id: u16) {
         assert!(id < self.entries);
         let address = self.buffer(id).as_ptr() as u64;
-        let place = self.tail & (self.entries - 1);
+        let index = self.tail & (self.entries - 1);
         let ring = self.memory.cast::<BufRingEntry>();
-        // SAFETY: `place` is below `entries`, so the descriptor is inside `memory`; the kernel does
+        // SAFETY: `index` is below `entries`, so the descriptor is inside `memory`; the kernel does
         // not read it before the tail has passed it. Field by field, since the first descriptor's
         // last field is the tail itself.
         unsafe {
-            let entry = &mut *ring.add(usize::from(place)).as_ptr();
+            let entry = &mut *ring.add(usize::from(index)).as_ptr();
             entry.set_addr(address);
             entry.set_len(ARRIVAL_BYTES as u32);
             entry.set_bid(id);
@@ -145,24 +146,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spare_slots_run_out_and_come_back() {
+    fn spare_slots_run_out_and_are_reused() {
         let mut slots = BufferSlots::new(4);
-        assert_eq!((slots.automatic(0), slots.automatic(1), slots.automatic(2)), (0, 1, 0));
+        assert_eq!((slots.auto_slot_of(0), slots.auto_slot_of(1), slots.auto_slot_of(2)), (0, 1, 0));
         let (a, b) = (slots.take().unwrap(), slots.take().unwrap());
         assert!(a != b && a >= 2 && b >= 2);
         assert_eq!(slots.take(), None);
-        slots.give_back(a);
+        slots.release(a);
         assert_eq!(slots.take(), Some(a));
     }
 
     #[test]
-    fn arrivals_outside_the_buffers_are_refused() {
+    fn rejects_tags_outside_the_buffers() {
         let mut buffers = ArrivalBuffers::new(8).unwrap();
         assert_eq!(buffers.tags(7, 4), Some(&[0, 0][..]));
         assert_eq!(buffers.tags(8, 4), None);
         assert_eq!(buffers.tags(0, 258), None);
         for round in 0..100_000u32 {
-            buffers.offer((round % 8) as u16);
+            buffers.provide((round % 8) as u16);
         }
     }
 }

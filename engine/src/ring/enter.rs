@@ -1,7 +1,7 @@
-//! io_uring_enter by a registered ring descriptor, which saves a file lookup a call.
+//! io_uring_enter with a registered ring descriptor, which saves a file lookup per call.
 //!
-//! The io-uring crate offers this only on a borrowed `Submitter`, which a struct that owns its ring
-//! cannot keep; so the two system calls are made here.
+//! The io-uring crate supports this only on a borrowed `Submitter`, which a struct that owns its
+//! ring cannot keep. So this file makes the two system calls.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,17 +20,16 @@ struct Update {
     data: u64,
 }
 
-/// How the calling thread names its ring to the kernel.
+/// The descriptor by which the calling thread passes its ring to the kernel.
 #[derive(Clone, Copy, Debug)]
-pub struct RingName {
+pub struct RingHandle {
     fd: RawFd,
     flags: u32,
 }
 
-impl RingName {
-    /// Registers the ring for the calling thread. Where that is impossible its file descriptor
-    /// does as well.
-    pub fn of(ring: &IoUring) -> RingName {
+impl RingHandle {
+    /// Registers the ring for the calling thread; falls back to its file descriptor.
+    pub fn of(ring: &IoUring) -> RingHandle {
         let fd = ring.as_raw_fd();
         let mut update = Update { offset: u32::MAX, reserved: 0, data: fd as u64 };
         // SAFETY: one update, valid for the duration of the call, as the kernel's structure.
@@ -38,13 +37,13 @@ impl RingName {
             libc::syscall(libc::SYS_io_uring_register, fd, REGISTER_RING_FDS, &raw mut update, 1u32)
         };
         match (done, RawFd::try_from(update.offset)) {
-            (1, Ok(index)) => RingName { fd: index, flags: ENTER_REGISTERED_RING },
-            _ => RingName { fd, flags: 0 },
+            (1, Ok(index)) => RingHandle { fd: index, flags: ENTER_REGISTERED_RING },
+            _ => RingHandle { fd, flags: 0 },
         }
     }
 
-    /// Submits `submit` entries and waits for `want` completions; with `events`, runs what leads
-    /// to completions even where none is waited for. Returns how many were submitted.
+    /// Submits `submit` entries and waits for `want` completions. With `events`, runs task work
+    /// even without waiting. Returns how many entries were submitted.
     pub fn enter(self, submit: u32, want: u32, events: bool) -> io::Result<u32> {
         let events = if want > 0 || events { ENTER_GETEVENTS } else { 0 };
         let flags = self.flags | events;

@@ -1,10 +1,10 @@
-//! The files of a ring, by place in the kernel's table for it.
+//! The file table of a ring.
 //!
-//! The table keeps a device's files open until the last request of the ring has ended, also after
-//! the daemon's death: recovery relies on that. Kernels before 6.13, however, close what leaves it
-//! only when every request that then used the table has ended, whichever file it was about. The
-//! commands that wait for requests of idle devices never end: a detached image would stay open, and
-//! its file system could not be unmounted. There, submissions name descriptors, and use no table.
+//! The table keeps a device's files open until the last request of the ring ends, also after the
+//! daemon's death: recovery relies on that. Before Linux 6.13, however, the kernel closes a removed
+//! file only when every request that used the table has ended, whichever file it used. The fetch
+//! commands of idle devices never end, so a detached image would stay open and its file system
+//! busy. There, submissions pass descriptors and use no table.
 
 use std::os::fd::RawFd;
 
@@ -15,69 +15,71 @@ use crate::error::{Error, Result};
 /// "No file", to the kernel and here.
 const NONE: RawFd = -1;
 
-/// Which file is at which place.
+/// The entries of the file table.
 #[derive(Debug)]
 pub struct FileTable {
-    /// Descriptors by place, where submissions are to name these.
-    named: Option<Box<[RawFd]>>,
+    /// Descriptors by index, where submissions pass descriptors.
+    descriptors: Option<Box<[RawFd]>>,
 }
 
-/// Whether the kernel closes a file as soon as the last request about it has ended.
+/// Whether the kernel closes a removed file as soon as its own requests have ended.
 ///
-/// Linux 6.13 does; the first flag that tells is one of 6.15.
+/// Linux 6.13 does; the first feature flag that shows it is of 6.15.
 pub fn kernel_counts_users(ring: &IoUring) -> bool {
     ring.params().is_feature_no_iowait()
 }
 
 impl FileTable {
-    /// An empty table of `places`.
-    pub fn new(ring: &IoUring, places: u32) -> Result<Self> {
-        Self::with(ring, places, !kernel_counts_users(ring))
+    /// An empty table of this size.
+    pub fn new(ring: &IoUring, len: u32) -> Result<Self> {
+        Self::with(ring, len, !kernel_counts_users(ring))
     }
 
-    fn with(ring: &IoUring, places: u32, by_descriptor: bool) -> Result<Self> {
-        ring.submitter().register_files_sparse(places).map_err(|error| {
+    fn with(ring: &IoUring, len: u32, by_descriptor: bool) -> Result<Self> {
+        ring.submitter().register_files_sparse(len).map_err(|error| {
             Error::os(error, "cannot register a file table")
                 .hint("raise the limit on open files (LimitNOFILE=)")
         })?;
-        Ok(Self { named: by_descriptor.then(|| vec![NONE; places as usize].into()) })
+        Ok(Self { descriptors: by_descriptor.then(|| vec![NONE; len as usize].into()) })
     }
 
-    /// Puts `file` at `place`.
-    pub fn set(&mut self, ring: &IoUring, place: u32, file: RawFd) -> Result<()> {
-        let updated = ring.submitter().register_files_update(place, &[file]);
+    /// Stores `file` at `index`.
+    pub fn set(&mut self, ring: &IoUring, index: u32, file: RawFd) -> Result<()> {
+        let updated = ring.submitter().register_files_update(index, &[file]);
         updated.map_err(|error| Error::os(error, "cannot register a file"))?;
-        if let Some(named) = self.named.as_mut().and_then(|named| named.get_mut(place as usize)) {
-            *named = file;
+        if let Some(descriptors) =
+            self.descriptors.as_mut().and_then(|descriptors| descriptors.get_mut(index as usize))
+        {
+            *descriptors = file;
         }
         Ok(())
     }
 
-    /// Empties `place`.
-    pub fn clear(&mut self, ring: &IoUring, place: u32) -> Result<()> {
-        self.set(ring, place, NONE)
+    /// Clears `index`.
+    pub fn clear(&mut self, ring: &IoUring, index: u32) -> Result<()> {
+        self.set(ring, index, NONE)
     }
 
-    /// Whether submissions name descriptors: whether they must be resolved.
+    /// Whether submissions must be resolved to descriptors.
     pub fn by_descriptor(&self) -> bool {
-        self.named.is_some()
+        self.descriptors.is_some()
     }
 
-    /// A submission with the place in it replaced by the descriptor there.
+    /// The submission with its table index replaced by the descriptor.
     pub fn resolve(&self, entry: &squeue::Entry) -> squeue::Entry {
         /// Byte offsets in `struct io_uring_sqe` of <linux/io_uring.h>.
         const FLAGS: usize = 1;
         const FD: usize = 4;
         const { assert!(size_of::<squeue::Entry>() == 64) };
         let mut entry = entry.clone();
-        let Some(named) = &self.named else { return entry };
+        let Some(descriptors) = &self.descriptors else { return entry };
         // SAFETY: an entry is the kernel's 64-byte structure (asserted above), owned by us; both
         // fields are plain integers inside it, accessed unaligned to ask nothing of its alignment.
         unsafe {
             let bytes = (&raw mut entry).cast::<u8>();
             let (flags, fd) = (bytes.add(FLAGS), bytes.add(FD).cast::<i32>());
-            let place = usize::try_from(fd.read_unaligned()).unwrap_or(usize::MAX);
-            fd.write_unaligned(named.get(place).copied().unwrap_or(NONE));
+            let index = usize::try_from(fd.read_unaligned()).unwrap_or(usize::MAX);
+            fd.write_unaligned(descriptors.get(index).copied().unwrap_or(NONE));
             flags.write(flags.read() & !squeue::Flags::FIXED_FILE.bits());
         }
         entry
@@ -91,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn submissions_go_to_the_file_at_their_place() {
+    fn resolves_submissions_to_the_file_at_their_index() {
         let ring = IoUring::new(8).unwrap();
         let mut files = FileTable::with(&ring, 3, true).unwrap();
         let open = std::fs::File::open("/dev/zero").unwrap();

@@ -1,19 +1,19 @@
-//! The table of what is in flight in one queue, indexed by tag.
+//! The in-flight requests of one queue, indexed by tag.
 //!
-//! Knows that a tag is in flight at most once. Does not know what is done for it.
+//! Ensures that a tag is in flight at most once. Does not know the operations.
 
 use crate::request::Tag;
 
-/// At most one `T` a tag, for tags 0 .. depth. Allocates once.
+/// At most one `T` per tag, for tags 0 .. depth. Allocates once.
 #[derive(Debug)]
 pub struct InFlight<T> {
     slots: Box<[Option<T>]>,
     count: usize,
 }
 
-/// The tag is beyond the queue depth, or in flight already.
+/// The tag is outside the queue depth, or already in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Misplaced;
+pub struct InvalidTag;
 
 impl<T> InFlight<T> {
     /// A table for `depth` tags.
@@ -21,41 +21,41 @@ impl<T> InFlight<T> {
         Self { slots: std::iter::repeat_with(|| None).take(usize::from(depth)).collect(), count: 0 }
     }
 
-    /// Notes that `tag` is in flight. Hands `value` back when it may not be.
-    pub fn begin(&mut self, tag: Tag, value: T) -> Result<(), (Misplaced, T)> {
+    /// Adds `tag`. Returns `value` if that is impossible.
+    pub fn begin(&mut self, tag: Tag, value: T) -> Result<(), (InvalidTag, T)> {
         match self.slots.get_mut(usize::from(tag)) {
             Some(slot @ None) => {
                 *slot = Some(value);
                 self.count += 1;
                 Ok(())
             }
-            _ => Err((Misplaced, value)),
+            _ => Err((InvalidTag, value)),
         }
     }
 
-    /// What is in flight under `tag`.
+    /// The entry of `tag`.
     pub fn get_mut(&mut self, tag: Tag) -> Option<&mut T> {
         self.slots.get_mut(usize::from(tag))?.as_mut()
     }
 
-    /// Takes `tag` out: it is in flight no more.
+    /// Removes `tag`.
     pub fn finish(&mut self, tag: Tag) -> Option<T> {
         let value = self.slots.get_mut(usize::from(tag))?.take();
         self.count -= usize::from(value.is_some());
         value
     }
 
-    /// How many are in flight.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.count
     }
 
-    /// None are.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// Takes everything out, by tag.
+    /// Removes all entries, by tag.
     pub fn drain(&mut self) -> impl Iterator<Item = T> + '_ {
         self.count = 0;
         self.slots.iter_mut().filter_map(Option::take)

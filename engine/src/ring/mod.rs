@@ -1,7 +1,7 @@
-//! One io_uring, as the data path uses it: fixed files, registered buffers, one enter a round.
+//! One io_uring of the data path: fixed files, registered buffers, one enter per round.
 //!
-//! Knows submissions and completions. Does not know what they are for: no device, no image, no
-//! request. Not `Send` in spirit: made, used and dropped by one worker.
+//! Knows submissions and completions. Does not know devices, images or requests. One worker
+//! creates, uses and drops it.
 
 pub mod buffers;
 mod enter;
@@ -12,31 +12,31 @@ pub mod token;
 
 use std::os::fd::RawFd;
 
-use enter::RingName;
+use enter::RingHandle;
 use io_uring::{IoUring, cqueue, squeue};
 
 pub use buffers::{ArrivalBuffers, BufferSlots};
 pub use inflight::InFlight;
-pub use setup::Sizes;
-pub use token::{SlotId, Step, Token};
+pub use setup::RingSizes;
+pub use token::{EventKind, SlotId, Token};
 
 use crate::error::{Error, Kind, Result};
 use files::FileTable;
 
 /// One io_uring with its tables.
 ///
-/// Field order is drop order: the io_uring goes before the memory it was given.
+/// Field order is drop order: the io_uring is dropped before its memory.
 pub struct Ring {
     io: IoUring,
-    name: RingName,
-    /// Who the thread was when the ring was made, if that was asked for.
+    name: RingHandle,
+    /// Credentials of the creating thread, if requested.
     personality: Option<u16>,
     files: FileTable,
-    /// Which registered buffers are whose.
+    /// Allocation of registered buffers.
     pub buffers: BufferSlots,
-    /// Where the kernel writes arrivals.
+    /// Buffers for arriving tags.
     pub arrivals: ArrivalBuffers,
-    /// CQEs taken from the kernel and not yet looked at.
+    /// CQEs taken from the kernel and not handled yet.
     drained: Vec<cqueue::Entry>,
 }
 
@@ -47,16 +47,17 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// Makes a ring for the calling thread; a `privileged` one remembers what the thread may now.
-    pub fn new(sizes: &Sizes, privileged: bool) -> Result<Ring> {
-        let (io, personality, files, arrivals) = setup::make(sizes, privileged)?;
-        let name = RingName::of(&io);
+    /// Creates a ring for the calling thread. A `privileged` one keeps the thread's present
+    /// credentials.
+    pub fn new(sizes: &RingSizes, privileged: bool) -> Result<Ring> {
+        let (io, personality, files, arrivals) = setup::create(sizes, privileged)?;
+        let name = RingHandle::of(&io);
         let drained = Vec::with_capacity(io.params().cq_entries() as usize);
         let buffers = BufferSlots::new(sizes.buffers);
         Ok(Ring { io, name, personality, files, buffers, arrivals, drained })
     }
 
-    /// The same submission, made with what the thread could do when the ring was made.
+    /// The same submission with the credentials kept at creation.
     pub fn privileged(&self, entry: squeue::Entry) -> squeue::Entry {
         match self.personality {
             Some(personality) => entry.personality(personality),
@@ -64,18 +65,18 @@ impl Ring {
         }
     }
 
-    /// Puts `file` at `place` of the file table.
-    pub fn set_file(&mut self, place: u32, file: RawFd) -> Result<()> {
-        self.files.set(&self.io, place, file)
+    /// Stores `file` at `index` of the file table.
+    pub fn set_file(&mut self, index: u32, file: RawFd) -> Result<()> {
+        self.files.set(&self.io, index, file)
     }
 
-    /// Empties `place` of the file table. Nothing that is in flight may be about it.
-    pub fn clear_file(&mut self, place: u32) -> Result<()> {
-        self.files.clear(&self.io, place)
+    /// Clears `index` of the file table. Nothing in flight may use it.
+    pub fn clear_file(&mut self, index: u32) -> Result<()> {
+        self.files.clear(&self.io, index)
     }
 
-    /// Queues one submission. Whatever memory it names must stay valid until its completion, or,
-    /// where it has none on success, until what it stands for is known to have ended.
+    /// Queues one submission. Memory that it names must stay valid until its completion; without a
+    /// completion on success, until the operation is known to have ended.
     pub fn push(&mut self, entry: &squeue::Entry) -> Result<()> {
         self.push_chain(std::slice::from_ref(entry))
     }
@@ -86,7 +87,7 @@ impl Ring {
             _ if !self.files.by_descriptor() => self.queue(entries),
             [one] => self.queue(&[self.files.resolve(one)]),
             [one, two] => self.queue(&[self.files.resolve(one), self.files.resolve(two)]),
-            _ => Err(Error::new(Kind::Internal, "chains are of two")),
+            _ => Err(Error::new(Kind::Internal, "a chain has more than two entries")),
         }
     }
 
@@ -96,11 +97,11 @@ impl Ring {
         if unsafe { self.io.submission().push_multiple(entries) }.is_ok() {
             return Ok(());
         }
-        // Full: make room, without waiting for anything.
+        // Full: submit without waiting.
         self.enter(0)?;
         // SAFETY: as above.
         unsafe { self.io.submission().push_multiple(entries) }
-            .map_err(|_| Error::new(Kind::Internal, "submission queue full after submitting"))
+            .map_err(|_| Error::new(Kind::Internal, "the submission queue is full after a submit"))
     }
 
     /// Submits everything queued and waits for `want` completions.
@@ -111,10 +112,10 @@ impl Ring {
             drop(queue);
             let error = match self.name.enter(queued, want as u32, events) {
                 Ok(submitted) if submitted == queued => return Ok(()),
-                // The kernel stopped half-way, perhaps within a chain: what follows would run
-                // without what it must wait for.
+                // The kernel stopped early, perhaps within a chain: later entries would run out of
+                // order.
                 Ok(_) => {
-                    return Err(Error::new(Kind::Internal, "the kernel took only a part of a submission"));
+                    return Err(Error::new(Kind::Internal, "the kernel accepted only part of a submission"));
                 }
                 Err(error) => error,
             };
@@ -128,24 +129,24 @@ impl Ring {
         }
     }
 
-    /// Whether completions, or work that leads to them, are there without waiting.
+    /// Whether completions, or task work that produces them, are pending.
     pub fn ready(&mut self) -> bool {
         !self.io.completion().is_empty() || self.io.submission().taskrun()
     }
 
-    /// Whether anything is queued that the kernel has not seen.
+    /// Whether queued entries are not submitted yet.
     pub fn has_unsubmitted(&mut self) -> bool {
         !self.io.submission().is_empty()
     }
 
-    /// Takes all completions that are there. Give the vector back with [`Ring::recycle`].
+    /// Takes all pending completions. Return the vector with [`Ring::recycle`].
     pub fn drain(&mut self) -> Vec<cqueue::Entry> {
         let mut drained = std::mem::take(&mut self.drained);
         drained.extend(self.io.completion());
         drained
     }
 
-    /// Takes the vector of [`Ring::drain`] back, so that the next drain allocates nothing.
+    /// Takes the vector of [`Ring::drain`] back, so that the next drain does not allocate.
     pub fn recycle(&mut self, mut drained: Vec<cqueue::Entry>) {
         drained.clear();
         self.drained = drained;

@@ -1,5 +1,5 @@
-//! Makes a ring, stage by stage: build it disabled, check it, give it its tables, restrict it,
-//! enable it. After the last stage it can do what the data path needs and nothing else.
+//! Creates a ring in stages: build it disabled, check it, add its tables, restrict it, enable it.
+//! After the last stage it can do only what the data path needs.
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue};
@@ -12,22 +12,22 @@ use crate::sys::uring;
 /// Group of the arrival buffers.
 pub const ARRIVAL_GROUP: u16 = 0;
 
-/// How large the tables of a ring are.
+/// Sizes of a ring's queues and tables.
 #[derive(Clone, Copy, Debug)]
-pub struct Sizes {
+pub struct RingSizes {
     /// Entries of the submission queue; a power of two.
     pub submissions: u32,
     /// Entries of the completion queue; a power of two.
     pub completions: u32,
-    /// Places for fixed files.
+    /// Slots for fixed files.
     pub files: u32,
-    /// Places for registered buffers.
+    /// Slots for registered buffers.
     pub buffers: u16,
     /// Arrival buffers; a power of two.
     pub arrivals: u16,
 }
 
-impl Sizes {
+impl RingSizes {
     /// For `devices` devices.
     pub fn for_devices(devices: u32) -> Self {
         Self {
@@ -40,21 +40,24 @@ impl Sizes {
     }
 }
 
-/// The stages in order. Must run on the thread that will use the ring. With `privileged` the ring remembers who
-/// the thread is now, for commands that ask for more than it keeps.
-pub fn make(sizes: &Sizes, privileged: bool) -> Result<(IoUring, Option<u16>, FileTable, ArrivalBuffers)> {
+/// Runs the stages in order, on the thread that will use the ring. With `privileged`, the ring
+/// keeps the thread's present credentials for commands that need them.
+pub fn create(
+    sizes: &RingSizes,
+    privileged: bool,
+) -> Result<(IoUring, Option<u16>, FileTable, ArrivalBuffers)> {
     let ring = build_disabled(sizes)?;
     check(&ring)?;
-    // What needs it is refused by the driver if there is none.
+    // Without it the driver refuses the commands that need it.
     let personality = privileged.then(|| ring.submitter().register_personality().ok()).flatten();
     let files = FileTable::new(&ring, sizes.files)?;
-    let arrivals = give_buffers(&ring, sizes)?;
+    let arrivals = register_buffers(&ring, sizes)?;
     restrict(&ring, &files)?;
     let ring = enable(ring)?;
     Ok((ring, personality, files, arrivals))
 }
 
-fn build_disabled(sizes: &Sizes) -> Result<IoUring> {
+fn build_disabled(sizes: &RingSizes) -> Result<IoUring> {
     let build = |without_sqarray: bool| {
         let mut builder = IoUring::builder();
         builder
@@ -79,7 +82,7 @@ fn build_disabled(sizes: &Sizes) -> Result<IoUring> {
             Some(libc::ENOMEM) => "raise the limit on locked memory",
             _ => "Linux 6.1 or newer is needed",
         };
-        Error::os(error, "cannot make an io_uring").hint(hint)
+        Error::os(error, "cannot create an io_uring").hint(hint)
     })
 }
 
@@ -96,7 +99,7 @@ fn check(ring: &IoUring) -> Result<()> {
     }
 }
 
-fn give_buffers(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
+fn register_buffers(ring: &IoUring, sizes: &RingSizes) -> Result<ArrivalBuffers> {
     let submitter = ring.submitter();
     let failed = |what: &'static str| move |error: std::io::Error| Error::os(error, what);
     submitter
@@ -107,15 +110,15 @@ fn give_buffers(ring: &IoUring, sizes: &Sizes) -> Result<ArrivalBuffers> {
     // SAFETY: the memory belongs to `arrivals`, which `Ring` drops after the io_uring.
     unsafe { submitter.register_buf_ring_with_flags(address, entries, ARRIVAL_GROUP, 0) }
         .map_err(failed("cannot register arrival buffers"))?;
-    // Helper threads for what blocks: fsync, fallocate, holes. Bounded, for a stuck file system
-    // would otherwise collect one thread a request.
+    // Bounds the io-wq threads for blocking operations (fsync, fallocate, holes): a stuck file
+    // system would otherwise collect one thread per request.
     submitter
         .register_iowq_max_workers(&mut [32, 8])
-        .map_err(failed("cannot bound io_uring's helper threads"))?;
+        .map_err(failed("cannot limit io_uring's worker threads (io-wq)"))?;
     Ok(arrivals)
 }
 
-/// Operations of the data path. Everything else answers EACCES.
+/// Operations of the data path. All others fail with EACCES.
 const OPERATIONS: [u8; 8] = [
     opcode::ReadFixed::CODE,
     opcode::WriteFixed::CODE,
@@ -126,13 +129,13 @@ const OPERATIONS: [u8; 8] = [
     opcode::UringCmd16::CODE,
     opcode::Nop::CODE,
 ];
-/// Registrations of a running worker: files of devices that come and go, and its own ring fd.
+/// Registrations of a running worker: files of devices, and its own ring fd.
 const REGISTRATIONS: [u8; 3] =
     [6 /* FILES_UPDATE */, 20 /* RING_FDS */, 21 /* UNREGISTER_RING_FDS */];
 
-/// And what a ring takes that is being made: tables of files and buffers, arrival buffers, bounds of helper
-/// threads, a personality, restrictions, being enabled.
-const PREPARATIONS: [u8; 7] = [13, 15, 22, 19, 9, 11, 12];
+/// Registrations during setup: tables of files and buffers, provided buffers, io-wq limits,
+/// personality, restrictions, enable.
+const SETUP_REGISTRATIONS: [u8; 7] = [13, 15, 22, 19, 9, 11, 12];
 /// Flags of submissions.
 const FLAGS: squeue::Flags = squeue::Flags::FIXED_FILE
     .union(squeue::Flags::IO_LINK)
@@ -140,10 +143,10 @@ const FLAGS: squeue::Flags = squeue::Flags::FIXED_FILE
     .union(squeue::Flags::ASYNC)
     .union(squeue::Flags::BUFFER_SELECT);
 
-/// Has no ring that this thread, or one that it starts, makes from now on be able to do more than what rings of
-/// workers do, and send commands. An error is none where the kernel is older than Linux 7.0.
+/// Restricts all rings that this thread and its descendants create from now on to what workers'
+/// rings can do, plus sending commands. Fails before Linux 7.0.
 pub fn restrict_all() -> std::io::Result<()> {
-    uring::restrict_all(&OPERATIONS, &[&REGISTRATIONS[..], &PREPARATIONS].concat(), FLAGS.bits())
+    uring::restrict_all(&OPERATIONS, &[&REGISTRATIONS[..], &SETUP_REGISTRATIONS].concat(), FLAGS.bits())
 }
 
 fn restrict(ring: &IoUring, files: &FileTable) -> Result<()> {
@@ -174,7 +177,7 @@ mod tests {
     use super::*;
     use crate::ring::Ring;
 
-    /// The result of one submission on a ring as workers have it.
+    /// Result of one submission on a worker's ring.
     fn result(ring: &mut Ring, entry: &squeue::Entry) -> i32 {
         ring.push(entry).unwrap();
         ring.enter(1).unwrap();
@@ -186,12 +189,12 @@ mod tests {
     }
 
     #[test]
-    fn submissions_without_a_file_need_the_flag_too() {
-        let sizes = Sizes { submissions: 8, completions: 16, files: 4, buffers: 16, arrivals: 8 };
+    fn submissions_without_a_file_need_the_fixed_file_flag() {
+        let sizes = RingSizes { submissions: 8, completions: 16, files: 4, buffers: 16, arrivals: 8 };
         let mut ring = Ring::new(&sizes, false).unwrap();
         assert_eq!(result(&mut ring, &opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE)), 0);
         if ring.files.by_descriptor() {
-            return eprintln!("skipped: this kernel's rings name descriptors");
+            return eprintln!("skipped: this kernel's rings use descriptors");
         }
         assert_eq!(result(&mut ring, &opcode::Nop::new().build()), -libc::EACCES);
         let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
@@ -199,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn no_ring_can_make_sockets() {
+    fn rings_cannot_create_sockets() {
         let tried = std::thread::spawn(|| {
             rustix::thread::set_no_new_privs(true).unwrap();
             if let Err(error) = restrict_all() {
@@ -215,8 +218,8 @@ mod tests {
                 any.submit_and_wait(1).unwrap();
                 assert_eq!(any.completion().next().unwrap().result(), expected);
             }
-            // Those of workers can still be made.
-            Ring::new(&Sizes::for_devices(4), true).unwrap();
+            // Workers' rings can still be created.
+            Ring::new(&RingSizes::for_devices(4), true).unwrap();
         });
         tried.join().unwrap();
     }

@@ -5,6 +5,7 @@
 pub mod activation;
 pub mod block;
 pub mod descriptor;
+pub mod ioctl;
 pub mod loop_names;
 pub mod mntns;
 pub mod mount;
@@ -23,6 +24,23 @@ pub mod uses;
 pub mod watch;
 
 use crate::error::{Error, Result};
+
+/// Replaces control characters, so that a path fits in one line of a message or a log.
+pub fn printable(path: &str) -> String {
+    let shown = |c: char| if c.is_control() { '?' } else { c };
+    path.chars().map(shown).collect()
+}
+
+/// Opens a configuration file: a regular one only, and without waiting for another side of a pipe.
+pub fn open_regular(path: &std::path::Path) -> std::io::Result<std::fs::File> {
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = std::fs::File::from(openat(CWD, path, flags, Mode::empty())?);
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")),
+    }
+}
 
 /// Lets the calling thread run on these CPUs only; on all it already may for an empty list.
 pub fn run_on(cpus: &[usize]) -> Result<()> {

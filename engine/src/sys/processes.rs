@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
-use crate::image::printable;
+use crate::sys::printable;
 
 use super::mntns::{self, Mount};
 

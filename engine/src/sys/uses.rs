@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::mntns::Mount;
-use crate::image::printable;
+use crate::sys::printable;
 
 use super::processes::{self, Open, Process};
 use super::usage::Disks;

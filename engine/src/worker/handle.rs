@@ -1,7 +1,6 @@
-//! The control side of a worker: starts it, sends it messages, waits for its answers with a
-//! deadline.
+//! The control side of a worker: starts it, sends messages, waits for replies with a deadline.
 //!
-//! The channel carries devices that come and go, never a request.
+//! The channel carries device changes, never requests.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -11,21 +10,21 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{QueueStats, Switches, Transport, Worker};
+use super::{QueueStats, Transport, Worker, WorkerOptions};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
-use crate::ring::{Sizes, SlotId};
+use crate::ring::{RingSizes, SlotId};
 use crate::{failures, sandbox, sys};
 
-/// How long a worker may take to answer a message. It never waits for anything but work.
+/// Deadline for the reply to a message. A worker blocks only for work.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// Messages that may wait for a worker.
+/// Capacity of a worker's message channel.
 const BACKLOG: usize = 64;
 
 /// A queue to serve.
 #[derive(Debug)]
-pub struct Job<T> {
-    /// Where on the ring.
+pub struct NewQueue<T> {
+    /// Its slot on the ring.
     pub slot: SlotId,
     /// The driver's side.
     pub transport: T,
@@ -33,8 +32,8 @@ pub struct Job<T> {
     pub image: Arc<Image>,
 }
 
-pub(super) enum Message<T> {
-    Add(Job<T>, Sender<Result<()>>),
+pub(super) enum WorkerMessage<T> {
+    Add(NewQueue<T>, Sender<Result<()>>),
     Remove(SlotId, Sender<Result<()>>),
     Resize(SlotId, Geometry, Sender<Result<()>>),
     Replace(SlotId, Arc<Image>, Sender<Result<()>>),
@@ -46,65 +45,65 @@ pub(super) enum Message<T> {
 #[derive(Debug)]
 pub struct WorkerHandle<T> {
     name: String,
-    messages: Sender<Message<T>>,
+    messages: Sender<WorkerMessage<T>>,
     wake: OwnedFd,
     thread: Option<JoinHandle<()>>,
 }
 
 impl<T: Transport> WorkerHandle<T> {
-    /// Starts a worker on the given CPUs (all when there are none) and waits until its ring is up.
-    pub fn start(name: String, sizes: Sizes, switches: Switches, cpus: Vec<usize>) -> Result<Self> {
+    /// Starts a worker on the given CPUs (all if empty) and waits until its ring is ready.
+    pub fn start(name: String, sizes: RingSizes, options: WorkerOptions, cpus: Vec<usize>) -> Result<Self> {
         failures::start_reporter();
-        let wake =
-            eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Error::os(error, "cannot make an eventfd"))?;
-        let theirs = wake.try_clone().map_err(|error| Error::os(error, "cannot duplicate an eventfd"))?;
-        let (messages, inbox) = bounded(BACKLOG);
-        let (up, is_up) = bounded(1);
+        let wake = eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|error| Error::os(error, "cannot create an eventfd"))?;
+        let worker_wake =
+            wake.try_clone().map_err(|error| Error::os(error, "cannot duplicate an eventfd"))?;
+        let (sender, messages) = bounded(BACKLOG);
+        let (started, is_started) = bounded(1);
         let thread = std::thread::Builder::new()
             .name(name.chars().take(15).collect())
-            .spawn(move || serve(&sizes, switches, &cpus, inbox, theirs, &up))
+            .spawn(move || serve(&sizes, options, &cpus, messages, worker_wake, &started))
             .map_err(|error| Error::os(error, "cannot start a worker thread"))?;
-        let handle = Self { name, messages, wake, thread: Some(thread) };
-        handle.answer(&is_up)?;
+        let handle = Self { name, messages: sender, wake, thread: Some(thread) };
+        handle.answer(&is_started)?;
         Ok(handle)
     }
 
-    /// Serves one more queue.
-    pub fn add(&self, job: Job<T>) -> Result<()> {
-        self.ask(|reply| Message::Add(job, reply))
+    /// Adds a queue.
+    pub fn add(&self, queue: NewQueue<T>) -> Result<()> {
+        self.ask(|reply| WorkerMessage::Add(queue, reply))
     }
 
-    /// Serves it no more. The driver must have ended it before; returns once nothing of it is in
-    /// flight.
+    /// Removes a queue that the driver has ended. Returns when nothing of it is in flight.
     pub fn remove(&self, slot: SlotId) -> Result<()> {
-        self.ask(|reply| Message::Remove(slot, reply))
+        self.ask(|reply| WorkerMessage::Remove(slot, reply))
     }
 
-    /// The image has another size now.
+    /// Changes a queue's geometry.
     pub fn resize(&self, slot: SlotId, geometry: Geometry) -> Result<()> {
-        self.ask(|reply| Message::Resize(slot, geometry, reply))
+        self.ask(|reply| WorkerMessage::Resize(slot, geometry, reply))
     }
 
-    /// The device shows another image from now on. What is in flight ends on the old one.
+    /// Replaces the image. Operations in flight end on the old one.
     pub fn replace(&self, slot: SlotId, image: Arc<Image>) -> Result<()> {
-        self.ask(|reply| Message::Replace(slot, image, reply))
+        self.ask(|reply| WorkerMessage::Replace(slot, image, reply))
     }
 
-    /// The figures of a queue.
+    /// The statistics of a queue.
     pub fn stats(&self, slot: SlotId) -> Result<QueueStats> {
-        self.ask(|reply| Message::Stats(slot, reply))
+        self.ask(|reply| WorkerMessage::Stats(slot, reply))
     }
 
-    fn ask<A>(&self, message: impl FnOnce(Sender<Result<A>>) -> Message<T>) -> Result<A> {
+    fn ask<A>(&self, message: impl FnOnce(Sender<Result<A>>) -> WorkerMessage<T>) -> Result<A> {
         let (reply, answer) = bounded(1);
         self.send(message(reply))?;
         self.answer(&answer)
     }
 
-    fn send(&self, message: Message<T>) -> Result<()> {
+    fn send(&self, message: WorkerMessage<T>) -> Result<()> {
         self.messages
             .send_timeout(message, ANSWER_LIMIT)
-            .map_err(|_| Error::new(Kind::Deadline, format!("worker {} takes no messages", self.name)))?;
+            .map_err(|_| Error::new(Kind::Deadline, format!("worker {} accepts no messages", self.name)))?;
         rustix::io::write(self.wake.as_fd(), &1u64.to_ne_bytes())
             .map(drop)
             .map_err(|error| Error::os(error, format!("cannot wake worker {}", self.name)))
@@ -119,10 +118,10 @@ impl<T: Transport> WorkerHandle<T> {
 }
 
 impl<T> Drop for WorkerHandle<T> {
-    /// Ends the worker; one that does not end in time is left behind.
+    /// Stops the worker. One that does not stop in time is left behind.
     fn drop(&mut self) {
-        // Should either fail, the worker does not end, which is seen below.
-        let _ = self.messages.send_timeout(Message::Stop, ANSWER_LIMIT);
+        // If either fails the worker does not stop, which the loop below detects.
+        let _ = self.messages.send_timeout(WorkerMessage::Stop, ANSWER_LIMIT);
         let _ = rustix::io::write(self.wake.as_fd(), &1u64.to_ne_bytes());
         let Some(thread) = self.thread.take() else { return };
         let deadline = Instant::now() + ANSWER_LIMIT;
@@ -132,45 +131,45 @@ impl<T> Drop for WorkerHandle<T> {
         if thread.is_finished() {
             let _ = thread.join();
         } else {
-            tracing::error!(worker = self.name, "did not end in time");
+            tracing::error!(worker = self.name, "the worker did not stop in time");
         }
     }
 }
 
-/// A worker's thread from its first to its last line.
+/// The main function of a worker thread.
 fn serve<T: Transport>(
-    sizes: &Sizes,
-    switches: Switches,
+    sizes: &RingSizes,
+    options: WorkerOptions,
     cpus: &[usize],
-    inbox: Receiver<Message<T>>,
+    messages: Receiver<WorkerMessage<T>>,
     wake: OwnedFd,
-    up: &Sender<Result<()>>,
+    started: &Sender<Result<()>>,
 ) {
     if let Err(error) = sys::run_on(cpus) {
-        let _ = up.send(Err(error));
+        let _ = started.send(Err(error));
         return;
     }
     sys::declare_io_flusher();
-    match switches.partscan {
+    match options.partscan {
         true => sandbox::prepare_io_thread(),
         false => sandbox::enter_io_thread(),
     }
-    let worker = Worker::new(sizes, switches, inbox, wake);
+    let worker = Worker::new(sizes, options, messages, wake);
     sandbox::enter_io_thread();
     let mut worker = match worker {
         Ok(worker) => worker,
         Err(error) => {
-            let _ = up.send(Err(error));
+            let _ = started.send(Err(error));
             return;
         }
     };
-    let _ = up.send(Ok(()));
+    let _ = started.send(Ok(()));
     let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
     let ended = served.unwrap_or_else(|_| Err(Error::new(Kind::Internal, "a worker panicked")));
     if let Err(error) = ended {
-        // Its devices would hang for ever. The kernel keeps them and what is in flight for the
-        // next daemon, if this one ends now.
-        tracing::error!(%error, "a worker cannot go on: the daemon ends; restart it to take the devices back");
+        // Its devices would hang forever. If the daemon ends now, the kernel keeps them and the
+        // requests in flight for the next daemon.
+        tracing::error!(%error, "a worker failed: the daemon aborts; restart it to recover its devices");
         std::process::abort();
     }
 }

@@ -1,8 +1,8 @@
-//! The loop of one worker: drain all completions, translate, submit once, commit once.
+//! The event loop of one worker: drain all completions, translate, submit once, commit once.
 //!
-//! A worker serves queue `q` of every device of its instance on one ring. It knows queues of
-//! devices and messages from the control side; it does not know instances, names or quotas.
-//! Nothing in the loop allocates, logs or waits, but for the one enter that ends each round.
+//! A worker serves queue `q` of every device of its instance on one ring. It handles queues and
+//! messages from the control side; it does not know instances, names or quotas. The loop never
+//! allocates, logs or blocks, except in the io_uring_enter that ends each round.
 
 mod handle;
 mod poll;
@@ -17,190 +17,195 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use io_uring::{opcode, squeue, types};
 
-pub use handle::{Job, WorkerHandle};
+pub use handle::{NewQueue, WorkerHandle};
 pub use queue::DeviceQueue;
 pub use stats::QueueStats;
-pub use transport::{Data, Place, Transport};
+pub use transport::{Data, QueueSlot, Transport};
 
 use crate::error::{Error, Kind, Result};
-use crate::ring::{Ring, Sizes, SlotId, Step, Token};
-use handle::Message;
-use poll::Poll;
+use crate::ring::{EventKind, Ring, RingSizes, SlotId, Token};
+use handle::WorkerMessage;
+use poll::BusyPoll;
 
-/// File table place of the eventfd that wakes the worker.
+/// Index in the file table of the eventfd that wakes the worker.
 const WAKE: types::Fixed = types::Fixed(0);
 
-/// Switches of a worker.
+/// Options of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Switches {
-    /// Transfer and commit go as one chain where possible.
+pub struct WorkerOptions {
+    /// Submit transfer and commit as one linked chain where possible.
     pub linked_commit: bool,
-    /// For how long a worker that had lone requests looks for more before it sleeps, at the most.
+    /// Maximum busy-poll time after isolated requests, before the worker sleeps.
     pub poll: Duration,
-    /// Among its disks may be some of which the kernel reads the partition table, which takes CAP_SYS_ADMIN.
+    /// Some devices may use partition scanning, which needs CAP_SYS_ADMIN.
     pub partscan: bool,
 }
 
 /// One worker, on its own thread.
 struct Worker<T> {
     ring: Ring,
-    switches: Switches,
+    options: WorkerOptions,
     queues: Vec<Option<DeviceQueue<T>>>,
-    /// Indices of queues with answers to send, in this round.
-    touched: Vec<u16>,
-    /// Queues that go as soon as nothing of them is in flight, and who waits for it.
-    leaving: Vec<(SlotId, Sender<Result<()>>)>,
+    /// Indices of queues with completions to commit in this round.
+    committing: Vec<u16>,
+    /// Queues to remove once nothing of them is in flight, each with the channel to reply on.
+    draining: Vec<(SlotId, Sender<Result<()>>)>,
     /// Queues with requests that wait for a buffer slot.
-    starved: Vec<u16>,
-    messages: Receiver<Message<T>>,
+    waiting_for_buffer: Vec<u16>,
+    messages: Receiver<WorkerMessage<T>>,
     wake: OwnedFd,
     wake_buffer: Box<u64>,
     started: Instant,
 }
 
 impl<T: Transport> Worker<T> {
-    fn new(sizes: &Sizes, switches: Switches, messages: Receiver<Message<T>>, wake: OwnedFd) -> Result<Self> {
-        let mut ring = Ring::new(sizes, switches.partscan)?;
+    fn new(
+        sizes: &RingSizes,
+        options: WorkerOptions,
+        messages: Receiver<WorkerMessage<T>>,
+        wake: OwnedFd,
+    ) -> Result<Self> {
+        let mut ring = Ring::new(sizes, options.partscan)?;
         ring.set_file(WAKE.0, wake.as_raw_fd())?;
         let mut worker = Self {
             ring,
-            switches,
+            options,
             queues: Vec::new(),
-            touched: Vec::new(),
-            leaving: Vec::new(),
-            starved: Vec::new(),
+            committing: Vec::new(),
+            draining: Vec::new(),
+            waiting_for_buffer: Vec::new(),
             messages,
             wake,
             wake_buffer: Box::new(0),
             started: Instant::now(),
         };
-        worker.listen()?;
+        worker.arm_wake()?;
         Ok(worker)
     }
 
-    /// Serves until it is told to stop.
+    /// Runs until the control side stops it.
     fn run(&mut self) -> Result<()> {
         let mut want = 1;
-        let mut poll = Poll::new(self.switches.poll);
+        let mut poll = BusyPoll::new(self.options.poll);
         let mut completions = 0;
         loop {
-            self.rest(want, &mut poll, completions)?;
+            self.submit_and_wait(want, &mut poll, completions)?;
             let now_ns = self.started.elapsed().as_nanos() as u64;
             let drained = self.ring.drain();
             completions = drained.len();
-            let mut told = false;
+            let mut woken = false;
             for entry in &drained {
                 let Some(token) = Token::unpack(entry.user_data()) else { continue };
-                if token.step == Step::Wake {
+                if token.kind == EventKind::Wake {
                     check_wake(entry.result())?;
-                    told = true;
+                    woken = true;
                     continue;
                 }
                 self.dispatch(token, entry, now_ns)?;
             }
             self.ring.recycle(drained);
-            if !self.starved.is_empty() {
-                self.feed_starved()?;
+            if !self.waiting_for_buffer.is_empty() {
+                self.retry_waiting()?;
             }
-            want = 1 + self.send_answers()?;
-            if told && !self.listen_and_obey()? {
+            want = 1 + self.submit_commits()?;
+            if woken && !self.handle_messages()? {
                 return Ok(());
             }
-            if !self.leaving.is_empty() {
-                self.see_off();
+            if !self.draining.is_empty() {
+                self.remove_drained();
             }
         }
     }
 
-    /// Submits and sleeps, or looks for work for a moment before it does.
-    fn rest(&mut self, want: usize, poll: &mut Poll, completions: usize) -> Result<()> {
-        let Some(window) = poll.after(completions) else { return self.ring.enter(want) };
+    /// Submits and waits for completions, after busy polling for a while if that pays off.
+    fn submit_and_wait(&mut self, want: usize, poll: &mut BusyPoll, completions: usize) -> Result<()> {
+        let Some(window) = poll.window_after(completions) else { return self.ring.enter(want) };
         if self.ring.has_unsubmitted() {
             self.ring.enter(0)?;
         }
         let until = Instant::now() + window;
         while !self.ring.ready() {
-            // Looking at the clock takes longer than looking at the ring.
+            // Reading the clock takes longer than checking the ring.
             (0..16).for_each(|_| std::hint::spin_loop());
             if Instant::now() >= until {
-                poll.learn(false);
+                poll.record(false);
                 return self.ring.enter(want);
             }
         }
-        poll.learn(true);
+        poll.record(true);
         self.ring.enter(0)
     }
 
     fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry, now_ns: u64) -> Result<()> {
         let slot = self.queues.get_mut(usize::from(token.slot.index)).and_then(Option::as_mut);
-        // A late completion of a device that is gone: its generation is another.
-        let Some(queue) = slot.filter(|queue| queue.place().slot == token.slot) else { return Ok(()) };
-        if self.touched.last() != Some(&token.slot.index) {
-            self.touched.push(token.slot.index);
+        // A late completion of a removed device has an older generation.
+        let Some(queue) = slot.filter(|queue| queue.queue_slot().id == token.slot) else { return Ok(()) };
+        if self.committing.last() != Some(&token.slot.index) {
+            self.committing.push(token.slot.index);
         }
         if let Err(error) = queue.on_event(token, entry, &mut self.ring, now_ns) {
-            judge(queue, error)?;
+            handle_queue_error(queue, error)?;
         }
-        if queue.is_starved() && !self.starved.contains(&token.slot.index) {
-            self.starved.push(token.slot.index);
+        if queue.is_waiting_for_buffer() && !self.waiting_for_buffer.contains(&token.slot.index) {
+            self.waiting_for_buffer.push(token.slot.index);
         }
         Ok(())
     }
 
-    /// Lets queues that wait for buffer slots have those that came free in this round.
-    fn feed_starved(&mut self) -> Result<()> {
+    /// Retries the requests that wait for a buffer slot.
+    fn retry_waiting(&mut self) -> Result<()> {
         let (queues, ring) = (&mut self.queues, &mut self.ring);
         let mut outcome = Ok(());
-        self.starved.retain(|&index| {
+        self.waiting_for_buffer.retain(|&index| {
             let Some(Some(queue)) = queues.get_mut(usize::from(index)) else { return false };
-            outcome = std::mem::replace(&mut outcome, Ok(())).and(queue.retry_starved(ring));
-            queue.is_starved()
+            outcome = std::mem::replace(&mut outcome, Ok(())).and(queue.retry_waiting(ring));
+            queue.is_waiting_for_buffer()
         });
         outcome
     }
 
-    /// Sends the answers of this round; returns how many completions they add at once.
-    fn send_answers(&mut self) -> Result<usize> {
+    /// Commits the completions of this round. Returns how many CQEs the commits add at once.
+    fn submit_commits(&mut self) -> Result<usize> {
         let mut added = 0;
-        while let Some(index) = self.touched.pop() {
+        while let Some(index) = self.committing.pop() {
             let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) else { continue };
-            added += queue.flush(&mut self.ring)?;
+            added += queue.submit_commits(&mut self.ring)?;
         }
         Ok(added)
     }
 
-    /// Asks to be woken by the next message.
-    fn listen(&mut self) -> Result<()> {
-        let nobody = SlotId { index: 0, generation: 0 };
+    /// Reads the eventfd, so that the next message wakes the worker.
+    fn arm_wake(&mut self) -> Result<()> {
+        let no_slot = SlotId { index: 0, generation: 0 };
         let entry = opcode::Read::new(WAKE, (&raw mut *self.wake_buffer).cast(), 8)
             .build()
             .flags(squeue::Flags::FIXED_FILE)
-            .user_data(Token::pack(Step::Wake, nobody, 0));
+            .user_data(Token::pack(EventKind::Wake, no_slot, 0));
         self.ring.push(&entry)
     }
 
-    /// Does what the control side says; false when that is to stop.
-    fn listen_and_obey(&mut self) -> Result<bool> {
-        self.listen()?;
+    /// Handles all pending messages. Returns false after a stop message.
+    fn handle_messages(&mut self) -> Result<bool> {
+        self.arm_wake()?;
         loop {
             match self.messages.try_recv() {
-                Ok(Message::Add(job, reply)) => {
-                    let _ = reply.send(self.add(job));
+                Ok(WorkerMessage::Add(queue, reply)) => {
+                    let _ = reply.send(self.add(queue));
                 }
-                Ok(Message::Remove(slot, reply)) => self.leaving.push((slot, reply)),
-                Ok(Message::Resize(slot, geometry, reply)) => {
-                    let found = self.queue(slot).map(|queue| queue.set_geometry(geometry));
-                    let _ = reply.send(found);
+                Ok(WorkerMessage::Remove(slot, reply)) => self.draining.push((slot, reply)),
+                Ok(WorkerMessage::Resize(slot, geometry, reply)) => {
+                    let outcome = self.queue(slot).map(|queue| queue.set_geometry(geometry));
+                    let _ = reply.send(outcome);
                 }
-                Ok(Message::Replace(slot, image, reply)) => {
+                Ok(WorkerMessage::Replace(slot, image, reply)) => {
                     let _ = reply.send(self.replace(slot, image));
                 }
-                Ok(Message::Stats(slot, reply)) => {
+                Ok(WorkerMessage::Stats(slot, reply)) => {
                     let stats = self.queue(slot).map(|queue| queue.stats());
                     let _ = reply.send(stats);
                 }
                 Err(TryRecvError::Empty) => return Ok(true),
-                Ok(Message::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
+                Ok(WorkerMessage::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
             }
         }
     }
@@ -209,52 +214,52 @@ impl<T: Transport> Worker<T> {
         self.queues
             .get_mut(usize::from(slot.index))
             .and_then(Option::as_mut)
-            .filter(|queue| queue.place().slot == slot)
+            .filter(|queue| queue.queue_slot().id == slot)
             .ok_or_else(|| Error::new(Kind::NotFound, "no such device on this worker"))
     }
 
     fn replace(&mut self, slot: SlotId, image: std::sync::Arc<crate::image::Image>) -> Result<()> {
         let queue = self.queues.get_mut(usize::from(slot.index)).and_then(Option::as_mut);
-        match queue.filter(|queue| queue.place().slot == slot) {
+        match queue.filter(|queue| queue.queue_slot().id == slot) {
             Some(queue) => queue.replace(image, &mut self.ring),
             None => Err(Error::new(Kind::NotFound, "no such device on this worker")),
         }
     }
 
-    fn add(&mut self, job: Job<T>) -> Result<()> {
-        let index = usize::from(job.slot.index);
+    fn add(&mut self, queue: NewQueue<T>) -> Result<()> {
+        let index = usize::from(queue.slot.index);
         if self.queues.len() <= index {
             self.queues.resize_with(index + 1, || None);
         }
         if self.queues[index].is_some() {
-            return Err(Error::new(Kind::Internal, "the slot is taken"));
+            return Err(Error::new(Kind::Internal, "the queue slot is in use"));
         }
-        let place = Place { slot: job.slot };
-        let linked = self.switches.linked_commit;
-        match DeviceQueue::new(place, job.transport, job.image, linked, &mut self.ring) {
+        let queue_slot = QueueSlot { id: queue.slot };
+        let linked = self.options.linked_commit;
+        match DeviceQueue::new(queue_slot, queue.transport, queue.image, linked, &mut self.ring) {
             Ok(queue) => self.queues[index] = Some(queue),
             Err(error) => {
-                // What stays there is replaced by the slot's next device.
-                let _ = self.ring.clear_file(place.frontend().0);
-                let _ = self.ring.clear_file(place.image().0);
+                // The slot's next device overwrites an entry that stays.
+                let _ = self.ring.clear_file(queue_slot.frontend_file().0);
+                let _ = self.ring.clear_file(queue_slot.image_file().0);
                 return Err(error);
             }
         }
         Ok(())
     }
 
-    /// Closes queues that were to go and of which nothing is in flight any more.
-    fn see_off(&mut self) {
+    /// Closes the draining queues of which nothing is in flight any more.
+    fn remove_drained(&mut self) {
         let (queues, ring) = (&mut self.queues, &mut self.ring);
-        self.leaving.retain(|(slot, reply)| {
-            let Some(place) = queues.get_mut(usize::from(slot.index)) else {
+        self.draining.retain(|(slot, reply)| {
+            let Some(entry) = queues.get_mut(usize::from(slot.index)) else {
                 let _ = reply.send(Ok(()));
                 return false;
             };
-            match place {
-                Some(queue) if queue.place().slot == *slot && !queue.is_idle() => return true,
-                Some(queue) if queue.place().slot == *slot => {
-                    let closed = place.take().map_or(Ok(()), |queue| queue.close(ring));
+            match entry {
+                Some(queue) if queue.queue_slot().id == *slot && !queue.is_idle() => return true,
+                Some(queue) if queue.queue_slot().id == *slot => {
+                    let closed = entry.take().map_or(Ok(()), |queue| queue.close(ring));
                     let _ = reply.send(closed);
                 }
                 _ => {
@@ -266,7 +271,7 @@ impl<T: Transport> Worker<T> {
     }
 }
 
-/// A read of the eventfd that cannot work would be sent again and again.
+/// Rejects a failed eventfd read: repeating it would loop.
 fn check_wake(result: i32) -> Result<()> {
     match -result {
         libc::EINTR | libc::EAGAIN | libc::ECANCELED => Ok(()),
@@ -278,21 +283,21 @@ fn check_wake(result: i32) -> Result<()> {
     }
 }
 
-/// What a failure means. Of our own books (a tag twice, no room on the ring): nothing is certain
-/// any more, and the worker ends. Of the driver: this queue is not to be trusted.
-fn judge<T: Transport>(queue: &mut DeviceQueue<T>, error: Error) -> Result<()> {
+/// Decides what an error of a queue means. An inconsistency of our own state (a duplicate tag, a
+/// full ring) ends the worker. An error of the driver marks the queue as failed.
+fn handle_queue_error<T: Transport>(queue: &mut DeviceQueue<T>, error: Error) -> Result<()> {
     if error.kind() == Kind::Internal {
         return Err(error);
     }
-    tracing::error!(slot = queue.place().slot.index, %error, "a queue has failed");
+    tracing::error!(slot = queue.queue_slot().id.index, %error, "a queue has failed");
     queue.set_failed();
     Ok(())
 }
 
 impl<T> Drop for Worker<T> {
     fn drop(&mut self) {
-        // The eventfd read may still be in flight when the ring is closed; the kernel ends it
-        // then, but not before this returns. Eight bytes are leaked rather than written to late.
+        // The eventfd read may still be in flight when the ring closes. The kernel ends it later,
+        // so the eight bytes are leaked rather than freed under it.
         Box::leak(std::mem::take(&mut self.wake_buffer));
         let _ = &self.wake;
     }

@@ -1,35 +1,35 @@
-//! Whether a worker looks for more work for a moment before it sleeps.
+//! Adaptive busy polling of a worker before it sleeps.
 //!
-//! A wake-up is most of what a lone request costs, so looking pays when the next one comes soon, and
-//! only then: not when requests come many at a time, and not when whoever would send the next one
-//! waits for this very CPU. Decides by what came of it; knows no clock and no ring.
+//! A wake-up is most of the cost of an isolated request. Polling therefore pays off if the next
+//! request arrives soon. It does not pay off for batches, or if the sender needs this very CPU. The
+//! decision depends on recent results only; it uses no clock and no ring.
 
 use std::time::Duration;
 
-/// Completions of a round up to which requests count as lone.
-const FEW: usize = 2;
-/// Rounds that are slept through at the most before looking is tried again.
+/// Completions per round up to which requests count as isolated.
+const ISOLATED_MAX: usize = 2;
+/// Maximum number of rounds without polling before the next attempt.
 const SKIP_MAX: u32 = 4096;
 
-/// The decision, and what it learns from.
+/// The polling decision and its history.
 #[derive(Debug)]
-pub struct Poll {
+pub struct BusyPoll {
     window: Duration,
-    /// Rounds to sleep through.
+    /// Rounds left without polling.
     skip: u32,
-    /// What `skip` becomes when looking was in vain.
+    /// Next value of `skip` after a poll that found nothing.
     penalty: u32,
 }
 
-impl Poll {
-    /// Looks for `window` at the most; zero: never.
+impl BusyPoll {
+    /// Polls for at most `window`; zero disables polling.
     pub fn new(window: Duration) -> Self {
         Self { window, skip: 0, penalty: 1 }
     }
 
-    /// For how long to look after a round with so many completions; none: sleep at once.
-    pub fn after(&mut self, completions: usize) -> Option<Duration> {
-        if self.window.is_zero() || !(1..=FEW).contains(&completions) {
+    /// How long to poll after a round with this many completions; none: sleep at once.
+    pub fn window_after(&mut self, completions: usize) -> Option<Duration> {
+        if self.window.is_zero() || !(1..=ISOLATED_MAX).contains(&completions) {
             return None;
         }
         if self.skip > 0 {
@@ -39,8 +39,8 @@ impl Poll {
         Some(self.window)
     }
 
-    /// What came of looking.
-    pub fn learn(&mut self, found: bool) {
+    /// Records whether polling found work.
+    pub fn record(&mut self, found: bool) {
         if found {
             self.penalty = (self.penalty / 2).max(1);
         } else {
@@ -55,22 +55,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn looking_that_never_pays_becomes_rare_and_paying_keeps_it() {
+    fn unsuccessful_polling_backs_off_and_successful_polling_continues() {
         let window = Duration::from_micros(20);
-        let mut poll = Poll::new(window);
-        let mut looks = |rounds: u32, found: bool| {
-            (0..rounds).filter(|_| poll.after(1).inspect(|_| poll.learn(found)).is_some()).count()
+        let mut poll = BusyPoll::new(window);
+        let mut polls = |rounds: u32, found: bool| {
+            (0..rounds).filter(|_| poll.window_after(1).inspect(|_| poll.record(found)).is_some()).count()
         };
-        assert_eq!(looks(1000, true), 1000);
-        assert!(looks(10_000, false) < 20);
-        // Fortunes change: it finds out within as many rounds as it sleeps through.
-        assert!(looks(20_000, true) > 10_000);
+        assert_eq!(polls(1000, true), 1000);
+        assert!(polls(10_000, false) < 20);
+        // It adapts again within as many rounds as it skips.
+        assert!(polls(20_000, true) > 10_000);
     }
 
     #[test]
-    fn many_at_a_time_or_none_or_switched_off_is_slept_on() {
-        let mut poll = Poll::new(Duration::from_micros(20));
-        assert_eq!((poll.after(0), poll.after(FEW + 1)), (None, None));
-        assert_eq!(Poll::new(Duration::ZERO).after(1), None);
+    fn does_not_poll_after_batches_without_completions_or_when_disabled() {
+        let mut poll = BusyPoll::new(Duration::from_micros(20));
+        assert_eq!((poll.window_after(0), poll.window_after(ISOLATED_MAX + 1)), (None, None));
+        assert_eq!(BusyPoll::new(Duration::ZERO).window_after(1), None);
     }
 }

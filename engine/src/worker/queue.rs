@@ -1,7 +1,8 @@
-//! One queue of one device on its worker: takes requests on, has them done, answers them.
+//! One queue of one device on its worker: accepts requests, submits their operations, completes
+//! them.
 //!
-//! Knows the image's geometry and what the kernel's answers mean. Does not know the driver (that
-//! is the transport) nor other devices. Nothing here waits.
+//! Knows the image's geometry and the meaning of results. Does not know the driver (the transport
+//! does) or other devices. Never blocks.
 
 use std::sync::Arc;
 
@@ -9,69 +10,69 @@ use io_uring::{cqueue, squeue};
 
 use super::stats::QueueStats;
 use super::translate;
-use super::transport::{Place, Transport};
+use super::transport::{QueueSlot, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::image::{DiscardQueue, FlushQueue, Geometry, Image};
-use crate::request::{Op, Owed, Request, Tag};
-use crate::ring::{InFlight, Ring, Step, Token};
+use crate::request::{Op, PendingRequest, Request, Tag};
+use crate::ring::{EventKind, InFlight, Ring, Token};
 
-/// Times that an interrupted or refused operation of one request is sent again.
+/// How often one interrupted or refused operation is retried.
 const RETRIES: u8 = 16;
 
-/// What is being done for a request.
+/// The operation in progress for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Its data is transferred.
+    /// Its data is being transferred.
     Transfer,
-    /// Transfer and commit went as one chain: no completion comes unless it breaks.
+    /// Transfer and commit are one linked chain: a completion arrives only if it breaks.
     Linked,
-    /// The file system zeroes its range, or reserves blocks for it.
+    /// The file system zeroes or allocates its range.
     Zeroing,
-    /// Zeroes are written over its range.
+    /// Zeroes are being written to its range.
     WritingZeroes,
-    /// What was zeroed is made durable.
+    /// The zeroed range is being made durable.
     Syncing,
-    /// It waits with others for one operation of the whole queue.
-    Gathered,
+    /// It waits for one operation that completes several requests.
+    Coalesced,
 }
 
 /// A request that is in flight.
 #[derive(Debug)]
-struct Active {
-    owed: Owed,
+struct ActiveRequest {
+    pending: PendingRequest,
     request: Request,
     stage: Stage,
     done: u32,
     retries: u8,
-    /// When it arrived, if it is one of the sample.
+    /// Arrival time, for sampled requests.
     arrived_ns: Option<u64>,
 }
 
 /// One queue of one device.
 #[derive(Debug)]
 pub struct DeviceQueue<T> {
-    place: Place,
+    queue_slot: QueueSlot,
     transport: T,
-    /// Keeps the image's file open for as long as anything may be in flight.
+    /// Keeps the image open while anything may be in flight.
     image: Arc<Image>,
     geometry: Geometry,
     linked_commit: bool,
-    active: InFlight<Active>,
+    in_flight: InFlight<ActiveRequest>,
     linked: usize,
     flushes: FlushQueue,
     discards: DiscardQueue,
-    /// The hole that is being punched: offset and length.
+    /// Offset and length of the hole being punched.
     punch: Option<(u64, u64)>,
-    gathered_retries: u8,
+    coalesced_retries: u8,
     arrived: Vec<Request>,
-    finished: Vec<Tag>,
+    completed_tags: Vec<Tag>,
     stats: QueueStats,
 }
 
 impl<T: Transport> DeviceQueue<T> {
-    /// Puts the queue's files in place and asks the driver for requests.
+    /// Registers the queue's files and asks the driver for requests.
     pub fn new(
-        place: Place,
+        queue_slot: QueueSlot,
         mut transport: T,
         image: Arc<Image>,
         linked_commit: bool,
@@ -80,56 +81,56 @@ impl<T: Transport> DeviceQueue<T> {
         use std::os::fd::AsRawFd;
         let depth = transport.depth();
         let geometry = image.geometry();
-        ring.set_file(place.frontend().0, transport.file())?;
-        ring.set_file(place.image().0, image.fd().as_raw_fd())?;
-        transport.arm(place, ring)?;
+        ring.set_file(queue_slot.frontend_file().0, transport.file())?;
+        ring.set_file(queue_slot.image_file().0, image.fd().as_raw_fd())?;
+        transport.arm(queue_slot, ring)?;
         Ok(Self {
-            place,
+            queue_slot,
             transport,
             image,
             geometry,
             linked_commit,
-            active: InFlight::new(depth),
+            in_flight: InFlight::new(depth),
             linked: 0,
             flushes: FlushQueue::new(depth),
             discards: DiscardQueue::new(depth, geometry.discard_granularity),
             punch: None,
-            gathered_retries: 0,
+            coalesced_retries: 0,
             arrived: Vec::with_capacity(usize::from(depth)),
-            finished: Vec::with_capacity(usize::from(depth)),
+            completed_tags: Vec::with_capacity(usize::from(depth)),
             stats: QueueStats::default(),
         })
     }
 
-    /// The driver refused something: requests may hang, and the device is not to be trusted.
+    /// Marks the queue as failed: requests may hang.
     pub fn set_failed(&mut self) {
         self.stats.failed = true;
     }
 
-    /// Where it stands.
-    pub fn place(&self) -> Place {
-        self.place
+    /// Its slot on the ring.
+    pub fn queue_slot(&self) -> QueueSlot {
+        self.queue_slot
     }
 
-    /// A copy of its figures.
+    /// A copy of its statistics.
     pub fn stats(&self) -> QueueStats {
-        let in_flight = (self.active.len() - self.linked) as u64;
+        let in_flight = (self.in_flight.len() - self.linked) as u64;
         QueueStats { in_flight, fallbacks: self.transport.fallbacks(), ..self.stats.clone() }
     }
 
-    /// Takes note of the image's new size.
+    /// Adopts the image's new size.
     pub fn set_geometry(&mut self, geometry: Geometry) {
         self.geometry = geometry;
         self.stats.degraded = false;
     }
 
-    /// Shows another image. The file table keeps the old one's file until what is in flight on it has
-    /// ended; what has to be sent again goes to the new one, so that one must be the same file, or
-    /// read-only, or the old one must have had no size.
+    /// Replaces the image. The file table keeps the old file until the operations in flight on it
+    /// end. Retries go to the new file. Therefore it must be the same file, or read-only, or the
+    /// old image must have had size 0.
     pub fn replace(&mut self, image: Arc<Image>, ring: &mut Ring) -> Result<()> {
         use std::os::fd::AsRawFd;
-        ring.set_file(self.place.image().0, image.fd().as_raw_fd())?;
-        if self.active.len() == self.linked {
+        ring.set_file(self.queue_slot.image_file().0, image.fd().as_raw_fd())?;
+        if self.in_flight.len() == self.linked {
             self.discards = DiscardQueue::new(self.transport.depth(), image.geometry().discard_granularity);
         }
         self.set_geometry(image.geometry());
@@ -137,21 +138,21 @@ impl<T: Transport> DeviceQueue<T> {
         Ok(())
     }
 
-    /// The driver is done with it and so is the image: it can be dropped.
+    /// Nothing of it is in flight at the driver or the image: it can be dropped.
     pub fn is_idle(&self) -> bool {
-        self.transport.is_gone() && self.active.len() == self.linked
+        self.transport.is_drained() && self.in_flight.len() == self.linked
     }
 
-    /// Gives its files back and settles what the driver has ended by itself.
+    /// Unregisters its files and abandons the requests that the driver ended.
     pub fn close(mut self, ring: &mut Ring) -> Result<()> {
-        for active in self.active.drain() {
-            active.owed.settled();
+        for active in self.in_flight.drain() {
+            active.pending.abandon();
         }
-        ring.clear_file(self.place.image().0)?;
-        ring.clear_file(self.place.frontend().0)
+        ring.clear_file(self.queue_slot.image_file().0)?;
+        ring.clear_file(self.queue_slot.frontend_file().0)
     }
 
-    /// Takes one completion of this queue.
+    /// Handles one completion of this queue.
     pub fn on_event(
         &mut self,
         token: Token,
@@ -159,80 +160,81 @@ impl<T: Transport> DeviceQueue<T> {
         ring: &mut Ring,
         now_ns: u64,
     ) -> Result<()> {
-        match token.step {
-            Step::Data => self.on_data(token.tag, entry.result(), ring, now_ns),
-            Step::Flush => self.on_flush(entry.result(), ring, now_ns),
-            Step::Punch => self.on_punch(entry.result(), ring, now_ns),
+        match token.kind {
+            EventKind::Data => self.on_data(token.tag, entry.result(), ring, now_ns),
+            EventKind::Flush => self.on_flush(entry.result(), ring, now_ns),
+            EventKind::Punch => self.on_punch(entry.result(), ring, now_ns),
             _ => {
                 self.transport.on_event(token, entry, ring, &mut self.arrived)?;
                 if self.arrived.is_empty() {
                     return Ok(());
                 }
                 self.stats.batches += 1;
-                // A request that comes alone to an idle queue is answered fastest by a chain; many
-                // at once are cheaper answered together.
-                let alone = self.arrived.len() == 1 && self.active.len() == self.linked;
+                // A chain answers an isolated request on an idle queue fastest. Batched commits are
+                // cheaper for several at once.
+                let isolated = self.arrived.len() == 1 && self.in_flight.len() == self.linked;
                 let arrived = std::mem::take(&mut self.arrived);
-                let taken = arrived.iter().try_for_each(|request| self.accept(*request, alone, ring, now_ns));
+                let outcome =
+                    arrived.iter().try_for_each(|request| self.accept(*request, isolated, ring, now_ns));
                 self.arrived = arrived;
                 self.arrived.clear();
-                taken
+                outcome
             }
         }
     }
 
-    /// Ends a round: answers go out together.
-    pub fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
-        self.transport.flush(ring)
+    /// Ends a round: commits all completions together.
+    pub fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
+        self.transport.submit_commits(ring)
     }
 
     /// Requests wait for a buffer slot of the ring.
-    pub fn is_starved(&self) -> bool {
-        self.transport.is_starved()
+    pub fn is_waiting_for_buffer(&self) -> bool {
+        self.transport.is_waiting_for_buffer()
     }
 
-    /// Goes on with them.
-    pub fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
-        self.transport.retry_starved(ring)
+    /// Retries them.
+    pub fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
+        self.transport.retry_waiting(ring)
     }
 
-    /// Takes a request on.
-    fn accept(&mut self, request: Request, alone: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    /// Accepts a request.
+    fn accept(&mut self, request: Request, isolated: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
         let tag = request.tag;
-        if self.active.get_mut(tag).is_some_and(|active| active.stage == Stage::Linked) {
-            // The tag comes round again, so its chain has gone through.
-            self.settle_linked(tag);
+        if self.in_flight.get_mut(tag).is_some_and(|active| active.stage == Stage::Linked) {
+            // The driver reuses the tag, so its chain has completed.
+            self.complete_linked(tag);
         }
         let sampled = self.stats.arrived();
         let transfers = matches!(request.op, Op::Read | Op::Write { .. });
-        let mut active = Active {
-            owed: Owed::new(tag),
+        let mut active = ActiveRequest {
+            pending: PendingRequest::new(tag),
             request,
-            stage: if transfers { Stage::Transfer } else { Stage::Gathered },
+            stage: if transfers { Stage::Transfer } else { Stage::Coalesced },
             done: 0,
             retries: 0,
             arrived_ns: (sampled && transfers).then_some(now_ns),
         };
-        let refusal = self.refusal(&request);
-        let linked = transfers && alone && self.linked_commit && !sampled && !self.image.holds_up();
-        let commit = match (linked, refusal) {
+        let rejection = self.rejection(&request);
+        let linked = transfers && isolated && self.linked_commit && !sampled && !self.image.may_block();
+        let commit = match (linked, rejection) {
             (true, None) => self.transport.linked_commit(tag, request.len),
             _ => None,
         };
         if commit.is_some() {
             active.stage = Stage::Linked;
         }
-        if let Err((_, active)) = self.active.begin(tag, active) {
-            active.owed.settled();
+        if let Err((_, active)) = self.in_flight.begin(tag, active) {
+            active.pending.abandon();
             return Err(Error::new(Kind::Internal, format!("the driver handed out tag {tag} twice")));
         }
         if commit.is_some() {
             self.linked += 1;
-            // Its end is not seen, unless it fails: counted now, and taken back then.
+            // Success produces no completion: counted now, undone on failure.
             self.stats.completed(request.op, request.len, 0, &self.image);
         }
-        if let Some(errno) = refusal {
-            return self.finish(tag, -errno, ring, now_ns);
+        if let Some(errno) = rejection {
+            return self.complete(tag, -errno, ring, now_ns);
         }
         match (request.op, commit) {
             (Op::Read | Op::Write { .. }, Some(commit)) => {
@@ -254,15 +256,16 @@ impl<T: Transport> DeviceQueue<T> {
                 self.set_stage(tag, Stage::Zeroing);
                 let offset = self.geometry.offset + request.offset;
                 self.stats.punts += 1;
-                let zero = translate::allocate(op, self.place.image(), offset, u64::from(request.len));
-                ring.push(&self.token(zero, Step::Data, tag))
+                let zero =
+                    translate::allocate(op, self.queue_slot.image_file(), offset, u64::from(request.len));
+                ring.push(&self.token(zero, EventKind::Data, tag))
             }
-            (Op::Unknown(_), _) => self.finish(tag, -libc::EOPNOTSUPP, ring, now_ns),
+            (Op::Unknown(_), _) => self.complete(tag, -libc::EOPNOTSUPP, ring, now_ns),
         }
     }
 
-    /// Why a request cannot be taken on, as an errno.
-    fn refusal(&self, request: &Request) -> Option<i32> {
+    /// The errno for a request that cannot be accepted.
+    fn rejection(&self, request: &Request) -> Option<i32> {
         let modifies = !matches!(request.op, Op::Read | Op::Flush);
         let end = request.offset.checked_add(u64::from(request.len));
         if modifies && self.geometry.read_only {
@@ -274,49 +277,52 @@ impl<T: Transport> DeviceQueue<T> {
         }
     }
 
-    fn token(&self, entry: squeue::Entry, step: Step, tag: Tag) -> squeue::Entry {
-        let apart = if self.image.holds_up() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
-        entry.user_data(Token::pack(step, self.place.slot, tag)).flags(squeue::Flags::FIXED_FILE | apart)
+    fn token(&self, entry: squeue::Entry, step: EventKind, tag: Tag) -> squeue::Entry {
+        let async_flag = if self.image.may_block() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        entry
+            .user_data(Token::pack(step, self.queue_slot.id, tag))
+            .flags(squeue::Flags::FIXED_FILE | async_flag)
     }
 
     fn transfer(&self, request: &Request, done: u32) -> squeue::Entry {
         let data = self.transport.data(request.tag);
         let offset = self.geometry.offset + request.offset;
-        let entry = translate::transfer(request.op, self.place.image(), data, offset, done, request.len);
-        self.token(entry, Step::Data, request.tag)
+        let entry =
+            translate::transfer(request.op, self.queue_slot.image_file(), data, offset, done, request.len);
+        self.token(entry, EventKind::Data, request.tag)
     }
 
     fn set_stage(&mut self, tag: Tag, stage: Stage) {
-        if let Some(active) = self.active.get_mut(tag) {
+        if let Some(active) = self.in_flight.get_mut(tag) {
             active.stage = stage;
         }
     }
 
-    fn settle_linked(&mut self, tag: Tag) {
-        if let Some(active) = self.active.finish(tag) {
+    fn complete_linked(&mut self, tag: Tag) {
+        if let Some(active) = self.in_flight.finish(tag) {
             self.linked -= 1;
-            active.owed.settled();
+            active.pending.abandon();
         }
     }
 
-    /// An operation on the image for one request has ended.
+    /// Handles the result of an operation on the image.
     fn on_data(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        let Some(active) = self.active.get_mut(tag) else {
-            return Err(Error::new(Kind::Internal, format!("tag {tag} ended and is not in flight")));
+        let Some(active) = self.in_flight.get_mut(tag) else {
+            return Err(Error::new(Kind::Internal, format!("tag {tag} completed but is not in flight")));
         };
         if active.stage == Stage::Linked {
-            // The chain broke at the transfer: its commit was cancelled, and we go on by hand.
+            // The transfer broke the chain and cancelled its commit: complete without a chain.
             active.stage = Stage::Transfer;
             self.linked -= 1;
-            self.stats.uncount(active.request.op, active.request.len);
+            self.stats.undo_completed(active.request.op, active.request.len);
         }
         let (request, stage) = (active.request, active.stage);
         let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
         let moves = matches!(stage, Stage::Transfer | Stage::WritingZeroes);
-        if interrupted || moves && result == -libc::EINVAL && self.image.leave_direct_io() {
+        if interrupted || moves && result == -libc::EINVAL && self.image.disable_direct_io() {
             active.retries += 1;
             if active.retries > RETRIES {
-                return self.finish(tag, -libc::EIO, ring, now_ns);
+                return self.complete(tag, -libc::EIO, ring, now_ns);
             }
             self.stats.punts += 1;
             return self.resubmit(tag, ring);
@@ -325,29 +331,29 @@ impl<T: Transport> DeviceQueue<T> {
             Stage::Transfer | Stage::WritingZeroes if result > 0 => {
                 active.done = active.done.saturating_add(result.unsigned_abs()).min(request.len);
                 if active.done < request.len {
-                    // In the middle of a block: the image ends there (direct I/O stops nowhere else).
+                    // The image ends within a block (direct I/O stops nowhere else).
                     if !active.done.is_multiple_of(self.geometry.block_size) {
                         self.stats.degraded |= request.op == Op::Read;
-                        return self.finish(tag, -libc::EIO, ring, now_ns);
+                        return self.complete(tag, -libc::EIO, ring, now_ns);
                     }
                     return self.resubmit(tag, ring);
                 }
                 match (stage, request.op) {
                     (Stage::WritingZeroes, Op::WriteZeroes { fua, .. }) => {
-                        self.zeroed(tag, fua, ring, now_ns)
+                        self.on_zeroed(tag, fua, ring, now_ns)
                     }
-                    _ => self.finish(tag, request.len.cast_signed(), ring, now_ns),
+                    _ => self.complete(tag, request.len.cast_signed(), ring, now_ns),
                 }
             }
             Stage::Transfer | Stage::WritingZeroes if result == 0 => {
-                // Nothing moved: the image ends before the device does (read), or the file
-                // system takes no more (write). Never passed on as success.
+                // Nothing was transferred: the image is shorter than the device (read), or the file
+                // system is full (write). Never reported as success.
                 self.stats.degraded |= request.op == Op::Read;
-                self.finish(tag, -libc::EIO, ring, now_ns)
+                self.complete(tag, -libc::EIO, ring, now_ns)
             }
             Stage::Zeroing if result == 0 => match request.op {
-                Op::WriteZeroes { fua, .. } => self.zeroed(tag, fua, ring, now_ns),
-                _ => self.finish(tag, 0, ring, now_ns),
+                Op::WriteZeroes { fua, .. } => self.on_zeroed(tag, fua, ring, now_ns),
+                _ => self.complete(tag, 0, ring, now_ns),
             },
             Stage::Zeroing
                 if request.op != Op::Reserve && matches!(-result, libc::EOPNOTSUPP | libc::ENOSYS) =>
@@ -355,16 +361,16 @@ impl<T: Transport> DeviceQueue<T> {
                 active.stage = Stage::WritingZeroes;
                 self.resubmit(tag, ring)
             }
-            _ => self.finish(tag, result, ring, now_ns),
+            _ => self.complete(tag, result, ring, now_ns),
         }
     }
 
-    /// Goes on with a request where it stopped.
+    /// Resubmits the rest of a request.
     fn resubmit(&mut self, tag: Tag, ring: &mut Ring) -> Result<()> {
         self.stats.resubmits += 1;
-        let Some(active) = self.active.get_mut(tag) else { return Ok(()) };
+        let Some(active) = self.in_flight.get_mut(tag) else { return Ok(()) };
         let (request, stage, done) = (active.request, active.stage, active.done);
-        let (image, offset) = (self.place.image(), self.geometry.offset + request.offset);
+        let (image, offset) = (self.queue_slot.image_file(), self.geometry.offset + request.offset);
         let entry = match (stage, request.op) {
             (Stage::WritingZeroes, _) => {
                 translate::write_zeroes(image, offset + u64::from(done), request.len - done)
@@ -375,24 +381,24 @@ impl<T: Transport> DeviceQueue<T> {
             }
             _ => self.transfer(&request, done),
         };
-        ring.push(&self.token(entry, Step::Data, tag))
+        ring.push(&self.token(entry, EventKind::Data, tag))
     }
 
-    /// A range has been zeroed; with FUA it must be durable, too.
-    fn zeroed(&mut self, tag: Tag, fua: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    /// Completes a zeroed range, after an fdatasync for FUA.
+    fn on_zeroed(&mut self, tag: Tag, fua: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
         if !fua {
-            return self.finish(tag, 0, ring, now_ns);
+            return self.complete(tag, 0, ring, now_ns);
         }
         self.set_stage(tag, Stage::Syncing);
-        ring.push(&self.token(translate::sync(self.place.image()), Step::Data, tag))
+        ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Data, tag))
     }
 
-    /// Whether an operation of the whole queue was interrupted and may be sent again.
-    fn try_again(&mut self, result: i32) -> bool {
+    /// Whether to retry an interrupted operation of the whole queue.
+    fn may_retry(&mut self, result: i32) -> bool {
         let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
-        self.gathered_retries = if interrupted { self.gathered_retries.saturating_add(1) } else { 0 };
+        self.coalesced_retries = if interrupted { self.coalesced_retries.saturating_add(1) } else { 0 };
         self.stats.resubmits += u64::from(interrupted);
-        interrupted && self.gathered_retries <= RETRIES
+        interrupted && self.coalesced_retries <= RETRIES
     }
 
     fn start_flush(&mut self, ring: &mut Ring) -> Result<()> {
@@ -400,15 +406,19 @@ impl<T: Transport> DeviceQueue<T> {
             return Ok(());
         }
         self.stats.punts += 1;
-        ring.push(&self.token(translate::sync(self.place.image()), Step::Flush, 0))
+        ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Flush, 0))
     }
 
     fn on_flush(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        if self.try_again(result) {
-            return ring.push(&self.token(translate::sync(self.place.image()), Step::Flush, 0));
+        if self.may_retry(result) {
+            return ring.push(&self.token(
+                translate::sync(self.queue_slot.image_file()),
+                EventKind::Flush,
+                0,
+            ));
         }
-        self.finished.extend(self.flushes.done());
-        self.finish_all(result, ring, now_ns)?;
+        self.completed_tags.extend(self.flushes.done());
+        self.complete_all(result, ring, now_ns)?;
         self.start_flush(ring)
     }
 
@@ -417,41 +427,45 @@ impl<T: Transport> DeviceQueue<T> {
             if punch.len > 0 {
                 self.stats.punts += 1;
                 self.punch = Some((punch.offset, punch.len));
-                let entry = translate::punch(self.place.image(), punch.offset, punch.len);
-                return ring.push(&self.token(entry, Step::Punch, 0));
+                let entry = translate::punch(self.queue_slot.image_file(), punch.offset, punch.len);
+                return ring.push(&self.token(entry, EventKind::Punch, 0));
             }
-            // Less than a block: there is nothing to free.
-            self.finished.extend(self.discards.done());
-            self.finish_all(0, ring, now_ns)?;
+            // Less than a block: nothing to free.
+            self.completed_tags.extend(self.discards.done());
+            self.complete_all(0, ring, now_ns)?;
         }
         Ok(())
     }
 
     fn on_punch(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        if let (true, Some((offset, len))) = (self.try_again(result), self.punch) {
-            return ring.push(&self.token(translate::punch(self.place.image(), offset, len), Step::Punch, 0));
+        if let (true, Some((offset, len))) = (self.may_retry(result), self.punch) {
+            return ring.push(&self.token(
+                translate::punch(self.queue_slot.image_file(), offset, len),
+                EventKind::Punch,
+                0,
+            ));
         }
-        self.finished.extend(self.discards.done());
-        self.finish_all(result, ring, now_ns)?;
+        self.completed_tags.extend(self.discards.done());
+        self.complete_all(result, ring, now_ns)?;
         self.start_punch(ring, now_ns)
     }
 
-    fn finish_all(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        while let Some(tag) = self.finished.pop() {
-            self.finish(tag, result, ring, now_ns)?;
+    fn complete_all(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        while let Some(tag) = self.completed_tags.pop() {
+            self.complete(tag, result, ring, now_ns)?;
         }
         Ok(())
     }
 
-    /// Answers a request.
-    fn finish(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        let Some(active) = self.active.finish(tag) else {
-            return Err(Error::new(Kind::Internal, format!("tag {tag} was to be answered twice")));
+    /// Completes a request.
+    fn complete(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        let Some(active) = self.in_flight.finish(tag) else {
+            return Err(Error::new(Kind::Internal, format!("tag {tag} was completed twice")));
         };
         self.stats.completed(active.request.op, active.request.len, result, &self.image);
         if let Some(arrived_ns) = active.arrived_ns {
-            self.stats.timed(now_ns.saturating_sub(arrived_ns));
+            self.stats.record_latency(now_ns.saturating_sub(arrived_ns));
         }
-        self.transport.complete(active.owed.pay(result), ring)
+        self.transport.complete(active.pending.complete(result), ring)
     }
 }

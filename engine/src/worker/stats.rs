@@ -1,13 +1,13 @@
-//! Figures of one queue. Plain numbers: one thread counts, and hands out copies when asked.
+//! Statistics of one queue. Plain numbers: one thread counts and returns copies on request.
 
 use hdrhistogram::Histogram;
 
 use crate::image::Image;
 use crate::request::Op;
 
-/// One request in so many is timed (and then goes unlinked, for a linked one is not seen to end).
+/// One request of this many is timed. It is not linked, since a linked one produces no completion.
 const SAMPLE: u64 = 32;
-/// The range of latencies that is told apart, in nanoseconds; slower ones count as the slowest.
+/// Range of the latency histogram in nanoseconds; slower requests count as the maximum.
 const LATENCY_NS: (u64, u64) = (1_000, 60_000_000_000);
 
 /// Counters of a queue since it was added, and the latencies of a sample.
@@ -25,40 +25,40 @@ pub struct QueueStats {
     pub flushes: u64,
     /// Discards and write-zeroes completed.
     pub discards: u64,
-    /// Requests failed.
+    /// Failed requests.
     pub errors: u64,
-    /// Operations sent again after a short or interrupted one.
+    /// Operations resubmitted after a short or interrupted one.
     pub resubmits: u64,
-    /// Operations that leave the fast path for a helper thread of the kernel.
+    /// Operations that the kernel hands to an io-wq thread.
     pub punts: u64,
-    /// Buffers registered by hand.
+    /// Requests whose buffer the worker had to register (fallback).
     pub fallbacks: u64,
     /// Requests that arrived.
     pub requests: u64,
-    /// Rounds in which any arrived.
+    /// Rounds with at least one arrival.
     pub batches: u64,
-    /// Requests in flight when the copy was made.
+    /// Requests in flight at the time of the copy.
     pub in_flight: u64,
-    /// A read ended before the end of the device: the image is shorter than it was.
+    /// A read hit the end of the image: the image has shrunk.
     pub degraded: bool,
-    /// The driver refused something that it must not refuse.
+    /// The driver refused a command that it must accept.
     pub failed: bool,
     pub(super) latency: Option<Box<Histogram<u32>>>,
 }
 
 impl QueueStats {
-    /// Counts an arrival; true when it is one to be timed.
+    /// Counts an arrival. Returns true for a request to be timed.
     pub fn arrived(&mut self) -> bool {
         self.requests += 1;
         self.requests % SAMPLE == 1
     }
 
-    /// Counts a request that has ended.
+    /// Counts a completed request.
     pub fn completed(&mut self, op: Op, bytes: u32, result: i32, image: &Image) {
         if result < 0 {
             self.errors += 1;
-            // A queue that has met the end of its image counts failed reads as more of the same.
-            image.failed(-result, self.degraded && op == Op::Read);
+            // After the first short read, further failed reads count as the same fault.
+            image.count_failure(-result, self.degraded && op == Op::Read);
             return;
         }
         match op {
@@ -76,8 +76,8 @@ impl QueueStats {
         }
     }
 
-    /// Takes back what was counted for a transfer that was expected to succeed.
-    pub fn uncount(&mut self, op: Op, bytes: u32) {
+    /// Undoes `completed` for a linked transfer that failed.
+    pub fn undo_completed(&mut self, op: Op, bytes: u32) {
         let (number, sum) = match op {
             Op::Write { .. } => (&mut self.writes, &mut self.written_bytes),
             _ => (&mut self.reads, &mut self.read_bytes),
@@ -87,7 +87,7 @@ impl QueueStats {
     }
 
     /// Records a latency.
-    pub fn timed(&mut self, latency_ns: u64) {
+    pub fn record_latency(&mut self, latency_ns: u64) {
         let histogram = self.latency.get_or_insert_with(|| {
             let (low, high) = LATENCY_NS;
             Box::new(Histogram::new_with_bounds(low, high, 2).expect("constant bounds are valid"))

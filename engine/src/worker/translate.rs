@@ -1,13 +1,13 @@
-//! From a request to the operation on the image that does it.
+//! Translates a request into the operation on the image.
 //!
-//! Pure: builds submission entries, submits nothing, keeps nothing.
+//! Pure: builds submission entries without submitting them.
 
 use io_uring::{opcode, squeue, types};
 
 use super::transport::Data;
 use crate::request::Op;
 
-/// Bytes of zeroes that are written at a time where the file system cannot zero a range itself.
+/// Bytes per write of zeroes, where the file system cannot zero a range.
 pub const ZEROES_LEN: u32 = 128 * 1024;
 
 #[repr(align(4096))]
@@ -23,30 +23,30 @@ pub fn transfer(
     done: u32,
     len: u32,
 ) -> squeue::Entry {
-    let (offset, rest) = (file_offset + u64::from(done), len - done);
+    let (offset, remaining) = (file_offset + u64::from(done), len - done);
     let flags = match op {
         Op::Write { fua: true } => libc::RWF_DSYNC,
         _ => 0,
     };
     let write = matches!(op, Op::Write { .. });
     match data {
-        // The address in a registered buffer of the driver's counts from 0.
+        // Addresses in a registered buffer of the driver start at 0.
         Data::Registered(index) if write => {
-            opcode::WriteFixed::new(image, done as usize as *const u8, rest, index)
+            opcode::WriteFixed::new(image, done as usize as *const u8, remaining, index)
                 .offset(offset)
                 .rw_flags(flags)
                 .build()
         }
         Data::Registered(index) => {
-            opcode::ReadFixed::new(image, done as usize as *mut u8, rest, index).offset(offset).build()
+            opcode::ReadFixed::new(image, done as usize as *mut u8, remaining, index).offset(offset).build()
         }
         Data::Memory(address) if write => {
             let start = (address + done as usize) as *const u8;
-            opcode::Write::new(image, start, rest).offset(offset).rw_flags(flags).build()
+            opcode::Write::new(image, start, remaining).offset(offset).rw_flags(flags).build()
         }
         Data::Memory(address) => {
             let start = (address + done as usize) as *mut u8;
-            opcode::Read::new(image, start, rest).offset(offset).build()
+            opcode::Read::new(image, start, remaining).offset(offset).build()
         }
     }
 }
@@ -62,7 +62,7 @@ pub fn punch(image: types::Fixed, file_offset: u64, len: u64) -> squeue::Entry {
     opcode::Fallocate::new(image, len).offset(file_offset).mode(mode).build()
 }
 
-/// Zeroes a range exactly, by freeing its blocks or by keeping them; or reserves blocks for it.
+/// Zeroes a range exactly, freeing its blocks or keeping them; or allocates blocks for it.
 pub fn allocate(op: Op, image: types::Fixed, file_offset: u64, len: u64) -> squeue::Entry {
     let mode = match op {
         Op::WriteZeroes { unmap: true, .. } => return punch(image, file_offset, len),
@@ -72,7 +72,7 @@ pub fn allocate(op: Op, image: types::Fixed, file_offset: u64, len: u64) -> sque
     opcode::Fallocate::new(image, len).offset(file_offset).mode(mode).build()
 }
 
-/// Writes zeroes over the start of what is left of a range.
+/// Writes zeroes to the start of the remaining range.
 pub fn write_zeroes(image: types::Fixed, file_offset: u64, left: u32) -> squeue::Entry {
     opcode::Write::new(image, ZEROES.0.as_ptr(), left.min(ZEROES_LEN)).offset(file_offset).build()
 }

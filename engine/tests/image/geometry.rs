@@ -1,12 +1,12 @@
 //! Geometry, computed from every kind of nonsense and from common images.
 
 use loopengine::Kind;
-use loopengine::image::{Facts, Geometry, Source};
+use loopengine::image::{FileProperties, Geometry, ImageSpec};
 use proptest::prelude::*;
 
 /// Facts of a regular file on a common file system.
-fn facts(size: u64) -> Facts {
-    Facts {
+fn facts(size: u64) -> FileProperties {
+    FileProperties {
         size,
         block_device: false,
         offset_align: 512,
@@ -42,8 +42,8 @@ prop_compose! {
         physical_block_size in prop_oneof![power_of_two(31), any::<u32>()],
         discard_granularity in prop_oneof![power_of_two(31), any::<u32>()],
         can_punch: bool,
-    ) -> Facts {
-        Facts {
+    ) -> FileProperties {
+        FileProperties {
             size, block_device, offset_align, mem_align,
             physical_block_size, discard_granularity, can_punch,
         }
@@ -57,8 +57,8 @@ prop_compose! {
         block_size in prop_oneof![Just(0), power_of_two(13), any::<u32>()],
         read_only: bool,
         buffered: bool,
-    ) -> Source {
-        Source { offset, size_limit, block_size, read_only, buffered, as_loop: false }
+    ) -> ImageSpec {
+        ImageSpec { offset, size_limit, block_size, read_only, buffered, loop_semantics: false }
     }
 }
 
@@ -106,8 +106,8 @@ proptest! {
 
 #[test]
 fn geometry_of_common_images() {
-    let compute = |facts: &Facts, source: Source| Geometry::compute(facts, &source, "IMAGE");
-    let plain = Source::default();
+    let compute = |facts: &FileProperties, source: ImageSpec| Geometry::compute(facts, &source, "IMAGE");
+    let plain = ImageSpec::default();
 
     let g = compute(&facts(1 << 30), plain).unwrap();
     assert_eq!((g.size, g.offset, g.block_size), (1 << 30, 0, 512));
@@ -117,39 +117,39 @@ fn geometry_of_common_images() {
     // Odd sizes lose their last partial block.
     assert_eq!(compute(&facts(1_000_001), plain).unwrap().size, 999_936);
     // A partition's offset lessens what is promised about physical blocks.
-    let offset = Source { offset: 63 * 512, ..plain };
+    let offset = ImageSpec { offset: 63 * 512, ..plain };
     let g = compute(&facts(1 << 20), offset).unwrap();
     assert_eq!((g.size, g.physical_block_size), ((1 << 20) - 63 * 512, 512));
     // The largest sparse file there is.
     let g = compute(&facts(i64::MAX as u64), plain).unwrap();
     assert_eq!(g.size, i64::MAX as u64 - 511);
     // A file system with 4K sectors.
-    let large = Facts { offset_align: 4096, ..facts(1 << 20) };
+    let large = FileProperties { offset_align: 4096, ..facts(1 << 20) };
     assert_eq!(compute(&large, plain).unwrap().block_size, 4096);
     // A block device zeroes, even if it cannot punch.
-    let device = Facts { block_device: true, can_punch: false, ..facts(1 << 20) };
+    let device = FileProperties { block_device: true, can_punch: false, ..facts(1 << 20) };
     let g = compute(&device, plain).unwrap();
     assert!(g.can_write_zeroes && !g.can_discard);
 }
 
 #[test]
 fn geometry_errors_say_what_and_what_next() {
-    let plain = Source::default();
-    let large = Facts { offset_align: 4096, ..facts(1 << 20) };
-    let huge = Facts { offset_align: 65536, ..facts(1 << 20) };
+    let plain = ImageSpec::default();
+    let large = FileProperties { offset_align: 4096, ..facts(1 << 20) };
+    let huge = FileProperties { offset_align: 65536, ..facts(1 << 20) };
     let cases = [
         (facts(0), plain, Kind::Invalid, "IMAGE is empty"),
         (facts(511), plain, Kind::Invalid, "511 bytes of IMAGE are less than one block"),
-        (facts(4096), Source { offset: 4096, ..plain }, Kind::Invalid, "not within IMAGE"),
-        (facts(4096), Source { offset: u64::MAX - 511, ..plain }, Kind::Invalid, "not within"),
-        (facts(4096), Source { offset: u64::MAX, ..plain }, Kind::Invalid, "not a multiple"),
-        (facts(4096), Source { offset: 100, ..plain }, Kind::Invalid, "not a multiple"),
-        (facts(4096), Source { size_limit: 100, ..plain }, Kind::Invalid, "100 bytes of IMAGE"),
-        (facts(4096), Source { block_size: 1000, ..plain }, Kind::Invalid, "block size 1000"),
-        (facts(4096), Source { block_size: 256, ..plain }, Kind::Invalid, "block size 256"),
-        (facts(8192), Source { block_size: 8192, ..plain }, Kind::Invalid, "block size 8192"),
-        (large, Source { block_size: 512, ..plain }, Kind::Invalid, "--block-size 4096 or"),
-        (large, Source { offset: 512, ..plain }, Kind::Invalid, "--buffered"),
+        (facts(4096), ImageSpec { offset: 4096, ..plain }, Kind::Invalid, "not within IMAGE"),
+        (facts(4096), ImageSpec { offset: u64::MAX - 511, ..plain }, Kind::Invalid, "not within"),
+        (facts(4096), ImageSpec { offset: u64::MAX, ..plain }, Kind::Invalid, "not a multiple"),
+        (facts(4096), ImageSpec { offset: 100, ..plain }, Kind::Invalid, "not a multiple"),
+        (facts(4096), ImageSpec { size_limit: 100, ..plain }, Kind::Invalid, "100 bytes of IMAGE"),
+        (facts(4096), ImageSpec { block_size: 1000, ..plain }, Kind::Invalid, "block size 1000"),
+        (facts(4096), ImageSpec { block_size: 256, ..plain }, Kind::Invalid, "block size 256"),
+        (facts(8192), ImageSpec { block_size: 8192, ..plain }, Kind::Invalid, "block size 8192"),
+        (large, ImageSpec { block_size: 512, ..plain }, Kind::Invalid, "--block-size 4096 or"),
+        (large, ImageSpec { offset: 512, ..plain }, Kind::Invalid, "--buffered"),
         (huge, plain, Kind::Unsupported, "attach with --buffered"),
     ];
     for (facts, source, kind, text) in cases {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
 use loopengine::Kind;
-use loopengine::image::{Image, Source};
+use loopengine::image::{Image, ImageSpec};
 use rustix::fs::OFlags;
 
 use crate::support::*;
@@ -61,7 +61,7 @@ fn the_callers_rights_are_not_exceeded() {
 fn only_regular_files_and_block_devices_are_taken() {
     let directory = temporary();
     let at = |name: &str| directory.path().join(name);
-    let take = |file: OwnedFd, source: &Source| Image::open(file, source, "image");
+    let take = |file: OwnedFd, source: &ImageSpec| Image::open(file, source, "image");
 
     let file = File::open(directory.path()).unwrap().into();
     refused(take(file, &READ_ONLY), Kind::Invalid, "is a directory");
@@ -77,7 +77,7 @@ fn only_regular_files_and_block_devices_are_taken() {
     for path in ["/proc/self/mem", "/sys/kernel/mm/transparent_hugepage/enabled"] {
         match File::open(path) {
             Ok(file) => {
-                let source = Source { read_only: true, ..BUFFERED };
+                let source = ImageSpec { read_only: true, ..BUFFERED };
                 refused(take(file.into(), &source), Kind::Invalid, "is a file of ");
             }
             Err(e) => skipped(&format!("{path}: {e}")),
@@ -97,7 +97,7 @@ fn refusing_an_image_leaves_it_as_it_was() {
     let path = directory.path().join("image");
     image_file(&path, MIB);
     let before = fs::metadata(&path).unwrap();
-    let bad = Source { offset: 100, ..PLAIN };
+    let bad = ImageSpec { offset: 100, ..PLAIN };
     refused(attach(&path, &bad), Kind::Invalid, "not a multiple");
     attach(&path, &READ_ONLY).unwrap();
     let after = fs::metadata(&path).unwrap();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use loopengine::Kind;
 use loopengine::image::Region;
-use loopengine::image::partitions::{self, MAX, Part};
+use loopengine::image::partitions::{self, MAX, PartitionRange};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -52,7 +52,7 @@ impl Disk {
     }
 
     /// What is read, with and without direct I/O, and from the middle of a larger file.
-    fn parts(&self) -> Vec<Part> {
+    fn parts(&self) -> Vec<PartitionRange> {
         let read = |file: &File, offset| {
             let mut region = Region::new(file.as_fd(), offset, self.size);
             partitions::read(&mut region, self.block).unwrap()
@@ -74,7 +74,7 @@ impl Disk {
     }
 
     /// The same, after the kernel was asked as well, if it reads partitions.
-    fn as_kernel(&self) -> Vec<Part> {
+    fn as_kernel(&self) -> Vec<PartitionRange> {
         let parts = self.parts();
         let mut ours = parts.clone();
         ours.sort_by_key(|part| part.number);
@@ -85,7 +85,7 @@ impl Disk {
     }
 
     /// What the kernel makes of it. It may read a table twice, so `expected` is waited for a little.
-    fn kernel(&self, expected: &[Part]) -> Option<Vec<Part>> {
+    fn kernel(&self, expected: &[PartitionRange]) -> Option<Vec<PartitionRange>> {
         let image = self.path.display();
         let command = format!("losetup --find --show --partscan --sector-size {} {image}", self.block);
         let device = run(&command).ok()?;
@@ -131,7 +131,7 @@ impl Disk {
     }
 
     /// What sfdisk says, except for the size of extended partitions.
-    fn sfdisk(&self) -> Vec<Part> {
+    fn sfdisk(&self) -> Vec<PartitionRange> {
         let block = u64::from(self.block);
         let (path, _device) = self.node().unwrap();
         let text = run(&format!("sfdisk --json {}", path.display())).unwrap();
@@ -141,18 +141,18 @@ impl Disk {
             let node = part["node"].as_str().unwrap().strip_prefix(path.to_str().unwrap()).unwrap();
             let extended = ["5", "f", "85"].contains(&part["type"].as_str().unwrap());
             let size = part["size"].as_u64().unwrap() * block;
-            Part {
+            PartitionRange {
                 number: node.trim_start_matches('p').parse().unwrap(),
                 start: part["start"].as_u64().unwrap() * block,
                 size: if extended { block.max(1024) } else { size },
             }
         };
-        let mut parts: Vec<Part> = shown.iter().map(part).collect();
+        let mut parts: Vec<PartitionRange> = shown.iter().map(part).collect();
         parts.sort_by_key(|part| part.number);
         parts
     }
 
-    fn agrees_with_sfdisk(&self) -> Vec<Part> {
+    fn agrees_with_sfdisk(&self) -> Vec<PartitionRange> {
         let mut parts = self.as_kernel();
         parts.sort_by_key(|part| part.number);
         assert_eq!(parts, self.sfdisk(), "left: ours, right: sfdisk's");
@@ -161,7 +161,7 @@ impl Disk {
 }
 
 /// The partitions of a loop device in sysfs, by number.
-fn shown(name: &str) -> Vec<Part> {
+fn shown(name: &str) -> Vec<PartitionRange> {
     let mut parts = Vec::new();
     for entry in fs::read_dir(format!("/sys/block/{name}")).unwrap().flatten() {
         let number =
@@ -169,7 +169,7 @@ fn shown(name: &str) -> Vec<Part> {
         if let (Some(partition), Some(start), Some(size)) =
             (number("partition"), number("start"), number("size"))
         {
-            parts.push(Part { number: partition as u32, start: start * 512, size: size * 512 });
+            parts.push(PartitionRange { number: partition as u32, start: start * 512, size: size * 512 });
         }
     }
     parts.sort_by_key(|part| part.number);
@@ -182,7 +182,7 @@ fn kernel_reads() -> bool {
     *READS.get_or_init(|| {
         let disk = Disk::new(MIB, 512);
         disk.write(0, &mbr(&[(0x83, 8, 8)]));
-        let expected = [Part { number: 1, start: 4096, size: 4096 }];
+        let expected = [PartitionRange { number: 1, start: 4096, size: 4096 }];
         let reads = disk.kernel(&expected).is_some_and(|parts| parts == expected);
         if !reads {
             skipped("this kernel reads no partitions of loop devices: it is not asked");
@@ -266,7 +266,7 @@ fn gpt(used: &[(u64, u64)], change: impl Fn(&mut Header)) -> Disk {
     disk
 }
 
-fn starts(parts: &[Part]) -> Vec<(u32, u64, u64)> {
+fn starts(parts: &[PartitionRange]) -> Vec<(u32, u64, u64)> {
     parts.iter().map(|part| (part.number, part.start / 512, part.size / 512)).collect()
 }
 
@@ -392,7 +392,7 @@ fn clipped_left_out_and_overlapping() {
     let mut disk = Disk::new(MIB + 2048, 4096);
     disk.sector(0, &mbr(&[(0x83, 1, 256)]));
     disk.size = MIB + 2048;
-    assert_eq!(disk.parts(), [Part { number: 1, start: 4096, size: MIB - 4096 }]);
+    assert_eq!(disk.parts(), [PartitionRange { number: 1, start: 4096, size: MIB - 4096 }]);
 }
 
 #[test]

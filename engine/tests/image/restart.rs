@@ -30,7 +30,7 @@ fn an_image_is_found_again_only_if_it_is_the_same() {
     // A new file often gets the inode number of the one that is gone.
     image_file(&path, MIB);
     let again = attach(&path, &PLAIN).unwrap().identity();
-    assert!(!again.is_still(&identity), "{again:?} {identity:?}");
+    assert!(!again.is_same_file(&identity), "{again:?} {identity:?}");
     refused(Image::reopen(&path, &PLAIN, &identity, &shape), Kind::NotFound, "is not the file");
     if again.ino != identity.ino {
         println!("(the inode number was not used again)");
@@ -52,6 +52,6 @@ fn a_device_keeps_its_shape_over_a_restart() {
     // Direct I/O asks for more than this device can do.
     let shape = loopengine::image::Geometry { offset: 100, ..shape };
     let image = Image::reopen(&path, &PLAIN, &identity, &shape).unwrap();
-    assert!(image.is_buffered() && image.why_buffered().unwrap().contains("alignment"));
+    assert!(image.is_buffered() && image.buffered_reason().unwrap().contains("alignment"));
     assert_eq!(image.geometry(), shape);
 }

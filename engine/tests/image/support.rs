@@ -7,23 +7,29 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use loopengine::image::{Image, Source};
+use loopengine::image::{Image, ImageSpec};
 use loopengine::{Error, Kind, Result};
 use rustix::fs::OFlags;
 use tempfile::TempDir;
 
 pub(crate) const MIB: u64 = 1 << 20;
-pub(crate) const PLAIN: Source =
-    Source { offset: 0, size_limit: 0, block_size: 0, read_only: false, buffered: false, as_loop: false };
-pub(crate) const READ_ONLY: Source = Source { read_only: true, ..PLAIN };
-pub(crate) const BUFFERED: Source = Source { buffered: true, ..PLAIN };
+pub(crate) const PLAIN: ImageSpec = ImageSpec {
+    offset: 0,
+    size_limit: 0,
+    block_size: 0,
+    read_only: false,
+    buffered: false,
+    loop_semantics: false,
+};
+pub(crate) const READ_ONLY: ImageSpec = ImageSpec { read_only: true, ..PLAIN };
+pub(crate) const BUFFERED: ImageSpec = ImageSpec { buffered: true, ..PLAIN };
 
 pub(crate) fn image_file(path: &Path, size: u64) {
     let file = File::create(path).unwrap();
     file.set_len(size).unwrap();
 }
 
-pub(crate) fn attach(path: &Path, source: &Source) -> Result<Image> {
+pub(crate) fn attach(path: &Path, source: &ImageSpec) -> Result<Image> {
     let file = OpenOptions::new()
         .read(true)
         .write(!source.read_only)

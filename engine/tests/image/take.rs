@@ -6,13 +6,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use loopengine::Kind;
-use loopengine::image::{Geometry, Image, Source};
+use loopengine::image::{Geometry, Image, ImageSpec};
 use rustix::fs::OFlags;
 
 use crate::support::*;
 
 /// All that every image must be able to do, wherever its bytes live.
-fn check_image(directory: &Path, source: &Source, what: &str) -> Geometry {
+fn check_image(directory: &Path, source: &ImageSpec, what: &str) -> Geometry {
     let path = directory.join("image");
     image_file(&path, 4 * MIB);
     // Leave dirty pages in the cache.
@@ -55,16 +55,16 @@ fn check_image(directory: &Path, source: &Source, what: &str) -> Geometry {
     // Live resize, and one that cannot be.
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(5 * MIB + 100).unwrap();
-    assert_eq!(image.refreshed().unwrap().size, 5 * MIB, "{what}");
+    assert_eq!(image.current_geometry().unwrap().size, 5 * MIB, "{what}");
     file.set_len(0).unwrap();
-    refused(image.refreshed(), Kind::Invalid, "is empty");
+    refused(image.current_geometry(), Kind::Invalid, "is empty");
     assert_eq!(image.geometry(), g, "{what}: looking again must change nothing");
 
     // The file and its identity outlive the name.
     let identity = image.identity();
     fs::remove_file(&path).unwrap();
     file.set_len(MIB).unwrap();
-    assert_eq!(image.refreshed().unwrap().size, MIB, "{what}");
+    assert_eq!(image.current_geometry().unwrap().size, MIB, "{what}");
     assert_eq!(image.identity(), identity);
     println!("{what}: {g:?}");
     g
@@ -120,7 +120,7 @@ fn a_file_system_without_direct_io_is_served_buffered_only() {
     };
     let path = mounted.path().join("image");
     image_file(&path, MIB);
-    refused(attach(&path, &PLAIN), Kind::Unsupported, "no direct I/O for");
+    refused(attach(&path, &PLAIN), Kind::Unsupported, "does not support direct I/O on");
     attach(&path, &BUFFERED).unwrap();
 }
 
@@ -140,7 +140,7 @@ fn block_devices() {
         assert!(g.can_write_zeroes);
         println!("loop device: {g:?}");
 
-        let size_limit = Source { offset: MIB, size_limit: 2 * MIB, ..PLAIN };
+        let size_limit = ImageSpec { offset: MIB, size_limit: 2 * MIB, ..PLAIN };
         let part = attach(device.path(), &size_limit).unwrap();
         assert_eq!((part.geometry().offset, part.geometry().size), (MIB, 2 * MIB));
         assert_eq!(part.identity(), image.identity());
@@ -157,7 +157,7 @@ fn block_devices() {
         // Live resize.
         OpenOptions::new().write(true).open(&path).unwrap().set_len(65 * MIB).unwrap();
         run(&format!("losetup --set-capacity {}", device.path().display())).unwrap();
-        assert_eq!(image.refreshed().unwrap().size, 65 * MIB);
+        assert_eq!(image.current_geometry().unwrap().size, 65 * MIB);
         image_file(&path, 64 * MIB);
     }
 }
@@ -171,9 +171,9 @@ fn the_largest_sparse_file() {
     image_file(&path, i64::MAX as u64);
     let image = attach(&path, &PLAIN).unwrap();
     assert_eq!(image.geometry().size, i64::MAX as u64 - 511);
-    let end = Source { offset: i64::MAX as u64 - 511, ..PLAIN };
+    let end = ImageSpec { offset: i64::MAX as u64 - 511, ..PLAIN };
     refused(attach(&path, &end), Kind::Invalid, "511 bytes of");
-    let end = Source { offset: i64::MAX as u64 - 1023, ..PLAIN };
+    let end = ImageSpec { offset: i64::MAX as u64 - 1023, ..PLAIN };
     assert_eq!(attach(&path, &end).unwrap().geometry().size, 512);
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use loopengine::intercept::{Loops, Node};
-use loopengine::loops::{Answer, Caller, Configure, Errno, Info, PartitionChange, Status};
+use loopengine::loops::{Answer, Caller, Configure, Errno, Info, LoopOp, LoopReply, Status};
 
 /// The number whose LOOP_CTL_ADD panics.
 pub const PANICS: i32 = 1313;
@@ -79,6 +79,41 @@ impl Loops for Pretend {
         rustix::fs::major(rdev) == OWN_MAJOR
     }
 
+    fn sequence(&self, _node: &Node) -> Answer<u64> {
+        Ok(7)
+    }
+
+    fn has_part(&self, _node: &Node) -> bool {
+        false
+    }
+
+    fn execute(&self, op: LoopOp, caller: &dyn Caller) -> Answer<LoopReply> {
+        let done = match op {
+            LoopOp::GetFree => return self.get_free().map(LoopReply::Number),
+            LoopOp::Add(number) => return self.add(number).map(LoopReply::Number),
+            LoopOp::Remove(number) => return self.remove(number).map(LoopReply::Number),
+            LoopOp::Status(number) => return self.status(number).map(LoopReply::Status),
+            LoopOp::Configure(number, with) => self.configure(number, with, caller),
+            LoopOp::Clear(number) => self.clear(number),
+            LoopOp::SetStatus(number, info) => self.set_status(number, &info, caller),
+            LoopOp::SetCapacity(_) => self.set_capacity(caller),
+            LoopOp::SetDirectIo(_, on) => self.set_direct_io(on, caller),
+            LoopOp::SetBlockSize(_, bytes) => self.set_block_size(bytes, caller),
+            LoopOp::ChangeFd(number, file) => self.change_fd(number, file),
+            LoopOp::RereadPartitions(number) => {
+                self.0.log(format!("reread {number}"));
+                Ok(())
+            }
+            LoopOp::ChangePartition(number, change) => {
+                self.0.log(format!("partition of {number}: {change:?}"));
+                Ok(())
+            }
+        };
+        done.map(|()| LoopReply::Done)
+    }
+}
+
+impl Pretend {
     fn get_free(&self) -> Answer<u32> {
         self.0.log("get_free");
         Ok(7)
@@ -113,7 +148,7 @@ impl Loops for Pretend {
         Ok(())
     }
 
-    fn clear(&self, number: u32, _caller: &dyn Caller) -> Answer<()> {
+    fn clear(&self, number: u32) -> Answer<()> {
         self.0.log(format!("clear {number}"));
         self.0.bound.lock().unwrap().remove(&number).map(drop).ok_or(Errno::NXIO)
     }
@@ -131,7 +166,7 @@ impl Loops for Pretend {
         Ok(())
     }
 
-    fn set_capacity(&self, _number: u32, caller: &dyn Caller) -> Answer<()> {
+    fn set_capacity(&self, caller: &dyn Caller) -> Answer<()> {
         allowed(caller)?;
         self.0.log("asked for capacity");
         let mut shut = self.0.shut.lock().unwrap();
@@ -143,13 +178,13 @@ impl Loops for Pretend {
         Ok(())
     }
 
-    fn set_direct_io(&self, _number: u32, on: bool, caller: &dyn Caller) -> Answer<()> {
+    fn set_direct_io(&self, on: bool, caller: &dyn Caller) -> Answer<()> {
         allowed(caller)?;
         self.0.log(format!("direct {on}"));
         Ok(())
     }
 
-    fn set_block_size(&self, _number: u32, bytes: u64, caller: &dyn Caller) -> Answer<()> {
+    fn set_block_size(&self, bytes: u64, caller: &dyn Caller) -> Answer<()> {
         allowed(caller)?;
         self.0.log(format!("block size {bytes}"));
         assert!(caller.has_descriptor());
@@ -159,28 +194,10 @@ impl Loops for Pretend {
         }
     }
 
-    fn change_fd(&self, number: u32, file: OwnedFd, _caller: &dyn Caller) -> Answer<()> {
+    fn change_fd(&self, number: u32, file: OwnedFd) -> Answer<()> {
         let meta = File::from(file).metadata().unwrap();
         let mut bound = self.0.bound.lock().unwrap();
         bound.get_mut(&number).ok_or(Errno::NXIO)?.inode = meta.ino();
-        Ok(())
-    }
-
-    fn sequence(&self, _node: &Node) -> Answer<u64> {
-        Ok(7)
-    }
-
-    fn has_part(&self, _node: &Node) -> bool {
-        false
-    }
-
-    fn reread_partitions(&self, number: u32, _caller: &dyn Caller) -> Answer<()> {
-        self.0.log(format!("reread {number}"));
-        Ok(())
-    }
-
-    fn change_partition(&self, number: u32, change: &PartitionChange, _: &dyn Caller) -> Answer<()> {
-        self.0.log(format!("partition of {number}: {change:?}"));
         Ok(())
     }
 }

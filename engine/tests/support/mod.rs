@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use loopengine::control::{Backend, rundir::RunDir, server};
+use loopengine::control::{EngineApi, rundir::RunDir, server};
 use loopengine::instance::Selector;
 use loopengine::instance::spec::*;
 use loopengine::{Error, Kind, Result};
@@ -94,7 +94,7 @@ pub fn attach(instance: &str, path: &Path) -> AttachSpec {
         buffered: false,
         queues: 0,
         depth: 0,
-        data_path: None,
+        io_mode: None,
         partscan: false,
     }
 }
@@ -125,13 +125,13 @@ fn is(which: &Selector, device: &DeviceInfo) -> bool {
     }
 }
 
-impl Backend for Fake {
+impl EngineApi for Fake {
     fn features(&self) -> Result<Features> {
         Ok(Features {
             kernel: "0.0-fake".into(),
             frontends: vec![FrontendKind::Ublk],
             flags: vec!["FAKE".into()],
-            data_paths: vec![DataPath::Batch, DataPath::Copy],
+            io_modes: vec![IoMode::Batch, IoMode::Copy],
             recovery: true,
             resize: true,
         })
@@ -210,7 +210,7 @@ impl Backend for Fake {
             buffered: spec.buffered,
             queues: spec.queues.max(2),
             depth: spec.depth.max(1),
-            data_path: spec.data_path.unwrap_or(DataPath::Batch),
+            io_mode: spec.io_mode.unwrap_or(IoMode::Batch),
             shared_with: Vec::new(),
             since_unix_seconds: Some(1),
             image_device: meta.dev(),

@@ -45,7 +45,7 @@ pub(crate) struct Host {
     /// The program under test, copied to memory: the lab's shared root is slow.
     pub(crate) program: String,
     /// Paths of the ladder that work here.
-    pub(crate) data_paths: Vec<String>,
+    pub(crate) io_modes: Vec<String>,
     /// Devices can be resized.
     pub(crate) resize: bool,
     /// Devices outlive the daemon.
@@ -88,12 +88,12 @@ impl Host {
         }
         let done = tools::run(&[&program, "features", "--json"])?.ok()?;
         let features: Value = serde_json::from_str(&done.out).at("features --json")?;
-        let Some(paths) = features["dataPaths"].as_array() else {
+        let Some(paths) = features["ioModes"].as_array() else {
             fail!("features --json has no dataPaths: {}", done.out);
         };
         let host = Host {
             program,
-            data_paths: paths.iter().filter_map(|p| p.as_str().map(String::from)).collect(),
+            io_modes: paths.iter().filter_map(|p| p.as_str().map(String::from)).collect(),
             resize: features["resize"] == true,
             recovery: features["recovery"] == true,
             private: ["UPDATE_SIZE", "SAFE_STOP_DEV"].iter().all(|flag| has_flag(&features, flag)),
@@ -127,7 +127,7 @@ impl Host {
         let full = std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1");
         Ok(Host {
             program,
-            data_paths: vec!["fuse".into()],
+            io_modes: vec!["fuse".into()],
             resize: true,
             recovery: false,
             private: false,
@@ -138,7 +138,7 @@ impl Host {
     /// Skips unless the kernel has what a case needs.
     pub(crate) fn meets(&self, needs: Needs) -> Res {
         match needs {
-            Needs::Path(path) | Needs::Recovery(path) if !self.data_paths.iter().any(|p| p == path) => {
+            Needs::Path(path) | Needs::Recovery(path) if !self.io_modes.iter().any(|p| p == path) => {
                 skip!("this kernel does not grant the data path '{path}'")
             }
             Needs::Recovery(_) if !self.recovery => skip!("this kernel grants no recovery"),

@@ -12,8 +12,8 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use io_uring::{cqueue, opcode, squeue};
 use loopengine::error::Result;
 use loopengine::request::{Completion, Request, Tag};
-use loopengine::ring::{Ring, Step, Token};
-use loopengine::worker::{Data, Place, Transport};
+use loopengine::ring::{EventKind, Ring, Token};
+use loopengine::worker::{Data, QueueSlot, Transport};
 use rustix::event::{EventfdFlags, eventfd};
 
 pub(crate) const DEPTH: u16 = 64;
@@ -45,7 +45,7 @@ pub(crate) struct Fake {
     listening: bool,
     unanswered: usize,
     linked: bool,
-    place: Option<Place>,
+    queue_slot: Option<QueueSlot>,
 }
 
 /// The end of whoever uses the device.
@@ -74,7 +74,7 @@ pub(crate) fn device(linked: bool) -> (Fake, User) {
         listening: false,
         unanswered: 0,
         linked,
-        place: None,
+        queue_slot: None,
     };
     (fake, User { wake: theirs, requests: to_worker, answers: from_worker, stopped })
 }
@@ -115,10 +115,14 @@ impl User {
 }
 
 impl Fake {
-    fn listen(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
+    fn listen(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
         self.listening = true;
-        let entry = opcode::Read::new(place.frontend(), self.wakes.as_mut_ptr(), 8).build();
-        ring.push(&entry.flags(squeue::Flags::FIXED_FILE).user_data(Token::pack(Step::Fetch, place.slot, 0)))
+        let entry = opcode::Read::new(queue_slot.frontend_file(), self.wakes.as_mut_ptr(), 8).build();
+        ring.push(&entry.flags(squeue::Flags::FIXED_FILE).user_data(Token::pack(
+            EventKind::Fetch,
+            queue_slot.id,
+            0,
+        )))
     }
 
     fn answer(&mut self, tag: Tag, result: i32) {
@@ -139,9 +143,9 @@ impl Transport for Fake {
         DEPTH
     }
 
-    fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
-        self.listen(place, ring)
+    fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
+        self.listen(queue_slot, ring)
     }
 
     fn on_event(
@@ -151,8 +155,8 @@ impl Transport for Fake {
         ring: &mut Ring,
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
-        match token.step {
-            Step::Fetch => {
+        match token.kind {
+            EventKind::Fetch => {
                 self.listening = false;
                 // Before the queue is emptied: nothing is sent after it.
                 let stopped = self.stopped.load(Ordering::Acquire);
@@ -163,12 +167,12 @@ impl Transport for Fake {
                     self.unanswered += 1;
                     arrived.push(request);
                 }
-                match self.place {
-                    Some(place) if !stopped => self.listen(place, ring),
+                match self.queue_slot {
+                    Some(queue_slot) if !stopped => self.listen(queue_slot, ring),
                     _ => Ok(()),
                 }
             }
-            Step::Commit if entry.result() >= 0 => {
+            EventKind::Commit if entry.result() >= 0 => {
                 self.answer(token.tag, self.lens[usize::from(token.tag)].cast_signed());
                 Ok(())
             }
@@ -186,17 +190,17 @@ impl Transport for Fake {
         Ok(())
     }
 
-    fn flush(&mut self, _: &mut Ring) -> Result<usize> {
+    fn submit_commits(&mut self, _: &mut Ring) -> Result<usize> {
         Ok(0)
     }
 
     fn linked_commit(&mut self, tag: Tag, _: u32) -> Option<squeue::Entry> {
-        let slot = self.place.filter(|_| self.linked)?.slot;
+        let slot = self.queue_slot.filter(|_| self.linked)?.id;
         let commit = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
-        Some(commit.user_data(Token::pack(Step::Commit, slot, tag)))
+        Some(commit.user_data(Token::pack(EventKind::Commit, slot, tag)))
     }
 
-    fn is_gone(&self) -> bool {
+    fn is_drained(&self) -> bool {
         self.stopped.load(Ordering::Acquire) && !self.listening && self.unanswered == 0
     }
 
@@ -204,11 +208,11 @@ impl Transport for Fake {
         0
     }
 
-    fn is_starved(&self) -> bool {
+    fn is_waiting_for_buffer(&self) -> bool {
         false
     }
 
-    fn retry_starved(&mut self, _: &mut Ring) -> Result<()> {
+    fn retry_waiting(&mut self, _: &mut Ring) -> Result<()> {
         Ok(())
     }
 }

@@ -12,25 +12,25 @@ use std::time::Duration;
 
 use fake::{DEPTH, LEN_MAX, User, device};
 use loopengine::Kind;
-use loopengine::image::{Image, Source};
+use loopengine::image::{Image, ImageSpec};
 use loopengine::request::{Op, Request, Tag};
-use loopengine::ring::{Sizes, SlotId};
-use loopengine::worker::{Job, Switches, WorkerHandle};
+use loopengine::ring::{RingSizes, SlotId};
+use loopengine::worker::{NewQueue, WorkerHandle, WorkerOptions};
 use proptest::prelude::*;
 
 /// Bytes of the device; in the file as many lie before and behind it, which nothing may touch.
 const SIZE: u64 = 512 * 1024;
 const MARGIN: u8 = 0xee;
 const SLOT: SlotId = SlotId { index: 3, generation: 1 };
-const SHOWN: Source = Source {
+const SHOWN: ImageSpec = ImageSpec {
     offset: SIZE,
     size_limit: SIZE,
     block_size: 0,
     read_only: false,
     buffered: true,
-    as_loop: false,
+    loop_semantics: false,
 };
-const DIRECT: Source = Source { buffered: false, ..SHOWN };
+const DIRECT: ImageSpec = ImageSpec { buffered: false, ..SHOWN };
 
 /// A worker with one device.
 struct Bed {
@@ -42,7 +42,7 @@ struct Bed {
 
 impl Bed {
     /// None where the file system has no direct I/O.
-    fn new(source: Source, linked: bool) -> Option<Bed> {
+    fn new(source: ImageSpec, linked: bool) -> Option<Bed> {
         let path = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         path.as_file().write_all_at(&vec![MARGIN; 3 * SIZE as usize], 0).unwrap();
         path.as_file().write_all_at(&vec![0; SIZE as usize], SIZE).unwrap();
@@ -54,10 +54,11 @@ impl Bed {
             }
             image => Arc::new(image.unwrap()),
         };
-        let switches = Switches { linked_commit: linked, poll: Duration::ZERO, partscan: false };
-        let worker = WorkerHandle::start("test".into(), Sizes::for_devices(8), switches, Vec::new()).unwrap();
+        let options = WorkerOptions { linked_commit: linked, poll: Duration::ZERO, partscan: false };
+        let worker =
+            WorkerHandle::start("test".into(), RingSizes::for_devices(8), options, Vec::new()).unwrap();
         let (transport, user) = device(linked);
-        worker.add(Job { slot: SLOT, transport, image: image.clone() }).unwrap();
+        worker.add(NewQueue { slot: SLOT, transport, image: image.clone() }).unwrap();
         Some(Bed { worker, user, image, file })
     }
 
@@ -136,7 +137,7 @@ fn any_rounds() -> impl Strategy<Value = Vec<Vec<(Op, u64, u64, u8)>>> {
     prop::collection::vec(prop::collection::vec(one, 1..usize::from(DEPTH)), 1..10)
 }
 
-fn like_the_model(source: Source, linked: bool, rounds: Vec<Vec<(Op, u64, u64, u8)>>) {
+fn like_the_model(source: ImageSpec, linked: bool, rounds: Vec<Vec<(Op, u64, u64, u8)>>) {
     let Some(bed) = Bed::new(source, linked) else { return };
     let unit = u64::from(bed.image.geometry().block_size);
     let mut model = Model { bytes: vec![0; SIZE as usize], loose: vec![false; SIZE as usize], reserved: 0 };
@@ -209,7 +210,7 @@ fn an_image_that_shrank_degrades_its_device() {
         assert!(stats.degraded);
         assert_eq!((stats.reads, stats.read_bytes, stats.errors, stats.resubmits), (1, 4096, 2, 1));
 
-        let smaller = bed.image.refreshed().unwrap();
+        let smaller = bed.image.current_geometry().unwrap();
         assert_eq!(smaller.size, 4096);
         bed.worker.resize(SLOT, smaller).unwrap();
         assert_eq!(bed.user.ask(request(0, WRITE, 4096, 4096), &[1; 4096]).result, -libc::EIO);
@@ -238,7 +239,7 @@ fn what_cannot_be_done_is_refused() {
 
 #[test]
 fn a_read_only_device_takes_no_change() {
-    let Some(bed) = Bed::new(Source { read_only: true, ..SHOWN }, true) else { return };
+    let Some(bed) = Bed::new(ImageSpec { read_only: true, ..SHOWN }, true) else { return };
     let zeroes = Op::WriteZeroes { unmap: false, fua: true };
     for op in [WRITE, Op::Write { fua: true }, Op::Discard, zeroes] {
         assert_eq!(bed.user.ask(request(1, op, 0, 4096), &[9; 4096]).result, -libc::EPERM, "{op:?}");
@@ -273,10 +274,10 @@ fn a_device_goes_once_all_is_answered() {
         assert_eq!(bed.worker.stats(SLOT).unwrap_err().kind(), Kind::NotFound);
         let next = SlotId { generation: 2, ..SLOT };
         let (transport, user) = device(linked);
-        bed.worker.add(Job { slot: next, transport, image: bed.image.clone() }).unwrap();
+        bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).unwrap();
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         let (transport, _) = device(linked);
-        assert!(bed.worker.add(Job { slot: next, transport, image: bed.image.clone() }).is_err());
+        assert!(bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).is_err());
         // A slot that is taken stays its tenant's.
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         user.stop([]);
@@ -290,12 +291,12 @@ fn a_device_goes_once_all_is_answered() {
 fn transfers_that_direct_io_refuses_use_the_page_cache() {
     for linked in [false, true] {
         let Some(bed) = Bed::new(DIRECT, linked) else { return };
-        assert!(!bed.image.is_buffered() && bed.image.why_buffered().is_none());
+        assert!(!bed.image.is_buffered() && bed.image.buffered_reason().is_none());
         assert_eq!(bed.user.ask(request(0, WRITE, 4096, 4096), &[1; 4096]).result, 4096);
         // No driver sends this; no file system's direct I/O takes it.
         assert_eq!(bed.user.ask(request(1, WRITE, 5000, 100), &[9; 100]).result, 100);
-        assert!(bed.image.is_buffered() && bed.image.why_buffered().is_some());
-        assert!(bed.image.left_direct_io() && !bed.image.left_direct_io());
+        assert!(bed.image.is_buffered() && bed.image.buffered_reason().is_some());
+        assert!(bed.image.take_direct_io_disabled() && !bed.image.take_direct_io_disabled());
         let mut expected = [1; 4096];
         expected[904..1004].fill(9);
         assert_eq!(bed.user.ask(request(2, Op::Read, 4096, 4096), &[]).data, expected);

@@ -107,8 +107,8 @@ fn show() -> Result<()> {
     for instance in ["red", "blue"] {
         daemon.run(&["instance", "create", instance])?;
     }
-    let paths = daemon::data_paths()?;
-    say("serve", &format!("instances red and blue; I/O modes of this kernel: {}", paths.join(", ")));
+    let modes = daemon::io_modes()?;
+    say("serve", &format!("instances red and blue; I/O modes of this kernel: {}", modes.join(", ")));
 
     let tree = home.path().join("tree");
     let (files, bytes) = gather(&tree)?;
@@ -117,7 +117,7 @@ fn show() -> Result<()> {
         file_system(&daemon, instance, kind, &place, &tree, home.path())?;
     }
 
-    match paths.first().map(String::as_str) {
+    match modes.first().map(String::as_str) {
         Some("batch") => tenants::show(&daemon, &place, |text| say("private", text))?,
         _ => say("private", "private loop devices need Linux 7.0"),
     }
@@ -126,7 +126,7 @@ fn show() -> Result<()> {
         "measure",
         &format!("{ROUNDS} interleaved rounds of {} jobs, about 90 s on emulated CPUs", JOBS.len()),
     );
-    let best = paths.first().cloned().context("the kernel supports no I/O mode")?;
+    let best = modes.first().cloned().context("the kernel supports no I/O mode")?;
     daemon.stop()?;
     let plan = Plan {
         mode: outcome::Mode::Smp,

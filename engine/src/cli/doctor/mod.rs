@@ -194,18 +194,18 @@ fn io_uring() -> Check {
 }
 
 fn features() -> Check {
-    let name = "data paths";
+    let name = "I/O modes";
     match Engine::features() {
-        Ok(features) if features.data_paths.is_empty() && features.frontends == [FrontendKind::Fuse] => {
+        Ok(features) if features.io_modes.is_empty() && features.frontends == [FrontendKind::Fuse] => {
             Check::ok(name, format!("fuse (kernel {})", features.kernel))
         }
-        Ok(features) if features.data_paths.is_empty() => {
+        Ok(features) if features.io_modes.is_empty() => {
             let found = format!("none works on kernel {}", features.kernel);
             let (works, faster) = (BLOCK_DEVICES.version(), NO_COPYING.version());
             Check::problem(name, found, format!("use Linux {works} or newer; {faster} or newer is faster"))
         }
         Ok(features) => {
-            let words: Vec<&str> = features.data_paths.iter().map(|path| path.as_str()).collect();
+            let words: Vec<&str> = features.io_modes.iter().map(|mode| mode.as_str()).collect();
             let found = format!("{} (kernel {})", words.join(" "), features.kernel);
             match words.len() {
                 1 => {

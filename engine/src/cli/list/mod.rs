@@ -159,7 +159,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             device.block_size.to_string(),
             device.queues.to_string(),
             device.depth.to_string(),
-            device.data_path.as_str().to_owned(),
+            device.io_mode.as_str().to_owned(),
             state.to_owned(),
             device.node,
             device.image,

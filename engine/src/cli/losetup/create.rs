@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use super::{Done, File, Losetup, NAME, Request, reason};
-use crate::loops::{Answer, Configure, Errno, Info, NAME_BYTES, flag};
+use crate::loops::{Answer, Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
 
 /// How often somebody else may take the device that was free, and the time between.
 const TRIES: u32 = 64;
@@ -52,7 +52,7 @@ impl Losetup<'_> {
         }
         if let Some(number) = given {
             // It may be there, or be made; whether it is shows when it is bound.
-            let _ = self.devices.add(number);
+            let _ = self.devices.execute(LoopOp::Add(number.cast_signed()));
         }
         let shown = file.display();
         let path = Path::new(file);
@@ -91,7 +91,7 @@ impl Losetup<'_> {
             ..Info::default()
         };
         let block_size = u32::try_from(request.block_size).map_err(|_| Errno::INVAL)?;
-        self.devices.configure(number, Configure { file, block_size, info })
+        self.devices.execute(LoopOp::Configure(number, Configure { file, block_size, info })).map(drop)
     }
 
     /// The device that shows exactly what is asked for already, to be used once more. An error where
@@ -115,12 +115,12 @@ impl Losetup<'_> {
                 return Err(format!("{shown}: overlapping read-only loop device exists"));
             }
             let number = row.entry.number;
-            let kept = self.devices.status(number).and_then(|status| {
+            let kept = self.status(number).and_then(|status| {
                 let info = Info { flags: status.info.flags & !flag::AUTOCLEAR, ..status.info };
-                self.devices.set_status(number, &info)
+                self.devices.execute(LoopOp::SetStatus(number, info))
             });
             return match kept {
-                Ok(()) => Ok(Some(number)),
+                Ok(_) => Ok(Some(number)),
                 Err(_) => Err(format!("{shown}: failed to re-use loop device")),
             };
         }

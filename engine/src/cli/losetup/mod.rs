@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args as _, FromArgMatches};
 use options::{Action, Request};
 
-use crate::loops::{Answer, Configure, Entry, Errno, Info, Status};
+use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply, Status};
 
 pub use options::Args;
 pub use table::Row;
@@ -29,26 +29,8 @@ pub trait Devices {
     fn directory(&self) -> &str;
     /// All devices.
     fn entries(&mut self) -> Answer<Vec<Entry>>;
-    /// LOOP_GET_STATUS64.
-    fn status(&mut self, number: u32) -> Answer<Status>;
-    /// LOOP_SET_STATUS64.
-    fn set_status(&mut self, number: u32, info: &Info) -> Answer<()>;
-    /// LOOP_CTL_GET_FREE.
-    fn get_free(&mut self) -> Answer<u32>;
-    /// LOOP_CTL_ADD.
-    fn add(&mut self, number: u32) -> Answer<u32>;
-    /// LOOP_CTL_REMOVE.
-    fn remove(&mut self, number: u32) -> Answer<u32>;
-    /// LOOP_CONFIGURE.
-    fn configure(&mut self, number: u32, with: Configure) -> Answer<()>;
-    /// LOOP_CLR_FD.
-    fn clear(&mut self, number: u32) -> Answer<()>;
-    /// LOOP_SET_CAPACITY.
-    fn set_capacity(&mut self, number: u32) -> Answer<()>;
-    /// LOOP_SET_DIRECT_IO.
-    fn set_direct_io(&mut self, number: u32, on: bool) -> Answer<()>;
-    /// LOOP_SET_BLOCK_SIZE.
-    fn set_block_size(&mut self, number: u32, bytes: u64) -> Answer<()>;
+    /// Carries out an operation.
+    fn execute(&mut self, op: LoopOp) -> Answer<LoopReply>;
 }
 
 /// A failure: what losetup says after its name.
@@ -109,22 +91,18 @@ impl Losetup<'_> {
             },
             Action::Create { device, file } => return self.create(request, device.as_deref(), file),
             Action::Detach(names) => {
-                return self.each(names, "detach", |devices, number| devices.clear(number));
+                return self.each(names, "detach", LoopOp::Clear);
             }
             Action::Remove(names) => {
-                return self.each(names, "remove", |devices, number| devices.remove(number).map(drop));
+                return self.each(names, "remove", |number| LoopOp::Remove(number.cast_signed()));
             }
             Action::DetachAll => return self.detach_all(),
-            Action::SetCapacity(name) => {
-                self.one(name, "set capacity", |devices, number| devices.set_capacity(number))
-            }
+            Action::SetCapacity(name) => self.one(name, "set capacity", LoopOp::SetCapacity),
             Action::SetDirectIo(name, on) => {
-                self.one(name, "set direct io", |devices, number| devices.set_direct_io(number, *on))
+                self.one(name, "set direct io", |number| LoopOp::SetDirectIo(number, *on))
             }
             Action::SetBlockSize(name, bytes) => {
-                self.one(name, "set logical block size", |devices, number| {
-                    devices.set_block_size(number, *bytes)
-                })
+                self.one(name, "set logical block size", |number| LoopOp::SetBlockSize(number, *bytes))
             }
         };
         Ok(done.map(|()| true))
@@ -140,31 +118,21 @@ impl Losetup<'_> {
     }
 
     fn find_free(&mut self) -> Done<u32> {
-        let found = self.devices.get_free();
+        let found = self.devices.execute(LoopOp::GetFree).and_then(LoopReply::number);
         found.map_err(|error| format!("cannot find an unused loop device: {}", reason(error)))
     }
 
-    fn one(
-        &mut self,
-        name: &OsStr,
-        what: &str,
-        does: impl FnOnce(&mut dyn Devices, u32) -> Answer<()>,
-    ) -> Done {
+    fn one(&mut self, name: &OsStr, what: &str, op: impl FnOnce(u32) -> LoopOp) -> Done {
         let number = self.number(name)?;
-        let done = does(self.devices, number);
+        let done = self.devices.execute(op(number)).map(drop);
         done.map_err(|error| format!("{}: {what} failed: {}", self.path(number), reason(error)))
     }
 
     /// The first name must be a device's before anything is done; what fails does not stop the others.
-    fn each(
-        &mut self,
-        names: &[OsString],
-        what: &str,
-        does: impl Fn(&mut dyn Devices, u32) -> Answer<()>,
-    ) -> io::Result<Done<bool>> {
+    fn each(&mut self, names: &[OsString], what: &str, op: impl Fn(u32) -> LoopOp) -> io::Result<Done<bool>> {
         let mut all = true;
         for (index, name) in names.iter().enumerate() {
-            match self.one(name, what, &does) {
+            match self.one(name, what, &op) {
                 Err(message) if index == 0 && self.number(name).is_err() => return Ok(Err(message)),
                 Err(message) => {
                     writeln!(self.err, "{NAME}: {message}")?;
@@ -182,11 +150,15 @@ impl Losetup<'_> {
             Err(message) => return Ok(Err(message)),
         };
         let names: Vec<OsString> = rows.into_iter().map(|row| row.name.into()).collect();
-        self.each(&names, "detach", |devices, number| devices.clear(number))
+        self.each(&names, "detach", LoopOp::Clear)
+    }
+
+    fn status(&mut self, number: u32) -> Answer<Status> {
+        self.devices.execute(LoopOp::Status(number)).and_then(LoopReply::status)
     }
 
     fn row(&mut self, entry: Entry) -> Row {
-        let status = entry.bound.as_ref().and_then(|_| self.devices.status(entry.number).ok());
+        let status = entry.bound.as_ref().and_then(|_| self.status(entry.number).ok());
         Row { name: self.path(entry.number), entry, status }
     }
 

@@ -18,7 +18,7 @@ use crate::cli::losetup::Devices;
 use crate::cli::remote::Remote;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Info, flag};
+use crate::loops::{Info, LoopOp, LoopReply, flag};
 use crate::sys::{mntns, range_lock};
 
 /// How names of pools that are mounts begin.
@@ -110,7 +110,8 @@ impl Mounted {
         };
         let mut parts = Vec::new();
         for entry in remote.entries().unwrap_or_default() {
-            let Ok(status) = remote.status(entry.number) else { continue };
+            let status = remote.execute(LoopOp::Status(entry.number)).and_then(LoopReply::status);
+            let Ok(status) = status else { continue };
             let same = match file.rdev() {
                 0 => (status.device, status.inode) == (file.dev(), file.ino()),
                 device => status.rdevice == device,

@@ -194,8 +194,8 @@ fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
 
 fn nothing(
     shown: &str,
-    table: &[partitions::Part],
-    kind: impl Fn(&partitions::Part) -> Option<&'static str>,
+    table: &[partitions::PartitionRange],
+    kind: impl Fn(&partitions::PartitionRange) -> Option<&'static str>,
 ) -> Error {
     if table.is_empty() {
         return invalid(format!("no file system that is known is in {shown}"))
@@ -206,8 +206,11 @@ fn nothing(
 }
 
 /// Numbers, file systems and sizes.
-fn list(table: &[partitions::Part], kind: impl Fn(&partitions::Part) -> Option<&'static str>) -> String {
-    let one = |part: &partitions::Part| {
+fn list(
+    table: &[partitions::PartitionRange],
+    kind: impl Fn(&partitions::PartitionRange) -> Option<&'static str>,
+) -> String {
+    let one = |part: &partitions::PartitionRange| {
         let kind = kind(part).map(|kind| format!("{kind}, ")).unwrap_or_default();
         format!("{} ({kind}{})", part.number, size::show(part.size))
     };

@@ -30,7 +30,7 @@ use super::remote::Remote;
 use super::size;
 use super::wanted::{Wanted, open_pool};
 use crate::error::{Error, Kind, Result};
-use crate::loops::{Configure, Errno, Info, NAME_BYTES, flag};
+use crate::loops::{Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
 
 pub(super) use found::Mounted;
 pub(super) use program::check as check_fuse;
@@ -241,8 +241,8 @@ impl Remote {
         let info =
             Info { offset: image.offset, size_limit: image.size_limit, flags, file_name, ..Info::default() };
         let file = rustix::io::fcntl_dupfd_cloexec(&image.file, 0)?;
-        let number = self.get_free()?;
-        self.configure(number, Configure { file, block_size: 0, info })?;
+        let number = self.execute(LoopOp::GetFree)?.number()?;
+        self.execute(LoopOp::Configure(number, Configure { file, block_size: 0, info }))?;
         Ok(number)
     }
 }

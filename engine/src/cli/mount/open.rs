@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use super::{Args, image};
 use crate::error::{Error, Kind, Result};
@@ -13,6 +14,8 @@ use crate::error::{Error, Kind, Result};
 /// Below the directory of the user's session.
 const HOME: &str = "loopengine-mounts";
 const SHOWS: &str = "xdg-open";
+/// How long that may take before it is left to itself.
+const SHOWN_MAX: Duration = Duration::from_secs(5);
 
 /// Mounts all that is in the image, and has it shown.
 pub(super) fn mount(args: Args, run_dir: &Path) -> Result<()> {
@@ -31,14 +34,17 @@ pub(super) fn mount(args: Args, run_dir: &Path) -> Result<()> {
     let args = Args { open: false, all, dir: Some(dir.clone()), ..args };
     args.run(run_dir).inspect_err(|_| forget(&dir))?;
     println!("{}", dir.display());
-    let shown = Command::new(SHOWS).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).status();
-    match shown {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            eprintln!("loopengine: cannot run {SHOWS}: {error}");
-            Ok(())
+    match Command::new(SHOWS).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).spawn() {
+        Ok(mut shows) => {
+            // Where there is no desktop it may be a program that stays.
+            let until = Instant::now() + SHOWN_MAX;
+            while matches!(shows.try_wait(), Ok(None)) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
+        Err(error) => eprintln!("loopengine: cannot run {SHOWS}: {error}"),
     }
+    Ok(())
 }
 
 /// Removes a directory that `mount` has made, if nothing is in it.

@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(edits["mounts"][0]["containerPath"], "/dev/loopfs");
         assert_eq!(
             edits["hooks"][0]["args"],
-            json!(["loopengine", "oci", "hook", "--devices", "2", "--nodes", "2"])
+            json!(["loopengine", "oci", "hook", "--devices", "2", "--pool", "ci", "--nodes", "2"])
         );
     }
 

@@ -125,7 +125,7 @@ mod tests {
         let last = json!({ "allow": true, "type": "b", "major": 259, "minor": 300, "access": "rw" });
         assert_eq!((&devices[2], devices.len()), (&last, 3));
         let hook = &config["hooks"]["createContainer"][0];
-        assert_eq!(hook["args"], json!(["loopengine", "oci", "hook", "--devices", "2"]));
+        assert_eq!(hook["args"], json!(["loopengine", "oci", "hook", "--devices", "2", "--pool", "ci"]));
         assert_eq!(add(&mut config, &place()).unwrap_err().kind(), Kind::Exists);
     }
 

@@ -1,7 +1,8 @@
 //! `oci hook`: what a runtime runs in a container that is being made, for the names in its /dev.
 //!
 //! Knows the state that hooks are told, and links. The container's files may be anybody's: nothing is
-//! looked up outside of them, and nothing but names in its /dev is changed.
+//! looked up outside of them, and nothing but names in its /dev is changed. The daemon is given that /dev, to
+//! keep the names of partitions in it, and is told why the hook fails: crun throws a hook's stderr away.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,7 +15,8 @@ use rustix::mount::{UnmountFlags, unmount};
 use serde::Deserialize;
 
 use super::profile::read;
-use crate::cli::number;
+use crate::cli::{daemon, number};
+use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::private::LOOPFS;
@@ -34,6 +36,10 @@ pub(in crate::cli) struct Hook {
     #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
     devices: u32,
 
+    /// The pool, whose daemon keeps names of partitions in the container's /dev.
+    #[arg(long, value_name = "NAME")]
+    pool: Option<String>,
+
     /// Nodes /dev/loopN that the runtime has made by itself, for their numbers: they make way.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true,
         value_parser = number::within(0..=NODES_MAX))]
@@ -46,11 +52,13 @@ pub(in crate::cli) struct Hook {
 
 #[derive(Deserialize)]
 struct State {
+    #[serde(default)]
+    id: String,
     bundle: PathBuf,
 }
 
 impl Hook {
-    pub(super) fn run(self) -> Result<()> {
+    pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let mut text = Vec::new();
         let cannot = |error| Error::os(error, "cannot read the container's state");
         std::io::stdin().take(STATE_MAX).read_to_end(&mut text).map_err(cannot)?;
@@ -58,11 +66,22 @@ impl Hook {
             Error::new(Kind::Invalid, format!("there is no container's state on standard input: {error}"))
                 .hint("have a container runtime run this, as a createContainer hook")
         })?;
-        let root = root(&state.bundle)?;
-        self.link(&root).map_err(|error| Error::os(error, "cannot make names in the container's /dev"))
+        let linked = root(&state.bundle).and_then(|root| {
+            self.link(&root).map_err(|error| Error::os(error, "cannot make names in the container's /dev"))
+        });
+        let Some(pool) = &self.pool else { return linked.map(drop) };
+        let told = tell(run_dir, async |client| match &linked {
+            Ok(dev) => client.show_in(pool, &state.id, dev.try_clone().map_err(cannot)?).await,
+            Err(error) => client.report_container(pool, &state.id, &error.to_string()).await,
+        });
+        // Partitions are in /dev/loopfs all the same.
+        if let Err(error) = told {
+            eprintln!("loopengine: partitions will have no names in the container's /dev: {error}");
+        }
+        linked.map(drop)
     }
 
-    fn link(&self, root: &File) -> rustix::io::Result<()> {
+    fn link(&self, root: &File) -> rustix::io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let within = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let dev = rustix::fs::openat2(root, "dev", flags, Mode::empty(), within)?;
@@ -75,8 +94,12 @@ impl Hook {
             clear(&dev, &name)?;
             rustix::fs::symlinkat(format!("{LOOPFS}/{name}"), &dev, &name)?;
         }
-        Ok(())
+        Ok(dev)
     }
+}
+
+fn tell(run_dir: &Path, what: impl AsyncFnOnce(&mut PrivateClient) -> Result<()>) -> Result<()> {
+    daemon::runtime()?.block_on(async { what(&mut PrivateClient::connect(run_dir).await?).await })
 }
 
 /// Takes a name away, whatever it is. In a user namespace nodes are mounts.
@@ -134,11 +157,11 @@ mod tests {
             std::fs::write(dev.join(name), "").unwrap();
         }
         let link = |name: &str| (name.to_owned(), format!("loopfs/{name}"));
-        let hook = Hook { devices: 2, nodes: 4, reserved: Vec::new() };
+        let hook = Hook { devices: 2, pool: None, nodes: 4, reserved: Vec::new() };
         let want = [link("loop-control"), link("loop0"), link("loop1")];
         assert_eq!(made(&hook, root.path()).unwrap(), want);
         assert_eq!(made(&hook, root.path()).unwrap(), want, "again");
-        let hook = Hook { devices: 2, nodes: 4, reserved: vec![0, 2] };
+        let hook = Hook { devices: 2, pool: None, nodes: 4, reserved: vec![0, 2] };
         let want = [link("loop-control"), link("loop1"), link("loop3")];
         assert_eq!(made(&hook, root.path()).unwrap(), want, "not the numbers of others");
     }
@@ -149,7 +172,7 @@ mod tests {
         std::fs::write(outside.path().join("loop0"), "safe").unwrap();
         symlink(outside.path(), root.path().join("dev")).unwrap();
         assert!(
-            Hook { devices: 1, nodes: 0, reserved: Vec::new() }
+            Hook { devices: 1, pool: None, nodes: 0, reserved: Vec::new() }
                 .link(&File::open(root.path()).unwrap())
                 .is_err()
         );

@@ -31,7 +31,7 @@ impl Command {
             Command::PrintConfig(args) => args.run(run_dir),
             Command::PrintProfile(args) => args.run(run_dir),
             Command::PrintCdi(args) => args.run(run_dir),
-            Command::Hook(args) => args.run(),
+            Command::Hook(args) => args.run(run_dir),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{major, minor};
 
 use crate::cli::daemon;
+use crate::config::RUN_DIR;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::private::{DEV, LOOPFS, PLACES, PoolInfo};
@@ -29,6 +30,8 @@ pub(super) struct Place {
     pub mounts: Vec<(String, String, Vec<&'static str>)>,
     /// This program.
     pub program: String,
+    /// The daemon's run directory, if it is not the usual one.
+    pub run_dir: Option<String>,
 }
 
 impl Place {
@@ -43,7 +46,8 @@ impl Place {
         })?;
         let program =
             std::env::current_exe().map_err(|error| Error::os(error, "cannot find this program"))?;
-        Place::of(&pool, mounted("fuse.loop", name), &program)
+        let run_dir = (run_dir != Path::new(RUN_DIR)).then(|| text(run_dir)).transpose()?;
+        Ok(Place { run_dir, ..Place::of(&pool, mounted("fuse.loop", name), &program)? })
     }
 
     fn of(pool: &PoolInfo, seen: Vec<PathBuf>, program: &Path) -> Result<Place> {
@@ -75,13 +79,18 @@ impl Place {
             numbers: pool.device_numbers.iter().map(|rdev| (major(*rdev), minor(*rdev))).collect(),
             mounts: mounts.collect::<Result<_>>()?,
             program: text(program)?,
+            run_dir: None,
         })
     }
 
     /// The words of the hook that makes the names in /dev; `nodes` are there already.
     pub fn hook(&self, nodes: usize) -> Vec<String> {
-        let mut words: Vec<String> = ["loopengine", "oci", "hook", "--devices"].map(str::to_owned).into();
-        words.push(self.max.to_string());
+        let mut words = vec!["loopengine".to_owned()];
+        if let Some(run_dir) = &self.run_dir {
+            words.extend(["--run-dir".to_owned(), run_dir.clone()]);
+        }
+        let (max, name) = (self.max.to_string(), self.name.as_str());
+        words.extend(["oci", "hook", "--devices", &max, "--pool", name].map(str::to_owned));
         if nodes > 0 {
             words.extend(["--nodes".to_owned(), nodes.to_string()]);
         }

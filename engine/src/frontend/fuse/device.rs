@@ -1,48 +1,52 @@
-//! The life of one file: described, started, resized, stopped.
+//! The lifecycle of one file: configure, start, resize, stop.
 //!
-//! Knows in which order the kernel wants things. What may wait for our own threads has a deadline.
+//! Knows the order that the kernel requires. Whatever may wait for our own threads has a deadline.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
-use super::lane::Lane;
-use super::mount::FileSystem;
-use super::node::{Node, PAUSE, SOON};
+use super::call_queue::CallQueue;
+use super::mount::FuseFileSystem;
+use super::node::{FuseNode, POLL_INTERVAL, RELEASE_TIMEOUT};
 use super::queue::FuseQueue;
-use super::with_limit;
+use super::with_timeout;
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Parameters, Queue, Stop};
+use crate::frontend::{DeviceParameters, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
 use crate::sys;
 
 #[derive(Debug, Default)]
-struct Made {
+struct FuseDeviceState {
     geometry: Option<Geometry>,
     image: Weak<Image>,
-    lanes: Vec<Arc<Lane>>,
-    node: Option<Arc<Node>>,
+    call_queues: Vec<Arc<CallQueue>>,
+    node: Option<Arc<FuseNode>>,
 }
 
 /// One file.
 #[derive(Debug)]
-pub struct Device {
-    files: Arc<FileSystem>,
+pub struct FuseDevice {
+    files: Arc<FuseFileSystem>,
     name: String,
-    parameters: Parameters,
-    made: Mutex<Made>,
+    parameters: DeviceParameters,
+    state: Mutex<FuseDeviceState>,
 }
 
-impl Device {
-    pub(in crate::frontend) fn new(files: Arc<FileSystem>, number: u32, parameters: Parameters) -> Device {
-        Device { files, name: format!("loop{number}"), parameters, made: Mutex::default() }
+impl FuseDevice {
+    pub(in crate::frontend) fn new(
+        files: Arc<FuseFileSystem>,
+        number: u32,
+        parameters: DeviceParameters,
+    ) -> FuseDevice {
+        FuseDevice { files, name: format!("loop{number}"), parameters, state: Mutex::default() }
     }
 
-    fn made(&self) -> MutexGuard<'_, Made> {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, FuseDeviceState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(in crate::frontend) fn parameters(&self) -> Parameters {
+    pub(in crate::frontend) fn parameters(&self) -> DeviceParameters {
         self.parameters
     }
 
@@ -51,76 +55,77 @@ impl Device {
     }
 
     pub(in crate::frontend) fn describe(&self, image: &Arc<Image>) -> Result<()> {
-        let mut made = self.made();
-        made.geometry = Some(image.geometry());
-        made.image = Arc::downgrade(image);
+        let mut state = self.state();
+        state.geometry = Some(image.geometry());
+        state.image = Arc::downgrade(image);
         Ok(())
     }
 
-    pub(in crate::frontend) fn queues(&self) -> Result<Vec<Queue>> {
-        let Parameters { queues, depth, .. } = self.parameters;
-        let lanes = (0..queues).map(|_| Lane::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
-        self.made().lanes.clone_from(&lanes);
+    pub(in crate::frontend) fn queues(&self) -> Result<Vec<FrontendQueue>> {
+        let DeviceParameters { queues, depth, .. } = self.parameters;
+        let call_queues = (0..queues).map(|_| CallQueue::new().map(Arc::new)).collect::<Result<Vec<_>>>()?;
+        self.state().call_queues.clone_from(&call_queues);
         let buffers = &self.files.nodes().buffers;
-        let queue = |lane| Queue::Fuse(Box::new(FuseQueue::new(lane, buffers.clone(), depth)));
-        Ok(lanes.into_iter().map(queue).collect())
+        let queue =
+            |call_queue| FrontendQueue::Fuse(Box::new(FuseQueue::new(call_queue, buffers.clone(), depth)));
+        Ok(call_queues.into_iter().map(queue).collect())
     }
 
     pub(in crate::frontend) fn start(&self) -> Result<()> {
         self.files.check_mounted()?;
-        let mut made = self.made();
-        let Some(geometry) = made.geometry else {
-            return Err(Error::new(Kind::Internal, "the file was not described"));
+        let mut state = self.state();
+        let Some(geometry) = state.geometry else {
+            return Err(Error::new(Kind::Internal, "the file has no image yet"));
         };
-        let (image, lanes) = (made.image.clone(), made.lanes.clone());
-        made.node = Some(self.files.nodes().insert(self.name.clone(), &geometry, image, lanes)?);
+        let (image, call_queues) = (state.image.clone(), state.call_queues.clone());
+        state.node = Some(self.files.nodes().insert(self.name.clone(), &geometry, image, call_queues)?);
         Ok(())
     }
 
     pub(in crate::frontend) fn is_open(&self) -> bool {
-        self.made().node.as_ref().is_some_and(|node| node.state().opens > 0)
+        self.state().node.as_ref().is_some_and(|node| node.state().opens > 0)
     }
 
     pub(in crate::frontend) fn resize(&self, bytes: u64) -> Result<()> {
-        let Some(node) = self.made().node.clone() else {
+        let Some(node) = self.state().node.clone() else {
             return Err(Error::new(Kind::Internal, "the file was not started"));
         };
         let before = node.size();
-        // A page at the old end that is cached ends in zeroes, which must not come to lie on what
-        // the image has there now.
+        // A cached page at the old end ends in zeroes, which must not overwrite what the image has
+        // there now.
         let path = self.node();
-        with_limit("writing back", move || std::fs::File::open(path).and_then(|file| file.sync_all()))?
-            .map_err(|error| Error::os(error, "the kernel does not write back what it caches"))?;
+        with_timeout("writing back", move || std::fs::File::open(path).and_then(|file| file.sync_all()))?
+            .map_err(|error| Error::os(error, "the kernel cannot write back the page cache"))?;
         self.invalidate(&node, "writing back");
         node.set_size(bytes);
-        // The kernel minds the size of a file by itself when it caches writes, and believes nobody
-        // but who truncates it.
+        // With write-back caching the kernel tracks the file's size itself: only a truncation
+        // changes it.
         let path = self.node();
-        let told = with_limit("truncating a file of our own", move || sys::truncate(&path, bytes))
-            .and_then(|told| told.map_err(|error| Error::os(error, "the kernel does not take the new size")));
-        told.inspect_err(|_| node.set_size(before))
+        let outcome = with_timeout("truncating a file of our own", move || sys::truncate(&path, bytes))
+            .and_then(|done| done.map_err(|error| Error::os(error, "the kernel rejects the new size")));
+        outcome.inspect_err(|_| node.set_size(before))
     }
 
-    pub(in crate::frontend) fn stop(&self, when: Stop) -> Result<()> {
-        let made = self.made();
-        if let Some(node) = &made.node {
+    pub(in crate::frontend) fn stop(&self, when: StopMode) -> Result<()> {
+        let state = self.state();
+        if let Some(node) = &state.node {
             match when {
-                Stop::IfUnused | Stop::IfUnusedNow => close_unused(node)?,
-                Stop::Always => self.close_used(node),
+                StopMode::IfUnused | StopMode::IfUnusedNow => close_if_unused(node)?,
+                StopMode::Always => self.close_in_use(node),
             }
             self.files.nodes().remove(node);
         }
-        for lane in &made.lanes {
-            lane.end();
+        for call_queue in &state.call_queues {
+            call_queue.close();
         }
-        if let Some(node) = &made.node {
-            self.forget(node);
+        if let Some(node) = &state.node {
+            self.invalidate_entry(node);
         }
         Ok(())
     }
 
-    /// Lets nobody open the file any more, and has the kernel write back what it caches.
-    fn close_used(&self, node: &Node) {
+    /// Refuses further opens, and has the kernel write back its cache.
+    fn close_in_use(&self, node: &FuseNode) {
         let used = {
             let mut state = node.state();
             state.closed = true;
@@ -131,36 +136,36 @@ impl Device {
         }
     }
 
-    /// The kernel is to know neither the name nor the content any more.
-    fn forget(&self, node: &Node) {
+    /// Removes name and content from the kernel's caches.
+    fn invalidate_entry(&self, node: &FuseNode) {
         let (notifier, name) = (self.files.notifier(), node.name.clone());
-        let forgotten = with_limit("forgetting a name", move || {
-            // It fails when the kernel has not heard of the name.
+        let forgotten = with_timeout("invalidating a directory entry", move || {
+            // Fails if the kernel does not know the name.
             let _ = notifier.inval_entry(fuser::INodeNo::ROOT, name.as_ref());
         });
         if let Err(error) = forgotten {
-            tracing::warn!(%error, "{} may be found for a while", self.name);
+            tracing::warn!(%error, "the name {} may stay visible for a while", self.name);
         }
-        self.invalidate(node, "dropping what is cached");
+        self.invalidate(node, "dropping cached pages");
     }
 
-    /// Writes back and drops all cached pages. The kernel does not say which of them it could not write:
-    /// their writers are told, by fsync and close.
-    fn invalidate(&self, node: &Node, what: &str) {
+    /// Writes back and drops all cached pages. The kernel does not report which pages it could not
+    /// write: their writers get the error from fsync and close.
+    fn invalidate(&self, node: &FuseNode, what: &str) {
         let (notifier, ino) = (self.files.notifier(), fuser::INodeNo(node.ino));
-        let done = with_limit(what, move || notifier.inval_inode(ino, 0, 0));
+        let done = with_timeout(what, move || notifier.inval_inode(ino, 0, 0));
         match done.map(|done| done.map_err(|error| (error.raw_os_error(), error))) {
-            // ENOENT: the kernel has not heard of the file. ENODEV: somebody has unmounted it.
+            // ENOENT: the kernel does not know the file. ENODEV: it was unmounted.
             Ok(Ok(()) | Err((Some(libc::ENOENT | libc::ENODEV), _))) => {}
             Ok(Err((_, error))) => tracing::warn!(%error, "cannot write back {}", self.name),
-            Err(error) => tracing::warn!(%error, "not all of {} could be written back", self.name),
+            Err(error) => tracing::warn!(%error, "cannot write back all of {}", self.name),
         }
     }
 }
 
-/// Closes a file that nobody has open, now or soon.
-fn close_unused(node: &Node) -> Result<()> {
-    let deadline = Instant::now() + SOON;
+/// Closes a file that is not open, now or soon.
+fn close_if_unused(node: &FuseNode) -> Result<()> {
+    let deadline = Instant::now() + RELEASE_TIMEOUT;
     loop {
         {
             let mut state = node.state();
@@ -172,6 +177,6 @@ fn close_unused(node: &Node) -> Result<()> {
         if Instant::now() >= deadline {
             return Err(Error::new(Kind::Busy, "the file is open"));
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }

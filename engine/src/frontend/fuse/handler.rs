@@ -1,23 +1,23 @@
-//! What the kernel asks of the file system, answered at once or made into a call for a worker.
+//! The file system's operations: each is answered at once or becomes a call for a worker.
 //!
-//! Runs on the session threads. Nothing here waits but for room in a full lane, and nothing here
-//! asks the kernel anything that one of these threads would have to answer.
+//! Runs on the session threads. Nothing here waits, except for space in a full call queue. Nothing
+//! here makes a system call that one of these threads would have to serve.
 //!
-//! A file is as large as its device and stays so. What is more than a disk can do:
+//! The size of a file is that of its device and fixed. Operations that a disk does not have:
 //!
-//! | asked for | answer |
+//! | operation | answer |
 //! |---|---|
-//! | O_TRUNC, ftruncate to 0 | the content is given up: the file reads as zeroes (cp skips holes and relies on it), and is as long as before. EBUSY if others have it open, for their cached pages would come back |
-//! | truncation to another size in any other way | EPERM if shorter, ENOSPC if longer |
-//! | a write past the end | what fits is written; ENOSPC: of a cached write, to fsync, close and the next write after the kernel has written back |
-//! | punching a hole, zeroing a range, reserving blocks | as the image can; reserving past the end: ENOSPC |
-//! | anything else of fallocate | EOPNOTSUPP |
-//! | SEEK_HOLE, SEEK_DATA | as the image has them; without them where it has not |
-//! | a direct transfer that is no multiple of the block size | EINVAL |
+//! | O_TRUNC, ftruncate to 0 | the content is dropped: the file reads as zeroes (cp skips holes and relies on it) and keeps its size. EBUSY if others have it open, since their cached pages would reappear |
+//! | any other truncation | EPERM if shorter, ENOSPC if longer |
+//! | a write past the end | the part that fits is written; ENOSPC: for a cached write from fsync, close and the next write after write-back |
+//! | punching a hole, zeroing a range, allocating blocks | as the image supports it; allocating past the end: ENOSPC |
+//! | other fallocate modes | EOPNOTSUPP |
+//! | SEEK_HOLE, SEEK_DATA | as the image supports it |
+//! | a direct transfer that is not a multiple of the block size | EINVAL |
 //! | making, removing, renaming files | EPERM |
 //!
-//! The kernel caches writes and sends whole pages, cut off at the file's end, which is a multiple of
-//! the block size. Were it not so after all, the request would fail rather than be rounded.
+//! The kernel caches writes and sends whole pages, cut off at the file's end, which is a multiple
+//! of the block size. Any other request would fail rather than be rounded.
 
 use std::cell::Cell;
 use std::ffi::OsStr;
@@ -33,29 +33,29 @@ use fuser::{
 };
 
 use super::MAX_REQUEST;
-use super::lane::{Answer, Call};
-use super::node::{Node, Nodes, TTL};
+use super::call_queue::{FuseCall, FuseReply};
+use super::node::{FuseNode, NodeTable, TTL};
 use super::space;
 use crate::request::Op;
 
-/// Requests that the kernel may send on its own, for all files of the file system: read ahead,
-/// write back, asynchronous direct I/O.
+/// Maximum number of background requests of the kernel for all files of the file system: readahead,
+/// write-back, asynchronous direct I/O.
 const BACKGROUND: u16 = 512;
 
 /// The callbacks of fuser.
 pub(super) struct Handler {
-    nodes: Arc<Nodes>,
-    /// Direct I/O may bypass the page cache altogether.
+    nodes: Arc<NodeTable>,
+    /// Direct I/O may bypass the page cache entirely.
     bypass: bool,
 }
 
 thread_local! {
-    /// Number of this session thread. A thread serves one file system only.
+    /// Number of this session thread. Each thread serves one file system.
     static THREAD: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
 impl Handler {
-    pub(super) fn new(nodes: Arc<Nodes>) -> Self {
+    pub(super) fn new(nodes: Arc<NodeTable>) -> Self {
         Self { nodes, bypass: false }
     }
 
@@ -67,14 +67,14 @@ impl Handler {
         })
     }
 
-    /// Hands a call to the worker of this thread.
-    fn send(&self, node: &Node, call: Call) {
-        node.set_fresh(false);
-        node.lane(self.thread()).send(call);
+    /// Sends a call to the worker of this thread.
+    fn send(&self, node: &FuseNode, call: FuseCall) {
+        node.set_untouched(false);
+        node.call_queue(self.thread()).send(call);
     }
 }
 
-fn is_whole(node: &Node, offset: u64, len: u64) -> bool {
+fn is_block_aligned(node: &FuseNode, offset: u64, len: u64) -> bool {
     let block = u64::from(node.block_size);
     offset.is_multiple_of(block) && len.is_multiple_of(block)
 }
@@ -88,30 +88,31 @@ fn time(time: TimeOrNow) -> SystemTime {
 
 impl Filesystem for Handler {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        // Without it, cached writes would come with any length, at any offset.
+        // Without it, cached writes would have arbitrary lengths and offsets.
         let needed = InitFlags::FUSE_WRITEBACK_CACHE;
         config.add_capabilities(needed).map_err(|_| std::io::ErrorKind::Unsupported)?;
         for wanted in [
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            // Content changes through this file system only.
+            // Content changes only through this file system.
             InitFlags::FUSE_EXPLICIT_INVAL_DATA,
         ] {
-            // A kernel without one is slower.
+            // Optional: without it the kernel is slower.
             let _ = config.add_capabilities(wanted);
         }
-        // Of all kernels that can bypass the cache, those with this one (Linux 6.6) mind what is in it.
+        // Kernels with this flag (Linux 6.6) keep the page cache coherent when it is bypassed.
         self.bypass = config.add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP).is_ok();
         // Larger requests would fail.
         config.set_max_write(MAX_REQUEST).map_err(|_| std::io::ErrorKind::Unsupported)?;
-        // Refused is only 0.
+        // Only 0 is rejected.
         let _ = config.set_max_background(BACKGROUND);
         let _ = config.set_congestion_threshold(BACKGROUND / 4 * 3);
         Ok(())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = name.to_str().filter(|_| parent == INodeNo::ROOT).and_then(|name| self.nodes.named(name));
+        let found =
+            name.to_str().filter(|_| parent == INodeNo::ROOT).and_then(|name| self.nodes.by_name(name));
         match found {
             Some(node) => reply.entry(&node.ttl(), &node.attr(), Generation(0)),
             None => reply.error(Errno::ENOENT),
@@ -120,13 +121,14 @@ impl Filesystem for Handler {
 
     fn getattr(&self, _: &Request, ino: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
         match self.nodes.get(ino) {
-            // The kernel names an open file when that is about to be written, and gives up if we do.
+            // The kernel passes an open file before a write to it, and aborts the write on an
+            // error.
             Some(node) if handle.is_some_and(|handle| node.take_overrun(handle)) => {
                 reply.error(Errno::ENOSPC)
             }
             Some(node) => reply.attr(&node.ttl(), &node.attr()),
             None if ino == INodeNo::ROOT => reply.attr(&TTL, &self.nodes.root()),
-            // The kernel looks the name up once more.
+            // The kernel repeats the lookup.
             None => reply.error(Errno::ESTALE),
         }
     }
@@ -168,12 +170,12 @@ impl Filesystem for Handler {
             None => reply.attr(&node.ttl(), &node.attr()),
             Some(size) if size == now => reply.attr(&node.ttl(), &node.attr()),
             Some(size) if size > now => reply.error(Errno::ENOSPC),
-            // Opening with O_TRUNC: a truncation without a handle, by who has just opened it.
+            // Opening with O_TRUNC: a truncation without a handle, by the process that opens it.
             Some(0) if !node.read_only => {
                 let nodes = handle.is_some().then(|| self.nodes.clone());
-                space::empty(node, nodes, self.thread(), reply)
+                space::zero_file(node, nodes, self.thread(), reply)
             }
-            // Cached pages behind the new end could come back.
+            // Cached pages beyond the new end could reappear.
             Some(_) => reply.error(Errno::EPERM),
         }
     }
@@ -188,15 +190,15 @@ impl Filesystem for Handler {
         if state.closed {
             return reply.error(Errno::ESTALE);
         }
-        if state.emptying {
+        if state.zeroing {
             return reply.error(Errno::EBUSY);
         }
         state.opens += 1;
         if writes {
-            node.set_fresh(true);
+            node.set_untouched(true);
         }
-        // Past the cache direct writes go side by side; else each waits for those before it, even
-        // with many threads. But only as long as nobody who uses the cache is there already.
+        // Direct writes that bypass the cache run in parallel; otherwise they are serialized. Only
+        // as long as no opener uses the cache.
         let bypass = self.bypass && flags.0 & libc::O_DIRECT != 0 && state.cached == 0;
         state.cached += u32::from(!bypass);
         let handle = self.nodes.new_handle(bypass);
@@ -204,7 +206,7 @@ impl Filesystem for Handler {
             state.writers.insert(handle.0, false);
         }
         drop(state);
-        // Never FOPEN_KEEP_CACHE: who opens a file sees what was written past the cache before.
+        // Never FOPEN_KEEP_CACHE: an opener must see earlier writes that bypassed the cache.
         let mut answer = FopenFlags::empty();
         answer.set(FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, bypass);
         reply.opened(handle, answer);
@@ -245,14 +247,14 @@ impl Filesystem for Handler {
         if len == 0 {
             return reply.data(&[]);
         }
-        if !is_whole(&node, offset, len) {
+        if !is_block_aligned(&node, offset, len) {
             return reply.error(Errno::EINVAL);
         }
         if len > u64::from(MAX_REQUEST) {
             return reply.error(Errno::EIO);
         }
-        let answer = Answer::Data(reply);
-        self.send(&node, Call { op: Op::Read, offset, len, buffer: None, answer });
+        let answer = FuseReply::Data(reply);
+        self.send(&node, FuseCall { op: Op::Read, offset, len, buffer: None, answer });
     }
 
     fn write(
@@ -273,30 +275,30 @@ impl Filesystem for Handler {
         let cached = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         if !fits {
             if cached {
-                node.note_overrun();
+                node.record_overrun();
             }
             self.nodes.correct_size(&node);
         }
         if len == 0 {
             return if fits { reply.written(0) } else { reply.error(Errno::ENOSPC) };
         }
-        if !is_whole(&node, offset, len) {
+        if !is_block_aligned(&node, offset, len) {
             return reply.error(Errno::EINVAL);
         }
         let Some(buffer) = self.nodes.buffers.take_filled(&data[..len as usize]) else {
             return reply.error(Errno::EIO);
         };
-        // Who writes directly is told how much was written, and tries the rest again.
-        let answer = Answer::Written(reply, (cached && !fits).then_some(Errno::ENOSPC));
-        // Of an asynchronous direct write the kernel sends no fsync, but these flags.
+        // A direct writer gets a short count and retries the rest.
+        let answer = FuseReply::Written(reply, (cached && !fits).then_some(Errno::ENOSPC));
+        // For an asynchronous direct write the kernel sends these flags instead of an fsync.
         let op = Op::Write { fua: flags.0 & libc::O_DSYNC != 0 };
-        self.send(&node, Call { op, offset, len, buffer: Some(buffer), answer });
+        self.send(&node, FuseCall { op, offset, len, buffer: Some(buffer), answer });
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         let Some(node) = self.nodes.get(ino) else { return reply.error(Errno::ENODEV) };
-        let answer = Answer::Done(reply);
-        self.send(&node, Call { op: Op::Flush, offset: 0, len: 0, buffer: None, answer });
+        let answer = FuseReply::Done(reply);
+        self.send(&node, FuseCall { op: Op::Flush, offset: 0, len: 0, buffer: None, answer });
     }
 
     fn fallocate(
@@ -314,12 +316,12 @@ impl Filesystem for Handler {
             Err(error) => reply.error(error),
             Ok((_, 0)) => reply.ok(),
             Ok((op, len)) => {
-                self.send(&node, Call { op, offset, len, buffer: None, answer: Answer::Done(reply) })
+                self.send(&node, FuseCall { op, offset, len, buffer: None, answer: FuseReply::Done(reply) })
             }
         }
     }
 
-    /// At every close. What was cached is written by now; to make it durable is fsync's duty.
+    /// Called at every close. The cache is written back by now; durability is the job of fsync.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.ok();
     }
@@ -385,7 +387,7 @@ impl Filesystem for Handler {
         reply.error(Errno::EPERM);
     }
 
-    // The kernel takes ENOSYS for "never ask again".
+    // After ENOSYS the kernel never asks again.
 
     fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
         reply.error(Errno::ENOSYS);
@@ -437,7 +439,7 @@ impl Filesystem for Handler {
         _: u32,
         reply: ReplyIoctl,
     ) {
-        // Asked again and again, by programs that look for a disk: ENOSYS would stand for all.
+        // Programs that look for a disk ask repeatedly; ENOSYS would disable all ioctls.
         reply.error(Errno::ENOTTY);
     }
 

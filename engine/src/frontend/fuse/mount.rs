@@ -1,8 +1,8 @@
-//! The file system of one instance: mounted on its directory, served by threads of its own, gone
+//! The file system of one instance: mounted on its directory, served by its own threads, unmounted
 //! with it.
 //!
-//! Knows mounts and sessions; what is asked of the files is the handler's business. Mounts and
-//! unmounts by itself rather than with fuser, which would not end a file system in use.
+//! Knows mounts and sessions; the handler implements the operations. Mounts and unmounts by itself
+//! rather than with fuser, which would not end a file system in use.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -17,27 +17,27 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::NODE;
 use super::handler::Handler;
-use super::node::Nodes;
+use super::node::NodeTable;
 use crate::error::{Error, Kind, Result};
 use crate::sandbox;
 use crate::sys::{self, mntns};
 
-/// What mount(8) shows as the source; by it stale mounts are known.
+/// Source in the mount table; identifies stale mounts.
 const SOURCE: &str = "loopengine";
 const TYPE: &str = "fuse";
 /// How long the threads of a file system may take to end.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
-/// Device numbers of all file systems of this engine: where images must not lie.
+/// Device numbers of all file systems of this engine, where no image may be.
 #[derive(Clone, Debug, Default)]
-pub struct Mounts(Arc<Mutex<BTreeSet<u64>>>);
+pub struct FuseMounts(Arc<Mutex<BTreeSet<u64>>>);
 
-impl Mounts {
+impl FuseMounts {
     fn numbers(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether one of them has this number.
+    /// Whether one of them has this device number.
     pub fn contains(&self, device_number: u64) -> bool {
         self.numbers().contains(&device_number)
     }
@@ -45,22 +45,23 @@ impl Mounts {
 
 /// A mounted file system.
 #[derive(Debug)]
-pub struct FileSystem {
-    nodes: Arc<Nodes>,
+pub struct FuseFileSystem {
+    nodes: Arc<NodeTable>,
     notifier: Notifier,
     session: Mutex<Option<BackgroundSession>>,
-    mounts: Mounts,
+    mounts: FuseMounts,
     device_number: u64,
 }
 
-impl FileSystem {
-    /// Mounts one on `directory`, served by so many threads on these CPUs (all for none).
+impl FuseFileSystem {
+    /// Mounts a file system on `directory`, served by this many threads on these CPUs (all if
+    /// empty).
     pub(in crate::frontend) fn mount(
         directory: &Path,
         threads: usize,
         cpus: &[usize],
-        mounts: &Mounts,
-    ) -> Result<FileSystem> {
+        mounts: &FuseMounts,
+    ) -> Result<FuseFileSystem> {
         let shown = directory.display();
         let device: OwnedFd = File::options()
             .read(true)
@@ -69,7 +70,7 @@ impl FileSystem {
             .map_err(|error| Error::os(error, format!("cannot open {NODE}")))?
             .into();
         let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        // The kernel checks modes and owners, for all users alike.
+        // The kernel checks modes and owners, for all users.
         let options = format!(
             "fd={},rootmode=40755,user_id={uid},group_id={gid},default_permissions,allow_other",
             device.as_raw_fd()
@@ -81,7 +82,7 @@ impl FileSystem {
             Error::os(error, format!("cannot mount a FUSE file system on {shown}"))
                 .hint("the daemon needs root (CAP_SYS_ADMIN)")
         })?;
-        let nodes = Arc::new(Nodes::new(directory.to_owned()));
+        let nodes = Arc::new(NodeTable::new(directory.to_owned()));
         let started =
             start(nodes.clone(), device, threads, cpus.to_owned()).and_then(|(session, notifier)| {
                 let stat = rustix::fs::stat(directory).map_err(|error| {
@@ -89,7 +90,7 @@ impl FileSystem {
                 })?;
                 let session = Mutex::new(Some(session));
                 let device_number = stat.st_dev;
-                Ok(FileSystem { nodes, notifier, session, mounts: mounts.clone(), device_number })
+                Ok(FuseFileSystem { nodes, notifier, session, mounts: mounts.clone(), device_number })
             });
         match started {
             Ok(files) => {
@@ -103,7 +104,7 @@ impl FileSystem {
         }
     }
 
-    pub(super) fn nodes(&self) -> &Nodes {
+    pub(super) fn nodes(&self) -> &NodeTable {
         &self.nodes
     }
 
@@ -111,7 +112,7 @@ impl FileSystem {
         self.notifier.clone()
     }
 
-    /// Refuses to go on when somebody has unmounted it.
+    /// Fails if the file system was unmounted.
     pub(super) fn check_mounted(&self) -> Result<()> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if session.as_ref().is_some_and(|session| !session.guard.is_finished()) {
@@ -121,14 +122,14 @@ impl FileSystem {
         Err(Error::new(Kind::Unavailable, context).hint("restart the daemon"))
     }
 
-    /// Unmounts it. What is still open fails from now on.
+    /// Unmounts it. Open files fail from now on.
     pub(in crate::frontend) fn end(&self) {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(session) = session else { return };
         let shown = self.nodes.directory.display();
         self.mounts.numbers().remove(&self.device_number);
         match abort(&self.nodes.directory) {
-            // Somebody was faster.
+            // It is unmounted already.
             Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
             Err(error) => tracing::error!(%error, "cannot unmount {shown}"),
         }
@@ -143,21 +144,20 @@ impl FileSystem {
     }
 }
 
-impl Drop for FileSystem {
+impl Drop for FuseFileSystem {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-/// Ends the kernel's side at once, and takes the mount away whoever uses it.
+/// Aborts the connection and unmounts it, even if in use.
 fn abort(directory: &Path) -> rustix::io::Result<()> {
     unmount(directory, UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
 }
 
-/// Starts the threads. They inherit what is set for the one that starts them, so that is one made
-/// for it.
+/// Starts the threads. They inherit their starter's settings, so a new thread starts them.
 fn start(
-    nodes: Arc<Nodes>,
+    nodes: Arc<NodeTable>,
     device: OwnedFd,
     threads: usize,
     cpus: Vec<usize>,
@@ -174,7 +174,7 @@ fn start(
         let session =
             Session::from_fd(Handler::new(nodes.clone()), device, SessionACL::All, config).map_err(failed)?;
         let notifier = session.notifier();
-        // Nobody was asked anything yet, so that it is the first.
+        // Always the first: no request has arrived yet.
         let _ = nodes.notifier.set(notifier.clone());
         Ok((session.spawn().map_err(failed)?, notifier))
     });
@@ -182,16 +182,15 @@ fn start(
     starter.join().unwrap_or_else(|_| Err(Error::new(Kind::Internal, "starting a FUSE session panicked")))
 }
 
-/// Where file systems of this or a dead daemon are mounted below a run directory, youngest first.
+/// Mount points of file systems of this or a dead daemon below a run directory, newest first.
 pub fn mounted_below(run_dir: &Path) -> Vec<PathBuf> {
     mntns::mounted(TYPE, SOURCE).into_iter().filter(|target| target.parent() == Some(run_dir)).collect()
 }
 
-/// Takes away what a daemon that was killed has left mounted below its run directory, which must
-/// be locked. Returns notes.
+/// Unmounts what a killed daemon left below its run directory, which must be locked. Returns notes.
 pub fn clear_stale(run_dir: &Path) -> Vec<String> {
     let unmounted = |target: PathBuf| match unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Ok(()) => format!("unmounted {}, which a daemon before this one left", target.display()),
+        Ok(()) => format!("unmounted {}, left by a previous daemon", target.display()),
         Err(error) => format!("cannot unmount {}: {error}", target.display()),
     };
     mounted_below(run_dir).into_iter().map(unmounted).collect()

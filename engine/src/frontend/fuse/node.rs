@@ -1,8 +1,7 @@
-//! The files of one file system: what each looks like, who has it open, which lanes lead to its
-//! queues.
+//! The files of one file system: attributes, open handles, and the call queues of each.
 //!
-//! Inode numbers are never used again: who has a file open that is gone can never reach the next
-//! one of the same name.
+//! Inode numbers are never reused: a handle of a removed file cannot reach a new file of the same
+//! name.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -12,42 +11,42 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{FileAttr, FileHandle, FileType, INodeNo, Notifier};
 
-use super::buffer::Buffers;
-use super::lane::Lane;
+use super::buffer_pool::BufferPool;
+use super::call_queue::CallQueue;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
 use crate::sys;
 
-/// How long the kernel may believe what it was told: we tell it of every change.
+/// Attribute and entry timeout: we notify the kernel of every change.
 pub(super) const TTL: Duration = Duration::from_secs(3600);
 
-/// A file that was closed just now is released by the kernel a little later.
-pub(super) const SOON: Duration = Duration::from_secs(1);
-pub(super) const PAUSE: Duration = Duration::from_millis(2);
+/// The kernel releases a closed file a little later.
+pub(super) const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Whether a file can be zeroed.
+/// Result of an attempt to start zeroing a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Emptying {
-    Begun,
-    /// Another has it open still.
+pub(super) enum ZeroingStart {
+    Started,
+    /// Another handle is still open.
     NotYet,
     /// It is in use.
-    Refused,
+    Busy,
 }
 
-/// What of a file can change.
+/// The mutable state of a file.
 #[derive(Debug)]
-pub(super) struct State {
-    /// Open files (not descriptors: those that share one count once).
+pub(super) struct NodeState {
+    /// Open handles (not descriptors, which may share one).
     pub(super) opens: u32,
-    /// Those among them that use the page cache.
+    /// Those of them that use the page cache.
     pub(super) cached: u32,
-    /// Those among these that can write; true: it is still to be told that a write did not fit.
+    /// Those of these that can write; true: an ENOSPC is still to be reported.
     pub(super) writers: BTreeMap<u64, bool>,
-    /// It can be opened no more.
+    /// It cannot be opened any more.
     pub(super) closed: bool,
-    /// It is being zeroed, and cannot be opened meanwhile: old content would be cached.
-    pub(super) emptying: bool,
+    /// It is being zeroed and cannot be opened meanwhile: old content would be cached.
+    pub(super) zeroing: bool,
     pub(super) mode: u16,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -57,29 +56,28 @@ pub(super) struct State {
 
 /// One file.
 #[derive(Debug)]
-pub(super) struct Node {
+pub(super) struct FuseNode {
     pub(super) ino: u64,
     pub(super) name: String,
     pub(super) block_size: u32,
     pub(super) read_only: bool,
-    lanes: Box<[Arc<Lane>]>,
+    call_queues: Box<[Arc<CallQueue>]>,
     size: AtomicU64,
-    /// Opened for writing, and nobody has done anything since: nothing of it is cached, if that was
-    /// its only user.
-    fresh: AtomicBool,
-    /// Whether its size in the kernel is being corrected: [`Node::IDLE`] and so on.
+    /// Opened for writing and not accessed since: nothing is cached if that was its only handle.
+    untouched: AtomicBool,
+    /// State of the size correction in the kernel: [`FuseNode::IDLE`] and so on.
     correcting: AtomicU8,
-    /// For its holes; it goes with the device.
+    /// For SEEK_HOLE; it ends with the device.
     pub(super) image: Weak<Image>,
-    state: Mutex<State>,
+    state: Mutex<NodeState>,
 }
 
-impl Node {
+impl FuseNode {
     const IDLE: u8 = 0;
     const RUNNING: u8 = 1;
     const AGAIN: u8 = 2;
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, NodeState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -91,47 +89,47 @@ impl Node {
         self.size.store(size, Ordering::Release);
     }
 
-    pub(super) fn set_fresh(&self, fresh: bool) {
-        // Read by many at once, and nearly never changed.
-        if self.fresh.load(Ordering::Acquire) != fresh {
-            self.fresh.store(fresh, Ordering::Release);
+    pub(super) fn set_untouched(&self, untouched: bool) {
+        // Read often, changed rarely.
+        if self.untouched.load(Ordering::Acquire) != untouched {
+            self.untouched.store(untouched, Ordering::Release);
         }
     }
 
-    /// Lets nobody else open it while it is zeroed, if its only user has done nothing yet, or has what is
-    /// cached `dropped`.
-    pub(super) fn begin_emptying(&self, dropped: bool) -> Emptying {
+    /// Starts zeroing it, with opens refused meanwhile, if its only handle is untouched or its
+    /// cache was `dropped`.
+    pub(super) fn start_zeroing(&self, dropped: bool) -> ZeroingStart {
         let mut state = self.state();
-        if state.closed || state.emptying || !(dropped || self.fresh.load(Ordering::Acquire)) {
-            return Emptying::Refused;
+        if state.closed || state.zeroing || !(dropped || self.untouched.load(Ordering::Acquire)) {
+            return ZeroingStart::Busy;
         }
         if state.opens > 1 {
-            return Emptying::NotYet;
+            return ZeroingStart::NotYet;
         }
-        state.emptying = true;
-        Emptying::Begun
+        state.zeroing = true;
+        ZeroingStart::Started
     }
 
-    /// A write through the page cache did not fit. Whose it was the kernel does not say: as with any
-    /// error of a write that is cached, all who may have made it are told once.
-    pub(super) fn note_overrun(&self) {
+    /// Records a cached write past the end. The kernel does not report its writer: as with other
+    /// write-back errors, every possible writer gets the error once.
+    pub(super) fn record_overrun(&self) {
         self.state().writers.values_mut().for_each(|told| *told = true);
     }
 
-    /// Whether this open file is to be told that a write did not fit. It is, with that.
+    /// Whether this handle still has to report ENOSPC. Clears it.
     pub(super) fn take_overrun(&self, handle: FileHandle) -> bool {
         self.state().writers.get_mut(&handle.0).is_some_and(std::mem::take)
     }
 
-    /// How long the kernel may believe its attributes. It asks for them before a cached write if they are
-    /// not valid, and that is when a writer can be told something.
+    /// Attribute timeout. With an expired one, the kernel asks before a cached write, and the
+    /// writer gets its error.
     pub(super) fn ttl(&self) -> Duration {
         if self.state().writers.values().any(|told| *told) { Duration::ZERO } else { TTL }
     }
 
-    /// The lane of the session thread with this number.
-    pub(super) fn lane(&self, thread: usize) -> &Lane {
-        &self.lanes[thread % self.lanes.len()]
+    /// The call queue of the session thread with this number.
+    pub(super) fn call_queue(&self, thread: usize) -> &CallQueue {
+        &self.call_queues[thread % self.call_queues.len()]
     }
 
     pub(super) fn attr(&self) -> FileAttr {
@@ -157,35 +155,35 @@ impl Node {
 }
 
 #[derive(Debug, Default)]
-struct Table {
-    by_ino: HashMap<u64, Arc<Node>>,
-    by_name: BTreeMap<String, Arc<Node>>,
+struct NodeMaps {
+    by_ino: HashMap<u64, Arc<FuseNode>>,
+    by_name: BTreeMap<String, Arc<FuseNode>>,
 }
 
-/// All files, and what they share.
+/// All files, and their shared state.
 #[derive(Debug)]
-pub(super) struct Nodes {
-    /// Where they appear.
+pub(super) struct NodeTable {
+    /// The mount point.
     pub(super) directory: PathBuf,
-    pub(super) buffers: Arc<Buffers>,
-    pub(super) made: SystemTime,
-    /// Session threads that have asked for their number.
+    pub(super) buffers: Arc<BufferPool>,
+    pub(super) state: SystemTime,
+    /// Number of session threads that have a number.
     pub(super) threads: AtomicUsize,
-    /// To the kernel, once there is a session.
+    /// For notifications to the kernel, once there is a session.
     pub(super) notifier: OnceLock<Notifier>,
-    /// One more reference for each thread that looks for holes.
+    /// Has one more reference per thread that seeks holes.
     pub(super) seeks: Arc<()>,
     next_handle: AtomicU64,
-    table: RwLock<Table>,
+    table: RwLock<NodeMaps>,
     next: AtomicU64,
 }
 
-impl Nodes {
+impl NodeTable {
     pub(super) fn new(directory: PathBuf) -> Self {
         Self {
             directory,
-            buffers: Arc::new(Buffers::new()),
-            made: SystemTime::now(),
+            buffers: Arc::new(BufferPool::new()),
+            state: SystemTime::now(),
             threads: AtomicUsize::new(0),
             notifier: OnceLock::new(),
             seeks: Arc::default(),
@@ -195,22 +193,22 @@ impl Nodes {
         }
     }
 
-    /// A number for an open file: even if it uses the page cache, odd if not.
+    /// A handle: even if it uses the page cache, odd if not.
     pub(super) fn new_handle(&self, bypass: bool) -> FileHandle {
         FileHandle(self.next_handle.fetch_add(2, Ordering::Relaxed) | u64::from(bypass))
     }
 
     /// The attributes of the directory.
     pub(super) fn root(&self) -> FileAttr {
-        let made = self.made;
+        let state = self.state;
         FileAttr {
             ino: INodeNo::ROOT,
             size: 0,
             blocks: 0,
-            atime: made,
-            mtime: made,
-            ctime: made,
-            crtime: made,
+            atime: state,
+            mtime: state,
+            ctime: state,
+            crtime: state,
             kind: FileType::Directory,
             perm: 0o755,
             nlink: 2,
@@ -222,40 +220,40 @@ impl Nodes {
         }
     }
 
-    /// A new file appears.
+    /// Adds a file.
     pub(super) fn insert(
         &self,
         name: String,
         geometry: &Geometry,
         image: Weak<Image>,
-        lanes: Vec<Arc<Lane>>,
-    ) -> Result<Arc<Node>> {
+        call_queues: Vec<Arc<CallQueue>>,
+    ) -> Result<Arc<FuseNode>> {
         let Geometry { size, block_size, read_only, .. } = *geometry;
-        if lanes.is_empty() {
+        if call_queues.is_empty() {
             return Err(Error::new(Kind::Internal, "a file without queues"));
         }
         let now = SystemTime::now();
-        let state = State {
+        let state = NodeState {
             opens: 0,
             cached: 0,
             writers: BTreeMap::new(),
             closed: false,
-            emptying: false,
+            zeroing: false,
             mode: if read_only { 0o400 } else { 0o600 },
             uid: 0,
             gid: 0,
             accessed: now,
             modified: now,
         };
-        let node = Arc::new(Node {
+        let node = Arc::new(FuseNode {
             ino: self.next.fetch_add(1, Ordering::Relaxed),
             name: name.clone(),
             block_size,
             read_only,
-            lanes: lanes.into(),
+            call_queues: call_queues.into(),
             size: AtomicU64::new(size),
-            fresh: AtomicBool::new(false),
-            correcting: AtomicU8::new(Node::IDLE),
+            untouched: AtomicBool::new(false),
+            correcting: AtomicU8::new(FuseNode::IDLE),
             image,
             state: Mutex::new(state),
         });
@@ -268,19 +266,19 @@ impl Nodes {
         Ok(node)
     }
 
-    /// A file is gone, for those who have it open as well.
-    pub(super) fn remove(&self, node: &Node) {
+    /// Removes a file, also for its open handles.
+    pub(super) fn remove(&self, node: &FuseNode) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         if table.by_ino.remove(&node.ino).is_some() {
             table.by_name.remove(&node.name);
         }
     }
 
-    pub(super) fn get(&self, ino: INodeNo) -> Option<Arc<Node>> {
+    pub(super) fn get(&self, ino: INodeNo) -> Option<Arc<FuseNode>> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).by_ino.get(&ino.0).cloned()
     }
 
-    pub(super) fn named(&self, name: &str) -> Option<Arc<Node>> {
+    pub(super) fn by_name(&self, name: &str) -> Option<Arc<FuseNode>> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).by_name.get(name).cloned()
     }
 
@@ -290,21 +288,20 @@ impl Nodes {
         table.by_name.iter().map(|(name, node)| (node.ino, name.clone())).collect()
     }
 
-    /// The kernel lets a cached write grow a file before we hear of it. Has it see the true size
-    /// again, behind the back of whoever wrote: our own threads must not wait for the kernel here.
-    pub(super) fn correct_size(&self, node: &Arc<Node>) {
-        if node.correcting.swap(Node::AGAIN, Ordering::AcqRel) != Node::IDLE {
+    /// A cached write may grow a file in the kernel before we see it. Truncates it back on another
+    /// thread: session threads must not wait for the kernel here.
+    pub(super) fn correct_size(&self, node: &Arc<FuseNode>) {
+        if node.correcting.swap(FuseNode::AGAIN, Ordering::AcqRel) != FuseNode::IDLE {
             return;
         }
         let (correcting, path) = (node.clone(), self.directory.join(&node.name));
         let correct = move || {
             let node = correcting;
             loop {
-                node.correcting.store(Node::RUNNING, Ordering::Release);
-                // After a resize by another thread this is refused, and nothing is lost: that one told
-                // the kernel the size.
+                node.correcting.store(FuseNode::RUNNING, Ordering::Release);
+                // Rejected after a resize by another thread, which has set the size itself.
                 let _ = sys::truncate(&path, node.size());
-                let (running, idle) = (Node::RUNNING, Node::IDLE);
+                let (running, idle) = (FuseNode::RUNNING, FuseNode::IDLE);
                 if node
                     .correcting
                     .compare_exchange(running, idle, Ordering::AcqRel, Ordering::Acquire)
@@ -315,7 +312,7 @@ impl Nodes {
             }
         };
         if std::thread::Builder::new().name("fuse size".to_owned()).spawn(correct).is_err() {
-            node.correcting.store(Node::IDLE, Ordering::Release);
+            node.correcting.store(FuseNode::IDLE, Ordering::Release);
         }
     }
 }

@@ -1,8 +1,7 @@
-//! A queue of a file as the worker sees it: takes calls from its lane, gives them tags, answers
-//! them.
+//! A queue of a file, the worker's side: takes calls from the call queue, assigns tags, replies.
 //!
-//! Knows the lane and the ring. The worker learns of calls by a read of the lane's eventfd, of which
-//! one is always in flight; while it has no free tag it looks by itself once it has one.
+//! The worker learns of calls through a read of the eventfd, of which one is always in flight.
+//! While it has no free tag, it checks the call queue itself once a tag is free.
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
@@ -11,91 +10,91 @@ use std::sync::Arc;
 use fuser::Errno;
 use io_uring::{cqueue, opcode, squeue};
 
-use super::buffer::Buffers;
-use super::lane::{Call, Lane};
+use super::buffer_pool::BufferPool;
+use super::call_queue::{CallQueue, FuseCall};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Op, Request, Tag};
-use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place};
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::{Data, QueueSlot};
 
-/// Tags of this queue's own completions.
-const BELL: Tag = 0;
-const NUDGE: Tag = 1;
-/// Bytes of a zeroed range that one request does.
+/// Tags of this queue's own CQEs.
+const WAKE_TAG: Tag = 0;
+const NOP_TAG: Tag = 1;
+/// Maximum number of bytes that one request zeroes.
 const ZERO_AT_ONCE: u64 = 1 << 30;
 
 /// A call in flight.
 #[derive(Debug)]
-struct Active {
-    call: Call,
-    /// Where its data is.
+struct ActiveCall {
+    call: FuseCall,
+    /// Address of its data.
     address: usize,
-    /// Bytes that this request does of it.
+    /// Bytes of the call that this request covers.
     len: u32,
 }
 
 /// One queue of one file.
 #[derive(Debug)]
 pub struct FuseQueue {
-    lane: Arc<Lane>,
-    buffers: Arc<Buffers>,
+    call_queue: Arc<CallQueue>,
+    buffers: Arc<BufferPool>,
     depth: u16,
-    place: Option<Place>,
-    /// What the eventfd is read into; the kernel writes to it while `listening`.
+    queue_slot: Option<QueueSlot>,
+    /// Target of the eventfd read; the kernel writes to it while `read_pending`.
     count: Box<u64>,
-    listening: bool,
-    /// Nobody rings the bell: there were more calls than tags.
-    awake: bool,
-    /// A no-op is on its way round the ring, to make us look.
-    nudged: bool,
-    active: Box<[Option<Active>]>,
+    read_pending: bool,
+    /// No notification is needed: there were more calls than tags.
+    polling: bool,
+    /// A no-op is in flight that makes the worker check the call queue.
+    nop_pending: bool,
+    active: Box<[Option<ActiveCall>]>,
     free: Vec<Tag>,
-    /// Calls of which a part is done and more is to do.
-    unfinished: VecDeque<Call>,
+    /// Calls that are done in part.
+    partial: VecDeque<FuseCall>,
 }
 
 impl FuseQueue {
-    pub(super) fn new(lane: Arc<Lane>, buffers: Arc<Buffers>, depth: u16) -> Self {
+    pub(super) fn new(call_queue: Arc<CallQueue>, buffers: Arc<BufferPool>, depth: u16) -> Self {
         Self {
-            lane,
+            call_queue,
             buffers,
             depth,
-            place: None,
+            queue_slot: None,
             count: Box::new(0),
-            listening: false,
-            awake: false,
-            nudged: false,
+            read_pending: false,
+            polling: false,
+            nop_pending: false,
             active: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
-            unfinished: VecDeque::with_capacity(usize::from(depth)),
+            partial: VecDeque::with_capacity(usize::from(depth)),
         }
     }
 
     pub(in crate::frontend) fn file(&self) -> RawFd {
-        self.lane.bell()
+        self.call_queue.eventfd()
     }
 
     pub(in crate::frontend) fn depth(&self) -> u16 {
         self.depth
     }
 
-    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
-        self.listen(ring)
+    pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
+        self.arm_read(ring)
     }
 
-    fn place(&self) -> Result<Place> {
-        self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))
+    fn queue_slot(&self) -> Result<QueueSlot> {
+        self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))
     }
 
-    fn listen(&mut self, ring: &mut Ring) -> Result<()> {
-        let place = self.place()?;
-        let entry = opcode::Read::new(place.frontend(), (&raw mut *self.count).cast(), 8)
+    fn arm_read(&mut self, ring: &mut Ring) -> Result<()> {
+        let queue_slot = self.queue_slot()?;
+        let entry = opcode::Read::new(queue_slot.frontend_file(), (&raw mut *self.count).cast(), 8)
             .build()
             .flags(squeue::Flags::FIXED_FILE)
-            .user_data(Token::pack(Step::Fetch, place.slot, BELL));
+            .user_data(Token::pack(EventKind::Fetch, queue_slot.id, WAKE_TAG));
         ring.push(&entry)?;
-        self.listening = true;
+        self.read_pending = true;
         Ok(())
     }
 
@@ -106,57 +105,57 @@ impl FuseQueue {
         ring: &mut Ring,
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
-        match (token.step, token.tag) {
-            (Step::Fetch, BELL) => self.listening = false,
-            (Step::Fetch, _) => self.nudged = false,
+        match (token.kind, token.tag) {
+            (EventKind::Fetch, WAKE_TAG) => self.read_pending = false,
+            (EventKind::Fetch, _) => self.nop_pending = false,
             _ => return Ok(()),
         }
-        // Who rang has put something into the lane before, whatever came of the read. But a read that cannot
-        // work would be sent again and again.
+        // A notification follows its call, whatever the read returns. But repeating a failed read
+        // would loop.
         let result = entry.result();
         if result < 0 && !matches!(-result, libc::EINTR | libc::EAGAIN | libc::ECANCELED) {
             let error = std::io::Error::from_raw_os_error(-result);
             return Err(Error::os(error, "io_uring refuses to wake a queue").with_kind(Kind::Internal));
         }
-        if self.lane.is_ended() {
-            // There is nothing to look for when a tag comes free.
-            self.awake = false;
-            self.lane.fail_waiting();
-            self.unfinished.drain(..).for_each(|call| call.answer.fail(Errno::ENODEV));
+        if self.call_queue.is_closed() {
+            // No need to check the call queue for free tags.
+            self.polling = false;
+            self.call_queue.fail_pending();
+            self.partial.drain(..).for_each(|call| call.answer.fail(Errno::ENODEV));
             return Ok(());
         }
-        self.look(arrived);
-        if self.listening { Ok(()) } else { self.listen(ring) }
+        self.take_calls(arrived);
+        if self.read_pending { Ok(()) } else { self.arm_read(ring) }
     }
 
-    /// Takes calls as long as there are tags for them.
-    fn look(&mut self, arrived: &mut Vec<Request>) {
-        self.lane.wake();
-        self.awake = true;
+    /// Takes calls while tags are free.
+    fn take_calls(&mut self, arrived: &mut Vec<Request>) {
+        self.call_queue.disable_notify();
+        self.polling = true;
         while let Some(tag) = self.free.pop() {
-            match self.unfinished.pop_front().or_else(|| self.lane.take()) {
+            match self.partial.pop_front().or_else(|| self.call_queue.take()) {
                 Some(call) => arrived.push(self.begin(tag, call)),
                 None => {
                     self.free.push(tag);
-                    if self.lane.sleep() {
-                        self.awake = false;
+                    if self.call_queue.enable_notify() {
+                        self.polling = false;
                         return;
                     }
-                    self.lane.wake();
+                    self.call_queue.disable_notify();
                 }
             }
         }
     }
 
-    fn begin(&mut self, tag: Tag, mut call: Call) -> Request {
+    fn begin(&mut self, tag: Tag, mut call: FuseCall) -> Request {
         let len = call.len.min(ZERO_AT_ONCE) as u32;
         let request = Request { tag, op: call.op, offset: call.offset, len };
-        // Of a read only now: those that wait for a tag hold no memory.
+        // Allocates for a read only now: waiting calls hold no memory.
         if call.op == Op::Read {
             call.buffer = self.buffers.take(len as usize);
         }
         let address = call.buffer.as_mut().map_or(0, |buffer| buffer.address());
-        self.active[usize::from(tag)] = Some(Active { call, address, len });
+        self.active[usize::from(tag)] = Some(ActiveCall { call, address, len });
         request
     }
 
@@ -168,8 +167,8 @@ impl FuseQueue {
     pub(in crate::frontend) fn complete(&mut self, completion: Completion, _ring: &mut Ring) -> Result<()> {
         let Completion { tag, result } = completion;
         let active = self.active.get_mut(usize::from(tag)).and_then(Option::take);
-        let Some(Active { mut call, len, .. }) = active else {
-            return Err(Error::new(Kind::Internal, format!("tag {tag} was answered and is not in flight")));
+        let Some(ActiveCall { mut call, len, .. }) = active else {
+            return Err(Error::new(Kind::Internal, format!("tag {tag} was completed but is not in flight")));
         };
         self.free.push(tag);
         if result < 0 {
@@ -177,7 +176,7 @@ impl FuseQueue {
         } else if matches!(call.op, Op::WriteZeroes { .. }) && call.len > u64::from(len) {
             call.offset += u64::from(len);
             call.len -= u64::from(len);
-            self.unfinished.push_back(call);
+            self.partial.push_back(call);
             return Ok(());
         } else {
             call.answer.succeed(call.buffer.as_ref(), len as usize);
@@ -188,28 +187,28 @@ impl FuseQueue {
         Ok(())
     }
 
-    /// All answers are given already; but tags have come free, and what waits for one must be seen.
-    pub(in crate::frontend) fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
-        let waits = self.awake || !self.unfinished.is_empty();
-        if waits && !self.nudged && !self.free.is_empty() {
-            let slot = self.place()?.slot;
-            // It has no file; the ring asks every submission for the flag.
-            let nudge = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
-            ring.push(&nudge.user_data(Token::pack(Step::Fetch, slot, NUDGE)))?;
-            self.nudged = true;
+    /// All replies are sent already. Tags have become free, so waiting calls must be checked.
+    pub(in crate::frontend) fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
+        let waits = self.polling || !self.partial.is_empty();
+        if waits && !self.nop_pending && !self.free.is_empty() {
+            let slot = self.queue_slot()?.id;
+            // It uses no file; the ring requires the flag.
+            let nop = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
+            ring.push(&nop.user_data(Token::pack(EventKind::Fetch, slot, NOP_TAG)))?;
+            self.nop_pending = true;
         }
         Ok(0)
     }
 
-    pub(in crate::frontend) fn is_gone(&self) -> bool {
-        self.lane.is_ended() && !self.listening && !self.nudged && self.unfinished.is_empty()
+    pub(in crate::frontend) fn is_drained(&self) -> bool {
+        self.call_queue.is_closed() && !self.read_pending && !self.nop_pending && self.partial.is_empty()
     }
 }
 
 impl Drop for FuseQueue {
     fn drop(&mut self) {
-        // Of a worker that ends in the middle of things: what the kernel may still write to stays.
-        if self.listening {
+        // A worker may end with operations in flight: leak what the kernel may still write to.
+        if self.read_pending {
             Box::leak(std::mem::take(&mut self.count));
         }
         for active in self.active.iter_mut().filter_map(Option::take) {

@@ -1,53 +1,56 @@
-//! The space of a file: what is given up, zeroed, reserved, or a hole.
+//! The space of a file: truncation, zeroing, allocation, holes.
 //!
-//! Knows which of it means what for a file whose size is fixed. What may wait for the image's file system or
-//! for the kernel runs on a thread of its own, never on a session thread.
+//! Knows their meaning for a file of fixed size. Whatever may wait for the image's file system or
+//! the kernel runs on its own thread, never on a session thread.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use fuser::{Errno, ReplyAttr, ReplyLseek};
 
-use super::lane::{Answer, Call};
-use super::node::{Emptying, Node, Nodes, PAUSE, SOON};
+use super::call_queue::{FuseCall, FuseReply};
+use super::node::{FuseNode, NodeTable, POLL_INTERVAL, RELEASE_TIMEOUT, ZeroingStart};
 use crate::request::Op;
 
-/// Threads of a file system that look for holes, at most: beyond them all is data.
+/// Maximum number of seeking threads of a file system; beyond it everything is data.
 const SEEKS_MAX: usize = 16;
 
-/// Zeroes the whole file for its only user; with `nodes`, drops what the kernel caches of it too. Who closed
-/// it just now is still counted: that is waited for, though not by a session thread.
-pub(super) fn empty(node: Arc<Node>, nodes: Option<Arc<Nodes>>, thread: usize, reply: ReplyAttr) {
+/// Zeroes the whole file for its only handle; with `nodes`, drops the kernel's cache too. A handle
+/// that was just closed still counts: a separate thread waits for it.
+pub(super) fn zero_file(node: Arc<FuseNode>, nodes: Option<Arc<NodeTable>>, thread: usize, reply: ReplyAttr) {
     let dropped = nodes.is_some();
-    let send = move |node: Arc<Node>, reply: ReplyAttr| {
+    let send = move |node: Arc<FuseNode>, reply: ReplyAttr| {
         let (op, len) = (Op::WriteZeroes { unmap: true, fua: false }, node.size());
         let answer = match nodes {
-            Some(nodes) => Answer::Truncated(reply, node.clone(), nodes),
-            None => Answer::Emptied(reply, node.clone()),
+            Some(nodes) => FuseReply::Truncated(reply, node.clone(), nodes),
+            None => FuseReply::Zeroed(reply, node.clone()),
         };
-        node.lane(thread).send(Call { op, offset: 0, len, buffer: None, answer });
+        node.call_queue(thread).send(FuseCall { op, offset: 0, len, buffer: None, answer });
     };
-    match node.begin_emptying(dropped) {
-        Emptying::Begun => send(node, reply),
-        Emptying::Refused => reply.error(Errno::EBUSY),
-        Emptying::NotYet => {
+    match node.start_zeroing(dropped) {
+        ZeroingStart::Started => send(node, reply),
+        ZeroingStart::Busy => reply.error(Errno::EBUSY),
+        ZeroingStart::NotYet => {
             let wait = move || {
-                let deadline = Instant::now() + SOON;
+                let deadline = Instant::now() + RELEASE_TIMEOUT;
                 loop {
-                    match node.begin_emptying(dropped) {
-                        Emptying::Begun => return send(node, reply),
-                        Emptying::NotYet if Instant::now() < deadline => std::thread::sleep(PAUSE),
+                    match node.start_zeroing(dropped) {
+                        ZeroingStart::Started => return send(node, reply),
+                        ZeroingStart::NotYet if Instant::now() < deadline => {
+                            std::thread::sleep(POLL_INTERVAL)
+                        }
                         _ => return reply.error(Errno::EBUSY),
                     }
                 }
             };
-            // Where that fails the reply is dropped, which answers with EIO.
+            // If that fails the reply is dropped, which answers with EIO.
             let _ = std::thread::Builder::new().name("fuse empty".to_owned()).spawn(wait);
         }
     }
 }
 
-/// What fallocate(2) of a file of this size asks of the image, and how many bytes from `offset` on.
+/// The operation on the image for fallocate(2) on a file of this size, and its length from
+/// `offset`.
 pub(super) fn fallocate(size: u64, offset: u64, len: u64, mode: i32) -> Result<(Op, u64), Errno> {
     const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
     let zeroes = |unmap| Op::WriteZeroes { unmap, fua: false };
@@ -58,15 +61,15 @@ pub(super) fn fallocate(size: u64, offset: u64, len: u64, mode: i32) -> Result<(
         _ => return Err(Errno::EOPNOTSUPP),
     };
     let inside = size.saturating_sub(offset).min(len);
-    // Beyond the end there is nothing to zero, and nothing to reserve.
+    // Beyond the end nothing can be zeroed or allocated.
     if inside < len && (op == Op::Reserve || mode & KEEP == 0) {
         return Err(Errno::ENOSPC);
     }
     Ok((op, inside))
 }
 
-/// Where the next data or the next hole begins.
-pub(super) fn seek(nodes: &Nodes, node: Arc<Node>, from: i64, whence: i32, reply: ReplyLseek) {
+/// Finds the next data or the next hole.
+pub(super) fn seek(nodes: &NodeTable, node: Arc<FuseNode>, from: i64, whence: i32, reply: ReplyLseek) {
     let size = node.size();
     let from = match u64::try_from(from) {
         Ok(from) if from < size => from,
@@ -82,9 +85,9 @@ pub(super) fn seek(nodes: &Nodes, node: Arc<Node>, from: i64, whence: i32, reply
     let (Some(notifier), true) = (notifier, Arc::strong_count(&seeks) <= SEEKS_MAX + 1) else {
         return reply.offset(all_data.cast_signed());
     };
-    let look = move || {
+    let take_calls = move || {
         let _counted = seeks;
-        // What is cached and not written yet is no hole. ENOENT: the kernel caches nothing of the file.
+        // Cached data is no hole. ENOENT: the kernel caches nothing of the file.
         let written = node.state().writers.is_empty()
             || match notifier.inval_inode(fuser::INodeNo(node.ino), from.cast_signed(), 0) {
                 Ok(()) => true,
@@ -100,6 +103,6 @@ pub(super) fn seek(nodes: &Nodes, node: Arc<Node>, from: i64, whence: i32, reply
             Err(error) => reply.error(Errno::from_i32(error.raw_os_error())),
         }
     };
-    // Where that fails the reply is dropped, which answers with EIO.
-    let _ = std::thread::Builder::new().name("fuse seek".to_owned()).spawn(look);
+    // If that fails the reply is dropped, which answers with EIO.
+    let _ = std::thread::Builder::new().name("fuse seek".to_owned()).spawn(take_calls);
 }

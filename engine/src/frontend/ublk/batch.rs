@@ -1,8 +1,7 @@
-//! The transport with one command a batch: one multishot fetch announces many requests, one
-//! commit answers many.
+//! The batch transport: one multishot fetch announces many requests, one commit completes many.
 //!
-//! A commit of several answers may be taken in part; the rest is sent again. A commit of a single
-//! one is taken or refused, so that its completion is only wanted when it is refused.
+//! The driver may consume only part of a commit of several completions; the rest is resubmitted. It
+//! consumes or rejects a commit of one as a whole, so its completion matters only on failure.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,20 +14,20 @@ use super::memory::Descriptors;
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
 use crate::ring::setup::ARRIVAL_GROUP;
-use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place};
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::{Data, QueueSlot};
 
 type Element = sys::ublk_elem_header;
 const ELEMENT_BYTES: usize = size_of::<Element>();
-/// Tag of the token of a commit of one answer.
-const SINGLE: Tag = Tag::MAX;
+/// Token tag of a commit of one completion.
+const SINGLE_COMMIT: Tag = Tag::MAX;
 
-/// A commit of several answers: the driver reads the elements until it has taken them.
+/// A commit of several completions: the driver reads the elements until it has consumed them.
 #[derive(Debug, Default)]
 struct Commit {
     elements: Vec<Element>,
-    taken: usize,
-    busy: bool,
+    consumed: usize,
+    in_flight: bool,
 }
 
 /// One queue.
@@ -40,16 +39,17 @@ pub struct Batch {
     descriptors: Descriptors,
     fallback: Fallback,
     partscan: bool,
-    place: Option<Place>,
-    /// All tags, for the command that announces them.
+    queue_slot: Option<QueueSlot>,
+    /// All tags, for the command that prepares them.
     prepared: Vec<Element>,
-    /// Prepare, fetch and counted commits at the driver.
+    /// Prepare, fetch and multi-element commit commands at the driver.
     outstanding: usize,
-    /// The driver has ended the fetch for good, or the tags were not announced.
+    /// The driver has ended the fetch for good, or the tags were not prepared.
     ended: bool,
-    collected: Vec<Element>,
-    /// One element a tag, for commits of one: the tag is not used again before it was taken.
-    singles: Box<[Element]>,
+    pending_commits: Vec<Element>,
+    /// One element per tag, for commits of one: the tag is not reused before the driver has
+    /// consumed it.
+    single_elements: Box<[Element]>,
     commits: Vec<Commit>,
 }
 
@@ -62,12 +62,12 @@ impl Batch {
             descriptors,
             fallback: Fallback::new(),
             partscan,
-            place: None,
+            queue_slot: None,
             prepared: Vec::new(),
             outstanding: 0,
             ended: false,
-            collected: Vec::with_capacity(usize::from(depth)),
-            singles: vec![Element::default(); usize::from(depth)].into(),
+            pending_commits: Vec::with_capacity(usize::from(depth)),
+            single_elements: vec![Element::default(); usize::from(depth)].into(),
             commits: Vec::new(),
         }
     }
@@ -80,15 +80,15 @@ impl Batch {
         self.depth
     }
 
-    pub(in crate::frontend) fn is_starved(&self) -> bool {
-        self.fallback.is_starved()
+    pub(in crate::frontend) fn is_waiting_for_buffer(&self) -> bool {
+        self.fallback.is_waiting_for_buffer()
     }
 
     pub(in crate::frontend) fn fallbacks(&self) -> u64 {
         self.fallback.count()
     }
 
-    pub(in crate::frontend) fn is_gone(&self) -> bool {
+    pub(in crate::frontend) fn is_drained(&self) -> bool {
         self.ended && self.outstanding == 0 && self.fallback.is_idle()
     }
 
@@ -96,24 +96,25 @@ impl Batch {
         Data::Registered(self.fallback.slot(tag))
     }
 
-    /// Announces the tags; the fetch follows once the driver has taken note of them.
-    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
-        self.fallback.assign(place, ring, self.depth);
+    /// Prepares the tags; the fetch follows once the driver has done so.
+    pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
+        self.fallback.assign_slots(queue_slot, ring, self.depth);
         self.prepared = (0..self.depth).map(|tag| self.element(tag, 0)).collect();
         self.outstanding += 1;
         let command = self.command(sys::UBLK_U_IO_PREP_IO_CMDS, &self.prepared)?;
         let command = if self.partscan { ring.privileged(command) } else { command };
-        ring.push(&command.user_data(Token::pack(Step::Prepare, place.slot, 0)))
+        ring.push(&command.user_data(Token::pack(EventKind::Prepare, queue_slot.id, 0)))
     }
 
     fn element(&self, tag: Tag, result: i32) -> Element {
-        Element { tag, buf_index: self.fallback.automatic_slot(tag), result }
+        Element { tag, buf_index: self.fallback.auto_slot(tag), result }
     }
 
-    /// A command about these elements, which must stay where they are until it has ended.
+    /// A command with these elements, which must stay in place until it completes.
     fn command(&self, opcode: u32, elements: &[Element]) -> Result<squeue::Entry> {
-        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let queue_slot =
+            self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let header = sys::ublk_batch_io {
             q_id: self.queue,
             flags: sys::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK as u16,
@@ -121,7 +122,7 @@ impl Batch {
             elem_bytes: ELEMENT_BYTES as u8,
             ..Default::default()
         };
-        Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+        Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
             .cmd(payload(header))
             .addr(Some(elements.as_ptr() as u64))
             .build()
@@ -129,14 +130,15 @@ impl Batch {
     }
 
     fn fetch(&mut self, ring: &mut Ring) -> Result<()> {
-        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let queue_slot =
+            self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let header =
             sys::ublk_batch_io { q_id: self.queue, elem_bytes: size_of::<Tag>() as u8, ..Default::default() };
-        let entry = opcode::UringCmd16::new(place.frontend(), sys::UBLK_U_IO_FETCH_IO_CMDS)
+        let entry = opcode::UringCmd16::new(queue_slot.frontend_file(), sys::UBLK_U_IO_FETCH_IO_CMDS)
             .cmd(payload(header))
             .build()
             .flags(squeue::Flags::FIXED_FILE | squeue::Flags::BUFFER_SELECT)
-            .user_data(Token::pack(Step::Fetch, place.slot, 0));
+            .user_data(Token::pack(EventKind::Fetch, queue_slot.id, 0));
         self.outstanding += 1;
         ring.push(&multishot(entry, ARRIVAL_GROUP))
     }
@@ -149,22 +151,22 @@ impl Batch {
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
         let result = entry.result();
-        match token.step {
-            Step::Prepare => {
+        match token.kind {
+            EventKind::Prepare => {
                 self.outstanding -= 1;
                 self.prepared = Vec::new();
                 if result < 0 {
                     self.ended = true;
-                    return Err(refused(result, "announcing the tags"));
+                    return Err(driver_error(result, "the preparation of the tags"));
                 }
                 self.fetch(ring)
             }
-            Step::Fetch => self.on_fetch(entry, ring, arrived),
-            Step::Commit => self.on_commit(token, result, ring),
-            Step::Register | Step::Unregister => {
+            EventKind::Fetch => self.on_fetch(entry, ring, arrived),
+            EventKind::Commit => self.on_commit(token, result, ring),
+            EventKind::Register | EventKind::Unregister => {
                 if let Some(completion) = self.fallback.on_event(token, result, ring, arrived)? {
                     let element = self.element(completion.tag, completion.result);
-                    self.collected.push(element);
+                    self.pending_commits.push(element);
                 }
                 Ok(())
             }
@@ -177,24 +179,24 @@ impl Batch {
         let mut faults = Ok(());
         if let Some(id) = cqueue::buffer_select(entry.flags()) {
             let bytes = usize::try_from(result).unwrap_or(0);
-            let mut by_hand = Vec::new();
+            let mut needs_fallback = Vec::new();
             match ring.arrivals.tags(id, bytes) {
                 Some(tags) => {
                     for &tag in tags {
                         match self.descriptors.read(tag) {
                             Some(described) if described.needs_registration => {
-                                by_hand.push(described.request)
+                                needs_fallback.push(described.request)
                             }
                             Some(described) => arrived.push(described.request),
                             None => faults = Err(Error::new(Kind::Internal, "tag out of range")),
                         }
                     }
-                    ring.arrivals.offer(id);
+                    ring.arrivals.provide(id);
                 }
                 None => faults = Err(Error::new(Kind::Internal, "arrival buffer out of range")),
             }
-            for request in by_hand {
-                self.fallback.arrived(request, self.place, self.queue, ring)?;
+            for request in needs_fallback {
+                self.fallback.arrived(request, self.queue_slot, self.queue, ring)?;
             }
         }
         if cqueue::more(entry.flags()) {
@@ -203,8 +205,8 @@ impl Batch {
         self.outstanding -= 1;
         match -result {
             libc::ENODEV | libc::ECANCELED => self.ended = true,
-            // The arrival buffers had run out, or the multishot ended for reasons of its own: the
-            // tags stay queued at the driver.
+            // The arrival buffers ran out, or the kernel ended the multishot. The tags stay queued
+            // at the driver.
             errno
                 if errno <= 0
                     || matches!(errno, libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN | libc::EINTR) =>
@@ -213,32 +215,32 @@ impl Batch {
             }
             _ => {
                 self.ended = true;
-                return Err(refused(result, "fetching requests"));
+                return Err(driver_error(result, "the fetch of requests"));
             }
         }
         faults
     }
 
     pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
-        if self.fallback.holds(completion.tag) {
-            return self.fallback.release(completion, self.place, self.queue, ring);
+        if self.fallback.is_fallback(completion.tag) {
+            return self.fallback.release(completion, self.queue_slot, self.queue, ring);
         }
         let element = self.element(completion.tag, completion.result);
-        self.collected.push(element);
+        self.pending_commits.push(element);
         Ok(())
     }
 
-    pub(in crate::frontend) fn flush(&mut self, ring: &mut Ring) -> Result<usize> {
-        match *self.collected {
+    pub(in crate::frontend) fn submit_commits(&mut self, ring: &mut Ring) -> Result<usize> {
+        match *self.pending_commits {
             [] => Ok(0),
             [one] => {
-                self.collected.clear();
+                self.pending_commits.clear();
                 let entry = self.single(one)?;
                 ring.push(&entry)?;
                 Ok(0)
             }
             _ => {
-                let number = match self.commits.iter().position(|commit| !commit.busy) {
+                let number = match self.commits.iter().position(|commit| !commit.in_flight) {
                     Some(number) => number,
                     None => {
                         let elements = Vec::with_capacity(usize::from(self.depth));
@@ -247,9 +249,9 @@ impl Batch {
                     }
                 };
                 let commit = &mut self.commits[number];
-                std::mem::swap(&mut commit.elements, &mut self.collected);
-                commit.taken = 0;
-                commit.busy = true;
+                std::mem::swap(&mut commit.elements, &mut self.pending_commits);
+                commit.consumed = 0;
+                commit.in_flight = true;
                 self.outstanding += 1;
                 self.send(number, ring)?;
                 Ok(1)
@@ -259,70 +261,78 @@ impl Batch {
 
     fn send(&self, number: usize, ring: &mut Ring) -> Result<()> {
         let commit = &self.commits[number];
-        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &commit.elements[commit.taken..])?;
-        let slot =
-            self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
-        ring.push(&entry.user_data(Token::pack(Step::Commit, slot, number as Tag)))
+        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &commit.elements[commit.consumed..])?;
+        let slot = self
+            .queue_slot
+            .map(|queue_slot| queue_slot.id)
+            .ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
+        ring.push(&entry.user_data(Token::pack(EventKind::Commit, slot, number as Tag)))
     }
 
-    /// The commit of one answer, which completes only when it is refused.
+    /// The commit of one completion. It posts a CQE only on failure.
     fn single(&mut self, element: Element) -> Result<squeue::Entry> {
         let index = usize::from(element.tag);
-        self.singles[index] = element;
-        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &self.singles[index..=index])?;
-        let slot =
-            self.place.map(|place| place.slot).ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
-        Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(Step::Commit, slot, SINGLE)))
+        self.single_elements[index] = element;
+        let entry = self.command(sys::UBLK_U_IO_COMMIT_IO_CMDS, &self.single_elements[index..=index])?;
+        let slot = self
+            .queue_slot
+            .map(|queue_slot| queue_slot.id)
+            .ok_or_else(|| Error::new(Kind::Internal, "not armed"))?;
+        Ok(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(Token::pack(
+            EventKind::Commit,
+            slot,
+            SINGLE_COMMIT,
+        )))
     }
 
     fn on_commit(&mut self, token: Token, result: i32, ring: &mut Ring) -> Result<()> {
-        if token.tag == SINGLE {
+        if token.tag == SINGLE_COMMIT {
             return match -result {
-                // The device went away with the request. (Of a chain that broke at its transfer nothing is
-                // seen here: the kernel skips the completions of what it cancels then.)
+                // The device was removed with the request. (A chain that breaks at its transfer
+                // posts nothing here: the kernel skips the CQEs of what it cancels.)
                 errno if errno <= 0 || errno == libc::ENODEV => Ok(()),
-                _ => Err(refused(result, "an answer")),
+                _ => Err(driver_error(result, "a commit")),
             };
         }
         let number = usize::from(token.tag);
         let Some(commit) = self.commits.get_mut(number) else {
-            return Err(Error::new(Kind::Internal, "a commit ended that was never sent"));
+            return Err(Error::new(Kind::Internal, "a commit completed that was never submitted"));
         };
-        let taken = usize::try_from(result).unwrap_or(0) / ELEMENT_BYTES;
-        commit.taken += taken;
+        let consumed = usize::try_from(result).unwrap_or(0) / ELEMENT_BYTES;
+        commit.consumed += consumed;
         self.outstanding -= 1;
         let retry = matches!(-result, libc::EAGAIN | libc::EINTR | libc::ENOMEM);
-        if taken == 0 && !retry && commit.taken < commit.elements.len() {
-            // The driver refuses the first of those left: only this one is given up.
-            commit.taken += 1;
+        if consumed == 0 && !retry && commit.consumed < commit.elements.len() {
+            // The driver rejects the first remaining element: give up only this one.
+            commit.consumed += 1;
         }
-        if commit.taken < commit.elements.len() {
+        if commit.consumed < commit.elements.len() {
             self.outstanding += 1;
             self.send(number, ring)?;
         } else {
-            commit.busy = false;
+            commit.in_flight = false;
             commit.elements.clear();
         }
         if result < 0 && !retry && result != -libc::ENODEV {
-            Err(refused(result, "an answer"))
+            Err(driver_error(result, "a commit"))
         } else {
             Ok(())
         }
     }
 
     pub(in crate::frontend) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
-        if self.fallback.holds(tag) {
+        if self.fallback.is_fallback(tag) {
             return None;
         }
         self.single(self.element(tag, len.cast_signed())).ok()
     }
 
-    pub(in crate::frontend) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
-        self.fallback.retry(self.place, self.queue, ring)
+    pub(in crate::frontend) fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
+        self.fallback.retry(self.queue_slot, self.queue, ring)
     }
 }
 
-fn refused(result: i32, what: &str) -> Error {
+fn driver_error(result: i32, what: &str) -> Error {
     Error::os(std::io::Error::from_raw_os_error(-result), format!("the driver refused {what}"))
 }
 
@@ -331,8 +341,8 @@ fn payload(header: sys::ublk_batch_io) -> [u8; 16] {
     unsafe { std::mem::transmute(header) }
 }
 
-/// Makes a command multishot, with buffers of `group`: io-uring 0.7 has no setters for these two
-/// fields of a command's entry.
+/// Makes a command multishot, with buffers of `group`: io-uring 0.7 has no setters for these
+/// fields.
 fn multishot(mut entry: squeue::Entry, group: u16) -> squeue::Entry {
     /// Byte offsets in `struct io_uring_sqe` of <linux/io_uring.h>.
     const URING_CMD_FLAGS: usize = 28;

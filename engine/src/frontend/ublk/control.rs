@@ -1,7 +1,7 @@
 //! Control commands to /dev/ublk-control: one function for all, each with a deadline.
 //!
-//! A command that does not answer in time is abandoned together with its ring and its buffer: the
-//! kernel may still write to them. Rings of answered commands are kept for the next.
+//! A command that does not complete in time is abandoned with its ring and its buffer: the kernel
+//! may still write to them. Rings of completed commands are reused.
 
 use std::fs::File;
 use std::sync::Mutex;
@@ -16,29 +16,29 @@ use crate::sys::uring;
 
 type ControlRing = IoUring<squeue::Entry128, cqueue::Entry>;
 
-/// How long a command may take. START_DEV and STOP_DEV wait for I/O; none should take seconds.
-pub(super) const LIMIT: Duration = Duration::from_secs(10);
+/// Deadline of a command. START_DEV and STOP_DEV wait for I/O; none should take seconds.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 /// The driver's control device.
 pub const NODE: &str = "/dev/ublk-control";
-/// Rings kept for reuse: commands seldom meet, and what they leave behind is always the same.
-const SPARE_RINGS: usize = 1;
+/// Rings kept for reuse: commands rarely overlap.
+const CACHED_RINGS: usize = 1;
 
 static RINGS: Mutex<Vec<ControlRing>> = Mutex::new(Vec::new());
 
-/// A control command and what it carries.
+/// A control command and its arguments.
 #[derive(Debug, Default)]
-pub(super) struct Command {
+pub(super) struct ControlCommand {
     pub(super) name: &'static str,
     pub(super) opcode: u32,
     pub(super) device: u32,
     pub(super) data: u64,
-    /// Bytes for the driver to read or to write.
+    /// Buffer that the driver reads or writes.
     pub(super) buffer: Vec<u8>,
 }
 
-/// Runs a command. The answer is its result and its buffer; the errno is the driver's own.
-pub(super) fn run(command: Command, limit: Duration) -> Result<(i32, Vec<u8>)> {
-    let Command { name, opcode, device, data, mut buffer } = command;
+/// Runs a command. Returns its result and its buffer; the errno is the driver's.
+pub(super) fn run(command: ControlCommand, limit: Duration) -> Result<(i32, Vec<u8>)> {
+    let ControlCommand { name, opcode, device, data, mut buffer } = command;
     let node = open()?;
     let header = sys::ublksrv_ctrl_cmd {
         dev_id: device,
@@ -57,14 +57,14 @@ pub(super) fn run(command: Command, limit: Duration) -> Result<(i32, Vec<u8>)> {
     let fd = types::Fd(std::os::fd::AsRawFd::as_raw_fd(&node));
     let entry = opcode::UringCmd80::new(fd, opcode).cmd(payload).build();
 
-    let mut ring = take_ring()?;
+    let mut ring = acquire_ring()?;
     // SAFETY: `buffer` is moved nowhere before the completion has come; if it does not come, it is
     // leaked below together with the ring.
     unsafe { ring.submission().push(&entry) }
-        .map_err(|_| Error::new(Kind::Internal, "control ring is full"))?;
+        .map_err(|_| Error::new(Kind::Internal, "the control ring is full"))?;
     match wait(&mut ring, limit) {
         Ok(Some(result)) => {
-            keep_ring(ring);
+            release_ring(ring);
             if result < 0 {
                 let error = std::io::Error::from_raw_os_error(-result);
                 return Err(Error::os(error, format!("ublk {name} (device {device})")));
@@ -101,15 +101,15 @@ fn open() -> Result<File> {
     })
 }
 
-fn take_ring() -> Result<ControlRing> {
-    let spare = RINGS.lock().map_or(None, |mut rings| rings.pop());
-    match spare {
+fn acquire_ring() -> Result<ControlRing> {
+    let cached = RINGS.lock().map_or(None, |mut rings| rings.pop());
+    match cached {
         Some(ring) => Ok(ring),
-        None => restricted_ring().map_err(|error| Error::os(error, "cannot make a control ring")),
+        None => restricted_ring().map_err(|error| Error::os(error, "cannot create a control ring")),
     }
 }
 
-/// A ring that can send commands to drivers, and do nothing else: no seccomp filter sees what a ring does.
+/// A ring that can only send commands to drivers: seccomp filters do not see what a ring does.
 fn restricted_ring() -> std::io::Result<ControlRing> {
     let ring: ControlRing = IoUring::builder().setup_r_disabled().build(2)?;
     let mut rules = [Restriction::sqe_op(opcode::UringCmd80::CODE), Restriction::sqe_flags_allowed(0)];
@@ -121,38 +121,38 @@ fn restricted_ring() -> std::io::Result<ControlRing> {
     Ok(ring)
 }
 
-fn keep_ring(ring: ControlRing) {
+fn release_ring(ring: ControlRing) {
     if let Ok(mut rings) = RINGS.lock()
-        && rings.len() < SPARE_RINGS
+        && rings.len() < CACHED_RINGS
     {
         rings.push(ring);
     }
 }
 
-/// The result of the command that was queued; none: it did not come in time.
+/// The result of the queued command; none: the deadline has passed.
 fn wait(ring: &mut ControlRing, limit: Duration) -> std::io::Result<Option<i32>> {
     let deadline = Instant::now() + limit;
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let pause = types::Timespec::from(left.max(Duration::from_millis(1)));
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        let pause = types::Timespec::from(remaining.max(Duration::from_millis(1)));
         let args = types::SubmitArgs::new().timespec(&pause);
         let submitted = ring.submitter().submit_with_args(1, &args);
         if let Some(entry) = ring.completion().next() {
             return Ok(Some(entry.result()));
         }
-        if left.is_zero() {
+        if remaining.is_zero() {
             return Ok(None);
         }
         match submitted.map_err(|error| (error.raw_os_error(), error)) {
             Ok(_) | Err((Some(libc::ETIME | libc::EINTR), _)) => {}
-            // The kernel is out of memory for requests, for the moment.
+            // The kernel is temporarily out of memory for requests.
             Err((Some(libc::EAGAIN | libc::EBUSY), _)) => std::thread::sleep(Duration::from_millis(1)),
             Err((_, error)) => return Err(error),
         }
     }
 }
 
-/// Numbers of all ublk devices that the kernel knows, whoever owns them.
+/// The ids of all ublk devices, of any owner.
 pub fn present_devices() -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir("/sys/class/ublk-char") else { return Vec::new() };
     let mut numbers: Vec<u32> = entries
@@ -174,11 +174,11 @@ mod tests {
         let fd = types::Fd(std::os::fd::AsRawFd::as_raw_fd(&null));
         let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
         let command = opcode::UringCmd80::new(fd, 0).build();
-        // /dev/null takes commands, and has nothing to do for them.
+        // /dev/null accepts commands and ignores them.
         for (entry, expected) in [(socket.into(), -libc::EACCES), (command, 0)] {
             // SAFETY: neither names any memory.
             unsafe { ring.submission().push(&entry) }.unwrap();
-            assert_eq!(wait(&mut ring, LIMIT).unwrap(), Some(expected));
+            assert_eq!(wait(&mut ring, TIMEOUT).unwrap(), Some(expected));
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The life of one ublk device: added, described, started, resized, stopped, deleted; or taken
-//! back from a daemon that is gone.
+//! The lifecycle of one ublk device: add, set parameters, start, resize, stop, delete; or recover
+//! it from a daemon that is gone.
 //!
-//! Knows the order in which the driver wants things. Every step has a deadline and undoes
-//! nothing: the caller decides what to do about a failure.
+//! Knows the order that the driver requires. Every step has a deadline. Nothing is undone on
+//! failure: the caller decides.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -13,54 +13,54 @@ use std::time::{Duration, Instant};
 use libublk::sys;
 
 use super::batch::Batch;
-use super::control::{Command, LIMIT, run};
+use super::control::{ControlCommand, TIMEOUT, run};
 use super::fallback::Fallback;
-use super::features::Granted;
+use super::features::DriverFeatures;
 use super::memory::{CopyBuffers, Descriptors};
-use super::per_io::{Buffers, PerIo};
+use super::per_io::{DataBuffers, PerIo};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Parameters, Queue, Stop};
+use crate::frontend::IoMode;
+use crate::frontend::{DeviceParameters, FrontendQueue, StopMode};
 use crate::image::Geometry;
-use crate::instance::spec::DataPath;
 use crate::request::SECTOR;
 
-/// Bytes of the largest request. Data is not copied on two of the paths, so that there is no cost
-/// in allowing large ones; on the third each tag may come to hold a buffer of this size.
+/// Largest request in bytes. Two I/O modes do not copy data, so large requests cost nothing. In the
+/// third one each tag may need a buffer of this size.
 const MAX_REQUEST: u32 = 1 << 20;
 const MAX_REQUEST_COPIED: u32 = 512 << 10;
-/// Sectors of the largest discard: its length in bytes fits 32 bits.
+/// Largest discard in sectors: its length in bytes fits 32 bits.
 const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// How long to wait for something that is known to happen soon.
-const SOON: Duration = Duration::from_secs(3);
-/// How long a dead daemon's last operations on the image may take.
-const RECOVERY: Duration = Duration::from_secs(30);
-const PAUSE: Duration = Duration::from_micros(500);
-/// For the driver to answer after its own time limit.
+/// How long to wait for the character device node.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the last operations of a dead daemon may take.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
+/// Time for the driver to reply after its own time limit.
 const QUIESCE_SLACK: Duration = Duration::from_millis(500);
-/// Held while a block device appears: which number it gets depends on which are free.
+/// Held while a block device starts: its number depends on which are free.
 static STARTS: Mutex<()> = Mutex::new(());
 
-/// While it lives, no block device of this process appears but those of who has it.
+/// While this is held, only its holder starts block devices in this process.
 #[derive(Debug)]
-pub struct Alone(#[expect(dead_code, reason = "held, not looked at")] MutexGuard<'static, ()>);
+pub struct StartLock(#[expect(dead_code, reason = "held, never read")] MutexGuard<'static, ()>);
 
-impl Alone {
-    /// Waits until nobody else has it.
-    pub fn wait() -> Alone {
-        Alone(STARTS.lock().unwrap_or_else(PoisonError::into_inner))
+impl StartLock {
+    /// Waits for the lock.
+    pub fn acquire() -> StartLock {
+        StartLock(STARTS.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// One ublk device.
 #[derive(Debug)]
-pub struct Device {
+pub struct UblkDevice {
     id: u32,
-    granted: Granted,
-    parameters: Parameters,
+    features: DriverFeatures,
+    parameters: DeviceParameters,
 }
 
-/// `struct ublk_params` up to the alignment of memory, before which libublk's ends. (It cannot be
-/// embedded: its tail padding is where the next field begins.)
+/// `struct ublk_params` up to the DMA alignment, where libublk's ends. (Embedding that one fails:
+/// the next field begins in its tail padding.)
 #[repr(C)]
 #[derive(Default)]
 pub(super) struct FullParams {
@@ -74,42 +74,45 @@ pub(super) struct FullParams {
 }
 const _: () = assert!(std::mem::offset_of!(FullParams, dma_align) == 108);
 
-impl Device {
+impl UblkDevice {
     /// Adds a device to the driver. It has no size and no users yet.
-    pub fn add(granted: Granted, parameters: Parameters) -> Result<Device> {
-        let wanted = Granted::flags_of(parameters.path) | supported_extras(granted, &parameters);
+    pub fn add(features: DriverFeatures, parameters: DeviceParameters) -> Result<UblkDevice> {
+        let wanted = DriverFeatures::flags_for(parameters.io_mode) | optional_flags(features, &parameters);
         let info = sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: parameters.queues,
             queue_depth: parameters.depth,
-            max_io_buf_bytes: max_request(parameters.path),
+            max_io_buf_bytes: max_request(parameters.io_mode),
             dev_id: u32::MAX,
             flags: u64::from(wanted),
-            ublksrv_flags: parameters.owner,
+            ublksrv_flags: parameters.owner_cookie,
             ..Default::default()
         };
         let (_, answer) = run(
-            Command { buffer: to_bytes(&info), ..command("ADD_DEV", sys::UBLK_U_CMD_ADD_DEV, u32::MAX) },
-            LIMIT,
+            ControlCommand {
+                buffer: to_bytes(&info),
+                ..command("ADD_DEV", sys::UBLK_U_CMD_ADD_DEV, u32::MAX)
+            },
+            TIMEOUT,
         )
         .map_err(|error| match error.kind() {
             Kind::Denied => error.hint("the daemon needs root (CAP_SYS_ADMIN)"),
             _ => error,
         })?;
         let info: sys::ublksrv_ctrl_dev_info = from_bytes(&answer)?;
-        // Unknown flags are dropped in silence, and there are no more queues than CPUs: what counts
-        // is what the driver wrote back.
+        // The driver drops unknown flags silently and grants at most one queue per CPU. What it
+        // wrote back counts.
         let asked = parameters;
-        let parameters = Parameters { queues: info.nr_hw_queues, ..asked };
-        let device = Device { id: info.dev_id, granted, parameters };
-        let path_flags = u64::from(Granted::flags_of(asked.path));
+        let parameters = DeviceParameters { queues: info.nr_hw_queues, ..asked };
+        let device = UblkDevice { id: info.dev_id, features, parameters };
+        let mode_flags = u64::from(DriverFeatures::flags_for(asked.io_mode));
         let served = (1..=asked.queues).contains(&info.nr_hw_queues) && info.queue_depth == asked.depth;
-        if info.flags & path_flags != path_flags || !served {
+        if info.flags & mode_flags != mode_flags || !served {
             if let Err(error) = device.delete() {
-                tracing::warn!(%error, "a device that was not as asked for stays at the driver");
+                tracing::warn!(%error, "cannot delete a device with unsupported parameters");
             }
             let context = format!(
-                "the driver does not grant path {} with {} queues of depth {}",
-                asked.path.as_str(),
+                "the driver does not support I/O mode {} with {} queues of depth {}",
+                asked.io_mode.as_str(),
                 asked.queues,
                 asked.depth
             );
@@ -118,18 +121,18 @@ impl Device {
         Ok(device)
     }
 
-    /// A device that exists already, to be taken back or deleted.
-    pub fn existing(granted: Granted, id: u32, parameters: Parameters) -> Device {
-        Device { id, granted, parameters }
+    /// An existing device, to be recovered or deleted.
+    pub fn existing(features: DriverFeatures, id: u32, parameters: DeviceParameters) -> UblkDevice {
+        UblkDevice { id, features, parameters }
     }
 
-    /// Its number at the driver.
+    /// Its id at the driver.
     pub fn id(&self) -> u32 {
         self.id
     }
 
-    /// What it was made with.
-    pub fn parameters(&self) -> Parameters {
+    /// Its parameters.
+    pub fn parameters(&self) -> DeviceParameters {
         self.parameters
     }
 
@@ -138,52 +141,55 @@ impl Device {
         PathBuf::from(format!("/dev/ublkb{}", self.id))
     }
 
-    /// Tells the driver what the device looks like.
+    /// Sets the device's parameters at the driver.
     pub fn describe(&self, geometry: &Geometry) -> Result<()> {
-        let params = params(geometry, self.parameters.path);
+        let params = params(geometry, self.parameters.io_mode);
         let buffer = to_bytes(&params);
-        run(Command { buffer, ..command("SET_PARAMS", sys::UBLK_U_CMD_SET_PARAMS, self.id) }, LIMIT).map(drop)
+        run(ControlCommand { buffer, ..command("SET_PARAMS", sys::UBLK_U_CMD_SET_PARAMS, self.id) }, TIMEOUT)
+            .map(drop)
     }
 
-    /// Opens the device for serving and makes its queues.
-    pub fn queues(&self) -> Result<Vec<Queue>> {
-        let Parameters { path, queues, depth, partscan, .. } = self.parameters;
-        let file = open_soon(&format!("/dev/ublkc{}", self.id))?;
+    /// Opens the device for serving and creates its queues.
+    pub fn queues(&self) -> Result<Vec<FrontendQueue>> {
+        let DeviceParameters { io_mode, queues, depth, partscan, .. } = self.parameters;
+        let file = open_with_retry(&format!("/dev/ublkc{}", self.id))?;
         (0..queues)
             .map(|queue| {
                 let file =
                     file.try_clone().map_err(|error| Error::os(error, "cannot duplicate a descriptor"))?;
                 let descriptors = Descriptors::map(&file, queue, depth)?;
-                Ok(match path {
-                    DataPath::Batch => Queue::Batch(Batch::new(file, queue, depth, descriptors, partscan)),
-                    DataPath::Auto => {
-                        let buffers = Buffers::Registered(Fallback::new());
-                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
+                Ok(match io_mode {
+                    IoMode::Batch => {
+                        FrontendQueue::Batch(Batch::new(file, queue, depth, descriptors, partscan))
                     }
-                    DataPath::Copy => {
-                        let buffers = CopyBuffers::new(depth, max_request(path) as usize)?;
-                        let buffers = Buffers::Copied(buffers);
-                        Queue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
+                    IoMode::Auto => {
+                        let buffers = DataBuffers::Registered(Fallback::new());
+                        FrontendQueue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
                     }
-                    DataPath::Fuse => return Err(Error::new(Kind::Internal, "not a path of ublk")),
+                    IoMode::Copy => {
+                        let buffers = CopyBuffers::new(depth, max_request(io_mode) as usize)?;
+                        let buffers = DataBuffers::Copied(buffers);
+                        FrontendQueue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
+                    }
+                    IoMode::Fuse => return Err(Error::new(Kind::Internal, "not an I/O mode of ublk")),
                 })
             })
             .collect()
     }
 
-    /// Makes the block device appear. All queues must be served: the kernel may read from it.
+    /// Starts the block device. All queues must be served: the kernel may read from it.
     pub fn start(&self) -> Result<()> {
-        self.start_alone(&Alone::wait())?;
-        self.take_scheduler_off();
+        self.start_exclusively(&StartLock::acquire())?;
+        self.disable_scheduler();
         Ok(())
     }
 
-    /// There is a block device. It goes when all requests have ended.
-    pub fn is_shown(&self) -> bool {
+    /// Whether the block device exists. It disappears when all requests have ended.
+    pub fn is_present(&self) -> bool {
         PathBuf::from(format!("/sys/block/ublkb{}", self.id)).exists()
     }
 
-    /// The block device's number, once it has appeared.
+    /// The block device's number, once it has started.
     pub fn device_number(&self) -> Result<u64> {
         let path = format!("/sys/block/ublkb{}/dev", self.id);
         let text = std::fs::read_to_string(&path)
@@ -195,45 +201,48 @@ impl Device {
         numbers.ok_or_else(|| Error::new(Kind::Internal, format!("{path} holds {text:?}")))
     }
 
-    /// The same for who holds back all others, and takes its scheduler off later.
-    pub fn start_alone(&self, _alone: &Alone) -> Result<()> {
+    /// Starts the block device for a holder of the start lock, who disables its scheduler later.
+    pub fn start_exclusively(&self, _alone: &StartLock) -> Result<()> {
         let pid = u64::from(std::process::id());
-        run(Command { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, LIMIT)
+        run(ControlCommand { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, TIMEOUT)
             .map(drop)
     }
 
-    /// Begins to take it back from a daemon that is gone.
+    /// Begins its recovery from a daemon that is gone.
     pub fn begin_recovery(&self) -> Result<()> {
-        // The driver lets go of the dead daemon in its own time.
-        retry_while_busy(RECOVERY, || {
-            run(command("START_USER_RECOVERY", sys::UBLK_U_CMD_START_USER_RECOVERY, self.id), LIMIT).map(drop)
+        // The driver detects the death of a daemon asynchronously.
+        retry_while_busy(RECOVERY_TIMEOUT, || {
+            run(command("START_USER_RECOVERY", sys::UBLK_U_CMD_START_USER_RECOVERY, self.id), TIMEOUT)
+                .map(drop)
         })
     }
 
-    /// Has taken it back: all queues are served again.
+    /// Ends its recovery: all queues are served again.
     pub fn end_recovery(&self) -> Result<()> {
         let pid = u64::from(std::process::id());
-        let end =
-            Command { data: pid, ..command("END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY, self.id) };
-        run(end, LIMIT)?;
-        self.take_scheduler_off();
+        let end = ControlCommand {
+            data: pid,
+            ..command("END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY, self.id)
+        };
+        run(end, TIMEOUT)?;
+        self.disable_scheduler();
         Ok(())
     }
 
-    /// A scheduler costs time and keeps requests from arriving in batches; the kernel gives one to devices
-    /// with one queue. Taking it off freezes the queue, so that nothing may be in flight on a file that might
-    /// not answer, and takes long: the kernel first has modprobe look for a module of the name "none". So it
-    /// is looked at first. One that stays is slow and not wrong.
-    pub fn take_scheduler_off(&self) {
+    /// Disables the I/O scheduler, which costs time and keeps requests from arriving in batches;
+    /// the kernel gives one to devices with one queue. The change freezes the queue, so nothing may
+    /// be in flight on a file that might hang. It is slow, because the kernel first runs modprobe
+    /// for a module named "none"; so this checks first. A scheduler that stays is only slow.
+    pub fn disable_scheduler(&self) {
         let path = format!("/sys/block/ublkb{}/queue/scheduler", self.id);
         if std::fs::read_to_string(&path).is_ok_and(|chosen| !chosen.contains("[none]")) {
             let _ = std::fs::write(&path, "none");
         }
     }
 
-    /// Lets it offer discards or not, whatever it was described with. This freezes its queue: nothing may be
-    /// in flight on a file that might not answer.
-    pub fn offer_discards(&self, offer: bool) -> Result<()> {
+    /// Enables or disables discards, whatever its parameters say. This freezes its queue: nothing
+    /// may be in flight on a file that might hang.
+    pub fn set_discard_support(&self, offer: bool) -> Result<()> {
         let path = format!("/sys/block/ublkb{}/queue/discard_max_bytes", self.id);
         let most = if offer { u64::from(MAX_DISCARD_SECTORS) * SECTOR } else { 0 };
         std::fs::write(&path, most.to_string())
@@ -242,55 +251,59 @@ impl Device {
 
     /// Changes its size.
     pub fn resize(&self, bytes: u64) -> Result<()> {
-        if !self.granted.has(sys::UBLK_F_UPDATE_SIZE) {
+        if !self.features.has(sys::UBLK_F_UPDATE_SIZE) {
             return Err(Error::new(
                 Kind::Unsupported,
                 "this kernel cannot resize ublk devices (Linux 6.16 can)",
             ));
         }
-        let update =
-            Command { data: bytes / SECTOR, ..command("UPDATE_SIZE", sys::UBLK_U_CMD_UPDATE_SIZE, self.id) };
-        run(update, LIMIT).map(drop)
+        let update = ControlCommand {
+            data: bytes / SECTOR,
+            ..command("UPDATE_SIZE", sys::UBLK_U_CMD_UPDATE_SIZE, self.id)
+        };
+        run(update, TIMEOUT).map(drop)
     }
 
-    /// Makes the block device go away, after what is in flight.
-    pub fn stop(&self, when: Stop) -> Result<()> {
-        let patience = Duration::from_millis(if when == Stop::IfUnusedNow { 0 } else { 300 });
-        let stop = || run(command("STOP_DEV", sys::UBLK_U_CMD_STOP_DEV, self.id), LIMIT).map(drop);
+    /// Stops the block device, after the requests in flight.
+    pub fn stop(&self, when: StopMode) -> Result<()> {
+        let patience = Duration::from_millis(if when == StopMode::IfUnusedNow { 0 } else { 300 });
+        let stop = || run(command("STOP_DEV", sys::UBLK_U_CMD_STOP_DEV, self.id), TIMEOUT).map(drop);
         match when {
-            Stop::Always => stop(),
-            Stop::IfUnused | Stop::IfUnusedNow if self.granted.has(sys::UBLK_F_SAFE_STOP_DEV) => {
-                // Whoever looks at a new disk (udev, blkid) has it open for a moment.
+            StopMode::Always => stop(),
+            StopMode::IfUnused | StopMode::IfUnusedNow if self.features.has(sys::UBLK_F_SAFE_STOP_DEV) => {
+                // Programs that probe a new disk (udev, blkid) keep it open briefly.
                 let attempt = retry_while_busy(patience, || {
-                    run(command("TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV, self.id), LIMIT).map(drop)
+                    run(command("TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV, self.id), TIMEOUT).map(drop)
                 });
                 match attempt {
-                    // The disk has gone already; what is left of the device has not.
+                    // The disk is gone already, but not the device.
                     Err(error) if error.kind() == Kind::NotFound => stop(),
                     outcome => outcome,
                 }
             }
-            Stop::IfUnused | Stop::IfUnusedNow => {
-                retry_while_busy(patience, || self.claim_alone())?;
+            StopMode::IfUnused | StopMode::IfUnusedNow => {
+                retry_while_busy(patience, || self.check_unclaimed())?;
                 stop()
             }
         }
     }
 
-    /// Holds back new requests for the next daemon, and ends the commands that wait for one. Requests that
-    /// the workers have are still answered. False where all of that happens when the process ends: older
-    /// drivers lack the command, and in batch mode requests fail with EIO after it (seen on Linux 7.3.4).
+    /// Holds new requests for the next daemon, and ends the fetch commands. The workers still
+    /// complete the requests that they have. Returns false where the end of the process does all
+    /// that: older drivers lack the command, and in batch mode requests fail with EIO after it
+    /// (seen on Linux 7.3.4).
     pub fn quiesce(&self, limit: Duration) -> Result<bool> {
-        if !self.granted.has(sys::UBLK_F_QUIESCE) || self.parameters.path == DataPath::Batch {
+        if !self.features.has(sys::UBLK_F_QUIESCE) || self.parameters.io_mode == IoMode::Batch {
             return Ok(false);
         }
         let data = (limit.as_millis() as u64).max(1);
-        let quiesce = Command { data, ..command("QUIESCE_DEV", sys::UBLK_U_CMD_QUIESCE_DEV, self.id) };
+        let quiesce = ControlCommand { data, ..command("QUIESCE_DEV", sys::UBLK_U_CMD_QUIESCE_DEV, self.id) };
         run(quiesce, limit + QUIESCE_SLACK).map(|_| true)
     }
 
-    /// The nearest thing to TRY_STOP on older kernels: nobody has mounted or claimed it.
-    fn claim_alone(&self) -> Result<()> {
+    /// The closest match to TRY_STOP_DEV on older kernels: checks that it is not mounted or
+    /// claimed.
+    fn check_unclaimed(&self) -> Result<()> {
         use std::os::unix::fs::OpenOptionsExt;
         let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(self.node());
         match opened {
@@ -301,40 +314,41 @@ impl Device {
         }
     }
 
-    /// Gives its number back. Nothing of it may be open here any more.
+    /// Deletes the device and frees its id. It must not be open here any more.
     pub fn delete(&self) -> Result<()> {
-        run(command("DEL_DEV", sys::UBLK_U_CMD_DEL_DEV_ASYNC, self.id), LIMIT)?;
-        // So that a user who counts devices counts right; the deletion itself is certain.
+        run(command("DEL_DEV", sys::UBLK_U_CMD_DEL_DEV_ASYNC, self.id), TIMEOUT)?;
+        // Waits until the device is not listed any more; its deletion is certain.
         let gone = PathBuf::from(format!("/sys/class/ublk-char/ublkc{}", self.id));
         let deadline = Instant::now() + Duration::from_millis(500);
         while gone.exists() && Instant::now() < deadline {
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
 }
 
-fn supported_extras(granted: Granted, parameters: &Parameters) -> u32 {
-    // Stopping for a while is for those that are taken back; older drivers take back and cannot stop.
+fn optional_flags(features: DriverFeatures, parameters: &DeviceParameters) -> u32 {
+    // QUIESCE is for recoverable devices only. Older drivers recover devices but cannot quiesce
+    // them.
     let recovery = [sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE, sys::UBLK_F_QUIESCE];
-    // A partition table is a tenant's data: the kernel parses it only where that was asked for.
+    // A partition table is tenant data: the kernel parses it only on request.
     let no_scan = Some(sys::UBLK_F_NO_AUTO_PART_SCAN).filter(|_| !parameters.partscan);
-    let recovery = recovery.into_iter().filter(|_| parameters.outlives);
+    let recovery = recovery.into_iter().filter(|_| parameters.recoverable);
     recovery
         .chain(no_scan)
         .chain([sys::UBLK_F_UPDATE_SIZE])
-        .filter(|flags| granted.has(*flags))
+        .filter(|flags| features.has(*flags))
         .fold(sys::UBLK_F_CMD_IOCTL_ENCODE, |all, flags| all | flags)
 }
 
-fn max_request(path: DataPath) -> u32 {
-    match path {
-        DataPath::Copy => MAX_REQUEST_COPIED,
-        DataPath::Auto | DataPath::Batch | DataPath::Fuse => MAX_REQUEST,
+fn max_request(io_mode: IoMode) -> u32 {
+    match io_mode {
+        IoMode::Copy => MAX_REQUEST_COPIED,
+        IoMode::Auto | IoMode::Batch | IoMode::Fuse => MAX_REQUEST,
     }
 }
 
-fn params(geometry: &Geometry, path: DataPath) -> FullParams {
+fn params(geometry: &Geometry, io_mode: IoMode) -> FullParams {
     let mut attrs = sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA;
     if geometry.read_only {
         attrs |= sys::UBLK_ATTR_READ_ONLY;
@@ -346,7 +360,7 @@ fn params(geometry: &Geometry, path: DataPath) -> FullParams {
         physical_bs_shift: physical.trailing_zeros() as u8,
         io_opt_shift: 0,
         io_min_shift: physical.trailing_zeros() as u8,
-        max_sectors: max_request(path) / SECTOR as u32,
+        max_sectors: max_request(io_mode) / SECTOR as u32,
         dev_sectors: geometry.size / SECTOR,
         ..Default::default()
     };
@@ -368,24 +382,24 @@ fn params(geometry: &Geometry, path: DataPath) -> FullParams {
 
 const PAGE: u32 = 4096;
 
-pub(super) fn command(name: &'static str, opcode: u32, device: u32) -> Command {
-    Command { name, opcode, device, ..Command::default() }
+pub(super) fn command(name: &'static str, opcode: u32, device: u32) -> ControlCommand {
+    ControlCommand { name, opcode, device, ..ControlCommand::default() }
 }
 
-fn open_soon(path: &str) -> Result<File> {
-    let deadline = Instant::now() + SOON;
+fn open_with_retry(path: &str) -> Result<File> {
+    let deadline = Instant::now() + OPEN_TIMEOUT;
     loop {
         match File::options().read(true).write(true).open(path) {
             Ok(file) => {
                 debug_assert!(file.as_raw_fd() >= 0);
                 return Ok(file);
             }
-            // The node is being made, or a dead daemon's hold on it ends.
+            // The node is not there yet, or a dead daemon still has it open.
             Err(error)
                 if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY))
                     && Instant::now() < deadline =>
             {
-                std::thread::sleep(PAUSE);
+                std::thread::sleep(POLL_INTERVAL);
             }
             Err(error) => return Err(Error::os(error, format!("cannot open {path}"))),
         }
@@ -397,14 +411,14 @@ fn retry_while_busy(limit: Duration, mut attempt: impl FnMut() -> Result<()>) ->
     loop {
         match attempt() {
             Err(error) if error.kind() == Kind::Busy && Instant::now() < deadline => {
-                std::thread::sleep(4 * PAUSE)
+                std::thread::sleep(4 * POLL_INTERVAL)
             }
             outcome => return outcome,
         }
     }
 }
 
-/// Plain structures of the driver's interface: integers only, any bits are valid.
+/// Plain structures of the driver's interface: integers only, all bit patterns valid.
 pub(super) trait Plain: Default {}
 impl Plain for sys::ublksrv_ctrl_dev_info {}
 impl Plain for FullParams {}
@@ -416,7 +430,7 @@ pub(super) fn to_bytes<T: Plain>(value: &T) -> Vec<u8> {
 
 pub(super) fn from_bytes<T: Plain>(bytes: &[u8]) -> Result<T> {
     if bytes.len() < size_of::<T>() {
-        return Err(Error::new(Kind::Internal, "the driver's answer is too short"));
+        return Err(Error::new(Kind::Internal, "the driver's reply is too short"));
     }
     // SAFETY: long enough (checked), read unaligned, any bits are valid for `Plain` types.
     Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })

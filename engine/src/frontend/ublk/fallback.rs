@@ -1,4 +1,4 @@
-//! What both transports share: commands for one request, and registered buffers.
+//! Shared by both transports: commands for one request, and registered buffers.
 
 use std::collections::VecDeque;
 
@@ -7,8 +7,8 @@ use libublk::sys;
 
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
-use crate::ring::{Ring, Step, Token};
-use crate::worker::Place;
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::QueueSlot;
 
 /// The payload of a command for one request.
 pub(super) fn io_command(queue: u16, tag: Tag, result: i32, addr: u64) -> [u8; 16] {
@@ -18,23 +18,23 @@ pub(super) fn io_command(queue: u16, tag: Tag, result: i32, addr: u64) -> [u8; 1
 }
 
 /// No slot.
-pub(super) const UNREGISTERED: u16 = u16::MAX;
+pub(super) const NO_SLOT: u16 = u16::MAX;
 
-/// Registered buffers of a queue's tags: the slots that the driver fills by itself, and the
-/// requests for which it could not, because their slot was taken by another device's request.
+/// The registered buffers of a queue's tags: the slots that the driver fills, and the requests for
+/// which it could not because another device's request uses the slot.
 #[derive(Debug)]
 pub(super) struct Fallback {
     first: usize,
-    automatic: Box<[u16]>,
-    /// The spare slot that a tag in flight has; `UNREGISTERED` for all others.
+    auto_slots: Box<[u16]>,
+    /// The spare slot of each tag in flight; `NO_SLOT` for all others.
     spare: Box<[u16]>,
-    /// Being registered: the request to be handed on after it.
-    pending: Box<[Option<Request>]>,
-    /// Being unregistered: the answer to be given after it.
-    answered: Box<[Option<Completion>]>,
-    /// Without a slot, since there was none.
-    starved: VecDeque<Request>,
-    busy: usize,
+    /// Requests whose buffer is being registered.
+    registering: Box<[Option<Request>]>,
+    /// Completions whose buffer is being unregistered.
+    unregistering: Box<[Option<Completion>]>,
+    /// Requests that wait for a spare slot.
+    waiting_for_buffer: VecDeque<Request>,
+    outstanding: usize,
     count: u64,
 }
 
@@ -42,47 +42,47 @@ impl Fallback {
     pub(super) fn new() -> Self {
         Self {
             first: 0,
-            automatic: Box::default(),
+            auto_slots: Box::default(),
             spare: Box::default(),
-            pending: Box::default(),
-            answered: Box::default(),
-            starved: VecDeque::new(),
-            busy: 0,
+            registering: Box::default(),
+            unregistering: Box::default(),
+            waiting_for_buffer: VecDeque::new(),
+            outstanding: 0,
             count: 0,
         }
     }
 
-    /// Gives every tag of the queue at `place` its slot.
-    pub(super) fn assign(&mut self, place: Place, ring: &Ring, depth: u16) {
+    /// Assigns a slot to every tag of the queue at `queue_slot`.
+    pub(super) fn assign_slots(&mut self, queue_slot: QueueSlot, ring: &Ring, depth: u16) {
         let tags = usize::from(depth);
-        self.first = usize::from(place.slot.index) * tags;
-        self.automatic = (0..tags).map(|tag| ring.buffers.automatic(self.first + tag)).collect();
-        self.spare = vec![UNREGISTERED; tags].into();
-        self.pending = vec![None; tags].into();
-        self.answered = vec![None; tags].into();
-        self.starved.reserve(tags);
+        self.first = usize::from(queue_slot.id.index) * tags;
+        self.auto_slots = (0..tags).map(|tag| ring.buffers.auto_slot_of(self.first + tag)).collect();
+        self.spare = vec![NO_SLOT; tags].into();
+        self.registering = vec![None; tags].into();
+        self.unregistering = vec![None; tags].into();
+        self.waiting_for_buffer.reserve(tags);
     }
 
-    /// What a per-request command says about its tag's buffer.
-    pub(super) fn automatic(&self, tag: Tag) -> u64 {
-        super::per_io::automatic_registration(self.automatic_slot(tag))
+    /// The buffer registration argument of a per-request command.
+    pub(super) fn auto_registration_of(&self, tag: Tag) -> u64 {
+        super::per_io::auto_registration(self.auto_slot(tag))
     }
 
-    pub(super) fn automatic_slot(&self, tag: Tag) -> u16 {
-        self.automatic.get(usize::from(tag)).copied().unwrap_or(0)
+    pub(super) fn auto_slot(&self, tag: Tag) -> u16 {
+        self.auto_slots.get(usize::from(tag)).copied().unwrap_or(0)
     }
 
-    /// The slot where a request's data is now.
+    /// The slot of a request's data.
     pub(super) fn slot(&self, tag: Tag) -> u16 {
         match self.spare.get(usize::from(tag)) {
-            Some(&slot) if slot != UNREGISTERED => slot,
-            _ => self.automatic_slot(tag),
+            Some(&slot) if slot != NO_SLOT => slot,
+            _ => self.auto_slot(tag),
         }
     }
 
-    /// Whether this request's buffer was registered by hand.
-    pub(super) fn holds(&self, tag: Tag) -> bool {
-        self.spare.get(usize::from(tag)).is_some_and(|slot| *slot != UNREGISTERED)
+    /// Whether the worker registered this request's buffer.
+    pub(super) fn is_fallback(&self, tag: Tag) -> bool {
+        self.spare.get(usize::from(tag)).is_some_and(|slot| *slot != NO_SLOT)
     }
 
     pub(super) fn count(&self) -> u64 {
@@ -90,46 +90,43 @@ impl Fallback {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.busy == 0 && self.starved.is_empty()
+        self.outstanding == 0 && self.waiting_for_buffer.is_empty()
     }
 
-    pub(super) fn is_starved(&self) -> bool {
-        !self.starved.is_empty()
+    pub(super) fn is_waiting_for_buffer(&self) -> bool {
+        !self.waiting_for_buffer.is_empty()
     }
 
-    /// A request has arrived whose buffer must be registered by hand.
+    /// Handles a request whose buffer the worker must register.
     pub(super) fn arrived(
         &mut self,
         request: Request,
-        place: Option<Place>,
+        queue_slot: Option<QueueSlot>,
         queue: u16,
         ring: &mut Ring,
     ) -> Result<()> {
         use crate::request::Op;
         if !matches!(request.op, Op::Read | Op::Write { .. }) {
-            return Err(Error::new(
-                Kind::Internal,
-                "a buffer is to be registered for a request without data",
-            ));
+            return Err(Error::new(Kind::Internal, "a request without data needs a buffer"));
         }
         self.count += 1;
-        self.starved.push_back(request);
-        self.retry(place, queue, ring)
+        self.waiting_for_buffer.push_back(request);
+        self.retry(queue_slot, queue, ring)
     }
 
-    /// Registers buffers of waiting requests as far as there are slots.
-    pub(super) fn retry(&mut self, place: Option<Place>, queue: u16, ring: &mut Ring) -> Result<()> {
-        while let Some(&request) = self.starved.front() {
+    /// Registers buffers of waiting requests while spare slots last.
+    pub(super) fn retry(&mut self, queue_slot: Option<QueueSlot>, queue: u16, ring: &mut Ring) -> Result<()> {
+        while let Some(&request) = self.waiting_for_buffer.front() {
             let Some(slot) = ring.buffers.take() else { return Ok(()) };
-            self.starved.pop_front();
+            self.waiting_for_buffer.pop_front();
             let index = usize::from(request.tag);
             self.spare[index] = slot;
-            self.pending[index] = Some(request);
-            self.busy += 1;
+            self.registering[index] = Some(request);
+            self.outstanding += 1;
             ring.push(&registration(
                 sys::UBLK_U_IO_REGISTER_IO_BUF,
-                Step::Register,
-                place,
+                EventKind::Register,
+                queue_slot,
                 queue,
                 request.tag,
                 slot,
@@ -138,28 +135,29 @@ impl Fallback {
         Ok(())
     }
 
-    /// A request is answered: its buffer goes first.
+    /// Completes a request after unregistering its buffer.
     pub(super) fn release(
         &mut self,
         completion: Completion,
-        place: Option<Place>,
+        queue_slot: Option<QueueSlot>,
         queue: u16,
         ring: &mut Ring,
     ) -> Result<()> {
         let index = usize::from(completion.tag);
-        self.answered[index] = Some(completion);
+        self.unregistering[index] = Some(completion);
         let slot = self.spare[index];
         ring.push(&registration(
             sys::UBLK_U_IO_UNREGISTER_IO_BUF,
-            Step::Unregister,
-            place,
+            EventKind::Unregister,
+            queue_slot,
             queue,
             completion.tag,
             slot,
         )?)
     }
 
-    /// A registration or its opposite has ended. Returns an answer that can be given now.
+    /// Handles the end of a registration or unregistration. Returns a completion that can be
+    /// committed now.
     pub(super) fn on_event(
         &mut self,
         token: Token,
@@ -171,40 +169,40 @@ impl Fallback {
         if index >= self.spare.len() {
             return Err(Error::new(Kind::Internal, "tag out of range"));
         }
-        if token.step == Step::Register && result >= 0 {
-            arrived.extend(self.pending[index].take());
+        if token.kind == EventKind::Register && result >= 0 {
+            arrived.extend(self.registering[index].take());
             return Ok(None);
         }
-        let slot = std::mem::replace(&mut self.spare[index], UNREGISTERED);
-        if token.step == Step::Register || result >= 0 {
-            ring.buffers.give_back(slot);
+        let slot = std::mem::replace(&mut self.spare[index], NO_SLOT);
+        if token.kind == EventKind::Register || result >= 0 {
+            ring.buffers.release(slot);
         } else {
-            // The slot may still lead to the request's pages: nobody gets it again. The answer is given
-            // all the same, or its submitter would wait for ever.
-            tracing::error!(slot, errno = -result, "a buffer of a request cannot be unregistered");
+            // The slot may still map the request's pages: it is never reused. The request completes
+            // all the same, or its submitter would hang.
+            tracing::error!(slot, errno = -result, "cannot unregister a request's buffer");
         }
-        self.busy -= 1;
-        if token.step == Step::Unregister {
-            return Ok(self.answered[index].take());
+        self.outstanding -= 1;
+        if token.kind == EventKind::Unregister {
+            return Ok(self.unregistering[index].take());
         }
-        // It never had a buffer, and nobody has seen it yet: failed here.
-        let failed = self.pending[index].take();
-        Ok(failed.map(|request| crate::request::Owed::new(request.tag).pay(-libc::EIO)))
+        // It has no buffer and the worker has not seen it: fail it here.
+        let failed = self.registering[index].take();
+        Ok(failed.map(|request| crate::request::PendingRequest::new(request.tag).complete(-libc::EIO)))
     }
 }
 
 fn registration(
     opcode: u32,
-    step: Step,
-    place: Option<Place>,
+    step: EventKind,
+    queue_slot: Option<QueueSlot>,
     queue: u16,
     tag: Tag,
     slot: u16,
 ) -> Result<squeue::Entry> {
-    let place = place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
-    Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+    let queue_slot = queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+    Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
         .cmd(io_command(queue, tag, 0, u64::from(slot)))
         .build()
         .flags(squeue::Flags::FIXED_FILE)
-        .user_data(Token::pack(step, place.slot, tag)))
+        .user_data(Token::pack(step, queue_slot.id, tag)))
 }

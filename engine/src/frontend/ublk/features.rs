@@ -1,10 +1,10 @@
-//! The feature ladder: what the driver grants, asked of the driver and never of its version.
+//! The driver's feature flags, as reported by the driver rather than derived from its version.
 
 use libublk::sys;
 
-use super::control::{Command, LIMIT, run};
+use super::control::{ControlCommand, TIMEOUT, run};
 use crate::error::Result;
-use crate::instance::spec::DataPath;
+use crate::frontend::IoMode;
 
 /// Names of the flags, by bit.
 const NAMES: [&str; 20] = [
@@ -30,72 +30,67 @@ const NAMES: [&str; 20] = [
     "SHMEM_ZC",
 ];
 
-/// The driver's flags.
+/// The driver's feature flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Granted(pub u64);
+pub struct DriverFeatures(pub u64);
 
-impl Granted {
-    /// Asks the driver.
-    pub fn ask() -> Result<Granted> {
-        let command = Command {
+impl DriverFeatures {
+    /// Queries the driver.
+    pub fn query() -> Result<DriverFeatures> {
+        let command = ControlCommand {
             name: "GET_FEATURES",
             opcode: sys::UBLK_U_CMD_GET_FEATURES,
             device: u32::MAX,
             buffer: vec![0; 8],
-            ..Command::default()
+            ..ControlCommand::default()
         };
-        let (_, bytes) = run(command, LIMIT)?;
+        let (_, bytes) = run(command, TIMEOUT)?;
         let mut flags = [0; 8];
         flags.copy_from_slice(&bytes[..8]);
-        Ok(Granted(u64::from_ne_bytes(flags)))
+        Ok(DriverFeatures(u64::from_ne_bytes(flags)))
     }
 
-    /// Whether all of `flags` are granted.
+    /// Whether the driver supports all of `flags`.
     pub fn has(self, flags: u32) -> bool {
         self.0 & u64::from(flags) == u64::from(flags)
     }
 
-    /// Whether this path of the ladder works here.
-    pub fn allows(self, path: DataPath) -> bool {
-        match path {
-            DataPath::Copy => self.has(sys::UBLK_F_CMD_IOCTL_ENCODE),
-            DataPath::Auto => self.has(Self::flags_of(DataPath::Auto)),
-            DataPath::Batch => self.has(Self::flags_of(DataPath::Batch)),
-            DataPath::Fuse => false,
+    /// Whether the driver supports this I/O mode.
+    pub fn allows(self, mode: IoMode) -> bool {
+        match mode {
+            IoMode::Copy => self.has(sys::UBLK_F_CMD_IOCTL_ENCODE),
+            IoMode::Auto => self.has(Self::flags_for(IoMode::Auto)),
+            IoMode::Batch => self.has(Self::flags_for(IoMode::Batch)),
+            IoMode::Fuse => false,
         }
     }
 
-    /// Paths that work here, best first.
-    pub fn paths(self) -> Vec<DataPath> {
-        [DataPath::Batch, DataPath::Auto, DataPath::Copy]
-            .into_iter()
-            .filter(|path| self.allows(*path))
-            .collect()
+    /// The supported I/O modes, best first.
+    pub fn io_modes(self) -> Vec<IoMode> {
+        [IoMode::Batch, IoMode::Auto, IoMode::Copy].into_iter().filter(|mode| self.allows(*mode)).collect()
     }
 
-    /// The flags that make a path.
-    pub fn flags_of(path: DataPath) -> u32 {
-        match path {
-            DataPath::Copy | DataPath::Fuse => 0,
-            DataPath::Auto => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG,
-            DataPath::Batch => {
-                sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_BATCH_IO
-            }
+    /// The flags of an I/O mode.
+    pub fn flags_for(mode: IoMode) -> u32 {
+        match mode {
+            IoMode::Copy | IoMode::Fuse => 0,
+            IoMode::Auto => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG,
+            IoMode::Batch => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_BATCH_IO,
         }
     }
 
-    /// A device outlives the daemon and can be taken back.
-    pub fn recovers(self) -> bool {
+    /// Devices outlive the daemon and can be recovered.
+    pub fn supports_recovery(self) -> bool {
         self.has(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE)
     }
 
-    /// A device can be resized.
-    pub fn resizes(self) -> bool {
+    /// Devices can be resized.
+    pub fn supports_resize(self) -> bool {
         self.has(sys::UBLK_F_UPDATE_SIZE)
     }
 
-    /// A device can be bound to an image after it has appeared, and be told to be unused.
-    pub fn binds_in_place(self) -> bool {
+    /// Devices can be bound to an image after their start, and stopped only if unused.
+    pub fn supports_binding(self) -> bool {
         self.has(sys::UBLK_F_UPDATE_SIZE | sys::UBLK_F_SAFE_STOP_DEV)
     }
 

@@ -1,5 +1,4 @@
-//! Memory shared with the driver or handed to it: request descriptors, and data buffers of the
-//! copy path.
+//! Memory shared with the driver: request descriptors, and data buffers of the copy mode.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -13,7 +12,7 @@ use crate::request::{Op, Request, SECTOR, Tag};
 
 const PAGE: usize = 4096;
 
-/// A mapping that is undone when dropped.
+/// A mapping that is unmapped when dropped.
 #[derive(Debug)]
 struct Mapping {
     start: NonNull<u8>,
@@ -26,26 +25,26 @@ unsafe impl Send for Mapping {}
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped by us with this length; the owner drops it after the kernel is done
-        // (`Transport::is_gone`).
+        // (`Transport::is_drained`).
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
 
-/// The descriptors of a queue's requests, written by the driver before it announces a tag.
+/// The request descriptors of a queue. The driver writes one before it announces the tag.
 #[derive(Debug)]
 pub(super) struct Descriptors {
     mapping: Mapping,
     depth: u16,
 }
 
-/// A request, and whether its buffer could not be registered by the driver.
-pub(super) struct Described {
+/// A request, and whether the driver failed to register its buffer.
+pub(super) struct DescribedRequest {
     pub(super) request: Request,
     pub(super) needs_registration: bool,
 }
 
 impl Descriptors {
-    /// Maps those of queue `queue`.
+    /// Maps the descriptors of queue `queue`.
     pub(super) fn map(file: &File, queue: u16, depth: u16) -> Result<Self> {
         let entry = size_of::<sys::ublksrv_io_desc>();
         let stride = (sys::UBLK_MAX_QUEUE_DEPTH as usize * entry).next_multiple_of(PAGE);
@@ -67,8 +66,8 @@ impl Descriptors {
         Ok(Self { mapping: Mapping { start, bytes }, depth })
     }
 
-    /// The request that the driver has announced under `tag`; none beyond the queue depth.
-    pub(super) fn read(&self, tag: Tag) -> Option<Described> {
+    /// The request announced under `tag`; none beyond the queue depth.
+    pub(super) fn read(&self, tag: Tag) -> Option<DescribedRequest> {
         if tag >= self.depth {
             return None;
         }
@@ -90,8 +89,8 @@ impl Descriptors {
             }
             other => Op::Unknown(other as u8),
         };
-        // A length beyond 4 GiB cannot come (the limits that we set are far below); it would be
-        // refused as reaching past the end.
+        // A length beyond 4 GiB cannot occur (the device's limits are far below). It would fail as
+        // out of range.
         let len = if op == Op::Flush {
             0
         } else {
@@ -99,11 +98,11 @@ impl Descriptors {
         };
         let offset = raw.start_sector.saturating_mul(SECTOR);
         let request = Request { tag, op, offset: if op == Op::Flush { 0 } else { offset }, len };
-        Some(Described { request, needs_registration: flags & sys::UBLK_IO_F_NEED_REG_BUF != 0 })
+        Some(DescribedRequest { request, needs_registration: flags & sys::UBLK_IO_F_NEED_REG_BUF != 0 })
     }
 }
 
-/// Data buffers of the copy path, one a tag. Memory is taken when a buffer is first used.
+/// Data buffers of the copy mode, one per tag. Memory is allocated on first use.
 #[derive(Debug)]
 pub(super) struct CopyBuffers {
     mapping: Mapping,
@@ -119,9 +118,8 @@ impl CopyBuffers {
         let start =
             unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) }
                 .map_err(|error| Error::os(error, "no memory for data buffers"))?;
-        // A huge page for the first 4 KiB that are touched would make an idle device take megabytes.
-        // A kernel without huge pages refuses, which is as good.
-        // SAFETY: the mapping made above; this advice changes no byte.
+        // Huge pages would cost an idle device megabytes for the first 4 KiB used. A kernel without
+        // huge pages fails here, which is as good.
         let _ = unsafe { madvise(start, bytes, Advice::LinuxNoHugepage) };
         let start = NonNull::new(start.cast()).ok_or_else(|| Error::new(Kind::Internal, "mapped at zero"))?;
         Ok(Self { mapping: Mapping { start, bytes }, each })

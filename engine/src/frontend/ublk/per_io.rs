@@ -1,7 +1,7 @@
-//! The transport with one command a request: copy path and automatic buffers.
+//! The transport with one command per request: copy mode and automatic buffers.
 //!
-//! Every tag has one command at the driver. Its completion announces a request; the command that
-//! answers the request waits for the tag's next one at the same time.
+//! Every tag has one command at the driver. Its completion announces a request. The command that
+//! commits this request also fetches the tag's next one.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,19 +9,19 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
-use super::fallback::{Fallback, UNREGISTERED, io_command};
+use super::fallback::{Fallback, NO_SLOT, io_command};
 use super::memory::{CopyBuffers, Descriptors};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
-use crate::ring::{Ring, Step, Token};
-use crate::worker::{Data, Place};
+use crate::ring::{EventKind, Ring, Token};
+use crate::worker::{Data, QueueSlot};
 
-/// Where the data of this queue's requests is.
+/// Location of the data of this queue's requests.
 #[derive(Debug)]
-pub(super) enum Buffers {
+pub(super) enum DataBuffers {
     /// Copied by the driver.
     Copied(CopyBuffers),
-    /// Registered by the driver; filled with slot numbers when armed.
+    /// Registered by the driver; slots are assigned when armed.
     Registered(Fallback),
 }
 
@@ -31,11 +31,11 @@ pub struct PerIo {
     file: File,
     queue: u16,
     descriptors: Descriptors,
-    buffers: Buffers,
+    buffers: DataBuffers,
     partscan: bool,
-    place: Option<Place>,
-    /// Commands at the driver, or on their way there.
-    armed: u16,
+    queue_slot: Option<QueueSlot>,
+    /// Commands at the driver, or queued for it.
+    outstanding: u16,
     depth: u16,
 }
 
@@ -45,10 +45,10 @@ impl PerIo {
         queue: u16,
         depth: u16,
         descriptors: Descriptors,
-        buffers: Buffers,
+        buffers: DataBuffers,
         partscan: bool,
     ) -> Self {
-        Self { file, queue, descriptors, buffers, partscan, place: None, armed: 0, depth }
+        Self { file, queue, descriptors, buffers, partscan, queue_slot: None, outstanding: 0, depth }
     }
 
     pub(in crate::frontend) fn file(&self) -> RawFd {
@@ -59,33 +59,34 @@ impl PerIo {
         self.depth
     }
 
-    pub(in crate::frontend) fn arm(&mut self, place: Place, ring: &mut Ring) -> Result<()> {
-        self.place = Some(place);
-        if let Buffers::Registered(fallback) = &mut self.buffers {
-            fallback.assign(place, ring, self.depth);
+    pub(in crate::frontend) fn arm(&mut self, queue_slot: QueueSlot, ring: &mut Ring) -> Result<()> {
+        self.queue_slot = Some(queue_slot);
+        if let DataBuffers::Registered(fallback) = &mut self.buffers {
+            fallback.assign_slots(queue_slot, ring, self.depth);
         }
         for tag in 0..self.depth {
             let fetch = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, -1)?;
             ring.push(&if self.partscan { ring.privileged(fetch) } else { fetch })?;
-            self.armed += 1;
+            self.outstanding += 1;
         }
         Ok(())
     }
 
-    /// The command that answers `tag` (or only waits for it), and waits for its next request.
+    /// The command that commits `tag` (or only fetches), and fetches its next request.
     fn command(&self, opcode: u32, tag: Tag, result: i32) -> Result<squeue::Entry> {
-        let place = self.place.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
+        let queue_slot =
+            self.queue_slot.ok_or_else(|| Error::new(Kind::Internal, "the queue is not armed"))?;
         let (address, in_entry) = match &self.buffers {
-            Buffers::Copied(buffers) => (buffers.address(tag) as u64, 0),
-            Buffers::Registered(fallback) => (0, fallback.automatic(tag)),
+            DataBuffers::Copied(buffers) => (buffers.address(tag) as u64, 0),
+            DataBuffers::Registered(fallback) => (0, fallback.auto_registration_of(tag)),
         };
         let payload = io_command(self.queue, tag, result, address);
-        Ok(opcode::UringCmd16::new(place.frontend(), opcode)
+        Ok(opcode::UringCmd16::new(queue_slot.frontend_file(), opcode)
             .cmd(payload)
             .addr(Some(in_entry))
             .build()
             .flags(squeue::Flags::FIXED_FILE)
-            .user_data(Token::pack(Step::Fetch, place.slot, tag)))
+            .user_data(Token::pack(EventKind::Fetch, queue_slot.id, tag)))
     }
 
     pub(in crate::frontend) fn on_event(
@@ -96,15 +97,15 @@ impl PerIo {
         arrived: &mut Vec<Request>,
     ) -> Result<()> {
         let (tag, result) = (token.tag, entry.result());
-        match token.step {
-            Step::Fetch if result == 0 => {
+        match token.kind {
+            EventKind::Fetch if result == 0 => {
                 let described = self
                     .descriptors
                     .read(tag)
                     .ok_or_else(|| Error::new(Kind::Internal, "tag out of range"))?;
                 match &mut self.buffers {
-                    Buffers::Registered(fallback) if described.needs_registration => {
-                        fallback.arrived(described.request, self.place, self.queue, ring)
+                    DataBuffers::Registered(fallback) if described.needs_registration => {
+                        fallback.arrived(described.request, self.queue_slot, self.queue, ring)
                     }
                     _ => {
                         arrived.push(described.request);
@@ -112,10 +113,10 @@ impl PerIo {
                     }
                 }
             }
-            Step::Fetch => {
-                self.armed -= 1;
+            EventKind::Fetch => {
+                self.outstanding -= 1;
                 match -result {
-                    // The device is being stopped, or its queue is cancelled.
+                    // The device is being stopped, or its queue cancelled.
                     libc::ENODEV | libc::ECANCELED => Ok(()),
                     errno => {
                         let error = std::io::Error::from_raw_os_error(errno);
@@ -123,8 +124,8 @@ impl PerIo {
                     }
                 }
             }
-            Step::Register | Step::Unregister => {
-                let Buffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
+            EventKind::Register | EventKind::Unregister => {
+                let DataBuffers::Registered(fallback) = &mut self.buffers else { return Ok(()) };
                 if let Some(completion) = fallback.on_event(token, result, ring, arrived)? {
                     ring.push(&self.command(
                         sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ,
@@ -140,46 +141,46 @@ impl PerIo {
 
     pub(in crate::frontend) fn data(&self, tag: Tag) -> Data {
         match &self.buffers {
-            Buffers::Copied(buffers) => Data::Memory(buffers.address(tag)),
-            Buffers::Registered(fallback) => Data::Registered(fallback.slot(tag)),
+            DataBuffers::Copied(buffers) => Data::Memory(buffers.address(tag)),
+            DataBuffers::Registered(fallback) => Data::Registered(fallback.slot(tag)),
         }
     }
 
     pub(in crate::frontend) fn complete(&mut self, completion: Completion, ring: &mut Ring) -> Result<()> {
-        if let Buffers::Registered(fallback) = &mut self.buffers
-            && fallback.holds(completion.tag)
+        if let DataBuffers::Registered(fallback) = &mut self.buffers
+            && fallback.is_fallback(completion.tag)
         {
-            return fallback.release(completion, self.place, self.queue, ring);
+            return fallback.release(completion, self.queue_slot, self.queue, ring);
         }
         ring.push(&self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, completion.tag, completion.result)?)
     }
 
     pub(in crate::frontend) fn linked_commit(&mut self, tag: Tag, len: u32) -> Option<squeue::Entry> {
-        if matches!(&self.buffers, Buffers::Registered(fallback) if fallback.holds(tag)) {
+        if matches!(&self.buffers, DataBuffers::Registered(fallback) if fallback.is_fallback(tag)) {
             return None;
         }
         self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, len.cast_signed()).ok()
     }
 
-    pub(in crate::frontend) fn is_gone(&self) -> bool {
-        self.armed == 0 && self.fallback().is_none_or(Fallback::is_idle)
+    pub(in crate::frontend) fn is_drained(&self) -> bool {
+        self.outstanding == 0 && self.fallback().is_none_or(Fallback::is_idle)
     }
 
-    pub(in crate::frontend) fn is_starved(&self) -> bool {
-        self.fallback().is_some_and(Fallback::is_starved)
+    pub(in crate::frontend) fn is_waiting_for_buffer(&self) -> bool {
+        self.fallback().is_some_and(Fallback::is_waiting_for_buffer)
     }
 
     fn fallback(&self) -> Option<&Fallback> {
         match &self.buffers {
-            Buffers::Copied(_) => None,
-            Buffers::Registered(fallback) => Some(fallback),
+            DataBuffers::Copied(_) => None,
+            DataBuffers::Registered(fallback) => Some(fallback),
         }
     }
 
-    pub(in crate::frontend) fn retry_starved(&mut self, ring: &mut Ring) -> Result<()> {
+    pub(in crate::frontend) fn retry_waiting(&mut self, ring: &mut Ring) -> Result<()> {
         match &mut self.buffers {
-            Buffers::Copied(_) => Ok(()),
-            Buffers::Registered(fallback) => fallback.retry(self.place, self.queue, ring),
+            DataBuffers::Copied(_) => Ok(()),
+            DataBuffers::Registered(fallback) => fallback.retry(self.queue_slot, self.queue, ring),
         }
     }
 
@@ -188,8 +189,8 @@ impl PerIo {
     }
 }
 
-/// The flags and slot with which a tag's buffer is registered by the driver.
-pub(super) fn automatic_registration(slot: u16) -> u64 {
-    debug_assert_ne!(slot, UNREGISTERED);
+/// The flags and slot with which the driver registers a tag's buffer.
+pub(super) fn auto_registration(slot: u16) -> u64 {
+    debug_assert_ne!(slot, NO_SLOT);
     u64::from(slot) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
 }

@@ -1,13 +1,13 @@
-//! A GPT: header, checksums, entries; the backup where the primary is damaged.
+//! GPT: header, checksums, entries; the backup if the primary is damaged.
 
 use super::super::region::{Region, le};
-use super::{Found, MAX};
+use super::{MAX, PartitionList};
 
-/// Bytes of a header, by the standard's first version.
+/// Bytes of a header, by the first version of the standard.
 const HEADER: usize = 92;
 /// Bytes of an entry. The standard allows more; the kernel does not.
 const ENTRY: usize = 128;
-/// Bytes of all entries at the most: what the kernel would allocate.
+/// Maximum bytes of all entries: the kernel's limit.
 const TABLE_MAX: u64 = 4 << 20;
 
 struct Header {
@@ -18,7 +18,7 @@ struct Header {
 }
 
 /// Adds the partitions of the primary table, or of the backup.
-pub(super) fn read(disk: &mut Region<'_>, block: u64, found: &mut Found) {
+pub(super) fn read(disk: &mut Region<'_>, block: u64, list: &mut PartitionList) {
     let Some(last) = (disk.size() / block).checked_sub(1).filter(|&last| last > 0) else { return };
     let mut valid = |lba| {
         let header = header(disk, lba, last, block)?;
@@ -29,12 +29,12 @@ pub(super) fn read(disk: &mut Region<'_>, block: u64, found: &mut Found) {
         let unused = entry.starts_with(&[0; 16]);
         let (first, end) = (le::<8>(entry, 32), le::<8>(entry, 40));
         if !unused && first <= end && end <= last {
-            found.add(number, first * block, (end - first + 1) * block);
+            list.add(number, first * block, (end - first + 1) * block);
         }
     }
 }
 
-/// The header in block `lba`, if everything about it is right; `last` is the device's last block.
+/// The header in block `lba`, if valid; `last` is the device's last block.
 fn header(disk: &mut Region<'_>, lba: u64, last: u64, block: u64) -> Option<Header> {
     let mut memory = [0; 4096];
     let sector = memory.get_mut(..usize::try_from(block).ok()?)?;
@@ -46,16 +46,16 @@ fn header(disk: &mut Region<'_>, lba: u64, last: u64, block: u64) -> Option<Head
         count: le::<4>(sector, 80),
         crc: le::<4>(sector, 88) as u32,
     };
-    let right = sector.starts_with(b"EFI PART")
+    let valid = sector.starts_with(b"EFI PART")
         && size >= HEADER
         && my_lba == lba
         && first <= end
         && end <= last
         && le::<4>(sector, 84) == ENTRY as u64
         && header.count * ENTRY as u64 <= TABLE_MAX;
-    let told = le::<4>(sector, 16) as u32;
+    let expected_crc = le::<4>(sector, 16) as u32;
     sector.get_mut(16..20)?.fill(0);
-    (right && crc32(0, sector.get(..size)?) == told).then_some(header)
+    (valid && crc32(0, sector.get(..size)?) == expected_crc).then_some(header)
 }
 
 /// The entries that can become partitions, if the checksum of all is right.

@@ -1,35 +1,36 @@
 //! Partition tables as the kernel reads them: MBR with logical partitions, and GPT.
 //!
-//! Knows which partitions a table means, by the kernel's rules (block/partitions): its numbers, what
-//! it clips and what it leaves out. Does not know what becomes of them. A table is a tenant's: no size
-//! or count in it decides how much is read or allocated, and nothing is followed twice.
+//! Implements the kernel's rules (block/partitions): numbering, clipping, omissions. A table is
+//! tenant data: no size or count in it determines how much is read or allocated, and no link is
+//! followed twice.
 //!
-//! By the kernel's rules:
+//! The kernel's rules:
 //! - numbers go to 255 ([`MAX`]); MBR: 1 to 4, logical ones from 5; GPT: entry plus 1;
-//! - a partition that starts behind the end is left out, one that ends behind it is clipped, one of size
-//!   0 is left out; overlapping ones are all shown;
-//! - an extended partition is shown with 1 KiB (one block, if that is more), so that nobody writes to it;
-//! - a GPT counts only beside a protective MBR, and then the MBR does not.
+//! - a partition that starts beyond the end is omitted, one that ends beyond it is clipped, one of
+//!   size 0 is omitted; overlapping ones are all kept;
+//! - an extended partition has 1 KiB (or one block, if larger), so that nobody writes to it;
+//! - a GPT counts only with a protective MBR, and then the MBR does not.
 //!
-//! Not by its rules: the backup GPT is used when the primary is damaged (the kernel does so with the
-//! parameter `gpt` only; so do sfdisk and blkid); chains of logical partitions end where they return to
-//! a sector they came by, and after [`mbr::CHAIN_MAX`] links; BSD, Solaris and other tables are ignored.
+//! Deviations: the backup GPT is used if the primary is damaged (the kernel does so only with the
+//! parameter `gpt`; sfdisk and blkid always do). Chains of logical partitions end at a sector that
+//! was read before, and after [`mbr::CHAIN_MAX`] links. BSD, Solaris and other tables are ignored.
 //!
-//! Ours and not a crate's: `gpt` 4.1 asserts on entries of other sizes and allocates the table by the
-//! header's word, `mbrman` 0.6 brings fifteen crates, and both refuse what the kernel accepts.
+//! No crate is used: `gpt` 4.1 asserts on entries of other sizes and allocates the table by the
+//! header's size, `mbrman` 0.6 pulls in fifteen crates, and both reject what the kernel accepts.
 
 mod gpt;
 mod mbr;
 
+use super::geometry::is_block_size;
 use super::region::Region;
 use crate::error::{Error, Kind, Result};
 
-/// The highest number of a partition, and so how many there are at most.
+/// The highest partition number, and so the maximum count.
 pub const MAX: u32 = 255;
 
-/// A partition: where it is on the device, in bytes.
+/// The range of a partition on its device, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct PartitionRange {
     /// M of loopNpM.
     pub number: u32,
     /// First byte.
@@ -38,11 +39,12 @@ pub struct Part {
     pub size: u64,
 }
 
-/// Reads the table of `disk`, a device of logical blocks of `block` bytes; no table: no partitions.
+/// Reads the partition table of `disk`, a device with logical blocks of `block` bytes. No table
+/// means no partitions.
 ///
-/// May block for as long as the file does, for at most some 5 MiB.
-pub fn read(disk: &mut Region<'_>, block: u32) -> Result<Vec<Part>> {
-    if !(512..=4096).contains(&block) || !block.is_power_of_two() {
+/// May block as long as the file does; reads some 5 MiB at most.
+pub fn read(disk: &mut Region<'_>, block: u32) -> Result<Vec<PartitionRange>> {
+    if !is_block_size(block) {
         let message = format!("cannot read partitions with blocks of {block} bytes");
         return Err(Error::new(Kind::Invalid, message));
     }
@@ -52,27 +54,27 @@ pub fn read(disk: &mut Region<'_>, block: u32) -> Result<Vec<Part>> {
     if !whole.map_err(|error| Error::os(error, "cannot read the partition table"))? {
         return Ok(Vec::new());
     }
-    let Some(table) = mbr::Table::of(&sector) else { return Ok(Vec::new()) };
-    let mut found = Found { parts: Vec::new(), capacity: disk.size() / block * block };
-    if table.protects_gpt() {
-        gpt::read(disk, block, &mut found);
-    } else if !table.mentions_gpt() {
-        mbr::read(disk, block, &table, &mut found);
+    let Some(table) = mbr::MbrTable::of(&sector) else { return Ok(Vec::new()) };
+    let mut list = PartitionList { ranges: Vec::new(), capacity: disk.size() / block * block };
+    if table.is_protective() {
+        gpt::read(disk, block, &mut list);
+    } else if !table.has_gpt_entry() {
+        mbr::read(disk, block, &table, &mut list);
     }
-    Ok(found.parts)
+    Ok(list.ranges)
 }
 
-/// What was found so far, and where the device ends.
-struct Found {
-    parts: Vec<Part>,
+/// The partitions found so far, and the device's capacity.
+struct PartitionList {
+    ranges: Vec<PartitionRange>,
     capacity: u64,
 }
 
-impl Found {
+impl PartitionList {
     fn add(&mut self, number: u32, start: u64, size: u64) {
         let Some(room) = self.capacity.checked_sub(start).filter(|&room| room > 0) else { return };
         if (1..=MAX).contains(&number) && size > 0 {
-            self.parts.push(Part { number, start, size: size.min(room) });
+            self.ranges.push(PartitionRange { number, start, size: size.min(room) });
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::sys::block;
 
 /// A use of an image by others.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outside {
+pub struct ExternalUse {
     /// Who, for messages: "the mount on /mnt".
     pub who: String,
     /// It may write.
@@ -23,7 +23,7 @@ pub struct Outside {
 }
 
 /// What is kept of `/proc/PID/mountinfo` of one mount.
-struct Mount {
+struct MountEntry {
     rdev: u64,
     point: String,
     source: String,
@@ -31,30 +31,30 @@ struct Mount {
 }
 
 /// A block device that shares bytes with another: itself, its disk, a partition of it.
-struct Relative {
+struct RelatedDevice {
     rdev: u64,
     /// For messages: "" or " of its partition sda1".
     of: String,
 }
 
 /// Everybody who is found, those who write first.
-pub fn find(image: &Identity) -> Vec<Outside> {
+pub fn find(image: &Identity) -> Vec<ExternalUse> {
     let mounts = mounts();
-    let relatives = match image.rdev {
+    let related_devices = match image.rdev {
         0 => Vec::new(),
-        rdev => relatives(rdev),
+        rdev => related_devices(rdev),
     };
     let mut found = Vec::new();
-    for Relative { rdev, of } in &relatives {
+    for RelatedDevice { rdev, of } in &related_devices {
         let users = mounted(*rdev, &mounts).into_iter().chain(built_upon(*rdev));
-        found.extend(users.map(|user| Outside { who: format!("{}{of}", user.who), ..user }));
+        found.extend(users.map(|user| ExternalUse { who: format!("{}{of}", user.who), ..user }));
     }
     let is_it = |(dev, ino, rdev): (u64, u64, u64)| match image.rdev {
         0 => (dev, ino) == (image.dev, image.ino),
-        _ => relatives.iter().any(|relative| relative.rdev == rdev),
+        _ => related_devices.iter().any(|relative| relative.rdev == rdev),
     };
     if swaps().into_iter().any(is_it) {
-        found.push(Outside { who: "swap".to_owned(), writes: true });
+        found.push(ExternalUse { who: "swap".to_owned(), writes: true });
     }
     found.extend(kernel_loops(is_it, &mounts));
     found.sort_by_key(|user| !user.writes);
@@ -63,7 +63,7 @@ pub fn find(image: &Identity) -> Vec<Outside> {
 
 /// Block devices that share bytes with this one, itself excepted.
 pub fn related(rdev: u64) -> Vec<u64> {
-    let all = if rdev == 0 { Vec::new() } else { relatives(rdev) };
+    let all = if rdev == 0 { Vec::new() } else { related_devices(rdev) };
     all.into_iter().map(|relative| relative.rdev).filter(|other| *other != rdev).collect()
 }
 
@@ -73,50 +73,52 @@ fn directory(rdev: u64) -> PathBuf {
     fs::canonicalize(&number).unwrap_or_else(|_| number.into())
 }
 
-fn relatives(rdev: u64) -> Vec<Relative> {
+fn related_devices(rdev: u64) -> Vec<RelatedDevice> {
     let own = directory(rdev);
-    let mut all = vec![Relative { rdev, of: String::new() }];
+    let mut all = vec![RelatedDevice { rdev, of: String::new() }];
     if own.join("partition").exists() {
         let disk = own.parent().unwrap_or(&own);
         let of = format!(" of its disk {}", last(disk));
-        all.extend(number_of(disk).map(|rdev| Relative { rdev, of }));
+        all.extend(number_of(disk).map(|rdev| RelatedDevice { rdev, of }));
         return all;
     }
     let parts = entries(&own).filter(|entry| entry.join("partition").exists());
     all.extend(parts.filter_map(|part| {
         let of = format!(" of its partition {}", last(&part));
-        Some(Relative { rdev: number_of(&part)?, of })
+        Some(RelatedDevice { rdev: number_of(&part)?, of })
     }));
     all
 }
 
 /// Mounts of a block device.
-fn mounted(rdev: u64, mounts: &[Mount]) -> Vec<Outside> {
+fn mounted(rdev: u64, mounts: &[MountEntry]) -> Vec<ExternalUse> {
     let own = directory(rdev);
     // Btrfs and others have device numbers of their own: there the name of the source tells. It is
     // compared and never followed, for anybody may write it who can mount FUSE.
-    let sources = [format!("/dev/{}", last(&own)), format!("/dev/mapper/{}", mapper_name(&own))];
-    let is_it = |mount: &&Mount| mount.rdev == rdev || sources.contains(&mount.source);
-    let user =
-        |mount: &Mount| Outside { who: format!("the mount on {}", mount.point), writes: !mount.read_only };
+    let sharing = [format!("/dev/{}", last(&own)), format!("/dev/mapper/{}", mapper_name(&own))];
+    let is_it = |mount: &&MountEntry| mount.rdev == rdev || sharing.contains(&mount.source);
+    let user = |mount: &MountEntry| ExternalUse {
+        who: format!("the mount on {}", mount.point),
+        writes: !mount.read_only,
+    };
     mounts.iter().filter(is_it).map(user).collect()
 }
 
 /// Devices of device mapper, md and the like over a block device.
-fn built_upon(rdev: u64) -> Vec<Outside> {
+fn built_upon(rdev: u64) -> Vec<ExternalUse> {
     let user = |holder: PathBuf| {
         let name = last(&holder);
         let who = match mapper_name(Path::new(&format!("/sys/block/{name}"))) {
             mapped if mapped.is_empty() => name,
             mapped => format!("{name} (/dev/mapper/{mapped})"),
         };
-        Outside { who, writes: true }
+        ExternalUse { who, writes: true }
     };
     entries(&directory(rdev).join("holders")).map(user).collect()
 }
 
 /// Loop devices of the kernel over a file or block device that `is_it`.
-fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[Mount]) -> Vec<Outside> {
+fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[MountEntry]) -> Vec<ExternalUse> {
     let user = |device: PathBuf| {
         if !device.join("loop/backing_file").exists() {
             return None;
@@ -129,17 +131,17 @@ fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[Mount]) -> Ve
             return None;
         }
         let writes = text(&device.join("ro")) != "1";
-        let parts = relatives(rdev).into_iter().flat_map(|relative| mounted(relative.rdev, mounts));
+        let parts = related_devices(rdev).into_iter().flat_map(|relative| mounted(relative.rdev, mounts));
         let who = parts.fold(node, |who, mount| format!("{who}, {}", mount.who));
-        Some(Outside { who, writes })
+        Some(ExternalUse { who, writes })
     };
     let loops = entries(Path::new("/sys/block")).filter(|device| last(device).starts_with("loop"));
     loops.filter_map(user).collect()
 }
 
 /// What the mount tables of the machine and of this process show, each mount once.
-fn mounts() -> Vec<Mount> {
-    let mut all: Vec<Mount> = Vec::new();
+fn mounts() -> Vec<MountEntry> {
+    let mut all: Vec<MountEntry> = Vec::new();
     for table in ["/proc/1/mountinfo", "/proc/self/mountinfo"] {
         // Names may have any bytes; escapes keep them in one line.
         let text = fs::read(table).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
@@ -152,8 +154,8 @@ fn mounts() -> Vec<Mount> {
     all
 }
 
-/// `36 35 8:1 / /mnt rw,relatime shared:1 - ext4 /dev/sda1 rw`
-fn parse_mount(line: &str) -> Option<Mount> {
+/// `36 35 8:1 / /mnt rw,relatime context:1 - ext4 /dev/sda1 rw`
+fn parse_mount(line: &str) -> Option<MountEntry> {
     let (mount, file_system) = line.split_once(" - ")?;
     let mut words = mount.split(' ').skip(2);
     let (major, minor) = words.next()?.split_once(':')?;
@@ -163,7 +165,7 @@ fn parse_mount(line: &str) -> Option<Mount> {
     let source = words.next()?.to_owned();
     // Of the file system and not of the mount: another mount of it may be writable.
     let read_only = words.next().is_some_and(|options| options.split(',').any(|option| option == "ro"));
-    Some(Mount { rdev, point, source, read_only })
+    Some(MountEntry { rdev, point, source, read_only })
 }
 
 /// Files and block devices that are swap, as stat(2) numbers them.
@@ -249,7 +251,7 @@ mod tests {
 
     #[test]
     fn nobody_uses_what_is_not_there() {
-        let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, born_ns: 0 };
+        let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, btime_ns: 0 };
         assert!(find(&nothing).is_empty());
         assert!(find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }).is_empty());
         assert_eq!(related(0), [0u64; 0]);

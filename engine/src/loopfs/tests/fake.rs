@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::loopfs::{Changes, Devices};
-use crate::loops::{Answer, Bound, Entry, Errno, PoolSpec};
+use crate::loops::{Answer, Bound, Entry, Errno, LoopOp, PoolSpec};
 
 #[derive(Debug)]
 pub(super) struct Fake {
@@ -74,6 +74,21 @@ impl Devices for Fake {
         self.entries.lock().unwrap().get(&number).cloned()
     }
 
+    fn control(&self, op: LoopOp) -> Answer<u32> {
+        match op {
+            LoopOp::GetFree => self.get_free(),
+            LoopOp::Add(number) => self.add(number),
+            LoopOp::Remove(number) => self.remove(number),
+            other => panic!("{other:?} is not an operation of loop-control"),
+        }
+    }
+
+    fn watch(&self, changes: Changes) {
+        *self.changes.lock().unwrap() = Some(changes);
+    }
+}
+
+impl Fake {
     fn get_free(&self) -> Answer<u32> {
         let taken = self.entries();
         if let Some(free) = taken.iter().find(|entry| entry.bound.is_none()) {
@@ -96,7 +111,7 @@ impl Devices for Fake {
         Ok(number)
     }
 
-    fn remove(&self, number: i32) -> Answer<u32> {
+    pub(super) fn remove(&self, number: i32) -> Answer<u32> {
         let number = u32::try_from(number).map_err(|_| Errno::INVAL)?;
         match self.entry(number) {
             None => Err(Errno::NODEV),
@@ -107,10 +122,6 @@ impl Devices for Fake {
                 Ok(0)
             }
         }
-    }
-
-    fn watch(&self, changes: Changes) {
-        *self.changes.lock().unwrap() = Some(changes);
     }
 }
 

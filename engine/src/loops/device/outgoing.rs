@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Device, Room, let_go};
-use crate::frontend::Stop;
+use super::{Device, Room};
+use crate::frontend::StopMode;
 use crate::loops::binding::Binding;
 use crate::loops::disk::Disk;
 use crate::loops::parts::Part;
@@ -136,7 +136,7 @@ impl Device {
         match room.retire(disk) {
             Ok(()) => {
                 self.outgoing.extend(parts.into_iter().map(Outgoing::part));
-                let_go(binding);
+                room.close(binding);
                 None
             }
             Err(disk) => Some(Outgoing { disk, binding, parts, since, generation, of_part }),
@@ -185,14 +185,14 @@ impl Device {
     }
 
     /// Takes them away for good, as far as they can be had.
-    pub(super) fn end_outgoing(&mut self, when: Stop, room: Room<'_>) {
+    pub(super) fn end_outgoing(&mut self, when: StopMode, room: Room<'_>) {
         self.outgoing.extend(self.cleared.take());
         self.part_outgoing();
         for Outgoing { disk, binding, parts, since, generation, of_part } in
             std::mem::take(&mut self.outgoing)
         {
             match room.remove(disk, when) {
-                Ok(()) => let_go(binding),
+                Ok(()) => room.close(binding),
                 Err(disk) => {
                     self.outgoing.push(Outgoing { disk, binding, parts, since, generation, of_part });
                 }

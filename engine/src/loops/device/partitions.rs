@@ -53,7 +53,7 @@ impl Device {
         }
     }
 
-    fn add_partition(&mut self, part: partitions::Part, room: Room<'_>) -> Answer<()> {
+    fn add_partition(&mut self, part: partitions::PartitionRange, room: Room<'_>) -> Answer<()> {
         self.check_range(&part)?;
         self.check_free(&part)?;
         if !NUMBERS.contains(&part.number) {
@@ -83,7 +83,7 @@ impl Device {
         })
     }
 
-    fn resize_partition(&mut self, part: partitions::Part) -> Answer<()> {
+    fn resize_partition(&mut self, part: partitions::PartitionRange) -> Answer<()> {
         self.check_range(&part)?;
         let at = self.position_of(part.number).ok_or(Errno::NXIO)?;
         if self.parts[at].position().start != part.start {
@@ -105,7 +105,7 @@ impl Device {
     }
 
     /// Refuses what is not on the device, or not in whole blocks.
-    fn check_range(&self, part: &partitions::Part) -> Answer<()> {
+    fn check_range(&self, part: &partitions::PartitionRange) -> Answer<()> {
         let disk = self.disk()?;
         let block = u64::from(disk.block_size);
         let is_whole = part.size > 0 && part.start.is_multiple_of(block) && part.size.is_multiple_of(block);
@@ -114,9 +114,9 @@ impl Device {
     }
 
     /// Refuses what overlaps another partition.
-    fn check_free(&self, part: &partitions::Part) -> Answer<()> {
+    fn check_free(&self, part: &partitions::PartitionRange) -> Answer<()> {
         let others = self.parts.iter().map(Part::position).filter(|other| other.number != part.number);
-        let overlaps = |other: partitions::Part| {
+        let overlaps = |other: partitions::PartitionRange| {
             part.start < other.start.saturating_add(other.size)
                 && other.start < part.start.saturating_add(part.size)
         };

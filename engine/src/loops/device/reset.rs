@@ -2,7 +2,6 @@
 
 use super::outgoing::Outgoing;
 use super::{Device, Room, flag};
-use crate::loops::maker::let_go;
 
 impl Device {
     /// Unbinds it. Who has it open keeps that disk until its last close; with force another disk takes
@@ -33,7 +32,7 @@ impl Device {
             self.part_outgoing();
             for outgoing in &mut self.outgoing {
                 outgoing.disk.withdraw();
-                let_go(outgoing.binding.take());
+                room.close(outgoing.binding.take());
             }
         }
         if self.disk.is_none() {

@@ -2,8 +2,8 @@
 //!
 //! Knows that one device may hang and must hold up no other, and that who loses a device is logged.
 
-use super::{PATIENCE, Place, Pool};
-use crate::frontend::Stop;
+use super::{END_PATIENCE, Place, Pool};
+use crate::frontend::StopMode;
 use crate::sys::usage::{self, Disks};
 
 /// Devices that are ended at a time, where one may hang.
@@ -17,7 +17,7 @@ impl Pool {
                 for (number, place) in some {
                     let end = || {
                         self.warn_lost(*number, place);
-                        self.end_one(*number, place, Stop::Always, PATIENCE)
+                        self.end_one(*number, place, StopMode::Always, END_PATIENCE)
                     };
                     // Without a thread it is left to the reaper.
                     let _ = std::thread::Builder::new().name("end".into()).spawn_scoped(scope, end);

@@ -58,7 +58,7 @@ fn look(ctx: &Ctx) -> Res {
     ensure!(meta.is_file() && meta.len() == 8 * MIB, "not a file of 8 MiB: {meta:?}");
     ensure!((meta.mode() & 0o7777, meta.uid(), meta.gid()) == (0o600, 0, 0), "mode or owner: {meta:?}");
     let info = daemon.info(&device)?;
-    ensure!(info["dataPath"] == "fuse" && info["node"] == device.as_str(), "list: {info}");
+    ensure!(info["ioMode"] == "fuse" && info["node"] == device.as_str(), "list: {info}");
     // As with a node in /dev, who may use it can be changed.
     tools::ok(&["chown", "12:34", &device])?;
     tools::ok(&["chmod", "640", &device])?;
@@ -69,12 +69,12 @@ fn look(ctx: &Ctx) -> Res {
     let features = daemon.json(&["features"])?;
     ensure!(features["frontends"].as_array().is_some_and(|f| f.iter().any(|f| f == "fuse")), "{features}");
     let other = store.sparse("other", MIB)?;
-    for (words, code) in [(&["attach", &other, "--path", "auto"][..], 7), (&["attach", &device], 2)] {
+    for (words, code) in [(&["attach", &other, "--io-mode", "auto"][..], 7), (&["attach", &device], 2)] {
         let done = daemon.cli(words)?;
         ensure!(done.code == code && done.err.trim_end().lines().count() == 1, "{words:?}: {done:?}");
     }
     daemon.detach(&device)?;
-    let again = daemon.attach(&[&image, "--path", "fuse", "--number", "5"])?;
+    let again = daemon.attach(&[&image, "--io-mode", "fuse", "--number", "5"])?;
     ensure!(again.ends_with("/default/loop5"), "number 5 is {again}");
     daemon.detach(&again)?;
     daemon.stop()

@@ -90,7 +90,7 @@ fn reading(ctx: &Ctx) -> Res {
         ("queues", 2.into()),
         ("readOnly", false.into()),
         ("buffered", false.into()),
-        ("dataPath", ctx.host.data_paths[0].clone().into()),
+        ("ioMode", ctx.host.io_modes[0].clone().into()),
     ] as [(&str, serde_json::Value); 10]
     {
         ensure!(info[name] == value, "{name} is {} and not {value}", info[name]);

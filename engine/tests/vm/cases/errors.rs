@@ -106,7 +106,7 @@ fn bad_images(ctx: &Ctx) -> Res {
         ("--block-size", "8192"),
         ("--depth", "0"),
         ("--queues", "0"),
-        ("--path", "sideways"),
+        ("--io-mode", "sideways"),
     ] {
         usage(&daemon.cli(&["attach", &good, option, value])?, option)?;
     }

@@ -46,7 +46,7 @@ fn truncated(ctx: &Ctx, path: &str) -> Res {
     let data = pattern(12, 32 << 20);
     disk::write_all(&image, &data)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
     ensure!(daemon.info(&device)?["state"] == "live", "not live");
     let jobs = format!(
         "[readers]
@@ -107,7 +107,7 @@ fn full(ctx: &Ctx, path: &str) -> Res {
     let store = Store::new(ctx, "xfs", &shape)?;
     let image = store.sparse("image", SIZE)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
     let filler = store.path("filler");
     tools::sh(format!(
         "free=$(( $(stat -f -c '%a * %S' {image}) )); fallocate -l $(( free - 12 * 1048576 )) {filler}"
@@ -142,7 +142,7 @@ fn bad_sectors(ctx: &Ctx, path: &str) -> Res {
     let mut data = pattern(14, 4 << 20);
     disk::write_all(&below.node(), &data)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&below.node(), "--path", path])?;
+    let device = daemon.attach(&[&below.node(), "--io-mode", path])?;
     let disk = Disk::open(&device)?;
     // Once with transfers that stop at the bad sector, where the kernel has them; once without.
     for partial in ["0", "1"] {

@@ -33,7 +33,7 @@ fn tree_survives(ctx: &Ctx, kind: &str, path: &str) -> Res {
     let image = store.sparse("image", 400 * MIB)?;
     let daemon = Daemon::start(ctx)?;
 
-    let device = daemon.attach(&[&image, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
     mkfs(kind, &device)?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
     let copy = format!("{}/tree", mount.dir);
@@ -44,7 +44,7 @@ fn tree_survives(ctx: &Ctx, kind: &str, path: &str) -> Res {
     fsck(kind, &device).at("check after the first use")?;
     daemon.detach(&device)?;
 
-    let device = daemon.attach(&[&image, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
     ensure!(checksums(&copy)? == expected, "the copy differs after detach and attach");
     tools::ok(&["rm", "-rf", &copy])?;

@@ -251,7 +251,7 @@ fn more_io_than_buffers(ctx: &Ctx, path: &str) -> Res {
     let store = Store::new(ctx, "xfs", &shape)?;
     let mut daemon = Daemon::start(ctx)?;
     daemon.ok(&["instance", "create", "crowd", "--max", "200"])?;
-    let words = ["-i", "crowd", "--queues", "1", "--depth", &depth, "--path", path];
+    let words = ["-i", "crowd", "--queues", "1", "--depth", &depth, "--io-mode", path];
     let devices = attach_many(&daemon, &store, count, bytes, &words)?;
     let mut jobs = format!(
         "[global]

@@ -15,6 +15,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("private_containers::crun", Needs::Private, 180, |ctx| chain(ctx, "crun")),
         case("private_containers::runc", Needs::Private, 180, |ctx| chain(ctx, "runc")),
         case("private_containers::two", Needs::Private, 180, two),
+        case("private_containers::partitions", Needs::Private, 180, partitions),
+        case("private_containers::hook", Needs::Private, 60, hook),
         case("private_containers::restart", Needs::Private, 180, restart),
         case("private_containers::policy", Needs::Private, 180, policy),
     ]
@@ -116,6 +118,78 @@ fn two(ctx: &Ctx) -> Res {
     let [first, second] = pools;
     tools::ok(&["umount", "-R", &first.dir])?;
     second.end(&daemon)?;
+    daemon.stop()
+}
+
+/// Names of partitions come, change and go in the container's own /dev, and are new for the next container.
+fn partitions(ctx: &Ctx) -> Res {
+    let runtime = any_runtime()?;
+    let daemon = Daemon::start(ctx)?;
+    let pool = Pool::new(ctx, &daemon, "ci", 2)?;
+    let bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
+    for (name, table) in [("two", "size=2M\\nsize=1M"), ("three", "size=1M\\nsize=1M\\nsize=3M")] {
+        let (image, table) = (bundle.work(name), format!("label: gpt\\n{table}\\n"));
+        tools::sh(format!("truncate -s 16M {image}; printf '{table}' | sfdisk -q {image}"))?;
+    }
+    let script = r#"
+        names() { (cd /dev && ls -d loop[0-9]*p* 2>/dev/null | tr '\n' ' '); }
+        same "none" "$(names)" ""
+        same "-P" "$(losetup -P -f --show two)" /dev/loop0
+        soon "two" "loop0p1 loop0p2 " names
+        same "sizes" "$(size /dev/loop0p1) $(size /dev/loop0p2)" "2097152 1048576"
+        works "mkfs" mkfs.ext4 -q /dev/loop0p1
+        works "another table" dd if=three of=/dev/loop0 bs=1M conv=notrunc
+        works "reread" blockdev --rereadpt /dev/loop0
+        soon "three" "loop0p1 loop0p2 loop0p3 " names
+        same "size" "$(size /dev/loop0p3)" 3145728
+        # What the container puts into its own /dev is left alone.
+        rm /dev/loop0p3; echo mine > /dev/loop0p3; ln -s /tmp /dev/loop1p1
+        works "-d" losetup -d /dev/loop0
+        soon "its own" "loop0p3 loop1p1 " names
+        same "its file" "$(cat /dev/loop0p3)" mine
+        works "again" losetup -P /dev/loop1 two
+        soon "the name is the device's" loopfs/loop1p1 readlink /dev/loop1p1
+        soon "beside its own" "loop0p3 loop1p1 loop1p2 loop1p3 " names
+        "#;
+    bundle.run(script)?;
+    unbound(&daemon, "ci")?;
+    let next = Bundle::new(ctx, &daemon, runtime, "c2", "ci")?;
+    for name in ["two", "three"] {
+        std::fs::copy(bundle.work(name), next.work(name)).at("a copy")?;
+    }
+    next.run(script)?;
+    unbound(&daemon, "ci")?;
+    pool.end(&daemon)?;
+    daemon.stop()
+}
+
+/// Why a hook fails is in the daemon's log; only root tells the daemon such things.
+fn hook(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let pool = Pool::new(ctx, &daemon, "ci", 2)?;
+    let bundle = ctx.path("bundle");
+    tools::sh(format!("mkdir -p {bundle}/r; echo '{{\"root\":{{\"path\":\"r\"}}}}' > {bundle}/config.json"))?;
+    let run_dir = ctx.path("run");
+    let hook = format!(
+        "echo '{{\"id\":\"c1\",\"bundle\":\"{bundle}\"}}' |
+        ${{BY:-env}} loopengine --run-dir {run_dir} oci hook --devices 2 --pool ci"
+    );
+    let failed = tools::run(&["sh", "-c", &hook])?;
+    ensure!(failed.code != 0 && failed.err.contains("/dev"), "{failed:?}");
+    ensure!(
+        daemon.log().contains("container \"c1\" was not prepared for private pool ci"),
+        "{}",
+        daemon.log()
+    );
+    // A directory that is no tmpfs is refused: names are made nowhere else.
+    tools::sh(format!("mkdir {bundle}/r/dev && mount -t ramfs none {bundle}/r/dev"))?;
+    let done = tools::run(&["sh", "-c", &hook])?;
+    ensure!(done.code == 0 && done.err.contains("not a directory of a tmpfs"), "{done:?}");
+    let by = "setpriv --reuid 1000 --regid 1000 --clear-groups";
+    let other = tools::run(&["sh", "-c", &format!("chmod -R a+rwX {bundle}; BY='{by}'; {hook}")])?;
+    ensure!(other.err.contains("there is no private pool"), "{other:?}");
+    tools::ok(&["umount", &format!("{bundle}/r/dev")])?;
+    pool.end(&daemon)?;
     daemon.stop()
 }
 

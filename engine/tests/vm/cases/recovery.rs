@@ -37,7 +37,7 @@ pub(super) fn ends_under_verify(ctx: &Ctx, path: &str, end: End) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", SIZE)?;
     let mut daemon = Daemon::leaving(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
     let before = daemon.info(&device)?;
     let ids = daemon.ublk_ids();
 
@@ -88,7 +88,7 @@ rate=2m,2m
     disk::same("image", &disk::read_all(&image, 0, SIZE)?, &shown)?;
     daemon.detach(&device)?;
     // A device that was taken back leaves its number free like any other.
-    let again = daemon.attach(&[&image, "--path", path])?;
+    let again = daemon.attach(&[&image, "--io-mode", path])?;
     ensure!(again == device, "{device} came back as {again}");
     disk::same("device", &disk::read_all(&again, 0, SIZE)?, &shown)?;
     daemon.detach(&again)?;
@@ -100,7 +100,7 @@ pub(super) fn ends_keep_acknowledged(ctx: &Ctx, path: &str, end: End) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
     let mut daemon = Daemon::leaving(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
     let writers = Writers::start(&device, 64 * MIB, 8, OnError::End)?;
     for _ in 0..3 {
         writers.progress(200, Duration::from_secs(30))?;

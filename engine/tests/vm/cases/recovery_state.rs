@@ -61,7 +61,7 @@ fn unreadable(ctx: &Ctx) -> Res {
         let named = |l: &str| l.contains("ERROR") && l.contains(&format!("default/loop{number}"));
         ensure!(log.lines().any(named), "no error for loop{number}: {log}");
         let info = daemon.info(device)?;
-        for same in ["node", "sizeBytes", "blockSizeBytes", "queues", "depth", "dataPath", "readOnly"] {
+        for same in ["node", "sizeBytes", "blockSizeBytes", "queues", "depth", "ioMode", "readOnly"] {
             ensure!(info[same] == before[number][same], "{same} of {info}, was {}", before[number]);
         }
     }

@@ -1,4 +1,4 @@
-//! What a running daemon has given up, as the kernel tells it: SECURITY.md promises it.
+//! What a running daemon has given up, as the kernel tells it: doc/threat-model.md promises it.
 
 use std::collections::BTreeMap;
 

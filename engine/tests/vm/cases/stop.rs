@@ -114,7 +114,7 @@ fn many(ctx: &Ctx) -> Res {
     let devices = if ctx.host.full { 120 } else { 40 };
     for number in 0..devices {
         let image = store.sparse(&format!("image{number}"), MIB)?;
-        daemon.attach(&["--path", &ctx.host.data_paths[0], "--depth", "16", &image])?;
+        daemon.attach(&["--io-mode", &ctx.host.io_modes[0], "--depth", "16", &image])?;
     }
     let before = daemon.json(&["list"])?;
     let took = daemon.terminate()?;
@@ -133,8 +133,8 @@ fn detach_all_under_load(ctx: &Ctx, path: &str) -> Res {
     let image = store.sparse("image", 64 * MIB)?;
     let idle = store.sparse("idle", 8 * MIB)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path])?;
-    daemon.attach(&[&idle, "--path", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    daemon.attach(&[&idle, "--io-mode", path])?;
     let writers = Writers::start(&device, 64 * MIB, 12, OnError::End)?;
     writers.progress(300, Duration::from_secs(30))?;
     daemon.sigterm()?;
@@ -198,7 +198,7 @@ fn forced_is_logged(ctx: &Ctx) -> Res {
     let device = daemon.attach(&["-i", "other", &open])?;
     let held = std::fs::File::open(&device)?;
     daemon.ok(&["instance", "remove", "--force", "other"])?;
-    if ctx.host.data_paths[0] == "batch" {
+    if ctx.host.io_modes[0] == "batch" {
         logged(&daemon, "WARN", &["loop0 of instance other", &open, "(open)"])?;
     }
     drop(held);

@@ -87,8 +87,8 @@ fn mixed(ctx: &Ctx, path: &str, part_mib: u64, serve: &[&str], attach: &[&str]) 
     let image = store.allocated("image", bytes / 2)?;
     std::fs::File::options().write(true).open(&image)?.set_len(bytes)?;
     let mut daemon = Daemon::with(ctx, serve)?;
-    let device = daemon.attach(&[&[&image[..], "--path", path], attach].concat())?;
-    let used = daemon.info(&device)?["dataPath"].clone();
+    let device = daemon.attach(&[&[&image[..], "--io-mode", path], attach].concat())?;
+    let used = daemon.info(&device)?["ioMode"].clone();
     ensure!(used == path, "asked for path {path}, got {used}");
 
     let report = fio::run(ctx, &jobs(&device, part_mib), RUN)?;

@@ -53,7 +53,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", 2 * HALF)?;
     let daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--path", path, "--block-size", "512"])?;
+    let device = daemon.attach(&[&image, "--io-mode", path, "--block-size", "512"])?;
     let mut expected = pattern(7, usize::try_from(HALF)?);
     disk::write_all(&device, &expected)?;
 
@@ -61,7 +61,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     // image: the upper half.
     let half = HALF.to_string();
     let other = store.sparse("other", HALF)?;
-    let neighbour = daemon.attach(&[&other, "--path", path])?;
+    let neighbour = daemon.attach(&[&other, "--io-mode", path])?;
     let writers = Writers::start(&neighbour, HALF, 2, OnError::End)?;
 
     let open = Disk::open(&device)?;

@@ -146,7 +146,7 @@ fn root(number: u32) -> Result<()> {
     file.set_len(IMAGE_BYTES as u64)?;
     let spec = json!({ "spec": {
         "instance": "honest", "path": image, "number": null, "readOnly": false, "offset": 0, "sizeLimit": 0,
-        "blockSize": 0, "buffered": false, "queues": 0, "depth": 0, "dataPath": null,
+        "blockSize": 0, "buffered": false, "queues": 0, "depth": 0, "ioMode": null,
     }});
     let attach = || peer.call("io.loopengine.Attach", &spec, &[file.as_fd()]);
     let (reply, _) = call("Attach", attach)?;

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::PoolName;
+use super::PoolLabel;
 use crate::image::Identity;
 
 /// A pool has one warning for an image in so much time,
@@ -17,21 +17,21 @@ const PER_USER: usize = 16;
 const IN_ALL: usize = 1024;
 
 /// Warnings of the last minute, the oldest first.
-pub struct Said(VecDeque<(Instant, Arc<PoolName>, Identity)>);
+pub struct RecentWarnings(VecDeque<(Instant, Arc<PoolLabel>, Identity)>);
 
-static LATELY: Mutex<Said> = Mutex::new(Said::new());
+static LATELY: Mutex<RecentWarnings> = Mutex::new(RecentWarnings::new());
 
 /// May the log have a warning about this binding now?
-pub fn may_say(pool: &Arc<PoolName>, image: Identity) -> bool {
-    LATELY.lock().unwrap_or_else(PoisonError::into_inner).may_say(pool, image, Instant::now())
+pub fn may_warn(pool: &Arc<PoolLabel>, image: Identity) -> bool {
+    LATELY.lock().unwrap_or_else(PoisonError::into_inner).may_warn(pool, image, Instant::now())
 }
 
-impl Said {
-    const fn new() -> Said {
-        Said(VecDeque::new())
+impl RecentWarnings {
+    const fn new() -> RecentWarnings {
+        RecentWarnings(VecDeque::new())
     }
 
-    fn may_say(&mut self, pool: &Arc<PoolName>, image: Identity, now: Instant) -> bool {
+    fn may_warn(&mut self, pool: &Arc<PoolLabel>, image: Identity, now: Instant) -> bool {
         while self.0.front().is_some_and(|(at, ..)| now.saturating_duration_since(*at) >= QUIET) {
             self.0.pop_front();
         }
@@ -51,17 +51,17 @@ mod tests {
 
     #[test]
     fn once_for_each_pool_and_image_in_a_minute_and_not_too_often_for_a_user() {
-        let pool = |name: &str, uid| Arc::new(PoolName { name: name.to_owned(), uid });
-        let image = |ino| Identity { dev: 1, ino, rdev: 0, born_ns: 0 };
-        let (mut said, now) = (Said::new(), Instant::now());
-        assert!(said.may_say(&pool("a", 1000), image(0), now));
-        assert!(!said.may_say(&pool("a", 1000), image(0), now + QUIET / 2));
-        assert!(said.may_say(&pool("b", 1000), image(0), now));
-        assert!(said.may_say(&pool("a", 1000), image(0), now + QUIET));
-        let more = (1..100).filter(|ino| said.may_say(&pool("a", 1000), image(*ino), now + QUIET));
+        let pool = |name: &str, uid| Arc::new(PoolLabel { name: name.to_owned(), uid });
+        let image = |ino| Identity { dev: 1, ino, rdev: 0, btime_ns: 0 };
+        let (mut warnings, now) = (RecentWarnings::new(), Instant::now());
+        assert!(warnings.may_warn(&pool("a", 1000), image(0), now));
+        assert!(!warnings.may_warn(&pool("a", 1000), image(0), now + QUIET / 2));
+        assert!(warnings.may_warn(&pool("b", 1000), image(0), now));
+        assert!(warnings.may_warn(&pool("a", 1000), image(0), now + QUIET));
+        let more = (1..100).filter(|ino| warnings.may_warn(&pool("a", 1000), image(*ino), now + QUIET));
         assert_eq!(more.count(), PER_USER - 1);
-        assert!(said.may_say(&pool("c", 1001), image(0), now + QUIET));
-        let more = (0..2000).filter(|uid| said.may_say(&pool("d", 2000 + uid), image(0), now + QUIET));
+        assert!(warnings.may_warn(&pool("c", 1001), image(0), now + QUIET));
+        let more = (0..2000).filter(|uid| warnings.may_warn(&pool("d", 2000 + uid), image(0), now + QUIET));
         assert_eq!(more.count(), IN_ALL - PER_USER - 1);
     }
 }

@@ -8,56 +8,56 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::attached::Attached;
-use super::claims::sources::{self, Sharing};
-use super::pool::{Instance, source};
-use super::served::{Begin, Served};
+use super::attached::AttachedDevice;
+use super::claims::sharing::{self, Sharing};
+use super::instance::{Instance, image_spec};
+use super::served::{Served, StartMode};
 use super::spec::{AttachSpec, DeviceInfo, DeviceState, RecoverSpec};
 use super::state::DeviceRecord;
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Device, Found, Parameters};
-use crate::image::{Geometry, Identity, Image, Source};
+use crate::frontend::{DeviceParameters, ExistingDevice, FrontendDevice};
+use crate::image::{Geometry, Identity, Image, ImageSpec};
 use crate::ring::SlotId;
 
 /// The image of a device that exists, in its shape.
-type Opened<'a> = &'a dyn Fn(&Source, &Geometry) -> Result<Image>;
+type OpenImage<'a> = &'a dyn Fn(&ImageSpec, &Geometry) -> Result<Image>;
 
 impl Instance {
     /// Recovers a device. Whatever fails, it keeps its entry: a device with users is never forgotten.
-    pub fn recover(&self, number: u32, record: DeviceRecord, found: Found) -> Result<()> {
-        let reservation = self.table.reserve_again(number)?;
-        let device = self.door.existing(record.id, found.parameters)?;
+    pub fn recover(&self, number: u32, record: DeviceRecord, found: ExistingDevice) -> Result<()> {
+        let reservation = self.table.reserve_existing(number)?;
+        let device = self.backend.existing(record.id, found.parameters)?;
         let (path, identity) = (record.spec.path.clone(), record.identity);
-        let open =
-            |source: &Source, shape: &Geometry| Image::reopen(Path::new(&path), source, &identity, shape);
+        let open = |image_spec: &ImageSpec, shape: &Geometry| {
+            Image::reopen(Path::new(&path), image_spec, &identity, shape)
+        };
         // Whoever has the image by now: the device has users.
-        let (attached, outcome) =
-            self.serve_again(number, reservation.slot, device, record, &open, Sharing::Warn);
+        let (attached, outcome) = self.resume(number, reservation.slot, device, record, &open, Sharing::Warn);
         reservation.fill(Arc::new(attached));
         outcome
     }
 
     /// Has a device listed as stuck whose record was not read. Its state file stays as it is.
-    pub fn keep_stuck(&self, number: u32, id: u32, found: Found, reason: String) -> Result<()> {
-        let reservation = self.table.reserve_again(number)?;
-        let device = self.door.existing(id, found.parameters)?;
-        let record = self.unknown(number, id, found.parameters);
-        let geometry = device.shape(0).unwrap_or_else(|_| last_known(&record));
+    pub fn list_stuck(&self, number: u32, id: u32, found: ExistingDevice, reason: String) -> Result<()> {
+        let reservation = self.table.reserve_existing(number)?;
+        let device = self.backend.existing(id, found.parameters)?;
+        let record = self.placeholder_record(number, id, found.parameters);
+        let geometry = device.driver_geometry(0).unwrap_or_else(|_| last_known(&record));
         let spec = AttachSpec { read_only: geometry.read_only, ..record.spec };
         let record = DeviceRecord { spec, block_size: geometry.block_size, size: geometry.size, ..record };
-        let served = Served::abandoned(device, &self.workers, reservation.slot, geometry);
+        let served = Served::unserved(device, &self.workers, reservation.slot, geometry);
         let linked = self.link(number, &served);
         let reason = format!("{reason}; {}", self.next_step(number));
-        reservation.fill(Arc::new(Attached { record, served, reason: Some(reason), hold: None }));
+        reservation.fill(Arc::new(AttachedDevice { record, served, reason: Some(reason), hold: None }));
         linked
     }
 
     /// Recovers a device that is stuck with an image that the caller opened.
-    pub fn recover_by_hand(&self, number: u32, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
+    pub fn recover_with_image(&self, number: u32, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
         let refusal = match attached.served.state() {
-            DeviceState::Stuck if attached.served.is_unserved() => None,
+            DeviceState::Stuck if attached.served.has_no_queues() => None,
             DeviceState::Stuck => Some(("recovery has begun and did not end", "restart the daemon")),
             _ => Some(("it is served", "'loopengine list' shows which devices are stuck")),
         };
@@ -76,9 +76,9 @@ impl Instance {
         let record = DeviceRecord { spec: known, ..old.clone() };
         let served = &attached.served;
         let opened = self
-            .door
+            .backend
             .existing(old.id, served.device().parameters())
-            .and_then(|device| self.open_by_hand(&device, &record, image).map(|image| (device, image)));
+            .and_then(|device| self.open_replacement(&device, &record, image).map(|image| (device, image)));
         let (device, (image, identity)) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -88,28 +88,27 @@ impl Instance {
         };
         let record = DeviceRecord { identity, ..record };
         let image = std::cell::Cell::new(Some(image));
-        let open = |_: &Source, _: &Geometry| {
+        let open = |_: &ImageSpec, _: &Geometry| {
             image.take().ok_or_else(|| Error::new(Kind::Internal, "the image was taken twice"))
         };
-        let (recovered, outcome) =
-            self.serve_again(number, served.slot(), device, record, &open, Sharing::Refuse);
+        let (recovered, outcome) = self.resume(number, served.slot(), device, record, &open, Sharing::Refuse);
         let recovered = Arc::new(recovered);
         self.table.put_back(number, recovered.clone());
         outcome.map(|()| self.describe(number, &recovered))
     }
 
     /// The identity check is waived by the one who calls; the size is not: data would be missing.
-    fn open_by_hand(
+    fn open_replacement(
         &self,
-        device: &Device,
+        device: &FrontendDevice,
         record: &DeviceRecord,
         file: OwnedFd,
     ) -> Result<(Image, Identity)> {
         let AttachSpec { path, offset, read_only, .. } = &record.spec;
-        self.check_not_ours(&file, path)?;
-        let shape = device.shape(*offset)?;
-        let source = Source { read_only: *read_only, ..shaped(record, &shape) };
-        let image = Image::recover(file, &source, &shape, path)?;
+        self.check_not_served_here(&file, path)?;
+        let shape = device.driver_geometry(*offset)?;
+        let image_spec = ImageSpec { read_only: *read_only, ..recovered_spec(record, &shape) };
+        let image = Image::recover(file, &image_spec, &shape, path)?;
         let (length, needed) = (image.length()?, offset.saturating_add(shape.size));
         if length < needed {
             let context = format!(
@@ -123,29 +122,31 @@ impl Instance {
     }
 
     /// Serves a device that exists with its image, or has it stuck for the reason that comes back, too.
-    fn serve_again(
+    fn resume(
         &self,
         number: u32,
         slot: SlotId,
-        device: Device,
+        device: FrontendDevice,
         record: DeviceRecord,
-        open: Opened<'_>,
+        open: OpenImage<'_>,
         sharing: Sharing,
-    ) -> (Attached, Result<()>) {
-        let geometry = device.shape(record.spec.offset).unwrap_or_else(|_| last_known(&record));
-        let opened = open(&shaped(&record, &geometry), &geometry)
-            .and_then(|image| sources::take(&self.shared.claims, image, &record.spec, number, sharing));
+    ) -> (AttachedDevice, Result<()>) {
+        let geometry = device.driver_geometry(record.spec.offset).unwrap_or_else(|_| last_known(&record));
+        let opened = open(&recovered_spec(&record, &geometry), &geometry).and_then(|image| {
+            sharing::claim_image(&self.context.claims, image, &record.spec, number, sharing)
+        });
         let record = DeviceRecord { size: geometry.size, block_size: geometry.block_size, ..record };
         let (served, hold, outcome) = match opened {
             Ok((image, hold)) => {
-                if let Some(why) = image.why_buffered() {
+                if let Some(why) = image.buffered_reason() {
                     let (instance, path) = (&record.spec.instance, &record.spec.path);
                     tracing::warn!("{instance}/loop{number} ({path}) uses the page cache: {why}");
                 }
-                let (served, outcome) = Served::begin(device, &self.workers, slot, image, Begin::Recovered);
+                let (served, outcome) =
+                    Served::start(device, &self.workers, slot, image, StartMode::Recovered);
                 (served, Some(hold), outcome)
             }
-            Err(error) => (Served::abandoned(device, &self.workers, slot, geometry), None, Err(error)),
+            Err(error) => (Served::unserved(device, &self.workers, slot, geometry), None, Err(error)),
         };
         let outcome = outcome.map_err(|error| error.hint(self.next_step(number)));
         let reason = outcome.as_ref().err().map(ToString::to_string);
@@ -153,7 +154,7 @@ impl Instance {
             let instance = &record.spec.instance;
             tracing::error!("{instance}/loop{number} is not known to the next daemon as it is now: {error}");
         }
-        (Attached { record, served, reason, hold }, outcome)
+        (AttachedDevice { record, served, reason, hold }, outcome)
     }
 
     fn next_step(&self, number: u32) -> String {
@@ -163,7 +164,7 @@ impl Instance {
     }
 
     /// A record of a device of which only the driver knows.
-    fn unknown(&self, number: u32, id: u32, parameters: Parameters) -> DeviceRecord {
+    fn placeholder_record(&self, number: u32, id: u32, parameters: DeviceParameters) -> DeviceRecord {
         DeviceRecord {
             spec: AttachSpec {
                 instance: self.info().name,
@@ -176,13 +177,13 @@ impl Instance {
                 buffered: false,
                 queues: 0,
                 depth: 0,
-                data_path: Some(parameters.path),
+                io_mode: Some(parameters.io_mode),
                 partscan: parameters.partscan,
             },
             id,
-            mark: parameters.owner,
-            identity: Identity { dev: 0, ino: 0, rdev: 0, born_ns: 0 },
-            data_path: parameters.path,
+            owner_cookie: parameters.owner_cookie,
+            identity: Identity { dev: 0, ino: 0, rdev: 0, btime_ns: 0 },
+            io_mode: parameters.io_mode,
             queues: parameters.queues,
             depth: parameters.depth,
             block_size: 512,
@@ -193,8 +194,8 @@ impl Instance {
 }
 
 /// The source that a device of this shape has.
-fn shaped(record: &DeviceRecord, shape: &Geometry) -> Source {
-    Source { block_size: shape.block_size, ..source(&record.spec) }
+fn recovered_spec(record: &DeviceRecord, shape: &Geometry) -> ImageSpec {
+    ImageSpec { block_size: shape.block_size, ..image_spec(&record.spec) }
 }
 
 /// What can be said about a device of which the driver says nothing.

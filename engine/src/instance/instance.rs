@@ -9,89 +9,85 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::attached::Attached;
+use super::attached::AttachedDevice;
 use super::claims::Claims;
-use super::claims::sources::{self, Sharing};
+use super::claims::sharing::{self, Sharing};
 use super::in_use::user_of;
-use super::links::{BelowDev, Links};
+use super::links::{DevLinks, Links};
 use super::names::parse_cpus;
-use super::served::{Begin, Served, Workers};
+use super::served::{Served, StartMode, Workers};
 use super::spec::*;
 use super::state::{DeviceRecord, StateDir};
-use super::table::Table;
+use super::table::DeviceMap;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Door, Frontend, Parameters, Stop};
-use crate::image::{Image, Source};
-use crate::kernels::PRIVATE;
-use crate::loops::{Maker, PARTITIONS_MAX, PoolSpec};
-use crate::ring::Sizes;
+use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
+use crate::image::{Image, ImageSpec};
+use crate::ring::RingSizes;
 use crate::sys;
-use crate::worker::{Switches, WorkerHandle};
+use crate::worker::{WorkerHandle, WorkerOptions};
 
 /// Queue depth where none is asked for, and the most that can be.
 const DEFAULT_DEPTH: u32 = 128;
 const MAX_DEPTH: u32 = 1024;
-/// Workers of a private pool: two queues a device, so that the kernel gives it no scheduler.
-const POOL_WORKERS: u32 = 2;
 /// Workers that an instance can have.
 const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
-    fn switches(self, partscan: bool) -> Switches {
+    pub(super) fn options(self, partscan: bool) -> WorkerOptions {
         let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
-        Switches { linked_commit: self.linked_commit, poll, partscan }
+        WorkerOptions { linked_commit: self.linked_commit, poll, partscan }
     }
 }
 
 /// What all instances of a daemon share.
 #[derive(Clone, Debug)]
-pub struct Shared {
+pub struct EngineContext {
     /// See `EngineConfig`.
     pub run_dir: PathBuf,
     /// How devices are shown to their users.
     pub frontend: Frontend,
     /// Upper half of the mark of devices of this run directory.
-    pub owner: u32,
+    pub owner_hash: u32,
     /// Images in use.
     pub claims: Claims,
     /// State that outlives the daemon.
     pub state: StateDir,
     /// Names below /dev, if devices have them.
-    pub below_dev: Option<Arc<BelowDev>>,
+    pub dev_links: Option<Arc<DevLinks>>,
 }
 
-impl Shared {
+impl EngineContext {
     /// A mark for a new device: whose it is, and a number that tells it from the next one with
     /// the same number at the driver.
-    pub fn new_mark(&self) -> u64 {
+    pub fn new_owner_cookie(&self) -> u64 {
         let nonce = std::hash::BuildHasher::build_hasher(&std::hash::RandomState::new());
-        u64::from(self.owner) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
+        u64::from(self.owner_hash) << 32 | u64::from(std::hash::Hasher::finish(&nonce) as u32)
     }
 
     /// Whether a device has such a mark.
-    pub fn is_ours(&self, mark: u64) -> bool {
-        (mark >> 32) as u32 == self.owner
+    pub fn is_ours(&self, cookie: u64) -> bool {
+        (cookie >> 32) as u32 == self.owner_hash
     }
 }
 
 /// A private pool of devices.
 #[derive(Debug)]
 pub struct Instance {
-    pub(super) shared: Shared,
+    pub(super) context: EngineContext,
     directory: PathBuf,
     /// None: the door makes the names.
     links: Option<Links>,
-    pub(super) door: Door,
+    pub(super) backend: Backend,
     pub(super) workers: Workers,
-    pub(super) table: Table<Arc<Attached>>,
+    pub(super) table: DeviceMap<Arc<AttachedDevice>>,
 }
 
 impl Instance {
     /// Makes the directory, opens the door and starts the workers.
-    pub fn start(shared: &Shared, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
-        let directory = shared.run_dir.join(&spec.name);
-        let table = Table::new(spec, &directory)?;
+    pub fn start(context: &EngineContext, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
+        let directory = context.run_dir.join(&spec.name);
+        let table = DeviceMap::new(spec, &directory)?;
         let cpus = spec.cpus.as_deref().map(parse_cpus).transpose()?.unwrap_or_default();
         check_cpus(&cpus)?;
         let count = worker_count(spec.workers, &cpus)?;
@@ -99,24 +95,24 @@ impl Instance {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
             _ => Err(Error::os(error, format!("cannot make {}", directory.display()))),
         })?;
-        let opened = shared.frontend.door(&directory, count as usize, &cpus).and_then(|door| {
-            let switches = tuning.switches(true);
-            let sizes = Sizes::for_devices(MAX_DEVICES);
+        let opened = context.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
+            let options = tuning.options(true);
+            let sizes = RingSizes::for_devices(MAX_DEVICES);
             let workers = (0..count)
-                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, switches, cpus.clone()))
+                .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, options, cpus.clone()))
                 .collect::<Result<Vec<_>>>()?;
             let links =
-                door.wants_links().then(|| Links::new(&directory, &spec.name, shared.below_dev.is_some()));
-            Ok((door, workers, links.transpose()?))
+                backend.uses_links().then(|| Links::new(&directory, &spec.name, context.dev_links.is_some()));
+            Ok((backend, workers, links.transpose()?))
         });
-        let (door, workers, links) = opened.inspect_err(|_| {
+        let (backend, workers, links) = opened.inspect_err(|_| {
             let _ = fs::remove_dir(&directory);
         })?;
-        shared.state.save_instance(spec).inspect_err(|_| {
-            door.close();
+        context.state.save_instance(spec).inspect_err(|_| {
+            backend.close();
             let _ = fs::remove_dir(&directory);
         })?;
-        Ok(Instance { shared: shared.clone(), directory, links, door, workers: workers.into(), table })
+        Ok(Instance { context: context.clone(), directory, links, backend, workers: workers.into(), table })
     }
 
     /// As it is now.
@@ -134,29 +130,29 @@ impl Instance {
 
     /// Changes how many devices it may have; devices that are there stay.
     pub fn set_max_devices(&self, max_devices: u32) -> Result<()> {
-        self.shared.state.save_instance(&self.table.set_max_devices(max_devices)?)
+        self.context.state.save_instance(&self.table.set_max_devices(max_devices)?)
     }
 
     /// Serves an image as a new device; with `force`, one that others use as well.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
-        self.check_not_ours(&image, &spec.path)?;
-        let source = source(spec);
-        let image = Image::open(image, &source, &spec.path)?;
+        self.check_not_served_here(&image, &spec.path)?;
+        let image_spec = image_spec(spec);
+        let image = Image::open(image, &image_spec, &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
         let (identity, geometry) = (image.identity(), image.geometry());
         let number = reservation.number;
         let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
-        let (image, hold) = sources::take(&self.shared.claims, image, spec, number, sharing)?;
-        let device = self.door.add(number, parameters)?;
+        let (image, hold) = sharing::claim_image(&self.context.claims, image, spec, number, sharing)?;
+        let device = self.backend.add(number, parameters)?;
         let (id, parameters) = (device.id(), device.parameters());
-        let (served, begun) = Served::begin(device, &self.workers, reservation.slot, image, Begin::Fresh);
+        let (served, begun) = Served::start(device, &self.workers, reservation.slot, image, StartMode::New);
         let record = DeviceRecord {
-            spec: AttachSpec { number: Some(number), data_path: Some(parameters.path), ..spec.clone() },
+            spec: AttachSpec { number: Some(number), io_mode: Some(parameters.io_mode), ..spec.clone() },
             id,
-            mark: parameters.owner,
+            owner_cookie: parameters.owner_cookie,
             identity,
-            data_path: parameters.path,
+            io_mode: parameters.io_mode,
             queues: parameters.queues,
             depth: parameters.depth,
             block_size: geometry.block_size,
@@ -164,9 +160,9 @@ impl Instance {
             since: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs()),
         };
         let outcome = begun.and_then(|()| self.publish(number, &record, &served));
-        let attached = Arc::new(Attached { record, served, reason: None, hold: Some(hold) });
+        let attached = Arc::new(AttachedDevice { record, served, reason: None, hold: Some(hold) });
         if let Err(error) = outcome {
-            let undone = attached.served.stop(Stop::Always);
+            let undone = attached.served.stop(StopMode::Always);
             self.unpublish(number);
             if let Err(undo) = undone.and_then(|()| attached.served.release()) {
                 // It may yet come to life: its number, slot and image stay taken.
@@ -180,7 +176,7 @@ impl Instance {
     }
 
     /// Takes a device away.
-    pub fn detach(&self, number: u32, when: Stop) -> Result<String> {
+    pub fn detach(&self, number: u32, when: StopMode) -> Result<String> {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
         // The names go while the number at the driver is still taken: they must never lead to the
@@ -228,7 +224,7 @@ impl Instance {
     }
 
     /// Its devices.
-    pub fn live(&self) -> Vec<Arc<Attached>> {
+    pub fn live(&self) -> Vec<Arc<AttachedDevice>> {
         self.table.live().into_iter().map(|(_, attached)| attached).collect()
     }
 
@@ -242,21 +238,21 @@ impl Instance {
 
     /// All devices that are served, or the one with this number.
     pub fn devices(&self, only: Option<u32>) -> Result<Vec<DeviceInfo>> {
-        self.chosen(only)
-            .map(|chosen| chosen.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
+        self.select(only)
+            .map(|select| select.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
     }
 
     /// Figures of the same.
     pub fn stats(&self, only: Option<u32>) -> Result<Vec<DeviceStats>> {
-        let figures = |(number, attached): &(u32, Arc<Attached>)| {
+        let stats = |(number, attached): &(u32, Arc<AttachedDevice>)| {
             let path = self.table.path(*number).display().to_string();
             attached.served.stats(path, attached.record.spec.path.clone())
         };
-        let chosen = self.chosen(only)?;
+        let select = self.select(only)?;
         match only {
-            Some(_) => chosen.iter().map(figures).collect(),
+            Some(_) => select.iter().map(stats).collect(),
             // One that is stuck, or just going, does not hide the others.
-            None => Ok(chosen.iter().filter_map(|device| figures(device).ok()).collect()),
+            None => Ok(select.iter().filter_map(|device| stats(device).ok()).collect()),
         }
     }
 
@@ -272,33 +268,35 @@ impl Instance {
 
     /// Its directory and state go. All devices must be gone.
     pub fn erase(&self) {
-        self.door.close();
-        self.shared.state.remove_instance(&self.table.spec().0.name);
+        self.backend.close();
+        self.context.state.remove_instance(&self.table.spec().0.name);
         let _ = fs::remove_dir(&self.directory);
     }
 
-    fn chosen(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<Attached>)>> {
-        let chosen = match only {
+    fn select(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<AttachedDevice>)>> {
+        let select = match only {
             Some(number) => vec![(number, self.table.get(number)?)],
             None => self.table.live(),
         };
         // A worker that has to leave direct I/O must not log: it is said when somebody looks next.
-        for (number, Attached { record, served, .. }) in chosen.iter().map(|(n, attached)| (n, &**attached)) {
-            if served.left_direct_io() {
+        for (number, AttachedDevice { record, served, .. }) in
+            select.iter().map(|(n, attached)| (n, &**attached))
+        {
+            if served.take_direct_io_disabled() {
                 let (instance, path) = (&record.spec.instance, &record.spec.path);
                 tracing::warn!(
                     "{instance}/loop{number} ({path}) uses the page cache: direct I/O was refused"
                 );
             }
         }
-        Ok(chosen)
+        Ok(select)
     }
 
-    pub(super) fn describe(&self, number: u32, attached: &Attached) -> DeviceInfo {
+    pub(super) fn describe(&self, number: u32, attached: &AttachedDevice) -> DeviceInfo {
         attached.info(number, &self.table.path(number))
     }
 
-    fn parameters(&self, spec: &AttachSpec) -> Result<Parameters> {
+    fn parameters(&self, spec: &AttachSpec) -> Result<DeviceParameters> {
         let workers = self.workers.len() as u32;
         let queues = if spec.queues == 0 { workers } else { spec.queues };
         if queues > workers {
@@ -311,27 +309,27 @@ impl Instance {
             return Err(Error::new(Kind::Invalid, format!("a queue depth of {depth} is too large"))
                 .hint(format!("use 1 to {MAX_DEPTH}")));
         }
-        if spec.partscan && !self.door.wants_links() {
+        if spec.partscan && !self.backend.uses_links() {
             return Err(Error::new(Kind::Unsupported, "files (FUSE) have no partitions")
                 .hint("attach a part of the image with --offset and --size-limit"));
         }
-        let path = spec.data_path.unwrap_or_else(|| self.door.best_path());
-        self.door.check_path(path)?;
-        Ok(Parameters {
-            path,
+        let io_mode = spec.io_mode.unwrap_or_else(|| self.backend.best_io_mode());
+        self.backend.check_io_mode(io_mode)?;
+        Ok(DeviceParameters {
+            io_mode,
             queues: queues as u16,
             depth: depth as u16,
-            owner: self.shared.new_mark(),
-            outlives: true,
+            owner_cookie: self.context.new_owner_cookie(),
+            recoverable: true,
             partscan: spec.partscan,
         })
     }
 
     /// Refuses an image that this very daemon serves: to read it, a worker would wait for itself.
-    pub(super) fn check_not_ours(&self, image: &OwnedFd, name: &str) -> Result<()> {
+    pub(super) fn check_not_served_here(&self, image: &OwnedFd, name: &str) -> Result<()> {
         let stat = rustix::fs::fstat(image.as_fd())
             .map_err(|error| Error::os(error, format!("cannot examine {name}")))?;
-        if !self.shared.frontend.serves(stat.st_dev) {
+        if !self.context.frontend.serves(stat.st_dev) {
             return Ok(());
         }
         Err(Error::new(Kind::Invalid, format!("{name} is itself served by this daemon"))
@@ -340,7 +338,7 @@ impl Instance {
 
     /// Makes a device known under its name, and to a later daemon.
     pub(super) fn publish(&self, number: u32, record: &DeviceRecord, served: &Served) -> Result<()> {
-        self.shared.state.save_device(number, record)?;
+        self.context.state.save_device(number, record)?;
         self.link(number, served)
     }
 
@@ -349,7 +347,7 @@ impl Instance {
     }
 
     /// Has the names of partitions follow those that its disks have by now.
-    pub fn follow_partitions(&self) {
+    pub fn update_partition_links(&self) {
         let Some(links) = &self.links else { return };
         for (number, attached) in self.table.live() {
             let there = || self.table.get(number).is_ok_and(|now| Arc::ptr_eq(&now, &attached));
@@ -363,45 +361,24 @@ impl Instance {
         if let Some(links) = &self.links {
             links.remove(number);
         }
-        self.shared.state.remove_device(&self.table.spec().0.name, number);
+        self.context.state.remove_device(&self.table.spec().0.name, number);
     }
-}
-
-/// What makes the disks of a private pool: workers of its own, over ublk.
-pub fn maker(shared: &Shared, spec: &PoolSpec, tuning: Tuning) -> Result<Maker> {
-    if !shared.frontend.has_private_pools() {
-        return Err(match PRIVATE.missing() {
-            Some(missing) => Error::new(Kind::Unsupported, missing)
-                .hint("'loopengine doctor --for run' says what works with this kernel"),
-            None => Error::new(Kind::Unsupported, "this daemon has no private devices: it does not use ublk")
-                .hint("have root run 'modprobe ublk_drv', and restart the daemon"),
-        });
-    }
-    let door = shared.frontend.door(Path::new("/"), 0, &[])?;
-    // More than devices: partitions, and disks that were replaced and are still open, count too.
-    let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
-    let sizes = Sizes::for_devices(3 * spec.max + 128 + partitions);
-    let workers = (0..POOL_WORKERS)
-        .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, tuning.switches(false), Vec::new()))
-        .collect::<Result<Vec<_>>>()?;
-    let shared = Shared { claims: shared.claims.of_pool(&spec.name, spec.uid), ..shared.clone() };
-    Ok(Maker::new(shared, door, workers.into()))
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        self.door.close();
+        self.backend.close();
     }
 }
 
-pub(super) fn source(spec: &AttachSpec) -> Source {
-    Source {
+pub(super) fn image_spec(spec: &AttachSpec) -> ImageSpec {
+    ImageSpec {
         offset: spec.offset,
         size_limit: spec.size_limit,
         block_size: spec.block_size,
         read_only: spec.read_only,
         buffered: spec.buffered,
-        as_loop: false,
+        loop_semantics: false,
     }
 }
 

@@ -20,8 +20,8 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::holders::{self, Outside};
-use super::{Claim, Claims, Holder, Use, check_may_be, said};
+use super::holders::{self, ExternalUse};
+use super::{Claim, Claims, Holder, ImageUse, check_file_system, warnings};
 use crate::error::{Error, Kind, Result};
 use crate::failures::Failures;
 use crate::image::{Identity, Image};
@@ -29,12 +29,12 @@ use crate::instance::spec::AttachSpec;
 use crate::sys::processes::{self, Process};
 
 /// How long an attach waits for the file systems that loop devices of the kernel are on.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bindings of pools that may wait for a look at who else has their images.
 const BACKLOG: usize = 256;
 
 /// The next step for who wants to write what others use.
-const INSTEAD: &str =
+const NEXT_STEP: &str =
     "end that use, or attach it with --read-only; --force attaches it read-write all the same";
 
 /// What becomes of an image that somebody else has.
@@ -62,7 +62,7 @@ impl Hold {
 }
 
 /// Takes an image for device loopN of an instance, and has counted what fails on it.
-pub fn take(
+pub fn claim_image(
     claims: &Claims,
     image: Image,
     spec: &AttachSpec,
@@ -71,11 +71,11 @@ pub fn take(
 ) -> Result<(Image, Hold)> {
     let holder = Holder::Device { instance: spec.instance.clone(), number };
     let failures = Failures::of(holder.to_string(), image.name().to_owned());
-    let hold = attach(claims, &image, &Use { holder, read_only: spec.read_only }, sharing)?;
-    Ok((image.counted(failures), hold))
+    let hold = attach(claims, &image, &ImageUse { holder, read_only: spec.read_only }, sharing)?;
+    Ok((image.with_failure_counter(failures), hold))
 }
 
-fn attach(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<Hold> {
+fn attach(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Result<Hold> {
     let (identity, name) = (image.identity(), image.name());
     let (claim, uses) = claim(claims, image, by, sharing)?;
     warn(by, &uses, identity, name);
@@ -83,38 +83,43 @@ fn attach(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<
         true => exclusively(image),
         false => (None, false),
     };
-    let mut outside = look(identity, name);
+    let mut external = find_external_users(identity, name);
     let is_ours = uses.iter().any(|one| matches!(one.holder, Holder::Device { .. }));
-    if claimed && outside.is_empty() && !is_ours {
+    if claimed && external.is_empty() && !is_ours {
         let open = processes::open_devices(|name| name.starts_with("/dev"));
         let holder = open.iter().find(|open| open.rdev == Some(identity.rdev));
         let holder = holder.and_then(|open| Process::of(open.pid));
         let who = holder.map_or("another program".to_owned(), |holder| holder.to_string());
-        outside.push(Outside { who, writes: true });
+        external.push(ExternalUse { who, writes: true });
     }
-    if let (Sharing::Refuse, false, Some(user)) = (sharing, by.read_only, outside.first()) {
-        return Err(Error::new(Kind::Busy, format!("{name} is in use by {}", user.who)).hint(INSTEAD));
+    if let (Sharing::Refuse, false, Some(user)) = (sharing, by.read_only, external.first()) {
+        return Err(Error::new(Kind::Busy, format!("{name} is in use by {}", user.who)).hint(NEXT_STEP));
     }
-    warn_outside(by, &outside, identity, name);
+    warn_external(by, &external, identity, name);
     Ok(Hold { claim, _exclusive: exclusive.filter(|_| !by.read_only) })
 }
 
 /// Takes an image for a loop device of a pool. Whoever else has it, as loop(4) does.
-pub fn bind(claims: &Claims, image: &Image, number: u32, read_only: bool) -> Result<Hold> {
-    let by = Use { holder: claims.pooled(number), read_only };
+pub fn claim_for_pool(claims: &Claims, image: &Image, number: u32, read_only: bool) -> Result<Hold> {
+    let by = ImageUse { holder: claims.pool_device(number), read_only };
     let (claim, uses) = claim(claims, image, &by, Sharing::Warn)?;
     if !warn(&by, &uses, image.identity(), image.name()) {
-        look_later(Binding { by, identity: image.identity(), name: image.name().to_owned() });
+        find_external_users_later(DeferredCheck {
+            by,
+            identity: image.identity(),
+            name: image.name().to_owned(),
+        });
     }
     Ok(Hold { claim, _exclusive: None })
 }
 
 /// Enters an image in the table; answers who else has it, or a block device that shares bytes with it.
-fn claim(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<(Claim, Vec<Use>)> {
+fn claim(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Result<(Claim, Vec<ImageUse>)> {
     let (identity, name) = (image.identity(), image.name());
-    check_may_be(claims, &identity, name)?;
+    check_file_system(claims, &identity, name)?;
     let related = holders::related(identity.rdev).into_iter();
-    let mut seen: Vec<Use> = related.flat_map(|rdev| claims.uses(Identity { rdev, ..identity })).collect();
+    let mut seen: Vec<ImageUse> =
+        related.flat_map(|rdev| claims.uses(Identity { rdev, ..identity })).collect();
     let claim = claims.claim(identity, by, |uses| {
         seen.extend(uses.iter().map(|(_, one)| one.clone()));
         refuse(by, &seen, sharing, name)
@@ -123,11 +128,11 @@ fn claim(claims: &Claims, image: &Image, by: &Use, sharing: Sharing) -> Result<(
 }
 
 /// Refuses what a device of an instance may not share.
-fn refuse(by: &Use, uses: &[Use], sharing: Sharing, name: &str) -> Result<()> {
+fn refuse(by: &ImageUse, uses: &[ImageUse], sharing: Sharing, name: &str) -> Result<()> {
     if sharing == Sharing::Warn {
         return Ok(());
     }
-    let device = |one: &&Use| matches!(one.holder, Holder::Device { .. });
+    let device = |one: &&ImageUse| matches!(one.holder, Holder::Device { .. });
     if let Some(one) = uses.iter().filter(device).find(|one| !(one.read_only && by.read_only)) {
         return Err(Error::new(Kind::Exists, format!("{name} is attached already, as {one}")).hint(
             "several devices may share an image only if all are attached with --read-only; \
@@ -136,36 +141,36 @@ fn refuse(by: &Use, uses: &[Use], sharing: Sharing, name: &str) -> Result<()> {
     }
     match uses.iter().find(|one| !one.read_only && !by.read_only) {
         None => Ok(()),
-        Some(one) => Err(Error::new(Kind::Busy, format!("{name} is in use by {one}")).hint(INSTEAD)),
+        Some(one) => Err(Error::new(Kind::Busy, format!("{name} is in use by {one}")).hint(NEXT_STEP)),
     }
 }
 
 /// Says who of this daemon shares an image, in one line; false: nobody does.
-fn warn(by: &Use, uses: &[Use], identity: Identity, name: &str) -> bool {
+fn warn(by: &ImageUse, uses: &[ImageUse], identity: Identity, name: &str) -> bool {
     let pool = |holder: &Holder| match holder {
         Holder::Pooled { pool, .. } => Some(pool.clone()),
         Holder::Device { .. } => None,
     };
     let own = pool(&by.holder);
-    let matters = |one: &&Use| match pool(&one.holder) {
+    let matters = |one: &&ImageUse| match pool(&one.holder) {
         // Its own business, and nobody's.
         Some(pool) if own.as_ref() == Some(&pool) || one.read_only => false,
         _ => !(one.read_only && by.read_only),
     };
-    let others: Vec<String> = uses.iter().filter(matters).map(Use::to_string).collect();
-    say(by, identity, name, &others)
+    let others: Vec<String> = uses.iter().filter(matters).map(ImageUse::to_string).collect();
+    log_sharing(by, identity, name, &others)
 }
 
-fn warn_outside(by: &Use, outside: &[Outside], identity: Identity, name: &str) {
-    let others = outside.iter().filter(|user| user.writes || !by.read_only);
+fn warn_external(by: &ImageUse, external: &[ExternalUse], identity: Identity, name: &str) {
+    let others = external.iter().filter(|user| user.writes || !by.read_only);
     let others: Vec<String> = others.map(|user| user.who.clone()).collect();
-    say(by, identity, name, &others);
+    log_sharing(by, identity, name, &others);
 }
 
 /// Says who shares an image; false: nobody does. About a pool that is said only so often.
-fn say(by: &Use, identity: Identity, name: &str, others: &[String]) -> bool {
+fn log_sharing(by: &ImageUse, identity: Identity, name: &str, others: &[String]) -> bool {
     let may = match &by.holder {
-        Holder::Pooled { pool, .. } => !others.is_empty() && said::may_say(pool, identity),
+        Holder::Pooled { pool, .. } => !others.is_empty() && warnings::may_warn(pool, identity),
         Holder::Device { .. } => !others.is_empty(),
     };
     if may {
@@ -189,32 +194,32 @@ fn exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
 }
 
 /// Who outside this daemon has an image. What does not answer in time is not waited for.
-fn look(identity: Identity, name: &str) -> Vec<Outside> {
+fn find_external_users(identity: Identity, name: &str) -> Vec<ExternalUse> {
     let (found, is_found) = std::sync::mpsc::channel();
     let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
         let _ = found.send(holders::find(&identity));
     });
-    let found = started.ok().and_then(|_| is_found.recv_timeout(LOOK).ok());
+    let found = started.ok().and_then(|_| is_found.recv_timeout(LOOKUP_TIMEOUT).ok());
     found.unwrap_or_else(|| {
-        tracing::warn!("could not find out within {} s who else uses {name}", LOOK.as_secs());
+        tracing::warn!("could not find out within {} s who else uses {name}", LOOKUP_TIMEOUT.as_secs());
         Vec::new()
     })
 }
 
 /// A binding whose image others may have.
-struct Binding {
-    by: Use,
+struct DeferredCheck {
+    by: ImageUse,
     identity: Identity,
     name: String,
 }
 
 /// Bindings to look at, and whether a thread does.
-static WAITING: Mutex<(VecDeque<Binding>, bool)> = Mutex::new((VecDeque::new(), false));
+static DEFERRED: Mutex<(VecDeque<DeferredCheck>, bool)> = Mutex::new((VecDeque::new(), false));
 
 /// Looks who outside has the image of a binding, on a thread of its own: the tenant does not wait for
 /// that. One thread for all, whatever it waits for; what comes when too much waits is left out.
-fn look_later(binding: Binding) {
-    let waiting = || WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+fn find_external_users_later(binding: DeferredCheck) {
+    let waiting = || DEFERRED.lock().unwrap_or_else(PoisonError::into_inner);
     let mut state = waiting();
     if state.0.len() >= BACKLOG {
         return;
@@ -232,7 +237,7 @@ fn look_later(binding: Binding) {
                 return;
             };
             drop(state);
-            warn_outside(&next.by, &holders::find(&next.identity), next.identity, &next.name);
+            warn_external(&next.by, &holders::find(&next.identity), next.identity, &next.name);
         }
     });
     if started.is_err() {
@@ -243,16 +248,16 @@ fn look_later(binding: Binding) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Source;
+    use crate::image::ImageSpec;
 
     fn open(path: &std::path::Path, read_only: bool) -> Image {
         let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-        let source = Source { buffered: true, read_only, ..Source::default() };
-        Image::open(file.into(), &source, path.to_str().unwrap()).unwrap()
+        let image_spec = ImageSpec { buffered: true, read_only, ..ImageSpec::default() };
+        Image::open(file.into(), &image_spec, path.to_str().unwrap()).unwrap()
     }
 
-    fn device(number: u32, read_only: bool) -> Use {
-        Use { holder: Holder::Device { instance: "default".into(), number }, read_only }
+    fn device(number: u32, read_only: bool) -> ImageUse {
+        ImageUse { holder: Holder::Device { instance: "default".into(), number }, read_only }
     }
 
     #[test]
@@ -263,45 +268,45 @@ mod tests {
         std::fs::hard_link(&path, &hard).unwrap();
         let (writable, readable) = (open(&path, false), open(&hard, true));
         let claims = Claims::default();
-        let take = |number, read_only, how| {
+        let claim_image = |number, read_only, how| {
             let image = if read_only { &readable } else { &writable };
             attach(&claims, image, &device(number, read_only), how)
         };
-        let kind = |taken: Result<Hold>| taken.unwrap_err().kind();
+        let kind = |exists: Result<Hold>| exists.unwrap_err().kind();
 
         let (first, second) =
-            (take(0, true, Sharing::Refuse).unwrap(), take(1, true, Sharing::Refuse).unwrap());
+            (claim_image(0, true, Sharing::Refuse).unwrap(), claim_image(1, true, Sharing::Refuse).unwrap());
         assert_eq!(first.others(), ["default/loop1 (read-only)"]);
-        let refused = take(2, false, Sharing::Refuse).unwrap_err();
+        let refused = claim_image(2, false, Sharing::Refuse).unwrap_err();
         assert_eq!(refused.kind(), Kind::Exists);
         assert!(refused.message().contains("attached already, as default/loop0 (read-only)"), "{refused}");
         drop(first);
-        assert_eq!(kind(take(2, false, Sharing::Refuse)), Kind::Exists);
+        assert_eq!(kind(claim_image(2, false, Sharing::Refuse)), Kind::Exists);
         drop(second);
-        let writer = take(0, false, Sharing::Refuse).unwrap();
-        assert_eq!(kind(take(1, true, Sharing::Refuse)), Kind::Exists);
-        let forced = take(1, false, Sharing::Warn).unwrap();
+        let writer = claim_image(0, false, Sharing::Refuse).unwrap();
+        assert_eq!(kind(claim_image(1, true, Sharing::Refuse)), Kind::Exists);
+        let forced = claim_image(1, false, Sharing::Warn).unwrap();
         drop((writer, forced));
 
         // A reader of a pool is in nobody's way, a writer in that of writers.
         let pool = claims.of_pool("p", 1000);
-        let reader = bind(&pool, &readable, 3, true).unwrap();
-        let writer = take(0, false, Sharing::Refuse).unwrap();
+        let reader = claim_for_pool(&pool, &readable, 3, true).unwrap();
+        let writer = claim_image(0, false, Sharing::Refuse).unwrap();
         assert_eq!(writer.others(), ["loop3 of pool p of user 1000 (read-only)"]);
-        let bound = bind(&pool, &writable, 4, false).unwrap();
+        let bound = claim_for_pool(&pool, &writable, 4, false).unwrap();
         drop(writer);
-        let refused = take(0, false, Sharing::Refuse).unwrap_err();
+        let refused = claim_image(0, false, Sharing::Refuse).unwrap_err();
         assert_eq!(refused.kind(), Kind::Busy);
         assert!(refused.message().contains("loop4 of pool p of user 1000 (read-write)"), "{refused}");
-        drop(take(0, true, Sharing::Refuse).unwrap());
-        drop(take(0, false, Sharing::Warn).unwrap());
+        drop(claim_image(0, true, Sharing::Refuse).unwrap());
+        drop(claim_image(0, false, Sharing::Warn).unwrap());
         drop((reader, bound));
 
-        let none = claims.none_on(writable.identity().dev);
-        assert_eq!(kind(take(0, true, Sharing::Warn)), Kind::Invalid);
-        assert!(bind(&pool, &readable, 3, true).is_err());
+        let none = claims.exclude_file_system(writable.identity().dev);
+        assert_eq!(kind(claim_image(0, true, Sharing::Warn)), Kind::Invalid);
+        assert!(claim_for_pool(&pool, &readable, 3, true).is_err());
         drop(none);
-        drop(take(0, false, Sharing::Refuse).unwrap());
+        drop(claim_image(0, false, Sharing::Refuse).unwrap());
         assert!(claims.table().uses.is_empty());
     }
 }

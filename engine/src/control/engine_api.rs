@@ -8,7 +8,7 @@ use crate::instance::{Engine, Selector};
 
 /// The calls of [`Engine`] that clients can make. All may block: the service calls them on
 /// blocking threads, several at a time.
-pub trait Backend: Send + Sync + 'static {
+pub trait EngineApi: Send + Sync + 'static {
     /// See [`Engine::features`].
     fn features(&self) -> Result<Features>;
     /// See [`Engine::create_instance`].
@@ -33,7 +33,7 @@ pub trait Backend: Send + Sync + 'static {
     fn stats(&self, which: &Selector) -> Result<Vec<DeviceStats>>;
 }
 
-impl Backend for Engine {
+impl EngineApi for Engine {
     fn features(&self) -> Result<Features> {
         Engine::features()
     }

@@ -1,15 +1,15 @@
-//! Memory for the data of requests, aligned as direct I/O wants it, and used again.
+//! Reusable memory for the data of requests, aligned for direct I/O.
 //!
-//! Knows sizes. A buffer that is used again keeps its old content until it is overwritten: who
-//! reads from one reads only what was filled in for this request.
+//! A reused buffer keeps its old content until it is overwritten. Readers read only what was filled
+//! in for their request.
 
 use crossbeam::queue::ArrayQueue;
 
 use super::MAX_REQUEST;
 
-/// What every file system and disk accepts.
+/// The alignment that every file system and disk accepts.
 const ALIGN: usize = 4096;
-/// Sizes of buffers, and how many of each are kept: 45 MiB an instance at the most.
+/// Buffer sizes, and how many of each are kept: at most 45 MiB per instance.
 const KEPT: [(usize, usize); 3] = [(4 << 10, 512), (128 << 10, 64), (MAX_REQUEST as usize, 32)];
 
 /// One request's memory.
@@ -27,7 +27,7 @@ impl Buffer {
         Self { bytes, start, len }
     }
 
-    /// Where it begins: a multiple of 4096.
+    /// Its address: a multiple of 4096.
     pub(super) fn address(&mut self) -> usize {
         self.bytes[self.start..].as_mut_ptr() as usize
     }
@@ -42,29 +42,29 @@ impl Buffer {
     }
 }
 
-/// Buffers that are not in use.
+/// The unused buffers.
 #[derive(Debug)]
-pub(super) struct Buffers([ArrayQueue<Buffer>; KEPT.len()]);
+pub(super) struct BufferPool([ArrayQueue<Buffer>; KEPT.len()]);
 
-impl Buffers {
+impl BufferPool {
     pub(super) fn new() -> Self {
         Self(KEPT.map(|(_, number)| ArrayQueue::new(number)))
     }
 
-    /// One for `len` bytes; none for more than a request can have.
+    /// A buffer for `len` bytes; none if that exceeds a request.
     pub(super) fn take(&self, len: usize) -> Option<Buffer> {
         let class = KEPT.iter().position(|(size, _)| len <= *size)?;
         Some(self.0[class].pop().unwrap_or_else(|| Buffer::new(KEPT[class].0)))
     }
 
-    /// One with this content.
+    /// A buffer with this content.
     pub(super) fn take_filled(&self, data: &[u8]) -> Option<Buffer> {
         let mut buffer = self.take(data.len())?;
         buffer.fill(data);
         Some(buffer)
     }
 
-    /// Keeps a buffer for the next, if there is room.
+    /// Keeps a buffer for reuse, if there is space.
     pub(super) fn give(&self, buffer: Buffer) {
         if let Some(class) = KEPT.iter().position(|(size, _)| buffer.len == *size) {
             let _ = self.0[class].push(buffer);
@@ -77,8 +77,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_aligned_large_enough_and_used_again() {
-        let buffers = Buffers::new();
+    fn buffers_are_aligned_large_enough_and_reused() {
+        let buffers = BufferPool::new();
         for len in [0, 1, 4096, 4097, 128 << 10, 1 << 20] {
             let mut buffer = buffers.take(len).unwrap();
             let address = buffer.address();

@@ -1,0 +1,53 @@
+//! The names of backends and I/O modes, on every surface: messages, JSON, the command line.
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect::CustomType;
+
+/// How requests and their data travel between the kernel and the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "kebab-case")]
+#[zlink(rename_all = "lowercase")]
+pub enum IoMode {
+    /// Data is copied to a buffer of the daemon and back (Linux 6.5).
+    Copy,
+    /// The request's pages are the buffer; one command a request (Linux 6.16).
+    Auto,
+    /// The request's pages are the buffer; commands in batches (Linux 7.0).
+    Batch,
+    /// Through FUSE, to a file instead of a block device: data is copied to a buffer of the daemon
+    /// and back.
+    Fuse,
+}
+
+impl IoMode {
+    /// The word used on the command line and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            IoMode::Copy => "copy",
+            IoMode::Auto => "auto",
+            IoMode::Batch => "batch",
+            IoMode::Fuse => "fuse",
+        }
+    }
+}
+
+/// What devices are to those who use them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "lowercase")]
+#[zlink(rename_all = "lowercase")]
+pub enum FrontendKind {
+    /// Block devices of the ublk driver.
+    Ublk,
+    /// Files of a FUSE file system.
+    Fuse,
+}
+
+impl FrontendKind {
+    /// The word used on the command line and in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FrontendKind::Ublk => "ublk",
+            FrontendKind::Fuse => "fuse",
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! All private pools of one daemon.
+//!
+//! Knows their names and limits, and the workers and disks that they take from the engine. Does not know who may
+//! have one (`private`).
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::maker::Maker;
+use super::{PARTITIONS_MAX, Pool, PoolSpec, Quotas, Watcher};
+use crate::error::{Error, Kind, Result};
+use crate::instance::claims::ExcludedFileSystem;
+use crate::instance::{Companion, Engine, MAX_DEVICES, PoolResources, check_instance_name};
+use crate::limits::POOLS_MAX;
+use crate::sys::usage::Disks;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Pools {
+    resources: PoolResources,
+    table: Table,
+    quotas: Quotas,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Table(Arc<Mutex<BTreeMap<String, Arc<Pool>>>>);
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Pool>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Removes a pool that has ended from the table.
+struct RemoveOnEnd(Table);
+
+impl Watcher for RemoveOnEnd {
+    fn changed(&self, _pool: &Pool, _number: u32) {}
+
+    fn ended(&self, pool: &Pool) {
+        self.0.lock().remove(&pool.spec().name);
+    }
+}
+
+impl Pools {
+    /// Those of the daemon with this engine. They end with it.
+    pub fn new(engine: &Engine) -> Arc<Pools> {
+        let pools = Arc::new(Pools {
+            resources: engine.pool_resources(),
+            table: Table::default(),
+            quotas: Quotas::default(),
+        });
+        engine.add_companion(Arc::clone(&pools) as _);
+        pools
+    }
+
+    /// Makes a pool. It ends at [`Pool::end`], or with the daemon.
+    pub fn open(&self, spec: &PoolSpec) -> Result<Arc<Pool>> {
+        check_instance_name(&spec.name)?;
+        if !(1..=MAX_DEVICES).contains(&spec.max) {
+            return Err(Error::new(Kind::Invalid, format!("a pool can have 1 to {MAX_DEVICES} devices")));
+        }
+        let mut table = self.table.lock();
+        if table.contains_key(&spec.name) {
+            return Err(Error::new(Kind::Exists, format!("private pool {} exists", spec.name)));
+        }
+        if table.len() >= POOLS_MAX {
+            return Err(Error::new(Kind::Quota, format!("there are {POOLS_MAX} private pools already")));
+        }
+        // More queues than devices: partitions, and disks that were replaced and are still open, count too.
+        let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
+        let (context, backend, workers) =
+            self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions)?;
+        let pool = Pool::start(spec.clone(), Maker::new(context, backend, workers), self.quotas.clone())?;
+        if spec.fixed {
+            pool.fill().inspect_err(|_| pool.end(true))?;
+        }
+        pool.watch(Arc::new(RemoveOnEnd(self.table.clone())));
+        table.insert(spec.name.clone(), pool.clone());
+        Ok(pool)
+    }
+
+    /// All pools, by name.
+    pub fn all(&self) -> Vec<Arc<Pool>> {
+        self.table.lock().values().cloned().collect()
+    }
+
+    /// How many private devices users may have.
+    pub fn quotas(&self) -> &Quotas {
+        &self.quotas
+    }
+
+    /// Forbids images on the file system with this device number while the result lives.
+    pub fn exclude_images_on(&self, dev: u64) -> ExcludedFileSystem {
+        self.resources.exclude_images_on(dev)
+    }
+}
+
+impl Companion for Pools {
+    fn bound_nodes(&self) -> Vec<PathBuf> {
+        let entries = self.all().into_iter().flat_map(|pool| pool.entries());
+        entries
+            .filter(|entry| entry.bound.is_some())
+            .flat_map(|entry| Disks::numbered(entry.rdev).nodes())
+            .collect()
+    }
+
+    fn end(&self) {
+        self.all().iter().for_each(|pool| pool.end(true));
+    }
+
+    fn update_nodes(&self) {
+        self.all().iter().for_each(|pool| pool.look_after_stacks());
+    }
+}
