@@ -186,9 +186,9 @@ fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> 
 fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Round) -> Result<()> {
     let opened = |set: &&Set| {
         let opened = set.opened.clone()?;
-        Some(fio::Place { name: set.info.name.clone(), path: opened.path, many: opened.many })
+        Some(fio::JobTarget { name: set.info.name.clone(), path: opened.path, many: opened.many })
     };
-    let places: Vec<fio::Place> = sets.iter().filter_map(opened).collect();
+    let places: Vec<fio::JobTarget> = sets.iter().filter_map(opened).collect();
     let account = |set: &&Set| {
         let server = set.opened.as_ref().and_then(|opened| opened.server);
         server.map(|pid| (Reading::of(pid), set.punts()))

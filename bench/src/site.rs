@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::kernel_module::{Module, NULL_BLK};
 use crate::outcome::{TargetInfo, Warning};
 use crate::store::{Fs, Store};
-use crate::target::{LIMIT, Loops, Opened, Place, Target};
+use crate::target::{Environment, LIMIT, Loops, Opened, Target};
 use crate::{check, sh};
 
 /// Size of the store for the images of all targets; memory is allocated on write.
@@ -23,7 +23,7 @@ pub struct Site {
     // Fields drop in this order.
     _store: Option<Store>,
     _images: Option<tempfile::TempDir>,
-    pub place: Place,
+    pub place: Environment,
     home: tempfile::TempDir,
 }
 
@@ -48,7 +48,7 @@ impl Site {
                 (Some(store), None, path)
             }
         };
-        let place = Place {
+        let place = Environment {
             images: path,
             scratch: home.path().to_owned(),
             image_mb,
@@ -91,7 +91,7 @@ pub struct Set {
 
 impl Set {
     /// Sets `target` up, or records why that fails.
-    pub fn up(mut target: Box<dyn Target>, place: &Place) -> Result<(Set, Vec<Warning>)> {
+    pub fn up(mut target: Box<dyn Target>, place: &Environment) -> Result<(Set, Vec<Warning>)> {
         let (name, about) = (target.name(), target.about());
         let version = target.version();
         let opened = match &version {

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 
-use super::{LIMIT, LOOP, Module, Opened, Place, Target, block, check_mark, kernel};
+use super::{Environment, LIMIT, LOOP, Module, Opened, Target, block, check_mark, kernel};
 use crate::{job, sh};
 
 /// Removes loop devices by number and prints those that remain. It retries for five seconds:
@@ -138,7 +138,7 @@ impl Target for KernelLoop {
         Some(LOOP)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);
         for image in &images {

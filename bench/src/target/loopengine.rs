@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use super::{FUSE, Kind, Module, Opened, Place, Target, UBLK, block, check_mark, engine, kernel};
+use super::{Environment, FUSE, Kind, Module, Opened, Target, UBLK, block, check_mark, engine, kernel};
 use crate::daemon::{self, Daemon};
 use crate::varlink::Client;
 
@@ -52,7 +52,7 @@ impl Target for Ublk {
         Some(UBLK)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         self.check_granted()?;
         let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
         let (path, many) =
@@ -90,7 +90,7 @@ impl Target for Fuse {
         Some(FUSE)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let daemon = self.0.insert(start(place, "loopengine fuse", "fuse")?);
         let (path, many) = attach_all(place, "loopengine fuse", daemon, &[])?;
         Ok(Opened { kind: Kind::File, path, many, server: Some(daemon.pid()) })
@@ -106,11 +106,16 @@ impl Target for Fuse {
 }
 
 /// A daemon with one frontend.
-pub(super) fn start(place: &Place, name: &str, frontend: &str) -> Result<Daemon> {
+pub(super) fn start(place: &Environment, name: &str, frontend: &str) -> Result<Daemon> {
     Daemon::start_with(&place.directory(name)?.join("run"), &["--frontend", frontend])
 }
 
-fn attach_all(place: &Place, name: &str, daemon: &Daemon, words: &[&str]) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn attach_all(
+    place: &Environment,
+    name: &str,
+    daemon: &Daemon,
+    words: &[&str],
+) -> Result<(PathBuf, Vec<PathBuf>)> {
     let attach = |image: &PathBuf| -> Result<PathBuf> {
         let device = daemon.attach(image, words)?;
         check_mark(&device, image)?;

@@ -50,7 +50,7 @@ pub trait Target {
     }
 
     /// Sets the target up; its module is loaded. `tear_down` follows an error too.
-    fn set_up(&mut self, place: &Place) -> Result<Opened>;
+    fn set_up(&mut self, place: &Environment) -> Result<Opened>;
 
     /// Tears down what `set_up` made, even if it failed halfway.
     fn tear_down(&mut self) -> Result<()>;
@@ -83,7 +83,7 @@ pub struct Opened {
 
 /// Where targets are set up.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct Environment {
     /// Directory on the store, for images.
     pub images: PathBuf,
     /// Directory for sockets, mount points and the like.
@@ -95,7 +95,7 @@ pub struct Place {
     pub loops: Loops,
 }
 
-impl Place {
+impl Environment {
     /// Makes a preallocated and written image that begins with its mark.
     pub fn image(&self, name: &str) -> Result<PathBuf> {
         self.make(name, self.image_mb)

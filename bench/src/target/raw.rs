@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::{Kind, Module, NULL_BLK, Opened, Place, Target, block, kernel};
+use super::{Environment, Kind, Module, NULL_BLK, Opened, Target, block, kernel};
 use crate::store::NullBlk;
 
 pub(super) const FILE: &str = "raw file";
@@ -24,7 +24,7 @@ impl Target for RawFile {
         Ok(kernel())
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let path = place.image(FILE)?;
         Ok(Opened { kind: Kind::File, path, many: place.many(FILE)?, server: None })
     }
@@ -55,7 +55,7 @@ impl Target for RawDevice {
         Some(NULL_BLK)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         self.0.push(written(place.image_mb)?);
         let path = self.0[0].node.clone();
         if place.many_mb > 0 {

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{LIMIT, Module, Opened, Place, Server, Target, UBLK, block, check_mark, version_of};
+use super::{Environment, LIMIT, Module, Opened, Server, Target, UBLK, block, check_mark, version_of};
 use crate::{daemon, sh};
 
 const PROGRAM: &str = "rublk";
@@ -33,7 +33,7 @@ impl Target for Rublk {
         Some(UBLK)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let zero_copy = daemon::io_modes()?.iter().any(|path| path == "auto");
         let queues = std::thread::available_parallelism().map_or(1, usize::from).to_string();
         let home = place.directory(&self.name())?;

@@ -97,7 +97,7 @@ enum Command {
     Store(store::Options),
     /// Guest side of the power cut tests
     #[command(hide = true, subcommand)]
-    PowerCut(powercut::guest::Round),
+    PowerCut(powercut::guest::Boot),
     /// Guest side of the hostile clients
     #[command(hide = true, subcommand)]
     HostileGuest(hostile::guest::Role),
@@ -158,7 +158,7 @@ fn run(command: Command) -> Result<u8> {
         }
         Command::Vm(arguments) => run_vm(arguments),
         Command::Store(options) => store::run(&options).map(|()| 0),
-        Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
+        Command::PowerCut(boot) => powercut::guest::run(&boot).map(|()| 0),
         Command::Hostile(options) => Ok(u8::from(!hostile::run(&options)?)),
         Command::HostileGuest(role) => Ok(u8::from(!hostile::guest::run(&role)?)),
         Command::Demo(options) => demo::run(&options),

@@ -4,7 +4,7 @@
 use super::{heading, kind};
 use crate::job::LOOP;
 use crate::outcome::{JobInfo, Outcome};
-use crate::render::doc::{Block, Kind, Table};
+use crate::render::doc::{Block, LineKind, Table};
 use crate::render::palette::{Palette, Style, ours};
 use crate::render::svg::forest::{Group, forest};
 use crate::summary::{Row, rows};
@@ -90,7 +90,7 @@ fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
     for (job, rows) in results {
         let cell = |index: usize| rows[index].as_ref().map_or(NOTHING.into(), ratio_of);
         let path = rows[0].as_ref().map_or(NOTHING.into(), |row| plain(&row.target));
-        table.line(Kind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2)]);
+        table.line(LineKind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2)]);
     }
     table.condensed()
 }
@@ -104,7 +104,7 @@ fn core(outcome: &Outcome) -> Vec<&JobInfo> {
 /// The first target of the group, which is the default. The fastest per job would flatter.
 fn first(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
     let known = |row: &&Row| {
-        kind(&row.target, &job.reference) != Kind::Reference
+        kind(&row.target, &job.reference) != LineKind::Reference
             && means(&row.target)
             && row.ratio.is_some_and(f64::is_finite)
     };
