@@ -21,27 +21,15 @@
 //! [`frontend::fuse`] (`handler.rs`, `lane.rs`, `queue.rs`), [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
 //! what each room knows and does not know.
 
-pub mod accounts;
+#![warn(missing_docs)]
+
 pub mod cli;
 pub mod config;
 pub mod control;
-pub mod error;
-pub mod failures;
-pub mod frontend;
-pub mod image;
-pub mod instance;
-pub mod intercept;
-pub mod kernel_mounts;
-pub mod kernels;
-pub mod limits;
-pub mod loopfs;
-pub mod loops;
-pub mod private;
 pub mod received;
-pub mod request;
-pub mod ring;
-pub mod sandbox;
-pub mod sys;
-pub mod worker;
 
-pub use error::{Error, Kind, Result};
+pub use loopengine_core::{
+    Error, Kind, Result, accounts, error, failures, frontend, hash, image, instance, kernels, limits,
+    request, ring, sandbox, sys, worker,
+};
+pub use loopengine_private::{intercept, kernel_mounts, loopfs, loops, private};

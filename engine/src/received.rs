@@ -1,9 +1,9 @@
-//! Descriptors that strangers send, and the threads that close them.
+//! Descriptors received from clients, and the threads that close them.
 //!
-//! close(2) can wait for whoever serves the file: a FUSE server that never answers FLUSH, a TCP peer of
-//! a socket with SO_LINGER. So a descriptor that came over a socket is a [`Received`] until a call
-//! consumes it: dropped, it is closed by a thread of its sender's [`Disposal`], and that sender's
-//! connection counts until the thread has ended. Knows nothing of sockets and calls.
+//! close(2) can block on the server of a file: a FUSE server that never answers FLUSH, a TCP peer
+//! of a socket with SO_LINGER. So a descriptor received over a socket is a [`Received`] until a
+//! call consumes it. When dropped, a thread of its sender's [`Disposal`] closes it, and the
+//! sender's connection counts until that thread has ended.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,46 +16,46 @@ use tokio::sync::Notify;
 
 use crate::accounts;
 
-/// How long the daemon's end waits for files before it aborts the FUSE connections of their senders.
-const END_PATIENCE: Duration = Duration::from_secs(1);
-/// How long it waits in all.
-const END_MAX: Duration = Duration::from_secs(4);
-const END_POLL: Duration = Duration::from_millis(20);
+/// How long the daemon's shutdown waits before it aborts the FUSE connections of senders.
+const ABORT_AFTER: Duration = Duration::from_secs(1);
+/// How long it waits in total.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(4);
+const SHUTDOWN_POLL: Duration = Duration::from_millis(20);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Closes what one sender sent, in order, with at most one thread, which ends when nothing is left.
+/// Closes one sender's descriptors in order, with at most one thread, which ends when none is left.
 #[derive(Clone, Debug)]
-pub struct Disposal(Arc<Shared>);
+pub struct Disposal(Arc<DisposalInner>);
 
 #[derive(Debug)]
-struct Shared {
+struct DisposalInner {
     uid: u32,
-    queue: Mutex<Queue>,
+    queue: Mutex<CloseQueue>,
     done: Notify,
-    /// What the sender holds until everything is closed.
+    /// The sender's slot, held until everything is closed.
     _slot: Box<dyn std::fmt::Debug + Send + Sync>,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
+struct CloseQueue {
     waiting: Vec<OwnedFd>,
     running: bool,
 }
 
-/// Disposals for which no thread could be started; the next attempt takes them along.
+/// Disposals whose thread failed to start; the next attempt retries them.
 static POSTPONED: Mutex<Vec<Disposal>> = Mutex::new(Vec::new());
 
 impl Disposal {
-    /// One for what user `uid` sends; `slot` is dropped when it is gone and everything is closed.
+    /// A disposal for user `uid`; `slot` is dropped with it, once everything is closed.
     pub fn new(uid: u32, slot: impl std::fmt::Debug + Send + Sync + 'static) -> Disposal {
         let (queue, done) = (Mutex::default(), Notify::new());
-        Disposal(Arc::new(Shared { uid, queue, done, _slot: Box::new(slot) }))
+        Disposal(Arc::new(DisposalInner { uid, queue, done, _slot: Box::new(slot) }))
     }
 
-    /// Has `file` closed. Never waits.
+    /// Closes `file` on the thread. Never blocks.
     pub fn close(&self, file: OwnedFd) {
         lock(&self.0.queue).waiting.push(file);
         self.start();
@@ -64,13 +64,13 @@ impl Disposal {
         }
     }
 
-    /// How many are not closed yet.
+    /// Number of descriptors that are not closed yet.
     pub fn pending(&self) -> usize {
         let queue = lock(&self.0.queue);
         queue.waiting.len() + usize::from(queue.running)
     }
 
-    /// Ends when everything is closed.
+    /// Completes when everything is closed.
     pub async fn finished(&self) {
         loop {
             let done = self.0.done.notified();
@@ -111,7 +111,7 @@ impl Disposal {
                 }
                 queue.waiting.remove(0)
             };
-            let _waiting = Waiting::on(&file, self.0.uid);
+            let _waiting = FileWait::on(&file, self.0.uid);
             drop(file);
         }
         self.0.done.notify_waiters();
@@ -126,7 +126,7 @@ pub struct Received {
 }
 
 impl Received {
-    /// `file` came from whom `disposal` is of.
+    /// Wraps `file`, received from the sender of `disposal`.
     pub fn new(file: OwnedFd, disposal: &Disposal) -> Received {
         Received { file: Some(file), disposal: disposal.clone() }
     }
@@ -136,7 +136,7 @@ impl Received {
         self.file.as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 
-    /// Gives it to a call, on a thread that nobody else waits for. None: it was taken before.
+    /// Passes it to a call, on a thread that nobody else waits for. None: it was taken before.
     pub fn take(mut self) -> Option<OwnedFd> {
         self.file.take()
     }
@@ -150,31 +150,31 @@ impl Drop for Received {
     }
 }
 
-/// A thread of this process may wait for a file of user `uid` until this is dropped.
+/// While this lives, a thread of this process may block on a file of user `uid`.
 #[derive(Debug)]
-pub struct Waiting(u64);
+pub struct FileWait(u64);
 
 #[derive(Clone, Copy, Debug)]
-struct Wait {
+struct WaitRecord {
     uid: u32,
     /// Minor of the file system's device number, once it is known.
     minor: Option<u32>,
 }
 
-static WAITS: Mutex<(u64, BTreeMap<u64, Wait>)> = Mutex::new((0, BTreeMap::new()));
+static WAITS: Mutex<(u64, BTreeMap<u64, WaitRecord>)> = Mutex::new((0, BTreeMap::new()));
 
-impl Waiting {
-    /// Call it on the thread that is going to wait.
-    pub fn on(file: impl AsFd, uid: u32) -> Waiting {
+impl FileWait {
+    /// Call it on the thread that may block.
+    pub fn on(file: impl AsFd, uid: u32) -> FileWait {
         let id = {
             let mut waits = lock(&WAITS);
             waits.0 += 1;
             let id = waits.0;
-            waits.1.insert(id, Wait { uid, minor: None });
+            waits.1.insert(id, WaitRecord { uid, minor: None });
             id
         };
-        let this = Waiting(id);
-        // An empty mask asks for nothing that a file system would have to answer.
+        let this = FileWait(id);
+        // An empty mask requests nothing from the file system.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         if let Ok(stat) = statx(file, c"", flags, StatxFlags::empty())
             && stat.stx_dev_major == 0
@@ -186,44 +186,44 @@ impl Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for FileWait {
     fn drop(&mut self) {
         lock(&WAITS).1.remove(&self.0);
     }
 }
 
-/// Lets the daemon end although files of strangers keep threads waiting. In the kernel nothing but an
-/// answer or an abort ends the wait for a FUSE server, SIGKILL neither. So connections whose owner has
-/// sent a file of them himself are aborted; others' are left, and named.
+/// Lets the daemon end although clients' files block threads. Only a reply or an abort ends the
+/// kernel's wait for a FUSE server; SIGKILL does not. So this aborts connections whose owner sent a
+/// file of theirs; it leaves others, and logs them.
 pub fn end() {
     let started = Instant::now();
     loop {
-        let waits: Vec<Wait> = lock(&WAITS).1.values().copied().collect();
+        let waits: Vec<WaitRecord> = lock(&WAITS).1.values().copied().collect();
         if waits.is_empty() {
             return;
         }
-        if started.elapsed() > END_MAX {
-            for Wait { uid, .. } in waits {
+        if started.elapsed() > SHUTDOWN_MAX {
+            for WaitRecord { uid, .. } in waits {
                 tracing::warn!("a thread still waits for a file that user {uid} sent");
             }
             return;
         }
-        if started.elapsed() > END_PATIENCE {
+        if started.elapsed() > ABORT_AFTER {
             for wait in waits {
-                if let Wait { uid, minor: Some(minor) } = wait
+                if let WaitRecord { uid, minor: Some(minor) } = wait
                     && abort(minor, uid).is_ok()
                 {
                     tracing::warn!("aborted FUSE connection {minor} of user {uid}: it does not answer");
                 }
             }
         }
-        std::thread::sleep(END_POLL);
+        std::thread::sleep(SHUTDOWN_POLL);
     }
 }
 
-/// Aborts the FUSE connection with this number, if it is this user's.
+/// Aborts the FUSE connection with this number, if this user owns it.
 fn abort(minor: u32, uid: u32) -> rustix::io::Result<()> {
-    // Not where it is usually mounted: it need not be.
+    // Does not rely on the usual mount point, which may be missing.
     let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&context)?;
     let flags = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
@@ -244,7 +244,7 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn a_dropped_descriptor_is_closed_elsewhere_and_counts_until_then() {
+    fn a_dropped_descriptor_is_closed_by_a_thread_and_counts_until_then() {
         let (mut reader, writer) = std::io::pipe().unwrap();
         let slot = Arc::new(());
         let disposal = Disposal::new(1000, Arc::clone(&slot));

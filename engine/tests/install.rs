@@ -196,7 +196,7 @@ fn what_was_changed_stays() {
     root.fails(&[], 4, "was changed since it was installed");
     let ran = root.run(&["--uninstall"]);
     let said = String::from_utf8_lossy(&ran.stderr);
-    assert!(ran.status.code() == Some(4) && said.contains("left what was changed"), "{ran:?}");
+    assert!(ran.status.code() == Some(4) && said.contains("did not remove a changed file"), "{ran:?}");
     let left: Vec<PathBuf> = root.all().into_iter().filter(|path| path.is_file()).collect();
     assert_eq!(left, [unit]);
 }

@@ -343,7 +343,7 @@ fn instance_list_counts_pools() {
     assert_eq!(ok(&before).lines().count(), 2, "{before:?}");
     daemon.tenant(PLAIN, "p");
     let after = daemon.run(0, &["instance", "list"]);
-    let footer = "\n1 private pool with 1 device: 'loopengine list --all' shows them\n";
+    let footer = "\n1 private pool with 1 device: 'loopengine list --all' lists them\n";
     assert_eq!(ok(&after), before.out + footer);
 }
 
@@ -390,7 +390,7 @@ fn an_image_is_detached_if_it_has_one_device() {
     fails(&daemon.run(0, &["detach", "a.img"]), 3, "a.img is not attached");
     ok(&daemon.run(0, &["attach", "-r", "a.img"]));
     ok(&daemon.run(0, &["attach", "-r", "a.img"]));
-    let says = "a.img is attached as default/loop0, default/loop1; give one of these devices";
+    let says = "a.img is attached as default/loop0, default/loop1; give one of these device names";
     fails(&daemon.run(0, &["detach", "a.img"]), 2, says);
     // A file that is called like a device does not hide the device.
     fs::create_dir(image.with_file_name("default")).unwrap();

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use loopengine::cli::losetup::{self, Devices};
+use loopengine::cli::losetup::{self, LoopDevices};
 use loopengine::loops::{
     Answer, Bound, Configure, Entry, Errno, Info, LoopOp, LoopReply, NAME_BYTES, Status, flag,
 };
@@ -91,7 +91,7 @@ fn entry(number: u32) -> Entry {
     }
 }
 
-impl Devices for Fake {
+impl LoopDevices for Fake {
     fn directory(&self) -> &str {
         "/dev"
     }

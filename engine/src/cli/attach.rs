@@ -1,4 +1,4 @@
-//! `loopengine attach`: serves an image, prints the path of its device.
+//! `loopengine attach`: attach an image and print the path of its device.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -7,66 +7,68 @@ use crate::error::Result;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, IoMode};
 use crate::instance::{NUMBER_MAX, Selector};
 
-use super::{complete, daemon, image, number, out, partitions, run, size};
+use super::{attach_run, complete, daemon, image, number, out, partitions, size};
 
-/// Serve an image file or block device as a block device.
+/// Attach an image file or block device.
 ///
-/// Prints the path of the device, alone, on standard output, once the device can be used. With
-/// '--run', gives the device to a command instead, detaches it when the command ends, and exits
-/// with its status.
+/// Prints the path of the device when the device is ready for use. With '--run', loopengine runs a
+/// command with the device, detaches the device when the command ends, and exits with the command's
+/// status.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Image file or block device.
     image: PathBuf,
 
-    /// Instance that gets the device.
+    /// Attach the device to this instance.
     #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE, add = complete::instances())]
     instance: String,
 
-    /// Refuse writes. The image need not be writable.
+    /// Make the device read-only. The image need not be writable.
     #[arg(short, long)]
     read_only: bool,
 
-    /// Attach the image although somebody else uses it: another device, a pool, a mount, swap, a loop
-    /// device of the kernel. Two who write an image, or one file system that is mounted twice, destroy
-    /// its contents; the log says who shares it.
+    /// Attach the image even if it is in use: by another device, a pool, a mount, swap or a kernel
+    /// loop device. Two writers, or two mounts of one file system, destroy the contents. The log
+    /// lists who shares the image.
     #[arg(short, long)]
     force: bool,
 
-    /// First byte of the image that the device shows, with a unit as in 1M or 1MiB.
+    /// Start the device at this byte of the image, for example 1M or 1MiB.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 
-    /// Bytes that the device shows at the most; 0: up to the end of the image.
+    /// Limit the device to this many bytes; 0: up to the end of the image.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
-    /// Logical block size: 512, 1024, 2048 or 4096 [default: the smallest that the image allows].
+    /// Logical block size: 512, 1024, 2048 or 4096 [default: the smallest that the image supports].
     #[arg(long, value_name = "SIZE", value_parser = size::parse_block)]
     block_size: Option<u32>,
 
-    /// Go through the page cache. For file systems that have no direct I/O.
+    /// Read and write the image through the page cache. Needed on file systems without direct I/O.
     #[arg(long)]
     buffered: bool,
 
-    /// Queues of the device [default: one for each worker of the instance].
+    /// Number of queues [default: one per worker of the instance].
     #[arg(long, value_name = "N", value_parser = number::within(1..=4096_u32))]
     queues: Option<u32>,
 
-    /// Requests in flight in each queue [default: 128].
+    /// Requests in flight per queue [default: 128].
     #[arg(long, value_name = "N", value_parser = number::within(1..=4096_u32))]
     depth: Option<u32>,
 
-    /// Force one way of moving data [default: the best that the kernel grants].
+    /// I/O mode: how data crosses between block layer and daemon [default: the best that the kernel
+    /// supports].
     #[arg(long, value_name = "MODE", value_parser = io_mode_parser())]
     io_mode: Option<IoMode>,
 
-    /// Have the kernel look for partitions, as with losetup -P: they are beside the device, as loop0p1 beside
-    /// loop0, here and whenever the table is read again. The host's kernel parses the image's table.
+    /// Scan the partition table, as losetup -P does. Partitions appear next to the device, for
+    /// example loop0p1 next to loop0, and follow later changes of the table. The kernel of the host
+    /// parses the table.
     #[arg(short = 'P', long)]
     partscan: bool,
 
-    /// Number of the device in its instance [default: the lowest that is free].
+    /// Device number in the instance [default: the lowest free number].
     #[arg(long, value_name = "N", value_parser = number::within(0..=NUMBER_MAX))]
     number: Option<u32>,
 
@@ -74,9 +76,9 @@ pub(super) struct Args {
     #[arg(long, conflicts_with = "run")]
     json: bool,
 
-    /// Run a command with the device. Takes the rest of the line: '{}' in it is replaced by the
-    /// path of the device, which is the last argument if there is no '{}'. The path is also in the
-    /// environment variable LOOPENGINE_DEVICE.
+    /// Run a command with the device. Takes the rest of the command line. Replaces '{}' with the
+    /// path of the device; without '{}', appends the path. The environment variable
+    /// LOOPENGINE_DEVICE holds the path too.
     #[arg(
         long,
         value_name = "CMD",
@@ -95,7 +97,7 @@ fn io_mode_parser() -> impl clap::builder::TypedValueParser<Value = IoMode> {
     })
 }
 
-/// A specification with nothing special in it.
+/// A specification with default values.
 pub(crate) fn plain(instance: &str) -> AttachSpec {
     AttachSpec {
         instance: instance.to_owned(),
@@ -129,12 +131,12 @@ impl Args {
             ..plain(&self.instance)
         };
         if !rustix::process::geteuid().is_root() {
-            // Who is refused need not hear first what is wrong with his image.
+            // Refuse the user before reporting errors of the image.
             daemon::ask(run_dir, async |_| Ok(()))?;
         }
         let image = image::open(&self.image, &mut spec)?;
         if !self.run.is_empty() {
-            return run::with_device(run_dir, &spec, self.force, image, &self.run);
+            return attach_run::with_device(run_dir, &spec, self.force, image, &self.run);
         }
         daemon::ask(run_dir, async |client| {
             let device = client.attach(&spec, self.force, image).await?;
@@ -146,7 +148,7 @@ impl Args {
                 false => out::print(&format!("{}\n", device.path)),
             };
             if let Err(error) = printed {
-                // Nobody learnt its name, so nobody would detach it.
+                // The caller does not know the path and could not detach the device.
                 let _ = client.detach(&Selector::Device(device.path), false).await;
                 return Err(error);
             }

@@ -1,7 +1,8 @@
-//! What the shell completes: words of this command line, and names that the daemon knows.
+//! Shell completion: words of the command line, and names that the daemon knows.
 //!
-//! Knows how a shell asks (by an environment variable, see `clap_complete::env`) and how the daemon is asked.
-//! A shell waits for the answer, so it is given soon; who cannot be asked has no names, and nothing is said.
+//! A shell queries this program through an environment variable (see `clap_complete::env`). The
+//! shell blocks meanwhile, so the daemon has little time to answer. If it does not answer, there
+//! are no names and no error.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -20,26 +21,26 @@ use crate::instance::Selector;
 
 use super::{daemon, generate};
 
-/// Says which shell asks. Not the crate's own COMPLETE, which others may have set.
+/// Names the shell that queries. The default variable COMPLETE may be set by others.
 const VARIABLE: &str = "LOOPENGINE_COMPLETE";
-/// How long the daemon may take to answer.
+/// Time for the daemon to answer.
 const ANSWER_MAX: Duration = Duration::from_millis(500);
 
-/// Answers a shell, if one asks, and ends the program then.
+/// Answers a completion query and exits, if a shell sent one.
 pub(super) fn answer_shell() {
-    CompleteEnv::with_factory(generate::shown).var(VARIABLE).complete();
+    CompleteEnv::with_factory(generate::completed_command).var(VARIABLE).complete();
 }
 
-/// Names and texts of what makes shells ask.
+/// File names and contents of the completion scripts.
 pub(super) fn scripts() -> Vec<(String, Vec<u8>)> {
     let shells: [(&str, &dyn EnvCompleter); 3] =
         [("loopengine.bash", &Bash), ("_loopengine", &Zsh), ("loopengine.fish", &Fish)];
     let script = |(name, shell): (&str, &dyn EnvCompleter)| {
         let mut text = Vec::new();
-        // To memory, which takes it.
+        // Writing to memory does not fail.
         let _ = shell.write_registration(VARIABLE, "loopengine", "loopengine", "loopengine", &mut text);
         if name == "_loopengine" {
-            // zsh loads the file when it first completes, and expects an answer then, too.
+            // zsh loads the file at the first completion and expects an answer then.
             text.extend(b"[[ $funcstack[1] = _loopengine ]] && _clap_dynamic_completer_loopengine\n");
         }
         (name.to_owned(), text)
@@ -47,7 +48,7 @@ pub(super) fn scripts() -> Vec<(String, Vec<u8>)> {
     shells.into_iter().map(script).collect()
 }
 
-/// Devices of instances, by name; or paths, where no such name begins so.
+/// Completes device names; paths if no name has this prefix.
 pub(super) fn devices() -> ArgValueCompleter {
     ArgValueCompleter::new(|word: &OsStr| {
         let devices = ask(async |run_dir| Client::connect(&run_dir).await?.devices(&Selector::All).await);
@@ -63,7 +64,7 @@ pub(super) fn devices() -> ArgValueCompleter {
     })
 }
 
-/// Instances.
+/// Completes instance names.
 pub(super) fn instances() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let instances = ask(async |run_dir| Client::connect(&run_dir).await?.instances().await);
@@ -71,7 +72,7 @@ pub(super) fn instances() -> ArgValueCandidates {
     })
 }
 
-/// Private pools that this user sees.
+/// Completes names of pools that this user can see.
 pub(super) fn pools() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let pools = ask(async |run_dir| PrivateClient::connect(&run_dir).await?.list().await);
@@ -79,14 +80,14 @@ pub(super) fn pools() -> ArgValueCandidates {
     })
 }
 
-/// What the daemon says; nothing if it does not say so soon.
+/// The reply of the daemon; empty if it is late.
 fn ask<T>(work: impl AsyncFnOnce(PathBuf) -> Result<Vec<T>>) -> Vec<T> {
     let Ok(runtime) = daemon::runtime() else { return Vec::new() };
     let said = runtime.block_on(async { tokio::time::timeout(ANSWER_MAX, work(run_dir())).await });
     said.ok().and_then(Result::ok).unwrap_or_default()
 }
 
-/// The run directory that the line names, which nobody has parsed yet.
+/// The run directory in the unparsed command line.
 fn run_dir() -> PathBuf {
     let words: Vec<OsString> = std::env::args_os().collect();
     let named = words.windows(2).find(|pair| pair[0] == "--run-dir").map(|pair| pair[1].clone());

@@ -1,4 +1,4 @@
-//! `loopengine create`: makes an image file, with a progress bar, and nothing if interrupted.
+//! `loopengine create`: create an image file, with a progress bar. An interrupt leaves no file.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,21 +15,21 @@ use crate::image;
 
 use super::{out, size};
 
-/// Make an image file.
+/// Create an image file.
 ///
-/// The file is sparse unless '--preallocate' is given, and must not exist yet. Nothing is left
-/// behind when it cannot be made.
+/// The file is sparse unless '--preallocate' is given. Fails if the file exists. Leaves no file
+/// behind when it fails.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// File to make.
+    /// Path of the new image.
     image: PathBuf,
 
-    /// Its size: bytes, or a number with a unit: K, M, G, T (or KiB, MiB, …) are powers of 1024, KB, MB, …
-    /// of 1000.
+    /// Size in bytes, or with a unit: K, M, G, T (or KiB, MiB, …) are powers of 1024; KB, MB, … are
+    /// powers of 1000.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: u64,
 
-    /// Reserve all space now. Writes then never fail for want of space, and are faster.
+    /// Allocate all blocks now. Writes are then faster and cannot fail with ENOSPC.
     #[arg(long)]
     preallocate: bool,
 
@@ -38,20 +38,20 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// An image that was made.
+/// A new image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub(super) struct ImageInfo {
-    /// Its path as the caller gave it.
+    /// Path as given by the caller.
     path: String,
-    /// Bytes.
+    /// Size in bytes.
     size_bytes: u64,
 }
 
 impl Args {
     pub(super) fn run(self) -> Result<()> {
-        let cannot_start = |error| Error::os(error, "cannot start").hint("run 'loopengine doctor'");
+        let cannot_start = |error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'");
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;
         let (path, bar) = (self.image.clone(), bar(self.size)?);
         let info = self.json.then(|| ImageInfo { path: path.display().to_string(), size_bytes: self.size });
@@ -71,14 +71,14 @@ impl Args {
                 _ = interrupt.recv() => interrupted(),
                 _ = terminate.recv() => interrupted(),
             };
-            // The job goes on until the process ends, with a file that has no name any more. Before
-            // its first progress there is none, or one that is not ours.
+            // The job continues until the process ends, on an unlinked file. Before its first
+            // progress the file does not exist or is not ours.
             if made.load(Ordering::Acquire) {
                 let _ = std::fs::remove_file(&path);
             }
             Err(stopped)
         });
-        // Its drop would wait for an interrupted job.
+        // Dropping the runtime would wait for an interrupted job.
         std::mem::forget(runtime);
         outcome?;
         info.map_or(Ok(()), |info| out::json(&info).map(drop))
@@ -86,10 +86,10 @@ impl Args {
 }
 
 fn interrupted() -> Error {
-    Error::new(Kind::Io, "interrupted: the image was not made")
+    Error::new(Kind::Io, "interrupted: the image was not created")
 }
 
-/// Hides itself where nobody looks, and when it is dropped.
+/// A bar that is hidden without a terminal, and when it is dropped.
 fn bar(size: u64) -> Result<ProgressBar> {
     let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {eta}");
     let style = style.map_err(|error| Error::new(Kind::Internal, format!("bad template: {error}")))?;

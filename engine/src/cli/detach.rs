@@ -1,32 +1,33 @@
-//! `loopengine detach`: takes devices away.
+//! `loopengine detach`: detach devices.
 
 use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 
-use super::list::{Image, InstanceDevice, gather};
+use super::list::{ImageQuery, InstanceDevice, gather};
 use super::{complete, daemon, out};
 
-/// Take devices away.
+/// Detach devices.
 ///
-/// What was written is safe in the image when the command returns. A device that is in use is left
-/// alone unless '--force' is given. Prints the paths that are gone.
+/// Flushes all writes to the image before it returns. Refuses to detach a device that is in use,
+/// unless '--force' is given. Prints the paths of the detached devices.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Devices: a path that leads to one, NAME/loopN, or loopN of the instance 'default'. Or the image of one.
+    /// Devices to detach: a path, NAME/loopN, or loopN of the instance 'default'. Or an image with
+    /// one device.
     #[arg(value_name = "DEVICE|IMAGE", required_unless_present = "all", conflicts_with = "all", add = complete::devices())]
     device: Vec<String>,
 
-    /// All devices, of the daemon or of one instance.
+    /// Detach all devices of the daemon, or of one instance.
     #[arg(long)]
     all: bool,
 
-    /// With '--all': only the devices of this instance.
+    /// With '--all': detach only the devices of this instance.
     #[arg(short, long, value_name = "NAME", requires = "all", add = complete::instances())]
     instance: Option<String>,
 
-    /// Also if it is in use. Whoever uses it gets input/output errors.
+    /// Detach devices that are in use. Their users get I/O errors.
     #[arg(short, long)]
     force: bool,
 }
@@ -39,7 +40,7 @@ impl Args {
             (false, _) => self.device.into_iter().map(|name| target(name, run_dir)).collect::<Result<_>>()?,
         };
         daemon::ask(run_dir, async |client| {
-            // On after a failure, as the daemon does with --all; the first one is reported.
+            // Continue after a failure, as the daemon does with --all. Report the first failure.
             let mut failed = None;
             for which in &which {
                 match client.detach(which, self.force).await {
@@ -57,12 +58,12 @@ impl Args {
     }
 }
 
-/// The device that is meant: by its name, or by its image, which has only one.
+/// The selected device: by its name, or by an image that has one device.
 fn target(name: String, run_dir: &Path) -> Result<Selector> {
     if is_device(&name, run_dir) {
         return Ok(device(name));
     }
-    let image = Image::named(Path::new(&name))?;
+    let image = ImageQuery::named(Path::new(&name))?;
     let found = gather(run_dir, Some(&image))?;
     let names: Vec<String> = found
         .devices
@@ -73,9 +74,9 @@ fn target(name: String, run_dir: &Path) -> Result<Selector> {
         ([_], _) => Ok(Selector::Device(names.concat())),
         ([], None) if Path::new(&name).exists() => {
             Err(Error::new(Kind::NotFound, format!("{name} is not attached"))
-                .hint("'loopengine list --all' shows all devices"))
+                .hint("'loopengine list --all' lists all devices"))
         }
-        // The daemon says what it takes for a name.
+        // The daemon reports which names are valid.
         ([], None) => Ok(device(name)),
         ([], Some(pool)) => {
             let number = pool.devices.first().map_or(0, |device| device.number);
@@ -89,11 +90,11 @@ fn target(name: String, run_dir: &Path) -> Result<Selector> {
             )))
         }
         _ => Err(Error::new(Kind::Invalid, format!("{name} is attached as {}", names.join(", ")))
-            .hint("give one of these devices")),
+            .hint("give one of these device names")),
     }
 }
 
-/// Whether a name can only be a device's: one of the daemon's names, or a path that leads to one.
+/// True if the name denotes a device: a name of the daemon, or a path to a device.
 fn is_device(name: &str, run_dir: &Path) -> bool {
     let number = |name: &str| name.strip_prefix("loop").is_some_and(|number| number.parse::<u32>().is_ok());
     let path = std::fs::canonicalize(name).unwrap_or_else(|_| name.into());
@@ -105,8 +106,8 @@ fn is_device(name: &str, run_dir: &Path) -> bool {
     by_name || path.starts_with(run_dir) || path.to_string_lossy().starts_with("/dev/ublkb")
 }
 
-/// What a user calls a device, as the daemon understands it: it has another working directory, and
-/// knows its own paths only. So a path that leads to a disk becomes the path of that disk.
+/// The device selector for the daemon. The daemon has another working directory and knows only its
+/// own paths, so a path becomes absolute, and a link to a disk becomes the path of the disk.
 pub(super) fn device(name: String) -> Selector {
     let is_path = ["/", "./", "../"].iter().any(|start| name.starts_with(start));
     if !is_path {
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_become_absolute_and_names_stay() {
+    fn makes_paths_absolute_and_keeps_names() {
         assert_eq!(sent("loop0"), "loop0");
         assert_eq!(sent("default/loop0"), "default/loop0");
         assert_eq!(sent("/nonexistent/loop0"), "/nonexistent/loop0");
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_to_a_disk_becomes_the_disk() {
+    fn resolves_links_to_disks() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("loop0");
         std::os::unix::fs::symlink("/dev/null", &link).unwrap();

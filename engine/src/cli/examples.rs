@@ -1,162 +1,249 @@
-//! Examples and files of every subcommand: for `--help` and for the manual pages.
+//! Examples and files of every subcommand, for `--help` and the manual pages.
 
-/// What an example does, and the line to type.
+/// The purpose of an example, and its command line.
 pub(super) type Example = (&'static str, &'static str);
 
-/// The examples of a subcommand, by its words ("instance create"); the empty name is the program.
+/// The examples of a subcommand, by its words ("instance create"); the empty name is the program,
+/// "json" is loopengine-json(7).
 pub(super) fn of(command: &str) -> &'static [Example] {
     match command {
         "" => &[
             ("Start the daemon.", "loopengine serve"),
             (
-                "Make an image, serve it, make a file system, mount it.",
+                "Create an image, attach it, make a file system and mount it.",
                 "loopengine create disk.img --size 10G && dev=$(loopengine attach disk.img) && mkfs.ext4 $dev && mount $dev /mnt",
             ),
-            ("End it all.", "umount /mnt && loopengine detach $dev"),
+            ("Unmount the file system and detach the device.", "umount /mnt && loopengine detach $dev"),
+            (
+                "Run a command with private loop devices, as any user.",
+                "loopengine run -- losetup -f --show disk.img",
+            ),
         ],
         "serve" => &[
-            ("Serve, with the default configuration.", "loopengine serve"),
+            ("Serve with the default configuration.", "loopengine serve"),
             (
-                "Serve privately, apart from another daemon.",
-                "loopengine serve --run-dir /run/private --config private.toml",
+                "Run a second, independent daemon.",
+                "loopengine serve --run-dir /run/loopengine-test --config test.toml",
             ),
-            ("Reread the configuration of the service.", "systemctl reload loopengine"),
-            ("Upgrade under mounted devices, once the program is replaced.", "systemctl restart loopengine"),
+            ("Reload the configuration of the service.", "systemctl reload loopengine"),
+            ("Upgrade under mounted devices, after replacing the program.", "systemctl restart loopengine"),
         ],
-        "instance" => &[("See which instances there are.", "loopengine instance list")],
-        "instance create" => &[(
-            "An instance with at most 16 devices, on two CPUs.",
-            "loopengine instance create build --max 16 --cpus 2-3",
-        )],
-        "instance list" => &[("For programs.", "loopengine instance list --json")],
-        "instance remove" => {
-            &[("Remove an instance that has no devices any more.", "loopengine instance remove build")]
-        }
-        "instance mount" => &[
-            ("A pool of four devices.", "mkdir dev && loopengine instance mount --max 4 dev"),
+        "instance" => &[
+            ("List the instances.", "loopengine instance list"),
             (
-                "One for a container.",
+                "Create an instance and attach an image to it.",
+                "loopengine instance create build && loopengine attach --instance build disk.img",
+            ),
+        ],
+        "instance create" => &[
+            (
+                "Create an instance with at most 16 devices, on two CPUs.",
+                "loopengine instance create build --max 16 --cpus 2-3",
+            ),
+            ("Create an instance with one worker thread.", "loopengine instance create backup --workers 1"),
+        ],
+        "instance list" => &[
+            ("List the instances as a table.", "loopengine instance list"),
+            ("Print the names of the instances.", "loopengine instance list --json | jq -r '.[].name'"),
+        ],
+        "instance remove" => &[
+            ("Remove an instance that has no devices.", "loopengine instance remove build"),
+            ("Remove an instance and detach its devices.", "loopengine instance remove --force build"),
+        ],
+        "instance mount" => &[
+            ("Mount a pool of four devices.", "mkdir dev && loopengine instance mount --max 4 dev"),
+            (
+                "Mount a pool for containers.",
                 "mkdir /srv/ci && loopengine instance mount --container --name ci --max 4 /srv/ci",
             ),
-            (
-                "The same as the first by mount(8), after 'loopengine install'.",
-                "mount -t loop loop dev -o max=4",
-            ),
+            ("Mount a pool with mount(8), after 'loopengine install'.", "mount -t loop loop dev -o max=4"),
+            ("End a pool.", "umount dev"),
         ],
-        "instance open" => &[(
-            "What is in the directory of a new pool.",
-            "loopengine instance open -- sh -c 'ls /proc/self/fd/$LOOPENGINE_POOL_FD/'",
-        )],
+        "instance open" => &[
+            (
+                "List the directory of a new pool.",
+                "loopengine instance open -- sh -c 'ls /proc/self/fd/$LOOPENGINE_POOL_FD/'",
+            ),
+            ("Open a pool of two devices for a shell.", "loopengine instance open --max 2 -- bash"),
+        ],
         "podman-setup" => &[
             (
-                "A container with four loop devices, from which it may mount ext4.",
+                "Run a container with four loop devices, from which it can mount ext4.",
                 "podman run -it --rm $(loopengine podman-setup ci --max 4 --mount ext4) IMAGE",
             ),
-            ("Take the pool away again.", "loopengine podman-setup ci --remove"),
+            ("Remove the pool.", "loopengine podman-setup ci --remove"),
         ],
         "install" => &[
-            ("Install, and start the daemon.", "loopengine install && systemctl enable --now loopengine"),
-            ("For a package.", "DESTDIR=$PWD/root loopengine install --prefix /usr"),
-            ("Take it all away again.", "loopengine install --uninstall"),
+            ("Install and start the daemon.", "loopengine install && systemctl enable --now loopengine"),
+            ("Stage the files of a package.", "DESTDIR=$PWD/root loopengine install --prefix /usr"),
+            ("Remove the installed files.", "loopengine install --uninstall"),
         ],
         "attach" => &[
-            ("Serve an image; the device path is printed.", "loopengine attach disk.img"),
+            ("Attach an image and print its device.", "loopengine attach disk.img"),
             (
-                "The second partition of an image that starts at 1 MiB, read-only.",
+                "Attach a partition that starts at 1 MiB, read-only.",
                 "loopengine attach disk.img --read-only --offset 1M",
             ),
-            ("Check a file system, and leave nothing behind.", "loopengine attach disk.img --run fsck -n"),
             (
-                "Where the device is not the last word.",
+                "Check a file system, and detach the device afterwards.",
+                "loopengine attach disk.img --run fsck -n",
+            ),
+            (
+                "Place the device path in the middle of a command.",
                 "loopengine attach disk.img --run dd if={} of=copy.img bs=1M",
             ),
         ],
         "create" => &[
-            ("A sparse image.", "loopengine create disk.img --size 10G"),
-            ("With all its space reserved.", "loopengine create disk.img --size 10G --preallocate"),
+            ("Create a sparse image.", "loopengine create disk.img --size 10G"),
+            (
+                "Create an image with all blocks allocated.",
+                "loopengine create disk.img --size 10G --preallocate",
+            ),
         ],
         "detach" => &[
-            ("One device.", "loopengine detach /run/loopengine/default/loop0"),
-            ("By its image.", "loopengine detach disk.img"),
-            ("Every device of an instance.", "loopengine detach --all --instance build"),
+            ("Detach one device.", "loopengine detach /run/loopengine/default/loop0"),
+            ("Detach the device of an image.", "loopengine detach disk.img"),
+            ("Detach all devices of an instance.", "loopengine detach --all --instance build"),
         ],
         "resize" => &[
             (
                 "Grow an image, its device and its file system.",
                 "loopengine resize loop0 --size 20G && resize2fs /run/loopengine/default/loop0",
             ),
-            ("The image was enlarged already.", "truncate -s 20G disk.img && loopengine resize loop0"),
+            (
+                "Grow the device after the image has grown.",
+                "truncate -s 20G disk.img && loopengine resize loop0",
+            ),
+            ("Shrink a device whose file system is smaller.", "loopengine resize loop0 --size 5G --shrink"),
         ],
-        "recover" => &[(
-            "The image was moved while the daemon was not running.",
-            "loopengine recover loop0 --image /srv/images/disk.img",
-        )],
+        "recover" => &[
+            (
+                "Recover a device whose image was moved while the daemon did not run.",
+                "loopengine recover loop0 --image /srv/images/disk.img",
+            ),
+            (
+                "Recover a device whose recorded offset is unknown.",
+                "loopengine recover build/loop3 --image disk.img --offset 1M",
+            ),
+        ],
         "list" => &[
-            ("All devices.", "loopengine list"),
-            ("Their images, for a program.", "loopengine list --json | jq -r '.[].image'"),
-            ("Everything, with its users.", "loopengine list --all"),
+            ("List the devices of instances.", "loopengine list"),
+            ("Print the images of all devices.", "loopengine list --json | jq -r '.[].image'"),
+            ("List all devices, pools and their users.", "loopengine list --all"),
         ],
-        "find" => &[("Where an image is attached, mounted and open.", "loopengine find disk.img")],
+        "find" => &[
+            ("List devices, mount points and processes of an image.", "loopengine find disk.img"),
+            ("Test whether an image has a device.", "loopengine find disk.img && echo attached"),
+        ],
         "stats" => &[
-            ("Counts of all devices.", "loopengine stats"),
-            ("Rates of one, every second.", "loopengine stats loop0 --watch"),
+            ("Print counts of all devices.", "loopengine stats"),
+            ("Print rates of one device every second.", "loopengine stats loop0 --watch"),
+            (
+                "Print ten readings of an instance as JSON.",
+                "loopengine stats --instance build --watch --count 10 --json",
+            ),
         ],
         "run" => &[
-            ("A shell in which losetup and mount have loop devices of their own.", "loopengine run -- bash"),
-            ("Build an image without being root.", "loopengine run --max 2 -- ./build-image.sh disk.img"),
+            ("Start a shell with private loop devices.", "loopengine run -- bash"),
+            ("Build an image as a plain user.", "loopengine run --max 2 -- ./build-image.sh disk.img"),
+            (
+                "Let the kernel mount ext4, if the administrator allows it.",
+                "loopengine run --mount ext4 -- sh -c 'mount -o loop disk.img mnt && ls mnt'",
+            ),
         ],
         "mount" => &[
             (
-                "See what is in an image, and unmount it.",
+                "Mount an image, list it and unmount it.",
                 "loopengine mount disk.img mnt && ls mnt && loopengine umount mnt",
             ),
             (
-                "Its second partition, without writing to it.",
+                "Mount the second partition read-only.",
                 "loopengine mount --partition 2 --read-only disk.img mnt",
             ),
-            ("With another program of FUSE.", "loopengine mount --fuse erofs=erofsfuse system.img mnt"),
+            ("Mount all partitions below a directory.", "loopengine mount --all disk.img mnt"),
+            ("Select the FUSE driver.", "loopengine mount --fuse erofs=erofsfuse system.img mnt"),
         ],
         "umount" => &[
-            ("By the directory.", "loopengine umount mnt"),
-            ("By the image, wherever it is mounted.", "loopengine umount disk.img"),
+            ("Unmount a directory.", "loopengine umount mnt"),
+            ("Unmount an image, wherever it is mounted.", "loopengine umount disk.img"),
+            ("Unmount all partitions that 'mount --all' mounted.", "loopengine umount --all mnt"),
         ],
         "losetup" => &[
             (
-                "A pool, and a device with partitions in it.",
+                "Create a pool and bind an image in it, with partitions.",
                 "loopengine instance mount /mnt/loops && loopengine losetup -fP --show disk.img",
             ),
-            ("What a pool's devices are bound to.", "loopengine losetup --pool build --list"),
+            ("List the bound devices of a pool.", "loopengine losetup --pool build --list"),
+            ("Unbind a device.", "loopengine losetup --pool build --detach loop0"),
         ],
         "limit" => &[
-            ("What users may have, and have.", "loopengine limit"),
-            ("The user ann may have 200 devices, until the daemon ends.", "loopengine limit ann 200"),
-            ("As the configuration has it again.", "loopengine limit ann default"),
+            ("List limits and usage of all users.", "loopengine limit"),
+            ("Limit the user ann to 200 devices until the daemon ends.", "loopengine limit ann 200"),
+            ("Restore the limit in the configuration.", "loopengine limit ann default"),
         ],
-        "features" => &[("What this kernel can do.", "loopengine features")],
+        "features" => &[
+            ("Show what the kernel supports.", "loopengine features"),
+            ("Print the supported I/O modes.", "loopengine features --json | jq -r '.ioModes[]'"),
+        ],
         "doctor" => &[
             ("Check this machine, and a directory for images.", "loopengine doctor /var/lib/images"),
-            ("Why 'loopengine run' does not work.", "loopengine doctor --for run"),
+            ("Find out why 'loopengine run' fails.", "loopengine doctor --for run"),
         ],
-        "oci" => &[(
-            "A container with four loop devices of its own.",
-            "loopengine instance mount --container --name ci --max 4 /srv/ci && loopengine oci print-config --pool ci config.json",
-        )],
-        "oci print-config" => &[(
-            "The bundle in this directory gets the devices of the pool ci.",
-            "runc spec && loopengine oci print-config --pool ci config.json > new && mv new config.json",
-        )],
-        "oci print-profile" => &[(
-            "A runtime's own profile, with loop devices.",
-            "loopengine oci print-profile --base default.json > loop.json",
-        )],
-        "oci print-cdi" => &[(
-            "All devices of an instance, for '--device loopengine.io/loop=build'.",
-            "loopengine oci print-cdi -i build > /var/run/cdi/build.json",
-        )],
-        "oci hook" => &[(
-            "By hand, as a runtime would.",
-            "echo '{\"bundle\":\"/srv/c1\"}' | loopengine oci hook --devices 4",
-        )],
+        "oci" => &[
+            (
+                "Give a container four private loop devices.",
+                "loopengine instance mount --container --name ci --max 4 /srv/ci && loopengine oci print-config --pool ci config.json",
+            ),
+            ("Describe the devices of an instance to CDI.", "loopengine oci print-cdi --instance build"),
+        ],
+        "oci print-config" => &[
+            (
+                "Give the bundle in this directory the devices of the pool ci.",
+                "runc spec && loopengine oci print-config --pool ci config.json > new && mv new config.json",
+            ),
+            (
+                "Protect intercepted calls from non-fatal signals.",
+                "loopengine oci print-config --pool ci --wait-killable config.json",
+            ),
+        ],
+        "oci print-profile" => &[
+            (
+                "Add loop devices to the profile of a runtime.",
+                "loopengine oci print-profile --base default.json > loop.json",
+            ),
+            (
+                "Let the kernel mount for the containers of a pool.",
+                "loopengine oci print-profile --base default.json --metadata pool=ci --mount > loop.json",
+            ),
+        ],
+        "oci print-cdi" => &[
+            (
+                "Describe all devices of an instance, for '--device loopengine.io/loop=build'.",
+                "loopengine oci print-cdi -i build > /var/run/cdi/build.json",
+            ),
+            ("Describe a pool for containers.", "loopengine oci print-cdi --pool ci > /var/run/cdi/ci.json"),
+        ],
+        "oci hook" => &[
+            (
+                "Run the hook as a runtime does.",
+                "echo '{\"bundle\":\"/srv/c1\"}' | loopengine oci hook --devices 4",
+            ),
+            (
+                "Keep partition names of the pool ci in the /dev of the container.",
+                "echo '{\"bundle\":\"/srv/c1\"}' | loopengine oci hook --devices 4 --pool ci",
+            ),
+        ],
+        "json" => &[
+            (
+                "Print path and state of each device.",
+                "loopengine list --json | jq -r '.[] | .path + \" \" + .state'",
+            ),
+            ("Print the names of all private pools.", "loopengine list --all --json | jq -r '.pools[].name'"),
+            (
+                "Print the bytes read per device.",
+                "loopengine stats --json | jq -r '.[] | [.path, .readBytes] | @tsv'",
+            ),
+        ],
         _ => &[],
     }
 }
@@ -165,34 +252,34 @@ pub(super) fn of(command: &str) -> &'static [Example] {
 pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
     const SOCKET: (&str, &str) = (
         "/run/loopengine/control",
-        "The daemon's control socket (varlink, interface io.loopengine). Root only.",
+        "The control socket of the daemon (varlink interface io.loopengine). Only for root.",
     );
     const NAMES: (&str, &str) = (
         "/run/loopengine/NAME/loopN",
-        "Device number N of the instance NAME: a link to /dev/ublkbM, or a file (FUSE).",
+        "Device N of the instance NAME: a link to /dev/ublkbM, or a file (FUSE).",
     );
     const PRIVATE: (&str, &str) = (
         "/run/loopengine/private",
-        "The daemon's socket for private pools (varlink, interface io.loopengine.Private). For everybody.",
+        "The socket for private pools (varlink interface io.loopengine.Private). For all users.",
     );
     match command {
         "" | "serve" => &[
-            ("/etc/loopengine.toml", "Configuration; see loopengine-serve(1)."),
+            ("/etc/loopengine.toml", "The configuration; see loopengine-serve(1)."),
             SOCKET,
             PRIVATE,
             NAMES,
-            ("/run/loopengine/lock", "Held by the daemon that owns the directory."),
+            ("/run/loopengine/lock", "The daemon that owns the directory locks this file."),
         ],
         "create" | "features" | "oci" | "oci hook" => &[],
         "oci print-profile" | "oci print-config" => {
-            &[("/run/loopengine/oci", "Where runtimes send listeners.")]
+            &[("/run/loopengine/oci", "The socket for seccomp listeners of container runtimes.")]
         }
         "instance mount" | "instance open" | "run" | "mount" | "umount" | "losetup" | "limit" => &[PRIVATE],
         "install" => &[
-            ("PREFIX/share/loopengine/installed", "What was placed, and what it was."),
+            ("PREFIX/share/loopengine/installed", "The record of installed files and their checksums."),
             (
                 "PREFIX/share/loopengine/fuse.conf",
-                "A drop-in for the unit, so that everybody sees the files of 'serve --frontend fuse'.",
+                "A drop-in for the unit that makes the files of 'serve --frontend fuse' visible.",
             ),
         ],
         "doctor" => &[SOCKET, PRIVATE],
@@ -219,4 +306,35 @@ fn add_at(mut command: clap::Command, path: &str) -> clap::Command {
     let lines = examples.iter().map(|(does, line)| format!("  {does}\n      {line}"));
     let text = format!("Examples:\n{}", lines.collect::<Vec<_>>().join("\n"));
     command.after_long_help(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The calls of this program in an example.
+    fn calls(line: &str) -> Vec<Vec<&str>> {
+        let parts = line.split("&&").flat_map(|part| part.split('|')).map(str::trim);
+        let own = parts.filter(|part| part.starts_with("loopengine "));
+        own.map(|part| part.split('>').next().unwrap_or_default().split_whitespace().collect()).collect()
+    }
+
+    fn check(command: &clap::Command, path: &str) {
+        let examples = of(path);
+        assert!((2..=4).contains(&examples.len()), "{path}: {} examples", examples.len());
+        for (_, line) in examples {
+            for words in calls(line) {
+                let parsed = crate::cli::command().try_get_matches_from(&words);
+                assert!(parsed.is_ok(), "{line}: {parsed:?}");
+            }
+        }
+        for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+            check(sub, format!("{path} {}", sub.get_name()).trim_start());
+        }
+    }
+
+    #[test]
+    fn every_command_has_valid_examples() {
+        check(&crate::cli::command(), "");
+    }
 }

@@ -1,4 +1,4 @@
-//! `loopengine features`: what this kernel grants.
+//! `loopengine features`: show what this kernel supports.
 
 use crate::error::{Kind, Result};
 use crate::instance::Engine;
@@ -6,10 +6,10 @@ use crate::instance::spec::Features;
 
 use super::out;
 
-/// Show what this kernel grants.
+/// Show what this kernel supports.
 ///
-/// Asks the kernel, not the daemon, which need not run. Needs root. All but the first two lines are
-/// about block devices, and of the ublk driver.
+/// Queries the kernel; the daemon need not run. Needs root. All lines except the first two describe
+/// block devices of the ublk driver.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print JSON; loopengine-json(7) describes it.
@@ -20,7 +20,7 @@ pub(super) struct Args {
 impl Args {
     pub(super) fn run(self) -> Result<()> {
         let features = Engine::features().map_err(|error| match error.kind() {
-            Kind::Denied => error.hint("run this as root; 'loopengine doctor' tells a plain user what works"),
+            Kind::Denied => error.hint("run this as root; as a plain user, run 'loopengine doctor'"),
             _ => error,
         })?;
         if self.json {
@@ -33,7 +33,7 @@ impl Args {
 fn text(features: &Features) -> String {
     let modes: Vec<&str> = features.io_modes.iter().map(|mode| mode.as_str()).collect();
     let frontends: Vec<&str> = features.frontends.iter().map(|frontend| frontend.as_str()).collect();
-    let yes = |granted: bool| if granted { "yes" } else { "no" };
+    let yes = |supported: bool| if supported { "yes" } else { "no" };
     format!(
         "kernel    {}\nfrontends {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
         features.kernel,
@@ -51,7 +51,7 @@ mod tests {
     use crate::instance::spec::{FrontendKind, IoMode};
 
     #[test]
-    fn shown() {
+    fn formats_features() {
         let features = Features {
             kernel: "7.3.4".into(),
             frontends: vec![FrontendKind::Ublk, FrontendKind::Fuse],

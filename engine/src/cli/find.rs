@@ -1,14 +1,14 @@
-//! `loopengine find`: which devices an image has.
+//! `loopengine find`: list the devices of an image.
 
 use std::path::{Path, PathBuf};
 
-use super::list::{Image, gather, show};
+use super::list::{ImageQuery, gather, show};
 use crate::error::{Error, Kind, Result};
 
-/// Find the devices of an image.
+/// List the devices that are attached to an image.
 ///
-/// Of instances and of private pools; a plain user finds those of his own pools. The image is known by what it
-/// is, whatever name it has. Exits with 3 if it has no device.
+/// Searches instances and private pools; a plain user searches only his own pools. Identifies the
+/// image by device and inode, not by name. Exits with 3 if no device is attached to the image.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Image file or block device.
@@ -21,14 +21,17 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        let found = gather(run_dir, Some(&Image::named(&self.image)?))?;
+        let found = gather(run_dir, Some(&ImageQuery::named(&self.image)?))?;
         if found.devices.is_empty() && found.pools.is_empty() {
             let shown = self.image.display();
             let (what, hint) = match self.image.exists() {
-                true => (format!("{shown} has no device"), "'loopengine list --all' shows all devices"),
-                false => (format!("there is no {shown}, and no device had it"), "give the path of an image"),
+                true => (format!("{shown} has no device"), "'loopengine list --all' lists all devices"),
+                false => (
+                    format!("{shown} does not exist, and no device is attached to it"),
+                    "give the path of an image",
+                ),
             };
-            let whose = if rustix::process::geteuid().is_root() { "" } else { " that this user may see" };
+            let whose = if rustix::process::geteuid().is_root() { "" } else { " that this user can see" };
             return Err(Error::new(Kind::NotFound, format!("{what}{whose}")).hint(hint));
         }
         show(&found, self.json)

@@ -1,4 +1,4 @@
-//! `loopengine generate`: manual pages and completions, from the definitions of this command line.
+//! `loopengine generate`: write manual pages and completions of this command line.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use crate::error::{Error, Result};
 
 use super::complete;
 
-/// Write manual pages or shell completions. For packagers.
+/// Write manual pages or shell completions, for packagers.
 #[derive(Debug, clap::Args)]
 #[command(hide = true)]
 pub(super) struct Args {
-    /// What to write.
+    /// Files to write.
     what: What,
 
-    /// Directory to write to.
+    /// Target directory.
     dir: PathBuf,
 }
 
@@ -35,7 +35,7 @@ impl Args {
     }
 }
 
-/// Writes a completion for each shell to `dir`.
+/// Writes the completion script of each shell to `dir`.
 pub fn completions(dir: &Path) -> Result<()> {
     for (name, text) in complete::scripts() {
         write(dir, &name, &text)?;
@@ -43,21 +43,21 @@ pub fn completions(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// This command line as shells complete it.
-pub(super) fn shown() -> clap::Command {
+/// The command line as shells complete it.
+pub(super) fn completed_command() -> clap::Command {
     let mut command = super::command();
     command.build();
     visible(&command)
 }
 
-/// The built `command` without the hidden ones, which clap would complete all the same.
+/// A copy of the built `command` without hidden commands, which clap would complete too.
 fn visible(command: &clap::Command) -> clap::Command {
     // Building the copy adds these again.
     let built_in = |name: &str| ["help", "version"].contains(&name);
     let args = command.get_arguments().filter(|arg| !built_in(arg.get_id().as_str())).cloned();
     let subcommands = command.get_subcommands().filter(|sub| !sub.is_hide_set() && !built_in(sub.get_name()));
     let has_version = command.get_arguments().any(|arg| arg.get_id() == "version");
-    // clap takes only names that live as long as the program, which ends soon.
+    // clap needs static names; the process ends soon.
     clap::Command::new(&*command.get_name().to_owned().leak())
         .version(env!("CARGO_PKG_VERSION"))
         .disable_version_flag(!has_version)

@@ -1,7 +1,6 @@
-//! Opens an image for the daemon, and says in one line what is wrong with it.
+//! Opens an image for the daemon, and reports errors in one line.
 //!
-//! The daemon checks again what matters to it; here the user gets the answer that names his own
-//! path and option.
+//! The daemon checks again; errors here name the user's own path and option.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Seek, SeekFrom};
@@ -15,10 +14,10 @@ use crate::control::reason;
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::AttachSpec;
 
-/// Sizes and offsets are multiples of it at least.
+/// Sizes and offsets are multiples of a sector.
 const SECTOR: u64 = 512;
 
-/// Opens the image at `path` as `spec` wants it. Sets the path in `spec`.
+/// Opens the image at `path` as `spec` requires. Sets the path in `spec`.
 pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
     let shown = path.display();
     let file = open_file(path, spec.read_only)?;
@@ -38,7 +37,7 @@ pub(super) fn open(path: &Path, spec: &mut AttachSpec) -> Result<OwnedFd> {
 
 fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let shown = path.display();
-    // Without O_NONBLOCK, a FIFO would keep us waiting for its other end.
+    // Without O_NONBLOCK, opening a FIFO blocks until its other end is open.
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let opened =
         OpenOptions::new().read(true).write(!read_only).custom_flags(flags.bits().cast_signed()).open(path);
@@ -46,34 +45,34 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
         let message = format!("cannot open {shown}: {}", reason(&error));
         match error.kind() {
             ErrorKind::NotFound if can_be_created(path) => Error::new(Kind::NotFound, message)
-                .hint(format!("make an image with 'loopengine create {shown} --size 10G'")),
+                .hint(format!("create an image with 'loopengine create {shown} --size 10G'")),
             ErrorKind::NotFound => Error::new(Kind::NotFound, message).hint("give the path of an image"),
             ErrorKind::IsADirectory => {
                 invalid(format!("{shown} is a directory")).hint("give an image file or a block device")
             }
             ErrorKind::PermissionDenied if read_only => {
-                Error::new(Kind::Denied, message).hint("this user must be able to read the image")
+                Error::new(Kind::Denied, message).hint("run this as a user who can read the image")
             }
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Error::new(Kind::Denied, message)
-                .hint("attach it with --read-only, or as a user who may write to it"),
+                .hint("attach it with --read-only, or as a user who can write to it"),
             _ => Error::os(error, format!("cannot open {shown}")),
         }
     })
 }
 
-/// Whether an image file can be made there: in a directory that exists, and is none of nodes.
+/// True if an image file can be created there: the directory exists and is not in /dev.
 fn can_be_created(path: &Path) -> bool {
     let dir = path.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
     dir.is_some_and(|dir| dir.is_dir() && !dir.starts_with("/dev"))
 }
 
-/// Does the part of the image that `spec` wants exist, in whole sectors?
+/// Checks that the requested range of the image exists, in whole sectors.
 fn check(shown: &str, size: u64, is_file: bool, spec: &AttachSpec) -> Result<()> {
     let unit = u64::from(spec.block_size).max(SECTOR);
     if size == 0 {
         return Err(invalid(format!("{shown} is empty")).hint(match is_file {
             true => format!("give it a size, as with 'truncate -s 10G {shown}'"),
-            // A block device gets its size from whoever made it.
+            // The size of a block device is fixed.
             false => "give a block device that has a medium, or an image file".to_owned(),
         }));
     }
@@ -89,7 +88,7 @@ fn check(shown: &str, size: u64, is_file: bool, spec: &AttachSpec) -> Result<()>
         Some(rest) if rest >= unit => rest,
         _ => {
             let message =
-                format!("{shown} has {size} bytes: nothing is left after the offset {}", spec.offset);
+                format!("{shown} has only {size} bytes: the offset {} is beyond its end", spec.offset);
             return Err(invalid(message).hint("give a smaller --offset"));
         }
     };
@@ -98,7 +97,7 @@ fn check(shown: &str, size: u64, is_file: bool, spec: &AttachSpec) -> Result<()>
         let message = format!("the size of {shown}, {size} bytes, is not a multiple of {unit}");
         let limit = format!("give --size-limit {}", rest - rest % unit);
         return Err(invalid(message).hint(match is_file {
-            true => format!("extend it with 'truncate -s %{unit} {shown}', or {limit}"),
+            true => format!("extend the file with 'truncate -s %{unit} {shown}', or {limit}"),
             false => limit,
         }));
     }
@@ -131,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn geometry() {
+    fn checks_the_geometry() {
         assert_eq!(verdict(4096, &spec(0, 0, 0)), "ok");
         assert_eq!(verdict(4096, &spec(3584, 0, 512)), "ok");
         assert_eq!(verdict(1000, &spec(0, 512, 0)), "ok");
@@ -146,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn block_devices_are_not_told_to_use_truncate() {
+    fn does_not_suggest_truncate_for_block_devices() {
         for (size, says) in [(0, "medium"), (1000, "; give --size-limit 512")] {
             let error = check("/dev/loop0", size, false, &spec(0, 0, 0)).unwrap_err().to_string();
             assert!(error.contains(says) && !error.contains("truncate"), "{error}");
@@ -154,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn images_are_made_only_where_they_can_be() {
+    fn suggests_create_only_where_it_can_succeed() {
         assert!(can_be_created(Path::new("x")) && can_be_created(Path::new("/tmp/x")));
         for path in ["/dev/x", "/nonexistent/x", "/"] {
             assert!(!can_be_created(Path::new(path)), "{path}");
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_is_refused_at_once() {
+    fn refuses_a_fifo_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;

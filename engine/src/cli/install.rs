@@ -1,8 +1,7 @@
-//! `loopengine install`: places this program and all that belongs to it, and takes it away again.
+//! `loopengine install`: installs this program and its files, and removes them again.
 //!
-//! Knows where distributions look for things. What was placed is written down with a checksum of
-//! each file, so that only these files are replaced or removed, and only as long as nobody has
-//! changed them.
+//! Knows the directories that distributions use. A record lists each installed file with a
+//! checksum, so that only unchanged files of this program are replaced or removed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,46 +16,45 @@ use super::{complete, man, mount_loop, out};
 const UNIT: &str = include_str!("../../share/systemd/loopengine.service");
 const SOCKET: &str = include_str!("../../share/systemd/loopengine.socket");
 const PRIVATE_SOCKET: &str = include_str!("../../share/systemd/loopengine-private.socket");
-/// A drop-in for the unit, for who serves files: an example.
+/// A drop-in for the unit that makes FUSE files visible. An example.
 const FUSE: &str = include_str!("../../share/systemd/fuse.conf");
 const DESKTOP: &str = include_str!("../../share/applications/loopengine-mount.desktop");
 const UDEV: &str = include_str!("../../share/udev/59-loopengine.rules");
 const MODULES_LOAD: &str = include_str!("../../share/modules-load.d/loopengine.conf");
 const MODPROBE: &str = include_str!("../../share/modprobe.d/loopengine.conf");
-/// Where the unit in the repository expects the program.
+/// Path of the program in the unit of the repository.
 const PACKAGED: &str = "/usr/bin/loopengine";
-/// What was placed, below the prefix.
+/// Record of installed files, below the prefix.
 const RECORD: &str = "share/loopengine/installed";
-/// Mode of the program; what is not a program is 0644.
+/// Mode of the program; other files have 0644.
 const PROGRAM: u32 = 0o755;
 
-/// Install this program on this machine.
+/// Install this program.
 ///
-/// Places the program, mount.loop for mount(8), the systemd units, rules for udev, settings for the
-/// ublk driver, manual pages and completions. 'systemctl enable --now loopengine.socket' instead of
-/// 'loopengine' starts the daemon when it is first used. Refuses to replace files that it did not place, and
-/// then places none. With the environment variable DESTDIR, everything is placed below that
-/// directory. Starts nothing.
+/// Installs the program, mount.loop for mount(8), systemd units, udev rules, settings of the ublk
+/// driver, manual pages and completions. Does not start the daemon: run 'systemctl enable --now
+/// loopengine', or enable loopengine.socket to start it on demand. Refuses to replace files of
+/// others, and then installs nothing. The environment variable DESTDIR sets a staging directory.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Where programs and manual pages go. With '/usr', settings go to /usr/lib instead of /etc.
+    /// Install below this directory. With '/usr', settings go to /usr/lib instead of /etc.
     #[arg(long, value_name = "DIR", default_value = "/usr/local")]
     prefix: PathBuf,
 
-    /// Take away what was placed, and nothing else.
+    /// Remove the installed files, and nothing else.
     #[arg(long)]
     uninstall: bool,
 
-    /// Only print the paths.
+    /// Print the paths only.
     #[arg(long)]
     dry_run: bool,
 
-    /// Directory below which to place everything, for packagers.
+    /// Staging directory, for packagers.
     #[arg(long, value_name = "DIR", env = "DESTDIR", hide = true, hide_env_values = true)]
     destdir: Option<PathBuf>,
 }
 
-/// What a path is to be.
+/// A file or link to install.
 #[derive(Debug)]
 enum Item {
     File { content: Vec<u8>, mode: u32 },
@@ -70,9 +68,9 @@ impl Args {
             return Err(Error::new(Kind::Invalid, message));
         }
         let destination = Destination {
-            below: self.destdir.unwrap_or_default(),
+            destdir: self.destdir.unwrap_or_default(),
             record: self.prefix.join(RECORD),
-            dry: self.dry_run,
+            dry_run: self.dry_run,
         };
         match self.uninstall {
             true => destination.uninstall(),
@@ -85,14 +83,14 @@ impl Args {
     }
 }
 
-/// All that is placed.
+/// All files and links to install.
 fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
     let file = |content: &[u8]| Item::File { content: content.to_vec(), mode: 0o644 };
     let bin = prefix.join("bin/loopengine");
     let unit = UNIT.replace(PACKAGED, &bin.to_string_lossy());
-    // Older versions of some of the readers do not look below /usr/local.
+    // Older systemd and udev do not read /usr/local.
     let settings = Path::new(if prefix == Path::new("/usr") { "/usr/lib" } else { "/etc" });
-    // mount(8) looks nowhere else.
+    // mount(8) searches only this directory.
     let sbin = Path::new(if Path::new("/sbin").is_symlink() { "/usr/sbin" } else { "/sbin" });
     let desktop = DESKTOP.replace(PACKAGED, &bin.to_string_lossy());
     let mut items = BTreeMap::from([
@@ -123,18 +121,18 @@ fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
     Ok(items)
 }
 
-/// Where things go.
+/// The target of an installation.
 struct Destination {
-    below: PathBuf,
+    destdir: PathBuf,
     record: PathBuf,
-    dry: bool,
+    dry_run: bool,
 }
 
 impl Destination {
-    /// Where a path is really.
-    fn at(&self, path: &Path) -> PathBuf {
+    /// A path in the staging directory.
+    fn in_destdir(&self, path: &Path) -> PathBuf {
         match path.strip_prefix("/") {
-            Ok(relative) if !self.below.as_os_str().is_empty() => self.below.join(relative),
+            Ok(relative) if !self.destdir.as_os_str().is_empty() => self.destdir.join(relative),
             _ => path.to_owned(),
         }
     }
@@ -145,34 +143,34 @@ impl Destination {
             self.check(path, item, &before)?;
         }
         let mut record = before.clone();
-        if !self.dry {
+        if !self.dry_run {
             self.make_parents(&self.record, &mut record)?;
         }
         let mut text = String::new();
         for (path, item) in items {
-            let at = self.at(path);
-            if !self.dry {
+            let at = self.in_destdir(path);
+            if !self.dry_run {
                 self.make_parents(path, &mut record)?;
-                // Should this end here, it is taken for ours when it is tried again: it is the same.
-                place(&at, item)?;
-                record.insert(path.clone(), sum_of(item));
+                // After an interruption here, the next run recognizes the file by its contents.
+                write_atomically(&at, item)?;
+                record.insert(path.clone(), checksum_of(item));
                 self.write_record(&record)?;
             }
             text.push_str(&format!("{}\n", at.display()));
         }
-        // What an earlier version had and this one has not.
+        // Files of an earlier version that this version lacks.
         for (path, sum) in
-            before.iter().filter(|(path, sum)| **sum != Sum::Directory && !items.contains_key(*path))
+            before.iter().filter(|(path, sum)| **sum != Checksum::Directory && !items.contains_key(*path))
         {
-            if !self.dry && self.take(path, *sum)? {
+            if !self.dry_run && self.remove_unchanged(path, *sum)? {
                 record.remove(path);
                 self.write_record(&record)?;
             }
         }
         out::print(&text)?;
-        if !self.dry && self.below.as_os_str().is_empty() {
+        if !self.dry_run && self.destdir.as_os_str().is_empty() {
             eprintln!(
-                "loopengine: start it with 'systemctl daemon-reload && systemctl enable --now loopengine'"
+                "loopengine: start the daemon with 'systemctl daemon-reload && systemctl enable --now loopengine'"
             );
         }
         Ok(())
@@ -181,84 +179,83 @@ impl Destination {
     fn uninstall(&self) -> Result<()> {
         let mut record = self.read_record()?;
         if record.is_empty() {
-            let message = format!("nothing was installed: {} is missing", self.at(&self.record).display());
-            return Err(
-                Error::new(Kind::NotFound, message).hint("give the --prefix that it was installed with")
-            );
+            let message =
+                format!("nothing was installed: {} is missing", self.in_destdir(&self.record).display());
+            return Err(Error::new(Kind::NotFound, message).hint("give the --prefix of the installation"));
         }
         let mut left = BTreeMap::new();
-        // Directories last, the deepest first.
+        // Directories last, deepest first.
         let (directories, files): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut record).into_iter().partition(|(_, sum)| *sum == Sum::Directory);
+            std::mem::take(&mut record).into_iter().partition(|(_, sum)| *sum == Checksum::Directory);
         for (path, sum) in files {
-            if self.dry || self.take(&path, sum)? {
-                out::print(&format!("{}\n", self.at(&path).display()))?;
+            if self.dry_run || self.remove_unchanged(&path, sum)? {
+                out::print(&format!("{}\n", self.in_destdir(&path).display()))?;
             } else {
                 left.insert(path, sum);
             }
         }
-        if self.dry {
+        if self.dry_run {
             return Ok(());
         }
-        let _ = fs::remove_file(self.at(&self.record));
+        let _ = fs::remove_file(self.in_destdir(&self.record));
         for (path, _) in directories.into_iter().rev() {
-            // Others may have put something there: then it stays.
-            let _ = fs::remove_dir(self.at(&path));
+            // A directory with files of others stays.
+            let _ = fs::remove_dir(self.in_destdir(&path));
         }
         match left.keys().next() {
             None => Ok(()),
             Some(path) => {
-                let message = format!("left what was changed: {}", self.at(path).display());
-                Err(Error::new(Kind::Exists, message).hint("remove it by hand"))
+                let message = format!("did not remove a changed file: {}", self.in_destdir(path).display());
+                Err(Error::new(Kind::Exists, message).hint("remove the file yourself"))
             }
         }
     }
 
-    /// Refuses to replace what is not ours, or not as we left it.
-    fn check(&self, path: &Path, item: &Item, record: &BTreeMap<PathBuf, Sum>) -> Result<()> {
-        let at = self.at(path);
+    /// Refuses to replace files of others, and changed files.
+    fn check(&self, path: &Path, item: &Item, record: &BTreeMap<PathBuf, Checksum>) -> Result<()> {
+        let at = self.in_destdir(path);
         let present =
-            sum_at(&at).map_err(|error| Error::os(error, format!("cannot look at {}", at.display())))?;
+            checksum_at(&at).map_err(|error| Error::os(error, format!("cannot access {}", at.display())))?;
         let Some(present) = present else { return Ok(()) };
-        if present == sum_of(item) || record.get(path) == Some(&present) {
+        if present == checksum_of(item) || record.get(path) == Some(&present) {
             return Ok(());
         }
         let shown = at.display();
         let message = match record.contains_key(path) {
             true => format!("{shown} was changed since it was installed"),
-            false => format!("{shown} is there already, and is not ours"),
+            false => format!("{shown} exists and does not belong to loopengine"),
         };
-        Err(Error::new(Kind::Exists, message).hint("move it away first"))
+        Err(Error::new(Kind::Exists, message).hint("move the file away first"))
     }
 
-    /// Removes a file, unless it is another by now. True: it is gone.
-    fn take(&self, path: &Path, sum: Sum) -> Result<bool> {
-        let at = self.at(path);
+    /// Removes a file unless it was changed. True if it no longer exists.
+    fn remove_unchanged(&self, path: &Path, sum: Checksum) -> Result<bool> {
+        let at = self.in_destdir(path);
         let cannot = |error| Error::os(error, format!("cannot remove {}", at.display()));
-        match sum_at(&at).map_err(cannot)? {
+        match checksum_at(&at).map_err(cannot)? {
             None => Ok(true),
             Some(present) if present == sum => fs::remove_file(&at).map(|()| true).map_err(cannot),
             Some(_) => Ok(false),
         }
     }
 
-    /// Makes the directories that `path` lies in, and notes those that were missing.
-    fn make_parents(&self, path: &Path, record: &mut BTreeMap<PathBuf, Sum>) -> Result<()> {
+    /// Creates missing parent directories of `path` and records them.
+    fn make_parents(&self, path: &Path, record: &mut BTreeMap<PathBuf, Checksum>) -> Result<()> {
         let missing: Vec<&Path> =
-            path.ancestors().skip(1).take_while(|above| !self.at(above).exists()).collect();
+            path.ancestors().skip(1).take_while(|above| !self.in_destdir(above).exists()).collect();
         for directory in missing.into_iter().rev() {
-            let at = self.at(directory);
+            let at = self.in_destdir(directory);
             let cannot =
-                |error| Error::os(error, format!("cannot make {}", at.display())).hint("run this as root");
+                |error| Error::os(error, format!("cannot create {}", at.display())).hint("run this as root");
             fs::create_dir_all(&at).map_err(cannot)?;
             fs::set_permissions(&at, fs::Permissions::from_mode(0o755)).map_err(cannot)?;
-            record.insert(directory.to_owned(), Sum::Directory);
+            record.insert(directory.to_owned(), Checksum::Directory);
         }
         Ok(())
     }
 
-    fn read_record(&self) -> Result<BTreeMap<PathBuf, Sum>> {
-        let at = self.at(&self.record);
+    fn read_record(&self) -> Result<BTreeMap<PathBuf, Checksum>> {
+        let at = self.in_destdir(&self.record);
         let text = match fs::read_to_string(&at) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
@@ -266,43 +263,46 @@ impl Destination {
         };
         let entry = |line: &str| {
             let (sum, path) = line.split_once(' ')?;
-            let sum =
-                if sum == "directory" { Sum::Directory } else { Sum::Of(u64::from_str_radix(sum, 16).ok()?) };
+            let sum = if sum == "directory" {
+                Checksum::Directory
+            } else {
+                Checksum::Of(u64::from_str_radix(sum, 16).ok()?)
+            };
             Some((PathBuf::from(path), sum))
         };
-        let record: Option<BTreeMap<PathBuf, Sum>> = text.lines().map(entry).collect();
+        let record: Option<BTreeMap<PathBuf, Checksum>> = text.lines().map(entry).collect();
         record.ok_or_else(|| Error::new(Kind::Invalid, format!("{} is damaged", at.display())))
     }
 
-    fn write_record(&self, record: &BTreeMap<PathBuf, Sum>) -> Result<()> {
-        let line = |(path, sum): (&PathBuf, &Sum)| match sum {
-            Sum::Directory => format!("directory {}\n", path.display()),
-            Sum::Of(sum) => format!("{sum:016x} {}\n", path.display()),
+    fn write_record(&self, record: &BTreeMap<PathBuf, Checksum>) -> Result<()> {
+        let line = |(path, sum): (&PathBuf, &Checksum)| match sum {
+            Checksum::Directory => format!("directory {}\n", path.display()),
+            Checksum::Of(sum) => format!("{sum:016x} {}\n", path.display()),
         };
-        let at = self.at(&self.record);
+        let at = self.in_destdir(&self.record);
         let content = record.iter().map(line).collect::<String>().into_bytes();
-        place(&at, &Item::File { content, mode: 0o644 })
+        write_atomically(&at, &Item::File { content, mode: 0o644 })
     }
 }
 
-/// What a path was when it was placed.
+/// State of a path after its installation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sum {
-    /// A directory that was not there before.
+enum Checksum {
+    /// A directory that did not exist before.
     Directory,
     /// A file or link with this checksum.
     Of(u64),
 }
 
-fn sum_of(item: &Item) -> Sum {
+fn checksum_of(item: &Item) -> Checksum {
     match item {
         Item::File { content, .. } => checksum(b"file", content),
         Item::Link(target) => checksum(b"link", target.as_os_str().as_encoded_bytes()),
     }
 }
 
-/// None: nothing is there. What is neither file nor link is never ours.
-fn sum_at(path: &Path) -> io::Result<Option<Sum>> {
+/// None if nothing exists there. Special files never match.
+fn checksum_at(path: &Path) -> io::Result<Option<Checksum>> {
     let kind = match fs::symlink_metadata(path) {
         Ok(found) => found.file_type(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -314,38 +314,33 @@ fn sum_at(path: &Path) -> io::Result<Option<Sum>> {
     if kind.is_file() {
         return Ok(Some(checksum(b"file", &fs::read(path)?)));
     }
-    Ok(Some(Sum::Of(0)))
+    Ok(Some(Checksum::Of(0)))
 }
 
-/// FNV-1a: it is to notice changes, not enemies.
-fn checksum(kind: &[u8], content: &[u8]) -> Sum {
-    let bytes = kind.iter().chain(content);
-    Sum::Of(
-        bytes.fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
-            (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-        }),
-    )
+/// Detects changes, not attacks.
+fn checksum(kind: &[u8], content: &[u8]) -> Checksum {
+    Checksum::Of(crate::hash::fnv1a(kind.iter().chain(content)))
 }
 
-/// Puts it there in one step: nobody sees a part of a file, and a program that runs can be replaced.
-fn place(path: &Path, item: &Item) -> Result<()> {
+/// Replaces the file atomically: nobody sees a partial file, and a running program can be replaced.
+fn write_atomically(path: &Path, item: &Item) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
-    let fresh = path.with_file_name(name);
+    let temporary = path.with_file_name(name);
     let placed = (|| {
-        let _ = fs::remove_file(&fresh);
+        let _ = fs::remove_file(&temporary);
         match item {
             Item::File { content, mode } => {
-                let mut file = fs::File::create_new(&fresh)?;
+                let mut file = fs::File::create_new(&temporary)?;
                 io::Write::write_all(&mut file, content)?;
                 file.set_permissions(fs::Permissions::from_mode(*mode))?;
             }
-            Item::Link(target) => symlink(target, &fresh)?,
+            Item::Link(target) => symlink(target, &temporary)?,
         }
-        fs::rename(&fresh, path)
+        fs::rename(&temporary, path)
     })();
     placed.map_err(|error| {
-        let _ = fs::remove_file(&fresh);
+        let _ = fs::remove_file(&temporary);
         let made = Error::os(error, format!("cannot write {}", path.display()));
         if made.kind() == Kind::Denied { made.hint("run this as root") } else { made }
     })

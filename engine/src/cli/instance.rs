@@ -1,4 +1,4 @@
-//! `loopengine instance`: pools of devices with limits and workers of their own.
+//! `loopengine instance`: manage instances, and open private pools.
 
 use std::path::Path;
 
@@ -6,39 +6,42 @@ use crate::config::MAX_DEVICES;
 use crate::error::Result;
 use crate::instance::{self, spec::InstanceSpec};
 
+use super::instance_mount::{PoolMount, PoolOpen};
 use super::list::pools;
-use super::pool::{Mount, Open};
 use super::table::Table;
 use super::{complete, daemon, number, out};
 
-/// Create, list and remove instances.
+/// Manage instances, and open private pools.
 ///
-/// An instance is a pool of devices with numbers from 0, worker threads and limits of its own: the
-/// load of one does not stall another. The instance 'default' always exists.
+/// An instance is a named group of devices with its own device numbers, worker threads and limits.
+/// The load of one instance does not stall another. The instance 'default' always exists.
+///
+/// 'mount' and 'open' create private pools, which belong to no instance.
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
     Create(Create),
     List(List),
     Remove(Remove),
-    Mount(Mount),
-    Open(Open),
+    Mount(PoolMount),
+    Open(PoolOpen),
 }
 
 /// Create an instance.
 #[derive(Debug, clap::Args)]
 pub(super) struct Create {
-    /// Its name: 1 to 64 of letters, digits, '.', '_' and '-', not starting with '.' or '-'.
+    /// Name of the instance: 1 to 64 letters, digits, '.', '_' and '-'; the first is not '.' or
+    /// '-'.
     name: String,
 
-    /// Devices that it may have.
+    /// Maximum number of devices.
     #[arg(long, value_name = "N", default_value_t = MAX_DEVICES, value_parser = number::within(1..=instance::MAX_DEVICES))]
     max: u32,
 
-    /// Worker threads; 0: one for each CPU that it may use, two at least.
+    /// Number of worker threads; 0: one per usable CPU, at least two.
     #[arg(long, value_name = "N", default_value = "0")]
     workers: u32,
 
-    /// CPUs that its workers may run on, as in '0-3,8' [default: all].
+    /// CPUs for the workers, for example 0-3,8 [default: all].
     #[arg(long, value_name = "LIST")]
     cpus: Option<String>,
 
@@ -49,7 +52,7 @@ pub(super) struct Create {
 
 /// List instances.
 ///
-/// Below them, how many private pools there are, which belong to no instance.
+/// The last line counts the private pools, which belong to no instance.
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
     /// Print JSON; loopengine-json(7) describes it.
@@ -59,15 +62,15 @@ pub(super) struct List {
 
 /// Remove an instance.
 ///
-/// Fails if it has devices, unless '--force' is given. The instance 'default' cannot
-/// be removed.
+/// Refuses to remove an instance that has devices, unless '--force' is given. The instance
+/// 'default' cannot be removed.
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
-    /// Its name.
+    /// Name of the instance.
     #[arg(add = complete::instances())]
     name: String,
 
-    /// Also if it has devices. Whoever uses them gets input/output errors.
+    /// Detach the devices of the instance. Their users get I/O errors.
     #[arg(short, long)]
     force: bool,
 }
@@ -114,13 +117,13 @@ impl List {
                 instance.directory,
             ]);
         }
-        // As systemctl does. Pools belong to no instance, and are many.
+        // One line, as systemctl prints: there can be many pools.
         let pools = pools(run_dir).unwrap_or_default();
         let devices: u32 = pools.iter().map(|pool| pool.devices).sum();
         let more = match pools.len() {
             0 => String::new(),
             count => format!(
-                "\n{count} private pool{} with {devices} device{}: 'loopengine list --all' shows them\n",
+                "\n{count} private pool{} with {devices} device{}: 'loopengine list --all' lists them\n",
                 if count == 1 { "" } else { "s" },
                 if devices == 1 { "" } else { "s" },
             ),

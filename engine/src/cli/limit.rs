@@ -1,4 +1,4 @@
-//! `loopengine limit`: how many private loop devices users may have.
+//! `loopengine limit`: show or set how many private loop devices a user can have.
 
 use std::path::Path;
 
@@ -7,36 +7,39 @@ use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::private::Limit;
 
-use super::private::user_name;
+use super::run::user_name;
 use super::table::Table;
 use super::{daemon, out};
 
-/// Show or change how many private loop devices users may have.
+/// Show or set the limits of users on private loop devices.
 ///
-/// Without a user, lists the default, and every user that has limits of its own or devices; plain
-/// users see themselves. With a user, shows what that one may have. With a number, too, gives that user
-/// a limit of its own, at once and until the daemon ends; what a user has, it keeps. The configuration keeps
-/// limits over restarts: '[private]' those of everybody, '[[private.user]]' those of one user, see
-/// loopengine-serve(1). Where a reload finds another limit of a user there than before, that one holds.
+/// Without USER, lists the default and every user with own limits or devices; a plain user sees
+/// only himself. With USER, shows the limits of that user. With N, sets the device limit of that
+/// user until the daemon ends. Existing devices stay.
 ///
-/// A private pool takes as many devices as it may have from its user's limit, for as long as it is there.
+/// '[private]' and '[[private.user]]' in the configuration set permanent limits, see
+/// loopengine-serve(1). A reload that changes the limit of a user overrides the limit set by this
+/// command.
+///
+/// The maximum size of a pool counts against the limit of its user while the pool exists.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The user: a name of /etc/passwd, or a number.
+    /// User: a name in /etc/passwd, or a number.
     #[arg(value_name = "USER", value_parser = parse_user)]
     user: Option<u32>,
 
-    /// Devices that all its pools together may have; 'default': as the configuration has it.
+    /// Maximum number of devices in all pools of the user; 'default': the limit in the
+    /// configuration.
     #[arg(value_name = "N|default", value_parser = parse_devices)]
-    devices: Option<Devices>,
+    devices: Option<NewLimit>,
 
-    /// Print JSON, with a user its own limit only; loopengine-json(7) describes it.
+    /// Print JSON, with USER only that limit; see loopengine-json(7).
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Devices {
+enum NewLimit {
     Default,
     AtMost(u32),
 }
@@ -45,10 +48,10 @@ fn parse_user(text: &str) -> std::result::Result<u32, String> {
     accounts::uid_of(text).map_err(|error| error.to_string())
 }
 
-fn parse_devices(text: &str) -> std::result::Result<Devices, String> {
+fn parse_devices(text: &str) -> std::result::Result<NewLimit, String> {
     match text {
-        "default" => Ok(Devices::Default),
-        number => number.parse().map(Devices::AtMost).map_err(|_| "give a number, or 'default'".to_owned()),
+        "default" => Ok(NewLimit::Default),
+        number => number.parse().map(NewLimit::AtMost).map_err(|_| "give a number, or 'default'".to_owned()),
     }
 }
 
@@ -58,8 +61,8 @@ impl Args {
             let mut client = PrivateClient::connect(run_dir).await?;
             if let (Some(uid), Some(devices)) = (self.user, self.devices) {
                 let max = match devices {
-                    Devices::Default => None,
-                    Devices::AtMost(max) => Some(max),
+                    NewLimit::Default => None,
+                    NewLimit::AtMost(max) => Some(max),
                 };
                 client.set_limit(uid, max).await?;
                 if !self.json {
@@ -93,11 +96,11 @@ impl Args {
     }
 }
 
-/// What one user may have. Who is not listed has nothing, and may have what everybody may.
+/// The limits of one user. A user that is not listed has the default limits and no devices.
 fn of(uid: u32, limits: &[Limit]) -> Result<Limit> {
     let own = rustix::process::getuid().as_raw();
     if own != 0 && own != uid {
-        let message = format!("only root may see what user {uid} may have");
+        let message = format!("only root can see the limits of user {uid}");
         return Err(Error::new(Kind::Denied, message).hint("run this as root"));
     }
     let limit = |wanted| limits.iter().find(|limit| limit.uid == wanted).cloned();

@@ -1,4 +1,4 @@
-//! Manual pages: one for each subcommand, one for the JSON that they print.
+//! Manual pages: one per subcommand, and one for the JSON output.
 
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
@@ -13,19 +13,19 @@ use crate::sys::processes::Process;
 
 use super::create::ImageInfo;
 use super::doctor::{Check, Verdict};
-use super::list::{InstanceDevice, Listing, LoopDevice, Pool};
+use super::list::{InstanceDevice, ListedPool, Listing, LoopDevice};
 use super::{EXIT_CODES, RUN_EXIT_CODES, examples};
 
-/// What the foot of every page says.
+/// The footer of every page.
 const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
 
-/// Pages that are written by hand.
+/// Hand-written pages.
 const WRITTEN: &[(&str, &str)] = &[
     ("loopengine-loopfs.7", include_str!("pages/loopengine-loopfs.7")),
     ("mount.loop.8", include_str!("pages/mount.loop.8")),
 ];
 
-/// Names and texts of all pages.
+/// File names and contents of all pages.
 pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     let mut command = super::command().disable_help_subcommand(true);
     command.build();
@@ -40,13 +40,20 @@ pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     Ok(pages)
 }
 
-/// Every section that was written on its own defines the apostrophe anew; once is enough.
-fn one_preamble(text: &[u8]) -> Vec<u8> {
+/// Each section that clap_mangen renders defines the apostrophe again; keeps the first definition.
+/// Removes the angle brackets around value names.
+fn clean_up(text: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(text);
     let defines = |line: &str| line.starts_with(".ie ") || line.starts_with(".el ");
     let lines = text.lines().enumerate();
     let kept = lines.filter(|(at, line)| *at < 2 || !defines(line));
-    kept.flat_map(|(_, line)| [line.trim_end(), "\n"]).collect::<String>().into_bytes()
+    let mut text = kept.flat_map(|(_, line)| [line.trim_end(), "\n"]).collect::<String>();
+    for (from, to) in
+        [("\\fI<", "\\fI"), (">\\fR", "\\fR"), (">...\\fR", "\\fR..."), ("<\\fI", "\\fI"), ("\\fR>", "\\fR")]
+    {
+        text = text.replace(from, to);
+    }
+    text.into_bytes()
 }
 
 fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>)>) -> std::io::Result<()> {
@@ -54,16 +61,16 @@ fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>
         "" => "loopengine".to_owned(),
         path => format!("loopengine-{}", path.replace(' ', "-")),
     };
-    // Examples have a section of their own.
+    // Examples have their own section.
     let shown = command.clone().after_long_help(None::<&str>).display_name(name.clone());
     let shown = shown.bin_name(format!("loopengine {path}").trim_end().to_owned());
-    // Pages have no date: they would be stale every day. roff wants an empty argument in quotes.
+    // No date: it would change on every build. roff needs an empty argument in quotes.
     let man = Man::new(shown).title(name.to_uppercase()).date("\"\"");
     let man = man.source(SOURCE).manual("loopengine");
     let mut text = Vec::new();
     man.render_title(&mut text)?;
     man.render_name_section(&mut text)?;
-    man.render_synopsis_section(&mut text)?;
+    synopsis(command, path).to_writer(&mut text)?;
     man.render_description_section(&mut text)?;
     man.render_options_section(&mut text)?;
     let subcommands = command.get_subcommands().filter(|sub| !sub.is_hide_set());
@@ -71,8 +78,8 @@ fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>
     if !subcommands.is_empty() {
         man.render_subcommands_section(&mut text)?;
     }
-    own_sections(path).to_writer(&mut text)?;
-    pages.push((format!("{name}.1"), one_preamble(&text)));
+    more_sections(path).to_writer(&mut text)?;
+    pages.push((format!("{name}.1"), clean_up(&text)));
     for sub in subcommands {
         let path = format!("{path} {}", sub.get_name());
         collect(sub, path.trim_start(), pages)?;
@@ -80,31 +87,12 @@ fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>
     Ok(())
 }
 
-fn own_sections(path: &str) -> Roff {
+fn more_sections(path: &str) -> Roff {
     let mut roff = Roff::new();
     if path == "serve" {
         configuration(&mut roff);
     }
-    roff.control("SH", ["EXIT STATUS"]);
-    // A command that is run has exit codes of its own, and ours step aside.
-    let own = if matches!(path, "run" | "instance open") { &[][..] } else { EXIT_CODES };
-    for (code, means) in own {
-        tagged(&mut roff, &code.to_string(), means);
-    }
-    let runs = match path {
-        "attach" => Some(
-            "With --run, the exit status of the command, 128 and the number of the signal that ended it, or:",
-        ),
-        "run" | "instance open" => Some("Once the command has started, its own exit status. Otherwise:"),
-        _ => None,
-    };
-    if let Some(runs) = runs {
-        roff.control("PP", []);
-        roff.text([roman(runs)]);
-        for (code, means) in RUN_EXIT_CODES {
-            tagged(&mut roff, &code.to_string(), means);
-        }
-    }
+    exit_status(&mut roff, path);
     if ["", "doctor"].contains(&path) {
         roff.control("SH", ["KERNELS"]);
         for feature in &kernels::ALL {
@@ -122,32 +110,104 @@ fn own_sections(path: &str) -> Roff {
             tagged(&mut roff, file, means);
         }
     }
-    let examples = examples::of(path);
-    if !examples.is_empty() {
-        roff.control("SH", ["EXAMPLES"]);
-        for (does, line) in examples {
-            roff.control("PP", []);
-            roff.text([roman(*does)]);
-            roff.control("RS", ["4"]);
-            roff.control("nf", []);
-            roff.text([bold(*line)]);
-            roff.control("fi", []);
-            roff.control("RE", []);
-        }
-    }
+    section_examples(&mut roff, examples::of(path));
     roff.control("SH", ["SEE ALSO"]);
     let also = match path {
         "" => {
-            "loopengine-serve(1), loopengine-attach(1), loopengine-doctor(1), loopengine-loopfs(7), loopengine-json(7)"
+            "loopengine-serve(1), loopengine-attach(1), loopengine-run(1), loopengine-mount(1), \
+             loopengine-doctor(1), loopengine-loopfs(7), loopengine-json(7)"
         }
         "instance mount" | "instance open" => "loopengine(1), loopengine-loopfs(7), mount.loop(8)",
+        "run" => "loopengine(1), loopengine-mount(1), loopengine-loopfs(7), losetup(8)",
+        "losetup" => "loopengine(1), loopengine-loopfs(7), losetup(8)",
+        "mount" => "loopengine(1), loopengine-umount(1), loopengine-run(1)",
+        "umount" => "loopengine(1), loopengine-mount(1)",
+        "podman-setup" => "loopengine(1), loopengine-oci(1), podman-run(1)",
+        _ if path.starts_with("oci") => "loopengine(1), loopengine-oci(1), loopengine-podman-setup(1)",
         _ => "loopengine(1), loopengine-json(7)",
     };
     roff.text([roman(also)]);
     roff
 }
 
-/// A tag in bold, what it means indented below.
+/// The command line as clap prints it in its usage line, with value names in italics.
+fn synopsis(command: &clap::Command, path: &str) -> Roff {
+    let name = format!("loopengine {path}").trim_end().to_owned();
+    let usage = command.clone().bin_name(&name).render_usage().to_string();
+    let words = usage.trim_start_matches("Usage: ").strip_prefix(&name).unwrap_or_default().to_owned();
+    let mut line = vec![bold(name)];
+    for word in words.split_whitespace() {
+        line.push(roman(" "));
+        let (open, rest) = if word.starts_with('[') { ("[", &word[1..]) } else { ("", word) };
+        let inner = rest.trim_start_matches('<');
+        let end = inner.find(['>', ']']).unwrap_or(inner.len());
+        let (value, after) = inner.split_at(end);
+        match word.starts_with('-') {
+            true => line.push(bold(word)),
+            false => line.extend([roman(open), italic(value), roman(after.trim_start_matches('>'))]),
+        }
+    }
+    let mut roff = Roff::new();
+    roff.control("SH", ["SYNOPSIS"]);
+    roff.text(line);
+    roff
+}
+
+/// loopengine(1) explains the exit codes; other pages refer to it.
+fn exit_status(roff: &mut Roff, path: &str) {
+    roff.control("SH", ["EXIT STATUS"]);
+    let text = match path {
+        "" => {
+            for (code, means) in EXIT_CODES {
+                tagged(roff, &code.to_string(), means);
+            }
+            roff.control("PP", []);
+            roff.text([roman(
+                "'run', 'instance open' and 'attach --run' exit with the status of the command that they run. \
+                 On failure they exit with:",
+            )]);
+            for (code, means) in RUN_EXIT_CODES {
+                tagged(roff, &code.to_string(), means);
+            }
+            return;
+        }
+        "attach" => {
+            "0 on success. loopengine(1) explains the other codes. With --run, the exit status of the command, \
+             or 128 plus the number of the signal that ended it; 125 to 127 as in loopengine(1)."
+        }
+        "run" | "instance open" => {
+            "The exit status of the command. If the command does not start: 125 to 127, as in loopengine(1)."
+        }
+        "doctor" => {
+            "0 if no check finds a problem, 1 if a check does. loopengine(1) explains the other codes."
+        }
+        "find" => "0 if the image has a device, 3 if it has none. loopengine(1) explains the other codes.",
+        "losetup" => {
+            "0 on success, 1 on failure, as losetup(8). If the call to the daemon fails, the codes of \
+             loopengine(1)."
+        }
+        _ => "0 on success. loopengine(1) explains the other codes.",
+    };
+    roff.text([roman(text)]);
+}
+
+fn section_examples(roff: &mut Roff, examples: &[examples::Example]) {
+    if examples.is_empty() {
+        return;
+    }
+    roff.control("SH", ["EXAMPLES"]);
+    for (does, line) in examples {
+        roff.control("PP", []);
+        roff.text([roman(*does)]);
+        roff.control("RS", ["4"]);
+        roff.control("nf", []);
+        roff.text([bold(*line)]);
+        roff.control("fi", []);
+        roff.control("RE", []);
+    }
+}
+
+/// A tag in bold, and its indented description.
 fn tagged(roff: &mut Roff, tag: &str, means: &str) {
     roff.control("TP", []);
     roff.text([bold(tag)]);
@@ -156,13 +216,19 @@ fn tagged(roff: &mut Roff, tag: &str, means: &str) {
 
 fn configuration(roff: &mut Roff) {
     const KEYS: &[(&str, &[(&str, &str)])] = &[
-        ("Before all tables", &[("frontend = \"auto|ublk|fuse\"", "As --frontend.")]),
+        (
+            "Before all tables",
+            &[
+                ("frontend = \"auto|ublk|fuse\"", "As --frontend."),
+                ("dev_links = true|false", "As --dev-links [false]."),
+            ],
+        ),
         (
             "[default]",
             &[
-                ("max_devices = N", "Devices that the instance 'default' may have."),
-                ("workers = N", "Its worker threads; 0: one for each CPU that it may use, two at least."),
-                ("cpus = \"LIST\"", "CPUs that its workers may run on, as in \"0-3,8\"; left out: all."),
+                ("max_devices = N", "Maximum number of devices of the instance 'default'."),
+                ("workers = N", "Number of its worker threads; 0: one per usable CPU, at least two."),
+                ("cpus = \"LIST\"", "CPUs for its workers, for example \"0-3,8\" [all]."),
             ],
         ),
         (
@@ -174,14 +240,13 @@ fn configuration(roff: &mut Roff) {
             &[
                 (
                     "max_per_user = N",
-                    "Devices that all private pools of one user may have together [64]. Root may have any number.",
+                    "Maximum number of devices in all private pools of one user [64]. Root has no limit.",
                 ),
-                ("max_pools_per_user = N", "Private pools of one user [16]."),
+                ("max_pools_per_user = N", "Maximum number of private pools per user [16]."),
                 (
                     "kernel_mounts = [\"FS\", …]",
-                    "File systems that users may have the kernel mount from devices of private pools, with \
-                     'loopengine run --mount' [none]; of ext2, ext3, ext4, xfs, squashfs, erofs and vfat. Whoever may \
-                     have one puts an image of his own before the kernel's parser of that file system.",
+                    "File systems that 'loopengine run --mount' can have the kernel mount for users [none]: ext2, \
+                     ext3, ext4, xfs, squashfs, erofs, vfat. The kernel then parses images that users control.",
                 ),
             ],
         ),
@@ -190,24 +255,20 @@ fn configuration(roff: &mut Roff) {
             &[
                 (
                     "user = \"NAME\" or N",
-                    "A user with limits of its own: a name in /etc/passwd, or a number. As many of these tables as \
-                     there are such users. 'loopengine limit' changes the first limit until the daemon ends. One that \
-                     is changed here holds after a reload.",
+                    "A user with own limits: a name in /etc/passwd, or a number. One table per user. 'loopengine \
+                     limit' overrides max_devices until the daemon ends, or until a reload changes it.",
                 ),
                 (
                     "max_devices = N",
-                    "Devices that all its private pools may have together; left out: as everybody.",
+                    "Maximum number of devices in all private pools of the user [max_per_user].",
                 ),
-                ("max_pools = N", "Its private pools; left out: as everybody."),
+                ("max_pools = N", "Maximum number of private pools of the user [max_pools_per_user]."),
             ],
         ),
         (
             "[[instance]]",
             &[
-                (
-                    "name = \"NAME\"",
-                    "An instance to create at start. As many of these tables as there are instances.",
-                ),
+                ("name = \"NAME\"", "An instance that the daemon creates at start. One table per instance."),
                 ("max_devices, workers, cpus", "As in [default]."),
             ],
         ),
@@ -216,30 +277,29 @@ fn configuration(roff: &mut Roff) {
             &[
                 (
                     "image = \"PATH\"",
-                    "An image file or block device to attach when the daemon starts, by its absolute path. As many of \
-                     these tables as there are devices. One that is there already, since a daemon before this one \
-                     attached it, is not attached again. An image that cannot be attached is an error in the log, and \
-                     the others are attached. A reload attaches those that are not there, and detaches none. An \
-                     image, from one offset on, can appear once in an instance.",
+                    "The absolute path of an image file or block device that the daemon attaches at start. One \
+                     table per device. The daemon skips a device that it recovered. If it cannot attach an image, \
+                     it logs an error and continues. A reload attaches missing devices and detaches none. An \
+                     instance can have only one entry per image and offset.",
                 ),
-                ("instance = \"NAME\"", "Instance that gets the device; left out: 'default'."),
-                ("number = N", "N of loopN; left out: the lowest that is free."),
+                ("instance = \"NAME\"", "Instance of the device ['default']."),
+                ("number = N", "N of loopN [the lowest free number]."),
                 (
-                    "read_only, force, buffered = true|false",
-                    "As the options of loopengine-attach(1) of these names [false].",
+                    "read_only, force, buffered, partscan = true|false",
+                    "As the options of loopengine-attach(1) [false].",
                 ),
                 (
                     "offset, size_limit, block_size = N or \"SIZE\"",
-                    "As the options of loopengine-attach(1) of these names, with a unit as in \"1M\" or in bytes.",
+                    "As the options of loopengine-attach(1): in bytes, or with a unit as in \"1M\".",
                 ),
-                ("queues, depth = N", "As the options of loopengine-attach(1) of these names."),
+                ("queues, depth = N", "As the options of loopengine-attach(1)."),
                 ("io_mode = \"batch|auto|copy\"", "As --io-mode of loopengine-attach(1)."),
             ],
         ),
     ];
     roff.control("SH", ["CONFIGURATION"]);
     roff.text([roman(
-        "A TOML file. Options of the command line win. A key that is not listed here is an error.",
+        "The configuration is a TOML file. Options of the command line override it. An unknown key is an error.",
     )]);
     for (table, keys) in KEYS {
         roff.control("SS", [*table]);
@@ -249,12 +309,12 @@ fn configuration(roff: &mut Roff) {
     }
 }
 
-/// All types that `--json` prints, as they describe themselves.
+/// All types in the output of `--json`, with their descriptions.
 const TYPES: &[&idl::CustomType<'static>] = &[
     InstanceInfo::CUSTOM_TYPE,
     Listing::CUSTOM_TYPE,
     InstanceDevice::CUSTOM_TYPE,
-    Pool::CUSTOM_TYPE,
+    ListedPool::CUSTOM_TYPE,
     LoopDevice::CUSTOM_TYPE,
     Process::CUSTOM_TYPE,
     DeviceInfo::CUSTOM_TYPE,
@@ -276,24 +336,27 @@ fn json_page() -> Roff {
         ("loopengine create", "One ImageInfo."),
         ("loopengine instance create", "One InstanceInfo."),
         ("loopengine instance list", "An array of InstanceInfo."),
-        ("loopengine list", "An array of DeviceInfo; with --all, or as a plain user, one Listing."),
-        ("loopengine find", "One Listing, of devices of that image only."),
-        ("loopengine stats", "An array of DeviceStats; with --watch, one such array a line."),
+        ("loopengine list", "An array of DeviceInfo. With --all, or for a plain user: one Listing."),
+        ("loopengine find", "One Listing, with devices of that image only."),
+        ("loopengine stats", "An array of DeviceStats. With --watch: one such array per line."),
         ("loopengine resize", "One DeviceInfo."),
-        ("loopengine limit", "An array of Limit; with a user, of its own only."),
+        ("loopengine limit", "An array of Limit. With USER: only the limit of that user."),
         ("loopengine features", "One Features."),
         ("loopengine doctor", "An array of Check."),
     ];
     let mut roff = Roff::new();
     roff.control("TH", ["LOOPENGINE-JSON", "7", "\"\"", SOURCE, "loopengine"]);
     roff.control("SH", ["NAME"]);
-    roff.text([roman("loopengine-json - what the commands of loopengine print with --json")]);
+    roff.text([roman("loopengine-json - JSON output of the loopengine commands")]);
+    roff.control("SH", ["SYNOPSIS"]);
+    roff.text([bold("loopengine"), roman(" "), italic("COMMAND"), roman(" "), bold("--json")]);
     roff.control("SH", ["DESCRIPTION"]);
+    roff.text([roman("With --json, these commands print JSON to standard output:")]);
     for (command, prints) in PRINTED {
         tagged(&mut roff, command, prints);
     }
     roff.control("PP", []);
-    roff.text([roman("Later versions may add fields. They do not rename or remove any, or change what one means. A field marked optional is null or left out when there is nothing to say. The control socket uses the same types.")]);
+    roff.text([roman("Later versions may add fields. They do not rename, remove or redefine fields. An optional field is null or absent if it has no value. The control socket uses the same types.")]);
     roff.control("SH", ["TYPES"]);
     for described in TYPES {
         roff.control("SS", [described.name().as_str()]);
@@ -315,8 +378,9 @@ fn json_page() -> Roff {
             }
         }
     }
+    section_examples(&mut roff, examples::of("json"));
     roff.control("SH", ["SEE ALSO"]);
-    roff.text([roman("loopengine(1)")]);
+    roff.text([roman("loopengine(1), loopengine-list(1), loopengine-stats(1), jq(1)")]);
     roff
 }
 

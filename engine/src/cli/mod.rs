@@ -1,11 +1,12 @@
-//! The command line: one file a subcommand, and what they share.
+//! The command line: one file per subcommand, and what they share.
 //!
-//! Knows the control client, the configuration and the terminal. Of the engine it knows the
-//! interface only: `serve` starts it, `features` and `doctor` ask it what the kernel grants.
+//! Knows the control client, the configuration and the terminal. It uses the engine only through
+//! its interface: `serve` starts it; `features` and `doctor` query what the kernel supports.
 
 mod attach;
+mod attach_run;
 mod complete;
-mod configured;
+mod configured_devices;
 mod create;
 mod daemon;
 mod detach;
@@ -13,11 +14,12 @@ mod doctor;
 mod examples;
 mod features;
 mod find;
-mod fuse;
+mod fuse_drivers;
 pub mod generate;
 mod image;
 mod install;
 mod instance;
+mod instance_mount;
 mod limit;
 mod list;
 pub mod losetup;
@@ -28,20 +30,17 @@ pub(crate) mod number;
 mod oci;
 mod out;
 mod partitions;
-mod pool;
-mod private;
+mod pool_options;
 mod recover;
 mod release_mounts;
 mod reload;
-mod remote;
 mod resize;
 mod run;
 mod serve;
 pub(crate) mod size;
 mod stats;
 mod table;
-mod wanted;
-mod watched;
+mod watchers;
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -57,15 +56,18 @@ use crate::error::{Error, Kind, Result};
 pub(crate) use attach::plain;
 pub use mount_loop::main as mount_loop;
 
-/// Serves image files as fast, private block devices.
+/// Serve image files as private block devices.
 ///
-/// A daemon, started with 'loopengine serve', serves image files as block devices over ublk and
-/// io_uring, or as files over FUSE where there is no ublk driver. Devices belong to instances, each with limits, numbers and worker threads of its own.
-/// All other commands talk to the daemon over a socket in its run directory.
+/// 'loopengine serve' runs the daemon. It serves image files as block devices over ublk and
+/// io_uring, or as files over FUSE if the machine has no ublk driver. Each of these devices belongs
+/// to an instance, which has its own limits, device numbers and worker threads. A private pool of
+/// loop devices belongs to a user, a command or a container.
+///
+/// All other commands call the daemon through the sockets in its run directory.
 #[derive(Debug, Parser)]
 #[command(name = "loopengine", version, propagate_version = true)]
 struct Cli {
-    /// Directory with the daemon's socket and the names of its devices.
+    /// Directory of the daemon's sockets and device names.
     #[arg(
         long,
         global = true,
@@ -93,13 +95,13 @@ enum Command {
     List(list::Args),
     Find(find::Args),
     Stats(stats::Args),
-    Run(private::Args),
+    Run(run::Args),
     Mount(mount::Args),
     Umount(mount::Umount),
     Losetup(losetup::Args),
-    Mounter(private::mounter::Args),
-    MountMaker(private::mount_processes::Maker),
-    MountAttacher(private::mount_processes::Attacher),
+    Mounter(run::mounter::Args),
+    MountMaker(run::mount_processes::MountMaker),
+    MountAttacher(run::mount_processes::MountAttacher),
     ReleaseMounts(release_mounts::Args),
     Limit(limit::Args),
     Features(features::Args),
@@ -111,18 +113,18 @@ enum Command {
     Generate(generate::Args),
 }
 
-/// What the exit codes mean, for the manual pages.
+/// The exit codes, for the manual pages.
 pub(crate) const EXIT_CODES: &[(u8, &str)] = &[
     (0, "Success."),
-    (1, "Failure: input or output failed, or a bug."),
-    (2, "Wrong usage or invalid input."),
+    (1, "Input or output failed, or an internal error occurred."),
+    (2, "The command line or an input is invalid."),
     (3, "The image, instance or device does not exist."),
-    (4, "It exists already, or is in use."),
-    (5, "A limit is reached: devices, space, memory."),
-    (6, "Permission denied."),
-    (7, "Not supported by this kernel, file system or device."),
-    (8, "The daemon, the ublk driver or FUSE cannot be reached."),
-    (9, "No answer before the deadline. The state of the device is unknown."),
+    (4, "The object already exists or is in use."),
+    (5, "A limit is reached: devices, disk space or memory."),
+    (6, "The user lacks the permission."),
+    (7, "The kernel, file system or device does not support the operation."),
+    (8, "The daemon, the ublk driver or FUSE is not available."),
+    (9, "No answer arrived before the deadline. The state of the device is unknown."),
 ];
 
 /// The exit code of a failure.
@@ -140,40 +142,40 @@ fn exit_code(kind: Kind) -> u8 {
     }
 }
 
-/// What they mean instead where a command is run, as with env(1), for the manual pages.
+/// The exit codes of commands that run another program, as with env(1), for the manual pages.
 pub(crate) const RUN_EXIT_CODES: &[(u8, &str)] = &[
-    (RUN_FAILED, "loopengine itself failed: the command was not run, or its device could not be detached."),
-    (NOT_EXECUTABLE, "The command was found, but cannot be executed."),
-    (COMMAND_NOT_FOUND, "The command was not found."),
+    (RUN_FAILED, "loopengine failed: it did not run the program, or could not detach its device."),
+    (NOT_EXECUTABLE, "The program cannot be executed."),
+    (COMMAND_NOT_FOUND, "The program was not found."),
 ];
 
 const RUN_FAILED: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 const COMMAND_NOT_FOUND: u8 = 127;
 
-/// Says why `program` does not run. Answers the exit code.
+/// Prints why `program` cannot run. Returns the exit code.
 fn cannot_run(program: &OsStr, error: io::Error) -> u8 {
     let (code, hint) = match error.kind() {
-        io::ErrorKind::NotFound => (COMMAND_NOT_FOUND, "give a program that exists, by its path or in $PATH"),
-        _ => (NOT_EXECUTABLE, "give a program that this user may execute"),
+        io::ErrorKind::NotFound => (COMMAND_NOT_FOUND, "give the path of a program, or a name in $PATH"),
+        _ => (NOT_EXECUTABLE, "give a program that this user can execute"),
     };
     eprintln!("loopengine: {}", Error::os(error, format!("cannot run {}", program.display())).hint(hint));
     code
 }
 
-/// The whole command line, as clap describes it.
+/// The command line as a clap command.
 pub(crate) fn command() -> clap::Command {
     examples::add(Cli::command())
 }
 
-/// The program.
+/// Entry point of the program.
 pub fn main() -> ExitCode {
     complete::answer_shell();
     let words: Vec<OsString> = std::env::args_os().collect();
     let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
-        Err(error) => return misused(&error, &words),
+        Err(error) => return usage_failure(&error, &words),
     };
     match cli.command.run(cli.run_dir) {
         Ok(code) => ExitCode::from(code),
@@ -184,10 +186,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Says what is wrong with the command line, or prints the help that it asks for.
-fn misused(error: &clap::Error, words: &[OsString]) -> ExitCode {
+/// Prints the usage error or the requested help.
+fn usage_failure(error: &clap::Error, words: &[OsString]) -> ExitCode {
     match words.last() {
-        // Programs that call it know losetup's ways.
+        // Callers expect losetup's messages and exit code.
         Some(last) if error.use_stderr() && is_losetup(words) => {
             eprint!("{}", losetup::usage_error(error, last));
             ExitCode::FAILURE
@@ -200,12 +202,12 @@ fn misused(error: &clap::Error, words: &[OsString]) -> ExitCode {
     }
 }
 
-/// Whether these words, of which the first is the program, ask for the subcommand losetup.
+/// True if these words, starting with the program name, call the subcommand losetup.
 fn is_losetup(words: &[OsString]) -> bool {
     operands(words).next().is_some_and(|word| word == "losetup")
 }
 
-/// Whether these words have a command run, whose exit status becomes ours.
+/// True if these words run another program, whose exit status becomes ours.
 fn runs_command(words: &[OsString]) -> bool {
     let mut operands = operands(words);
     match (operands.next().and_then(OsStr::to_str), operands.next()) {
@@ -218,7 +220,7 @@ fn runs_command(words: &[OsString]) -> bool {
     }
 }
 
-/// The words that are no options.
+/// The words that are not options.
 fn operands(words: &[OsString]) -> impl Iterator<Item = &OsStr> {
     let mut words = words.iter().skip(1);
     std::iter::from_fn(move || {
@@ -240,7 +242,7 @@ impl Command {
             Command::Run(args) => return args.run(&run_dir),
             Command::Instance(command) => return command.run(&run_dir),
             Command::Doctor(args) => return args.run(&run_dir),
-            Command::Losetup(args) => return remote::run(args, &run_dir),
+            Command::Losetup(args) => return losetup::remote::run(args, &run_dir),
             Command::Serve(args) => args.run(&run_dir),
             Command::Create(args) => args.run(),
             Command::Detach(args) => args.run(&run_dir),
@@ -271,12 +273,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clap_finds_no_mistake() {
+    fn clap_accepts_the_definition() {
         command().debug_assert();
     }
 
     #[test]
-    fn whose_usage_it_is() {
+    fn recognizes_losetup() {
         let asks = |line: &str| is_losetup(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
         for line in ["x losetup", "x losetup -Z", "x --run-dir /r losetup -f", "x --run-dir=/r losetup"] {
             assert!(asks(line), "{line}");
@@ -287,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn whose_exit_status_it_is() {
+    fn recognizes_commands_that_run_a_program() {
         let runs = |line: &str| runs_command(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
         for line in
             ["x run -- true", "x attach a --run true", "x attach --run=true a", "x instance open true"]
@@ -300,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn every_exit_code_is_explained() {
+    fn documents_every_exit_code() {
         let kinds = [
             Kind::Invalid,
             Kind::NotFound,

@@ -1,7 +1,6 @@
-//! `mount.loop`: what mount(8) runs for `mount -t loop loop DIR -o max=8`.
+//! `mount.loop`: the helper that mount(8) runs for `mount -t loop loop DIR -o max=8`.
 //!
-//! The same program under another name. Knows the conventions of mount(8): its option strings, its
-//! exit codes.
+//! The same program under another name. Knows the option strings and exit codes of mount(8).
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -13,62 +12,62 @@ use crate::config::RUN_DIR;
 use crate::error::{Error, Kind, Result};
 use crate::loopfs::attach::{attach_mount, attach_mount_read_only};
 
-use super::wanted::{Wanted, open_pool, parse_mode};
+use super::pool_options::{PoolOptions, open_pool, parse_mode};
 
-/// The name by which mount(8) finds it.
+/// File name that mount(8) searches.
 pub(crate) const NAME: &str = "mount.loop";
 
 /// Exit codes of mount(8).
 const WRONG_USE: u8 = 1;
 const NOT_MOUNTED: u8 = 32;
 
-/// Mounts a private pool of loop devices, for mount(8).
+/// Mount a private pool of loop devices, for mount(8).
 #[derive(Debug, Parser)]
 #[command(name = NAME, version, disable_help_subcommand = true)]
 struct Args {
-    /// What mount(8) calls the source; 'loop', by custom.
+    /// Source; ignored, by convention 'loop'.
     source: String,
 
-    /// Where to mount it.
+    /// Mount point.
     dir: PathBuf,
 
-    /// Pass over options that are not known.
+    /// Ignore unknown options.
     #[arg(short)]
     sloppy: bool,
 
-    /// Do all but mount.
+    /// Do everything except the mount.
     #[arg(short)]
     fake: bool,
 
-    /// Without effect: there is no table of mounts to write to.
+    /// No effect: there is no mount table to write.
     #[arg(short)]
     no_table: bool,
 
-    /// Say what was mounted.
+    /// Print the name of the pool.
     #[arg(short)]
     verbose: bool,
 
-    /// Another mount namespace; not supported.
+    /// Mount namespace; not supported.
     #[arg(short = 'N', value_name = "NAMESPACE")]
     namespace: Option<PathBuf>,
 
-    /// Type, as mount(8) names it; must be 'loop'.
+    /// Type; must be 'loop'.
     #[arg(short, value_name = "TYPE")]
     typed: Option<String>,
 
-    /// Options, between commas.
+    /// Comma-separated options.
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
 }
 
-/// What the options say.
+/// Parsed options.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Options {
-    wanted: Wanted,
+struct MountOptions {
+    pool: PoolOptions,
     read_only: bool,
 }
 
-/// The program under this name.
+/// Entry point under this name.
 pub fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -91,10 +90,10 @@ impl Args {
     fn run(self) -> Result<()> {
         if self.namespace.is_some() {
             return Err(Error::new(Kind::Unsupported, "-N (another mount namespace) is not supported")
-                .hint("run mount in it, as with 'nsenter --mount=NAMESPACE mount'"));
+                .hint("run 'nsenter --mount=NAMESPACE mount' instead"));
         }
         if let Some(typed) = self.typed.filter(|typed| typed != "loop") {
-            return Err(Error::new(Kind::Invalid, format!("'{typed}' is not the type 'loop'")));
+            return Err(Error::new(Kind::Invalid, format!("the type is '{typed}', not 'loop'")));
         }
         let options = parse(self.options.iter().flat_map(|list| list.split(',')), self.sloppy)?;
         if self.fake {
@@ -103,14 +102,14 @@ impl Args {
         let run_dir = std::env::var_os("LOOPENGINE_RUN_DIR").map_or_else(|| RUN_DIR.into(), PathBuf::from);
         mount(&run_dir, &self.dir, &options).map(|name| {
             if self.verbose {
-                println!("{NAME}: pool {name} mounted on {}.", self.dir.display());
+                println!("{NAME}: pool {name} is mounted on {}.", self.dir.display());
             }
         })
     }
 }
 
-fn mount(run_dir: &Path, dir: &Path, options: &Options) -> Result<String> {
-    let (name, mount) = open_pool(run_dir, &options.wanted)?;
+fn mount(run_dir: &Path, dir: &Path, options: &MountOptions) -> Result<String> {
+    let (name, mount) = open_pool(run_dir, &options.pool)?;
     match options.read_only {
         true => attach_mount_read_only(mount.as_fd(), dir)?,
         false => attach_mount(mount.as_fd(), dir)?,
@@ -118,45 +117,44 @@ fn mount(run_dir: &Path, dir: &Path, options: &Options) -> Result<String> {
     Ok(name)
 }
 
-/// Reads options. A later one wins.
-fn parse<'a>(words: impl Iterator<Item = &'a str>, sloppy: bool) -> Result<Options> {
-    let mut options = Options::default();
+/// Parses options. A later option overrides an earlier one.
+fn parse<'a>(words: impl Iterator<Item = &'a str>, sloppy: bool) -> Result<MountOptions> {
+    let mut options = MountOptions::default();
     for word in words.filter(|word| !word.is_empty()) {
         let (key, value) = word.split_once('=').unwrap_or((word, ""));
-        let wanted = &mut options.wanted;
+        let pool = &mut options.pool;
         match key {
-            "name" if !value.is_empty() => wanted.name = Some(value.to_owned()),
+            "name" if !value.is_empty() => pool.name = Some(value.to_owned()),
             "max" => {
-                wanted.max = Some(number(word, value).and_then(|max| match max {
-                    0 => Err(Error::new(Kind::Invalid, format!("'{word}': a pool of no devices"))),
+                pool.max = Some(number(word, value).and_then(|max| match max {
+                    0 => {
+                        Err(Error::new(Kind::Invalid, format!("'{word}': a pool needs at least one device")))
+                    }
                     max => Ok(max),
                 })?)
             }
-            "uid" => wanted.uid = Some(number(word, value)?),
-            "gid" => wanted.gid = Some(number(word, value)?),
+            "uid" => pool.uid = Some(number(word, value)?),
+            "gid" => pool.gid = Some(number(word, value)?),
             "mode" => {
                 let mode =
                     parse_mode(value).map_err(|why| Error::new(Kind::Invalid, format!("'{word}': {why}")))?;
-                wanted.mode = Some(mode);
+                pool.mode = Some(mode);
             }
             "ro" => options.read_only = true,
             "rw" => options.read_only = false,
             "nodev" => {
-                let message = "'nodev' would make the devices useless";
-                return Err(
-                    Error::new(Kind::Invalid, message).hint("leave it out, or add 'dev' after 'user'")
-                );
+                let message = "'nodev' would prevent opening the devices";
+                return Err(Error::new(Kind::Invalid, message).hint("omit it, or add 'dev' after 'user'"));
             }
             "remount" => {
-                let message = "'remount' is not supported: a pool stays as it was made";
-                return Err(Error::new(Kind::Invalid, message).hint("unmount it and mount another"));
+                let message = "'remount' is not supported: the options of a pool are fixed";
+                return Err(Error::new(Kind::Invalid, message).hint("unmount the pool and mount a new one"));
             }
-            key if is_passed_over(key) => {}
+            key if is_ignored(key) => {}
             _ if sloppy => {}
             _ => {
                 let message = format!("'{word}' is not an option of this file system");
-                return Err(Error::new(Kind::Invalid, message)
-                    .hint("its own options are max=, uid=, gid=, mode= and name="));
+                return Err(Error::new(Kind::Invalid, message).hint("use max=, uid=, gid=, mode= and name="));
             }
         }
     }
@@ -167,8 +165,8 @@ fn number(word: &str, value: &str) -> Result<u32> {
     value.parse().map_err(|_| Error::new(Kind::Invalid, format!("'{word}': '{value}' is not a number")))
 }
 
-/// Options that are for mount(8) and systemd, that hold anyway, or that nothing here could heed.
-fn is_passed_over(key: &str) -> bool {
+/// Options of mount(8) and systemd, and options without effect.
+fn is_ignored(key: &str) -> bool {
     const MOUNTING: &[&str] = &[
         "defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "nousers", "group",
         "nogroup", "owner", "noowner", "comment", "helper", "uhelper",
@@ -206,30 +204,30 @@ fn is_passed_over(key: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> std::result::Result<Options, String> {
+    fn parsed(text: &str) -> std::result::Result<MountOptions, String> {
         parse(text.split(','), false).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn own_options() {
+    fn parses_options() {
         let all = parsed("rw,max=3,uid=1000,gid=7,mode=0640,name=ci,_netdev,x-systemd.automount").unwrap();
-        let wanted = Wanted {
+        let pool = PoolOptions {
             name: Some("ci".to_owned()),
             max: Some(3),
             uid: Some(1000),
             gid: Some(7),
             mode: Some(0o640),
         };
-        assert_eq!(all, Options { wanted, read_only: false });
-        assert_eq!(parsed("").unwrap(), Options::default());
+        assert_eq!(all, MountOptions { pool, read_only: false });
+        assert_eq!(parsed("").unwrap(), MountOptions::default());
         assert!(parsed("ro,noexec,nosuid,relatime").unwrap().read_only);
         assert!(!parsed("ro,rw").unwrap().read_only, "the later wins");
     }
 
     #[test]
-    fn others_are_refused_by_name() {
+    fn refuses_unknown_options() {
         for (text, says) in [
-            ("max=0", "no devices"),
+            ("max=0", "at least one device"),
             ("max=many", "'many' is not a number"),
             ("max", "'' is not a number"),
             ("uid=-1", "'-1'"),
@@ -245,6 +243,6 @@ mod tests {
             assert!(error.contains(says), "{text}: {error}");
         }
         assert!(parse(["bind", "max=2"].into_iter(), true).is_ok(), "sloppy");
-        assert!(parse(["max=x"].into_iter(), true).is_err(), "sloppy is not careless");
+        assert!(parse(["max=x"].into_iter(), true).is_err(), "bad values are errors");
     }
 }

@@ -1,11 +1,11 @@
-//! Numbers of options: out of range, they are refused in plain words.
+//! Parser for numeric options, with readable range errors.
 
 use std::fmt::Display;
 use std::ops::{Bound, RangeBounds};
 use std::str::FromStr;
 
-/// A parser, for clap, of the numbers in `range`. `From<u32>` keeps untyped literals from being `i32`, which
-/// clap would find out at run time only.
+/// A clap parser for numbers in `range`. `From<u32>` keeps untyped literals from being `i32`, which
+/// clap rejects only at run time.
 pub(crate) fn within<T: From<u32> + FromStr + PartialOrd + Display>(
     range: impl RangeBounds<T> + Clone,
 ) -> impl Fn(&str) -> Result<T, String> + Clone {
@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refuses_in_plain_words() {
+    fn names_the_range() {
         assert_eq!(within(1..=8_u32)("8"), Ok(8));
         for text in ["0", "9", "-1", "", "x", "99999999999999999999"] {
             assert_eq!(within(1..=8_u32)(text), Err("give a number from 1 to 8".to_owned()), "{text}");

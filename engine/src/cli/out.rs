@@ -1,4 +1,4 @@
-//! Standard output that never panics, and JSON on it.
+//! Writes text and JSON to standard output without panics.
 
 use std::io::{self, Write};
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 
-/// Writes `text` as it is. False: nobody reads any more, which is no failure.
+/// Writes `text`. False if the reader closed the pipe, which is not an error.
 pub(super) fn print(text: &str) -> Result<bool> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -16,7 +16,7 @@ pub(super) fn print(text: &str) -> Result<bool> {
     }
 }
 
-/// Writes `value` as JSON for people and programs.
+/// Writes `value` as indented JSON.
 pub(super) fn json(value: &impl Serialize) -> Result<bool> {
     encode(serde_json::to_string_pretty(value))
 }
@@ -27,6 +27,6 @@ pub(super) fn json_line(value: &impl Serialize) -> Result<bool> {
 }
 
 fn encode(text: serde_json::Result<String>) -> Result<bool> {
-    let text = text.map_err(|error| Error::new(Kind::Internal, format!("cannot encode: {error}")))?;
+    let text = text.map_err(|error| Error::new(Kind::Internal, format!("cannot encode JSON: {error}")))?;
     print(&(text + "\n"))
 }

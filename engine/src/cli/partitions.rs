@@ -1,7 +1,7 @@
-//! Partitions of a device that was just attached: who attached it wants to find them.
+//! Waits for the partitions of a device that was just attached.
 //!
-//! The kernel looks for them by itself, at a time of its own, and the daemon names them then. Knows how to
-//! wait for both.
+//! The kernel scans the partition table asynchronously, and the daemon then creates the names. This
+//! module waits for both.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -13,14 +13,15 @@ use rustix::io::Errno;
 use crate::instance::spec::DeviceInfo;
 use crate::sys::{block, usage};
 
-/// For names to appear, once the partitions are there.
+/// Time for the names to appear after the partitions.
 const NAMES: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Returns when the partitions of a device and their names are there. Says so if they are not: the device is.
+/// Waits until the partitions of a device and their names exist. Prints a warning if they do not;
+/// the device itself works.
 pub(super) fn wait(device: &DeviceInfo) {
     if let Err(error) = read(Path::new(&device.node)) {
-        eprintln!("loopengine: the partition table of {} was not read: {error}", device.path);
+        eprintln!("loopengine: cannot read the partition table of {}: {error}", device.path);
         return;
     }
     let named = || {
@@ -30,18 +31,18 @@ pub(super) fn wait(device: &DeviceInfo) {
     let deadline = Instant::now() + NAMES;
     while !named() {
         if Instant::now() > deadline {
-            eprintln!("loopengine: partitions of {} have no names yet; see /dev", device.path);
+            eprintln!("loopengine: the partitions of {} have no names yet; see /dev", device.path);
             return;
         }
         std::thread::sleep(PAUSE);
     }
 }
 
-/// What the kernel does meanwhile, it does twice.
+/// The kernel may scan the table at the same time; a second scan is harmless.
 fn read(node: &Path) -> std::io::Result<()> {
     let disk = File::open(node)?;
     match block::read_partitions(disk.as_fd()) {
-        // In use, so they are there.
+        // In use: the partitions exist.
         Ok(()) | Err(Errno::BUSY) => Ok(()),
         Err(error) => Err(error.into()),
     }

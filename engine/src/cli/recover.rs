@@ -1,4 +1,4 @@
-//! `loopengine recover`: a device that is stuck goes on with the image that it is given.
+//! `loopengine recover`: recover a stuck device with a given image.
 
 use std::path::{Path, PathBuf};
 
@@ -8,15 +8,15 @@ use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, RecoverSpec};
 
 use super::{attach, complete, daemon, detach, image, out, size};
 
-/// Recover a device that is stuck, with an image that you name.
+/// Recover a stuck device with a given image.
 ///
-/// For a device that the daemon did not recover by itself when it was started: its image was moved, or its
-/// state was not read ('loopengine list' shows why). Its users wait, and go on with this image. That it is
-/// the right one is for you to know; the daemon checks only that it is large enough. Prints the path of the
-/// device.
+/// A device is stuck if the daemon could not recover it at its start: the image was moved, or the
+/// state file was not readable. 'loopengine list' shows the reason. I/O to the device waits, and
+/// continues on the given image. The daemon checks only that the image is large enough; make sure
+/// that it is the right image. Prints the path of the device.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Device: a path that leads to it, NAME/loopN, or loopN of the instance 'default'.
+    /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
     #[arg(add = complete::devices())]
     device: String,
 
@@ -24,15 +24,15 @@ pub(super) struct Args {
     #[arg(long, value_name = "PATH")]
     image: PathBuf,
 
-    /// First byte of the image that the device shows [default: as it was attached, 0 if that is not known].
+    /// First byte of the image [default: the recorded offset, or 0].
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     offset: Option<u64>,
 
-    /// Bytes that the device shows at most if it is resized [default: as it was attached].
+    /// Size limit for a later resize [default: the recorded limit].
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size_limit: Option<u64>,
 
-    /// Go through the page cache [default: as it was attached].
+    /// Read and write the image through the page cache [default: as recorded].
     #[arg(long)]
     buffered: bool,
 }

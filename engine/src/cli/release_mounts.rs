@@ -1,7 +1,7 @@
-//! `loopengine release-mounts`: when the machine goes down, the service manager has it unmount what lies on
-//! the daemon's devices before it stops the daemon.
+//! `loopengine release-mounts`: unmounts file systems on devices of the daemon when the machine
+//! shuts down, before systemd stops the daemon.
 //!
-//! Knows how to tell that the machine goes down, and in which order to unmount. Does not stop devices.
+//! Knows how to detect a shutdown and the order of unmounts. Does not stop devices.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -17,39 +17,38 @@ use crate::error::{Error, Kind, Result};
 use crate::instance::stop::disks_of;
 use crate::sys::usage::{self, Disks};
 
-/// For what uses the file systems to end.
+/// Time for users of the file systems to end.
 const LIMIT: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(200);
-/// How deep images may lie on file systems in other images.
+/// Maximum nesting of images on file systems in other images.
 const STACKED_MAX: usize = 8;
 
-/// When the machine goes down: unmount what lies on the daemon's devices, and stop swapping to them.
+/// At a shutdown of the machine, unmount all file systems on devices of the daemon, and disable
+/// swap on them.
 ///
-/// For the systemd unit, which runs it before each stop of the daemon. While the machine stays up it does
-/// nothing: devices wait for the next daemon.
+/// The systemd unit runs this before each stop of the daemon. Without a shutdown it does nothing:
+/// devices wait for the next daemon.
 #[derive(Debug, clap::Args)]
 #[command(hide = true)]
 pub(super) struct Args {
-    /// Also while the machine stays up.
+    /// Act even if the machine does not shut down.
     #[arg(long)]
     now: bool,
 }
 
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        if !self.now && !goes_down() {
+        if !self.now && !is_shutting_down() {
             return Ok(());
         }
         enter_first_mounts()?;
         let run_dir = run_dir.canonicalize().unwrap_or_else(|_| run_dir.to_owned());
-        // Without a daemon I/O waits, and so would an unmount.
+        // Without a daemon, I/O would block, and an unmount with it.
         UnixStream::connect(run_dir.join(SOCKET)).map_err(|error| {
-            Error::os(error, format!("no daemon serves {}: nothing is unmounted", run_dir.display()))
+            Error::os(error, format!("cannot unmount anything: no daemon serves {}", run_dir.display()))
         })?;
         let (mut disks, unknown) = disks_of(&run_dir);
-        unknown
-            .iter()
-            .for_each(|error| eprintln!("loopengine: {error}: what is mounted from it stays mounted"));
+        unknown.iter().for_each(|error| eprintln!("loopengine: {error}: its file systems stay mounted"));
         let until = Instant::now() + LIMIT;
         loop {
             let (mounts, swaps) = uses(&mut disks);
@@ -67,11 +66,11 @@ impl Args {
                 return Ok(());
             }
             if Instant::now() >= until {
-                // What is written is safe at least.
+                // Flush the written data at least.
                 disks.nodes().iter().for_each(|node| drop(usage::write_back(node)));
-                let message = format!("still in use when the daemon is stopped: {}", failed.join(", "));
+                let message = format!("cannot release before the daemon stops: {}", failed.join(", "));
                 return Err(Error::new(Kind::Busy, message)
-                    .hint("stop what uses it before loopengine.service: order it After=loopengine.service"));
+                    .hint("order the units that use these file systems After=loopengine.service"));
             }
             std::thread::sleep(PAUSE);
         }
@@ -82,19 +81,19 @@ fn failure(what: &Path, done: std::io::Result<()>) -> Option<String> {
     done.err().map(|error| format!("{} ({error})", what.display()))
 }
 
-/// Sees and unmounts what the first process of the machine sees. systemd starts each command of a unit like ours in
-/// a mount namespace of its own, also one with `+`: what is unmounted in there stays mounted for all others.
+/// Enters the mount namespace of process 1. systemd runs each command of a sandboxed unit in a
+/// mount namespace of its own, even with `+`; an unmount there has no effect elsewhere.
 fn enter_first_mounts() -> Result<()> {
     let entered = std::fs::File::open("/proc/1/ns/mnt")
         .and_then(|first| Ok(move_into_link_name_space(first.as_fd(), Some(LinkNameSpaceType::Mount))?));
     entered.map_err(|error| {
-        Error::os(error, "cannot enter the mount namespace of process 1: nothing is unmounted")
+        Error::os(error, "cannot unmount anything: cannot enter the mount namespace of process 1")
     })
 }
 
-/// Whether the service manager stops everything. (`systemctl is-system-running` says "starting" when that
-/// happens during the boot.)
-fn goes_down() -> bool {
+/// True if the service manager shuts the machine down. (`systemctl is-system-running` reports
+/// "starting" for a shutdown during boot.)
+fn is_shutting_down() -> bool {
     let asked = Command::new("systemctl")
         .args(["show", "--property=Job", "--property=ActiveState", "shutdown.target"])
         .output();
@@ -106,7 +105,7 @@ fn shuts_down(state: &str) -> bool {
     state.lines().any(|line| line == "ActiveState=active" || pending(line))
 }
 
-/// Where file systems are mounted that need these disks, oldest first, and what is swapped to on them.
+/// Mount points of file systems on these disks, oldest first, and swap areas on them.
 fn uses(disks: &mut Disks) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let mut targets: Vec<PathBuf> = Vec::new();
     let mut swaps = disks.swaps();
@@ -118,7 +117,7 @@ fn uses(disks: &mut Disks) -> (Vec<PathBuf>, Vec<PathBuf>) {
                 targets.push(mount.target);
             }
         }
-        // Images on these file systems, used through the kernel's loop driver.
+        // Kernel loop devices on images in these file systems.
         if !disks.extend(Disks::backed_by(|file| targets.iter().any(|target| file.starts_with(target)))) {
             break;
         }
@@ -133,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_goes_down_when_its_shutdown_is_queued_or_reached() {
+    fn detects_a_queued_or_active_shutdown() {
         assert!(shuts_down("Job=812\nActiveState=inactive\n"));
         assert!(shuts_down("ActiveState=active\n"));
         for up in ["ActiveState=inactive\n", "Job=0\nActiveState=inactive\n", "Job=\n", ""] {

@@ -1,4 +1,4 @@
-//! What the configuration asks of a running engine: at start, and when it has changed.
+//! Applies the configuration to a running engine: at start, and on reload.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,50 +6,50 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::timeout;
 
-use super::configured::Devices;
-use super::serve::tell;
+use super::configured_devices::ConfiguredDevices;
+use super::serve::notify;
 use crate::config::{Config, DeviceTable};
 use crate::control::{self, EngineApi};
 use crate::error::{Error, Kind, Result};
 use crate::instance::spec::{DEFAULT_INSTANCE, InstanceSpec};
 use crate::private::Registry;
 
-/// How long reading the configuration may take.
+/// Maximum time to read the configuration.
 const LOAD_MAX: Duration = Duration::from_secs(5);
 
-/// What follows the configuration.
+/// Objects that a new configuration changes.
 #[derive(Clone)]
-pub(super) struct Followers {
+pub(super) struct ReloadTargets {
     pub(super) backend: Arc<dyn EngineApi>,
     pub(super) registry: Arc<Registry>,
-    pub(super) devices: Devices,
+    pub(super) devices: ConfiguredDevices,
 }
 
-/// Attaches the devices of `config` at the start of the daemon, which is ready then.
-pub(super) async fn start(config: Config, followers: Followers) -> Config {
-    followers.devices.attach(config.devices().cloned().collect()).await;
-    tell(&[NotifyState::Ready]);
+/// Attaches the devices of `config` at the start of the daemon, then reports readiness.
+pub(super) async fn start(config: Config, targets: ReloadTargets) -> Config {
+    targets.devices.attach(config.devices().cloned().collect()).await;
+    notify(&[NotifyState::Ready]);
     config
 }
 
-/// Loads the configuration anew and makes a running engine follow it. Answers the one that holds now.
-/// Nothing else waits for this.
+/// Loads the configuration again and applies it to the running engine. Returns the effective
+/// configuration. Does not block other tasks.
 pub(super) async fn reload(
     load: impl FnOnce() -> Result<Config> + Send + 'static,
     config: Config,
-    followers: Followers,
+    targets: ReloadTargets,
 ) -> Config {
     let mut states = vec![NotifyState::Reloading];
     states.extend(NotifyState::monotonic_usec_now());
-    tell(&states);
-    // Not on the pool of threads: a file system that hangs would keep one of them.
-    let loaded = timeout(LOAD_MAX, control::apart(load)).await;
-    let late = |_| Err(Error::new(Kind::Deadline, "the configuration file was not read in time"));
+    notify(&states);
+    // On a thread of its own: a hung file system would occupy a thread of the blocking pool.
+    let loaded = timeout(LOAD_MAX, control::run_blocking(load)).await;
+    let late = |_| Err(Error::new(Kind::Deadline, "cannot read the configuration file in time"));
     let config = match loaded.unwrap_or_else(late) {
         Ok(new) => {
-            let (applied, Followers { backend, registry, devices }) = (new.clone(), followers);
+            let (applied, ReloadTargets { backend, registry, devices }) = (new.clone(), targets);
             let applying = tokio::task::spawn_blocking(move || {
-                limit_users(&applied, &registry);
+                apply_user_limits(&applied, &registry);
                 apply(&config, &applied, &*backend)
             });
             match applying.await {
@@ -60,16 +60,16 @@ pub(super) async fn reload(
             new
         }
         Err(error) => {
-            tracing::error!("the configuration stays as it was: {error}");
+            tracing::error!("cannot reload, the old configuration stays: {error}");
             config
         }
     };
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
     config
 }
 
-/// Gives users what `config` does. Of users that are not known the log tells.
-pub(super) fn limit_users(config: &Config, registry: &Registry) {
+/// Applies the user limits of `config`. Logs unknown users.
+pub(super) fn apply_user_limits(config: &Config, registry: &Registry) {
     let (users, unknown) = config.users();
     registry.configure(&users);
     for error in unknown {
@@ -77,8 +77,8 @@ pub(super) fn limit_users(config: &Config, registry: &Registry) {
     }
 }
 
-/// Creates the instances of `config`. One that is there already (taken back from an earlier
-/// daemon) only gets the limit of `config`. Answers what could not be done without a failure.
+/// Creates the instances of `config`. An existing instance (recovered from an earlier daemon) only
+/// gets its limit. Returns notes for the log.
 pub(super) fn create_all(config: &Config, backend: &dyn EngineApi) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     let there = backend.instances();
@@ -105,8 +105,8 @@ fn unconfigurable(name: &str, error: &Error) -> Error {
     }
 }
 
-/// Makes a running engine follow the change from `old` to `new`, as far as that goes without a
-/// restart. Answers what was done and what was not.
+/// Applies the change from `old` to `new` as far as a running engine can. Returns notes on what was
+/// applied and what was not.
 pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<String> {
     let mut notes = Vec::new();
     if old.dev_links != new.dev_links {
@@ -120,12 +120,12 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<
     }
     if old.private() != new.private() || old.private.kernel_mounts != new.private.kernel_mounts {
         notes.push(
-            "[private] changed: takes effect at the next start; [[private.user]] changes one user's limits now"
+            "[private] changed: takes effect at the next start; [[private.user]] changes the limits of one user at once"
                 .to_owned(),
         );
     }
     if old.private.user != new.private.user {
-        notes.push("[[private.user]] changed: the limits of these users hold now".to_owned());
+        notes.push("[[private.user]] changed: the new limits are in effect".to_owned());
     }
     let before: Vec<InstanceSpec> = old.instances().chain([old.default_instance()]).collect();
     for spec in new.instances().chain([new.default_instance()]) {
@@ -137,7 +137,7 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<
     for gone in old.instances() {
         if !new.instances().any(|spec| spec.name == gone.name) {
             notes.push(format!(
-                "instance '{0}' is no longer configured but stays; 'loopengine instance remove {0}' removes it",
+                "instance '{0}' is no longer configured; remove it with 'loopengine instance remove {0}'",
                 gone.name
             ));
         }
@@ -146,8 +146,8 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<
     let gone = |device: &&DeviceTable| !new.devices().any(|other| other.same_device(device));
     notes.extend(old.devices().filter(gone).map(|DeviceTable { image, instance, .. }| {
         format!(
-            "{image} in the instance '{instance}' is no longer configured but its device stays; \
-             'loopengine detach {image}' detaches it"
+            "{image} in the instance '{instance}' is no longer configured; \
+             detach its device with 'loopengine detach {image}'"
         )
     }));
     if notes.is_empty() {
@@ -163,15 +163,15 @@ fn create(spec: &InstanceSpec, backend: &dyn EngineApi) -> String {
     }
 }
 
-/// What has changed of a device that may be there. Whether it is is seen when it is attached.
+/// The change of a device. The later attach finds out whether it exists.
 fn change_device(old: &Config, new: &DeviceTable) -> Option<String> {
     let DeviceTable { image, instance, .. } = new;
     let before = old.devices().find(|before| before.same_device(new));
     match before.map(|before| before.spec() == new.spec()) {
-        None => Some(format!("{image} in the instance '{instance}' is configured now")),
+        None => Some(format!("{image} in the instance '{instance}' is new in the configuration")),
         Some(false) => Some(format!(
-            "the options of {image} in the instance '{instance}' changed: they take effect at the next reload \
-             after 'loopengine detach {image}'"
+            "the options of {image} in the instance '{instance}' changed: run 'loopengine detach {image}' and \
+             reload to apply them"
         )),
         Some(true) => None,
     }
@@ -183,7 +183,7 @@ fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn EngineApi) -> Ve
     if old.workers != new.workers || old.cpus != new.cpus {
         let how = match name.as_str() {
             DEFAULT_INSTANCE => "takes effect at the next start",
-            _ => "takes effect when the instance is created anew",
+            _ => "takes effect when the instance is created again",
         };
         notes.push(format!("workers or CPUs of instance '{name}' changed: {how}"));
     }
@@ -196,8 +196,8 @@ fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn EngineApi) -> Ve
 fn limit(spec: &InstanceSpec, backend: &dyn EngineApi) -> String {
     let (name, max) = (&spec.name, spec.max_devices);
     match backend.set_max_devices(name, max) {
-        Ok(()) => format!("instance '{name}' may have {max} devices now"),
-        Err(error) => format!("instance '{name}' keeps its limit: {error}"),
+        Ok(()) => format!("the limit of instance '{name}' is now {max} devices"),
+        Err(error) => format!("cannot change the limit of instance '{name}': {error}"),
     }
 }
 
@@ -211,9 +211,9 @@ pub(super) mod tests {
     use crate::instance::Selector;
     use crate::instance::spec::*;
 
-    /// Writes down what it is asked for; knows the instance `there` already, and devices once attached.
+    /// Records calls. Knows the instance `there`, and attached devices.
     #[derive(Default)]
-    pub(in crate::cli) struct Asked(pub(in crate::cli) Mutex<Vec<String>>, Mutex<Vec<DeviceInfo>>);
+    pub(in crate::cli) struct RecordedCalls(pub(in crate::cli) Mutex<Vec<String>>, Mutex<Vec<DeviceInfo>>);
 
     fn info(name: &str) -> InstanceInfo {
         InstanceInfo {
@@ -226,7 +226,7 @@ pub(super) mod tests {
         }
     }
 
-    impl EngineApi for Asked {
+    impl EngineApi for RecordedCalls {
         fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
             self.0.lock().unwrap().push(format!("create {}", spec.name));
             match spec.name.as_str() {
@@ -299,56 +299,59 @@ pub(super) mod tests {
     }
 
     fn applied(old: &str, new: &str) -> (Vec<String>, Vec<String>) {
-        let asked = Asked::default();
-        let notes = apply(&config(old), &config(new), &asked);
-        (asked.0.into_inner().unwrap(), notes)
+        let calls = RecordedCalls::default();
+        let notes = apply(&config(old), &config(new), &calls);
+        (calls.0.into_inner().unwrap(), notes)
     }
 
     #[test]
-    fn at_start_what_is_there_already_gets_its_limit() {
-        let asked = Asked::default();
+    fn sets_limits_of_existing_instances_at_start() {
+        let calls = RecordedCalls::default();
         let text = "[[instance]]\nname='there'\nmax_devices=3\n[[instance]]\nname='new'\n";
-        let notes = create_all(&config(text), &asked).unwrap();
-        assert_eq!(*asked.0.lock().unwrap(), ["limit there 3", "create new"]);
-        assert_eq!(notes, ["instance 'there' may have 3 devices now"]);
-        let error = create_all(&config("[[instance]]\nname='bad'\n"), &asked).unwrap_err();
+        let notes = create_all(&config(text), &calls).unwrap();
+        assert_eq!(*calls.0.lock().unwrap(), ["limit there 3", "create new"]);
+        assert_eq!(notes, ["the limit of instance 'there' is now 3 devices"]);
+        let error = create_all(&config("[[instance]]\nname='bad'\n"), &calls).unwrap_err();
         assert_eq!(error.kind(), Kind::Invalid);
         assert!(error.message().contains("'bad'"), "{error}");
         assert_eq!(error.next_step(), Some("stop"));
     }
 
     #[test]
-    fn only_what_changed_is_done() {
+    fn applies_only_changes() {
         let same = "[[instance]]\nname='a'\n[tuning]\npoll_us=3\n";
         assert_eq!(applied(same, same), (vec![], vec!["nothing changed".to_owned()]));
     }
 
     #[test]
-    fn devices_that_come_change_and_go_are_told() {
+    fn notes_added_changed_and_removed_devices() {
         let old = "[[device]]\nimage='/same'\n[[device]]\nimage='/other'\n[[device]]\nimage='/gone'\n\
                    [[private.user]]\nuser=7\n";
         let new = "\n[[private.user]]\nuser=7\nmax_devices=1\n[[device]]\nimage='/new'\n\
                    [[device]]\nimage='/same'\n[[device]]\nimage='/other'\nread_only=true\n";
-        let (asked, notes) = applied(old, new);
-        assert_eq!(asked, [""; 0]);
+        let (calls, notes) = applied(old, new);
+        assert_eq!(calls, [""; 0]);
         let words = ["[[private.user]] changed", "/new in", "options of /other", "/gone in"];
         assert_eq!(notes.len(), words.len(), "{notes:?}");
         for (note, words) in notes.iter().zip(words) {
             assert!(note.contains(words), "{notes:?}");
         }
-        // That an entry has moved in the file is no change.
+        // Moving an entry in the file is no change.
         assert_eq!(applied(old, &format!("\n\n{old}")).1, ["nothing changed"]);
     }
 
     #[test]
-    fn new_instances_and_limits_are_applied_the_rest_is_told() {
+    fn applies_instances_and_limits_and_notes_the_rest() {
         let old = "[[instance]]\nname='a'\nmax_devices=1\n[[instance]]\nname='gone'\n";
         let new = "[default]\nmax_devices=9\nworkers=7\n[tuning]\npoll_us=3\n\
                    [[instance]]\nname='a'\nmax_devices=2\n[[instance]]\nname='b'\n";
-        let (asked, notes) = applied(old, new);
-        assert_eq!(asked, ["limit a 2", "create b", "limit default 9"]);
-        let told = |words: &str| notes.iter().any(|note| note.contains(words));
-        assert!(told("[tuning] changed") && told("workers or CPUs of instance 'default'"), "{notes:?}");
-        assert!(told("instance 'gone' is no longer configured"), "{notes:?}");
+        let (calls, notes) = applied(old, new);
+        assert_eq!(calls, ["limit a 2", "create b", "limit default 9"]);
+        let notes_contain = |words: &str| notes.iter().any(|note| note.contains(words));
+        assert!(
+            notes_contain("[tuning] changed") && notes_contain("workers or CPUs of instance 'default'"),
+            "{notes:?}"
+        );
+        assert!(notes_contain("instance 'gone' is no longer configured"), "{notes:?}");
     }
 }

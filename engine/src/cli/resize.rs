@@ -1,4 +1,4 @@
-//! `loopengine resize`: the image has another size now, or is to have one.
+//! `loopengine resize`: resize a device, and its image.
 
 use std::path::Path;
 
@@ -8,27 +8,29 @@ use crate::instance::spec::ResizeSpec;
 
 use super::{complete, daemon, detach, out, size};
 
-/// Adapt a device to the present size of its image, or give both another size.
+/// Resize a device, or a device and its image.
 ///
-/// With '--size' the image file grows with its device; the new part takes no space until it is written to.
-/// Grow the file system on the device afterwards; to make the device smaller, shrink the file system
-/// first. A device becomes smaller only with '--shrink', and while it is in use only with '--force', too.
-/// Prints the new size in bytes.
+/// Without '--size', the device takes the current size of its image. With '--size', the image file
+/// grows with the device; the new range stays sparse until it is written. Then grow the file system
+/// on the device.
+///
+/// To shrink a device, shrink its file system first, then use '--shrink'. A device in use also
+/// needs '--force'. Prints the new size in bytes.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Device: a path that leads to it, NAME/loopN, or loopN of the instance 'default'.
+    /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
     #[arg(add = complete::devices())]
     device: String,
 
-    /// Size of the device, with a unit as in 20G or 20GiB [default: what its image has now].
+    /// New size of the device, for example 20G or 20GiB [default: the current size of its image].
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: Option<u64>,
 
-    /// Also if the device becomes smaller. What lies behind its new end is lost.
+    /// Allow the device to shrink. Data beyond the new end is lost.
     #[arg(long)]
     shrink: bool,
 
-    /// With '--shrink': also while the device is in use.
+    /// With '--shrink': shrink a device that is in use.
     #[arg(short, long, requires = "shrink")]
     force: bool,
 

@@ -1,4 +1,4 @@
-//! `loopengine serve`: the daemon, from the checks before it starts to its end.
+//! `loopengine serve`: the daemon, from its first checks to its shutdown.
 
 use std::io::{self, IsTerminal};
 use std::os::unix::net::UnixListener as StdListener;
@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::accounts;
-use crate::config::{Choice, Config};
+use crate::config::{Config, FrontendChoice};
 use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
@@ -25,73 +25,74 @@ use crate::received;
 use crate::sandbox;
 use crate::sys::{self, mntns};
 
-use super::configured::Devices;
-use super::reload::Followers;
-use super::{number, reload, watched};
+use super::configured_devices::ConfiguredDevices;
+use super::reload::ReloadTargets;
+use super::{number, reload, watchers};
 
 /// Run the daemon in the foreground.
 ///
-/// Serves devices until SIGTERM or SIGINT; a second one ends the daemon at once. Block devices survive
-/// the end of the daemon, however it ends: mounted or not, they keep names and content, their I/O waits,
-/// and the next daemon with the same run directory recovers them. So a restart upgrades the program under
-/// mounted file systems. 'loopengine detach --all' before a stop detaches them; --detach-all has every stop
-/// do so. Private pools end with the daemon.
+/// The daemon serves devices until SIGTERM or SIGINT; a second signal ends it at once. Block
+/// devices of instances outlive the daemon, even after a crash. Mounted or not, they keep names and
+/// contents. Their I/O waits until the next daemon with the same run directory recovers them. So a
+/// restart upgrades the program under mounted file systems. To detach devices before a stop, run
+/// 'loopengine detach --all', or give '--detach-all'. Private pools end with the daemon.
 ///
-/// SIGHUP rereads the configuration: new instances are created, limits changed, devices of '[[device]]'
-/// attached that are not there; what else changed is logged, and done at the next start. Logs to standard
-/// error; RUST_LOG sets what. Needs root, and the ublk driver or FUSE.
+/// SIGHUP reloads the configuration: the daemon creates new instances, changes limits and attaches
+/// new devices of '[[device]]'. It logs other changes, which take effect at the next start. The log
+/// goes to standard error; RUST_LOG sets its level. The daemon needs root, and the ublk driver or
+/// FUSE.
 ///
-/// Without the ublk driver devices are files of the same names, of a FUSE file system: they can be
-/// copied, partitioned, given to a virtual machine, or mounted with 'mount -o loop'. Their size is
-/// fixed: to open one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with zeroes. A write past
-/// the end fails with ENOSPC: directly at once, through the page cache at fsync, close or a later write.
-/// 'qemu-img convert' needs '-n' unless the new image has the file's size. They end with the daemon, and
-/// cannot be recovered. The unit's hardening hides them from everybody but the daemon; with the drop-in
-/// PREFIX/share/loopengine/fuse.conf in /etc/systemd/system/loopengine.service.d they are seen.
+/// Without the ublk driver, devices are files in a FUSE file system, with the same names. Users can
+/// copy or partition them, give them to a virtual machine, or mount them with 'mount -o loop'.
+/// Their size is fixed. Opening one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with
+/// zeroes. A write beyond the end fails with ENOSPC: at once with direct I/O, otherwise at fsync,
+/// close or a later write. 'qemu-img convert' needs '-n' unless the new image has the size of the
+/// file. These files end with the daemon and cannot be recovered. The hardening of the unit hides
+/// them from other processes; the drop-in PREFIX/share/loopengine/fuse.conf in
+/// /etc/systemd/system/loopengine.service.d makes them visible.
 ///
-/// With the unit loopengine.socket enabled, systemd makes the sockets and starts the daemon when one is first
-/// used. They stay over a restart: who connects meanwhile waits. Any service manager can pass them in
-/// LISTEN_FDS; they must lie in the run directory, with the usual names.
+/// If the unit loopengine.socket is enabled, systemd creates the sockets and starts the daemon at
+/// the first connection. The sockets outlive a restart; clients wait meanwhile. Any service manager
+/// can pass sockets in LISTEN_FDS. They must be in the run directory and have the usual names.
 ///
-/// '[[device]]' in the configuration names images that are attached at the start. The daemon is ready when
-/// they are, and does not wait long for a file system that does not answer. An image that cannot be
-/// attached is an error in the log; the others are attached.
+/// '[[device]]' in the configuration lists images to attach at start. The daemon reports readiness
+/// when they are attached. It does not wait long for a file system that does not answer. If it
+/// cannot attach an image, it logs an error and continues with the others.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// What devices are: block devices (ublk), files (fuse), or block devices if the ublk driver is
-    /// there and files otherwise (auto) [default: auto].
+    /// Serve block devices (ublk), files (fuse), or block devices if the ublk driver is available
+    /// and files otherwise (auto) [default: auto].
     #[arg(long, value_name = "auto|ublk|fuse", hide_possible_values = true)]
-    frontend: Option<Choice>,
+    frontend: Option<FrontendChoice>,
 
-    /// Commit a request in one chain with its read or write, where that is possible.
+    /// Link each read or write with its commit in one chain, where possible.
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     linked_commit: Option<bool>,
 
-    /// Microseconds for which a worker looks for more after a lone request before it sleeps; less often
-    /// where that is in vain. 0: never.
+    /// Busy-poll up to N µs after an isolated request (adaptive; 0 disables).
     #[arg(long, value_name = "N", value_parser = number::within(0..=1_000_000_u32))]
     poll_us: Option<u32>,
 
-    /// Give devices names in /dev/loopengine as well, such as /dev/loopengine/default/loop0, for programs that
-    /// look only below /dev.
+    /// Create links in /dev/loopengine too, for example /dev/loopengine/default/loop0, for programs
+    /// that search only /dev.
     #[arg(long)]
     dev_links: bool,
 
-    /// Detach all devices when the daemon is stopped, also those in use: their users get I/O errors.
+    /// Detach all devices when the daemon stops, even devices in use. Their users get I/O errors.
     #[arg(long)]
     detach_all: bool,
 
-    /// Keep all privileges, for debugging: otherwise the daemon gives up capabilities and system calls
-    /// that it does not need.
+    /// Keep all privileges, for debugging. By default the daemon drops capabilities and system
+    /// calls that it does not need.
     #[arg(long)]
     no_sandbox: bool,
 }
 
-/// What is served where: `control`, and `private`.
+/// The listeners (`control`, `private`, `oci`) and the objects that serve them.
 struct Services {
     listeners: [StdListener; 3],
     backend: Arc<dyn EngineApi>,
@@ -99,12 +100,12 @@ struct Services {
     engine: Weak<Engine>,
 }
 
-/// How the daemon was asked to end.
-enum End {
-    /// By one signal.
-    InOrder,
-    /// By a second one.
-    AtOnce,
+/// How signals end the daemon.
+enum Shutdown {
+    /// After one signal: calls may end.
+    Graceful,
+    /// After a second signal: at once.
+    Immediate,
 }
 
 fn parse_switch(word: &str) -> std::result::Result<bool, String> {
@@ -118,27 +119,29 @@ fn parse_switch(word: &str) -> std::result::Result<bool, String> {
 impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let config = self.load()?;
-        log();
+        init_log();
         check_root()?;
-        let (frontend, line) = choose(config.frontend.unwrap_or_default())?;
+        let (frontend, line) = choose_frontend(config.frontend.unwrap_or_default())?;
         let mut run_dir = RunDir::take(run_dir)?;
         let sockets = sys::activation::take_sockets()
-            .map_err(|error| Error::os(error, "cannot take the sockets of the service manager"))?;
+            .map_err(|error| Error::os(error, "cannot use the sockets of the service manager"))?;
         run_dir.adopt(sockets)?;
         tracing::info!("{line}");
         for note in fuse::clear_stale(run_dir.path()) {
             tracing::info!("{note}");
         }
         match frontend {
-            // Before any thread is started, so that all are in it.
-            FrontendKind::Ublk => own_mounts()?,
-            FrontendKind::Fuse => note_mount_namespace(),
+            // Before the first thread starts, so that all threads share the namespace.
+            FrontendKind::Ublk => enter_mount_namespace()?,
+            FrontendKind::Fuse => warn_of_mount_namespace(),
         }
-        // While programs may still be started. Without it all else works.
+        // Before the sandbox forbids starting programs. Optional: everything else works without it.
         let kernel = match frontend {
             FrontendKind::Ublk => {
                 let started = KernelMounts::start().map(Arc::new);
-                started.inspect_err(|error| tracing::warn!("nothing is mounted by the kernel: {error}")).ok()
+                started
+                    .inspect_err(|error| tracing::warn!("the kernel mounts nothing for tenants: {error}"))
+                    .ok()
             }
             FrontendKind::Fuse => None,
         };
@@ -151,11 +154,11 @@ impl Args {
         let served = self.serve(&config, frontend, &run_dir, &engine, kernel);
         run_dir.unbind();
         let ended = match served {
-            Ok(End::AtOnce) => Err(impatient()),
-            Ok(End::InOrder) => stop(&engine, self.detach_all),
+            Ok(Shutdown::Immediate) => Err(second_signal()),
+            Ok(Shutdown::Graceful) => stop(&engine, self.detach_all),
             Err(error) => stop(&engine, self.detach_all).and(Err(error)),
         };
-        // Dropped, it would stop devices that wait for the next daemon.
+        // Dropping the engine would stop devices that wait for the next daemon.
         std::mem::forget(engine);
         ended
     }
@@ -177,7 +180,7 @@ impl Args {
         run_dir: &RunDir,
         engine: &Arc<Engine>,
         kernel: Option<Arc<KernelMounts>>,
-    ) -> Result<End> {
+    ) -> Result<Shutdown> {
         for note in reload::create_all(config, &**engine)? {
             tracing::info!("{note}");
         }
@@ -185,7 +188,7 @@ impl Args {
         let source = Served { pools: Pools::new(engine), kernel, for_all: config.kernel_mounts() };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
-        reload::limit_users(config, &registry);
+        reload::apply_user_limits(config, &registry);
         let runtime = control::runtime::make()?;
         let backend: Arc<dyn EngineApi> = Arc::clone(engine) as _;
         let Tuning { linked_commit, poll_us } = config.tuning();
@@ -194,28 +197,28 @@ impl Args {
             listeners,
             backend,
             registry: Arc::clone(&registry),
-            // Whoever counts those that use the engine still must not count this.
+            // Weak: the count of strong references tells whether calls still use the engine.
             engine: Arc::downgrade(engine),
         };
         let ended = runtime.block_on(self.until_stopped(services, config.clone(), frontend));
-        // They end with the daemon, whatever instances do.
+        // Pools end with the daemon, unlike devices of instances.
         registry.shutdown();
         drop(registry);
         received::end();
         if Arc::strong_count(engine) > 1 {
-            // Calls are still being handled; the drop of the runtime would wait for them.
+            // Calls are still running; dropping the runtime would wait for them.
             std::mem::forget(runtime);
         }
         ended
     }
 
-    /// Serves until a signal says stop, then lets calls end.
+    /// Serves until a stop signal, then lets running calls end.
     async fn until_stopped(
         &self,
         services: Services,
         mut config: Config,
         frontend: FrontendKind,
-    ) -> Result<End> {
+    ) -> Result<Shutdown> {
         let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
@@ -230,15 +233,15 @@ impl Args {
             server::serve_private(private, Arc::clone(&registry), stopping.clone()),
             server::serve_oci(oci, Arc::clone(&registry), stopping),
         );
-        let devices = Devices::new(Arc::clone(&backend));
-        let followers = Followers { backend, registry, devices };
+        let devices = ConfiguredDevices::new(Arc::clone(&backend));
+        let targets = ReloadTargets { backend, registry, devices };
         let mut served = tokio::task::spawn_local(async { tokio::join!(all.0, all.1, all.2) });
-        let starting = reload::start(config.clone(), followers.clone());
-        // A configuration is applied by one task at a time.
-        let mut following = Some(tokio::task::spawn_local(starting));
-        let followed = (frontend == FrontendKind::Ublk).then(|| {
-            let partitions = tokio::task::spawn_local(watched::update_nodes(engine));
-            [tokio::task::spawn_local(watched::leave_mounts()), partitions]
+        let starting = reload::start(config.clone(), targets.clone());
+        // One task at a time applies a configuration.
+        let mut applying_config = Some(tokio::task::spawn_local(starting));
+        let watching = (frontend == FrontendKind::Ublk).then(|| {
+            let partitions = tokio::task::spawn_local(watchers::follow_dev_nodes(engine));
+            [tokio::task::spawn_local(watchers::detach_new_ublk_mounts()), partitions]
         });
         loop {
             tokio::select! {
@@ -248,47 +251,51 @@ impl Args {
                     let message = format!("the control service ended: {ended:?}");
                     return Err(Error::new(Kind::Internal, message));
                 }
-                _ = hangup.recv(), if following.is_none() => {
+                _ = hangup.recv(), if applying_config.is_none() => {
                     let args = self.clone();
                     let load = move || args.load();
-                    let reload = reload::reload(load, config.clone(), followers.clone());
-                    following = Some(tokio::task::spawn_local(reload));
+                    let reload = reload::reload(load, config.clone(), targets.clone());
+                    applying_config = Some(tokio::task::spawn_local(reload));
                 }
-                Some(now) = async { Some(following.as_mut()?.await) } => {
-                    following = None;
+                Some(now) = async { Some(applying_config.as_mut()?.await) } => {
+                    applying_config = None;
                     config = now.unwrap_or(config);
                 }
             }
         }
-        if let Some(following) = following {
-            following.abort();
+        if let Some(applying_config) = applying_config {
+            applying_config.abort();
         }
         tracing::info!("stopping");
-        tell(&[NotifyState::Stopping]);
-        followed.iter().flatten().for_each(tokio::task::JoinHandle::abort);
+        notify(&[NotifyState::Stopping]);
+        watching.iter().flatten().for_each(tokio::task::JoinHandle::abort);
         let _ = stop.send(true);
         tokio::select! {
-            _ = &mut served => Ok(End::InOrder),
-            () = again(&mut terminate, &mut interrupt) => Ok(End::AtOnce),
+            _ = &mut served => Ok(Shutdown::Graceful),
+            () = next_signal(&mut terminate, &mut interrupt) => Ok(Shutdown::Immediate),
         }
     }
 }
 
-async fn again(terminate: &mut tokio::signal::unix::Signal, interrupt: &mut tokio::signal::unix::Signal) {
+async fn next_signal(
+    terminate: &mut tokio::signal::unix::Signal,
+    interrupt: &mut tokio::signal::unix::Signal,
+) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
 }
 
-fn impatient() -> Error {
-    Error::new(Kind::Io, "ended by a second signal").hint("start the daemon again to recover its devices")
+fn second_signal() -> Error {
+    Error::new(Kind::Io, "a second signal ended the daemon at once")
+        .hint("start the daemon again to recover its devices")
 }
 
-/// Leaves all devices to the next daemon, or detaches them; a signal ends the wait for that.
+/// Leaves all devices to the next daemon, or detaches them. A signal ends the wait.
 fn stop(engine: &Arc<Engine>, detach_all: bool) -> Result<()> {
     if Arc::strong_count(engine) > 1 {
-        tracing::warn!("calls are still being handled, and end with the daemon");
+        tracing::warn!("some calls are still running and end with the daemon");
     }
     let engine = Arc::clone(engine);
     let runtime = super::daemon::runtime()?;
@@ -298,12 +305,12 @@ fn stop(engine: &Arc<Engine>, detach_all: bool) -> Result<()> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot)?;
         tokio::select! {
             done = tokio::task::spawn_blocking(move || engine.shutdown(detach_all)) => {
-                done.map_err(|error| Error::new(Kind::Internal, format!("the stop failed: {error}")))
+                done.map_err(|error| Error::new(Kind::Internal, format!("the shutdown failed: {error}")))
             }
-            () = again(&mut terminate, &mut interrupt) => Err(impatient()),
+            () = next_signal(&mut terminate, &mut interrupt) => Err(second_signal()),
         }
     });
-    // Does not wait for a shutdown that a second signal has given up.
+    // Does not wait for a shutdown that a second signal interrupted.
     runtime.shutdown_background();
     if stopped.is_ok() {
         tracing::info!("stopped");
@@ -319,50 +326,49 @@ fn check_root() -> Result<()> {
         .hint("run it with sudo, or as the systemd service loopengine"))
 }
 
-/// Takes what this machine has. The line for the log says what that is.
-fn choose(choice: Choice) -> Result<(FrontendKind, String)> {
+/// Selects the frontend. Also returns a line for the log.
+fn choose_frontend(choice: FrontendChoice) -> Result<(FrontendKind, String)> {
     let ublk = Path::new(ublk::CONTROL_NODE).exists();
     match choice {
-        Choice::Auto if !ublk && fuse::check().is_ok() => {
+        FrontendChoice::Auto if !ublk && fuse::check().is_ok() => {
             let (missing, hint) = (ublk::CONTROL_NODE, driver_hint());
-            let line =
-                format!("devices are files (FUSE), for {missing} is missing; to have block devices, {hint}");
+            let line = format!("serving files (FUSE): {missing} is missing; for block devices, {hint}");
             Ok((FrontendKind::Fuse, line))
         }
-        Choice::Auto | Choice::Ublk if !ublk => {
-            let message = format!("the ublk driver is not there ({} is missing)", ublk::CONTROL_NODE);
+        FrontendChoice::Auto | FrontendChoice::Ublk if !ublk => {
+            let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
             Err(Error::new(Kind::Unavailable, message).hint(driver_hint()))
         }
-        Choice::Auto | Choice::Ublk => {
-            Ok((FrontendKind::Ublk, "devices are block devices (ublk)".to_owned()))
+        FrontendChoice::Auto | FrontendChoice::Ublk => {
+            Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
         }
-        Choice::Fuse => {
+        FrontendChoice::Fuse => {
             fuse::check()?;
-            Ok((FrontendKind::Fuse, "devices are files (FUSE)".to_owned()))
+            Ok((FrontendKind::Fuse, "serving files (FUSE)".to_owned()))
         }
     }
 }
 
-/// Files are seen in the mount namespace of the daemon only, and in those that get its mounts.
-fn note_mount_namespace() {
+/// Files are visible only in the mount namespace of the daemon, and where its mounts propagate.
+fn warn_of_mount_namespace() {
     let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
     if let (Some(own), Some(first)) = (of("self"), of("1"))
         && own != first
     {
         tracing::warn!(
-            "this process has a mount namespace of its own, so others may not see its files; under systemd, \
+            "others may not see the files: this process has its own mount namespace; under systemd, \
              {}",
             SYSTEMD_HINT
         );
     }
 }
 
-/// What keeps a service's mounts from the rest of the system: what share/systemd/fuse.conf sets.
+/// Settings that isolate the mounts of a service; share/systemd/fuse.conf changes them.
 const SYSTEMD_HINT: &str = "copy PREFIX/share/loopengine/fuse.conf to /etc/systemd/system/loopengine.service.d, \
      or set PrivateMounts=, ProtectHostname=, ProtectKernelModules=, ProtectKernelLogs= and \
      ProtectControlGroups= to no with 'systemctl edit loopengine'";
 
-/// What to do when the driver is missing.
+/// The next step if the driver is missing.
 pub(super) fn driver_hint() -> String {
     let release = kernels::release();
     let other = format!("use Linux {} or newer with CONFIG_BLK_DEV_UBLK", BLOCK_DEVICES.version());
@@ -373,7 +379,7 @@ pub(super) fn driver_hint() -> String {
     }
 }
 
-/// Is the module among those installed for this kernel? None: which these are is not known here.
+/// True if this kernel has the module installed. None if unknown.
 fn module_exists(release: &str) -> Option<bool> {
     let known = std::fs::read_to_string(format!("/lib/modules/{release}/modules.dep")).ok()?;
     Some(known.lines().any(|line| {
@@ -382,23 +388,23 @@ fn module_exists(release: &str) -> Option<bool> {
     }))
 }
 
-fn own_mounts() -> Result<()> {
+fn enter_mount_namespace() -> Result<()> {
     mntns::enter_own().map_err(|error| {
         Error::os(error, "cannot enter a mount namespace of its own")
             .hint("run the daemon with CAP_SYS_ADMIN, and not in a chroot")
     })?;
-    watched::leave_own_disks();
+    watchers::detach_ublk_mounts();
     Ok(())
 }
 
-/// Tells the service manager, if there is one.
-pub(super) fn tell(states: &[NotifyState<'_>]) {
+/// Notifies the service manager, if there is one.
+pub(super) fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(false, states) {
         tracing::warn!("cannot notify the service manager: {error}");
     }
 }
 
-fn log() {
+fn init_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,fuser=error"));
     let log = tracing_subscriber::fmt()
@@ -406,7 +412,7 @@ fn log() {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false);
-    // The journal has its own clock.
+    // The journal adds timestamps itself.
     let set = if std::env::var_os("JOURNAL_STREAM").is_some() {
         log.without_time().try_init()
     } else {

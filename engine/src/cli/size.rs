@@ -1,9 +1,10 @@
-//! Sizes in bytes, read and shown: `4096`, `1k`, `512M`, `10GiB`. Units are powers of 1024, except that
-//! those that end with B alone (`10GB`) are powers of 1000, as with losetup(8) and dd(1).
+//! Parses and formats sizes in bytes: `4096`, `1k`, `512M`, `10GiB`. Units are powers of 1024,
+//! except those that end with B alone (`10GB`): they are powers of 1000, as in losetup(8) and
+//! dd(1).
 
 const UNITS: &str = "KMGTPE";
 
-/// Reads a size. The error is a sentence for clap to show.
+/// Parses a size. clap prints the error.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
@@ -25,14 +26,14 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         "B" => 1000,
         _ => return Err(wrong()),
     };
-    // UNITS are few: the power fits.
+    // The power is at most 6, so it fits.
     number
         .checked_mul((0..power).fold(1, |product, _| product * base))
         .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or_else(|| format!("'{text}' is too large"))
 }
 
-/// A logical block size.
+/// Parses a logical block size.
 pub(crate) fn parse_block(text: &str) -> Result<u32, String> {
     let bytes = parse(text)?;
     u32::try_from(bytes)
@@ -41,12 +42,12 @@ pub(crate) fn parse_block(text: &str) -> Result<u32, String> {
         .ok_or_else(|| format!("'{text}' is not a block size; give 512, 1024, 2048 or 4096"))
 }
 
-/// A size for people: three digits and a unit, exact where it is whole.
+/// A size in human-readable form: three digits and a unit, exact for whole units.
 pub(super) fn show(bytes: u64) -> String {
     show_f64(bytes as f64)
 }
 
-/// The same for rates.
+/// The same for a rate.
 pub(super) fn show_f64(bytes: f64) -> String {
     let mut value = bytes;
     let mut unit = 'B';
@@ -70,7 +71,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn sizes() {
+    fn parses_sizes() {
         assert_eq!(parse("4096"), Ok(4096));
         assert_eq!(parse("1k"), Ok(1024));
         assert_eq!(parse("512M"), Ok(512 << 20));
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn block_sizes() {
+    fn parses_block_sizes() {
         assert_eq!(parse_block("4k"), Ok(4096));
         for bad in ["0", "256", "513", "8192", "1G", "-512"] {
             assert!(parse_block(bad).is_err(), "{bad}");
@@ -106,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn shown() {
+    fn formats_sizes() {
         assert_eq!(show(0), "0B");
         assert_eq!(show(1023), "1023B");
         assert_eq!(show(10 << 30), "10G");
@@ -116,13 +117,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_panics(text in "\\PC*") {
+        fn parsing_never_panics(text in "\\PC*") {
             let _ = parse(&text);
             let _ = parse_block(&text);
         }
 
         #[test]
-        fn whole_units_survive(number in 0u64..1000, unit in 0usize..5) {
+        fn formatting_inverts_parsing(number in 0u64..1000, unit in 0usize..5) {
             let text = format!("{number}{}", &UNITS[unit..=unit]);
             let bytes = parse(&text).unwrap();
             prop_assert_eq!(bytes, number << (10 * (unit + 1)));

@@ -1,4 +1,4 @@
-//! `loopengine stats`: figures of devices, once or every second.
+//! `loopengine stats`: statistics of devices, once or every second.
 
 use std::io::{self, IsTerminal};
 use std::path::Path;
@@ -13,31 +13,32 @@ use super::{complete, daemon, detach, number, out, size};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Show figures of devices.
+/// Show statistics of devices.
 ///
-/// Counts since the device was attached; with '--watch', rates of the last second. Latencies are
-/// those of a sample of reads and writes since the device was attached, from arrival to completion
-/// in the daemon. BATCH is how many requests arrive at once; PUNTS are operations that leave the
-/// fast path for a kernel helper; FALLBACKS are requests whose buffer was registered by hand.
+/// Prints counts since the device was attached; with '--watch', rates of the last second. Latencies
+/// are sampled from reads and writes since the device was attached, from arrival to completion in
+/// the daemon. BATCH is the average number of requests per arrival. PUNTS are operations that the
+/// kernel moves to a helper thread. FALLBACKS are requests whose buffer the daemon registers with a
+/// separate command.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Device [default: all].
+    /// Show only this device [default: all].
     #[arg(add = complete::devices())]
     device: Option<String>,
 
-    /// Only the devices of this instance.
+    /// Show only the devices of this instance.
     #[arg(short, long, value_name = "NAME", conflicts_with = "device", add = complete::instances())]
     instance: Option<String>,
 
-    /// Show rates, every second, until interrupted.
+    /// Print rates every second until interrupted.
     #[arg(short, long)]
     watch: bool,
 
-    /// With '--watch': stop after N times.
+    /// With '--watch': stop after N intervals.
     #[arg(long, value_name = "N", requires = "watch", value_parser = number::within(1_u64..))]
     count: Option<u64>,
 
-    /// Print JSON (with '--watch' one line each second, of counts); loopengine-json(7) describes it.
+    /// Print JSON; with '--watch', one line of counts per second. See loopengine-json(7).
     #[arg(long)]
     json: bool,
 }
@@ -85,7 +86,7 @@ impl Args {
     }
 }
 
-/// A terminal is redrawn; elsewhere the head of the table comes once.
+/// Redraws a terminal; elsewhere, prints the heading only once.
 fn frame(text: &str, screen: bool, round: u64) -> String {
     if screen {
         return format!("\x1b[H\x1b[2J{text}");
@@ -156,8 +157,8 @@ fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
     ];
     let mut table = Table::new(&heads, RIGHT);
     for device in now {
-        // A device that is new counts from nothing, one of the same name that was attached anew
-        // too (its counts are lower): `saturating_sub` never shows nonsense.
+        // A new device counts from zero. A device that was attached again has lower counts:
+        // `saturating_sub` then yields zero.
         let old = before.iter().find(|old| old.path == device.path);
         let since = |count: fn(&DeviceStats) -> u64| count(device).saturating_sub(old.map_or(0, count));
         let seconds = match old.map(|old| device.at_ns.saturating_sub(old.at_ns)) {
@@ -185,7 +186,7 @@ fn rates(before: &[DeviceStats], now: &[DeviceStats]) -> Table {
     table
 }
 
-/// All columns but the first hold numbers.
+/// All columns except the first are right-aligned numbers.
 const RIGHT: &[bool] =
     &[false, true, true, true, true, true, true, true, true, true, true, true, true, true, true];
 
@@ -196,7 +197,7 @@ fn ratio(requests: u64, batches: u64) -> String {
     }
 }
 
-/// A time for people.
+/// A duration in human-readable form.
 fn time(ns: u64) -> String {
     match ns {
         0 => "-".to_owned(),
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_come_from_two_readings() {
+    fn computes_rates_from_two_readings() {
         let (before, now) = (device(1_000_000_000, 1000), device(3_000_000_000, 9000));
         let text = rates(&[before], &[now]).render();
         let row = text.lines().nth(1).unwrap();
@@ -245,21 +246,21 @@ mod tests {
     }
 
     #[test]
-    fn a_device_attached_anew_shows_no_nonsense() {
+    fn a_reattached_device_has_zero_rates() {
         let text = rates(&[device(2_000, 500)], &[device(1_000, 5)]).render();
         assert!(text.lines().nth(1).unwrap().split_whitespace().nth(1) == Some("0"), "{text}");
         rates(&[], &[device(5, 5)]).render();
     }
 
     #[test]
-    fn frames() {
+    fn prints_the_heading_once() {
         assert_eq!(frame("HEAD\nrow\n", false, 0), "HEAD\nrow\n");
         assert_eq!(frame("HEAD\nrow\n", false, 1), "row\n");
         assert!(frame("HEAD\nrow\n", true, 1).ends_with("HEAD\nrow\n"));
     }
 
     #[test]
-    fn times() {
+    fn formats_durations() {
         assert_eq!(time(0), "-");
         assert_eq!(time(999), "999ns");
         assert_eq!(time(12_340), "12.3us");

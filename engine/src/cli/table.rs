@@ -1,28 +1,28 @@
-//! Aligned columns for people.
+//! Tables with aligned columns.
 
-/// A table; the first row is its head.
+/// A table. The first row is the heading.
 pub(super) struct Table {
     rows: Vec<Vec<String>>,
     right: &'static [bool],
 }
 
 impl Table {
-    /// Columns by their head, and which of them are aligned to the right.
+    /// Creates a table from headings; `right` marks right-aligned columns.
     pub(super) fn new(heads: &[&'static str], right: &'static [bool]) -> Self {
         let head = heads.iter().map(|head| (*head).to_owned()).collect();
         Self { rows: vec![head], right }
     }
 
-    /// Adds a row. Control characters in it (an image may have any name) are made harmless.
+    /// Adds a row. Replaces control characters, which an image name may contain.
     pub(super) fn row(&mut self, cells: Vec<String>) {
-        let harmless = |cell: String| {
+        let printable = |cell: String| {
             let map = |c: char| if c.is_control() { '?' } else { c };
             cell.chars().map(map).collect()
         };
-        self.rows.push(cells.into_iter().map(harmless).collect());
+        self.rows.push(cells.into_iter().map(printable).collect());
     }
 
-    /// The whole, with a line feed after each row and no space at the end of any.
+    /// The table as text, one line per row, without trailing spaces.
     pub(super) fn render(&self) -> String {
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_aligned() {
+    fn aligns_columns() {
         let mut table = Table::new(&["NAME", "SIZE", "NOTE"], &[false, true]);
         table.row(vec!["a".into(), "10G".into(), String::new()]);
         table.row(vec!["longer".into(), "1.5K".into(), "x\n\u{1b}[31m".into()]);

@@ -1,7 +1,7 @@
 //! `[[device]]`: a device that the daemon attaches when it starts.
 //!
-//! Knows the options of 'loopengine attach' as a file has them, and when a device is the one that an
-//! entry asks for. Does not open an image.
+//! Parses the options of 'loopengine attach' in a file, and matches devices to entries. Does not
+//! open images.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
@@ -26,13 +26,13 @@ pub struct DeviceTable {
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
-    /// Also if somebody else uses the image.
+    /// Attach even if the image is in use.
     #[serde(default)]
     pub force: bool,
-    /// First byte of the image that the device shows.
+    /// First byte of the image that the device maps.
     #[serde(default, deserialize_with = "bytes")]
     pub offset: u64,
-    /// Bytes at most; 0: up to the end of the image.
+    /// Maximum size in bytes; 0: to the end of the image.
     #[serde(default, deserialize_with = "bytes")]
     pub size_limit: u64,
     /// Logical block size; 0: the smallest that the image allows.
@@ -47,18 +47,18 @@ pub struct DeviceTable {
     /// Requests in flight in each queue; 0: as many as usual.
     #[serde(default, deserialize_with = "count")]
     pub depth: u32,
-    /// How data crosses; none: the best way that the kernel grants.
+    /// I/O mode; none: the best that the kernel supports.
     pub io_mode: Option<IoMode>,
-    /// Have the kernel look for partitions.
+    /// Have the kernel scan for partitions.
     #[serde(default)]
     pub partscan: bool,
     /// File and line of this entry, for messages.
     #[serde(skip)]
-    pub place: String,
+    pub location: String,
 }
 
 impl DeviceTable {
-    /// How its image is served.
+    /// The specification of its attach.
     pub fn spec(&self) -> AttachSpec {
         AttachSpec {
             instance: self.instance.clone(),
@@ -76,13 +76,14 @@ impl DeviceTable {
         }
     }
 
-    /// Whether both ask for the same device, if not in the same way. No two entries of a file do.
+    /// Whether both describe the same device, even with different options. No two entries of a file
+    /// do.
     pub fn same_device(&self, other: &DeviceTable) -> bool {
         let of = |table: &DeviceTable| (table.instance.clone(), table.image.clone(), table.offset);
         of(self) == of(other)
     }
 
-    /// Whether `device` is the one that this asks for: also when an earlier daemon attached it.
+    /// Whether `device` is the one that this describes, also if an earlier daemon attached it.
     pub fn is(&self, device: &DeviceInfo) -> bool {
         let same = (&self.instance, &self.image, self.offset);
         same == (&device.instance, &device.image, device.offset)
@@ -94,19 +95,19 @@ fn default_instance() -> String {
     DEFAULT_INSTANCE.to_owned()
 }
 
-/// A number, or a word where the command line takes one.
+/// A number or a string.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a number that is not negative, or a string")]
-enum Word {
+enum NumberOrText {
     Number(u64),
     Text(String),
 }
 
-/// What stands there, as the command line would have it.
-pub(super) fn word<'de, D: Deserializer<'de>>(value: D) -> Result<String, D::Error> {
-    Word::deserialize(value).map(|word| match word {
-        Word::Number(number) => number.to_string(),
-        Word::Text(text) => text,
+/// The value as a command line argument.
+pub(super) fn number_or_text<'de, D: Deserializer<'de>>(value: D) -> Result<String, D::Error> {
+    NumberOrText::deserialize(value).map(|number_or_text| match number_or_text {
+        NumberOrText::Number(number) => number.to_string(),
+        NumberOrText::Text(text) => text,
     })
 }
 
@@ -115,25 +116,25 @@ fn absolute<'de, D: Deserializer<'de>>(value: D) -> Result<String, D::Error> {
     if !image.starts_with('/') || image.contains('\0') {
         return Err(D::Error::custom(format!("the image {image:?} is not an absolute path")));
     }
-    // As devices show it: without what a path has twice.
+    // As devices show it: normalized.
     let path = std::path::absolute(&image).map_err(D::Error::custom)?;
     path.into_os_string().into_string().map_err(|_| D::Error::custom("the image is not UTF-8"))
 }
 
 fn bytes<'de, D: Deserializer<'de>>(value: D) -> Result<u64, D::Error> {
-    size::parse(&word(value)?).map_err(D::Error::custom)
+    size::parse(&number_or_text(value)?).map_err(D::Error::custom)
 }
 
 fn block_size<'de, D: Deserializer<'de>>(value: D) -> Result<u32, D::Error> {
-    size::parse_block(&word(value)?).map_err(D::Error::custom)
+    size::parse_block(&number_or_text(value)?).map_err(D::Error::custom)
 }
 
 fn count<'de, D: Deserializer<'de>>(value: D) -> Result<u32, D::Error> {
-    number::within(1..=4096_u32)(&word(value)?).map_err(D::Error::custom)
+    number::within(1..=4096_u32)(&number_or_text(value)?).map_err(D::Error::custom)
 }
 
 fn device_number<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u32>, D::Error> {
-    number::within(0..=NUMBER_MAX)(&word(value)?).map(Some).map_err(D::Error::custom)
+    number::within(0..=NUMBER_MAX)(&number_or_text(value)?).map(Some).map_err(D::Error::custom)
 }
 
 #[cfg(test)]
@@ -166,13 +167,13 @@ mod tests {
             io_mode: Some(IoMode::Copy),
             partscan: true,
         };
-        assert_eq!((first.spec(), first.force, &*first.place), (spec, true, "x.toml, line 2"));
+        assert_eq!((first.spec(), first.force, &*first.location), (spec, true, "x.toml, line 2"));
         let usual = AttachSpec { path: "/b.img".into(), ..crate::cli::plain("default") };
-        assert_eq!((second.spec(), second.force, &*second.place), (usual, false, "x.toml, line 16"));
+        assert_eq!((second.spec(), second.force, &*second.location), (usual, false, "x.toml, line 16"));
     }
 
     #[test]
-    fn mistakes_are_named_with_their_line() {
+    fn errors_name_their_line() {
         for (entry, line, says) in [
             ("image = 'a.img'", 3, "not an absolute path"),
             ("image = \"/a\\u0000b\"", 3, "not an absolute path"),
@@ -187,13 +188,13 @@ mod tests {
             ("image = '/a'\nname = 'x'", 4, "`name`"),
         ] {
             let message = refused(&format!("\n[[device]]\n{entry}\n"));
-            let place = format!("x.toml, line {line}: ");
-            assert!(message.starts_with(&place) && message.contains(says), "{entry}: {message}");
+            let location = format!("x.toml, line {line}: ");
+            assert!(message.starts_with(&location) && message.contains(says), "{entry}: {message}");
         }
     }
 
     #[test]
-    fn no_two_entries_ask_for_the_same() {
+    fn rejects_two_entries_for_the_same_device() {
         let twice = "[[device]]\nimage = '/a'\n[[device]]\nimage = '/./a'\nread_only = true\n";
         let message = refused(twice);
         assert_eq!(message, "x.toml, line 3: the image /a appears twice in the instance 'default'");

@@ -1,7 +1,7 @@
 //! The configuration file, and every default that a user can change.
 //!
-//! Knows TOML and the specifications of instances; does not know who serves them. What a value
-//! means is checked by the instance that gets it; here, that it has the right form.
+//! Knows TOML and the specifications of instances. Checks the form of values; the instance that
+//! gets a value checks its meaning.
 
 mod device;
 
@@ -20,40 +20,40 @@ use crate::limits::{USER_DEVICES, USER_POOLS};
 use crate::private::{Defaults, UserLimit};
 pub use device::DeviceTable;
 
-/// Where the daemon keeps its socket, its state and the names of devices.
+/// Directory of the daemon's sockets, state and device names.
 pub const RUN_DIR: &str = "/run/loopengine";
 
-/// Read by `serve` if it exists and no other file was named.
+/// Default configuration file of `serve`; may be missing.
 pub const CONFIG_FILE: &str = "/etc/loopengine.toml";
 
-/// Devices that an instance may have unless told otherwise.
+/// Default device limit of an instance.
 pub const MAX_DEVICES: u32 = 256;
 
-/// The worker switches that measured best.
+/// Default worker options: those that measured best.
 pub const TUNING: Tuning = Tuning { linked_commit: true, poll_us: 0 };
 
-/// What a user may have of private pools unless told otherwise.
+/// Default limits per user of private pools.
 pub const PRIVATE: Defaults = Defaults { devices: USER_DEVICES, pools: USER_POOLS };
 
-/// Larger files are not configuration.
+/// Maximum size of a configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// A configuration file, as written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// How devices are shown to their users.
-    pub frontend: Option<Choice>,
-    /// Devices have names below /dev as well.
+    /// The frontend of all devices.
+    pub frontend: Option<FrontendChoice>,
+    /// Devices also have names below /dev.
     #[serde(default)]
     pub dev_links: bool,
     /// The instance `default`.
     #[serde(default)]
-    pub default: Limits,
-    /// Switches of all workers.
+    pub default: DefaultTable,
+    /// Options of all workers.
     #[serde(default)]
     pub tuning: TuningTable,
-    /// What users may have of private pools.
+    /// Limits per user of private pools.
     #[serde(default)]
     pub private: PrivateTable,
     /// Instances to create at start.
@@ -67,8 +67,8 @@ pub struct Config {
 /// `frontend`, and `serve --frontend`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Choice {
-    /// Block devices where the ublk driver is there, else files.
+pub enum FrontendChoice {
+    /// Block devices if the ublk driver is available, else files.
     #[default]
     Auto,
     /// Block devices.
@@ -80,10 +80,10 @@ pub enum Choice {
 /// `[default]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Limits {
-    /// Devices at the most.
+pub struct DefaultTable {
+    /// Maximum number of devices.
     pub max_devices: Option<u32>,
-    /// Worker threads; 0 or none: one for each CPU it may use.
+    /// Worker threads; 0 or none: one per usable CPU.
     pub workers: Option<u32>,
     /// CPUs that the workers may run on.
     pub cpus: Option<String>,
@@ -107,20 +107,20 @@ pub struct PrivateTable {
     pub max_per_user: Option<u32>,
     /// Private pools of one user.
     pub max_pools_per_user: Option<u32>,
-    /// File systems that users may have the kernel mount from devices of theirs.
+    /// File systems that the kernel may mount for users, from their devices.
     #[serde(default)]
     pub kernel_mounts: Vec<String>,
-    /// What single users may have instead.
+    /// Limits of single users.
     #[serde(default)]
     pub user: Vec<Spanned<UserTable>>,
 }
 
-/// `[[private.user]]`. What is left out is as for everybody.
+/// `[[private.user]]`. Missing values have the general limit.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UserTable {
-    /// Its name in /etc/passwd, or its number.
-    #[serde(deserialize_with = "device::word")]
+    /// The user's name in /etc/passwd, or number.
+    #[serde(deserialize_with = "device::number_or_text")]
     pub user: String,
     /// Devices of all its private pools.
     pub max_devices: Option<u32>,
@@ -134,16 +134,16 @@ pub struct UserTable {
 pub struct InstanceTable {
     /// Its name.
     pub name: String,
-    /// Devices at the most.
+    /// Maximum number of devices.
     pub max_devices: Option<u32>,
-    /// Worker threads; 0 or none: one for each CPU it may use.
+    /// Worker threads; 0 or none: one per usable CPU.
     pub workers: Option<u32>,
     /// CPUs that the workers may run on.
     pub cpus: Option<String>,
 }
 
 impl Config {
-    /// Reads `file`, or [`CONFIG_FILE`] if none is named; that one may be missing.
+    /// Reads `file`, or [`CONFIG_FILE`] if none is given; the latter may be missing.
     pub fn load(file: Option<&Path>) -> Result<Config> {
         let path = file.unwrap_or(Path::new(CONFIG_FILE));
         let text = match read(path) {
@@ -154,18 +154,18 @@ impl Config {
         Config::parse(&text, &path.display().to_string())
     }
 
-    /// Parses `text`; `name` is what errors call it.
+    /// Parses `text`; `name` is its name in errors.
     pub fn parse(text: &str, name: &str) -> Result<Config> {
-        let place = |start: usize| {
+        let location = |start: usize| {
             let line = 1 + text.bytes().take(start).filter(|&byte| byte == b'\n').count();
             format!("{name}, line {line}")
         };
         let mut config: Config = toml::from_str(text).map_err(|error| {
             let message = error.message().replace('\n', ", ");
-            invalid(format!("{}: {message}", place(error.span().map_or(0, |span| span.start))))
+            invalid(format!("{}: {message}", location(error.span().map_or(0, |span| span.start))))
         })?;
         for table in &mut config.device {
-            table.get_mut().place = place(table.span().start);
+            table.get_mut().location = location(table.span().start);
         }
         config.check(name)?;
         config.check_devices()?;
@@ -173,7 +173,7 @@ impl Config {
         for (at, table) in users.iter().enumerate() {
             let user = &table.get_ref().user;
             if users[..at].iter().any(|other| other.get_ref().user == *user) {
-                let message = format!("{}: the user '{user}' appears twice", place(table.span().start));
+                let message = format!("{}: the user '{user}' appears twice", location(table.span().start));
                 return Err(invalid(message));
             }
         }
@@ -182,17 +182,18 @@ impl Config {
 
     fn check_devices(&self) -> Result<()> {
         for (at, table) in self.devices().enumerate() {
-            let DeviceTable { image, instance, number, place, .. } = table;
+            let DeviceTable { image, instance, number, location, .. } = table;
             for other in self.devices().take(at) {
                 if table.same_device(other) {
                     let message =
-                        format!("{place}: the image {image} appears twice in the instance '{instance}'");
+                        format!("{location}: the image {image} appears twice in the instance '{instance}'");
                     return Err(invalid(message));
                 }
                 if let (Some(number), true) = (number, other.instance == *instance)
                     && other.number == Some(*number)
                 {
-                    let message = format!("{place}: loop{number} of the instance '{instance}' appears twice");
+                    let message =
+                        format!("{location}: loop{number} of the instance '{instance}' appears twice");
                     return Err(invalid(message));
                 }
             }
@@ -220,7 +221,7 @@ impl Config {
                 let hint = error.next_step().unwrap_or_default().to_owned();
                 Error::new(error.kind(), format!("{name}, kernel_mounts: {}", error.message())).hint(hint)
             };
-            policy::named(listed).map_err(unknown)?;
+            policy::find_or_err(listed).map_err(unknown)?;
         }
         Ok(())
     }
@@ -268,7 +269,7 @@ impl Config {
         (users, unknown)
     }
 
-    /// Worker switches.
+    /// Worker options.
     pub fn tuning(&self) -> Tuning {
         Tuning {
             linked_commit: self.tuning.linked_commit.unwrap_or(TUNING.linked_commit),
@@ -276,7 +277,7 @@ impl Config {
         }
     }
 
-    /// What a user may have of private pools.
+    /// Limits per user of private pools.
     pub fn private(&self) -> Defaults {
         Defaults {
             devices: self.private.max_per_user.unwrap_or(PRIVATE.devices),
@@ -289,7 +290,7 @@ impl Config {
         self.private.kernel_mounts.iter().filter_map(|name| policy::find(name)).collect()
     }
 
-    /// All that the engine wants to know.
+    /// The configuration of the engine.
     pub fn engine(&self, run_dir: PathBuf, frontend: FrontendKind) -> EngineConfig {
         let (default_instance, tuning) = (self.default_instance(), self.tuning());
         EngineConfig { run_dir, default_instance, frontend, tuning, dev_links: self.dev_links }
@@ -325,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_the_defaults() {
+    fn an_empty_file_has_the_defaults() {
         let config = Config::parse("", "x.toml").unwrap();
         assert_eq!(config, Config::default());
         assert_eq!(config.tuning(), TUNING);
@@ -334,13 +335,13 @@ mod tests {
     }
 
     #[test]
-    fn everything() {
+    fn parses_every_section() {
         let text = "frontend = 'fuse'\n[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
                     [tuning]\nlinked_commit = true\npoll_us = 50\n[private]\nmax_per_user = 9\n\
                     kernel_mounts = ['ext4', 'xfs']\n\
                     [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
         let config = Config::parse(text, "x.toml").unwrap();
-        assert_eq!(config.frontend, Some(Choice::Fuse));
+        assert_eq!(config.frontend, Some(FrontendChoice::Fuse));
         let engine = config.engine(PathBuf::from("/run/x"), FrontendKind::Fuse);
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
@@ -395,7 +396,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_is_read(max in 1u32.., workers in 0u32..64, poll in any::<u32>(), linked: bool) {
+        fn parses_what_is_written(max in 1u32.., workers in 0u32..64, poll in any::<u32>(), linked: bool) {
             let text = format!(
                 "[default]\nmax_devices = {max}\nworkers = {workers}\n[tuning]\npoll_us = {poll}\nlinked_commit = {linked}\n"
             );

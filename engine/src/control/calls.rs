@@ -1,4 +1,4 @@
-//! The calls of the interface, as a client makes them.
+//! The client's proxy of the interface.
 
 use std::os::fd::OwnedFd;
 
@@ -7,44 +7,44 @@ use super::reply::*;
 use crate::instance::spec::{AttachSpec, InstanceSpec, RecoverSpec};
 
 #[zlink::proxy(interface = "io.loopengine")]
-pub(super) trait Calls {
-    async fn get_features(&mut self) -> zlink::Result<Result<Granted, Fault>>;
-    async fn create_instance(&mut self, spec: &InstanceSpec) -> zlink::Result<Result<Instance, Fault>>;
-    async fn list_instances(&mut self) -> zlink::Result<Result<Instances, Fault>>;
+pub(super) trait ControlCalls {
+    async fn get_features(&mut self) -> zlink::Result<Result<FeaturesReply, Fault>>;
+    async fn create_instance(&mut self, spec: &InstanceSpec) -> zlink::Result<Result<InstanceReply, Fault>>;
+    async fn list_instances(&mut self) -> zlink::Result<Result<InstancesReply, Fault>>;
     async fn remove_instance(&mut self, name: &str, force: bool) -> zlink::Result<Result<(), Fault>>;
     async fn attach(
         &mut self,
         spec: &AttachSpec,
         force: bool,
         #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> zlink::Result<Result<Device, Fault>>;
+    ) -> zlink::Result<Result<DeviceReply, Fault>>;
     async fn detach(
         &mut self,
         device: Option<&str>,
         instance: Option<&str>,
         all: bool,
         force: bool,
-    ) -> zlink::Result<Result<Detached, Fault>>;
+    ) -> zlink::Result<Result<DetachReply, Fault>>;
     async fn resize(
         &mut self,
         device: &str,
         size: Option<u64>,
         shrink: bool,
         force: bool,
-    ) -> zlink::Result<Result<Device, Fault>>;
+    ) -> zlink::Result<Result<DeviceReply, Fault>>;
     async fn recover(
         &mut self,
         spec: &RecoverSpec,
         #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> zlink::Result<Result<Device, Fault>>;
+    ) -> zlink::Result<Result<DeviceReply, Fault>>;
     async fn list_devices(
         &mut self,
         device: Option<&str>,
         instance: Option<&str>,
-    ) -> zlink::Result<Result<Devices, Fault>>;
+    ) -> zlink::Result<Result<DevicesReply, Fault>>;
     async fn get_stats(
         &mut self,
         device: Option<&str>,
         instance: Option<&str>,
-    ) -> zlink::Result<Result<Stats, Fault>>;
+    ) -> zlink::Result<Result<StatsReply, Fault>>;
 }

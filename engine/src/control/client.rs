@@ -1,4 +1,4 @@
-//! The calls of the control socket, for programs: one method each.
+//! The client of the control socket: one method per call.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -7,23 +7,23 @@ use std::time::Duration;
 use zlink::tokio::unix::Connection;
 
 use super::SOCKET;
-use super::calls::Calls;
-use super::session::{ONE_MAX, Session, copies};
+use super::calls::ControlCalls;
+use super::session::{ClientSession, ONE_MAX, copies};
 use crate::error::Result;
 use crate::instance::Selector;
 use crate::instance::spec::*;
 
-/// A call about many devices may take that long.
+/// Deadline of a call for many devices.
 const MANY_MAX: Duration = Duration::from_secs(600);
 
 /// A connection to the daemon.
 #[derive(Debug)]
-pub struct Client(Session);
+pub struct Client(ClientSession);
 
 impl Client {
     /// Connects to the daemon that serves `run_dir`. Needs a tokio runtime.
     pub async fn connect(run_dir: &Path) -> Result<Client> {
-        Session::connect(run_dir.join(SOCKET)).await.map(Client)
+        ClientSession::connect(run_dir.join(SOCKET)).await.map(Client)
     }
 
     /// The daemon's process, as the kernel knows it.

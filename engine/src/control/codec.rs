@@ -1,7 +1,6 @@
-//! An attach call as it crosses the socket, for benches and tests.
+//! Encodes and decodes calls, for benches and tests.
 //!
-//! What decodes here is the very type that the server decodes, so a bench of it measures the
-//! server's own work.
+//! Decodes the server's own type, so a bench measures the server's own work.
 
 use serde::Serialize;
 use zlink::Call;
@@ -25,10 +24,10 @@ pub fn encode_attach(spec: &AttachSpec) -> Result<Vec<u8>> {
         .map_err(|error| Error::new(Kind::Internal, format!("cannot encode a call: {error}")))
 }
 
-/// Decodes any call as the server does. The call is dropped: only its validity is answered.
+/// Decodes any call as the server does, and drops it.
 pub fn decode_call(message: &[u8]) -> Result<()> {
-    type Known<'de> = <ControlService as Service<Stream>>::MethodCall<'de>;
-    match serde_json::from_slice::<Call<Known<'_>>>(message) {
+    type DecodedCall<'de> = <ControlService as Service<Stream>>::MethodCall<'de>;
+    match serde_json::from_slice::<Call<DecodedCall<'_>>>(message) {
         Ok(call) => {
             std::hint::black_box(call);
             Ok(())

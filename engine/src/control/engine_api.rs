@@ -1,4 +1,4 @@
-//! What the control service needs of an engine. A trait, so that tests can stand in for one.
+//! The engine's interface for the control service. A trait, so that tests can replace it.
 
 use std::os::fd::OwnedFd;
 
@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::instance::spec::*;
 use crate::instance::{Engine, Selector};
 
-/// The calls of [`Engine`] that clients can make. All may block: the service calls them on
-/// blocking threads, several at a time.
+/// The calls of [`Engine`] that clients can make. All may block: the service runs them on blocking
+/// threads, several in parallel.
 pub trait EngineApi: Send + Sync + 'static {
     /// See [`Engine::features`].
     fn features(&self) -> Result<Features>;

@@ -1,4 +1,4 @@
-//! How an [`Error`] travels: a varlink error named after its kind, with its message and next step.
+//! The encoding of an [`Error`]: a varlink error named after its kind, with its message and hint.
 
 use zlink::introspect;
 

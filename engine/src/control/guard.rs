@@ -1,11 +1,11 @@
-//! A varlink socket that gives zlink one whole message at a time, and no descriptor ever.
+//! A varlink socket that passes zlink one whole message at a time, without descriptors.
 //!
-//! It has an idle deadline, a deadline for a whole message, a write deadline, a stop switch, and bounds
-//! on what comes. Descriptors go to the connection's [`Inbox`], where the call looks for them; what it
-//! leaves there is closed before the next message is read, on a thread of the connection's own.
+//! It enforces an idle deadline, a deadline per message, a write deadline, a stop switch, and size
+//! limits. Descriptors go to the connection's [`Inbox`], from which the call takes them; the rest
+//! are closed before the next message is read, on a thread of the connection's own.
 //!
-//! zlink reads a connection only while no call of it is being handled. So ending the connection at
-//! the next read lets a call that is being handled send its answer first.
+//! zlink reads a connection only while it handles no call. So ending the connection at the next
+//! read lets a call in progress send its reply first.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,32 +17,32 @@ use zlink::connection::PassedCredentials;
 use zlink::connection::socket::{ReadHalf, ReadResult, Socket, WriteHalf};
 
 use super::link::Link;
-use super::slots::Slot;
+use super::slots::ConnectionSlot;
 use crate::limits::{
     CONTROL_DESCRIPTORS_MAX, MESSAGE_MAX, MESSAGE_TIME_MAX, PRIVATE_DESCRIPTORS_MAX, PRIVATE_IDLE_MAX,
 };
 use crate::received::{Disposal, Received};
 
-/// A client that does not take its answer for this long is left.
+/// Deadline for a client to read a reply.
 const WRITE_MAX: Duration = Duration::from_secs(10);
-/// How long descriptors of the last message may take to close before the next is read.
+/// Deadline to close the descriptors of the last message before the next is read.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
 const READ_BYTES: usize = 4096;
 
-/// What may come on a connection.
+/// The limits of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
-    /// Bytes of a message.
+    /// Maximum bytes of a message.
     pub(super) bytes: usize,
-    /// Descriptors since the last complete message.
+    /// Maximum descriptors since the last complete message.
     pub(super) descriptors: usize,
-    /// Time between messages.
+    /// Maximum time between messages.
     pub(super) idle: Duration,
-    /// Time for a message, from its first byte.
+    /// Maximum time for a message, from its first byte.
     pub(super) message: Duration,
 }
 
-/// Of the control socket.
+/// The limits of the control socket.
 pub(super) const CONTROL: Bounds = Bounds {
     bytes: 1 << 20,
     descriptors: CONTROL_DESCRIPTORS_MAX,
@@ -50,7 +50,8 @@ pub(super) const CONTROL: Bounds = Bounds {
     message: MESSAGE_TIME_MAX,
 };
 
-/// Of the socket for private pools: its calls are small, and programs that use it talk at once.
+/// The limits of the socket for private pools: its calls are small, and its clients do not wait
+/// between them.
 pub(super) const PRIVATE: Bounds = Bounds {
     bytes: MESSAGE_MAX,
     descriptors: PRIVATE_DESCRIPTORS_MAX,
@@ -58,7 +59,7 @@ pub(super) const PRIVATE: Bounds = Bounds {
     message: MESSAGE_TIME_MAX,
 };
 
-/// The descriptors of the message that is being handled.
+/// The descriptors of the message in progress.
 #[derive(Clone, Debug)]
 pub struct Inbox(Arc<Mutex<Vec<Received>>>, Disposal);
 
@@ -67,32 +68,32 @@ impl Inbox {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All of them, for the call.
+    /// Takes all of them, for the call.
     pub(super) fn take(&self) -> Vec<Received> {
         std::mem::take(&mut *self.files())
     }
 
-    /// Keeps what an answer brings, whose last reference zlink would otherwise close.
+    /// Keeps the descriptors of a reply, whose last reference zlink would otherwise close.
     pub(super) fn keep(&self, files: impl IntoIterator<Item = OwnedFd>) {
         self.files().extend(files.into_iter().map(|file| Received::new(file, &self.1)));
     }
 }
 
-/// See the module.
+/// The guarded socket.
 #[derive(Debug)]
 pub(super) struct Guarded {
     link: Arc<Link>,
-    slot: Option<Arc<Slot>>,
+    slot: Option<Arc<ConnectionSlot>>,
     stop: watch::Receiver<bool>,
     bounds: Bounds,
     inbox: Inbox,
 }
 
 impl Guarded {
-    /// `slot`: where calls need a share.
+    /// `slot`: if calls are limited.
     pub(super) fn new(
         link: Link,
-        slot: Option<Arc<Slot>>,
+        slot: Option<Arc<ConnectionSlot>>,
         stop: watch::Receiver<bool>,
         bounds: Bounds,
     ) -> Self {
@@ -122,10 +123,10 @@ impl Socket for Guarded {
 #[derive(Debug)]
 pub(super) struct GuardedRead {
     incoming: Incoming,
-    slot: Option<Arc<Slot>>,
+    slot: Option<Arc<ConnectionSlot>>,
     stop: watch::Receiver<bool>,
     inbox: Inbox,
-    /// What zlink has not read yet of the message at the start of the buffer.
+    /// The part of the message at the start of the buffer that zlink has not read yet.
     message: std::ops::Range<usize>,
 }
 
@@ -147,7 +148,7 @@ impl ReadHalf for GuardedRead {
             };
             let end = tokio::select! {
                 biased;
-                // Also when the sender is gone: then the server has ended.
+                // Also if the sender is gone: then the server has ended.
                 _ = self.stop.wait_for(|&stop| stop) => Err(zlink::Error::UnexpectedEof),
                 () = evicted => Err(zlink::Error::UnexpectedEof),
                 end = incoming.message(slot.as_deref()) => end,
@@ -163,20 +164,20 @@ impl ReadHalf for GuardedRead {
     }
 }
 
-/// What has come and was not handled yet.
+/// Received data that is not handled yet.
 #[derive(Debug)]
 struct Incoming {
     link: Arc<Link>,
     bounds: Bounds,
     buffer: Vec<u8>,
-    /// With the position of the byte that each came with.
+    /// Each with the position of the byte that it arrived with.
     files: Vec<(usize, Received)>,
 }
 
 impl Incoming {
-    /// Waits until the buffer starts with a whole message, whose descriptors are the only ones, and until
-    /// its call may begin. Answers its length.
-    async fn message(&mut self, slot: Option<&Slot>) -> zlink::Result<usize> {
+    /// Waits until the buffer starts with a whole message, whose descriptors are the only ones, and
+    /// until its call may begin. Returns its length.
+    async fn message(&mut self, slot: Option<&ConnectionSlot>) -> zlink::Result<usize> {
         let Bounds { bytes, idle, message, .. } = self.bounds;
         let mut deadline = Instant::now() + if self.buffer.is_empty() { idle } else { message };
         let end = loop {
@@ -192,11 +193,11 @@ impl Incoming {
                 deadline = Instant::now() + message;
             }
         };
-        // Descriptors come with a message of their own: none of a next one is there yet.
+        // Descriptors belong to their own message: none of a next one may be here yet.
         if self.files.iter().any(|(at, _)| *at >= end) {
             return Err(zlink::Error::BufferOverflow);
         }
-        // Who sends what cannot be closed does not go on to send more.
+        // A client whose descriptors cannot be closed must not send more.
         let closed = timeout(CLOSE_MAX, self.link.disposal().finished());
         closed.await.map_err(|_| zlink::Error::SocketRead)?;
         if let Some(slot) = slot {
@@ -217,7 +218,7 @@ impl Incoming {
         self.buffer.extend_from_slice(buf.get(..part.bytes).unwrap_or_default());
         let at = self.buffer.len() - 1;
         self.files.extend(part.files.into_iter().map(|file| (at, file)));
-        if part.cut || self.files.len() > self.bounds.descriptors {
+        if part.truncated || self.files.len() > self.bounds.descriptors {
             return Err(zlink::Error::BufferOverflow);
         }
         Ok(())
@@ -230,7 +231,7 @@ pub(super) struct GuardedWrite {
 }
 
 impl WriteHalf for GuardedWrite {
-    /// That nobody takes the answer is no failure of ours: the connection ends at the next read.
+    /// A failed write is not an error here: the connection ends at the next read.
     async fn write(
         &mut self,
         buf: &[u8],
@@ -241,8 +242,8 @@ impl WriteHalf for GuardedWrite {
         let written = timeout(WRITE_MAX, self.link.write(buf, &fds)).await;
         match written {
             Ok(Ok(())) => return Ok(()),
-            Ok(Err(error)) => tracing::debug!("an answer was not sent: {error}"),
-            Err(_) => tracing::debug!("a client did not take its answer"),
+            Ok(Err(error)) => tracing::debug!("cannot send a reply: {error}"),
+            Err(_) => tracing::debug!("a client did not read its reply in time"),
         }
         self.link.set_broken();
         Ok(())
@@ -262,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silence_ends_a_connection() {
+    async fn ends_an_idle_connection() {
         let (_theirs, mut read, _stop) = pair(Bounds { idle: Duration::from_millis(30), ..PRIVATE });
         let started = Instant::now();
         let error = read.read(&mut [0; 8]).await.unwrap_err();
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_has_a_deadline_however_it_comes() {
+    async fn a_trickled_message_has_a_deadline() {
         let (theirs, mut read, _stop) = pair(Bounds { message: Duration::from_millis(60), ..PRIVATE });
         let started = Instant::now();
         let trickle = async {
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn messages_come_one_by_one_and_in_pieces_that_fit() {
+    async fn passes_messages_one_by_one_in_pieces() {
         let (theirs, mut read, _stop) = pair(PRIVATE);
         theirs.try_write(b"hello\0again\0").unwrap();
         let mut buf = [0; 4];
@@ -300,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn too_much_ends_it() {
+    async fn ends_a_connection_with_too_long_a_message() {
         let (theirs, mut read, _stop) = pair(Bounds { bytes: 6, ..PRIVATE });
         theirs.try_write(b"hello again").unwrap();
         let error = read.read(&mut [0; 8]).await.unwrap_err();
@@ -308,7 +309,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stop_ends_it_at_once_and_for_good() {
+    async fn a_stop_ends_the_connection_permanently() {
         let (theirs, mut read, stop) = pair(PRIVATE);
         theirs.try_write(b"hello\0").unwrap();
         assert_eq!(read.read(&mut [0; 8]).await.unwrap().bytes_read(), 6);

@@ -1,9 +1,8 @@
-//! One accepted connection as the kernel sees it: reads with descriptors, writes with descriptors, and a
-//! close that keeps nobody waiting.
+//! One accepted connection: reads and writes with descriptors, and a close that never blocks.
 //!
-//! What lies unread in a socket is closed with it, strangers' files too. So a [`Link`] that is dropped
-//! shuts the connection down, and leaves the close to the sender's disposal if there are such files. Knows sockets; does not
-//! know messages.
+//! Unread descriptors in a socket are closed with it. So a dropped [`Link`] shuts the connection
+//! down, and leaves the close to the sender's disposal if there are such descriptors. Knows
+//! sockets; does not know messages.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -22,33 +21,33 @@ use tokio::net::UnixStream;
 use crate::limits::RESERVED_DESCRIPTORS;
 use crate::received::{Disposal, Received};
 
-/// Descriptors of one sendmsg(2) at the most (SCM_MAX_FD). Space for all: what does not fit is closed
-/// by the kernel, on the thread that reads.
+/// Maximum descriptors of one sendmsg(2) (SCM_MAX_FD). There is space for all: the kernel closes
+/// the excess on the thread that reads.
 const FDS_MAX: usize = 253;
-/// Reads of what is left in a socket; a socket's buffer holds no more.
+/// Maximum reads to drain a socket; its buffer holds no more.
 const READS_MAX: usize = 256;
 
-/// See the module.
+/// An accepted connection.
 #[derive(Debug)]
 pub(super) struct Link {
     stream: Option<UnixStream>,
     disposal: Disposal,
-    /// The other side takes nothing more.
+    /// A write has failed.
     broken: AtomicBool,
-    /// Descriptors with this number or a higher one are not for clients.
+    /// Descriptor numbers from here on are not for clients.
     fd_limit: i32,
 }
 
-/// What one read brought. The descriptors came with its last byte.
+/// The result of one read. The descriptors arrived with its last byte.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct ReceivedChunk {
     pub(super) bytes: usize,
     pub(super) files: Vec<Received>,
-    /// Descriptors were left out, because the process has no more, or no more for clients.
-    pub(super) cut: bool,
+    /// Descriptors were dropped, because the process has no more, or no more for clients.
+    pub(super) truncated: bool,
 }
 
-/// The number from which on descriptors are kept for root and the daemon itself.
+/// The descriptor number from which on descriptors are reserved for root and the daemon.
 pub(super) fn fd_limit() -> i32 {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1 << 30);
     i32::try_from(limit - RESERVED_DESCRIPTORS.min(limit / 2)).unwrap_or(i32::MAX)
@@ -77,23 +76,24 @@ impl Link {
         self.stream.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    pub(super) async fn read(&self, buf: &mut [u8]) -> io::Result<Part> {
+    pub(super) async fn read(&self, buf: &mut [u8]) -> io::Result<ReceivedChunk> {
         self.stream()?.async_io(Interest::READABLE, || self.receive(buf)).await
     }
 
-    fn receive(&self, buf: &mut [u8]) -> io::Result<Part> {
+    fn receive(&self, buf: &mut [u8]) -> io::Result<ReceivedChunk> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
-        let mut beside = RecvAncillaryBuffer::new(&mut space);
-        let got = recvmsg(self.stream()?, &mut [IoSliceMut::new(buf)], &mut beside, RecvFlags::CMSG_CLOEXEC)?;
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let got =
+            recvmsg(self.stream()?, &mut [IoSliceMut::new(buf)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
         let mut files = Vec::new();
-        for message in beside.drain() {
-            if let RecvAncillaryMessage::ScmRights(came) = message {
-                files.extend(came.map(|file| Received::new(file, &self.disposal)));
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = message {
+                files.extend(received.map(|file| Received::new(file, &self.disposal)));
             }
         }
-        let cut = got.flags.contains(ReturnFlags::CTRUNC)
+        let truncated = got.flags.contains(ReturnFlags::CTRUNC)
             || files.iter().any(|file: &Received| file.number() >= self.fd_limit);
-        Ok(Part { bytes: got.bytes, files, cut })
+        Ok(ReceivedChunk { bytes: got.bytes, files, truncated })
     }
 
     pub(super) async fn write(&self, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -105,18 +105,18 @@ impl Link {
         Ok(())
     }
 
-    /// Sends what fits at once.
+    /// Sends what fits without blocking.
     pub(super) fn send(&self, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
-        let mut beside = SendAncillaryBuffer::new(&mut space);
-        if !files.is_empty() && !beside.push(SendAncillaryMessage::ScmRights(files)) {
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {
             return Err(Errno::TOOMANYREFS.into());
         }
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        Ok(sendmsg(self.stream()?, &[IoSlice::new(bytes)], &mut beside, flags)?)
+        Ok(sendmsg(self.stream()?, &[IoSlice::new(bytes)], &mut ancillary, flags)?)
     }
 
-    /// Says that nothing more comes from here.
+    /// Shuts down the sending side.
     pub(super) fn end_writing(&self) {
         let _ =
             self.stream().map(|stream| rustix::net::shutdown(stream.as_fd(), rustix::net::Shutdown::Write));
@@ -129,18 +129,20 @@ impl Link {
             if stream.ready(Interest::READABLE).await?.is_read_closed() {
                 return Ok(());
             }
-            // What has come stays unread, for its descriptors; wait for the next event.
+            // Leaves received data unread, because of its descriptors, and waits for the next
+            // event.
             let _ = stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
         }
     }
 }
 
-/// Reads and forgets what lies in `stream`, which nobody can write to any more, up to the first
-/// descriptor. False: there is one, or it cannot be told.
+/// Discards the unread data of `stream`, which nobody can write to any more, up to the first
+/// descriptor. False: there is one, or that is unknown.
 fn drain(stream: &std::os::unix::net::UnixStream) -> bool {
     let mut buf = [0; 4096];
     for _ in 0..READS_MAX {
-        // Without space for descriptors the kernel tells of them, and a look leaves them where they are.
+        // Without space for descriptors the kernel reports them, and a peek leaves them in the
+        // socket.
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let mut none = RecvAncillaryBuffer::default();
         match recvmsg(stream, &mut [IoSliceMut::new(&mut buf)], &mut none, flags) {

@@ -1,15 +1,15 @@
-//! Two sockets in the run directory, each with a varlink service, and their clients: `control` for the
-//! administrator, `private` for everybody who wants loop devices of its own.
+//! The control sockets in the run directory, each with a varlink service, and their clients:
+//! `control` for the administrator, `private` for everybody who needs loop devices.
 //!
 //! ```text
-//!  client ── call, image fd ──► server ── one task a connection ──► service ──► Backend (the engine)
+//!  client ── call, image fd ──► server ── one task per connection ──► service ──► EngineApi
 //!         ◄── reply or fault ──        slots, link, guard: who,        on a blocking thread
 //!                                      how long, how much, what fds
 //! ```
-//! Knows the interface of the engine (through [`EngineApi`]), credentials of callers, and how errors
-//! travel. Knows nothing of ublk, rings or images.
+//! Knows the engine's interface (through [`EngineApi`]), credentials of callers, and the encoding
+//! of errors. Knows nothing of ublk, rings or images.
 
-mod apart;
+mod blocking;
 mod calls;
 pub mod client;
 pub mod codec;
@@ -28,7 +28,7 @@ mod service;
 mod session;
 mod slots;
 
-pub(crate) use apart::apart;
+pub(crate) use blocking::run_blocking;
 pub use client::Client;
 pub use engine_api::EngineApi;
 pub use fault::Fault;
@@ -45,10 +45,10 @@ pub const SOCKET: &str = "control";
 /// Name of the socket for private pools.
 pub const PRIVATE_SOCKET: &str = "private";
 
-/// Name of the socket on which container runtimes bring listeners.
+/// Name of the socket for seccomp listeners of container runtimes.
 pub const OCI_SOCKET: &str = "oci";
 
-/// What the operating system says, without the number that Rust appends.
+/// The text of an operating system error, without the number that Rust appends.
 pub fn reason(error: &std::io::Error) -> String {
     let text = error.to_string();
     match text.split_once(" (os error") {

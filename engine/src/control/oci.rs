@@ -1,11 +1,12 @@
-//! What container runtimes send to a seccomp listener socket: who the container is, and the listener.
+//! Receives the message that container runtimes send to a seccomp listener socket: the container,
+//! and the listener.
 //!
-//! Knows the message `containerProcessState` of the OCI runtime specification and how it arrives: one
-//! a connection, as JSON, with its descriptors beside it. Does not know what a listener is used for.
+//! Implements the message `containerProcessState` of the OCI runtime specification: one per
+//! connection, as JSON, with descriptors. Does not know how a listener is used.
 //!
-//! What a message says is the runtime's word, and the annotations are those of whoever asked for the
-//! container: they may make limits narrower, never wider. The process id is that of the runtime's PID
-//! namespace: for messages only.
+//! A message is only as trusted as its runtime, and the annotations come from the container's
+//! creator: they can tighten limits, never loosen them. Process ids are of the runtime's PID
+//! namespace, and used in messages only.
 
 use std::collections::BTreeMap;
 use std::io::IoSliceMut;
@@ -24,27 +25,27 @@ use serde::Deserialize;
 use crate::error::{Error, Kind, Result};
 use crate::private::{Caller, Guest, Registry};
 
-/// Bytes of a message at the most.
+/// Bytes of a message at most.
 pub const MESSAGE_MAX: usize = 64 << 10;
-/// Descriptors beside a message at the most.
+/// Descriptors beside a message at most.
 const FDS_MAX: usize = 8;
-/// How long a runtime may take for its message: long, for it is root's, and machines are busy.
+/// Deadline for a runtime's message: long, since a runtime is root's and machines are busy.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// How the specification calls the listener.
+/// The listener's name in the specification.
 const LISTENER: &str = "seccompFd";
-/// The annotations that we know: which pool, how many of its devices, which file systems.
+/// The supported annotations: the pool, the number of devices, the file systems.
 const POOL: &str = "io.loopengine.pool";
 const MAX: &str = "io.loopengine.max";
 const MOUNT: &str = "io.loopengine.mount";
 
-/// A container whose system calls are to be answered.
+/// A container whose system calls are supervised.
 #[derive(Debug)]
 pub struct Container {
     /// Its name with the runtime.
     pub id: String,
-    /// The container's first process, then the one that the listener is of, as the runtime sees them.
+    /// The container's first process, and the one of the listener, in the runtime's PID namespace.
     pub pids: [i32; 2],
-    /// What the profile says for us.
+    /// The profile's metadata for us.
     pub metadata: String,
     /// The container's annotations.
     pub annotations: BTreeMap<String, String>,
@@ -54,18 +55,18 @@ pub struct Container {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Message {
+struct ProcessStateMessage {
     oci_version: String,
     fds: Vec<String>,
     #[serde(default)]
     pid: i32,
     #[serde(default)]
     metadata: String,
-    state: State,
+    state: ContainerState,
 }
 
 #[derive(Deserialize)]
-struct State {
+struct ContainerState {
     id: String,
     status: String,
     #[serde(default)]
@@ -73,7 +74,7 @@ struct State {
     annotations: Option<BTreeMap<String, String>>,
 }
 
-/// Takes the container that a runtime tells of on `stream`. Runtimes run as root, or as one of `users`.
+/// Receives a container's message on `stream`. Runtimes run as root, or as one of `users`.
 pub fn receive(stream: &UnixStream, users: &[u32]) -> Result<Container> {
     receive_until(stream, users, Instant::now() + DEADLINE)
 }
@@ -91,9 +92,9 @@ fn receive_until(stream: &UnixStream, users: &[u32], deadline: Instant) -> Resul
         let more = read(stream, &mut bytes, &mut fds)?;
         match serde_json::from_slice(&bytes) {
             Ok(message) => return container(message, fds),
-            // Some runtimes keep the connection, so its end is not waited for.
+            // Some runtimes keep the connection open, so this does not wait for its end.
             Err(error) if error.is_eof() && more => {}
-            Err(error) => return Err(refused(format!("it is no containerProcessState: {error}"))),
+            Err(error) => return Err(refused(format!("it is not a containerProcessState: {error}"))),
         }
     }
 }
@@ -113,18 +114,18 @@ fn wait(stream: &UnixStream, deadline: Instant) -> Result<()> {
     }
 }
 
-/// Reads what has come. False: nothing more will.
+/// Reads available data. False: the end.
 fn read(stream: &UnixStream, bytes: &mut Vec<u8>, fds: &mut Vec<OwnedFd>) -> Result<bool> {
-    // Space for one more than may come: the kernel closes what does not fit, and says so.
+    // The kernel closes excess descriptors and reports that.
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
-    let mut beside = RecvAncillaryBuffer::new(&mut space);
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut part = [0; 4096];
     let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let got = match recvmsg(stream, &mut [IoSliceMut::new(&mut part)], &mut beside, flags) {
+    let got = match recvmsg(stream, &mut [IoSliceMut::new(&mut part)], &mut ancillary, flags) {
         Err(Errno::AGAIN | Errno::INTR) => return Ok(true),
         other => other.map_err(|error| Error::os(error, "cannot receive a runtime's message"))?,
     };
-    for message in beside.drain() {
+    for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = message {
             fds.extend(received);
         }
@@ -139,17 +140,17 @@ fn read(stream: &UnixStream, bytes: &mut Vec<u8>, fds: &mut Vec<OwnedFd>) -> Res
     Ok(got.bytes > 0)
 }
 
-fn container(message: Message, fds: Vec<OwnedFd>) -> Result<Container> {
-    // crun says 0.2.0, and means the same.
+fn container(message: ProcessStateMessage, fds: Vec<OwnedFd>) -> Result<Container> {
+    // crun sends 0.2.0 for the same format.
     let major = message.oci_version.split('.').next().and_then(|major| major.parse::<u32>().ok());
     if major.is_none_or(|major| major > 1) {
         return Err(refused("it is of another version of the specification"));
     }
     if message.fds.len() != fds.len() {
-        let (named, came) = (message.fds.len(), fds.len());
-        return Err(refused(format!("it names {named} descriptors and brings {came}")));
+        let (named, received) = (message.fds.len(), fds.len());
+        return Err(refused(format!("it names {named} descriptors and brings {received}")));
     }
-    let State { id, status, pid, annotations } = message.state;
+    let ContainerState { id, status, pid, annotations } = message.state;
     let printable = |text: &str| !text.chars().any(char::is_control);
     if id.is_empty() || id.len() > 1024 || !printable(&id) {
         return Err(refused("the container has no usable name"));
@@ -157,7 +158,7 @@ fn container(message: Message, fds: Vec<OwnedFd>) -> Result<Container> {
     if status == "stopped" {
         return Err(refused(format!("the container {id} has stopped")));
     }
-    // The others of the message are closed here.
+    // Closes the other descriptors of the message.
     let mut listeners = message.fds.iter().zip(fds).filter(|(name, _)| *name == LISTENER);
     match (listeners.next(), listeners.next()) {
         (Some((_, listener)), None) => Ok(Container {
@@ -176,8 +177,7 @@ fn refused(why: impl std::fmt::Display) -> Error {
 }
 
 impl Container {
-    /// The private pool whose directory the container has: named by the profile, else by an
-    /// annotation.
+    /// The pool whose directory the container has, from the profile or else an annotation.
     pub fn pool(&self) -> Result<&str> {
         let named = self.metadata.strip_prefix("pool=").or(self.annotations.get(POOL).map(String::as_str));
         named.ok_or_else(|| {
@@ -188,13 +188,13 @@ impl Container {
 }
 
 impl Container {
-    /// Its user namespace. For another process in it, crun names none that is there.
+    /// Its user namespace. crun sends no usable pid for an additional process.
     fn namespace(&self) -> Option<OwnedFd> {
         let mut pids = self.pids.iter().filter(|pid| **pid > 0);
         pids.find_map(|pid| std::fs::File::open(format!("/proc/{pid}/ns/user")).ok()).map(OwnedFd::from)
     }
 
-    /// Devices of the pool that it may use, if an annotation says so.
+    /// The annotated maximum number of devices.
     pub fn max(&self) -> Result<Option<u32>> {
         let Some(text) = self.annotations.get(MAX) else { return Ok(None) };
         let max = text.trim().parse().map_err(|_| {
@@ -204,15 +204,15 @@ impl Container {
         max.map(Some)
     }
 
-    /// File systems that the kernel may mount for it, if an annotation says so: names and commas, or nothing.
+    /// The annotated file systems that the kernel may mount: comma-separated names, or empty.
     pub fn mounts(&self) -> Option<Vec<String>> {
         let names = self.annotations.get(MOUNT)?.split(',').map(str::trim);
         Some(names.filter(|name| !name.is_empty()).map(str::to_owned).collect())
     }
 }
 
-/// Takes a container, and has the listener of its filter served for the pool that it names: one that
-/// root has opened, whose directory the container was given. Answers the container and the pool.
+/// Receives a container, and starts to supervise it for the pool that it names: one that root has
+/// opened and whose directory the container has. Returns the container and the pool.
 pub fn take(stream: &UnixStream, registry: &Registry) -> Result<(String, String)> {
     let container = receive(stream, &[])?;
     let pool = container.pool()?.to_owned();
@@ -256,11 +256,11 @@ mod tests {
     fn send_file(to: &UnixStream, text: &[u8], count: usize, file: impl AsFd) {
         let fds = vec![file.as_fd(); count];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-        let mut beside = SendAncillaryBuffer::new(&mut space);
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if count > 0 {
-            assert!(beside.push(SendAncillaryMessage::ScmRights(&fds)));
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
         }
-        sendmsg(to, &[IoSlice::new(text)], &mut beside, SendFlags::empty()).unwrap();
+        sendmsg(to, &[IoSlice::new(text)], &mut ancillary, SendFlags::empty()).unwrap();
     }
 
     fn sent(text: &str, count: usize) -> Result<Container> {
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_runtimes_send() {
+    fn accepts_messages_of_runc_and_crun() {
         let runc = sent(RUNC, 1).unwrap();
         assert_eq!((runc.id.as_str(), runc.pids, runc.metadata.as_str()), ("4f3a", [4422; 2], "pool=ci"));
         assert_eq!(runc.annotations["other"], "x");
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn in_pieces_and_without_an_end() {
+    fn accepts_a_message_in_pieces_without_end() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let sender = std::thread::spawn(move || {
             let (first, rest) = RUNC.split_at(30);
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_exactly_those_named() {
+    fn rejects_descriptors_that_do_not_match_their_names() {
         for (text, count) in [
             (RUNC.to_owned(), 0),
             (RUNC.to_owned(), 2),
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_messages() {
+    fn rejects_hostile_messages() {
         let deep = format!("{}{}", "[".repeat(30_000), "]".repeat(30_000));
         let long = format!(r#"{{"ociVersion":"{}"#, "x".repeat(MESSAGE_MAX));
         let cases = [
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_ends() {
+    fn times_out_without_a_message() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let soon = Instant::now() + Duration::from_millis(50);
         assert_eq!(receive_until(&ours, &own(), soon).unwrap_err().kind(), Kind::Deadline);
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_refused() {
+    fn rejects_other_users() {
         if own() == [0] {
             println!("skipped: root is never a stranger");
             return;

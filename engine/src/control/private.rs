@@ -1,5 +1,5 @@
-//! The socket for private pools of loop devices: few calls, for everybody. Who calls is known by the
-//! credentials of the connection; the registry decides what that user may do.
+//! The socket for private pools of loop devices, open to everybody. The connection's credentials
+//! identify the caller; the registry decides what that user may do.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -9,32 +9,32 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::Type;
 use zlink::tokio::unix::Connection;
 
-use super::session::{ONE_MAX, Session, close_on_exec, copies};
-use super::{Fault, Inbox, PRIVATE_SOCKET, apart};
+use super::session::{ClientSession, ONE_MAX, close_on_exec, copies};
+use super::{Fault, Inbox, PRIVATE_SOCKET, run_blocking};
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Bound, Entry, Partition};
 use crate::private::{
     Asked, Caller, DeviceInfo, DeviceStatus, Limit, OpenSpec, Opened, Operation, Outcome, PoolInfo, Registry,
 };
-use crate::received::{Received, Waiting};
+use crate::received::{FileWait, Received};
 
 /// A pool's name.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Named {
+pub struct NameReply {
     /// The name.
     pub name: String,
 }
 
 /// Private pools.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Pools {
+pub struct PoolsReply {
     /// By age.
     pub pools: Vec<PoolInfo>,
 }
 
 /// Limits.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Limits {
+pub struct LimitsReply {
     /// The default first, then by user.
     pub limits: Vec<Limit>,
 }
@@ -52,24 +52,25 @@ impl PrivateService {
         Self { registry, caller, inbox }
     }
 
-    /// Calls may wait for what came with them, or for a lock that such a call holds.
+    /// Runs a call on its own thread: it may block on its descriptors, or on a lock that such a
+    /// call holds.
     async fn ask<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Registry, Caller) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Fault> {
         let (registry, caller) = (Arc::clone(&self.registry), self.caller);
-        apart(move || work(&registry, caller)).await.map_err(Fault::from)
+        run_blocking(move || work(&registry, caller)).await.map_err(Fault::from)
     }
 
-    /// The same with the descriptors that came with the call.
+    /// Likewise, with the descriptors of the call.
     async fn ask_with<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Registry, Caller, Vec<OwnedFd>) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Fault> {
-        let came = self.inbox.take();
+        let received = self.inbox.take();
         self.ask(move |registry, caller| {
-            let files: Vec<_> = came.into_iter().filter_map(Received::take).collect();
-            let _waiting: Vec<_> = files.iter().map(|file| Waiting::on(file, caller.uid)).collect();
+            let files: Vec<_> = received.into_iter().filter_map(Received::take).collect();
+            let _waiting: Vec<_> = files.iter().map(|file| FileWait::on(file, caller.uid)).collect();
             work(registry, caller, files)
         })
         .await
@@ -87,26 +88,26 @@ impl PrivateService {
     ]
 )]
 impl PrivateService {
-    /// Opens a pool. With the answer come descriptors of mounts that are mounted nowhere yet: of the
-    /// file system with the pool's nodes, and, if they were asked for, of a /dev and of the
-    /// directories for a /sys. The pool ends when the first of them is closed or unmounted.
+    /// Opens a pool. The reply passes detached mounts: of the file system with the pool's nodes,
+    /// and, on request, of a /dev and of the directories for a /sys. The pool ends when the first
+    /// of them is closed or unmounted.
     #[zlink(return_fds)]
-    async fn open(&self, spec: OpenSpec) -> (std::result::Result<Named, Fault>, Vec<OwnedFd>) {
+    async fn open(&self, spec: OpenSpec) -> (std::result::Result<NameReply, Fault>, Vec<OwnedFd>) {
         let caller = self.caller;
         match self.ask(move |registry, caller| registry.open(&spec, caller)).await {
             Ok(Opened { name, mounts }) => {
                 tracing::info!("opened private pool {name} for user {}", caller.uid);
                 self.inbox.keep(mounts.iter().filter_map(|mount| mount.try_clone().ok()));
-                (Ok(Named { name }), mounts)
+                (Ok(NameReply { name }), mounts)
             }
             Err(fault) => (Err(fault), Vec::new()),
         }
     }
 
-    /// Serves the filter whose listener comes as the call's first file descriptor. The pool then ends
-    /// with the last process under that filter. The second is of a user namespace: its administrators
-    /// are the pool's. A third may be a socket of a mounter, which is sent the calls of mount(2). Only
-    /// for who opened the pool.
+    /// Supervises the filter whose listener is the call's first file descriptor. The pool then ends
+    /// with the last process under that filter. The second descriptor is of a user namespace, whose
+    /// administrators administer the pool. An optional third is a socket of a mounter, which
+    /// receives the calls of mount(2). Only for the opener of the pool.
     async fn supervise(&self, name: String) -> std::result::Result<(), Fault> {
         self.ask_with(move |registry, caller, fds| {
             let count = fds.len();
@@ -146,12 +147,13 @@ impl PrivateService {
     }
 
     /// The caller's pools; for root, all.
-    async fn list(&self) -> std::result::Result<Pools, Fault> {
+    async fn list(&self) -> std::result::Result<PoolsReply, Fault> {
         let pools = self.ask(|registry, caller| Ok(registry.list(caller))).await?;
-        Ok(Pools { pools })
+        Ok(PoolsReply { pools })
     }
 
-    /// An operation on a device of a pool, for who sees the pool. With LOOP_CONFIGURE comes the file.
+    /// Runs an operation on a device of a pool. The caller must see the pool. LOOP_CONFIGURE passes
+    /// the backing file.
     async fn operate(&self, name: String, asked: Asked) -> std::result::Result<Outcome, Fault> {
         self.ask_with(move |registry, caller, fds| {
             let mut fds = fds.into_iter();
@@ -164,19 +166,19 @@ impl PrivateService {
         .await
     }
 
-    /// Ends a pool; with `force`, with devices that are in use.
+    /// Ends a pool; with `force`, even if devices are in use.
     async fn close(&self, name: String, force: Option<bool>) -> std::result::Result<(), Fault> {
         self.ask(move |registry, caller| registry.close(&name, force.unwrap_or(false), caller)).await
     }
 
-    /// How many devices users may have, and have.
-    async fn list_limits(&self) -> std::result::Result<Limits, Fault> {
+    /// The limits and the usage of users.
+    async fn list_limits(&self) -> std::result::Result<LimitsReply, Fault> {
         let limits = self.ask(|registry, caller| Ok(registry.limits(caller))).await?;
-        Ok(Limits { limits })
+        Ok(LimitsReply { limits })
     }
 
-    /// Gives a user a limit of its own until the daemon ends; without `maxDevices`, that of the
-    /// configuration again. What it has, it keeps. Only for root.
+    /// Sets a user's own limit until the daemon ends; without `maxDevices`, restores the configured
+    /// one. Existing devices stay. Only for root.
     async fn set_limit(
         &self,
         uid: u32,
@@ -187,12 +189,12 @@ impl PrivateService {
 }
 
 #[zlink::proxy(interface = "io.loopengine.Private")]
-trait Calls {
+trait PrivateCalls {
     #[zlink(return_fds)]
     async fn open(
         &mut self,
         spec: &OpenSpec,
-    ) -> zlink::Result<(std::result::Result<Named, Fault>, Vec<OwnedFd>)>;
+    ) -> zlink::Result<(std::result::Result<NameReply, Fault>, Vec<OwnedFd>)>;
     async fn supervise(
         &mut self,
         name: &str,
@@ -210,7 +212,7 @@ trait Calls {
         container: &str,
         problem: &str,
     ) -> zlink::Result<std::result::Result<(), Fault>>;
-    async fn list(&mut self) -> zlink::Result<std::result::Result<Pools, Fault>>;
+    async fn list(&mut self) -> zlink::Result<std::result::Result<PoolsReply, Fault>>;
     async fn operate(
         &mut self,
         name: &str,
@@ -218,7 +220,7 @@ trait Calls {
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<std::result::Result<Outcome, Fault>>;
     async fn close(&mut self, name: &str, force: bool) -> zlink::Result<std::result::Result<(), Fault>>;
-    async fn list_limits(&mut self) -> zlink::Result<std::result::Result<Limits, Fault>>;
+    async fn list_limits(&mut self) -> zlink::Result<std::result::Result<LimitsReply, Fault>>;
     async fn set_limit(
         &mut self,
         uid: u32,
@@ -228,12 +230,12 @@ trait Calls {
 
 /// A connection to the socket for private pools.
 #[derive(Debug)]
-pub struct PrivateClient(Session);
+pub struct PrivateClient(ClientSession);
 
 impl PrivateClient {
     /// Connects to the daemon that serves `run_dir`. Needs a tokio runtime.
     pub async fn connect(run_dir: &Path) -> Result<PrivateClient> {
-        Session::connect(run_dir.join(PRIVATE_SOCKET)).await.map(PrivateClient)
+        ClientSession::connect(run_dir.join(PRIVATE_SOCKET)).await.map(PrivateClient)
     }
 
     /// See [`Registry::open`].
@@ -241,7 +243,7 @@ impl PrivateClient {
         let call = async |connection: &mut Connection| {
             let (named, mounts) = connection.open(spec).await?;
             close_on_exec(&mounts)?;
-            Ok(named.map(|Named { name }| Opened { name, mounts }))
+            Ok(named.map(|NameReply { name }| Opened { name, mounts }))
         };
         self.0.call(ONE_MAX, call).await
     }

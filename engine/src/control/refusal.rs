@@ -1,8 +1,8 @@
-//! How a connection is refused: at once, without a slot, and so that the client reads why.
+//! Refuses connections: immediately, without a slot, and so that the client can read the reason.
 //!
-//! The answer is written before any call is read. A client that finds the connection closed when it
-//! sends its call would get EPIPE and never read the answer; so the connection stays open for reading
-//! a little longer, as far as few such connections are kept. Nothing is read from it.
+//! The reply is written before any call is read. A client whose connection is closed when it sends
+//! its call would get EPIPE and never read the reply. So the connection stays open for reading a
+//! little longer, if few such connections are open. Nothing is read from it.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -14,26 +14,26 @@ use tokio::time::timeout;
 use super::link::Link;
 use crate::received::Disposal;
 
-/// How long a refused client may take to send its call and read the answer.
+/// How long a refused client may take to send its call and read the reply.
 const LINGER_MAX: Duration = Duration::from_secs(2);
-/// Refused connections that are kept open.
+/// Maximum refused connections that stay open.
 const LINGERING_MAX: usize = 64;
-/// Of one account.
+/// Maximum per account.
 const LINGERING_OF_USER_MAX: usize = 8;
 
-/// For who may not use the socket.
+/// The reply to a user without permission.
 pub(super) const DENIED: &[u8] = b"{\"error\":\"org.varlink.service.PermissionDenied\"}\0";
-/// For who may, later.
+/// The reply to a user over the limit.
 pub(super) const TOO_MANY: &[u8] = b"{\"error\":\"io.loopengine.TooManyConnections\",\"parameters\":{}}\0";
 
-/// The connections of one socket that were refused.
+/// The refused connections of one socket.
 #[derive(Debug, Default)]
 pub(super) struct Refusals(Mutex<BTreeMap<u32, Refused>>);
 
 #[derive(Debug)]
 struct Refused {
     lingering: usize,
-    /// One for all: who is refused has no slots that would bound the threads.
+    /// One per account: refused connections have no slots that would limit threads.
     disposal: Disposal,
 }
 
@@ -54,7 +54,7 @@ impl Refusals {
             refused.lingering += usize::from(stays);
             (Link::new(stream, refused.disposal.clone(), i32::MAX), stays)
         };
-        // It fits into an empty socket, or the client is gone.
+        // It fits into an empty socket, unless the client is gone.
         let _ = link.send(answer, &[]);
         link.end_writing();
         if stays {

@@ -1,56 +1,55 @@
-//! What the methods of the interface answer. Varlink wants named fields, so every answer is a
-//! struct of one.
+//! The replies of the interface. Varlink requires named fields, so every reply is a struct of one.
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect::Type;
 
 use crate::instance::spec::{DeviceInfo, DeviceStats, Features, InstanceInfo};
 
-/// What this kernel grants.
+/// The features of this kernel.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Granted {
-    /// What it grants.
+pub struct FeaturesReply {
+    /// The features.
     pub features: Features,
 }
 
 /// One instance.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Instance {
-    /// The instance as it is now.
+pub struct InstanceReply {
+    /// The present state of the instance.
     pub instance: InstanceInfo,
 }
 
 /// All instances.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Instances {
+pub struct InstancesReply {
     /// By name.
     pub instances: Vec<InstanceInfo>,
 }
 
 /// One device.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Device {
-    /// The device as it is now.
+pub struct DeviceReply {
+    /// The present state of the device.
     pub device: DeviceInfo,
 }
 
 /// Several devices.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Devices {
+pub struct DevicesReply {
     /// By instance and number.
     pub devices: Vec<DeviceInfo>,
 }
 
-/// What was detached.
+/// The detached devices.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Detached {
-    /// Paths that are gone.
+pub struct DetachReply {
+    /// Their paths.
     pub detached: Vec<String>,
 }
 
-/// Figures.
+/// Statistics.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Stats {
+pub struct StatsReply {
     /// By instance and number.
     pub stats: Vec<DeviceStats>,
 }

@@ -1,5 +1,5 @@
-//! The run directory: made safe, locked by one daemon, with the sockets in it, which the service manager may
-//! have made.
+//! The run directory: checked, locked by one daemon, with its sockets, which the service manager
+//! may have created.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
@@ -16,22 +16,22 @@ use rustix::net::sockopt::{socket_acceptconn, socket_type};
 use super::{OCI_SOCKET, PRIVATE_SOCKET, SOCKET, reason};
 use crate::error::{Error, Kind, Result};
 
-/// Connections that wait at a socket of the service manager.
+/// Backlog of a socket of the service manager.
 const BACKLOG: i32 = 4096;
 /// Names of all sockets.
 const SOCKETS: [&str; 3] = [SOCKET, PRIVATE_SOCKET, OCI_SOCKET];
 
-/// A run directory that no other daemon can take while this lives.
+/// A run directory, locked while this lives.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     _lock: File,
-    /// Sockets that the service manager keeps, by their names.
+    /// Sockets of the service manager, by name.
     kept: BTreeMap<&'static str, UnixListener>,
 }
 
 impl RunDir {
-    /// Creates `path` if it is missing, refuses it if others may write to it, locks it.
+    /// Creates `path` if it is missing, rejects it if others may write to it, locks it.
     pub fn take(path: &Path) -> Result<RunDir> {
         let shown = path.display();
         let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
@@ -44,8 +44,8 @@ impl RunDir {
         Ok(RunDir { path, _lock: lock, kept: BTreeMap::new() })
     }
 
-    /// Serves these sockets of the service manager instead of making the same anew. They stay when the
-    /// daemon ends, and who connects meanwhile waits for the next.
+    /// Uses these sockets of the service manager instead of creating them. They stay when the
+    /// daemon ends, and new connections wait for the next one.
     pub fn adopt(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         for socket in sockets {
             let listens = socket_acceptconn(&socket).unwrap_or(false)
@@ -58,14 +58,14 @@ impl RunDir {
             let name = SOCKETS.into_iter().find(|known| name.is_some_and(|name| name == *known));
             match name.filter(|_| listens && directory.as_ref() == Some(&self.path)) {
                 Some(name) => {
-                    // Who connects from now on is told that the daemon serves here, and not the manager.
+                    // New connections see this process as the listener, not the manager.
                     rustix::net::listen(&socket, BACKLOG)
                         .map_err(|error| Error::os(error, format!("cannot listen on the socket {shown}")))?;
                     self.kept.insert(name, socket);
                 }
                 None => {
                     let message = format!(
-                        "the service manager passed the socket {shown}, which is none of this daemon's"
+                        "the service manager passed the socket {shown}, which this daemon does not use"
                     );
                     let ours = format!("{}/{}", self.path.display(), SOCKETS.join(", "));
                     return Err(Error::new(Kind::Invalid, message)
@@ -81,14 +81,14 @@ impl RunDir {
         &self.path
     }
 
-    /// Binds the control socket, for root and the own user only. A socket that a dead daemon left
-    /// is replaced.
+    /// Binds the control socket, for root and the daemon's user only. Replaces the socket of a dead
+    /// daemon.
     pub fn bind(&self) -> Result<UnixListener> {
         self.bind_as(SOCKET, 0o600)
     }
 
-    /// Binds the socket for private pools, which is everybody's. Also lets everybody reach it, if this
-    /// directory is not listed for others: names in it can be guessed anyway.
+    /// Binds the socket for private pools, open to everybody. Makes this directory searchable, but
+    /// not readable, for others: names in it can be guessed anyway.
     pub fn bind_private(&self) -> Result<UnixListener> {
         let mode = fs::metadata(&self.path).map(|meta| meta.mode() & 0o7777);
         mode.and_then(|mode| fs::set_permissions(&self.path, Permissions::from_mode(mode | 0o011)))
@@ -96,7 +96,7 @@ impl RunDir {
         self.bind_as(PRIVATE_SOCKET, 0o666)
     }
 
-    /// Binds the socket on which runtimes bring containers, for root only.
+    /// Binds the socket for container runtimes, for root only.
     pub fn bind_oci(&self) -> Result<UnixListener> {
         self.bind_as(OCI_SOCKET, 0o600)
     }
@@ -111,7 +111,8 @@ impl RunDir {
                 .map_err(|error| Error::os(error, format!("cannot use the socket {}", socket.display())))?;
             return Ok(listener);
         }
-        // Under another name until its mode is set, so that it never appears with a wrong one.
+        // Binds under another name until its mode is set, so that it never appears with a wrong
+        // one.
         let fresh = self.path.join(format!(".{name}.new"));
         let _ = fs::remove_file(&fresh);
         let listener = UnixListener::bind(&fresh).map_err(|e| Error::os(e, context()))?;
@@ -122,7 +123,7 @@ impl RunDir {
         Ok(listener)
     }
 
-    /// Removes the sockets, so that clients learn at once that nobody serves; not those of the service manager.
+    /// Removes the sockets, so that clients fail immediately; not those of the service manager.
     pub fn unbind(&self) {
         for name in SOCKETS.into_iter().filter(|name| !self.kept.contains_key(name)) {
             let _ = fs::remove_file(self.path.join(name));
@@ -188,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_daemon_a_directory() {
+    fn locks_a_directory_for_one_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep/run");
         let first = RunDir::take(&path).unwrap();
@@ -200,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_others_may_write_to_is_refused() {
+    fn rejects_a_directory_that_others_may_write_to() {
         let dir = tempfile::tempdir().unwrap();
         for mode in [0o775, 0o757, 0o1777] {
             fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_no_directory() {
+    fn rejects_a_file_as_directory() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let error = RunDir::take(file.path()).unwrap_err();
         assert!(error.message().contains("run directory"), "{error}");
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_of_the_service_manager_are_served_and_stay() {
+    fn sockets_of_the_service_manager_are_used_and_kept() {
         let dir = tempfile::tempdir().unwrap();
         let mut run = RunDir::take(dir.path()).unwrap();
         let sockets = [SOCKET, PRIVATE_SOCKET].map(|name| dir.path().join(name));
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_reaches_the_private_socket_and_nothing_else() {
+    fn everybody_reaches_only_the_private_socket() {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
         let run = RunDir::take(dir.path()).unwrap();

@@ -1,12 +1,12 @@
 //! The runtime of the daemon's control plane.
 //!
-//! Knows that its io_uring is idle: sockets are tokio's, and what may block has threads. No seccomp filter
-//! sees what a ring does, so this one may do nothing.
+//! Its io_uring is idle: sockets are tokio's, and blocking work has threads. No seccomp filter sees
+//! what a ring does, so this one is restricted to nothing.
 
 use crate::error::{Error, Kind, Result};
 use crate::sys;
 
-/// Makes it, for the calling thread. No other thread may be making a ring meanwhile.
+/// Creates it for the calling thread. No other thread may create a ring at the same time.
 pub fn make() -> Result<tokio_uring::Runtime> {
     let mut builder = tokio_uring::builder();
     builder.entries(8).uring_builder(tokio_uring::uring_builder().setup_r_disabled());

@@ -1,8 +1,8 @@
-//! Accepts connections, refuses strangers, gives every other connection a task of its own.
+//! Accepts connections, refuses unauthorized ones, runs a task for every other.
 //!
-//! A zlink server handles one call at a time; one server a connection keeps a slow call (an attach
-//! that waits for the kernel) from stalling other clients. All connections share one thread: nothing
-//! here may wait for a client's file (engine/doc/threads.md).
+//! A zlink server handles one call at a time. One server per connection keeps a slow call (an
+//! attach that waits for the kernel) from blocking other clients. All connections share one thread:
+//! nothing here may block on a client's file (engine/doc/threads.md).
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,27 +18,27 @@ use zlink::{ReadyListener, Server};
 use super::guard::{self, Guarded};
 use super::link::{Link, fd_limit};
 use super::refusal::{DENIED, Refusals, TOO_MANY};
-use super::slots::Slots;
-use super::{ControlService, EngineApi, PrivateService, apart, oci};
+use super::slots::ConnectionSlots;
+use super::{ControlService, EngineApi, PrivateService, oci, run_blocking};
 use crate::accounts;
 pub use crate::limits::{CONNECTIONS_MAX, USER_CONNECTIONS_MAX};
 use crate::private::{Caller, Registry};
 use crate::received::Disposal;
 use crate::sys::userns;
 
-/// How long calls of root that are being handled may take to end after a stop.
+/// How long calls of root in progress may take to end after a stop.
 const DRAIN_MAX: Duration = Duration::from_secs(30);
-/// The same for calls of everybody.
+/// Likewise for calls of everybody.
 const PRIVATE_DRAIN_MAX: Duration = Duration::from_secs(5);
-/// Connections of container runtimes at a time.
+/// Maximum connections of container runtimes.
 const OCI_CONNECTIONS_MAX: usize = 64;
-/// How often /etc/subuid is looked at, at the most.
+/// How often /etc/subuid is looked at, at most.
 const ACCOUNTS_AGE_MAX: Duration = Duration::from_secs(5);
-/// How often a failure to accept is logged, at the most.
+/// How often a failure to accept is logged, at most.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves `backend` until `stop` becomes true, then lets calls end (with a bound). Runs its
+/// Serves `backend` until `stop` becomes true, then lets calls end (with a deadline). Runs its
 /// connections as local tasks: call it inside a `LocalSet`, as tokio-uring provides one.
 pub async fn serve(listener: UnixListener, backend: Arc<dyn EngineApi>, stop: watch::Receiver<bool>) {
     let (stopping, refusals) = (stop.clone(), Arc::default());
@@ -48,29 +48,29 @@ pub async fn serve(listener: UnixListener, backend: Arc<dyn EngineApi>, stop: wa
     Acceptor::new(listener, stop, CONNECTIONS_MAX, DRAIN_MAX).serve(each).await;
 }
 
-/// The same for the socket of private pools, which everybody may use, and nobody may use up.
+/// Likewise for the socket of private pools, which everybody may use, and nobody may exhaust.
 pub async fn serve_private(listener: UnixListener, registry: Arc<Registry>, stop: watch::Receiver<bool>) {
-    let (stopping, slots, refusals) = (stop.clone(), Slots::default(), Arc::default());
+    let (stopping, slots, refusals) = (stop.clone(), ConnectionSlots::default(), Arc::default());
     let each = move |stream: UnixStream, _| {
         let (registry, stopping) = (Arc::clone(&registry), stopping.clone());
         private_connection(stream, registry, stopping, slots.clone(), Arc::clone(&refusals))
     };
-    // Those that are refused take no slot, and so none may have to be free.
+    // Refused connections need no slot, so accept any number.
     let mut acceptor = Acceptor::new(listener, stop, Semaphore::MAX_PERMITS, PRIVATE_DRAIN_MAX);
     acceptor.fd_limit = fd_limit();
     acceptor.serve(each).await;
 }
 
-/// The same for the socket of container runtimes: one container a connection.
+/// Likewise for the socket of container runtimes: one container per connection.
 pub async fn serve_oci(listener: UnixListener, registry: Arc<Registry>, stop: watch::Receiver<bool>) {
     let each = move |stream: UnixStream, _permit| {
         let registry = Arc::clone(&registry);
         async move {
             let stream = stream.into_std()?;
             stream.set_nonblocking(false)?;
-            match apart(move || oci::take(&stream, &registry)).await {
+            match run_blocking(move || oci::take(&stream, &registry)).await {
                 Ok((id, pool)) => tracing::info!("container {id:?} uses private pool {pool}"),
-                Err(error) => tracing::warn!("a container was not taken: {error}"),
+                Err(error) => tracing::warn!("cannot serve a container: {error}"),
             }
             Ok(())
         }
@@ -81,10 +81,10 @@ pub async fn serve_oci(listener: UnixListener, registry: Arc<Registry>, stop: wa
 struct Acceptor {
     listener: UnixListener,
     stop: watch::Receiver<bool>,
-    /// Connections at a time; more wait in the socket's backlog.
+    /// Free connection slots; more connections wait in the socket's backlog.
     slots: Arc<Semaphore>,
     drain_max: Duration,
-    /// A descriptor of this number is not for a connection to this socket.
+    /// Descriptor numbers from here on are not for connections to this socket.
     fd_limit: i32,
     warned: Option<Instant>,
 }
@@ -123,7 +123,7 @@ impl Acceptor {
                     });
                     (number >= self.fd_limit).then(|| "nearly all descriptors are in use".to_owned())
                 }
-                // Out of descriptors or memory: it passes, and spinning would not help.
+                // Out of descriptors or memory: temporary, so do not spin.
                 Err(error) => Some(error.to_string()),
             };
             if let Some(reason) = full {
@@ -134,7 +134,7 @@ impl Acceptor {
                 sleep(ACCEPT_PAUSE).await;
             }
         }
-        // What waits to be accepted is closed with the listener, and may have brought files.
+        // Connections in the backlog are closed with the listener, and may carry descriptors.
         if let Ok(listener) = self.listener.into_std() {
             Disposal::new(0, ()).close(listener.into());
         }
@@ -183,7 +183,7 @@ async fn private_connection(
     stream: UnixStream,
     registry: Arc<Registry>,
     stop: watch::Receiver<bool>,
-    slots: Slots,
+    slots: ConnectionSlots,
     refusals: Arc<Refusals>,
 ) -> zlink::Result<()> {
     let peer = stream.peer_cred()?;
@@ -212,7 +212,7 @@ async fn private_connection(
     Server::new(ReadyListener::new(socket), service).run().await
 }
 
-/// Has /etc/subuid looked at on a thread of its own, if that was not done lately.
+/// Refreshes /etc/subuid on another thread, if that is due.
 fn refresh_accounts() {
     use std::sync::Mutex;
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
@@ -223,7 +223,7 @@ fn refresh_accounts() {
     }
 }
 
-/// Who may call: root, and the user that the daemon runs as.
+/// Whether a user may call: root, and the daemon's user.
 fn admits(uid: u32, own_uid: u32) -> bool {
     uid == 0 || uid == own_uid
 }
@@ -233,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_root_and_the_own_user_are_admitted() {
+    fn admits_only_root_and_the_own_user() {
         assert!(admits(0, 0));
         assert!(admits(0, 1000));
         assert!(admits(1000, 1000));

@@ -1,12 +1,12 @@
-//! The methods of the interface: what they take, what they answer, and nothing else.
+//! The methods of the interface: arguments and replies only.
 //!
-//! Every method hands its work to a blocking thread, because the engine blocks. The comments of
-//! the methods, and of the types, are part of the description that varlink clients get.
+//! Every method runs its work on a blocking thread. The comments of the methods and of the types
+//! are part of the description that varlink clients get.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::apart::failed;
+use super::blocking::failed;
 use super::reply::*;
 use super::{EngineApi, Fault, Inbox};
 use crate::error::{Error, Kind, Result};
@@ -49,7 +49,7 @@ fn select(device: Option<String>, instance: Option<String>) -> Result<Selector> 
     }
 }
 
-/// Exactly one of `device`, `instance` and `all`: what takes devices away has no default.
+/// Exactly one of `device`, `instance` and `all`: detaching has no default.
 fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) -> Result<Selector> {
     match (select(device, instance)?, all) {
         (Selector::All, false) => {
@@ -62,11 +62,11 @@ fn select_strictly(device: Option<String>, instance: Option<String>, all: bool) 
     }
 }
 
-/// The image that comes with a call.
-fn only_one(came: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
-    let files: Vec<_> = came.into_iter().filter_map(Received::take).collect();
+/// The only file descriptor of a call.
+fn only_one(received: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
+    let files: Vec<_> = received.into_iter().filter_map(Received::take).collect();
     <[OwnedFd; 1]>::try_from(files).map(|[image]| image).map_err(|files| {
-        let message = format!("{} file descriptors came with the call", files.len());
+        let message = format!("{} file descriptors were passed with the call", files.len());
         Error::new(Kind::Invalid, message).hint("pass the open image, and only that")
     })
 }
@@ -83,26 +83,26 @@ fn only_one(came: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
     ]
 )]
 impl ControlService {
-    /// What this kernel grants.
-    async fn get_features(&self) -> std::result::Result<Granted, Fault> {
+    /// The features of this kernel.
+    async fn get_features(&self) -> std::result::Result<FeaturesReply, Fault> {
         let features = self.ask(|backend| backend.features()).await?;
-        Ok(Granted { features })
+        Ok(FeaturesReply { features })
     }
 
     /// Creates an instance.
-    async fn create_instance(&self, spec: InstanceSpec) -> std::result::Result<Instance, Fault> {
+    async fn create_instance(&self, spec: InstanceSpec) -> std::result::Result<InstanceReply, Fault> {
         let instance = self.ask(move |backend| backend.create_instance(&spec)).await?;
         tracing::info!("created instance {}", instance.name);
-        Ok(Instance { instance })
+        Ok(InstanceReply { instance })
     }
 
     /// All instances.
-    async fn list_instances(&self) -> std::result::Result<Instances, Fault> {
+    async fn list_instances(&self) -> std::result::Result<InstancesReply, Fault> {
         let instances = self.ask(|backend| Ok(backend.instances())).await?;
-        Ok(Instances { instances })
+        Ok(InstancesReply { instances })
     }
 
-    /// Removes an instance; with `force`, with devices that are in use.
+    /// Removes an instance; with `force`, even if devices are in use.
     async fn remove_instance(&self, name: String, force: Option<bool>) -> std::result::Result<(), Fault> {
         let force = force.unwrap_or(false);
         self.ask(move |backend| {
@@ -113,23 +113,24 @@ impl ControlService {
         .await
     }
 
-    /// Serves an image, which comes as the call's only file descriptor; with `force`, also one that others use.
-    async fn attach(&self, spec: AttachSpec, force: Option<bool>) -> std::result::Result<Device, Fault> {
-        let came = self.inbox.take();
+    /// Attaches an image, passed as the call's only file descriptor; with `force`, even if it is in
+    /// use.
+    async fn attach(&self, spec: AttachSpec, force: Option<bool>) -> std::result::Result<DeviceReply, Fault> {
+        let received = self.inbox.take();
         let force = force.unwrap_or(false);
-        let device = self.ask(move |backend| backend.attach(&spec, force, only_one(came)?)).await?;
+        let device = self.ask(move |backend| backend.attach(&spec, force, only_one(received)?)).await?;
         tracing::info!("attached {:?} as {} ({})", device.image, device.path, device.node);
-        Ok(Device { device })
+        Ok(DeviceReply { device })
     }
 
-    /// Takes devices away: exactly one of `device`, `instance` and `all`.
+    /// Detaches devices: exactly one of `device`, `instance` and `all`.
     async fn detach(
         &self,
         device: Option<String>,
         instance: Option<String>,
         all: Option<bool>,
         force: Option<bool>,
-    ) -> std::result::Result<Detached, Fault> {
+    ) -> std::result::Result<DetachReply, Fault> {
         let detached = self
             .ask(move |backend| {
                 let which = select_strictly(device, instance, all.unwrap_or(false))?;
@@ -139,31 +140,31 @@ impl ControlService {
         for path in &detached {
             tracing::info!("detached {path}");
         }
-        Ok(Detached { detached })
+        Ok(DetachReply { detached })
     }
 
-    /// Adapts a device to the present size of its image, or both to `size`. It becomes smaller only with
-    /// `shrink`, and while it is in use only with `force`, too.
+    /// Resizes a device to the present size of its image, or both to `size`. It shrinks only with
+    /// `shrink`, and while in use only with `force`, too.
     async fn resize(
         &self,
         device: String,
         size: Option<u64>,
         shrink: Option<bool>,
         force: Option<bool>,
-    ) -> std::result::Result<Device, Fault> {
+    ) -> std::result::Result<DeviceReply, Fault> {
         let (shrink, force) = (shrink.unwrap_or(false), force.unwrap_or(false));
         let spec = ResizeSpec { device, size, shrink, force };
         let device = self.ask(move |backend| backend.resize(&spec)).await?;
         tracing::info!("resized {} ({:?}) to {} bytes", device.path, device.image, device.size);
-        Ok(Device { device })
+        Ok(DeviceReply { device })
     }
 
-    /// Recovers a device that is stuck with an image, which comes as the call's only file descriptor.
-    async fn recover(&self, spec: RecoverSpec) -> std::result::Result<Device, Fault> {
-        let came = self.inbox.take();
-        let device = self.ask(move |backend| backend.recover(&spec, only_one(came)?)).await?;
-        tracing::warn!("recovered {} by hand with {:?}", device.path, device.image);
-        Ok(Device { device })
+    /// Recovers a stuck device with an image, passed as the call's only file descriptor.
+    async fn recover(&self, spec: RecoverSpec) -> std::result::Result<DeviceReply, Fault> {
+        let received = self.inbox.take();
+        let device = self.ask(move |backend| backend.recover(&spec, only_one(received)?)).await?;
+        tracing::warn!("recovered {} with the given image {:?}", device.path, device.image);
+        Ok(DeviceReply { device })
     }
 
     /// Devices: one, those of an instance, or all.
@@ -171,18 +172,18 @@ impl ControlService {
         &self,
         device: Option<String>,
         instance: Option<String>,
-    ) -> std::result::Result<Devices, Fault> {
+    ) -> std::result::Result<DevicesReply, Fault> {
         let devices = self.ask(move |backend| backend.devices(&select(device, instance)?)).await?;
-        Ok(Devices { devices })
+        Ok(DevicesReply { devices })
     }
 
-    /// Figures of devices: one, those of an instance, or all.
+    /// Statistics of devices: one, those of an instance, or all.
     async fn get_stats(
         &self,
         device: Option<String>,
         instance: Option<String>,
-    ) -> std::result::Result<Stats, Fault> {
+    ) -> std::result::Result<StatsReply, Fault> {
         let stats = self.ask(move |backend| backend.stats(&select(device, instance)?)).await?;
-        Ok(Stats { stats })
+        Ok(StatsReply { stats })
     }
 }

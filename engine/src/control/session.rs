@@ -1,9 +1,8 @@
-//! A client's connection: calls with a deadline, made again where the daemon cannot have begun them.
+//! A client's connection: calls with a deadline, repeated if the daemon cannot have begun them.
 //!
-//! The daemon ends connections that are idle, and refuses those beyond a user's limit. Neither is a
-//! failure of the call: the client connects again, within the call's deadline. A call that the daemon
-//! may have begun is never made twice. Every failure to reach the daemon says where it was sought and
-//! what to do. Does not know which calls there are.
+//! The daemon ends idle connections, and refuses those beyond a user's limit. In both cases the
+//! client reconnects within the call's deadline. A call that the daemon may have begun is never
+//! repeated. Every connection error names the socket and the next step.
 
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
@@ -20,47 +19,47 @@ use super::{Fault, PRIVATE_SOCKET, reason};
 use crate::error::{Error, Kind, Result};
 use crate::kernels;
 
-/// The daemon answers a call about one device sooner: its own waits are a few seconds each.
+/// Deadline of a call for one device: the daemon's own waits are a few seconds each.
 pub(super) const ONE_MAX: Duration = Duration::from_secs(60);
 /// How often a connection may end before a call was read, other than by a refusal.
 const CUTS_MAX: u32 = 8;
-/// Pauses before the client connects again double up to this.
+/// Maximum pause before the client reconnects; pauses double up to this.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
-/// How the daemon says that a connection is one too many.
+/// The daemon's error for a connection over the limit.
 const TOO_MANY: &str = "io.loopengine.TooManyConnections";
 
-pub(super) type Answer<T> = zlink::Result<std::result::Result<T, Fault>>;
+pub(super) type CallResult<T> = zlink::Result<std::result::Result<T, Fault>>;
 
-/// See the module.
+/// A client's connection.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(super) struct ClientSession {
     connection: Connection,
     socket: PathBuf,
     daemon: Option<i32>,
 }
 
-/// Why a call was not begun.
-enum Unread {
+/// Why a call was not executed.
+enum NotExecuted {
     Refused,
     Cut,
 }
 
-impl Session {
-    /// Connects, or says how to start the daemon.
-    pub(super) async fn connect(socket: PathBuf) -> Result<Session> {
+impl ClientSession {
+    /// Connects, or fails with a hint how to start the daemon.
+    pub(super) async fn connect(socket: PathBuf) -> Result<ClientSession> {
         let (connection, daemon) = connect(&socket).await?;
-        Ok(Session { connection, socket, daemon })
+        Ok(ClientSession { connection, socket, daemon })
     }
 
     pub(super) fn daemon_pid(&self) -> Option<i32> {
         self.daemon
     }
 
-    /// Makes a call, anew on a new connection as long as the daemon has not read it.
+    /// Makes a call; repeats it on a new connection as long as the daemon has not read it.
     pub(super) async fn call<T>(
         &mut self,
         limit: Duration,
-        mut call: impl AsyncFnMut(&mut Connection) -> Answer<T>,
+        mut call: impl AsyncFnMut(&mut Connection) -> CallResult<T>,
     ) -> Result<T> {
         let until = Instant::now() + limit;
         let (mut cuts, mut pause) = (0, Duration::from_millis(10));
@@ -68,13 +67,13 @@ impl Session {
             let error = match timeout_at(until, call(&mut self.connection)).await {
                 Ok(Ok(answer)) => return answer.map_err(Error::from),
                 Ok(Err(error)) => error,
-                Err(_) => return Err(late(&self.socket, limit)),
+                Err(_) => return Err(timeout_error(&self.socket, limit)),
             };
-            let (error, unread) = self.unread(error).await;
-            match unread {
-                Some(Unread::Refused) if Instant::now() + pause < until => {}
-                Some(Unread::Cut) if cuts < CUTS_MAX && Instant::now() + pause < until => cuts += 1,
-                _ => return Err(lost(&self.socket, error)),
+            let (error, not_executed) = self.not_executed(error).await;
+            match not_executed {
+                Some(NotExecuted::Refused) if Instant::now() + pause < until => {}
+                Some(NotExecuted::Cut) if cuts < CUTS_MAX && Instant::now() + pause < until => cuts += 1,
+                _ => return Err(connection_error(&self.socket, error)),
             }
             sleep(pause).await;
             pause = (2 * pause).min(PAUSE_MAX);
@@ -82,21 +81,21 @@ impl Session {
         }
     }
 
-    /// Whether the daemon has certainly not read the call that failed so; and the failure, which is what
-    /// the daemon had said before it closed the connection, if it had.
-    async fn unread(&mut self, error: zlink::Error) -> (zlink::Error, Option<Unread>) {
-        // It was not sent, because the connection is closed, or was closed with the call unread.
-        let cut = matches!(&error, zlink::Error::Io(error)
+    /// Whether the daemon has certainly not read the failed call; and the error, which is the
+    /// daemon's if it sent one before it closed the connection.
+    async fn not_executed(&mut self, error: zlink::Error) -> (zlink::Error, Option<NotExecuted>) {
+        // It was not sent: the connection was closed before, or with the call unread.
+        let truncated = matches!(&error, zlink::Error::Io(error)
             if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
-        if !cut {
-            let refused = is_refusal(&error).then_some(Unread::Refused);
+        if !truncated {
+            let refused = is_refusal(&error).then_some(NotExecuted::Refused);
             return (error, refused);
         }
         let said = timeout(Duration::from_secs(1), self.connection.receive_reply::<(), Fault>()).await;
         match said.map(|said| said.map(drop)) {
-            Ok(Err(said)) if is_refusal(&said) => (said, Some(Unread::Refused)),
+            Ok(Err(said)) if is_refusal(&said) => (said, Some(NotExecuted::Refused)),
             Ok(Err(said @ zlink::Error::VarlinkService(_))) => (said, None),
-            _ => (error, Some(Unread::Cut)),
+            _ => (error, Some(NotExecuted::Cut)),
         }
     }
 }
@@ -109,19 +108,19 @@ async fn connect(socket: &Path) -> Result<(Connection, Option<i32>)> {
     let stream = match timeout(ONE_MAX, UnixStream::connect(socket)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return Err(unreachable(socket, &error)),
-        Err(_) => return Err(late(socket, ONE_MAX)),
+        Err(_) => return Err(timeout_error(socket, ONE_MAX)),
     };
     let daemon = stream.peer_cred().ok().and_then(|peer| peer.pid());
-    let stream = Stream::try_from(stream).map_err(|error| lost(socket, error))?;
+    let stream = Stream::try_from(stream).map_err(|error| connection_error(socket, error))?;
     Ok((Connection::new(stream), daemon))
 }
 
-/// Descriptors for one attempt: zlink closes those that it has sent.
+/// Duplicates descriptors for one attempt: zlink closes those that it has sent.
 pub(super) fn copies(files: &[OwnedFd]) -> zlink::Result<Vec<OwnedFd>> {
     files.iter().map(|file| file.try_clone().map_err(zlink::Error::Io)).collect()
 }
 
-/// zlink does not ask the kernel for it.
+/// zlink does not set it.
 pub(super) fn close_on_exec(fds: &[OwnedFd]) -> zlink::Result<()> {
     for fd in fds {
         fcntl_setfd(fd, FdFlags::CLOEXEC).map_err(|error| zlink::Error::Io(error.into()))?;
@@ -145,14 +144,14 @@ fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
     })
 }
 
-fn late(socket: &Path, limit: Duration) -> Error {
+fn timeout_error(socket: &Path, limit: Duration) -> Error {
     let (shown, seconds) = (socket.display(), limit.as_secs());
     let message = format!("the daemon at {shown} did not answer within {seconds} s");
     Error::new(Kind::Deadline, message).hint("look at its log")
 }
 
-/// The connection, not the daemon's work, failed.
-fn lost(socket: &Path, error: zlink::Error) -> Error {
+/// The error of a failed connection.
+fn connection_error(socket: &Path, error: zlink::Error) -> Error {
     let shown = socket.display();
     match error {
         zlink::Error::VarlinkService(error) if *error.inner() == Refusal::PermissionDenied => {

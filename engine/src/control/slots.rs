@@ -1,10 +1,9 @@
-//! Who may have a connection to a socket that everybody may use, and a call on it.
+//! Admission of connections and calls on a socket that everybody may use.
 //!
-//! Connections that wait for a message cost little, and one of them can always be ended: when all slots
-//! are taken, the account that has most loses its oldest idle one to an account that has fewer. Calls
-//! may wait for their caller's files and cannot be ended, so an account begins one only while it has
-//! less than its share of what is left. Root has slots of its own. Knows accounts and counts; does not
-//! know sockets.
+//! Idle connections are cheap and can be ended. When all slots are in use, the account with most
+//! slots loses its oldest idle connection to an account with fewer. Calls may block on their
+//! caller's files and cannot be ended, so an account begins one only within its share of the free
+//! slots. Root has reserved slots. Knows accounts and counts; does not know sockets.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,51 +12,51 @@ use tokio::sync::Notify;
 
 use crate::limits::{CONNECTIONS_MAX, ROOT_CONNECTIONS, USER_CONNECTIONS_MAX};
 
-/// An account begins a call while it has fewer than one in so many of the free slots.
+/// An account may use at most one in this many of the free slots for calls.
 const SHARE: usize = 8;
 
 /// All slots of a socket.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Slots(Arc<Shared>);
+pub(super) struct ConnectionSlots(Arc<SlotsInner>);
 
 #[derive(Debug, Default)]
-struct Shared {
-    table: Mutex<Table>,
+struct SlotsInner {
+    table: Mutex<SlotTable>,
     /// A call or a connection has ended.
     freed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct SlotTable {
     /// By age.
-    entries: BTreeMap<u64, Entry>,
+    entries: BTreeMap<u64, SlotEntry>,
     last: u64,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct SlotEntry {
     account: u32,
     in_call: bool,
     evicted: bool,
     evict: Arc<Notify>,
 }
 
-/// One connection's slot, free again when this is dropped.
+/// One connection's slot, freed on drop.
 #[derive(Debug)]
-pub(super) struct Slot {
-    slots: Slots,
+pub(super) struct ConnectionSlot {
+    slots: ConnectionSlots,
     id: u64,
     account: u32,
     evict: Arc<Notify>,
 }
 
-impl Slots {
-    fn table(&self) -> MutexGuard<'_, Table> {
+impl ConnectionSlots {
+    fn table(&self) -> MutexGuard<'_, SlotTable> {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A slot for a connection of `account`; or why there is none.
-    pub(super) fn admit(&self, account: u32) -> Result<Slot, String> {
+    /// A slot for a connection of `account`; or the reason for refusal.
+    pub(super) fn admit(&self, account: u32) -> Result<ConnectionSlot, String> {
         let mut table = self.table();
         let (own, all) = (table.count(account), table.entries.len());
         if account != 0 && own >= USER_CONNECTIONS_MAX {
@@ -69,20 +68,20 @@ impl Slots {
         }
         table.last += 1;
         let (id, evict) = (table.last, Arc::new(Notify::new()));
-        let entry = Entry { account, in_call: false, evicted: false, evict: Arc::clone(&evict) };
+        let entry = SlotEntry { account, in_call: false, evicted: false, evict: Arc::clone(&evict) };
         table.entries.insert(id, entry);
-        Ok(Slot { slots: self.clone(), id, account, evict })
+        Ok(ConnectionSlot { slots: self.clone(), id, account, evict })
     }
 }
 
-impl Table {
+impl SlotTable {
     fn count(&self, account: u32) -> usize {
         self.entries.values().filter(|entry| entry.account == account).count()
     }
 
-    /// Ends the oldest idle connection of the account that has most, if that is more than `least`.
+    /// Ends the oldest idle connection of the account with most slots, if it has more than `least`.
     fn evict(&mut self, least: usize) -> bool {
-        let idle = |entry: &Entry| !entry.in_call && !entry.evicted;
+        let idle = |entry: &SlotEntry| !entry.in_call && !entry.evicted;
         let accounts: Vec<u32> = self.entries.values().filter(|e| idle(e)).map(|e| e.account).collect();
         let richest = accounts.into_iter().max_by_key(|&account| self.count(account));
         let Some(richest) = richest.filter(|&account| self.count(account) > least) else { return false };
@@ -103,8 +102,8 @@ impl Table {
     }
 }
 
-impl Slot {
-    /// Ends when another account needs the slot.
+impl ConnectionSlot {
+    /// Completes when another account needs the slot.
     pub(super) async fn evicted(&self) {
         self.evict.notified().await;
     }
@@ -136,7 +135,7 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.slots.table().entries.remove(&self.id);
         self.slots.0.freed.notify_waiters();
@@ -149,16 +148,16 @@ mod tests {
     use std::time::Duration;
     use tokio::time::timeout;
 
-    async fn begins(slot: &Slot) -> bool {
+    async fn begins(slot: &ConnectionSlot) -> bool {
         timeout(Duration::from_millis(5), slot.begin_call()).await.is_ok()
     }
 
     #[tokio::test]
-    async fn whoever_has_most_makes_room_for_whoever_has_fewer() {
-        let slots = Slots::default();
+    async fn evicts_an_idle_connection_of_the_account_with_most() {
+        let slots = ConnectionSlots::default();
         let users = u32::try_from(CONNECTIONS_MAX / USER_CONNECTIONS_MAX).unwrap();
         let all = (1..=users).flat_map(|user| (0..USER_CONNECTIONS_MAX).map(move |_| user));
-        let mut held: Vec<Slot> = all.map(|user| slots.admit(user).unwrap()).collect();
+        let mut held: Vec<ConnectionSlot> = all.map(|user| slots.admit(user).unwrap()).collect();
         assert!(slots.admit(1).unwrap_err().contains("user 1 has"));
         let _newcomer = slots.admit(9999).unwrap();
         let mut evicted = 0;
@@ -172,8 +171,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn calls_that_hang_leave_others_their_share() {
-        let slots = Slots::default();
+    async fn hanging_calls_leave_others_their_share() {
+        let slots = ConnectionSlots::default();
         let mut held = Vec::new();
         for user in 1..=30 {
             for _ in 0..USER_CONNECTIONS_MAX {

@@ -260,7 +260,7 @@ fn host_tests(filter: Option<&str>) -> Result<Tally> {
 }
 
 fn doc_tests(filter: Option<&str>) -> Result<Tally> {
-    let mut command = programs::cargo(&["test", "--doc", "--package", "loopengine", "--quiet"]);
+    let mut command = programs::cargo(&["test", "--doc", "--workspace", "--quiet"]);
     command.args(programs::PROFILE);
     if let Some(filter) = filter {
         command.args(["--", filter]);

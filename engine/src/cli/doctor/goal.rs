@@ -1,14 +1,14 @@
-//! What a machine needs for one purpose, and what of it is there for the user who asks.
+//! The requirements of one purpose, for the user who asks.
 //!
-//! From the kernel upwards: what cannot help yet, because something below it is missing, is not advised. Whether
-//! there can be a pool is not guessed: one is opened, and ends at once.
+//! Checks from the kernel upwards, and gives no advice above a missing requirement. Tests pools by
+//! opening one, which ends at once.
 
 use std::fs;
 use std::path::Path;
 
 use super::Check;
 use crate::cli::daemon;
-use crate::cli::fuse::is_here;
+use crate::cli::fuse_drivers::is_installed;
 use crate::cli::mount;
 use crate::control::{OCI_SOCKET, PrivateClient};
 use crate::error::{Error, Kind, Result};
@@ -18,32 +18,32 @@ use crate::private::OpenSpec;
 /// A purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Goal {
-    /// 'loopengine run': a command with loop devices of its own.
+    /// 'loopengine run': run a command with private loop devices.
     Run,
-    /// 'loopengine mount': the file system in an image.
+    /// 'loopengine mount': mount the file system in an image.
     Mount,
-    /// Containers of Podman with loop devices of their own.
+    /// Podman containers with private loop devices.
     Podman,
-    /// Pods with loop devices of their own.
+    /// Kubernetes pods with private loop devices.
     Kubernetes,
 }
 
-/// All that these purposes need.
+/// All checks for these purposes.
 pub(super) fn checks(goals: &[Goal], run_dir: &Path) -> Vec<Check> {
     let pool = try_pool(run_dir);
-    // A pool that is there needs no release: a distribution may have added to its kernel.
+    // A working pool needs no version check: distributions backport features.
     if pool.is_err()
         && let Some(missing) = missing(&PRIVATE)
     {
         return vec![missing];
     }
     let root = rustix::process::geteuid().is_root();
-    let mut checks = vec![Check::ok(PRIVATE.name, there(&PRIVATE)), daemon_and_pool(pool)];
+    let mut checks = vec![Check::ok(PRIVATE.name, supported(&PRIVATE)), daemon_and_pool(pool)];
     for goal in goals {
         let more = match goal {
             Goal::Run | Goal::Mount if root => vec![],
-            Goal::Run => vec![user_namespaces(), programs()],
-            Goal::Mount => vec![programs()],
+            Goal::Run => vec![user_namespaces(), fuse_drivers()],
+            Goal::Mount => vec![fuse_drivers()],
             Goal::Podman if root => vec![podman(), runtime(), oci_socket(run_dir)],
             Goal::Kubernetes if root => vec![oci_socket(run_dir), kubernetes()],
             Goal::Podman | Goal::Kubernetes => vec![not_for_users()],
@@ -54,43 +54,41 @@ pub(super) fn checks(goals: &[Goal], run_dir: &Path) -> Vec<Check> {
     checks
 }
 
-/// A line for each feature that this kernel has, or lacks.
+/// One check per kernel feature.
 pub(super) fn features() -> Vec<Check> {
     let line = |feature: &Feature| match feature.missing() {
-        None => Check::ok(feature.name, there(feature)),
+        None => Check::ok(feature.name, supported(feature)),
         Some(_) => {
-            let advice = format!("boot Linux {} or newer for: {}", feature.version(), feature.by);
+            let advice = format!("boot Linux {} or newer to use: {}", feature.version(), feature.by);
             Check::warning(feature.name, needs(feature), advice)
         }
     };
     kernels::ALL.iter().map(line).collect()
 }
 
-fn there(feature: &Feature) -> String {
-    format!("Linux {} has them (from {} on)", kernels::release(), feature.version())
+fn supported(feature: &Feature) -> String {
+    format!("Linux {} supports them (since {})", kernels::release(), feature.version())
 }
 
 fn needs(feature: &Feature) -> String {
-    format!("need Linux {} here: this is {}", feature.version(), kernels::release())
+    format!("need Linux {}: this is {}", feature.version(), kernels::release())
 }
 
 fn missing(feature: &Feature) -> Option<Check> {
     feature.missing()?;
     let root = rustix::process::geteuid().is_root();
     let advice = match BLOCK_DEVICES.missing() {
-        None if root => "boot such a kernel; what works with this one is 'loopengine attach IMAGE', for root",
-        Some(_) if root => {
-            "boot such a kernel; what works with this one is 'loopengine serve --frontend fuse'"
+        None if root => "boot a newer kernel; with this one, root can run 'loopengine attach IMAGE'",
+        Some(_) if root => "boot a newer kernel; this one supports 'loopengine serve --frontend fuse'",
+        _ if is_installed("fuse2fs") && mount::check_fuse().is_ok() => {
+            "use 'loopengine mount IMAGE DIR', which works with this kernel and a FUSE driver"
         }
-        _ if is_here("fuse2fs") && mount::check_fuse().is_ok() => {
-            "what works with this kernel: 'loopengine mount IMAGE DIR', by a program of FUSE"
-        }
-        _ => "have such a kernel booted: with this one only root can attach images",
+        _ => "have root boot a newer kernel; with this one only root can attach images",
     };
     Some(Check::problem(feature.name, needs(feature), advice))
 }
 
-/// Opens a pool of one device; it ends with its mounts, which are mounted nowhere.
+/// Opens a pool of one device, which ends when its detached mounts are closed.
 fn try_pool(run_dir: &Path) -> Result<()> {
     daemon::runtime()?.block_on(async {
         let mut client = PrivateClient::connect(run_dir).await?;
@@ -101,14 +99,14 @@ fn try_pool(run_dir: &Path) -> Result<()> {
 fn daemon_and_pool(pool: Result<()>) -> Check {
     let name = "pool";
     match pool {
-        Ok(()) => Check::ok(name, "the daemon makes pools for this user"),
+        Ok(()) => Check::ok(name, "the daemon opens pools for this user"),
         Err(error) => {
             let advice = match error.kind() {
                 Kind::Unavailable if !rustix::process::geteuid().is_root() => {
                     "have root start the daemon ('systemctl start loopengine')"
                 }
-                Kind::Quota => "end a pool ('loopengine list' shows them), or have root raise the limit",
-                _ => error.next_step().unwrap_or("look at the daemon's log"),
+                Kind::Quota => "end a pool ('loopengine list' lists them), or have root raise the limit",
+                _ => error.next_step().unwrap_or("read the log of the daemon"),
             };
             Check::problem(name, error.message(), advice)
         }
@@ -117,7 +115,7 @@ fn daemon_and_pool(pool: Result<()>) -> Check {
 
 fn user_namespaces() -> Check {
     let name = "user namespaces";
-    // Debian's, AppArmor's and the kernel's own; what a system does not have does not forbid.
+    // Settings of Debian, AppArmor and the kernel. A missing setting forbids nothing.
     let forbidden = [
         ("kernel.unprivileged_userns_clone", "0", "1"),
         ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
@@ -125,7 +123,7 @@ fn user_namespaces() -> Check {
     ];
     let set_to = |setting: &str| fs::read_to_string(format!("/proc/sys/{}", setting.replace('.', "/"))).ok();
     match forbidden.iter().find(|(setting, no, _)| set_to(setting).is_some_and(|value| value.trim() == *no)) {
-        None => Check::ok(name, "allowed to plain users"),
+        None => Check::ok(name, "plain users can create them"),
         Some((setting, no, yes)) => Check::problem(
             name,
             format!("{setting} is {no}"),
@@ -134,36 +132,36 @@ fn user_namespaces() -> Check {
     }
 }
 
-fn programs() -> Check {
+fn fuse_drivers() -> Check {
     let name = "FUSE";
     if let Err(error) = mount::check_fuse() {
         return from(name, &error);
     }
     let present: Vec<&str> =
-        ["fuse2fs", "squashfuse"].into_iter().filter(|program| is_here(program)).collect();
+        ["fuse2fs", "squashfuse"].into_iter().filter(|program| is_installed(program)).collect();
     match present.is_empty() {
         true => Check::warning(
             name,
-            "neither fuse2fs nor squashfuse is installed",
-            "have root run 'apt install fuse2fs squashfuse', or name a program with --fuse FS=PROGRAM",
+            "no FUSE driver (fuse2fs, squashfuse) is installed",
+            "have root run 'apt install fuse2fs squashfuse', or give another driver with --fuse FS=PROGRAM",
         ),
-        false => Check::ok(name, format!("{} mount for this user", present.join(" and "))),
+        false => Check::ok(name, format!("{} can mount for this user", present.join(" and "))),
     }
 }
 
 fn from(name: &str, error: &Error) -> Check {
-    Check::problem(name, error.message(), error.next_step().unwrap_or("look at the system's log"))
+    Check::problem(name, error.message(), error.next_step().unwrap_or("read the log of the system"))
 }
 
 fn podman() -> Check {
-    match is_here("podman") {
+    match is_installed("podman") {
         true => Check::ok("podman", "is installed"),
         false => Check::problem("podman", "is not installed", "run 'apt install podman'"),
     }
 }
 
 fn runtime() -> Check {
-    let present: Vec<&str> = ["crun", "runc"].into_iter().filter(|program| is_here(program)).collect();
+    let present: Vec<&str> = ["crun", "runc"].into_iter().filter(|program| is_installed(program)).collect();
     match present.is_empty() {
         true => Check::problem("runtime", "neither crun nor runc is installed", "run 'apt install crun'"),
         false => Check::ok("runtime", present.join(" and ")),
@@ -174,17 +172,17 @@ fn oci_socket(run_dir: &Path) -> Check {
     let socket = run_dir.join(OCI_SOCKET);
     let shown = socket.display();
     match socket.exists() {
-        true => Check::ok("runtime's socket", format!("{shown} is there; 'loopengine oci --help' goes on")),
+        true => Check::ok("runtime's socket", format!("{shown} exists; see 'loopengine oci --help'")),
         false => Check::problem("runtime's socket", format!("{shown} is missing"), "restart the daemon"),
     }
 }
 
 fn not_for_users() -> Check {
-    let advice = "as this user, 'loopengine run -- CMD' gives a command loop devices without a container";
-    Check::problem("containers", "only root makes pools for containers", advice)
+    let advice = "as this user, use 'loopengine run -- CMD' instead of a container";
+    Check::problem("containers", "only root can create pools for containers", advice)
 }
 
 fn kubernetes() -> Check {
-    let advice = "use Podman, runc or crun where it must work ('loopengine doctor --for podman')";
-    Check::warning("pods", "no kubelet was tried, and no device plugin is part of loopengine", advice)
+    let advice = "prefer Podman, runc or crun ('loopengine doctor --for podman')";
+    Check::warning("pods", "loopengine is not tested with a kubelet, and has no device plugin", advice)
 }

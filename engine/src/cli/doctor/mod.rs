@@ -1,6 +1,7 @@
-//! `loopengine doctor`: what this machine lacks, and what to do about it.
+//! `loopengine doctor`: diagnose this machine.
 //!
-//! Here is what the daemon needs, which root asks; what a purpose or a plain user needs is `goal`'s.
+//! This file checks the requirements of the daemon, for root; `goal` checks those of one purpose or
+//! of a plain user.
 
 mod goal;
 
@@ -24,20 +25,20 @@ use goal::Goal;
 use super::serve::driver_hint;
 use super::{daemon, out};
 
-/// Fewer open files than this are too few for a thousand devices.
+/// A lower limit does not suffice for a thousand devices.
 const FILES_MIN: u64 = 8192;
 
-/// Check what the daemon needs of this machine, or what you need for a purpose.
+/// Diagnose this machine.
 ///
-/// Every line is a check: 'ok', 'warning' or 'problem', what was found, and what to do. Exits with
-/// 1 if there is a problem. A plain user is told what works for him: the same as with '--for run' and '--for
-/// mount'.
+/// Prints one line per check: 'ok', 'warning' or 'problem', and the finding. Below it, prints the
+/// next step. Exits with 1 if a check finds a problem. As root, checks the requirements of the
+/// daemon; as a plain user, the same as '--for run' and '--for mount'.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Also check whether images at this path can have direct I/O.
+    /// Check whether images at this path support direct I/O.
     path: Option<PathBuf>,
 
-    /// Check what this purpose needs, and nothing else. To see whether there can be a private pool, opens one.
+    /// Check only the requirements of this purpose. Opens a private pool as a test.
     #[arg(long = "for", value_name = "PURPOSE")]
     goal: Option<Goal>,
 
@@ -46,16 +47,16 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// How a check ended.
+/// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "lowercase")]
 #[zlink(rename_all = "lowercase")]
 pub(crate) enum Verdict {
-    /// Nothing to do.
+    /// No action needed.
     Ok,
-    /// It works, but less well, or not yet.
+    /// Works with restrictions, or will work later.
     Warning,
-    /// It does not work.
+    /// Does not work.
     Problem,
 }
 
@@ -64,13 +65,13 @@ pub(crate) enum Verdict {
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub(crate) struct Check {
-    /// What was checked.
+    /// Subject of the check.
     pub(crate) name: String,
-    /// How it ended.
+    /// Result.
     pub(crate) verdict: Verdict,
-    /// What was found.
+    /// Finding.
     pub(crate) found: String,
-    /// What to do; none if it is well.
+    /// Next step. Absent if none is needed.
     pub(crate) advice: Option<String>,
 }
 
@@ -97,7 +98,7 @@ impl Args {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let mut checks = match self.goal {
             Some(goal) => goal::checks(&[goal], run_dir),
-            None if rustix::process::geteuid().is_root() => of_daemon(run_dir),
+            None if rustix::process::geteuid().is_root() => daemon_checks(run_dir),
             None => goal::checks(&[Goal::Run, Goal::Mount], run_dir),
         };
         if let Some(path) = &self.path {
@@ -112,7 +113,7 @@ impl Args {
     }
 }
 
-fn of_daemon(run_dir: &Path) -> Vec<Check> {
+fn daemon_checks(run_dir: &Path) -> Vec<Check> {
     let mut checks = vec![driver(), permission(), io_uring(), features()];
     checks.extend(goal::features());
     let (daemon, pid) = daemon(run_dir);
@@ -142,21 +143,21 @@ fn text(checks: &[Check]) -> String {
 fn driver() -> Check {
     let name = "driver";
     if Path::new(UBLK_CONTROL).exists() {
-        return Check::ok(name, format!("ublk_drv is loaded, {UBLK_CONTROL} is there"));
+        return Check::ok(name, format!("ublk_drv is loaded, {UBLK_CONTROL} exists"));
     }
     if Path::new("/sys/module/ublk_drv").exists() {
         let found = format!("ublk_drv is loaded, but {UBLK_CONTROL} is missing");
-        return Check::problem(name, found, "make it visible here; a container needs it passed in");
+        return Check::problem(name, found, "make the node visible here; pass it into the container");
     }
     match fuse::check() {
         Ok(()) => {
-            let found = "ublk_drv is not loaded: devices are files (FUSE), not block devices";
+            let found = "ublk_drv is not loaded: the daemon serves files (FUSE), not block devices";
             Check::warning(name, found, driver_hint())
         }
         Err(_) => {
             let advice =
-                format!("{}; for files instead of block devices, run 'modprobe fuse'", driver_hint());
-            Check::problem(name, "neither ublk_drv nor FUSE is there", advice)
+                format!("{}; to serve files instead of block devices, run 'modprobe fuse'", driver_hint());
+            Check::problem(name, "neither ublk_drv nor FUSE is available", advice)
         }
     }
 }
@@ -164,10 +165,10 @@ fn driver() -> Check {
 fn permission() -> Check {
     let name = "permission";
     match open(UBLK_CONTROL, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(_) => Check::ok(name, format!("root may use {UBLK_CONTROL}")),
+        Ok(_) => Check::ok(name, format!("root can open {UBLK_CONTROL}")),
         Err(rustix::io::Errno::NOENT) => Check::ok(name, "this user is root"),
         Err(error) => {
-            let found = format!("root may not open {UBLK_CONTROL}: {}", reason(&error.into()));
+            let found = format!("root cannot open {UBLK_CONTROL}: {}", reason(&error.into()));
             Check::problem(name, found, "allow the device in this container or security policy")
         }
     }
@@ -178,7 +179,7 @@ fn io_uring() -> Check {
     let disabled = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
     if disabled.trim() == "2" {
         let advice = "run 'sysctl kernel.io_uring_disabled=0'";
-        return Check::problem(name, "disabled for everybody", advice);
+        return Check::problem(name, "disabled for all users", advice);
     }
     match tokio_uring::Runtime::new(tokio_uring::builder().entries(2)) {
         Ok(_) => Check::ok(name, "works"),
@@ -200,16 +201,20 @@ fn features() -> Check {
             Check::ok(name, format!("fuse (kernel {})", features.kernel))
         }
         Ok(features) if features.io_modes.is_empty() => {
-            let found = format!("none works on kernel {}", features.kernel);
+            let found = format!("none is supported by kernel {}", features.kernel);
             let (works, faster) = (BLOCK_DEVICES.version(), NO_COPYING.version());
-            Check::problem(name, found, format!("use Linux {works} or newer; {faster} or newer is faster"))
+            Check::problem(
+                name,
+                found,
+                format!("use Linux {works} or newer; {faster} or newer avoids copies"),
+            )
         }
         Ok(features) => {
             let words: Vec<&str> = features.io_modes.iter().map(|mode| mode.as_str()).collect();
             let found = format!("{} (kernel {})", words.join(" "), features.kernel);
             match words.len() {
                 1 => {
-                    let advice = format!("use Linux {} or newer for speed", NO_COPYING.version());
+                    let advice = format!("use Linux {} or newer to avoid copies", NO_COPYING.version());
                     Check::warning(name, found, advice)
                 }
                 _ => Check::ok(name, found),
@@ -231,12 +236,13 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
         Ok((instances, pid)) => {
             let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
             let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
-            let found = format!("process {pid_text} serves {} instances, {devices} devices", instances.len());
+            let found =
+                format!("process {pid_text} serves {} instances with {devices} devices", instances.len());
             (Check::ok(name, found), pid)
         }
         Err(error) => {
-            let advice = error.next_step().unwrap_or("look at its log").to_owned();
-            // Not started yet is no illness.
+            let advice = error.next_step().unwrap_or("read the log of the daemon").to_owned();
+            // A daemon that does not run is no problem yet.
             let verdict = match error.kind() {
                 Kind::Unavailable => Verdict::Warning,
                 _ => Verdict::Problem,
@@ -246,7 +252,7 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
     }
 }
 
-/// Of the daemon if it runs, else of this process.
+/// The limit of the daemon if it runs, else of this process.
 fn open_files(daemon: Option<i32>) -> Check {
     let name = "open files";
     let limit = daemon.and_then(limit_of).or_else(|| getrlimit(Resource::Nofile).maximum);
@@ -255,12 +261,12 @@ fn open_files(daemon: Option<i32>) -> Check {
         Some(limit) if limit >= FILES_MIN => Check::ok(name, format!("up to {limit}")),
         Some(limit) => {
             let advice = format!("raise it to {FILES_MIN} (LimitNOFILE= of the service, 'ulimit -Hn')");
-            Check::warning(name, format!("up to {limit}: enough for some devices only"), advice)
+            Check::warning(name, format!("up to {limit}: too few for a thousand devices"), advice)
         }
     }
 }
 
-/// The hard limit of another process; proc(5) has it in the fifth column.
+/// The hard limit of another process: the fifth column in proc(5).
 fn limit_of(pid: i32) -> Option<u64> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
     let line = limits.lines().find(|line| line.starts_with("Max open files"))?;
@@ -271,35 +277,35 @@ fn mount_namespace(daemon: i32, run_dir: &Path) -> Check {
     let name = "mount namespace";
     let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
     match (of("self"), of(&daemon.to_string())) {
-        (Ok(own), Ok(its)) if own != its => Check::ok(name, "the daemon has its own"),
+        (Ok(own), Ok(its)) if own != its => Check::ok(name, "the daemon has a mount namespace of its own"),
         (Ok(_), Ok(_)) if serves_files(run_dir) => {
-            Check::ok(name, "the daemon shares it, so that its files can be seen")
+            Check::ok(name, "the daemon shares it, so that users see its files")
         }
         (Ok(_), Ok(_)) => Check::problem(
             name,
-            "the daemon shares it with this process, and can hang when it ends",
-            "do not mount its disks in this namespace; restart it with CAP_SYS_ADMIN",
+            "the daemon shares it with this process, and can hang when it stops",
+            "do not mount its devices in this namespace; restart it with CAP_SYS_ADMIN",
         ),
         (Err(error), _) | (_, Err(error)) => {
-            let found = format!("cannot be compared: {}", reason(&error));
-            Check::warning(name, found, "run this as root, in the daemon's process namespace")
+            let found = format!("cannot compare: {}", reason(&error));
+            Check::warning(name, found, "run this as root, in the PID namespace of the daemon")
         }
     }
 }
 
 fn serves_files(run_dir: &Path) -> bool {
-    // Names of mounts are absolute.
+    // Mount points are absolute paths.
     fs::canonicalize(run_dir).is_ok_and(|run_dir| !fuse::mounted_below(&run_dir).is_empty())
 }
 
-/// Can files at `path` (a file, a device, or a directory that will hold files) have direct I/O?
+/// Checks whether files at `path` (a file, a device, or a directory for files) support direct I/O.
 fn direct_io(path: &Path) -> Result<Check> {
     let name = "direct I/O";
     let shown = path.display();
-    let meta = fs::metadata(path).map_err(|error| Error::os(error, format!("cannot look at {shown}")))?;
+    let meta = fs::metadata(path).map_err(|error| Error::os(error, format!("cannot access {shown}")))?;
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
     let probe = if meta.is_dir() {
-        // A directory has no direct I/O; a nameless file in it shows what its files have.
+        // A directory has no direct I/O; test an unnamed file in it.
         open(path, flags | OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR)
     } else {
         open(path, flags | OFlags::RDONLY, Mode::empty())
@@ -307,8 +313,8 @@ fn direct_io(path: &Path) -> Result<Check> {
     let probe = match probe {
         Ok(probe) => probe,
         Err(error) => {
-            let found = format!("cannot be tried at {shown}: {}", reason(&error.into()));
-            return Ok(Check::warning(name, found, "name an image instead"));
+            let found = format!("cannot test {shown}: {}", reason(&error.into()));
+            return Ok(Check::warning(name, found, "give the path of an image"));
         }
     };
     let known = statx(&probe, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
@@ -317,19 +323,21 @@ fn direct_io(path: &Path) -> Result<Check> {
     Ok(match known {
         Some(known) if known.stx_dio_offset_align > 0 => {
             let (offset, memory) = (known.stx_dio_offset_align, known.stx_dio_mem_align);
-            let found = format!("{shown}: offsets multiples of {offset}, memory of {memory}");
+            let found = format!("{shown}: needs offsets aligned to {offset}, memory to {memory}");
             match offset {
                 ..=4096 => Check::ok(name, found),
                 _ => Check::problem(name, found, advice),
             }
         }
-        Some(_) => Check::problem(name, format!("{shown} has none"), advice),
+        Some(_) => Check::problem(name, format!("{shown} does not support it"), advice),
         None => {
             let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&probe));
             let direct = rustix::fs::openat(CWD, again, flags | OFlags::DIRECT, Mode::empty());
             match direct {
-                Ok(_) => Check::ok(name, format!("{shown} has it; its alignment is not told")),
-                Err(_) => Check::problem(name, format!("{shown} has none"), advice),
+                Ok(_) => {
+                    Check::ok(name, format!("{shown} supports it; the kernel does not report its alignment"))
+                }
+                Err(_) => Check::problem(name, format!("{shown} does not support it"), advice),
             }
         }
     })

@@ -1,7 +1,7 @@
-//! All devices, pools and tenants that a user may see, with who uses them.
+//! All devices, pools and tenants that a user can see, and their users.
 //!
-//! Asks the daemon which there are; what they are mounted on and who has them open is looked up here, in
-//! /proc: the daemon must not wait for that. Knows both sockets. Does not know how a list is shown.
+//! Queries both sockets of the daemon. Looks up mount points and open files in /proc itself, since
+//! the daemon must not wait for that. Does not format lists.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
 use crate::cli::daemon;
-use crate::cli::losetup::Devices;
-use crate::cli::mount::Mounted;
-use crate::cli::private::user_name;
-use crate::cli::remote::Remote;
+use crate::cli::losetup::LoopDevices;
+use crate::cli::losetup::remote::Remote;
+use crate::cli::mount::MountPool;
+use crate::cli::run::user_name;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::{Selector, spec::DeviceInfo};
@@ -22,50 +22,50 @@ use crate::private::PoolInfo;
 use crate::sys::processes::{self, Process};
 use crate::sys::uses::{Names, Uses};
 
-/// All that a user may see: root all, others their own pools.
+/// Devices that the user can see: all for root, own pools for others.
 #[derive(Debug, Default, Serialize, Deserialize, CustomType)]
 pub(crate) struct Listing {
     /// Devices of instances, by instance and number.
     pub(crate) devices: Vec<InstanceDevice>,
-    /// Private pools, by age.
-    pub(crate) pools: Vec<Pool>,
+    /// Private pools, oldest first.
+    pub(crate) pools: Vec<ListedPool>,
 }
 
-/// A device of an instance, and who uses it.
+/// A device of an instance and its users.
 #[derive(Debug, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub(crate) struct InstanceDevice {
     /// The device.
     pub(crate) device: DeviceInfo,
-    /// Directories that it, a partition of it or a stack upon it is mounted on, in any mount namespace.
+    /// Mount points of the device, its partitions and disks stacked on it, in all mount namespaces.
     pub(crate) mounted_on: Vec<String>,
-    /// Processes that have it open.
+    /// Processes that have the device open.
     pub(crate) open_in: Vec<Process>,
 }
 
-/// A private pool, and its tenant.
+/// A private pool and its tenant.
 #[derive(Debug, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
-pub(crate) struct Pool {
-    /// Its name.
+pub(crate) struct ListedPool {
+    /// Name.
     pub(crate) name: String,
-    /// User whom its devices count for.
+    /// User id that the devices count against.
     pub(crate) uid: u32,
-    /// That user's name; none: not in /etc/passwd.
+    /// Name of that user, if in /etc/passwd.
     pub(crate) user: Option<String>,
-    /// Process that opened it; with 'loopengine run', the command. None: it has ended.
+    /// Process that opened the pool; with 'loopengine run', the command. Absent if it has ended.
     pub(crate) process: Option<Process>,
-    /// Container that it serves, or that its process is in.
+    /// Container that the pool serves, or that contains its process.
     pub(crate) container: Option<String>,
-    /// When it was opened, in seconds since 1970.
+    /// Time of creation, in seconds since 1970.
     pub(crate) since_unix_seconds: Option<u64>,
-    /// Devices at the most.
+    /// Maximum number of devices.
     pub(crate) max_devices: u32,
-    /// Whether it takes nothing more, and ends with the last use of its devices.
+    /// True if the pool accepts no operations and ends with the last use of its devices.
     pub(crate) ending: bool,
-    /// By number.
+    /// Devices, by number.
     pub(crate) devices: Vec<LoopDevice>,
 }
 
@@ -76,42 +76,42 @@ pub(crate) struct Pool {
 pub(crate) struct LoopDevice {
     /// N of loopN.
     pub(crate) number: u32,
-    /// The file's path as its opener sees it; none: the device is not bound.
+    /// Path of the backing file as its opener sees it. Absent if the device is not bound.
     pub(crate) image: Option<String>,
-    /// Bytes.
+    /// Size in bytes.
     pub(crate) size_bytes: u64,
-    /// First byte of the file that the device shows.
+    /// Offset in the backing file, in bytes.
     pub(crate) offset_bytes: u64,
-    /// Bytes at the most; 0: to the end of the file.
+    /// Size limit in bytes; 0: none.
     pub(crate) size_limit_bytes: u64,
     /// Logical block size in bytes.
     pub(crate) block_size_bytes: u32,
-    /// Writes are refused.
+    /// True if the device refuses writes.
     pub(crate) read_only: bool,
-    /// Directories that it or a partition of it is mounted on, in any mount namespace.
+    /// Mount points of the device and its partitions, in all mount namespaces.
     pub(crate) mounted_on: Vec<String>,
-    /// Processes that have it open.
+    /// Processes that have the device open.
     pub(crate) open_in: Vec<Process>,
 }
 
-/// An image that is looked for: by what it is, or, once it has no name any more, by the name that it had.
-pub(in crate::cli) struct Image {
+/// An image to search for: by identity, or by path if the file no longer exists.
+pub(in crate::cli) struct ImageQuery {
     path: PathBuf,
-    /// File system and inode, or the block device's number and 0.
+    /// Device and inode of the file, or the number of the block device and 0.
     identity: Option<(u64, u64)>,
 }
 
-impl Image {
-    pub(in crate::cli) fn named(path: &Path) -> Result<Image> {
+impl ImageQuery {
+    pub(in crate::cli) fn named(path: &Path) -> Result<ImageQuery> {
         use std::os::unix::fs::FileTypeExt;
-        let cannot = |error| Error::os(error, format!("cannot look for {}", path.display()));
+        let cannot = |error| Error::os(error, format!("cannot access {}", path.display()));
         let identity = match std::fs::metadata(path) {
             Ok(meta) if meta.file_type().is_block_device() => Some((meta.rdev(), 0)),
             Ok(meta) => Some((meta.dev(), meta.ino())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(cannot(error)),
         };
-        Ok(Image { path: std::path::absolute(path).map_err(cannot)?, identity })
+        Ok(ImageQuery { path: std::path::absolute(path).map_err(cannot)?, identity })
     }
 
     pub(in crate::cli) fn is_of(&self, device: &DeviceInfo) -> bool {
@@ -131,14 +131,14 @@ impl Image {
     }
 }
 
-/// Whatever the caller may see; of `image`, if one is given.
-pub(in crate::cli) fn gather(run_dir: &Path, image: Option<&Image>) -> Result<Listing> {
+/// Collects all that the caller can see, restricted to `image` if given.
+pub(in crate::cli) fn gather(run_dir: &Path, image: Option<&ImageQuery>) -> Result<Listing> {
     let devices = match daemon::ask(run_dir, async |client| client.devices(&Selector::All).await) {
         Err(error) if error.kind() != Kind::Denied => return Err(error),
         devices => devices,
     };
     let (mut devices, pools) = match (devices, pools(run_dir)) {
-        // Nobody serves pools.
+        // The daemon serves no pools.
         (devices, Err(error)) if error.kind() == Kind::Unavailable => (devices?, Vec::new()),
         (devices, pools) => (devices.unwrap_or_default(), pools?),
     };
@@ -151,7 +151,7 @@ pub(in crate::cli) fn gather(run_dir: &Path, image: Option<&Image>) -> Result<Li
     })
 }
 
-/// The caller's pools; for root, all.
+/// The pools of the caller; for root, all pools.
 pub(in crate::cli) fn pools(run_dir: &Path) -> Result<Vec<PoolInfo>> {
     daemon::runtime()?.block_on(async { PrivateClient::connect(run_dir).await?.list().await })
 }
@@ -161,8 +161,13 @@ fn in_use(device: DeviceInfo, uses: &Uses) -> InstanceDevice {
     InstanceDevice { mounted_on: uses.mounted_on(&names), open_in: uses.open_in(&names), device }
 }
 
-/// None: it has ended meanwhile, or has nothing of the image.
-fn pool_of(info: PoolInfo, run_dir: &Path, image: Option<&Image>, uses: &Uses) -> Result<Option<Pool>> {
+/// None if the pool has ended or has no device of the image.
+fn pool_of(
+    info: PoolInfo,
+    run_dir: &Path,
+    image: Option<&ImageQuery>,
+    uses: &Uses,
+) -> Result<Option<ListedPool>> {
     let mut remote = match Remote::open(Some(&info.name), run_dir) {
         Err(error) if [Kind::NotFound, Kind::Unavailable].contains(&error.kind()) => return Ok(None),
         remote => remote?,
@@ -173,21 +178,21 @@ fn pool_of(info: PoolInfo, run_dir: &Path, image: Option<&Image>, uses: &Uses) -
         return Ok(None);
     }
     entries.sort_by_key(|entry| entry.number);
-    // By a program of FUSE, which has the device open and says nothing of it.
-    let by_us = match info.supervised {
+    // A FUSE driver has the device open; the mount table does not show the device.
+    let fuse_dirs = match info.supervised {
         true => Vec::new(),
-        false => Mounted::named(&info.name).dirs()?,
+        false => MountPool::named(&info.name).dirs()?,
     };
     let process =
         info.pid.filter(|pid| processes::started(*pid) == info.pid_start_ticks).and_then(Process::of);
     let devices = entries.into_iter().map(|entry| {
         let mut device = loop_device(&entry, uses);
         if device.mounted_on.is_empty() && device.image.is_some() {
-            device.mounted_on = by_us.iter().map(|dir| dir.display().to_string()).collect();
+            device.mounted_on = fuse_dirs.iter().map(|dir| dir.display().to_string()).collect();
         }
         device
     });
-    Ok(Some(Pool {
+    Ok(Some(ListedPool {
         devices: devices.collect(),
         uid: info.uid,
         user: user_name(info.uid),

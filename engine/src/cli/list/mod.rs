@@ -1,14 +1,14 @@
-//! `loopengine list`: the devices of instances; with `--all`, and for plain users, pools as well.
+//! `loopengine list`: devices of instances; with `--all`, and for plain users, pools too.
 //!
-//! Knows what is shown and how. What there is to show, and who uses it, is `listing`'s.
+//! Formats the lists. `listing` collects the devices and their users.
 
 mod listing;
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub(super) use listing::{Image, gather, pools};
-pub(crate) use listing::{InstanceDevice, Listing, LoopDevice, Pool};
+pub(super) use listing::{ImageQuery, gather, pools};
+pub(crate) use listing::{InstanceDevice, ListedPool, Listing, LoopDevice};
 
 use crate::error::{Kind, Result};
 use crate::instance::Selector;
@@ -20,15 +20,15 @@ use super::{complete, daemon, out, size};
 
 /// List devices.
 ///
-/// For root, the devices of instances; with '--all', also private pools, and of everything whose it is, since
-/// when, where it is mounted and who has it open. A plain user sees his own pools, in the same form.
+/// For root, lists the devices of instances. With '--all', lists private pools too, with owner,
+/// age, mount points and processes. A plain user sees only his own pools, in the same format.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only those of this instance.
+    /// List only the devices of this instance.
     #[arg(short, long, value_name = "NAME", add = complete::instances())]
     instance: Option<String>,
 
-    /// Everything: devices of instances, private pools and their tenants.
+    /// List devices of instances, private pools and their tenants.
     #[arg(short, long, conflicts_with = "instance")]
     all: bool,
 
@@ -43,7 +43,7 @@ impl Args {
             let named = self.instance.is_some();
             let which = self.instance.map_or(Selector::All, Selector::Instance);
             match daemon::ask(run_dir, async |client| client.devices(&which).await) {
-                // Instances are root's. This user has pools.
+                // Only root can list instances. List the pools of this user.
                 Err(error) if error.kind() == Kind::Denied && !named => {}
                 devices if self.json => return out::json(&devices?).map(drop),
                 devices => return out::print(&table(devices?)).map(drop),
@@ -59,7 +59,7 @@ pub(super) fn show(listing: &Listing, json: bool) -> Result<()> {
     printed.map(drop)
 }
 
-/// One row for each device that is bound, and for each pool without one.
+/// One row per bound device, and per pool without bound devices.
 fn wide(listing: &Listing) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let heads = [
@@ -85,7 +85,7 @@ fn wide(listing: &Listing) -> String {
     }
     for pool in &listing.pools {
         let user = pool.user.clone().unwrap_or_else(|| pool.uid.to_string());
-        // As docker and podman shorten it.
+        // The short form that docker and podman use.
         let container = pool.container.as_deref().map_or("-".to_owned(), |id| id.chars().take(12).collect());
         let mut row = |device: Option<&LoopDevice>| {
             let process = pool.process.as_ref().or_else(|| device?.open_in.first());
@@ -124,7 +124,7 @@ fn list(directories: &[String]) -> String {
     if directories.is_empty() { "-".to_owned() } else { directories.join(", ") }
 }
 
-/// For how long something has been there, in its largest unit.
+/// An age in its largest unit.
 fn age(since: Option<u64>, now: u64) -> String {
     let Some(since) = since else { return "-".to_owned() };
     match now.saturating_sub(since) {
@@ -138,7 +138,7 @@ fn age(since: Option<u64>, now: u64) -> String {
 fn table(devices: Vec<DeviceInfo>) -> String {
     let mut heads =
         vec!["DEVICE", "SIZE", "MODE", "BLOCK", "QUEUES", "DEPTH", "PATH", "STATE", "NODE", "IMAGE"];
-    // Only where there is one.
+    // Columns only if a device has a value.
     let explained = devices.iter().any(|device| device.reason.is_some());
     let shared = devices.iter().any(|device| !device.shared_with.is_empty());
     heads.extend(explained.then_some("REASON"));
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ages() {
+    fn formats_ages() {
         let shown = |seconds: u64| age(Some(1000), 1000 + seconds);
         assert_eq!([0, 119, 120, 7199].map(shown), ["0s", "119s", "2m", "119m"]);
         assert_eq!([7200, 172_799, 172_800].map(shown), ["2h", "47h", "2d"]);

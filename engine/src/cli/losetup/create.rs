@@ -1,4 +1,4 @@
-//! `losetup FILE`: a device is found or made, and bound.
+//! `losetup FILE`: finds or creates a device, and binds it.
 
 use std::ffi::OsStr;
 use std::io;
@@ -9,20 +9,20 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
-use super::{Done, File, Losetup, NAME, Request, reason};
+use super::{BackingFile, Losetup, LosetupRequest, LosetupResult, NAME, reason};
 use crate::loops::{Answer, Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
 
-/// How often somebody else may take the device that was free, and the time between.
+/// Retries if another process takes the free device, and the pause between them.
 const TRIES: u32 = 64;
 const PAUSE: Duration = Duration::from_millis(200);
 
 impl Losetup<'_> {
     pub(super) fn create(
         &mut self,
-        request: &Request,
+        request: &LosetupRequest,
         device: Option<&OsStr>,
         file: &OsStr,
-    ) -> io::Result<Done<bool>> {
+    ) -> io::Result<LosetupResult<bool>> {
         let number = match self.bind(request, device, file) {
             Ok(number) => number,
             Err(message) => return Ok(Err(message)),
@@ -34,7 +34,7 @@ impl Losetup<'_> {
                        system tools.";
         let uneven = "file does not end on a 512-byte sector boundary; the remaining end of the file will \
                       be ignored.";
-        let warning = match shown_bytes(request, file) {
+        let warning = match device_bytes(request, file) {
             Some(0..512) => smaller,
             Some(bytes) if bytes % 512 > 0 => uneven,
             _ => return Ok(Ok(true)),
@@ -43,7 +43,7 @@ impl Losetup<'_> {
         Ok(Ok(true))
     }
 
-    fn bind(&mut self, request: &Request, device: Option<&OsStr>, file: &OsStr) -> Done<u32> {
+    fn bind(&mut self, request: &LosetupRequest, device: Option<&OsStr>, file: &OsStr) -> LosetupResult<u32> {
         let given = device.map(|name| self.number(name)).transpose()?;
         if request.no_overlap
             && let Some(number) = self.overlap(request, given.is_some(), file)?
@@ -51,14 +51,14 @@ impl Losetup<'_> {
             return Ok(number);
         }
         if let Some(number) = given {
-            // It may be there, or be made; whether it is shows when it is bound.
+            // The device may exist or not; binding it reports errors.
             let _ = self.devices.execute(LoopOp::Add(number.cast_signed()));
         }
         let shown = file.display();
         let path = Path::new(file);
         let full = match path.canonicalize() {
             Ok(full) => full,
-            Err(error) => return Err(format!("{shown}: failed to set up loop device: {}", words(&error))),
+            Err(error) => return Err(format!("{shown}: failed to set up loop device: {}", message(&error))),
         };
         let mut tries = 0;
         loop {
@@ -76,7 +76,7 @@ impl Losetup<'_> {
         }
     }
 
-    fn configure(&mut self, request: &Request, number: u32, path: &Path) -> Answer<()> {
+    fn configure(&mut self, request: &LosetupRequest, number: u32, path: &Path) -> Answer<()> {
         let (file, read_only) = open(path, request.flags & flag::READ_ONLY != 0)?;
         let mut file_name = [0; NAME_BYTES];
         let name = request.reference.as_deref().unwrap_or(path.as_os_str()).as_bytes();
@@ -94,10 +94,14 @@ impl Losetup<'_> {
         self.devices.execute(LoopOp::Configure(number, Configure { file, block_size, info })).map(drop)
     }
 
-    /// The device that shows exactly what is asked for already, to be used once more. An error where
-    /// one shows a part of it.
-    fn overlap(&mut self, request: &Request, has_device: bool, name: &OsStr) -> Done<Option<u32>> {
-        let file = File::of(name);
+    /// A device with exactly this range, for reuse. An error if a device overlaps it.
+    fn overlap(
+        &mut self,
+        request: &LosetupRequest,
+        has_device: bool,
+        name: &OsStr,
+    ) -> LosetupResult<Option<u32>> {
+        let file = BackingFile::of(name);
         let shown = name.display();
         let (offset, limit) = (request.offset.unwrap_or(0), request.size_limit);
         for row in self.used()? {
@@ -128,10 +132,10 @@ impl Losetup<'_> {
     }
 }
 
-/// Opens for writing, if that is wanted and possible; true: only for reading.
+/// Opens for writing if requested and possible. True: read-only.
 fn open(path: &Path, read_only: bool) -> Answer<(OwnedFd, bool)> {
     let open = |write: bool| {
-        // Without waiting for what may be a pipe; for the files that can be bound it means nothing.
+        // Avoids blocking on a pipe; irrelevant for files and block devices.
         let flags = libc::O_NONBLOCK;
         std::fs::OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
     };
@@ -146,8 +150,8 @@ fn open(path: &Path, read_only: bool) -> Answer<(OwnedFd, bool)> {
     open(false).map(|file| (file.into(), true)).map_err(errno)
 }
 
-/// Bytes of the file that the device will show; None: nothing to warn of.
-fn shown_bytes(request: &Request, file: &OsStr) -> Option<u64> {
+/// Bytes of the file in the device. None: no warning needed.
+fn device_bytes(request: &LosetupRequest, file: &OsStr) -> Option<u64> {
     if request.size_limit > 0 {
         return Some(request.size_limit);
     }
@@ -155,6 +159,6 @@ fn shown_bytes(request: &Request, file: &OsStr) -> Option<u64> {
     Some(meta.len().wrapping_sub(request.offset.unwrap_or(0)))
 }
 
-fn words(error: &io::Error) -> String {
+fn message(error: &io::Error) -> String {
     Errno::from_io_error(error).map_or_else(|| error.to_string(), reason)
 }

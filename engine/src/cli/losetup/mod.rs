@@ -1,10 +1,11 @@
 //! `loopengine losetup`: losetup(8) for a private pool, without ioctls.
 //!
-//! Knows what losetup does, says and exits with. Does not know how the pool is reached: that is what
-//! [`Devices`] is for.
+//! Knows the behaviour, messages and exit codes of losetup. Accesses the pool through
+//! [`LoopDevices`].
 
 mod create;
 mod options;
+pub(super) mod remote;
 mod table;
 
 use std::ffi::{OsStr, OsString};
@@ -13,45 +14,45 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args as _, FromArgMatches};
-use options::{Action, Request};
+use options::{Action, LosetupRequest};
 
 use crate::loops::{Answer, Entry, Errno, LoopOp, LoopReply, Status};
 
 pub use options::Args;
 pub use table::Row;
 
-/// What losetup calls itself in messages.
+/// Name of losetup in messages.
 const NAME: &str = "losetup";
 
-/// A pool, as its owner reaches it.
-pub trait Devices {
-    /// Where loopN are, without a slash at its end.
+/// The devices of a pool.
+pub trait LoopDevices {
+    /// Directory of loopN, without a slash at the end.
     fn directory(&self) -> &str;
-    /// All devices.
+    /// Lists all devices.
     fn entries(&mut self) -> Answer<Vec<Entry>>;
-    /// Carries out an operation.
+    /// Executes an operation.
     fn execute(&mut self, op: LoopOp) -> Answer<LoopReply>;
 }
 
-/// A failure: what losetup says after its name.
-type Done<T = ()> = Result<T, String>;
+/// An error is the message that losetup prints after its name.
+type LosetupResult<T = ()> = Result<T, String>;
 
-/// The options in `words`, of which the first is the program's name. For a program called losetup.
+/// Parses `words`, starting with the program name. For a program called losetup.
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
     let command = Args::augment_args(clap::Command::new(NAME)).version(env!("CARGO_PKG_VERSION"));
     Args::from_arg_matches(&command.try_get_matches_from(words)?)
 }
 
-/// The message for an option that clap does not take, with a line feed; `last` is the last word of the
-/// command line. Exit with 1.
+/// The message for a clap error, with a newline; `last` is the last word of the command line. The
+/// exit code is 1.
 pub fn usage_error(error: &clap::Error, last: &OsStr) -> String {
     format!("{NAME}: {}\n", options::usage(error, last))
 }
 
-/// Does what `args` ask for; the exit code.
+/// Executes `args`. Returns the exit code.
 pub fn run(
     args: Args,
-    devices: &mut dyn Devices,
+    devices: &mut dyn LoopDevices,
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> io::Result<u8> {
@@ -63,7 +64,7 @@ pub fn run(
         Ok(true) => 0,
         Ok(false) => 1,
         Err(message) => {
-            // "-O ''" fails without a word.
+            // losetup prints nothing for "-O ''".
             if message != "unknown column: " {
                 writeln!(err, "{NAME}: {message}")?;
             }
@@ -74,14 +75,14 @@ pub fn run(
 }
 
 struct Losetup<'a> {
-    devices: &'a mut dyn Devices,
+    devices: &'a mut dyn LoopDevices,
     out: &'a mut dyn Write,
     err: &'a mut dyn Write,
 }
 
 impl Losetup<'_> {
-    /// False: failed, and has said so. Errors outside are those of the output.
-    fn run(&mut self, request: &Request) -> io::Result<Done<bool>> {
+    /// False: failed and printed messages. The outer error is an output error.
+    fn run(&mut self, request: &LosetupRequest) -> io::Result<LosetupResult<bool>> {
         let done = match &request.action {
             Action::Show { file } => return self.show(request, file.as_deref()),
             Action::ShowOne(name) => return self.show_one(request, name),
@@ -112,24 +113,30 @@ impl Losetup<'_> {
         format!("{}/loop{number}", self.devices.directory())
     }
 
-    fn number(&self, name: &OsStr) -> Done<u32> {
+    fn number(&self, name: &OsStr) -> LosetupResult<u32> {
         options::number(name, self.devices.directory())
             .ok_or_else(|| format!("{}: failed to use device: {}", name.display(), reason(Errno::NODEV)))
     }
 
-    fn find_free(&mut self) -> Done<u32> {
+    fn find_free(&mut self) -> LosetupResult<u32> {
         let found = self.devices.execute(LoopOp::GetFree).and_then(LoopReply::number);
         found.map_err(|error| format!("cannot find an unused loop device: {}", reason(error)))
     }
 
-    fn one(&mut self, name: &OsStr, what: &str, op: impl FnOnce(u32) -> LoopOp) -> Done {
+    fn one(&mut self, name: &OsStr, what: &str, op: impl FnOnce(u32) -> LoopOp) -> LosetupResult {
         let number = self.number(name)?;
         let done = self.devices.execute(op(number)).map(drop);
         done.map_err(|error| format!("{}: {what} failed: {}", self.path(number), reason(error)))
     }
 
-    /// The first name must be a device's before anything is done; what fails does not stop the others.
-    fn each(&mut self, names: &[OsString], what: &str, op: impl Fn(u32) -> LoopOp) -> io::Result<Done<bool>> {
+    /// Applies `op` to each device. Stops if the first name is invalid; otherwise continues after
+    /// failures.
+    fn each(
+        &mut self,
+        names: &[OsString],
+        what: &str,
+        op: impl Fn(u32) -> LoopOp,
+    ) -> io::Result<LosetupResult<bool>> {
         let mut all = true;
         for (index, name) in names.iter().enumerate() {
             match self.one(name, what, &op) {
@@ -144,7 +151,7 @@ impl Losetup<'_> {
         Ok(Ok(all))
     }
 
-    fn detach_all(&mut self) -> io::Result<Done<bool>> {
+    fn detach_all(&mut self) -> io::Result<LosetupResult<bool>> {
         let rows = match self.used() {
             Ok(rows) => rows,
             Err(message) => return Ok(Err(message)),
@@ -163,7 +170,7 @@ impl Losetup<'_> {
     }
 
     /// The bound devices.
-    fn used(&mut self) -> Done<Vec<Row>> {
+    fn used(&mut self) -> LosetupResult<Vec<Row>> {
         let entries = self.devices.entries();
         let mut entries =
             entries.map_err(|error| format!("failed to inspect loop devices: {}", reason(error)))?;
@@ -172,13 +179,13 @@ impl Losetup<'_> {
         Ok(entries.into_iter().map(|entry| self.row(entry)).collect())
     }
 
-    fn show(&mut self, request: &Request, file: Option<&OsStr>) -> io::Result<Done<bool>> {
+    fn show(&mut self, request: &LosetupRequest, file: Option<&OsStr>) -> io::Result<LosetupResult<bool>> {
         let mut rows = match self.used() {
             Ok(rows) => rows,
             Err(message) => return Ok(Err(message)),
         };
         if let Some(file) = file {
-            let file = File::of(file);
+            let file = BackingFile::of(file);
             rows.retain(|row| file.backs(row, request.offset));
         }
         match &request.table {
@@ -194,7 +201,7 @@ impl Losetup<'_> {
         Ok(Ok(true))
     }
 
-    fn show_one(&mut self, request: &Request, name: &OsStr) -> io::Result<Done<bool>> {
+    fn show_one(&mut self, request: &LosetupRequest, name: &OsStr) -> io::Result<LosetupResult<bool>> {
         let found = self.number(name).and_then(|number| {
             let entries = self.devices.entries().unwrap_or_default();
             let entry = entries.into_iter().find(|entry| entry.number == number);
@@ -215,21 +222,21 @@ impl Losetup<'_> {
     }
 }
 
-/// A file that devices may be bound to, as its name and by what it is.
-struct File {
+/// A file that devices may be bound to, by name and identity.
+struct BackingFile {
     names: [PathBuf; 2],
     identity: Option<(u64, u64)>,
 }
 
-impl File {
-    fn of(name: &OsStr) -> File {
+impl BackingFile {
+    fn of(name: &OsStr) -> BackingFile {
         let path = Path::new(name);
         let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let identity = path.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
-        File { names: [path.to_owned(), full], identity }
+        BackingFile { names: [path.to_owned(), full], identity }
     }
 
-    /// The device is bound to this file, from `offset` if that matters.
+    /// True if the device is bound to this file, at `offset` if given.
     fn backs(&self, row: &Row, offset: Option<u64>) -> bool {
         let Some(bound) = row.entry.bound.as_ref() else { return false };
         let same = match (self.identity, row.backing()) {
@@ -240,7 +247,7 @@ impl File {
     }
 }
 
-/// The C library's words for an error.
+/// The message of the C library for an error.
 fn reason(error: Errno) -> String {
     let text = io::Error::from(error).to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()

@@ -1,6 +1,6 @@
-//! The options of losetup(8), and what they ask for together.
+//! The options of losetup(8), and the actions that they select.
 //!
-//! Knows the command line only: which words go together, and what losetup says where they do not.
+//! Knows the command line only: valid combinations of options, and messages for others.
 
 use std::ffi::{OsStr, OsString};
 
@@ -10,54 +10,54 @@ use super::table::{Column, Format};
 use crate::cli::complete;
 use crate::loops::flag;
 
-/// Set up and control the loop devices of a private pool, with the options of losetup(8).
+/// Manage the loop devices of a private pool, with the options of losetup(8).
 ///
-/// Takes what losetup(8) of util-linux 2.41 takes and prints what it prints, for places where losetup
-/// itself cannot work because no filter can be installed.
+/// Accepts the options of losetup(8) in util-linux 2.41 and prints the same output. Use it where
+/// losetup itself cannot work because no seccomp filter can be installed.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(args_override_self = true, infer_long_args = true, disable_version_flag = true)]
 pub struct Args {
-    /// List all used devices.
+    /// List all bound devices.
     #[arg(short, long)]
     all: bool,
-    /// Detach one or more devices.
+    /// Unbind devices.
     #[arg(short, long)]
     detach: bool,
-    /// Detach all used devices.
+    /// Unbind all devices.
     #[arg(short = 'D', long)]
     detach_all: bool,
-    /// Find the first unused device.
+    /// Find the first free device.
     #[arg(short, long)]
     find: bool,
-    /// Have the device follow the size of its file.
+    /// Set the size of the device to the current size of its file.
     #[arg(short = 'c', long)]
     set_capacity: bool,
-    /// List all devices associated with FILE.
+    /// List the devices that are bound to FILE.
     #[arg(short = 'j', long, value_name = "FILE")]
     associated: Option<OsString>,
-    /// Avoid conflicts between devices.
+    /// Reuse a device with the same range; refuse an overlapping one.
     #[arg(short = 'L', long)]
     nooverlap: bool,
-    /// Remove one or more devices.
+    /// Remove devices.
     #[arg(long)]
     remove: bool,
 
-    /// Start at offset NUM into the file.
+    /// Start at byte NUM of the file.
     #[arg(short, long, value_name = "NUM", allow_hyphen_values = true)]
     offset: Option<String>,
-    /// Limit the device to NUM bytes of the file.
+    /// Limit the device to NUM bytes.
     #[arg(long, value_name = "NUM", allow_hyphen_values = true)]
     sizelimit: Option<String>,
-    /// Set the logical sector size.
+    /// Set the logical block size.
     #[arg(short = 'b', long, value_name = "NUM", allow_hyphen_values = true)]
     sector_size: Option<String>,
-    /// Show partitions of the device.
+    /// Scan the partition table.
     #[arg(short = 'P', long)]
     partscan: bool,
-    /// Set up a read-only device.
+    /// Make the device read-only.
     #[arg(short, long)]
     read_only: bool,
-    /// Open the file with O_DIRECT.
+    /// Use direct I/O on the file.
     #[arg(
         long,
         value_name = "on|off",
@@ -66,45 +66,45 @@ pub struct Args {
         default_missing_value = "on"
     )]
     direct_io: Option<String>,
-    /// What the device is called in REF.
+    /// Name of the device in column REF.
     #[arg(long, value_name = "STRING")]
     loop_ref: Option<OsString>,
-    /// Print the device's name after setup (with -f).
+    /// Print the name of the new device (with -f).
     #[arg(long)]
     show: bool,
-    /// Does nothing any more.
+    /// No effect.
     #[arg(short, long, hide = true)]
     verbose: bool,
 
     /// Print the list as JSON.
     #[arg(short = 'J', long)]
     json: bool,
-    /// List all or the given device, as a table.
+    /// List all devices, or the given one, as a table.
     #[arg(short, long)]
     list: bool,
     /// Print no headings.
     #[arg(short, long)]
     noheadings: bool,
-    /// Columns of the list.
+    /// Columns to print.
     #[arg(short = 'O', long, value_name = "COLS", allow_hyphen_values = true)]
     output: Option<String>,
-    /// All columns.
+    /// Print all columns.
     #[arg(long)]
     output_all: bool,
-    /// Print the list for programs.
+    /// Print the list in a raw format.
     #[arg(long)]
     raw: bool,
 
-    /// The pool [default: the one that is mounted here, or the user's only one].
+    /// Pool [default: the pool mounted here, or the only pool of the user].
     #[arg(long, value_name = "NAME", env = "LOOPENGINE_POOL", hide_env_values = true, add = complete::pools())]
     pool: Option<String>,
 
-    /// A device, or a file, or both in this order.
+    /// Device, file, or both in this order.
     #[arg(value_name = "LOOPDEV|FILE")]
     words: Vec<OsString>,
 }
 
-/// What is asked for.
+/// The selected action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Show { file: Option<OsString> },
@@ -119,9 +119,9 @@ pub(super) enum Action {
     SetBlockSize(OsString, u64),
 }
 
-/// An action and how it is to be done.
+/// An action and its parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Request {
+pub(super) struct LosetupRequest {
     pub(super) action: Action,
     pub(super) offset: Option<u64>,
     pub(super) size_limit: u64,
@@ -131,11 +131,11 @@ pub(super) struct Request {
     pub(super) no_overlap: bool,
     pub(super) reference: Option<OsString>,
     pub(super) show: bool,
-    /// As a table of these columns.
+    /// Columns and format of a table.
     pub(super) table: Option<(Vec<Column>, Format)>,
 }
 
-/// Rows of options of which only one may be given.
+/// Groups of mutually exclusive options.
 const EXCLUSIVE: [&[&str]; 4] = [
     &["detach-all", "all", "set-capacity", "detach", "find", "associated", "remove"],
     &["detach-all", "set-capacity", "detach", "find", "list", "remove"],
@@ -144,7 +144,7 @@ const EXCLUSIVE: [&[&str]; 4] = [
 ];
 
 impl Args {
-    /// The pool that was named.
+    /// The pool given with --pool.
     pub fn pool(&self) -> Option<&str> {
         self.pool.as_deref()
     }
@@ -166,8 +166,8 @@ impl Args {
         }
     }
 
-    /// What the options mean. The error is what losetup says, after its name.
-    pub(super) fn request(self) -> Result<Request, String> {
+    /// Interprets the options. The error is the message that losetup prints after its name.
+    pub(super) fn request(self) -> Result<LosetupRequest, String> {
         for row in EXCLUSIVE {
             if row.iter().filter(|option| self.given(option)).count() > 1 {
                 return Err(format!("mutually exclusive arguments: --{}", row.join(" --")));
@@ -205,7 +205,7 @@ impl Args {
         if offset.is_some() && !creates && !matches!(action, Action::Show { file: Some(_) }) {
             return Err("the option --offset is not allowed in this context".to_owned());
         }
-        Ok(Request {
+        Ok(LosetupRequest {
             table: self.table(&action)?,
             action,
             offset,
@@ -243,7 +243,7 @@ impl Args {
         }
         match (self.words.len(), direct_io, block_size) {
             (0, ..) if lists => Ok(Action::Show { file: None }),
-            // Anything that only says how a list is printed asks for one.
+            // Options that only format a list imply one.
             (0, None, None) if !sets_up && self.offset.is_none() && self.sizelimit.is_none() => {
                 Ok(Action::Show { file: None })
             }
@@ -257,7 +257,7 @@ impl Args {
         }
     }
 
-    /// How the list is printed, if it is a table.
+    /// Columns and format, if the list is a table.
     fn table(&self, action: &Action) -> Result<Option<(Vec<Column>, Format)>, String> {
         let asked = self.list || self.output.is_some() || self.output_all;
         let implied = !self.all && matches!(action, Action::Show { file: None });
@@ -286,7 +286,7 @@ impl Args {
     }
 }
 
-/// A size as util-linux reads it: `0x` and `0` as in C, K and KiB for 1024, KB for 1000, `1.5G`.
+/// Parses a size as util-linux does: `0x` and `0` as in C, K and KiB for 1024, KB for 1000, `1.5G`.
 fn size(text: &str) -> Result<u64, &'static str> {
     const INVALID: &str = "Invalid argument";
     const RANGE: &str = "Numerical result out of range";
@@ -324,8 +324,8 @@ fn size(text: &str) -> Result<u64, &'static str> {
     bytes.and_then(|bytes| u64::try_from(bytes).ok()).ok_or(RANGE)
 }
 
-/// Which option clap complains about, as getopt would: its message and the hint at the help. `last` is
-/// the last word there was: only an option there can lack its argument.
+/// Translates a clap error to a getopt message and the hint at the help. `last` is the last word:
+/// only an option there can lack its argument.
 pub(super) fn usage(error: &clap::Error, last: &OsStr) -> String {
     let text = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => text.as_str(),
@@ -352,7 +352,7 @@ pub(super) fn usage(error: &clap::Error, last: &OsStr) -> String {
     format!("{message}\nTry 'losetup --help' for more information.")
 }
 
-/// The number of the device that `name` means: `DIR/loopN`, or `loopN`.
+/// The number of the device `DIR/loopN` or `loopN`.
 pub(super) fn number(name: &OsStr, directory: &str) -> Option<u32> {
     let name = name.to_str()?;
     let inside = name.strip_prefix(directory).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
@@ -367,7 +367,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn sizes_are_those_of_util_linux() {
+    fn parses_sizes_as_util_linux() {
         let sizes = [
             ("0", 0),
             ("512", 512),
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_devices() {
+    fn parses_device_names() {
         for name in ["/dev/loop7", "loop7"] {
             assert_eq!(number(OsStr::new(name), "/dev"), Some(7));
         }
@@ -404,7 +404,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_panics(text in ".*", digits in "[0-9.xKMGTPEZYiB]{0,40}") {
+        fn never_panics(text in ".*", digits in "[0-9.xKMGTPEZYiB]{0,40}") {
             let _ = (size(&text), size(&digits), number(OsStr::new(&text), "/dev"));
         }
     }

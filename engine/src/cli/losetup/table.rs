@@ -1,30 +1,30 @@
-//! What losetup prints of devices: lines of text, and tables as libsmartcols makes them.
+//! The output of losetup: lines of text, and tables in the format of libsmartcols.
 //!
-//! Knows formats only. A table is never cut to the terminal's width, as with losetup in a pipe.
+//! Knows formats only. Tables are never truncated to the terminal width, as with losetup in a pipe.
 
 use rustix::fs::{major, minor};
 
 use crate::loops::{Entry, Status, flag};
 
-/// A device, and its status where it could be asked.
+/// A device, and its status if known.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Its name, with the directory.
+    /// Path.
     pub name: String,
-    /// What it is.
+    /// The device.
     pub entry: Entry,
-    /// What LOOP_GET_STATUS64 says of it.
+    /// The result of LOOP_GET_STATUS64.
     pub status: Option<Status>,
 }
 
 impl Row {
-    /// Device and inode of the backing file, if they are known.
+    /// Device and inode of the backing file, if known.
     pub(super) fn backing(&self) -> Option<(u64, u64)> {
         let known = |status: &Status| (status.device, status.inode);
         self.status.as_ref().map(known).filter(|known| *known != (0, 0))
     }
 
-    /// The line of `losetup -a`. None: not bound.
+    /// The line of `losetup -a`. None if not bound.
     pub(super) fn line(&self) -> Option<String> {
         let bound = self.entry.bound.as_ref()?;
         let name = &self.name;
@@ -42,7 +42,7 @@ impl Row {
     }
 }
 
-/// How a table is printed.
+/// Format of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
     Aligned { headings: bool },
@@ -72,7 +72,7 @@ pub(super) enum Column {
     LogSec,
 }
 
-/// What a column's values are in JSON.
+/// JSON type of a column.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Type {
     Text,
@@ -83,12 +83,12 @@ enum Type {
 use Column::*;
 
 impl Column {
-    /// All, in the order of `--output-all`.
+    /// All columns, in the order of `--output-all`.
     pub(super) const ALL: &'static [Column] = &[
         Name, Autoclear, BackFile, BackIno, BackMajMin, BackMaj, BackMin, MajMin, Maj, Min, Offset, Partscan,
         Ref, Ro, SizeLimit, Dio, LogSec,
     ];
-    /// Those of a list that nobody chose columns for.
+    /// Default columns.
     pub(super) const DEFAULT: &'static [Column] =
         &[Name, SizeLimit, Offset, Autoclear, Ro, BackFile, Dio, LogSec];
 
@@ -126,7 +126,7 @@ impl Column {
         self.kind() != Type::Text
     }
 
-    /// The cell; None: empty. Numbers of devices are padded in an aligned table only.
+    /// The cell; None if empty. Only aligned tables pad device numbers.
     fn cell(self, row: &Row, format: Format) -> Option<String> {
         let entry = &row.entry;
         let bound = entry.bound.as_ref();
@@ -161,7 +161,7 @@ impl Column {
     }
 }
 
-/// Bytes to the first zero, as text.
+/// The bytes before the first zero, as text.
 fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
@@ -185,7 +185,7 @@ fn aligned(columns: &[Column], rows: &[Row], headings: bool) -> String {
     };
     let heads: Vec<Vec<String>> = if headings { vec![head] } else { Vec::new() };
     let lines: Vec<Vec<String>> = heads.into_iter().chain(rows.iter().map(cells)).collect();
-    // Headings count even where they are not printed.
+    // Headings determine the width even if they are not printed.
     let width = |(index, column): (usize, &Column)| {
         let cells = lines.iter().filter_map(|line| line.get(index));
         cells.map(|cell| cell.chars().count()).max().unwrap_or(0).max(column.name().len())
@@ -206,7 +206,7 @@ fn aligned(columns: &[Column], rows: &[Row], headings: bool) -> String {
     text
 }
 
-/// What a terminal may get: control characters as `\x1b`.
+/// Escapes control characters as `\x1b`.
 fn printable(cell: &str) -> String {
     let escaped = |c: char| match c.is_control() {
         true => hex(c.encode_utf8(&mut [0; 4])),

@@ -1,6 +1,6 @@
-//! `loopengine mount --all`: every partition of a disk image, each in a directory of its own.
+//! `loopengine mount --all`: mounts every partition of an image in a directory of its own.
 //!
-//! Knows which partitions count and where they go. Each is mounted as if it had been named.
+//! Knows which partitions to mount and where. Mounts each as if it had been selected.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::{Args, directory, image};
 use crate::error::{Error, Kind, Result};
 
-/// Mounts partition N on DIR/N. What cannot be mounted does not keep the others from it.
+/// Mounts partition N on DIR/N. Continues after a failure.
 pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
     let shown = args.image.display();
     let (table, read_only) = (image::partitions(&args.image)?, args.read_only);
@@ -17,8 +17,8 @@ pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
     for (number, kind) in table {
         match kind.filter(|kind| image::is_mountable(kind)) {
             None => {
-                let kind = kind.unwrap_or("nothing that is known");
-                eprintln!("loopengine: partition {number} of {shown} is not mounted: in it is {kind}");
+                let kind = kind.unwrap_or("no known file system");
+                eprintln!("loopengine: partition {number} of {shown} is not mounted: it contains {kind}");
             }
             Some(_) => match one(args, run_dir, number, read_only, &dir.join(number.to_string())) {
                 Ok(()) => mounted += 1,
@@ -37,7 +37,7 @@ pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
     match failed {
         Some(error) => Err(error),
         None if mounted == 0 => {
-            let message = format!("no partition of {shown} has a file system that can be mounted");
+            let message = format!("no partition of {shown} has a mountable file system");
             Err(Error::new(Kind::NotFound, message))
         }
         None => Ok(()),
@@ -45,24 +45,24 @@ pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
 }
 
 fn one(args: &Args, run_dir: &Path, number: u32, read_only: bool, dir: &Path) -> Result<()> {
-    let part = image::Part { number: Some(number), offset: 0, size_limit: 0 };
-    let image = image::look(&args.image, &part, read_only)?;
+    let part = image::PartitionSpec { number: Some(number), offset: 0, size_limit: 0 };
+    let image = image::inspect(&args.image, &part, read_only)?;
     let made = match fs::create_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
         done => {
-            done.map_err(|error| Error::os(error, format!("cannot make {}", dir.display())))?;
+            done.map_err(|error| Error::os(error, format!("cannot create {}", dir.display())))?;
             true
         }
     };
     args.mount(run_dir, image, dir).inspect_err(|_| {
         if made {
-            // Whether or not it can be: the user is told why nothing is in it.
+            // Ignore a failure: the user gets the first error.
             let _ = fs::remove_dir(dir);
         }
     })
 }
 
-/// The directories in `dir` that `mount` may have made, if they are there.
+/// The directories in `dir` that `mount` may have created.
 pub(super) fn directories(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let is_number = |name: &str| name.parse().is_ok_and(|number: u32| number.to_string() == name);

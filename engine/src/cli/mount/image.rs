@@ -1,6 +1,6 @@
-//! What is in an image: which file system, in which part of it, and whether it can be written.
+//! Inspects an image: the file system, its range, and whether it is writable.
 //!
-//! Reads it with the caller's own rights, before the daemon hears of it. Does not know who mounts.
+//! Reads with the caller's own rights, before the daemon is involved. Does not know who mounts.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Seek, SeekFrom};
@@ -15,49 +15,49 @@ use crate::error::{Error, Kind, Result};
 use crate::image::{Region, fs, partitions};
 use crate::sys::range_lock;
 
-/// Blocks in which partition tables count; a device of ours has them as well.
+/// Block size of partition tables; our devices use it too.
 const BLOCK: u32 = 512;
 
-/// Partitions that are named in a message.
+/// Maximum number of partitions in a message.
 const NAMED_MAX: usize = 16;
 
-/// What blkid knows that is no file system.
+/// Signatures that are not mountable file systems.
 const NOT_MOUNTED: [&str; 4] = ["crypto_LUKS", "LVM2_member", "swap", "jbd"];
 
-/// An image, and the part of it that is to be mounted.
+/// An image, and the range to mount.
 #[derive(Debug)]
-pub(super) struct Image {
+pub(super) struct MountImage {
     pub(super) file: File,
-    /// As it was named.
+    /// Path as given by the user.
     pub(super) shown: PathBuf,
-    /// Its full name.
+    /// Full path.
     pub(super) path: PathBuf,
     pub(super) read_only: bool,
     /// First byte.
     pub(super) offset: u64,
-    /// Bytes; 0: up to the end.
+    /// Length in bytes; 0: up to the end.
     pub(super) size_limit: u64,
-    /// The file system, as blkid calls it.
+    /// File system, as blkid names it.
     pub(super) kind: &'static str,
-    /// It was not unmounted: its journal has what it lacks.
+    /// True if the journal needs a replay.
     pub(super) needs_recovery: bool,
 }
 
-/// Which part of an image is asked for.
+/// The requested part of an image.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct PartitionSpec {
     pub(super) number: Option<u32>,
     pub(super) offset: u64,
     pub(super) size_limit: u64,
 }
 
-/// Whether nobody ever writes to such a file system.
+/// True for read-only file systems.
 pub(super) fn never_written(kind: &str) -> bool {
     ["squashfs", "erofs", "iso9660", "cramfs"].contains(&kind)
 }
 
-/// Finds out what is in the image at `path`.
-pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
+/// Inspects the image at `path`.
+pub(super) fn inspect(path: &Path, part: &PartitionSpec, read_only: bool) -> Result<MountImage> {
     let shown = path.display();
     let cannot = |error| Error::os(error, format!("cannot open {shown}"));
     let full = path.canonicalize().map_err(cannot)?;
@@ -65,7 +65,7 @@ pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
     let (offset, limit, kind) = find(&file, size, part, &shown.to_string())?;
     let needs_recovery =
         fs::needs_recovery(&mut Region::new(file.as_fd(), offset, size.saturating_sub(offset)));
-    Ok(Image {
+    Ok(MountImage {
         file,
         shown: path.to_owned(),
         path: full,
@@ -77,11 +77,11 @@ pub(super) fn look(path: &Path, part: &Part, read_only: bool) -> Result<Image> {
     })
 }
 
-impl Image {
-    /// Has others that lock images keep away, for as long as this descriptor or a copy of it is open. Two
-    /// file systems that write to the same bytes would destroy them.
+impl MountImage {
+    /// Locks the range against other mounts, for as long as this descriptor or a copy is open. Two
+    /// file systems that write the same bytes destroy them.
     pub(super) fn lock(&self) -> Result<()> {
-        // A file system of the machine that knows no locks is no reason to mount nothing.
+        // A file system without locks does not prevent the mount.
         match range_lock::try_lock(self.file.as_fd(), self.offset, self.size_limit, !self.read_only) {
             Ok(false) => {
                 let shown = self.shown.display();
@@ -98,7 +98,7 @@ impl Image {
         let _ = range_lock::unlock(self.file.as_fd(), self.offset, self.size_limit);
     }
 
-    /// The command that copies the part of the file out.
+    /// The command that extracts the range.
     pub(super) fn copy_out(&self) -> String {
         let count = if self.size_limit > 0 { format!(" count={}", self.size_limit) } else { String::new() };
         let (shown, offset) = (self.shown.display(), self.offset);
@@ -106,7 +106,7 @@ impl Image {
     }
 }
 
-/// The partitions of the image at `path`, with what is in each.
+/// The partitions of the image at `path`, with their file systems.
 pub(super) fn partitions(path: &Path) -> Result<Vec<(u32, Option<&'static str>)>> {
     let (file, size, _) = open_image(path, true)?;
     let region = |start, size| Region::new(file.as_fd(), start, size);
@@ -118,12 +118,12 @@ pub(super) fn partitions(path: &Path) -> Result<Vec<(u32, Option<&'static str>)>
     Ok(table.iter().map(|part| (part.number, fs::detect(&mut region(part.start, part.size)))).collect())
 }
 
-/// Whether a file system can be mounted at all.
+/// True if the file system is mountable.
 pub(super) fn is_mountable(kind: &str) -> bool {
     !NOT_MOUNTED.contains(&kind)
 }
 
-/// Opens an image; with it its size, and whether it is open only for reading.
+/// Opens an image. Returns the file, its size, and true if it is open read-only.
 fn open_image(path: &Path, read_only: bool) -> Result<(File, u64, bool)> {
     let shown = path.display();
     let cannot = |error| Error::os(error, format!("cannot open {shown}"));
@@ -131,15 +131,15 @@ fn open_image(path: &Path, read_only: bool) -> Result<(File, u64, bool)> {
     let kind = file.metadata().map_err(cannot)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         let what = if kind.is_dir() { "a directory" } else { "neither a file nor a block device" };
-        return Err(invalid(format!("{shown} is {what}")).hint("give an image, and then the directory"));
+        return Err(invalid(format!("{shown} is {what}")).hint("give an image, then the directory"));
     }
     let size = file.seek(SeekFrom::End(0)).map_err(cannot)?;
     Ok((file, size, read_only))
 }
 
-/// Opens it for writing, if that is wanted and possible; true: only for reading.
+/// Opens for writing if requested and possible. True: read-only.
 fn open(path: &Path, read_only: bool) -> std::io::Result<(File, bool)> {
-    // Without O_NONBLOCK, a FIFO would keep us waiting for its other end.
+    // Without O_NONBLOCK, opening a FIFO blocks until its other end is open.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
     if !read_only {
@@ -154,8 +154,8 @@ fn open(path: &Path, read_only: bool) -> std::io::Result<(File, bool)> {
     Ok((open(false)?, true))
 }
 
-/// Where the file system is, and which one.
-fn find(file: &File, size: u64, part: &Part, shown: &str) -> Result<(u64, u64, &'static str)> {
+/// Offset, length and type of the file system.
+fn find(file: &File, size: u64, part: &PartitionSpec, shown: &str) -> Result<(u64, u64, &'static str)> {
     let rest = size.saturating_sub(part.offset);
     if rest < u64::from(BLOCK) {
         let message = format!("{shown} has {size} bytes: there is no file system at {}", part.offset);
@@ -167,7 +167,9 @@ fn find(file: &File, size: u64, part: &Part, shown: &str) -> Result<(u64, u64, &
     let Some(number) = part.number else {
         return match fs::detect(&mut region(0, within)) {
             Some(kind) => checked(kind, shown).map(|kind| (part.offset, part.size_limit, kind)),
-            None => Err(nothing(shown, &table()?, |found| fs::detect(&mut region(found.start, found.size)))),
+            None => Err(no_file_system(shown, &table()?, |found| {
+                fs::detect(&mut region(found.start, found.size))
+            })),
         };
     };
     let table = table()?;
@@ -181,28 +183,28 @@ fn find(file: &File, size: u64, part: &Part, shown: &str) -> Result<(u64, u64, &
     let shown = format!("partition {number} of {shown}");
     match fs::detect(&mut region(found.start, found.size)) {
         Some(kind) => Ok((part.offset + found.start, found.size, checked(kind, &shown)?)),
-        None => Err(nothing(&shown, &[], |_| None)),
+        None => Err(no_file_system(&shown, &[], |_| None)),
     }
 }
 
 fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
     match is_mountable(kind) {
         true => Ok(kind),
-        false => Err(invalid(format!("in {shown} is {kind}, which cannot be mounted"))),
+        false => Err(invalid(format!("{shown} contains {kind}, which cannot be mounted"))),
     }
 }
 
-fn nothing(
+fn no_file_system(
     shown: &str,
     table: &[partitions::PartitionRange],
     kind: impl Fn(&partitions::PartitionRange) -> Option<&'static str>,
 ) -> Error {
     if table.is_empty() {
-        return invalid(format!("no file system that is known is in {shown}"))
-            .hint("'file -s' may know what it is; '--offset' says where one begins");
+        return invalid(format!("{shown} contains no known file system"))
+            .hint("identify it with 'file -s', or give the start of a file system with --offset");
     }
     invalid(format!("{shown} has partitions: {}", list(table, kind)))
-        .hint("choose one with --partition N, or mount all with --all")
+        .hint("select one with --partition N, or mount all with --all")
 }
 
 /// Numbers, file systems and sizes.

@@ -1,104 +1,106 @@
-//! `loopengine mount`: the file system in an image, mounted in one step.
+//! `loopengine mount`: mounts the file system in an image in one step.
 //!
-//! The image gets a pool of one device, which is shown nowhere: the program that mounts it inherits the
-//! descriptor of the pool's directory, or the kernel has the device open. So the pool ends with the
-//! mount, and whatever fails on the way leaves nothing behind. Its name is made of the directory
-//! ([`found::pool_name`]), so that `umount` finds it again without a file that says so.
+//! The image gets a pool of one device, whose directory is mounted nowhere. The FUSE driver
+//! inherits the descriptor of this directory, or the kernel holds the device open. So the pool ends
+//! with the mount, and a failure leaves nothing behind. The name of the pool is derived from the
+//! mount point ([`mounted::pool_name`]), so `umount` finds it without a state file.
 //!
-//! Where no private device can be had, a program of FUSE gets the image itself. In both cases it inherits
-//! the image with a lock on the part that it uses, by which a second mount and `umount` know of it.
+//! Without private devices, the FUSE driver gets the image itself. In both cases the driver
+//! inherits the image with a lock on the used range, which a second mount and `umount` check.
 //!
-//! Knows who mounts what. What is in an image is [`image`]'s, what is mounted already [`found`]'s.
+//! This file selects the driver. [`image`] inspects images, [`mounted`] finds existing mounts.
 
 mod all;
-mod found;
+mod fuse;
 mod image;
 mod kernel;
+mod mounted;
 mod open;
-mod program;
 mod umount;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::fuse;
+use super::fuse_drivers;
+use super::losetup::remote::Remote;
 use super::number;
-use super::private::mounter::Way;
-use super::private::parse_fuse;
-use super::remote::Remote;
+use super::pool_options::{PoolOptions, open_pool};
+use super::run::mounter::FuseRule;
+use super::run::parse_fuse;
 use super::size;
-use super::wanted::{Wanted, open_pool};
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Configure, Errno, Info, LoopOp, NAME_BYTES, flag};
 
-pub(super) use found::Mounted;
-pub(super) use program::check as check_fuse;
+pub(super) use fuse::check_fuse;
+pub(super) use mounted::MountPool;
 pub(super) use umount::Args as Umount;
 
 /// Mount the file system in an image.
 ///
-/// Finds out which file system it is, serves the image as a device that nobody else sees, and mounts it,
-/// always without set-user-ID programs and device nodes. For a plain user a program of FUSE does so with
-/// that user's rights, and only that user sees the files; for root the kernel does, unless '--fuse' names a program.
+/// Detects the file system and mounts it: as you, with a FUSE driver; as root, with the kernel's
+/// driver unless '--fuse' is given. The image becomes a private device. Mounts are always nosuid
+/// and nodev. A FUSE mount is visible only to you.
 ///
-/// Where no private device can be had (no daemon, an older kernel, a limit) the program gets the image itself.
+/// If there are no private devices (no daemon, an older kernel, or a limit), the FUSE driver opens
+/// the image itself.
 ///
-/// 'loopengine umount' ends it; after 'umount' or 'fusermount3 -u' nothing is left either, a moment later.
+/// 'loopengine umount' ends the mount. 'umount' and 'fusermount3 -u' work too; the device then ends
+/// a moment later.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Image file or block device.
     image: PathBuf,
 
-    /// Directory to mount it on.
+    /// Mount point.
     #[arg(required_unless_present = "open")]
     dir: Option<PathBuf>,
 
-    /// As a desktop opens an image: mount all that is in it below the directory of the user's session
-    /// (XDG_RUNTIME_DIR), on a directory that is called like the image, and show that with xdg-open.
+    /// Mount all partitions below the user's session directory (XDG_RUNTIME_DIR), in a directory
+    /// named like the image, and open it with xdg-open, as a desktop does.
     #[arg(long, conflicts_with_all = ["dir", "all", "partition", "offset", "size_limit"])]
     open: bool,
 
-    /// Refuse writes. An image that cannot be written is mounted so in any case.
+    /// Mount read-only. Images that are not writable are always mounted read-only.
     #[arg(short, long)]
     read_only: bool,
 
-    /// Mount partition N of the image.
+    /// Mount partition N.
     #[arg(short, long, value_name = "N", value_parser = number::within(1..=255_u32))]
     partition: Option<u32>,
 
-    /// Mount every partition that has a file system, partition N on DIR/N, which is made.
+    /// Mount every partition with a file system: partition N on DIR/N, which is created.
     #[arg(short, long, conflicts_with_all = ["partition", "offset", "size_limit"])]
     all: bool,
 
-    /// First byte of the image that counts, with a unit as in 1M or 1MiB.
+    /// Start at this byte of the image, for example 1M or 1MiB.
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 
-    /// Bytes that count at the most; 0: up to the end of the image.
+    /// Use at most this many bytes; 0: up to the end of the image.
     #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
-    /// Replay the journal of an ext3 or ext4 that was not unmounted, with e2fsck. For root the kernel does so
-    /// in any case.
+    /// Replay the journal of an ext3 or ext4 file system with e2fsck, if it was not unmounted. As
+    /// root, the kernel always does this.
     #[arg(long)]
     replay_journal: bool,
 
-    /// The program of FUSE for a file system [default, except for root: ext2, ext3 and ext4 by fuse2fs,
-    /// squashfs by squashfuse, erofs by erofsfuse, iso9660 by fuseiso, vfat by fusefatfs or fusefat, ntfs by
-    /// ntfs-3g, exfat by mount.exfat-fuse or fusefatfs, xfs by xfs-fuse or xfuse].
+    /// FUSE driver of a file system [default, except for root: ext2, ext3 and ext4: fuse2fs;
+    /// squashfs: squashfuse; erofs: erofsfuse; iso9660: fuseiso; vfat: fusefatfs or fusefat; ntfs:
+    /// ntfs-3g; exfat: mount.exfat-fuse or fusefatfs; xfs: xfs-fuse or xfuse].
     #[arg(long, value_name = "FS=PROGRAM,…", value_delimiter = ',', value_parser = parse_fuse)]
-    fuse: Vec<Way>,
+    fuse: Vec<FuseRule>,
 }
 
-/// How long the daemon may take to end a pool in which nothing was mounted.
+/// Time for the daemon to end a pool after a failed mount.
 const END_MAX: Duration = Duration::from_secs(5);
 
-/// What mounts.
+/// What mounts the image.
 #[derive(Debug)]
-enum By {
+enum Driver {
     Kernel,
-    Program(String),
+    Fuse(String),
 }
 
 impl Args {
@@ -110,33 +112,35 @@ impl Args {
         if self.all {
             return all::mount(&self, dir, run_dir);
         }
-        let part = image::Part { number: self.partition, offset: self.offset, size_limit: self.size_limit };
-        self.mount(run_dir, image::look(&self.image, &part, self.read_only)?, dir)
+        let part =
+            image::PartitionSpec { number: self.partition, offset: self.offset, size_limit: self.size_limit };
+        self.mount(run_dir, image::inspect(&self.image, &part, self.read_only)?, dir)
     }
 
-    fn mount(&self, run_dir: &Path, mut image: image::Image, dir: &Path) -> Result<()> {
-        let by = self.by(image.kind)?;
+    fn mount(&self, run_dir: &Path, mut image: image::MountImage, dir: &Path) -> Result<()> {
+        let driver = self.driver(image.kind)?;
         let dir = directory(dir)?;
         let mut why_read_only = format!("{} cannot be written", image.shown.display());
-        if let By::Program(program) = &by {
-            program::check_journal(program, &image, self.replay_journal)?;
-            if !image.read_only && !fuse::known(program).writes {
+        if let Driver::Fuse(program) = &driver {
+            fuse::check_journal(program, &image, self.replay_journal)?;
+            if !image.read_only && !fuse_drivers::driver(program).writes {
                 image.read_only = true;
                 why_read_only = format!("{program} does not write {} reliably", image.kind);
             }
         }
-        found::not_mounted(run_dir, &image)?;
-        found::is_free(&dir)?;
+        mounted::check_not_mounted(run_dir, &image)?;
+        mounted::check_dir_free(&dir)?;
         image.lock()?;
-        match &by {
-            By::Kernel => {
-                let device = Device::serve(run_dir, &image, &dir)?;
+        match &driver {
+            Driver::Kernel => {
+                let device = PrivateDevice::serve(run_dir, &image, &dir)?;
                 let mounted = kernel::mount(&device, &image, &dir);
                 mounted.inspect_err(|_| device.end(run_dir))?;
             }
-            By::Program(program) => {
-                let device = program::device(program, &image, || Device::serve(run_dir, &image, &dir))?;
-                let mounted = program::mount(program, device.as_ref(), &image, &dir);
+            Driver::Fuse(program) => {
+                let device =
+                    fuse::device_for(program, &image, || PrivateDevice::serve(run_dir, &image, &dir))?;
+                let mounted = fuse::mount(program, device.as_ref(), &image, &dir);
                 mounted.inspect_err(|_| device.into_iter().for_each(|device| device.end(run_dir)))?;
             }
         }
@@ -146,27 +150,27 @@ impl Args {
         Ok(())
     }
 
-    fn by(&self, kind: &str) -> Result<By> {
+    fn driver(&self, kind: &str) -> Result<Driver> {
         if let Some((_, program)) = self.fuse.iter().find(|(fits, _)| fits == kind) {
-            return program::check().map(|()| By::Program(program.clone()));
+            return fuse::check_fuse().map(|()| Driver::Fuse(program.clone()));
         }
         if kernel::mounts_for_us() {
-            return Ok(By::Kernel);
+            return Ok(Driver::Kernel);
         }
-        program::usual(kind).map(By::Program)
+        fuse::default_driver(kind).map(Driver::Fuse)
     }
 }
 
-/// The directory, by its full name.
+/// The full path of the mount point.
 fn directory(dir: &Path) -> Result<PathBuf> {
     let shown = dir.display();
     let cannot = |error: std::io::Error| {
         let (missing, number) = (error.kind() == std::io::ErrorKind::NotFound, error.raw_os_error());
         let error = Error::os(error, format!("cannot mount on {shown}"));
         match number {
-            _ if missing => error.hint(format!("make it with 'mkdir {shown}'")),
+            _ if missing => error.hint(format!("create it with 'mkdir {shown}'")),
             Some(libc::ENOTCONN | libc::ECONNABORTED) => error.hint(format!(
-                "the program that has mounted there is dead: unmount it with 'loopengine umount {shown}'"
+                "the FUSE driver of this mount has died; unmount it with 'loopengine umount {shown}'"
             )),
             _ => error,
         }
@@ -178,29 +182,30 @@ fn directory(dir: &Path) -> Result<PathBuf> {
     }
 }
 
-/// A device that shows the image, for as long as this or a copy of its descriptor is open, or the device.
-struct Device {
+/// A device of the image. It lives as long as this descriptor or a copy, or the device, is open.
+struct PrivateDevice {
     /// The pool's directory, mounted nowhere.
     pool: OwnedFd,
-    /// The pool's name, as lists show it.
+    /// Full name of the pool.
     name: String,
-    /// Name of the node in there.
+    /// Name of the node in the directory.
     node: String,
 }
 
-impl Device {
-    /// For this process only.
+impl PrivateDevice {
+    /// A path that is valid only in this process.
     fn path(&self) -> PathBuf {
         format!("/proc/self/fd/{}/{}", self.pool.as_raw_fd(), self.node).into()
     }
 
-    fn serve(run_dir: &Path, image: &image::Image, dir: &Path) -> Result<Device> {
-        let wanted = Wanted { name: Some(found::pool_name(dir)?), max: Some(1), ..Wanted::default() };
-        let (name, pool) = open_pool(run_dir, &wanted).map_err(|error| match error.kind() {
-            Kind::Exists => found::taken(dir),
+    fn serve(run_dir: &Path, image: &image::MountImage, dir: &Path) -> Result<PrivateDevice> {
+        let options =
+            PoolOptions { name: Some(mounted::pool_name(dir)?), max: Some(1), ..PoolOptions::default() };
+        let (name, pool) = open_pool(run_dir, &options).map_err(|error| match error.kind() {
+            Kind::Exists => mounted::already_mounted(dir),
             _ => error,
         })?;
-        let mut device = Device { pool, name, node: String::new() };
+        let mut device = PrivateDevice { pool, name, node: String::new() };
         let bound = Remote::open(Some(&device.name), run_dir).and_then(|mut remote| {
             remote.bind(image).map_err(|error| {
                 let cannot = || Error::os(error, format!("cannot serve {}", image.shown.display()));
@@ -219,18 +224,18 @@ impl Device {
         }
     }
 
-    /// Ends what came to nothing. Comes back when the pool is gone: whoever tries again at once has to
-    /// find the directory, the image and the user's account free.
+    /// Ends the device after a failed mount. Waits until the pool is gone, so that a retry finds
+    /// the directory, the image and the user's limit free.
     fn end(self, run_dir: &Path) {
         drop(self.pool);
-        // Whether or not it is: the user is told why nothing was mounted.
-        let _ = found::wait_gone(run_dir, &[found::Mounted { pool: self.name }], END_MAX);
+        // Ignore a failure: the user gets the error of the mount.
+        let _ = mounted::wait_gone(run_dir, &[mounted::MountPool { pool: self.name }], END_MAX);
     }
 }
 
 impl Remote {
-    fn bind(&mut self, image: &image::Image) -> std::result::Result<u32, Errno> {
-        use super::losetup::Devices;
+    fn bind(&mut self, image: &image::MountImage) -> std::result::Result<u32, Errno> {
+        use super::losetup::LoopDevices;
         use std::os::unix::ffi::OsStrExt;
         let mut file_name = [0; NAME_BYTES];
         let name = image.path.as_os_str().as_bytes();

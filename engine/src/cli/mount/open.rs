@@ -1,6 +1,6 @@
-//! `loopengine mount --open`: what a desktop does when a disk image is opened.
+//! `loopengine mount --open`: opens an image as a desktop does.
 //!
-//! Knows where the directory is, and what shows it. What is mounted, and how, is the same as without.
+//! Knows the directory and the program that opens it. Mounts as without the option.
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -11,46 +11,46 @@ use std::time::{Duration, Instant};
 use super::{Args, image};
 use crate::error::{Error, Kind, Result};
 
-/// Below the directory of the user's session.
+/// Directory below the user's session directory.
 const HOME: &str = "loopengine-mounts";
-const SHOWS: &str = "xdg-open";
-/// How long that may take before it is left to itself.
-const SHOWN_MAX: Duration = Duration::from_secs(5);
+const OPENER: &str = "xdg-open";
+/// Time to wait for the program.
+const OPEN_MAX: Duration = Duration::from_secs(5);
 
-/// Mounts all that is in the image, and has it shown.
+/// Mounts all partitions of the image and opens the directory.
 pub(super) fn mount(args: Args, run_dir: &Path) -> Result<()> {
     let home = home().ok_or_else(|| {
-        Error::new(Kind::Unavailable, "no session of a user is running here: XDG_RUNTIME_DIR is not set")
-            .hint("name a directory instead of --open")
+        Error::new(Kind::Unavailable, "there is no user session: XDG_RUNTIME_DIR is not set")
+            .hint("give a directory instead of --open")
     })?;
     let name = args
         .image
         .file_name()
-        .ok_or_else(|| Error::new(Kind::Invalid, format!("{} is no file", args.image.display())))?;
+        .ok_or_else(|| Error::new(Kind::Invalid, format!("{} is not a file", args.image.display())))?;
     let dir = home.join(name);
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-    made.map_err(|error| Error::os(error, format!("cannot make {}", dir.display())))?;
+    made.map_err(|error| Error::os(error, format!("cannot create {}", dir.display())))?;
     let all = image::partitions(&args.image).is_ok();
     let args = Args { open: false, all, dir: Some(dir.clone()), ..args };
-    args.run(run_dir).inspect_err(|_| forget(&dir))?;
+    args.run(run_dir).inspect_err(|_| remove_dir(&dir))?;
     println!("{}", dir.display());
-    match Command::new(SHOWS).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).spawn() {
-        Ok(mut shows) => {
-            // Where there is no desktop it may be a program that stays.
-            let until = Instant::now() + SHOWN_MAX;
-            while matches!(shows.try_wait(), Ok(None)) && Instant::now() < until {
+    match Command::new(OPENER).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).spawn() {
+        Ok(mut opener) => {
+            // Without a desktop, the program may stay in the foreground.
+            let until = Instant::now() + OPEN_MAX;
+            while matches!(opener.try_wait(), Ok(None)) && Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        Err(error) => eprintln!("loopengine: cannot run {SHOWS}: {error}"),
+        Err(error) => eprintln!("loopengine: cannot run {OPENER}: {error}"),
     }
     Ok(())
 }
 
-/// Removes a directory that `mount` has made, if nothing is in it.
-pub(super) fn forget(dir: &Path) {
+/// Removes a directory that `mount` created, if it is empty.
+pub(super) fn remove_dir(dir: &Path) {
     if home().is_some_and(|home| dir.parent() == Some(&home)) {
-        // One that is in use stays.
+        // A directory in use stays.
         let _ = fs::remove_dir(dir);
     }
 }

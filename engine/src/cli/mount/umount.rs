@@ -1,4 +1,4 @@
-//! `loopengine umount`: the end of a mount, and of all that belonged to it.
+//! `loopengine umount`: ends a mount and its device.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,25 +7,25 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::found::{ByProgram, Mounted, is_image, wait_gone};
-use super::program::{self, is_without_devices};
+use super::fuse::{self, is_without_devices};
+use super::mounted::{FuseMount, MountPool, is_image, wait_gone};
 use super::{all, open};
 use crate::error::{Error, Kind, Result};
 use crate::sys::mntns;
 
-/// How long a program may take to write what it holds, and the daemon to take the device away.
+/// Time for the driver to write back and for the daemon to remove the device.
 const END_MAX: Duration = Duration::from_secs(60);
 
-/// Unmount what 'loopengine mount' has mounted.
+/// Unmount images that 'loopengine mount' mounted.
 ///
-/// Comes back when all is written and the device is gone: the image is then complete.
+/// Returns when all data is written and the device is gone. The image is then complete.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
-    /// The directory, or the image.
+    /// Mount point or image.
     #[arg(value_name = "DIR|IMAGE")]
     what: PathBuf,
 
-    /// Unmount DIR/1, DIR/2 and so on, and remove these directories: what 'mount --all' has mounted.
+    /// Unmount DIR/1, DIR/2 and so on, which 'mount --all' mounted, and remove these directories.
     #[arg(short, long)]
     all: bool,
 }
@@ -35,33 +35,33 @@ impl Args {
         let named = full(&self.what);
         let inner = if self.all { all::directories(&named) } else { Vec::new() };
         let names: Vec<&Path> = inner.iter().chain([&named]).map(PathBuf::as_path).collect();
-        let is_named = |one: &ByProgram| names.iter().any(|name| one.is(name));
-        let by_program: Vec<ByProgram> = ByProgram::all().into_iter().filter(is_named).collect();
-        let known = !by_program.is_empty() || mntns::kind_at(&named).is_some();
+        let is_named = |one: &FuseMount| names.iter().any(|name| one.is(name));
+        let fuse_mounts: Vec<FuseMount> = FuseMount::all().into_iter().filter(is_named).collect();
+        let known = !fuse_mounts.is_empty() || mntns::kind_at(&named).is_some();
         let found = match pools(&names, run_dir) {
             Err(error) if known && is_without_devices(error.kind()) => Vec::new(),
             found => found?,
         };
-        if found.is_empty() && by_program.is_empty() {
+        if found.is_empty() && fuse_mounts.is_empty() {
             return Err(self.unknown(&named));
         }
-        let mut dirs: Vec<PathBuf> = by_program.iter().map(|one| one.dir.clone()).collect();
+        let mut dirs: Vec<PathBuf> = fuse_mounts.iter().map(|one| one.dir.clone()).collect();
         for mounted in &found {
             dirs.extend(
-                mounted.dirs()?.into_iter().filter(|dir| !by_program.iter().any(|one| one.dir == *dir)),
+                mounted.dirs()?.into_iter().filter(|dir| !fuse_mounts.iter().any(|one| one.dir == *dir)),
             );
         }
-        dirs.iter().try_for_each(|dir| leave(dir, false))?;
+        dirs.iter().try_for_each(|dir| unmount_dir(dir, false))?;
         let until = Instant::now() + END_MAX;
         let ended = found.is_empty() || wait_gone(run_dir, &found, END_MAX)?;
-        if !ended || !by_program.iter().all(|one| one.wait_gone(until)) {
+        if !ended || !fuse_mounts.iter().all(|one| one.wait_gone(until)) {
             let message = format!("{} is unmounted, but its device is still in use", self.what.display());
             return Err(Error::new(Kind::Deadline, message)
-                .hint("wait for the program that mounted it, or see who else has the directory open"));
+                .hint("wait for the FUSE driver, or find other users of the device with 'loopengine find'"));
         }
-        // One that has more in it, or is in use, stays.
+        // A directory that is in use or not empty stays.
         inner.iter().filter(|dir| dirs.contains(dir)).for_each(|dir| drop(std::fs::remove_dir(dir)));
-        open::forget(&named);
+        open::remove_dir(&named);
         Ok(())
     }
 
@@ -71,7 +71,7 @@ impl Args {
         let hint = match is_mount {
             Some(kind) if kind.starts_with("fuse") => format!("unmount it with 'fusermount3 -u {shown}'"),
             Some(_) => format!("unmount it with 'umount {shown}'"),
-            None => "'findmnt' lists what is mounted".to_owned(),
+            None => "'findmnt' lists all mounts".to_owned(),
         };
         Error::new(
             Kind::NotFound,
@@ -81,7 +81,7 @@ impl Args {
     }
 }
 
-/// The full name, also of a directory that nobody can look at any more since its server has died.
+/// The full path, even of a directory whose FUSE driver has died.
 fn full(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| {
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -92,10 +92,10 @@ fn full(path: &Path) -> PathBuf {
     })
 }
 
-/// The pools of what is mounted on these directories, or from these images.
-fn pools(names: &[&Path], run_dir: &Path) -> Result<Vec<Mounted>> {
+/// The pools of mounts on these directories, or of these images.
+fn pools(names: &[&Path], run_dir: &Path) -> Result<Vec<MountPool>> {
     let mut found = Vec::new();
-    for mounted in Mounted::all(run_dir)? {
+    for mounted in MountPool::all(run_dir)? {
         for name in names {
             if mounted.is_on(name)? || is_of(&mounted, name, run_dir)? {
                 found.push(mounted);
@@ -106,13 +106,13 @@ fn pools(names: &[&Path], run_dir: &Path) -> Result<Vec<Mounted>> {
     Ok(found)
 }
 
-fn is_of(mounted: &Mounted, image: &Path, run_dir: &Path) -> Result<bool> {
+fn is_of(mounted: &MountPool, image: &Path, run_dir: &Path) -> Result<bool> {
     let Ok(meta) = image.metadata() else { return Ok(false) };
-    Ok(is_image(&meta) && !mounted.shows(&meta, run_dir)?.is_empty())
+    Ok(is_image(&meta) && !mounted.bound_ranges(&meta, run_dir)?.is_empty())
 }
 
-/// Unmounts one directory; `dead`: whoever has it open gets nothing from it any more.
-pub(super) fn leave(dir: &Path, dead: bool) -> Result<()> {
+/// Unmounts one directory. `dead`: detach it even if it is in use.
+pub(super) fn unmount_dir(dir: &Path, dead: bool) -> Result<()> {
     let shown = dir.display();
     let cannot = |error: Errno| {
         let error = Error::os(error, format!("cannot unmount {shown}"));
@@ -123,9 +123,12 @@ pub(super) fn leave(dir: &Path, dead: bool) -> Result<()> {
         let lazily = if dead { UnmountFlags::DETACH } else { UnmountFlags::empty() };
         return unmount(dir, UnmountFlags::NOFOLLOW | lazily).map_err(cannot);
     }
-    let Some(fusermount) = program::fusermount() else {
-        return Err(Error::new(Kind::Unavailable, "fusermount3, by which users unmount, is not installed")
-            .hint("install it ('apt install fuse3')"));
+    let Some(fusermount) = fuse::fusermount() else {
+        return Err(Error::new(
+            Kind::Unavailable,
+            "cannot unmount as this user: fusermount3 is not installed",
+        )
+        .hint("install it ('apt install fuse3')"));
     };
     let done = Command::new(fusermount)
         .args([if dead { "-uz" } else { "-u" }, "--"])
@@ -144,4 +147,4 @@ pub(super) fn leave(dir: &Path, dead: bool) -> Result<()> {
     Err(if busy { error.hint(BUSY) } else { error })
 }
 
-const BUSY: &str = "see who uses it with 'fuser -vm', and end that";
+const BUSY: &str = "list its users with 'fuser -vm', and end them";

@@ -1,5 +1,5 @@
-//! `oci print-cdi`: a specification of the Container Device Interface, of the devices of an instance or of
-//! a pool for containers.
+//! `oci print-cdi`: a Container Device Interface specification of an instance or of a pool for
+//! containers.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -7,66 +7,67 @@ use std::path::Path;
 use rustix::fs::{major, minor};
 use serde_json::{Value, json};
 
-use super::place::Place;
+use super::pool_dir::PoolDir;
 use crate::cli::{complete, daemon, out};
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::DEFAULT_INSTANCE;
 use crate::private::LIBUDEV;
 
-/// Where what makes containers looks for specifications of what lives as long as the machine is up.
+/// Directory of runtime CDI specifications.
 pub(super) const CDI_DIR: &str = "/run/cdi";
-/// Who devices are by, in CDI's names.
+/// Vendor and class of our devices in CDI.
 pub(super) const CDI_KIND: &str = "loopengine.io/loop";
 
 /// Print a CDI specification, for /var/run/cdi.
 ///
-/// Of a pool for containers: all of it is one device, with mounts, exact device numbers and a hook; the
-/// seccomp profile comes from print-profile. Of an instance: the devices that it has now.
-/// It names exact device numbers: print it again when the pool was made anew, or devices of the
-/// instance have come or gone.
+/// For a pool for containers: one CDI device with mounts, device numbers and a hook;
+/// 'print-profile' prints its seccomp profile. For an instance: its current devices. The
+/// specification contains device numbers. Print it again after the pool was created again, or after
+/// devices of the instance changed.
 #[derive(Debug, clap::Args)]
-pub(in crate::cli) struct Cdi {
-    /// The instance.
+pub(in crate::cli) struct PrintCdi {
+    /// Instance.
     #[arg(short, long, value_name = "NAME", default_value = DEFAULT_INSTANCE, add = complete::instances())]
     instance: String,
 
-    /// A pool that was made with 'loopengine instance mount --container', instead of an instance.
+    /// Pool that 'loopengine instance mount --container' created, instead of an instance.
     #[arg(long, value_name = "NAME", conflicts_with = "instance", add = complete::pools())]
     pool: Option<String>,
 }
 
 /// A block device for containers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Node {
+struct CdiNode {
     /// N of loopN.
     number: u32,
-    /// The node on the host.
+    /// Path of the node on the host.
     path: String,
-    /// Its device number.
+    /// Device number.
     rdev: u64,
     read_only: bool,
 }
 
-impl Cdi {
+impl PrintCdi {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         if let Some(name) = &self.pool {
-            return out::json(&of_pool(&Place::find(run_dir, name)?)?).map(drop);
+            return out::json(&of_pool(&PoolDir::find(run_dir, name)?)?).map(drop);
         }
         let which = Selector::Instance(self.instance.clone());
         let devices = daemon::ask(run_dir, async |client| client.devices(&which).await)?;
         let nodes = devices.into_iter().map(|device| {
             let node = &device.node;
-            let meta = std::fs::metadata(node)
-                .map_err(|error| Error::os(error, format!("cannot look at {node}")))?;
+            let meta =
+                std::fs::metadata(node).map_err(|error| Error::os(error, format!("cannot access {node}")))?;
             if !meta.file_type().is_block_device() {
-                let message = format!("{node} is a file, which containers take as a mount");
-                return Err(Error::new(Kind::Unsupported, message).hint("serve with ublk"));
+                let message = format!("{node} is a file, not a block device");
+                return Err(Error::new(Kind::Unsupported, message)
+                    .hint("serve with ublk, or give the container the file as a mount"));
             }
             let (number, read_only) = (device.number, device.read_only);
-            Ok(Node { number, path: device.node, rdev: meta.rdev(), read_only })
+            Ok(CdiNode { number, path: device.node, rdev: meta.rdev(), read_only })
         });
-        let nodes = nodes.collect::<Result<Vec<Node>>>()?;
+        let nodes = nodes.collect::<Result<Vec<CdiNode>>>()?;
         out::json(&cdi(&self.instance, &nodes)?).map(drop)
     }
 }
@@ -77,52 +78,53 @@ fn check_name(name: &str) -> Result<()> {
     if name.chars().all(fits) && ends.iter().all(|end| end.is_some_and(|c| c.is_ascii_alphanumeric())) {
         return Ok(());
     }
-    let message = format!("the name {name:?} cannot be a device of CDI");
-    Err(Error::new(Kind::Invalid, message).hint("it must start and end with a letter or digit"))
+    let message = format!("the name {name:?} is not valid in CDI");
+    Err(Error::new(Kind::Invalid, message).hint("use a name that starts and ends with a letter or digit"))
 }
 
-/// A pool as one device. CDI knows device numbers only as those of nodes: the hook takes the nodes away,
-/// which would be another's when the pool has ended, and leaves their numbers allowed.
-pub(super) fn of_pool(place: &Place) -> Result<Value> {
-    check_name(&place.name)?;
-    let nodes = place.numbers.iter().enumerate().map(|(at, (major, minor))| {
+/// A pool as one CDI device. CDI allows device numbers only for nodes. The hook removes the nodes,
+/// which could belong to another pool later, and their numbers stay allowed.
+pub(super) fn of_pool(dir: &PoolDir) -> Result<Value> {
+    check_name(&dir.name)?;
+    let nodes = dir.numbers.iter().enumerate().map(|(at, (major, minor))| {
         let path = format!("/dev/loop{at}");
         json!({ "path": path, "type": "b", "major": major, "minor": minor, "permissions": "rw" })
     });
-    let mounts = place
+    let mounts = dir
         .mounts
         .iter()
         .map(|(from, to, options)| json!({ "hostPath": from, "containerPath": to, "options": options }));
-    let hook = json!({ "hookName": "createContainer", "path": place.program, "args": place.hook(place.numbers.len()) });
+    let hook =
+        json!({ "hookName": "createContainer", "path": dir.program, "args": dir.hook(dir.numbers.len()) });
     let env = [format!("{}={}", LIBUDEV.0, LIBUDEV.1)];
     let edits = json!({ "env": env, "deviceNodes": nodes.collect::<Vec<_>>(), "mounts": mounts.collect::<Vec<_>>(), "hooks": [hook] });
-    let device = json!({ "name": place.name, "containerEdits": edits });
+    let device = json!({ "name": dir.name, "containerEdits": edits });
     Ok(json!({ "cdiVersion": "0.5.0", "kind": CDI_KIND, "devices": [device] }))
 }
 
 /// A CDI specification: each node as a device, and all of them as one.
-fn cdi(instance: &str, nodes: &[Node]) -> Result<Value> {
+fn cdi(instance: &str, nodes: &[CdiNode]) -> Result<Value> {
     check_name(instance)?;
     if nodes.is_empty() {
         let message = format!("the instance {instance} has no devices");
         return Err(Error::new(Kind::NotFound, message).hint("attach an image first"));
     }
-    let node = |node: &Node| {
+    let node = |node: &CdiNode| {
         json!({
             "path": format!("/dev/loop{}", node.number),
             "hostPath": node.path,
             "type": "b",
             "major": major(node.rdev),
             "minor": minor(node.rdev),
-            // Not "m": a container must not make nodes of its own.
+            // Without "m": a container must not create nodes.
             "permissions": if node.read_only { "r" } else { "rw" },
         })
     };
-    let device = |name: String, nodes: &[Node]| {
+    let device = |name: String, nodes: &[CdiNode]| {
         let nodes: Vec<Value> = nodes.iter().map(node).collect();
         json!({ "name": name, "containerEdits": { "deviceNodes": nodes } })
     };
-    let one = |node: &Node| device(format!("{instance}-loop{}", node.number), std::slice::from_ref(node));
+    let one = |node: &CdiNode| device(format!("{instance}-loop{}", node.number), std::slice::from_ref(node));
     let mut devices: Vec<Value> = nodes.iter().map(one).collect();
     devices.push(device(instance.to_owned(), nodes));
     Ok(json!({ "cdiVersion": "0.5.0", "kind": CDI_KIND, "devices": devices }))
@@ -130,12 +132,12 @@ fn cdi(instance: &str, nodes: &[Node]) -> Result<Value> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::place::tests::place;
+    use super::super::pool_dir::tests::pool_dir;
     use super::*;
 
     #[test]
-    fn a_pool_is_one_device() {
-        let spec = of_pool(&place()).unwrap();
+    fn describes_a_pool_as_one_device() {
+        let spec = of_pool(&pool_dir()).unwrap();
         let edits = &spec["devices"][0]["containerEdits"];
         assert_eq!(spec["devices"][0]["name"], "ci");
         let node =
@@ -150,8 +152,8 @@ mod tests {
     }
 
     #[test]
-    fn cdi_names_exact_nodes() {
-        let node = |number, read_only| Node {
+    fn lists_exact_device_numbers() {
+        let node = |number, read_only| CdiNode {
             number,
             path: format!("/dev/ublkb{}", number + 7),
             rdev: rustix::fs::makedev(259, 300 + number),

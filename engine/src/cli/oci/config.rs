@@ -1,52 +1,53 @@
-//! `oci print-config`: a config.json of the OCI runtime specification, with the devices of a pool.
+//! `oci print-config`: adds the devices of a pool to a config.json of the OCI runtime
+//! specification.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::place::Place;
-use super::profile::{Profile, read};
+use super::pool_dir::PoolDir;
+use super::profile::{PrintProfile, read};
 use crate::cli::{complete, out};
 use crate::error::{Error, Kind, Result};
 use crate::private::LIBUDEV;
 
-/// Print a config.json with private loop devices, for runc, crun and what uses them.
+/// Print a config.json with private loop devices, for runc and crun.
 ///
-/// Adds to that of a bundle what a container needs for the devices of a pool that was made with
-/// 'loopengine instance mount --container': the pool's directory at /dev/loopfs and the names in /dev, its
-/// /sys/block, exact device numbers, and the seccomp rules. What the container's capabilities are is
-/// not changed. One pool is one container's at a time; print it again when the pool was made anew.
+/// Adds the devices of a pool that 'loopengine instance mount --container' created: the pool's
+/// directory at /dev/loopfs, links in /dev, a private /sys/block, device numbers and seccomp rules.
+/// Does not change the capabilities of the container. Only one container can use a pool at a time.
+/// Print the file again after the pool was created again.
 #[derive(Debug, clap::Args)]
-pub(in crate::cli) struct Config {
-    /// The pool.
+pub(in crate::cli) struct PrintConfig {
+    /// Pool for containers.
     #[arg(long, value_name = "NAME", add = complete::pools())]
     pool: String,
 
-    /// Socket of the daemon for listeners [default: DIR/oci in the run directory].
+    /// Socket of the daemon for seccomp listeners [default: oci in the run directory].
     #[arg(long, value_name = "PATH")]
     listener: Option<PathBuf>,
 
-    /// Ask that only fatal signals interrupt a call that is being answered (runc 1.2 or later).
+    /// Let only fatal signals interrupt an intercepted call (runc 1.2 or later).
     #[arg(long)]
     wait_killable: bool,
 
-    /// The config.json, of 'runc spec' for instance.
+    /// The config.json of a bundle, for example from 'runc spec'.
     file: PathBuf,
 }
 
-impl Config {
+impl PrintConfig {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let mut config = read(&self.file)?;
-        let place = Place::find(run_dir, &self.pool)?;
-        add(&mut config, &place)?;
-        let profile = Profile {
+        let dir = PoolDir::find(run_dir, &self.pool)?;
+        add(&mut config, &dir)?;
+        let profile = PrintProfile {
             base: None,
             listener: self.listener,
-            metadata: Some(format!("pool={}", place.name)),
-            mount: place.mounting,
+            metadata: Some(format!("pool={}", dir.name)),
+            mount: dir.mounting,
             wait_killable: self.wait_killable,
         };
-        // A container that had no profile has one now that forbids nothing else.
+        // A container without a profile gets one that forbids nothing else.
         let config = if config.pointer("/linux/seccomp").is_some_and(Value::is_object) {
             profile.make(Some(config), run_dir)?
         } else {
@@ -58,28 +59,28 @@ impl Config {
     }
 }
 
-fn add(config: &mut Value, place: &Place) -> Result<()> {
-    // Twice would be two of everything.
+fn add(config: &mut Value, dir: &PoolDir) -> Result<()> {
+    // Adding a pool twice would duplicate its entries.
     let annotations = object(config, "annotations")?;
     if let Some(other) = annotations.get(POOL) {
-        let message = format!("the config.json has the private pool {other} already");
-        return Err(Error::new(Kind::Exists, message).hint("give the one from before"));
+        let message = format!("the config.json already has the private pool {other}");
+        return Err(Error::new(Kind::Exists, message).hint("give the config.json without a pool"));
     }
-    annotations.insert(POOL.to_owned(), json!(place.name));
+    annotations.insert(POOL.to_owned(), json!(dir.name));
     let mounts = list(config.as_object_mut().ok_or_else(bad)?, "mounts")?;
-    for (source, destination, options) in &place.mounts {
+    for (source, destination, options) in &dir.mounts {
         mounts.push(
             json!({ "destination": destination, "type": "bind", "source": source, "options": options }),
         );
     }
     list(object(config, "process")?, "env")?.push(json!(format!("{}={}", LIBUDEV.0, LIBUDEV.1)));
     let hooks = list(object(config, "hooks")?, "createContainer")?;
-    hooks.push(json!({ "path": place.program, "args": place.hook(0) }));
+    hooks.push(json!({ "path": dir.program, "args": dir.hook(0) }));
     let linux = object(config, "linux")?;
     let resources = linux.entry("resources").or_insert_with(|| json!({}));
     let devices = list(resources.as_object_mut().ok_or_else(bad)?, "devices")?;
-    for (major, minor) in &place.numbers {
-        // Not "m": a container must not make nodes of its own.
+    for (major, minor) in &dir.numbers {
+        // Without "m": a container must not create nodes.
         devices.push(json!({ "allow": true, "type": "b", "major": major, "minor": minor, "access": "rw" }));
     }
     Ok(())
@@ -98,22 +99,22 @@ fn list<'a>(map: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Va
 }
 
 fn bad() -> Error {
-    Error::new(Kind::Invalid, "the file is no config.json of a bundle")
-        .hint("make one with 'runc spec' or 'crun spec'")
+    Error::new(Kind::Invalid, "the file is not the config.json of a bundle")
+        .hint("create one with 'runc spec' or 'crun spec'")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::place::tests::place;
+    use super::super::pool_dir::tests::pool_dir;
     use super::*;
 
     #[test]
-    fn what_is_there_stays() {
+    fn keeps_existing_entries() {
         let mut config = json!({
             "mounts": [{ "destination": "/proc" }], "process": { "args": ["sh"] },
             "linux": { "resources": { "devices": [{ "allow": false, "access": "rwm" }] }, "namespaces": [] },
         });
-        add(&mut config, &place()).unwrap();
+        add(&mut config, &pool_dir()).unwrap();
         let process = json!({ "args": ["sh"], "env": ["SYSTEMD_DEVICE_VERIFY_SYSFS=0"] });
         assert_eq!(config["process"], process);
         assert_eq!(config["mounts"][0], json!({ "destination": "/proc" }));
@@ -126,15 +127,15 @@ mod tests {
         assert_eq!((&devices[2], devices.len()), (&last, 3));
         let hook = &config["hooks"]["createContainer"][0];
         assert_eq!(hook["args"], json!(["loopengine", "oci", "hook", "--devices", "2", "--pool", "ci"]));
-        assert_eq!(add(&mut config, &place()).unwrap_err().kind(), Kind::Exists);
+        assert_eq!(add(&mut config, &pool_dir()).unwrap_err().kind(), Kind::Exists);
     }
 
     #[test]
-    fn what_is_none() {
+    fn refuses_other_json() {
         for mut bad in
             [json!(null), json!([]), json!({ "mounts": {} }), json!({ "linux": { "resources": 1 } })]
         {
-            assert_eq!(add(&mut bad, &place()).unwrap_err().kind(), Kind::Invalid, "{bad}");
+            assert_eq!(add(&mut bad, &pool_dir()).unwrap_err().kind(), Kind::Invalid, "{bad}");
         }
     }
 }

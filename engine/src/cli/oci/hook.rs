@@ -1,8 +1,9 @@
-//! `oci hook`: what a runtime runs in a container that is being made, for the names in its /dev.
+//! `oci hook`: a hook that links the loop devices in the /dev of a new container.
 //!
-//! Knows the state that hooks are told, and links. The container's files may be anybody's: nothing is
-//! looked up outside of them, and nothing but names in its /dev is changed. The daemon is given that /dev, to
-//! keep the names of partitions in it, and is told why the hook fails: crun throws a hook's stderr away.
+//! Knows the container state that a hook receives, and links. The files of the container may be
+//! hostile: the hook resolves no path outside of them, and changes only links in /dev. It passes
+//! this /dev to the daemon, which keeps partition names in it. It also reports failures to the
+//! daemon, because crun discards the stderr of a hook.
 
 use std::fs::File;
 use std::io::Read;
@@ -21,37 +22,38 @@ use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
 use crate::private::LOOPFS;
 
-/// Bytes of a state at the most.
+/// Maximum size of a container state.
 const STATE_MAX: u64 = 1 << 20;
-/// More nodes than any pool has.
+/// Maximum number of nodes.
 const NODES_MAX: u32 = 4 * MAX_DEVICES;
 
-/// Give a container names for its loop devices: a hook for container runtimes.
+/// Link loop devices in the /dev of a container; a hook for container runtimes.
 ///
-/// Runtimes run it, as a createContainer hook, with the container's state on standard input. It makes the
-/// links /dev/loop-control and /dev/loopN to what is in /dev/loopfs. print-config and print-cdi name it.
+/// Container runtimes run it as createContainer hook, with the container state on standard input.
+/// It links /dev/loop-control and /dev/loopN to the nodes in /dev/loopfs. 'print-config' and
+/// 'print-cdi' configure it.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Hook {
-    /// Devices of the pool.
+    /// Number of devices in the pool.
     #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
     devices: u32,
 
-    /// The pool, whose daemon keeps names of partitions in the container's /dev.
+    /// Pool; its daemon keeps partition names in the /dev of the container.
     #[arg(long, value_name = "NAME")]
     pool: Option<String>,
 
-    /// Nodes /dev/loopN that the runtime has made by itself, for their numbers: they make way.
+    /// Number of nodes /dev/loopN that the runtime created; the hook replaces them.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true,
         value_parser = number::within(0..=NODES_MAX))]
     nodes: u32,
 
-    /// Numbers that no device of the pool has.
+    /// Device numbers that the pool omits.
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     reserved: Vec<u32>,
 }
 
 #[derive(Deserialize)]
-struct State {
+struct ContainerState {
     #[serde(default)]
     id: String,
     bundle: PathBuf,
@@ -60,23 +62,24 @@ struct State {
 impl Hook {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let mut text = Vec::new();
-        let cannot = |error| Error::os(error, "cannot read the container's state");
+        let cannot = |error| Error::os(error, "cannot read the container state");
         std::io::stdin().take(STATE_MAX).read_to_end(&mut text).map_err(cannot)?;
-        let state: State = serde_json::from_slice(&text).map_err(|error| {
-            Error::new(Kind::Invalid, format!("there is no container's state on standard input: {error}"))
-                .hint("have a container runtime run this, as a createContainer hook")
+        let state: ContainerState = serde_json::from_slice(&text).map_err(|error| {
+            Error::new(Kind::Invalid, format!("standard input is not a container state: {error}"))
+                .hint("configure this as createContainer hook of a container runtime")
         })?;
         let linked = root(&state.bundle).and_then(|root| {
-            self.link(&root).map_err(|error| Error::os(error, "cannot make names in the container's /dev"))
+            self.link(&root)
+                .map_err(|error| Error::os(error, "cannot create links in the /dev of the container"))
         });
         let Some(pool) = &self.pool else { return linked.map(drop) };
-        let told = tell(run_dir, async |client| match &linked {
+        let reported = report(run_dir, async |client| match &linked {
             Ok(dev) => client.show_in(pool, &state.id, dev.try_clone().map_err(cannot)?).await,
             Err(error) => client.report_container(pool, &state.id, &error.to_string()).await,
         });
-        // Partitions are in /dev/loopfs all the same.
-        if let Err(error) = told {
-            eprintln!("loopengine: partitions will have no names in the container's /dev: {error}");
+        // Without names, partitions are still in /dev/loopfs.
+        if let Err(error) = reported {
+            eprintln!("loopengine: partitions get no names in the /dev of the container: {error}");
         }
         linked.map(drop)
     }
@@ -98,11 +101,11 @@ impl Hook {
     }
 }
 
-fn tell(run_dir: &Path, what: impl AsyncFnOnce(&mut PrivateClient) -> Result<()>) -> Result<()> {
+fn report(run_dir: &Path, what: impl AsyncFnOnce(&mut PrivateClient) -> Result<()>) -> Result<()> {
     daemon::runtime()?.block_on(async { what(&mut PrivateClient::connect(run_dir).await?).await })
 }
 
-/// Takes a name away, whatever it is. In a user namespace nodes are mounts.
+/// Removes a name of any type. In a user namespace, nodes are bind mounts.
 fn clear(dev: &OwnedFd, name: &str) -> rustix::io::Result<()> {
     let unlink = || rustix::fs::unlinkat(dev, name, AtFlags::empty());
     match unlink() {
@@ -116,11 +119,11 @@ fn clear(dev: &OwnedFd, name: &str) -> rustix::io::Result<()> {
     }
 }
 
-/// The container's root directory, which its config.json names.
+/// The root directory in the config.json of the container.
 fn root(bundle: &Path) -> Result<File> {
     let config = read(&bundle.join("config.json"))?;
     let Some(path) = config.pointer("/root/path").and_then(|path| path.as_str()) else {
-        return Err(Error::new(Kind::Invalid, "the container's config.json names no root directory"));
+        return Err(Error::new(Kind::Invalid, "the config.json of the container has no root directory"));
     };
     let path = bundle.join(path);
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn links_take_the_place_of_nodes() {
+    fn replaces_nodes_with_links() {
         let root = tempfile::tempdir().unwrap();
         let dev = root.path().join("dev");
         std::fs::create_dir(&dev).unwrap();
@@ -163,11 +166,11 @@ mod tests {
         assert_eq!(made(&hook, root.path()).unwrap(), want, "again");
         let hook = Hook { devices: 2, pool: None, nodes: 4, reserved: vec![0, 2] };
         let want = [link("loop-control"), link("loop1"), link("loop3")];
-        assert_eq!(made(&hook, root.path()).unwrap(), want, "not the numbers of others");
+        assert_eq!(made(&hook, root.path()).unwrap(), want, "omits reserved numbers");
     }
 
     #[test]
-    fn an_image_cannot_lead_it_astray() {
+    fn ignores_links_out_of_the_container() {
         let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::fs::write(outside.path().join("loop0"), "safe").unwrap();
         symlink(outside.path(), root.path().join("dev")).unwrap();

@@ -1,12 +1,12 @@
-//! `loopengine oci`: what container runtimes are configured with, and what they run.
+//! `loopengine oci`: configuration and hooks for container runtimes.
 //!
-//! Knows the commands; each file knows one format.
+//! This file lists the subcommands; each other file knows one format.
 
 mod cdi;
 mod config;
 mod hook;
-mod place;
 pub(super) mod podman;
+mod pool_dir;
 mod profile;
 
 use std::path::Path;
@@ -15,13 +15,14 @@ use crate::error::Result;
 
 /// Configure container runtimes.
 ///
-/// 'loopengine instance mount --container' makes a pool for a container; print-config adds it to the
-/// config.json of a runtime's bundle, print-cdi and print-profile describe it to what makes bundles.
+/// 'loopengine instance mount --container' creates a pool for containers. 'print-config' adds it to
+/// the config.json of a bundle. 'print-cdi' and 'print-profile' describe it to programs that create
+/// bundles.
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    PrintConfig(config::Config),
-    PrintProfile(profile::Profile),
-    PrintCdi(cdi::Cdi),
+    PrintConfig(config::PrintConfig),
+    PrintProfile(profile::PrintProfile),
+    PrintCdi(cdi::PrintCdi),
     Hook(hook::Hook),
 }
 

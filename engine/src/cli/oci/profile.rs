@@ -1,7 +1,7 @@
-//! `oci print-profile`: a seccomp profile that has the calls for loop devices answered by the daemon.
+//! `oci print-profile`: a seccomp profile that forwards calls on loop devices to the daemon.
 //!
-//! Knows the format of profiles, and how libseccomp chooses between rules. Does not know what happens at
-//! the socket that a profile names.
+//! Knows the profile format, and how libseccomp selects rules. Does not know what the socket in the
+//! profile does.
 
 use std::fs::File;
 use std::io::Read;
@@ -12,66 +12,67 @@ use serde_json::{Map, Value, json};
 use crate::cli::out;
 use crate::error::{Error, Kind, Result};
 
-/// The socket in the run directory to which runtimes send listeners.
+/// Socket in the run directory for seccomp listeners of runtimes.
 const LISTENER: &str = "oci";
-/// Bytes of a profile at the most.
+/// Maximum size of a profile.
 const BASE_MAX: u64 = 4 << 20;
-/// LOOP_* and LOOP_CTL_* are 0x4c00 to 0x4cff, in the 32 bits that the kernel looks at.
+/// LOOP_* and LOOP_CTL_* are 0x4c00 to 0x4cff, in the 32 bits that the kernel reads.
 const LOOP: u64 = 0x4c00;
 const LOOP_MASK: u64 = 0xffff_ff00;
 /// BLKRRPART and BLKPG.
 const PARTITIONS: [u64; 2] = [0x125f, 0x1269];
-/// The kind of a node, in its mode.
+/// The file type bits of a mode.
 const KIND_MASK: u32 = libc::S_IFMT;
-/// All kinds but block devices.
+/// All file types except block devices.
 const OTHER_KINDS: [u32; 7] =
     [0, libc::S_IFREG, libc::S_IFCHR, libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFDIR, libc::S_IFLNK];
-/// Calls that make nodes, and which argument is the mode.
+/// Calls that create nodes, with the index of the mode argument.
 const MAKE_NODES: [(&str, u32); 2] = [("mknod", 1), ("mknodat", 2)];
-/// Calls that mount, and that are answered.
+/// Intercepted mount calls.
 const MOUNT: [&str; 2] = ["mount", "umount2"];
-/// Newer ones in their place: without them programs take the above.
-const MOUNT_ANEW: [&str; 4] = ["fsopen", "fsconfig", "fsmount", "fspick"];
+/// The newer mount API, which the profile disables: programs then use mount(2).
+const NEW_MOUNT_API: [&str; 4] = ["fsopen", "fsconfig", "fsmount", "fspick"];
 
-/// Print a seccomp profile that has loop ioctls answered by loopengine.
+/// Print a seccomp profile that forwards loop ioctls to loopengine.
 ///
-/// A profile replaces the runtime's own: give that with --base, or the container may do everything else.
-/// Block nodes cannot be made under it: a node would outlive the device that has its number.
+/// A profile replaces the profile of the runtime: give that with '--base', or the container may
+/// call everything else. The profile forbids creating block nodes, since a node would outlive the
+/// device with its number.
 #[derive(Debug, clap::Args)]
-pub(in crate::cli) struct Profile {
-    /// Add to this profile: one of Docker, Podman or containerd, or a whole config.json.
+pub(in crate::cli) struct PrintProfile {
+    /// Profile to extend: of Docker, Podman or containerd, or a config.json.
     #[arg(long, value_name = "FILE")]
     pub(super) base: Option<PathBuf>,
 
-    /// Socket of the daemon for listeners [default: DIR/oci in the run directory].
+    /// Socket of the daemon for seccomp listeners [default: oci in the run directory].
     #[arg(long, value_name = "PATH")]
     pub(super) listener: Option<PathBuf>,
 
-    /// What the runtime tells the daemon together with the listener.
+    /// Text that the runtime sends with the listener, for example pool=NAME.
     #[arg(long, value_name = "TEXT")]
     pub(super) metadata: Option<String>,
 
-    /// Have mount and umount2 answered, too: the kernel mounts for a container without the capability, of
-    /// its pool, if that was made with 'instance mount --mount'.
+    /// Forward mount and umount2 too. The kernel then mounts for a container without CAP_SYS_ADMIN,
+    /// if its pool was created with 'instance mount --mount'.
     #[arg(long)]
     pub(super) mount: bool,
 
-    /// Ask that only fatal signals interrupt a call that is being answered (runc 1.2 or later).
+    /// Let only fatal signals interrupt an intercepted call (runc 1.2 or later).
     #[arg(long)]
     pub(super) wait_killable: bool,
 }
 
-impl Profile {
+impl PrintProfile {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let base = self.base.as_deref().map(read).transpose()?;
         out::json(&self.make(base, run_dir)?).map(drop)
     }
 
-    /// The profile: `base`, with what is ours.
+    /// Returns `base` with our rules.
     pub(super) fn make(&self, base: Option<Value>, run_dir: &Path) -> Result<Value> {
         let listener = self.listener.clone().unwrap_or_else(|| run_dir.join(LISTENER));
         let Some(listener) = listener.to_str().filter(|path| path.starts_with('/')) else {
-            let message = format!("'{}' cannot be the path of a listener", listener.display());
+            let message = format!("'{}' is not the absolute path of a listener", listener.display());
             return Err(Error::new(Kind::Invalid, message).hint("give an absolute path with --listener"));
         };
         self.profile(base, listener)
@@ -79,11 +80,11 @@ impl Profile {
 
     fn profile(&self, base: Option<Value>, listener: &str) -> Result<Value> {
         let bad = || {
-            Error::new(Kind::Invalid, "the base is no seccomp profile")
+            Error::new(Kind::Invalid, "the base is not a seccomp profile")
                 .hint("give a JSON object with 'defaultAction' and 'syscalls'")
         };
-        let mut whole = base.unwrap_or_else(everything);
-        // A config.json has the profile inside.
+        let mut whole = base.unwrap_or_else(allow_all);
+        // A config.json contains the profile.
         let inside = match whole.pointer("/linux/seccomp") {
             Some(_) => whole.pointer_mut("/linux/seccomp"),
             None => Some(&mut whole),
@@ -95,8 +96,9 @@ impl Profile {
         if let Some(other) = profile.get("listenerPath").and_then(Value::as_str)
             && other != listener
         {
-            let message = format!("the base has a listener already: {other}");
-            return Err(Error::new(Kind::Exists, message).hint("a container can have one only"));
+            let message = format!("the base already has a listener: {other}");
+            return Err(Error::new(Kind::Exists, message)
+                .hint("give a base without a listener: a container can have only one"));
         }
         profile.insert("listenerPath".to_owned(), json!(listener));
         if let Some(metadata) = &self.metadata {
@@ -111,7 +113,7 @@ impl Profile {
         let rules = rules.as_array_mut().ok_or_else(bad)?;
         let mut kept = Vec::new();
         for rule in std::mem::take(rules) {
-            kept.extend(self.around(rule).ok_or_else(bad)?);
+            kept.extend(self.split_rule(rule).ok_or_else(bad)?);
         }
         let is_loop = argument("SCMP_CMP_MASKED_EQ", LOOP_MASK, Some(LOOP));
         let of_partitions =
@@ -125,16 +127,18 @@ impl Profile {
         }
         if self.mount {
             kept.push(json!({ "names": MOUNT, "action": "SCMP_ACT_NOTIFY" }));
-            kept.push(json!({ "names": MOUNT_ANEW, "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }));
+            kept.push(
+                json!({ "names": NEW_MOUNT_API, "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }),
+            );
         }
         *rules = kept;
         Ok(whole)
     }
 
-    /// A rule of the base, so that it leaves room for ours: of two rules for a call libseccomp lets the
-    /// one without conditions win, so an "ioctl" without them becomes some beside ours, and a "mknod" one for
-    /// every other kind of node.
-    fn around(&self, rule: Value) -> Option<Vec<Value>> {
+    /// Rewrites a rule of the base that conflicts with ours. libseccomp prefers rules without
+    /// conditions. So an unconditional "ioctl" becomes rules for all other ioctls, and an
+    /// unconditional "mknod" one rule per other file type.
+    fn split_rule(&self, rule: Value) -> Option<Vec<Value>> {
         let Value::Object(mut rule) = rule else { return None };
         let unconditional = rule.get("args").and_then(Value::as_array).is_none_or(Vec::is_empty);
         let mut names: Vec<Value> = match (rule.get("names"), rule.get("name")) {
@@ -144,7 +148,7 @@ impl Profile {
         };
         let before = names.len();
         let is_ours = |name: &Value| name == "ioctl" || MAKE_NODES.iter().any(|(call, _)| name == call);
-        let is_mount = |name: &Value| MOUNT.iter().chain(&MOUNT_ANEW).any(|call| name == call);
+        let is_mount = |name: &Value| MOUNT.iter().chain(&NEW_MOUNT_API).any(|call| name == call);
         names.retain(|name| !(unconditional && is_ours(name) || self.mount && is_mount(name)));
         if names.len() == before {
             return Some(vec![Value::Object(rule)]);
@@ -159,7 +163,7 @@ impl Profile {
             rules.push(Value::Object(rest));
         }
         if had_ioctl {
-            for condition in beside() {
+            for condition in other_ioctls() {
                 let rule = with(&rule, "names", json!(["ioctl"]));
                 rules.push(Value::Object(with(&rule, "args", json!([condition]))));
             }
@@ -174,14 +178,14 @@ impl Profile {
     }
 }
 
-/// A condition on the kind of the node that is made.
+/// A condition on the file type of a new node.
 fn kind(mode: u32, kind: u32) -> Value {
     json!({ "index": mode, "value": KIND_MASK, "valueTwo": kind, "op": "SCMP_CMP_MASKED_EQ" })
 }
 
-/// Conditions for all ioctls that are not ours. A rule can have only one on an argument, so that what lies
-/// between two of ours is told in blocks whose sizes are powers of two.
-fn beside() -> Vec<Value> {
+/// Conditions for all ioctls that are not ours. A rule can have one condition per argument, so
+/// ranges between our ioctls are split into aligned blocks of powers of two.
+fn other_ioctls() -> Vec<Value> {
     let [first, second] = PARTITIONS;
     let mut conditions = vec![argument("SCMP_CMP_LT", first, None)];
     for (mut at, end) in [(first + 1, second), (second + 1, LOOP)] {
@@ -198,7 +202,7 @@ fn beside() -> Vec<Value> {
     conditions
 }
 
-/// A condition on the command of an ioctl.
+/// A condition on the request of an ioctl.
 fn argument(operator: &str, value: u64, two: Option<u64>) -> Value {
     match two {
         Some(two) => json!({ "index": 1, "value": value, "valueTwo": two, "op": operator }),
@@ -218,7 +222,7 @@ fn with(rule: &Map<String, Value>, key: &str, value: Value) -> Map<String, Value
 }
 
 /// A profile that forbids nothing.
-fn everything() -> Value {
+fn allow_all() -> Value {
     let architectures: &[&str] = match std::env::consts::ARCH {
         "x86_64" => &["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
         "aarch64" => &["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
@@ -234,11 +238,12 @@ pub(super) fn read(path: &Path) -> Result<Value> {
     let file = File::open(path).map_err(cannot)?;
     file.take(BASE_MAX + 1).read_to_end(&mut text).map_err(cannot)?;
     if text.len() as u64 > BASE_MAX {
-        return Err(Error::new(Kind::Invalid, format!("{shown} is too large for a profile"))
+        return Err(Error::new(Kind::Invalid, format!("{shown} is too large for a seccomp profile"))
             .hint("give a seccomp profile, or a config.json"));
     }
     serde_json::from_slice(&text).map_err(|error| {
-        Error::new(Kind::Invalid, format!("{shown} is no profile: {error}")).hint("give one in JSON")
+        Error::new(Kind::Invalid, format!("{shown} is not valid JSON: {error}"))
+            .hint("give a seccomp profile, or a config.json")
     })
 }
 
@@ -248,8 +253,8 @@ mod tests {
 
     const PATH: &str = "/run/loopengine/oci";
 
-    fn args() -> Profile {
-        Profile { base: None, listener: None, metadata: None, mount: false, wait_killable: false }
+    fn args() -> PrintProfile {
+        PrintProfile { base: None, listener: None, metadata: None, mount: false, wait_killable: false }
     }
 
     fn ours() -> [Value; 3] {
@@ -259,7 +264,7 @@ mod tests {
         })
     }
 
-    /// Whether a condition that `beside` makes holds.
+    /// True if a condition matches a request.
     fn holds(condition: &Value, command: u64) -> bool {
         let value = |name: &str| condition[name].as_u64().unwrap();
         match condition["op"].as_str().unwrap() {
@@ -271,12 +276,12 @@ mod tests {
     }
 
     #[test]
-    fn every_ioctl_is_either_ours_or_beside() {
-        let (ours, beside) = (ours(), beside());
+    fn covers_every_ioctl_once() {
+        let (ours, other_ioctls) = (ours(), other_ioctls());
         for command in (0..0x1_0000).chain([0x8008_1272, 0xffff_ffff]) {
             let is_ours = ours.iter().any(|rule| holds(&rule["args"][0], command));
-            let is_beside = beside.iter().filter(|condition| holds(condition, command)).count();
-            assert_eq!(is_beside, usize::from(!is_ours), "{command:x}");
+            let is_other = other_ioctls.iter().filter(|condition| holds(condition, command)).count();
+            assert_eq!(is_other, usize::from(!is_ours), "{command:x}");
         }
     }
 
@@ -288,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_of_other_kinds_stay_possible() {
+    fn allows_nodes_of_other_types() {
         let base = json!({ "defaultAction": "SCMP_ACT_ERRNO",
             "syscalls": [{ "names": ["mknod", "read"], "action": "SCMP_ACT_ALLOW" }] });
         let profile = args().profile(Some(base), PATH).unwrap();
@@ -304,8 +309,8 @@ mod tests {
     }
 
     #[test]
-    fn alone() {
-        let profile = Profile { metadata: Some("pool=ci".to_owned()), mount: true, ..args() };
+    fn makes_a_profile_without_a_base() {
+        let profile = PrintProfile { metadata: Some("pool=ci".to_owned()), mount: true, ..args() };
         let profile = profile.profile(None, PATH).unwrap();
         assert_eq!(profile["listenerPath"], PATH);
         assert_eq!(profile["listenerMetadata"], "pool=ci");
@@ -319,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_base_makes_room_and_keeps_the_rest() {
+    fn rewrites_only_conflicting_rules() {
         let base = json!({
             "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "archMap": [{ "architecture": "x" }],
             "flags": ["SECCOMP_FILTER_FLAG_LOG"],
@@ -332,7 +337,7 @@ mod tests {
         });
         let split = |action: &str| -> Vec<Value> {
             let rule = |arg| json!({ "names": ["ioctl"], "action": action, "args": [arg] });
-            beside().into_iter().map(rule).collect()
+            other_ioctls().into_iter().map(rule).collect()
         };
         let mut rules = vec![json!({ "names": ["read", "write"], "action": "SCMP_ACT_ALLOW" })];
         rules.extend(split("SCMP_ACT_ALLOW"));
@@ -346,19 +351,19 @@ mod tests {
         }
         // A config.json, with mount.
         let config = json!({ "process": { "args": ["sh"] }, "linux": { "seccomp": base } });
-        let profile = Profile { mount: true, wait_killable: true, ..args() };
+        let profile = PrintProfile { mount: true, wait_killable: true, ..args() };
         let profile = profile.profile(Some(config), PATH).unwrap();
         assert_eq!(profile["process"]["args"][0], "sh");
         let seccomp = &profile["linux"]["seccomp"];
         let rules = seccomp["syscalls"].as_array().unwrap();
         let mount =
             |rule: &&Value| rule["names"].as_array().is_some_and(|names| names.contains(&json!("umount2")));
-        assert_eq!(rules.iter().filter(mount).count(), 1, "the base's is gone");
+        assert_eq!(rules.iter().filter(mount).count(), 1, "removes the rule of the base");
         assert_eq!(seccomp["flags"].as_array().unwrap().len(), 2);
     }
 
     #[test]
-    fn bases_that_are_none() {
+    fn refuses_invalid_bases() {
         let allow = |more: Value| {
             let mut base = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
             base.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

@@ -215,7 +215,7 @@ fn killed(ctx: &Ctx) -> Res {
     ensure!(error_of(File::open(&device))? == libc::ENOTCONN, "the name still leads somewhere");
     daemon.restart()?;
     ensure!(
-        daemon.log().contains("was not recovered: files of FUSE end with their daemon"),
+        daemon.log().contains("was not recovered: FUSE files do not outlive the daemon"),
         "{}",
         daemon.log()
     );

@@ -107,7 +107,7 @@ fn two(ctx: &Ctx) -> Res {
     let guest = Bundle::new(ctx, &daemon, runtime, "guest", "red")?;
     image(&guest.work("a"), "guest")?;
     guest.run(r#"refused "another's pool" "Function not implemented" losetup /dev/loop0 a"#)?;
-    ensure!(daemon.log().contains("a container was not taken"), "no word of the other container in the log");
+    ensure!(daemon.log().contains("cannot serve a container"), "no word of the other container in the log");
     for bundle in [&red, &blue] {
         bundle.go_on("both")?;
     }
@@ -307,7 +307,7 @@ fn policy(ctx: &Ctx) -> Res {
     let mut garbage = std::os::unix::net::UnixStream::connect(ctx.path("run/oci")).at("the socket")?;
     garbage.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
     drop(garbage);
-    let logged = || daemon.log().contains("no containerProcessState").then_some(());
+    let logged = || daemon.log().contains("not a containerProcessState").then_some(());
     ensure!(tools::until(UNBOUND, logged).is_some(), "no word of garbage in the log");
     unbound(&daemon, "ci")?;
     pool.end(&daemon)?;

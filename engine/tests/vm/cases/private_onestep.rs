@@ -171,7 +171,7 @@ fn failures(ctx: &Ctx) -> Res {
             same "$1: left" "$(devices)" ""; refused "$1: mounted" "" findmnt dir
         }
         truncate -s 16M a; mkfs.ext4 -q a
-        truncate -s 1M junk; one "junk" "no file system that is known" mnt junk dir
+        truncate -s 1M junk; one "junk" "contains no known file system" mnt junk dir
         mkswap -q junk 2>/dev/null || mkswap junk >/dev/null
         one "swap" "cannot be mounted" mnt junk dir
         one "no image" "No such file" mnt none dir
@@ -183,10 +183,10 @@ fn failures(ctx: &Ctx) -> Res {
         { head -c 4096 a; head -c 16M /dev/zero; } > broken
         one "broken" "fuse2fs cannot mount broken" mnt broken dir
         one "no such program" "cannot-be-there is not installed" mnt --fuse ext4=cannot-be-there a dir
-        one "does not mount" "true has not mounted" mnt --fuse ext4=true a dir
+        one "does not mount" "true did not mount" mnt --fuse ext4=true a dir
         # What it leaves running still has the device, and is waited for.
         printf '#!/bin/sh\nsleep 3 &\n' > lingers; chmod +x lingers
-        one "lingers" "has not mounted" mnt --fuse ext4=$PWD/lingers a dir
+        one "lingers" "did not mount" mnt --fuse ext4=$PWD/lingers a dir
         bin=$(mktemp -d); for tool in fusermount3 fusermount; do ln -s $(command -v $tool) $bin; done
         one "not installed" "apt install fuse2fs" env PATH=$bin "$loopengine" mount a dir
         mkdir -p empty; ln -s $(command -v fuse2fs) empty/

@@ -1,0 +1,33 @@
+//! Instances: an engine owns instances, an instance owns devices and workers, a device owns its
+//! image.
+//!
+//! Every call may block as long as its deadlines allow (seconds at worst): asynchronous callers use
+//! a blocking thread. Knows nothing of sockets and command lines.
+
+mod attached;
+pub mod claims;
+mod companion;
+mod engine;
+mod in_use;
+#[expect(clippy::module_inception, reason = "the type Instance lives in the file of its name")]
+pub mod instance;
+mod links;
+mod names;
+mod recover_device;
+mod recovery;
+pub mod served;
+pub mod spec;
+mod state;
+pub mod stop;
+mod table;
+
+pub use companion::{Companion, PoolResources};
+pub use engine::{Engine, EngineConfig, Selector, Tuning};
+pub use names::check_instance_name;
+
+/// Maximum number of devices of one instance.
+pub const MAX_DEVICES: u32 = 4096;
+/// Highest device number, as for the kernel's loop devices: minor numbers have 20 bits.
+pub const NUMBER_MAX: u32 = (1 << 20) - 1;
+/// Maximum number of instances of one daemon.
+pub const MAX_INSTANCES: usize = 1024;

@@ -1,0 +1,429 @@
+//! One served device: an image, a frontend's device, a queue on each worker.
+//!
+//! Assembles and disassembles these in the right order; does not know names, quotas or other
+//! devices.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use super::spec::{DeviceState, DeviceStats, LatencySummary};
+use crate::error::{Error, Kind, Result};
+use crate::frontend::ublk::StartLock;
+use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
+use crate::image::{Geometry, Image};
+use crate::ring::SlotId;
+use crate::worker::{NewQueue, QueueStats, WorkerHandle};
+
+/// The workers of an instance, shared by its devices.
+pub type Workers = Arc<[WorkerHandle<FrontendQueue>]>;
+
+/// Request counts of one device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traffic {
+    /// In flight.
+    pub in_flight: u64,
+    /// Completed since its start.
+    pub ended: u64,
+}
+
+/// A device with its queues on the workers.
+#[derive(Debug)]
+pub struct Served {
+    device: FrontendDevice,
+    workers: Workers,
+    slot: SlotId,
+    /// None: the image was not found, and the device is not served.
+    image: Mutex<Option<Arc<Image>>>,
+    geometry: Mutex<Geometry>,
+    lifecycle: Mutex<Lifecycle>,
+}
+
+/// The lifecycle state of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lifecycle {
+    Serving,
+    /// It is being removed, or cannot be used.
+    Stuck,
+    /// A stop passed its deadline and goes on in the kernel: the time of the next attempt, and the
+    /// pause before it.
+    Stopping(Instant, Duration),
+}
+
+/// First pause after a stop that passed its deadline.
+const STOP_RETRY: Duration = Duration::from_secs(10);
+/// How long a user's own file system may make no progress before a stop.
+const HANG_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How a device is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartMode {
+    /// It is new.
+    New,
+    /// A previous daemon served it.
+    Recovered,
+    /// It is new, and starts only when it replaces another.
+    Deferred,
+}
+
+impl Served {
+    /// Serves a new or existing device. On failure the device is returned all the same, for the
+    /// caller to remove or to keep as stuck.
+    pub fn start(
+        device: FrontendDevice,
+        workers: &Workers,
+        slot: SlotId,
+        image: Image,
+        how: StartMode,
+    ) -> (Served, Result<()>) {
+        let (geometry, image) = (image.geometry(), Arc::new(image));
+        let served = Served {
+            device,
+            workers: workers.clone(),
+            slot,
+            image: Mutex::new(Some(image.clone())),
+            geometry: Mutex::new(geometry),
+            lifecycle: Mutex::new(Lifecycle::Serving),
+        };
+        let outcome = served.bring_up(&image, how);
+        if outcome.is_err() {
+            *served.lifecycle() = Lifecycle::Stuck;
+        }
+        (served, outcome)
+    }
+
+    /// A device that cannot be served now: it can only be removed.
+    pub fn unserved(device: FrontendDevice, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
+        let (geometry, lifecycle) = (Mutex::new(geometry), Mutex::new(Lifecycle::Stuck));
+        Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, lifecycle }
+    }
+
+    fn bring_up(&self, image: &Arc<Image>, how: StartMode) -> Result<()> {
+        match how {
+            StartMode::New | StartMode::Deferred => self.device.describe(image)?,
+            StartMode::Recovered => self.device.begin_recovery()?,
+        }
+        let queues = self.device.queues()?;
+        if queues.len() > self.workers.len() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "it has more queues than the instance has workers now",
+            ));
+        }
+        for (worker, transport) in self.workers.iter().zip(queues) {
+            worker.add(NewQueue { slot: self.slot, transport, image: image.clone() })?;
+        }
+        match how {
+            StartMode::New => self.device.start(),
+            StartMode::Recovered => self.device.end_recovery(),
+            StartMode::Deferred => Ok(()),
+        }
+    }
+
+    /// Locked while the device changes.
+    fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops the device. `release` must follow.
+    pub fn stop(&self, when: StopMode) -> Result<()> {
+        let mut lifecycle = self.lifecycle();
+        let mut pause = STOP_RETRY;
+        if let Lifecycle::Stopping(again, last) = *lifecycle {
+            // It would block behind the previous stop, and occupy a ring.
+            if self.device.is_present() && Instant::now() < again {
+                return Err(Error::new(Kind::Deadline, "the device is still being stopped"));
+            }
+            pause = last.saturating_mul(2);
+        }
+        if when == StopMode::Always && self.is_hung() {
+            let message = "the device cannot be stopped: the file system of its image does not answer";
+            return Err(Error::new(Kind::Deadline, message).hint("unmount or kill that file system"));
+        }
+        match self.device.stop(when) {
+            // The previous stop has ended after all.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => {
+                if error.kind() == Kind::Deadline {
+                    *lifecycle = Lifecycle::Stopping(Instant::now() + pause, pause);
+                }
+                return Err(error);
+            }
+            Ok(()) => {}
+        }
+        // It cannot be used any more.
+        *lifecycle = Lifecycle::Stuck;
+        Ok(())
+    }
+
+    /// Quiesces the device for the next daemon: new requests are held, those in flight are
+    /// completed. The driver reissues what is not completed by `until`; a write may be repeated
+    /// then, as after a crash.
+    pub fn quiesce(&self, until: Instant) -> Result<()> {
+        // A stuck device is not served: it waits already.
+        if *self.lifecycle() != Lifecycle::Serving {
+            return Ok(());
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if !self.device.quiesce(left)? {
+            return Ok(());
+        }
+        loop {
+            match self.traffic()?.in_flight {
+                0 => return Ok(()),
+                requests if Instant::now() >= until => {
+                    let context = format!("{requests} requests are still in flight");
+                    return Err(Error::new(Kind::Deadline, context));
+                }
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    /// Whether requests in flight on a file that may hang make no progress. A stop would wait for
+    /// them in the kernel, uninterruptibly, and so would the daemon's end.
+    fn is_hung(&self) -> bool {
+        let Ok(image) = self.image() else { return false };
+        let until = Instant::now() + HANG_TIMEOUT;
+        let ended =
+            || self.traffic().ok().filter(|traffic| traffic.in_flight > 0).map(|traffic| traffic.ended);
+        let Some(before) = ended().filter(|_| image.may_block()) else { return false };
+        while Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+            if ended() != Some(before) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Starts a deferred device.
+    pub fn start_deferred(&self) -> Result<()> {
+        self.device.start()
+    }
+
+    /// Starts a deferred device under the start lock: it gets the lowest free number.
+    pub fn start_exclusively(&self, lock: &StartLock) -> Result<()> {
+        self.device.start_exclusively(lock)
+    }
+
+    /// Stops this device if it is not open, so that a replacement can start. After any other error
+    /// it must not be used again.
+    pub fn try_stop(&self, _lock: &StartLock) -> Result<()> {
+        let mut lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
+            return Err(Error::new(Kind::Deadline, "the device is stuck"));
+        }
+        let outcome = self.device.stop(StopMode::IfUnusedNow);
+        match &outcome {
+            Err(error) if error.kind() == Kind::Busy => {}
+            _ => *lifecycle = Lifecycle::Stuck,
+        }
+        outcome
+    }
+
+    /// Removes the queues of a stopped device from the workers, and deletes it.
+    pub fn release(&self) -> Result<()> {
+        self.remove_queues()?;
+        self.delete()
+    }
+
+    /// Removes the queues of a stopped device from the workers.
+    pub fn remove_queues(&self) -> Result<()> {
+        let _life = self.lifecycle();
+        for worker in self.workers.iter().take(usize::from(self.device.parameters().queues)) {
+            ignore_missing(worker.remove(self.slot))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the image of a device without queues. Closing its file may block as long as its file
+    /// system does.
+    pub fn take_image(&self) -> Option<Arc<Image>> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Deletes a stopped device without queues.
+    pub fn delete(&self) -> Result<()> {
+        let _life = self.lifecycle();
+        ignore_missing(self.device.delete())
+    }
+
+    /// Whether no worker has a queue of it: its recovery has not begun.
+    pub fn has_no_queues(&self) -> bool {
+        let missing = |worker: &WorkerHandle<FrontendQueue>| {
+            worker.stats(self.slot).is_err_and(|error| error.kind() == Kind::NotFound)
+        };
+        self.workers.iter().all(missing)
+    }
+
+    /// Whether data goes through the page cache.
+    pub fn is_buffered(&self) -> bool {
+        self.image().is_ok_and(|image| image.is_buffered())
+    }
+
+    /// Whether direct I/O was disabled since the last call.
+    pub fn take_direct_io_disabled(&self) -> bool {
+        self.image().is_ok_and(|image| image.take_direct_io_disabled())
+    }
+
+    /// Resizes to the image's present size, or both to `size`; `check` may reject the change from
+    /// the old to the new size. On failure image and device stay unchanged. Returns the new size.
+    pub fn resize(&self, size: Option<u64>, check: impl FnOnce(u64, u64) -> Result<()>) -> Result<u64> {
+        let image = self.image()?;
+        let lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
+            return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
+        }
+        let now = self.geometry();
+        let before = image.length()?;
+        let (new, length) = match size {
+            Some(size) => image.geometry_for_size(size, now.size)?,
+            None => (image.current_geometry()?, before),
+        };
+        check(now.size, new.size)?;
+        // The file is never shorter than the device.
+        if length > before {
+            image.set_length(length)?;
+        }
+        let mut outcome = self.change(new, |worker| worker.resize(self.slot, new));
+        if outcome.is_ok() && length < before {
+            outcome = image.set_length(length).inspect_err(|_| {
+                let _ = self.change(now, |worker| worker.resize(self.slot, now));
+            });
+        } else if outcome.is_err() && length > before {
+            let _ = image.set_length(before);
+        }
+        outcome.map(|()| new.size)
+    }
+
+    /// Replaces the image. Operations in flight end on the old one and may be retried on the new
+    /// one. It must be the same file, or read-only, or the old image must have size 0.
+    pub fn replace(&self, image: Image) -> Result<()> {
+        let lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
+            return Err(Error::new(Kind::Busy, "the device is stuck or being removed"));
+        }
+        let image = Arc::new(image);
+        self.change(image.geometry(), |worker| worker.replace(self.slot, image.clone()))?;
+        *self.image.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
+        Ok(())
+    }
+
+    /// Changes the geometry of workers and driver, in the order that keeps requests up to the
+    /// larger size served meanwhile.
+    fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<FrontendQueue>) -> Result<()>) -> Result<()> {
+        let queues = usize::from(self.device.parameters().queues);
+        let tell_workers = || self.workers.iter().take(queues).try_for_each(&tell);
+        if new.size >= self.geometry().size {
+            tell_workers()?;
+            self.device.resize(new.size)?;
+        } else {
+            self.device.resize(new.size)?;
+            tell_workers()?;
+        }
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(())
+    }
+
+    fn image(&self) -> Result<Arc<Image>> {
+        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        image.ok_or_else(|| Error::new(Kind::Io, "the device has no image"))
+    }
+
+    /// The frontend's device.
+    pub fn device(&self) -> &FrontendDevice {
+        &self.device
+    }
+
+    /// Its slot on the workers.
+    pub fn slot(&self) -> SlotId {
+        self.slot
+    }
+
+    /// Its present geometry.
+    pub fn geometry(&self) -> Geometry {
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its state, without blocking for long.
+    pub fn state(&self) -> DeviceState {
+        let lifecycle = match self.lifecycle.try_lock() {
+            Ok(lifecycle) => *lifecycle,
+            Err(TryLockError::Poisoned(lifecycle)) => *lifecycle.into_inner(),
+            // It is being changed; the workers report its state.
+            Err(TryLockError::WouldBlock) => Lifecycle::Serving,
+        };
+        if lifecycle != Lifecycle::Serving {
+            return DeviceState::Stuck;
+        }
+        match self.queue_stats() {
+            Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
+            Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,
+            Ok(_) => DeviceState::Live,
+            Err(_) => DeviceState::Stuck,
+        }
+    }
+
+    fn queue_stats(&self) -> Result<Vec<QueueStats>> {
+        let queues = usize::from(self.device.parameters().queues);
+        self.workers.iter().take(queues).map(|worker| worker.stats(self.slot)).collect()
+    }
+
+    /// Request counts over all queues.
+    pub fn traffic(&self) -> Result<Traffic> {
+        let queues = self.queue_stats()?;
+        let ended = |q: &QueueStats| q.reads + q.writes + q.flushes + q.discards + q.errors;
+        let in_flight = queues.iter().map(|queue| queue.in_flight).sum();
+        Ok(Traffic { in_flight, ended: queues.iter().map(ended).sum() })
+    }
+
+    /// Statistics over all queues.
+    pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
+        let queues = self.queue_stats()?;
+        let sum = |figure: fn(&QueueStats) -> u64| queues.iter().map(figure).sum();
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Ok(DeviceStats {
+            path,
+            image,
+            at_ns: now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs(),
+            reads: sum(|queue| queue.reads),
+            read_bytes: sum(|queue| queue.read_bytes),
+            writes: sum(|queue| queue.writes),
+            written_bytes: sum(|queue| queue.written_bytes),
+            flushes: sum(|queue| queue.flushes),
+            discards: sum(|queue| queue.discards),
+            errors: sum(|queue| queue.errors),
+            resubmits: sum(|queue| queue.resubmits),
+            punts: sum(|queue| queue.punts),
+            fallbacks: sum(|queue| queue.fallbacks),
+            requests: sum(|queue| queue.requests),
+            batches: sum(|queue| queue.batches),
+            in_flight: sum(|queue| queue.in_flight),
+            latency: summarise(&queues),
+        })
+    }
+}
+
+fn ignore_missing(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == Kind::NotFound => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn summarise(queues: &[QueueStats]) -> LatencySummary {
+    let mut histograms = queues.iter().filter_map(QueueStats::latency);
+    let Some(mut all) = histograms.next().cloned() else { return LatencySummary::default() };
+    for other in histograms {
+        // All histograms have the same bounds, so this cannot fail.
+        let _ = all.add(other);
+    }
+    LatencySummary {
+        samples: all.len(),
+        p50_ns: all.value_at_quantile(0.5),
+        p90_ns: all.value_at_quantile(0.9),
+        p99_ns: all.value_at_quantile(0.99),
+        p999_ns: all.value_at_quantile(0.999),
+        max_ns: all.max(),
+    }
+}

@@ -1,0 +1,22 @@
+//! Private pools of loop devices: an own loop-control and loopN for a user, a command or a container.
+//!
+//! ```text
+//!  private ──┬─ intercept ──── ioctls, mounts and mknod of a tenant, by a seccomp filter
+//!            ├─ loopfs ─────── the nodes of a pool, as a FUSE file system
+//!            ├─ kernel_mounts  mounts by the kernel, in confined processes
+//!            └─ loops ──────── a pool: the operations of loop(4) on ublk disks
+//! ```
+//!
+//! The crate knows neither sockets nor command lines.
+
+#![warn(missing_docs)]
+
+pub mod intercept;
+pub mod kernel_mounts;
+pub mod loopfs;
+pub mod loops;
+pub mod private;
+
+use loopengine_core::{
+    Result, accounts, error, failures, frontend, image, instance, limits, ring, sandbox, sys,
+};

@@ -1,0 +1,460 @@
+//! What clients do, each in a process of its own with the filter installed.
+//!
+//! They end with status 0 if the kernel answered as loop(4) does.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use libc::{EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOSYS, ENOTTY, ENXIO, EOVERFLOW, EPERM};
+use loopengine_private::intercept::filter;
+
+use crate::fake::OWN_MAJOR;
+use crate::raw::{self, Done, ioctl};
+
+const SET_FD: u64 = 0x4c00;
+const CLR_FD: u64 = 0x4c01;
+const SET_STATUS: u64 = 0x4c02;
+const GET_STATUS: u64 = 0x4c03;
+const SET_STATUS64: u64 = 0x4c04;
+const GET_STATUS64: u64 = 0x4c05;
+const CHANGE_FD: u64 = 0x4c06;
+const SET_CAPACITY: u64 = 0x4c07;
+const SET_DIRECT_IO: u64 = 0x4c08;
+const SET_BLOCK_SIZE: u64 = 0x4c09;
+const CONFIGURE: u64 = 0x4c0a;
+const CTL_ADD: u64 = 0x4c80;
+const CTL_REMOVE: u64 = 0x4c81;
+const CTL_GET_FREE: u64 = 0x4c82;
+
+/// Runs the client of this name.
+pub fn run(role: &str) {
+    if role == "cost" {
+        return cost();
+    }
+    raw::install_and_send(&filter::program(filter::Options::default()));
+    match role {
+        "values" => values(),
+        "i386" => i386(),
+        "nobody" => nobody(),
+        "others" => others(),
+        "nodes" => nodes(),
+        "blocked" => _ = ioctl(open("loop0").as_raw_fd(), SET_CAPACITY, 0),
+        "rewriter" => rewriter(),
+        "signals" => signals(),
+        "swapper" => swapper(),
+        "replaced" => replaced(),
+        "threads" => threads(),
+        "overdue" => overdue(),
+        "panic" => panic_in_an_operation(),
+        "children" => children(),
+        "stopped" => stopped(),
+        "crowd" => crowd(),
+        _ => panic!("no client {role}"),
+    }
+}
+
+fn open(name: &str) -> OwnedFd {
+    File::options().read(true).write(true).open(name).unwrap().into()
+}
+
+fn open_flags(name: &str, flags: i32) -> OwnedFd {
+    File::options().read(true).custom_flags(flags).open(name).unwrap().into()
+}
+
+fn address(bytes: &[u8]) -> u64 {
+    bytes.as_ptr().addr() as u64
+}
+
+/// `struct loop_config` or, from byte 8 on, `struct loop_info64`.
+fn config(fd: RawFd, offset: u64, name: u8) -> [u8; 304] {
+    let mut bytes = [0; 304];
+    bytes[..4].copy_from_slice(&fd.to_ne_bytes());
+    bytes[4..8].copy_from_slice(&4096_u32.to_ne_bytes());
+    bytes[8 + 24..8 + 32].copy_from_slice(&offset.to_ne_bytes());
+    bytes[8 + 56..8 + 120].fill(name);
+    bytes
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn values() {
+    let (device, control, image) = (open("loop0"), open("control"), open("image"));
+    let (fd, image_fd) = (device.as_raw_fd(), image.as_raw_fd());
+    let path_only = open_flags("image", libc::O_PATH);
+
+    let control = control.as_raw_fd();
+    assert_eq!(ioctl(control, CTL_GET_FREE, 0), Ok(7));
+    assert_eq!(ioctl(control, CTL_ADD, 0), Err(EEXIST));
+    assert_eq!(ioctl(control, CTL_ADD, 11), Ok(11));
+    // An int: what is above is cut off.
+    assert_eq!(ioctl(control, CTL_ADD, 0xffff_ffff_0000_000b), Ok(11));
+    assert_eq!(ioctl(control, CTL_ADD, u64::MAX), Ok(5));
+    assert_eq!(ioctl(control, CTL_REMOVE, u64::MAX), Err(EINVAL));
+    assert_eq!(ioctl(control, CTL_REMOVE, 3), Ok(0));
+    assert_eq!(ioctl(control, SET_FD, 3), Err(ENOSYS));
+    assert_eq!(ioctl(open_flags("control", 0).as_raw_fd(), CTL_GET_FREE, 0), Ok(7));
+
+    // Unbound.
+    let mut status = [0xff_u8; 240];
+    let at = address(&status);
+    assert_eq!(ioctl(fd, GET_STATUS64, at), Err(ENXIO));
+    assert_eq!(ioctl(fd, GET_STATUS, 0), Err(EINVAL), "before it is found to be unbound");
+    assert_eq!(ioctl(fd, GET_STATUS64, 0), Err(EINVAL));
+    assert_eq!(ioctl(fd, GET_STATUS64, 8), Err(ENXIO), "before the address is found to be bad");
+    assert_eq!(ioctl(fd, SET_STATUS64, 8), Err(EFAULT), "before it is found to be unbound");
+    assert_eq!(ioctl(fd, CLR_FD, 0), Err(ENXIO));
+    for number in [0x4c0b, 0x4c7f, CTL_ADD, CTL_GET_FREE, 0x4cff] {
+        assert_eq!(ioctl(fd, number, 0), Err(EINVAL), "{number:x}");
+    }
+    for bad in [9999, u64::from(u32::MAX), path_only.as_raw_fd() as u64] {
+        assert_eq!(ioctl(fd, SET_FD, bad), Err(EBADF), "{bad}");
+        assert_eq!(ioctl(fd, CHANGE_FD, bad), Err(EBADF), "{bad}");
+        assert_eq!(ioctl(fd, CONFIGURE, address(&config(bad as i32, 0, 0))), Err(EBADF), "{bad}");
+    }
+    assert_eq!(ioctl(fd, CHANGE_FD, image_fd as u64), Err(ENXIO));
+    assert_eq!(ioctl(fd, CONFIGURE, 0), Err(EFAULT));
+    assert_eq!(ioctl(fd, CONFIGURE, u64::MAX - 8), Err(EFAULT));
+    assert_eq!(ioctl(fd, CONFIGURE, address(&config(image_fd, 1 << 63, 0))), Err(EOVERFLOW));
+
+    // The high half of an int is nobody's business.
+    assert_eq!(ioctl(fd, 0xabcd_0000_0000 | SET_FD, 1 << 40 | image_fd as u64), Ok(0));
+    assert_eq!(ioctl(fd, SET_FD, image_fd as u64), Err(EBUSY));
+    assert_eq!(ioctl(fd, CLR_FD, 0), Ok(0));
+    let wanted = config(image_fd, 1024, b'n');
+    assert_eq!(ioctl(fd, CONFIGURE, address(&wanted)), Ok(0));
+
+    // What was written, where, and nothing beside.
+    let meta = File::from(image).metadata().unwrap();
+    assert_eq!(ioctl(fd, GET_STATUS64, at), Ok(0));
+    assert_eq!((u64_at(&status, 8), u64_at(&status, 24)), (meta.ino(), 1024));
+    assert_eq!((&status[56..120], &status[232..]), (&[b'n'; 64][..], &[0xff; 8][..]));
+    status.fill(0xff);
+    assert_eq!(ioctl(fd, GET_STATUS, at), Ok(0));
+    assert_eq!((u64_at(&status, 16), &status[32..36]), (meta.ino(), &[0, 4, 0, 0][..]));
+    assert_eq!(status[168..], [0xff; 72]);
+
+    assert_eq!(ioctl(fd, SET_STATUS, at), Ok(0));
+    let info = &config(0, 1 << 40, b'o')[8..];
+    assert_eq!(ioctl(fd, SET_STATUS64, address(info)), Ok(0));
+    assert_eq!(ioctl(fd, GET_STATUS, at), Err(EOVERFLOW));
+
+    // Half of it in memory that is not there, or that must not be written.
+    let edge = raw::low_memory(1).addr() as u64 + 4096 - 100;
+    let constant = raw::read_only_memory().addr() as u64;
+    for bad in [8, edge, constant, u64::MAX, u64::MAX - 231, 1 << 63, 0xffff_8000_0000_0000] {
+        assert_eq!(ioctl(fd, GET_STATUS64, bad), Err(EFAULT), "{bad:x}");
+    }
+    assert_eq!(ioctl(fd, SET_STATUS64, edge), Err(EFAULT));
+    assert_eq!(ioctl(fd, CONFIGURE, edge), Err(EFAULT));
+
+    assert_eq!(ioctl(fd, SET_CAPACITY, 0), Ok(0));
+    assert_eq!(ioctl(fd, SET_DIRECT_IO, 1 << 40), Ok(0));
+    assert_eq!(ioctl(fd, CLR_FD, 0), Ok(0));
+    assert_eq!(ioctl(fd, CLR_FD, 0), Err(ENXIO));
+}
+
+#[cfg(target_arch = "x86_64")]
+fn i386() {
+    let (device, image) = (open("loop0"), open("image"));
+    let (fd, image_fd) = (device.as_raw_fd(), image.as_raw_fd());
+    let memory = raw::low_memory(1);
+    let at = memory.addr() as u32;
+    let bytes = |len| {
+        let mut bytes = vec![0_u8; len];
+        loopengine_core::sys::remote::read(rustix::thread::gettid(), at.into(), &mut bytes).unwrap();
+        bytes
+    };
+    assert_eq!(raw::ioctl32(fd, GET_STATUS as u32, 0), Err(EINVAL));
+    assert_eq!(raw::ioctl32(open("control").as_raw_fd(), CTL_ADD as u32, u32::MAX), Ok(5));
+    raw::poke(memory, &config(image_fd, 512, b'c'));
+    assert_eq!(raw::ioctl32(fd, CONFIGURE as u32, at), Ok(0));
+    assert_eq!(raw::ioctl32(fd, GET_STATUS64 as u32, at), Ok(0));
+    let meta = File::from(image).metadata().unwrap();
+    let new = bytes(232);
+    assert_eq!((u64_at(&new, 8), u64_at(&new, 24), new[56]), (meta.ino(), 512, b'c'));
+
+    raw::poke(memory, &[0xee; 256]);
+    let old = raw::ioctl32(fd, GET_STATUS as u32, at);
+    if meta.ino() <= u32::MAX.into() && meta.dev() <= u16::MAX.into() {
+        assert_eq!(old, Ok(0));
+        let old = bytes(144);
+        assert_eq!(&old[8..12], &(meta.ino() as u32).to_ne_bytes());
+        assert_eq!((&old[16..20], old[32], &old[140..]), (&[0, 2, 0, 0][..], b'c', &[0xee; 4][..]));
+        // What was got can be set.
+        assert_eq!(raw::ioctl32(fd, SET_STATUS as u32, at), Ok(0));
+    } else {
+        assert_eq!(old, Err(EOVERFLOW));
+    }
+    assert_eq!(raw::ioctl32(fd, GET_STATUS64 as u32, at + 4096 - 8), Err(EFAULT));
+    assert_eq!(raw::ioctl32(fd, SET_STATUS as u32, u32::MAX - 4), Err(EFAULT));
+    assert_eq!(raw::ioctl32(fd, CLR_FD as u32, 0), Ok(0));
+    assert_eq!(raw::ioctl32(File::open("/dev/null").unwrap().as_raw_fd(), CLR_FD as u32, 0), Err(ENOTTY));
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn i386() {}
+
+/// Whoever may not write and is nobody may look, and clear.
+fn nobody() {
+    let (reads, writes, image) = (open_flags("loop0", 0), open("loop0"), open("image"));
+    let only_ioctl = open_flags("loop0", libc::O_ACCMODE);
+    assert_eq!(ioctl(reads.as_raw_fd(), SET_STATUS64, 0), Err(EFAULT), "the administrator may");
+    raw::become_nobody();
+    let info = config(0, 0, 0);
+    assert_eq!(ioctl(reads.as_raw_fd(), SET_FD, image.as_raw_fd() as u64), Ok(0));
+    for fd in [reads.as_raw_fd(), only_ioctl.as_raw_fd()] {
+        for number in [SET_STATUS, SET_STATUS64, SET_CAPACITY, SET_DIRECT_IO, SET_BLOCK_SIZE] {
+            assert_eq!(ioctl(fd, number, 8), Err(EPERM), "{number:x}");
+        }
+    }
+    let info = address(&info[8..]);
+    assert_eq!(ioctl(writes.as_raw_fd(), SET_STATUS64, info), Ok(0));
+    assert_eq!(ioctl(writes.as_raw_fd(), SET_CAPACITY, 0), Ok(0));
+    assert_eq!(ioctl(reads.as_raw_fd(), GET_STATUS64, info), Ok(0));
+    assert_eq!(ioctl(reads.as_raw_fd(), CLR_FD, 0), Ok(0));
+}
+
+/// What is not ours is the kernel's.
+fn others() {
+    let null = File::open("/dev/null").unwrap();
+    let (pipe, _end) = std::io::pipe().unwrap();
+    let dir = open_flags(".", 0);
+    for fd in [null.as_raw_fd(), pipe.as_raw_fd(), dir.as_raw_fd(), open("image").as_raw_fd()] {
+        for number in [SET_FD, GET_STATUS64, CTL_GET_FREE] {
+            assert_eq!(ioctl(fd, number, 0), Err(ENOTTY));
+        }
+    }
+    for fd in [-1, 999, i32::MAX] {
+        assert_eq!(ioctl(fd, GET_STATUS64, 0), Err(EBADF));
+    }
+    for name in ["loop0", "control"] {
+        let fd = open_flags(name, libc::O_PATH);
+        for number in [CTL_GET_FREE, CLR_FD, GET_STATUS64] {
+            assert_eq!(ioctl(fd.as_raw_fd(), number, 0), Err(EBADF));
+        }
+    }
+    // A second listener in the chain.
+    let again =
+        loopengine_core::sys::seccomp::install_with_listener(&filter::program(filter::Options::default()));
+    assert_eq!(again.unwrap_err().raw_os_error(), Some(EBUSY));
+}
+
+fn nodes() {
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    let make = |name, kind, device| mknodat(CWD, name, kind, Mode::RUSR, device);
+    assert_eq!(make("block", FileType::BlockDevice, makedev(259, 7)), Err(rustix::io::Errno::PERM));
+    assert!(!std::path::Path::new("block").exists());
+    // The kernel's own loop devices: no node is made, but the device of this name is.
+    assert_eq!(make("/dev/loop3", FileType::BlockDevice, makedev(7, 3)), Ok(()));
+    assert_eq!(make("/dev/loop0", FileType::BlockDevice, makedev(7, 0)), Ok(()), "it is there already");
+    assert_eq!(make("/dev/loop4", FileType::BlockDevice, makedev(7, 3)), Err(rustix::io::Errno::PERM));
+    assert_eq!(make("loop3", FileType::BlockDevice, makedev(7, 3)), Err(rustix::io::Errno::PERM));
+    // A disk that lies upon the devices: the kernel decides.
+    let own = make("own", FileType::BlockDevice, makedev(OWN_MAJOR, 300));
+    let kernel = if rustix::process::geteuid().is_root() { Ok(()) } else { Err(rustix::io::Errno::PERM) };
+    assert_eq!(own, kernel);
+    make("fifo", FileType::Fifo, 0).unwrap();
+    make("whiteout", FileType::CharacterDevice, 0).unwrap();
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(raw::mknod(c"block", libc::S_IFBLK | 0o600), Err(EPERM));
+}
+
+/// Another thread changes the argument all the time: each call decides on one copy.
+fn rewriter() {
+    let (device, image) = (open("loop0"), open("image"));
+    let memory = raw::low_memory(1);
+    let image_fd = image.as_raw_fd();
+    raw::poke(memory, &config(image_fd, 0, 1));
+    let done = AtomicBool::new(false);
+    let (mut bound, mut refused) = (0, 0);
+    let address = memory.addr();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let memory = std::ptr::with_exposed_provenance_mut::<u8>(address);
+            while !done.load(Relaxed) {
+                for (fd, offset, name) in [(999, 0, 2), (image_fd, 1 << 63, 3), (image_fd, 512, 4)] {
+                    raw::poke(memory, &config(fd, offset, name));
+                }
+            }
+        });
+        let until = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < until {
+            match ioctl(device.as_raw_fd(), CONFIGURE, address as u64) {
+                Ok(0) => {
+                    bound += 1;
+                    assert_eq!(ioctl(device.as_raw_fd(), CLR_FD, 0), Ok(0));
+                }
+                Err(EBADF | EOVERFLOW) => refused += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        done.store(true, Relaxed);
+    });
+    println!("arguments rewritten: {bound} bound, {refused} refused");
+    assert!(bound > 0 && refused > 0);
+}
+
+/// A call that has been received is not interrupted; one that has not is interrupted cleanly.
+fn signals() {
+    let device = open("loop0");
+    raw::storm_of_signals(50);
+    let (mut served, mut interrupted) = (0, 0);
+    while served < 20_000 {
+        match ioctl(device.as_raw_fd(), SET_CAPACITY, 0) {
+            Ok(0) => served += 1,
+            Err(EINTR) => interrupted += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    println!("storm of signals: {served} served, {interrupted} interrupted before they were received");
+}
+
+/// Another thread puts other files onto the descriptor all the time: nobody gets what none of the
+/// files allows.
+fn swapper() {
+    const FD: RawFd = 77;
+    let (reads, other, path_only) =
+        (open_flags("loop0", 0), open("image"), open_flags("loop1", libc::O_PATH));
+    raw::become_nobody();
+    raw::dup2(&reads, FD);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Relaxed) {
+                for file in [&other, &path_only, &reads] {
+                    raw::dup2(file, FD);
+                }
+            }
+        });
+        let until = Instant::now() + Duration::from_secs(3);
+        let mut seen = std::collections::BTreeMap::<Done, u32>::new();
+        while Instant::now() < until {
+            let capacity = ioctl(FD, SET_CAPACITY, 0);
+            assert!(matches!(capacity, Err(EPERM | EBADF | ENOTTY)), "{capacity:?}");
+            *seen.entry(capacity).or_default() += 1;
+            let clear = ioctl(FD, CLR_FD, 0);
+            assert!(matches!(clear, Err(ENXIO | EBADF | ENOTTY)), "{clear:?}");
+        }
+        done.store(true, Relaxed);
+        println!("descriptors swapped: {seen:?}");
+        assert!(seen.len() == 3, "{seen:?}");
+    });
+}
+
+fn replaced() {
+    let spare = std::fs::metadata("spare").unwrap().ino();
+    let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+    let cloexec = |fd: &OwnedFd| rustix::io::fcntl_getfd(fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC);
+    for keep in [true, false] {
+        let device = open("loop0");
+        let flags = if keep { rustix::io::FdFlags::CLOEXEC } else { rustix::io::FdFlags::empty() };
+        rustix::io::fcntl_setfd(&device, flags).unwrap();
+        let duplicate = device.try_clone().unwrap();
+        assert_eq!(ioctl(device.as_raw_fd(), SET_BLOCK_SIZE, 4096), Ok(0));
+        assert_eq!((inode(&device), cloexec(&device)), (spare, keep));
+        assert_ne!(inode(&duplicate), spare);
+    }
+}
+
+/// A thread that is not the first, with a table of its own.
+fn threads() {
+    let main_device = open("image");
+    std::thread::spawn(move || {
+        raw::unshare_files();
+        let device = open("loop0");
+        raw::dup2(&device, main_device.as_raw_fd());
+        assert_eq!(ioctl(main_device.as_raw_fd(), CLR_FD, 0), Err(ENXIO));
+        let bytes = [0_u8; 232];
+        let image = open("image");
+        assert_eq!(ioctl(main_device.as_raw_fd(), SET_FD, image.as_raw_fd() as u64), Ok(0));
+        assert_eq!(ioctl(main_device.as_raw_fd(), GET_STATUS64, address(&bytes)), Ok(0));
+        assert_eq!(u64_at(&bytes, 8), File::from(image).metadata().unwrap().ino());
+    })
+    .join()
+    .unwrap();
+}
+
+fn overdue() {
+    let device = open("loop0");
+    let started = Instant::now();
+    assert_eq!(ioctl(device.as_raw_fd(), SET_CAPACITY, 0), Err(EIO));
+    assert!(started.elapsed() < Duration::from_secs(10));
+    // The other places still serve.
+    assert_eq!(ioctl(device.as_raw_fd(), CLR_FD, 0), Err(ENXIO));
+}
+
+fn panic_in_an_operation() {
+    let control = open("control");
+    for _ in 0..10 {
+        assert_eq!(ioctl(control.as_raw_fd(), CTL_ADD, crate::fake::PANICS as u64), Err(EIO));
+        assert_eq!(ioctl(control.as_raw_fd(), CTL_GET_FREE, 0), Ok(7));
+    }
+}
+
+/// A child outlives the process that installed the filter, and is served.
+fn children() {
+    let device = open("loop0");
+    if raw::fork() == 0 {
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(ioctl(device.as_raw_fd(), CLR_FD, 0), Err(ENXIO));
+    }
+}
+
+/// Calls until nobody serves any more.
+fn stopped() {
+    let device = open("loop0");
+    assert_eq!(ioctl(device.as_raw_fd(), SET_CAPACITY, 0), Ok(0));
+    let until = Instant::now() + Duration::from_secs(10);
+    while ioctl(device.as_raw_fd(), CLR_FD, 0) != Err(ENOSYS) {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Many at once.
+fn crowd() {
+    std::thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                let device = open("loop1");
+                for _ in 0..50 {
+                    assert_eq!(ioctl(device.as_raw_fd(), SET_CAPACITY, 0), Ok(0));
+                }
+            });
+        }
+    });
+}
+
+fn cost() {
+    let (device, null) = (open("loop0"), File::open("/dev/null").unwrap());
+    let each = |what: &str, rounds: u32, call: &dyn Fn()| {
+        let best = (0..5).map(|_| {
+            let started = Instant::now();
+            (0..rounds).for_each(|_| call());
+            started.elapsed().as_nanos() / u128::from(rounds)
+        });
+        println!("{what:40} {:7} ns", best.min().unwrap());
+    };
+    let unrelated = |when: &str| {
+        each(&format!("getppid, {when}"), 200_000, &|| _ = rustix::process::getppid());
+        let ioctl_of_others = || _ = ioctl(null.as_raw_fd(), 0x5401, 0);
+        each(&format!("another ioctl, {when}"), 200_000, &ioctl_of_others);
+    };
+    unrelated("no filter");
+    raw::install_and_send(&filter::program(filter::Options { mounts: true, ..Default::default() }));
+    unrelated("filter");
+    let bytes = [0_u8; 232];
+    each("passed on", 5_000, &|| _ = ioctl(null.as_raw_fd(), GET_STATUS64, 0));
+    each("LOOP_CLR_FD of an unbound device", 5_000, &|| {
+        assert_eq!(ioctl(device.as_raw_fd(), CLR_FD, 0), Err(ENXIO));
+    });
+    assert_eq!(ioctl(device.as_raw_fd(), SET_FD, open("image").as_raw_fd() as u64), Ok(0));
+    each("LOOP_GET_STATUS64", 5_000, &|| {
+        assert_eq!(ioctl(device.as_raw_fd(), GET_STATUS64, address(&bytes)), Ok(0));
+    });
+}

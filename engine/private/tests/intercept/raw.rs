@@ -1,0 +1,138 @@
+//! System calls as a client makes them: any number, any argument, by either ABI.
+//!
+//! The one file of these tests with `unsafe`: what they are about cannot be asked for safely.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use loopengine_core::sys::seccomp;
+
+/// Result of a call: its value, or errno.
+pub type Done = Result<i64, i32>;
+
+/// ioctl(2) of this program's own ABI.
+pub fn ioctl(fd: RawFd, command: u64, argument: u64) -> Done {
+    // SAFETY: addresses among the arguments are those of memory that the callers below own, or of
+    // none at all, which the kernel refuses.
+    match unsafe { libc::syscall(libc::SYS_ioctl, fd, command, argument) } {
+        -1 => Err(errno()),
+        value => Ok(value),
+    }
+}
+
+/// ioctl(2) as an i386 program calls it.
+#[cfg(target_arch = "x86_64")]
+pub fn ioctl32(fd: RawFd, command: u32, argument: u32) -> Done {
+    let mut value: i32 = 54;
+    // SAFETY: as above; rbx is LLVM's own and put back, and the call keeps all but these registers.
+    unsafe {
+        std::arch::asm!(
+            "xchg {fd:r}, rbx",
+            "int 0x80",
+            "xchg {fd:r}, rbx",
+            fd = inout(reg) i64::from(fd) => _,
+            inout("eax") value,
+            in("ecx") command,
+            in("edx") argument,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    if value < 0 { Err(-value) } else { Ok(value.into()) }
+}
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap()
+}
+
+/// Memory below 4 GiB, with a page behind it that nobody may touch.
+pub fn low_memory(pages: usize) -> *mut u8 {
+    map(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_32BIT)
+}
+
+/// Memory that may be read only.
+pub fn read_only_memory() -> *mut u8 {
+    map(1, libc::PROT_READ, 0)
+}
+
+fn map(pages: usize, protection: i32, flags: i32) -> *mut u8 {
+    let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: new memory, which nothing in Rust knows of.
+    unsafe {
+        let whole = libc::mmap(std::ptr::null_mut(), (pages + 1) * 4096, libc::PROT_NONE, flags, -1, 0);
+        assert_ne!(whole, libc::MAP_FAILED);
+        assert_eq!(libc::mprotect(whole, pages * 4096, protection), 0);
+        whole.cast()
+    }
+}
+
+/// Writes to memory of [`low_memory`], which another thread may be using.
+pub fn poke(at: *mut u8, bytes: &[u8]) {
+    for (offset, &byte) in bytes.iter().enumerate() {
+        // SAFETY: the callers stay inside of what they mapped.
+        unsafe { at.add(offset).write_volatile(byte) }
+    }
+}
+
+/// Installs the filter here and sends the listener to whoever holds the other end of stdin.
+pub fn install_and_send(program: &[libc::sock_filter]) {
+    let listener = seccomp::install_with_listener(program).unwrap();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+    let fds = [std::os::fd::AsFd::as_fd(&listener)];
+    assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&fds)));
+    let data = [std::io::IoSlice::new(b"x")];
+    let stdin = rustix::stdio::stdin();
+    rustix::net::sendmsg(stdin, &data, &mut control, rustix::net::SendFlags::empty()).unwrap();
+}
+
+/// A file of ours at a number of our choice.
+pub fn dup2(file: &OwnedFd, onto: RawFd) {
+    // SAFETY: the number is one that the callers use by number only.
+    assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), onto) }, onto);
+}
+
+/// fork(2): answers the process id in the parent and 0 in the child, which only calls the kernel.
+pub fn fork() -> i32 {
+    // SAFETY: these programs have one thread when they call it.
+    unsafe { libc::fork() }
+}
+
+/// Gives this thread a table of descriptors of its own.
+pub fn unshare_files() {
+    // SAFETY: the thread uses its descriptors by number only.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }.unwrap();
+}
+
+/// A handler that does nothing for SIGALRM, without restarting what it interrupted, and one such
+/// signal after another.
+pub fn storm_of_signals(every_us: i64) {
+    extern "C" fn nothing(_: i32) {}
+    let every = libc::timeval { tv_sec: 0, tv_usec: every_us };
+    let timer = libc::itimerval { it_interval: every, it_value: every };
+    // SAFETY: the structs are complete, and the handler touches nothing.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as extern "C" fn(i32) as usize;
+        assert_eq!(libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut()), 0);
+        assert_eq!(libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()), 0);
+    }
+}
+
+/// Becomes somebody without any capability.
+pub fn become_nobody() {
+    // SAFETY: takes integers.
+    unsafe {
+        assert_eq!(libc::setgroups(0, std::ptr::null()), 0);
+        assert_eq!(libc::setresgid(65534, 65534, 65534), 0);
+        assert_eq!(libc::setresuid(65534, 65534, 65534), 0);
+    }
+}
+
+/// mknod(2), which the C library does not call.
+#[cfg(target_arch = "x86_64")]
+pub fn mknod(path: &std::ffi::CStr, mode: u32) -> Done {
+    // SAFETY: the path ends with a zero and outlives the call.
+    match unsafe { libc::syscall(libc::SYS_mknod, path.as_ptr(), mode, 0x10307) } {
+        -1 => Err(errno()),
+        value => Ok(value),
+    }
+}

@@ -1,0 +1,84 @@
+//! Options of a new private pool, and the calls that open one.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use super::{daemon, number};
+use crate::control::PrivateClient;
+use crate::error::{Error, Kind, Result};
+use crate::instance::MAX_DEVICES;
+use crate::private::{OpenSpec, Opened, RESERVED_MAX};
+use crate::sys::loop_names;
+
+/// Options of a new pool. The daemon has defaults for missing ones.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+pub(super) struct PoolOptions {
+    /// Name of the pool [default: a free name].
+    #[arg(long)]
+    pub(super) name: Option<String>,
+
+    /// Maximum number of devices [default: 8, or the rest of the user's limit].
+    #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
+    pub(super) max: Option<u32>,
+
+    /// Owner of the nodes, whose limit the devices count against. Only root can give another user
+    /// [default: the caller].
+    #[arg(long)]
+    pub(super) uid: Option<u32>,
+
+    /// Group of the nodes. Only root can give another group [default: the caller's].
+    #[arg(long)]
+    pub(super) gid: Option<u32>,
+
+    /// Permission bits of the nodes, octal [default: 0660].
+    #[arg(long, value_name = "BITS", value_parser = parse_mode)]
+    pub(super) mode: Option<u32>,
+}
+
+/// Permission bits, octal.
+pub(super) fn parse_mode(text: &str) -> std::result::Result<u32, String> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
+    let mode = digits.then(|| u32::from_str_radix(text, 8).ok()).flatten().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| format!("'{text}' are not permission bits; give an octal number up to 777"))
+}
+
+impl PoolOptions {
+    fn spec(&self) -> OpenSpec {
+        let PoolOptions { name, max, uid, gid, mode } = self.clone();
+        OpenSpec { name, max, uid, gid, mode, ..OpenSpec::default() }
+    }
+}
+
+/// Opens a pool. Returns its name and the detached mount of its directory.
+pub(super) fn open_pool(run_dir: &Path, options: &PoolOptions) -> Result<(String, OwnedFd)> {
+    let opened = open(run_dir, &options.spec())?;
+    opened.mounts.into_iter().next().map(|mount| (opened.name, mount)).ok_or_else(missing_mounts)
+}
+
+/// Opens a pool for containers, for which the kernel can mount the file systems `mounts`. Returns
+/// its name and the mounts of its nodes and of its part of /sys.
+pub(super) fn open_for_containers(
+    run_dir: &Path,
+    options: &PoolOptions,
+    mounts: &[String],
+) -> Result<(String, [OwnedFd; 2])> {
+    let kernel_mounts = (!mounts.is_empty()).then(|| mounts.to_vec());
+    // The host mounts container images here, and containers see the device names of these mounts.
+    let reserved = Some(loop_names::named().into_iter().take(RESERVED_MAX).collect());
+    let spec = OpenSpec { container: Some(true), kernel_mounts, reserved, ..options.spec() };
+    let opened = open(run_dir, &spec)?;
+    let [nodes, _dev, sys] = <[_; 3]>::try_from(opened.mounts).map_err(|_| missing_mounts())?;
+    Ok((opened.name, [nodes, sys]))
+}
+
+fn open(run_dir: &Path, spec: &OpenSpec) -> Result<Opened> {
+    daemon::runtime()?.block_on(async {
+        let mut client = PrivateClient::connect(run_dir).await?;
+        client.open(spec).await
+    })
+}
+
+fn missing_mounts() -> Error {
+    Error::new(Kind::Internal, "the reply of the daemon lacks the mounts of the pool")
+        .hint("restart the daemon: its version differs from this program's")
+}
