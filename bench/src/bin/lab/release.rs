@@ -61,6 +61,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     for package in &packages {
         check(&format!("package {}", package.name), package_files(package));
     }
+    check("archives", archives());
     println!();
     if failed > 0 {
         println!("{failed} checks failed: loopengine {version} cannot be released from this tree.");
@@ -151,12 +152,16 @@ fn generated_files() -> Result<String> {
     Ok("manual pages, completions and tables are up to date".into())
 }
 
-/// What `cargo package` puts into the archive of `package`, and that it can write the archive.
+/// Number of files that `cargo package` puts into the archive of `package`.
 fn package_files(package: &Package) -> Result<String> {
-    let words = ["package", "--allow-dirty", "--package", &package.name];
-    let list = sh::capture(cargo(&words).arg("--list"), LIMIT)?;
-    sh::capture(cargo(&words).arg("--no-verify"), LIMIT)?;
-    Ok(format!("{} files", list.lines().count()))
+    let mut command = cargo(&["package", "--allow-dirty", "--list", "--package", &package.name]);
+    Ok(format!("{} files", sh::capture(&mut command, LIMIT)?.lines().count()))
+}
+
+/// Writes the archives of all packages together, since they depend on each other.
+fn archives() -> Result<String> {
+    sh::capture(&mut cargo(&["package", "--allow-dirty", "--no-verify", "--workspace"]), LIMIT)?;
+    Ok("cargo package --workspace --no-verify succeeds".into())
 }
 
 fn git(words: &[&str]) -> Result<String> {
