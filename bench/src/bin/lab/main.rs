@@ -14,6 +14,8 @@
 //! This file knows the command line only. The lab uses the public programs, never internals of the
 //! engine.
 
+#![forbid(unsafe_code)]
+
 mod bench;
 mod book;
 mod cache;

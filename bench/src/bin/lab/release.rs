@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     check("archives", archives());
     println!();
     if failed > 0 {
-        println!("{failed} checks failed: loopengine {version} cannot be released from this tree.");
+        println!("Failed checks: {failed}. loopengine {version} cannot be released from this tree.");
     } else {
         println!("All checks passed.");
         print_steps(version);

@@ -3,6 +3,8 @@
 //!
 //! This file knows the command line only. `cargo lab bench` runs it in a VM of the lab.
 
+#![forbid(unsafe_code)]
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
