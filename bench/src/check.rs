@@ -42,8 +42,8 @@ pub fn machine(mode: Mode) -> Vec<Warning> {
 fn load(loadavg: &str) -> Option<Warning> {
     let load: f64 = loadavg.split(' ').next()?.parse().ok()?;
     (load > LOAD).then(|| Warning {
-        what: format!("the machine's load is {load} before anything is measured"),
-        advice: "end what else runs, or trust only ratios".into(),
+        what: format!("the load of the machine is {load} before the run"),
+        advice: "stop other programs, or use ratios only".into(),
     })
 }
 
@@ -68,8 +68,8 @@ pub fn target(name: &str, opened: &Opened) -> Vec<Warning> {
     let mut warnings = Vec::new();
     if opened.kind != Kind::Mount && !takes_direct(&opened.path) {
         warnings.push(Warning {
-            what: format!("{name} does not take direct I/O"),
-            advice: "its figures are those of the page cache; use another file system for the images".into(),
+            what: format!("{name} does not support direct I/O"),
+            advice: "it measures the page cache; use another file system for the images".into(),
         });
     }
     if opened.kind == Kind::Block {
@@ -93,7 +93,7 @@ fn scheduler(name: &str, node: &Path) -> Option<Warning> {
     let chosen = said.split('[').nth(1)?.split(']').next()?.to_owned();
     (chosen != "none").then(|| Warning {
         what: format!("{name} has the I/O scheduler {chosen}"),
-        advice: "the others have none: their ratio is not fair".into(),
+        advice: "the others have none, so ratios are not comparable".into(),
     })
 }
 
@@ -102,8 +102,8 @@ fn image(path: &Path) -> Vec<Warning> {
     let mut warnings = Vec::new();
     if fs::metadata(path).is_ok_and(|metadata| metadata.blocks() * 512 < metadata.len()) {
         warnings.push(Warning {
-            what: "the image is not allocated in full".into(),
-            advice: "reads of its holes cost nothing; use a file system that has fallocate".into(),
+            what: "the image is not fully allocated".into(),
+            advice: "reads of holes cost nothing; use a file system that supports fallocate".into(),
         });
     }
     let fincore = sh::which("fincore").and_then(|program| {
@@ -150,6 +150,6 @@ mod tests {
     fn a_sparse_image_is_noticed() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
-        assert!(image(file.path()).iter().any(|warning| warning.what.contains("not allocated")));
+        assert!(image(file.path()).iter().any(|warning| warning.what.contains("not fully allocated")));
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Turns raw files into an outcome: reports of fio become samples, latencies of all rounds are merged.
+//! Turns raw files into an outcome: reports of fio become samples, latencies of all rounds are
+//! merged.
 //!
 //! Reads raw files; measures nothing.
 
@@ -23,7 +24,7 @@ pub fn result(dir: &Path) -> Result<Outcome> {
 /// The outcome of the raw files in the directory `raw`.
 pub fn collect(raw: &Path) -> Result<Outcome> {
     let facts: Facts = read(raw, FACTS)?
-        .with_context(|| format!("{} has no {FACTS}: nothing was measured", raw.display()))?;
+        .with_context(|| format!("{} has no {FACTS}: the run measured nothing", raw.display()))?;
     let mut targets = facts.targets;
     let (mut samples, mut histograms) =
         (Vec::new(), BTreeMap::<(String, String), Vec<Histogram<u64>>>::new());

@@ -15,8 +15,8 @@ use crate::stats::{median, quotient_interval};
 use crate::summary::{Interval, Verdict};
 use crate::units::plain;
 
-/// Smaller differences do not count in `icount`: a sealed machine repeats exactly, but another build
-/// lays out code and data differently.
+/// Smaller differences do not count in `icount`: a sealed machine repeats exactly, but another
+/// build lays out code and data differently.
 const THRESHOLD: f64 = 0.005;
 
 /// Differences between two results.

@@ -32,20 +32,20 @@ pub const BASELINE: &str = "bench/baseline.json";
 struct Baseline {
     kernel: String,
     fio: String,
-    rows: Vec<Cost>,
+    rows: Vec<RowCost>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Cost {
+struct RowCost {
     job: String,
     target: String,
     instructions: u64,
 }
 
-impl Cost {
-    fn of(sample: &Sample) -> Cost {
+impl RowCost {
+    fn of(sample: &Sample) -> RowCost {
         let instructions = (1e9 / sample.iops).round() as u64;
-        Cost { job: sample.job.clone(), target: sample.target.clone(), instructions }
+        RowCost { job: sample.job.clone(), target: sample.target.clone(), instructions }
     }
 
     fn is_ours(&self) -> bool {
@@ -56,7 +56,7 @@ impl Cost {
 /// A row and its baseline.
 #[derive(Debug, PartialEq)]
 struct Compared {
-    now: Cost,
+    now: RowCost,
     before: Option<u64>,
 }
 
@@ -77,7 +77,7 @@ impl Compared {
 
 impl fmt::Display for Compared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Cost { job, target, instructions } = &self.now;
+        let RowCost { job, target, instructions } = &self.now;
         write!(f, "  {job:<20} {target:<18} {instructions:>8}")?;
         match (self.before, self.excess()) {
             (Some(before), Some(excess)) => write!(f, " {before:>8} {:>+7.1} %", 100.0 * excess)?,
@@ -88,16 +88,16 @@ impl fmt::Display for Compared {
 }
 
 #[derive(Debug, PartialEq)]
-enum Verdict {
+enum GateVerdict {
     Passed,
     Failed,
     /// Targets without loopengine changed: the machines differ.
     Incomparable,
 }
 
-fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
-    let before = |cost: &Cost| {
-        let same = |row: &&Cost| row.job == cost.job && row.target == cost.target;
+fn compare(baseline: &Baseline, now: &[RowCost]) -> (Vec<Compared>, GateVerdict) {
+    let before = |cost: &RowCost| {
+        let same = |row: &&RowCost| row.job == cost.job && row.target == cost.target;
         baseline.rows.iter().find(same).map(|row| row.instructions)
     };
     let compared: Vec<Compared> =
@@ -107,11 +107,11 @@ fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
         .iter()
         .any(|row| !now.iter().any(|cost| cost.job == row.job && cost.target == row.target));
     let verdict = if compared.iter().any(Compared::is_drift) {
-        Verdict::Incomparable
+        GateVerdict::Incomparable
     } else if missing || compared.iter().any(Compared::is_too_much) {
-        Verdict::Failed
+        GateVerdict::Failed
     } else {
-        Verdict::Passed
+        GateVerdict::Passed
     };
     (compared, verdict)
 }
@@ -119,10 +119,10 @@ fn compare(baseline: &Baseline, now: &[Cost]) -> (Vec<Compared>, Verdict) {
 /// Compares `outcome` with the baseline at `path`, or makes it the baseline; returns the exit code.
 pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
     if outcome.manifest.mode != Mode::Icount {
-        bail!("only a result taken in icount counts instructions: cargo lab gate");
+        bail!("instructions are counted in icount only: run cargo lab gate");
     }
     let (kernel, fio) = (&outcome.manifest.kernel, &outcome.manifest.fio);
-    let now: Vec<Cost> = outcome.samples.iter().map(Cost::of).collect();
+    let now: Vec<RowCost> = outcome.samples.iter().map(RowCost::of).collect();
     if accept {
         return self::accept(path, &Baseline { kernel: kernel.clone(), fio: fio.clone(), rows: now });
     }
@@ -131,20 +131,20 @@ pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
     let baseline: Baseline =
         serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
     let (compared, verdict) = compare(&baseline, &now);
-    println!("\ninstructions an I/O: now, in the baseline, and the difference");
+    println!("\ninstructions per I/O: now, in the baseline, and the difference");
     compared.iter().for_each(|row| println!("{row}"));
     Ok(match verdict {
-        Verdict::Passed => {
-            println!("gate: passed: nothing costs more than {:.0} % above the baseline", 100.0 * LIMIT);
+        GateVerdict::Passed => {
+            println!("gate: passed: no row is more than {:.0} % above the baseline", 100.0 * LIMIT);
             0
         }
-        Verdict::Failed => {
+        GateVerdict::Failed => {
             println!(
-                "gate: failed: \"too much\" above, or a row of the baseline is not there; if it is meant, 'cargo lab gate --accept' and commit"
+                "gate: failed: a row costs too much, or a row of the baseline is missing; if this is intended, run 'cargo lab gate --accept' and commit the baseline"
             );
             1
         }
-        Verdict::Incomparable => {
+        GateVerdict::Incomparable => {
             println!(
                 "gate: skipped: raw file or kernel loop cost something else than in the baseline (of {}, {}; now {}, {}): \
                  'cargo lab gate --accept' makes a new one",
@@ -167,11 +167,11 @@ fn accept(path: &Path, baseline: &Baseline) -> Result<u8> {
 mod tests {
     use super::*;
 
-    fn cost(target: &str, instructions: u64) -> Cost {
-        Cost { job: job::QD1.name.into(), target: target.into(), instructions }
+    fn cost(target: &str, instructions: u64) -> RowCost {
+        RowCost { job: job::QD1.name.into(), target: target.into(), instructions }
     }
 
-    fn verdict(raw: u64, ours: u64) -> Verdict {
+    fn verdict(raw: u64, ours: u64) -> GateVerdict {
         let rows = vec![cost(RAW, 13_000), cost("loopengine batch", 18_000)];
         let baseline = Baseline { kernel: "k".into(), fio: "f".into(), rows };
         compare(&baseline, &[cost(RAW, raw), cost("loopengine batch", ours)]).1
@@ -179,15 +179,15 @@ mod tests {
 
     #[test]
     fn more_than_two_percent_fails_and_less_does_not() {
-        assert_eq!(verdict(13_000, 18_350), Verdict::Passed);
-        assert_eq!(verdict(13_000, 10_000), Verdict::Passed);
-        assert_eq!(verdict(13_000, 18_400), Verdict::Failed);
+        assert_eq!(verdict(13_000, 18_350), GateVerdict::Passed);
+        assert_eq!(verdict(13_000, 10_000), GateVerdict::Passed);
+        assert_eq!(verdict(13_000, 18_400), GateVerdict::Failed);
     }
 
     #[test]
     fn another_machine_is_no_verdict() {
-        assert_eq!(verdict(13_200, 18_400), Verdict::Incomparable);
-        assert_eq!(verdict(12_800, 18_000), Verdict::Incomparable);
+        assert_eq!(verdict(13_200, 18_400), GateVerdict::Incomparable);
+        assert_eq!(verdict(12_800, 18_000), GateVerdict::Incomparable);
     }
 
     #[test]
@@ -195,7 +195,7 @@ mod tests {
         let rows = vec![cost(RAW, 13_000), cost("loopengine auto", 18_000)];
         let baseline = Baseline { kernel: "k".into(), fio: "f".into(), rows };
         let (rows, verdict) = compare(&baseline, &[cost(RAW, 13_000), cost("loopengine batch", 18_000)]);
-        assert_eq!(verdict, Verdict::Failed);
+        assert_eq!(verdict, GateVerdict::Failed);
         assert!(rows[1].to_string().ends_with("new"));
         assert!(
             Compared { now: cost("loopengine x", 103), before: Some(100) }.to_string().ends_with("too much")

@@ -9,6 +9,8 @@
 //! Uses the public program, its socket and fio, never internals of the engine. `loopbench` is the
 //! command line; `lab` boots a VM for it.
 
+#![forbid(unsafe_code)]
+
 pub mod check;
 pub mod collect;
 pub mod compare;

@@ -30,7 +30,8 @@ pub struct Choice {
     /// Interleaved rounds; five or more give intervals [default: 7; quick 5; icount 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
-    /// Length of a job per round, after a ramp of a fifth [default: 1000; quick 500; quick icount 200]
+    /// Length of a job per round, after a ramp of a fifth [default: 1000; quick 500; quick icount
+    /// 200]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(10..=3_600_000))]
     pub run_ms: Option<u32>,
     /// Jobs to run: names of files in fio-jobs/ without .fio [default: all]
@@ -48,7 +49,8 @@ pub struct Choice {
     /// Devices that are attached to time it; 0: none [default: 50; quick 20; icount none]
     #[arg(long, value_name = "N")]
     pub attaches: Option<u32>,
-    /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100; icount none]
+    /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100;
+    /// icount none]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
     pub idle: Option<u32>,
     /// Note for the manifest
@@ -122,7 +124,7 @@ impl Choice {
 pub fn describe(plan: &Plan) -> Result<String> {
     let targets = plan.targets()?;
     let mut text = format!(
-        "{} rounds of {} jobs, {} ms each after {} ms that do not count\n\njobs\n",
+        "{} rounds of {} jobs, {} ms each after a ramp of {} ms\n\njobs\n",
         plan.rounds,
         plan.jobs.len(),
         plan.length.run_ms,
@@ -145,7 +147,7 @@ pub fn describe(plan: &Plan) -> Result<String> {
         or_unavailable(site::describe(plan.images.as_deref()))
     ));
     if !rustix::process::geteuid().is_root() {
-        text.push_str("run it as root: without, most targets are unavailable\n");
+        text.push_str("run it as root: otherwise most targets are unavailable\n");
     }
     text.push_str(&format!("about {} min\n", (seconds(plan, able) / 60.0).ceil()));
     Ok(text)

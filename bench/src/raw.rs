@@ -99,12 +99,12 @@ pub fn keep(raw: &Path, name: &str, bytes: &[u8]) -> Result<()> {
 }
 
 /// A directory of raw files; it is temporary if they were unpacked.
-pub struct Opened {
+pub struct RawFiles {
     path: PathBuf,
     _unpacked: Option<tempfile::TempDir>,
 }
 
-impl Opened {
+impl RawFiles {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -117,17 +117,17 @@ pub fn exist(dir: &Path) -> bool {
 }
 
 /// Opens the raw files of the result in `dir`: the directory if there is one, else the archive.
-pub fn open(dir: &Path) -> Result<Opened> {
+pub fn open(dir: &Path) -> Result<RawFiles> {
     let path = dir.join(DIRECTORY);
     if path.exists() {
-        return Ok(Opened { path, _unpacked: None });
+        return Ok(RawFiles { path, _unpacked: None });
     }
     if !dir.join(ARCHIVE).exists() {
         bail!("{} is no result: it has neither {DIRECTORY}/ nor {ARCHIVE}", dir.display());
     }
     let unpacked = tempfile::Builder::new().prefix("loopbench-raw-").tempdir()?;
     extract(dir, unpacked.path())?;
-    Ok(Opened { path: unpacked.path().join(DIRECTORY), _unpacked: Some(unpacked) })
+    Ok(RawFiles { path: unpacked.path().join(DIRECTORY), _unpacked: Some(unpacked) })
 }
 
 /// Packs `dir/raw` into one archive and removes the directory.
@@ -195,7 +195,7 @@ mod tests {
         fs::create_dir(&raw).unwrap();
         write(&raw, FACTS, &1).unwrap();
         write(&raw, &round_file(3, "j"), &2).unwrap();
-        let names = |opened: &Opened| round_files(opened.path()).unwrap();
+        let names = |opened: &RawFiles| round_files(opened.path()).unwrap();
         let before = names(&open(dir.path()).unwrap());
         pack(dir.path()).unwrap();
         assert!(exist(dir.path()) && !raw.exists());

@@ -124,7 +124,7 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
     let (able, unable): (Vec<&Job>, Vec<&Job>) =
         plan.jobs.iter().partition(|job| sets.iter().any(|set| fits(job, set)));
     for job in unable {
-        println!("job {}: no target for it", job.name);
+        println!("job {}: no target can run it", job.name);
     }
     let mut steps: Vec<(u32, &Job)> =
         (0..plan.rounds).flat_map(|round| able.iter().map(move |job| (round, *job))).collect();
@@ -186,9 +186,9 @@ fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> 
 fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Round) -> Result<()> {
     let opened = |set: &&Set| {
         let opened = set.opened.clone()?;
-        Some(fio::Place { name: set.info.name.clone(), path: opened.path, many: opened.many })
+        Some(fio::JobTarget { name: set.info.name.clone(), path: opened.path, many: opened.many })
     };
-    let places: Vec<fio::Place> = sets.iter().filter_map(opened).collect();
+    let places: Vec<fio::JobTarget> = sets.iter().filter_map(opened).collect();
     let account = |set: &&Set| {
         let server = set.opened.as_ref().and_then(|opened| opened.server);
         server.map(|pid| (Reading::of(pid), set.punts()))
@@ -212,7 +212,7 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Rou
     // A truncated report is an error, so that each target gets its own start of fio.
     let start = said.find('{').context("fio printed no report")?;
     let mut stream = serde_json::Deserializer::from_str(&said[start..]).into_iter::<Value>();
-    let mut said = stream.next().context("fio printed no report")?.context("fio's report broke off")?;
+    let mut said = stream.next().context("fio printed no report")?.context("fio's report is truncated")?;
     // Statistics of all block devices of the machine: large and not used.
     if let Some(report) = said.as_object_mut() {
         report.remove("disk_util");
@@ -262,7 +262,7 @@ fn same_run(now: &Facts, out: &Path) -> Result<()> {
     };
     if key(&before) != key(now) {
         bail!(
-            "{} holds another run (kernel, fio, jobs or lengths differ): leave --resume out to begin anew",
+            "{} contains another run (kernel, fio, jobs or lengths differ): omit --resume to start again",
             out.display()
         );
     }

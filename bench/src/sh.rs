@@ -77,7 +77,7 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Result
         }
         interrupted()?;
         if start.elapsed() > limit {
-            bail!("{what}: not done after {} s", limit.as_secs());
+            bail!("{what}: timeout after {} s", limit.as_secs());
         }
         std::thread::sleep(TICK);
     }

@@ -11,19 +11,19 @@ use anyhow::{Context, Result, bail};
 use crate::kernel_module::{Module, NULL_BLK};
 use crate::outcome::{TargetInfo, Warning};
 use crate::store::{Fs, Store};
-use crate::target::{LIMIT, Loops, Opened, Place, Target};
+use crate::target::{Environment, LIMIT, Loops, Opened, Target};
 use crate::{check, sh};
 
 /// Size of the store for the images of all targets; memory is allocated on write.
 const STORE_MB: u32 = 6144;
-const NO_STORE: &str = "no store in memory can be made here; name a directory with --images";
+const NO_STORE: &str = "cannot make a store in memory; name a directory with --images";
 
 /// A store and a scratch directory.
 pub struct Site {
     // Fields drop in this order.
     _store: Option<Store>,
     _images: Option<tempfile::TempDir>,
-    pub place: Place,
+    pub place: Environment,
     home: tempfile::TempDir,
 }
 
@@ -48,7 +48,7 @@ impl Site {
                 (Some(store), None, path)
             }
         };
-        let place = Place {
+        let place = Environment {
             images: path,
             scratch: home.path().to_owned(),
             image_mb,
@@ -76,7 +76,7 @@ pub fn describe(images: Option<&Path>) -> Result<String> {
     let mut findmnt = Command::new(sh::which("findmnt")?);
     findmnt.args(["--noheadings", "--first-only", "--output", "FSTYPE,SOURCE", "--target"]).arg(directory);
     let said = sh::capture(&mut findmnt, LIMIT)
-        .with_context(|| format!("cannot tell the file system of {}", directory.display()))?;
+        .with_context(|| format!("cannot determine the file system of {}", directory.display()))?;
     let said: Vec<&str> = said.split_whitespace().collect();
     Ok(format!("{} ({})", directory.display(), said.join(" on ")))
 }
@@ -91,7 +91,7 @@ pub struct Set {
 
 impl Set {
     /// Sets `target` up, or records why that fails.
-    pub fn up(mut target: Box<dyn Target>, place: &Place) -> Result<(Set, Vec<Warning>)> {
+    pub fn up(mut target: Box<dyn Target>, place: &Environment) -> Result<(Set, Vec<Warning>)> {
         let (name, about) = (target.name(), target.about());
         let version = target.version();
         let opened = match &version {

@@ -53,7 +53,7 @@ impl Client {
         let mut reply = self.call("io.loopengine.GetStats", &json!({}), None)?;
         match reply["stats"].take() {
             Value::Array(devices) => Ok(devices),
-            _ => bail!("the daemon sent no figures"),
+            _ => bail!("the daemon sent no statistics"),
         }
     }
 
@@ -68,7 +68,7 @@ impl Client {
         }
         let sent = sendmsg(&self.0, &[IoSlice::new(&message)], &mut ancillary, SendFlags::NOSIGNAL)?;
         if sent != message.len() {
-            bail!("{method}: the daemon took only a part of the call");
+            bail!("{method}: the daemon read only a part of the call");
         }
         let mut reply: Value = serde_json::from_slice(&self.reply()?).context("the reply is not JSON")?;
         if let Some(error) = reply["error"].as_str() {

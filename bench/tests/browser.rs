@@ -2,8 +2,8 @@
 //! The report, read by a real browser as wide as a phone and as wide as a desk.
 //!
 //! Knows what must hold of any report: nothing wider than the screen, no text too small to read or
-//! on top of another or struck through, nothing asked of the network. Needs chromium; says so where there is none.
-//! `LOOPBENCH_KEEP=DIR` leaves the report in DIR, to look at.
+//! on top of another or struck through, nothing asked of the network. Needs chromium; says so where
+//! there is none. `LOOPBENCH_KEEP=DIR` leaves the report in DIR, to look at.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -87,7 +87,7 @@ fn readable(name: &str, width: u32, rounds: u32, mode: outcome::Mode) -> Result<
     };
     // A job: throughput, percentiles, costs. The others: in short, targets, attaching, idle.
     let (jobs, plots) = (outcome.jobs.len(), std::fs::read_dir(dir.join("plots"))?.count());
-    expect(found.title == "Figures of 2026-11-22: loopbench", format!("title {:?}", found.title));
+    expect(found.title == "Results of 2026-11-22: loopbench", format!("title {:?}", found.title));
     expect(found.width == width, format!("{} wide, not {width}", found.width));
     expect(
         found.scroll_width <= found.width,

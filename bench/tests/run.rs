@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Runs of `loopbench` on this machine, without a VM: what comes out, and that nothing stays.
+//! Runs of `loopbench` on this machine without a VM: their results, and that they leave nothing
+//! behind.
 //!
-//! Needs root, fio and the kernel's loop driver; says so where they are missing. QEMU's and the
-//! engine's targets are measured too where they are there.
+//! Needs root, fio and the kernel's loop driver; prints what is missing. Targets of QEMU and of the
+//! engine are measured too if they are installed.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -34,7 +35,7 @@ fn main() {
         ("bad_input_is_one_line", bad_input_is_one_line),
     ];
     let trials = tests.map(|(name, test)| Trial::test(name, test).with_ignored_flag(missing.is_some()));
-    // One after another: each looks for what is left on the machine.
+    // One at a time: each checks what is left on the machine.
     let arguments = Arguments { test_threads: Some(1), ..arguments };
     libtest_mimic::run(&arguments, trials.into()).exit();
 }
@@ -53,12 +54,12 @@ fn missing() -> Option<String> {
         .map(|program| format!("{program} is not installed"))
 }
 
-/// A directory for images and results, and the loop devices that were there before; a run in it.
+/// A directory for images and results, and the loop devices that existed before.
 struct Home(tempfile::TempDir, Vec<String>);
 
 impl Home {
     fn new() -> Home {
-        // On a disk: direct I/O is not for every tmpfs.
+        // On a disk: not every tmpfs supports direct I/O.
         let home =
             tempfile::Builder::new().prefix("bench-run-").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         Home(home, loops())
@@ -72,12 +73,12 @@ impl Home {
         self.run_on(self.0.path(), words)
     }
 
-    /// The same with images elsewhere.
+    /// The same with images in another directory.
     fn run_on(&self, images: &Path, words: &[&str]) -> Command {
         let program = Path::new(env!("CARGO_BIN_EXE_loopbench"));
         let mut command = Command::new(program);
         let path = std::env::var("PATH").unwrap_or_default();
-        // The engine lies beside it, if it was built.
+        // The engine is in the same directory, if it was built.
         command.env("PATH", format!("{}:{path}", program.parent().unwrap().display()));
         command.arg("run").args(["--images", &images.to_string_lossy(), "--image-mb", "32"]);
         command.args(["--run-ms", "100", "--idle", "0", "--out"]).arg(self.out());
@@ -92,12 +93,12 @@ impl Home {
         loopbench::render::read(&self.out()).unwrap()
     }
 
-    /// No loop device, mount, directory or process of a run is there any more.
+    /// Checks that no loop device, mount, directory or process of a run is left.
     fn check_nothing_is_left(&self) -> Check {
         let place = self.0.path().to_string_lossy().into_owned();
         let loops = said(Command::new("losetup").arg("--all"));
         ensure(!loops.contains(&place), &format!("a loop device is left: {loops}"))?;
-        // One that somebody else has bound is that one's.
+        // A bound device belongs to another program.
         let bound = |name: &str| Path::new("/sys/block").join(name).join("loop").exists();
         let made: Vec<String> = self::loops().into_iter().filter(|name| !self.1.contains(name)).collect();
         ensure(made.iter().all(|name| bound(name)), &format!("devices of the driver are left: {made:?}"))?;
@@ -119,7 +120,7 @@ impl Home {
     }
 }
 
-/// All of the driver's, bound or not.
+/// All loop devices, bound or not.
 fn loops() -> Vec<String> {
     let disks = fs::read_dir("/sys/block").unwrap().flatten();
     disks
@@ -128,8 +129,8 @@ fn loops() -> Vec<String> {
         .collect()
 }
 
-/// Starts a run and presses Ctrl-C, as a terminal does it: every process of the foreground gets the signal. Once
-/// a line with `word` has come, or a moment later.
+/// Starts a run and presses Ctrl-C, as a terminal does it: every process of the foreground gets the
+/// signal. Once a line with `word` has come, or a moment later.
 fn interrupt(command: &mut Command, word: &str, later: Duration) -> Check {
     let mut child = command.process_group(0).stdout(Stdio::piped()).spawn()?;
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -174,15 +175,18 @@ fn a_run_measures_and_leaves_nothing() -> Check {
     ensure(count("discard-64k", "kernel loop") == 2, "kernel loop was not discarded on")?;
     ensure(count("discard-64k", "raw file") == 0, "fio discards on block devices only")?;
     ensure(count("smallfile-create", "ext4 on kernel loop") == 2, "no small files")?;
-    // Every other target was measured, or the reason is there.
+    // All other targets are measured, or have a reason.
     for target in &outcome.targets {
         let measured = outcome.samples.iter().any(|sample| sample.target == target.name);
         ensure(measured || target.unavailable.is_some(), &format!("nothing is said of {}", target.name))?;
     }
-    for file in ["result.csv", "report.md", "report.html", "plots/iops-randread-4k-qd32.svg"] {
+    for file in ["result.csv", "report.md", "report.html", "raw.tar.gz", "plots/iops-randread-4k-qd32.svg"] {
         ensure(home.out().join(file).exists(), &format!("{file} is missing"))?;
     }
-    Ok(())
+    ensure(!home.out().join("raw").exists(), "raw files are not packed")?;
+    let report = fs::read(home.out().join("report.md"))?;
+    said(Command::new(env!("CARGO_BIN_EXE_loopbench")).arg("report").arg(home.out()));
+    ensure(fs::read(home.out().join("report.md"))? == report, "the archive makes another report")
 }
 
 fn every_job_file_runs() -> Check {
@@ -228,7 +232,7 @@ fn ctrl_c_keeps_what_was_measured() -> Check {
     home.check_nothing_is_left()
 }
 
-/// While a hundred are made, to see how long attaching takes beside them.
+/// While the run makes a hundred devices, to time attaching beside them.
 fn ctrl_c_removes_the_loop_devices_that_were_made() -> Check {
     let home = Home::new();
     let choice = ["--jobs", "randread-4k-qd1", "--rounds", "1", "--targets", "raw file", "--attaches", "2"];
@@ -266,7 +270,7 @@ fn what_cannot_be_set_up_is_named() -> Check {
     let choice =
         ["--jobs", "randread-4k-qd1", "--rounds", "1", "--targets", "raw file,kernel loop,qemu fuse"];
     let mut command = home.run_on(&disk, &choice);
-    // QEMU's daemon that only ever fails.
+    // A QEMU daemon that always fails.
     let fake = home.0.path().join("fake");
     fs::create_dir(&fake)?;
     let program = fake.join("qemu-storage-daemon");
@@ -275,7 +279,7 @@ fn what_cannot_be_set_up_is_named() -> Check {
     let path = std::env::var("PATH").unwrap_or_default();
     command.env("PATH", format!("{}:{path}", fake.display()));
     let output = command.output();
-    // Whoever looks at all disks of the machine just then, as udev does, is soon done.
+    // Programs that scan all disks, such as udev, briefly hold a device open.
     let unmounted = (0..20).any(|_| {
         let gone = Command::new("umount").arg(&disk).status().is_ok_and(|status| status.success());
         if !gone {
@@ -317,7 +321,7 @@ fn bad_input_is_one_line() -> Check {
         command
     };
     let place = home.0.path().to_string_lossy().into_owned();
-    fails(&mut loopbench(&["report", &place]), "nothing was measured")?;
+    fails(&mut loopbench(&["report", &place]), "is no result")?;
     fs::write(home.0.path().join("result.json"), "{\"schema\":1,")?;
     fails(&mut loopbench(&["compare", &place, &place]), "result.json")?;
     fs::write(home.0.path().join("result.json"), "{\"schema\":99}")?;

@@ -35,7 +35,7 @@ impl Display for Comparison {
                 .map(|of| self.count(of));
         write!(f, "\n{total} compared: {slower} slower, {faster} faster, {same} no difference shown")?;
         if unknown > 0 {
-            write!(f, ", {unknown} cannot be told (an interval takes five rounds on both sides)")?;
+            write!(f, ", {unknown} unknown (an interval needs five rounds on both sides)")?;
         }
         writeln!(f)?;
         match total - unknown {

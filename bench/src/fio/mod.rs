@@ -24,7 +24,7 @@ pub use version::{Version, version};
 
 /// A place to run a job on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct JobTarget {
     /// Name in tables.
     pub name: String,
     /// A file, a block device or the directory of a mounted file system, depending on the job.
@@ -33,10 +33,10 @@ pub struct Place {
     pub many: Vec<PathBuf>,
 }
 
-impl Place {
+impl JobTarget {
     /// A place with a single path.
-    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Place {
-        Place { name: name.into(), path: path.into(), many: Vec::new() }
+    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> JobTarget {
+        JobTarget { name: name.into(), path: path.into(), many: Vec::new() }
     }
 }
 
@@ -54,7 +54,7 @@ const SEPARATOR: &str = " @ ";
 
 /// Runs `job` on each place in order and returns fio's JSON, for `parse` and `complete`. If the job
 /// fails on one place, it still runs on the others.
-pub fn run(job: &Job, places: &[Place], length: Length, directory: &Path) -> Result<String> {
+pub fn run(job: &Job, places: &[JobTarget], length: Length, directory: &Path) -> Result<String> {
     let file = directory.join(format!("{}.fio", job.name));
     std::fs::write(&file, sections(job, places, length)?)
         .with_context(|| format!("cannot write {}", file.display()))?;
@@ -84,7 +84,7 @@ fn limit(job: &Job, places: usize, length: Length) -> Duration {
 }
 
 /// A job file with one section per place; each section waits for the previous one.
-fn sections(job: &Job, places: &[Place], length: Length) -> Result<String> {
+fn sections(job: &Job, places: &[JobTarget], length: Length) -> Result<String> {
     let mut text = String::new();
     for place in places {
         // Variables of a job file come from the environment. Here they differ between sections.
@@ -103,7 +103,7 @@ fn sections(job: &Job, places: &[Place], length: Length) -> Result<String> {
 }
 
 /// Paths of a job that uses many devices at once.
-fn many(job: &Job, place: &Place) -> Result<String> {
+fn many(job: &Job, place: &JobTarget) -> Result<String> {
     if job.needs != Needs::Many {
         return Ok(String::new());
     }
@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn every_place_gets_a_section_of_its_own() {
-        let places = [Place::new("raw file", "/s/a:b"), Place::new("loop", "/dev/loop0")];
+        let places = [JobTarget::new("raw file", "/s/a:b"), JobTarget::new("loop", "/dev/loop0")];
         let text = sections(&QD1, &places, LENGTH).unwrap();
         let names: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
         assert_eq!(names, ["[randread-4k-qd1 @ raw file]", "[randread-4k-qd1 @ loop]"]);
@@ -139,14 +139,15 @@ mod tests {
 
     #[test]
     fn a_mount_is_a_directory() {
-        let text = sections(by_name("database-8k").unwrap(), &[Place::new("ext4", "/mnt")], LENGTH).unwrap();
+        let text =
+            sections(by_name("database-8k").unwrap(), &[JobTarget::new("ext4", "/mnt")], LENGTH).unwrap();
         assert!(text.contains("directory=/mnt\n") && !text.contains("${"), "{text}");
     }
 
     #[test]
     fn many_are_sixteen_or_an_error_that_names_the_place() {
         let job = by_name("many-16-4k").unwrap();
-        let mut place = Place::new("loop", "/dev/loop0");
+        let mut place = JobTarget::new("loop", "/dev/loop0");
         place.many = (0..15).map(|n| format!("/dev/loop{n}").into()).collect();
         let error = sections(job, &[place.clone()], LENGTH).unwrap_err().to_string();
         assert_eq!(error, "many-16-4k needs 16 files or devices, loop has 15");

@@ -140,7 +140,7 @@ fn nothing_done_is_no_figure() {
 fn of_a_report_that_was_cut_the_whole_sections_count() {
     let found = parse(recorded!("3.33-cut.txt")).unwrap();
     assert_eq!(found.len(), 1);
-    let places = ["raw file", "bad disk", "kernel loop"].map(|name| Place::new(name, "/x"));
+    let places = ["raw file", "bad disk", "kernel loop"].map(|name| JobTarget::new(name, "/x"));
     let all = complete(&found, &QD1, &places);
     let names: Vec<&str> = all.iter().map(|one| one.target.as_str()).collect();
     assert_eq!(names, ["raw file", "bad disk", "kernel loop"]);

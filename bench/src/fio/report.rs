@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use hdrhistogram::Histogram;
 use serde::Deserialize;
 
-use super::{Place, SEPARATOR, latency};
+use super::{JobTarget, SEPARATOR, latency};
 use crate::job::Job;
 
 /// One job on one place.
@@ -72,14 +72,14 @@ struct Side {
     bw_bytes: f64,
     /// Milliseconds of the process that ran longest.
     runtime: u64,
-    clat_ns: Latency,
+    clat_ns: FioLatency,
     /// Time from submission; fio reports nothing else for a sync.
-    lat_ns: Latency,
+    lat_ns: FioLatency,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Latency {
+struct FioLatency {
     bins: BTreeMap<String, u64>,
     percentile: BTreeMap<String, u64>,
 }
@@ -122,8 +122,8 @@ pub fn parse(said: &str) -> Result<Vec<Measured>> {
 }
 
 /// Results of `job` on each of `places`, in order. A place without a report has failed.
-pub fn complete(found: &[Measured], job: &Job, places: &[Place]) -> Vec<Measured> {
-    let one = |place: &Place| {
+pub fn complete(found: &[Measured], job: &Job, places: &[JobTarget]) -> Vec<Measured> {
+    let one = |place: &JobTarget| {
         let same = |one: &&Measured| one.job == job.name && one.target == place.name;
         found.iter().find(same).cloned().unwrap_or_else(|| Measured {
             job: job.name.into(),
@@ -191,7 +191,7 @@ fn latencies(entry: &Entry, total_ios: u64) -> Histogram<u64> {
     all
 }
 
-fn add(histogram: &mut Histogram<u64>, latency: &Latency) {
+fn add(histogram: &mut Histogram<u64>, latency: &FioLatency) {
     let bins = latency.bins.iter().filter_map(|(value_ns, count)| Some((value_ns.parse().ok()?, *count)));
     latency::record(histogram, bins);
 }

@@ -20,7 +20,8 @@ const IMAGE_BYTES: u64 = 64 << 20;
 /// Starting a program is slow on emulated CPUs: a few starts suffice.
 const COMMANDS: u32 = 10;
 
-/// Times losetup on kernel loop, and the engine's command and calls, with few and with many devices.
+/// Times losetup on kernel loop, and the engine's command and calls, with few and with many
+/// devices.
 pub(super) fn run(extras: &Extras, site: &Site) -> Result<Vec<Attach>> {
     let home = site.place.directory("attach")?;
     let images = site.place.images.join("attach");

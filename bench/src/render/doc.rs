@@ -42,14 +42,14 @@ pub(super) struct Column {
 #[derive(Default)]
 pub(super) struct Line {
     pub(super) cells: Vec<String>,
-    pub(super) kind: Kind,
+    pub(super) kind: LineKind,
     /// Verdict, for styling; the cells say it too.
     pub(super) verdict: Option<Verdict>,
 }
 
 /// The kind of target in a line of a table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum LineKind {
     #[default]
     Other,
     Ours,
@@ -66,7 +66,7 @@ impl Table {
         Table { caption: caption.into(), columns: titles.iter().map(column).collect(), lines: Vec::new() }
     }
 
-    pub(super) fn line(&mut self, kind: Kind, cells: Vec<String>) {
+    pub(super) fn line(&mut self, kind: LineKind, cells: Vec<String>) {
         self.lines.push(Line { cells, kind, verdict: None });
     }
 
@@ -102,8 +102,8 @@ mod tests {
     #[test]
     fn a_column_of_dashes_is_left_out() {
         let mut table = Table::new("t", &["<a", "b", "c"]);
-        table.line(Kind::Other, vec!["x".into(), NOTHING.into(), "1".into()]);
-        table.line(Kind::Other, vec!["y".into(), NOTHING.into(), NOTHING.into()]);
+        table.line(LineKind::Other, vec!["x".into(), NOTHING.into(), "1".into()]);
+        table.line(LineKind::Other, vec!["y".into(), NOTHING.into(), NOTHING.into()]);
         let table = table.condensed();
         let titles: Vec<&str> = table.columns.iter().map(|column| column.title.as_str()).collect();
         assert_eq!(titles, ["a", "c"]);

@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 
-use super::doc::{Block, Kind, Line, Table};
+use super::doc::{Block, Line, LineKind, Table};
 use super::svg;
 use crate::summary::Verdict;
 use crate::units::escape;
@@ -115,9 +115,9 @@ fn write_table(page: &mut String, table: &Table) {
 
 fn class(line: &Line) -> String {
     let kind = match line.kind {
-        Kind::Other => "other",
-        Kind::Ours => "ours",
-        Kind::Reference => "reference",
+        LineKind::Other => "other",
+        LineKind::Ours => "ours",
+        LineKind::Reference => "reference",
     };
     let verdict = match line.verdict {
         Some(Verdict::NoDifference) => " same",

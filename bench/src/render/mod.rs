@@ -55,7 +55,7 @@ pub fn write(outcome: &Outcome, dir: &Path) -> Result<()> {
 /// Reads a `result.json`, or the one in a directory.
 pub fn read(path: &Path) -> Result<Outcome> {
     #[derive(Deserialize)]
-    struct Version {
+    struct SchemaVersion {
         schema: u32,
     }
     let file = if path.is_dir() { path.join(outcome::FILE) } else { path.to_owned() };
@@ -64,8 +64,8 @@ pub fn read(path: &Path) -> Result<Outcome> {
     // The version first: another version may differ in everything else.
     let damaged = || format!("{name} is damaged or no result of loopbench");
     match serde_json::from_str(&text).with_context(damaged)? {
-        Version { schema: outcome::SCHEMA } => serde_json::from_str(&text).with_context(damaged),
-        Version { schema } => {
+        SchemaVersion { schema: outcome::SCHEMA } => serde_json::from_str(&text).with_context(damaged),
+        SchemaVersion { schema } => {
             bail!("{name} has format {schema}; this program reads format {}", outcome::SCHEMA)
         }
     }

@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::kernel_loop::LoopDevice;
 use super::qemu_fuse::is_mounted;
 use super::{
-    FUSE, Kind, LIMIT, LOOP, Module, Opened, Place, Server, Target, UBLK, engine, kernel, loopengine,
+    Environment, FUSE, Kind, LIMIT, LOOP, Module, Opened, Server, Target, UBLK, engine, kernel, loopengine,
     version_of,
 };
 use crate::daemon::Daemon;
@@ -48,7 +48,7 @@ impl Target for Ext4 {
     fn about(&self) -> String {
         match self.below {
             Below::Loop(_) => "ext4 of the kernel on kernel loop with direct I/O".into(),
-            Below::Engine(_) => "ext4 of the kernel on loopengine's best path".into(),
+            Below::Engine(_) => "ext4 of the kernel on loopengine in its default I/O mode".into(),
         }
     }
 
@@ -66,7 +66,7 @@ impl Target for Ext4 {
         })
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let name = self.name();
         let image = formatted(place, &name)?;
         let (node, server) = match &mut self.below {
@@ -117,7 +117,7 @@ impl Target for Fuse2fs {
         Some(FUSE)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let image = formatted(place, "fuse2fs")?;
         let directory = place.directory("fuse2fs mount")?;
         let mut command = Command::new(sh::which("fuse2fs")?);
@@ -136,7 +136,7 @@ impl Target for Fuse2fs {
     }
 }
 
-fn formatted(place: &Place, name: &str) -> Result<PathBuf> {
+fn formatted(place: &Environment, name: &str) -> Result<PathBuf> {
     let image = place.image(name)?;
     let mut mkfs = Command::new(sh::which("mkfs.ext4")?);
     mkfs.args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"]).arg(&image);

@@ -8,11 +8,11 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 
-use super::{LIMIT, LOOP, Module, Opened, Place, Target, block, check_mark, kernel};
+use super::{Environment, LIMIT, LOOP, Module, Opened, Target, block, check_mark, kernel};
 use crate::{job, sh};
 
-/// Removes loop devices by number and prints those that remain. It retries for five seconds: programs
-/// that scan all disks, such as udev, briefly hold a device open.
+/// Removes loop devices by number and prints those that remain. It retries for five seconds:
+/// programs that scan all disks, such as udev, briefly hold a device open.
 const REMOVE: &str = r#"
 use Errno;
 open(my $control, '+<', '/dev/loop-control') or die "/dev/loop-control: $!\n";
@@ -33,7 +33,8 @@ pub struct Loops(Rc<Made>);
 struct Made(RefCell<Vec<String>>);
 
 impl Loops {
-    /// Attaches `image` to the first free device. Not interrupted by Ctrl-C, which would lose its name.
+    /// Attaches `image` to the first free device. Not interrupted by Ctrl-C, which would lose its
+    /// name.
     pub fn attach(&self, image: &Path, direct: bool) -> Result<LoopDevice> {
         LOOP.load()?;
         let mut losetup = Command::new(sh::which("losetup")?);
@@ -55,7 +56,8 @@ impl Drop for Made {
         if self.0.borrow().is_empty() {
             return;
         }
-        // losetup(8) has no option for this, and an ioctl needs unsafe code; Debian always has perl.
+        // losetup(8) has no option for this, and an ioctl needs unsafe code; Debian always has
+        // perl.
         let remove = || {
             let perl = sh::which("perl").context("perl is not installed")?;
             sh::capture(Command::new(perl).args(["-e", REMOVE]).args(&*self.0.borrow()), LIMIT)
@@ -136,7 +138,7 @@ impl Target for KernelLoop {
         Some(LOOP)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);
         for image in &images {

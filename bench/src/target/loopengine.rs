@@ -7,24 +7,24 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use super::{FUSE, Kind, Module, Opened, Place, Target, UBLK, block, check_mark, engine, kernel};
+use super::{Environment, FUSE, Kind, Module, Opened, Target, UBLK, block, check_mark, engine, kernel};
 use crate::daemon::{self, Daemon};
 use crate::varlink::Client;
 
 /// loopengine over ublk, in one I/O mode.
 pub(super) struct Ublk {
-    path: &'static str,
+    mode: &'static str,
     daemon: Option<Daemon>,
 }
 
 impl Ublk {
-    pub(super) fn new(path: &'static str) -> Ublk {
-        Ublk { path, daemon: None }
+    pub(super) fn new(mode: &'static str) -> Ublk {
+        Ublk { mode, daemon: None }
     }
 
     fn check_granted(&self) -> Result<()> {
-        if !daemon::io_modes()?.iter().any(|path| path == self.path) {
-            bail!("this kernel ({}) does not grant path {}", kernel(), self.path);
+        if !daemon::io_modes()?.iter().any(|mode| mode == self.mode) {
+            bail!("this kernel ({}) does not support I/O mode {}", kernel(), self.mode);
         }
         Ok(())
     }
@@ -32,11 +32,11 @@ impl Ublk {
 
 impl Target for Ublk {
     fn name(&self) -> String {
-        format!("loopengine {}", self.path)
+        format!("loopengine {}", self.mode)
     }
 
     fn about(&self) -> String {
-        format!("loopengine over ublk, path {}", self.path)
+        format!("loopengine over ublk, I/O mode {}", self.mode)
     }
 
     fn version(&self) -> Result<String> {
@@ -52,11 +52,11 @@ impl Target for Ublk {
         Some(UBLK)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         self.check_granted()?;
         let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
         let (path, many) =
-            attach_all(place, &format!("loopengine {}", self.path), daemon, &["--io-mode", self.path])?;
+            attach_all(place, &format!("loopengine {}", self.mode), daemon, &["--io-mode", self.mode])?;
         block(path, many, Some(daemon.pid()))
     }
 
@@ -79,7 +79,7 @@ impl Target for Fuse {
     }
 
     fn about(&self) -> String {
-        "the same engine, images and workers behind FUSE, several threads, clone_fd".into()
+        "the same engine and workers over FUSE, several threads, clone_fd".into()
     }
 
     fn version(&self) -> Result<String> {
@@ -90,7 +90,7 @@ impl Target for Fuse {
         Some(FUSE)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let daemon = self.0.insert(start(place, "loopengine fuse", "fuse")?);
         let (path, many) = attach_all(place, "loopengine fuse", daemon, &[])?;
         Ok(Opened { kind: Kind::File, path, many, server: Some(daemon.pid()) })
@@ -106,11 +106,16 @@ impl Target for Fuse {
 }
 
 /// A daemon with one frontend.
-pub(super) fn start(place: &Place, name: &str, frontend: &str) -> Result<Daemon> {
+pub(super) fn start(place: &Environment, name: &str, frontend: &str) -> Result<Daemon> {
     Daemon::start_with(&place.directory(name)?.join("run"), &["--frontend", frontend])
 }
 
-fn attach_all(place: &Place, name: &str, daemon: &Daemon, words: &[&str]) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn attach_all(
+    place: &Environment,
+    name: &str,
+    daemon: &Daemon,
+    words: &[&str],
+) -> Result<(PathBuf, Vec<PathBuf>)> {
     let attach = |image: &PathBuf| -> Result<PathBuf> {
         let device = daemon.attach(image, words)?;
         check_mark(&device, image)?;

@@ -50,7 +50,7 @@ pub trait Target {
     }
 
     /// Sets the target up; its module is loaded. `tear_down` follows an error too.
-    fn set_up(&mut self, place: &Place) -> Result<Opened>;
+    fn set_up(&mut self, place: &Environment) -> Result<Opened>;
 
     /// Tears down what `set_up` made, even if it failed halfway.
     fn tear_down(&mut self) -> Result<()>;
@@ -83,7 +83,7 @@ pub struct Opened {
 
 /// Where targets are set up.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct Environment {
     /// Directory on the store, for images.
     pub images: PathBuf,
     /// Directory for sockets, mount points and the like.
@@ -95,7 +95,7 @@ pub struct Place {
     pub loops: Loops,
 }
 
-impl Place {
+impl Environment {
     /// Makes a preallocated and written image that begins with its mark.
     pub fn image(&self, name: &str) -> Result<PathBuf> {
         self.make(name, self.image_mb)
@@ -171,7 +171,7 @@ pub fn leads_to(path: &Path, image: &Path) -> Result<bool> {
 /// Fails unless the device at `path` is backed by `image`.
 pub(crate) fn check_mark(path: &Path, image: &Path) -> Result<()> {
     if !leads_to(path, image)? {
-        bail!("{} does not show {}", path.display(), image.display());
+        bail!("{} is not backed by {}", path.display(), image.display());
     }
     Ok(())
 }
@@ -192,7 +192,8 @@ pub(crate) fn version_of(program: &str, words: &[&str]) -> Result<String> {
     Ok(number.unwrap_or("of an unknown version").trim_end_matches([',', ')']).to_owned())
 }
 
-/// The version of `target`, or why it is unavailable, as far as this is known without setting it up.
+/// The version of `target`, or why it is unavailable, as far as this is known without setting it
+/// up.
 pub(crate) fn check(target: &dyn Target) -> Result<String> {
     let version = target.version()?;
     target.module().map_or(Ok(()), Module::check)?;
@@ -269,8 +270,8 @@ pub fn all() -> Vec<Box<dyn Target>> {
         Box::new(kernel_loop::KernelLoop::buffered()),
     ];
     // Setting up fails in an I/O mode that the kernel does not support.
-    for path in ["batch", "auto", "copy"] {
-        targets.push(Box::new(loopengine::Ublk::new(path)));
+    for mode in ["batch", "auto", "copy"] {
+        targets.push(Box::new(loopengine::Ublk::new(mode)));
     }
     targets.push(Box::new(loopengine::Fuse::default()));
     targets.push(Box::new(qemu_fuse::QemuFuse::default()));
@@ -310,6 +311,6 @@ mod tests {
         }
         assert!(leads_to(&a, &a).unwrap());
         assert!(!leads_to(&b, &a).unwrap());
-        assert!(check_mark(&b, &a).unwrap_err().to_string().contains("does not show"));
+        assert!(check_mark(&b, &a).unwrap_err().to_string().contains("is not backed by"));
     }
 }

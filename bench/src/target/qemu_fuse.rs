@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::{FUSE, Kind, LIMIT, Module, Opened, Place, Server, Target, check_mark, version_of};
+use super::{Environment, FUSE, Kind, LIMIT, Module, Opened, Server, Target, check_mark, version_of};
 use crate::sh;
 
 const PROGRAM: &str = "qemu-storage-daemon";
@@ -31,7 +31,7 @@ impl Target for QemuFuse {
         Some(FUSE)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::{LIMIT, MANY, Module, NBD, Opened, Place, Server, Target, block, check_mark, version_of};
+use super::{Environment, LIMIT, MANY, Module, NBD, Opened, Server, Target, block, check_mark, version_of};
 use crate::sh;
 
 const PROGRAM: &str = "qemu-nbd";
@@ -31,7 +31,7 @@ impl Target for QemuNbd {
         Some(NBD)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);

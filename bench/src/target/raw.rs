@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::{Kind, Module, NULL_BLK, Opened, Place, Target, block, kernel};
+use super::{Environment, Kind, Module, NULL_BLK, Opened, Target, block, kernel};
 use crate::store::NullBlk;
 
 pub(super) const FILE: &str = "raw file";
@@ -17,14 +17,14 @@ impl Target for RawFile {
     }
 
     fn about(&self) -> String {
-        "the image itself, on the store's file system: what all others are on top of".into()
+        "the image file itself, on the store's file system".into()
     }
 
     fn version(&self) -> Result<String> {
         Ok(kernel())
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let path = place.image(FILE)?;
         Ok(Opened { kind: Kind::File, path, many: place.many(FILE)?, server: None })
     }
@@ -44,7 +44,7 @@ impl Target for RawDevice {
     }
 
     fn about(&self) -> String {
-        "a memory-backed null_blk device, without a file system between".into()
+        "a memory-backed null_blk device, without a file system".into()
     }
 
     fn version(&self) -> Result<String> {
@@ -55,7 +55,7 @@ impl Target for RawDevice {
         Some(NULL_BLK)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         self.0.push(written(place.image_mb)?);
         let path = self.0[0].node.clone();
         if place.many_mb > 0 {

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{LIMIT, Module, Opened, Place, Server, Target, UBLK, block, check_mark, version_of};
+use super::{Environment, LIMIT, Module, Opened, Server, Target, UBLK, block, check_mark, version_of};
 use crate::{daemon, sh};
 
 const PROGRAM: &str = "rublk";
@@ -20,7 +20,7 @@ impl Target for Rublk {
     }
 
     fn about(&self) -> String {
-        "rublk's loop target over ublk: a queue a CPU, zero copy where the kernel grants it".into()
+        "rublk's loop target over ublk: one queue per CPU, zero copy if the kernel supports it".into()
     }
 
     fn version(&self) -> Result<String> {
@@ -33,14 +33,15 @@ impl Target for Rublk {
         Some(UBLK)
     }
 
-    fn set_up(&mut self, place: &Place) -> Result<Opened> {
+    fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         let zero_copy = daemon::io_modes()?.iter().any(|path| path == "auto");
         let queues = std::thread::available_parallelism().map_or(1, usize::from).to_string();
         let home = place.directory(&self.name())?;
         let mut images = vec![place.image(&self.name())?];
         images.extend(place.many(&self.name())?);
         for image in &images {
-            let id = (500..600).find(|id| !node(*id).exists()).context("no free ublk id")?;
+            let id =
+                (500..600).find(|id| !node(*id).exists()).context("no free ublk id between 500 and 599")?;
             let mut command = Command::new(sh::which(PROGRAM)?);
             command.args(["add", "loop", "--foreground", "--number", &id.to_string()]);
             command.args(["--queue", &queues, "--depth", "128"]);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab bench` and `lab gate`: run `loopbench` in a VM.
 //!
-//! Boots the VM (for `icount` a sealed machine), records revision and versions, and writes the report.
+//! Boots the VM (for `icount` a sealed machine), records revision and versions, and writes the
+//! report.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -191,10 +192,10 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
         }
     };
     if status != 0 && !raw.join(raw::FACTS).exists() {
-        bail!("measuring failed with status {status}");
+        bail!("loopbench failed with status {status}");
     }
     if status != 0 {
-        println!("measuring ended early with status {status}: --resume goes on");
+        println!("loopbench ended early with status {status}: continue with --resume");
     }
     collect::collect(&raw)
 }

@@ -28,12 +28,12 @@ pub(crate) fn directory() -> Result<PathBuf> {
     let wanted = from(VARIABLE)
         .or_else(|| from("XDG_CACHE_HOME").map(|base| base.join("loopengine-lab")))
         .or_else(|| from("HOME").map(|home| home.join(".cache/loopengine-lab")))
-        .with_context(|| format!("no place for the lab's files: set {VARIABLE} to a directory"))?;
+        .with_context(|| format!("no directory for the lab's files: set {VARIABLE}"))?;
     std::fs::create_dir_all(&wanted)
         .with_context(|| format!("cannot make {}: set {VARIABLE} to another directory", wanted.display()))?;
     let directory = wanted.canonicalize().with_context(|| format!("cannot open {}", wanted.display()))?;
     if hidden_in_guest(&directory) {
-        bail!("{} is not seen inside a VM: set {VARIABLE} to another directory", directory.display());
+        bail!("{} is not visible inside a VM: set {VARIABLE} to another directory", directory.display());
     }
     Ok(directory)
 }

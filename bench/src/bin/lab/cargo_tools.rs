@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Cargo subcommands and other programs that come from crates: installed when they are missing.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use loopbench::sh;
 
@@ -29,14 +30,23 @@ pub(crate) const MDBOOK: Tool = Tool {
     options: &["--no-default-features", "--features", "search"],
 };
 
-/// Installs `tool` unless it is on PATH.
-pub(crate) fn ensure(tool: &Tool) -> Result<()> {
-    if sh::which(tool.program).is_ok() {
-        return Ok(());
+/// Installs `tool` unless it is installed; returns its path.
+pub(crate) fn ensure(tool: &Tool) -> Result<PathBuf> {
+    if let Some(path) = find(tool.program) {
+        return Ok(path);
     }
     println!("installing {} with cargo: this takes a few minutes, once", tool.package);
     let mut command = programs::cargo(&["install", "--locked", "--debug"]);
     // Without debug information it compiles faster.
     command.args(tool.options).arg(tool.package).env("CARGO_PROFILE_DEV_DEBUG", "0");
-    steps::run(&mut command, LIMIT)
+    steps::run(&mut command, LIMIT)?;
+    find(tool.program).with_context(|| format!("cargo installed {} outside of PATH", tool.program))
+}
+
+/// `program` on PATH, or in cargo's own directory, which need not be on PATH.
+fn find(program: &str) -> Option<PathBuf> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let installed = home.map(|home| home.join("bin").join(program)).filter(|path| path.is_file());
+    sh::which(program).ok().or(installed)
 }

@@ -56,7 +56,8 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     }
     let here = !options.vm && daemon::can_run_here();
     let steps = Steps::start();
-    announce(options, here)?;
+    let missing = if here { Vec::new() } else { setup::missing()? };
+    println!("{}", announcement(options.kernel.name(), here, &missing));
     if here {
         steps.begin("build");
         let programs = programs::build()?;
@@ -77,31 +78,23 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     Ok(u8::try_from(status).unwrap_or(1))
 }
 
-/// Says what the demo will do, and for how long.
-fn announce(options: &Options, here: bool) -> Result<()> {
+/// Says what the demo will do, and for how long. `missing` is what the set-up installs.
+fn announcement(kernel: &str, here: bool, missing: &[String]) -> String {
+    let build = "  build   loopengine and the lab: several minutes the first time, then seconds";
+    let demo = "  demo    serves two instances, makes file systems in images, verifies checksums,\n          \
+                and compares with kernel loop";
     if here {
-        println!(
-            "This machine has ublk: the demo runs on it. It takes about a minute, plus the build.\n\
-             \x20 build   loopengine and the lab: minutes the first time\n\
-             \x20 demo    serves two instances, makes file systems, verifies checksums, compares with kernel loop"
-        );
-        return Ok(());
+        let summary = "The demo runs on this machine, which has ublk: about 2 min, more the first time.";
+        return [summary, build, demo].join("\n");
     }
-    let kernel = options.kernel.name();
-    let set_up = setup::missing()?;
-    let set_up = if set_up.is_empty() {
-        "nothing, all is installed".to_owned()
-    } else {
-        format!("about 2 min: {}", set_up.join("; "))
+    let summary =
+        format!("The demo runs in a throw-away VM with Linux {kernel}: about 5 min, more the first time.");
+    let set_up = match missing {
+        [] => "  set up  nothing is missing".to_owned(),
+        _ => format!("  set up  about 2 min: {}", missing.join("; ")),
     };
-    println!(
-        "The demo runs in a throw-away VM with Linux {kernel}: about 5 min, more the first time.\n\
-         \x20 set up  {set_up}\n\
-         \x20 build   loopengine and the lab: minutes the first time\n\
-         \x20 boot    a Debian kernel with ublk in QEMU, on emulated CPUs\n\
-         \x20 demo    serves two instances, makes file systems, verifies checksums, compares with kernel loop"
-    );
-    Ok(())
+    let boot = "  boot    a Debian kernel with ublk in QEMU, on emulated CPUs: about 15 s";
+    [&summary, &set_up, build, boot, demo].join("\n")
 }
 
 fn show() -> Result<()> {
@@ -114,8 +107,8 @@ fn show() -> Result<()> {
     for instance in ["red", "blue"] {
         daemon.run(&["instance", "create", instance])?;
     }
-    let paths = daemon::io_modes()?;
-    say("serve", &format!("instances red and blue; I/O modes of this kernel: {}", paths.join(", ")));
+    let modes = daemon::io_modes()?;
+    say("serve", &format!("instances red and blue; I/O modes of this kernel: {}", modes.join(", ")));
 
     let tree = home.path().join("tree");
     let (files, bytes) = gather(&tree)?;
@@ -124,7 +117,7 @@ fn show() -> Result<()> {
         file_system(&daemon, instance, kind, &place, &tree, home.path())?;
     }
 
-    match paths.first().map(String::as_str) {
+    match modes.first().map(String::as_str) {
         Some("batch") => tenants::show(&daemon, &place, |text| say("private", text))?,
         _ => say("private", "private loop devices need Linux 7.0"),
     }
@@ -133,7 +126,7 @@ fn show() -> Result<()> {
         "measure",
         &format!("{ROUNDS} interleaved rounds of {} jobs, about 90 s on emulated CPUs", JOBS.len()),
     );
-    let best = paths.first().cloned().context("the kernel supports no I/O mode")?;
+    let best = modes.first().cloned().context("the kernel supports no I/O mode")?;
     daemon.stop()?;
     let plan = Plan {
         mode: outcome::Mode::Smp,
@@ -150,13 +143,13 @@ fn show() -> Result<()> {
     run::run(&plan, &raw, false)?;
     println!("\n{}", render::brief(&collect::collect(&raw)?));
     if std::env::var_os("LAB_VM").is_some() {
-        println!("These CPUs are emulated: ratios mean something, absolute rates do not.");
+        println!("These CPUs are emulated: ratios are meaningful, absolute rates are not.");
     }
     println!("All checks passed, {} s.", start.elapsed().as_secs());
     Ok(())
 }
 
-/// Makes a file system in an image, fills it, checks it, detaches it, attaches it again and checks it again.
+/// Makes a file system in an image, fills and checks it, and checks it again after a reattach.
 fn file_system(
     daemon: &Daemon,
     instance: &str,
@@ -229,7 +222,8 @@ impl Drop for Mounted {
     }
 }
 
-/// Copies some files of this system to `tree` and writes their checksums; returns their number and size.
+/// Copies some files of this system to `tree` and writes their checksums; returns their number and
+/// size.
 fn gather(tree: &Path) -> Result<(usize, u64)> {
     let (mut files, mut bytes) = (Vec::new(), 0);
     for (index, source) in TREE_SOURCES.iter().enumerate() {
@@ -285,6 +279,17 @@ fn say(what: &str, text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn announces_what_it_installs_builds_and_boots() {
+        let text = announcement("7", false, &["installs fio".to_owned()]);
+        for part in ["Linux 7", "about 5 min", "set up  about 2 min: installs fio", "  boot  ", "  build "] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+        let here = announcement("7", true, &[]);
+        assert!(here.contains("this machine") && !here.contains("boot"), "{here}");
+    }
 
     #[test]
     fn a_walk_sees_regular_files_and_stops_when_told() {

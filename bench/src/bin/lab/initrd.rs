@@ -60,10 +60,14 @@ impl Tree {
 
     /// Adds modules of `kernel` with their dependencies; unknown ones are built in.
     pub(crate) fn modules(&mut self, kernel: &Kernel, names: &[&str]) -> Result<()> {
-        let home = kernel.image.parent().context("the kernel lies nowhere")?;
-        let base = home.ancestors().nth(3).context("the kernel lies nowhere")?;
+        let home = kernel.image.parent().context("the path of the kernel has no directory")?;
+        let base = home.ancestors().nth(3).context("the path of the kernel has no directory")?;
         let place = |path: &Path| -> Result<String> {
-            Ok(path.strip_prefix(base).context("a module lies elsewhere")?.to_string_lossy().into_owned())
+            Ok(path
+                .strip_prefix(base)
+                .context("a module is outside the directory of the kernel")?
+                .to_string_lossy()
+                .into_owned())
         };
         for name in names {
             let mut modprobe = Command::new(sh::which("modprobe")?);
@@ -108,7 +112,8 @@ impl Tree {
 }
 
 fn entry(to: &mut impl Write, number: u32, path: &str, mode: u32, bytes: &[u8]) -> IoResult<()> {
-    // Inode, mode, owner, group, links, time, length, four numbers of devices, length of the name, checksum.
+    // Inode, mode, owner, group, links, time, length, four numbers of devices, length of the name,
+    // checksum.
     let fields = [number as usize, mode as usize, 0, 0, 1, 0, bytes.len(), 0, 0, 0, 0, path.len() + 1, 0];
     let mut head = String::from("070701");
     fields.iter().for_each(|field| head.push_str(&format!("{field:08X}")));

@@ -67,8 +67,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Modules that a VM of the lab loads.
 const MODULES: [&str; 10] =
     ["9p", "9pnet_virtio", "overlay", "virtio_blk", "ublk_drv", "null_blk", "loop", "xfs", "ext4", "btrfs"];
-/// Directory of the kernels. The number changes with the way they are unpacked, so that two revisions
-/// of the lab can share the cache.
+/// Directory of the kernels. The number changes with the way they are unpacked, so that two
+/// revisions of the lab can share the cache.
 pub(crate) const HOME: &str = "kernels-2";
 /// File with the release of the kernel that is ready.
 const MARK: &str = "unpacked";
@@ -207,7 +207,8 @@ impl Apt {
     }
 }
 
-/// Debian's mirror among lines of "URI release", which is neither the security archive nor a vendor's.
+/// Debian's mirror among lines of "URI release", which is neither the security archive nor a
+/// vendor's.
 fn mirror(targets: &str) -> Option<&str> {
     let suites = ["bookworm", "trixie", "stable", "oldstable", "testing", "unstable", "sid"];
     targets

@@ -11,7 +11,10 @@
 //!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
 //!  steps, cargo_tools ─────────── lab ci (all checks), lab docs (the book), lab release
 //! ```
-//! This file knows the command line only. The lab uses the public programs, never internals of the engine.
+//! This file knows the command line only. The lab uses the public programs, never internals of the
+//! engine.
+
+#![forbid(unsafe_code)]
 
 mod bench;
 mod book;
@@ -79,14 +82,14 @@ enum Command {
     Test(suite::Options),
     /// Run hostile clients of all kinds in a VM, beside a well-behaved tenant and root
     ///
-    /// Fails if a call of the well-behaved clients takes more than 2 s, if data differ, if the daemon
-    /// does not return to its former number of descriptors and threads and its former memory, if
-    /// SIGTERM does not end it in time, or if the kernel warns.
+    /// Fails if a call of the well-behaved clients takes more than 2 s, if data differ, if the
+    /// daemon does not return to its former number of descriptors and threads and its former
+    /// memory, if SIGTERM does not end it in time, or if the kernel warns.
     Hostile(hostile::Options),
     /// Run all checks that a change must pass, as .ci/run does
     ///
-    /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile clients
-    /// for two minutes, all tests. Takes about 40 minutes on two cores.
+    /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile
+    /// clients for two minutes, all tests. Takes about 40 minutes on two cores.
     Ci(ci::Options),
     /// Build the book of all documentation with mdbook, and check its links
     Docs(book::Options),
@@ -96,7 +99,7 @@ enum Command {
     Store(store::Options),
     /// Guest side of the power cut tests
     #[command(hide = true, subcommand)]
-    PowerCut(powercut::guest::Round),
+    PowerCut(powercut::guest::Boot),
     /// Guest side of the hostile clients
     #[command(hide = true, subcommand)]
     HostileGuest(hostile::guest::Role),
@@ -157,7 +160,7 @@ fn run(command: Command) -> Result<u8> {
         }
         Command::Vm(arguments) => run_vm(arguments),
         Command::Store(options) => store::run(&options).map(|()| 0),
-        Command::PowerCut(round) => powercut::guest::run(&round).map(|()| 0),
+        Command::PowerCut(boot) => powercut::guest::run(&boot).map(|()| 0),
         Command::Hostile(options) => Ok(u8::from(!hostile::run(&options)?)),
         Command::HostileGuest(role) => Ok(u8::from(!hostile::guest::run(&role)?)),
         Command::Demo(options) => demo::run(&options),

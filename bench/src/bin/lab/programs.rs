@@ -74,7 +74,7 @@ pub(crate) fn with_engine(programs: &[Program], name: &str) -> Result<Command> {
     let find = |name: &str| {
         programs.iter().find(|program| program.name == name).with_context(|| format!("cargo built no {name}"))
     };
-    let directory = find("loopengine")?.path.parent().context("loopengine lies nowhere")?;
+    let directory = find("loopengine")?.path.parent().context("the path of loopengine has no directory")?;
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(&find(name)?.path);
     command.env("PATH", format!("{}:{path}", directory.display()));
@@ -89,25 +89,38 @@ pub(crate) fn build_cases() -> Result<Program> {
     built.pop().context("cargo built no test program named vm")
 }
 
+/// The workspace, as cargo describes it.
+#[derive(Deserialize)]
+pub(crate) struct Metadata {
+    pub(crate) target_directory: PathBuf,
+    pub(crate) packages: Vec<Package>,
+}
+
+/// A package of the workspace.
+#[derive(Deserialize)]
+pub(crate) struct Package {
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) repository: Option<String>,
+    targets: Vec<CargoTarget>,
+}
+
+#[derive(Deserialize)]
+struct CargoTarget {
+    name: String,
+    kind: Vec<String>,
+}
+
+/// Asks cargo for the metadata of the workspace.
+pub(crate) fn metadata() -> Result<Metadata> {
+    let mut command = cargo(&["metadata", "--no-deps", "--format-version", "1", "--offline"]);
+    let output = sh::capture(&mut command, Duration::from_secs(60))?;
+    serde_json::from_str(&output).context("cannot read cargo metadata")
+}
+
 /// Names of the workspace's test programs.
 pub(crate) fn test_targets() -> Result<Vec<String>> {
-    #[derive(Deserialize)]
-    struct Metadata {
-        packages: Vec<Package>,
-    }
-    #[derive(Deserialize)]
-    struct Package {
-        targets: Vec<Target>,
-    }
-    #[derive(Deserialize)]
-    struct Target {
-        name: String,
-        kind: Vec<String>,
-    }
-    let mut command = cargo(&["metadata", "--no-deps", "--format-version", "1", "--offline"]);
-    let said = sh::capture(&mut command, Duration::from_secs(60))?;
-    let metadata: Metadata = serde_json::from_str(&said).context("cargo metadata said something unknown")?;
-    let targets = metadata.packages.into_iter().flat_map(|package| package.targets);
+    let targets = metadata()?.packages.into_iter().flat_map(|package| package.targets);
     Ok(targets
         .filter(|target| target.kind.iter().any(|kind| kind == "test"))
         .map(|target| target.name)
@@ -121,8 +134,10 @@ fn build_with(words: &[&str], profile: &[&str]) -> Result<Vec<Program>> {
     // Progress and compiler messages go to standard error.
     let child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {name}"))?;
     let deadline = std::thread::spawn(move || child.wait_with_output());
-    let output = sh::wait_for(&name, BUILD_LIMIT, || Ok(deadline.is_finished().then_some(())))
-        .and_then(|()| Ok(deadline.join().map_err(|_| anyhow::anyhow!("{name}: lost its output"))??))?;
+    let output =
+        sh::wait_for(&name, BUILD_LIMIT, || Ok(deadline.is_finished().then_some(()))).and_then(|()| {
+            Ok(deadline.join().map_err(|_| anyhow::anyhow!("{name}: cannot read its output"))??)
+        })?;
     if !output.status.success() {
         bail!("{name}: {}", output.status);
     }

@@ -10,11 +10,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
 
 use loopbench::sh;
 
-use crate::programs::{self, cargo, workspace};
+use crate::programs::{self, Package, cargo, workspace};
 
 /// What to do.
 #[derive(clap::Args)]
@@ -32,16 +31,9 @@ const SPDX: &str = "SPDX-License-Identifier: Apache-2.0 OR MIT";
 /// Names of files that are printed for a failed check.
 const SHOWN_MAX: usize = 5;
 
-/// A package of the workspace, as cargo describes it.
-#[derive(Deserialize)]
-struct Package {
-    name: String,
-    version: String,
-}
-
 /// Checks the tree; whether every check passed.
 pub(crate) fn run(options: &Options) -> Result<bool> {
-    let packages = packages()?;
+    let packages = programs::metadata()?.packages;
     let version = &packages.first().context("the workspace has no package")?.version;
     if !options.dry_run {
         println!("cargo lab release publishes nothing. Run it with --dry-run first.\n");
@@ -69,9 +61,10 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     for package in &packages {
         check(&format!("package {}", package.name), package_files(package));
     }
+    check("archives", archives());
     println!();
     if failed > 0 {
-        println!("{failed} checks failed: loopengine {version} cannot be released from this tree.");
+        println!("Failed checks: {failed}. loopengine {version} cannot be released from this tree.");
     } else {
         println!("All checks passed.");
         print_steps(version);
@@ -89,17 +82,6 @@ fn print_steps(version: &str) {
          \x20 5. attach the archive and its SHA-256 to the release page, with the changelog's section\n\
          \x20 6. open a new section \"Unreleased\" in CHANGELOG.md, and raise the version in Cargo.toml"
     );
-}
-
-fn packages() -> Result<Vec<Package>> {
-    #[derive(Deserialize)]
-    struct Metadata {
-        packages: Vec<Package>,
-    }
-    let mut command = cargo(&["metadata", "--no-deps", "--format-version", "1", "--offline"]);
-    let output = sh::capture(&mut command, LIMIT)?;
-    let metadata: Metadata = serde_json::from_str(&output).context("cannot read cargo metadata")?;
-    Ok(metadata.packages)
 }
 
 fn one_version(packages: &[Package]) -> Result<String> {
@@ -170,12 +152,16 @@ fn generated_files() -> Result<String> {
     Ok("manual pages, completions and tables are up to date".into())
 }
 
-/// What `cargo package` puts into the archive of `package`, and that it can write the archive.
+/// Number of files that `cargo package` puts into the archive of `package`.
 fn package_files(package: &Package) -> Result<String> {
-    let words = ["package", "--allow-dirty", "--package", &package.name];
-    let list = sh::capture(cargo(&words).arg("--list"), LIMIT)?;
-    sh::capture(cargo(&words).arg("--no-verify"), LIMIT)?;
-    Ok(format!("{} files", list.lines().count()))
+    let mut command = cargo(&["package", "--allow-dirty", "--list", "--package", &package.name]);
+    Ok(format!("{} files", sh::capture(&mut command, LIMIT)?.lines().count()))
+}
+
+/// Writes the archives of all packages together, since they depend on each other.
+fn archives() -> Result<String> {
+    sh::capture(&mut cargo(&["package", "--allow-dirty", "--no-verify", "--workspace"]), LIMIT)?;
+    Ok("cargo package --workspace --no-verify succeeds".into())
 }
 
 fn git(words: &[&str]) -> Result<String> {

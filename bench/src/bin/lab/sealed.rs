@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A sealed machine, whose measurements repeat exactly: one emulated CPU on which an instruction takes
-//! 1 ns, files in memory, and two serial lines for output.
+//! A sealed machine, whose measurements repeat exactly: one emulated CPU on which an instruction
+//! takes 1 ns, files in memory, and two serial lines for output.
 //!
-//! It has no disk, no network, and no clock, randomness or file of this machine. So two runs are the
-//! same to the instruction, even on a busy machine. The first line carries text, the second files
-//! (`handover`). Knows QEMU and the programs that `loopbench` calls.
+//! It has no disk, no network, and no clock, randomness or file of this machine. So two runs are
+//! the same to the instruction, even on a busy machine. The first line carries text, the second
+//! files (`handover`). Knows QEMU and the programs that `loopbench` calls.
 
 use std::fs::File;
 use std::io::{BufWriter, Read};
@@ -96,8 +96,8 @@ pub(crate) fn tree(lab: &Lab, kernel: &Kernel, programs: &[Program]) -> Result<T
 }
 
 impl Sealed {
-    /// Starts the machine with the files of `tree`, runs the shell line `command`, and passes its output
-    /// on. Returns the exit status of the command.
+    /// Starts the machine with the files of `tree`, runs the shell line `command`, and passes its
+    /// output on. Returns the exit status of the command.
     pub(crate) fn run(&self, lab: &Lab, mut tree: Tree, command: &str, out: Out<'_>) -> Result<i32> {
         tree.script("init", &init(command));
         let session = tempfile::Builder::new().prefix("session-").tempdir_in(&lab.cache)?;
@@ -134,7 +134,7 @@ impl Sealed {
             }
             if start.elapsed() > self.limit {
                 break format!(
-                    "the sealed machine passed its deadline of {} s and was ended (--timeout gives it more)",
+                    "the sealed machine exceeded its time limit of {} s and was killed (see --timeout)",
                     self.limit.as_secs()
                 );
             }

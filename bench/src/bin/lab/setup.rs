@@ -17,10 +17,10 @@ use crate::kernel::{self, Line};
 use crate::cache;
 
 /// A Debian package and its purpose.
-type Package = (&'static str, &'static str);
+type DebianPackage = (&'static str, &'static str);
 
 /// Packages for VMs.
-const PACKAGES: [Package; 18] = [
+const PACKAGES: [DebianPackage; 18] = [
     ("qemu-system-x86", "the VM"),
     ("busybox-static", "its first program"),
     ("cpio", "its first file system"),
@@ -42,7 +42,7 @@ const PACKAGES: [Package; 18] = [
 ];
 
 /// More packages, for tests and measurements; the demo does not need them.
-const MORE_PACKAGES: [Package; 19] = [
+const MORE_PACKAGES: [DebianPackage; 19] = [
     ("fuse3", "file systems in user space"),
     ("fuse2fs", "ext4 without the kernel's"),
     ("squashfuse", "squashfs without the kernel's"),
@@ -64,7 +64,8 @@ const MORE_PACKAGES: [Package; 19] = [
     ("chromium", "reports are looked at in a browser"),
 ];
 
-/// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's root.
+/// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's
+/// root.
 const UNPACKED: [&str; 5] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "vmdb2"];
 /// Programs of these packages that VMs have on PATH.
 const UNPACKED_PROGRAMS: [&str; 8] =
@@ -98,7 +99,7 @@ impl Lab {
     pub(crate) fn kernel(&self, line: Line) -> Result<kernel::Kernel> {
         match kernel::find(&self.cache, line) {
             Some(kernel) => Ok(kernel),
-            None => bail!("kernel {} is not there: run `cargo lab setup`", line.name()),
+            None => bail!("kernel {} is missing: run `cargo lab setup`", line.name()),
         }
     }
 }
@@ -113,7 +114,7 @@ pub(crate) fn ensure_all() -> Result<Lab> {
     ensure_with(&[&PACKAGES[..], &MORE_PACKAGES].concat())
 }
 
-fn ensure_with(packages: &[Package]) -> Result<Lab> {
+fn ensure_with(packages: &[DebianPackage]) -> Result<Lab> {
     if !is_debian() {
         bail!(
             "the lab sets itself up on Debian only: run it on Debian 12 or 13, for instance in a container"
@@ -170,7 +171,7 @@ fn is_debian() -> bool {
     Path::new("/etc/debian_version").exists() && sh::which("dpkg-query").is_ok()
 }
 
-fn complete(lab: &Lab, packages: &[Package]) -> Result<bool> {
+fn complete(lab: &Lab, packages: &[DebianPackage]) -> Result<bool> {
     let kernels = Line::ALL.iter().all(|line| kernel::find(&lab.cache, *line).is_some());
     Ok(kernels && has_virtme(lab) && lab.tools().exists() && missing_packages(packages)?.is_empty())
 }
@@ -197,7 +198,7 @@ pub(crate) fn report(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn install(packages: &[Package]) -> Result<()> {
+fn install(packages: &[DebianPackage]) -> Result<()> {
     let missing = missing_packages(packages)?;
     if missing.is_empty() {
         return Ok(());
@@ -205,7 +206,7 @@ fn install(packages: &[Package]) -> Result<()> {
     let names: Vec<&str> = missing.iter().map(|(name, _)| *name).collect();
     let list = names.join(" ");
     if !rustix::process::geteuid().is_root() {
-        bail!("packages are missing and only root can install them: sudo apt-get install {list}");
+        bail!("packages are missing: run sudo apt-get install {list}");
     }
     for (package, purpose) in &missing {
         eprintln!("setup: installing {package} ({purpose})");
@@ -262,7 +263,7 @@ fn unpack(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn missing_packages(packages: &[Package]) -> Result<Vec<Package>> {
+fn missing_packages(packages: &[DebianPackage]) -> Result<Vec<DebianPackage>> {
     let mut query = Command::new("dpkg-query");
     query.args(["-W", "-f", "${db:Status-Status} ${Package}\n"]).args(packages.iter().map(|(name, _)| name));
     // dpkg-query fails for unknown packages.
@@ -271,7 +272,7 @@ fn missing_packages(packages: &[Package]) -> Result<Vec<Package>> {
 }
 
 /// Packages that are not installed according to lines of "status name".
-fn not_installed(packages: &[Package], status: &str) -> Vec<Package> {
+fn not_installed(packages: &[DebianPackage], status: &str) -> Vec<DebianPackage> {
     let installed: Vec<&str> = status.lines().filter_map(|line| line.strip_prefix("installed ")).collect();
     packages.iter().filter(|(name, _)| !installed.contains(name)).copied().collect()
 }

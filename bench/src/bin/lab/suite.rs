@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab test`: runs all tests and prints totals.
 //!
-//! Unit, property and command-line tests run on this machine, kernel cases in a VM per kernel, power
-//! cuts from outside a VM. `tally` parses the output of test programs.
+//! Unit, property and command-line tests run on this machine, kernel cases in a VM per kernel,
+//! power cuts from outside a VM. `tally` parses the output of test programs.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -62,7 +62,8 @@ enum Cases {
     Private,
     /// All other cases.
     Others,
-    /// Cases that count instructions, or measure a time that other work must not change, in `icount`.
+    /// Cases that count instructions, or measure a time that other work must not change, in
+    /// `icount`.
     Counted,
 }
 
@@ -173,7 +174,7 @@ fn in_vms(options: &Options) -> Result<Vec<Phase>> {
             .collect();
         let mut phases = run(first, &mut vm::to_stdout)?;
         for other in others {
-            let (said, more) = other.join().map_err(|_| anyhow!("a VM's thread panicked"))?;
+            let (said, more) = other.join().map_err(|_| anyhow!("the thread of a VM panicked"))?;
             vm::to_stdout(&said);
             phases.extend(more?);
         }
@@ -246,7 +247,7 @@ fn host_tests(filter: Option<&str>) -> Result<Tally> {
             .args(["--status-level=fail", "--final-status-level=fail", "-E", "not binary(vm)"])
             .args(filter);
         let (status, said) = sh::tee(&mut command, HOST_LIMIT)?;
-        return settle("cargo nextest", status.success(), nextest(&said, filter.is_some()));
+        return reconcile("cargo nextest", status.success(), nextest(&said, filter.is_some()));
     }
     // Without nextest: all targets but the kernel cases, by name.
     let mut command = programs::cargo(&["test", "--workspace", "--quiet", "--no-fail-fast"]);
@@ -255,7 +256,7 @@ fn host_tests(filter: Option<&str>) -> Result<Tally> {
         command.args(["--test", name]);
     }
     let (status, said) = sh::tee(command.args(filter), HOST_LIMIT)?;
-    settle("cargo test", status.success(), libtest(&said))
+    reconcile("cargo test", status.success(), libtest(&said))
 }
 
 fn doc_tests(filter: Option<&str>) -> Result<Tally> {
@@ -265,7 +266,7 @@ fn doc_tests(filter: Option<&str>) -> Result<Tally> {
         command.args(["--", filter]);
     }
     let (status, said) = sh::tee(&mut command, HOST_LIMIT)?;
-    settle("cargo test --doc", status.success(), libtest(&said))
+    reconcile("cargo test --doc", status.success(), libtest(&said))
 }
 
 fn cases_in_vm(
@@ -283,9 +284,9 @@ fn cases_in_vm(
     if names.is_empty() || names.len() > SECOND_TRIES_MAX || names.len() as u64 != first.failed {
         return Ok(first);
     }
-    // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again; a
-    // case that passes at the second try is named.
-    sink(format!("lab: once more, in a machine of their own: {}\n", names.join(", ")).as_bytes());
+    // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again;
+    // a case that passes at the second try is named.
+    sink(format!("lab: second try in a VM of their own: {}\n", names.join(", ")).as_bytes());
     let again: Vec<String> = names.iter().map(|name| sh::quote(&["vm", "--exact", name])).collect();
     let (second, said) = cases_once(lab, &machine, programs, &format!("{full}{}", again.join("; ")), sink)?;
     let failed = failed_names(&said);
@@ -354,16 +355,16 @@ fn cases_here(options: &Options) -> Result<Tally> {
 
 /// Fails if all kernel cases were skipped.
 fn cases(what: &str, success: bool, said: &str) -> Result<Tally> {
-    let mut tally = settle(what, success, libtest(said))?;
+    let mut tally = reconcile(what, success, libtest(said))?;
     if tally.passed == 0 && tally.failed == 0 && tally.skipped > 0 {
-        println!("lab: every kernel case was skipped, for the reasons above: that counts as a failure");
+        println!("lab: failed: all kernel cases were skipped, for the reasons above");
         tally.failed = 1;
     }
     Ok(tally)
 }
 
 /// The tally, with a failure added if only the exit status reports one.
-fn settle(what: &str, success: bool, tally: Option<Tally>) -> Result<Tally> {
+fn reconcile(what: &str, success: bool, tally: Option<Tally>) -> Result<Tally> {
     match tally {
         Some(tally) if success || tally.failed > 0 => Ok(tally),
         Some(tally) => Ok(Tally { failed: 1, ..tally }),
@@ -400,9 +401,9 @@ mod tests {
 
     #[test]
     fn a_bad_exit_status_never_passes() {
-        assert_eq!(settle("x", false, Some(tally(3, 0, 0))).unwrap(), tally(3, 1, 0));
-        assert_eq!(settle("x", true, Some(tally(3, 0, 1))).unwrap(), tally(3, 0, 1));
-        assert!(settle("x", false, None).is_err());
+        assert_eq!(reconcile("x", false, Some(tally(3, 0, 0))).unwrap(), tally(3, 1, 0));
+        assert_eq!(reconcile("x", true, Some(tally(3, 0, 1))).unwrap(), tally(3, 0, 1));
+        assert!(reconcile("x", false, None).is_err());
     }
 
     #[test]

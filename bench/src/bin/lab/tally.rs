@@ -60,8 +60,8 @@ pub(crate) fn libtest(said: &str) -> Option<Tally> {
     (!results.is_empty()).then_some(total)
 }
 
-/// Parses nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped". nextest
-/// counts tests that the filter excludes as skipped.
+/// Parses nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped".
+/// nextest counts tests that the filter excludes as skipped.
 pub(crate) fn nextest(said: &str, filtered: bool) -> Option<Tally> {
     let line = said.lines().rev().find(|line| line.trim_start().starts_with("Summary ["))?;
     Some(Tally {

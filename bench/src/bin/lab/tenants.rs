@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Private loop devices in the demo: two containers at the same time, each with its own /dev/loop0, use
-//! unmodified losetup and mount with the default capabilities of a runtime.
+//! Private loop devices in the demo: two containers at the same time, each with its own /dev/loop0,
+//! use unmodified losetup and mount with the default capabilities of a runtime.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -2,8 +2,9 @@
 //! A throw-away VM: a kernel with ublk, and this machine's files read-only.
 //!
 //! Debian's kernel has virtio_console as a module, so virtme-ng returns neither output nor status:
-//! both go through a shared directory, the session. CPUs are emulated, because a nested or restricted
-//! /dev/kvm often cannot run a stock kernel, and because only emulation counts instructions.
+//! both go through a shared directory, the session. CPUs are emulated, because a nested or
+//! restricted /dev/kvm often cannot run a stock kernel, and because only emulation counts
+//! instructions.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -53,13 +54,15 @@ pub(crate) struct Vm {
     pub(crate) mode: Mode,
     /// In QEMU's format: "3G".
     pub(crate) memory: String,
-    /// Raw images that the guest sees as virtio disks, /dev/vda first, with cache mode writethrough.
+    /// Raw images that the guest sees as virtio disks, /dev/vda first, with cache mode
+    /// writethrough.
     pub(crate) disks: Vec<PathBuf>,
     /// Directories that the guest can write to, at the same paths.
     pub(crate) shares: Vec<PathBuf>,
     /// Time limit from start to end.
     pub(crate) limit: Duration,
-    /// CPUs run in parallel, for measurements, even if the emulator is unsafe then ([`takes_turns`]).
+    /// CPUs run in parallel, for measurements, even if the emulator is unsafe then
+    /// ([`takes_turns`]).
     pub(crate) at_once: bool,
     /// CPUs spin instead of sleeping, so that wake-ups cost about as much as on hardware.
     pub(crate) idle_poll: bool,
@@ -96,8 +99,8 @@ impl Vm {
         }
     }
 
-    /// Boots the VM, runs the shell line `command` with `programs` on PATH, and passes its output to
-    /// `sink`. Returns the exit status of the command.
+    /// Boots the VM, runs the shell line `command` with `programs` on PATH, and passes its output
+    /// to `sink`. Returns the exit status of the command.
     pub(crate) fn run(&self, lab: &Lab, programs: &[Program], command: &str, sink: Sink<'_>) -> Result<i32> {
         let mut running = self.start(lab, programs, command)?;
         loop {
@@ -110,8 +113,8 @@ impl Vm {
     /// Boots the VM and returns once `command` has started.
     pub(crate) fn start(&self, lab: &Lab, programs: &[Program], command: &str) -> Result<Running> {
         for _ in 1..BOOTS_MAX {
-            // Parallel CPUs may crash while the kernel patches itself during the boot (`takes_turns`). After
-            // the boot, a VM that dies is a failure.
+            // Parallel CPUs may crash while the kernel patches itself during the boot
+            // (`takes_turns`). After the boot, a VM that dies is a failure.
             match self.boot(lab, programs, command)?.wait_until_booted() {
                 Ok(running) => return Ok(running),
                 Err(error) => eprintln!("lab: {error:#}\nlab: booting it again"),
@@ -135,8 +138,8 @@ impl Vm {
         let output =
             File::options().create(true).append(true).read(true).open(session.path().join("output"))?;
 
-        // `timeout` kills the VM even if this program is killed. It leads a process group, so that all
-        // processes of the VM can be killed together.
+        // `timeout` kills the VM even if this program is killed. It leads a process group, so that
+        // all processes of the VM can be killed together.
         let mut boot = Command::new("timeout");
         boot.arg("--signal=KILL").arg((self.limit.as_secs() + 10).to_string()).arg(lab.vng());
         self.arguments(session.path(), &mut boot)?;
@@ -166,8 +169,8 @@ impl Vm {
             if takes_turns()? {
                 boot.arg("--qemu-opts=-accel tcg,thread=single");
             }
-            // The emulator caches translated code by virtual address: without ASLR a program starts in a
-            // third of the time.
+            // The emulator caches translated code by virtual address: without ASLR a program starts
+            // in a third of the time.
             boot.args(["--append", "norandmaps no5lvl"]);
         }
         // Self-tests of the kernel's ciphers take more than a second of the boot.
@@ -194,7 +197,8 @@ impl Vm {
         Ok(())
     }
 
-    /// The guest's script: copies programs to memory, since the shared root is slow, and runs the command.
+    /// The guest's script: copies programs to memory, since the shared root is slow, and runs the
+    /// command.
     fn guest_script(&self, session: &Path, lab: &Lab) -> String {
         let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
         let (session, here) = (sh::quote(&[session.to_string_lossy()]), sh::quote(&[here.to_string_lossy()]));
@@ -217,8 +221,8 @@ impl Vm {
 
 /// Whether QEMU must run CPUs in turns: before 8.1 one CPU may translate code while another writes
 /// it, and then runs stale code. The kernel patches itself whenever a static key changes, so any
-/// program can crash it; toggling sched_schedstats does within seconds (`Oops: int3`). QEMU's commit
-/// deba78709ae8, "Always lock pages before translation", fixed it.
+/// program can crash it; toggling sched_schedstats does within seconds (`Oops: int3`). QEMU's
+/// commit deba78709ae8, "Always lock pages before translation", fixed it.
 fn takes_turns() -> Result<bool> {
     let said = sh::capture(Command::new("qemu-system-x86_64").arg("--version"), VERSION_LIMIT)?;
     Ok(version(&said).is_none_or(|version| version < (8, 1)))
@@ -233,8 +237,8 @@ fn version(said: &str) -> Option<(u32, u32)> {
 }
 
 impl Running {
-    /// Waits briefly and passes new output of the guest on. Returns the exit status once the command has
-    /// ended.
+    /// Waits briefly and passes new output of the guest on. Returns the exit status once the
+    /// command has ended.
     pub(crate) fn turn(&mut self, sink: &mut dyn FnMut(&[u8])) -> Result<Option<i32>> {
         std::thread::sleep(sh::TICK);
         let status = std::fs::read_to_string(self.session.path().join("status")).ok();
@@ -250,7 +254,7 @@ impl Running {
         sh::interrupted()?;
         if self.start.elapsed() > self.limit {
             return Err(self.console(&format!(
-                "the VM passed its deadline of {} s and was ended (--timeout gives it more)",
+                "the VM exceeded its time limit of {} s and was killed (see --timeout)",
                 self.limit.as_secs()
             )));
         }

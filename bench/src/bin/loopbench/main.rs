@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `loopbench`: measures loopengine, the kernel's loop driver, FUSE and others by fio, side by side.
+//! `loopbench`: compares loopengine with the kernel's loop driver, FUSE and others, with fio.
 //!
 //! This file knows the command line only. `cargo lab bench` runs it in a VM of the lab.
+
+#![forbid(unsafe_code)]
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,11 +14,11 @@ use clap::{Parser, Subcommand};
 use loopbench::plan::{Choice, describe};
 use loopbench::{collect, compare, gate, raw, render, run, sh};
 
-/// Measures loop devices of every kind side by side, by fio.
+/// Compares loop devices of all kinds with fio.
 ///
-/// Each target is set up, each job runs on each target in every round, and what comes out is a
-/// report with ratios, their intervals, and all it takes to do it again. Needs fio, and root for
-/// most targets; one that cannot be set up here is named with the reason, and the rest goes on.
+/// Sets up each target, runs each job on each target in every round, and writes a report with
+/// ratios, intervals, and everything needed to repeat the run. Needs fio, and root for most
+/// targets. A target that cannot be set up is reported with the reason, and the run continues.
 #[derive(Parser)]
 #[command(name = "loopbench", version)]
 struct Arguments {
@@ -30,41 +32,42 @@ enum Command {
     Run {
         #[command(flatten)]
         choice: Choice,
-        /// Directory for the result: result.json, result.csv, report.md, report.html, plots/, raw.tar.gz
+        /// Directory for the result: result.json, result.csv, report.md, report.html, plots/,
+        /// raw.tar.gz
         #[arg(long, value_name = "DIR", default_value = "loopbench-result")]
         out: PathBuf,
-        /// Go on where a run was interrupted: what is in DIR is not measured again
+        /// Continue an interrupted run: measure only what DIR lacks
         #[arg(long)]
         resume: bool,
-        /// Leave the report to somebody else
+        /// Write no report
         #[arg(long, hide = true)]
         raw_only: bool,
     },
-    /// Say what would be run, on what, and for how long
+    /// Describe jobs, targets and duration of a run
     Plan {
         #[command(flatten)]
         choice: Choice,
     },
-    /// Write the report of a result anew, from its raw files
+    /// Write the report of a result again from its raw files
     Report {
         /// Directory of the result
         dir: PathBuf,
     },
-    /// Say what became slower, with intervals; exit status 1 if something did
+    /// Report what became slower, with intervals; exit status 1 if a row did
     Compare {
         /// Directory of the older result, or its result.json
         old: PathBuf,
         /// The newer one
         new: PathBuf,
     },
-    /// Fail if an I/O costs more instructions than the baseline says: of a result taken in `icount`
+    /// Fail if an I/O of a result in `icount` costs more instructions than the baseline
     Gate {
         /// Directory of the result
         dir: PathBuf,
         /// The committed baseline
         #[arg(long, value_name = "FILE", default_value = gate::BASELINE)]
         baseline: PathBuf,
-        /// Make the result the new baseline
+        /// Write the result to the baseline
         #[arg(long)]
         accept: bool,
     },
@@ -92,7 +95,10 @@ fn execute(command: Command) -> Result<u8> {
         }
         Command::Run { choice, out, resume, raw_only } => {
             if raw::exist(&out) && !resume {
-                bail!("{} holds a result: name another directory, or go on with --resume", out.display());
+                bail!(
+                    "{} contains a result: name another directory, or continue with --resume",
+                    out.display()
+                );
             }
             raw::unpack(&out)?;
             let complete = run::run(&choice.plan()?, &out.join(raw::DIRECTORY), resume)?;
@@ -104,7 +110,7 @@ fn execute(command: Command) -> Result<u8> {
                 say(&format!("\n{}\nwritten to {}\n", render::terminal(&outcome), out.display()));
             }
             if !complete {
-                println!("interrupted: --resume goes on where this ended");
+                println!("interrupted: continue with --resume");
             }
             Ok(if complete { 0 } else { INTERRUPTED })
         }
@@ -121,7 +127,7 @@ fn execute(command: Command) -> Result<u8> {
     }
 }
 
-/// On standard output; that nobody reads it to its end is no failure.
+/// Prints to standard output; a closed pipe is no error.
 fn say(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }

@@ -4,7 +4,7 @@
 use super::{heading, kind};
 use crate::job::LOOP;
 use crate::outcome::{JobInfo, Outcome};
-use crate::render::doc::{Block, Kind, Table};
+use crate::render::doc::{Block, LineKind, Table};
 use crate::render::palette::{Palette, Style, ours};
 use crate::render::svg::forest::{Group, forest};
 use crate::summary::{Row, rows};
@@ -50,12 +50,12 @@ pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
     let reached: Vec<(String, String)> =
         (0..CONTENDERS.len()).filter_map(|index| span(&results, index)).collect();
     if reached.is_empty() {
-        blocks.push(Block::Text(format!("Nothing was measured beside {LOOP}: there is no ratio to tell.")));
+        blocks.push(Block::Text(format!("No target was measured beside {LOOP}: there is no ratio.")));
         return blocks;
     }
     blocks.push(Block::Text(format!(
-        "Operations a second as a multiple of what the kernel's loop driver did in the same round, over {}. \
-         loopengine's path is the one that it takes by itself: the best that the kernel grants.",
+        "Operations per second as a multiple of the kernel's loop driver in the same round, over {}. \
+         loopengine runs in its default I/O mode, the best that the kernel supports.",
         if results.len() == 1 { "one job".into() } else { format!("{} jobs", results.len()) },
     )));
     let said: Vec<String> = reached.iter().map(|(name, span)| format!("{name} {span}")).collect();
@@ -85,12 +85,12 @@ fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
     let titles: Vec<String> = CONTENDERS.iter().map(|contender| format!("× {}", contender.name)).collect();
     let mut table = Table::new(
         format!("Throughput × {LOOP}"),
-        &["<job", &titles[0], "<its path", &titles[1], &titles[2]],
+        &["<job", &titles[0], "<I/O mode", &titles[1], &titles[2]],
     );
     for (job, rows) in results {
         let cell = |index: usize| rows[index].as_ref().map_or(NOTHING.into(), ratio_of);
         let path = rows[0].as_ref().map_or(NOTHING.into(), |row| plain(&row.target));
-        table.line(Kind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2)]);
+        table.line(LineKind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2)]);
     }
     table.condensed()
 }
@@ -104,7 +104,7 @@ fn core(outcome: &Outcome) -> Vec<&JobInfo> {
 /// The first target of the group, which is the default. The fastest per job would flatter.
 fn first(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
     let known = |row: &&Row| {
-        kind(&row.target, &job.reference) != Kind::Reference
+        kind(&row.target, &job.reference) != LineKind::Reference
             && means(&row.target)
             && row.ratio.is_some_and(f64::is_finite)
     };

@@ -18,18 +18,18 @@ use crate::units::{
 pub(super) fn legend(outcome: &Outcome) -> Block {
     let below = "what the whole system did less submitter and engine: drivers, file system, kernel threads, idle time";
     let mut facts = vec![
-        ("figures", "medians over the rounds; min … max: the slowest and the fastest round"),
+        ("values", "medians over the rounds; min … max: the slowest and the fastest round"),
         (
             "× (95 %)",
-            "median of the ratios within each round, and where that median lies with 95 % confidence \
-            (bootstrap; it takes five rounds)",
+            "median of the ratios within each round, and its 95 % confidence interval \
+            (bootstrap; needs five rounds)",
         ),
         ("▲ ▼ ≈", "faster than the reference, slower, no difference shown"),
-        ("percentiles", "of completions; each needs ten completions beyond it"),
-        ("submitter", "CPU time of fio, with the kernel's work for it"),
-        ("engine", "CPU time of the process that serves the target, with its kernel threads"),
+        ("percentiles", "of completion latencies; each needs ten completions beyond it"),
+        ("submitter", "CPU time of fio, including kernel time"),
+        ("engine", "CPU time of the process that serves the target, including its kernel threads"),
         ("switches", "context switches of that process"),
-        ("punts", "operations that left the fast path for a kernel thread"),
+        ("punts", "requests that went to a kernel worker thread"),
     ];
     if outcome.manifest.mode == Mode::Icount {
         facts.insert(6, ("below", below));

@@ -9,7 +9,7 @@ mod job;
 mod service;
 mod setup;
 
-use super::doc::{Block, Kind};
+use super::doc::{Block, LineKind};
 use super::palette::{Palette, ours};
 use super::svg;
 use crate::outcome::Outcome;
@@ -38,10 +38,10 @@ fn heading(level: usize, id: &str, text: &str) -> Block {
     Block::Heading { level, id: id.to_owned(), text: text.to_owned() }
 }
 
-fn kind(target: &str, reference: &str) -> Kind {
+fn kind(target: &str, reference: &str) -> LineKind {
     match target {
-        target if target == reference => Kind::Reference,
-        target if ours(target) => Kind::Ours,
-        _ => Kind::Other,
+        target if target == reference => LineKind::Reference,
+        target if ours(target) => LineKind::Ours,
+        _ => LineKind::Other,
     }
 }

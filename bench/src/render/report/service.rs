@@ -31,8 +31,8 @@ pub(super) fn attach(outcome: &Outcome) -> Vec<Block> {
     vec![
         heading(2, "attach", "Attaching and detaching"),
         Block::Text(
-            "A device at a time: from the call until the first block was read from it, and until it was gone. \
-             With fewer than a hundred times the p99 is the longest."
+            "One device at a time. Attach: from the call until the first block is read. Detach: until the call \
+             returns. With fewer than a hundred times, p99 is the maximum."
                 .into(),
         ),
         Block::Table(table.condensed()),
@@ -43,8 +43,14 @@ pub(super) fn idle(outcome: &Outcome) -> Vec<Block> {
     if outcome.idle.is_empty() {
         return Vec::new();
     }
-    let titles =
-        ["<target", "devices", "memory per device", "memory without any", "CPU time a second", "per device"];
+    let titles = [
+        "<target",
+        "devices",
+        "memory per device",
+        "memory without any",
+        "CPU time per second",
+        "per device",
+    ];
     let mut table = Table::new("Idle devices", &titles);
     for entry in &outcome.idle {
         let cpu = per(entry.cpu_ns as f64 * 1e9, entry.over_ns as f64);
@@ -61,8 +67,8 @@ pub(super) fn idle(outcome: &Outcome) -> Vec<Block> {
     vec![
         heading(2, "idle", "Idle devices"),
         Block::Text(
-            "The process that serves devices which nobody uses: its memory (proportional set size; without the \
-             kernel's own for a device) and the CPU time that it takes in a second."
+            "The process that serves idle devices: its memory (proportional set size, without the kernel's memory \
+             per device) and its CPU time per second."
                 .into(),
         ),
         Block::Table(table.condensed()),

@@ -8,7 +8,7 @@ use crate::units::{NOTHING, plain};
 
 pub(super) fn head(outcome: &Outcome) -> Vec<Block> {
     let manifest = &outcome.manifest;
-    let title = format!("Figures of {}", or_unknown(&manifest.date));
+    let title = format!("Results of {}", or_unknown(&manifest.date));
     let kernel = or_unknown(&manifest.kernel);
     let mut blocks = vec![
         heading(1, "top", &title),
@@ -20,7 +20,7 @@ pub(super) fn head(outcome: &Outcome) -> Vec<Block> {
     if !manifest.complete {
         blocks.push(Block::Warning {
             what: "The run was not complete".into(),
-            advice: "What is missing was not measured; run it again".into(),
+            advice: "Some measurements are missing; run it again".into(),
         });
     }
     blocks
@@ -28,7 +28,7 @@ pub(super) fn head(outcome: &Outcome) -> Vec<Block> {
 
 pub(super) fn setup(outcome: &Outcome) -> Vec<Block> {
     let manifest = &outcome.manifest;
-    let mut blocks = vec![heading(2, "setup", "What was measured, and where")];
+    let mut blocks = vec![heading(2, "setup", "Setup")];
     blocks.push(Block::Text(mode(manifest.mode).1.into()));
     blocks.push(Block::Facts(facts(manifest)));
     if !outcome.warnings.is_empty() {
@@ -45,7 +45,7 @@ pub(super) fn setup(outcome: &Outcome) -> Vec<Block> {
     }
     blocks.push(heading(2, "targets", "Targets"));
     let mut table = Table::new(
-        "What was measured, and what was not",
+        "Measured and unavailable targets",
         &["<target", "<what it is", "<version", "<not measured because"],
     );
     for target in &outcome.targets {
@@ -61,7 +61,7 @@ pub(super) fn setup(outcome: &Outcome) -> Vec<Block> {
 
 fn facts(manifest: &Manifest) -> Vec<(String, String)> {
     let length = format!(
-        "{} {}; {} ms a job, after {} ms that are not counted",
+        "{} {}; {} ms per job, after a ramp of {} ms",
         manifest.rounds,
         if manifest.rounds == 1 { "round" } else { "rounds" },
         manifest.run_ms,
@@ -86,17 +86,17 @@ fn mode(mode: Mode) -> (&'static str, &'static str) {
             "one emulated CPU that counts instructions",
             "One emulated CPU on which an instruction takes 1 ns: IOPS = 10⁹ / instructions of the whole \
              system an I/O. In the lab's sealed machine a build repeats exactly. It knows nothing of caches \
-             and of what a real CPU does at once, so it compares work, not time.",
+             and of parallelism in a real CPU, so it compares work, not time.",
         ),
         Mode::Smp => (
             "emulated CPUs on a shared machine",
-            "Emulated CPUs on a shared machine: only ratios within a round mean something. IOPS and \
-             latencies say how fast the emulator was just then.",
+            "Emulated CPUs on a shared machine: only ratios within a round are meaningful. IOPS and \
+             latencies depend on the speed of the emulator at that moment.",
         ),
         Mode::Host => (
             "the machine itself",
-            "The machine itself: IOPS and latencies are its own. Ratios are taken within a round, so that \
-             what changes from round to round does not count.",
+            "The machine itself: IOPS and latencies are real. Ratios are taken within a round, so that \
+             changes between rounds cancel out.",
         ),
     }
 }

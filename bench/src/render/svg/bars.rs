@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Operations per second of one job: a bar per target, with whiskers for the interval of the median.
+//! Operations per second of one job: a bar per target, with whiskers for the interval of the
+//! median.
 
 use super::axis::Axis;
 use super::{Anchor, CHARACTER, LINE, Plot};

@@ -51,7 +51,8 @@ pub(in crate::render) fn forest(
     let title = format!("Throughput as a multiple of {reference}");
     Some(Plot::new("ratios", &title, about, |canvas, top| {
         let mut y = canvas.legend(&shown, top + 2.0);
-        // Values have their own column, with the interval if there is room, so that no line crosses them.
+        // Values have their own column, with the interval if there is room, so that no line crosses
+        // them.
         let with_interval = canvas.width >= WIDE;
         let written = |(value, interval): Point| match interval.filter(|_| with_interval) {
             Some((low, high)) => format!("{} ({} … {})", ratio(value), ratio(low), ratio(high)),

@@ -19,13 +19,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::Deserialize;
 
-use loopbench::sh;
-
-use crate::cargo_tools;
-use crate::programs::{cargo, workspace};
 use crate::steps::{self, Steps};
+use crate::{cargo_tools, programs};
 
 /// Where to build.
 #[derive(clap::Args)]
@@ -44,14 +40,16 @@ const LIMIT: Duration = Duration::from_secs(600);
 pub(crate) fn run(options: &Options) -> Result<()> {
     let steps = Steps::start();
     steps.begin("mdbook");
-    cargo_tools::ensure(&cargo_tools::MDBOOK)?;
+    let mdbook = cargo_tools::ensure(&cargo_tools::MDBOOK)?;
     steps.begin("pages");
-    let metadata = metadata()?;
+    let metadata = programs::metadata()?;
     let home = metadata.target_directory.join("book");
     if home.exists() {
         fs::remove_dir_all(&home)?;
     }
-    let source = Source { root: workspace(), repository: metadata.repository()? };
+    let repository = metadata.packages.into_iter().find_map(|package| package.repository);
+    let repository = repository.context("no package in Cargo.toml names its repository")?;
+    let source = Source { root: programs::workspace(), repository };
     let pages = stage(&source, &home)?;
     println!("{pages} pages");
     steps.begin("build");
@@ -59,35 +57,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         Some(out) => std::path::absolute(out)?,
         None => home.join("html"),
     };
-    let mut build = Command::new(sh::which("mdbook")?);
+    let mut build = Command::new(mdbook);
     steps::run(build.arg("build").arg("--dest-dir").arg(&html).arg(&home), LIMIT)?;
     steps.begin("links");
     let links = check(&html)?;
     println!("{links} links lead to a page of the book\nbook: {}", html.join("index.html").display());
     Ok(())
-}
-
-#[derive(Deserialize)]
-struct Metadata {
-    target_directory: PathBuf,
-    packages: Vec<Package>,
-}
-
-#[derive(Deserialize)]
-struct Package {
-    repository: Option<String>,
-}
-
-impl Metadata {
-    fn repository(&self) -> Result<String> {
-        let repository = self.packages.iter().find_map(|package| package.repository.clone());
-        repository.context("no package in Cargo.toml names its repository")
-    }
-}
-
-fn metadata() -> Result<Metadata> {
-    let mut command = cargo(&["metadata", "--no-deps", "--format-version", "1", "--offline"]);
-    serde_json::from_str(&sh::capture(&mut command, LIMIT)?).context("cannot read cargo metadata")
 }
 
 /// Where pages come from.
@@ -359,7 +334,7 @@ mod tests {
     use super::*;
 
     fn source() -> Source {
-        Source { root: workspace(), repository: "https://example.org/r".into() }
+        Source { root: programs::workspace(), repository: "https://example.org/r".into() }
     }
 
     /// Links of all pages lead to files that exist; this needs no mdbook.

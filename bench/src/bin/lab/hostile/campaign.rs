@@ -90,22 +90,25 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
         }
         if frozen || Footprint::of(daemon.pid()).is_err() {
             let ended = Footprint::of(daemon.pid()).is_err();
-            let what =
-                if ended { "the daemon ended" } else { "the daemon stays frozen without these clients" };
+            let what = if ended {
+                "the daemon ended"
+            } else {
+                "the daemon does not answer after these clients ended"
+            };
             ledger().finding(what.into());
             break;
         }
     }
     if !most.bounded() {
-        ledger().finding(format!("the daemon held {most}"));
+        ledger().finding(format!("the daemon exceeded its bounds: {most}"));
     }
     ledger().round("after all rounds".into());
     honest.stop(&shared)?;
     if !frozen {
         let (after, back) = settle(daemon.pid(), |now| now.is_back_to(before))?;
-        println!("at the most: {most}\nafterwards:  {after}");
+        println!("maximum:     {most}\nafterwards:  {after}");
         if !back {
-            ledger().finding(format!("the daemon held {before} before and holds {after} afterwards"));
+            ledger().finding(format!("the daemon had {before} before and has {after} afterwards"));
         }
     }
     end(daemon, rounds.last().map_or(&[], |round| &round.0), &shared)?;
@@ -116,9 +119,9 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
     println!("{}", ledger.report());
     let verdict = match (ledger.failures(), ledger.undecided()) {
         (0, 0) => "all held".to_owned(),
-        (0, late) => format!(
-            "all held; skipped: {late} late calls are not judged, starting /bin/true was slow here as well"
-        ),
+        (0, late) => {
+            format!("all conditions held; skipped {late} late calls, while starting /bin/true was slow too")
+        }
         _ => "FAILED".to_owned(),
     };
     println!("hostile: seed {seed}: {verdict}");
@@ -145,8 +148,8 @@ fn prepare() -> Result<()> {
     Ok(())
 }
 
-/// Records from now on how long starting a trivial program takes: if that is slow, a late call may be
-/// the machine's fault.
+/// Records from now on how long starting a trivial program takes: if that is slow, a late call may
+/// be the machine's fault.
 fn measure_machine(shared: &Shared) {
     let shared = shared.clone();
     std::thread::spawn(move || {
@@ -316,8 +319,8 @@ impl Drop for Hostile {
     }
 }
 
-/// Starts a client of `kind` that leads a process group. It has a low CPU priority: the campaign tests
-/// the daemon, not the sharing of two CPUs.
+/// Starts a client of `kind` that leads a process group. It has a low CPU priority: the campaign
+/// tests the daemon, not the sharing of two CPUs.
 fn start_client(kind: &Kind, seed: u64, uid: u32, daemon: &Daemon, shared: &Shared) -> Result<Child> {
     let place: &[&str] = match kind.place {
         Place::Plain => &[],

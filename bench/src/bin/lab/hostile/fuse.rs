@@ -45,7 +45,8 @@ impl Server {
         let options = format!("fd={fd},rootmode=40755,user_id=0,group_id=0,allow_other");
         let options = CString::new(options)?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        mount("hostile", directory, "fuse", flags, options.as_c_str()).context("cannot mount a FUSE")?;
+        mount("hostile", directory, "fuse", flags, options.as_c_str())
+            .context("cannot mount a FUSE file system")?;
         Ok(Server { device, owner, hang })
     }
 

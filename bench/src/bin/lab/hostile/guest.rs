@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Roles inside the VM: the campaign, well-behaved clients, hostile clients. Each is a process of this
-//! program. Knows the paths in the VM.
+//! Roles inside the VM: the campaign, well-behaved clients, hostile clients. Each is a process of
+//! this program. Knows the paths in the VM.
 
 use std::path::{Path, PathBuf};
 

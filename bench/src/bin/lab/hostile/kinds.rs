@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The table of hostile kinds, and the parts that they share: users, process groups, and output. What
-//! a kind does is in the file of its family.
+//! The table of hostile kinds, and the parts that they share: users, process groups, and output.
+//! What a kind does is in the file of its family.
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -132,7 +132,8 @@ impl Scene {
         output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
     }
 
-    /// Starts `loopengine run` with `words` as the client's user, in its own process group if `apart`.
+    /// Starts `loopengine run` with `words` as the client's user, in its own process group if
+    /// `apart`.
     pub(super) fn start_run(&self, words: &[&str], apart: bool) -> Result<Child> {
         let mut command = Command::new("loopengine");
         command.arg("run").args(words).current_dir(&self.home).stdin(Stdio::null());
@@ -150,7 +151,7 @@ impl Scene {
     pub(super) fn start_inner(&self) -> Result<Child> {
         let mut command = Command::new("lab");
         command.args(&self.words).env(INNER, "1").stdin(Stdio::null());
-        command.spawn().context("cannot start the second half of a client")
+        command.spawn().context("cannot start the child of a client")
     }
 }
 

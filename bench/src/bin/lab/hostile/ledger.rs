@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 pub(super) const CALL: Duration = Duration::from_secs(2);
 /// Limit of work that consists of many calls: mkfs, the start of `loopengine run`.
 const WORK: Duration = Duration::from_secs(20);
-/// A late call that took at most this many starts of /bin/true at that moment is skipped: the machine
-/// is too slow to test the daemon. (If a start takes 1 ms, the limit of a call is 2,000 starts.)
+/// A late call that took at most this many starts of /bin/true at that moment is skipped: the
+/// machine is too slow to test the daemon. (If a start takes 1 ms, the limit of a call is 2,000
+/// starts.)
 const PROGRAMS: u32 = 30;
 /// Lines kept per hostile client.
 const WORDS: usize = 3;
@@ -103,10 +104,7 @@ impl Ledger {
     /// Records that a well-behaved client has ended: its pending call is not answered.
     pub(super) fn ended(&mut self, who: &'static str) {
         if let Some((name, since, _)) = self.waiting.remove(who) {
-            self.finding(format!(
-                "{name}: not answered, given up after {:.1} s",
-                since.elapsed().as_secs_f32()
-            ));
+            self.finding(format!("{name}: not answered after {:.1} s", since.elapsed().as_secs_f32()));
         }
     }
 

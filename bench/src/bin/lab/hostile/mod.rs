@@ -2,7 +2,7 @@
 //! `lab hostile`: runs hostile clients of all kinds in a VM, beside well-behaved clients.
 //!
 //! ```text
-//!  mod ── boots the VM ──► guest ─┬─ campaign ── plan, ledger, health, quiet
+//!  mod ── boots the VM ──► guest ─┬─ campaign ── plan, ledger, health
 //!                                 ├─ honest: tenant, caller, root
 //!                                 └─ kinds ── messages, descriptors, tenants, host (wire, fuse)
 //! ```

@@ -19,7 +19,7 @@ use loopbench::sh;
 
 /// What the guest does in a boot.
 #[derive(clap::Subcommand)]
-pub(crate) enum Round {
+pub(crate) enum Boot {
     /// Make a file system on the disk, serve images on it, and write durably until the power is cut
     Promise {
         #[arg(long)]
@@ -41,13 +41,13 @@ const BLOCK: usize = 4096;
 const BLOCKS: u64 = 8192;
 
 /// Runs one of the two boots.
-pub(crate) fn run(round: &Round) -> Result<()> {
+pub(crate) fn run(boot: &Boot) -> Result<()> {
     for directory in [STORE, INSIDE] {
         std::fs::create_dir_all(directory)?;
     }
-    match round {
-        Round::Promise { fs } => promise(fs),
-        Round::Keep { promises } => keep(promises),
+    match boot {
+        Boot::Promise { fs } => promise(fs),
+        Boot::Keep { promises } => keep(promises),
     }
 }
 
