@@ -1,8 +1,8 @@
-//! What one request costs the engine itself, step by step: translation, completion, the in-flight
-//! table, the ring, and for comparison a call of the control socket.
+//! The engine's own cost per request, step by step: translation, completion, the in-flight table,
+//! the ring, and for comparison a call of the control socket.
 //!
-//! Knows rooms of the library by their public items. The driver is a fake: it hands out what it is
-//! told to, and counts answers. The image is real, in the page cache.
+//! Uses the library's public items. The driver is a fake: it delivers given requests and counts
+//! completions. The image is real, in the page cache.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -21,7 +21,7 @@ use loopengine::ring::{EventKind, InFlight, Ring, RingSizes, SlotId, Token};
 use loopengine::worker::translate;
 use loopengine::worker::{Data, DeviceQueue, QueueSlot, Transport};
 
-/// Requests a round: what a busy queue gets at once.
+/// Requests per round, as for a busy queue.
 const BATCH: u16 = 32;
 const DEPTH: u16 = 128;
 const BLOCK: u32 = 4096;
@@ -37,19 +37,19 @@ fn nop(step: EventKind) -> squeue::Entry {
     opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE).user_data(Token::pack(step, SLOT, 0))
 }
 
-/// `BATCH` requests of one kind, side by side.
+/// `BATCH` adjacent requests of one kind.
 fn batch(op: Op, first_byte: u64) -> Vec<Request> {
     let offset = |tag: Tag| first_byte + u64::from(tag) * u64::from(BLOCK);
     (0..BATCH).map(|tag| Request { tag, op, offset: offset(tag), len: BLOCK }).collect()
 }
 
-/// A driver that hands out the same requests each time.
+/// A driver that delivers the same requests each time.
 struct Fake {
     file: File,
     buffers: Vec<u8>,
     address: usize,
     requests: Vec<Request>,
-    answered: usize,
+    completed: usize,
 }
 
 impl Transport for Fake {
@@ -78,18 +78,18 @@ impl Transport for Fake {
     }
     fn complete(&mut self, completion: Completion, _: &mut Ring) -> Result<()> {
         black_box(completion);
-        self.answered += 1;
+        self.completed += 1;
         Ok(())
     }
     fn submit_commits(&mut self, _: &mut Ring) -> Result<usize> {
-        self.answered = 0;
+        self.completed = 0;
         Ok(0)
     }
     fn linked_commit(&mut self, _: Tag, _: u32) -> Option<squeue::Entry> {
         None
     }
     fn is_drained(&self) -> bool {
-        self.answered == 0
+        self.completed == 0
     }
     fn fallbacks(&self) -> u64 {
         0
@@ -102,7 +102,8 @@ impl Transport for Fake {
     }
 }
 
-/// A queue over a temporary image, and its ring. The queue is dropped last: its buffers are the ring's.
+/// A queue over a temporary image, and its ring. The queue is dropped last: its buffers are the
+/// ring's.
 struct Bed {
     ring: Ring,
     arrival: cqueue::Entry,
@@ -112,16 +113,16 @@ struct Bed {
 impl Bed {
     fn new(requests: Vec<Request>) -> Bed {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary file");
-        file.set_len(IMAGE_LEN).expect("room for an image");
+        file.set_len(IMAGE_LEN).expect("space for an image");
         let source = ImageSpec { buffered: true, ..ImageSpec::default() };
         let own = file.try_clone().expect("a descriptor");
         let image = Arc::new(Image::open(file.into(), &source, "bench.img").expect("an image"));
         let buffers = vec![0xa5; usize::from(DEPTH) * BLOCK as usize];
-        let fake = Fake { file: own, buffers, address: 0, requests, answered: 0 };
+        let fake = Fake { file: own, buffers, address: 0, requests, completed: 0 };
         let mut ring = small_ring();
         let queue = DeviceQueue::new(QueueSlot { id: SLOT }, fake, image, false, &mut ring)
             .expect("a queue on the ring");
-        ring.push(&nop(EventKind::Fetch)).expect("room in the ring");
+        ring.push(&nop(EventKind::Fetch)).expect("space in the ring");
         ring.enter(1).expect("a completion");
         let arrival = ring.drain().pop().expect("the no-op");
         Bed { ring, arrival, queue }
@@ -132,13 +133,14 @@ impl Bed {
         self.queue.on_event(token, entry, &mut self.ring, 0).expect("a queue that works");
     }
 
-    /// Requests arrive: all are taken on, and those that need no image are answered.
+    /// Requests arrive: the queue accepts all, and completes those that need no image.
     fn arrive(&mut self) {
         let arrival = self.arrival.clone();
         self.event(&arrival);
     }
 
-    /// The image's side ends: everything is answered. Returns how long the engine took for that.
+    /// The operations on the image complete, and so do all requests. Returns the engine's time for
+    /// that.
     fn complete(&mut self) -> Duration {
         self.ring.enter(usize::from(BATCH)).expect("completions");
         let mut spent = Duration::ZERO;
@@ -151,10 +153,10 @@ impl Bed {
                 self.event(entry);
             }
             self.ring.recycle(drained);
-            self.queue.submit_commits(&mut self.ring).expect("answers sent");
+            self.queue.submit_commits(&mut self.ring).expect("commits submitted");
             spent += start.elapsed();
             if left == 0 {
-                assert!(self.queue.is_idle(), "every request was answered");
+                assert!(self.queue.is_idle(), "every request was completed");
                 return spent;
             }
             self.ring.enter(left).expect("completions");
@@ -209,14 +211,14 @@ fn completion(c: &mut Criterion) {
             });
         });
     }
-    // Beyond the end: taken on and answered, and no operation in between.
+    // Beyond the end: accepted and completed, without an operation in between.
     group.bench_function("32 refusals", |b| {
         let mut bed = Bed::new(batch(Op::Read, IMAGE_LEN));
         b.iter(|| {
             bed.arrive();
-            bed.queue.submit_commits(&mut bed.ring).expect("answers sent");
+            bed.queue.submit_commits(&mut bed.ring).expect("commits submitted");
         });
-        assert!(bed.queue.is_idle(), "every request was answered");
+        assert!(bed.queue.is_idle(), "every request was completed");
     });
     group.finish();
 }
@@ -246,7 +248,7 @@ fn ring(c: &mut Criterion) {
         let entry = nop(EventKind::Nop);
         b.iter(|| {
             for _ in 0..BATCH {
-                ring.push(&entry).expect("room in the ring");
+                ring.push(&entry).expect("space in the ring");
             }
             ring.enter(usize::from(BATCH)).expect("completions");
             let drained = ring.drain();

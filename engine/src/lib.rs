@@ -1,25 +1,14 @@
-//! loopengine serves image files as fast, private block devices.
+//! The daemon of loopengine and its command line. It serves image files as block devices.
 //!
 //! ```text
-//!  reader or writer of /run/loopengine/default/loop0      loopengine attach, list, … · varlinkctl
-//!         |  block layer, one hardware queue a CPU group       |  varlink calls
-//!         v                                                    v
-//!   frontend         queue q of any device of the pool,      control      (never on an I/O thread)
-//!     ublk | fuse    a block device or a file                     |
-//!         |  Request{op, offset, len, tag}                     |
-//!         v                                                    v
-//!   worker           ONE io_uring per queue index            instance → device → image
-//!         |  READ/WRITE, FSYNC, FALLOCATE                      |  (who owns what, quotas, lifetime)
-//!         v                                                    |
-//!   image            O_DIRECT file, geometry  <----------------+  crossbeam channel: add, remove,
-//!         |  CQE                                                  resize; never once per I/O
-//!         v
-//!   Completion, exactly once → commit (batched or linked) → block layer
+//!  this crate           cli → control, config       arguments, sockets, the program
+//!  loopengine-private   private → loops, loopfs …   private pools of loop devices
+//!  loopengine-core      instance → frontend → worker → ring, image
 //! ```
 //!
-//! To follow one request: [`frontend::ublk`] (`batch.rs` or `per_io.rs`, `memory.rs`) or
-//! [`frontend::fuse`] (`handler.rs`, `lane.rs`, `queue.rs`), [`worker`] (`mod.rs`, `queue.rs`, `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md says
-//! what each room knows and does not know.
+//! An arrow points down only. To follow one request, read [`frontend::ublk`] (`batch.rs` or `per_io.rs`, `memory.rs`)
+//! or [`frontend::fuse`] (`handler.rs`, `call_queue.rs`, `queue.rs`), then [`worker`] (`mod.rs`, `queue.rs`,
+//! `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md describes the modules.
 
 #![warn(missing_docs)]
 

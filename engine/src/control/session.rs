@@ -85,9 +85,9 @@ impl ClientSession {
     /// daemon's if it sent one before it closed the connection.
     async fn not_executed(&mut self, error: zlink::Error) -> (zlink::Error, Option<NotExecuted>) {
         // It was not sent: the connection was closed before, or with the call unread.
-        let truncated = matches!(&error, zlink::Error::Io(error)
+        let closed = matches!(&error, zlink::Error::Io(error)
             if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
-        if !truncated {
+        if !closed {
             let refused = is_refusal(&error).then_some(NotExecuted::Refused);
             return (error, refused);
         }

@@ -54,7 +54,7 @@ pub struct ImageUse {
 /// The claims of one engine, as seen by its instances or by one pool.
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
-    table: Arc<Mutex<DeviceMap>>,
+    table: Arc<Mutex<ClaimTable>>,
     /// Device numbers of excluded file systems.
     excluded: Arc<Mutex<HashSet<u64>>>,
     /// The pool that claims through this.
@@ -62,7 +62,7 @@ pub struct Claims {
 }
 
 #[derive(Debug, Default)]
-struct DeviceMap {
+struct ClaimTable {
     uses: HashMap<Identity, Vec<(u64, ImageUse)>>,
     /// The next claim's number.
     next: u64,
@@ -131,7 +131,7 @@ impl Claims {
         uses.map(|(_, one)| one.clone()).collect()
     }
 
-    fn table(&self) -> MutexGuard<'_, DeviceMap> {
+    fn table(&self) -> MutexGuard<'_, ClaimTable> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -201,7 +201,7 @@ impl Engine {
         }
         let mut table = self.table();
         if table.get(name).is_some_and(|present| Arc::ptr_eq(present, &instance)) {
-            instance.erase();
+            instance.remove_files();
             table.remove(name);
         }
         drop(table);

@@ -236,8 +236,9 @@ impl Instance {
 
     /// All devices that are served, or the one with this number.
     pub fn devices(&self, only: Option<u32>) -> Result<Vec<DeviceInfo>> {
-        self.select(only)
-            .map(|select| select.iter().map(|(number, attached)| self.describe(*number, attached)).collect())
+        self.select(only).map(|selected| {
+            selected.iter().map(|(number, attached)| self.describe(*number, attached)).collect()
+        })
     }
 
     /// Statistics of all served devices, or of the one with this number.
@@ -246,11 +247,11 @@ impl Instance {
             let path = self.table.path(*number).display().to_string();
             attached.served.stats(path, attached.record.spec.path.clone())
         };
-        let select = self.select(only)?;
+        let selected = self.select(only)?;
         match only {
-            Some(_) => select.iter().map(stats).collect(),
+            Some(_) => selected.iter().map(stats).collect(),
             // A stuck or ending device does not hide the others.
-            None => Ok(select.iter().filter_map(|device| stats(device).ok()).collect()),
+            None => Ok(selected.iter().filter_map(|device| stats(device).ok()).collect()),
         }
     }
 
@@ -265,20 +266,20 @@ impl Instance {
     }
 
     /// Removes its directory and state. All devices must be gone.
-    pub fn erase(&self) {
+    pub fn remove_files(&self) {
         self.backend.close();
         self.context.state.remove_instance(&self.table.spec().0.name);
         let _ = fs::remove_dir(&self.directory);
     }
 
     fn select(&self, only: Option<u32>) -> Result<Vec<(u32, Arc<AttachedDevice>)>> {
-        let select = match only {
+        let selected = match only {
             Some(number) => vec![(number, self.table.get(number)?)],
             None => self.table.live(),
         };
         // A worker must not log that it disabled direct I/O: the next query does.
         for (number, AttachedDevice { record, served, .. }) in
-            select.iter().map(|(n, attached)| (n, &**attached))
+            selected.iter().map(|(n, attached)| (n, &**attached))
         {
             if served.take_direct_io_disabled() {
                 let (instance, path) = (&record.spec.instance, &record.spec.path);
@@ -287,7 +288,7 @@ impl Instance {
                 );
             }
         }
-        Ok(select)
+        Ok(selected)
     }
 
     pub(super) fn describe(&self, number: u32, attached: &AttachedDevice) -> DeviceInfo {

@@ -58,7 +58,7 @@ pub enum DeviceName {
 
 /// Parses a device name; `run_dir` is the directory of instances.
 pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName> {
-    let placeholder_record = || {
+    let invalid = || {
         // A valid path that is not one of ours.
         let kind = if text.starts_with('/') { Kind::NotFound } else { Kind::Invalid };
         Error::new(kind, format!("{text:?} does not name a device")).hint(format!(
@@ -67,18 +67,14 @@ pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName>
         ))
     };
     if let Some(number) = text.strip_prefix("/dev/ublkb") {
-        return number
-            .parse::<u32>()
-            .map(|_| DeviceName::Node(text.into()))
-            .map_err(|_| placeholder_record());
+        return number.parse::<u32>().map(|_| DeviceName::Node(text.into())).map_err(|_| invalid());
     }
     let below =
         |directory: &std::path::Path| std::path::Path::new(text).strip_prefix(directory).ok()?.to_str();
     let inside = below(run_dir).or_else(|| below(DEV_DIR.as_ref())).unwrap_or(text);
     let (instance, device) = inside.split_once('/').unwrap_or((DEFAULT_INSTANCE, inside));
-    let number =
-        device.strip_prefix("loop").and_then(|number| number.parse().ok()).ok_or_else(placeholder_record)?;
-    check_instance_name(instance).map_err(|_| placeholder_record())?;
+    let number = device.strip_prefix("loop").and_then(|number| number.parse().ok()).ok_or_else(invalid)?;
+    check_instance_name(instance).map_err(|_| invalid())?;
     Ok(DeviceName::Number(instance.to_owned(), number))
 }
 

@@ -380,7 +380,7 @@ impl Served {
     /// Statistics over all queues.
     pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
         let queues = self.queue_stats()?;
-        let sum = |figure: fn(&QueueStats) -> u64| queues.iter().map(figure).sum();
+        let sum = |counter: fn(&QueueStats) -> u64| queues.iter().map(counter).sum();
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         Ok(DeviceStats {
             path,

@@ -122,13 +122,13 @@ impl StateDir {
 
     /// All saved state, by name and number.
     pub fn load(&self) -> Vec<SavedInstance> {
-        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| saved(dir)).collect();
+        let mut found: Vec<_> = subdirectories(&self.0).iter().filter_map(|dir| load_instance(dir)).collect();
         found.sort_by(|a, b| a.name.cmp(&b.name));
         found
     }
 }
 
-fn saved(dir: &Path) -> Option<SavedInstance> {
+fn load_instance(dir: &Path) -> Option<SavedInstance> {
     let name = dir.file_name()?.to_str()?.to_owned();
     let mut devices = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {

@@ -51,7 +51,7 @@ impl Engine {
 /// files. Also the errors for disks of the driver whose owner is unknown.
 pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     let mut disks = Disks::backed_by(|file| file.starts_with(run_dir));
-    let mut placeholder_record = Vec::new();
+    let mut unknown_owner = Vec::new();
     for id in ublk::present_devices() {
         match ublk::UblkDevice::examine(id) {
             Ok(found) if found.parameters.owner_cookie >> 32 == u64::from(owner_hash(run_dir)) => {
@@ -60,10 +60,10 @@ pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
             Ok(_) => {}
             // It was deleted meanwhile.
             Err(error) if error.kind() == Kind::NotFound => {}
-            Err(error) => placeholder_record.push(error),
+            Err(error) => unknown_owner.push(error),
         }
     }
-    (disks, placeholder_record)
+    (disks, unknown_owner)
 }
 
 /// Devices of an instance, and those stacked on them.
@@ -83,7 +83,7 @@ fn detach_devices(instance: &Instance) {
         }
     }
     if instance.numbers().is_empty() {
-        instance.erase();
+        instance.remove_files();
     }
 }
 

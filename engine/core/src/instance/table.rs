@@ -144,7 +144,7 @@ impl<D: Clone> DeviceMap<D> {
             return Err(Error::new(Kind::NotFound, format!("instance {name} is being removed")));
         }
         let number = match wanted {
-            Some(number) if state.devices.contains_key(&number) => return Err(self.exists(number)),
+            Some(number) if state.devices.contains_key(&number) => return Err(self.exists_error(number)),
             Some(number) if number > NUMBER_MAX => {
                 let context = format!("a device of instance {name} cannot have the number {number}");
                 return Err(Error::new(Kind::Invalid, context).hint(format!("give at most {NUMBER_MAX}")));
@@ -165,7 +165,7 @@ impl<D: Clone> DeviceMap<D> {
     pub fn reserve_existing(&self, number: u32) -> Result<Reservation<'_, D>> {
         let mut state = self.state();
         if state.devices.contains_key(&number) {
-            return Err(self.exists(number));
+            return Err(self.exists_error(number));
         }
         Ok(self.allocate_slot(&mut state, number))
     }
@@ -186,7 +186,7 @@ impl<D: Clone> DeviceMap<D> {
         Reservation { table: self, number, slot, filled: false }
     }
 
-    fn exists(&self, number: u32) -> Error {
+    fn exists_error(&self, number: u32) -> Error {
         Error::new(Kind::Exists, format!("{} exists", self.path(number).display()))
     }
 

@@ -176,7 +176,7 @@ impl Transport for Fake {
                 self.answer(token.tag, self.lens[usize::from(token.tag)].cast_signed());
                 Ok(())
             }
-            // A commit whose transfer failed is cancelled; the worker answers by hand.
+            // A commit whose transfer failed is cancelled; the worker completes the request itself.
             _ => Ok(()),
         }
     }

@@ -113,7 +113,7 @@ impl FuseNode {
     /// Records a cached write past the end. The kernel does not report its writer: as with other
     /// write-back errors, every possible writer gets the error once.
     pub(super) fn record_overrun(&self) {
-        self.state().writers.values_mut().for_each(|told| *told = true);
+        self.state().writers.values_mut().for_each(|pending| *pending = true);
     }
 
     /// Whether this handle still has to report ENOSPC. Clears it.
@@ -124,7 +124,7 @@ impl FuseNode {
     /// Attribute timeout. With an expired one, the kernel asks before a cached write, and the
     /// writer gets its error.
     pub(super) fn ttl(&self) -> Duration {
-        if self.state().writers.values().any(|told| *told) { Duration::ZERO } else { TTL }
+        if self.state().writers.values().any(|pending| *pending) { Duration::ZERO } else { TTL }
     }
 
     /// The call queue of the session thread with this number.
@@ -166,7 +166,7 @@ pub(super) struct NodeTable {
     /// The mount point.
     pub(super) directory: PathBuf,
     pub(super) buffers: Arc<BufferPool>,
-    pub(super) state: SystemTime,
+    pub(super) created: SystemTime,
     /// Number of session threads that have a number.
     pub(super) threads: AtomicUsize,
     /// For notifications to the kernel, once there is a session.
@@ -183,7 +183,7 @@ impl NodeTable {
         Self {
             directory,
             buffers: Arc::new(BufferPool::new()),
-            state: SystemTime::now(),
+            created: SystemTime::now(),
             threads: AtomicUsize::new(0),
             notifier: OnceLock::new(),
             seeks: Arc::default(),
@@ -200,15 +200,15 @@ impl NodeTable {
 
     /// The attributes of the directory.
     pub(super) fn root(&self) -> FileAttr {
-        let state = self.state;
+        let created = self.created;
         FileAttr {
             ino: INodeNo::ROOT,
             size: 0,
             blocks: 0,
-            atime: state,
-            mtime: state,
-            ctime: state,
-            crtime: state,
+            atime: created,
+            mtime: created,
+            ctime: created,
+            crtime: created,
             kind: FileType::Directory,
             perm: 0o755,
             nlink: 2,

@@ -72,9 +72,11 @@ struct PartitionList {
 
 impl PartitionList {
     fn add(&mut self, number: u32, start: u64, size: u64) {
-        let Some(room) = self.capacity.checked_sub(start).filter(|&room| room > 0) else { return };
+        let Some(available) = self.capacity.checked_sub(start).filter(|&available| available > 0) else {
+            return;
+        };
         if (1..=MAX).contains(&number) && size > 0 {
-            self.ranges.push(PartitionRange { number, start, size: size.min(room) });
+            self.ranges.push(PartitionRange { number, start, size: size.min(available) });
         }
     }
 }

@@ -80,7 +80,7 @@ fn attach(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Re
     let (claim, uses) = claim(claims, image, by, sharing)?;
     warn(by, &uses, identity, name);
     let (exclusive, claimed) = match image.is_block_device() {
-        true => exclusively(image),
+        true => open_exclusively(image),
         false => (None, false),
     };
     let mut external = find_external_users(identity, name);
@@ -180,7 +180,7 @@ fn log_sharing(by: &ImageUse, identity: Identity, name: &str, others: &[String])
 
 /// Opens a block device exclusively; true: another program has claimed it. Opens for reading, so
 /// that udev does not probe it again on close.
-fn exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
+fn open_exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
     let link = format!("/proc/self/fd/{}", image.fd().as_raw_fd());
     match rustix::fs::open(link, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
         Ok(file) => (Some(file), false),
