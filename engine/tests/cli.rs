@@ -133,7 +133,7 @@ fn mount_looks_first() {
         ("disk.img dir -p 3", 3, "has no partition 3, but 1 (1M), 2 (1M)"),
         ("disk.img dir -p 1", 2, "partition 1 of disk.img contains no known file system"),
         ("junk.img dir --partition 1", 3, "junk.img has no partitions"),
-        ("disk.img dir --offset 3M", 2, "no file system"),
+        ("disk.img dir --offset 3M", 2, "contains no known file system"),
         ("disk.img dir --offset 4M", 2, "no file system at 4194304"),
         ("disk.img dir --offset 2M --sizelimit 512", 8, "cannot reach the daemon"),
         ("disk.img dir --partition 2", 8, "cannot reach the daemon"),

@@ -38,9 +38,9 @@ use super::{number, reload, watchers};
 /// 'loopengine detach --all', or give '--detach-all'. Private pools end with the daemon.
 ///
 /// SIGHUP reloads the configuration: the daemon creates new instances, changes limits and attaches
-/// new devices of '[[device]]'. It logs other changes, which take effect at the next start. The log
-/// goes to standard error; RUST_LOG sets its level. The daemon needs root, and the ublk driver or
-/// FUSE.
+/// missing devices of '[[device]]'. It logs other changes, which take effect at the next start. The
+/// log goes to standard error; RUST_LOG sets its level. The daemon needs root, and the ublk driver
+/// or FUSE.
 ///
 /// Without the ublk driver, devices are files in a FUSE file system, with the same names. Users can
 /// copy or partition them, give them to a virtual machine, or mount them with 'mount -o loop'.
