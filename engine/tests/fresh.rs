@@ -2,6 +2,7 @@
 //!
 //! `UPDATE=1 cargo test --test fresh` writes it anew.
 
+mod man;
 mod support;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use loopengine::cli::generate;
+use loopengine::cli::pages::PAGES;
 use loopengine::control::{rundir::RunDir, server};
 use loopengine::loops::{PoolSpec, Quotas};
 use loopengine::private::{Defaults, PoolHandle, PoolSource, Registry, TenantEvents};
@@ -53,8 +55,14 @@ fn compare(name: &str, generated: &Path) {
 #[test]
 fn manual_pages() {
     let dir = tempfile::tempdir().unwrap();
-    generate::man(dir.path()).unwrap();
+    for (name, text) in man::generate().unwrap() {
+        fs::write(dir.path().join(name), text).unwrap();
+    }
     compare("share/man", dir.path());
+    let embedded: BTreeMap<String, String> =
+        PAGES.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
+    let message = "update PAGES in src/cli/pages.rs, and build again";
+    assert!(updating() || embedded == files(dir.path()), "{message}");
 }
 
 #[test]

@@ -181,8 +181,8 @@ fn keeps_foreign_files() {
             true => symlink(&victim, &foreign).unwrap(),
             false => fs::write(&foreign, "theirs").unwrap(),
         }
-        root.fails(&[], 4, "is not ours");
-        root.fails(&["--dry-run"], 4, "is not ours");
+        root.fails(&[], 4, "does not belong to loopengine");
+        root.fails(&["--dry-run"], 4, "does not belong to loopengine");
         assert_eq!(root.all().difference(&before).collect::<Vec<_>>(), [&foreign], "nothing else was placed");
     }
 }

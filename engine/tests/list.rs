@@ -375,8 +375,8 @@ fn finds_images_by_identity() {
         assert_eq!(found.out.lines().count(), 2, "{found:?}");
     }
     fails(&daemon.run(0, &["find", "other.img"]), 3, "other.img has no device");
-    fails(&daemon.run(PLAIN, &["find", "a.img"]), 3, "no device that this user may see");
-    fails(&daemon.run(0, &["find", "none.img"]), 3, "there is no none.img");
+    fails(&daemon.run(PLAIN, &["find", "a.img"]), 3, "no device that this user can see");
+    fails(&daemon.run(0, &["find", "none.img"]), 3, "none.img does not exist");
     // A name that is gone is the name still.
     fs::remove_file(&image).unwrap();
     assert_eq!(daemon.json(0, &["find", "a.img"])["devices"][0]["device"]["number"], 0);

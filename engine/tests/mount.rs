@@ -150,7 +150,7 @@ fn fails_if_the_driver_dies() {
     fs::write(bed.path("dies"), script).unwrap();
     fs::set_permissions(bed.path("dies"), PermissionsExt::from_mode(0o755)).unwrap();
     let dies = bed.path("dies").to_str().unwrap().to_owned();
-    bed.refused(&format!("mount --fuse ext4={dies} a dir"), &["has mounted a, and does not answer"]);
+    bed.refused(&format!("mount --fuse ext4={dies} a dir"), &["mounted a but does not answer"]);
     assert_eq!(bed.mounted("dir"), None);
     // One that dies later.
     bed.works(&format!("mount {EXT4} a dir"));
@@ -266,7 +266,10 @@ fn hints_match_the_error() {
     bed.shell("head -c 4096 a > broken; truncate -s 16M broken; { head -c 1M /dev/zero; cat iso; } > part");
     bed.refused(&format!("mount {EXT4} broken dir"), &["fuse2fs cannot mount broken", "'e2fsck -fn broken'"]);
     let within = "mount --fuse iso9660=fuseiso --offset 1M part dir";
-    bed.refused(within, &["fuseiso mounts no part of a file", "cannot reach the daemon", "'dd if=part "]);
+    bed.refused(
+        within,
+        &["fuseiso cannot mount a part of a file", "cannot reach the daemon", "'dd if=part "],
+    );
     // A name that would be an option is none.
     bed.shell("cp a a,suid");
     bed.works(&format!("mount {EXT4} a,suid dir"));

@@ -1,11 +1,11 @@
 //! Examples and files of every subcommand, for `--help` and the manual pages.
 
 /// The purpose of an example, and its command line.
-pub(super) type Example = (&'static str, &'static str);
+pub type Example = (&'static str, &'static str);
 
 /// The examples of a subcommand, by its words ("instance create"); the empty name is the program,
 /// "json" is loopengine-json(7).
-pub(super) fn of(command: &str) -> &'static [Example] {
+pub fn of(command: &str) -> &'static [Example] {
     match command {
         "" => &[
             ("Start the daemon.", "loopengine serve"),
@@ -178,8 +178,8 @@ pub(super) fn of(command: &str) -> &'static [Example] {
         ],
         "limit" => &[
             ("List limits and usage of all users.", "loopengine limit"),
-            ("Limit the user ann to 200 devices until the daemon ends.", "loopengine limit ann 200"),
-            ("Restore the limit in the configuration.", "loopengine limit ann default"),
+            ("Limit user 1000 to 200 devices until the daemon ends.", "loopengine limit 1000 200"),
+            ("Restore the limit in the configuration.", "loopengine limit 1000 default"),
         ],
         "features" => &[
             ("Show what the kernel supports.", "loopengine features"),
@@ -249,7 +249,7 @@ pub(super) fn of(command: &str) -> &'static [Example] {
 }
 
 /// Files that a subcommand uses.
-pub(super) fn files(command: &str) -> &'static [(&'static str, &'static str)] {
+pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
     const SOCKET: (&str, &str) = (
         "/run/loopengine/control",
         "The control socket of the daemon (varlink interface io.loopengine). Only for root.",

@@ -69,8 +69,8 @@ fn visible(command: &clap::Command) -> clap::Command {
 
 /// Writes all manual pages to `dir`.
 pub fn man(dir: &Path) -> Result<()> {
-    for (name, text) in super::man::pages()? {
-        write(dir, &name, &text)?;
+    for (name, text) in super::pages::PAGES {
+        write(dir, name, text.as_bytes())?;
     }
     Ok(())
 }

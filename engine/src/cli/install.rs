@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 
-use super::{complete, man, mount_loop, out};
+use super::{complete, mount_loop, out, pages};
 
 const UNIT: &str = include_str!("../../share/systemd/loopengine.service");
 const SOCKET: &str = include_str!("../../share/systemd/loopengine.socket");
@@ -106,9 +106,9 @@ fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
         (settings.join("modprobe.d/loopengine.conf"), file(MODPROBE.as_bytes())),
     ]);
     let share = prefix.join("share");
-    for (name, text) in man::pages()? {
+    for (name, text) in pages::PAGES {
         let section = name.rsplit('.').next().unwrap_or("1");
-        items.insert(share.join(format!("man/man{section}")).join(&name), file(&text));
+        items.insert(share.join(format!("man/man{section}")).join(name), file(text.as_bytes()));
     }
     for (name, text) in complete::scripts() {
         let path = match name.as_str() {

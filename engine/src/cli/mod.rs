@@ -23,12 +23,12 @@ mod instance_mount;
 mod limit;
 mod list;
 pub mod losetup;
-mod man;
 mod mount;
 mod mount_loop;
 pub(crate) mod number;
 mod oci;
 mod out;
+pub mod pages;
 mod partitions;
 mod pool_options;
 mod recover;
@@ -114,7 +114,7 @@ enum Command {
 }
 
 /// The exit codes, for the manual pages.
-pub(crate) const EXIT_CODES: &[(u8, &str)] = &[
+pub const EXIT_CODES: &[(u8, &str)] = &[
     (0, "Success."),
     (1, "Input or output failed, or an internal error occurred."),
     (2, "The command line or an input is invalid."),
@@ -143,7 +143,7 @@ fn exit_code(kind: Kind) -> u8 {
 }
 
 /// The exit codes of commands that run another program, as with env(1), for the manual pages.
-pub(crate) const RUN_EXIT_CODES: &[(u8, &str)] = &[
+pub const RUN_EXIT_CODES: &[(u8, &str)] = &[
     (RUN_FAILED, "loopengine failed: it did not run the program, or could not detach its device."),
     (NOT_EXECUTABLE, "The program cannot be executed."),
     (COMMAND_NOT_FOUND, "The program was not found."),
@@ -164,7 +164,7 @@ fn cannot_run(program: &OsStr, error: io::Error) -> u8 {
 }
 
 /// The command line as a clap command.
-pub(crate) fn command() -> clap::Command {
+pub fn command() -> clap::Command {
     examples::add(Cli::command())
 }
 

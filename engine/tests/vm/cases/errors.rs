@@ -317,7 +317,7 @@ fn other_user(ctx: &Ctx) -> Res {
     ] {
         refused(&as_other(words)?, &[6], "")?;
     }
-    refused(&as_other(&["find", &image])?, &[3], "no device that this user may see")?;
+    refused(&as_other(&["find", &image])?, &[3], "no device that this user can see")?;
     // What this user can do, or what it would take.
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let doctor: serde_json::Value = serde_json::from_str(&as_other(&["doctor", "--json"])?.out)?;

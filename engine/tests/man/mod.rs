@@ -1,43 +1,37 @@
 //! Manual pages: one per subcommand, and one for the JSON output.
+//!
+//! The program only embeds the pages in `share/man`; the test `fresh` generates and compares them.
+
+use std::io;
 
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
+use loopengine::cli::pages::{self, Example};
+use loopengine::kernels;
 use zlink::idl;
-use zlink::introspect::CustomType;
-
-use crate::error::{Error, Result};
-use crate::instance::spec::*;
-use crate::kernels;
-use crate::private::Limit;
-use crate::sys::processes::Process;
-
-use super::create::ImageInfo;
-use super::doctor::{Check, Verdict};
-use super::list::{InstanceDevice, ListedPool, Listing, LoopDevice};
-use super::{EXIT_CODES, RUN_EXIT_CODES, examples};
 
 /// The footer of every page.
 const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
 
 /// Hand-written pages.
 const WRITTEN: &[(&str, &str)] = &[
-    ("loopengine-loopfs.7", include_str!("pages/loopengine-loopfs.7")),
-    ("mount.loop.8", include_str!("pages/mount.loop.8")),
+    ("loopengine-loopfs.7", include_str!("../../src/cli/pages/loopengine-loopfs.7")),
+    ("mount.loop.8", include_str!("../../src/cli/pages/mount.loop.8")),
 ];
 
 /// File names and contents of all pages.
-pub(super) fn pages() -> Result<Vec<(String, Vec<u8>)>> {
-    let mut command = super::command().disable_help_subcommand(true);
+pub fn generate() -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut command = pages::command().disable_help_subcommand(true);
     command.build();
-    let mut pages = Vec::new();
-    collect(&command, "", &mut pages).map_err(|error| Error::os(error, "cannot write a manual page"))?;
+    let mut all = Vec::new();
+    collect(&command, "", &mut all)?;
     let mut json = Vec::new();
-    json_page().to_writer(&mut json).map_err(|error| Error::os(error, "cannot write a manual page"))?;
-    pages.push(("loopengine-json.7".to_owned(), json));
+    json_page().to_writer(&mut json)?;
+    all.push(("loopengine-json.7".to_owned(), json));
     for (name, text) in WRITTEN {
-        pages.push(((*name).to_owned(), text.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes()));
+        all.push(((*name).to_owned(), text.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes()));
     }
-    Ok(pages)
+    Ok(all)
 }
 
 /// Each section that clap_mangen renders defines the apostrophe again; keeps the first definition.
@@ -56,7 +50,7 @@ fn clean_up(text: &[u8]) -> Vec<u8> {
     text.into_bytes()
 }
 
-fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>)>) -> std::io::Result<()> {
+fn collect(command: &clap::Command, path: &str, all: &mut Vec<(String, Vec<u8>)>) -> io::Result<()> {
     let name = match path {
         "" => "loopengine".to_owned(),
         path => format!("loopengine-{}", path.replace(' ', "-")),
@@ -79,10 +73,10 @@ fn collect(command: &clap::Command, path: &str, pages: &mut Vec<(String, Vec<u8>
         man.render_subcommands_section(&mut text)?;
     }
     more_sections(path).to_writer(&mut text)?;
-    pages.push((format!("{name}.1"), clean_up(&text)));
+    all.push((format!("{name}.1"), clean_up(&text)));
     for sub in subcommands {
         let path = format!("{path} {}", sub.get_name());
-        collect(sub, path.trim_start(), pages)?;
+        collect(sub, path.trim_start(), all)?;
     }
     Ok(())
 }
@@ -103,14 +97,14 @@ fn more_sections(path: &str) -> Roff {
             );
         }
     }
-    let files = examples::files(path);
+    let files = pages::files(path);
     if !files.is_empty() {
         roff.control("SH", ["FILES"]);
         for (file, means) in files {
             tagged(&mut roff, file, means);
         }
     }
-    section_examples(&mut roff, examples::of(path));
+    section_examples(&mut roff, pages::examples(path));
     roff.control("SH", ["SEE ALSO"]);
     let also = match path {
         "" => {
@@ -158,7 +152,7 @@ fn exit_status(roff: &mut Roff, path: &str) {
     roff.control("SH", ["EXIT STATUS"]);
     let text = match path {
         "" => {
-            for (code, means) in EXIT_CODES {
+            for (code, means) in pages::EXIT_CODES {
                 tagged(roff, &code.to_string(), means);
             }
             roff.control("PP", []);
@@ -166,7 +160,7 @@ fn exit_status(roff: &mut Roff, path: &str) {
                 "'run', 'instance open' and 'attach --run' exit with the status of the command that they run. \
                  On failure they exit with:",
             )]);
-            for (code, means) in RUN_EXIT_CODES {
+            for (code, means) in pages::RUN_EXIT_CODES {
                 tagged(roff, &code.to_string(), means);
             }
             return;
@@ -191,13 +185,15 @@ fn exit_status(roff: &mut Roff, path: &str) {
     roff.text([roman(text)]);
 }
 
-fn section_examples(roff: &mut Roff, examples: &[examples::Example]) {
+fn section_examples(roff: &mut Roff, examples: &[Example]) {
     if examples.is_empty() {
         return;
     }
     roff.control("SH", ["EXAMPLES"]);
-    for (does, line) in examples {
-        roff.control("PP", []);
+    for (index, (does, line)) in examples.iter().enumerate() {
+        if index > 0 {
+            roff.control("PP", []);
+        }
         roff.text([roman(*does)]);
         roff.control("RS", ["4"]);
         roff.control("nf", []);
@@ -309,27 +305,6 @@ fn configuration(roff: &mut Roff) {
     }
 }
 
-/// All types in the output of `--json`, with their descriptions.
-const TYPES: &[&idl::CustomType<'static>] = &[
-    InstanceInfo::CUSTOM_TYPE,
-    Listing::CUSTOM_TYPE,
-    InstanceDevice::CUSTOM_TYPE,
-    ListedPool::CUSTOM_TYPE,
-    LoopDevice::CUSTOM_TYPE,
-    Process::CUSTOM_TYPE,
-    DeviceInfo::CUSTOM_TYPE,
-    ImageInfo::CUSTOM_TYPE,
-    IoMode::CUSTOM_TYPE,
-    FrontendKind::CUSTOM_TYPE,
-    DeviceState::CUSTOM_TYPE,
-    DeviceStats::CUSTOM_TYPE,
-    LatencySummary::CUSTOM_TYPE,
-    Limit::CUSTOM_TYPE,
-    Features::CUSTOM_TYPE,
-    Check::CUSTOM_TYPE,
-    Verdict::CUSTOM_TYPE,
-];
-
 fn json_page() -> Roff {
     const PRINTED: &[(&str, &str)] = &[
         ("loopengine attach", "One DeviceInfo."),
@@ -358,7 +333,7 @@ fn json_page() -> Roff {
     roff.control("PP", []);
     roff.text([roman("Later versions may add fields. They do not rename, remove or redefine fields. An optional field is null or absent if it has no value. The control socket uses the same types.")]);
     roff.control("SH", ["TYPES"]);
-    for described in TYPES {
+    for described in pages::JSON_TYPES {
         roff.control("SS", [described.name().as_str()]);
         match described {
             idl::CustomType::Object(object) => {
@@ -378,7 +353,7 @@ fn json_page() -> Roff {
             }
         }
     }
-    section_examples(&mut roff, examples::of("json"));
+    section_examples(&mut roff, pages::examples("json"));
     roff.control("SH", ["SEE ALSO"]);
     roff.text([roman("loopengine(1), loopengine-list(1), loopengine-stats(1), jq(1)")]);
     roff
