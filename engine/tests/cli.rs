@@ -1,4 +1,4 @@
-//! The program itself: against a daemon without ublk, and (in `cli/*.trycmd`) without any daemon.
+//! The program: with a fake daemon, and (in `cli/*.trycmd`) without one.
 
 mod support;
 
@@ -96,7 +96,7 @@ fn bad_images_do_not_reach_the_daemon() {
     assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n");
 }
 
-/// What cannot be mounted is refused by what is in it, before the daemon hears of it.
+/// An image that cannot be mounted is refused for its content, before a call to the daemon.
 #[test]
 fn mount_looks_first() {
     use std::os::unix::fs::FileExt;
@@ -142,7 +142,7 @@ fn mount_looks_first() {
         ("squashfs.img dir", 8, "cannot reach the daemon"),
     ];
     for (words, code, says) in cases {
-        // Only root needs no program that may not be here.
+        // Users other than root need a FUSE driver, which may be missing.
         if *code == 8 && !rustix::process::geteuid().is_root() {
             eprintln!("skipped: {words}: not root");
             continue;
@@ -242,7 +242,7 @@ fn a_device_in_use_needs_force() {
     assert_eq!(ok(&daemon.run(&["detach", "--force", "--all"])), "/run/fake/default/loop0\n");
 }
 
-/// The keys and types of all that `--json` prints: scripts read them.
+/// The keys and types of the `--json` output, which scripts depend on.
 #[test]
 fn json_has_a_schema() {
     let daemon = Daemon::start();
@@ -407,7 +407,7 @@ fn create_makes_images() {
         ok(&ran);
         assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 2 << 20);
     }
-    // More than any file system has: refused, and nothing left behind.
+    // More than any file system has: refused, and the file is removed.
     let huge = path.with_file_name("huge.img");
     let ran = daemon.run(&["create", "huge.img", "--size", "7E", "--preallocate"]);
     assert!(ran.code != 0 && ran.err.matches('\n').count() == 1, "{ran:?}");

@@ -1,4 +1,4 @@
-//! What shells complete: the real script in a real bash, which asks the program, which asks a daemon.
+//! Shell completion: the real script in a real bash, with a fake daemon.
 
 mod support;
 
@@ -12,7 +12,7 @@ use support::Daemon;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_loopengine");
 
-/// What bash would offer for the last word; options only where it is one. None: there is no bash.
+/// The candidates of bash for the last word; options only if it starts with a dash. None: no bash.
 fn offered(run_dir: &Path, words: &[&str]) -> Option<Vec<String>> {
     const ASK: &str = "source \"$1\"; shift; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_TYPE=9; \
                        _clap_complete_loopengine loopengine \"${@: -1}\" ''; printf '%s\\n' \"${COMPREPLY[@]}\"";
@@ -81,7 +81,7 @@ fn omits_hidden_commands() {
     assert!(offered(dir.path(), &["attach", "--read"]).unwrap().iter().any(|word| word == "--read-only"));
 }
 
-/// A daemon that takes connections and never answers; and one that is not there.
+/// A daemon that accepts connections and never answers, and no daemon.
 #[test]
 fn returns_within_a_timeout() {
     let dir = tempfile::tempdir().unwrap();

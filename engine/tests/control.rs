@@ -161,7 +161,7 @@ fn limits_connections() {
     });
 }
 
-/// Sends `message`, answers what comes back.
+/// Sends `message`, and returns the reply.
 fn raw(daemon: &Daemon, message: &str) -> String {
     let mut socket = UnixStream::connect(daemon.run_dir().join(SOCKET)).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -200,14 +200,14 @@ fn refuses_invalid_calls() {
     let call = String::from_utf8(codec::encode_attach(&spec).unwrap()).unwrap();
     let answer = raw(&daemon, &call);
     assert!(answer.contains("io.loopengine.Invalid") && answer.contains("0 file"), "{answer}");
-    // Taking devices away has no default.
+    // `Detach` needs exactly one of its parameters.
     for parameters in ["{}", r#"{"device":"loop0","all":true}"#, r#"{"device":"loop0","instance":"default"}"#]
     {
         let call = format!(r#"{{"method":"io.loopengine.Detach","parameters":{parameters}}}"#);
         let answer = raw(&daemon, &call);
         assert!(answer.contains("io.loopengine.Invalid"), "{answer}");
     }
-    // What is no call ends its connection, and no other.
+    // An invalid message closes its own connection only.
     for message in ["", "nonsense", "{}", "[1]", "{\"method\":1}"] {
         raw(&daemon, message);
     }
@@ -224,11 +224,11 @@ fn refuses_other_users() {
     let open = |path: std::path::PathBuf, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     };
-    // With the mode of the socket opened up, the credentials are what is left.
+    // With an open mode of the socket, only the check of credentials refuses.
     open(daemon.run_dir(), 0o755);
     open(daemon.run_dir().parent().unwrap().to_owned(), 0o755);
     open(daemon.run_dir().join(SOCKET), 0o666);
-    // The program lies where others may not look; a copy of it does not.
+    // Other users cannot search the program's directory, so they run a copy.
     let program = daemon.run_dir().join("loopengine");
     std::fs::copy(env!("CARGO_BIN_EXE_loopengine"), &program).unwrap();
     open(program.clone(), 0o755);
@@ -256,7 +256,7 @@ fn reports_a_dead_daemon() {
     let missing = connect();
     assert_eq!(missing.kind(), Kind::Unavailable);
     assert_eq!(missing.next_step(), Some("start it with 'loopengine serve'"));
-    // A socket that nobody listens on any more.
+    // A socket without a listener.
     drop(std::os::unix::net::UnixListener::bind(dir.path().join(SOCKET)).unwrap());
     let refused = connect();
     assert_eq!(refused.kind(), Kind::Unavailable);

@@ -1,6 +1,6 @@
-//! What is generated and kept in the repository is what would be generated now.
+//! Generated files in the repository are up to date.
 //!
-//! `UPDATE=1 cargo test --test fresh` writes it anew.
+//! `UPDATE=1 cargo test --test fresh` regenerates them.
 
 mod man;
 mod support;
@@ -72,7 +72,7 @@ fn completions() {
     compare("share/completions", dir.path());
 }
 
-/// What a running daemon says of itself is what the interface files say.
+/// The interface description of a running daemon equals the interface files.
 #[test]
 fn interface() {
     let daemon = support::Daemon::start();
@@ -102,7 +102,7 @@ fn private_interface() {
     registry.shutdown();
 }
 
-/// An interface can be described without any.
+/// A source without pools.
 struct NoPools;
 
 impl PoolSource for NoPools {
@@ -132,12 +132,12 @@ fn described(socket: &Path, interface: &str, file: &str) {
         fs::write(&file, laid_out(text)).unwrap();
     }
     let have = fs::read_to_string(&file).unwrap_or_default();
-    // White space aside: the description of zlink has none to spare.
+    // Ignores white space, which the description of zlink lacks.
     let dense = |text: &str| text.split_whitespace().collect::<String>();
     assert!(dense(text) == dense(&have), "run 'UPDATE=1 cargo test --test fresh'");
 }
 
-/// One field a line, comments above what they describe.
+/// Formats one field per line, with comments above.
 fn laid_out(text: &str) -> String {
     let text = text.replace("(#", "(\n#").replace(", #", ",\n#").replace("#  ", "# ");
     let mut out = String::new();
@@ -163,7 +163,7 @@ fn laid_out(text: &str) -> String {
 fn the_example_configuration_is_valid() {
     let text = fs::read_to_string(kept("share/loopengine.toml")).unwrap();
     loopengine::config::Config::parse(&text, "as it is").unwrap();
-    // What is commented out as an example, too.
+    // Including commented examples.
     let lines = text.lines().map(|line| match line.strip_prefix('#') {
         Some(rest) if !rest.starts_with([' ', '#']) => rest,
         _ => line,

@@ -1,5 +1,5 @@
-//! Clients that mean harm, or are careless, beside root and a neighbour who are to notice nothing: the
-//! real `loopengine serve` (files instead of block devices). Needs root and FUSE; skips itself elsewhere.
+//! Hostile and careless clients must not affect root and a neighbour: the real `loopengine serve`,
+//! with files instead of block devices. Needs root and FUSE; is skipped elsewhere.
 
 #[path = "support/silent.rs"]
 mod silent;
@@ -21,7 +21,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const HOSTILE: u32 = 65_501;
 const NEIGHBOUR: u32 = 65_502;
-/// What everybody else may wait for an answer at the most.
+/// Maximum latency of a call of other clients.
 const SOON: Duration = Duration::from_secs(2);
 const LIST: &[u8] = b"{\"method\":\"io.loopengine.Private.List\",\"parameters\":{}}\0";
 
@@ -76,7 +76,8 @@ impl Daemon {
         socket
     }
 
-    /// Root at the control socket and a neighbour at the other: each is answered soon.
+    /// Checks that root, on the control socket, and a neighbour, on the private one, get replies
+    /// soon.
     fn serves_others(&self, why: &str) {
         let root = timed(|| block_on(async { Client::connect(&self.run_dir()).await?.instances().await }));
         assert!(root < SOON, "{why}: root waited for {root:?}: {}", self.log());
@@ -121,8 +122,8 @@ fn timed<T>(work: impl FnOnce() -> loopengine::Result<T>) -> Duration {
     started.elapsed()
 }
 
-/// A thread has credentials of its own, as far as the kernel is concerned. The real user stays, which may
-/// still signal the daemon.
+/// To the kernel, a thread has credentials of its own. The real user stays, and may still signal
+/// the daemon.
 fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
     let work = move || {
         // SAFETY: takes integers, and changes the calling thread only, which ends with this.
@@ -144,7 +145,7 @@ fn send(to: &UnixStream, text: &[u8], files: &[impl AsFd]) -> rustix::io::Result
     sendmsg(to, &[IoSlice::new(text)], &mut beside, SendFlags::NOSIGNAL)
 }
 
-/// Sockets whose last close waits for a peer that reads nothing.
+/// Sockets whose last close blocks on a peer that reads nothing.
 struct Slow(TcpListener);
 
 impl Slow {
@@ -152,7 +153,7 @@ impl Slow {
         Slow(TcpListener::bind("127.0.0.1:0").unwrap())
     }
 
-    /// One that can be sent away, and what keeps its close waiting.
+    /// A socket to send, and the peer that blocks its close.
     fn file(&self) -> (OwnedFd, TcpStream) {
         let mut socket = TcpStream::connect(self.0.local_addr().unwrap()).unwrap();
         let (peer, _) = self.0.accept().unwrap();
@@ -164,7 +165,7 @@ impl Slow {
     }
 }
 
-/// Every way by which a descriptor comes that nobody asked for.
+/// Every way to send an unexpected descriptor.
 #[test]
 fn serves_others_while_a_descriptor_does_not_close() {
     let Some(daemon) = Daemon::start() else { return };
@@ -189,7 +190,7 @@ fn serves_others_while_a_descriptor_does_not_close() {
                 files.push(file);
                 kept.push(peer);
             }
-            // The daemon's are to be the last ones.
+            // The daemon has the last reference.
             daemon.signal(Signal::STOP);
             send(&socket, text, &files).unwrap();
             drop(files);
@@ -204,7 +205,7 @@ fn serves_others_while_a_descriptor_does_not_close() {
     daemon.ends(Duration::from_secs(20));
 }
 
-/// Nor the end of the daemon: the kernel would wait for the answer for ever, SIGKILL or not.
+/// The end of the daemon neither: even after SIGKILL the kernel would wait for the reply for ever.
 #[test]
 fn ends_while_a_file_system_answers_no_flush() {
     let Some(daemon) = Daemon::start() else { return };
@@ -221,7 +222,7 @@ fn ends_while_a_file_system_answers_no_flush() {
     daemon.ends(Duration::from_secs(15));
 }
 
-/// What lies unread in a socket is closed with the socket.
+/// Descriptors that are unread in a socket are closed with the socket.
 #[test]
 fn serves_others_despite_descriptors_after_a_call() {
     let Some(daemon) = Daemon::start() else { return };
@@ -290,7 +291,7 @@ fn refuses_at_once_whatever_was_sent() {
         }
         drop(held);
     });
-    // Nobody waits for those who are refused, however many.
+    // Refused clients delay nobody, however many there are.
     let flood = as_user(HOSTILE, || (0..300).map(|_| daemon.connect()).collect::<Vec<_>>());
     daemon.serves_others("300 connections of one user");
     drop(flood);
@@ -303,7 +304,7 @@ fn keeps_connections_for_other_users() {
         .map(|user| {
             as_user(65_510 + user, || {
                 let sockets = (0..16).map(|_| daemon.connect()).collect::<Vec<_>>();
-                // Begun, and never ended.
+                // A message that never ends.
                 sockets.iter().for_each(|mut socket| drop(socket.write_all(b"{")));
                 sockets
             })

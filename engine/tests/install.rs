@@ -1,4 +1,4 @@
-//! `loopengine install` and the helper of mount(8): the program itself, in directories of its own.
+//! `loopengine install` and the helper of mount(8), in temporary directories.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -37,7 +37,7 @@ impl Root {
         self.0.path().join(path.trim_start_matches('/'))
     }
 
-    /// All that is there, directories as well.
+    /// All files, including directories.
     fn all(&self) -> BTreeSet<PathBuf> {
         fn walk(at: &Path, found: &mut BTreeSet<PathBuf>) {
             for entry in fs::read_dir(at).unwrap() {
@@ -109,7 +109,7 @@ fn installs_and_removes_all_files() {
     root.fails(&["--uninstall"], 3, "nothing was installed");
 }
 
-/// Each setting of the unit that gives the service a mount namespace, as systemd.exec(5) has them.
+/// Settings of the unit that give the service a mount namespace, from systemd.exec(5).
 #[test]
 fn drop_in_disables_options_that_hide_files() {
     const HIDES: [&str; 18] = [
@@ -161,7 +161,7 @@ fn systemd_accepts_the_units() {
         return;
     };
     let said = String::from_utf8_lossy(&ran.stderr);
-    // Of the machine's own units, and of the program, which is not in /usr here, it may say what it likes.
+    // Ignores messages on the machine's own units, and on the program, which is not in /usr here.
     let ours = |line: &&str| line.contains("loopengine") && !line.contains("is not executable");
     let complaints: Vec<&str> = said.lines().filter(ours).collect();
     assert!(complaints.is_empty(), "{said}");
@@ -173,7 +173,7 @@ fn keeps_foreign_files() {
     let foreign = root.at("/etc/modprobe.d/loopengine.conf");
     fs::create_dir_all(foreign.parent().unwrap()).unwrap();
     let before = root.all();
-    // A link as well, whatever it leads to: it is not written through.
+    // A link too: its target is not written.
     let victim = root.at("/victim");
     for link in [false, true] {
         let _ = fs::remove_file(&foreign);
@@ -205,7 +205,7 @@ fn keeps_changed_files() {
 fn replaces_an_older_version() {
     let root = Root::new();
     root.ok(&[]);
-    // As if an older version had placed another page, and one that is no more.
+    // As after an older version that installed another page, and one that no longer exists.
     let record = root.at("/usr/local/share/loopengine/installed");
     let page = root.at("/usr/local/share/man/man1/loopengine-list.1");
     let text = fs::read_to_string(&record).unwrap();
@@ -232,7 +232,7 @@ fn supports_other_prefixes() {
     root.fails(&["--prefix", "usr"], 2, "not an absolute path");
 }
 
-/// The helper as mount(8) calls it; without a daemon.
+/// Runs the helper as mount(8) does, without a daemon.
 #[test]
 fn installs_the_mount_helper() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! `loopengine list --all`, `find` and `detach IMAGE`: the real program and both sockets, over an engine that
-//! only keeps books and pools that say what the test wants. Needs root; skips itself elsewhere.
+//! `loopengine list --all`, `find` and `detach IMAGE`: the real program and both sockets, over a
+//! fake engine and fake pools. Needs root; is skipped elsewhere.
 
 mod support;
 
@@ -129,7 +129,7 @@ impl Daemon {
         }
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        // A plain user must get to it.
+        // A plain user must be able to search it.
         fs::copy(env!("CARGO_BIN_EXE_loopengine"), dir.path().join("loopengine")).unwrap();
         let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
         let (control, private) = (run_dir.bind().unwrap(), run_dir.bind_private().unwrap());
@@ -178,7 +178,7 @@ impl Daemon {
         serde_json::from_str(ok(&self.run(uid, &words))).unwrap()
     }
 
-    /// A tenant: a pool, and the process that has it.
+    /// A tenant: a pool and its process.
     fn tenant(&mut self, uid: u32, name: &str) -> u32 {
         let script = ["sh", "-c", "echo up; exec sleep 1000"];
         let words: Vec<&str> = ["instance", "open", "--name", name, "--"].into_iter().chain(script).collect();
@@ -193,7 +193,7 @@ impl Daemon {
         assert_eq!(line, "up\n");
         let pid = child.id();
         self.children.push(child);
-        // It says so before it has become the program that stays.
+        // The line precedes the exec of the program that stays.
         let is_there = || fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() == "sleep\n";
         while !is_there() {
             std::thread::sleep(std::time::Duration::from_millis(5));
@@ -227,7 +227,7 @@ fn fails(ran: &Ran, code: i32, says: &str) {
     assert_eq!(ran.err.matches('\n').count(), 1, "one line: {ran:?}");
 }
 
-/// The cells of the row that begins like this, without its age.
+/// The cells of the row with this beginning, without its age.
 fn row(table: &str, start: &str) -> Vec<String> {
     let line =
         table.lines().find(|line| line.split_whitespace().collect::<Vec<_>>().join(" ").starts_with(start));
@@ -244,7 +244,7 @@ fn root_sees_every_device_pool_and_tenant() {
     let image = daemon.image("a.img");
     ok(&daemon.run(0, &["attach", "a.img"]));
     let (own, plain) = (daemon.tenant(0, "ci"), daemon.tenant(PLAIN, "p"));
-    // The disk of loop0 is mounted where nobody else looks.
+    // The disk of loop0 is mounted in another namespace.
     let dir = daemon.dir.path().join("mnt");
     fs::create_dir(&dir).unwrap();
     let script = "mount -t tmpfs x mnt && stat -c %d mnt >number && echo up && exec sleep 1000";
@@ -286,14 +286,14 @@ fn root_sees_every_device_pool_and_tenant() {
     assert_eq!((&first["offsetBytes"], &first["readOnly"]), (&512.into(), &true.into()));
     assert_eq!(second["image"], Value::Null);
 
-    // A tenant that is gone is not shown.
+    // An ended tenant is not listed.
     let mut child = daemon.children.remove(1);
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(daemon.json(0, &["list", "--all"])["pools"][1]["process"], Value::Null);
 }
 
-/// The keys of all that '--json' prints here: scripts read them.
+/// The keys of the '--json' output, which scripts depend on.
 #[test]
 fn json_has_a_schema() {
     let Some(mut daemon) = Daemon::start() else { return };
@@ -335,7 +335,7 @@ fn users_see_their_own_pools() {
         assert_eq!(listed.out.lines().count(), 2, "{listed:?}");
     }
     fails(&daemon.run(PLAIN, &["list", "--instance", "default"]), 6, "loopengine: ");
-    // What root lists without a word is what it was.
+    // The output of a plain 'list' of root is unchanged.
     assert!(daemon.json(0, &["list"]).is_array());
 }
 
@@ -377,7 +377,7 @@ fn finds_images_by_identity() {
     fails(&daemon.run(0, &["find", "other.img"]), 3, "other.img has no device");
     fails(&daemon.run(PLAIN, &["find", "a.img"]), 3, "no device that this user can see");
     fails(&daemon.run(0, &["find", "none.img"]), 3, "none.img does not exist");
-    // A name that is gone is the name still.
+    // A removed path still matches.
     fs::remove_file(&image).unwrap();
     assert_eq!(daemon.json(0, &["find", "a.img"])["devices"][0]["device"]["number"], 0);
 }
@@ -395,7 +395,7 @@ fn detaches_an_image_with_one_device() {
     ok(&daemon.run(0, &["attach", "-r", "a.img"]));
     let says = "a.img is attached as default/loop0, default/loop1; give one of these device names";
     fails(&daemon.run(0, &["detach", "a.img"]), 2, says);
-    // A file that is called like a device does not hide the device.
+    // A file with the name of a device does not hide the device.
     fs::create_dir(image.with_file_name("default")).unwrap();
     daemon.image("default/loop1");
     assert_eq!(ok(&daemon.run(0, &["detach", "default/loop1"])), "/run/fake/default/loop1\n");
@@ -412,7 +412,7 @@ fn detaches_an_image_with_one_device() {
     fails(&daemon.run(PLAIN, &["detach", "b.img"]), 4, &says);
 }
 
-/// With pools there to be had, whatever the kernel of this machine.
+/// With a daemon that offers pools, on any kernel.
 #[test]
 fn doctor_tells_users_what_works() {
     let Some(daemon) = Daemon::start() else { return };

@@ -1,4 +1,4 @@
-//! `loopengine losetup` against the losetup of this machine, and against a pool that only pretends.
+//! `loopengine losetup`, compared with this machine's losetup, and on a fake pool.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -12,7 +12,7 @@ use loopengine::loops::{
     Answer, Bound, DeviceEntry, Errno, LoopConfig, LoopInfo, LoopOp, LoopReply, LoopStatus, NAME_BYTES, flag,
 };
 
-/// What a run printed, and its exit code.
+/// The output of a run, and its exit code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Ran {
     out: String,
@@ -20,7 +20,7 @@ struct Ran {
     code: i32,
 }
 
-/// Loop devices in memory.
+/// A fake pool in memory.
 #[derive(Default)]
 struct Fake {
     entries: BTreeMap<u32, (DeviceEntry, Option<LoopStatus>)>,
@@ -210,7 +210,7 @@ fn skipped(why: &str) {
     println!("skipped: {why}");
 }
 
-/// losetup of this machine, if it is one that we know.
+/// losetup of this machine, if it is a known version.
 fn real(words: &[&str]) -> Option<Ran> {
     let command = Command::new("losetup").args(words).env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).output();
     let Ok(output) = command else {
@@ -225,7 +225,7 @@ fn real(words: &[&str]) -> Option<Ran> {
     })
 }
 
-/// Loop devices of the kernel, detached in the end.
+/// Loop devices of the kernel, which a drop detaches.
 struct Kernel(Vec<String>);
 
 impl Kernel {
@@ -240,7 +240,7 @@ impl Kernel {
         Some(name)
     }
 
-    /// The same devices as sysfs knows them.
+    /// The same devices in sysfs.
     fn pool(&self) -> Fake {
         let mut fake = Fake::of(0);
         for name in &self.0 {
@@ -333,7 +333,7 @@ fn prints_what_losetup_prints() {
         &["-J", "-O", "NAME,BACK-INO,BACK-FILE,PARTSCAN"],
     ];
     for words in tables {
-        // One line: to the byte.
+        // One line: equal byte by byte.
         for more in [&["-j", odd.as_str()][..], &["-j", &long]] {
             let words = [words, more].concat();
             assert_eq!(pool.ran(&words), real(&words).unwrap(), "{words:?}");
@@ -343,7 +343,7 @@ fn prints_what_losetup_prints() {
         assert_eq!(pool.ran(&words), real(&words).unwrap(), "{words:?}");
     }
     for words in tables.iter().filter(|words| !words.contains(&"-J")) {
-        // Losetup's order is that of a directory.
+        // losetup lists in directory order.
         let words = [words, &["-j", plain.as_str()][..]].concat();
         assert_eq!(sorted(&pool.ran(&words)), sorted(&real(&words).unwrap()), "{words:?}");
     }
@@ -476,7 +476,7 @@ fn changes_devices() {
     pool.fails(&["-c", "loop0"], "/dev/loop0: set capacity failed: Invalid argument");
     pool.fails(&["--direct-io", "loop0"], "/dev/loop0: set direct io failed: Invalid argument");
     pool.fails(&["-b", "3", "loop0"], "/dev/loop0: set logical block size failed: Invalid argument");
-    // Who may not ask for the status sees less.
+    // Without permission for the status, losetup prints less.
     pool.fails = vec![("status", Errno::PERM)];
     pool.does(&["-a"], &format!("/dev/loop0: []: ({image})\n"));
 }

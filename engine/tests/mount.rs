@@ -1,6 +1,6 @@
-//! `loopengine mount` where no private device can be had: programs of FUSE get the image itself.
+//! `loopengine mount` without private devices: FUSE drivers mount the image itself.
 //!
-//! Runs the programs that are installed, and needs /dev/fuse. With devices: `private::onestep` of the VM.
+//! Runs the installed drivers, and needs /dev/fuse. With devices: `private::onestep` in the VM.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -20,7 +20,7 @@ struct Ran {
 }
 
 impl Bed {
-    /// None: something is not here; why is said.
+    /// None: something is missing; prints what.
     fn new(programs: &[&str]) -> Option<Bed> {
         if let Err(error) = File::options().read(true).write(true).open("/dev/fuse") {
             eprintln!("skipped: cannot open /dev/fuse: {error}");
@@ -50,7 +50,7 @@ impl Bed {
     fn run(&self, words: &str) -> Ran {
         let mut command = Command::new(env!("CARGO_BIN_EXE_loopengine"));
         command.args(words.split(' ')).current_dir(self.dir.path());
-        // What `--open` looks for.
+        // The program that `--open` runs.
         command.env("XDG_RUNTIME_DIR", self.path("session"));
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{}:{path}", self.path("bin").display()));
@@ -69,7 +69,7 @@ impl Bed {
         assert_eq!(ran.err.matches('\n').count(), 1, "one line: {}", ran.err);
     }
 
-    /// Type and source of what is mounted on it.
+    /// Type and source of the mount on it.
     fn mounted(&self, name: &str) -> Option<(String, String)> {
         let table = fs::read_to_string("/proc/self/mounts").unwrap();
         let dir = self.path(name);
@@ -82,7 +82,7 @@ impl Bed {
 
 impl Drop for Bed {
     fn drop(&mut self) {
-        // What a failed test leaves.
+        // Left by a failed test.
         for name in [
             "dir",
             "dir2",
@@ -141,7 +141,7 @@ fn replays_a_journal_on_request() {
     bed.shell("e2fsck -fn a");
 }
 
-/// As fuse2fs 1.47 does when the journal needs recovery: it says that all is well, and dies.
+/// As fuse2fs 1.47 does if the journal needs recovery: it reports success, and dies.
 #[test]
 fn fails_if_the_driver_dies() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "pgrep"]) else { return };
@@ -188,7 +188,7 @@ fn mounts_one_or_all_partitions() {
         fs::read_dir(bed.path("dir")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["7"], "what it made, and no more");
     bed.shell("dd if=disk of=one bs=1M skip=1 count=16 conv=notrunc; e2fsck -fn one");
-    // One that fails keeps nothing else from it, and is told.
+    // A failure is reported, and does not prevent the others.
     bed.refused_after("mount --all --fuse squashfs=squashfuse,ext4=false disk dir", "partition 1: ");
     assert_eq!((bed.mounted("dir/1"), bed.path("dir/1").exists()), (None, false));
     assert!(bed.mounted("dir/2").is_some());
@@ -197,7 +197,7 @@ fn mounts_one_or_all_partitions() {
     bed.refused("mount --all one dir", &["one has no partitions", "without --all"]);
 }
 
-/// As a desktop does it: one file system, or all partitions.
+/// As on a desktop: one file system, or all partitions.
 #[test]
 fn opens_an_image() {
     let Some(bed) = Bed::new(&["fuse2fs", "mkfs.ext4", "sfdisk", "e2fsck"]) else { return };
@@ -224,7 +224,7 @@ fn opens_an_image() {
 }
 
 impl Bed {
-    /// The same, after remarks.
+    /// The same, after warnings.
     fn refused_after(&self, words: &str, says: &str) {
         let ran = self.run(words);
         assert!(ran.code != 0 && ran.err.lines().last().unwrap().contains(says), "{words}: {}", ran.err);
@@ -270,7 +270,7 @@ fn hints_match_the_error() {
         within,
         &["fuseiso cannot mount a part of a file", "cannot reach the daemon", "'dd if=part "],
     );
-    // A name that would be an option is none.
+    // A name with a leading dash is not an option.
     bed.shell("cp a a,suid");
     bed.works(&format!("mount {EXT4} a,suid dir"));
     assert!(bed.mounted("dir").is_some_and(|(_, source)| !source.contains("suid")));

@@ -1,5 +1,5 @@
-//! `loopengine run` and the socket for private pools: the real program, the real registry, and a
-//! stand-in for pools, whose nodes are there but lead nowhere. Needs root; skips itself elsewhere.
+//! `loopengine run` and the private socket: the real program, the real registry, and fake pools,
+//! whose nodes have no device. Needs root; is skipped elsewhere.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -25,7 +25,7 @@ use tokio::sync::watch;
 /// A user that is not root.
 const PLAIN: u32 = 65534;
 
-/// Major 259 as ublk has it; the minors lead nowhere.
+/// Major 259, as for ublk; the minors have no device.
 fn rdev(minor: u32) -> u64 {
     makedev(259, 7000 + minor)
 }
@@ -42,7 +42,7 @@ fn entry(number: u32) -> DeviceEntry {
     }
 }
 
-/// Pools whose devices are what the test says.
+/// A source of fake pools.
 #[derive(Clone, Default)]
 struct Fake {
     pools: Arc<Mutex<Vec<Arc<FakePool>>>>,
@@ -112,7 +112,7 @@ impl PoolHandle for FakePool {
         self.entries.lock().unwrap().clone()
     }
 
-    /// Knows lists, and how to bind one device after the other.
+    /// Supports lists, and binds one device after the other.
     fn operate(&self, asked: &OperationRequest, file: Option<OwnedFd>) -> OperationResult {
         let mut outcome = OperationResult::default();
         match (asked.operation, file) {
@@ -152,7 +152,7 @@ impl FakePool {
     }
 }
 
-/// Answers every call ENXIO, as an unbound device does, until nobody can call any more.
+/// Fails every call with ENXIO, as an unbound device does, until the last caller is gone.
 fn refuse(listener: &OwnedFd) {
     const RECEIVE: libc::Ioctl = 0xc050_2100;
     const SEND: libc::Ioctl = 0xc018_2101;
@@ -188,7 +188,7 @@ impl Daemon {
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
-        // Whatever directory it is in, a plain user must get to it.
+        // A plain user must be able to search it.
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
         let listener = run_dir.bind_private().unwrap();
@@ -212,11 +212,12 @@ impl Daemon {
         self.dir.path().join("run")
     }
 
-    /// The program, which a plain user can reach.
+    /// A copy of the program that a plain user can run.
     fn program(&self, uid: u32) -> Command {
         let copy = self.dir.path().join("loopengine");
         if !copy.exists() {
-            // By another process: this one forks elsewhere, and a file open for writing cannot be run.
+            // By another process: a concurrent fork of this one would inherit the file open for
+            // writing.
             let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_loopengine")).arg(&copy).status();
             assert!(copied.unwrap().success());
         }
@@ -270,7 +271,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 #[test]
 fn a_command_sees_only_its_own_devices() {
     let Some(daemon) = Daemon::start() else { return };
-    // Other tests mount elsewhere at the same time.
+    // Other tests mount elsewhere concurrently.
     let mounts = || -> Vec<String> {
         let all = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let is_there = |line: &&str| {
@@ -409,7 +410,7 @@ fn a_pool_ends_with_its_last_process() {
     eventually("nothing is left in the table", || {
         daemon.registry.list(loopengine::private::Caller { uid: 0, gid: 0, pid: None }).is_empty()
     });
-    // Killed: within a second.
+    // After SIGKILL: within a second.
     let mut child = daemon.program(0).args(["run", "--", "sleep", "60"]).spawn().unwrap();
     eventually("it runs", || daemon.pool().listener.lock().unwrap().is_some());
     child.kill().unwrap();
@@ -441,7 +442,7 @@ fn enforces_limits_that_root_changes() {
     assert_eq!(run("13").status.code(), Some(125));
 }
 
-/// As 'loopengine limit' shows them, by name and number.
+/// The output of 'loopengine limit', by name and number.
 #[test]
 fn applies_limits_of_the_configuration() {
     let Some(daemon) = Daemon::start() else { return };
@@ -500,7 +501,7 @@ fn users_access_only_their_own_pools() {
     assert_eq!(names(root), ["a", "65534.a", "c"]);
     assert_eq!(names(plain), ["65534.a", "c"]);
     assert_eq!(registry.close("a", true, plain).unwrap_err().kind(), Kind::NotFound);
-    // A file that is no listener of a filter never comes near a supervisor.
+    // A file that is no listener never reaches a supervisor.
     let file: OwnedFd = File::open("/dev/null").unwrap().into();
     let namespace: OwnedFd = File::open("/proc/self/ns/user").unwrap().into();
     let refused = registry.supervise("a", file, namespace, None, root).unwrap_err();
@@ -542,14 +543,14 @@ fn losetup_works_over_the_socket() {
     assert_eq!(out(&losetup(0, &["--pool", "65534.p", "-a"])), line);
     let table = losetup(PLAIN, &["-n", "-O", "NAME,LOG-SEC,BACK-FILE"]);
     assert_eq!(out(&table), format!("65534.p/loop0    4096 {image}\n"));
-    // An errno comes back as losetup says it, and so does a wrong option.
+    // Errnos and wrong options are reported as by losetup.
     let says = "losetup: 65534.p/loop0: detach failed: Device or resource busy";
     fails(losetup(PLAIN, &["-d", "loop0"]), 1, says);
     let wrong = losetup(PLAIN, &["--nothing"]);
     assert_eq!(wrong.status.code(), Some(1));
     let text = "losetup: unrecognized option '--nothing'\nTry 'losetup --help' for more information.\n";
     assert_eq!(String::from_utf8_lossy(&wrong.stderr), text);
-    // Of others' pools nothing can be told.
+    // Pools of others are invisible.
     for name in ["r", "none"] {
         fails(losetup(PLAIN, &["--pool", name, "-a"]), 3, &format!("no private pool \"{name}\""));
     }
@@ -557,7 +558,7 @@ fn losetup_works_over_the_socket() {
     fails(losetup(PLAIN, &["-a"]), 2, "65534.p, 65534.q");
     let chosen = daemon.program(PLAIN).args(["losetup", "-a"]).env("LOOPENGINE_POOL", "65534.p").output();
     assert_eq!(out(&chosen.unwrap()), line);
-    // One descriptor, and no more.
+    // At most one descriptor.
     block_on(async {
         let mut client = PrivateClient::connect(&daemon.run_dir()).await.unwrap();
         let list = OperationRequest::of(Operation::List);

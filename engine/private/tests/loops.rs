@@ -1,4 +1,4 @@
-//! The room `loops` against the real driver: runs where there is ublk, root and Linux 7.
+//! Tests the module `loops` on the real driver. Needs ublk, root and Linux 7.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,7 +15,7 @@ use loopengine_private::loops::{
     flag,
 };
 
-/// A caller with a descriptor that it can be given another for.
+/// A caller with a descriptor that can be replaced.
 struct Hand(std::sync::Mutex<Option<File>>);
 
 impl LoopCaller for Hand {
@@ -159,7 +159,7 @@ fn binds_in_place_and_replaces_the_disk() {
     copy.read_exact(&mut seen).unwrap();
     assert_eq!(seen, [7; 4096]);
 
-    // Cleared while open, and bound anew through the same descriptor.
+    // Cleared while open, and bound again through the same descriptor.
     let rdev = pool.entry(0).unwrap().rdev;
     pool.execute(LoopOp::Clear(0), &hand).unwrap();
     assert_eq!(status(&pool, 0).unwrap_err(), Errno::NXIO);
@@ -220,7 +220,7 @@ fn supports_block_sizes_and_offsets() {
     drop(device);
     until("autoclear", || pool.entry(0).unwrap().bound.is_none());
 
-    // A device below a device, and rings of them.
+    // Stacked devices, and cycles of them.
     assert_eq!(free(&pool), Ok(0));
     pool.execute(LoopOp::Configure(0, configure(&file, LoopInfo::default())), &hand).unwrap();
     let zero = open(&pool, 0);

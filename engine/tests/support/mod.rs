@@ -1,4 +1,4 @@
-//! A daemon without ublk: the real control server over an engine that only keeps books.
+//! A daemon without ublk: the real control server over a fake engine.
 #![allow(dead_code, unreachable_pub)]
 
 use std::collections::BTreeMap;
@@ -32,8 +32,8 @@ pub const KINDS: [Kind; 11] = [
     Kind::Internal,
 ];
 
-/// The engine that keeps books. Some names have a meaning: the instance `error-Busy` fails with
-/// that kind, the instance `panic` panics, the instance `slow` waits for [`Fake::release`], a
+/// A fake engine that records calls. Some names have a meaning: the instance `error-Busy` fails
+/// with that kind, the instance `panic` panics, the instance `slow` waits for [`Fake::release`], a
 /// device of an image named `busy.img` is in use.
 #[derive(Default)]
 pub struct Fake {
@@ -50,7 +50,7 @@ struct State {
 
 struct Served {
     info: DeviceInfo,
-    /// Device and inode numbers of what came over the socket.
+    /// Device and inode numbers of the received files.
     file: (u64, u64),
     writable: bool,
 }
@@ -62,13 +62,13 @@ impl Fake {
         Arc::new(fake)
     }
 
-    /// Lets calls about the instance `slow` go on.
+    /// Lets calls on the instance `slow` continue.
     pub fn release(&self) {
         *self.released.0.lock().unwrap() = true;
         self.released.1.notify_all();
     }
 
-    /// Is the open file that came with the attach of `path` the one at `path`, and writable?
+    /// Whether the file received with the attach of `path` is the one at `path`, and writable.
     pub fn received(&self, path: &Path) -> Option<bool> {
         let meta = std::fs::metadata(path).unwrap();
         let state = self.state.lock().unwrap();
@@ -346,12 +346,12 @@ impl Daemon {
         path
     }
 
-    /// Stops accepting; calls that are being handled may end.
+    /// Stops accepting; running calls may end.
     pub fn stop(&self) {
         let _ = self.stop.send(true);
     }
 
-    /// The program, told where this daemon is.
+    /// The program, with this daemon's run directory.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_loopengine"));
         command.args(words).env("LOOPENGINE_RUN_DIR", self.run_dir());
@@ -394,7 +394,7 @@ impl From<Output> for Ran {
     }
 }
 
-/// Runs `work` on a runtime as clients have one, within a deadline.
+/// Runs `work` on a client's runtime, with a timeout.
 pub fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {

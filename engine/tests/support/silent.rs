@@ -1,4 +1,4 @@
-//! A FUSE file system with one file, whose server answers no FLUSH but its mounter's own.
+//! A FUSE file system with one file, whose server answers only its mounter's FLUSH.
 #![allow(dead_code)]
 
 use std::fs::File;
@@ -24,7 +24,7 @@ pub struct FileSystem {
 }
 
 impl FileSystem {
-    /// Mounts it, as user `uid` would.
+    /// Mounts it as user `uid`.
     pub fn mount(at: &Path, uid: u32) -> FileSystem {
         std::fs::create_dir(at).unwrap();
         let device = File::options().read(true).write(true).open("/dev/fuse").unwrap();
@@ -44,7 +44,7 @@ impl FileSystem {
         self.at.join("file")
     }
 
-    /// Until somebody waits for the answer to a FLUSH.
+    /// Waits until a FLUSH is pending.
     pub fn waits_for_flush(&self) {
         let until = Instant::now() + Duration::from_secs(10);
         while self.unanswered.load(SeqCst) == 0 {

@@ -1,7 +1,7 @@
 //! Bytes of a block device or file, read and written directly, past every cache.
 //!
-//! Knows alignment, and that nobody may touch the memory of a request that has ended. Knows nothing of what
-//! the bytes mean (see `model` and `ledger`).
+//! Knows alignment, and that nobody may touch the memory of a request that has ended. Knows nothing
+//! of what the bytes mean (see `model` and `ledger`).
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -17,8 +17,8 @@ const ENDED: u8 = 0xe5;
 /// Bytes of such memory that are kept to be looked at.
 const KEPT: usize = 64 << 20;
 
-/// Memory whose requests have ended, the oldest first. Data that comes late is found here, and not by
-/// whoever has the memory next.
+/// Memory whose requests have ended, the oldest first. Data that comes late is found here, and not
+/// by whoever has the memory next.
 static KEPT_BACK: Mutex<VecDeque<Vec<u8>>> = Mutex::new(VecDeque::new());
 
 /// Fails if data came into memory after its requests had ended. The memory is given back.

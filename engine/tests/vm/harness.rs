@@ -143,8 +143,8 @@ impl Case {
         &self.name
     }
 
-    /// What it shows, others show for other paths, file systems or kernels: a full run has it, an everyday one has
-    /// not, if `when`.
+    /// What it shows, others show for other paths, file systems or kernels: a full run has it, an
+    /// everyday one has not, if `when`.
     pub(crate) fn variant_if(self, when: bool) -> Case {
         Case { variant: when, ..self }
     }

@@ -210,8 +210,9 @@ pub(crate) fn kernel_said(case: &str) -> String {
 pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
     const BAD: [&str; 7] =
         ["BUG:", "WARNING:", "Oops", "general protection", "blocked for more than", "refcount_t:", "stall"];
-    // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock and timers,
-    // which we do not touch. What may be a hang of ours, such as a soft lockup, is not left out.
+    // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock and
+    // timers, which we do not touch. What may be a hang of ours, such as a soft lockup, is not left
+    // out.
     const OF_EMULATED_TIME: [&str; 3] = ["clocksource", "rcu_preempt", "WARNING: kernel/time/"];
     let log = kernel_log();
     since_marker(&log, case)

@@ -106,8 +106,9 @@ impl Drop for Running {
     }
 }
 
-/// Copies programs (those given by a path: only their libraries) to `dir`, in memory, and uses the copies from now on: on a
-/// root file system that is shared and slow, starting a program takes up to five seconds.
+/// Copies programs (those given by a path: only their libraries) to `dir`, in memory, and uses the
+/// copies from now on: on a root file system that is shared and slow, starting a program takes up
+/// to five seconds.
 pub(crate) fn copy_to_memory(names: &[&str], dir: &str) -> Res {
     let script = format!(
         "mkdir -p {dir}/bin {dir}/lib

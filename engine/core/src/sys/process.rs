@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use rustix::process::Pid;
 
 /// Where a process is: its root directory, its working directory, its mount namespace.
-pub type Place = [OwnedFd; 3];
+pub type ProcFds = [OwnedFd; 3];
 
 /// That this process has one thread. Whoever has it starts no other.
 #[derive(Debug)]

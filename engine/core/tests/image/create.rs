@@ -1,4 +1,4 @@
-//! New images, whole or not at all.
+//! Creation of images: complete, or without a file.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -1,4 +1,4 @@
-//! Detection of file systems: what the machine's mkfs programs make, as blkid calls it.
+//! Detection of file systems: those of the machine's mkfs programs, with the names of blkid.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
@@ -91,7 +91,7 @@ fn detects_nothing_in_other_data() {
         image_file(&path, size);
         assert_eq!(detected(&path), None);
     }
-    // A partition table is no file system.
+    // A partition table is not a file system.
     if run(&format!("sgdisk -n 1:0:0 {}", path.display())).is_ok() {
         assert_eq!(detected(&path), None);
     }

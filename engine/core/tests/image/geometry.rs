@@ -1,4 +1,4 @@
-//! Geometry, computed from every kind of nonsense and from common images.
+//! Geometry of arbitrary properties and of common images.
 
 use loopengine_core::Kind;
 use loopengine_core::image::{FileProperties, Geometry, ImageSpec};
@@ -21,7 +21,7 @@ fn power_of_two(most: u32) -> impl Strategy<Value = u32> {
     (0..=most).prop_map(|shift| 1 << shift)
 }
 
-/// Numbers of all magnitudes, the round ones and their neighbours above all.
+/// Numbers of all magnitudes, mainly powers of two and their neighbours.
 fn bytes() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),
@@ -77,7 +77,7 @@ proptest! {
                 prop_assert_eq!(g.offset % block, 0);
                 prop_assert!(g.size > 0);
                 prop_assert_eq!(g.size % block, 0);
-                // Nothing behind the end is shown, and less than a block is left out.
+                // The device ends within the file, and omits a partial block.
                 let end = u128::from(g.offset) + u128::from(g.size);
                 prop_assert!(end <= u128::from(facts.size));
                 prop_assert!(source.size_limit == 0 || g.size <= source.size_limit);
@@ -116,11 +116,11 @@ fn geometry_of_common_images() {
 
     // Odd sizes lose their last partial block.
     assert_eq!(compute(&facts(1_000_001), plain).unwrap().size, 999_936);
-    // A partition's offset lessens what is promised about physical blocks.
+    // A partition's offset reduces the physical block size.
     let offset = ImageSpec { offset: 63 * 512, ..plain };
     let g = compute(&facts(1 << 20), offset).unwrap();
     assert_eq!((g.size, g.physical_block_size), ((1 << 20) - 63 * 512, 512));
-    // The largest sparse file there is.
+    // The largest sparse file.
     let g = compute(&facts(i64::MAX as u64), plain).unwrap();
     assert_eq!(g.size, i64::MAX as u64 - 511);
     // A file system with 4K sectors.

@@ -1,4 +1,4 @@
-//! What must not become an image, and what callers must not be able to do to us.
+//! Files that are refused as images, and attacks of callers.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -46,11 +46,11 @@ fn respects_the_callers_rights() {
     let file = open(options().read(true).append(true));
     refused(Image::open(file, &PLAIN, "image"), Kind::Denied, "for appending only");
 
-    // Less than what the caller has is fine, and less it is.
+    // Fewer rights than the caller has are allowed, and are applied.
     let file = open(options().read(true).write(true));
     let image = Image::open(file, &READ_ONLY, "image").unwrap();
     assert_eq!(flags(&image) & OFlags::RWMODE, OFlags::RDONLY);
-    // A caller may have a file that nobody else can open any more.
+    // A caller may have a deleted file open.
     fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).unwrap();
     let file = File::open(&path).unwrap();
     fs::remove_file(&path).unwrap();
@@ -85,7 +85,7 @@ fn accepts_only_regular_files_and_block_devices() {
     }
     image_file(&at("empty"), 0);
     refused(attach(&at("empty"), &PLAIN), Kind::Invalid, "is empty");
-    // A path is shown as one line, whatever it is.
+    // Any path is printed on one line.
     let file = File::open(at("empty")).unwrap();
     let error = Image::open(file.into(), &READ_ONLY, "a\nb\x1b[31m").unwrap_err();
     assert!(error.to_string().starts_with("a?b?[31m is empty"), "{error}");
@@ -110,7 +110,7 @@ fn does_not_wait_for_a_lease() {
     let directory = temporary();
     let path = directory.path().join("image");
     image_file(&path, MIB);
-    // Whoever owns a file may lease it, and open() waits 45 s for its owner to give it back.
+    // The owner of a file may lease it: open() then waits 45 s for the release.
     let script = "import fcntl, os, signal, sys
 signal.signal(signal.SIGIO, signal.SIG_IGN)
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -132,7 +132,7 @@ sys.stdin.read()";
     let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
     std::io::BufRead::read_line(&mut output, &mut line).unwrap();
     if line == "leased\n" {
-        // The descriptor is ours from before the lease; a tenant would hand over any.
+        // Opened before the lease; a tenant can send any descriptor.
         let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
         let writable =
             || OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&link);

@@ -1,6 +1,6 @@
-//! The room `image`: its pure parts against models that are too simple to be wrong, the rest on
-//! real files: everything that this machine can offer as an image, and everything that must not
-//! become one. What needs root or a tool that is missing is skipped, and says so.
+//! Tests of the module `image`: pure functions against simple models, the rest on real files.
+//! Covers all kinds of images that this machine has, and files that must be refused. Tests that
+//! need root or a missing tool are skipped, with a message.
 
 mod create;
 mod fs;

@@ -1,5 +1,5 @@
-//! Partition tables: those of the machine's tools, as the tools and (where it knows them) the kernel
-//! read them; and those of an attacker.
+//! Partition tables: those of the machine's tools, compared with the tools and (if it supports
+//! them) the kernel; and those of an attacker.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -51,7 +51,7 @@ impl Disk {
         bytes
     }
 
-    /// What is read, with and without direct I/O, and from the middle of a larger file.
+    /// The partitions that are read, with and without direct I/O, and inside of a larger file.
     fn parts(&self) -> Vec<PartitionRange> {
         let read = |file: &File, offset| {
             let mut region = Region::new(file.as_fd(), offset, self.size);
@@ -73,7 +73,7 @@ impl Disk {
         parts
     }
 
-    /// The same, after the kernel was asked as well, if it reads partitions.
+    /// The same, compared with the kernel, if it reads partitions.
     fn as_kernel(&self) -> Vec<PartitionRange> {
         let parts = self.parts();
         let mut ours = parts.clone();
@@ -84,7 +84,7 @@ impl Disk {
         parts
     }
 
-    /// What the kernel makes of it. It may read a table twice, so `expected` is waited for a little.
+    /// The kernel's partitions. It may read a table twice, so this waits briefly for `expected`.
     fn kernel(&self, expected: &[PartitionRange]) -> Option<Vec<PartitionRange>> {
         let image = self.path.display();
         let command = format!("losetup --find --show --partscan --sector-size {} {image}", self.block);
@@ -100,7 +100,7 @@ impl Disk {
         Some(parts)
     }
 
-    /// Where tools see the blocks as they are: most take any file for one of 512 bytes a block.
+    /// A path with the real block size: most tools assume 512 bytes for a file.
     fn node(&self) -> Option<(PathBuf, Option<Loop>)> {
         if self.block == 512 {
             return Some((self.path.clone(), None));
@@ -109,7 +109,7 @@ impl Disk {
         Some((device.path().to_owned(), Some(device)))
     }
 
-    /// Partitions a tool made, with its own words on its standard input.
+    /// Partitions of a tool, which gets a script on its standard input.
     fn made(&self, command: &str, input: &str) -> bool {
         let Some(node) = self.node() else { return false };
         let mut words = command.split_whitespace();
@@ -130,7 +130,7 @@ impl Disk {
         true
     }
 
-    /// What sfdisk says, except for the size of extended partitions.
+    /// The output of sfdisk, except for the size of extended partitions.
     fn sfdisk(&self) -> Vec<PartitionRange> {
         let block = u64::from(self.block);
         let (path, _device) = self.node().unwrap();
@@ -351,7 +351,7 @@ fn uses_the_backup_of_a_damaged_table() {
     let entry: [u8; 1] = disk.bytes(1024 + 33);
     disk.write(1024 + 33, &[!entry[0]]);
     assert_eq!(disk.parts(), whole);
-    // Without either, and without the MBR that says that there is one, there is nothing.
+    // Without both, and without a protective MBR, there is no table.
     disk.write(disk.size - 512 + 16, &[0; 4]);
     assert_eq!(disk.as_kernel(), []);
     disk.write(1024 + 33, &entry);
@@ -388,7 +388,7 @@ fn clipped_left_out_and_overlapping() {
     for end in [0, 98, 99, u64::MAX, u64::MAX - 1] {
         assert_eq!(gpt(&[(100, end)], |_| ()).parts(), []);
     }
-    // Blocks of which the last is not whole.
+    // With a partial last block.
     let mut disk = Disk::new(MIB + 2048, 4096);
     disk.sector(0, &mbr(&[(0x83, 1, 256)]));
     disk.size = MIB + 2048;
@@ -398,7 +398,7 @@ fn clipped_left_out_and_overlapping() {
 #[test]
 fn stops_at_endless_chains() {
     let disk = Disk::new(MIB, 512);
-    // To itself; to its start from the middle; to and fro; without any partition.
+    // To itself; from the middle to its start; back and forth; without any partition.
     disk.sector(0, &mbr(&[(5, 100, 1000), (0x0f, 100, 1000), (0x85, 300, 100), (5, 0, 2048)]));
     disk.sector(100, &mbr(&[(0x83, 1, 8), (5, 0, 1000)]));
     assert_eq!(starts(&disk.parts()), [(1, 100, 2), (5, 101, 8), (2, 100, 2), (3, 300, 2), (4, 0, 2)]);
@@ -407,7 +407,7 @@ fn stops_at_endless_chains() {
     assert_eq!(starts(&disk.parts()), [(1, 100, 2), (5, 101, 8), (6, 151, 8)]);
     disk.sector(100, &mbr(&[(5, 50, 10)])).sector(150, &mbr(&[(5, 0, 10)]));
     assert_eq!(starts(&disk.as_kernel()), [(1, 100, 2)]);
-    // Out of the device.
+    // Beyond the device.
     disk.sector(100, &mbr(&[(0x83, 1, 8), (5, u32::MAX, 10), (0x83, 2, u32::MAX), (0x83, 1, 3)]));
     assert_eq!(starts(&disk.as_kernel()), [(1, 100, 2), (5, 101, 8), (6, 101, 3)]);
 }
@@ -461,7 +461,7 @@ fn supports_eight_exbibytes() {
     disk.sector(1, &[0; 512]).sector(0, &mbr(&[(0x83, 8, u32::MAX), (5, u32::MAX, u32::MAX)]));
     assert_eq!(starts(&disk.parts()), [(1, 8, u64::from(u32::MAX)), (2, u64::from(u32::MAX), 2)]);
     assert!(began.elapsed() < Duration::from_secs(5));
-    // Regions that the file does not have.
+    // Regions beyond the file.
     for (offset, size) in [(u64::MAX, u64::MAX), (1 << 63, 512), (0, u64::MAX), (u64::MAX - 4095, 4095)] {
         let mut region = Region::new(disk.file.as_fd(), offset, size);
         partitions::read(&mut region, 512).unwrap();
@@ -493,7 +493,7 @@ fn reads_regions_at_any_offset() {
     }
 }
 
-/// Changes to a valid disk: which one, and bytes at places.
+/// Changes to a valid disk: its kind, and bytes at offsets.
 fn changes() -> impl Strategy<Value = (bool, Vec<(u16, u8)>)> {
     (any::<bool>(), proptest::collection::vec((0u16..2048, any::<u8>()), 0..20))
 }
@@ -528,7 +528,7 @@ proptest! {
                 bytes[usize::from(at)] = value;
             }
             if valid {
-                // Checksums of whatever the header now says, so that more than they is tested.
+                // Recomputes the checksums, so that the parser gets beyond them.
                 let sum = crc(&bytes[1024..2048]);
                 bytes[512 + 88..512 + 92].copy_from_slice(&sum.to_le_bytes());
                 bytes[512 + 16..512 + 20].fill(0);

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use loopengine_core::image::{DiscardQueue, FlushQueue};
 use proptest::prelude::*;
 
-/// What may happen to a queue of discards.
+/// An event of a queue of discards.
 #[derive(Clone, Debug)]
 enum Step {
     Push { offset: u64, len: u64 },
@@ -13,7 +13,7 @@ enum Step {
     Done,
 }
 
-/// On a device of 256 bytes, so that everything touches everything.
+/// On a device of 256 bytes, so that requests often touch.
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         5 => (0..256u64, 0..40u64).prop_map(|(offset, len)| Step::Push { offset, len }),
@@ -26,7 +26,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 /// The naive model: all waiting requests, in order of arrival.
 type Waiting = Vec<(u16, u64, u64)>;
 
-/// The oldest request and everything that touches it, over any number of steps.
+/// The oldest request and all that touch it, directly or not.
 fn connected(waiting: &Waiting) -> Waiting {
     let mut run: Waiting = waiting.first().copied().into_iter().collect();
     loop {
@@ -56,7 +56,7 @@ proptest! {
         let mut waiting: Waiting = Vec::new();
         let mut flying: Waiting = Vec::new();
         let grain = u64::from(granularity);
-        // In the end everything is answered.
+        // In the end all requests are complete.
         let drain = (0..=DEPTH).flat_map(|_| [Step::Done, Step::Next]);
 
         for step in steps.into_iter().chain(drain) {
@@ -110,7 +110,7 @@ fn merged_discards_free_the_block_across_the_seam() {
     assert!(queue.next().is_none(), "one at a time");
     assert_eq!(sorted(queue.done().collect()), [0, 1]);
 
-    // Too small for any block: nothing to punch, but an answer.
+    // Smaller than a block: nothing to punch, but a completion.
     queue.push(2, 512, 512);
     assert_eq!(queue.next().unwrap().len, 0);
     assert_eq!(queue.done().collect::<Vec<_>>(), [2]);
@@ -140,8 +140,8 @@ fn discards_do_not_overflow() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(5_000))]
 
-    /// Time is the number of the step. Each flush must be answered by an fsync that began at or
-    /// after its arrival, exactly once, and by the first such.
+    /// Time is the number of the step. The first fsync that starts at or after the arrival of a
+    /// flush must complete it, exactly once.
     #[test]
     fn completes_flushes_with_a_later_fsync(
         steps in prop::collection::vec(0..3u8, 0..200),

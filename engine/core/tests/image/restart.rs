@@ -1,4 +1,4 @@
-//! Images found again by path after a restart.
+//! Recovery of images by path after a restart.
 
 use std::fs;
 
@@ -27,7 +27,7 @@ fn recognises_only_the_same_image() {
     fs::remove_file(&path).unwrap();
     assert_eq!(Image::reopen(&path, &PLAIN, &identity, &shape).unwrap_err().kind(), Kind::NotFound);
 
-    // A new file often gets the inode number of the one that is gone.
+    // A new file often gets the inode number of the deleted one.
     image_file(&path, MIB);
     let again = attach(&path, &PLAIN).unwrap().identity();
     assert!(!again.is_same_file(&identity), "{again:?} {identity:?}");
@@ -37,7 +37,7 @@ fn recognises_only_the_same_image() {
     }
 }
 
-/// A device exists and has users: whatever the file is now, the device keeps what it was started with.
+/// The device has users: it keeps its geometry, whatever the file is now.
 #[test]
 fn keeps_the_geometry_over_a_restart() {
     let directory = temporary();
@@ -49,7 +49,7 @@ fn keeps_the_geometry_over_a_restart() {
         fs::File::options().write(true).open(&path).unwrap().set_len(size).unwrap();
         assert_eq!(Image::reopen(&path, &PLAIN, &identity, &shape).unwrap().geometry(), shape);
     }
-    // Direct I/O asks for more than this device can do.
+    // Direct I/O needs a larger block size than the device has.
     let shape = loopengine_core::image::Geometry { offset: 100, ..shape };
     let image = Image::reopen(&path, &PLAIN, &identity, &shape).unwrap();
     assert!(image.is_buffered() && image.buffered_reason().unwrap().contains("alignment"));

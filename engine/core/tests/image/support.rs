@@ -1,5 +1,5 @@
-//! What the tests share: places for images (temporary directories, loop devices, file systems on
-//! loop devices), all gone when their values are; and how images are taken and refused.
+//! Shared helpers: locations of images (temporary directories, loop devices, file systems on loop
+//! devices), which a drop removes; and checks of accepted and refused images.
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -42,7 +42,7 @@ pub(crate) fn flags(image: &Image) -> OFlags {
     rustix::fs::fcntl_getfl(image.fd()).unwrap()
 }
 
-/// One line, with a next step, of the kind expected.
+/// Checks that an error has one line, a hint, and the expected kind.
 #[track_caller]
 pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T>, kind: Kind, text: &str) -> Error {
     let error = result.unwrap_err();
@@ -98,7 +98,7 @@ impl Drop for Loop {
     }
 }
 
-/// A loop device with sectors of this size over a file, where we may have one.
+/// A loop device with this sector size over a file, if permitted.
 pub(crate) fn loop_device(file: &Path, sector: u32) -> Option<Loop> {
     let file = file.display();
     let command = format!("losetup --find --show --direct-io=off --sector-size {sector} {file}");
@@ -122,7 +122,7 @@ struct Mount(PathBuf);
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        // Commands that other tests start hold all our files open for a moment, until they exec.
+        // Commands of other tests have all files of this process open until their exec.
         let umount = format!("umount {}", self.0.display());
         for _ in 0..100 {
             if run(&umount).is_ok() {
@@ -137,7 +137,7 @@ impl Drop for Mount {
 }
 
 impl Mounted {
-    /// Makes and mounts a file system with the command `mkfs`, where we may and can.
+    /// Creates a file system with the command `mkfs` and mounts it, if possible.
     pub(crate) fn new(mkfs: &str, sector: u32, options: &str) -> Option<Mounted> {
         let directory = temporary();
         let (file, point) = (directory.path().join("disk"), directory.path().join("mnt"));
@@ -162,7 +162,7 @@ impl Mounted {
     }
 }
 
-/// Memory of which [`Memory::bytes`] starts at an address aligned as asked, and no better.
+/// Memory in which [`Memory::bytes`] has exactly the requested alignment.
 pub(crate) struct Memory {
     memory: Vec<u8>,
     start: usize,

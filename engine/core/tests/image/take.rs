@@ -1,4 +1,4 @@
-//! What may become an image, and that it then does what it must.
+//! Files that are accepted as images, and their I/O.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 
 use crate::support::*;
 
-/// All that every image must be able to do, wherever its bytes live.
+/// Checks the operations that every image supports.
 fn check_image(directory: &Path, source: &ImageSpec, what: &str) -> Geometry {
     let path = directory.join("image");
     image_file(&path, 4 * MIB);
@@ -26,7 +26,7 @@ fn check_image(directory: &Path, source: &ImageSpec, what: &str) -> Geometry {
     assert!(!flags(&image).contains(OFlags::NONBLOCK), "{what}: io_uring would answer EAGAIN");
     assert_eq!(rustix::io::fcntl_getfd(image.fd()).unwrap(), rustix::io::FdFlags::CLOEXEC);
 
-    // I/O of one block, at the alignment promised and at no better one.
+    // I/O of one block, with exactly the reported alignment.
     let block = g.block_size as usize;
     let mut memory = aligned(block, g.dma_align as usize);
     assert_eq!(rustix::io::pread(image.fd(), memory.bytes(), 0), Ok(block), "{what}");
@@ -52,7 +52,7 @@ fn check_image(directory: &Path, source: &ImageSpec, what: &str) -> Geometry {
         assert!(after < before, "{what}: {granularity} bytes were not freed");
     }
 
-    // Live resize, and one that cannot be.
+    // Live resize, and an impossible one.
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(5 * MIB + 100).unwrap();
     assert_eq!(image.current_geometry().unwrap().size, 5 * MIB, "{what}");
@@ -60,7 +60,7 @@ fn check_image(directory: &Path, source: &ImageSpec, what: &str) -> Geometry {
     refused(image.current_geometry(), Kind::Invalid, "is empty");
     assert_eq!(image.geometry(), g, "{what}: looking again must change nothing");
 
-    // The file and its identity outlive the name.
+    // The file and its identity remain after an unlink.
     let identity = image.identity();
     fs::remove_file(&path).unwrap();
     file.set_len(MIB).unwrap();

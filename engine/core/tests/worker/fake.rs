@@ -1,7 +1,6 @@
-//! A driver without a kernel behind it: requests come by a channel and an eventfd, answers leave
-//! by a channel.
+//! A fake driver: requests arrive over a channel and an eventfd, completions leave over a channel.
 //!
-//! Knows the worker's contract with a transport. Does not know images, nor what is tested.
+//! Knows the interface of a transport. Does not know images, nor the tests.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -18,14 +17,14 @@ use rustix::event::{EventfdFlags, eventfd};
 
 pub(crate) const DEPTH: u16 = 64;
 pub(crate) const LEN_MAX: usize = 64 * 1024;
-/// No operation of these tests takes nearly as long.
+/// A timeout far beyond any operation of these tests.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// Aligned as direct I/O wants it.
+/// Aligned for direct I/O.
 #[repr(align(4096))]
 struct Buffer([u8; LEN_MAX]);
 
-/// What was answered, and the request's buffer as it was then.
+/// A completion, and the content of the request's buffer at that time.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) tag: Tag,
@@ -48,7 +47,7 @@ pub(crate) struct Fake {
     queue_slot: Option<QueueSlot>,
 }
 
-/// The end of whoever uses the device.
+/// The user's end.
 pub(crate) struct User {
     wake: OwnedFd,
     requests: Sender<(Request, Vec<u8>)>,
@@ -56,7 +55,7 @@ pub(crate) struct User {
     stopped: Arc<AtomicBool>,
 }
 
-/// A device; with `linked`, one whose answers can be chained to transfers.
+/// A device; with `linked`, its commits can be chained to transfers.
 pub(crate) fn device(linked: bool) -> (Fake, User) {
     let wake = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let (to_worker, requests) = unbounded();
@@ -80,7 +79,7 @@ pub(crate) fn device(linked: bool) -> (Fake, User) {
 }
 
 impl User {
-    /// Requests that arrive at once, each with the data to write.
+    /// Requests that arrive together, each with the data to write.
     pub(crate) fn send(&self, requests: impl IntoIterator<Item = (Request, Vec<u8>)>) {
         requests.into_iter().for_each(|request| self.requests.send(request).unwrap());
         rustix::io::write(self.wake.as_fd(), &1u64.to_ne_bytes()).unwrap();
@@ -90,7 +89,7 @@ impl User {
         self.answers.recv_timeout(ANSWER_LIMIT).expect("an answer in time")
     }
 
-    /// One request, alone.
+    /// A single request.
     pub(crate) fn ask(&self, request: Request, data: &[u8]) -> Answer {
         self.send([(request, data.to_vec())]);
         let answer = self.answer();
@@ -98,7 +97,7 @@ impl User {
         answer
     }
 
-    /// The driver ends the device: what is sent with this is the last that it does.
+    /// The driver ends the device, after these requests.
     pub(crate) fn stop(&self, last: impl IntoIterator<Item = (Request, Vec<u8>)>) {
         let last: Vec<_> = last.into_iter().collect();
         last.into_iter().for_each(|request| self.requests.send(request).unwrap());
@@ -106,7 +105,7 @@ impl User {
         self.send([]);
     }
 
-    /// Answers that nobody waits for. The worker must have dropped its end.
+    /// Surplus completions. The worker must have dropped its end.
     pub(crate) fn left_over(&self) -> Vec<Answer> {
         let left = std::iter::from_fn(|| self.answers.try_recv().ok()).collect();
         assert!(self.answers.recv_timeout(Duration::ZERO).is_err_and(|error| error.is_disconnected()));
@@ -128,7 +127,7 @@ impl Fake {
     fn answer(&mut self, tag: Tag, result: i32) {
         let len = self.lens[usize::from(tag)] as usize;
         let data = self.buffers[usize::from(tag)].0[..len].to_vec();
-        // One answer too many is for the user to find.
+        // The user detects a surplus completion.
         self.unanswered = self.unanswered.saturating_sub(1);
         let _ = self.answers.send(Answer { tag, result, data });
     }
@@ -158,7 +157,7 @@ impl Transport for Fake {
         match token.kind {
             EventKind::Fetch => {
                 self.listening = false;
-                // Before the queue is emptied: nothing is sent after it.
+                // Before the queue is drained: nothing is sent afterwards.
                 let stopped = self.stopped.load(Ordering::Acquire);
                 while let Ok((request, data)) = self.requests.try_recv() {
                     let tag = usize::from(request.tag);

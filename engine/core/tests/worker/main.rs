@@ -1,5 +1,5 @@
-//! A real worker on a real ring over a real image, against a model in memory; only the driver is a
-//! fake. Needs io_uring, but neither root nor ublk.
+//! A real worker, ring and image, compared with a model in memory; only the driver is a fake. Needs
+//! io_uring, but neither root nor ublk.
 
 mod fake;
 
@@ -18,7 +18,7 @@ use loopengine_core::ring::{RingSizes, SlotId};
 use loopengine_core::worker::{NewQueue, WorkerHandle, WorkerOptions};
 use proptest::prelude::*;
 
-/// Bytes of the device; in the file as many lie before and behind it, which nothing may touch.
+/// Size of the device in bytes. The file has as many before and after it, which must not change.
 const SIZE: u64 = 512 * 1024;
 const MARGIN: u8 = 0xee;
 const SLOT: SlotId = SlotId { index: 3, generation: 1 };
@@ -62,7 +62,7 @@ impl Bed {
         Some(Bed { worker, user, image, file })
     }
 
-    /// Ends the device. Nothing may have been answered but what was asked.
+    /// Ends the device. There may be no surplus completions.
     fn end(self) {
         self.user.stop([]);
         self.worker.remove(SLOT).unwrap();
@@ -81,12 +81,12 @@ fn request(tag: Tag, op: Op, offset: u64, len: u64) -> Request {
 
 const WRITE: Op = Op::Write { fua: false };
 
-/// What the device must hold.
+/// The expected content of the device.
 struct Model {
     bytes: Vec<u8>,
     /// Discarded: as before, or zero.
     loose: Vec<bool>,
-    /// Requests to reserve blocks, which no statistic counts.
+    /// Requests to reserve blocks, which statistics do not count.
     reserved: u64,
 }
 
@@ -148,7 +148,7 @@ fn like_the_model(source: ImageSpec, linked: bool, rounds: Vec<Vec<(Op, u64, u64
             let offset = sector * 512 / unit * unit;
             let len = (sectors * 512).next_multiple_of(unit).min(SIZE - offset);
             let (offset, len) = if op == Op::Flush { (0, 0) } else { (offset, len) };
-            // Of two in flight on the same bytes either may come first.
+            // Two requests in flight on the same bytes may complete in either order.
             let free = |(other, _): &(Request, Vec<u8>)| {
                 offset + len <= other.offset || other.offset + u64::from(other.len) <= offset
             };
@@ -199,7 +199,7 @@ fn discards_free_blocks() {
 fn degrades_a_device_of_a_shrunken_image() {
     for linked in [false, true] {
         let Some(bed) = Bed::new(SHOWN, linked) else { return };
-        // The first request is timed, thus never linked: another one shall be that.
+        // The first request is timed and therefore never linked, so send another one first.
         assert_eq!(bed.user.ask(request(0, WRITE, 0, 8192), &[7; 8192]).result, 8192);
         bed.file.set_len(SIZE + 4096).unwrap();
         let straddling = bed.user.ask(request(1, Op::Read, 0, 8192), &[]);
@@ -270,7 +270,7 @@ fn removes_a_device_after_its_last_request() {
         assert!(answers.iter().map(|answer| answer.tag).eq(0..DEPTH), "one answer to each request");
         assert!(answers.iter().all(|answer| answer.result >= 0));
 
-        // Its place is free, for another.
+        // Its slot is free for another device.
         assert_eq!(bed.worker.stats(SLOT).unwrap_err().kind(), Kind::NotFound);
         let next = SlotId { generation: 2, ..SLOT };
         let (transport, user) = device(linked);
@@ -278,7 +278,7 @@ fn removes_a_device_after_its_last_request() {
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         let (transport, _) = device(linked);
         assert!(bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).is_err());
-        // A slot that is taken stays its tenant's.
+        // An occupied slot stays with its device.
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         user.stop([]);
         bed.worker.remove(next).unwrap();
@@ -286,14 +286,15 @@ fn removes_a_device_after_its_last_request() {
     }
 }
 
-/// As when a file comes to share blocks while it is attached: what direct I/O refuses is done all the same.
+/// For instance, a file starts to share blocks while it is attached: refused direct I/O is done
+/// through the page cache.
 #[test]
 fn falls_back_to_the_page_cache() {
     for linked in [false, true] {
         let Some(bed) = Bed::new(DIRECT, linked) else { return };
         assert!(!bed.image.is_buffered() && bed.image.buffered_reason().is_none());
         assert_eq!(bed.user.ask(request(0, WRITE, 4096, 4096), &[1; 4096]).result, 4096);
-        // No driver sends this; no file system's direct I/O takes it.
+        // No driver sends this, and direct I/O of all file systems refuses it.
         assert_eq!(bed.user.ask(request(1, WRITE, 5000, 100), &[9; 100]).result, 100);
         assert!(bed.image.is_buffered() && bed.image.buffered_reason().is_some());
         assert!(bed.image.take_direct_io_disabled() && !bed.image.take_direct_io_disabled());

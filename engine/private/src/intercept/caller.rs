@@ -25,7 +25,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use crate::loops::{Answer, LoopCaller};
 use crate::sys::mntns;
-use crate::sys::process::Place;
+use crate::sys::process::ProcFds;
 use crate::sys::remote;
 use crate::sys::seccomp::Listener;
 
@@ -257,15 +257,15 @@ impl<'a> CallerThread<'a> {
 
     /// Opens its root and working directories, and its mount namespace, without a path lookup in
     /// them.
-    pub fn place(&self) -> Answer<Place> {
+    pub fn proc_fds(&self) -> Answer<ProcFds> {
         let open = |name: &str, flags| {
             let path = format!("/proc/{}/{name}", self.tid.as_raw_nonzero());
             rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
         };
-        let place =
+        let proc_fds =
             [open("root", OFlags::PATH)?, open("cwd", OFlags::PATH)?, open("ns/mnt", OFlags::RDONLY)?];
         self.check()?;
-        Ok(place)
+        Ok(proc_fds)
     }
 
     /// Whether it is an administrator, and in their user namespace itself.

@@ -30,7 +30,7 @@ use crate::loops::Answer;
 use crate::sys::descriptor::is_packet_socket;
 use crate::sys::packet;
 pub use crate::sys::packet::pair;
-use crate::sys::process::Place;
+use crate::sys::process::ProcFds;
 
 /// Timeout of a mounter; shorter than that of a call.
 const MOUNTER_TIMEOUT: Duration = Duration::from_secs(40);
@@ -89,14 +89,19 @@ pub struct MounterRequest {
 
 /// Serves mounts of the administrators under a filter. The kernel serves other callers.
 pub trait MountHandler: Send + Sync {
-    /// Serves a mount. None: the kernel serves it. `waits`: whether the caller still waits.
-    fn mount(&self, request: &MountRequest, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>>;
+    /// Serves a mount. None: the kernel serves it. `is_waiting`: whether the caller still waits.
+    fn mount(
+        &self,
+        request: &MountRequest,
+        proc_fds: ProcFds,
+        is_waiting: &dyn Fn() -> bool,
+    ) -> Answer<Option<()>>;
 
     /// The same for umount2(2).
     fn umount(
         &self,
         _asked: &UnmountRequest,
-        _place: Place,
+        _proc_fds: ProcFds,
         _waits: &dyn Fn() -> bool,
     ) -> Answer<Option<()>> {
         Ok(None)
@@ -121,7 +126,7 @@ pub(super) fn mount(
     administrators: Administrators,
 ) -> CallAction {
     let Some(request) = copy_mount(thread, abi, args) else { return CallAction::Pass };
-    act_as_admin(thread, administrators, |place| mounts.mount(&request, place, &|| thread.is_waiting()))
+    act_as_admin(thread, administrators, |proc_fds| mounts.mount(&request, proc_fds, &|| thread.is_waiting()))
 }
 
 /// Serves an intercepted umount2(2).
@@ -135,19 +140,21 @@ pub(super) fn umount(
     let Some(path) = read_c_string(thread, address(abi, args, 0), TEXT_MAX) else { return CallAction::Pass };
     // The kernel uses 32 bits.
     let request = UnmountRequest { path, flags: args[1] as u32 };
-    act_as_admin(thread, administrators, |place| mounts.umount(&request, place, &|| thread.is_waiting()))
+    act_as_admin(thread, administrators, |proc_fds| {
+        mounts.umount(&request, proc_fds, &|| thread.is_waiting())
+    })
 }
 
 fn act_as_admin(
     thread: &CallerThread<'_>,
     administrators: Administrators,
-    act: impl FnOnce(Place) -> Answer<Option<()>>,
+    act: impl FnOnce(ProcFds) -> Answer<Option<()>>,
 ) -> CallAction {
     // Others get EPERM from the kernel, and must not use the daemon's rights.
     if !thread.is_admin(administrators) {
         return CallAction::Pass;
     }
-    match thread.place().and_then(act) {
+    match thread.proc_fds().and_then(act) {
         Ok(None) => CallAction::Pass,
         Ok(Some(())) => CallAction::Answer(Ok(0)),
         Err(errno) => CallAction::Answer(Err(errno)),
@@ -157,8 +164,8 @@ fn act_as_admin(
 /// Mounts by the kernel for a mounter.
 pub trait KernelMounter: Send + Sync {
     /// Returns a detached mount of the device with this number. Must check device and file system:
-    /// the mounter is not trusted. `waits`: whether the caller still waits.
-    fn mount(&self, request: &MountRequest, device: u64, waits: &dyn Fn() -> bool) -> Answer<OwnedFd>;
+    /// the mounter is not trusted. `is_waiting`: whether the caller still waits.
+    fn mount(&self, request: &MountRequest, device: u64, is_waiting: &dyn Fn() -> bool) -> Answer<OwnedFd>;
 }
 
 /// The daemon's end of the socket to a mounter. It is not trusted.
@@ -215,8 +222,13 @@ impl MounterSocket {
 }
 
 impl MountHandler for MounterSocket {
-    fn mount(&self, request: &MountRequest, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
-        let [root, cwd, namespace] = place;
+    fn mount(
+        &self,
+        request: &MountRequest,
+        proc_fds: ProcFds,
+        is_waiting: &dyn Fn() -> bool,
+    ) -> Answer<Option<()>> {
+        let [root, cwd, namespace] = proc_fds;
         let (reply, theirs) = pair()?;
         let message = serde_json::to_vec(request).map_err(|_| Errno::INVAL)?;
         let fds = [theirs.as_fd(), root.as_fd(), cwd.as_fd(), namespace.as_fd()];
@@ -224,17 +236,17 @@ impl MountHandler for MounterSocket {
         packet::send(self.socket.as_fd(), &message, &fds).map_err(|_| Errno::IO)?;
         drop(theirs);
         let until = Instant::now() + MOUNTER_TIMEOUT;
-        match wait_for_reply(&reply, until, waits)? {
+        match wait_for_reply(&reply, until, is_waiting)? {
             MounterReply::Done => Ok(Some(())),
             MounterReply::Pass => Ok(None),
             MounterReply::ByKernel(device) => {
                 let kernel = self.kernel.as_ref().ok_or(Errno::NODEV);
                 // Only once: the next reply must be final.
-                match kernel.and_then(|kernel| kernel.mount(request, device, waits)) {
+                match kernel.and_then(|kernel| kernel.mount(request, device, is_waiting)) {
                     Ok(mount) => packet::send(reply.as_fd(), &0_i32.to_ne_bytes(), &[mount.as_fd()])?,
                     Err(errno) => packet::send(reply.as_fd(), &errno.raw_os_error().to_ne_bytes(), &[])?,
                 }
-                match wait_for_reply(&reply, until, waits)? {
+                match wait_for_reply(&reply, until, is_waiting)? {
                     MounterReply::Done => Ok(Some(())),
                     _ => Err(Errno::IO),
                 }
@@ -244,8 +256,8 @@ impl MountHandler for MounterSocket {
 }
 
 /// Waits for a reply of the mounter.
-fn wait_for_reply(reply: &OwnedFd, until: Instant, waits: &dyn Fn() -> bool) -> Answer<MounterReply> {
-    while Instant::now() < until && waits() {
+fn wait_for_reply(reply: &OwnedFd, until: Instant, is_waiting: &dyn Fn() -> bool) -> Answer<MounterReply> {
+    while Instant::now() < until && is_waiting() {
         match poll(&mut [PollFd::new(reply, PollFlags::IN)], Some(&POLL_INTERVAL)) {
             Ok(0) | Err(Errno::INTR) => {}
             _ => return read(reply),

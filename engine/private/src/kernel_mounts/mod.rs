@@ -30,7 +30,7 @@ pub use policy::FileSystem;
 
 use crate::error::Result;
 use crate::loops::{Answer, MountSource};
-use crate::sys::process::Place;
+use crate::sys::process::ProcFds;
 use helper::{HelperProcess, HelperReply};
 
 /// The hidden command of the process that makes mounts.
@@ -118,7 +118,7 @@ impl KernelMounts {
     /// The number of the device at a container's path, and a directory there. None: no device.
     pub fn find(
         &self,
-        place: &Place,
+        proc_fds: &ProcFds,
         source: &[u8],
         target: &[u8],
         still_waiting: &dyn Fn() -> bool,
@@ -126,7 +126,7 @@ impl KernelMounts {
         let request =
             mount_attacher::AttachRequest::Find { source: source.to_vec(), target: target.to_vec() };
         let HelperReply { number, fd } =
-            self.attacher.ask(&request, &place.each_ref().map(AsFd::as_fd), still_waiting)?;
+            self.attacher.ask(&request, &proc_fds.each_ref().map(AsFd::as_fd), still_waiting)?;
         Ok(fd.map(|target| (number, target)))
     }
 
@@ -136,8 +136,8 @@ impl KernelMounts {
     }
 
     /// Attaches a mount to a directory that was found. TIMEDOUT: it may be attached all the same.
-    pub fn attach(&self, place: &Place, mount: OwnedFd, target: BorrowedFd<'_>) -> Answer<()> {
-        let [_, _, namespace] = place;
+    pub fn attach(&self, proc_fds: &ProcFds, mount: OwnedFd, target: BorrowedFd<'_>) -> Answer<()> {
+        let [_, _, namespace] = proc_fds;
         let fds = [namespace.as_fd(), mount.as_fd(), target];
         self.attacher.ask(&mount_attacher::AttachRequest::Attach, &fds, &|| true).map(drop)
     }
@@ -145,19 +145,19 @@ impl KernelMounts {
     /// The id of the mount whose root is at a container's path.
     pub fn which(
         &self,
-        place: &Place,
+        proc_fds: &ProcFds,
         path: &[u8],
         follow: bool,
         still_waiting: &dyn Fn() -> bool,
     ) -> Answer<Option<u64>> {
         let request = mount_attacher::AttachRequest::Which { path: path.to_vec(), follow };
-        let reply = self.attacher.ask(&request, &place.each_ref().map(AsFd::as_fd), still_waiting)?;
+        let reply = self.attacher.ask(&request, &proc_fds.each_ref().map(AsFd::as_fd), still_waiting)?;
         Ok((reply.number != 0).then_some(reply.number))
     }
 
     /// Unmounts a directory, as umount2(2) with these flags.
-    pub fn detach(&self, place: &Place, point: BorrowedFd<'_>, flags: u32) -> Answer<()> {
-        let [_, _, namespace] = place;
+    pub fn detach(&self, proc_fds: &ProcFds, point: BorrowedFd<'_>, flags: u32) -> Answer<()> {
+        let [_, _, namespace] = proc_fds;
         let request = mount_attacher::AttachRequest::Detach { flags };
         self.attacher.ask(&request, &[namespace.as_fd(), point], &|| true).map(drop)
     }

@@ -105,7 +105,7 @@ impl mounts::KernelMounter for PoolKernelMounter {
         &self,
         request: &mounts::MountRequest,
         device: u64,
-        waits: &dyn Fn() -> bool,
+        is_waiting: &dyn Fn() -> bool,
     ) -> Answer<OwnedFd> {
         let kind = self.allowed.iter().find(|kind| kind.name == request.kind).ok_or(Errno::NODEV)?;
         let wanted = MountSpec {
@@ -115,7 +115,7 @@ impl mounts::KernelMounter for PoolKernelMounter {
             namespace: Some(self.namespace.as_fd()),
             tenant: &self.whose,
         };
-        self.pool.mount_source(device, |source| self.kernel.make(source, wanted, waits))
+        self.pool.mount_source(device, |source| self.kernel.make(source, wanted, is_waiting))
     }
 }
 
@@ -138,9 +138,9 @@ impl PoolHandle for PoolRuntime {
         let ContainerSession { listener, namespace, max, mounts, .. } = session;
         let namespace =
             namespace.ok_or_else(|| Error::new(Kind::Internal, "a container has no user namespace"))?;
-        let its = examine(&namespace)?;
-        let mounts = self.for_container(mounts, namespace, its)?;
-        let administrators = Administrators::root(its);
+        let container_namespace = examine(&namespace)?;
+        let mounts = self.for_container(mounts, namespace, container_namespace)?;
+        let administrators = Administrators::root(container_namespace);
         // All devices of a pool for containers exist: this is the first number beyond the limit.
         let device_limit = max.and_then(|max| self.pool.spec().numbers().nth(max as usize));
         self.serve(listener, SupervisorOptions { device_limit, mounts, ..self.options(administrators) })
@@ -215,7 +215,7 @@ impl PoolRuntime {
         &self,
         names: Option<Vec<String>>,
         namespace: OwnedFd,
-        its: Namespace,
+        container_namespace: Namespace,
     ) -> Result<Option<Arc<dyn MountHandler>>> {
         let mut allowed = self.kernel_mounts();
         if let Some(names) = names {
@@ -225,7 +225,7 @@ impl PoolRuntime {
         let Some(kernel) = self.kernel.as_ref().filter(|_| !allowed.is_empty()) else { return Ok(None) };
         let own = std::fs::File::open("/proc/self/ns/user").map_err(cannot_examine)?;
         // In the host's user namespace no id mapping is needed.
-        let namespace = (examine(own)? != its).then_some(namespace);
+        let namespace = (examine(own)? != container_namespace).then_some(namespace);
         let (pool, kernel, table) = (Arc::clone(&self.pool), Arc::clone(kernel), Arc::clone(&self.attached));
         Ok(Some(Arc::new(ContainerMounts { pool, kernel, allowed, namespace, table })))
     }

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::intercept::mounts::{MountHandler, MountRequest, UnmountRequest};
 use crate::kernel_mounts::{FileSystem, KernelMounts, MountSpec};
 use crate::loops::{Answer, Errno, Pool};
-use crate::sys::process::Place;
+use crate::sys::process::ProcFds;
 
 /// Maximum number of mounts of a pool.
 const MOUNTS_MAX: usize = 256;
@@ -81,9 +81,14 @@ pub(super) struct ContainerMounts {
 }
 
 impl MountHandler for ContainerMounts {
-    fn mount(&self, request: &MountRequest, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
+    fn mount(
+        &self,
+        request: &MountRequest,
+        proc_fds: ProcFds,
+        is_waiting: &dyn Fn() -> bool,
+    ) -> Answer<Option<()>> {
         let _busy = self.table.enter()?;
-        let found = self.kernel.find(&place, &request.source, &request.target, waits)?;
+        let found = self.kernel.find(&proc_fds, &request.source, &request.target, is_waiting)?;
         let Some((device, target)) = found.filter(|(device, _)| self.pool.has_device(*device)) else {
             return Ok(None);
         };
@@ -99,25 +104,30 @@ impl MountHandler for ContainerMounts {
             namespace: self.namespace.as_ref().map(AsFd::as_fd),
             tenant: &self.pool.spec().name,
         };
-        let mount = self.pool.mount_source(device, |source| self.kernel.make(source, wanted, waits))?;
+        let mount = self.pool.mount_source(device, |source| self.kernel.make(source, wanted, is_waiting))?;
         // The caller may have been killed meanwhile.
-        if !waits() {
+        if !is_waiting() {
             return Err(Errno::INTR);
         }
         let number = KernelMounts::number(mount.as_fd())?;
         let point = target.try_clone().map_err(|_| Errno::MFILE)?;
         self.table.mounts().push(ContainerMount { number, point });
-        let attached = self.kernel.attach(&place, mount, target.as_fd());
+        let attached = self.kernel.attach(&proc_fds, mount, target.as_fd());
         if attached.is_err_and(|errno| errno != Errno::TIMEDOUT) {
             self.table.forget(number);
         }
         attached.map(Some)
     }
 
-    fn umount(&self, request: &UnmountRequest, place: Place, waits: &dyn Fn() -> bool) -> Answer<Option<()>> {
+    fn umount(
+        &self,
+        request: &UnmountRequest,
+        proc_fds: ProcFds,
+        is_waiting: &dyn Fn() -> bool,
+    ) -> Answer<Option<()>> {
         let _busy = self.table.enter()?;
         let follow = request.flags & libc::UMOUNT_NOFOLLOW.cast_unsigned() == 0;
-        let Ok(Some(number)) = self.kernel.which(&place, &request.path, follow, waits) else {
+        let Ok(Some(number)) = self.kernel.which(&proc_fds, &request.path, follow, is_waiting) else {
             return Ok(None);
         };
         let point = match self.table.mounts().iter().find(|mounted| mounted.number == number) {
@@ -128,7 +138,7 @@ impl MountHandler for ContainerMounts {
         if request.flags & libc::MNT_FORCE.cast_unsigned() != 0 {
             return Err(Errno::PERM);
         }
-        self.kernel.detach(&place, point.as_fd(), request.flags)?;
+        self.kernel.detach(&proc_fds, point.as_fd(), request.flags)?;
         self.table.forget(number);
         // Its device may be released now.
         self.pool.expect_close();

@@ -42,19 +42,24 @@ mod tests {
         let open = |path: &str| OwnedFd::from(File::open(path).unwrap());
         let (user, mount, null) = (open("/proc/self/ns/user"), open("/proc/self/ns/mnt"), open("/dev/null"));
         let (socket, _other) = packet::pair().unwrap();
-        let said = |listener, namespace, mounter| {
+        let refusal = |listener, namespace, mounter| {
             check(listener, namespace, mounter).map_err(|error| error.message().to_owned()).err()
         };
-        assert_eq!(said(&listener, &user, Some(&socket)), None);
-        assert_eq!(said(&listener, &user, None), None);
+        assert_eq!(refusal(&listener, &user, Some(&socket)), None);
+        assert_eq!(refusal(&listener, &user, None), None);
         for other in [&mount, &null, &socket, &listener] {
-            assert!(said(&listener, other, None).is_some_and(|said| said.contains("no user namespace")));
+            assert!(
+                refusal(&listener, other, None).is_some_and(|message| message.contains("no user namespace"))
+            );
         }
         for other in [&user, &null, &socket] {
-            assert!(said(other, &user, None).is_some_and(|said| said.contains("no listener")));
+            assert!(refusal(other, &user, None).is_some_and(|message| message.contains("no listener")));
         }
         for other in [&user, &null, &listener] {
-            assert!(said(&listener, &user, Some(other)).is_some_and(|said| said.contains("no socket")));
+            assert!(
+                refusal(&listener, &user, Some(other))
+                    .is_some_and(|message| message.contains("no packet socket"))
+            );
         }
     }
 }

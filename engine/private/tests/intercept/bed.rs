@@ -1,4 +1,4 @@
-//! A client with a filter, a supervisor for it, and a directory with their files.
+//! A test bed: a client with a filter, its supervisor, and a directory with their files.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,8 +13,7 @@ use loopengine_private::intercept::{
 
 use crate::fake::{Fake, Pretend};
 
-/// Files of a bed's directory: two devices, another that takes a device's place, loop-control, and
-/// an image.
+/// Files of a bed: two devices, a replacement of a device, loop-control, and an image.
 pub const FILES: [&str; 5] = ["loop0", "loop1", "spare", "control", "image"];
 
 pub struct Bed {
@@ -31,7 +30,7 @@ impl Bed {
         Bed::with(role, Duration::from_secs(30), false)
     }
 
-    /// The same, with LOOP_SET_CAPACITY shut.
+    /// The same; LOOP_SET_CAPACITY blocks.
     pub fn shut(role: &str, deadline: Duration) -> Bed {
         Bed::with(role, deadline, true)
     }
@@ -72,12 +71,12 @@ impl Bed {
         Bed { _dir: dir, fake, supervisor: Some(supervisor), client, ended }
     }
 
-    /// Waits for the client, which must find everything as it should be.
+    /// Waits for the client, which must succeed.
     pub fn finish(&mut self) -> Counts {
         let status = self.wait();
         assert!(status.success(), "the client: {status}; the log: {:?}", self.fake.log.lock().unwrap());
         self.ended.recv_timeout(Duration::from_secs(10)).expect("the end was noticed");
-        // The last answer is counted after it is heard.
+        // The last reply is counted after the client receives it.
         std::thread::sleep(Duration::from_millis(20));
         let counts = self.supervisor.as_ref().unwrap().counts();
         assert!(self.stop(Duration::from_secs(10)), "threads are left");

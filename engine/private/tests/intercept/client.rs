@@ -1,6 +1,6 @@
-//! What clients do, each in a process of its own with the filter installed.
+//! Clients, each in a process of its own with the filter installed.
 //!
-//! They end with status 0 if the kernel answered as loop(4) does.
+//! They end with status 0 if all results are those of loop(4).
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -91,7 +91,7 @@ fn values() {
     assert_eq!(ioctl(control, CTL_GET_FREE, 0), Ok(7));
     assert_eq!(ioctl(control, CTL_ADD, 0), Err(EEXIST));
     assert_eq!(ioctl(control, CTL_ADD, 11), Ok(11));
-    // An int: what is above is cut off.
+    // An int: the high half is ignored.
     assert_eq!(ioctl(control, CTL_ADD, 0xffff_ffff_0000_000b), Ok(11));
     assert_eq!(ioctl(control, CTL_ADD, u64::MAX), Ok(5));
     assert_eq!(ioctl(control, CTL_REMOVE, u64::MAX), Err(EINVAL));
@@ -121,14 +121,14 @@ fn values() {
     assert_eq!(ioctl(fd, CONFIGURE, u64::MAX - 8), Err(EFAULT));
     assert_eq!(ioctl(fd, CONFIGURE, address(&config(image_fd, 1 << 63, 0))), Err(EOVERFLOW));
 
-    // The high half of an int is nobody's business.
+    // The high half of an int is ignored.
     assert_eq!(ioctl(fd, 0xabcd_0000_0000 | SET_FD, 1 << 40 | image_fd as u64), Ok(0));
     assert_eq!(ioctl(fd, SET_FD, image_fd as u64), Err(EBUSY));
     assert_eq!(ioctl(fd, CLR_FD, 0), Ok(0));
     let wanted = config(image_fd, 1024, b'n');
     assert_eq!(ioctl(fd, CONFIGURE, address(&wanted)), Ok(0));
 
-    // What was written, where, and nothing beside.
+    // Exactly the expected bytes are written.
     let meta = File::from(image).metadata().unwrap();
     assert_eq!(ioctl(fd, GET_STATUS64, at), Ok(0));
     assert_eq!((u64_at(&status, 8), u64_at(&status, 24)), (meta.ino(), 1024));
@@ -143,7 +143,7 @@ fn values() {
     assert_eq!(ioctl(fd, SET_STATUS64, address(info)), Ok(0));
     assert_eq!(ioctl(fd, GET_STATUS, at), Err(EOVERFLOW));
 
-    // Half of it in memory that is not there, or that must not be written.
+    // Half of it in unmapped or read-only memory.
     let edge = raw::low_memory(1).addr() as u64 + 4096 - 100;
     let constant = raw::read_only_memory().addr() as u64;
     for bad in [8, edge, constant, u64::MAX, u64::MAX - 231, 1 << 63, 0xffff_8000_0000_0000] {
@@ -185,7 +185,7 @@ fn i386() {
         let old = bytes(144);
         assert_eq!(&old[8..12], &(meta.ino() as u32).to_ne_bytes());
         assert_eq!((&old[16..20], old[32], &old[140..]), (&[0, 2, 0, 0][..], b'c', &[0xee; 4][..]));
-        // What was got can be set.
+        // The returned status can be set.
         assert_eq!(raw::ioctl32(fd, SET_STATUS as u32, at), Ok(0));
     } else {
         assert_eq!(old, Err(EOVERFLOW));
@@ -199,7 +199,7 @@ fn i386() {
 #[cfg(not(target_arch = "x86_64"))]
 fn i386() {}
 
-/// Whoever may not write and is nobody may look, and clear.
+/// A caller without write access and capabilities may read the status, and clear.
 fn nobody() {
     let (reads, writes, image) = (open_flags("loop0", 0), open("loop0"), open("image"));
     let only_ioctl = open_flags("loop0", libc::O_ACCMODE);
@@ -219,7 +219,7 @@ fn nobody() {
     assert_eq!(ioctl(reads.as_raw_fd(), CLR_FD, 0), Ok(0));
 }
 
-/// What is not ours is the kernel's.
+/// The kernel serves all other calls.
 fn others() {
     let null = File::open("/dev/null").unwrap();
     let (pipe, _end) = std::io::pipe().unwrap();
@@ -250,12 +250,12 @@ fn nodes() {
     let make = |name, kind, device| mknodat(CWD, name, kind, Mode::RUSR, device);
     assert_eq!(make("block", FileType::BlockDevice, makedev(259, 7)), Err(rustix::io::Errno::PERM));
     assert!(!std::path::Path::new("block").exists());
-    // The kernel's own loop devices: no node is made, but the device of this name is.
+    // Nodes of the kernel's loop devices are not made, but the pool's device of this name is added.
     assert_eq!(make("/dev/loop3", FileType::BlockDevice, makedev(7, 3)), Ok(()));
     assert_eq!(make("/dev/loop0", FileType::BlockDevice, makedev(7, 0)), Ok(()), "it is there already");
     assert_eq!(make("/dev/loop4", FileType::BlockDevice, makedev(7, 3)), Err(rustix::io::Errno::PERM));
     assert_eq!(make("loop3", FileType::BlockDevice, makedev(7, 3)), Err(rustix::io::Errno::PERM));
-    // A disk that lies upon the devices: the kernel decides.
+    // A stacked disk: the kernel decides.
     let own = make("own", FileType::BlockDevice, makedev(OWN_MAJOR, 300));
     let kernel = if rustix::process::geteuid().is_root() { Ok(()) } else { Err(rustix::io::Errno::PERM) };
     assert_eq!(own, kernel);
@@ -265,7 +265,7 @@ fn nodes() {
     assert_eq!(raw::mknod(c"block", libc::S_IFBLK | 0o600), Err(EPERM));
 }
 
-/// Another thread changes the argument all the time: each call decides on one copy.
+/// Another thread changes the argument all the time: each call uses one copy.
 fn rewriter() {
     let (device, image) = (open("loop0"), open("image"));
     let memory = raw::low_memory(1);
@@ -300,7 +300,7 @@ fn rewriter() {
     assert!(bound > 0 && refused > 0);
 }
 
-/// A call that has been received is not interrupted; one that has not is interrupted cleanly.
+/// Signals do not interrupt a received call, and interrupt others cleanly.
 fn signals() {
     let device = open("loop0");
     raw::storm_of_signals(50);
@@ -315,8 +315,8 @@ fn signals() {
     println!("storm of signals: {served} served, {interrupted} interrupted before they were received");
 }
 
-/// Another thread puts other files onto the descriptor all the time: nobody gets what none of the
-/// files allows.
+/// Another thread replaces the descriptor all the time: no call succeeds that each of the files
+/// forbids.
 fn swapper() {
     const FD: RawFd = 77;
     let (reads, other, path_only) =
@@ -362,7 +362,7 @@ fn replaced() {
     }
 }
 
-/// A thread that is not the first, with a table of its own.
+/// A second thread, with a descriptor table of its own.
 fn threads() {
     let main_device = open("image");
     std::thread::spawn(move || {
@@ -385,7 +385,7 @@ fn overdue() {
     let started = Instant::now();
     assert_eq!(ioctl(device.as_raw_fd(), SET_CAPACITY, 0), Err(EIO));
     assert!(started.elapsed() < Duration::from_secs(10));
-    // The other places still serve.
+    // The other threads still serve.
     assert_eq!(ioctl(device.as_raw_fd(), CLR_FD, 0), Err(ENXIO));
 }
 
@@ -406,7 +406,7 @@ fn children() {
     }
 }
 
-/// Calls until nobody serves any more.
+/// Calls until the supervisor has stopped.
 fn stopped() {
     let device = open("loop0");
     assert_eq!(ioctl(device.as_raw_fd(), SET_CAPACITY, 0), Ok(0));
@@ -417,7 +417,7 @@ fn stopped() {
     }
 }
 
-/// Many at once.
+/// Many concurrent calls.
 fn crowd() {
     std::thread::scope(|scope| {
         for _ in 0..32 {

@@ -1,4 +1,4 @@
-//! A pool that keeps books only, and whose nodes are regular files.
+//! A fake pool that only records operations. Its nodes are regular files.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,12 +21,12 @@ pub struct Fake {
     /// Inode to number.
     nodes: Mutex<BTreeMap<u64, u32>>,
     bound: Mutex<BTreeMap<u32, LoopStatus>>,
-    /// What was done, in words.
+    /// The recorded operations.
     pub log: Mutex<Vec<String>>,
-    /// LOOP_SET_CAPACITY waits while this is shut, and does nothing for who does not wait any more.
+    /// LOOP_SET_CAPACITY blocks while this is shut, and has no effect if its caller is gone.
     shut: Mutex<bool>,
     opened: Condvar,
-    /// What LOOP_SET_BLOCK_SIZE puts onto the caller's descriptor.
+    /// LOOP_SET_BLOCK_SIZE replaces the caller's descriptor by this file.
     pub spare: Mutex<Option<PathBuf>>,
 }
 
@@ -48,7 +48,7 @@ impl Fake {
         self.log.lock().unwrap().iter().filter(|line| line.starts_with(what)).count()
     }
 
-    /// Waits until this has been logged so many times.
+    /// Waits until this has been recorded so many times.
     pub fn wait_for(&self, what: &str, times: usize) {
         let until = Instant::now() + Duration::from_secs(20);
         while self.count(what) < times {
@@ -59,7 +59,7 @@ impl Fake {
 }
 
 /// The fake as a pool.
-/// Of disks that lie upon the devices, in this test.
+/// Of stacked disks, in this test.
 pub const OWN_MAJOR: u32 = 253;
 
 pub struct Pretend(pub Arc<Fake>);

@@ -1,8 +1,8 @@
-//! ioctls of clients with the real filter, served by the real supervisor over a pool that only
-//! keeps books. Needs root and a kernel that notifies of system calls; neither ublk nor mounts.
+//! ioctls of clients with the real filter and the real supervisor, on a fake pool. Needs root and
+//! seccomp notifications, but neither ublk nor mounts.
 //!
 //! A client is this program again (`client ROLE`): it installs the filter, sends the listener and
-//! checks what its calls answer.
+//! checks the results of its calls.
 
 mod bed;
 mod client;
@@ -59,7 +59,7 @@ fn case(name: &str, body: impl FnOnce() + Send + 'static) -> Trial {
     })
 }
 
-/// Nothing is asked twice, nothing is lost.
+/// No call is served twice, and none is lost.
 fn signals() {
     let mut bed = Bed::new("signals");
     bed.finish();
@@ -67,7 +67,8 @@ fn signals() {
     assert_eq!(bed.fake.count("nobody waits"), 0);
 }
 
-/// An operation finds that its caller is gone, and the end comes while it still hangs.
+/// An operation detects that its caller is gone. The supervisor notices the end while it still
+/// hangs.
 fn killed() {
     for _ in 0..20 {
         let mut bed = Bed::shut("blocked", Duration::from_secs(30));
@@ -81,7 +82,7 @@ fn killed() {
     }
 }
 
-/// At any moment, also before anybody has seen the call.
+/// At any moment, also before the call is received.
 fn killed_before_it_was_received() {
     for round in 0..100_u64 {
         let mut bed = Bed::new("signals");
@@ -125,7 +126,7 @@ fn stopped() {
     assert!(bed.ended.recv().is_err(), "nobody is told after a stop");
 }
 
-/// No more at once than were allowed, and all in the end.
+/// Serves at most as many concurrent calls as allowed, and all in the end.
 fn crowd() {
     let mut bed = Bed::shut("crowd", Duration::from_secs(30));
     bed.fake.wait_for("asked for capacity", CALLS_AT_ONCE);
@@ -136,7 +137,7 @@ fn crowd() {
     assert_eq!(bed.fake.count("capacity set"), 32 * 50);
 }
 
-/// All places of one are taken by calls that hang.
+/// All threads of one supervisor serve calls that hang.
 fn others_do_not_wait() {
     let hung = Bed::shut("crowd", Duration::from_secs(30));
     hung.fake.wait_for("asked for capacity", CALLS_AT_ONCE);

@@ -1,6 +1,6 @@
-//! System calls as a client makes them: any number, any argument, by either ABI.
+//! Raw system calls of a client: any number, any argument, of either ABI.
 //!
-//! The one file of these tests with `unsafe`: what they are about cannot be asked for safely.
+//! The only file of these tests with `unsafe`.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -43,7 +43,7 @@ fn errno() -> i32 {
     std::io::Error::last_os_error().raw_os_error().unwrap()
 }
 
-/// Memory below 4 GiB, with a page behind it that nobody may touch.
+/// Memory below 4 GiB, followed by an inaccessible page.
 pub fn low_memory(pages: usize) -> *mut u8 {
     map(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_32BIT)
 }
@@ -72,7 +72,7 @@ pub fn poke(at: *mut u8, bytes: &[u8]) {
     }
 }
 
-/// Installs the filter here and sends the listener to whoever holds the other end of stdin.
+/// Installs the filter and sends the listener over the socket at stdin.
 pub fn install_and_send(program: &[libc::sock_filter]) {
     let listener = seccomp::install_with_listener(program).unwrap();
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -84,13 +84,13 @@ pub fn install_and_send(program: &[libc::sock_filter]) {
     rustix::net::sendmsg(stdin, &data, &mut control, rustix::net::SendFlags::empty()).unwrap();
 }
 
-/// A file of ours at a number of our choice.
+/// Duplicates a file to this descriptor number.
 pub fn dup2(file: &OwnedFd, onto: RawFd) {
     // SAFETY: the number is one that the callers use by number only.
     assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), onto) }, onto);
 }
 
-/// fork(2): answers the process id in the parent and 0 in the child, which only calls the kernel.
+/// fork(2): returns the process id in the parent and 0 in the child, which only makes system calls.
 pub fn fork() -> i32 {
     // SAFETY: these programs have one thread when they call it.
     unsafe { libc::fork() }
@@ -102,8 +102,7 @@ pub fn unshare_files() {
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) }.unwrap();
 }
 
-/// A handler that does nothing for SIGALRM, without restarting what it interrupted, and one such
-/// signal after another.
+/// Installs an empty handler of SIGALRM, without SA_RESTART, and a fast periodic timer.
 pub fn storm_of_signals(every_us: i64) {
     extern "C" fn nothing(_: i32) {}
     let every = libc::timeval { tv_sec: 0, tv_usec: every_us };
@@ -117,7 +116,7 @@ pub fn storm_of_signals(every_us: i64) {
     }
 }
 
-/// Becomes somebody without any capability.
+/// Drops all capabilities.
 pub fn become_nobody() {
     // SAFETY: takes integers.
     unsafe {
@@ -130,7 +129,7 @@ pub fn become_nobody() {
 /// mknod(2), which the C library does not call.
 #[cfg(target_arch = "x86_64")]
 pub fn mknod(path: &std::ffi::CStr, mode: u32) -> Done {
-    // SAFETY: the path ends with a zero and outlives the call.
+    // SAFETY: the path ends with a NUL and outlives the call.
     match unsafe { libc::syscall(libc::SYS_mknod, path.as_ptr(), mode, 0x10307) } {
         -1 => Err(errno()),
         value => Ok(value),

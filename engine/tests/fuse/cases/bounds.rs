@@ -1,5 +1,5 @@
-//! A file's bounds and holes: who writes past the end learns it, fallocate works within the size, and
-//! holes are those of the image.
+//! A file's bounds and holes: who writes past the end learns it, fallocate works within the size,
+//! and holes are those of the image.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -63,7 +63,8 @@ fn endless(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A program that begins past the end is told while it writes, more than once; others are not disturbed.
+/// A program that begins past the end is told while it writes, more than once; others are not
+/// disturbed.
 fn behind(ctx: &Ctx) -> Res {
     const SIZE: u64 = 4 * MIB;
     let store = Store::ext4(ctx)?;

@@ -1,4 +1,5 @@
-//! What the daemon has from others at its start: devices from its configuration, sockets from a service manager.
+//! What the daemon has from others at its start: devices from its configuration, sockets from a
+//! service manager.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -116,7 +117,8 @@ fn devices(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Sockets that were there before the daemon, and stay when it ends: who connects meanwhile is served.
+/// Sockets that were there before the daemon, and stay when it ends: who connects meanwhile is
+/// served.
 fn passed_sockets(ctx: &Ctx) -> Res {
     if tools::run(&["bash", "-c", "true"]).is_err() {
         skip!("needs bash");

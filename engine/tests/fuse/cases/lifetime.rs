@@ -73,7 +73,8 @@ fn detach_in_use(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Who has a device open, and where it is mounted: in `list --all`, `find`, and in what refuses to detach it.
+/// Who has a device open, and where it is mounted: in `list --all`, `find`, and in what refuses to
+/// detach it.
 fn users_are_named(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 16 * MIB)?;

@@ -1,5 +1,5 @@
-//! Partitions of public devices: beside the device under its name, as the kernel's driver has them beside its
-//! own, whoever makes them.
+//! Partitions of public devices: beside the device under its name, as the kernel's driver has them
+//! beside its own, whoever makes them.
 
 use std::time::Duration;
 

@@ -52,7 +52,7 @@ fn detach(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device that is bound anew shows the new file, and leaves the old one alone.
+/// A device that is bound again serves the new file, and does not write to the old one.
 fn rebind(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -87,7 +87,7 @@ fn rebind(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device that is unbound just now, and the next one that is found: each name leads to its own file.
+/// A device that is being unbound, and the next free one: each name has its own file.
 fn in_turn(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run_for(
@@ -110,7 +110,7 @@ fn in_turn(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `--nooverlap` finds what is bound already.
+/// `--nooverlap` finds bound devices.
 fn overlap(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -159,7 +159,7 @@ fn remove(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `-P`: partitions are devices, and go with their disk.
+/// `-P`: partitions are devices, and are removed with their disk.
 fn partitions(ctx: &Ctx, table: &str) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = format!(

@@ -1,5 +1,6 @@
-//! Builders of disk images, unmodified, under `loopengine run`: the same steps on the kernel's own driver and in a pool,
-//! and the same lines from both. `engine/doc/builders.md` says which others there are.
+//! Builders of disk images, unmodified, under `loopengine run`: the same steps on the kernel's own
+//! driver and in a pool, and the same lines from both. `engine/doc/builders.md` says which others
+//! there are.
 
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// As those of Raspberry Pi's images work: a table, a file system each, a tree copied, names by PARTUUID.
+/// As for Raspberry Pi images: a table, a file system per partition, a copied tree, names by
+/// PARTUUID.
 const SCRIPT: &str = r#"
 set -e
 truncate -s 96M disk
@@ -44,7 +46,7 @@ losetup -d $dev
 set +e
 "#;
 
-/// What has become of it.
+/// The resulting image.
 const LOOK: &str = r#"
 bind -P -r
 e2fsck -fn ${dev}p2 > said 2>&1; echo "e2fsck: $?"

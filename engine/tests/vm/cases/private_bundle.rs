@@ -1,4 +1,5 @@
-//! A container as a runtime wants it: no image, no network, a small root directory in memory, a script.
+//! A container for an OCI runtime: no image, no network, a small root directory in memory, a
+//! script.
 //!
 //! Knows bundles, runtimes and pools for containers; knows no case.
 
@@ -15,12 +16,12 @@ use crate::tools::{self, Done, Running};
 
 /// From its start to its end.
 pub(super) const CONTAINER: Duration = Duration::from_secs(100);
-/// Until devices of a container that is gone are unbound: a second, on a machine that has time.
+/// Until devices of an ended container are unbound: a second, on an idle machine.
 pub(super) const UNBOUND: Duration = Duration::from_secs(10);
 const PROGRAMS: &str = "bash busybox losetup mount umount findmnt mkfs.ext4 mkfs.xfs e2fsck xfs_repair blkid blockdev \
      truncate stat mknod";
 
-/// What a container is made of.
+/// The bundle of a container.
 pub(super) struct Bundle<'a> {
     ctx: &'a Ctx,
     daemon: &'a Daemon,
@@ -41,7 +42,8 @@ pub(super) fn any_runtime() -> Res<&'static str> {
     skip!("no container runtime is installed (crun or runc)")
 }
 
-/// A root directory with the programs that scripts use, and what these load; made once for all cases.
+/// A root directory with the programs of the scripts, and their libraries; created once for all
+/// cases.
 pub(super) fn root() -> Res<String> {
     let root = format!("{}/container", crate::SCRATCH);
     if !Path::new(&root).exists() {
@@ -114,7 +116,7 @@ impl<'a> Bundle<'a> {
         Running::start(self.runtime(words))?.finish(tools::SHORT)
     }
 
-    /// What the runtime itself proposes, with a script, a place to write, and a pool.
+    /// The runtime's default configuration, with a script, a writable directory, and a pool.
     pub(super) fn config(&self, script: &str) -> Res<Value> {
         let file = self.path("config.json");
         let _ = std::fs::remove_file(&file);
@@ -217,7 +219,7 @@ impl Pool {
         Ok(Pool { dir })
     }
 
-    /// Takes it away; nothing of it may be left.
+    /// Removes it, and checks that nothing of it is left.
     pub(super) fn end(self, daemon: &Daemon) -> Res {
         tools::ok(&["umount", "-R", &self.dir])?;
         let gone = tools::until(UNBOUND, || daemon.ublk_ids().is_empty().then_some(()));
@@ -232,7 +234,7 @@ impl Drop for Pool {
     }
 }
 
-/// Waits until the pool has nothing bound and nobody uses it; how long that took.
+/// Waits until the pool is unused and all devices are unbound. Returns how long that took.
 pub(super) fn unbound(daemon: &Daemon, pool: &str) -> Res<Duration> {
     let begin = Instant::now();
     let listed = || daemon.ok(&["losetup", "--pool", pool, "-n", "-O", "NAME"]);

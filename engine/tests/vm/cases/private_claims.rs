@@ -1,4 +1,4 @@
-//! Images that pools and others have: who only reads keeps nobody away, who writes is named.
+//! Images that pools share with others: a reader excludes nobody, and a writer is named.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -64,7 +64,7 @@ fn writers(ctx: &Ctx) -> Res {
     warned(&daemon, "default/loop0 (read-write) shares ", 1)?;
     script.go_on("bound")?;
     script.finish()?;
-    // The other way round: the pool comes later, and is let in.
+    // The other way round: the pool binds later, and is admitted.
     let other = Inside::new(ctx, &daemon).user(1000);
     other.run(&format!("works bind losetup /dev/loop1 {image}"))?;
     warned(&daemon, " with default/loop0 (read-write)", 1)?;
@@ -79,7 +79,7 @@ fn pools(ctx: &Ctx) -> Res {
     mkfs("ext4", &image)?;
     let held = format!("works bind losetup /dev/loop2 {image}; halfway bound");
     let script = Inside::new(ctx, &daemon).start(&held)?.wait("bound")?;
-    // Twice in one pool is nobody else's business; in another it is said once a minute for each image.
+    // No warning for two bindings in one pool; for another pool, one warning per minute and image.
     Inside::new(ctx, &daemon)
         .run(&format!("works bind losetup /dev/loop3 {image}; works again losetup -r /dev/loop4 {image}"))?;
     warned(&daemon, &format!("shares {image} with loop2 of pool "), 1)?;
@@ -96,7 +96,7 @@ fn pools(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device that was attached while a pool had its image is taken back, whoever has it then.
+/// A device that was attached while a pool had its image is recovered, whoever has the image then.
 fn recovery(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -113,7 +113,7 @@ fn recovery(ctx: &Ctx) -> Res {
         daemon.detach(device)?;
     }
     script.kill();
-    // A claimed block device is ours again after a restart.
+    // A claimed block device is recovered after a restart.
     let disk = store::Disk::new(&Shape::default())?;
     let device = daemon.attach(&[&disk.node()])?;
     daemon.kill()?;

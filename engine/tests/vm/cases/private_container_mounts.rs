@@ -1,5 +1,5 @@
-//! mount(8) and umount(8) in containers with the capabilities that runtimes give: what is mounted, what is
-//! refused, and what is left when the container goes.
+//! mount(8) and umount(8) in containers with the default capabilities of runtimes: successful
+//! mounts, refused ones, and the end of the container.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::tools;
 
-/// A second is promised, on a machine with nothing else to do.
+/// The documented limit is a second, on an idle machine.
 const SOON: Duration = Duration::from_secs(4);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -29,7 +29,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What everybody wants of a loop device, by unmodified programs.
+/// Common uses of a loop device, by unmodified programs.
 fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
     let daemon = Daemon::start(ctx)?;
     let pool = Pool::mounting(ctx, &daemon, "ci", 2, "ext4,xfs")?;
@@ -90,7 +90,7 @@ fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
     daemon.stop()
 }
 
-/// Root of a container that is nobody outside.
+/// Root of a container that is an unprivileged user outside.
 fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
     const ROOT: u32 = 100_000;
     let daemon = Daemon::start(ctx)?;
@@ -125,7 +125,7 @@ fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
         config["linux"][ids] = json!([{ "containerID": 0, "hostID": ROOT, "size": 65536 }]);
     }
     end(bundle.start_as(&config)?)?;
-    // On the disk it is what it is inside.
+    // The owner on the disk is that inside of the container.
     let stat = tools::run(&["debugfs", "-R", "stat /dir/file", &bundle.work("a")])?.ok()?;
     ensure!(stat.out.contains("User:     7   Group:     8"), "the image has {:?}", stat.out);
     unbound(&daemon, "ci")?;
@@ -133,7 +133,7 @@ fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
     daemon.stop()
 }
 
-/// What root of a container cannot mount, where, and what it cannot take off.
+/// Mounts and unmounts that root of a container is refused.
 fn refused(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
@@ -172,7 +172,7 @@ fn refused(ctx: &Ctx) -> Res {
         losetup -D; soon "none" "" losetup -a
         "#,
     )?;
-    // Fewer by an annotation, and not more.
+    // An annotation can allow fewer file systems, and not more.
     for (mounts, said) in [("xfs", "permi"), ("", "permi")] {
         bundle.annotations = vec![("io.loopengine.mount", mounts)];
         bundle.run(&format!(
@@ -184,14 +184,14 @@ fn refused(ctx: &Ctx) -> Res {
         .run("truncate -s 320M b; mkfs.xfs -q b; refused wider 'unknown filesystem' mount -o loop b mnt")?;
     bundle.annotations.clear();
     pool.end(&daemon)?;
-    // A pool that mounts nothing leaves mount(2) to the kernel.
+    // Without kernel mounts, the kernel serves mount(2).
     let pool = Pool::new(ctx, &daemon, "ci", 2)?;
     bundle.run("losetup /dev/loop0 a; refused 'not allowed' permi busybox mount -t ext4 /dev/loop0 mnt")?;
     pool.end(&daemon)?;
     daemon.stop()
 }
 
-/// The container goes with something mounted: the image is whole, and the pool as new.
+/// The container ends with a mounted file system: the image is intact, and the pool is reset.
 fn ends(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
@@ -222,8 +222,8 @@ fn ends(ctx: &Ctx) -> Res {
         ctx.note(format!("{how}: unbound after {took:?}"));
         ensure!(took < SOON, "{how}: {took:?}");
         let _ = bundle.control(&["delete", "--force", "c1"])?;
-        // Who holds the namespace keeps the mount, but not the file: its journal is replayed, and what was
-        // written is there.
+        // A holder of the namespace keeps the mount, but not the file: its journal is replayed, and
+        // synced data is there.
         let check = if held.is_some() { "-fp" } else { "-fn" };
         let checked = tools::run(&["e2fsck", check, &bundle.work("a")])?;
         ensure!(checked.code <= u8::from(held.is_some()).into(), "{how}: {checked:?}");

@@ -1,4 +1,4 @@
-//! Containers with private loop devices, made by runtimes as they are, with the capabilities that these give:
+//! Containers with private loop devices, with unmodified runtimes and their default capabilities:
 //! runc and crun, whichever is installed.
 
 use std::path::Path;
@@ -22,7 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Everything that a container does with a loop device, and what the host sees of it.
+/// Operations of a container on a loop device, and what the host sees of them.
 fn chain(ctx: &Ctx, runtime: &'static str) -> Res {
     let daemon = Daemon::start(ctx)?;
     let pool = Pool::new(ctx, &daemon, "ci", 2)?;
@@ -71,7 +71,7 @@ fn chain(ctx: &Ctx, runtime: &'static str) -> Res {
     daemon.stop()
 }
 
-/// Two containers at once, each with a /dev/loop0 on an image of its own; and who may share a pool.
+/// Two concurrent containers, each with a /dev/loop0 on an image of its own; and sharing of a pool.
 fn two(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
@@ -121,7 +121,8 @@ fn two(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Names of partitions come, change and go in the container's own /dev, and are new for the next container.
+/// Names of partitions are added, changed and removed in the container's own /dev; the next
+/// container starts without.
 fn partitions(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
@@ -163,7 +164,7 @@ fn partitions(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Why a hook fails is in the daemon's log; only root tells the daemon such things.
+/// The daemon logs why a hook fails; only root may report that.
 fn hook(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let pool = Pool::new(ctx, &daemon, "ci", 2)?;
@@ -181,7 +182,7 @@ fn hook(ctx: &Ctx) -> Res {
         "{}",
         daemon.log()
     );
-    // A directory that is no tmpfs is refused: names are made nowhere else.
+    // A directory that is no tmpfs is refused.
     tools::sh(format!("mkdir {bundle}/r/dev && mount -t ramfs none {bundle}/r/dev"))?;
     let done = tools::run(&["sh", "-c", &hook])?;
     ensure!(done.code == 0 && done.err.contains("not a directory of a tmpfs"), "{done:?}");
@@ -193,7 +194,7 @@ fn hook(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The pool stays when its container ends, however it ends, and is as new for the next.
+/// The pool stays when its container ends, however it ends, and is reset for the next.
 fn restart(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
@@ -245,7 +246,7 @@ fn restart(ctx: &Ctx) -> Res {
         ensure!(bytes[4096..].starts_with(b"omega"), "{how}: what was written is not in the image");
         image(&bundle.work("a"), "alpha")?;
     }
-    // Held from outside: the container's end unbinds it all the same.
+    // Held open from outside: the end of the container unbinds it nevertheless.
     let mut running = bundle.start(script)?;
     bundle.wait(&mut running, "bound")?;
     let held = std::fs::File::open(format!("{}/dev/loop0", pool.dir)).at("loop0")?;
@@ -262,7 +263,7 @@ fn restart(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What a container may ask for, and what becomes of it if it asks for more.
+/// Limits that a container requests, and the effect of exceeding them.
 fn policy(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
@@ -287,7 +288,8 @@ fn policy(ctx: &Ctx) -> Res {
         refused "not a third" "find an unused loop device" losetup -f
         "#,
     )?;
-    // What names no pool, or none that is there, or asks for nonsense: calls fail, and nothing hangs.
+    // Without a pool, with an unknown pool, or with invalid requests: calls fail, and nothing
+    // hangs.
     bundle.annotations.clear();
     let fails = r#"refused "no pool" "Function not implemented" losetup /dev/loop0 a"#;
     let refusals = [
@@ -302,7 +304,7 @@ fn policy(ctx: &Ctx) -> Res {
         end(bundle.start_as(&config)?)?;
         ensure!(daemon.log().contains(said), "{metadata}: the log does not say {said:?}");
     }
-    // Not every client of the socket is a runtime.
+    // A client of the socket that is no runtime.
     use std::io::Write;
     let mut garbage = std::os::unix::net::UnixStream::connect(ctx.path("run/oci")).at("the socket")?;
     garbage.write_all(b"GET / HTTP/1.1\r\n\r\n")?;

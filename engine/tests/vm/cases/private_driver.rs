@@ -1,8 +1,8 @@
-//! Private loop devices beside the kernel's own: one client with the same steps on both, and a list of
-//! the lines that may differ.
+//! Compares private loop devices with the kernel's: one client runs the same steps on both. A list
+//! has the allowed differences.
 //!
-//! Knows how to have the kernel's driver for a while, and to be rid of it again: all other cases are on
-//! a kernel without it. What the steps are is the client's business (`driver`).
+//! Knows how to load and unload the kernel's driver: all other cases run without it. Does not know
+//! the steps (`driver` does).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
 /// For all steps on one driver.
 const CLIENT: Duration = Duration::from_secs(270);
 
-/// Lines of the client: what was done, and what came of it.
+/// Output lines of the client: each step, and its result.
 type Lines = BTreeMap<String, String>;
 
 fn compare(ctx: &Ctx, bits: &str) -> Res {
@@ -47,9 +47,9 @@ fn compare(ctx: &Ctx, bits: &str) -> Res {
     judge(&kernel, &ours, bits)
 }
 
-/// Has the client do all steps in a directory of its own.
+/// Runs all steps of the client in a directory of its own.
 fn run(ctx: &Ctx, name: &str, mut command: Command, bits: &str) -> Res<Lines> {
-    // The same path for both, since it is shown.
+    // The same path for both, since it is printed.
     let dir = ctx.dir.join("files");
     std::fs::create_dir(&dir).at("a directory")?;
     command.args([driver::ROLE, bits]).current_dir(&dir);
@@ -69,7 +69,7 @@ fn run(ctx: &Ctx, name: &str, mut command: Command, bits: &str) -> Res<Lines> {
     Ok(lines)
 }
 
-/// Step by step: the same, or known to differ in exactly this way. What is known must be seen.
+/// Compares step by step: equal, or a listed difference. Each listed difference must occur.
 fn judge(kernel: &Lines, ours: &Lines, bits: &str) -> Res {
     let known = KNOWN.iter().filter(|known| bits == "64" || !known.only_64);
     let known: BTreeMap<_, _> = known.flat_map(|known| known.lines).map(|line| (line.0, line)).collect();
@@ -130,7 +130,7 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// After a failure: whatever the client has left.
+    /// After a failure: devices that the client has left.
     fn drop(&mut self) {
         if let Err(error) = remove_driver() {
             eprintln!("  the kernel's loop driver stays: {error:?}");

@@ -1,8 +1,8 @@
-//! What private loop devices cost: calls, and `losetup`.
+//! The cost of private loop devices: calls, and `losetup`.
 //!
-//! The figures are printed, and compared with bounds that only a mistake would pass: on an emulated
-//! machine with other work to do, time is noise. In a machine that counts instructions a nanosecond is
-//! one (`engine/doc/figures.md` says how they are taken there), and the bounds are the aims.
+//! The figures are printed, and compared with loose bounds that only a regression exceeds: time on
+//! a busy emulated machine is noisy. In a machine that counts instructions, one nanosecond is one
+//! instruction, and the bounds are the goals. `engine/doc/figures.md` describes that measurement.
 
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ use crate::tools;
 const CLOSED_MAX: Duration = Duration::from_millis(50);
 const CLOSED_NOISE_MAX: Duration = Duration::from_secs(2);
 
-/// Rounds of losetup; the first are not counted.
+/// Rounds of losetup; the first ones are warm-up.
 const ROUNDS: usize = 25;
 const WARM: usize = 5;
 /// The median round, as a multiple of the kernel's; the aim is 2.
 const SET_UP_TIMES_MAX: f64 = 8.0;
 
-/// An intercepted call above the kernel's own, and any other call under the filter above one without:
-/// the aims are 20 µs, or 60K instructions, and 100 ns.
+/// An intercepted call above the kernel's own, and any other call under the filter above one
+/// without: the aims are 20 µs, or 60K instructions, and 100 ns.
 const CALL_NS_MAX: [f64; 2] = [5_000_000.0, 5_000.0];
 /// The same where an instruction takes a nanosecond: a processor does three or more in that time.
 const CALL_INSTRUCTIONS_MAX: [f64; 2] = [60_000.0, 300.0];
@@ -36,7 +36,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The kernel's driver, for as long as this lives.
+/// The kernel's driver, loaded until this is dropped.
 struct KernelLoop;
 
 impl KernelLoop {
@@ -48,7 +48,7 @@ impl KernelLoop {
 
 impl Drop for KernelLoop {
     fn drop(&mut self) {
-        // Whoever fails has said so; what is bound goes first.
+        // Failures were reported; unbind first.
         let _ = tools::run(&["losetup", "-D"]);
         let _ = tools::until(Duration::from_secs(10), || {
             tools::run(&["modprobe", "-r", "loop"]).is_ok_and(|done| done.code == 0).then_some(())
@@ -56,7 +56,7 @@ impl Drop for KernelLoop {
     }
 }
 
-/// `losetup -f --show`, then `-d`: turn by turn with the kernel's.
+/// `losetup -f --show`, then `-d`: alternating with the kernel's.
 fn set_up(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let kernel = KernelLoop::load()?;
@@ -151,7 +151,8 @@ fn calls(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Prints what it closes last and how many ms later nothing is bound, by /sys and no call of loop(4).
+/// Prints the last close, and after how many ms the device is unbound, by /sys and no call of
+/// loop(4).
 const LAST_CLOSE: &str = r#"
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC sleep);
 sub lag { my ($what, $name, $close) = @_;
@@ -175,16 +176,16 @@ for (1..5) {
 }
 "#;
 
-/// A last close unbinds: after an unmount, after LOOP_CLR_FD, and long after any sign.
+/// A last close unbinds: after an unmount, after LOOP_CLR_FD, and long after any hint.
 fn last_close(ctx: &Ctx) -> Res {
-    // A machine has a disk of its own as a rule; without any, the last ublk device to go takes things of the
-    // block layer with it that all disks share, which takes the kernel as long again.
+    // A machine has a disk of its own as a rule; without any, the last ublk device to go takes
+    // things of the block layer with it that all disks share, which takes the kernel as long again.
     let _disk = Disk::new(&Shape { size_mib: 1, ..Shape::default() })?;
     let daemon = Daemon::start(ctx)?;
     std::fs::write(ctx.path("last_close.pl"), LAST_CLOSE)?;
     let script = "image raw 1M; truncate -s 8M fs; mkfs.ext2 -q fs; mkdir mnt; said=$(perl last_close.pl 2>&1) || wrong \"$said\"; echo \"$said\"";
-    // The kernel mounts it: a program of FUSE would close the device when it has written all back, some
-    // time after the unmount.
+    // The kernel mounts it: a program of FUSE would close the device when it has written all back,
+    // some time after the unmount.
     let said = Inside::new(ctx, &daemon).with(&["--mount", "ext2"]).run(script)?;
     let max = if counted() { CLOSED_MAX } else { CLOSED_NOISE_MAX }.as_millis();
     let mut late = Vec::new();

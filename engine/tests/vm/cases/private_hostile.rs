@@ -1,7 +1,7 @@
-//! A tenant that means harm, beside one that does not: rewritten arguments, storms of signals, SIGKILL in
-//! the middle. The daemon and its other tenant stay right, and nothing is left.
+//! A hostile tenant beside another: rewritten arguments, signal storms, SIGKILL during calls. The
+//! daemon and the other tenant work on, and nothing is left.
 //!
-//! What the hostile one does is the client's business (`driver`).
+//! The attacks are in `driver`.
 
 use std::process::Command;
 use std::time::Duration;
@@ -18,9 +18,9 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// Until a client has made its calls.
 const CLIENT: Duration = Duration::from_secs(600);
-/// Until nothing is left of a client that is gone.
+/// Until nothing is left of an ended client.
 const GONE: Duration = Duration::from_secs(30);
-/// Clients that are killed on their way.
+/// Clients that are killed during calls.
 const KILLED: u64 = 8;
 
 fn hostile(ctx: &Ctx) -> Res {
@@ -52,7 +52,7 @@ fn hostile(ctx: &Ctx) -> Res {
             fail!("the client did not begin");
         }
         std::thread::sleep(Duration::from_millis(37 * round * round));
-        // With SIGKILL, and all that is in its process group.
+        // With SIGKILL, to its whole process group.
         drop(running);
         nothing_left(&daemon, &before).at(format!("after kill {round}"))?;
     }
@@ -68,7 +68,7 @@ fn hostile(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Starts a client that makes so many calls.
+/// Starts a client that makes this number of calls.
 fn start(ctx: &Ctx, daemon: &Daemon, client: &str, calls: u64) -> Res<Running> {
     let dir = ctx.dir.join("harm");
     // There from the second on.

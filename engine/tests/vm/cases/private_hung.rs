@@ -1,5 +1,5 @@
-//! A backing file on a file system of FUSE whose server does not answer: its device is stuck, and
-//! nothing else is, neither in its own pool nor elsewhere.
+//! A backing file on a FUSE file system whose server does not answer: only its device is stuck, and
+//! nothing else in its pool or elsewhere.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::tools::{self, Running};
 
-/// Five times what is promised.
+/// Five times the documented limit.
 const SOON: Duration = Duration::from_secs(5);
 /// For the daemon's end: tenants have five seconds, the machine's caches ten, workers five each.
 const DRAINED: Duration = Duration::from_secs(45);
@@ -23,7 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A file system of fuse2fs, whose server can be made to answer no more.
+/// A file system of fuse2fs, whose server can be stopped.
 struct Server {
     process: Running,
     pid: Pid,
@@ -48,7 +48,7 @@ impl Server {
         kill_process(self.pid, Signal::STOP).at("SIGSTOP")
     }
 
-    /// Whatever waits for it fails.
+    /// Aborts it: all pending requests fail.
     fn kill(&self) {
         let _ = kill_process(self.pid, Signal::KILL);
     }
@@ -62,7 +62,8 @@ impl Drop for Server {
     }
 }
 
-/// A reader of a tenant's device who is not of the tenant's processes: it cannot be ended while it waits.
+/// A reader of a tenant's device who is not of the tenant's processes: it cannot be ended while it
+/// waits.
 fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
     let pid = std::fs::read_to_string(ctx.path(&format!("{name}.pid")))?;
     let mut command = Command::new("dd");
@@ -71,8 +72,8 @@ fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
     Running::start(command)
 }
 
-/// Another device of the pool, another pool and the daemon go on; what hangs is not waited for when its
-/// tenant ends; all ends with the server.
+/// Another device of the pool, another pool and the daemon work on. The end of the tenant does not
+/// wait for the hung device, which ends with the server.
 fn others(ctx: &Ctx) -> Res {
     let server = Server::start(ctx)?;
     let daemon = Daemon::start(ctx)?;
@@ -114,7 +115,7 @@ fn others(ctx: &Ctx) -> Res {
     )?;
     daemon.json(&["list"]).at("the daemon")?;
 
-    // Nothing is in flight: all goes at once, only the file is closed later.
+    // Nothing is in flight: all devices are removed at once, and only the file is closed later.
     let since = Instant::now();
     idle.kill();
     let left = |ids: &[u32]| daemon.ublk_ids().iter().filter(|id| ids.contains(id)).count();
@@ -128,7 +129,7 @@ fn others(ctx: &Ctx) -> Res {
     let Some(gone) = gone else { return Err(format!("left beside it: {:?}", daemon.ublk_ids()).into()) };
     ctx.note(format!("devices beside the stuck one gone after {gone:.0?}"));
     ensure!(waits.alive() && daemon.ublk_ids().len() == 1, "the stuck device has gone: this proves nothing");
-    // What cannot be done costs nothing that grows.
+    // Retries cost a constant amount of memory.
     std::thread::sleep(Duration::from_secs(3));
     let before = daemon.footprint()?;
     std::thread::sleep(Duration::from_secs(12));
@@ -145,7 +146,7 @@ fn others(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The daemon ends although a device is stuck; what is left of it, the next daemon takes away.
+/// The daemon ends although a device is stuck, and the next daemon removes the rest.
 fn sigterm(ctx: &Ctx) -> Res {
     let server = Server::start(ctx)?;
     let mut daemon = Daemon::start(ctx)?;

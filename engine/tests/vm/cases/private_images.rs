@@ -1,7 +1,7 @@
-//! Images made to harm: whatever they are, the daemon goes on, and so does the device beside them.
+//! Malicious images: whatever they contain, the daemon works on, and so does a neighbour's device.
 //!
-//! Knows how tables of partitions are made that lie. Does not know what the daemon makes of them: only
-//! that it ends, in little time and memory, and that a device can be used and unbound.
+//! Knows how to create invalid partition tables. Does not know their meaning to the daemon: only
+//! that reading ends, in little time and memory, and that a device can be used and unbound.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A neighbour on /dev/loop0 that is read all the while, and must have been served to the end.
+/// A neighbour that reads /dev/loop0 all the time, and must be served to the end.
 const NEIGHBOUR: &str = r#"
 image neighbour 1M neighbour; works "the neighbour" losetup /dev/loop0 neighbour
 while [ ! -e over ]; do
@@ -81,7 +81,7 @@ fn truncated(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// Nothing at all, less than a sector, and all that there can be.
+/// An empty file, less than a sector, and the maximum size.
 fn sizes(ctx: &Ctx) -> Res {
     beside(
         ctx,
@@ -107,7 +107,7 @@ fn sizes(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// Tables that are well-formed, and lie.
+/// Well-formed tables with invalid values.
 fn tables(ctx: &Ctx) -> Res {
     let names = lies();
     for (name, bytes) in &names {
@@ -140,7 +140,7 @@ fn tables(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// Noise that begins like a table, and true tables with a few bits turned.
+/// Noise that starts like a table, and valid tables with a few flipped bits.
 fn garbage(ctx: &Ctx) -> Res {
     let rounds: u64 = if ctx.host.full { 400 } else { 30 };
     let size = 256 << 10;
@@ -268,7 +268,7 @@ fn gpt_at(parts: &[(u64, u64)], count: u32, entry: u32, table: u64) -> Vec<u8> {
     bytes
 }
 
-/// Makes the checksums right, so that they keep nobody from reading on.
+/// Recomputes the checksums, so that the parser gets beyond them.
 fn seal(bytes: &mut [u8]) {
     let table = crc32(&bytes[2 * SECTOR..34 * SECTOR]);
     let header = &mut bytes[SECTOR..SECTOR + 92];

@@ -1,5 +1,5 @@
-//! A neighbour's private device: every way to it fails, also when its device number has become
-//! another's. And what is in an image does nothing to whoever mounts it as a plain user.
+//! A neighbour's private device: every access to it fails, also when another device has its number.
+//! And the content of an image is harmless to a plain user who mounts it.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,7 +15,7 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
 use crate::tools::{self, Running};
 
-/// Until the kernel has a number of a disk that is gone for the next one.
+/// Until the kernel reuses the number of a removed disk.
 const NUMBER_FREED: Duration = Duration::from_secs(1);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -30,7 +30,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A tenant with an image that begins with its name, at /dev/loop0.
+/// A tenant with an image that starts with its name, at /dev/loop0.
 fn tenant(inside: &Inside<'_>, name: &str) -> Res<Script> {
     let script = format!(
         "me={name}\n{}",
@@ -57,11 +57,11 @@ fn directory(ctx: &Ctx, name: &str) -> Res<String> {
     Ok(format!("/proc/{}/root/dev/loopfs", pid.trim()))
 }
 
-/// All that somebody could have kept of a device.
+/// All that a process can keep of a device.
 struct Kept {
     rdev: u64,
     path: OwnedFd,
-    /// As long as somebody has it, the kernel gives nobody else its number.
+    /// While it is open, the kernel does not reuse its number.
     open: Option<File>,
     bind: String,
     _holder: Running,
@@ -91,7 +91,7 @@ impl Kept {
         Ok(Kept { rdev, path, open: Some(open), bind, _holder: holder })
     }
 
-    /// None of it leads to anything any more. What was open is closed then.
+    /// Checks that none of it gives access any more. Closes the open files.
     fn check(&mut self, when: &str) -> Res {
         for link in [format!("/proc/self/fd/{}", self.path.as_raw_fd()), self.bind.clone()] {
             match File::open(&link) {
@@ -102,7 +102,7 @@ impl Kept {
         let mut bytes = [0; 4096];
         let Some(open) = self.open.take() else { return Ok(()) };
         for at in [0, 512 << 10] {
-            // What was read before may be remembered; nothing new may come.
+            // Cached data may be returned; new data may not.
             let read = rustix::io::pread(&open, &mut bytes, at);
             ensure!(!read.is_ok_and(|len| len > 0), "{when}: {read:?} bytes at {at}: {:?}", &bytes[..16]);
         }
@@ -110,7 +110,8 @@ impl Kept {
     }
 }
 
-/// No pool's loop-control is an image, though it looks like a file: a device on it would keep the pool.
+/// A pool's loop-control is refused as an image, though it is a regular file: a device on it would
+/// keep the pool.
 fn control(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let other = ctx.path("other");
@@ -132,8 +133,8 @@ fn control(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What was kept of a device leads nowhere when the next tenant has its device number, nor does what
-/// was kept over the end of the daemon.
+/// Kept names and descriptors give no access when the next tenant has the device number, nor after
+/// the end of the daemon.
 fn stale(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -153,7 +154,7 @@ fn stale(ctx: &Ctx) -> Res {
     ensure!(kept_of_blue.rdev == kept.rdev, "the number was not used again: this proves nothing");
     kept.check("blue has its number")?;
     blue.go_on("blue")?;
-    // It is ended with the daemon, and by it.
+    // The daemon ends it at its own end.
     daemon.sigterm()?;
     let _ = blue.finish();
     daemon.wait_drained()?;
@@ -304,7 +305,7 @@ fn inert(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What is not on the list, and the errno it gets.
+/// Refused calls, and their errnos.
 fn refused(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     file_system(ctx, "fs", "true")?;

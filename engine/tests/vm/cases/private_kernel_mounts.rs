@@ -1,4 +1,4 @@
-//! Mounts that the kernel makes for tenants: what they are, what cannot be had, and how they end.
+//! Mounts by the kernel for tenants: their properties, refusals, and their end.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The file systems that the other cases do without.
+/// File systems that other cases do not use.
 fn kinds(ctx: &Ctx) -> Res {
     for program in ["mksquashfs", "mkfs.erofs", "mkfs.vfat"] {
         if tools::run(&["sh", "-c", &format!("command -v {program}")])?.code != 0 {
@@ -224,7 +224,8 @@ fn inert(ctx: &Ctx) -> Res {
         mknod {dir}/null c 1 3; mknod {dir}/block b 259 0; chmod 666 {dir}/null {dir}/block
         truncate -s 32M {image}; mkfs.ext4 -q -d {dir} {image}"
     ))?;
-    // Root, so that there are other users in the namespace; and what nobody allowed but it may ask for.
+    // Root, so that there are other users in the namespace; and what nobody allowed but it may ask
+    // for.
     Inside::new(ctx, &daemon).with(&["--user", "--mount", "ext4"]).run(
         r#"
         mkdir mnt; works "mount" mount -o loop,suid,dev image mnt
@@ -356,7 +357,7 @@ fn ends(ctx: &Ctx) -> Res {
         ensure!(synced == "synced", "{name} has {synced:?}");
         Ok(())
     };
-    // Until the daemon is as it is between pools.
+    // Until the daemon is idle.
     user(ctx, &daemon).run("true")?;
     std::thread::sleep(Duration::from_secs(3));
     let before = daemon.footprint()?;
@@ -379,7 +380,7 @@ fn ends(ctx: &Ctx) -> Res {
     whole("left")
 }
 
-/// Rounds of mount and umount cost neither the daemon nor the maker anything that stays.
+/// Rounds of mount and umount leak nothing in the daemon and the maker.
 fn rounds(ctx: &Ctx) -> Res {
     let daemon = allowing(ctx)?;
     let count = if ctx.host.full { 200 } else { 20 };

@@ -1,14 +1,15 @@
-//! What differs between the kernel's loop driver and ours, line by line, and why. These are the
-//! deviations of loopengine-loopfs(7); there are no others, and each must be seen.
+//! Differences between the kernel's loop driver and private loop devices, line by line, with
+//! reasons. These are the deviations of loopengine-loopfs(7). There are no others, and each must
+//! occur.
 
 /// Lines that differ for one reason.
 pub(super) struct Known {
-    /// As the manual page says it.
+    /// As in the manual page.
     pub(super) why: &'static str,
     /// Only for programs of 64 bits.
     pub(super) only_64: bool,
-    /// What was done, what the kernel's driver answers, and what ours does. Lines whose names go on
-    /// behind such a name and a comma may be missing: nothing is shown of what was refused.
+    /// The step, the result of the kernel's driver, and that of a pool. Lines whose names continue
+    /// such a name after a comma may be missing: a refused step prints no details.
     pub(super) lines: &'static [(&'static str, &'static str, &'static str)],
 }
 

@@ -1,7 +1,7 @@
-//! Private loop devices end with what owned them: the process tree, however it dies, or the last mount.
+//! Private loop devices end with their owner: the process tree, however it ends, or the last mount.
 //!
-//! An issue of this project asks for the end within a second. That is what is measured, and noted; what
-//! is asserted leaves room for an emulated machine that others use as well.
+//! The goal is an end within a second, which is measured and printed. The assertions allow more,
+//! for a busy emulated machine.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,14 +12,14 @@ use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::store::Mount;
 use crate::tools::{self, Running};
 
-/// Five times what is promised.
+/// Five times the goal.
 const SOON: Duration = Duration::from_secs(5);
-/// Programs of FUSE may take four seconds more to write what they have.
+/// FUSE drivers may take four seconds more to write back.
 const SOON_WITH_FUSE: Duration = Duration::from_secs(9);
-/// For a last close: 50 ms are promised, and the reaper looks every 10.
+/// For a last close after a hint: the goal is 50 ms, and the close watcher polls every 10 ms.
 const CLOSED: Duration = Duration::from_secs(2);
-/// The same in the median, when the close is all that there is to see: 50 ms are promised, and an
-/// emulated machine needs more to look itself. A busy one may take twice as long as after a sign.
+/// The same in the median, without a hint: the goal is 50 ms, and an emulated machine needs more
+/// for the measurement. A busy one may take twice as long as after a hint.
 const CLOSED_LATE: Duration = Duration::from_millis(250);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -36,15 +36,14 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A daemon, and images on a file system that shows when they are closed.
+/// A daemon, and images on a file system that tells when they are closed.
 struct Life<'a> {
     ctx: &'a Ctx,
     daemon: Daemon,
     store: Mount,
 }
 
-/// A mounted image with a file that was written through, and one that was not; a device that is open;
-/// and processes.
+/// A mounted image with a synced file, and one that is not synced; an open device; and processes.
 const BUSY: &str = r#"
 cd store; mkdir ../mnt; truncate -s 32M fs; mkfs.ext4 -q -E root_owner=0:0 fs
 works "mount" mount -o loop fs ../mnt
@@ -70,20 +69,20 @@ impl<'a> Life<'a> {
         Inside::new(self.ctx, &self.daemon)
     }
 
-    /// Starts a busy tree, which then does what `then` says.
+    /// Starts a busy process tree, which then runs `then`.
     fn busy(&self, inside: &Inside<'_>, then: &str) -> Res<Script> {
         let script = inside.start(&format!("{BUSY}\n{then}"))?.wait("busy")?;
         ensure!(self.daemon.ublk_ids().len() >= 2, "no devices: {:?}", self.daemon.ublk_ids());
         Ok(script)
     }
 
-    /// Waits until no pool, no device and no open image is left of an owner that was gone at `since`.
+    /// Waits until no pool, device or open image is left of an owner that ended at `since`.
     fn gone(&self, since: Instant, limit: Duration) -> Res {
         let devices = tools::until(limit, || self.daemon.ublk_ids().is_empty().then(|| since.elapsed()));
         let Some(devices) = devices else {
             return Err(format!("devices left after {limit:?}: {:?}", self.daemon.ublk_ids()).into());
         };
-        // Refused as long as anybody has anything open for writing.
+        // Refused while any file is open for writing.
         let read_only = ["mount", "-o", "remount,ro", &self.store.dir];
         let closed =
             tools::until(limit, || (tools::run(&read_only).ok()?.code == 0).then(|| since.elapsed()));
@@ -97,7 +96,7 @@ impl<'a> Life<'a> {
         Ok(())
     }
 
-    /// What was written through is in the images; the file system is whole after what a boot does.
+    /// Synced data is in the images, and the file system is intact after the usual check at boot.
     fn check(&self, fsck: &str) -> Res {
         let fs = self.ctx.path("fs");
         tools::ok(&["cp", &format!("{}/fs", self.store.dir), &fs])?;
@@ -140,7 +139,7 @@ fn sigkill(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// The kernel kills all of a control group, for one of its processes wants too much.
+/// The OOM killer kills a whole control group.
 fn oom(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let group = Group::new(
@@ -169,7 +168,7 @@ fn cgroup_kill(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// What FUSE has mounted for a plain user is written back before the devices go.
+/// FUSE file systems of a plain user are written back before the devices are removed.
 fn fuse(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let script = life.busy(&life.inside().user(1000), "")?;
@@ -180,7 +179,7 @@ fn fuse(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// The programs of FUSE are killed too: as with a power cut.
+/// The FUSE drivers are killed too: as in a power cut.
 fn fuse_killed(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let group = Group::new("fuse", &[])?;
@@ -193,7 +192,7 @@ fn fuse_killed(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// A last close unbinds, and that is seen at once.
+/// A last close unbinds, and that is detected soon.
 fn autoclear(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let out = life.inside().run(
@@ -241,7 +240,8 @@ fn autoclear(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// The directory of nodes is seen in another mount namespace; its tree is gone: so are its devices.
+/// The process tree has ended, and so have its devices, although another namespace has a mount of
+/// the nodes.
 fn leaked(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let script = life.busy(&life.inside(), "")?;
@@ -256,7 +256,7 @@ fn leaked(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// A pool of its own ends with the last of its mounts, wherever that is.
+/// A pool without a process tree ends with its last mount, in any namespace.
 fn mounts(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let dir = ctx.path("pool");
@@ -287,7 +287,7 @@ impl Group {
         let group = Group(dir);
         for (key, value) in settings {
             let file = format!("{}/{key}", group.0);
-            // Without swap there is no limit for it.
+            // Without swap there is no such limit.
             if Path::new(&file).exists() {
                 std::fs::write(&file, value).at(&file)?;
             }

@@ -1,4 +1,4 @@
-//! losetup(8) as it is, with private loop devices: finding, asking, sizes, read-only, block sizes.
+//! Unmodified losetup(8) with private loop devices: find, query, sizes, read-only, block sizes.
 
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ fn find(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Every way to ask, with offset and limit.
+/// Every query, with offset and limit.
 fn query(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let out = Inside::new(ctx, &daemon).run(
@@ -158,7 +158,7 @@ fn sizes(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `-c` on a descriptor that is open already.
+/// `-c` while a descriptor is open.
 fn capacity(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -246,7 +246,7 @@ fn block_size(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `--direct-io`, on a file system that can.
+/// `--direct-io`, on a file system that supports it.
 fn direct_io(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 4 << 20)?;

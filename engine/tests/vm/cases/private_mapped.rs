@@ -1,5 +1,6 @@
-//! Device mapper and md upon loop devices of `loopengine run`, by their own tools: the same script on the kernel's own
-//! driver and in a pool, and the same lines from both. What a tenant leaves active ends with it.
+//! Device mapper and md on loop devices of `loopengine run`, by their own tools: the same script
+//! with the kernel's driver and in a pool must print the same lines. Active disks end with the
+//! tenant.
 
 use std::time::Duration;
 
@@ -37,7 +38,8 @@ pub(super) fn installed(needs: &[&str]) -> Res {
     Ok(())
 }
 
-/// Without udev, which is not in these machines, the tools make no nodes unless they are told; `run` tells them.
+/// Without udev, which is not in these machines, the tools make no nodes unless they are told;
+/// `run` tells them.
 const MODULES: &str = r#"modprobe -a dm_mod dm_crypt dm_verity raid1 2>&1; export DM_DISABLE_UDEV=1 MDADM_NO_UDEV=1
     gone() { for i in {1..100}; do [ -n "$(losetup -j disk)" ] || break; sleep 0.05; done; losetup -j disk; }"#;
 
@@ -145,7 +147,7 @@ tell "stop" mdadm --stop /dev/md77
 losetup -d $second; free; rm -f other
 "#;
 
-/// A script that ends, or is killed, in the middle: nothing of it stays upon the machine.
+/// A script that ends, or is killed, with active disks: nothing of it stays.
 fn left_active(ctx: &Ctx) -> Res {
     installed(&["dmsetup"])?;
     tools::sh(MODULES)?;
@@ -174,7 +176,7 @@ fn left_active(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Nodes of disks that are another's, or another's too.
+/// Nodes of disks that belong to another, or also to another.
 fn others_stay_closed(ctx: &Ctx) -> Res {
     installed(&["dmsetup"])?;
     tools::sh(MODULES)?;

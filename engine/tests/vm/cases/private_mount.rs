@@ -1,4 +1,4 @@
-//! mount(8) and umount(8) as they are, with private loop devices; and a great many rounds of them.
+//! Unmodified mount(8) and umount(8) with private loop devices, and many rounds of them.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -20,7 +20,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// `mount -o loop`, and what it leaves: nothing.
+/// `mount -o loop`, which leaves nothing.
 fn mount(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -90,7 +90,8 @@ fn mount_options(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A directory with something in it is covered, whoever mounts, and shows it again after the unmount.
+/// A directory with something in it is covered, whoever mounts, and shows it again after the
+/// unmount.
 fn mount_covers(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = r#"
@@ -146,7 +147,7 @@ fn umount(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Rounds of mount and umount cost the daemon nothing that stays.
+/// Rounds of mount and umount leak nothing in the daemon.
 fn rounds(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let count = if ctx.host.full { 1000 } else { 40 };

@@ -1,5 +1,6 @@
-//! A name means one device: loopN of a pool is not what the table of mounts, or that of swap areas, means by
-//! loopN, also where the host mounts something later. And what a tenant's terminal is told at the end.
+//! A name means one device: loopN of a pool is not what the table of mounts, or that of swap areas,
+//! means by loopN, also where the host mounts something later. And what a tenant's terminal is told
+//! at the end.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -22,8 +23,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Loop devices of the kernel, as any machine with snaps has them: loop0 mounted, loop1 swap. Taken away when
-/// dropped.
+/// Loop devices of the kernel, as any machine with snaps has them: loop0 mounted, loop1 swap. Taken
+/// away when dropped.
 struct HostLoops {
     dir: String,
     _driver: Driver,
@@ -118,7 +119,8 @@ fn names(ctx: &Ctx, user: Option<u32>) -> Res {
     daemon.stop()
 }
 
-/// The host mounts its loop2 while the tenant has its own mounted: for the tenant the name means its own.
+/// The host mounts its loop2 while the tenant has its own mounted: for the tenant the name means
+/// its own.
 fn later(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     open_to_users(ctx)?;
@@ -199,7 +201,8 @@ fn container(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `backing_file` is what the file is called at the moment, in its bytes; the kernel's own driver goes first.
+/// `backing_file` is what the file is called at the moment, in its bytes; the kernel's own driver
+/// goes first.
 fn backing_file(ctx: &Ctx) -> Res {
     const RENAMED: &str = r#"
         mkdir -p dir; truncate -s 1M dir/a; dev=$(losetup -f --show dir/a)
@@ -220,7 +223,8 @@ fn backing_file(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The daemon is killed under a command with a terminal: that says so, once, and nothing when all is well.
+/// The daemon is killed under a command with a terminal: that says so, once, and nothing when all
+/// is well.
 fn told(ctx: &Ctx) -> Res {
     let mut daemon = Daemon::start(ctx)?;
     open_to_users(ctx)?;

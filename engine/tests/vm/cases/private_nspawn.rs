@@ -41,7 +41,8 @@ fn tree(ctx: &Ctx) -> Res<String> {
     Ok(root)
 }
 
-/// Binds, makes a file system, mounts it and writes, all inside; the bytes are in the image outside.
+/// Binds, makes a file system, mounts it and writes, all inside; the bytes are in the image
+/// outside.
 fn socket(ctx: &Ctx) -> Res {
     with_socket(ctx, &[])
 }

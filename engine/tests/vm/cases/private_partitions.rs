@@ -1,5 +1,5 @@
-//! Partitions that come, change and go while a device is bound, by unmodified tools: the same script on the
-//! kernel's own driver and in a pool, and the same lines from both.
+//! Partitions that come, change and go while a device is bound, by unmodified tools: the same
+//! script on the kernel's own driver and in a pool, and the same lines from both.
 
 use std::time::Duration;
 
@@ -200,8 +200,8 @@ pub(super) fn compare(ctx: &Ctx, theirs: &str, ours: &str) -> Res {
     Ok(())
 }
 
-/// Lines that differ: the kernel's, and ours. A partition is a disk of its own, and claims that one only: who opens
-/// the device with O_EXCL is not kept away by what is mounted from a partition.
+/// Lines that differ: the kernel's, and ours. A partition is a disk of its own, and claims that one
+/// only: who opens the device with O_EXCL is not kept away by what is mounted from a partition.
 const KNOWN: [(&str, &str); 1] = [(
     "while one is mounted: status 1: p1 16777216 p2 4194304 [p1 16M part;p2 4M part; 64M loop;]",
     "while one is mounted: status 0: p1 16777216 p2 4194304 [p1 16M part;p2 4M part; 64M loop;]",

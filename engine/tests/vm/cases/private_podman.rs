@@ -1,5 +1,5 @@
-//! Podman, as its users have it: with the options that `podman-setup` prints. Nothing else is said to it about
-//! loop devices.
+//! Podman, as its users have it: with the options that `podman-setup` prints. Nothing else is said
+//! to it about loop devices.
 
 use std::process::Command;
 

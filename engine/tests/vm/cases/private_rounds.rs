@@ -1,7 +1,7 @@
 //! One device bound again and again, and many bound at once.
 //!
-//! Test suites do such things all day. The kernel's own driver never misses a round; neither may we.
-//! What a round is, is the client's business (`driver`).
+//! Test suites do this all day. The kernel's driver never misses a round, so a pool may not either.
+//! The rounds are in `driver`.
 
 use std::process::Command;
 use std::time::Duration;
@@ -26,7 +26,8 @@ pub(super) fn cases() -> Vec<Case> {
         rounds("none_under_load", Plan { beside: 4, ..usual }),
         rounds("none_on_eight_devices", Plan { threads: 8, ..usual }),
         rounds("none_paced", Plan { pace_ms: 50, ..usual }),
-        // As where the client is not scheduled for long: what is bound again meanwhile is not in its way.
+        // As where the client is not scheduled for long: what is bound again meanwhile is not in
+        // its way.
         rounds("none_closed_late", Plan { late_ms: 1300, everyday: 5, ..usual }),
         case("private::rounds::none_of_losetup", Needs::Private, 600, of_losetup),
         case("private::rounds::all_of_24_at_once", Needs::Private, 600, at_once),
@@ -39,9 +40,10 @@ struct Plan {
     pace_ms: u64,
     late_ms: u64,
     how: &'static str,
-    /// Busy loops with low priority beside it.
+    /// Concurrent busy loops with low priority.
     beside: usize,
-    /// Rounds every day, and of the kernel's driver: so that what is asked for here is what it does.
+    /// Rounds every day, and of the kernel's driver: so that what is asked for here is what it
+    /// does.
     everyday: u64,
 }
 
@@ -82,7 +84,7 @@ fn rounds(ctx: &Ctx, plan: Plan) -> Res {
     daemon.stop()
 }
 
-/// How many rounds a client made, and which it missed.
+/// The rounds of a client, and those that it missed.
 fn client_of(ctx: &Ctx, mut command: Command, plan: Plan, count: u64, secs: u64) -> Res<(u64, String)> {
     let Plan { threads, pace_ms, late_ms, how, .. } = plan;
     let each = count / threads;
@@ -115,7 +117,7 @@ fn of_losetup(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// As many `losetup -f --show` at once as a build farm may start: each gets a device.
+/// Many concurrent `losetup -f --show`, as on a build farm: each gets a device.
 fn at_once(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = r#"

@@ -1,8 +1,8 @@
-//! How the cases of private loop devices are written: shell scripts under `loopengine run`, for it is
-//! unmodified programs that are tested.
+//! The cases of private loop devices are shell scripts under `loopengine run`, since they test
+//! unmodified programs.
 //!
-//! Knows the words that scripts check with, and how a script is stopped half-way to look at the machine
-//! from outside. A script goes on after a check that failed, so that one run tells all that is wrong.
+//! Knows the shell functions of the scripts, and how a script pauses for a check from outside. A
+//! script continues after a failed check, so that one run reports all failures.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -12,12 +12,12 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Ctx, Res, ensure, fail};
 use crate::tools::{self, Running};
 
-/// A script's longest life, if nothing is said.
+/// Default timeout of a script.
 const SCRIPT: Duration = Duration::from_secs(120);
-/// Until a script has come to where it waits.
+/// Until a script pauses.
 const HALFWAY: Duration = Duration::from_secs(90);
 
-/// Words for scripts.
+/// Shell functions for scripts.
 pub(super) const WORDS: &str = r#"
 set -u
 bad=0
@@ -50,7 +50,7 @@ bound() { losetup -n -O NAME,BACK-FILE --raw | sort; }
 halfway() { : > "$1.there"; local i; for i in {1..1200}; do [ -e "$1.on" ] && return; sleep 0.05; done; }
 "#;
 
-/// What a script runs under.
+/// The environment of a script.
 pub(super) struct Inside<'a> {
     ctx: &'a Ctx,
     daemon: &'a Daemon,
@@ -129,12 +129,12 @@ impl<'a> Inside<'a> {
         command
     }
 
-    /// Runs a script, all of whose checks must hold; answers what it printed.
+    /// Runs a script, all of whose checks must pass. Returns its output.
     pub(super) fn run(&self, script: &str) -> Res<String> {
         self.run_for(SCRIPT, script)
     }
 
-    /// The same, for as long as it may take.
+    /// The same, with a timeout.
     pub(super) fn run_for(&self, limit: Duration, script: &str) -> Res<String> {
         self.start(script)?.end(limit)
     }
@@ -146,19 +146,19 @@ impl<'a> Inside<'a> {
     }
 }
 
-/// A script on its way.
+/// A running script.
 pub(super) struct Script {
     running: Running,
     dir: PathBuf,
 }
 
 impl Script {
-    /// Waits until it says `halfway NAME`.
+    /// Waits until it prints `halfway NAME`.
     pub(super) fn wait(self, name: &str) -> Res<Script> {
         self.wait_for(HALFWAY, name)
     }
 
-    /// The same, for as long as it may take.
+    /// The same, with a timeout.
     pub(super) fn wait_for(mut self, limit: Duration, name: &str) -> Res<Script> {
         let there = self.dir.join(format!("{name}.there"));
         let come = tools::until(limit, || {
@@ -167,7 +167,7 @@ impl Script {
         });
         match come {
             Some(true) => Ok(self),
-            // Its words tell more than that it is gone.
+            // Its output tells more than its exit status.
             Some(false) => match self.end(SCRIPT) {
                 Ok(out) => fail!("the script ended before '{name}': {out}"),
                 Err(error) => Err(error),
@@ -176,7 +176,7 @@ impl Script {
         }
     }
 
-    /// Lets it go on behind `halfway NAME`.
+    /// Lets it continue after `halfway NAME`.
     pub(super) fn go_on(&self, name: &str) -> Res {
         std::fs::write(self.dir.join(format!("{name}.on")), "").at("a script's file")
     }

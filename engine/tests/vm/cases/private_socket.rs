@@ -1,4 +1,4 @@
-//! `loopengine losetup`: a private pool by words of losetup(8), over the daemon's socket.
+//! `loopengine losetup`: losetup(8) on a private pool, over the daemon's socket.
 
 use std::fs::File;
 use std::path::Path;
@@ -29,13 +29,13 @@ fn pool(ctx: &Ctx, daemon: &Daemon, name: &str) -> Res<String> {
     Ok(dir)
 }
 
-/// What losetup prints, given a command that must succeed.
+/// The output of a losetup that must succeed.
 fn losetup(daemon: &Daemon, words: &[&str]) -> Res<String> {
     let out = daemon.ok(&[&["losetup"], words].concat())?;
     Ok(out.trim_end().to_owned())
 }
 
-/// What losetup says, given a command that must fail as losetup's do.
+/// The message of a losetup that must fail.
 fn refused(daemon: &Daemon, words: &[&str]) -> Res<String> {
     let done = daemon.cli(&[&["losetup"], words].concat())?;
     ensure!(done.code == 1, "{words:?}: {done:?}");
@@ -68,7 +68,7 @@ fn life(ctx: &Ctx) -> Res {
     File::options().write(true).open(&image)?.set_len(12 * MIB)?;
     losetup(&daemon, &["-c", &device])?;
     ensure!(tools::ok(&["blockdev", "--getsize64", &device])?.trim() == (12 * MIB).to_string(), "-c");
-    // Mounted: it goes with the last use, and is shown until then.
+    // Mounted: it is unbound at the last close, and listed until then.
     tools::ok(&["mkfs.ext4", "-q", &device])?;
     let at = ctx.path("mnt");
     let mount = Mount::new(&device, &at, &[])?;
@@ -80,7 +80,7 @@ fn life(ctx: &Ctx) -> Res {
     ensure!(gone.is_some(), "it stays after umount");
     let again = refused(&daemon, &["-d", &device])?;
     ensure!(again == format!("losetup: {device}: detach failed: No such device or address"), "{again}");
-    // Bound anew at once, by its number.
+    // Bound again at once, by its number.
     losetup(&daemon, &["-r", &device, &image])?;
     losetup(&daemon, &["-d", "loop0"])?;
     losetup(&daemon, &["loop0", &image])?;
@@ -90,7 +90,7 @@ fn life(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A new block size is another disk: had by nobody, it is exchanged; otherwise that is refused.
+/// A new block size needs another disk: an unused one is replaced, otherwise the call is refused.
 fn block_sizes(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
@@ -135,7 +135,7 @@ fn partitions(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Which pool is meant.
+/// Selection of the pool.
 fn pools(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", MIB)?;

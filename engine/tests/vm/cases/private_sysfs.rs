@@ -1,5 +1,5 @@
-//! What programs read of a device below /sys: the same script on the kernel's own driver and in a pool, and
-//! the same lines from both.
+//! What programs read of a device below /sys: the same script on the kernel's own driver and in a
+//! pool, and the same lines from both.
 
 use super::private_partitions::same;
 use crate::harness::{Case, Needs, case};
@@ -11,8 +11,9 @@ pub(super) fn cases() -> Vec<Case> {
     vec![tools("names", NAMES), tools("tools", TOOLS), tools("dissect", DISSECT)]
 }
 
-/// Which names there are, and what those say that do not depend on the disk behind. `mq` has a directory for
-/// each queue, `trace` comes with what the kernel was built with; only a disk with requests has an `io_timeout`.
+/// Which names there are, and what those say that do not depend on the disk behind. `mq` has a
+/// directory for each queue, `trace` comes with what the kernel was built with; only a disk with
+/// requests has an `io_timeout`.
 const NAMES: &str = r#"
 table "label: gpt" "start=2048,size=4096,name=first" "size=8192" | sfdisk -q disk
 top=$PWD

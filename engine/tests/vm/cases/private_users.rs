@@ -1,5 +1,5 @@
-//! Who has private loop devices: quotas, plain users, pools beside each other; and programs that are
-//! not util-linux.
+//! Users of private loop devices: limits, plain users, concurrent pools; and programs other than
+//! util-linux.
 
 use std::time::Duration;
 
@@ -21,8 +21,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Eight `run`s that start at the same time on a busy machine: each has its pool, and the daemon reports nobody
-/// who left early.
+/// Eight concurrent `run`s on a busy machine: each gets a pool, and the daemon logs no early
+/// disconnect.
 fn eight_at_once(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = r#"
@@ -41,7 +41,7 @@ fn eight_at_once(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `--max`: one more fails, as it does where the kernel has no more, and changes nothing.
+/// `--max`: one more device fails, as at the kernel's limit, and changes nothing.
 fn quota(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = Inside::new(ctx, &daemon).with(&["--max", "2"]).start(
@@ -72,7 +72,7 @@ fn quota(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The limit of a user counts the devices of all pools together, and can be changed while they are used.
+/// The limit of a user counts the devices of all pools, and can change while they are in use.
 fn limit(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     daemon.ok(&["limit", "1000", "3"])?;
@@ -163,7 +163,7 @@ fn plain_user(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Two pools have the same names, and nothing else in common.
+/// Two pools have only the names in common.
 fn two_pools(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let one = |name: &str| {
@@ -223,7 +223,7 @@ fn busybox(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The recipe of loopengine-loopfs(7) for programs that know /dev only.
+/// The recipe of loopengine-loopfs(7) for programs that use fixed paths in /dev.
 fn recipe(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -245,7 +245,7 @@ fn recipe(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Without interception a pool is a loop-control and empty devices; what it cannot do it says.
+/// Without interception a pool has a loop-control and empty devices; other operations are refused.
 fn uncovered(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let dir = ctx.path("pool");

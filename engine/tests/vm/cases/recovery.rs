@@ -143,7 +143,8 @@ fn kill_with_many_devices(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device of the configuration that was recovered is not attached anew, however its entry may share the image.
+/// A device of the configuration that was recovered is not attached anew, however its entry may
+/// share the image.
 fn configured_devices(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let (image, config) = (store.sparse("image", 8 * MIB)?, ctx.path("config.toml"));

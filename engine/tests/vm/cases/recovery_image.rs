@@ -1,7 +1,8 @@
-//! The daemon dies, and the image is not what it was when the next daemon comes: shared, shorter, elsewhere,
-//! read-only, out of space.
+//! The daemon dies, and the image is not what it was when the next daemon comes: shared, shorter,
+//! elsewhere, read-only, out of space.
 //!
-//! Knows what each of these does to a file. What happens to the daemon's own files is in `recovery_state`.
+//! Knows what each of these does to a file. What happens to the daemon's own files is in
+//! `recovery_state`.
 
 use std::time::Duration;
 
@@ -227,8 +228,8 @@ fn full_store(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The owner of the image has reached his quota: the same, and the log says so. (XFS holds the owner to it, whoever
-/// writes.)
+/// The owner of the image has reached his quota: the same, and the log says so. (XFS holds the
+/// owner to it, whoever writes.)
 fn reached_quota(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;

@@ -1,6 +1,8 @@
-//! The daemon dies, and the next one cannot read what was noted of its devices; or nothing can be noted.
+//! The daemon dies, and the next one cannot read what was noted of its devices; or nothing can be
+//! noted.
 //!
-//! Knows where state and names lie in the run directory. What happens to images is in `recovery_image`.
+//! Knows where state and names lie in the run directory. What happens to images is in
+//! `recovery_image`.
 
 use std::time::Duration;
 

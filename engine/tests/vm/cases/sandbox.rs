@@ -23,7 +23,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// One thread's lines of /proc/PID/task/TID/status that are about privileges; numbers are hexadecimal.
+/// One thread's lines of /proc/PID/task/TID/status that are about privileges; numbers are
+/// hexadecimal.
 type Status = BTreeMap<String, u64>;
 
 fn threads(daemon: &Daemon) -> Res<Vec<(String, Status)>> {

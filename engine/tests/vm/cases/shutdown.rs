@@ -1,6 +1,8 @@
-//! A machine with systemd goes down: what lies on devices is unmounted while the daemon still serves.
+//! A machine with systemd goes down: what lies on devices is unmounted while the daemon still
+//! serves.
 //!
-//! The machine is one in namespaces of this one: its files on an overlay, its devices and kernel ours.
+//! The machine is one in namespaces of this one: its files on an overlay, its devices and kernel
+//! ours.
 
 use std::time::Duration;
 
@@ -128,7 +130,8 @@ fn machine(ctx: &Ctx) -> Res {
     tools::sh(next).map(drop)
 }
 
-/// Whether a line of the journal is about what was tried here: not all of a system works in a namespace.
+/// Whether a line of the journal is about what was tried here: not all of a system works in a
+/// namespace.
 fn is_about_us(line: &str) -> bool {
     ["loopengine", "ublk", "mnt-", "/mnt", "does", "EXT4"].iter().any(|word| line.contains(word))
 }

@@ -51,8 +51,8 @@ fn logged(daemon: &Daemon, level: &str, words: &[&str]) -> Res {
     Ok(())
 }
 
-/// Used and idle devices keep names, numbers and content over several restarts; file systems stay mounted,
-/// and what is written meanwhile waits.
+/// Used and idle devices keep names, numbers and content over several restarts; file systems stay
+/// mounted, and what is written meanwhile waits.
 fn survive(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::leaving(ctx)?;
@@ -150,8 +150,8 @@ fn detach_all_under_load(ctx: &Ctx, path: &str) -> Res {
     daemon.stop()
 }
 
-/// With --detach-all a mounted device does not keep the daemon from ending; what was synced is in the image,
-/// and the log names what was lost.
+/// With --detach-all a mounted device does not keep the daemon from ending; what was synced is in
+/// the image, and the log names what was lost.
 fn detach_all_is_logged(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
@@ -182,7 +182,8 @@ fn detach_all_is_logged(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// By force a device in use is detached and named, mounted or swapped to, alone or with its instance.
+/// By force a device in use is detached and named, mounted or swapped to, alone or with its
+/// instance.
 fn forced_is_logged(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
@@ -224,8 +225,8 @@ fn pool_end_is_logged(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Somebody else's disk does not answer, and data for it waits: a forced detach and a stop with devices in use are
-/// as quick as ever, and what was written to ours before is in the image.
+/// Somebody else's disk does not answer, and data for it waits: a forced detach and a stop with
+/// devices in use are as quick as ever, and what was written to ours before is in the image.
 fn hung_elsewhere(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let elsewhere = crate::store::Disk::new(&Shape::default())?;
@@ -297,8 +298,9 @@ fn unreadable(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// What the unit runs when the machine goes down: everything on our devices is unmounted, deepest first, and
-/// not swapped to any more; nothing else is touched. While the machine stays up it does nothing.
+/// What the unit runs when the machine goes down: everything on our devices is unmounted, deepest
+/// first, and not swapped to any more; nothing else is touched. While the machine stays up it does
+/// nothing.
 fn release_mounts(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;

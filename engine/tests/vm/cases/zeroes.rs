@@ -46,8 +46,8 @@ fn store(ctx: &Ctx, kind: &str) -> Res<Store> {
     }
 }
 
-/// A hundred and sixty zeroings and writes at any sector, compared with the same done in memory, while
-/// others write to the second half of the device.
+/// A hundred and sixty zeroings and writes at any sector, compared with the same done in memory,
+/// while others write to the second half of the device.
 fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     const HALF: u64 = 16 * MIB;
     let store = Store::xfs(ctx)?;

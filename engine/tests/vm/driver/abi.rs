@@ -104,8 +104,8 @@ pub(crate) fn config(fd: i32, block_size: u32, info: &Info) -> Vec<u8> {
     bytes
 }
 
-/// What `struct loop_info64` says. Numbers of devices and inodes are compared with `stat`, since they
-/// are different at every run.
+/// What `struct loop_info64` says. Numbers of devices and inodes are compared with `stat`, since
+/// they are different at every run.
 pub(crate) fn told(bytes: &[u8], stat: Option<&rustix::fs::Stat>) -> String {
     let (u64_at, u32_at) =
         (|at| u64::from_ne_bytes(field(bytes, at)), |at| u32::from_ne_bytes(field(bytes, at)));

@@ -1,8 +1,8 @@
-//! A client that means harm: while some threads call, others rewrite the arguments, the paths and the
-//! descriptors of these very calls, and signals rain.
+//! A client that means harm: while some threads call, others rewrite the arguments, the paths and
+//! the descriptors of these very calls, and signals rain.
 //!
-//! What a call answers here is nobody's promise; that there is an answer is. At the end it stops, and
-//! its devices must work as if nothing had been.
+//! What a call answers here is nobody's promise; that there is an answer is. At the end it stops,
+//! and its devices must work as if nothing had been.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,5 +1,5 @@
-//! Steps from bind to unbind: who has it open, what it reads and writes, what is left of it, and devices
-//! on devices.
+//! Steps from bind to unbind: who has it open, what it reads and writes, what is left of it, and
+//! devices on devices.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

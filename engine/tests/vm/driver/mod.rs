@@ -1,5 +1,5 @@
-//! The client that compares loop(4) drivers: some hundreds of steps on /dev/loop-control and /dev/loopN,
-//! and a line for the outcome of each. Whose driver it is, it does not know.
+//! The client that compares loop(4) drivers: some hundreds of steps on /dev/loop-control and
+//! /dev/loopN, and a line for the outcome of each. Whose driver it is, it does not know.
 //!
 //! It is this test program again, called with [`ROLE`] as its first argument.
 
@@ -14,8 +14,8 @@ mod refused;
 pub(crate) mod rounds;
 mod status;
 
-/// First argument of the client; the second says whose calls it makes: `64` or `32`. Or it is how many
-/// calls a client makes that means harm.
+/// First argument of the client; the second says whose calls it makes: `64` or `32`. Or it is how
+/// many calls a client makes that means harm.
 pub(crate) const ROLE: &str = "client-of-loop-devices";
 
 /// Does what a client is to do.

@@ -94,8 +94,8 @@ impl Memory {
 /// mount(2) in which every path is this memory, as it happens to be.
 pub(crate) fn mount(paths: Memory) -> Done {
     let at = paths.address();
-    // SAFETY: the addresses are those of memory that is never given back; a page that may not be read
-    // is behind it.
+    // SAFETY: the addresses are those of memory that is never given back; a page that may not be
+    // read is behind it.
     match unsafe { libc::syscall(libc::SYS_mount, at, at, c"ext4".as_ptr(), 0, at) } {
         -1 => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)),
         value => Ok(value),

@@ -1,5 +1,5 @@
-//! Steps that are refused: wrong files, wrong values, wrong addresses, wrong rights; and in which order
-//! fault is found.
+//! Steps that are refused: wrong files, wrong values, wrong addresses, wrong rights; and in which
+//! order fault is found.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 

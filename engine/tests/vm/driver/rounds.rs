@@ -1,4 +1,5 @@
-//! Binds, unbinds, closes and opens one device after the other, as test suites do, and counts what fails.
+//! Binds, unbinds, closes and opens one device after the other, as test suites do, and counts what
+//! fails.
 //!
 //! Knows nothing of who serves the devices: on the kernel's own driver no round may fail.
 
@@ -12,8 +13,9 @@ use rustix::fs::{Mode, OFlags};
 use super::abi::{self, Info};
 use super::raw::{self, Done, Memory};
 
-/// First word of what the client is to do: `rounds,THREADS,COUNT,SECONDS,PACE_MS,LATE_MS,HOW`. It closes the
-/// device `LATE_MS` after LOOP_CLR_FD. `HOW` is `configure` or `set`, for LOOP_SET_FD and LOOP_SET_STATUS64.
+/// First word of what the client is to do: `rounds,THREADS,COUNT,SECONDS,PACE_MS,LATE_MS,HOW`. It
+/// closes the device `LATE_MS` after LOOP_CLR_FD. `HOW` is `configure` or `set`, for LOOP_SET_FD
+/// and LOOP_SET_STATUS64.
 pub(crate) const WORD: &str = "rounds";
 
 #[derive(Clone, Copy)]
