@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine's own cost per request, step by step: translation, completion, the in-flight table,
 //! the ring, and for comparison a call of the control socket.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon of loopengine and its command line. It serves image files as block devices.
 //!
 //! ```text

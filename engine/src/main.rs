@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program `loopengine`, which mount(8) runs as `mount.loop`: everything is in the library, see
 //! `cli`.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Descriptors received from clients, and the threads that close them.
 //!
 //! close(2) can block on the server of a file: a FUSE server that never answers FLUSH, a TCP peer

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program: with a fake daemon, and (in `cli/*.trycmd`) without one.
 
 mod support;

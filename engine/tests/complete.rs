@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shell completion: the real script in a real bash, with a fake daemon.
 
 mod support;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The control socket, through its own client and through raw messages.
 
 mod support;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Generated files in the repository are up to date.
 //!
 //! `UPDATE=1 cargo test --test fresh` regenerates them.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Hostile and careless clients must not affect root and a neighbour: the real `loopengine serve`,
 //! with files instead of block devices. Needs root and FUSE; is skipped elsewhere.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine install` and the helper of mount(8), in temporary directories.
 
 use std::collections::BTreeSet;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine list --all`, `find` and `detach IMAGE`: the real program and both sockets, over a
 //! fake engine and fake pools. Needs root; is skipped elsewhere.
 

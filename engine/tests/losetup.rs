@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine losetup`, compared with this machine's losetup, and on a fake pool.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine mount` without private devices: FUSE drivers mount the image itself.
 //!
 //! Runs the installed drivers, and needs /dev/fuse. With devices: `private::onestep` in the VM.

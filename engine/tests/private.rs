@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine run` and the private socket: the real program, the real registry, and fake pools,
 //! whose nodes have no device. Needs root; is skipped elsewhere.
 

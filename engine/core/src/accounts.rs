@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The account whose limits a user id counts against.
 //!
 //! One user can act as many ids: those assigned in /etc/subuid, and those of user namespaces that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The error type of this program: kind, context, optional hint, optional source.
 //!
 //! Imports no other module. The kind selects exit codes and varlink error names (see `control`).

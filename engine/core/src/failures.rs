@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Logs failing I/O: workers count failures, a reporter thread logs them.
 //!
 //! A worker counts without a lock and wakes the reporter at most once a second. The reporter logs

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! FNV-1a, a hash that is the same in every version. It detects changes, not attacks.
 
 /// The 64-bit FNV-1a hash of `bytes`.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which feature needs which Linux: the one table behind doc/kernels.md, manual pages, `doctor` and hints.
 //!
 //! By release, for people: the daemon itself asks the driver what it grants (`frontend/ublk/features.rs`).

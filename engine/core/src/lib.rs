@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine of loopengine: it serves image files as block devices over io_uring and ublk, or as files over FUSE.
 //!
 //! ```text

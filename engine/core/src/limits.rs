@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the daemon allows of what strangers can ask for: the limits that doc/threat-model.md states.
 //!
 //! One place, so that code and document can be compared; a test here does. Limits of one module that

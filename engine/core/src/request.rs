@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The types of the data path: what a block device is asked, and what it answers.
 //!
 //! Imports no other module. A frontend produces a [`Request`]. The worker submits the operations on

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Drops privileges of the daemon before its first thread starts, and of its other processes.
 //!
 //! Lists the capabilities that `serve` needs and the system calls that it never makes;

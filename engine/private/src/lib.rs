@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Private pools of loop devices: an own loop-control and loopN for a user, a command or a container.
 //!
 //! ```text

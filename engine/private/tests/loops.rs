@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tests the module `loops` on the real driver. Needs ublk, root and Linux 7.
 
 use std::collections::BTreeSet;

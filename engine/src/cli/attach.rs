@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine attach`: attach an image and print the path of its device.
 
 use std::ffi::OsString;

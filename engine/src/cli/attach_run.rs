@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `attach --run`: keep a device attached while a command runs.
 
 use std::ffi::{OsStr, OsString};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shell completion: words of the command line, and names that the daemon knows.
 //!
 //! A shell queries this program through an environment variable (see `clap_complete::env`). The

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Attaches the devices of the configuration that are not attached yet, at start and on reload.
 //!
 //! Opening an image may block forever on its file system. So each image has a thread of its own,

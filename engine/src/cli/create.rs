@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine create`: create an image file, with a progress bar. An interrupt leaves no file.
 
 use std::path::PathBuf;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The connection of a subcommand to the daemon: a runtime and a client.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Examples and files of every subcommand, for `--help` and the manual pages.
 
 /// The purpose of an example, and its command line.

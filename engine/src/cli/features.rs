@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine features`: show what this kernel supports.
 
 use crate::error::{Kind, Result};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine find`: list the devices of an image.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! FUSE drivers that mount images: their file systems, packages and options.
 //!
 //! Knows the drivers, how to find one, wait for it, and probe its mount. Does not know where the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine generate`: write manual pages and completions of this command line.
 
 use std::fs;

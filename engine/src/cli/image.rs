@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opens an image for the daemon, and reports errors in one line.
 //!
 //! The daemon checks again; errors here name the user's own path and option.

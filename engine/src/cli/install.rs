@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine install`: installs this program and its files, and removes them again.
 //!
 //! Knows the directories that distributions use. A record lists each installed file with a

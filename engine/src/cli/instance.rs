@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine instance`: manage instances, and open private pools.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `instance mount` and `instance open`: a private pool as a directory.
 
 use std::ffi::OsString;

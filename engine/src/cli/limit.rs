@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine limit`: show or set how many private loop devices a user can have.
 
 use std::path::Path;
@@ -22,6 +23,7 @@ use super::{daemon, out};
 /// command.
 ///
 /// The maximum size of a pool counts against the limit of its user while the pool exists.
+#[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// User: a name in /etc/passwd, or a number.

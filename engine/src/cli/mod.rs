@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The command line: one file per subcommand, and what they share.
 //!
 //! Knows the control client, the configuration and the terminal. It uses the engine only through

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `mount.loop`: the helper that mount(8) runs for `mount -t loop loop DIR -o max=8`.
 //!
 //! The same program under another name. Knows the option strings and exit codes of mount(8).

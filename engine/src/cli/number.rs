@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Parser for numeric options, with readable range errors.
 
 use std::fmt::Display;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Writes text and JSON to standard output without panics.
 
 use std::io::{self, Write};

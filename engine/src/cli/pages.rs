@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The manual pages that the program contains, and the definitions that they are generated from.
 //!
 //! The test `fresh` generates the files in `share/man`, and compares [`PAGES`] with them.

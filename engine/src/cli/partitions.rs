@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Waits for the partitions of a device that was just attached.
 //!
 //! The kernel scans the partition table asynchronously, and the daemon then creates the names. This

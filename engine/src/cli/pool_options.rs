@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Options of a new private pool, and the calls that open one.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine recover`: recover a stuck device with a given image.
 
 use std::path::{Path, PathBuf};

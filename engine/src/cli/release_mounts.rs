@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine release-mounts`: unmounts file systems on devices of the daemon when the machine
 //! shuts down, before systemd stops the daemon.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Applies the configuration to a running engine: at start, and on reload.
 
 use std::sync::Arc;

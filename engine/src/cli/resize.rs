@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine resize`: resize a device, and its image.
 
 use std::path::Path;

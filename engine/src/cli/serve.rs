@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine serve`: the daemon, from its first checks to its shutdown.
 
 use std::io::{self, IsTerminal};
@@ -58,6 +59,7 @@ use super::{number, reload, watchers};
 /// '[[device]]' in the configuration lists images to attach at start. The daemon reports readiness
 /// when they are attached. It does not wait long for a file system that does not answer. If it
 /// cannot attach an image, it logs an error and continues with the others.
+#[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Parses and formats sizes in bytes: `4096`, `1k`, `512M`, `10GiB`. Units are powers of 1024,
 //! except those that end with B alone (`10GB`): they are powers of 1000, as in losetup(8) and
 //! dd(1).

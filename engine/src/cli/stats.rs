@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine stats`: statistics of devices, once or every second.
 
 use std::io::{self, IsTerminal};

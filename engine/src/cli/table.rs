@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Tables with aligned columns.
 
 /// A table. The first row is the heading.

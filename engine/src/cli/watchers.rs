@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Watches that the daemon keeps: mounts that propagate into its namespace, and nodes of partitions
 //! and stacked disks in /dev.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `[[device]]`: a device that the daemon attaches when it starts.
 //!
 //! Parses the options of 'loopengine attach' in a file, and matches devices to entries. Does not

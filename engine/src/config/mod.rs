@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The configuration file, and every default that a user can change.
 //!
 //! Knows TOML and the specifications of instances. Checks the form of values; the instance that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Threads for calls that may block on a caller's file, as long as its file system does.
 
 use crate::error::{Error, Kind, Result};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client's proxy of the interface.
 
 use std::os::fd::OwnedFd;

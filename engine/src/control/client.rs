@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client of the control socket: one method per call.
 
 use std::os::fd::OwnedFd;

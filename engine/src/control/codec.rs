@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Encodes and decodes calls, for benches and tests.
 //!
 //! Decodes the server's own type, so a bench measures the server's own work.

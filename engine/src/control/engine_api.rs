@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine's interface for the control service. A trait, so that tests can replace it.
 
 use std::os::fd::OwnedFd;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The encoding of an [`Error`]: a varlink error named after its kind, with its message and hint.
 
 use zlink::introspect;

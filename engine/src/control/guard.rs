@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A varlink socket that passes zlink one whole message at a time, without descriptors.
 //!
 //! It enforces an idle deadline, a deadline per message, a write deadline, a stop switch, and size

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One accepted connection: reads and writes with descriptors, and a close that never blocks.
 //!
 //! Unread descriptors in a socket are closed with it. So a dropped [`Link`] shuts the connection

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The control sockets in the run directory, each with a varlink service, and their clients:
 //! `control` for the administrator, `private` for everybody who needs loop devices.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Receives the message that container runtimes send to a seccomp listener socket: the container,
 //! and the listener.
 //!

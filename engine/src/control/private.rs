@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The socket for private pools of loop devices, open to everybody. The connection's credentials
 //! identify the caller; the registry decides what that user may do.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Refuses connections: immediately, without a slot, and so that the client can read the reason.
 //!
 //! The reply is written before any call is read. A client whose connection is closed when it sends

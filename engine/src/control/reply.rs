@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The replies of the interface. Varlink requires named fields, so every reply is a struct of one.
 
 use serde::{Deserialize, Serialize};

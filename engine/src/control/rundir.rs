@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The run directory: checked, locked by one daemon, with its sockets, which the service manager
 //! may have created.
 

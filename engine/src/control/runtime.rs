@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The runtime of the daemon's control plane.
 //!
 //! Its io_uring is idle: sockets are tokio's, and blocking work has threads. No seccomp filter sees

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Accepts connections, refuses unauthorized ones, runs a task for every other.
 //!
 //! A zlink server handles one call at a time. One server per connection keeps a slow call (an

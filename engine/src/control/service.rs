@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The methods of the interface: arguments and replies only.
 //!
 //! Every method runs its work on a blocking thread. The comments of the methods and of the types

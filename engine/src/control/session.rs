@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client's connection: calls with a deadline, repeated if the daemon cannot have begun them.
 //!
 //! The daemon ends idle connections, and refuses those beyond a user's limit. In both cases the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Admission of connections and calls on a socket that everybody may use.
 //!
 //! Idle connections are cheap and can be ended. When all slots are in use, the account with most

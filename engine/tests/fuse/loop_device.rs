@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices below a store, where null_blk need not be: loop devices of the kernel over sparse files.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Files instead of block devices: the real `loopengine serve --frontend fuse` against the real
 //! kernel, file systems, loop devices and fio.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Manual pages: one per subcommand, and one for the JSON output.
 //!
 //! The program only embeds the pages in `share/man`; the test `fresh` generates and compares them.

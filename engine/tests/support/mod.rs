@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A daemon without ublk: the real control server over a fake engine.
 #![allow(dead_code, unreachable_pub)]
 

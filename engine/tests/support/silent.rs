@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A FUSE file system with one file, whose server answers only its mounter's FLUSH.
 #![allow(dead_code)]
 

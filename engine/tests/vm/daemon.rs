@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One daemon under test, and the commands given to it.
 //!
 //! Knows `loopengine serve` and how the other subcommands are called. Knows nothing of images and

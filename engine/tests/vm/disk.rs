@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bytes of a block device or file, read and written directly, past every cache.
 //!
 //! Knows alignment, and that nobody may touch the memory of a request that has ended. Knows nothing

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! fio: a job file as text in, figures and errors out.
 //!
 //! Knows fio's job files and its JSON. Knows nothing of loopengine.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A case: name, deadline, body; and the watchdog that ends it.
 //!
 //! Knows how a case is run, how it is skipped and what is printed when it fails. Knows nothing of

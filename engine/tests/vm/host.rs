@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The machine: may cases run here, what does its kernel grant, what does it say.
 //!
 //! Knows /proc, /sys, the kernel's log and `loopengine features`. Knows no case.

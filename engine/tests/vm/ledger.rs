@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Writers that keep a ledger of what was acknowledged, so that a fault in between shows what is
 //! lost.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Kernel cases: the real `loopengine` program against the real block layer, file systems and fio.
 //!
 //! Runs as root on a kernel with ublk, meant for the lab's throw-away VM; anywhere else every case

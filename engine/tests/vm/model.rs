@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Repeatable pseudo-random bytes and numbers: what a device ought to hold.
 //!
 //! Pure computation.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices below a store: null_blk, backed by memory, with faults on demand.
 
 use std::path::Path;

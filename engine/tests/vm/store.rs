@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where images live while a case runs: a file system on a device of its own, for its direct I/O is
 //! real and nothing else uses it.
 //!

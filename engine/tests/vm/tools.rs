@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Other programs, each with a deadline.
 //!
 //! Knows processes; knows nothing of loopengine, devices or cases. Every process started here is

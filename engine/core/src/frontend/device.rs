@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One device of either frontend: add, configure, start, resize, stop, delete.
 //!
 //! Dispatches to the frontend. Every step has a deadline. Nothing is undone on failure: the caller

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Frontends: the drivers that deliver requests, and what they have in common.
 //!
 //! There are two: block devices of the ublk driver, and files of FUSE. An engine uses one of them.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The names of backends and I/O modes, on every surface: messages, JSON, the command line.
 
 use serde::{Deserialize, Serialize};

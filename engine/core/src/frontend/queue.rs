@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One queue of a device of any frontend: the worker's view.
 //!
 //! One branch per call, well predicted: the kind never changes for a device.

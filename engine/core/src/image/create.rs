@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Creates image files.
 //!
 //! Never opens existing files. Uses the permissions of the calling process, so call it as the user.

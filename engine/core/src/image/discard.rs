@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Merges many small discards into few large hole punches.
 //!
 //! Pure bookkeeping for one queue of a device: knows ranges and tags, not files.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Coalesces flushes: one fdatasync completes many.
 //!
 //! Pure bookkeeping for one queue of a device: knows tags, not files.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Detects the file system in a region, by blkid's names.
 //!
 //! Knows the signatures of file systems. A result is a hint, never a guarantee: the author of the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The geometry of a device, computed from the properties of its file.
 //!
 //! Pure: knows neither files nor ublk.

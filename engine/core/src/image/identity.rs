@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The identity of an image's file, independent of its path.
 //!
 //! Uses statx. It detects two devices on one file, and a file that was replaced while the daemon

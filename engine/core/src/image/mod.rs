@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Images: the file or block device behind a device, and the operations on it.
 //!
 //! Knows files: descriptors, geometry, ranges. Does not know rings, workers, ublk or instances. A

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opens a private file description of a file that an untrusted caller opened.
 //!
 //! Knows what a hostile caller can pass; does not know sizes.

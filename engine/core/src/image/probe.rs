@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Probes the properties of a file, its file system and its device.
 //!
 //! Uses statx, sysfs and a few harmless tests; `geometry` interprets the results.

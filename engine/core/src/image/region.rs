@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bounded reads of the part of a file that a device maps.
 //!
 //! Handles alignment (the file may be open with O_DIRECT) and ends; does not know the content.

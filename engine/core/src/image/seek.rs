@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds data and holes of an image, on file systems that support it.
 //!
 //! Uses lseek. May block as long as the image's file system does.

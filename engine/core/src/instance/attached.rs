@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A served device and its record.
 //!
 //! Provides its description for logs and lists, and logs a forced stop. Does not know its instance.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The images in use by this daemon, their users, and the file systems excluded from use.
 //!
 //! Knows identities and their holders; `sharing` decides what may be shared. A claim ends when it

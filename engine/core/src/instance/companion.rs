@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What else has disks in the daemon of an engine: private pools. They are above this module, so the engine knows
 //! them as [`Companion`]s only, and gives them workers.
 

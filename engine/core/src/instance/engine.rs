@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The engine: all instances of one daemon.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds the users of a device, for messages and for operations that are rejected while it is in
 //! use.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An instance: a named group of devices with workers, numbers and limits of its own.
 //!
 //! Knows how a device is attached and detached, and how a failure is undone; the table assigns

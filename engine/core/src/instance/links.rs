@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Names of an instance's devices: links to their nodes and those of their partitions.
 //!
 //! Manages one directory in the run directory and, if enabled, one below /dev. Reads the kernel's

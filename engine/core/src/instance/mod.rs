@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Instances: an engine owns instances, an instance owns devices and workers, a device owns its
 //! image.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Parsers of user input: instance names, device names, lists of CPUs.
 //!
 

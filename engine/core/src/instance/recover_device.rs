@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Recovery of one device of a previous daemon: with its image, as stuck without it, or with an
 //! image that the administrator gives.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Recovery of the instances and devices of a previous daemon; devices that cannot be recovered are
 //! listed as stuck.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One served device: an image, a frontend's device, a queue on each worker.
 //!
 //! Assembles and disassembles these in the right order; does not know names, quotas or other

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Descriptions of instances, devices and their statistics, for every interface: the engine, the
 //! control socket, `--json`.
 //!

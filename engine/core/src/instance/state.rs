@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! State that outlives the daemon: its instances and devices, so that the next daemon can recover
 //! them.
 //!

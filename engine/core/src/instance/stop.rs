@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The shutdown of an engine: its devices wait for the next daemon, or are detached.
 //!
 //! Knows the order and the deadlines. Does not know signals.

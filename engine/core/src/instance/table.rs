@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The devices of an instance: allocates numbers and worker slots within the limit.
 //!
 //! Knows numbers, not devices. Locked briefly only: slow work (attach, stop) happens outside, with

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The buffers of a ring: the table of registered buffers, and provided buffers for arriving tags.
 //!
 //! Knows nothing of devices. Data never passes through here.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! io_uring_enter with a registered ring descriptor, which saves a file lookup per call.
 //!
 //! The io-uring crate supports this only on a borrowed `Submitter`, which a struct that owns its

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The file table of a ring.
 //!
 //! The table keeps a device's files open until the last request of the ring ends, also after the

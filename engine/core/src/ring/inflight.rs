@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The in-flight requests of one queue, indexed by tag.
 //!
 //! Ensures that a tag is in flight at most once. Does not know the operations.

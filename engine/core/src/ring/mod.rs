@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One io_uring of the data path: fixed files, registered buffers, one enter per round.
 //!
 //! Knows submissions and completions. Does not know devices, images or requests. One worker

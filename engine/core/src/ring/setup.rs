@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Creates a ring in stages: build it disabled, check it, add its tables, restrict it, enable it.
 //! After the last stage it can do only what the data path needs.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The subject of a CQE, packed into its 64 bits of user data.
 //!
 //! Knows the layout only: kind (8 bits), generation (24), device slot (16), tag (16). The

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Sockets that the service manager has opened for this process: sd_listen_fds(3).
 
 use std::io;

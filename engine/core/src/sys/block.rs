@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Block device ioctls that rustix lacks.
 
 use std::os::fd::{AsRawFd, BorrowedFd};

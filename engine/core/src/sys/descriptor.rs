@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a descriptor that came from anybody is, found out without a question to whoever serves its file.
 //!
 //! fstat(2) or fstatfs(2) on a file of FUSE waits for its server for as long as that likes. The name that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Numbers of the ioctls of loop(4), and of those of block devices that programs use on loop devices.
 
 #![expect(missing_docs, reason = "the kernel's headers name them so")]

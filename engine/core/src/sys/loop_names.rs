@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which loopN the system's own tables name, and mounts that came here from elsewhere under such a name.
 //!
 //! umount(8), mkfs and lsblk find a device in the table of mounts by its name alone. Where loopN is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon's own mount namespace, without mounts of its own disks.
 //!
 //! A daemon that shares a mount namespace with a mount of one of its disks can hang when it ends:

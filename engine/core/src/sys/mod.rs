@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The few things that the standard library and rustix do not offer, each in a safe wrapper.
 //!
 //! Knows the kernel's interfaces only. One of the three rooms with `unsafe`.

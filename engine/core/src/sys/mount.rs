@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Attributes of a mount that is named by its descriptor.
 
 use std::os::fd::{AsRawFd, BorrowedFd};

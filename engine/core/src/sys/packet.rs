@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Messages with descriptors, over a pair of sockets that keeps them apart.
 
 use std::io::{IoSlice, IoSliceMut};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Children that are copies of this process; and where another process is.
 
 use std::io;

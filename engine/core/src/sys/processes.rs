@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Processes: what they are called, which devices they have open, and what is mounted where they are.
 //!
 //! Reads /proc and follows no link to a file of theirs, so that nobody's file system can make it wait. Sees

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pseudo file systems: file systems whose files are interfaces of the kernel, not data on a disk.
 //!
 //! One list for all who ask: such a file is never an image (some check who opened it at every read, so

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Locks on parts of a file that belong to the open file, not to a process (F_OFD_SETLK in fcntl(2)).
 //!
 //! Who inherits the descriptor holds the lock; it ends with the last copy. Everybody heeds it by choice.

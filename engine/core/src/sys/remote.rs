@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The memory of another thread's process.
 //!
 //! Knows process_vm_readv(2), /proc/TID/mem and /proc/TID/maps. Does not know whether the thread is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! seccomp: a filter of one's own, and the listener that it notifies.
 //!
 //! Knows seccomp(2) and seccomp_unotify(2). Does not know what a filter looks for (`intercept`,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Disks that lie upon others: those of device mapper and of md.
 //!
 //! Knows what sysfs tells of them, and how each is ended. Does not know whose the disks below are.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Calls that only tests make, also those of other crates (feature `testing`).
 
 use std::io;

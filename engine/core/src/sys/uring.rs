@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What rings may do beyond what their makers restrict themselves: all rings of this process, and those
 //! that a library makes and keeps to itself.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What uses a disk: file systems that are mounted from it, and swap.
 //!
 //! Knows mountinfo, swaps and the kernel's list of disks. Sees what the first process of the machine sees,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where devices are mounted and which processes have them open, in all mount namespaces.
 //!
 //! One look at /proc for any number of devices. Knows names and numbers of devices; does not know whose they are.

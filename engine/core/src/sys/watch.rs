@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Any file descriptor that can be polled, awaited on a tokio runtime.
 
 use std::io;

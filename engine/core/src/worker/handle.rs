@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The control side of a worker: starts it, sends messages, waits for replies with a deadline.
 //!
 //! The channel carries device changes, never requests.

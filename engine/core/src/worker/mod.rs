@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The event loop of one worker: drain all completions, translate, submit once, commit once.
 //!
 //! A worker serves queue `q` of every device of its instance on one ring. It handles queues and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Adaptive busy polling of a worker before it sleeps.
 //!
 //! A wake-up is most of the cost of an isolated request. Polling therefore pays off if the next

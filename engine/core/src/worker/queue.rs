@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One queue of one device on its worker: accepts requests, submits their operations, completes
 //! them.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Statistics of one queue. Plain numbers: one thread counts and returns copies on request.
 
 use hdrhistogram::Histogram;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Translates a request into the operation on the image.
 //!
 //! Pure: builds submission entries without submitting them.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The interface between the worker and a frontend's queue.
 //!
 //! Knows requests, completions and the ring. Each frontend implements it; the worker never learns

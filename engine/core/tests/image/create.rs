@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Creation of images: complete, or without a file.
 
 use std::fs;

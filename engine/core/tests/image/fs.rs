@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Detection of file systems: those of the machine's mkfs programs, with the names of blkid.
 
 use std::fs::{self, File, OpenOptions};

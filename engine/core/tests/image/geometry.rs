@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Geometry of arbitrary properties and of common images.
 
 use loopengine_core::Kind;

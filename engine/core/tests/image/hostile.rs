@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Files that are refused as images, and attacks of callers.
 
 use std::fs::{self, File, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Partition tables: those of the machine's tools, compared with the tools and (if it supports
 //! them) the kernel; and those of an attacker.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Merging of discards and coalescing of flushes, against naive models.
 
 use std::collections::VecDeque;

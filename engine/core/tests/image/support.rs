@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shared helpers: locations of images (temporary directories, loop devices, file systems on loop
 //! devices), which a drop removes; and checks of accepted and refused images.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Files that are accepted as images, and their I/O.
 
 use std::fs::{self, File, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A fake driver: requests arrive over a channel and an eventfd, completions leave over a channel.
 //!
 //! Knows the interface of a transport. Does not know images, nor the tests.

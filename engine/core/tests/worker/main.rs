@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A real worker, ring and image, compared with a model in memory; only the driver is a fake. Needs
 //! io_uring, but neither root nor ublk.
 

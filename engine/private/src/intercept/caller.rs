@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread behind an intercepted call: its descriptors, memory and rights.
 //!
 //! Knows which uses of /proc, pidfds and remote memory are safe with a hostile thread, and how to

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One intercepted ioctl: its operation of the pool, and its result.
 //!
 //! Knows the numbers and arguments of loop(4), and the order of the driver's checks. Does not know

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `struct loop_info`, `loop_info64` and `loop_config` of linux/loop.h: bytes to values and back.
 //!
 //! Knows their layouts for 64-bit and 32-bit callers. Does not know where the bytes come from, nor

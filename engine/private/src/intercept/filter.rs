@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The seccomp filter: which system calls are intercepted, refused or allowed.
 //!
 //! Knows classic BPF and system call numbers. Does not know what happens to an intercepted call,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs the filter program in a small interpreter of classic BPF.
 
 use super::*;

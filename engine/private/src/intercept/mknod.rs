@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One intercepted mknod(2) of a block node.
 //!
 //! Knows which nodes are harmless. Nodes of the kernel's loop driver are never made: scripts of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! ioctl(2) on loopN and loop-control: intercepted by a seccomp filter, and served by a pool.
 //!
 //! This module knows how such a call is recognised, decoded and answered: the intercepted system

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One intercepted mount(2) or umount2(2): copied once, and passed to a [`MountHandler`].
 //!
 //! In containers the handler is the daemon (`private::container_mounts`). Elsewhere it is a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The threads that serve one listener: receive, decide, reply, until the last caller is gone.
 //!
 //! Knows how many calls are served concurrently, and how long one may take. Does not know what a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs each request of a confined process in a child, so that none blocks the next.
 //!
 //! A child that takes too long is killed. One that cannot be killed, because its file hangs, counts

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Confines the processes that make and attach mounts.
 //!
 //! Such a process has a mount namespace with one tmpfs: two empty, read-only directories. It keeps

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Translates the flags of mount(2) for the new mount API.
 
 use rustix::io::Errno;

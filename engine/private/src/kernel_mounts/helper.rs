@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Requests to a confined process, and its replies: the daemon's side.
 //!
 //! A request is a packet: JSON and descriptors, the first of which is the reply socket. A reply is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Kernel mounts for tenants, of devices of their pools.
 //!
 //! ```text

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The process that attaches and detaches mounts in the mount namespaces of containers.
 //!
 //! By default root of a container may not mount. The daemon may, but must not resolve a container's

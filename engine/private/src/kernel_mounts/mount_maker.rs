@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The process that makes mounts: one child per mount.
 //!
 //! It starts before the daemon drops its privileges, and ends with it. A file system that crashes

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The file systems that the kernel mounts for tenants, and their options.
 //!
 //! Listed are file systems that support owner mapping and open no device but the given one. So

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Attaches the mount that a client gets.
 //!
 //! Knows mounts; knows nothing of pools. Works for root, and for any user in a mount namespace of

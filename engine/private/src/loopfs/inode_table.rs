@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The inodes of a directory: their numbers, owners and modes.
 //!
 //! An inode belongs to one disk of a device, and is never reused. So a kept inode of a removed

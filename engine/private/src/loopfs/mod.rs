@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A pool as a directory: `loop-control`, `loopN`, `loopNpM`.
 //!
 //! A FUSE file system without data: its nodes are block special inodes, so that no byte of a device

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Handles the kernel's requests.
 //!
 //! Knows which operations the directory supports, and the pool's operation for each. Permissions

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The FUSE session of a directory: a detached mount, and the threads that serve it.
 //!
 //! Knows mounts and /dev/fuse. The session ends with the last mount and descriptor, which the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The FUSE protocol, as far as a directory of devices needs it.
 //!
 //! Knows the layout of linux/fuse.h. Knows nothing of devices. fuser, which `frontend/fuse` uses,

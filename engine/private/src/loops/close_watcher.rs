@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Polls for last closes and for renamed backing files: the kernel reports neither.
 //!
 //! One thread per pool. It sleeps while no device is bound or waits for its last close. After a

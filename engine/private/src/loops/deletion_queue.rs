@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Deletes replaced disks in the background.
 //!
 //! A waiter for a last close waits for the replacement only: deletion at the driver takes as long

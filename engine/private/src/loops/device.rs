@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One loopN: its backing file, its disk, and the operations of loop(4) on it.
 //!
 //! Knows one device. Does not know numbers, limits and watchers (the pool does), nor when its last

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Allocates the ublk disks of one pool, and replaces used ones.
 //!
 //! Knows workers, their queue slots, and the order in which a disk starts and stops. Does not know

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The backing file of a device: the caller's file, checked, and reopened for I/O.
 //!
 //! Knows which backing files loop(4) accepts, and how a tenant could misuse one. Does not know

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Closes the backing files of one user's pools, each on a thread of its own.
 //!
 //! close(2) may block for ever: a FUSE server may never answer FLUSH. So no thread that others wait

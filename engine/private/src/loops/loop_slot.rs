@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One loopN of a pool: the lock of its device, and the state that others see meanwhile.
 //!
 //! Knows when that state may be read: not before all watchers know the device, and not while its
@@ -55,7 +56,7 @@ struct PublishedState {
     replacing: bool,
     /// The replacement was deferred once, because a process was about to open the disk.
     deferred: bool,
-    /// See [`Device::is_in_rundown`].
+    /// See [`PoolDevice::is_in_rundown`](super::device::PoolDevice::is_in_rundown).
     in_rundown: bool,
     /// All watchers know the device: LOOP_CTL_GET_FREE may return it.
     announced: bool,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Private pools of loop devices: loop(4) on ublk.
 //!
 //! A pool is an independent `/dev/loop-control` with its own `loopN`, numbered from 0 and limited

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Partitions of a bound device: each is a disk of its own over a range of the same file.
 //!
 //! The kernel never parses a tenant's partition table: `image::partitions` does. Knows one

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One pool: its numbers, limits and watchers.
 //!
 //! Knows which loopN exist, and passes operations to them, one at a time per device. A device whose

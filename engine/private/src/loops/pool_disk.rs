@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A started disk of a pool: its image, its node, its users.
 //!
 //! Knows one disk. `disk_allocator` creates and replaces disks.

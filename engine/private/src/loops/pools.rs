@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! All private pools of one daemon.
 //!
 //! Knows their names and limits, and the workers and disks that they take from the engine. Does not know who may

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Limits the loop devices of a user, over all pools of that user. Subordinate ids count for their
 //! owner.
 //!

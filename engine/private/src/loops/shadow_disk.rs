@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices that the kernel mounts, and their protection from writers meanwhile.
 //!
 //! A kernel file system trusts what it has read. So while one is mounted for a tenant, nobody may

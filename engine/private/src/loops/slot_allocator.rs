@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Slots of disks on the workers of one pool.
 //!
 //! A slot that is allocated again gets another generation: a worker tells a late completion from

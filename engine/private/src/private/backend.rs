@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Creates pools: the engine has the devices, `loopfs` the nodes, and `intercept` serves the calls.
 
 use std::os::fd::{AsFd, OwnedFd};

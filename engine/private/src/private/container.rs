@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Sessions of containers in a pool: one container after the other, each with a filter per process
 //! that its runtime starts in it.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! mount(2) and umount2(2) of a container: which device it is, and where it is mounted.
 //!
 //! Root of a container has, by default, no right to mount. So the daemon has the kernel mount a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Checks the descriptors of a call for a pool, before any other use: an operation on a wrong file
 //! could block.
 

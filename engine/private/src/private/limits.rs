@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Limits on devices and pools per user: defaults, limits of single users in the configuration, and
 //! exceptions that root sets at run time. Root itself has no limit unless one is set.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Lists pools, with their owners and ages.
 //!
 //! Knows the registry's data of a tenant. The client looks up mounts and process names.

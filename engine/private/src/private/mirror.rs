@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Keeps the names of a pool's devices in a tenant's /dev and /sys up to date.
 //!
 //! Writes only changes. Logs failures and continues: a tenant can damage only its own view. Knows

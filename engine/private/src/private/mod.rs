@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The private pools of loop devices: their owners and lifetimes.
 //!
 //! A tenant has a pool, its file system with the nodes, the supervisors of the processes that use

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Operations on a pool's devices over the socket: requests and results. The comments are part of
 //! the varlink interface description.
 //!

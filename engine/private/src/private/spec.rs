@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Requests for private pools, and their results. The comments are part of the varlink interface
 //! description.
 

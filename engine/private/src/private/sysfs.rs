@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The /sys of a pool's devices: the attributes of the kernel's loop driver, for a tree that is
 //! mounted at /sys/block, /sys/dev/block and /sys/class/block. Writes nothing.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that ends tenants: it waits for the end of their processes, and removes tenants
 //! without devices from the registry.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A tmpfs that the daemon creates and keeps updating after it has passed the mount to a client.
 //!
 //! The holder of the mount may add files or mounts. So every path lookup starts at the descriptor,

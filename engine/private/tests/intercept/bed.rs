@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A test bed: a client with a filter, its supervisor, and a directory with their files.
 
 use std::mem::MaybeUninit;

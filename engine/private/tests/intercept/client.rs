@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Clients, each in a process of its own with the filter installed.
 //!
 //! They end with status 0 if all results are those of loop(4).

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A fake pool that only records operations. Its nodes are regular files.
 
 use std::collections::BTreeMap;

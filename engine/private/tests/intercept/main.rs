@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! ioctls of clients with the real filter and the real supervisor, on a fake pool. Needs root and
 //! seccomp notifications, but neither ublk nor mounts.
 //!

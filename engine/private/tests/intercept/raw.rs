@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Raw system calls of a client: any number, any argument, of either ABI.
 //!
 //! The only file of these tests with `unsafe`.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The requirements of one purpose, for the user who asks.
 //!
 //! Checks from the kernel upwards, and gives no advice above a missing requirement. Tests pools by

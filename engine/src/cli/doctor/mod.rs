@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine doctor`: diagnose this machine.
 //!
 //! This file checks the requirements of the daemon, for root; `goal` checks those of one purpose or

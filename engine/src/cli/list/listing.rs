@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! All devices, pools and tenants that a user can see, and their users.
 //!
 //! Queries both sockets of the daemon. Looks up mount points and open files in /proc itself, since

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine list`: devices of instances; with `--all`, and for plain users, pools too.
 //!
 //! Formats the lists. `listing` collects the devices and their users.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `losetup FILE`: finds or creates a device, and binds it.
 
 use std::ffi::OsStr;

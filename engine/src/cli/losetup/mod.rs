@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine losetup`: losetup(8) for a private pool, without ioctls.
 //!
 //! Knows the behaviour, messages and exit codes of losetup. Accesses the pool through

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The options of losetup(8), and the actions that they select.
 //!
 //! Knows the command line only: valid combinations of options, and messages for others.

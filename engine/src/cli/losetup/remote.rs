@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine losetup`: selects the pool, and accesses its devices through the socket of the
 //! daemon.
 //!

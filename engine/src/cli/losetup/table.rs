@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The output of losetup: lines of text, and tables in the format of libsmartcols.
 //!
 //! Knows formats only. Tables are never truncated to the terminal width, as with losetup in a pipe.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine mount --all`: mounts every partition of an image in a directory of its own.
 //!
 //! Knows which partitions to mount and where. Mounts each as if it had been selected.

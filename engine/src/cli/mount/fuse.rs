@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mounts an image with a FUSE driver, with the caller's privileges.
 //!
 //! Starts the driver so that the device ends with it, and checks its requirements.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Inspects an image: the file system, its range, and whether it is writable.
 //!
 //! Reads with the caller's own rights, before the daemon is involved. Does not know who mounts.

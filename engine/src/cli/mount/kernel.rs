@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mounts an image with the kernel, for root.
 
 use std::ffi::CStr;

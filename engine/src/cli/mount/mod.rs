@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine mount`: mounts the file system in an image in one step.
 //!
 //! The image gets a pool of one device, whose directory is mounted nowhere. The FUSE driver

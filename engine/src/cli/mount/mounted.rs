@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds mounts of `loopengine mount`, by directory or image.
 //!
 //! The name of a pool is derived from its directory, from before the mount until after it, so no

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine mount --open`: opens an image as a desktop does.
 //!
 //! Knows the directory and the program that opens it. Mounts as without the option.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine umount`: ends a mount and its device.
 
 use std::path::{Path, PathBuf};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `oci print-cdi`: a Container Device Interface specification of an instance or of a pool for
 //! containers.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `oci print-config`: adds the devices of a pool to a config.json of the OCI runtime
 //! specification.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `oci hook`: a hook that links the loop devices in the /dev of a new container.
 //!
 //! Knows the container state that a hook receives, and links. The files of the container may be

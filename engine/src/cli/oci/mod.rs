@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine oci`: configuration and hooks for container runtimes.
 //!
 //! This file lists the subcommands; each other file knows one format.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine podman-setup`: sets up a pool for Podman in one step.
 //!
 //! Knows Podman's directories and options. The neighbouring files know their contents.

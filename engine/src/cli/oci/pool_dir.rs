@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The directory of a pool for containers: bind mounts, device numbers and a hook.
 //!
 //! Knows the layout that `instance mount --container` creates. Does not know output formats.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `oci print-profile`: a seccomp profile that forwards calls on loop devices to the daemon.
 //!
 //! Knows the profile format, and how libseccomp selects rules. Does not know what the socket in the

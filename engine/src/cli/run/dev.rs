@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The /dev of a command with private loop devices.
 //!
 //! ```text

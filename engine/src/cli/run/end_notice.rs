@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reports on the command's terminal that its pool has ended. Otherwise the command only sees
 //! "Function not implemented".
 //!

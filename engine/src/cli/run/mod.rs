@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine run`: run a command with private loop devices.
 //!
 //! The process opens a pool at the daemon, sets up its namespaces (`userns`, `dev`, `sysfs`),

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The processes that mount for tenants: one has the kernel mount, one attaches mounts in
 //! containers. They read requests from standard input.
 

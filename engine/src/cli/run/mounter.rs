@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The mounter: mounts file systems for a command with private loop devices, with FUSE drivers or
 //! through the kernel.
 //!

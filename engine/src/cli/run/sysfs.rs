@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The /sys of a command with private loop devices: three directories are covered by those of the
 //! pool, which the daemon updates.
 

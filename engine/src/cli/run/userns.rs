@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A user namespace in which the caller is root.
 //!
 //! With newuidmap(1) and ranges in /etc/subuid and /etc/subgid, other users exist in it too;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A file's bounds and holes: who writes past the end learns it, fallocate works within the size,
 //! and holes are those of the image.
 

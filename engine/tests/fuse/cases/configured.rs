@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the daemon has from others at its start: devices from its configuration, sockets from a
 //! service manager.
 

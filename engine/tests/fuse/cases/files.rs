@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a file shows and takes: size, blocks, truncation, holes, both ways past the page cache.
 
 use std::fs::{File, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How files, their file systems and their daemon come and go.
 
 use std::fs::{File, OpenOptions};

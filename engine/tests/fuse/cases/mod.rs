@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cases: those of tests/vm that are about images, and those about files.
 
 mod bounds;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Images that others have: refused or shared, and never without a word; failing I/O in the log.
 
 use std::fs::{File, OpenOptions};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Commands at work on a real device: run, create, and those that only read.
 
 use super::MIB;

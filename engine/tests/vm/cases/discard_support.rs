@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Discards are offered where the image's file system can free blocks, and nowhere else.
 //!
 //! The block layer takes a disk's "not supported" for success: only a limit of 0 makes it say so.

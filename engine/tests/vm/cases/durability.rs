@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Flush and FUA: what was promised to be durable survives the loss of power below the image.
 
 use std::fs::OpenOptions;

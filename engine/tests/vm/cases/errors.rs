@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bad input: one line that says what and what next, a documented exit status, nothing left.
 
 use std::path::Path;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What goes wrong below the device is an error on the device: never silence, never a dead daemon.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! File systems on devices: make, mount, copy a real tree in, check, come back later.
 
 use std::os::unix::fs::symlink;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a device looks like: block size, size, window of the image, read-only.
 
 use super::{KIB, MIB};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Many devices, many times: hundreds at once, a thousand in a row, more I/O than buffers.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cases, by theme. Each file knows one theme and gives a list.
 
 mod claims;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Partitions of public devices: beside the device under its name, as the kernel's driver has them
 //! beside its own, whoever makes them.
 

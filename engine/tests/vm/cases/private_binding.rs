@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Private loop devices from bind to unbind: detaching with and without holders, binding anew,
 //! overlaps, removal, partitions.
 

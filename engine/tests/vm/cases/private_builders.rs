@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Builders of disk images, unmodified, under `loopengine run`: the same steps on the kernel's own
 //! driver and in a pool, and the same lines from both. `engine/doc/builders.md` says which others
 //! there are.

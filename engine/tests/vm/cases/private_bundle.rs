@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A container for an OCI runtime: no image, no network, a small root directory in memory, a
 //! script.
 //!

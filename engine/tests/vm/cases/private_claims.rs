@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Images that pools share with others: a reader excludes nobody, and a writer is named.
 
 use std::fs::Permissions;

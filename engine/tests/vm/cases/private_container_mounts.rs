@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! mount(8) and umount(8) in containers with the default capabilities of runtimes: successful
 //! mounts, refused ones, and the end of the container.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Containers with private loop devices, with unmodified runtimes and their default capabilities:
 //! runc and crun, whichever is installed.
 

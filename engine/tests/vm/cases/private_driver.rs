@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Compares private loop devices with the kernel's: one client runs the same steps on both. A list
 //! has the allowed differences.
 //!

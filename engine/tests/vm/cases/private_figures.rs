@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cost of private loop devices: calls, and `losetup`.
 //!
 //! The figures are printed, and compared with loose bounds that only a regression exceeds: time on

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A hostile tenant beside another: rewritten arguments, signal storms, SIGKILL during calls. The
 //! daemon and the other tenant work on, and nothing is left.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A backing file on a FUSE file system whose server does not answer: only its device is stuck, and
 //! nothing else in its pool or elsewhere.
 

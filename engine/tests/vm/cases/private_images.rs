@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Malicious images: whatever they contain, the daemon works on, and so does a neighbour's device.
 //!
 //! Knows how to create invalid partition tables. Does not know their meaning to the daemon: only

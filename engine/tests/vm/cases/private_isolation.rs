@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A neighbour's private device: every access to it fails, also when another device has its number.
 //! And the content of an image is harmless to a plain user who mounts it.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Mounts by the kernel for tenants: their properties, refusals, and their end.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Differences between the kernel's loop driver and private loop devices, line by line, with
 //! reasons. These are the deviations of loopengine-loopfs(7). There are no others, and each must
 //! occur.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Private loop devices end with their owner: the process tree, however it ends, or the last mount.
 //!
 //! The goal is an end within a second, which is measured and printed. The assertions allow more,

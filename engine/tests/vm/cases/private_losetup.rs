@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Unmodified losetup(8) with private loop devices: find, query, sizes, read-only, block sizes.
 
 use serde_json::Value;

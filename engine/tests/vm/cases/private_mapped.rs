@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Device mapper and md on loop devices of `loopengine run`, by their own tools: the same script
 //! with the kernel's driver and in a pool must print the same lines. Active disks end with the
 //! tenant.

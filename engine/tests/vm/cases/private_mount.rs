@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Unmodified mount(8) and umount(8) with private loop devices, and many rounds of them.
 
 use std::os::unix::fs::PermissionsExt;

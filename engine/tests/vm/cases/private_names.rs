@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A name means one device: loopN of a pool is not what the table of mounts, or that of swap areas,
 //! means by loopN, also where the host mounts something later. And what a tenant's terminal is told
 //! at the end.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! systemd-nspawn: a container with the daemon's socket, and `loopengine run` inside, as the page
 //! doc/container.md has it.
 

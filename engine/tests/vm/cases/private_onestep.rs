@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine mount` and `umount`: a file system in an image in one step, in the user's own shell.
 
 use std::os::unix::fs::PermissionsExt;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Partitions that come, change and go while a device is bound, by unmodified tools: the same
 //! script on the kernel's own driver and in a pool, and the same lines from both.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Podman, as its users have it: with the options that `podman-setup` prints. Nothing else is said
 //! to it about loop devices.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One device bound again and again, and many bound at once.
 //!
 //! Test suites do this all day. The kernel's driver never misses a round, so a pool may not either.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cases of private loop devices are shell scripts under `loopengine run`, since they test
 //! unmodified programs.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine losetup`: losetup(8) on a private pool, over the daemon's socket.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What programs read of a device below /sys: the same script on the kernel's own driver and in a
 //! pool, and the same lines from both.
 

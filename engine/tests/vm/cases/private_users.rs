@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Users of private loop devices: limits, plain users, concurrent pools; and programs other than
 //! util-linux.
 

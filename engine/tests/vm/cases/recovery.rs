@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon dies while devices are in use.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon dies, and the image is not what it was when the next daemon comes: shared, shorter,
 //! elsewhere, read-only, out of space.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon dies, and the next one cannot read what was noted of its devices; or nothing can be
 //! noted.
 //!

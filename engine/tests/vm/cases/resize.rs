@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The image grows or shrinks on purpose, and the device follows, while it is in use.
 
 use std::time::Duration;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a running daemon has given up, as the kernel tells it: doc/threat-model.md promises it.
 
 use std::collections::BTreeMap;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine with systemd goes down: what lies on devices is unmounted while the daemon still
 //! serves.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The daemon is told to end, as at a restart of its service, while devices are in use.
 
 use std::time::{Duration, Instant};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! fio writes, reads back and compares, at sizes from a sector to a mebibyte and many depths.
 
 use std::time::Duration;

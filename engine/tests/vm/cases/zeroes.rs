@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Discard and write-zeroes: what must become zero does, what must stay stays, blocks are freed or
 //! kept as asked.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Numbers and structures of linux/loop.h, as bytes, and what is read from them.
 //!
 //! Written anew and not taken from the engine: what the engine has got wrong must show.

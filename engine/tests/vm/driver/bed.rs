@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What steps are made with: devices, files, calls by either ABI, and the lines that tell of them.
 //!
 //! Knows /dev/loop-control, /dev/loopN and /sys/block, and not whose they are. Every line is

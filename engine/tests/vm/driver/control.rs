@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steps on loop-control, and the commands that neither kind of node knows.
 
 use rustix::fs::OFlags;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client that means harm: while some threads call, others rewrite the arguments, the paths and
 //! the descriptors of these very calls, and signals rain.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steps from bind to unbind: who has it open, what it reads and writes, what is left of it, and
 //! devices on devices.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The client that compares loop(4) drivers: some hundreds of steps on /dev/loop-control and
 //! /dev/loopN, and a line for the outcome of each. Whose driver it is, it does not know.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steps with partitions that come, change and go while a device is bound: BLKRRPART and BLKPG.
 
 use std::fs::File;

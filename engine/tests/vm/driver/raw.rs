@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! System calls as programs make them that were not written in Rust: any number, any argument, by
 //! either ABI.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steps that are refused: wrong files, wrong values, wrong addresses, wrong rights; and in which
 //! order fault is found.
 

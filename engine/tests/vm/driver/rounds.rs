@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Binds, unbinds, closes and opens one device after the other, as test suites do, and counts what
 //! fails.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Steps on a bound device: what it tells, what of it can be changed, and what it tells then.
 
 use std::fs::File;

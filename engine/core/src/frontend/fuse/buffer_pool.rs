@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reusable memory for the data of requests, aligned for direct I/O.
 //!
 //! A reused buffer keeps its old content until it is overwritten. Readers read only what was filled

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The queue from the session threads to one queue of one device: bounded, with an eventfd to wake
 //! a sleeping worker.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The lifecycle of one file: configure, start, resize, stop.
 //!
 //! Knows the order that the kernel requires. Whatever may wait for our own threads has a deadline.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The file system's operations: each is answered at once or becomes a call for a worker.
 //!
 //! Runs on the session threads. Nothing here waits, except for space in a full call queue. Nothing

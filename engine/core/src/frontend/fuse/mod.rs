@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Files instead of block devices: the same engine behind a FUSE file system.
 //!
 //! ```text

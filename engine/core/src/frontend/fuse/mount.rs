@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The file system of one instance: mounted on its directory, served by its own threads, unmounted
 //! with it.
 //!

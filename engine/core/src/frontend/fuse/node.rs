@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The files of one file system: attributes, open handles, and the call queues of each.
 //!
 //! Inode numbers are never reused: a handle of a removed file cannot reach a new file of the same

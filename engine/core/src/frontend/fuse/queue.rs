@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A queue of a file, the worker's side: takes calls from the call queue, assigns tags, replies.
 //!
 //! The worker learns of calls through a read of the eventfd, of which one is always in flight.

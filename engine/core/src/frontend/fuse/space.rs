@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The space of a file: truncation, zeroing, allocation, holes.
 //!
 //! Knows their meaning for a file of fixed size. Whatever may wait for the image's file system or

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The batch transport: one multishot fetch announces many requests, one commit completes many.
 //!
 //! The driver may consume only part of a commit of several completions; the rest is resubmitted. It

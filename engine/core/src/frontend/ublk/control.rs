@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Control commands to /dev/ublk-control: one function for all, each with a deadline.
 //!
 //! A command that does not complete in time is abandoned with its ring and its buffer: the kernel

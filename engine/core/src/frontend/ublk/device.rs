@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The lifecycle of one ublk device: add, set parameters, start, resize, stop, delete; or recover
 //! it from a daemon that is gone.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Shared by both transports: commands for one request, and registered buffers.
 
 use std::collections::VecDeque;

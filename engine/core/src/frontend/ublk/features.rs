@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver's feature flags, as reported by the driver rather than derived from its version.
 
 use libublk::sys;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Memory shared with the driver: request descriptors, and data buffers of the copy mode.
 
 use std::fs::File;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The ublk driver: the only module that names libublk.
 //!
 //! Knows the driver's commands, flags and memory layout. Does not know instances, or of images more

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The transport with one command per request: copy mode and automatic buffers.
 //!
 //! Every tag has one command at the driver. Its completion announces a request. The command that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Queries the driver about an existing device: owner, parameters, geometry.
 //!
 //! Knows the driver's structures. Does not use the daemon's records: they may be lost, the driver's

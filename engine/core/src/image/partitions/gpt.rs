@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! GPT: header, checksums, entries; the backup if the primary is damaged.
 
 use super::super::region::{Region, le};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! MBR: four entries, and chains of logical partitions.
 
 use std::collections::HashSet;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Partition tables as the kernel reads them: MBR with logical partitions, and GPT.
 //!
 //! Implements the kernel's rules (block/partitions): numbering, clipping, omissions. A table is

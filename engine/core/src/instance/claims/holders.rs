@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds users of a block device or a file outside this daemon: mounts, swap, device mapper and md,
 //! the kernel's loop devices.
 //!

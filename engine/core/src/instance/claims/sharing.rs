@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Claims a file or a block device as an image that others may use: rejects it, or logs a warning.
 //!
 //! Knows the rules; `claims` knows the users in this daemon, `holders` those outside.

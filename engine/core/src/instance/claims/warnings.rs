@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Rate limit for warnings about pool bindings: a tenant that keeps binding must not fill the log.
 //!
 //! Knows users, pools, images and times; does not know the messages.

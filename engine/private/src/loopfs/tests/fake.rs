@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A fake pool: entries without devices.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The lifetime of a directory, and the namespaces of its mount.
 
 use std::io;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The directory of a fake pool, mounted by the real kernel. Its devices are unbound loop devices
 //! of the host, which the tests only open.
 

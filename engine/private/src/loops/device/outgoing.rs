@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Replaced disks of a loopN, which somebody may still have open.
 //!
 //! LOOP_CLR_FD gives the device another disk at once, for the next open. The old disk serves those

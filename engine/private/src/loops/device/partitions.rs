@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Adds, changes and removes partitions of a bound device: BLKRRPART and BLKPG.
 //!
 //! Knows the order of the kernel's checks, and which partitions a rescan keeps. Differs from the

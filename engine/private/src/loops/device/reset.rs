@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Resets a device between two containers.
 
 use super::outgoing::OutgoingDisk;

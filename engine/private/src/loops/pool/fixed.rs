@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Pools for containers: all devices exist from the start, under device numbers that stay, and one
 //! container after the other uses them.
 //!

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ends a pool whose devices are in use.
 //!
 //! Knows that a hung device must not delay others, and that losses are logged.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Finds the device of a pool by device number, also while disks are replaced.
 //!
 //! Knows device numbers. Does not know who asks, nor how descriptors are examined.

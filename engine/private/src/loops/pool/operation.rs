@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The operations of loop(4), and those of the block layer on partitions, as values.
 //!
 //! Ioctls, FUSE requests and messages all become a [`LoopOp`], which [`Pool::execute`] runs. Knows

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Disks of device mapper and md stacked on a pool's devices: their ownership, and their end.
 //!
 //! The kernel has one namespace of these disks, and removes none by itself. A disk that is stacked
