@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn documents_say_the_same() {
         let file = |name: &str| {
-            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
             std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         };
         assert!(

@@ -162,7 +162,7 @@ fn connection_error(socket: &Path, error: zlink::Error) -> Error {
         zlink::Error::VarlinkService(error) => {
             let message = format!("the daemon at {shown} does not know this call: {error}");
             Error::new(Kind::Unsupported, message)
-                .hint("restart it, so that it is of the same version as this program")
+                .hint("restart the daemon so that its version matches this program")
         }
         zlink::Error::UnknownErrorReply(name) if name == TOO_MANY => {
             let message = format!("the daemon at {shown} serves as many connections of this user as it may");
