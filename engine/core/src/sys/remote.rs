@@ -2,7 +2,7 @@
 //! The memory of another thread's process.
 //!
 //! Knows process_vm_readv(2), /proc/TID/mem and /proc/TID/maps. Does not know whether the thread is
-//! still the one that is meant: thread ids are used again, so the caller of this room must ask that
+//! still the one that is meant: thread ids are used again, so the caller of this module must ask that
 //! after [`read`], and between [`Writable::open`] and [`Writable::write`].
 
 use std::fs::File;
