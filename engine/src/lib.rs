@@ -10,6 +10,13 @@
 //! An arrow points down only. To follow one request, read [`frontend::ublk`] (`batch.rs` or `per_io.rs`, `memory.rs`)
 //! or [`frontend::fuse`] (`handler.rs`, `call_queue.rs`, `queue.rs`), then [`worker`] (`mod.rs`, `queue.rs`,
 //! `translate.rs`), [`ring`], [`request`]. ARCHITECTURE.md describes the modules.
+//!
+//! ```
+//! use loopengine::config::Config;
+//!
+//! let config = Config::parse("[[instance]]\nname = 'ci'\nmax_devices = 4\n", "loopengine.toml").unwrap();
+//! assert_eq!(config.instances().next().unwrap().max_devices, 4);
+//! ```
 
 #![warn(missing_docs)]
 

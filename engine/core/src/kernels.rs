@@ -57,7 +57,7 @@ impl Feature {
     }
 
     /// Whether a kernel of this release is new enough. One that is called otherwise is taken to be.
-    fn is_in(&self, release: &str) -> bool {
+    pub fn is_in(&self, release: &str) -> bool {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
         match (numbers.next(), numbers.next()) {
             (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= self.since,

@@ -11,6 +11,13 @@
 //!
 //! An arrow points down only: `instance` → `frontend` → `worker` → `ring` → `request`, and `image` → `request`. The crate
 //! knows neither sockets nor command lines, nor private pools.
+//!
+//! ```
+//! use loopengine_core::kernels::PRIVATE;
+//!
+//! // Private pools need Linux 7.0.
+//! assert!(PRIVATE.is_in("7.3.4") && !PRIVATE.is_in("6.12.0"));
+//! ```
 
 #![warn(missing_docs)]
 

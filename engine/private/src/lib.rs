@@ -9,6 +9,16 @@
 //! ```
 //!
 //! The crate knows neither sockets nor command lines.
+//!
+//! ```
+//! use loopengine_private::loops::{Errno, Quotas};
+//!
+//! let quotas = Quotas::new(1);
+//! let device = quotas.charge(1000).unwrap();
+//! assert_eq!(quotas.charge(1000).unwrap_err(), Errno::NOSPC);
+//! drop(device);
+//! assert!(quotas.charge(1000).is_ok());
+//! ```
 
 #![warn(missing_docs)]
 

@@ -134,6 +134,8 @@ impl Registry {
     /// Keeps the names of the pool's partitions in the /dev of a container that is being created.
     /// May block on `dev`.
     pub fn set_container_dev(&self, name: &str, id: &str, dev: OwnedFd, caller: Caller) -> Result<()> {
+        // First, who asks: the next step may block on a file system of the caller's choice.
+        open_to(&mut self.shared.state(), name, caller)?;
         let container = Tree::adopt(dev).map_err(|error| {
             Error::os(error, format!("cannot create names in the /dev of container {id}"))
         })?;
