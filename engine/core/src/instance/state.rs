@@ -315,7 +315,7 @@ mod tests {
         }
         fs::write(&file, &good).unwrap();
         mode(0o620).unwrap();
-        assert!(reason(&state).contains("others may write"), "{}", reason(&state));
+        assert!(reason(&state).contains("writable by others"), "{}", reason(&state));
         fs::remove_file(&file).unwrap();
         rustix::fs::mkfifoat(rustix::fs::CWD, &file, rustix::fs::Mode::RUSR).unwrap();
         assert!(reason(&state).contains("not a regular file"), "{}", reason(&state));
