@@ -104,7 +104,7 @@ fn devices(ctx: &Ctx) -> Res {
     ensure!(all.as_deref().is_some_and(|all| all == want), "{:?}", shown(&daemon)?);
     says(&daemon, &["WARN", &line(1, &slow), "still being attached"])?;
     says(&daemon, &[&a, "is no longer configured"])?;
-    says(&daemon, &[&line(10, &b), "is attached already"])?;
+    says(&daemon, &[&line(10, &b), "is already attached as"])?;
 
     // What hangs holds up no end.
     let took = daemon.terminate()?;

@@ -328,7 +328,7 @@ fn other_user(ctx: &Ctx) -> Res {
     if private["verdict"] == "ok" {
         ensure!(hint.contains("'loopengine mount IMAGE DIR'"), "{hint}");
     } else {
-        ensure!(private["found"] == format!("need Linux 7.0 here: this is {release}"), "{doctor}");
+        ensure!(private["found"] == format!("need Linux 7.0: this is {release}"), "{doctor}");
         ensure!(
             doctor.as_array().is_some_and(|checks| checks.len() == 1),
             "advice that cannot help: {doctor}"

@@ -158,6 +158,6 @@ fn configured_devices(ctx: &Ctx) -> Res {
     let after = daemon.json(&["list"])?;
     ensure!(after == before, "before {before}, after {after}");
     let log = daemon.log();
-    ensure!(log.contains(&format!("{config}, line 1: {image} is attached already")), "{log}");
+    ensure!(log.contains(&format!("{config}, line 1: {image} is already attached")), "{log}");
     daemon.stop()
 }

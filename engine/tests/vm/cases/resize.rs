@@ -203,7 +203,7 @@ fn in_one_step(ctx: &Ctx) -> Res {
     // A part of an image: what lies behind it is somebody's.
     let device = daemon.attach(&[&image, "--offset", "1M", "--size-limit", "4M"])?;
     not_resized(&daemon, &[&device, "--size", "5M"], 2, &["--size-limit", "4194304"])?;
-    not_resized(&daemon, &[&device, "--size", "2M", "--shrink"], 2, &["behind"])?;
+    not_resized(&daemon, &[&device, "--size", "2M", "--shrink"], 2, &["follow the device"])?;
     ensure!(disk::size(&image)? == 9 * MIB, "the image has {} bytes", disk::size(&image)?);
     daemon.detach(&device)?;
     let disk = crate::store::Disk::new(&crate::store::Shape::default())?;
