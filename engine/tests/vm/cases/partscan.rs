@@ -164,7 +164,7 @@ fn below_dev(ctx: &Ctx) -> Res {
         ctx.host.program,
         ctx.path("other")
     ))?;
-    ensure!(other.contains("another daemon has /dev/loopengine") && other.contains("status 4"), "{other}");
+    ensure!(other.contains("another daemon uses /dev/loopengine") && other.contains("status 4"), "{other}");
     daemon.ok(&["detach", below])?;
     let left = tools::sh("find /dev/loopengine -mindepth 1 -name 'loop*'")?;
     ensure!(left.is_empty(), "left: {left}");

@@ -127,7 +127,7 @@ fn two(ctx: &Ctx) -> Res {
 fn partitions(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
-    let pool = Pool::new(ctx, &daemon, "ci", 2)?;
+    let pool = Pool::new(ctx, &daemon, "ci", 4)?;
     for container in ["c1", "c2"] {
         run_on_partitions(&Bundle::new(ctx, &daemon, runtime, container, "ci")?)?;
         unbound(&daemon, "ci")?;

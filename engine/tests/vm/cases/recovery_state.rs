@@ -39,7 +39,7 @@ fn unreadable(ctx: &Ctx) -> Res {
         ("truncate -s 100 FILE", "not JSON"),
         ("sed -i 's/\"version\": *1/\"version\": 99/' FILE", "version 99"),
         ("chown 1000 FILE", "user 1000"),
-        ("chmod 666 FILE", "others may write"),
+        ("chmod 666 FILE", "writable by others"),
         ("rm FILE", "missing"),
         ("rm FILE && mkfifo -m 600 FILE", "not a regular file"),
     ];
