@@ -507,6 +507,13 @@ fn users_access_only_their_own_pools() {
     let namespace: OwnedFd = File::open("/proc/self/ns/user").unwrap().into();
     let refused = registry.supervise("a", file, namespace, None, root).unwrap_err();
     assert_eq!(refused.kind(), Kind::Invalid);
+    // Only pools for containers, which are root's, have hooks: no user writes into the daemon's log.
+    let report = |name, caller| registry.report_container(name, "c1", "no disk", caller);
+    assert_eq!(report("65534.a", plain).unwrap_err().kind(), Kind::Invalid);
+    assert_eq!(report("a", plain).unwrap_err().kind(), Kind::NotFound);
+    let dev = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let set_dev = |name, caller| registry.set_container_dev(name, "c1", dev(), caller);
+    assert!(set_dev("65534.a", plain).unwrap_err().message().contains("not for containers"));
     registry.close("65534.a", false, plain).unwrap();
     eventually("it is gone", || names(plain) == ["c"]);
     registry.shutdown();

@@ -89,7 +89,7 @@ enum Command {
     /// Run all checks that a change must pass, as .ci/run does
     ///
     /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile
-    /// clients for two minutes, all tests. Takes about 40 minutes on two cores.
+    /// clients for two minutes, all tests. Takes about an hour on two cores.
     Ci(ci::Options),
     /// Build the book of all documentation with mdbook, and check its links
     Docs(book::Options),

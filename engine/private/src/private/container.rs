@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::descriptors::check_listener;
 use super::tree::Tree;
-use super::{Caller, Registry, RegistryShared, open_to};
+use super::{Caller, Registry, RegistryShared, RegistryState, Tenant, open_to};
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::is_over;
 
@@ -123,6 +123,15 @@ impl ContainerSessions {
     }
 }
 
+/// The pool, if it is one for containers: only root has these.
+fn for_containers<'a>(state: &'a mut RegistryState, name: &str, caller: Caller) -> Result<&'a mut Tenant> {
+    let (_, tenant, _) = open_to(state, name, caller)?;
+    if !tenant.spec.fixed {
+        return Err(Error::new(Kind::Invalid, format!("private pool {name} is not for containers")));
+    }
+    Ok(tenant)
+}
+
 /// Whether no process is left under its filter.
 fn has_ended(listener: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(listener, PollFlags::empty())];
@@ -135,24 +144,21 @@ impl Registry {
     /// May block on `dev`.
     pub fn set_container_dev(&self, name: &str, id: &str, dev: OwnedFd, caller: Caller) -> Result<()> {
         // First, who asks: the next step may block on a file system of the caller's choice.
-        open_to(&mut self.shared.state(), name, caller)?;
+        for_containers(&mut self.shared.state(), name, caller)?;
         let container = Tree::adopt(dev).map_err(|error| {
             Error::os(error, format!("cannot create names in the /dev of container {id}"))
         })?;
         let until = Instant::now() + ADMISSION_TIMEOUT;
         loop {
             let mut state = self.shared.state();
-            let (_, tenant, _) = open_to(&mut state, name, caller)?;
+            let tenant = for_containers(&mut state, name, caller)?;
             let sessions = &tenant.sessions;
             if !sessions.is_active() {
-                let Some(mirror) = tenant.mirror.clone().filter(|_| tenant.spec.fixed) else {
-                    return Err(Error::new(
-                        Kind::Invalid,
-                        format!("private pool {name} is not for containers"),
-                    ));
-                };
+                let mirror = tenant.mirror.clone();
                 drop(state);
-                mirror.set_container_dev(Some(container));
+                if let Some(mirror) = mirror {
+                    mirror.set_container_dev(Some(container));
+                }
                 return Ok(());
             }
             if sessions.is_used() {
@@ -168,7 +174,7 @@ impl Registry {
 
     /// Logs why a hook could not prepare a container: the runtime may discard the hook's message.
     pub fn report_container(&self, name: &str, id: &str, problem: &str, caller: Caller) -> Result<()> {
-        open_to(&mut self.shared.state(), name, caller)?;
+        for_containers(&mut self.shared.state(), name, caller)?;
         // Untrusted text: quoted, and of limited length.
         let problem: String = problem.chars().take(PROBLEM_MAX).collect();
         tracing::warn!("container {id:?} was not prepared for private pool {name}: {problem:?}");
