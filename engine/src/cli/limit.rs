@@ -25,7 +25,7 @@ use super::{daemon, out};
 /// The maximum size of a pool counts against the limit of its user while the pool exists.
 #[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct LimitArgs {
     /// User: a name in /etc/passwd, or a number.
     #[arg(value_name = "USER", value_parser = parse_user)]
     user: Option<u32>,
@@ -57,7 +57,7 @@ fn parse_devices(text: &str) -> std::result::Result<NewLimit, String> {
     }
 }
 
-impl Args {
+impl LimitArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let limits = daemon::runtime()?.block_on(async {
             let mut client = PrivateClient::connect(run_dir).await?;

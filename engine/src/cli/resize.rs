@@ -18,7 +18,7 @@ use super::{complete, daemon, detach, out, size};
 /// To shrink a device, shrink its file system first, then use '--shrink'. A device in use also
 /// needs '--force'. Prints the new size in bytes.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ResizeArgs {
     /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
     #[arg(add = complete::devices())]
     device: String,
@@ -40,7 +40,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-impl Args {
+impl ResizeArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let Selector::Device(device) = detach::device(self.device) else {
             return Err(Error::new(Kind::Internal, "not a device"));
