@@ -299,6 +299,8 @@ fn cases_in_vm(
     Ok(Tally { passed: first.passed + second.passed, failed: second.failed, skipped: first.skipped })
 }
 
+/// Shell commands that report a crash of the test program itself.
+const CRASH_REPORT: &str = include_str!("crash.sh");
 /// If more cases fail, none gets a second try.
 const SECOND_TRIES_MAX: usize = 6;
 
@@ -310,7 +312,11 @@ fn cases_once(
     sink: Sink<'_>,
 ) -> Result<(Tally, String)> {
     let mut said = Vec::new();
-    let result = machine.run(lab, programs, command, &mut |bytes| {
+    let command = format!(
+        "ulimit -c unlimited; echo /run/core.%e >/proc/sys/kernel/core_pattern\n\
+         {command}\nstatus=$?\n{CRASH_REPORT}\n(exit $status)"
+    );
+    let result = machine.run(lab, programs, &command, &mut |bytes| {
         sink(bytes);
         said.extend_from_slice(bytes);
     });
