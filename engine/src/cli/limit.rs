@@ -10,7 +10,7 @@ use crate::private::Limit;
 
 use super::run::user_name;
 use super::table::Table;
-use super::{daemon, out};
+use super::{complete, daemon, out};
 
 /// Show or set the limits of users on private loop devices.
 ///
@@ -27,7 +27,7 @@ use super::{daemon, out};
 #[derive(Debug, clap::Args)]
 pub(super) struct LimitArgs {
     /// User: a name in /etc/passwd, or a number.
-    #[arg(value_name = "USER", value_parser = parse_user)]
+    #[arg(value_name = "USER", value_parser = parse_user, add = complete::users())]
     user: Option<u32>,
 
     /// Maximum number of devices in all pools of the user; 'default': the limit in the
