@@ -99,7 +99,7 @@ fn bad_images_do_not_reach_the_daemon() {
 
 /// An image that cannot be mounted is refused for its content, before a call to the daemon.
 #[test]
-fn mount_looks_first() {
+fn mount_checks_the_image_first() {
     use std::os::unix::fs::FileExt;
     let daemon = Daemon::start();
     let made = |name: &str, bytes: &[(u64, &[u8])]| {
@@ -214,7 +214,7 @@ fn run_detaches_on_a_signal() {
 }
 
 #[test]
-fn instances() {
+fn creates_lists_and_removes_instances() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     ok(&daemon.run(&["instance", "create", "one", "--max", "1", "--workers", "4"]));
@@ -330,7 +330,7 @@ fn stats_prints_once_or_every_second() {
     assert_eq!((stats[0].in_flight, stats[0].latency.p50_ns), (3, 10_000));
     let table = daemon.run(&["stats", "default/loop0"]);
     assert!(ok(&table).contains("10.0us") && table.out.contains("4.0"), "{table:?}");
-    // The fake's clock advances by a second a reading, and by 1000 reads.
+    // Each reading advances the fake's clock by one second, and adds 1000 reads.
     let watched = daemon.run(&["stats", "--watch", "--count", "2"]);
     let lines: Vec<&str> = ok(&watched).lines().collect();
     assert_eq!(lines.len(), 3, "one head, two readings: {watched:?}");
@@ -366,7 +366,7 @@ fn fails_if_it_cannot_write_its_output() {
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
     let ran = Ran::from(daemon.command(&["attach", "a.img"]).stdout(full).output().unwrap());
     fails(&ran, 1, "standard output");
-    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "nobody learnt its name");
+    assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "the unreported device is detached");
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn create_makes_images() {
         ok(&ran);
         assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 2 << 20);
     }
-    // More than any file system has: refused, and the file is removed.
+    // Larger than any file system: refused, and the file is removed.
     let huge = path.with_file_name("huge.img");
     let ran = daemon.run(&["create", "huge.img", "--size", "7E", "--preallocate"]);
     assert!(ran.code != 0 && ran.err.matches('\n').count() == 1, "{ran:?}");
@@ -440,8 +440,8 @@ fn serve_checks_its_options_first() {
 
 #[test]
 fn create_removes_the_file_when_interrupted() {
-    // A directory on a file system that reserves space only by writing it would be slow enough to
-    // be interrupted; anywhere else the job is done before the signal comes. Both are right.
+    // The signal arrives in time only if the file system reserves space by writing, which is slow;
+    // elsewhere the command succeeds first. Both results are valid.
     let daemon = Daemon::start();
     let path = daemon.image("x", 0).with_file_name("new.img");
     let mut child = daemon

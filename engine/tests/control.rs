@@ -86,7 +86,7 @@ fn errors_keep_kind_message_and_hint() {
             assert_eq!(error.message(), format!("{kind:?} happened"));
             assert_eq!(error.next_step(), Some("do something else"));
         }
-        // A panic of the engine is an error of one call, not the end of the daemon.
+        // A panic of the engine fails one call, and does not end the daemon.
         let error = client.attach(&attach("panic", &image), false, open(&image)).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Internal);
         client.instances().await.unwrap();
@@ -153,7 +153,7 @@ fn limits_connections() {
         let asking = next.instances();
         tokio::pin!(asking);
         tokio::select! {
-            _ = &mut asking => panic!("one too many is served"),
+            _ = &mut asking => panic!("one connection too many is served"),
             () = tokio::time::sleep(Duration::from_millis(100)) => {}
         }
         clients.pop();
@@ -196,7 +196,7 @@ fn supports_varlink_introspection() {
 #[test]
 fn refuses_invalid_calls() {
     let daemon = Daemon::start();
-    // No file descriptor with it.
+    // Without a file descriptor.
     let spec = attach("default", std::path::Path::new("/a.img"));
     let call = String::from_utf8(codec::encode_attach(&spec).unwrap()).unwrap();
     let answer = raw(&daemon, &call);

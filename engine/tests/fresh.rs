@@ -54,7 +54,7 @@ fn compare(name: &str, generated: &Path) {
 }
 
 #[test]
-fn manual_pages() {
+fn manual_pages_are_up_to_date() {
     let dir = tempfile::tempdir().unwrap();
     for (name, text) in man::generate().unwrap() {
         fs::write(dir.path().join(name), text).unwrap();
@@ -67,7 +67,7 @@ fn manual_pages() {
 }
 
 #[test]
-fn completions() {
+fn completions_are_up_to_date() {
     let dir = tempfile::tempdir().unwrap();
     generate::completions(dir.path()).unwrap();
     compare("share/completions", dir.path());
@@ -75,14 +75,14 @@ fn completions() {
 
 /// The interface description of a running daemon equals the interface files.
 #[test]
-fn interface() {
+fn interface_is_up_to_date() {
     let daemon = support::Daemon::start();
     let socket = daemon.run_dir().join(loopengine::control::SOCKET);
-    described(&socket, "io.loopengine", "io.loopengine.varlink");
+    check_description(&socket, "io.loopengine", "io.loopengine.varlink");
 }
 
 #[test]
-fn private_interface() {
+fn private_interface_is_up_to_date() {
     let dir = tempfile::tempdir().unwrap();
     let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
     let listener = run_dir.bind_private().unwrap();
@@ -97,7 +97,7 @@ fn private_interface() {
         });
     });
     let socket = dir.path().join("run").join(loopengine::control::PRIVATE_SOCKET);
-    described(&socket, "io.loopengine.Private", "io.loopengine.Private.varlink");
+    check_description(&socket, "io.loopengine.Private", "io.loopengine.Private.varlink");
     stop.send(true).unwrap();
     thread.join().unwrap();
     registry.shutdown();
@@ -116,7 +116,7 @@ impl PoolSource for NoPools {
     }
 }
 
-fn described(socket: &Path, interface: &str, file: &str) {
+fn check_description(socket: &Path, interface: &str, file: &str) {
     use std::io::{BufRead, BufReader, Write};
     let mut socket = std::os::unix::net::UnixStream::connect(socket).unwrap();
     let parameters = serde_json::json!({ "interface": interface });

@@ -92,12 +92,12 @@ impl Daemon {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Ends within this time after SIGTERM.
+    /// Checks that the daemon exits within this time after SIGTERM.
     fn ends(mut self, within: Duration) {
         self.signal(Signal::TERM);
         let started = Instant::now();
         while self.child.try_wait().unwrap().is_none() {
-            assert!(started.elapsed() < within, "SIGTERM does not end it: {}", self.log());
+            assert!(started.elapsed() < within, "the daemon still runs after SIGTERM: {}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -123,8 +123,8 @@ fn timed<T>(work: impl FnOnce() -> loopengine::Result<T>) -> Duration {
     started.elapsed()
 }
 
-/// To the kernel, a thread has credentials of its own. The real user stays, and may still signal
-/// the daemon.
+/// Runs `work` on a thread with the credentials of another user. The real user stays, so that the
+/// thread can signal the daemon.
 fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
     let work = move || {
         // SAFETY: takes integers, and changes the calling thread only, which ends with this.
@@ -141,9 +141,9 @@ fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
 fn send(to: &UnixStream, text: &[u8], files: &[impl AsFd]) -> rustix::io::Result<usize> {
     let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-    let mut beside = SendAncillaryBuffer::new(&mut space);
-    assert!(fds.is_empty() || beside.push(SendAncillaryMessage::ScmRights(&fds)));
-    sendmsg(to, &[IoSlice::new(text)], &mut beside, SendFlags::NOSIGNAL)
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(to, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL)
 }
 
 /// Sockets whose last close blocks on a peer that reads nothing.
@@ -166,13 +166,13 @@ impl Slow {
     }
 }
 
-/// Every way to send an unexpected descriptor.
+/// All kinds of unexpected descriptors.
 #[test]
 fn serves_others_while_a_descriptor_does_not_close() {
     let Some(daemon) = Daemon::start() else { return };
     let slow = Slow::new();
     let cut = &LIST[..20];
-    let ways: [(&str, &[u8], usize, bool); 7] = [
+    let cases: [(&str, &[u8], usize, bool); 7] = [
         ("not consumed", LIST, 1, true),
         ("unknown method", b"{\"method\":\"io.loopengine.Private.Nonsense\"}\0", 1, true),
         ("wrong parameters", b"{\"method\":\"io.loopengine.Private.Operate\",\"parameters\":{}}\0", 1, true),
@@ -182,7 +182,7 @@ fn serves_others_while_a_descriptor_does_not_close() {
         ("a neighbour's call follows", b"{\"method\":1}\0{\"method\":2}\0", 2, false),
     ];
     let mut kept = Vec::new();
-    for (way, text, count, reads) in ways {
+    for (name, text, count, reads) in cases {
         as_user(HOSTILE, || {
             let mut socket = daemon.connect();
             let mut files = Vec::new();
@@ -201,12 +201,13 @@ fn serves_others_while_a_descriptor_does_not_close() {
                 let _ = socket.read(&mut [0; 4096]);
             }
         });
-        daemon.serves_others(way);
+        daemon.serves_others(name);
     }
     daemon.ends(Duration::from_secs(20));
 }
 
-/// The end of the daemon neither: even after SIGKILL the kernel would wait for the reply for ever.
+/// The exit of the daemon does not wait, either: even after SIGKILL, the kernel would wait for the
+/// reply forever.
 #[test]
 fn ends_while_a_file_system_answers_no_flush() {
     let Some(daemon) = Daemon::start() else { return };
@@ -323,7 +324,7 @@ fn enforces_a_deadline_per_message() {
         let mut socket = daemon.connect();
         let started = Instant::now();
         while socket.write_all(b" ").is_ok() {
-            assert!(started.elapsed() < Duration::from_secs(14), "a message without an end");
+            assert!(started.elapsed() < Duration::from_secs(14), "no deadline for a message");
             std::thread::sleep(Duration::from_millis(200));
         }
     });
@@ -365,7 +366,7 @@ fn logs_no_early_disconnects() {
     for _ in 0..20 {
         as_user(HOSTILE, || daemon.connect().write_all(LIST).unwrap());
     }
-    daemon.serves_others("early leavers");
+    daemon.serves_others("early disconnects");
     let log = daemon.log();
     assert!(!log.contains("Error writing") && !log.contains("BrokenPipe"), "{log}");
 }

@@ -67,7 +67,7 @@ fn installs_and_removes_all_files() {
     fs::write(&foreign, "theirs").unwrap();
     let before = root.all();
     let listed = root.ok(&["--dry-run"]);
-    assert_eq!(root.all(), before, "a dry run does nothing");
+    assert_eq!(root.all(), before, "a dry run changes nothing");
     assert_eq!(root.ok(&[]), listed);
     let placed: BTreeSet<PathBuf> = listed.lines().map(PathBuf::from).collect();
     let files: BTreeSet<PathBuf> =

@@ -28,7 +28,7 @@ use tokio::sync::watch;
 
 const PLAIN: u32 = 65534;
 
-/// Every pool has loop0, bound to a file, and loop1, which is not.
+/// Every pool has loop0, bound to a file, and an unbound loop1.
 #[derive(Clone, Default)]
 struct Bindings(Arc<Mutex<Option<(PathBuf, u64)>>>);
 
@@ -130,7 +130,7 @@ impl Daemon {
         }
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        // A plain user must be able to search it.
+        // Plain users must be able to run the program.
         fs::copy(env!("CARGO_BIN_EXE_loopengine"), dir.path().join("loopengine")).unwrap();
         let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
         let (control, private) = (run_dir.bind().unwrap(), run_dir.bind_private().unwrap());
@@ -187,14 +187,14 @@ impl Daemon {
         self.up(child)
     }
 
-    /// Waits for its first line. It ends with the daemon.
+    /// Waits for the first line of a child, which is killed when the daemon is dropped.
     fn up(&mut self, mut child: Child) -> u32 {
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "up\n");
         let pid = child.id();
         self.children.push(child);
-        // The line precedes the exec of the program that stays.
+        // The child prints the line before it executes sleep.
         let is_there = || fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() == "sleep\n";
         while !is_there() {
             std::thread::sleep(std::time::Duration::from_millis(5));
@@ -228,7 +228,7 @@ fn fails(ran: &Ran, code: i32, says: &str) {
     assert_eq!(ran.err.matches('\n').count(), 1, "one line: {ran:?}");
 }
 
-/// The cells of the row with this beginning, without its age.
+/// The cells of the row with this prefix, without its age.
 fn row(table: &str, start: &str) -> Vec<String> {
     let line =
         table.lines().find(|line| line.split_whitespace().collect::<Vec<_>>().join(" ").starts_with(start));
@@ -415,7 +415,7 @@ fn detaches_an_image_with_one_device() {
 
 /// With a daemon that offers pools, on any kernel.
 #[test]
-fn doctor_tells_users_what_works() {
+fn doctor_checks_what_users_can_do() {
     let Some(daemon) = Daemon::start() else { return };
     let checks = |uid, words: &[&str]| -> Vec<(String, String, String)> {
         let words: Vec<&str> = ["doctor", "--json"].iter().chain(words).copied().collect();

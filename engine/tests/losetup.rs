@@ -114,7 +114,7 @@ impl LoopDevices for Fake {
             LoopOp::SetCapacity(number) => self.set_capacity(number),
             LoopOp::SetDirectIo(number, on) => self.set_direct_io(number, on),
             LoopOp::SetBlockSize(number, bytes) => self.set_block_size(number, bytes),
-            other => panic!("losetup asks for {other:?}"),
+            other => panic!("unexpected operation {other:?}"),
         };
         done.map(|()| LoopReply::Done)
     }
@@ -211,7 +211,7 @@ fn skipped(why: &str) {
     println!("skipped: {why}");
 }
 
-/// losetup of this machine, if it is a known version.
+/// Runs losetup of this machine, if there is one.
 fn real(words: &[&str]) -> Option<Ran> {
     let command = Command::new("losetup").args(words).env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).output();
     let Ok(output) = command else {
@@ -241,7 +241,7 @@ impl Kernel {
         Some(name)
     }
 
-    /// The same devices in sysfs.
+    /// A fake pool with the same devices, read from sysfs.
     fn pool(&self) -> Fake {
         let mut fake = Fake::of(0);
         for name in &self.0 {
@@ -402,7 +402,7 @@ fn fails_as_losetup_does() {
     for words in cases {
         let Some(real) = real(words) else { return };
         let mut ours = known.ran(words);
-        // Came with util-linux 2.41.
+        // util-linux 2.41 added --remove.
         if !real.err.contains("--remove") {
             ours.err = ours.err.replace(" --remove", "");
         }
@@ -503,7 +503,7 @@ fn avoids_overlaps() {
     pool.does(&["-L", "-f", "--show", &image, "-o", "4096", "--sizelimit", "4096"], "/dev/loop0\n");
     pool.entries.get_mut(&0).unwrap().0.bound.as_mut().unwrap().flags |= flag::AUTOCLEAR;
     pool.does(&["-L", "-f", "--show", &image, "-o", "4096", "--sizelimit", "4096"], "/dev/loop0\n");
-    assert_eq!(pool.flags(0), 0, "used by another: kept");
+    assert_eq!(pool.flags(0), 0, "a reused device is not cleared at its last close");
     pool.fails(&["-L", "-f", &image], &exists);
     pool.fails(&["-L", "-f", &image, "-o", "8191"], &exists);
     pool.fails(&["-L", "-f", &image, "--sizelimit", "4097"], &exists);

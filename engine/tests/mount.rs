@@ -21,7 +21,7 @@ struct Ran {
 }
 
 impl Bed {
-    /// None: something is missing; prints what.
+    /// None if something is missing, which it prints.
     fn new(programs: &[&str]) -> Option<Bed> {
         if let Err(error) = File::options().read(true).write(true).open("/dev/fuse") {
             eprintln!("skipped: cannot open /dev/fuse: {error}");
@@ -70,7 +70,7 @@ impl Bed {
         assert_eq!(ran.err.matches('\n').count(), 1, "one line: {}", ran.err);
     }
 
-    /// Type and source of the mount on it.
+    /// Type and source of the mount on this directory.
     fn mounted(&self, name: &str) -> Option<(String, String)> {
         let table = fs::read_to_string("/proc/self/mounts").unwrap();
         let dir = self.path(name);
@@ -133,7 +133,7 @@ fn replays_a_journal_on_request() {
     bed.refused(&format!("mount -r {asked} a dir"), &["mount a copy"]);
     assert_eq!(bed.mounted("dir"), None);
     bed.shell("cmp a was");
-    // The same in a part of a file, in which e2fsck 1.47 replays nothing.
+    // e2fsck 1.47 cannot replay a journal in a part of a file.
     bed.shell("{ head -c 1M /dev/zero; cat a; } > part");
     bed.refused(&format!("mount {asked} --offset 1M part dir"), &["'dd if=part ", "skip=1048576"]);
     bed.works(&format!("mount {asked} a dir"));
@@ -153,7 +153,7 @@ fn fails_if_the_driver_dies() {
     let dies = bed.path("dies").to_str().unwrap().to_owned();
     bed.refused(&format!("mount --fuse ext4={dies} a dir"), &["mounted a but does not answer"]);
     assert_eq!(bed.mounted("dir"), None);
-    // One that dies later.
+    // A driver that dies later.
     bed.works(&format!("mount {EXT4} a dir"));
     let dir = bed.path("dir").canonicalize().unwrap();
     bed.shell(&format!("kill -9 $(pgrep -f '^[^ ]*fuse2fs .* {} ')", dir.display()));
@@ -187,7 +187,7 @@ fn mounts_one_or_all_partitions() {
     bed.works("umount --all dir");
     let left: Vec<_> =
         fs::read_dir(bed.path("dir")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, ["7"], "what it made, and no more");
+    assert_eq!(left, ["7"], "only directories that mount created are removed");
     bed.shell("dd if=disk of=one bs=1M skip=1 count=16 conv=notrunc; e2fsck -fn one");
     // A failure is reported, and does not prevent the others.
     bed.refused_after("mount --all --fuse squashfs=squashfuse,ext4=false disk dir", "partition 1: ");
@@ -225,7 +225,7 @@ fn opens_an_image() {
 }
 
 impl Bed {
-    /// The same, after warnings.
+    /// Like `refused`, but with warnings before the error.
     fn refused_after(&self, words: &str, says: &str) {
         let ran = self.run(words);
         assert!(ran.code != 0 && ran.err.lines().last().unwrap().contains(says), "{words}: {}", ran.err);
@@ -245,9 +245,9 @@ fn passes_supported_options_to_drivers() {
         ("genisoimage", "mkdir tree; : > tree/file; genisoimage -quiet -o a tree", "iso9660=fuseiso", ""),
         ("mkfs.erofs", "mkdir tree; : > tree/file; rm a; mkfs.erofs a tree", "erofs=erofsfuse", ""),
     ];
-    for (maker, make, fuse, says) in kinds {
+    for (tool, make, fuse, says) in kinds {
         let program = fuse.split('=').nth(1).unwrap();
-        let Some(bed) = Bed::new(&[maker, program]) else { continue };
+        let Some(bed) = Bed::new(&[tool, program]) else { continue };
         bed.shell(&format!("truncate -s 16M a; {make}"));
         let ran = bed.run(&format!("mount --fuse {fuse} a dir"));
         assert_eq!(ran.code, 0, "{fuse}: {}", ran.err);

@@ -73,7 +73,7 @@ impl PoolSource for Fake {
     }
 }
 
-/// As loopfs: loop-control and some loopN.
+/// Like loopfs: loop-control and some loopN.
 fn nodes() -> OwnedFd {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
     fsconfig_create(&context).unwrap();
@@ -99,8 +99,8 @@ impl PoolHandle for FakePool {
         Ok(())
     }
 
-    fn admit(&self, guest: ContainerSession) -> Result<()> {
-        self.supervise(guest.listener, guest.namespace.unwrap(), None)
+    fn admit(&self, session: ContainerSession) -> Result<()> {
+        self.supervise(session.listener, session.namespace.unwrap(), None)
     }
 
     fn reset(&self) {}
@@ -189,7 +189,7 @@ impl Daemon {
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
-        // A plain user must be able to search it.
+        // Plain users must be able to search the directory.
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let run_dir = RunDir::take(&dir.path().join("run")).unwrap();
         let listener = run_dir.bind_private().unwrap();
@@ -260,7 +260,7 @@ fn out(output: &Output) -> String {
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(5);
     while !holds() {
-        assert!(Instant::now() < until, "never: {what}");
+        assert!(Instant::now() < until, "not within 5 s: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -298,7 +298,7 @@ fn a_command_sees_only_its_own_devices() {
             "{uid} {user}"
         );
     }
-    assert_eq!(before, mounts(), "nothing of it is seen outside");
+    assert_eq!(before, mounts(), "no mounts are visible outside");
 }
 
 #[test]
@@ -353,7 +353,7 @@ fn util_linux_reads_the_tree() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    eventually("it runs", || {
+    eventually("the command runs", || {
         daemon.fake.pools.lock().unwrap().last().is_some_and(|p| p.listener.lock().unwrap().is_some())
     });
     let pool = daemon.pool();
@@ -405,18 +405,18 @@ fn a_pool_ends_with_its_last_process() {
     let output = daemon.run(PLAIN, "sleep 0.3 >/dev/null 2>&1 </dev/null & echo started");
     assert_eq!(out(&output), "started\n");
     let pool = daemon.pool();
-    assert!(pool.ended.lock().unwrap().is_none(), "a child of it still runs");
-    eventually("it ends", || pool.ended.lock().unwrap().is_some());
+    assert!(pool.ended.lock().unwrap().is_none(), "a child still runs");
+    eventually("the pool ends", || pool.ended.lock().unwrap().is_some());
     assert!(pool.ended.lock().unwrap().unwrap().0, "by force");
-    eventually("nothing is left in the table", || {
+    eventually("no pool is listed", || {
         daemon.registry.list(loopengine::private::Caller { uid: 0, gid: 0, pid: None }).is_empty()
     });
     // After SIGKILL: within a second.
     let mut child = daemon.program(0).args(["run", "--", "sleep", "60"]).spawn().unwrap();
-    eventually("it runs", || daemon.pool().listener.lock().unwrap().is_some());
+    eventually("the command runs", || daemon.pool().listener.lock().unwrap().is_some());
     child.kill().unwrap();
     let killed = Instant::now();
-    eventually("it ends", || daemon.pool().ended.lock().unwrap().is_some());
+    eventually("the pool ends", || daemon.pool().ended.lock().unwrap().is_some());
     assert!(daemon.pool().ended.lock().unwrap().unwrap().1 - killed < Duration::from_secs(1));
     child.wait().unwrap();
 }
@@ -426,7 +426,7 @@ fn enforces_limits_that_root_changes() {
     let Some(daemon) = Daemon::start() else { return };
     let run = |max: &str| daemon.program(PLAIN).args(["run", "--max", max, "--", "true"]).output().unwrap();
     assert_eq!(run("12").status.code(), Some(0));
-    eventually("it has ended", || {
+    eventually("the pool has ended", || {
         daemon.registry.limits(loopengine::private::Caller { uid: 0, gid: 0, pid: None }).len() == 1
     });
     let refused = run("13");
@@ -502,12 +502,13 @@ fn users_access_only_their_own_pools() {
     assert_eq!(names(root), ["a", "65534.a", "c"]);
     assert_eq!(names(plain), ["65534.a", "c"]);
     assert_eq!(registry.close("a", true, plain).unwrap_err().kind(), Kind::NotFound);
-    // A file that is no listener never reaches a supervisor.
+    // A file that is not a listener never reaches a supervisor.
     let file: OwnedFd = File::open("/dev/null").unwrap().into();
     let namespace: OwnedFd = File::open("/proc/self/ns/user").unwrap().into();
     let refused = registry.supervise("a", file, namespace, None, root).unwrap_err();
     assert_eq!(refused.kind(), Kind::Invalid);
-    // Only pools for containers, which are root's, have hooks: no user writes into the daemon's log.
+    // Only pools for containers have hooks, and only root owns such pools: users cannot write to
+    // the daemon's log.
     let report = |name, caller| registry.report_container(name, "c1", "no disk", caller);
     assert_eq!(report("65534.a", plain).unwrap_err().kind(), Kind::Invalid);
     assert_eq!(report("a", plain).unwrap_err().kind(), Kind::NotFound);
@@ -515,7 +516,7 @@ fn users_access_only_their_own_pools() {
     let set_dev = |name, caller| registry.set_container_dev(name, "c1", dev(), caller);
     assert!(set_dev("65534.a", plain).unwrap_err().message().contains("not for containers"));
     registry.close("65534.a", false, plain).unwrap();
-    eventually("it is gone", || names(plain) == ["c"]);
+    eventually("the pool is gone", || names(plain) == ["c"]);
     registry.shutdown();
     assert!(names(root).is_empty());
     assert_eq!(registry.open(&named("d"), root).unwrap_err().kind(), Kind::Unavailable);
@@ -547,7 +548,7 @@ fn losetup_works_over_the_socket() {
     assert_eq!(out(&losetup(PLAIN, &["-f"])), "65534.p/loop1\n");
     let line = format!("65534.p/loop0: []: ({image}), offset 512\n");
     assert_eq!(out(&losetup(PLAIN, &["-a"])), line);
-    assert_eq!(out(&losetup(0, &["-a"])), "", "root's own is meant");
+    assert_eq!(out(&losetup(0, &["-a"])), "", "root's own pool is used");
     assert_eq!(out(&losetup(0, &["--pool", "65534.p", "-a"])), line);
     let table = losetup(PLAIN, &["-n", "-O", "NAME,LOG-SEC,BACK-FILE"]);
     assert_eq!(out(&table), format!("65534.p/loop0    4096 {image}\n"));
@@ -582,7 +583,7 @@ fn limits_hostile_clients() {
     let mut flood = std::os::unix::net::UnixStream::connect(&socket).unwrap();
     flood.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
     let chunk = [b'x'; 4096];
-    assert!((0..1000).any(|_| flood.write_all(&chunk).is_err()), "four million bytes and no end");
+    assert!((0..1000).any(|_| flood.write_all(&chunk).is_err()), "4 MB without an end were accepted");
     block_on(async {
         let mut client = PrivateClient::connect(&daemon.run_dir()).await.unwrap();
         assert!(client.list().await.unwrap().is_empty(), "others are served");

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Devices below a store, where null_blk need not be: loop devices of the kernel over sparse files.
+//! Devices below a store, for machines without null_blk: loop devices of the kernel over sparse
+//! files.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,15 +14,15 @@ pub(crate) struct Disk {
     file: String,
 }
 
-/// What a [`Disk`] is like; sizes in MiB.
+/// Properties of a [`Disk`]; sizes in MiB.
 pub(crate) struct Shape {
     /// Its size.
     pub(crate) size_mib: u32,
     /// Its logical block size in bytes.
     pub(crate) block_size: u32,
-    /// Of no account here: the file below has the page cache.
+    /// Ignored: the file below has the page cache.
     pub(crate) cache_mib: u32,
-    /// Of no account here.
+    /// Ignored.
     pub(crate) latency_ns: u32,
 }
 
@@ -34,7 +35,7 @@ impl Default for Shape {
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 impl Disk {
-    /// Makes a device.
+    /// Creates a device.
     pub(crate) fn new(shape: &Shape) -> Res<Disk> {
         // Another case may run in another process.
         let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -51,7 +52,7 @@ impl Disk {
         self.node.clone()
     }
 
-    /// Faults are what null_blk is for.
+    /// Skips the case: faults need null_blk.
     pub(crate) fn set(&self, attribute: &str, _value: impl std::fmt::Display) -> Res {
         skip!("a loop device has no attribute '{attribute}'")
     }

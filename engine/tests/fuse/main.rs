@@ -2,11 +2,11 @@
 //! Files instead of block devices: the real `loopengine serve --frontend fuse` against the real
 //! kernel, file systems, loop devices and fio.
 //!
-//! Runs as root on any machine with /dev/fuse; anywhere else every case is skipped, says why, and
-//! the exit status is 0. The harness and the cases that are about images rather than about ublk are
-//! those of tests/vm; what is different about files is in `cases/files.rs`.
+//! Runs as root on any machine with /dev/fuse; elsewhere, every case is skipped with the reason,
+//! and the exit status is 0. The harness and the cases about images are those of tests/vm; the
+//! differences of files are in `cases/files.rs`.
 
-// Of what it shares with tests/vm it needs a part.
+// Uses only a part of the modules of tests/vm.
 #![allow(dead_code)]
 
 #[path = "loop_device.rs"]
@@ -33,9 +33,9 @@ mod tools;
 
 use std::process::ExitCode;
 
-/// What devices are here; see tests/vm.
+/// The backend under test; see tests/vm.
 const FRONTEND: &str = "fuse";
-/// Everything of a run lives here.
+/// The directory of all files of a run.
 const SCRATCH: &str = "/run/loopengine-fuse-cases";
 
 fn main() -> ExitCode {

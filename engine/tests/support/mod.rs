@@ -170,7 +170,7 @@ impl EngineApi for Fake {
 
     fn attach(&self, spec: &AttachSpec, _: bool, image: OwnedFd) -> Result<DeviceInfo> {
         match spec.instance.as_str() {
-            "panic" => panic!("as the test wants it"),
+            "panic" => panic!("requested by the test"),
             "slow" => {
                 let released = self.released.0.lock().unwrap();
                 drop(self.released.1.wait_while(released, |released| !*released).unwrap());
@@ -279,7 +279,7 @@ impl EngineApi for Fake {
         let at_ns = state.at_ns;
         let reads = at_ns / 1_000_000;
         let found = state.devices.iter().filter(|d| is(which, &d.info));
-        let figures = found.map(|d| DeviceStats {
+        let stats = found.map(|d| DeviceStats {
             path: d.info.path.clone(),
             image: d.info.image.clone(),
             at_ns,
@@ -305,11 +305,11 @@ impl EngineApi for Fake {
                 max_ns: 50_000,
             },
         });
-        Ok(figures.collect())
+        Ok(stats.collect())
     }
 }
 
-/// A served run directory; everything ends when it is dropped.
+/// A control server on a run directory, which ends when it is dropped.
 pub struct Daemon {
     pub fake: Arc<Fake>,
     dir: tempfile::TempDir,
@@ -347,7 +347,7 @@ impl Daemon {
         path
     }
 
-    /// Stops accepting; running calls may end.
+    /// Stops accepting connections; running calls can finish.
     pub fn stop(&self) {
         let _ = self.stop.send(true);
     }
@@ -377,7 +377,7 @@ impl Drop for Daemon {
     }
 }
 
-/// How the program ended.
+/// Results of the program.
 #[derive(Debug)]
 pub struct Ran {
     pub code: i32,

@@ -49,7 +49,7 @@ impl FileSystem {
     pub fn waits_for_flush(&self) {
         let until = Instant::now() + Duration::from_secs(10);
         while self.unanswered.load(SeqCst) == 0 {
-            assert!(Instant::now() < until, "nobody has closed it");
+            assert!(Instant::now() < until, "no FLUSH has arrived");
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One daemon under test, and the commands given to it.
+//! One daemon under test, and its commands.
 //!
-//! Knows `loopengine serve` and how the other subcommands are called. Knows nothing of images and
-//! file systems. Dropping it leaves nothing: a daemon that was killed is started once more, so that
-//! it can take its devices away.
+//! Knows `loopengine serve` and how to run the other subcommands. Knows nothing of images and file
+//! systems. Dropping it leaves nothing behind: a killed daemon is started once more, to remove its
+//! devices.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,11 +19,11 @@ use crate::harness::{At, Ctx, Res, ending, ensure, fail};
 use crate::host;
 use crate::tools::{self, Done, Running};
 
-/// From start to READY=1, taking devices back included.
+/// From start to READY=1, recovery included.
 const READY: Duration = Duration::from_secs(60);
-/// From SIGTERM to the end.
+/// From SIGTERM to the exit.
 pub(crate) const DRAIN: Duration = Duration::from_secs(60);
-/// For one command.
+/// Deadline for one command.
 const COMMAND: Duration = Duration::from_secs(90);
 
 /// A daemon with a run directory of its own.
@@ -33,20 +33,20 @@ pub(crate) struct Daemon {
     notify: String,
     log: String,
     options: Vec<String>,
-    /// Its devices are detached when it is told to end. Otherwise a case sees to them.
+    /// Whether SIGTERM detaches its devices. Otherwise the case must.
     detach_all: bool,
     child: Option<Child>,
-    /// Where it says READY=1, and later STOPPING=1, which it minds if nobody listens.
+    /// Receives READY=1, and later STOPPING=1: the daemon warns if nobody listens.
     listener: Option<UnixDatagram>,
     had_before: Vec<u32>,
 }
 
-/// What a daemon holds of the machine.
+/// Resources that a daemon uses.
 #[derive(Debug, PartialEq, Eq, Clone)]
 pub(crate) struct Footprint {
     /// Threads.
     pub(crate) threads: usize,
-    /// Open files, by what they lead to (numbers left out).
+    /// Open files by target, up to its first digit.
     pub(crate) fds: BTreeMap<String, usize>,
 }
 
@@ -61,7 +61,7 @@ impl Daemon {
         Daemon::begin(ctx, options, true)
     }
 
-    /// Starts a daemon that leaves its devices to the next when it is told to end.
+    /// Starts a daemon that leaves its devices to the next one on SIGTERM.
     pub(crate) fn leaving(ctx: &Ctx) -> Res<Daemon> {
         Daemon::begin(ctx, &[], false)
     }
@@ -82,7 +82,7 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Starts the program on the same run directory; the one before must be gone.
+    /// Starts the program on the same run directory; the previous process must have ended.
     pub(crate) fn restart(&mut self) -> Res {
         ensure!(self.child.is_none(), "the daemon runs already");
         // Absent the first time.
@@ -137,24 +137,24 @@ impl Daemon {
         command
     }
 
-    /// Any program whose children know this daemon.
+    /// A command, not yet started, whose children use this daemon.
     pub(crate) fn command_of(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("LOOPENGINE_RUN_DIR", &self.run_dir);
         command
     }
 
-    /// Gives a command and waits for its end, however it ends.
+    /// Runs a command, which may fail, and waits for its end.
     pub(crate) fn cli(&self, words: &[&str]) -> Res<Done> {
         Running::start(self.command(words))?.finish(COMMAND)
     }
 
-    /// Gives a command that must succeed.
+    /// Runs a command that must succeed; returns its output.
     pub(crate) fn ok(&self, words: &[&str]) -> Res<String> {
         Ok(self.cli(words)?.ok()?.out)
     }
 
-    /// Gives a reading command and parses its JSON. A list in an object counts as the list.
+    /// Runs a command with --json and parses its output. Unwraps an object with a single field.
     pub(crate) fn json(&self, words: &[&str]) -> Res<Value> {
         let text = self.ok(&[words, &["--json"]].concat())?;
         let value: Value = serde_json::from_str(&text).at(format!("{words:?} --json"))?;
@@ -164,19 +164,19 @@ impl Daemon {
         }
     }
 
-    /// Attaches an image; what comes back is the path of a device that can be used.
+    /// Attaches an image; returns the path of the device, which can be opened.
     pub(crate) fn attach(&self, words: &[&str]) -> Res<String> {
         let out = self.ok(&[&["attach"], words].concat())?;
         let path = out.trim_end();
         ensure!(
             path.starts_with('/') && out == format!("{path}\n"),
-            "attach printed {out:?} and not a path alone"
+            "attach printed {out:?}, expected only a path"
         );
         ensure!(File::open(path).is_ok(), "attach returned {path} before it could be opened");
         Ok(path.to_string())
     }
 
-    /// Detaches a device; it and its name must be gone.
+    /// Detaches a device; the device and its name must be gone.
     pub(crate) fn detach(&self, device: &str) -> Res {
         let node = disk_name(device)?;
         self.ok(&["detach", device])?;
@@ -188,12 +188,12 @@ impl Daemon {
         Ok(())
     }
 
-    /// What `list --json` says of a device.
+    /// The entry of a device in `list --json`.
     pub(crate) fn info(&self, device: &str) -> Res<Value> {
         self.entry("list", device)
     }
 
-    /// What `stats --json` says of a device.
+    /// The entry of a device in `stats --json`.
     pub(crate) fn stats(&self, device: &str) -> Res<Value> {
         self.entry("stats", device)
     }
@@ -203,11 +203,11 @@ impl Daemon {
         let found = all.as_array().and_then(|list| list.iter().find(|entry| entry["path"] == device));
         match found {
             Some(entry) => Ok(entry.clone()),
-            None => fail!("{command} does not know {device}: {all}"),
+            None => fail!("{command} does not list {device}: {all}"),
         }
     }
 
-    /// Ids of devices (of files, their numbers) that came since this daemon was made.
+    /// Ids of devices (numbers of files) added since this daemon was created.
     pub(crate) fn ublk_ids(&self) -> Vec<u32> {
         if crate::FRONTEND == "fuse" {
             return self.files();
@@ -217,7 +217,7 @@ impl Daemon {
         ids
     }
 
-    /// Numbers of all files that the kernel shows, of all instances.
+    /// Numbers of the files of all instances, as the kernel lists them.
     fn files(&self) -> Vec<u32> {
         let entries = |dir: &std::path::Path| {
             std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path())
@@ -227,12 +227,12 @@ impl Daemon {
         entries(self.run_dir.as_ref()).flat_map(|instance| entries(&instance)).filter_map(number).collect()
     }
 
-    /// Whether the process is there.
+    /// Whether the process runs.
     pub(crate) fn alive(&mut self) -> bool {
         matches!(self.child.as_mut().map(Child::try_wait), Some(Ok(None)))
     }
 
-    /// Fails unless the process is there and answers.
+    /// Fails unless the process runs and answers.
     pub(crate) fn check_alive(&mut self) -> Res {
         ensure!(self.alive(), "the daemon is gone");
         self.json(&["list"]).at("the daemon does not answer")?;
@@ -244,7 +244,7 @@ impl Daemon {
         let Some(mut child) = self.child.take() else {
             fail!("no daemon to kill");
         };
-        ensure!(tools::end(&mut child, Duration::from_secs(30)), "the daemon did not die of SIGKILL");
+        ensure!(tools::end(&mut child, Duration::from_secs(30)), "the daemon still runs after SIGKILL");
         Ok(())
     }
 
@@ -256,7 +256,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Ends the daemon as an init system would: in time, exit status 0. Answers how long it took.
+    /// Ends the daemon as an init system would: it must exit in time, with status 0. Returns how
+    /// long that took.
     pub(crate) fn terminate(&mut self) -> Res<Duration> {
         let since = Instant::now();
         self.sigterm()?;
@@ -288,13 +289,13 @@ impl Daemon {
         Ok(())
     }
 
-    /// Ends the daemon; nothing may be left.
+    /// Ends the daemon; no devices or mounts may be left.
     pub(crate) fn stop(mut self) -> Res {
         self.sigterm()?;
         self.wait_drained()
     }
 
-    /// The running process.
+    /// The pid of the running daemon.
     pub(crate) fn pid(&self) -> Res<u32> {
         match &self.child {
             Some(child) => Ok(child.id()),
@@ -329,11 +330,11 @@ impl Daemon {
     pub(crate) fn resident_kib(&self) -> Res<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?))?;
         let line = status.lines().find(|l| l.starts_with("VmRSS:"));
-        let figure = line.and_then(|l| l.split_whitespace().nth(1));
-        Ok(figure.ok_or("no VmRSS")?.parse()?)
+        let value = line.and_then(|l| l.split_whitespace().nth(1));
+        Ok(value.ok_or("no VmRSS")?.parse()?)
     }
 
-    /// The end of what the daemon logged.
+    /// The daemon's log.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -361,7 +362,7 @@ impl Drop for Daemon {
             if drained.is_ok() {
                 tools::forget(child.id());
             } else {
-                eprintln!("  the daemon did not end in good order; killed");
+                eprintln!("  the daemon did not stop; killed");
                 tools::end(&mut child, Duration::from_secs(10));
             }
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Bytes of a block device or file, read and written directly, past every cache.
+//! Direct I/O on block devices and files.
 //!
-//! Knows alignment, and that nobody may touch memory outside a request, or after its end. Knows
+//! Knows alignment, and detects writes to memory outside of a request or after its end. Knows
 //! nothing of what the bytes mean (see `model` and `ledger`).
 
 use std::collections::VecDeque;
@@ -14,22 +14,23 @@ use std::sync::{Mutex, PoisonError};
 use crate::harness::{At, Res, ensure};
 
 const ALIGN: usize = 4096;
-/// What memory holds once its requests have ended.
+/// Fill byte of buffers whose requests have ended.
 const ENDED: u8 = 0xe5;
-/// Bytes of such memory that are kept to be looked at.
+/// Bytes of such buffers that are kept for the check.
 const KEPT: usize = 64 << 20;
 
-/// Memory whose requests have ended, the oldest first. Data that come late, or beside the memory of
-/// their request, are found here, and not by whoever has the memory next.
+/// Buffers whose requests have ended, the oldest first. They are kept, so that late or misplaced
+/// data is found here and does not corrupt the next use of the memory.
 static KEPT_BACK: Mutex<VecDeque<Ended>> = Mutex::new(VecDeque::new());
 
-/// Fails if data came into memory after its requests had ended, or outside it. The memory is freed.
-pub(crate) fn none_went_astray() -> Res {
+/// Fails if data arrived in a buffer after its requests had ended, or outside of the request. Frees
+/// the buffers.
+pub(crate) fn check_ended_buffers() -> Res {
     let kept = std::mem::take(&mut *KEPT_BACK.lock().unwrap_or_else(PoisonError::into_inner));
     kept.iter().try_for_each(Ended::check)
 }
 
-/// Memory of a request that has ended: zeroes around `ENDED`.
+/// The buffer of an ended request: `ENDED`, with zeroes around.
 struct Ended {
     bytes: Vec<u8>,
     range: Range<usize>,
@@ -48,7 +49,7 @@ impl Ended {
                 let page = &bytes[start..part.end.min(start + ALIGN)];
                 let at = page.iter().position(|byte| *byte != expected).unwrap_or(0);
                 crate::harness::fail!(
-                    "data went astray at byte {} of memory whose request had {range:?}, and has ended: {:02x?}",
+                    "stray data at byte {} of a buffer whose request had {range:?} and has ended: {:02x?}",
                     start + at,
                     &page[at..page.len().min(at + 32)]
                 );
@@ -58,7 +59,7 @@ impl Ended {
     }
 }
 
-/// Memory as direct I/O wants it.
+/// A buffer that is aligned for direct I/O.
 pub(crate) struct Aligned {
     bytes: Vec<u8>,
     start: usize,
@@ -99,7 +100,7 @@ impl Drop for Aligned {
         let mut kept = KEPT_BACK.lock().unwrap_or_else(PoisonError::into_inner);
         kept.push_back(ended);
         let mut bytes: usize = kept.iter().map(|ended| ended.bytes.len()).sum();
-        // The oldest go unseen: a case that is busy has no time to look at all.
+        // Drops the oldest without a check: a busy case has no time to check all.
         while bytes > KEPT {
             bytes -= kept.pop_front().map_or(0, |oldest| oldest.bytes.len());
         }
@@ -134,7 +135,7 @@ impl Disk {
         &self.file
     }
 
-    /// Reads as much as one call gives.
+    /// Reads with one call, possibly less than `len` bytes.
     pub(crate) fn try_read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut data = Aligned::new(len);
         let got = self.file.read_at(data.get_mut(), offset)?;
@@ -149,7 +150,7 @@ impl Disk {
         Ok(data)
     }
 
-    /// Writes as much as one call takes.
+    /// Writes with one call, possibly less than `data`.
     pub(crate) fn try_write(&self, offset: u64, data: &[u8]) -> io::Result<usize> {
         self.file.write_at(Aligned::of(data).get(), offset)
     }
@@ -162,13 +163,13 @@ impl Disk {
         Ok(())
     }
 
-    /// Makes what was written durable.
+    /// Makes earlier writes durable.
     pub(crate) fn sync(&self) -> Res {
         self.file.sync_data().at(format!("sync {}", self.path))
     }
 }
 
-/// Reads a file or device whole, in pieces of 1 MiB, directly.
+/// Reads a range of a file or device in pieces of 1 MiB, with direct I/O.
 pub(crate) fn read_all(path: &str, offset: u64, len: u64) -> Res<Vec<u8>> {
     let disk = Disk::open_read(path)?;
     let mut all = Vec::with_capacity(usize::try_from(len)?);
@@ -180,7 +181,7 @@ pub(crate) fn read_all(path: &str, offset: u64, len: u64) -> Res<Vec<u8>> {
     Ok(all)
 }
 
-/// Writes `data` from the start of a file or device, in pieces of 1 MiB, directly.
+/// Writes `data` from the start of a file or device in pieces of 1 MiB, with direct I/O.
 pub(crate) fn write_all(path: &str, data: &[u8]) -> Res {
     let disk = Disk::open(path)?;
     for (index, piece) in data.chunks(1 << 20).enumerate() {
@@ -189,7 +190,7 @@ pub(crate) fn write_all(path: &str, data: &[u8]) -> Res {
     disk.sync()
 }
 
-/// Says where two byte strings differ first.
+/// Fails at the first difference of two byte strings.
 pub(crate) fn same(what: &str, found: &[u8], expected: &[u8]) -> Res {
     ensure!(found.len() == expected.len(), "{what}: {} bytes instead of {}", found.len(), expected.len());
     if let Some(at) = (0..found.len()).find(|&i| found[i] != expected[i]) {
@@ -203,7 +204,7 @@ pub(crate) fn same(what: &str, found: &[u8], expected: &[u8]) -> Res {
     Ok(())
 }
 
-/// Bytes that a file's blocks take.
+/// Bytes allocated to a file.
 pub(crate) fn allocated(path: &str) -> Res<u64> {
     Ok(std::fs::metadata(path).at(path)?.blocks() * 512)
 }

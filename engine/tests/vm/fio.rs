@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! fio: a job file as text in, figures and errors out.
+//! fio: runs a job file given as text, and returns statistics and errors.
 //!
 //! Knows fio's job files and its JSON. Knows nothing of loopengine.
 
@@ -11,28 +11,27 @@ use serde_json::Value;
 use crate::harness::{At, Ctx, Res, ensure};
 use crate::tools::{Done, Running};
 
-/// A fio at work.
+/// A running fio.
 pub(crate) struct Fio {
     running: Running,
 }
 
-/// What fio did.
+/// Results of fio.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     /// Bytes written.
     pub(crate) written: u64,
-    /// Bytes read; in a verifying job, what was verified.
+    /// Bytes read, verification included.
     pub(crate) read: u64,
     /// Sum of the jobs' error numbers.
     pub(crate) errors: u64,
     /// Exit status.
     pub(crate) code: i32,
-    /// What it said, for messages.
+    /// Its remarks, for messages.
     pub(crate) said: String,
 }
 
-/// Starts fio on a job file that every case gives as text. Its scratch files stay in the case's
-/// directory.
+/// Starts fio with this job file. Its scratch files stay in the case's directory.
 pub(crate) fn start(ctx: &Ctx, jobs: &str) -> Res<Fio> {
     let file = ctx.path("jobs.fio");
     std::fs::write(&file, jobs).at(&file)?;
@@ -41,25 +40,25 @@ pub(crate) fn start(ctx: &Ctx, jobs: &str) -> Res<Fio> {
     Ok(Fio { running: Running::start(command)? })
 }
 
-/// Runs fio to its end, which must be a good one.
+/// Runs fio, which must succeed.
 pub(crate) fn run(ctx: &Ctx, jobs: &str, deadline: Duration) -> Res<Report> {
     start(ctx, jobs)?.finish(deadline)?.clean()
 }
 
 impl Fio {
-    /// Whether it still works.
+    /// Whether it still runs.
     pub(crate) fn alive(&mut self) -> bool {
         self.running.alive()
     }
 
-    /// Waits for its end, good or bad.
+    /// Waits for its end; fio may have failed.
     pub(crate) fn finish(self, deadline: Duration) -> Res<Report> {
         parse(self.running.finish(deadline)?)
     }
 }
 
 impl Report {
-    /// This report, unless fio met an error.
+    /// This report, unless fio has failed.
     pub(crate) fn clean(self) -> Res<Report> {
         ensure!(
             self.code == 0 && self.errors == 0,

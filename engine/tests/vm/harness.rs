@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A case: name, deadline, body; and the watchdog that ends it.
 //!
-//! Knows how a case is run, how it is skipped and what is printed when it fails. Knows nothing of
-//! what a case tests. A body runs on a thread of its own: when its deadline passes, the state of
-//! the machine is printed, its processes are killed, and the case has failed.
+//! Knows how to run and skip cases, and how to report failures. Knows nothing of what a case tests.
+//! A body runs on a thread of its own: after its deadline, the watchdog prints the state of the
+//! machine, kills the case's processes, and fails the case.
 
 use std::fmt::Display;
 use std::panic::AssertUnwindSafe;
@@ -26,7 +26,7 @@ pub(crate) enum Stop {
     Skip(String),
 }
 
-/// Result of a case and of everything it is made of.
+/// Result of a case and of its steps.
 pub(crate) type Res<T = ()> = Result<T, Stop>;
 
 impl<E: Display> From<E> for Stop {
@@ -35,7 +35,7 @@ impl<E: Display> From<E> for Stop {
     }
 }
 
-/// Says what was being done when an error came.
+/// Adds the failed operation to an error.
 pub(crate) trait At<T> {
     /// Prefixes the error with `what`.
     fn at(self, what: impl Display) -> Res<T>;
@@ -81,13 +81,13 @@ pub(crate) enum Needs {
     Private,
 }
 
-/// Where a running case keeps its things.
+/// The environment of a running case.
 pub(crate) struct Ctx {
     /// The case's name.
     pub(crate) name: String,
     /// A directory of its own, on a memory file system.
     pub(crate) dir: PathBuf,
-    /// What the machine has.
+    /// The features of the machine.
     pub(crate) host: &'static host::Host,
 }
 
@@ -127,9 +127,9 @@ pub(crate) fn case(
 
 /// Time for the body to clean up once its processes are killed.
 const GRACE: Duration = Duration::from_secs(45);
-/// Set when a case could not be ended: what follows would only repeat its failure, slowly.
+/// Set when a case could not be ended: later cases would only repeat its failure, slowly.
 static WEDGED: OnceLock<String> = OnceLock::new();
-/// Set while the watchdog ends a case: nothing new is started but what cleans up.
+/// Set while the watchdog ends a case: only cleanup may start processes.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// Whether the running case is past its deadline.
@@ -144,13 +144,13 @@ impl Case {
         &self.name
     }
 
-    /// What it shows, others show for other paths, file systems or kernels: a full run has it, an
-    /// everyday one has not, if `when`.
+    /// Makes the case a variant, if `when`: others test the same with other I/O modes, file systems
+    /// or kernels. Only full runs include variants.
     pub(crate) fn variant_if(self, when: bool) -> Case {
         Case { variant: when, ..self }
     }
 
-    /// The case as libtest-mimic wants it.
+    /// The case as a trial of libtest-mimic.
     pub(crate) fn into_trial(self) -> Trial {
         Trial::ignorable_test(self.name.clone(), move || self.run())
     }
@@ -172,7 +172,7 @@ impl Case {
                 Ok(Completion::ignored_with(why))
             }
             Err(Stop::Fail(what)) => {
-                // Now, and not only when all have run: the run may not live that long.
+                // Print it now: the run may not reach its end.
                 eprintln!("  {name}: failed: {what}");
                 Err(what.into())
             }
@@ -196,18 +196,18 @@ impl Case {
         std::thread::spawn(move || {
             let result = std::panic::catch_unwind(AssertUnwindSafe(|| body(&ctx)))
                 .unwrap_or_else(|_| Err(Stop::Fail("panicked, see above".into())));
-            // The other side is gone only when the whole run ends.
+            // The receiver is dropped only when the whole run ends.
             let _ = sender.send(result);
         });
         let mut result = match ended.recv_timeout(self.deadline) {
             Ok(result) => result,
-            Err(_) => self_destruct(&self.name, self.deadline, &ended),
+            Err(_) => end_overdue(&self.name, self.deadline, &ended),
         };
 
         if result.is_ok() {
-            result = left_behind(&before, &self.name);
+            result = check_leftovers(&before, &self.name);
         }
-        result = result.and(disk::none_went_astray());
+        result = result.and(disk::check_ended_buffers());
         if let Err(Stop::Fail(_)) = &result {
             host::print_logs(&dir);
             host::print_kernel_log(&self.name, 40);
@@ -217,8 +217,9 @@ impl Case {
     }
 }
 
-/// Ends a case that is past its deadline: shows the machine, kills its processes, waits a little.
-fn self_destruct(name: &str, deadline: Duration, ended: &mpsc::Receiver<Res>) -> Res {
+/// Ends a case after its deadline: prints the state of the machine, kills the case's processes, and
+/// waits a little.
+fn end_overdue(name: &str, deadline: Duration, ended: &mpsc::Receiver<Res>) -> Res {
     eprintln!("  {name}: deadline of {deadline:?} passed; state of the machine:");
     host::print_stuck();
     ENDING.store(true, Ordering::Relaxed);
@@ -235,8 +236,8 @@ fn self_destruct(name: &str, deadline: Duration, ended: &mpsc::Receiver<Res>) ->
     Err(Stop::Fail(format!("deadline of {deadline:?} passed{text}")))
 }
 
-/// A case that passed must leave no device and no kernel complaint.
-fn left_behind(before: &[u32], name: &str) -> Res {
+/// Fails a passed case that has left devices or kernel warnings.
+fn check_leftovers(before: &[u32], name: &str) -> Res {
     let left: Vec<u32> = tools::until(Duration::from_secs(10), || {
         let left: Vec<u32> = host::ublk_ids();
         left.iter().all(|id| before.contains(id)).then_some(vec![])

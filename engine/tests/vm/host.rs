@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The machine: may cases run here, what does its kernel grant, what does it say.
+//! The machine: whether cases can run here, the features of its kernel, and the kernel's log.
 //!
 //! Knows /proc, /sys, the kernel's log and `loopengine features`. Knows no case.
 
@@ -15,8 +15,8 @@ use crate::tools;
 
 pub(crate) use crate::SCRATCH;
 
-/// Programs that cases start many times. Not fio: its libraries are many, and copying them takes as
-/// long as loading them from there each time.
+/// Programs that cases start many times. Not fio: copying its many libraries takes as long as
+/// loading them each time.
 const TOOLS: [&str; 20] = [
     "bash",
     "blkdiscard",
@@ -40,20 +40,20 @@ const TOOLS: [&str; 20] = [
     "umount",
 ];
 
-/// What was found out once, before the first case.
+/// Features, probed once before the first case.
 #[derive(Debug)]
 pub(crate) struct Host {
     /// The program under test, copied to memory: the lab's shared root is slow.
     pub(crate) program: String,
     /// I/O modes that work here.
     pub(crate) io_modes: Vec<String>,
-    /// Devices can be resized.
+    /// Whether devices can be resized.
     pub(crate) resize: bool,
-    /// Devices outlive the daemon.
+    /// Whether devices outlive the daemon.
     pub(crate) recovery: bool,
-    /// Disks can be bound in place, which private loop devices are made of.
+    /// Whether disks can be bound in place, which private loop devices need.
     pub(crate) private: bool,
-    /// Full lengths instead of those for everyday.
+    /// Whether cases run at full length, and not at the everyday one.
     pub(crate) full: bool,
 }
 
@@ -104,7 +104,7 @@ impl Host {
         Ok(host)
     }
 
-    /// Files need much less, and no VM.
+    /// FUSE files need fewer features, and no VM.
     fn probe_for_files() -> Res<Host> {
         for (node, module) in [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")] {
             if !Path::new(node).exists() && tools::run(&["modprobe", module]).is_err() {
@@ -136,7 +136,7 @@ impl Host {
         })
     }
 
-    /// Skips unless the kernel has what a case needs.
+    /// Skips a case if the kernel does not meet its needs.
     pub(crate) fn meets(&self, needs: Needs) -> Res {
         match needs {
             Needs::IoMode(io_mode) | Needs::Recovery(io_mode)
@@ -171,7 +171,7 @@ fn copy_program() -> Res<String> {
     Ok(copy)
 }
 
-/// Numbers of the ublk devices there are, by any of the names the kernel gives them.
+/// Numbers of the existing ublk devices, under any of the kernel's names.
 pub(crate) fn ublk_ids() -> Vec<u32> {
     let mut ids = BTreeSet::new();
     for (folder, prefix) in
@@ -189,7 +189,7 @@ fn marker(case: &str) -> String {
     format!("loopengine case {case} begins")
 }
 
-/// Puts a line into the kernel's log, from which complaints are read.
+/// Writes a line to the kernel's log, which starts the part of this case.
 pub(crate) fn mark_kernel_log(case: &str) {
     if let Ok(mut log) = std::fs::OpenOptions::new().write(true).open("/dev/kmsg") {
         let _ = writeln!(log, "{}", marker(case));
@@ -204,18 +204,17 @@ fn kernel_log() -> String {
     tools::ok(&["dmesg"]).unwrap_or_default()
 }
 
-/// What the kernel has said since a case began.
-pub(crate) fn kernel_said(case: &str) -> String {
+/// The kernel's log since a case began.
+pub(crate) fn kernel_log_since(case: &str) -> String {
     since_marker(&kernel_log(), case).to_owned()
 }
 
-/// What the kernel found wrong with itself since the case began.
+/// The kernel's warnings about itself since a case began.
 pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
     const BAD: [&str; 7] =
         ["BUG:", "WARNING:", "Oops", "general protection", "blocked for more than", "refcount_t:", "stall"];
-    // Emulated CPUs stand still when their host is busy; the kernel then doubts its clock and
-    // timers, which we do not touch. What may be a hang of ours, such as a soft lockup, is not left
-    // out.
+    // Emulated CPUs stall when their host is busy; the kernel then warns of its clock and timers,
+    // which we do not touch. Possible hangs of ours, such as a soft lockup, still count.
     const OF_EMULATED_TIME: [&str; 3] = ["clocksource", "rcu_preempt", "WARNING: kernel/time/"];
     let log = kernel_log();
     since_marker(&log, case)
@@ -227,7 +226,7 @@ pub(crate) fn kernel_complaints(case: &str) -> Vec<String> {
         .collect()
 }
 
-/// Prints the end of what the kernel said since a case began.
+/// Prints the last lines of the kernel's log since a case began.
 pub(crate) fn print_kernel_log(case: &str, lines: usize) {
     let log = kernel_log();
     let since = since_marker(&log, case);
@@ -245,8 +244,8 @@ pub(crate) fn print_logs(dir: &Path) {
     }
 }
 
-/// Prints where every thread of the case's processes, and every thread in the kernel's
-/// uninterruptible sleep, stands.
+/// Prints the kernel stacks of all threads of the case's processes, and of all threads in
+/// uninterruptible sleep.
 pub(crate) fn print_stuck() {
     let ours = tools::running();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Writers that keep a ledger of what was acknowledged, so that a fault in between shows what is
-//! lost.
+//! Writers that record their acknowledged writes, to detect losses after a fault.
 //!
-//! Every 512-byte sector says which block and which round it belongs to. After the fault each must
-//! hold the last acknowledged round, or one that was under way.
+//! Every 512-byte sector contains its block and round. After the fault, each must have the last
+//! acknowledged round, or one that was in flight.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use crate::tools;
 const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
 
-/// What one writer knows of one block: rounds, 0 meaning never.
+/// The rounds of one block; 0: never written.
 #[derive(Clone, Copy, Default)]
 struct Entry {
     acknowledged: u64,
@@ -37,11 +36,11 @@ struct Book {
 pub(crate) enum OnError {
     /// The writer ends.
     End,
-    /// It goes on with other blocks.
+    /// It continues with other blocks.
     GoOn,
 }
 
-/// Writers at work on a device, each on blocks of its own.
+/// Running writers on a device, each with blocks of its own.
 pub(crate) struct Writers {
     threads: Vec<JoinHandle<Res<Book>>>,
     stop: Arc<AtomicBool>,
@@ -49,7 +48,7 @@ pub(crate) struct Writers {
     failed: Arc<AtomicU64>,
 }
 
-/// What the writers acknowledged.
+/// The records of all writers.
 pub(crate) struct Ledger {
     books: Vec<Book>,
 }
@@ -88,7 +87,7 @@ impl Writers {
         Ok(())
     }
 
-    /// Ends the writers (those that run may finish their write) and gives the ledger.
+    /// Ends the writers after their current writes; returns the ledger.
     pub(crate) fn stop(mut self, deadline: Duration) -> Res<Ledger> {
         self.stop.store(true, Ordering::Relaxed);
         let threads = std::mem::take(&mut self.threads);
@@ -128,7 +127,7 @@ fn write(
         }
         let index = numbers.below(blocks);
         let entry = &mut book.entries[usize::try_from(index)?];
-        // Only the last attempt may be open: a second one would blur what the first left.
+        // Only one attempt per block may be open: a second would hide the effect of the first.
         if entry.attempted != entry.acknowledged {
             continue;
         }
@@ -140,7 +139,7 @@ fn write(
                 entry.acknowledged = round;
                 written.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(short) => fail!("a write of {BLOCK} bytes took only {short}"),
+            Ok(short) => fail!("wrote only {short} of {BLOCK} bytes"),
             Err(error) => {
                 book.errors.push(error);
                 failed.fetch_add(1, Ordering::Relaxed);
@@ -154,7 +153,7 @@ fn write(
 }
 
 impl Ledger {
-    /// Errors that writers met.
+    /// Errors of the writers.
     pub(crate) fn errors(&self) -> Vec<String> {
         let all = self.books.iter().flat_map(|book| &book.errors);
         all.map(ToString::to_string).collect()
@@ -166,7 +165,7 @@ impl Ledger {
         all.filter(|entry| entry.acknowledged > 0).count()
     }
 
-    /// Compares with what `path` (device, or image at `offset`) holds.
+    /// Compares with the content of `path`, a device, or an image at `offset`.
     pub(crate) fn check(&self, path: &str, offset: u64) -> Res {
         let disk = Disk::open_read(path)?;
         for book in &self.books {

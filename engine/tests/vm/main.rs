@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Kernel cases: the real `loopengine` program against the real block layer, file systems and fio.
 //!
-//! Runs as root on a kernel with ublk, meant for the lab's throw-away VM; anywhere else every case
-//! is skipped, says why, and the exit status is 0. Knows the program only by its public command
+//! Runs as root on a kernel with ublk, meant for the lab's throw-away VM; elsewhere, every case is
+//! skipped with the reason, and the exit status is 0. Knows the program only by its public command
 //! line (`loopengine` on PATH, or `$LOOPENGINE`); links nothing of the engine.
 //!
-//! `LOOPENGINE_VM_CASES=1` allows a run outside a VM, `LOOPENGINE_VM_FULL=1` asks for full lengths
-//! (1,000 churn rounds, say). Name filters, `--list`, `--exact` and `--skip` work as in any test.
+//! `LOOPENGINE_VM_CASES=1` allows a run outside a VM, `LOOPENGINE_VM_FULL=1` selects the full
+//! length (1,000 churn rounds, say). Name filters, `--list`, `--exact` and `--skip` work as in any
+//! test.
 
 #[path = "null_blk.rs"]
 mod below;
@@ -24,9 +25,9 @@ mod tools;
 
 use std::process::ExitCode;
 
-/// What devices are here; tests/fuse is the same for files.
+/// The backend under test; tests/fuse has the other one.
 const FRONTEND: &str = "ublk";
-/// Everything of a run lives here, in memory.
+/// The directory of all files of a run, in memory.
 const SCRATCH: &str = "/run/loopengine-cases";
 
 fn main() -> ExitCode {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Repeatable pseudo-random bytes and numbers: what a device ought to hold.
+//! Repeatable pseudo-random bytes and numbers, the expected content of devices.
 //!
 //! Pure computation.
 
@@ -27,7 +27,7 @@ impl Numbers {
     }
 }
 
-/// `len` bytes that depend only on `seed`; none of them is zero, so a zero is always a change.
+/// `len` bytes that depend only on `seed`. None of them is zero, so that a zero is always a change.
 pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut numbers = Numbers::new(seed);
     let mut bytes = Vec::with_capacity(len + 8);

@@ -13,7 +13,7 @@ pub(crate) struct Disk {
     name: String,
 }
 
-/// What a [`Disk`] is like; sizes in MiB.
+/// Properties of a [`Disk`]; sizes in MiB.
 pub(crate) struct Shape {
     /// Its size.
     pub(crate) size_mib: u32,
@@ -34,7 +34,7 @@ impl Default for Shape {
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 impl Disk {
-    /// Makes a device.
+    /// Creates a device.
     pub(crate) fn new(shape: &Shape) -> Res<Disk> {
         let name = format!("lecase{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let disk = Disk { name };
@@ -52,7 +52,7 @@ impl Disk {
         for (attribute, value) in attributes {
             disk.set(attribute, value)?;
         }
-        // Where the kernel offers it: without FUA every durable write shows as a flush.
+        // If the kernel supports it: without FUA, every durable write causes a flush.
         let _ = disk.set("fua", 0);
         disk.set("power", 1)?;
         tools::until(Duration::from_secs(10), || Path::new(&disk.node()).exists().then_some(()))

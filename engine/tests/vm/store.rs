@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Where images live while a case runs: a file system on a device of its own, for its direct I/O is
-//! real and nothing else uses it.
+//! The file system for the images of a case, on a device of its own: its direct I/O is real, and it
+//! has no other users.
 //!
 //! Knows mkfs and mount. Dropping a store unmounts it and frees its device.
 
@@ -12,7 +12,7 @@ use crate::tools;
 
 /// A file system that is mounted until this is dropped.
 pub(crate) struct Mount {
-    /// Where.
+    /// The mount point.
     pub(crate) dir: String,
     mounted: bool,
 }
@@ -25,7 +25,7 @@ impl Mount {
         Ok(Mount { dir: dir.to_string(), mounted: true })
     }
 
-    /// Unmounts; unlike a drop, tells of a failure.
+    /// Unmounts; unlike a drop, returns failures.
     pub(crate) fn umount(mut self) -> Res {
         self.mounted = false;
         tools::ok(&["umount", &self.dir])?;
@@ -82,14 +82,14 @@ impl Store {
         Ok(path)
     }
 
-    /// An image with blocks of its own, zeroed.
+    /// An allocated image of zeroes.
     pub(crate) fn allocated(&self, name: &str, bytes: u64) -> Res<String> {
         let path = self.path(name);
         tools::ok(&["fallocate", "-l", &bytes.to_string(), &path])?;
         Ok(path)
     }
 
-    /// Unmounts and gives the device.
+    /// Unmounts, and returns the device.
     pub(crate) fn into_disk(self) -> Res<Disk> {
         self.mount.umount()?;
         Ok(self.disk)
@@ -100,14 +100,14 @@ impl Store {
 pub(crate) fn mkfs(kind: &str, device: &str) -> Res {
     let words: &[&str] = match kind {
         "xfs" => &["mkfs.xfs", "-q", "-f", device],
-        // Without lazy initialisation: no kernel thread writes behind a case's back.
+        // Without lazy initialization: no kernel thread writes to the device during a case.
         _ => &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", device],
     };
     tools::ok(words)?;
     Ok(())
 }
 
-/// Checks a file system that is not mounted, changing nothing.
+/// Checks an unmounted file system without changes to it.
 pub(crate) fn fsck(kind: &str, device: &str) -> Res {
     let words: &[&str] = match kind {
         "xfs" => &["xfs_repair", "-n", device],

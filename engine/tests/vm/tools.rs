@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Other programs, each with a deadline.
+//! Runs other programs, each with a deadline.
 //!
-//! Knows processes; knows nothing of loopengine, devices or cases. Every process started here is
-//! remembered until it has been waited for, so that the watchdog can end it.
+//! Knows processes; knows nothing of loopengine, devices or cases. Records every process until it
+//! has been reaped, so that the watchdog can kill it.
 
 use std::fmt::Display;
 use std::io::Read;
@@ -16,15 +16,15 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::harness::{At, Res, fail};
 
-/// For tools that do little.
+/// The default deadline of a program.
 pub(crate) const SHORT: Duration = Duration::from_secs(60);
 
-/// Where copies of the tools are, if there are any: a directory of programs, one of libraries.
+/// The directories of copied programs and libraries, if there are copies.
 static LOCAL: OnceLock<(String, String)> = OnceLock::new();
 
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
-/// What a process left.
+/// Results of a process.
 #[derive(Clone, Debug)]
 pub(crate) struct Done {
     /// Its command line, for messages.
@@ -48,7 +48,7 @@ impl Done {
     }
 }
 
-/// A process, and threads that read what it writes.
+/// A process, and threads that read its output.
 pub(crate) struct Running {
     what: String,
     child: Child,
@@ -79,7 +79,7 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Waits for its end, at most `deadline`; kills it then.
+    /// Waits for its end, at most `deadline`; then kills it.
     pub(crate) fn finish(mut self, deadline: Duration) -> Res<Done> {
         let Some(status) = wait(&mut self.child, deadline) else {
             let id = self.child.id();
@@ -107,9 +107,9 @@ impl Drop for Running {
     }
 }
 
-/// Copies programs (those given by a path: only their libraries) to `dir`, in memory, and uses the
-/// copies from now on: on a root file system that is shared and slow, starting a program takes up
-/// to five seconds.
+/// Copies programs (of those given by a path, only the libraries) to `dir`, in memory, and uses the
+/// copies from now on: on a slow, shared root file system, starting a program takes up to five
+/// seconds.
 pub(crate) fn copy_to_memory(names: &[&str], dir: &str) -> Res {
     let script = format!(
         "mkdir -p {dir}/bin {dir}/lib
@@ -137,7 +137,7 @@ pub(crate) fn localise(command: &mut Command) -> &mut Command {
     command
 }
 
-/// Runs a program with the usual deadline, whatever its exit status.
+/// Runs a program with the default deadline, whatever its exit status.
 pub(crate) fn run(words: &[&str]) -> Res<Done> {
     run_for(SHORT, words)
 }
@@ -149,17 +149,17 @@ pub(crate) fn run_for(deadline: Duration, words: &[&str]) -> Res<Done> {
     Running::start(command)?.finish(deadline)
 }
 
-/// Runs a program that must succeed; gives its output without the last line feed.
+/// Runs a program that must succeed; returns its output without the last line feed.
 pub(crate) fn ok(words: &[&str]) -> Res<String> {
     Ok(run(words)?.ok()?.out.trim_end().to_string())
 }
 
-/// Runs a shell script that must succeed; gives its output without the last line feed.
+/// Runs a shell script that must succeed; returns its output without the last line feed.
 pub(crate) fn sh(script: impl Display) -> Res<String> {
     ok(&["bash", "-euo", "pipefail", "-c", &script.to_string()])
 }
 
-/// Asks `probe` every few milliseconds until it answers, at most `deadline`.
+/// Polls `probe` every 10 ms until it returns a value, at most `deadline`.
 pub(crate) fn until<T>(deadline: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let end = Instant::now() + deadline;
     loop {
@@ -194,19 +194,19 @@ pub(crate) fn end(child: &mut Child, deadline: Duration) -> bool {
     gone
 }
 
-/// Remembers a process for the watchdog.
+/// Records a process for the watchdog.
 pub(crate) fn remember(pid: u32) {
     let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     running.push(pid);
 }
 
-/// Forgets a process that has been waited for.
+/// Removes a reaped process from the record.
 pub(crate) fn forget(pid: u32) {
     let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     running.retain(|p| *p != pid);
 }
 
-/// Processes started here and not yet waited for.
+/// Processes started here and not yet reaped.
 pub(crate) fn running() -> Vec<u32> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
@@ -216,7 +216,7 @@ pub(crate) fn kill_all() {
     running().into_iter().for_each(kill_group);
 }
 
-/// A status as a shell would give it.
+/// An exit status as a shell has it.
 pub(crate) fn code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
@@ -224,7 +224,7 @@ pub(crate) fn code(status: ExitStatus) -> i32 {
 
 fn kill_group(pid: u32) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        // Gone already: as good.
+        // It may have ended already.
         let _ = kill_process_group(pid, Signal::KILL);
     }
 }
@@ -232,7 +232,7 @@ fn kill_group(pid: u32) {
 fn reader(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
-        // What came before an error is still worth showing.
+        // Keep the output before an error.
         let _ = pipe.read_to_end(&mut bytes);
         String::from_utf8_lossy(&bytes).into_owned()
     })

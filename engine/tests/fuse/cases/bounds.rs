@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A file's bounds and holes: who writes past the end learns it, fallocate works within the size,
-//! and holes are those of the image.
+//! Bounds and holes of a file: writes past the end fail, fallocate works within the size, and holes
+//! are those of the image.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -17,17 +17,17 @@ use crate::model::pattern;
 use crate::store::Store;
 use crate::tools;
 
-/// More than any machine's write-back cache holds of one FUSE file system in the lab.
+/// More dirty data than one FUSE file system can have on any machine of the lab.
 const BOUND: u64 = 4 << 30;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("bounds::endless_writes_end", Needs::Ublk, 180, endless),
-        case("bounds::writes_past_the_end_end_soon", Needs::Ublk, 120, behind),
-        case("bounds::fallocate_within_the_size", Needs::Ublk, 90, reserve),
+        case("bounds::endless_writes_end", Needs::Ublk, 180, endless_writes_end),
+        case("bounds::writes_past_the_end_end_soon", Needs::Ublk, 120, past_the_end),
+        case("bounds::fallocate_within_the_size", Needs::Ublk, 90, fallocate_reserves),
         case("bounds::holes_are_those_of_the_image", Needs::Ublk, 90, holes),
         case("bounds::cached_data_is_no_hole", Needs::Ublk, 90, cached_data),
-        case("bounds::truncation_to_nothing_and_back", Needs::Ublk, 60, emptied),
+        case("bounds::truncation_to_nothing_and_back", Needs::Ublk, 60, truncated_to_zero),
         case("bounds::qemu_img_creates", Needs::Ublk, 90, qemu_img),
     ]
 }
@@ -37,7 +37,7 @@ fn open(device: &str) -> Res<File> {
 }
 
 /// `dd` without a count ends with ENOSPC, as on a block device; with the right count it succeeds.
-fn endless(ctx: &Ctx) -> Res {
+fn endless_writes_end(ctx: &Ctx) -> Res {
     const SIZE: u64 = 8 * MIB;
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", SIZE)?;
@@ -52,7 +52,7 @@ fn endless(ctx: &Ctx) -> Res {
     let shown = tools::until(Duration::from_secs(5), || (disk::size(&device).ok()? == SIZE).then_some(()));
     ensure!(shown.is_some(), "the size is {}", disk::size(&device)?);
     ensure!(std::fs::metadata(&image)?.len() == SIZE, "the image grew");
-    // The kernel tells whoever syncs first of the writes that failed before, on any file system.
+    // The first sync reports writes that failed before, as on any file system.
     let _ = std::fs::File::options().write(true).open(&device)?.sync_all();
     for extra in [&[][..], &["conv=notrunc", "oflag=direct"], &["conv=notrunc,fsync"]] {
         let exact = [&["dd", "if=/dev/urandom", &of, "bs=1M", "count=8"], extra].concat();
@@ -64,9 +64,8 @@ fn endless(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A program that begins past the end is told while it writes, more than once; others are not
-/// disturbed.
-fn behind(ctx: &Ctx) -> Res {
+/// Writes that start past the end fail soon, each time; writes to other files succeed meanwhile.
+fn past_the_end(ctx: &Ctx) -> Res {
     const SIZE: u64 = 4 * MIB;
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", SIZE)?;
@@ -77,30 +76,30 @@ fn behind(ctx: &Ctx) -> Res {
     let file = open(&device)?;
     for round in 0..2 {
         let (mut at, until) = (SIZE, Instant::now() + Duration::from_secs(40));
-        let told = loop {
-            ensure!(at < BOUND && Instant::now() < until, "round {round}: nobody said so up to {at}");
+        let refusal = loop {
+            ensure!(at < BOUND && Instant::now() < until, "round {round}: no error up to {at}");
             match file.write_at(&data, at) {
                 Ok(done) => at += done as u64,
                 Err(error) => break error,
             }
             open(&other)?.write_all_at(&data, 0).at("writing to another file")?;
         };
-        ensure!(told.raw_os_error() == Some(libc::ENOSPC), "round {round}: {told}");
-        // The size is right again, and what fits can be written.
+        ensure!(refusal.raw_os_error() == Some(libc::ENOSPC), "round {round}: {refusal}");
+        // The size is correct again, and writes within it succeed.
         let size = || (disk::size(&device).ok()? == SIZE).then_some(());
         ensure!(tools::until(Duration::from_secs(5), size).is_some(), "the size is {}", disk::size(&device)?);
         let _ = file.sync_all();
         let again = || file.write_all_at(&data, 0).and_then(|()| file.sync_all()).ok();
-        ensure!(tools::until(Duration::from_secs(5), again).is_some(), "what fits is not written");
+        ensure!(tools::until(Duration::from_secs(5), again).is_some(), "a write within the size failed");
     }
     drop(file);
-    same("what fits", &std::fs::read(&device)?[..data.len()], &data)?;
+    same("within the size", &std::fs::read(&device)?[..data.len()], &data)?;
     daemon.ok(&["detach", "--all"])?;
     daemon.stop()
 }
 
-/// Blocks are reserved as the image can; nothing beyond the size, and nothing is overwritten.
-fn reserve(ctx: &Ctx) -> Res {
+/// fallocate reserves blocks of the image, only within the size, and overwrites nothing.
+fn fallocate_reserves(ctx: &Ctx) -> Res {
     const SIZE: u64 = 16 * MIB;
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", SIZE + 2 * MIB)?;
@@ -122,10 +121,10 @@ fn reserve(ctx: &Ctx) -> Res {
         }
     }
     tools::ok(&["fallocate", "--length", &SIZE.to_string(), &device])?;
-    same("what was there", &std::fs::read(&device)?[2 << 20..3 << 20], &data)?;
+    same("earlier data", &std::fs::read(&device)?[2 << 20..3 << 20], &data)?;
     drop(file);
     daemon.detach(&device)?;
-    // More than one request reserves.
+    // More than one request can reserve.
     let device = daemon.attach(&[&store.sparse("large", 900 * MIB)?])?;
     let refused = fallocate(open(&device)?, FallocateFlags::empty(), 0, 900 * MIB);
     ensure!(matches!(refused, Ok(()) | Err(Errno::NOSPC)), "{refused:?}");
@@ -133,7 +132,7 @@ fn reserve(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Where data and holes begin, from 0 on: as SEEK_DATA and SEEK_HOLE tell.
+/// The ranges of data, by SEEK_DATA and SEEK_HOLE.
 fn extents(file: &File) -> Res<Vec<(u64, u64)>> {
     let mut found = Vec::new();
     let mut at = 0;
@@ -161,7 +160,7 @@ fn holes(ctx: &Ctx) -> Res {
         below.write_all_at(&pattern(at, len), MIB + at)?;
         twin.write_all_at(&pattern(at, len), at)?;
     }
-    // Beyond what the device shows.
+    // Outside of the device.
     below.write_all_at(&[1; 4096], MIB + SIZE)?;
     below.sync_all()?;
     let daemon = Daemon::start(ctx)?;
@@ -192,7 +191,7 @@ fn holes(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What lies in the page cache only is data already, whoever wrote it and whoever asks.
+/// SEEK_DATA finds data that is only in the page cache, through every descriptor.
 fn cached_data(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
@@ -215,8 +214,8 @@ fn cached_data(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// ftruncate to 0 gives the content up, as O_TRUNC does, and the size stays what it is.
-fn emptied(ctx: &Ctx) -> Res {
+/// ftruncate to 0 discards the content, as O_TRUNC does; the size stays.
+fn truncated_to_zero(ctx: &Ctx) -> Res {
     const SIZE: u64 = 8 * MIB;
     let store = Store::ext4(ctx)?;
     let image = store.allocated("image", SIZE)?;
@@ -226,26 +225,26 @@ fn emptied(ctx: &Ctx) -> Res {
     let file = open(&device)?;
     let other = File::open(&device)?;
     let refused = file.set_len(0).err().and_then(|error| error.raw_os_error());
-    ensure!(refused == Some(libc::EBUSY), "beside another: {refused:?}");
+    ensure!(refused == Some(libc::EBUSY), "with another opener: {refused:?}");
     drop(other);
-    // Cached and dirty, and gone with the rest.
+    // Dirty pages are discarded, too.
     file.write_all_at(&[9; 8192], MIB)?;
-    file.set_len(0).at("truncation to nothing")?;
-    file.set_len(SIZE).at("and back")?;
+    file.set_len(0).at("truncation to 0")?;
+    file.set_len(SIZE).at("truncation back to the size")?;
     file.write_all_at(&[8; 4096], 2 * MIB)?;
     file.sync_all()?;
     let size = || (disk::size(&device).ok()? == SIZE).then_some(());
     ensure!(tools::until(Duration::from_secs(5), size).is_some(), "the size is {}", disk::size(&device)?);
     let mut expected = vec![0; usize::try_from(SIZE)?];
     expected[2 << 20..(2 << 20) + 4096].fill(8);
-    same("seen by its user", &std::fs::read(&device)?, &expected)?;
+    same("the file", &std::fs::read(&device)?, &expected)?;
     drop(file);
     daemon.detach(&device)?;
     same("image", &std::fs::read(&image)?, &expected)?;
     daemon.stop()
 }
 
-/// qemu-img makes the file anew where it has the right size, and is refused where it has not.
+/// qemu-img overwrites a file of the right size, and fails on a smaller one.
 fn qemu_img(ctx: &Ctx) -> Res {
     if tools::run(&["sh", "-c", "command -v qemu-img"])?.code != 0 {
         skip!("qemu-img is not installed");

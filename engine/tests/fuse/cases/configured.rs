@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What the daemon has from others at its start: devices from its configuration, sockets from a
-//! service manager.
+//! What the daemon gets at its start: devices from its configuration, sockets from a service
+//! manager.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,7 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A file system whose server never answers, as long as this lives.
+/// A mounted FUSE file system whose server does not answer.
 struct Hung(String, Option<File>);
 
 impl Hung {
@@ -42,13 +42,13 @@ impl Hung {
 
 impl Drop for Hung {
     fn drop(&mut self) {
-        // Whoever waits learns that there is no server.
+        // Without a server, waiting requests fail.
         self.1 = None;
         let _ = unmount(&self.0, UnmountFlags::DETACH);
     }
 }
 
-/// Attached at the start and at a reload, each once, whatever becomes of the others.
+/// Configured devices are attached at the start or at a reload, each once, also if others fail.
 fn devices(ctx: &Ctx) -> Res {
     let image = |name: &str| -> Res<String> {
         File::create(ctx.path(name))?.set_len(MIB)?;
@@ -81,7 +81,7 @@ fn devices(ctx: &Ctx) -> Res {
     ensure!(shown(&daemon)? == both, "{:?}", shown(&daemon)?);
     ensure!(
         daemon.info(&format!("{}/default/loop5", ctx.path("run")))?["readOnly"] == true,
-        "it is writable"
+        "loop5 is writable"
     );
     let says = |daemon: &Daemon, words: &[&str]| {
         let log = daemon.log();
@@ -95,7 +95,7 @@ fn devices(ctx: &Ctx) -> Res {
     says(&daemon, &["ERROR", &line(4, &missing), "no such file"])?;
     says(&daemon, &["ERROR", &line(7, &fifo), "neither a file nor a block device"])?;
 
-    // One is gone from the file, one is new, and one that failed can be attached now.
+    // One entry is removed, one is new, and one that failed can be attached now.
     image("missing.img")?;
     std::fs::write(&config, format!("{broken}{keeps}{}", entry(&c, "")))?;
     tools::ok(&["kill", "-HUP", &daemon.pid()?.to_string()])?;
@@ -106,7 +106,7 @@ fn devices(ctx: &Ctx) -> Res {
     says(&daemon, &[&a, "is no longer configured"])?;
     says(&daemon, &[&line(10, &b), "is already attached as"])?;
 
-    // What hangs holds up no end.
+    // A hung attach does not delay the exit.
     let took = daemon.terminate()?;
     ensure!(took < Duration::from_secs(20), "ended after {took:?}");
     drop(hung);
@@ -118,8 +118,8 @@ fn devices(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Sockets that were there before the daemon, and stay when it ends: who connects meanwhile is
-/// served.
+/// Sockets of a service manager outlive the daemon: the next daemon serves clients that connect
+/// early.
 fn passed_sockets(ctx: &Ctx) -> Res {
     if tools::run(&["bash", "-c", "true"]).is_err() {
         skip!("needs bash");
@@ -131,7 +131,7 @@ fn passed_sockets(ctx: &Ctx) -> Res {
     for path in &names {
         let listener = UnixListener::bind(path)?;
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o644))?;
-        // Under a number that the shell below does not use; for it to inherit.
+        // A copy for the shell below to inherit, under a number that it does not use.
         let copy: OwnedFd = fcntl_dupfd_cloexec(&listener, 20)?;
         fcntl_setfd(&copy, FdFlags::empty())?;
         passed.push(copy);
@@ -163,10 +163,10 @@ fn passed_sockets(ctx: &Ctx) -> Res {
         Running::start(command)
     };
     for _ in 0..2 {
-        // It connects before there is a daemon.
+        // The client connects before the daemon starts.
         let mut early = list()?;
         std::thread::sleep(Duration::from_millis(300));
-        ensure!(early.alive(), "the first to connect was not kept waiting");
+        ensure!(early.alive(), "the early client did not wait");
         let mut daemon = start()?;
         let listed = early.finish(SHORT)?.ok()?.out;
         ensure!(listed.contains("\"default\""), "{listed}");

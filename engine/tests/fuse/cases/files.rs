@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a file shows and takes: size, blocks, truncation, holes, both ways past the page cache.
+//! Properties of files: size, blocks, truncation, holes, cached and direct I/O.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -19,7 +19,7 @@ const RUN: Duration = Duration::from_secs(120);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("files::look", Needs::Ublk, 60, look),
+        case("files::look", Needs::Ublk, 60, metadata),
         case("files::block_sizes", Needs::Ublk, 60, block_sizes),
         case("files::copies", Needs::Ublk, 90, copies),
         case("files::truncation", Needs::Ublk, 60, truncation),
@@ -29,7 +29,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("files::nothing_else", Needs::Ublk, 60, nothing_else),
         case("files::cached_and_direct_agree", Needs::Ublk, 120, cached_and_direct),
         case("files::verified_through_the_cache", Needs::Ublk, 180, cached_load),
-        case("files::more_requests_than_tags", Needs::Ublk, 180, crowded),
+        case("files::more_requests_than_tags", Needs::Ublk, 180, more_requests_than_tags),
         case("files::durable_writes", Needs::Ublk, 60, durable),
         case("files::qemu_img", Needs::Ublk, 90, qemu_img),
         case("files::grow_below_a_loop_device", Needs::Ublk, 120, grow),
@@ -49,8 +49,8 @@ fn errno<T: std::fmt::Debug>(what: &str, result: std::io::Result<T>, expected: i
     }
 }
 
-/// `ls -l` shows a file of the device's size; `list` says what it is.
-fn look(ctx: &Ctx) -> Res {
+/// `ls -l` shows a file of the device's size; `list` shows its I/O mode.
+fn metadata(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
     let daemon = Daemon::start(ctx)?;
@@ -60,13 +60,13 @@ fn look(ctx: &Ctx) -> Res {
     ensure!((meta.mode() & 0o7777, meta.uid(), meta.gid()) == (0o600, 0, 0), "mode or owner: {meta:?}");
     let info = daemon.info(&device)?;
     ensure!(info["ioMode"] == "fuse" && info["node"] == device.as_str(), "list: {info}");
-    // As with a node in /dev, who may use it can be changed.
+    // As with a node in /dev, owner and mode can be changed.
     tools::ok(&["chown", "12:34", &device])?;
     tools::ok(&["chmod", "640", &device])?;
     let meta = std::fs::metadata(&device)?;
     ensure!((meta.mode() & 0o7777, meta.uid(), meta.gid()) == (0o640, 12, 34), "mode or owner: {meta:?}");
     let other = tools::run(&["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", &device])?;
-    ensure!(other.code != 0, "a stranger read the file");
+    ensure!(other.code != 0, "another user read the file");
     let features = daemon.json(&["features"])?;
     ensure!(features["frontends"].as_array().is_some_and(|f| f.iter().any(|f| f == "fuse")), "{features}");
     let other = store.sparse("other", MIB)?;
@@ -87,7 +87,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     for size in [512_usize, 4096] {
         let device = daemon.attach(&[&image, "--block-size", &size.to_string()])?;
-        ensure!(daemon.info(&device)?["blockSizeBytes"] == size, "list differs");
+        ensure!(daemon.info(&device)?["blockSizeBytes"] == size, "list shows another block size");
         let disk = Disk::open(&device)?;
         let data = pattern(size as u64, size);
         disk.write(3 * size as u64, &data)?;
@@ -96,7 +96,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
         errno("between blocks", disk.try_write(size as u64 / 2, &vec![1; size]), libc::EINVAL)?;
         errno("reading half a block", disk.try_read(0, size / 2), libc::EINVAL)?;
         drop(disk);
-        // Through the page cache any offset and length will do.
+        // Cached I/O allows any offset and length.
         let file = open(&device)?;
         file.write_all_at(b"anything", 70_001)?;
         file.sync_all()?;
@@ -104,12 +104,12 @@ fn block_sizes(ctx: &Ctx) -> Res {
         daemon.detach(&device)?;
         let found = Disk::open_read(&image)?.read(17 * 4096, 4096)?;
         same("image", &found[369..377], b"anything")?;
-        ensure!(found.iter().filter(|byte| **byte != 0).count() == 8, "neighbours were touched");
+        ensure!(found.iter().filter(|byte| **byte != 0).count() == 8, "adjacent bytes were changed");
     }
     daemon.stop()
 }
 
-/// cp in and out. Where the source has holes the old content must not show through.
+/// cp in and out. Holes of the source replace old content.
 fn copies(ctx: &Ctx) -> Res {
     const SIZE: u64 = 32 * MIB;
     let store = Store::ext4(ctx)?;
@@ -129,7 +129,7 @@ fn copies(ctx: &Ctx) -> Res {
     same("copied in, and out again", &std::fs::read(&out)?, &expected)?;
     daemon.detach(&device)?;
     same("image", &std::fs::read(&image)?, &expected)?;
-    // A part only: the rest stays.
+    // Copy a part: the rest stays.
     let device = daemon.attach(&[&image])?;
     tools::ok(&[
         "dd",
@@ -160,16 +160,16 @@ fn truncation(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     let file = open(&device)?;
-    // What is cached would come back.
+    // Dirty pages, which must not come back.
     file.write_all_at(&data[..4096], 0)?;
     let truncating = || truncating_at(&device);
-    errno("O_TRUNC beside another", truncating(), libc::EBUSY)?;
+    errno("O_TRUNC with another opener", truncating(), libc::EBUSY)?;
     errno("a smaller size", file.set_len(MIB), libc::EPERM)?;
     errno("a larger size", file.set_len(2 * SIZE), libc::ENOSPC)?;
     file.set_len(SIZE).at("the same size")?;
-    same("nothing happened", &std::fs::read(&device)?, &data)?;
+    same("after refused truncations", &std::fs::read(&device)?, &data)?;
     drop(file);
-    // Who closed it just now does not count.
+    // A descriptor that has just been closed does not count.
     for _ in 0..50 {
         drop(open(&device)?);
         let file = truncating().at("O_TRUNC right after a close")?;
@@ -178,7 +178,7 @@ fn truncation(ctx: &Ctx) -> Res {
     same("emptied", &std::fs::read(&device)?, &vec![0; data.len()])?;
     ensure!(disk::allocated(&image)? < MIB, "blocks were not freed");
     daemon.detach(&device)?;
-    // More than one request can zero.
+    // Too large to zero with one request.
     let image = store.sparse("large", 5 << 30)?;
     let device = daemon.attach(&[&image])?;
     for at in [0, (2 << 30) - 4096, (5 << 30) - 4096] {
@@ -192,9 +192,10 @@ fn truncation(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What fits is written, what does not is ENOSPC: at once when direct, with fsync when cached.
+/// The part within the size is written, the rest fails with ENOSPC: direct writes at once, cached
+/// ones at fsync.
 fn past_the_end(ctx: &Ctx) -> Res {
-    // Neither the file nor its last page is whole.
+    // Neither whole pages nor whole blocks of 4096 bytes.
     const SIZE: u64 = MIB + 3 * 512;
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", SIZE)?;
@@ -209,9 +210,9 @@ fn past_the_end(ctx: &Ctx) -> Res {
             let disk = Disk::open(&device)?;
             let done = disk.try_write(SIZE - 1024, &data[..4096])?;
             ensure!(done == 1024, "a direct write across the end took {done} bytes");
-            errno("a direct write behind the end", disk.try_write(SIZE, &data[..512]), libc::ENOSPC)?;
-            errno("far behind", disk.try_write(64 * MIB, &data[..4096]), libc::ENOSPC)?;
-            ensure!(disk.try_read(SIZE, 4096)?.is_empty(), "a direct read behind the end gave something");
+            errno("a direct write past the end", disk.try_write(SIZE, &data[..512]), libc::ENOSPC)?;
+            errno("far past the end", disk.try_write(64 * MIB, &data[..4096]), libc::ENOSPC)?;
+            ensure!(disk.try_read(SIZE, 4096)?.is_empty(), "a direct read past the end returned data");
         } else {
             let file = options.open(&device)?;
             let _ = file.write_all_at(&data, 0);
@@ -221,9 +222,9 @@ fn past_the_end(ctx: &Ctx) -> Res {
         let shown = tools::until(Duration::from_secs(5), || {
             std::fs::metadata(&device).ok().filter(|meta| meta.len() == SIZE)
         });
-        ensure!(shown.is_some(), "the size is {} and not {SIZE}", std::fs::metadata(&device)?.len());
+        ensure!(shown.is_some(), "the size is {}, expected {SIZE}", std::fs::metadata(&device)?.len());
         let found = std::fs::read(&device)?;
-        same("what fits", &found[..len - 1024], &data[..len - 1024])?;
+        same("within the size", &found[..len - 1024], &data[..len - 1024])?;
         let tail = if direct { &data[..1024] } else { &data[len - 1024..len] };
         same("the last blocks", &found[len - 1024..], tail)?;
     }
@@ -242,11 +243,11 @@ fn read_only(ctx: &Ctx) -> Res {
     tools::ok(&["chattr", "+i", &image])?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image, "--read-only"])?;
-    ensure!(std::fs::metadata(&device)?.mode() & 0o777 == 0o400, "its mode shows nothing");
+    ensure!(std::fs::metadata(&device)?.mode() & 0o777 == 0o400, "the mode is not 0400");
     errno("open for writing", OpenOptions::new().write(true).open(&device), libc::EROFS)?;
     errno("truncation", OpenOptions::new().write(true).truncate(true).open(&device), libc::EROFS)?;
     tools::ok(&["chmod", "600", &device])?;
-    ensure!(std::fs::metadata(&device)?.mode() & 0o222 == 0, "it looks writable");
+    ensure!(std::fs::metadata(&device)?.mode() & 0o222 == 0, "the mode is writable");
     let mount = Mount::new(&device, &ctx.path("mnt"), &["-o", "loop,ro,noload"])?;
     tools::ok(&["ls", &mount.dir])?;
     mount.umount()?;
@@ -258,7 +259,7 @@ fn read_only(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// fallocate: zeroes where its caller expects zeroes, to the byte; nothing else.
+/// fallocate zeroes exactly the requested bytes.
 fn holes(ctx: &Ctx) -> Res {
     const SIZE: u64 = 8 * MIB;
     let store = Store::ext4(ctx)?;
@@ -268,7 +269,7 @@ fn holes(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     let file = open(&device)?;
-    // Cached and dirty: what is punched must not come back from there.
+    // Dirty pages: punched data must not come back from the cache.
     file.write_all_at(&[7; 8192], MIB)?;
     model[1 << 20..(1 << 20) + 8192].fill(7);
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -297,7 +298,7 @@ fn holes(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The directory holds what is attached, and takes nothing else.
+/// The directory contains the attached devices, and refuses other entries.
 fn nothing_else(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", MIB)?;
@@ -311,7 +312,7 @@ fn nothing_else(ctx: &Ctx) -> Res {
     errno("rename", std::fs::rename(path, &new), libc::EPERM)?;
     errno("link", std::fs::hard_link(path, &new), libc::EPERM)?;
     errno("symlink", std::os::unix::fs::symlink("x", &new), libc::EPERM)?;
-    errno("another name", File::open(dir.join("loop1")), libc::ENOENT)?;
+    errno("an unknown name", File::open(dir.join("loop1")), libc::ENOENT)?;
     let names: Vec<_> = std::fs::read_dir(&dir)?.flatten().map(|entry| entry.file_name()).collect();
     ensure!(names == ["loop0"], "{names:?}");
     daemon.detach(&device)?;
@@ -319,14 +320,14 @@ fn nothing_else(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What one sees, the other has written: in both orders, whoever came first.
+/// Cached and direct I/O see each other's writes, whichever was opened first.
 fn cached_and_direct(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     for direct_first in [false, true] {
-        // Only who opens it directly while nobody uses the cache goes past it altogether.
+        // Only a direct open without cached users bypasses the cache completely.
         let (cached, direct) = if direct_first {
             let direct = Disk::open(&device)?;
             (open(&device)?, direct)
@@ -345,7 +346,7 @@ fn cached_and_direct(ctx: &Ctx) -> Res {
         }
         drop((cached, direct));
     }
-    // While one hammers past the cache, another may open, read and close.
+    // Under direct load, another program can open, read and close.
     let job = format!(
         "[direct]\nfilename={device}\nioengine=libaio\ndirect=1\nrw=randwrite\nbs=4k\niodepth=32\n\
          size=4m\noffset=4m\ntime_based\nruntime=3\n"
@@ -368,7 +369,7 @@ fn cached_load(ctx: &Ctx) -> Res {
     let image = store.sparse("image", 64 * MIB)?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
-    // One kind of user of the cache at a time: fio 3.33 disturbs itself with two, on any file.
+    // One kind of cached I/O at a time: fio 3.33 fails with two, on any file.
     for cached in [
         "[cached]\nrw=randwrite\nioengine=psync\nbssplit=512/20:3k/10:4k/40:40k/20:1m/10\nfsync=50\n",
         "[mapped]\nrw=randwrite\nioengine=mmap\nbs=4k\noffset=16m\n",
@@ -411,8 +412,8 @@ numjobs=4
     daemon.stop()
 }
 
-/// One tag, many who want it: nobody is forgotten.
-fn crowded(ctx: &Ctx) -> Res {
+/// Many requests for one tag: none is lost.
+fn more_requests_than_tags(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 32 * MIB)?;
     let daemon = Daemon::start(ctx)?;
@@ -450,7 +451,7 @@ fn durable(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// qemu-img converts into the file, and finds the same in it.
+/// qemu-img converts into the file, and compares.
 fn qemu_img(ctx: &Ctx) -> Res {
     if tools::run(&["sh", "-c", "command -v qemu-img"])?.code != 0 {
         skip!("qemu-img is not installed");
@@ -472,7 +473,7 @@ fn qemu_img(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A larger image, a larger file, a larger loop device, a larger file system, all of it in use.
+/// Image, file, loop device and file system grow while they are in use.
 fn grow(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 400 * MIB)?;
@@ -499,7 +500,7 @@ fn grow(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The store is full: who wrote through the cache is told at fsync, and the rest stays as it was.
+/// The store is full: fsync reports failed cached writes, and earlier data stays.
 fn full_store(ctx: &Ctx) -> Res {
     let shape = crate::store::Shape { size_mib: 64, ..Default::default() };
     let store = Store::new(ctx, "ext4", &shape)?;
@@ -519,11 +520,11 @@ fn full_store(ctx: &Ctx) -> Res {
     }
     drop(file);
     daemon.check_alive()?;
-    same("what was written before", &disk::read_all(&device, 0, 4 * MIB)?, &first)?;
+    same("earlier data", &disk::read_all(&device, 0, 4 * MIB)?, &first)?;
     std::fs::remove_file(&filler)?;
     tools::ok(&["sync", "-f", &image])?;
     let second = pattern(9, 32 << 20);
-    disk::write_all(&device, &second).at("writing when there is room again")?;
+    disk::write_all(&device, &second).at("write once there is space again")?;
     daemon.detach(&device)?;
     same("image", &std::fs::read(&image)?, &second)?;
     daemon.stop()

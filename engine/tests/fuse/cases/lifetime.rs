@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How files, their file systems and their daemon come and go.
+//! The lifetime of files, their file systems and their daemon.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -20,8 +20,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::users_are_named", Needs::Ublk, 90, users_are_named),
         case("lifetime::forced_with_all_tags_in_flight", Needs::Ublk, 60, forced_while_busy),
         case("lifetime::forced_below_a_file_system", Needs::Ublk, 90, forced_below),
-        case("lifetime::old_file_never_reaches_the_new", Needs::Ublk, 60, old_file),
-        case("lifetime::killed_daemon", Needs::Ublk, 90, killed),
+        case("lifetime::old_file_never_reaches_the_new", Needs::Ublk, 60, old_file_never_reaches_the_new),
+        case("lifetime::killed_daemon", Needs::Ublk, 90, killed_daemon),
         case("lifetime::instances", Needs::Ublk, 60, instances),
         case("lifetime::many", Needs::Ublk, 240, many),
     ]
@@ -33,12 +33,12 @@ fn open(device: &str) -> Res<File> {
 
 fn error_of<T>(result: std::io::Result<T>) -> Res<i32> {
     match result {
-        Ok(_) => fail!("succeeded and should not have"),
+        Ok(_) => fail!("succeeded unexpectedly"),
         Err(error) => Ok(error.raw_os_error().unwrap_or(0)),
     }
 }
 
-/// A file that is open stays, unless by force; then what was written so far is in the image.
+/// An open file is not detached, unless by force; then the image has all earlier writes.
 fn detach_in_use(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
@@ -56,16 +56,16 @@ fn detach_in_use(ctx: &Ctx) -> Res {
     ensure!(!std::path::Path::new(&device).exists(), "the name stayed");
     let mut byte = [0];
     let code = error_of(file.read_at(&mut byte, 0))?;
-    ensure!(matches!(code, libc::ENODEV | libc::EIO), "reading what is gone: errno {code}");
+    ensure!(matches!(code, libc::ENODEV | libc::EIO), "reading a detached file: errno {code}");
     let written = file.write_at(b"x", 0).and_then(|_| file.sync_all());
-    ensure!(written.is_err(), "writing what is gone succeeded");
+    ensure!(written.is_err(), "a write to a detached file succeeded");
     drop(file);
     let mut expected = vec![0; 8 << 20];
     expected[..data.len()].copy_from_slice(&data);
     expected[5 << 20..(5 << 20) + 11].copy_from_slice(b"still works");
     same("image", &std::fs::read(&image)?, &expected)?;
     daemon.check_alive()?;
-    // Closed a moment ago is not in use.
+    // A file that has just been closed is not in use.
     for _ in 0..20 {
         let device = daemon.attach(&[&image])?;
         tools::ok(&["dd", "if=/dev/zero", &format!("of={device}"), "bs=1M", "count=2", "conv=notrunc"])?;
@@ -74,8 +74,8 @@ fn detach_in_use(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Who has a device open, and where it is mounted: in `list --all`, `find`, and in what refuses to
-/// detach it.
+/// `list --all`, `find` and a refused detach name the programs that have a device open, and its
+/// mounts.
 fn users_are_named(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 16 * MIB)?;
@@ -97,7 +97,7 @@ fn users_are_named(ctx: &Ctx) -> Res {
     refusal?;
 
     mkfs("ext4", &device)?;
-    let dir = ctx.path("a place");
+    let dir = ctx.path("a dir");
     let mount = Mount::new(&device, &dir, &["-o", "loop"])?;
     let found = daemon.json(&["find", &image])?;
     let refusal = refused(&format!("{device} is in use: mounted on {dir}"));
@@ -117,7 +117,7 @@ fn users_are_named(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Every tag is taken when the file is taken away by force: its queue must end all the same.
+/// A forced detach while all tags are in use: the queue ends nevertheless.
 fn forced_while_busy(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.allocated("image", 8 * MIB)?;
@@ -149,31 +149,31 @@ fn forced_while_busy(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What a file system on the file has not written yet is in the image before it is taken away.
+/// A forced detach first writes back the file system on the file.
 fn forced_below(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     tools::ok(&["mkfs.ext4", "-q", "-F", &device])?;
-    let place = ctx.dir.join("mounted");
-    std::fs::create_dir_all(&place)?;
-    let place = place.to_string_lossy().into_owned();
-    tools::ok(&["mount", "-o", "loop", &device, &place])?;
+    let dir = ctx.dir.join("mounted");
+    std::fs::create_dir_all(&dir)?;
+    let dir = dir.to_string_lossy().into_owned();
+    tools::ok(&["mount", "-o", "loop", &device, &dir])?;
     let data = pattern(9, 1 << 20);
-    let written = std::fs::write(format!("{place}/file"), &data);
+    let written = std::fs::write(format!("{dir}/file"), &data);
     let detached = daemon.cli(&["detach", &device, "--force"]);
-    tools::ok(&["umount", "-l", &place])?;
+    tools::ok(&["umount", "-l", &dir])?;
     written?;
-    ensure!(detached?.code == 0, "it was not detached");
-    tools::ok(&["mount", "-o", "loop", &image, &place])?;
-    let found = std::fs::read(format!("{place}/file"));
-    tools::ok(&["umount", &place])?;
+    ensure!(detached?.code == 0, "the file was not detached");
+    tools::ok(&["mount", "-o", "loop", &image, &dir])?;
+    let found = std::fs::read(format!("{dir}/file"));
+    tools::ok(&["umount", &dir])?;
     same("the file", &found?, &data)?;
     daemon.stop()
 }
 
-fn old_file(ctx: &Ctx) -> Res {
+fn old_file_never_reaches_the_new(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let (first, second) = (store.sparse("first", MIB)?, store.sparse("second", MIB)?);
     let data = pattern(2, 1 << 20);
@@ -186,11 +186,11 @@ fn old_file(ctx: &Ctx) -> Res {
     let again = daemon.attach(&[&second])?;
     ensure!(again == device, "{again} is not {device}");
     let mut block = vec![0; 4096];
-    ensure!(old.read_at(&mut block, 0).is_err(), "the old file reads");
-    ensure!(old.write_at(&[3; 4096], 0).and_then(|_| old.sync_all()).is_err(), "the old file writes");
+    ensure!(old.read_at(&mut block, 0).is_err(), "the old file can be read");
+    ensure!(old.write_at(&[3; 4096], 0).and_then(|_| old.sync_all()).is_err(), "the old file can be written");
     same("the new file", &std::fs::read(&device)?, &data)?;
     drop(old);
-    // The old one's end is not the new one's.
+    // The close of the old file does not release the new one.
     let new = open(&device)?;
     let busy = daemon.cli(&["detach", &device])?;
     ensure!(busy.code == 4, "detached while open: {busy:?}");
@@ -200,8 +200,8 @@ fn old_file(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Files end with their daemon; the next one cleans up, and has its instances back.
-fn killed(ctx: &Ctx) -> Res {
+/// Files end with their daemon; the next one cleans up and restores its instances.
+fn killed_daemon(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -214,7 +214,7 @@ fn killed(ctx: &Ctx) -> Res {
     let mut byte = [0];
     let code = error_of(file.read_at(&mut byte, 4 * MIB))?;
     ensure!(matches!(code, libc::ENOTCONN | libc::ECONNABORTED | libc::EIO), "errno {code}");
-    ensure!(error_of(File::open(&device))? == libc::ENOTCONN, "the name still leads somewhere");
+    ensure!(error_of(File::open(&device))? == libc::ENOTCONN, "the name can still be opened");
     daemon.restart()?;
     ensure!(
         daemon.log().contains("was not recovered: FUSE files do not outlive the daemon"),
@@ -225,15 +225,15 @@ fn killed(ctx: &Ctx) -> Res {
     let instances = daemon.json(&["instance", "list"])?;
     ensure!(instances.to_string().contains("\"other\""), "the instance is gone: {instances}");
     let again = daemon.attach(&[&image])?;
-    same("what was durable", &std::fs::read(&again)?[..1 << 20], &pattern(3, 1 << 20))?;
-    // What the kernel has cached of it may still be read.
-    ensure!(file.read_at(&mut byte, 4 * MIB).is_err(), "a file of the dead daemon reads");
+    same("durable data", &std::fs::read(&again)?[..1 << 20], &pattern(3, 1 << 20))?;
+    // Only data in the page cache may still be read.
+    ensure!(file.read_at(&mut byte, 4 * MIB).is_err(), "a file of the dead daemon can be read");
     daemon.detach(&again)?;
     drop(file);
     daemon.stop()
 }
 
-/// Same names in two instances; removing one, even in use, leaves the other.
+/// Same names in two instances; removing one, even in use, does not affect the other.
 fn instances(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -253,18 +253,18 @@ fn instances(ctx: &Ctx) -> Res {
     let refused = daemon.cli(&["instance", "remove", "red"])?;
     ensure!(refused.code == 4, "{refused:?}");
     daemon.ok(&["instance", "remove", "red", "--force"])?;
-    ensure!(file.read_at(&mut [0], 0).is_err(), "a file of a removed instance reads");
+    ensure!(file.read_at(&mut [0], 0).is_err(), "a file of a removed instance can be read");
     let dir = std::path::Path::new(&devices[0]).parent().ok_or("no parent")?;
     ensure!(!dir.exists(), "the directory stayed");
     drop(file);
     same("blue", &disk::read_all(&devices[1], 0, MIB)?, &pattern(1, 1 << 20))?;
-    ensure!(daemon.footprint()?.threads < before.threads, "threads of a removed instance stay");
+    ensure!(daemon.footprint()?.threads < before.threads, "threads of a removed instance are left");
     daemon.check_alive()?;
     daemon.ok(&["detach", "--all"])?;
     daemon.stop()
 }
 
-/// Files come and go by the dozen: threads and descriptors do not grow.
+/// Dozens of files are attached and detached: threads and descriptors do not grow.
 fn many(ctx: &Ctx) -> Res {
     const COUNT: u64 = 64;
     let store = Store::ext4(ctx)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The cases: those of tests/vm that are about images, and those about files.
+//! The cases of tests/vm about images, and cases about files.
 
 mod bounds;
 #[path = "../../vm/cases/claims.rs"]
@@ -28,14 +28,14 @@ mod verify;
 
 use crate::harness::Case;
 
-/// The one way for data to travel.
+/// The I/O mode of files.
 const IO_MODES: [&str; 1] = ["fuse"];
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Cases that ask what only a block device has: attributes in sysfs, ublk's own paths, ioctls,
-/// faults of null_blk.
+/// Cases that need a block device: attributes in sysfs, ublk's I/O modes, ioctls, faults of
+/// null_blk.
 const OF_BLOCK_DEVICES: [&str; 14] = [
     "commands::attach_run",
     "commands::numbers_and_names",

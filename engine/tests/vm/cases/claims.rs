@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Images that others have: refused or shared, and never without a word; failing I/O in the log.
+//! Images in use elsewhere: attach refuses them or warns. I/O errors are logged.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -20,12 +20,12 @@ pub(super) fn cases() -> Vec<Case> {
         case("claims::swap_and_other_programs", Needs::Ublk, 90, swap),
         case("claims::device_mapper", Needs::Ublk, 90, mapped),
         case("claims::image_of_a_kernel_loop_device", Needs::Ublk, 120, kernel_loop),
-        case("claims::force_shares_between_devices", Needs::Ublk, 90, forced),
-        case("claims::failing_io_is_logged", Needs::Ublk, 120, failing),
+        case("claims::force_shares_between_devices", Needs::Ublk, 90, force_shares_an_image),
+        case("claims::failing_io_is_logged", Needs::Ublk, 120, failing_io_is_logged),
     ]
 }
 
-/// Refused, in one line that says who and what next.
+/// Expects that attach refuses, in one line with the user of the image and the next step.
 pub(super) fn refused(daemon: &Daemon, words: &[&str], says: &str) -> Res {
     let done = daemon.cli(&[&["attach"], words].concat())?;
     ensure!(done.code == 4, "attach {words:?}: exit status {}: {}{}", done.code, done.out, done.err);
@@ -38,18 +38,18 @@ pub(super) fn refused(daemon: &Daemon, words: &[&str], says: &str) -> Res {
     Ok(())
 }
 
-/// Warnings in the log with this in them.
+/// Number of warnings in the log that contain `part`.
 pub(super) fn warnings(daemon: &Daemon, part: &str) -> usize {
     daemon.log().lines().filter(|line| line.contains("WARN") && line.contains(part)).count()
 }
 
-/// Waits for exactly so many.
+/// Waits for exactly `count` warnings that contain `part`.
 pub(super) fn warned(daemon: &Daemon, part: &str, count: usize) -> Res {
     let found =
         tools::until(Duration::from_secs(10), || (warnings(daemon, part) >= count).then_some(())).is_some();
     ensure!(
         found && warnings(daemon, part) == count,
-        "{} warnings with '{part}' and not {count}: {}",
+        "{} warnings with '{part}', expected {count}: {}",
         warnings(daemon, part),
         daemon.log()
     );
@@ -82,7 +82,7 @@ fn mounted(ctx: &Ctx) -> Res {
     daemon.detach(&device)?;
     mount.umount()?;
 
-    // Now it is ours, and nobody else's as long as it is attached.
+    // An attached block device is claimed: nobody else can mount or claim it.
     let device = daemon.attach(&[&node])?;
     let busy = tools::run(&["mount", &node, &ctx.path("in use")])?;
     ensure!(busy.code != 0, "mounted although it is attached");
@@ -90,7 +90,7 @@ fn mounted(ctx: &Ctx) -> Res {
     Disk::open(&device)?.write(0, &[1; 4096])?;
     daemon.detach(&device)?;
     ensure!(claim(&node).is_ok(), "still claimed");
-    // Who only reads keeps nobody away, and mounts for reading disturb no reader.
+    // A read-only device excludes nobody, and a read-only mount does not conflict with a reader.
     mkfs("ext4", &node)?;
     let device = daemon.attach(&["--read-only", &node])?;
     let mount = Mount::new(&node, &ctx.path("in use"), &["-o", "ro"])?;
@@ -109,7 +109,7 @@ fn partitions(ctx: &Ctx) -> Res {
     let node = disk.node();
     let part = format!("{node}p1");
     let name = part.trim_start_matches("/dev/").to_owned();
-    // BLKPG: no table is needed, and the kernel need not have scanned one.
+    // BLKPG adds a partition without a partition table.
     tools::ok(&["addpart", &node, "1", "2048", "262144"])?;
     let there = tools::until(Duration::from_secs(5), || Path::new(&part).exists().then_some(()));
     if there.is_none() {
@@ -215,7 +215,7 @@ fn over_kernel_loop(ctx: &Ctx) -> Res {
     let node = tools::ok(&["losetup", "--find", "--show", "--read-only", &image])?.trim().to_owned();
     let tried = (|| {
         let device = daemon.attach(&["--read-only", &image])?;
-        ensure!(warnings(&daemon, "shares") == 2, "two who read share nothing: {}", daemon.log());
+        ensure!(warnings(&daemon, "shares") == 2, "a warning about two readers: {}", daemon.log());
         daemon.detach(&device)?;
         refused(&daemon, &[&image], &format!("in use by {node}"))
     })();
@@ -226,7 +226,7 @@ fn over_kernel_loop(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-fn forced(ctx: &Ctx) -> Res {
+fn force_shares_an_image(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
     let image = store.sparse("image", MIB)?;
@@ -237,23 +237,26 @@ fn forced(ctx: &Ctx) -> Res {
     warned(&daemon, "default/loop1 (read-write) shares", 1)?;
     let shared = daemon.info(&first)?["sharedWith"].clone();
     ensure!(shared == serde_json::json!(["default/loop1 (read-write)"]), "{shared}");
-    ensure!(daemon.ok(&["list"])?.contains("default/loop1 (read-write)"), "list says nothing");
+    ensure!(
+        daemon.ok(&["list"])?.contains("default/loop1 (read-write)"),
+        "list does not name the other device"
+    );
     daemon.detach(&first)?;
-    ensure!(!daemon.ok(&["list"])?.contains("SHARED"), "list shows nobody");
+    ensure!(!daemon.ok(&["list"])?.contains("SHARED"), "list still shows a shared image");
     daemon.detach(&second)?;
     let device = daemon.attach(&[&image])?;
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// The first of a kind is said at once, and no more for a while.
-fn failing(ctx: &Ctx) -> Res {
+/// The first error of a kind is logged at once; repeats are rate-limited.
+fn failing_io_is_logged(ctx: &Ctx) -> Res {
     let shape = Shape { size_mib: 32, ..Shape::default() };
     let store = Store::new(ctx, "ext4", &shape)?;
     let daemon = Daemon::start(ctx)?;
     let image = store.sparse("image", 128 * MIB)?;
     let device = daemon.attach(&[&image])?;
-    // Each chunk once: what is cached of a write that failed is written again by nobody.
+    // Write each chunk once: the kernel does not retry failed writes of its cache.
     let disk = Disk::open(&device)?;
     let data = vec![7; 1 << 20];
     let failed = (0..128).filter(|at| disk.try_write(at * MIB, &data).is_err()).count();
@@ -263,7 +266,7 @@ fn failing(ctx: &Ctx) -> Res {
     warned(&daemon, "default/loop0: ", 1)?;
     File::options().write(true).open(&image)?.set_len(4 * MIB)?;
     if disk.try_read(64 * MIB, 4096).is_ok() {
-        fail!("read what is not there ({failed} writes had failed)");
+        fail!("a read past the end of the image succeeds ({failed} writes had failed)");
     }
     warned(&daemon, "the image is shorter than the device", 1)?;
     for at in 65..75 {

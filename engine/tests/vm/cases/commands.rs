@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Commands at work on a real device: run, create, and those that only read.
+//! Commands on a real device: attach --run, create, and the commands that show state.
 
 use super::MIB;
 use crate::daemon::Daemon;
@@ -13,12 +13,13 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("commands::attach_run", Needs::Ublk, 90, attach_run),
         case("commands::create", Needs::Ublk, 90, create),
-        case("commands::reading", Needs::Ublk, 90, reading),
+        case("commands::reading", Needs::Ublk, 90, show_state),
         case("commands::numbers_and_names", Needs::Ublk, 90, numbers_and_names),
     ]
 }
 
-/// `attach --run`: the command gets the device, its exit status comes back, the device goes.
+/// `attach --run`: the command gets the device, its exit status is returned, the device is
+/// detached.
 fn attach_run(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
@@ -69,13 +70,13 @@ fn create(ctx: &Ctx) -> Res {
         disk::write_all(&device, &data)?;
         same(image, &disk::read_all(&device, 0, MIB)?, &data)?;
         let rest = Disk::open_read(&device)?.read(10 * MIB, 1 << 20)?;
-        same("what was never written", &rest, &vec![0; 1 << 20])?;
+        same("a hole", &rest, &vec![0; 1 << 20])?;
         daemon.detach(&device)?;
     }
     daemon.stop()
 }
 
-fn reading(ctx: &Ctx) -> Res {
+fn show_state(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
     let daemon = Daemon::start(ctx)?;
@@ -94,7 +95,7 @@ fn reading(ctx: &Ctx) -> Res {
         ("ioMode", ctx.host.io_modes[0].clone().into()),
     ] as [(&str, serde_json::Value); 10]
     {
-        ensure!(info[name] == value, "{name} is {} and not {value}", info[name]);
+        ensure!(info[name] == value, "{name} is {}, expected {value}", info[name]);
     }
     let disk = Disk::open(&device)?;
     for block in 0..50 {
@@ -132,7 +133,7 @@ fn reading(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Numbers run from 0 and are used again; every way to name a device leads to it.
+/// Device numbers start at 0 and are reused; every form of a device's name finds it.
 fn numbers_and_names(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
@@ -145,7 +146,7 @@ fn numbers_and_names(ctx: &Ctx) -> Res {
     }
     let node = std::fs::canonicalize(&devices[2])?.display().to_string();
     ensure!(node.starts_with("/dev/ublkb"), "{} is {node}", devices[2]);
-    ensure!(daemon.info(&devices[2])?["node"] == node.as_str(), "list differs");
+    ensure!(daemon.info(&devices[2])?["node"] == node.as_str(), "list shows another node");
     daemon.ok(&["detach", "loop1"])?;
     daemon.ok(&["detach", &node])?;
     let image = store.path("image1");

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Discards are offered where the image's file system can free blocks, and nowhere else.
 //!
-//! The block layer takes a disk's "not supported" for success: only a limit of 0 makes it say so.
+//! The block layer reports success for an EOPNOTSUPP of the disk: only a limit of 0 makes it refuse
+//! discards.
 
 use super::MIB;
 use super::private_script::Inside;
@@ -17,7 +18,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A file system of each kind, with an image of 16 MiB and whether that can have holes.
+/// One file system of each kind with a 16 MiB image, and whether it supports holes.
 fn stores(ctx: &Ctx) -> Res<Vec<(&'static str, bool, Mount, Disk)>> {
     let mut stores = Vec::new();
     for (kind, holes, mkfs) in [
@@ -52,7 +53,7 @@ fn instance(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Every loopN says what its present file can, whatever the one before could.
+/// Each loopN reports the discard support of its current file, not of the previous one.
 fn pool(ctx: &Ctx) -> Res {
     let stores = stores(ctx)?;
     let daemon = Daemon::start(ctx)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Flush and FUA: what was promised to be durable survives the loss of power below the image.
+//! Flush and FUA: durable writes survive a power loss of the device below the image.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -22,7 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
     all
 }
 
-/// A device whose write cache forgets when it loses power.
+/// A device with a volatile write cache.
 fn volatile() -> Shape {
     Shape { cache_mib: 64, ..Shape::default() }
 }
@@ -58,14 +58,14 @@ fn reach_the_store(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The store's device loses its cache while everything is in use.
+/// The store's device loses its write cache while the daemon uses it.
 fn power_cut(ctx: &Ctx, kind: &str) -> Res {
     const SYNCED: u64 = 200;
     const FUA: u64 = 240;
     const UNSYNCED: u64 = 400;
     let at = |block: u64| block * 7 * 4096;
     let store = Store::new(ctx, kind, &volatile())?;
-    // Sparse: the file system's own records of new blocks must be durable as well.
+    // Sparse: the file system must make its block allocations durable, too.
     let image = store.sparse("image", 32 * MIB)?;
     tools::ok(&["sync", "-f", &image])?;
     let mut daemon = Daemon::start(ctx)?;
@@ -82,11 +82,11 @@ fn power_cut(ctx: &Ctx, kind: &str) -> Res {
     for block in FUA..UNSYNCED {
         disk.write(at(block), &pattern(block, 4096))?;
     }
-    // In this order: a disk that goes while its file system is alive is synced first.
+    // Shut down the file system first: the removal of a disk syncs a live file system.
     tools::ok(&["xfs_io", "-x", "-c", "shutdown", &store.path(".")])?;
     store.disk.set("power", 0)?;
     drop((disk, durable));
-    // The daemon lives; its device can be taken away although its image is gone.
+    // The daemon runs, and detaches the device although its image is gone.
     daemon.check_alive()?;
     daemon.ok(&["detach", &device, "--force"])?;
     daemon.stop()?;

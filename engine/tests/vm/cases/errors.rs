@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Bad input: one line that says what and what next, a documented exit status, nothing left.
+//! Bad input: one line with the cause and the next step, a documented exit status, no leftovers.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("errors::bad_images", Needs::Ublk, 150, bad_images),
         case("errors::no_direct_io", Needs::Ublk, 90, no_direct_io),
-        case("errors::twice", Needs::Ublk, 90, twice),
+        case("errors::twice", Needs::Ublk, 90, second_writer_is_refused),
         case("errors::instances_and_quota", Needs::Ublk, 120, instances_and_quota),
         case("errors::in_use", Needs::Ublk, 90, in_use),
         case("errors::dead_daemon", Needs::Ublk, 90, dead_daemon),
@@ -25,11 +25,11 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// One line on standard error, nothing on standard output, this exit status.
+/// Expects one line on standard error, no standard output, and one of these exit statuses.
 fn refused(done: &Done, codes: &[i32], says: &str) -> Res {
     ensure!(
         codes.contains(&done.code),
-        "{}: exit status {} and not {codes:?}: {}",
+        "{}: exit status {}, expected {codes:?}: {}",
         done.what,
         done.code,
         done.err
@@ -43,7 +43,7 @@ fn refused(done: &Done, codes: &[i32], says: &str) -> Res {
     Ok(())
 }
 
-/// What the parser of the command line refuses: one line that says what, then where help is.
+/// Expects a usage error: one line with the cause, then a hint at the help.
 fn usage(done: &Done, says: &str) -> Res {
     let mut first = done.clone();
     if done.err.starts_with("error: ") {
@@ -52,7 +52,7 @@ fn usage(done: &Done, says: &str) -> Res {
     refused(&first, &[2], says)
 }
 
-/// No device, no name, no open file more than before.
+/// Checks that there are no devices, and no more names or open files than before.
 fn nothing_left(daemon: &mut Daemon, before: &crate::daemon::Footprint) -> Res {
     daemon.check_alive()?;
     let devices = daemon.json(&["list"])?;
@@ -64,7 +64,7 @@ fn nothing_left(daemon: &mut Daemon, before: &crate::daemon::Footprint) -> Res {
     Ok(())
 }
 
-/// A daemon that has once had a device, so that its threads are there.
+/// A daemon that has had a device before, so that its threads run.
 fn warm(ctx: &Ctx, store: &Store) -> Res<(Daemon, crate::daemon::Footprint)> {
     let daemon = Daemon::start(ctx)?;
     let image = store.sparse("warm", MIB)?;
@@ -115,7 +115,7 @@ fn bad_images(ctx: &Ctx) -> Res {
         let path = store.path("new");
         let done = daemon.cli(&["create", &path, &format!("--size={size}")])?;
         usage(&done, "size").at(format!("create --size={size}"))?;
-        ensure!(!Path::new(&path).exists(), "a file of size '{size}' was made");
+        ensure!(!Path::new(&path).exists(), "created a file of size '{size}'");
     }
     refused(&daemon.cli(&["create", &good, "--size", "1M"])?, &[4], "good")?;
     let path = store.path("huge");
@@ -135,11 +135,11 @@ fn bad_images(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Where there is no direct I/O, the error names the way out, and that way works.
+/// Without direct I/O, the error suggests --buffered, and --buffered works.
 fn no_direct_io(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
-    // ext4 that journals data has none, though it is a disk file system.
+    // ext4 with data=journal has no direct I/O.
     let journal = store.sparse("journal", 64 * MIB)?;
     let outer = daemon.attach(&[&journal])?;
     mkfs("ext4", &outer)?;
@@ -160,8 +160,8 @@ fn no_direct_io(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// An image has one writer, by whatever name it is called.
-fn twice(ctx: &Ctx) -> Res {
+/// A second writer is refused under every name of the image.
+fn second_writer_is_refused(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
     daemon.ok(&["instance", "create", "other", "--max", "4"])?;
@@ -216,7 +216,7 @@ fn instances_and_quota(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A mounted device is not taken away, unless by force.
+/// detach refuses a mounted device, except with --force.
 fn in_use(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -256,7 +256,7 @@ fn dead_daemon(ctx: &Ctx) -> Res {
         ] {
             refused(&daemon.cli(words)?, &[8], "serve")?;
         }
-        // As of env(1): the command did not run.
+        // As with env(1), 125 means that the command did not run.
         refused(&daemon.cli(&["attach", &image, "--run", "true"])?, &[125], "serve")?;
         Ok(())
     };
@@ -279,7 +279,7 @@ fn second_daemon(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Without the driver: refused, with the command that helps.
+/// Without the driver, the error names the modprobe command.
 fn no_driver(ctx: &Ctx) -> Res {
     tools::ok(&["modprobe", "-r", "ublk_drv"])?;
     let mut command = Command::new(&ctx.host.program);
@@ -289,7 +289,7 @@ fn no_driver(ctx: &Ctx) -> Res {
     refused(&done?, &[8], "modprobe ublk_drv")
 }
 
-/// Somebody who is not root gets nothing, and is told so.
+/// Commands of another user fail, with the reason.
 fn other_user(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let (mut daemon, before) = warm(ctx, &store)?;
@@ -319,7 +319,7 @@ fn other_user(ctx: &Ctx) -> Res {
         refused(&as_other(words)?, &[6], "")?;
     }
     refused(&as_other(&["find", &image])?, &[3], "no device that this user can see")?;
-    // What this user can do, or what it would take.
+    // doctor and attach suggest private devices, or name the kernel that these need.
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let doctor: serde_json::Value = serde_json::from_str(&as_other(&["doctor", "--json"])?.out)?;
     let private = &doctor[0];
@@ -331,12 +331,12 @@ fn other_user(ctx: &Ctx) -> Res {
         ensure!(private["found"] == format!("need Linux 7.0: this is {release}"), "{doctor}");
         ensure!(
             doctor.as_array().is_some_and(|checks| checks.len() == 1),
-            "advice that cannot help: {doctor}"
+            "advice that does not help: {doctor}"
         );
         ensure!(hint.contains(&format!("private devices need Linux 7.0: this is {release}")), "{hint}");
         refused(&as_other(&["run", "--", "true"])?, &[125], &format!("linux 7.0: this is {release}"))?;
     }
-    // Nothing of root's.
+    // list shows no devices of root.
     let listed = as_other(&["list", "--json"])?.ok()?.out;
     let nothing: serde_json::Value = serde_json::from_str(&listed)?;
     ensure!(nothing == serde_json::json!({ "devices": [], "pools": [] }), "{listed}");

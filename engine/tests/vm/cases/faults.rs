@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What goes wrong below the device is an error on the device: never silence, never a dead daemon.
+//! Faults below a device become errors of the device; the daemon keeps running.
 
 use std::time::Duration;
 
@@ -34,12 +34,12 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn errno(result: std::io::Result<impl Sized>) -> Res<i32> {
     match result {
-        Ok(_) => fail!("succeeded and should not have"),
+        Ok(_) => fail!("succeeded unexpectedly"),
         Err(error) => Ok(error.raw_os_error().unwrap_or(0)),
     }
 }
 
-/// Reads behind the new end are EIO, those before it go on.
+/// Reads past the new end fail with EIO; reads before it succeed.
 fn truncated(ctx: &Ctx, io_mode: &str) -> Res {
     const END: u64 = 16 * MIB + 3 * 512;
     let store = Store::xfs(ctx)?;
@@ -71,12 +71,12 @@ runtime=5
         (24 * MIB, 4096),
         (END, 512),
         (32 * MIB - 512, 512),
-        // Across the end: some of it is there, yet not all.
+        // Across the end.
         (16 * MIB, 4096),
         (15 * MIB, 2 << 20),
     ] {
         let code = match disk.try_read(offset, len) {
-            // The block layer may split a large read; what comes before the end is then valid.
+            // The block layer may split a large read; the part before the end is valid.
             Ok(got) if (got.len() as u64) <= END.saturating_sub(offset) && !got.is_empty() => {
                 let start = usize::try_from(offset)?;
                 same("before the end", &got, &data[start..start + got.len()])?;
@@ -100,8 +100,8 @@ runtime=5
     daemon.stop()
 }
 
-/// No room below a sparse image: writes to holes fail, everything acknowledged stays, and it works
-/// again when there is room.
+/// The file system below a sparse image is full: writes to holes fail, acknowledged data stays, and
+/// writes succeed again once there is space.
 fn full(ctx: &Ctx, io_mode: &str) -> Res {
     const SIZE: u64 = 64 * MIB;
     let shape = Shape { size_mib: 320, ..Shape::default() };
@@ -118,7 +118,7 @@ fn full(ctx: &Ctx, io_mode: &str) -> Res {
     let ledger = writers.stop(Duration::from_secs(30))?;
     let errors = ledger.errors();
     let strange = errors.iter().find(|e| !e.contains("os error 28") && !e.contains("os error 5"));
-    ensure!(strange.is_none(), "an error of another kind: {strange:?}");
+    ensure!(strange.is_none(), "unexpected error: {strange:?}");
     ensure!(ledger.acknowledged() > 100, "hardly anything was written");
     ledger.check(&device, 0)?;
     daemon.check_alive()?;
@@ -131,13 +131,13 @@ fn full(ctx: &Ctx, io_mode: &str) -> Res {
     std::fs::remove_file(&filler)?;
     tools::ok(&["sync", "-f", &image])?;
     let data = pattern(13, usize::try_from(SIZE)?);
-    disk::write_all(&device, &data).at("writing when there is room again")?;
+    disk::write_all(&device, &data).at("write once there is space again")?;
     daemon.detach(&device)?;
     same("image", &disk::read_all(&image, 0, SIZE)?, &data)?;
     daemon.stop()
 }
 
-/// Sectors that cannot be read or written make errors where they are, and nowhere else.
+/// Bad sectors fail the requests that touch them, and no others.
 fn bad_sectors(ctx: &Ctx, io_mode: &str) -> Res {
     let below = store::Disk::new(&Shape { size_mib: 32, ..Shape::default() })?;
     let mut data = pattern(14, 4 << 20);
@@ -145,7 +145,7 @@ fn bad_sectors(ctx: &Ctx, io_mode: &str) -> Res {
     let mut daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&below.node(), "--io-mode", io_mode])?;
     let disk = Disk::open(&device)?;
-    // Once with transfers that stop at the bad sector, where the kernel has them; once without.
+    // Without and, if the kernel supports them, with transfers that stop at the bad sector.
     for partial in ["0", "1"] {
         if below.set("badblocks_partial_io", partial).is_err() && partial == "1" {
             break;
@@ -178,7 +178,7 @@ fn bad_sectors(ctx: &Ctx, io_mode: &str) -> Res {
         for at in [512 * KIB - 4096, 516 * KIB] {
             let start = usize::try_from(at)?;
             let found = disk.read(at, 4096)?;
-            same("a neighbour", &found, &data[start..start + 4096])?;
+            same("an adjacent block", &found, &data[start..start + 4096])?;
         }
         below.set("badblocks", "-1026-1027")?;
         let fresh = pattern(15, 4096);

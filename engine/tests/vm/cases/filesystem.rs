@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! File systems on devices: make, mount, copy a real tree in, check, come back later.
+//! File systems on devices: make, mount, copy a real tree, check, attach again, compare.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn tree_survives(ctx: &Ctx, kind: &str, io_mode: &str) -> Res {
     let tree = real_tree()?;
-    // Each kind on top of the other, so both also serve as the store.
+    // Each kind on an image in the other, so that both also hold images.
     let store = match kind {
         "ext4" => Store::xfs(ctx)?,
         _ => Store::ext4(ctx)?,
@@ -62,8 +62,8 @@ fn tree_survives(ctx: &Ctx, kind: &str, io_mode: &str) -> Res {
     daemon.stop()
 }
 
-/// A tree of real files, made in memory once: some of what this machine has installed, as much as
-/// its (in the lab slow) root gives within a few seconds, and files of every size around a block.
+/// A tree of files, created in memory once: as many of this machine's own as its root file system
+/// (slow in the lab) yields within 15 seconds, and generated ones of many sizes.
 fn real_tree() -> Res<String> {
     let tree = format!("{}/tree", host::SCRATCH);
     if Path::new(&tree).exists() {
@@ -84,12 +84,12 @@ fn real_tree() -> Res<String> {
     for source in ["/usr/share/perl5", "/usr/lib/python3", "/etc"] {
         copied += copy_some(Path::new(source), Path::new(&new), until)?;
     }
-    eprintln!("  a tree of {copied} files of this machine and 252 made ones");
+    eprintln!("  a tree of {copied} files of this machine and 252 generated ones");
     std::fs::rename(new, &tree)?;
     Ok(tree)
 }
 
-/// Copies regular files below `source` to the same place below `target`, until the time is over.
+/// Copies regular files below `source` to the same path below `target`, until the deadline.
 fn copy_some(source: &Path, target: &Path, until: Instant) -> Res<u64> {
     let mut copied = 0;
     let below = target.join(source.strip_prefix("/").unwrap_or(source));

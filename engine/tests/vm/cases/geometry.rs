@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a device looks like: block size, size, window of the image, read-only.
+//! Geometry of devices: block size, size, offset into the image. Read-only devices.
 
 use super::{KIB, MIB};
 use crate::daemon::{Daemon, queue_attribute};
@@ -21,7 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Zeroes a range, in the way of block devices or that of files.
+/// Zeroes a range with blkdiscard or, if the device is a file, with fallocate.
 fn zero(device: &str, offset: u64, len: u64) -> Res {
     let (offset, len) = (offset.to_string(), len.to_string());
     match crate::FRONTEND {
@@ -39,15 +39,15 @@ fn block_sizes(ctx: &Ctx) -> Res {
         let device = daemon.attach(&[&image, "--block-size", &size.to_string()])?;
         let shown = queue_attribute(&device, "logical_block_size")?;
         ensure!(shown == size.to_string(), "asked for {size}, got {shown}");
-        ensure!(daemon.info(&device)?["blockSizeBytes"] == size, "list differs");
+        ensure!(daemon.info(&device)?["blockSizeBytes"] == size, "list shows another block size");
         let disk = Disk::open(&device)?;
         let data = pattern(size as u64, size);
-        // An odd block, so that a smaller alignment would show.
+        // An odd block number, to detect a smaller alignment.
         disk.write(3 * size as u64, &data)?;
         same("a block", &disk.read(3 * size as u64, size)?, &data)?;
         if size > 512 {
             let refused = disk.try_write(512, &[1; 512]);
-            ensure!(refused.is_err(), "half a block of {size} was written");
+            ensure!(refused.is_err(), "wrote 512 bytes to a device with blocks of {size}");
         }
         drop(disk);
         daemon.detach(&device)?;
@@ -56,12 +56,12 @@ fn block_sizes(ctx: &Ctx) -> Res {
     }
     let device = daemon.attach(&[&image])?;
     let shown = queue_attribute(&device, "logical_block_size")?;
-    ensure!(shown == "512", "by default {shown}, where 512 is possible");
+    ensure!(shown == "512", "the default block size is {shown}, expected 512");
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// Where direct I/O needs 4096, devices have 4096, and 512 is refused in words.
+/// If direct I/O needs blocks of 4096 bytes, devices have them, and 512 is refused.
 fn large_sectors_below(ctx: &Ctx) -> Res {
     let shape = Shape { block_size: 4096, ..Shape::default() };
     let store = Store::new(ctx, "ext4", &shape)?;
@@ -94,14 +94,14 @@ fn read_only(ctx: &Ctx) -> Res {
     ensure!(daemon.info(&device)?["readOnly"] == true, "list says writable");
     if let Ok(disk) = Disk::open(&device) {
         let written = disk.try_write(0, &[1; 4096]);
-        ensure!(written.is_err(), "a read-only device took a write");
+        ensure!(written.is_err(), "wrote to a read-only device");
     }
     let discard = tools::run(&["blkdiscard", "-f", &device])?;
-    ensure!(discard.code != 0, "a read-only device took a discard");
+    ensure!(discard.code != 0, "discarded blocks of a read-only device");
     let mount = Mount::new(&device, &ctx.path("mnt"), &["-o", "ro,noload"])?;
     tools::ok(&["ls", &mount.dir])?;
     let touched = tools::run(&["touch", &format!("{}/file", mount.dir)])?;
-    ensure!(touched.code != 0, "a file was made on a read-only device");
+    ensure!(touched.code != 0, "created a file on a read-only device");
     mount.umount()?;
     // Readers may share an image.
     let second = daemon.attach(&[&image, "--read-only"])?;
@@ -113,7 +113,7 @@ fn read_only(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The device is a window: what lies outside is neither shown nor touched.
+/// A device is a window of its image: the rest is neither visible nor changed.
 fn offset_and_limit(ctx: &Ctx) -> Res {
     const OFFSET: u64 = MIB + 512;
     const LIMIT: u64 = 3 * MIB + 1024;
@@ -134,21 +134,22 @@ fn offset_and_limit(ctx: &Ctx) -> Res {
         let start = usize::try_from(OFFSET + at)?;
         expected[start..start + 512].copy_from_slice(&data);
     }
-    ensure!(disk.try_write(LIMIT, &[1; 512]).is_err(), "a write behind the end was taken");
+    ensure!(disk.try_write(LIMIT, &[1; 512]).is_err(), "wrote past the end");
     drop(disk);
-    // All of the window, not a byte more.
+    // Zero the whole window, and not a byte more.
     zero(&device, 0, LIMIT)?;
     expected[window].fill(0);
     daemon.detach(&device)?;
     same("image", &disk::read_all(&image, 0, 8 * MIB)?, &expected)?;
 
     let device = daemon.attach(&[&image, "--offset", "7M", "--size-limit", "1G"])?;
-    ensure!(disk::size(&device)? == MIB, "a limit behind the end enlarges");
+    ensure!(disk::size(&device)? == MIB, "a size limit past the end of the image enlarges the device");
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// An image that is not whole blocks is refused, with the way out; taken, the rest stays untouched.
+/// Refuses an image that is not whole blocks, and suggests --size-limit. With that, the rest of the
+/// image stays unchanged.
 fn odd_size(ctx: &Ctx) -> Res {
     const SIZE: u64 = MIB + 3 * 512 + 100;
     let store = Store::xfs(ctx)?;
@@ -175,7 +176,7 @@ fn odd_size(ctx: &Ctx) -> Res {
     disk::write_all(&device, &zeroes)?;
     daemon.detach(&device)?;
     let after = std::fs::read(&image)?;
-    same("what was shown", &after[..zeroes.len()], &zeroes)?;
+    same("within the limit", &after[..zeroes.len()], &zeroes)?;
     same("the rest", &after[zeroes.len()..], &data[zeroes.len()..])?;
     daemon.stop()
 }
@@ -195,12 +196,12 @@ fn block_device(ctx: &Ctx) -> Res {
     let found = Disk::open_read(&device)?.read(0, 4096)?;
     same("start", &found[..512], &data[..512])?;
     same("zeroed", &found[512..2048], &[0; 1536])?;
-    same("behind", &found[2048..], &data[2048..4096])?;
+    same("after it", &found[2048..], &data[2048..4096])?;
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// No scheduler (it would undo batching); a volatile cache and FUA, or no flush ever arrives.
+/// No scheduler, which would undo batching; a volatile cache and FUA, so that flushes arrive.
 fn scheduler(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
@@ -211,7 +212,7 @@ fn scheduler(ctx: &Ctx) -> Res {
         ensure!(chosen.contains("[none]"), "scheduler {chosen} with {queues} queues");
         for (name, value) in [("write_cache", "write back"), ("fua", "1"), ("rotational", "0")] {
             let found = queue_attribute(&device, name)?;
-            ensure!(found == value, "{name} is {found:?} and not {value:?}");
+            ensure!(found == value, "{name} is {found:?}, expected {value:?}");
         }
         daemon.detach(&device)?;
     }

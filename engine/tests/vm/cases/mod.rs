@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The cases, by theme. Each file knows one theme and gives a list.
+//! The cases, by theme. Each file covers one theme and returns a list.
 
 mod claims;
 mod commands;
@@ -51,7 +51,7 @@ mod zeroes;
 
 use crate::harness::Case;
 
-/// Every case that is about data runs in each.
+/// The I/O modes: cases about data run in each of them.
 const IO_MODES: [&str; 3] = ["copy", "auto", "batch"];
 
 const KIB: u64 = 1 << 10;

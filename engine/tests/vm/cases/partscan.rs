@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Partitions of public devices: beside the device under its name, as the kernel's driver has them
-//! beside its own, whoever makes them.
+//! Partitions of devices of an instance: they are named after their device and lie next to it,
+//! whichever program adds them. Compares with the kernel's driver.
 
 use std::time::Duration;
 
 use super::MIB;
 use super::private_driver::Driver;
-use super::private_partitions::{GROWN, PARTED, SFDISK, SGDISK, TABLES, TELL, compare};
+use super::private_partitions::{GROWN, PARTED, REPORT, SFDISK, SGDISK, TABLES, compare};
 use super::private_script::Inside;
 use crate::daemon::Daemon;
 use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
@@ -24,17 +24,18 @@ pub(super) fn cases() -> Vec<Case> {
         tools("sgdisk", SGDISK).variant_if(true),
         tools("parted", PARTED).variant_if(true),
         tools("tables", TABLES).variant_if(true),
-        case("partscan::partitions_are_uses", Needs::Ublk, 200, uses),
-        case("partscan::names_outlive_the_daemon", Needs::Recovery("copy"), 200, outlive),
-        case("partscan::names_below_dev", Needs::Ublk, 200, below_dev),
+        case("partscan::partitions_are_uses", Needs::Ublk, 200, partitions_are_uses),
+        case("partscan::names_outlive_the_daemon", Needs::Recovery("copy"), 200, names_outlive_the_daemon),
+        case("partscan::names_below_dev", Needs::Ublk, 200, names_below_dev),
     ]
 }
 
 const SCRIPT: Duration = Duration::from_secs(250);
-/// For the daemon to hear of a partition.
+/// Until the daemon notices a partition.
 const SOON: Duration = Duration::from_secs(5);
 
-/// What `TELL` does with losetup, with loopengine. The kernel's name of a disk is another.
+/// The functions of `REPORT`, with loopengine for losetup. The disk has another name than the
+/// device.
 const PUBLIC: &str = r#"
 bind() {
     local options=()
@@ -52,23 +53,24 @@ shown() {
 }
 "#;
 
-/// A script of the private cases on the kernel's driver and on public devices, each bound with -P.
+/// Runs a script of the private cases on the kernel's driver and on devices of an instance, always
+/// with -P.
 fn same(ctx: &Ctx, script: &str) -> Res {
     let script = script.replace(r#"in "" -P"#, "in -P");
     let dir = ctx.dir.display().to_string();
     let clean = || tools::sh(format!("cd {dir} && rm -rf disk said mnt"));
     let driver = Driver::load()?;
     let daemon = Daemon::start(ctx)?;
-    let theirs = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &format!("{TELL}\n{script}"))?;
+    let theirs = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &format!("{REPORT}\n{script}"))?;
     driver.unload()?;
     clean()?;
-    let ours = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &format!("{TELL}\n{PUBLIC}\n{script}"))?;
+    let ours = Inside::new(ctx, &daemon).plain().run_for(SCRIPT, &format!("{REPORT}\n{PUBLIC}\n{script}"))?;
     clean()?;
     compare(ctx, &theirs, &ours)?;
     daemon.stop()
 }
 
-/// Two partitions of an image, with a file system on the first.
+/// An image with two partitions.
 fn image(ctx: &Ctx, store: &Store, bytes: u64) -> Res<String> {
     let image = store.sparse("image", bytes)?;
     tools::sh(format!("printf 'label: gpt\nsize=16M\nsize=8M\n' | sfdisk -q {image}"))?;
@@ -76,7 +78,7 @@ fn image(ctx: &Ctx, store: &Store, bytes: u64) -> Res<String> {
     Ok(image)
 }
 
-/// Names in the directory of a device that begin with its own.
+/// The names of devices and partitions in the directory of `device`.
 fn names(device: &str) -> Res<String> {
     Ok(tools::sh(format!("cd $(dirname {device}); ls -d loop* | sort -V | tr '\n' ' '"))?
         .trim_end()
@@ -85,12 +87,12 @@ fn names(device: &str) -> Res<String> {
 
 fn wait_for_names(device: &str, wanted: &str) -> Res {
     let come = tools::until(SOON, || names(device).is_ok_and(|names| names == wanted).then_some(()));
-    ensure!(come.is_some(), "names are {:?} and not {wanted:?}", names(device)?);
+    ensure!(come.is_some(), "names are {:?}, expected {wanted:?}", names(device)?);
     Ok(())
 }
 
-/// A device of which a partition is used is used.
-fn uses(ctx: &Ctx) -> Res {
+/// A device is in use while one of its partitions is.
+fn partitions_are_uses(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = image(ctx, &store, 64 * MIB)?;
     let daemon = Daemon::start(ctx)?;
@@ -103,7 +105,7 @@ fn uses(ctx: &Ctx) -> Res {
     let reason = format!("mounted on {}", mount.dir);
     ensure!(refused.code == 4 && refused.err.contains(&reason), "{refused:?}");
     mount.umount()?;
-    // Older drivers do not tell who has a disk, or a part of it, open without claiming it.
+    // Older drivers do not report who has a disk or partition open without a claim.
     if ctx.host.private {
         let held = std::fs::File::open(format!("{device}p2"))?;
         let refused = daemon.cli(&["detach", &device])?;
@@ -113,7 +115,7 @@ fn uses(ctx: &Ctx) -> Res {
     daemon.detach(&device)?;
     let left = tools::sh(format!("ls {}", device.trim_end_matches("loop0")))?;
     ensure!(left.is_empty(), "names are left: {left}");
-    // Not asked for: not there, until somebody does.
+    // Without --partscan, a device has no partitions until a program adds them.
     let device = daemon.attach(&[&image])?;
     ensure!(names(&device)? == "loop0", "without --partscan: {}", names(&device)?);
     tools::sh(format!("partx -a {device} || partx -u {device}"))?;
@@ -127,8 +129,8 @@ fn uses(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Names of partitions are right again with the next daemon, also those that came meanwhile.
-fn outlive(ctx: &Ctx) -> Res {
+/// The next daemon updates the names of partitions, also after changes without a daemon.
+fn names_outlive_the_daemon(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let (image, config) = (image(ctx, &store, 64 * MIB)?, ctx.path("config.toml"));
     std::fs::write(&config, format!("[[device]]\nimage = '{image}'\npartscan = true\n"))?;
@@ -136,7 +138,7 @@ fn outlive(ctx: &Ctx) -> Res {
     let device = format!("{}/default/loop0", ctx.path("run"));
     wait_for_names(&device, "loop0 loop0p1 loop0p2")?;
     daemon.kill()?;
-    // No table is read without a daemon, but the kernel can be told.
+    // Without a daemon, the kernel cannot read a table, but it can remove partitions.
     tools::sh(format!("delpart {device} 1"))?;
     daemon.restart()?;
     wait_for_names(&device, "loop0 loop0p2")?;
@@ -145,8 +147,9 @@ fn outlive(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Names below /dev: of one daemon, as right as its others, gone with the devices.
-fn below_dev(ctx: &Ctx) -> Res {
+/// Names below /dev belong to one daemon, match those in its run directory, and are removed with
+/// the devices.
+fn names_below_dev(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = image(ctx, &store, 64 * MIB)?;
     let mut daemon = Daemon::with(ctx, &["--dev-links"])?;
@@ -169,7 +172,7 @@ fn below_dev(ctx: &Ctx) -> Res {
     let left = tools::sh("find /dev/loopengine -mindepth 1 -name 'loop*'")?;
     ensure!(left.is_empty(), "left: {left}");
     daemon.stop()?;
-    // The next daemon, which has no such names, leaves none that nobody keeps right.
+    // A daemon without --dev-links removes the names that the previous one left.
     let daemon = Daemon::start(ctx)?;
     ensure!(!std::path::Path::new("/dev/loopengine").exists(), "/dev/loopengine is left");
     daemon.stop()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Private loop devices from bind to unbind: detaching with and without holders, binding anew,
+//! Private loop devices from bind to unbind: detaching with and without holders, rebinding,
 //! overlaps, removal, partitions.
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::detach", Needs::Private, 120, detach),
         case("private::rebind", Needs::Private, 120, rebind),
-        case("private::in_turn", Needs::Private, 240, in_turn),
+        case("private::in_turn", Needs::Private, 240, bind_while_unbinding),
         case("private::overlap", Needs::Private, 120, overlap),
         case("private::remove", Needs::Private, 120, remove),
         case("private::partitions::mbr", Needs::Private, 150, |ctx| partitions(ctx, "dos")),
@@ -20,7 +20,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// `-d`: at once, or with the last close; `-D`: all.
+/// `losetup -d` unbinds at once or with the last close; `-D` unbinds all.
 fn detach(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -28,20 +28,20 @@ fn detach(ctx: &Ctx) -> Res {
         image a 1M alpha
         dev=$(losetup -f --show a)
         works "-d" losetup -d $dev
-        same "nobody has it open: gone at once" "$(losetup -a)" ""
-        refused "-d of what is unbound" "No such device" losetup -d $dev
+        same "not held: unbound at once" "$(losetup -a)" ""
+        refused "-d of an unbound device" "No such device" losetup -d $dev
         soon "size, unbound" 0 size $dev
         same "the node stays" "$(stat -Lc %F $dev)" "block special file"
 
         dev=$(losetup -f --show a); exec 7<>$dev
         works "-d, held" losetup -d $dev
         sleep 1.5
-        same "held: bound still" "$(bound)" "$dev $PWD/a"
-        same "held: to be cleared" "$(losetup -n -O AUTOCLEAR $dev | tr -d ' ')" 1
+        same "held: still bound" "$(bound)" "$dev $PWD/a"
+        same "held: autoclear" "$(losetup -n -O AUTOCLEAR $dev | tr -d ' ')" 1
         same "held: its bytes" "$(head_of /dev/fd/7)" alpha
         printf OMEGA >&7; exec 7>&-
-        soon "let go" "" losetup -a
-        same "what was written last" "$(head_of a)" OMEGA
+        soon "unbound after the last close" "" losetup -a
+        same "the last write" "$(head_of a)" OMEGA
 
         for i in 1 2 3; do works "bind $i" losetup -f a; done
         works "-D" losetup -D
@@ -68,16 +68,16 @@ fn rebind(ctx: &Ctx) -> Res {
             works "$round: all of b" cmp /dev/loop0 b.was
             losetup -d /dev/loop0
         done
-        # What is dirty goes to the file that it was written for.
+        # Dirty data goes to the file that was bound when it was written.
         losetup /dev/loop0 a; printf ALPHA | dd of=/dev/loop0 conv=notrunc 2>/dev/null
         losetup -d /dev/loop0; losetup /dev/loop0 b
         same "b has nothing of a" "$(head_of /dev/loop0)" beta
         losetup -d /dev/loop0; soon "unbound" "" losetup -a
         same "a has it" "$(head_of a)" ALPHA; works "b is as it was" cmp b b.was
-        # And while somebody holds what it was bound to before.
+        # Rebind while a process holds the previous binding open.
         losetup /dev/loop0 a; exec 7</dev/loop0; losetup -d /dev/loop0
         if losetup /dev/loop0 b 2>/dev/null; then
-            same "held by another: its bytes" "$(head_of /dev/loop0)" beta
+            same "rebound: bytes of b" "$(head_of /dev/loop0)" beta
             same "the holder's bytes" "$(dd bs=16 count=1 <&7 2>/dev/null | tr -d '\0')" ALPHA
         else
             echo "a device that is held after -d cannot be bound, as with the kernel's" >&2
@@ -88,8 +88,8 @@ fn rebind(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device that is being unbound, and the next free one: each name has its own file.
-fn in_turn(ctx: &Ctx) -> Res {
+/// Binds the next free device while the previous one unbinds: each has its own file.
+fn bind_while_unbinding(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run_for(
         Duration::from_secs(200),
@@ -128,7 +128,7 @@ fn overlap(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// LOOP_CTL_REMOVE, by losetup where it can, and by unlink.
+/// Removes devices with unlink and, if losetup supports it, with --remove.
 fn remove(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let out = Inside::new(ctx, &daemon).run(
@@ -182,10 +182,10 @@ fn partitions(ctx: &Ctx, table: &str) -> Res {
         echo hello > mnt/file
         works "-d while a partition is mounted" losetup -d $dev
         sleep 1.5
-        same "it stays" "$(bound)" "$dev $PWD/disk"
+        same "still bound" "$(bound)" "$dev $PWD/disk"
         same "its file" "$(cat mnt/file)" hello
         works "umount" umount mnt
-        soon "then it goes" "" losetup -a
+        soon "unbound after umount" "" losetup -a
         dev=$(losetup -P -f --show disk)
         works "mount again" mount -o ro /dev/loop0p1 mnt
         same "file" "$(cat mnt/file)" hello

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Builders of disk images, unmodified, under `loopengine run`: the same steps on the kernel's own
-//! driver and in a pool, and the same lines from both. `engine/doc/builders.md` says which others
-//! there are.
+//! Unmodified builders of disk images under `loopengine run`: the same steps on the kernel's driver
+//! and in a pool print the same lines. `engine/doc/builders.md` lists the builders.
 
 use std::time::Duration;
 
 use super::private_mapped::installed;
-use super::private_partitions::{TELL, same};
+use super::private_partitions::{REPORT, same};
 use super::private_script::Inside;
 use crate::daemon::Daemon;
 use crate::harness::{Case, Ctx, Needs, Res, case};
@@ -25,14 +24,14 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// As for Raspberry Pi images: a table, a file system per partition, a copied tree, names by
-/// PARTUUID.
+/// Steps of a builder of Raspberry Pi images: a table, a file system per partition, a copied tree,
+/// names by PARTUUID.
 const SCRIPT: &str = r#"
 set -e
 truncate -s 96M disk
 table "label: dos" "label-id: 0xcafe1234" "start=8192,size=65536,type=c" "start=73728" | sfdisk -q disk
 dev=$(losetup --show -f -P disk)
-tell "bound" true
+report "bound" true
 mkfs.vfat -F 32 -n BOOTFS -i 12345678 ${dev}p1 > /dev/null
 mkfs.ext4 -q -L rootfs -U 11111111-2222-3333-4444-555555555555 -E lazy_itable_init=0 ${dev}p2
 mkdir -p mnt; mount $MOUNT ${dev}p2 mnt
@@ -47,24 +46,24 @@ losetup -d $dev
 set +e
 "#;
 
-/// The resulting image.
+/// Checks the resulting image.
 const LOOK: &str = r#"
 bind -P -r
 e2fsck -fn ${dev}p2 > said 2>&1; echo "e2fsck: $?"
 fsck.vfat -n ${dev}p1 > said 2>&1; echo "fsck.vfat: $?"
 blkid -o export ${dev}p2 | grep -E 'UUID|LABEL|TYPE' | sort
-tell "copied" debugfs -R "cat /etc/fstab" ${dev}p2; cat said
+report "copied" debugfs -R "cat /etc/fstab" ${dev}p2; cat said
 free
 "#;
 
-/// The same for a plain user: the kernel mounts what the administrator allows.
+/// Runs `SCRIPT` as a user: the kernel mounts the file systems that the administrator allows.
 fn of_a_user(ctx: &Ctx) -> Res {
     let config = ctx.path("loopengine.toml");
     tools::sh(format!("printf '[private]\\nkernel_mounts = [\"ext4\", \"vfat\"]\\n' > {config}"))?;
     let daemon = Daemon::with(ctx, &["--config", &config])?;
     tools::ok(&["chown", "1000:1000", &ctx.dir.display().to_string()])?;
     let script = format!(
-        "MOUNT=; {TELL}\n{SCRIPT}{}",
+        "MOUNT=; {REPORT}\n{SCRIPT}{}",
         r#"
         same "unbound" "$(losetup -j disk)" ""
         e2fsck -fn "disk?offset=$((73728 * 512))" > said 2>&1; same "e2fsck" "$?" 0
@@ -122,10 +121,10 @@ rm -f disk
 vmdb2 --output $PWD/disk --log log spec > said 2>&1 || wrong "vmdb2: $(tail -n 5 said log)"
 losetup -a; ls /dev/mapper
 bind -P
-tell "found" lvm pvs --noheadings -o vg_name; cat said
-tell "activated" lvm vgchange -ay built
+report "found" lvm pvs --noheadings -o vg_name; cat said
+report "activated" lvm vgchange -ay built
 mkdir -p mnt; mount /dev/built/rootlv mnt; cat mnt/hello; umount mnt
 mount ${dev}p1 mnt; cat mnt/hello; umount mnt
-tell "deactivated" lvm vgchange -an built
+report "deactivated" lvm vgchange -an built
 free; rm -rf lvm spec log
 "#;

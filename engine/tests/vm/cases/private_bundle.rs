@@ -15,7 +15,7 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Ctx, Res, ensure, fail, skip};
 use crate::tools::{self, Done, Running};
 
-/// From its start to its end.
+/// Deadline for a whole container.
 pub(super) const CONTAINER: Duration = Duration::from_secs(100);
 /// Until devices of an ended container are unbound: a second, on an idle machine.
 pub(super) const UNBOUND: Duration = Duration::from_secs(10);
@@ -162,18 +162,18 @@ impl<'a> Bundle<'a> {
         end(self.start(script)?)
     }
 
-    /// Waits until the script says `halfway NAME`.
+    /// Waits until the script reaches `pause NAME`.
     pub(super) fn wait(&self, container: &mut Running, name: &str) -> Res {
         let there = self.work(&format!("{name}.there"));
         let come = tools::until(CONTAINER, || {
             let come = Path::new(&there).exists();
             (come || !container.alive()).then_some(come)
         });
-        ensure!(come == Some(true), "the container {} did not come to '{name}'", self.name);
+        ensure!(come == Some(true), "the container {} did not reach '{name}'", self.name);
         Ok(())
     }
 
-    pub(super) fn go_on(&self, name: &str) -> Res {
+    pub(super) fn resume(&self, name: &str) -> Res {
         std::fs::write(self.work(&format!("{name}.on")), "").at("a script's file")
     }
 }
@@ -200,13 +200,13 @@ impl Pool {
         Pool::with(ctx, daemon, name, max, &[])
     }
 
-    /// One whose containers may have these file systems mounted by the kernel.
-    pub(super) fn mounting(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32, mounts: &str) -> Res<Pool> {
+    /// A pool whose containers may mount these file systems with the kernel.
+    pub(super) fn with_mounts(ctx: &Ctx, daemon: &Daemon, name: &str, max: u32, mounts: &str) -> Res<Pool> {
         Pool::with(ctx, daemon, name, max, &["--mount", mounts])
     }
 
-    /// The same, with this user as its owner: root of containers with a user namespace.
-    pub(super) fn of(ctx: &Ctx, daemon: &Daemon, name: &str, root: u32, mounts: &str) -> Res<Pool> {
+    /// The same, owned by this user: root of containers with a user namespace.
+    pub(super) fn owned_by(ctx: &Ctx, daemon: &Daemon, name: &str, root: u32, mounts: &str) -> Res<Pool> {
         let root = root.to_string();
         Pool::with(ctx, daemon, name, 2, &["--uid", &root, "--gid", &root, "--mount", mounts])
     }
@@ -220,11 +220,11 @@ impl Pool {
         Ok(Pool { dir })
     }
 
-    /// Removes it, and checks that nothing of it is left.
+    /// Removes it, and checks that no devices are left.
     pub(super) fn end(self, daemon: &Daemon) -> Res {
         tools::ok(&["umount", "-R", &self.dir])?;
         let gone = tools::until(UNBOUND, || daemon.ublk_ids().is_empty().then_some(()));
-        ensure!(gone.is_some(), "devices left of a pool that was unmounted: {:?}", daemon.ublk_ids());
+        ensure!(gone.is_some(), "devices of an unmounted pool are left: {:?}", daemon.ublk_ids());
         std::fs::remove_dir(&self.dir).at(&self.dir)
     }
 }

@@ -14,10 +14,10 @@ use crate::store::{self, Mount, Shape, Store, mkfs};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_claims::readers_keep_nobody_away", Needs::Private, 120, readers),
-        case("private_claims::writers_are_named", Needs::Private, 150, writers),
-        case("private_claims::pools_share_with_a_warning", Needs::Private, 150, pools),
-        case("private_claims::recovery_ignores_pools", Needs::Private, 150, recovery),
+        case("private_claims::readers_keep_nobody_away", Needs::Private, 120, readers_exclude_nobody),
+        case("private_claims::writers_are_named", Needs::Private, 150, writers_are_named),
+        case("private_claims::pools_share_with_a_warning", Needs::Private, 150, pools_share_with_a_warning),
+        case("private_claims::recovery_ignores_pools", Needs::Private, 150, recovers_shared_images),
     ]
 }
 
@@ -25,28 +25,28 @@ fn open_to_all(ctx: &Ctx) -> Res {
     Ok(std::fs::set_permissions(&ctx.dir, Permissions::from_mode(0o1777))?)
 }
 
-fn readers(ctx: &Ctx) -> Res {
+fn readers_exclude_nobody(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
     let image = store.sparse("image", MIB)?;
     let script = Inside::new(ctx, &daemon)
         .user(1000)
-        .start(&format!("works bind losetup -r /dev/loop2 {image}; halfway bound; head_of /dev/loop2"))?
+        .start(&format!("works bind losetup -r /dev/loop2 {image}; pause bound; head_of /dev/loop2"))?
         .wait("bound")?;
     let device = daemon.attach(&[&image])?;
     Disk::open(&device)?.write(0, &b"written by root ".repeat(32))?;
     let shared = daemon.info(&device)?["sharedWith"].to_string();
     ensure!(shared.contains("loop2 of pool ") && shared.contains(" of user 1000 (read-only)"), "{shared}");
     ensure!(warnings(&daemon, "shares") == 0, "{}", daemon.log());
-    script.go_on("bound")?;
+    script.resume("bound")?;
     let read = script.finish()?;
     ensure!(read.starts_with("written by root"), "the reader read {read:?}");
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-fn writers(ctx: &Ctx) -> Res {
+fn writers_are_named(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
@@ -54,7 +54,7 @@ fn writers(ctx: &Ctx) -> Res {
     std::fs::set_permissions(&image, Permissions::from_mode(0o666))?;
     let script = Inside::new(ctx, &daemon)
         .user(1000)
-        .start(&format!("works bind losetup /dev/loop2 {image}; halfway bound"))?
+        .start(&format!("works bind losetup /dev/loop2 {image}; pause bound"))?
         .wait("bound")?;
     refused(&daemon, &[&image], "in use by loop2 of pool ")?;
     refused(&daemon, &[&image], " of user 1000 (read-write)")?;
@@ -63,9 +63,9 @@ fn writers(ctx: &Ctx) -> Res {
     daemon.detach(&device)?;
     let device = daemon.attach(&["--force", &image])?;
     warned(&daemon, "default/loop0 (read-write) shares ", 1)?;
-    script.go_on("bound")?;
+    script.resume("bound")?;
     script.finish()?;
-    // The other way round: the pool binds later, and is admitted.
+    // A pool that binds after the attach is admitted, with a warning.
     let other = Inside::new(ctx, &daemon).user(1000);
     other.run(&format!("works bind losetup /dev/loop1 {image}"))?;
     warned(&daemon, " with default/loop0 (read-write)", 1)?;
@@ -73,19 +73,19 @@ fn writers(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-fn pools(ctx: &Ctx) -> Res {
+fn pools_share_with_a_warning(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
     let image = store.sparse("image", 32 * MIB)?;
     mkfs("ext4", &image)?;
-    let held = format!("works bind losetup /dev/loop2 {image}; halfway bound");
+    let held = format!("works bind losetup /dev/loop2 {image}; pause bound");
     let script = Inside::new(ctx, &daemon).start(&held)?.wait("bound")?;
     // No warning for two bindings in one pool; for another pool, one warning per minute and image.
     Inside::new(ctx, &daemon)
         .run(&format!("works bind losetup /dev/loop3 {image}; works again losetup -r /dev/loop4 {image}"))?;
     warned(&daemon, &format!("shares {image} with loop2 of pool "), 1)?;
     warned(&daemon, "shares", 1)?;
-    script.go_on("bound")?;
+    script.resume("bound")?;
     script.finish()?;
     // A block device that is mounted.
     let disk = store::Disk::new(&Shape::default())?;
@@ -97,13 +97,13 @@ fn pools(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device that was attached while a pool had its image is recovered, whoever has the image then.
-fn recovery(ctx: &Ctx) -> Res {
+/// The next daemon recovers a device whose image is also bound in a pool.
+fn recovers_shared_images(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
     let image = store.sparse("image", MIB)?;
     let script = Inside::new(ctx, &daemon)
-        .start(&format!("works bind losetup /dev/loop2 {image}; halfway bound"))?
+        .start(&format!("works bind losetup /dev/loop2 {image}; pause bound"))?
         .wait("bound")?;
     let device = daemon.attach(&["--force", &image])?;
     let second = daemon.attach(&["--force", &image])?;

@@ -26,14 +26,14 @@ pub(super) fn cases() -> Vec<Case> {
             in_user_namespace(ctx, "runc")
         }),
         case("private_containers::mount_refused", Needs::Private, 240, refused),
-        case("private_containers::mount_ends", Needs::Private, 300, ends),
+        case("private_containers::mount_ends", Needs::Private, 300, container_ends),
     ]
 }
 
 /// Common uses of a loop device, by unmodified programs.
 fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
     let daemon = Daemon::start(ctx)?;
-    let pool = Pool::mounting(ctx, &daemon, "ci", 2, "ext4,xfs")?;
+    let pool = Pool::with_mounts(ctx, &daemon, "ci", 2, "ext4,xfs")?;
     let bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
     bundle.run(
         r#"
@@ -50,21 +50,21 @@ fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
         same "read-only" "$(blockdev --getro /dev/loop0)" 1
         works "again" mount -o loop a mnt2
         same "seen in both" "$(cat mnt2/dir/file)" hello
-        refused "umount of a place in use" "busy" bash -c 'cd mnt2/dir; umount /work/mnt2'
+        refused "umount of a busy mount" "busy" bash -c 'cd mnt2/dir; umount /work/mnt2'
         works "umount" umount mnt2
         same "mounted still" "$(cat mnt/dir/file)" hello
         works "umount by the image" umount a
         soon "unbound" "" losetup -a
         [ -d mnt/below ] || wrong "the directory below is not back"
         works "whole" e2fsck -fn a
-        # Over a link, on top of another, from a directory in the mount; lazily.
+        # Through a symlink, on top of another mount; lazy unmount.
         works "by a link" mount -o loop,ro link/../a link
         same "where" "$(findmnt -no TARGET,FSTYPE mnt)" "/work/mnt ext4"
         refused "written" "Read-only" bash -c 'echo > mnt/x'
         truncate -s 320M b; mkfs.xfs -q b
         works "on top" mount -o loop b mnt
         same "the upper" "$(stat -f -c %T mnt)" xfs
-        works "the upper off" umount mnt
+        works "umount of the upper" umount mnt
         same "the lower" "$(cat mnt/dir/file)" hello
         exec 8< mnt/dir/file
         works "lazily" umount -l mnt
@@ -74,7 +74,7 @@ fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
         exec 8<&-
         soon "unbound after that" "" losetup -a
         works "xfs: whole" xfs_repair -n b
-        # Another program, and a device that was bound before.
+        # With busybox, on a device that is bound already.
         losetup /dev/loop1 a
         works "busybox" busybox mount -t ext4 /dev/loop1 mnt
         echo more > mnt/more
@@ -95,7 +95,7 @@ fn mount(ctx: &Ctx, runtime: &'static str) -> Res {
 fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
     const ROOT: u32 = 100_000;
     let daemon = Daemon::start(ctx)?;
-    let pool = Pool::of(ctx, &daemon, "ci", ROOT, "ext4")?;
+    let pool = Pool::owned_by(ctx, &daemon, "ci", ROOT, "ext4")?;
     let mut bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
     bundle.capabilities = vec!["CAP_CHOWN"];
     std::os::unix::fs::chown(bundle.work(""), Some(ROOT), Some(ROOT)).at("the container's directory")?;
@@ -126,7 +126,7 @@ fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
         config["linux"][ids] = json!([{ "containerID": 0, "hostID": ROOT, "size": 65536 }]);
     }
     end(bundle.start_as(&config)?)?;
-    // The owner on the disk is that inside of the container.
+    // The owner on the disk is the one inside of the container.
     let stat = tools::run(&["debugfs", "-R", "stat /dir/file", &bundle.work("a")])?.ok()?;
     ensure!(stat.out.contains("User:     7   Group:     8"), "the image has {:?}", stat.out);
     unbound(&daemon, "ci")?;
@@ -138,7 +138,7 @@ fn in_user_namespace(ctx: &Ctx, runtime: &'static str) -> Res {
 fn refused(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
-    let pool = Pool::mounting(ctx, &daemon, "ci", 2, "ext4")?;
+    let pool = Pool::with_mounts(ctx, &daemon, "ci", 2, "ext4")?;
     let mut bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
     bundle.run(
         r#"
@@ -154,7 +154,7 @@ fn refused(ctx: &Ctx) -> Res {
         refused "on nothing" "No such file" busybox mount -t ext4 /dev/loop0 nothing
         refused "tmpfs" "permi" busybox mount -t tmpfs none mnt
         refused "bind" "permi" mount --bind /etc mnt
-        refused "a kind that is not allowed" "unknown filesystem" mount -t vfat /dev/loop0 mnt
+        refused "a file system that is not allowed" "unknown filesystem" mount -t vfat /dev/loop0 mnt
         refused "an option" "bad option" mount -o errors=panic /dev/loop0 mnt
         refused "another's device" "permi" busybox mount -t ext4 /dev/null mnt
         for dir in /proc /sys /work /dev/loopfs /sys/block; do
@@ -193,10 +193,10 @@ fn refused(ctx: &Ctx) -> Res {
 }
 
 /// The container ends with a mounted file system: the image is intact, and the pool is reset.
-fn ends(ctx: &Ctx) -> Res {
+fn container_ends(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
-    let pool = Pool::mounting(ctx, &daemon, "ci", 2, "ext4")?;
+    let pool = Pool::with_mounts(ctx, &daemon, "ci", 2, "ext4")?;
     let bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
     image(&bundle.work("a"), "")?;
     let script = r#"
@@ -204,7 +204,7 @@ fn ends(ctx: &Ctx) -> Res {
         same "as new" "$(losetup -a)" ""
         works "mount" mount -o loop a mnt
         echo hello > mnt/file
-        halfway mounted
+        pause mounted
         "#;
     for how in ["ends", "killed", "its namespace is held"] {
         let mut running = bundle.start(script)?;
@@ -214,7 +214,7 @@ fn ends(ctx: &Ctx) -> Res {
         let held = std::fs::File::open(format!("/proc/{pid}/ns/mnt")).at("the mount namespace")?;
         let held = (how == "its namespace is held").then_some(held);
         match how {
-            "ends" => bundle.go_on("mounted")?,
+            "ends" => bundle.resume("mounted")?,
             _ => bundle.control(&["kill", "c1", "KILL"])?.ok().map(drop)?,
         }
         let code = running.finish(CONTAINER)?.code;

@@ -54,7 +54,7 @@ fn chain(ctx: &Ctx, runtime: &'static str) -> Res {
         refused "read-only" "not permitted" dd if=/dev/zero of=/dev/loop1 bs=512 count=1
         refused "the third" "find an unused loop device" losetup -f
         works "-d" losetup -d /dev/loop1; soon "one left" "/dev/loop0 /work/a" bound
-        # Bound anew at once, with blocks of another size, and as before: allowed numbers only.
+        # Rebind at once with other block sizes: the device numbers stay within the allowed ones.
         for round in 1 2 3; do
             works "-b 4096" losetup -b 4096 /dev/loop1 b; same "blocks" "$(blockdev --getss /dev/loop1)" 4096
             works "-d 4096" losetup -d /dev/loop1
@@ -66,7 +66,7 @@ fn chain(ctx: &Ctx, runtime: &'static str) -> Res {
     )?;
     unbound(&daemon, "ci")?;
     let bytes = std::fs::read(bundle.work("a")).at("the image")?;
-    ensure!(bytes.starts_with(b"hello"), "the image does not begin with what was written");
+    ensure!(bytes.starts_with(b"hello"), "the image does not begin with the written data");
     ensure!(bytes[0x438..0x43a] == [0x53, 0xef], "no ext4 in the image");
     pool.end(&daemon)?;
     daemon.stop()
@@ -80,10 +80,11 @@ fn two(ctx: &Ctx) -> Res {
     let script = r#"
         same "-f --show" "$(losetup -f --show a)" /dev/loop0
         same "own bytes" "$(head_of /dev/loop0)" "$NAME"
-        halfway both
-        same "own bytes still" "$(head_of /dev/loop0)" "$NAME"
+        pause both
+        same "still its own bytes" "$(head_of /dev/loop0)" "$NAME"
         same "own device alone" "$(bound)" "/dev/loop0 /work/a"
-        # Sizes and numbers of the other can be seen in /sys/devices; a node with such a number cannot be opened.
+        # /sys/devices shows sizes and numbers of the other's disks; a node with such a number
+        # cannot be opened.
         for dev in /sys/devices/virtual/block/ublkb*/dev; do
             IFS=: read -r major minor < $dev; same "major" $major 259
             refused "node $minor" "not permitted" mknod /work/node b $major $minor
@@ -108,9 +109,9 @@ fn two(ctx: &Ctx) -> Res {
     let guest = Bundle::new(ctx, &daemon, runtime, "guest", "red")?;
     image(&guest.work("a"), "guest")?;
     guest.run(r#"refused "another's pool" "Function not implemented" losetup /dev/loop0 a"#)?;
-    ensure!(daemon.log().contains("cannot serve a container"), "no word of the other container in the log");
+    ensure!(daemon.log().contains("cannot serve a container"), "the log does not name the other container");
     for bundle in [&red, &blue] {
-        bundle.go_on("both")?;
+        bundle.resume("both")?;
     }
     running.into_iter().try_for_each(end)?;
     for name in ["red", "blue"] {
@@ -152,7 +153,7 @@ fn run_on_partitions(bundle: &Bundle<'_>) -> Res {
         works "reread" blockdev --rereadpt /dev/loop0
         soon "three" "loop0p1 loop0p2 loop0p3 " names
         same "size" "$(size /dev/loop0p3)" 3145728
-        # What the container puts into its own /dev is left alone.
+        # Files that the container creates in its own /dev are kept.
         rm /dev/loop0p3; echo mine > /dev/loop0p3; ln -s /tmp /dev/loop1p1
         works "-d" losetup -d /dev/loop0
         soon "its own" "loop0p3 loop1p1 " names
@@ -213,7 +214,7 @@ fn restart(ctx: &Ctx) -> Res {
         printf omega | dd of=/dev/loop0 seek=1 bs=4096 conv=notrunc 2>/dev/null
         exec 9</dev/loop0
         rm -f /dev/loopfs/loop1
-        halfway bound
+        pause bound
         "#;
     for how in ["ends", "kill", "cgroup.kill"] {
         let mut running = bundle.start(script)?;
@@ -221,7 +222,7 @@ fn restart(ctx: &Ctx) -> Res {
         let pid = bundle.control(&["state", "c1"])?.ok()?.out;
         let pid = serde_json::from_str::<Value>(&pid).at("state")?["pid"].as_u64().ok_or("no pid")?;
         match how {
-            "ends" => bundle.go_on("bound")?,
+            "ends" => bundle.resume("bound")?,
             "kill" => bundle.control(&["kill", "c1", "KILL"])?.ok().map(drop)?,
             _ => {
                 let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).at("cgroup")?;
@@ -241,9 +242,9 @@ fn restart(ctx: &Ctx) -> Res {
             (numbers(&daemon).ok()? == before && Path::new(&format!("{}/dev/loop1", pool.dir)).exists())
                 .then_some(())
         };
-        ensure!(tools::until(UNBOUND, back).is_some(), "{how}: {:?} and not {before:?}", numbers(&daemon)?);
+        ensure!(tools::until(UNBOUND, back).is_some(), "{how}: {:?}, expected {before:?}", numbers(&daemon)?);
         let bytes = std::fs::read(bundle.work("a"))?;
-        ensure!(bytes[4096..].starts_with(b"omega"), "{how}: what was written is not in the image");
+        ensure!(bytes[4096..].starts_with(b"omega"), "{how}: the written data is not in the image");
         image(&bundle.work("a"), "alpha")?;
     }
     // Held open from outside: the end of the container unbinds it nevertheless.
@@ -310,7 +311,7 @@ fn policy(ctx: &Ctx) -> Res {
     garbage.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
     drop(garbage);
     let logged = || daemon.log().contains("not a containerProcessState").then_some(());
-    ensure!(tools::until(UNBOUND, logged).is_some(), "no word of garbage in the log");
+    ensure!(tools::until(UNBOUND, logged).is_some(), "the log does not report the invalid message");
     unbound(&daemon, "ci")?;
     pool.end(&daemon)?;
     daemon.stop()

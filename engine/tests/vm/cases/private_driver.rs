@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compares private loop devices with the kernel's: one client runs the same steps on both. A list
-//! has the allowed differences.
+//! Compares private loop devices with the kernel's: one client runs the same steps on both.
+//! `private_known` lists the allowed differences.
 //!
 //! Knows how to load and unload the kernel's driver: all other cases run without it. Does not know
 //! the steps (`driver` does).
@@ -45,7 +45,7 @@ fn compare(ctx: &Ctx, bits: &str) -> Res {
     let ours = run(ctx, "pool", command, bits)?;
     daemon.stop()?;
     ctx.note(format!("{} steps", kernel.len()));
-    judge(&kernel, &ours, bits)
+    check_differences(&kernel, &ours, bits)
 }
 
 /// Runs all steps of the client in a directory of its own.
@@ -71,7 +71,7 @@ fn run(ctx: &Ctx, name: &str, mut command: Command, bits: &str) -> Res<Lines> {
 }
 
 /// Compares step by step: equal, or a listed difference. Each listed difference must occur.
-fn judge(kernel: &Lines, ours: &Lines, bits: &str) -> Res {
+fn check_differences(kernel: &Lines, ours: &Lines, bits: &str) -> Res {
     let known = KNOWN.iter().filter(|known| bits == "64" || !known.only_64);
     let known: BTreeMap<_, _> = known.flat_map(|known| known.lines).map(|line| (line.0, line)).collect();
     let follows = |step: &str| known.keys().any(|known| step.starts_with(&format!("{known}, ")));
@@ -96,7 +96,7 @@ fn judge(kernel: &Lines, ours: &Lines, bits: &str) -> Res {
     // Programs of 32 bits take fewer steps.
     let taken = |step: &&&str| bits == "64" || kernel.contains_key(**step);
     for step in known.keys().filter(taken).filter(|step| !seen.contains(**step)) {
-        wrong.push(format!("{step}: does not differ, or not as it is known to ({})", why(step)));
+        wrong.push(format!("{step}: does not differ as listed ({})", why(step)));
     }
     for line in &wrong {
         eprintln!("  {line}");

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cost of private loop devices: calls, and `losetup`.
 //!
-//! The figures are printed, and compared with loose bounds that only a regression exceeds: time on
-//! a busy emulated machine is noisy. In a machine that counts instructions, one nanosecond is one
-//! instruction, and the bounds are the goals. `engine/doc/figures.md` describes that measurement.
+//! The cases print their measurements, and compare them with loose bounds that only a regression
+//! exceeds: time on a busy emulated machine is noisy. In a machine that counts instructions, one
+//! nanosecond is one instruction, and the bounds are the goals. `engine/doc/figures.md` describes
+//! that measurement.
 
 use std::time::Duration;
 
@@ -13,20 +14,20 @@ use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
 use crate::store::{Disk, Shape};
 use crate::tools;
 
-/// From a last close until the device shows no image: the aim, and a bound for where time is noise.
+/// From a last close until the device is unbound: the goal, and a bound for noisy machines.
 const CLOSED_MAX: Duration = Duration::from_millis(50);
 const CLOSED_NOISE_MAX: Duration = Duration::from_secs(2);
 
 /// Rounds of losetup; the first ones are warm-up.
 const ROUNDS: usize = 25;
 const WARM: usize = 5;
-/// The median round, as a multiple of the kernel's; the aim is 2.
+/// The median round, as a multiple of the kernel's; the goal is 2.
 const SET_UP_TIMES_MAX: f64 = 8.0;
 
-/// An intercepted call above the kernel's own, and any other call under the filter above one
-/// without: the aims are 20 µs, or 60K instructions, and 100 ns.
+/// Extra cost of an intercepted call over the kernel's, and of any other call over one without the
+/// filter. The goals are 20 µs, or 60K instructions, and 100 ns.
 const CALL_NS_MAX: [f64; 2] = [5_000_000.0, 5_000.0];
-/// The same where an instruction takes a nanosecond: a processor does three or more in that time.
+/// The same where an instruction counts as a nanosecond; a real CPU executes three or more in one.
 const CALL_INSTRUCTIONS_MAX: [f64; 2] = [60_000.0, 300.0];
 
 pub(super) fn cases() -> Vec<Case> {
@@ -57,7 +58,7 @@ impl Drop for KernelLoop {
     }
 }
 
-/// `losetup -f --show`, then `-d`: alternating with the kernel's.
+/// `losetup -f --show`, then `-d`: alternately in a pool and on the kernel's driver.
 fn set_up(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let kernel = KernelLoop::load()?;
@@ -123,7 +124,7 @@ printf "%.0f %.1f\n", median(10, sub { ioctl($dev, 0x4c05, $info) or die "LOOP_G
     median(1000, sub { getppid });
 "#;
 
-/// LOOP_GET_STATUS64 and getppid(2), here and with the kernel's.
+/// LOOP_GET_STATUS64 and getppid(2), in a pool and on the kernel's driver.
 fn calls(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     std::fs::write(ctx.path("measure.pl"), MEASURE)?;
@@ -132,28 +133,25 @@ fn calls(ctx: &Ctx) -> Res {
     let kernel = KernelLoop::load()?;
     let theirs = Inside::new(ctx, &daemon).shell().run(script)?;
     drop(kernel);
-    let figures = |text: &str| -> Res<[f64; 2]> {
+    let numbers = |text: &str| -> Res<[f64; 2]> {
         match text.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?[..] {
             [call, other] => Ok([call, other]),
             _ => fail!("measured {text:?}"),
         }
     };
-    let ([our_call, our_other], [their_call, their_other]) = (figures(&ours)?, figures(&theirs)?);
+    let ([our_call, our_other], [their_call, their_other]) = (numbers(&ours)?, numbers(&theirs)?);
     ctx.note(format!(
         "LOOP_GET_STATUS64: {our_call:.0} ns, the kernel's {their_call:.0} ns; getppid: {our_other:.1} ns under the filter, {their_other:.1} ns without"
     ));
     let (call, other) = (our_call - their_call, our_other - their_other);
     let [call_max, other_max] = if counted() { CALL_INSTRUCTIONS_MAX } else { CALL_NS_MAX };
     if call > call_max || other > other_max {
-        fail!(
-            "an intercepted call takes {call:.0} ns more ({call_max:.0} at the most), any other {other:.1}"
-        );
+        fail!("an intercepted call takes {call:.0} ns more (at most {call_max:.0}), any other {other:.1}");
     }
     daemon.stop()
 }
 
-/// Prints the last close, and after how many ms the device is unbound, by /sys and no call of
-/// loop(4).
+/// Prints each last close and the ms until the device is unbound, by /sys and no call of loop(4).
 const LAST_CLOSE: &str = r#"
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC sleep);
 sub lag { my ($what, $name, $close) = @_;
@@ -177,30 +175,30 @@ for (1..5) {
 }
 "#;
 
-/// A last close unbinds: after an unmount, after LOOP_CLR_FD, and long after any hint.
+/// The last close unbinds: after an unmount, right after LOOP_CLR_FD, and long after it.
 fn last_close(ctx: &Ctx) -> Res {
-    // A machine has a disk of its own as a rule; without any, the last ublk device to go takes
-    // things of the block layer with it that all disks share, which takes the kernel as long again.
+    // Keep another disk: the removal of a machine's last disk also frees data of the block layer
+    // that all disks share, which doubles the kernel's time.
     let _disk = Disk::new(&Shape { size_mib: 1, ..Shape::default() })?;
     let daemon = Daemon::start(ctx)?;
     std::fs::write(ctx.path("last_close.pl"), LAST_CLOSE)?;
     let script = "image raw 1M; truncate -s 8M fs; mkfs.ext2 -q fs; mkdir mnt; said=$(perl last_close.pl 2>&1) || wrong \"$said\"; echo \"$said\"";
-    // The kernel mounts it: a program of FUSE would close the device when it has written all back,
-    // some time after the unmount.
+    // The kernel mounts: a FUSE driver closes the device when its writeback ends, some time after
+    // the unmount.
     let said = Inside::new(ctx, &daemon).with(&["--mount", "ext2"]).run(script)?;
     let max = if counted() { CLOSED_MAX } else { CLOSED_NOISE_MAX }.as_millis();
     let mut late = Vec::new();
     for what in ["umount", "close", "late"] {
         let lines = said.lines().filter_map(|line| line.strip_prefix(what)?.trim().parse().ok());
         let lags: Vec<f64> = lines.collect();
-        ensure!(lags.len() == 5, "of {what}: {said}");
+        ensure!(lags.len() == 5, "{} lines of {what}: {said}", lags.len());
         let most = lags.iter().copied().fold(0.0, f64::max);
-        ctx.note(format!("{what}: unbound after {:.1} ms, {most:.1} ms at the most", median(lags)));
+        ctx.note(format!("{what}: unbound after {:.1} ms, at most {most:.1} ms", median(lags)));
         if most > max as f64 {
             late.push(format!("{what}: {most} ms"));
         }
     }
-    ensure!(late.is_empty(), "{}; {max} ms at the most", late.join(", "));
+    ensure!(late.is_empty(), "{}; at most {max} ms are allowed", late.join(", "));
     daemon.stop()
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A hostile tenant beside another: rewritten arguments, signal storms, SIGKILL during calls. The
-//! daemon and the other tenant work on, and nothing is left.
+//! A hostile tenant and its neighbour: rewritten arguments, signal storms, SIGKILL during calls.
+//! The daemon and the neighbour keep working, and nothing is left over.
 //!
 //! The attacks are in `driver`.
 
@@ -17,7 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![case("private::hostile", Needs::Private, 900, hostile)]
 }
 
-/// Until a client has made its calls.
+/// Until a client has finished its calls.
 const CLIENT: Duration = Duration::from_secs(600);
 /// Until nothing is left of an ended client.
 const GONE: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ fn hostile(ctx: &Ctx) -> Res {
     let neighbour = Inside::new(ctx, &daemon).start(
         r#"
         image a 1M alpha; losetup /dev/loop0 a; cp a a.was
-        halfway ready
+        pause ready
         same "bound as before" "$(bound)" "/dev/loop0 $PWD/a"
         works "the same bytes" cmp /dev/loop0 a.was
         printf ALPHA | dd of=/dev/loop0 conv=notrunc,fsync 2>/dev/null
@@ -50,7 +50,7 @@ fn hostile(ctx: &Ctx) -> Res {
         let running = start(ctx, &daemon, &client, u64::MAX)?;
         let started = ctx.dir.join("harm/started");
         if tools::until(Duration::from_secs(60), || started.exists().then_some(())).is_none() {
-            fail!("the client did not begin");
+            fail!("the client did not start");
         }
         std::thread::sleep(Duration::from_millis(37 * round * round));
         // With SIGKILL, to its whole process group.
@@ -58,7 +58,7 @@ fn hostile(ctx: &Ctx) -> Res {
         nothing_left(&daemon, &before).at(format!("after kill {round}"))?;
     }
     daemon.check_alive()?;
-    neighbour.go_on("ready")?;
+    neighbour.resume("ready")?;
     neighbour.finish()?;
     let log = daemon.log();
     ensure!(
@@ -72,11 +72,11 @@ fn hostile(ctx: &Ctx) -> Res {
 /// Starts a client that makes this number of calls.
 fn start(ctx: &Ctx, daemon: &Daemon, client: &str, calls: u64) -> Res<Running> {
     let dir = ctx.dir.join("harm");
-    // There from the second on.
+    // Left by the previous client.
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir(&dir)?;
     let mut command: Command = daemon.command_of(&ctx.host.program);
-    // With a mounter, so that mount(2) is intercepted too; what it would start is never needed.
+    // With a mounter, so that mount(2) is intercepted too; its FUSE driver never starts.
     command.args(["run", "--max", "6", "--fuse", "ext4=fuse2fs", "--", client, driver::ROLE]);
     command.arg(calls.to_string()).current_dir(&dir);
     Running::start(command)

@@ -14,13 +14,13 @@ use crate::tools::{self, Running};
 
 /// Five times the documented limit.
 const SOON: Duration = Duration::from_secs(5);
-/// For the daemon's end: tenants have five seconds, the machine's caches ten, workers five each.
+/// Deadline for the daemon's exit: 5 s for tenants, 10 s for writeback, 5 s per worker.
 const DRAINED: Duration = Duration::from_secs(45);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_hung::others", Needs::Private, 150, others),
-        case("private_hung::sigterm", Needs::Private, 180, sigterm),
+        case("private_hung::others", Needs::Private, 150, others_keep_working),
+        case("private_hung::sigterm", Needs::Private, 180, daemon_exits_on_sigterm),
     ]
 }
 
@@ -33,14 +33,15 @@ struct Server {
 
 impl Server {
     fn start(ctx: &Ctx) -> Res<Server> {
-        let (below, dir, told) = (ctx.path("below"), ctx.path("hung"), ctx.path("server"));
+        let (below, dir, pid_file) = (ctx.path("below"), ctx.path("hung"), ctx.path("server"));
         tools::sh(format!("truncate -s 32M {below}; mkfs.ext4 -q {below}; mkdir {dir}"))?;
         let mut command = Command::new("bash");
-        command.args(["-c", &format!("echo $$ > {told}; exec fuse2fs -f {below} {dir}")]);
+        command.args(["-c", &format!("echo $$ > {pid_file}; exec fuse2fs -f {below} {dir}")]);
         let process = Running::start(command)?;
         let mounted = || tools::run(&["mountpoint", "-q", &dir]).ok().filter(|done| done.code == 0);
         ensure!(tools::until(Duration::from_secs(30), mounted).is_some(), "fuse2fs has not mounted");
-        let pid = std::fs::read_to_string(&told)?.trim().parse().ok().and_then(Pid::from_raw).ok_or("pid")?;
+        let pid =
+            std::fs::read_to_string(&pid_file)?.trim().parse().ok().and_then(Pid::from_raw).ok_or("pid")?;
         tools::sh(format!("truncate -s 4M {dir}/one {dir}/two; sync -f {dir}"))?;
         Ok(Server { process, pid, dir })
     }
@@ -63,8 +64,7 @@ impl Drop for Server {
     }
 }
 
-/// A reader of a tenant's device who is not of the tenant's processes: it cannot be ended while it
-/// waits.
+/// Reads a tenant's device from outside of the tenant: it cannot be killed while it waits.
 fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
     let pid = std::fs::read_to_string(ctx.path(&format!("{name}.pid")))?;
     let mut command = Command::new("dd");
@@ -73,15 +73,15 @@ fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
     Running::start(command)
 }
 
-/// Another device of the pool, another pool and the daemon work on. The end of the tenant does not
-/// wait for the hung device, which ends with the server.
-fn others(ctx: &Ctx) -> Res {
+/// Other devices of the pool, other pools and the daemon keep working. The end of the tenant does
+/// not wait for the hung device, which is removed once the server is gone.
+fn others_keep_working(ctx: &Ctx) -> Res {
     let server = Server::start(ctx)?;
     let daemon = Daemon::start(ctx)?;
     let idle = Inside::new(ctx, &daemon).with(&["--name", "idle"]).start(
         r#"
         image b 1M b; works "b" losetup /dev/loop1 b; works "two" losetup /dev/loop0 hung/two
-        halfway idle; sleep 1000"#,
+        pause idle; sleep 1000"#,
     )?;
     let idle = idle.wait("idle")?;
     let of_idle = daemon.ublk_ids();
@@ -90,7 +90,7 @@ fn others(ctx: &Ctx) -> Res {
         t() { timeout -k 1 20 "$@"; }
         image a 1M a; works "a" losetup /dev/loop1 a; works "one" losetup /dev/loop0 hung/one
         image c 1M c; works "c" losetup /dev/loop2 c
-        echo $$ > hung.pid; halfway bound
+        echo $$ > hung.pid; pause bound
         for i in {1..8}; do
             works "beside it $i" t dd if=/dev/loop1 of=/dev/null bs=64k iflag=direct
             works "written $i" t dd if=/dev/zero of=/dev/loop2 bs=64k count=4 oflag=direct
@@ -100,15 +100,15 @@ fn others(ctx: &Ctx) -> Res {
         same "-f" "$(t losetup -f)" /dev/loop2
         works "another" t losetup /dev/loop2 c
         [ $bad = 0 ] || exit 1
-        halfway beside; sleep 1000"#,
+        pause beside; sleep 1000"#,
     )?;
     let script = script.wait("bound")?;
     server.stop_answering()?;
     let mut waits = reader(ctx, "hung")?;
     std::thread::sleep(Duration::from_millis(500));
-    script.go_on("bound")?;
+    script.resume("bound")?;
     let script = script.wait("beside")?;
-    ensure!(waits.alive(), "the server answers still: this proves nothing");
+    ensure!(waits.alive(), "the server still answers: the test proves nothing");
     Inside::new(ctx, &daemon).run(
         r#"
         image d 1M d; same "-f --show" "$(losetup -f --show d)" /dev/loop0; same "bytes" "$(head_of /dev/loop0)" d
@@ -127,9 +127,14 @@ fn others(ctx: &Ctx) -> Res {
     let since = Instant::now();
     script.kill();
     let gone = tools::until(SOON, || (daemon.ublk_ids().len() <= 1).then(|| since.elapsed()));
-    let Some(gone) = gone else { return Err(format!("left beside it: {:?}", daemon.ublk_ids()).into()) };
-    ctx.note(format!("devices beside the stuck one gone after {gone:.0?}"));
-    ensure!(waits.alive() && daemon.ublk_ids().len() == 1, "the stuck device has gone: this proves nothing");
+    let Some(gone) = gone else {
+        return Err(format!("devices left besides the stuck one: {:?}", daemon.ublk_ids()).into());
+    };
+    ctx.note(format!("other devices gone after {gone:.0?}"));
+    ensure!(
+        waits.alive() && daemon.ublk_ids().len() == 1,
+        "the stuck device is gone: the test proves nothing"
+    );
     // Retries cost a constant amount of memory.
     std::thread::sleep(Duration::from_secs(3));
     let before = daemon.footprint()?;
@@ -140,24 +145,24 @@ fn others(ctx: &Ctx) -> Res {
     let since = Instant::now();
     server.kill();
     let gone = tools::until(SOON, || daemon.ublk_ids().is_empty().then(|| since.elapsed()));
-    let Some(gone) = gone else { return Err("the stuck device stays when the server is gone".into()) };
+    let Some(gone) = gone else { return Err("the stuck device stays although the server is gone".into()) };
     ctx.note(format!("the stuck device gone {gone:.0?} after the server"));
     let read = waits.finish(SOON)?;
-    ensure!(read.code != 0, "it was read: {read:?}");
+    ensure!(read.code != 0, "the hung device was read: {read:?}");
     daemon.stop()
 }
 
 /// The daemon ends although a device is stuck, and the next daemon removes the rest.
-fn sigterm(ctx: &Ctx) -> Res {
+fn daemon_exits_on_sigterm(ctx: &Ctx) -> Res {
     let server = Server::start(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
     let script = Inside::new(ctx, &daemon)
-        .start(r#"works "one" losetup /dev/loop0 hung/one; echo $$ > hung.pid; halfway bound; sleep 1000"#)?;
+        .start(r#"works "one" losetup /dev/loop0 hung/one; echo $$ > hung.pid; pause bound; sleep 1000"#)?;
     let script = script.wait("bound")?;
     server.stop_answering()?;
     let mut waits = reader(ctx, "hung")?;
     std::thread::sleep(Duration::from_millis(500));
-    ensure!(waits.alive(), "the server answers still: this proves nothing");
+    ensure!(waits.alive(), "the server still answers: the test proves nothing");
     let since = Instant::now();
     daemon.sigterm()?;
     let ended = tools::until(DRAINED, || (!daemon.alive()).then(|| since.elapsed()));
@@ -169,6 +174,6 @@ fn sigterm(ctx: &Ctx) -> Res {
     daemon.kill()?;
     daemon.restart()?;
     let gone = tools::until(SOON, || daemon.ublk_ids().is_empty().then_some(()));
-    ensure!(gone.is_some(), "left by the daemon before: {:?}", daemon.ublk_ids());
+    ensure!(gone.is_some(), "left by the previous daemon: {:?}", daemon.ublk_ids());
     daemon.stop()
 }

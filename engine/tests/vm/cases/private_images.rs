@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Malicious images: whatever they contain, the daemon works on, and so does a neighbour's device.
+//! Malicious images: the daemon and a neighbour's device keep working, whatever an image contains.
 //!
-//! Knows how to create invalid partition tables. Does not know their meaning to the daemon: only
-//! that reading ends, in little time and memory, and that a device can be used and unbound.
+//! Knows how to create invalid partition tables. Does not know how the daemon parses them: checks
+//! only that parsing ends, in little time and memory, and that the device can be used and unbound.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::model::Numbers;
 
-/// More than this stays in memory of nothing that was given back.
+/// The daemon's resident memory may grow by at most this.
 const MORE_KIB: u64 = 16 << 10;
 const SECTOR: usize = 512;
 const SCRIPT: Duration = Duration::from_secs(400);
@@ -28,7 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A neighbour that reads /dev/loop0 all the time, and must be served to the end.
+/// A neighbour that reads /dev/loop0 continuously; no read may fail.
 const NEIGHBOUR: &str = r#"
 image neighbour 1M neighbour; works "the neighbour" losetup /dev/loop0 neighbour
 while [ ! -e over ]; do
@@ -39,27 +39,27 @@ done &
 reader=$!
 over() {
     : > over; wait $reader
-    same "the neighbour" "$(grep -c bad rounds)" 0; [ "$(grep -c good rounds)" -gt 3 ] || wrong "hardly read"
+    same "the neighbour" "$(grep -c bad rounds)" 0; [ "$(grep -c good rounds)" -gt 3 ] || wrong "too few reads"
 }
 "#;
 
-/// Runs a script beside a neighbour; the daemon must not have grown.
-fn beside(ctx: &Ctx, script: &str) -> Res<String> {
+/// Runs a script next to a neighbour, and checks the daemon's memory afterwards.
+fn with_neighbour(ctx: &Ctx, script: &str) -> Res<String> {
     let mut daemon = Daemon::start(ctx)?;
     let before = daemon.resident_kib()?;
     let out = Inside::new(ctx, &daemon).run_for(SCRIPT, &format!("{NEIGHBOUR}\n{script}\nover"))?;
     let more = daemon.resident_kib()?.saturating_sub(before);
     daemon.check_alive()?;
-    ensure!(more < MORE_KIB, "the daemon took {more} KiB, and keeps them");
+    ensure!(more < MORE_KIB, "the daemon has grown by {more} KiB");
     ctx.note(format!("{more} KiB more"));
     ensure!(!daemon.log().contains("bug:"), "{}", daemon.log());
     daemon.stop()?;
     Ok(out)
 }
 
-/// A file that becomes shorter under its device, and longer again.
+/// A file is truncated and extended while it is bound.
 fn truncated(ctx: &Ctx) -> Res {
-    beside(
+    with_neighbour(
         ctx,
         r#"
         head -c 8M /dev/urandom > a; losetup /dev/loop1 a
@@ -73,9 +73,9 @@ fn truncated(ctx: &Ctx) -> Res {
         done
         : > enough; wait $pids
         truncate -s 1M a
-        refused "behind the end" "Input/output error" dd if=/dev/loop1 of=/dev/null bs=4k skip=1000 count=1 iflag=direct
+        refused "past the end" "Input/output error" dd if=/dev/loop1 of=/dev/null bs=4k skip=1000 count=1 iflag=direct
         works "before it" dd if=/dev/loop1 of=/dev/null bs=4k skip=10 count=1 iflag=direct
-        works "as it is now" losetup -c /dev/loop1; same "size" "$(size /dev/loop1)" "$(($(stat -c %s a) / 512 * 512))"
+        works "-c" losetup -c /dev/loop1; same "size" "$(size /dev/loop1)" "$(($(stat -c %s a) / 512 * 512))"
         works "-d" losetup -d /dev/loop1; soon "unbound" "/dev/loop0 $PWD/neighbour" bound
         "#,
     )?;
@@ -84,7 +84,7 @@ fn truncated(ctx: &Ctx) -> Res {
 
 /// An empty file, less than a sector, and the maximum size.
 fn sizes(ctx: &Ctx) -> Res {
-    beside(
+    with_neighbour(
         ctx,
         r#"
         : > none; printf x > one; truncate -s 511 less
@@ -102,7 +102,7 @@ fn sizes(ctx: &Ctx) -> Res {
         works "vast: -d" losetup -d /dev/loop1
         works "at its end" losetup -P -o $((all - 1023)) /dev/loop1 vast; same "its end" "$(size /dev/loop1)" 512
         works "-d" losetup -d /dev/loop1
-        refused "behind it" "" losetup -o 9223372036854775808 /dev/loop1 vast
+        refused "an offset past the end" "" losetup -o 9223372036854775808 /dev/loop1 vast
         "#,
     )?;
     Ok(())
@@ -110,12 +110,12 @@ fn sizes(ctx: &Ctx) -> Res {
 
 /// Well-formed tables with invalid values.
 fn tables(ctx: &Ctx) -> Res {
-    let names = lies();
+    let names = test_tables();
     for (name, bytes) in &names {
         write(ctx, name, bytes)?;
     }
     let list: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
-    let out = beside(
+    let out = with_neighbour(
         ctx,
         &format!(
             "for file in {}; do{}",
@@ -137,11 +137,11 @@ fn tables(ctx: &Ctx) -> Res {
         ),
     )?;
     ctx.note(format!("partitions: {}", out.replace('\n', ", ")));
-    ensure!(out.contains("honest 2"), "a table that does not lie has no partitions: {out}");
+    ensure!(out.contains("honest 2"), "a valid table has no partitions: {out}");
     Ok(())
 }
 
-/// Noise that starts like a table, and valid tables with a few flipped bits.
+/// Random data with table signatures, and valid tables with a few flipped bits.
 fn garbage(ctx: &Ctx) -> Res {
     let rounds: u64 = if ctx.host.full { 400 } else { 30 };
     let size = 256 << 10;
@@ -160,7 +160,7 @@ fn garbage(ctx: &Ctx) -> Res {
         }
         file.write_all_at(&bytes, seed * size as u64)?;
     }
-    beside(
+    with_neighbour(
         ctx,
         &format!(
             "rounds={rounds}; size={size}\n{}",
@@ -183,7 +183,7 @@ fn write(ctx: &Ctx, name: &str, bytes: &[u8]) -> Res {
     File::options().write(true).open(&path).and_then(|file| file.set_len(size)).at(&path)
 }
 
-fn lies() -> Vec<(&'static str, Vec<u8>)> {
+fn test_tables() -> Vec<(&'static str, Vec<u8>)> {
     let some: Vec<(u64, u64)> = (0..128).map(|n| (64 + n, 64 + n)).collect();
     vec![
         ("honest", gpt(&[(64, 100), (120, 400)], 128, 128)),
@@ -229,7 +229,8 @@ fn mbr(parts: &[(u8, u32, u32)]) -> Vec<u8> {
     sector
 }
 
-/// An extended partition at sector 16, and its links: where one is, and where it says the next is.
+/// An extended partition at sector 16, and its chain: the sector of each link, and the sector that
+/// it names as the next.
 fn chain(links: &[(u32, Option<u32>)]) -> Vec<u8> {
     let mut bytes = mbr(&[(5, 16, 4000)]);
     bytes.resize(2 * MIB as usize, 0);
@@ -246,7 +247,7 @@ fn gpt(parts: &[(u64, u64)], count: u32, entry: u32) -> Vec<u8> {
     gpt_at(parts, count, entry, 2)
 }
 
-/// A GPT with these first and last sectors, and what its header says of the table.
+/// A GPT with these first and last sectors, and these header fields.
 fn gpt_at(parts: &[(u64, u64)], count: u32, entry: u32, table: u64) -> Vec<u8> {
     let mut bytes = mbr(&[(0xee, 1, u32::MAX)]);
     bytes.resize(34 * SECTOR, 0);
@@ -269,7 +270,7 @@ fn gpt_at(parts: &[(u64, u64)], count: u32, entry: u32, table: u64) -> Vec<u8> {
     bytes
 }
 
-/// Recomputes the checksums, so that the parser gets beyond them.
+/// Recomputes the checksums, so that the parser accepts them.
 fn seal(bytes: &mut [u8]) {
     let table = crc32(&bytes[2 * SECTOR..34 * SECTOR]);
     let header = &mut bytes[SECTOR..SECTOR + 92];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A neighbour's private device: every access to it fails, also when another device has its number.
-//! And the content of an image is harmless to a plain user who mounts it.
+//! Isolation: every access to a neighbour's private device fails, also after another device has got
+//! its number. Images are harmless to a plain user who mounts them.
 
 use std::fs::File;
 use std::io::Read;
@@ -21,23 +21,23 @@ const NUMBER_FREED: Duration = Duration::from_secs(1);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_isolation::stale", Needs::Private, 120, stale),
+        case("private_isolation::stale", Needs::Private, 120, kept_references_fail),
         case("private_isolation::root", Needs::Private, 120, root),
         case("private_isolation::user", Needs::Private, 120, user),
-        case("private_isolation::inert", Needs::Private, 120, inert),
+        case("private_isolation::inert", Needs::Private, 120, nodes_have_no_effect),
         case("private_isolation::refused", Needs::Private, 120, refused),
-        case("private_isolation::panic", Needs::Private, 120, panic),
-        case("private_isolation::control", Needs::Private, 120, control),
+        case("private_isolation::panic", Needs::Private, 120, damaged_images_do_not_panic),
+        case("private_isolation::control", Needs::Private, 120, loop_control_is_no_image),
     ]
 }
 
-/// A tenant with an image that starts with its name, at /dev/loop0.
+/// A tenant whose /dev/loop0 has an image that starts with the tenant's name.
 fn tenant(inside: &Inside<'_>, name: &str) -> Res<Script> {
     let script = format!(
         "me={name}\n{}",
         r#"
         image $me 1M "$me"; same "device" "$(losetup -f --show $me)" /dev/loop0
-        echo $$ > $me.pid; halfway $me
+        echo $$ > $me.pid; pause $me
         same "still its own" "$(head_of /dev/loop0)" "$me"
         same "still its own, below" "$(head_of $me)" "$me"
         "#
@@ -47,7 +47,7 @@ fn tenant(inside: &Inside<'_>, name: &str) -> Res<Script> {
 
 fn open_to_all(ctx: &Ctx) -> Res {
     std::fs::set_permissions(&ctx.dir, std::os::unix::fs::PermissionsExt::from_mode(0o1777))?;
-    // As udev has it, which is not there.
+    // As udev does; this machine has none.
     std::fs::set_permissions("/dev/fuse", std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     Ok(())
 }
@@ -58,7 +58,7 @@ fn directory(ctx: &Ctx, name: &str) -> Res<String> {
     Ok(format!("/proc/{}/root/dev/loopfs", pid.trim()))
 }
 
-/// All that a process can keep of a device.
+/// All references to a device that a process can keep.
 struct Kept {
     rdev: u64,
     path: OwnedFd,
@@ -71,19 +71,20 @@ struct Kept {
 impl Kept {
     fn of(ctx: &Ctx, name: &str, node: &str) -> Res<Kept> {
         let path = rustix::fs::open(node, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at(node)?;
-        let (bind, told) = (ctx.path(&format!("{name}.bind")), ctx.path(&format!("{name}.holder")));
+        let (bind, pid_file) = (ctx.path(&format!("{name}.bind")), ctx.path(&format!("{name}.holder")));
         std::fs::write(&bind, "").at(&bind)?;
-        // Mounts of another namespace can be bound in that only, and are kept by a copy of it.
-        let script = format!("mount --bind /dev/loopfs/loop0 {bind} && echo $$ > {told} && exec sleep 1000");
+        // A mount can be bound only in its own namespace; a copy of the namespace keeps it.
+        let script =
+            format!("mount --bind /dev/loopfs/loop0 {bind} && echo $$ > {pid_file} && exec sleep 1000");
         let pid = std::fs::read_to_string(ctx.path(&format!("{name}.pid")))?;
         let mut command = Command::new("nsenter");
         command.args(["-m", "-t", pid.trim(), "unshare", "-m", "bash", "-c", &script]);
         let holder = Running::start(command)?;
         let pid = tools::until(Duration::from_secs(20), || {
-            std::fs::read_to_string(&told).ok().filter(|text| text.ends_with('\n'))
+            std::fs::read_to_string(&pid_file).ok().filter(|text| text.ends_with('\n'))
         });
         let bind = format!("/proc/{}/root{bind}", pid.ok_or("no bind mount")?.trim());
-        ensure!(File::open(&bind).is_ok(), "{bind} is no name of the device");
+        ensure!(File::open(&bind).is_ok(), "{bind} cannot be opened");
         let mut open = File::open(node).at(node)?;
         let mut first = [0; 16];
         open.read_exact(&mut first)?;
@@ -92,7 +93,7 @@ impl Kept {
         Ok(Kept { rdev, path, open: Some(open), bind, _holder: holder })
     }
 
-    /// Checks that none of it gives access any more. Closes the open files.
+    /// Checks that no reference gives access any more. Closes the open file.
     fn check(&mut self, when: &str) -> Res {
         for link in [format!("/proc/self/fd/{}", self.path.as_raw_fd()), self.bind.clone()] {
             match File::open(&link) {
@@ -113,7 +114,7 @@ impl Kept {
 
 /// A pool's loop-control is refused as an image, though it is a regular file: a device on it would
 /// keep the pool.
-fn control(ctx: &Ctx) -> Res {
+fn loop_control_is_no_image(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let other = ctx.path("other");
     std::fs::create_dir(&other).at(&other)?;
@@ -124,38 +125,38 @@ fn control(ctx: &Ctx) -> Res {
             refused "$pool" "Invalid argument" losetup -f --show $pool/loop-control
         done
         image a 1M; dev=$(losetup -r -f --show a)
-        same "nothing but that is bound" "$(losetup -n -O NAME)" $dev"#,
+        same "only that is bound" "$(losetup -n -O NAME)" $dev"#,
     )?;
     let refused = daemon.cli(&["attach", &format!("{other}/loop-control")])?;
-    ensure!(refused.code != 0, "an instance takes a pool's loop-control: {refused:?}");
+    ensure!(refused.code != 0, "an instance accepts a pool's loop-control: {refused:?}");
     tools::ok(&["umount", &other])?;
     let gone = tools::until(Duration::from_secs(10), || daemon.ublk_ids().is_empty().then_some(()));
-    ensure!(gone.is_some(), "the other pool is kept");
+    ensure!(gone.is_some(), "the other pool does not end");
     daemon.stop()
 }
 
 /// Kept names and descriptors give no access when the next tenant has the device number, nor after
 /// the end of the daemon.
-fn stale(ctx: &Ctx) -> Res {
+fn kept_references_fail(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
     let red = tenant(&Inside::new(ctx, &daemon), "red")?;
     let mut kept = Kept::of(ctx, "red", &format!("{}/loop0", directory(ctx, "red")?))?;
     let dir = directory(ctx, "red")?;
     let linked = tools::run(&["ln", &format!("{dir}/loop0"), &format!("{dir}/loop7")])?;
-    ensure!(linked.code != 0, "a node has another name");
+    ensure!(linked.code != 0, "a node has got a second name");
     red.kill();
     let gone = tools::until(Duration::from_secs(10), || daemon.ublk_ids().is_empty().then_some(()));
-    ensure!(gone.is_some(), "red is there still");
+    ensure!(gone.is_some(), "red's devices are left");
     kept.check("red has ended")?;
     std::thread::sleep(NUMBER_FREED);
 
     let blue = tenant(&Inside::new(ctx, &daemon).user(1001), "blue")?;
     let mut kept_of_blue = Kept::of(ctx, "blue", &format!("{}/loop0", directory(ctx, "blue")?))?;
-    ensure!(kept_of_blue.rdev == kept.rdev, "the number was not used again: this proves nothing");
+    ensure!(kept_of_blue.rdev == kept.rdev, "the number was not reused: the test proves nothing");
     kept.check("blue has its number")?;
-    blue.go_on("blue")?;
-    // The daemon ends it at its own end.
+    blue.resume("blue")?;
+    // The daemon ends the tenant when it exits.
     daemon.sigterm()?;
     let _ = blue.finish();
     daemon.wait_drained()?;
@@ -164,13 +165,13 @@ fn stale(ctx: &Ctx) -> Res {
     daemon.restart()?;
     let green = tenant(&Inside::new(ctx, &daemon).user(1002), "green")?;
     let kept_of_green = Kept::of(ctx, "green", &format!("{}/loop0", directory(ctx, "green")?))?;
-    ensure!(kept_of_green.rdev == kept.rdev, "the number was not used again: this proves nothing");
+    ensure!(kept_of_green.rdev == kept.rdev, "the number was not reused: the test proves nothing");
     for (kept, when) in
         [(&mut kept, "red's, under another daemon"), (&mut kept_of_blue, "blue's, under another daemon")]
     {
         kept.check(when)?;
     }
-    green.go_on("green")?;
+    green.resume("green")?;
     green.finish()?;
     drop((kept, kept_of_blue, kept_of_green));
     daemon.stop()
@@ -194,7 +195,7 @@ fn root(ctx: &Ctx) -> Res {
         works "a pipe can be made" mknod pipe p; rm -f pipe
     "#;
     Inside::new(ctx, &daemon).run(&format!("{known}{alike}"))?;
-    let nobody = r#"
+    let denied = r#"
         refused "its root" "" head -c 16 /proc/$red/root/dev/loopfs/loop0
         refused "the machine's /dev" "" head -c 16 /proc/1/root/dev/ublkb$id
         refused "another /dev" "" mount -t devtmpfs dev /mnt
@@ -202,10 +203,10 @@ fn root(ctx: &Ctx) -> Res {
     "#;
     let other =
         r#"umount -l /dev 2>/dev/null; refused "the machine's /dev, uncovered" "" head -c 16 /dev/ublkb$id"#;
-    // Files of the machine's root are its own, if it comes to them: so nothing is uncovered there.
-    Inside::new(ctx, &daemon).with(&["--user"]).run(&format!("{known}{alike}{nobody}"))?;
-    Inside::new(ctx, &daemon).user(1001).run(&format!("{known}{alike}{nobody}{other}"))?;
-    red.go_on("red")?;
+    // Root of this namespace is root outside and may read the disk if it uncovers /dev: no `other`.
+    Inside::new(ctx, &daemon).with(&["--user"]).run(&format!("{known}{alike}{denied}"))?;
+    Inside::new(ctx, &daemon).user(1001).run(&format!("{known}{alike}{denied}{other}"))?;
+    red.resume("red")?;
     red.finish()?;
     daemon.stop()
 }
@@ -241,13 +242,13 @@ fn user(ctx: &Ctx) -> Res {
         script += &format!("refused '{name} by its root' 'Permission denied' head -c 16 {node}\n");
     }
     script += r#"
-        refused "a node that it sees" "Permission denied" head -c 16 $dir/loop0
+        refused "a visible node" "Permission denied" head -c 16 $dir/loop0
         refused "for writing" "Permission denied" dd if=/dev/zero of=$dir/loop0 bs=512 count=1
         refused "loop-control" "Permission denied" head -c 1 $dir/loop-control
-        refused "another name for it" "" ln $dir/loop0 link
+        refused "a hard link" "" ln $dir/loop0 link
         refused "remove it" "" rm -f $dir/loop0
         refused "as root of a namespace" "" unshare -Ur head -c 16 $dir/loop0
-        : > bound; refused "bound elsewhere" "" unshare -Urm bash -c "mount --bind $dir/loop0 bound && head -c 16 bound"
+        : > bound; refused "a bind mount" "" unshare -Urm bash -c "mount --bind $dir/loop0 bound && head -c 16 bound"
         for pool in open red 1000.3; do
             refused "by name: $pool" "" $program losetup --pool $pool -a
         done
@@ -262,14 +263,14 @@ fn user(ctx: &Ctx) -> Res {
     let done = Running::start(other)?.finish(Duration::from_secs(60))?;
     ensure!(done.code == 0, "{}", done.err);
     for (script, name) in [(red, "red"), (blue, "blue")] {
-        script.go_on(name)?;
+        script.resume(name)?;
         script.finish()?;
     }
     tools::ok(&["umount", &dir])?;
     daemon.stop()
 }
 
-/// A file system in a file, with what `fill` puts into the directory $PWD.
+/// An ext4 image with the files that `fill` creates in $PWD.
 fn file_system(ctx: &Ctx, name: &str, fill: &str) -> Res<String> {
     let image = ctx.path(name);
     tools::sh(format!(
@@ -280,24 +281,24 @@ fn file_system(ctx: &Ctx, name: &str, fill: &str) -> Res<String> {
     Ok(image)
 }
 
-/// Set-uid programs and device nodes of an image that FUSE mounts are none.
-fn inert(ctx: &Ctx) -> Res {
+/// Set-uid programs and device nodes have no effect in an image that FUSE mounts.
+fn nodes_have_no_effect(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     let fill = "cp $(command -v busybox) id; chown 33:33 id; chmod 6755 id; mknod null c 1 3; mknod disk b 259 0; chmod 666 null disk; chmod 777 .";
     file_system(ctx, "fs", fill)?;
     let daemon = Daemon::start(ctx)?;
     let script = r#"
         mkdir mnt.$who; works "mount" mount -o loop -t ext4 fs mnt.$who
-        holds "mounted how" "$(grep mnt.$who /proc/mounts)" "nosuid,nodev"
-        holds "by whom" "$(grep mnt.$who /proc/mounts)" "fuse"
-        holds "it is set-uid" "$(stat -c %a mnt.$who/id)" 6755
-        same "who runs it" "$(mnt.$who/id -u)" 0
-        same "what it is" "$(stat -c %F mnt.$who/null)" "character special file"
+        holds "options" "$(grep mnt.$who /proc/mounts)" "nosuid,nodev"
+        holds "type of file system" "$(grep mnt.$who /proc/mounts)" "fuse"
+        holds "mode" "$(stat -c %a mnt.$who/id)" 6755
+        same "effective user" "$(mnt.$who/id -u)" 0
+        same "type of node" "$(stat -c %F mnt.$who/null)" "character special file"
         refused "a character device" "Permission denied" dd if=/dev/zero of=mnt.$who/null bs=1 count=1 conv=notrunc
         refused "a block device" "Permission denied" dd if=mnt.$who/disk of=/dev/null bs=512 count=1
         mount -o remount,dev mnt.$who 2>/dev/null
-        refused "whatever the options" "Permission denied" dd if=mnt.$who/disk of=/dev/null bs=512 count=1
-        echo mine > mnt.$who/file; same "whose inside" "$(stat -c '%u %g' mnt.$who/file)" "0 0"
+        refused "after remount,dev" "Permission denied" dd if=mnt.$who/disk of=/dev/null bs=512 count=1
+        echo mine > mnt.$who/file; same "owner inside" "$(stat -c '%u %g' mnt.$who/file)" "0 0"
         works "umount" umount mnt.$who; soon "unbound" "" losetup -a
         works "whole" e2fsck -fn fs
     "#;
@@ -320,31 +321,31 @@ fn refused(ctx: &Ctx) -> Res {
                 print syscall(165, $device, $target, $type, $flags, $data) == 0 ? 0 : $! + 0' \
                 "$1" "$2" "${3:-/dev/loop1}" "${4:-mnt}" "${5:-0}"
         }
-        same "a type off the list" "$(errno xfs '')" 19
+        same "a type that is not listed" "$(errno xfs '')" 19
         same "another" "$(errno btrfs '')" 19
-        # Its program only reads; mount(8) asks again, for that.
-        { type -P fusefat || type -P fusefatfs; } >/dev/null && same "one that is only read" "$(errno vfat '')" 13
-        holds "as mount says it" "$(mount -t xfs /dev/loop1 mnt 2>&1)" "unknown filesystem type"
+        # Its FUSE driver is read-only; mount(8) retries with ro.
+        { type -P fusefat || type -P fusefatfs; } >/dev/null && same "a read-only driver" "$(errno vfat '')" 13
+        holds "message of mount(8)" "$(mount -t xfs /dev/loop1 mnt 2>&1)" "unknown filesystem type"
         for option in errors=panic errors=continue allow_other fakeroot dev suid user_id=0 fsname=x offset=512; do
             same "$option" "$(errno ext4 $option)" 22
-            same "$option behind another" "$(errno ext4 errors=remount-ro,$option)" 22
+            same "$option after another" "$(errno ext4 errors=remount-ro,$option)" 22
         done
         same "writable on a read-only device" "$(errno ext4 '' /dev/loop0)" 13
         same "no directory" "$(errno ext4 '' /dev/loop1 nowhere)" 2
         same "a file" "$(errno ext4 '' /dev/loop1 fs)" 20
         same "nothing mounted" "$(grep -c " $PWD/mnt " /proc/mounts)" 0
-        same "what may be" "$(errno ext4 errors=remount-ro)" 0
+        same "an allowed option" "$(errno ext4 errors=remount-ro)" 0
         works "umount" umount mnt
         "#,
     )?;
     daemon.stop()
 }
 
-/// The superblock says that the kernel is to panic at the first error, and there is one.
-fn panic(ctx: &Ctx) -> Res {
+/// Damaged file systems with errors=panic in their superblock do not panic the kernel.
+fn damaged_images_do_not_panic(ctx: &Ctx) -> Res {
     open_to_all(ctx)?;
     let image = file_system(ctx, "fs", "echo hello > file; mkdir d; echo x > d/y")?;
-    // Whatever of it can be done.
+    // Some of these edits may fail.
     let harm = r"set_inode_field /d mode 0100644\nset_inode_field /file block[0] 99999999\nclear_inode <2>\n";
     tools::sh(format!(
         "tune2fs -e panic {image} >/dev/null; cp {image} {image}.2; chmod 666 {image}.2
@@ -352,7 +353,7 @@ fn panic(ctx: &Ctx) -> Res {
         dd if=/dev/urandom of={image}.2 bs=4096 seek=1 count=200 conv=notrunc 2>/dev/null"
     ))?;
     for image in [image.clone(), format!("{image}.2")] {
-        ensure!(tools::run(&["e2fsck", "-fn", &image])?.code >= 4, "{image} is whole");
+        ensure!(tools::run(&["e2fsck", "-fn", &image])?.code >= 4, "{image} is not damaged");
     }
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).user(1000).run(
@@ -365,7 +366,7 @@ fn panic(ctx: &Ctx) -> Res {
             fi
             soon "unbound: $image" "" losetup -a
         done
-        image other 1M other; losetup -f other; same "the pool goes on" "$(head_of /dev/loop0)" other
+        image other 1M other; losetup -f other; same "the pool works" "$(head_of /dev/loop0)" other
         "#,
     )?;
     daemon.stop()

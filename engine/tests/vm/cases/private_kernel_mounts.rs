@@ -11,19 +11,19 @@ use crate::tools;
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::kernel_mount", Needs::Private, 240, mount),
-        case("private::kernel_mount_kinds", Needs::Private, 180, kinds),
-        case("private::kernel_mount_writers", Needs::Private, 180, writers),
-        case("private::kernel_mount_inert", Needs::Private, 180, inert),
+        case("private::kernel_mount_kinds", Needs::Private, 180, other_file_systems),
+        case("private::kernel_mount_writers", Needs::Private, 180, writers_are_refused),
+        case("private::kernel_mount_inert", Needs::Private, 180, nodes_have_no_effect),
         case("private::kernel_mount_refused", Needs::Private, 240, refused),
         case("private::kernel_mount_policy", Needs::Private, 120, policy),
-        case("private::kernel_mount_ends", Needs::Private, 240, ends),
+        case("private::kernel_mount_ends", Needs::Private, 240, tenant_ends),
         case("private::kernel_mount_rounds", Needs::Private, 600, rounds),
-        case("private::kernel_mount_dead", Needs::Private, 120, dead),
+        case("private::kernel_mount_dead", Needs::Private, 120, maker_is_killed),
     ]
 }
 
 /// File systems that other cases do not use.
-fn kinds(ctx: &Ctx) -> Res {
+fn other_file_systems(ctx: &Ctx) -> Res {
     for program in ["mksquashfs", "mkfs.erofs", "mkfs.vfat"] {
         if tools::run(&["sh", "-c", &format!("command -v {program}")])?.code != 0 {
             skip!("{program} is not installed");
@@ -40,7 +40,7 @@ fn kinds(ctx: &Ctx) -> Res {
         works "mkfs.vfat" mkfs.vfat vfat; mkfs.ext2 -q ext2; mkfs.ext3 -q ext3
         for kind in squashfs erofs vfat ext2 ext3; do
             works "mount $kind" mount -o loop $kind mnt
-            # One driver for all three.
+            # The ext4 driver mounts all three.
             same "source" "$(findmnt -no SOURCE,FSTYPE mnt)" "/dev/loop0 ${kind/ext[23]/ext4}"
             for word in nosuid nodev; do holds "$kind" ",$(findmnt -no OPTIONS mnt)," ",$word,"; done
             [ -e mnt/file ] || echo hello > mnt/file
@@ -54,8 +54,8 @@ fn kinds(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The process that mounts is killed: nothing is mounted any more, everything else goes on.
-fn dead(ctx: &Ctx) -> Res {
+/// After SIGKILL of the maker, new mounts fail, and everything else works.
+fn maker_is_killed(ctx: &Ctx) -> Res {
     let mut daemon = allowing(ctx)?;
     let script = user(ctx, &daemon).start(
         r#"
@@ -63,12 +63,12 @@ fn dead(ctx: &Ctx) -> Res {
         works "with it" mount -o loop a mnt; echo hello > mnt/file; works "umount" umount mnt
         soon "unbound" "" losetup -a
         works "held over it" mount -o loop a mnt
-        halfway killed
+        pause killed
         same "its mounts stay" "$(cat mnt/file)" hello
         works "umount without it" umount mnt; soon "unbound" "" losetup -a
         from=$SECONDS
         refused "without it" "superblock" mount -o loop a mnt
-        [ $((SECONDS - from)) -lt 10 ] || wrong "it took $((SECONDS - from)) s to say so"
+        [ $((SECONDS - from)) -lt 10 ] || wrong "the failure took $((SECONDS - from)) s"
         soon "nothing is left bound" "" losetup -a
         image b 1M bytes; dev=$(losetup -f --show b); same "devices" "$(head_of $dev)" bytes; losetup -d $dev
         works "whole" e2fsck -fn a"#,
@@ -76,7 +76,7 @@ fn dead(ctx: &Ctx) -> Res {
     let script = script.wait("home/killed")?;
     let pid = tools::ok(&["pgrep", "-P", &daemon.pid()?.to_string(), "-f", "mount-maker"])?;
     tools::ok(&["kill", "-KILL", pid.trim()])?;
-    script.go_on("home/killed")?;
+    script.resume("home/killed")?;
     script.finish()?;
     daemon.check_alive()?;
     ensure!(
@@ -86,10 +86,10 @@ fn dead(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// For all rounds, on a CPU that has others to serve.
+/// Deadline for all rounds, on a busy CPU.
 const ROUNDS: Duration = Duration::from_secs(400);
 
-/// A daemon that lets everybody have ext4 and xfs mounted by the kernel, and a home for user 1000.
+/// A daemon that allows all users kernel mounts of ext4 and xfs, and a home for user 1000.
 fn allowing(ctx: &Ctx) -> Res<Daemon> {
     allowing_these(ctx, "'ext4', 'xfs'")
 }
@@ -106,7 +106,7 @@ fn user<'a>(ctx: &'a Ctx, daemon: &'a Daemon) -> Inside<'a> {
     Inside::new(ctx, daemon).user(1000).with(&["--mount", "ext4,xfs"])
 }
 
-/// `mount -o loop` of a plain user, what it is, and what it leaves: nothing.
+/// `mount -o loop` by a plain user: the properties of the mount. It leaves nothing behind.
 fn mount(ctx: &Ctx) -> Res {
     let daemon = allowing(ctx)?;
     let script = user(ctx, &daemon).start(
@@ -125,12 +125,12 @@ fn mount(ctx: &Ctx) -> Res {
         works "again: the same file system" mount -o loop a mnt2
         same "one device" "$(bound)" "/dev/loop0 $PWD/a"
         same "seen in both" "$(cat mnt2/dir/file)" hello
-        halfway mounted
+        pause mounted
         works "umount" umount mnt2; sleep 0.5
         same "mounted still" "$(cat mnt/dir/file)" hello
         works "umount by the image" umount a
         soon "unbound" "" losetup -a
-        soon "nothing shown" 0 size /dev/loop0
+        soon "size 0" 0 size /dev/loop0
         works "whole" e2fsck -fn a
         holds "owner in the image" "$(debugfs -R 'stat /dir/file' a 2>&1)" "User:     0   Group:     0"
         works "xfs" mount -o loop,noatime,noexec b mnt
@@ -158,20 +158,20 @@ fn mount(ctx: &Ctx) -> Res {
     let home = ctx.path("home");
     let file = format!("/proc/{}/root{home}/mnt/dir/file", pid.trim());
     let outside = tools::ok(&["stat", "-c", "%u %g", &file])?;
-    ensure!(outside == "1000 1000", "outside the file is of {outside}");
-    script.go_on("home/mounted")?;
+    ensure!(outside == "1000 1000", "the owner outside is {outside}");
+    script.resume("home/mounted")?;
     script.finish()?;
     daemon.stop()
 }
 
-/// Nobody else writes to what the kernel has mounted; afterwards everybody who could does.
-fn writers(ctx: &Ctx) -> Res {
+/// A device is read-only while the kernel has it mounted, and writable again afterwards.
+fn writers_are_refused(ctx: &Ctx) -> Res {
     let daemon = allowing(ctx)?;
     user(ctx, &daemon).run(
         r#"
         cd home; truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt; truncate -s +4096 a
         losetup /dev/loop2 a
-        # Who has it open for writing, and mapped, already.
+        # A process that has the device open for writing, and mapped.
         exec 7<> /dev/loop2
         cat > writer.py <<-'X'
 	import mmap, os, sys
@@ -191,32 +191,32 @@ fn writers(ctx: &Ctx) -> Res {
         refused "a new writer" "Operation not permitted" dd if=/dev/zero of=/dev/loop2 bs=512 count=1 conv=notrunc
         refused "an old writer" "Operation not permitted" dd if=/dev/zero bs=512 count=1 conv=notrunc of=/proc/self/fd/7
         echo >&8; wait %1
-        same "what was mapped" "$(tail -c 4096 a | tr -d '\0')" good
+        same "mapped data" "$(tail -c 4096 a | tr -d '\0')" good
         refused "mkfs" "" mkfs.ext4 -q -F /dev/loop2
         echo new > mnt/file; works "umount" umount mnt
         exec 8>&-
         soon "writable" 0 blockdev --getro /dev/loop2
-        same "bound still" "$(bound)" "/dev/loop2 $PWD/a"
-        works "nothing old is shown" cmp a /dev/loop2
+        same "still bound" "$(bound)" "/dev/loop2 $PWD/a"
+        works "no stale data" cmp a /dev/loop2
         works "written" dd if=/dev/zero of=/dev/loop2 bs=512 seek=32768 count=1 conv=notrunc,fsync
         same "in the file" "$(tail -c 4096 a | tr -d '\0')" ""
         exec 7>&-
         losetup -d /dev/loop2; soon "unbound" "" losetup -a
         works "whole" e2fsck -fn a
-        # A device that is open with O_EXCL is another's.
+        # A read-only device cannot be mounted writable.
         losetup /dev/loop2 a; mkfs.ext4 -q /dev/loop2
         works "read-only binding" losetup -r /dev/loop4 a
-        refused "to be written" "" mount -w /dev/loop4 mnt
+        refused "writable mount" "" mount -w /dev/loop4 mnt
         works "read-only" mount -o ro /dev/loop4 mnt; umount mnt
-        soon "read-only still" 1 blockdev --getro /dev/loop4
+        soon "still read-only" 1 blockdev --getro /dev/loop4
         losetup -D; soon "none" "" losetup -a
         "#,
     )?;
     daemon.stop()
 }
 
-/// Set-uid programs and nodes of an image are none, and stay none.
-fn inert(ctx: &Ctx) -> Res {
+/// Set-uid programs and nodes of an image have no effect, also after remounts.
+fn nodes_have_no_effect(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let image = ctx.path("image");
     let dir = ctx.path("tree");
@@ -225,8 +225,7 @@ fn inert(ctx: &Ctx) -> Res {
         mknod {dir}/null c 1 3; mknod {dir}/block b 259 0; chmod 666 {dir}/null {dir}/block
         truncate -s 32M {image}; mkfs.ext4 -q -d {dir} {image}"
     ))?;
-    // Root, so that there are other users in the namespace; and what nobody allowed but it may ask
-    // for.
+    // Root: its namespace has other users, and it needs no permission for kernel mounts.
     Inside::new(ctx, &daemon).with(&["--user", "--mount", "ext4"]).run(
         r#"
         mkdir mnt; works "mount" mount -o loop,suid,dev image mnt
@@ -244,9 +243,9 @@ fn inert(ctx: &Ctx) -> Res {
         done
         tries "after remounts"
         mkdir copy; works "bind" mount --bind mnt copy
-        refused "of a copy" "permission denied" mount -o remount,bind,dev,suid copy
+        refused "remount of a copy" "permission denied" mount -o remount,bind,dev,suid copy
         works "in another namespace" unshare -m sh -c '! mount -o remount,bind,dev,suid mnt 2>/dev/null'
-        works "more is allowed" mount -o remount,bind,nosuid,nodev,ro copy
+        works "more restrictions" mount -o remount,bind,nosuid,nodev,ro copy
         umount copy mnt
         works "ro" mount -o loop,ro image mnt
         refused "ro: write" "Read-only" touch mnt/x
@@ -258,7 +257,8 @@ fn inert(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Options, journals elsewhere, superblocks that say panic, file systems off the list.
+/// Refuses options, external journals and file systems that are not allowed. Overrides
+/// errors=panic.
 fn refused(ctx: &Ctx) -> Res {
     let daemon = allowing(ctx)?;
     user(ctx, &daemon).run(
@@ -268,16 +268,16 @@ fn refused(ctx: &Ctx) -> Res {
             usrjquota=x,jqfmt=vfsv0 dax nonsense; do
             refused "$option" "bad option" mount -t ext4 -o loop,$option a mnt
         done
-        works "options that may be" mount -o loop,commit=9,nodelalloc a mnt
+        works "allowed options" mount -o loop,commit=9,nodelalloc a mnt
         holds "commit" "$(findmnt -no OPTIONS mnt)" "commit=9"
         umount mnt; soon "unbound" "" losetup -a
         works "without recovery" mount -o loop,ro,noload a mnt
         umount mnt; soon "none is left" "" losetup -a
-        refused "off the list" "unknown filesystem type" mount -t btrfs -o loop a mnt
-        # By a program of FUSE, if there is one, to which it is none.
+        refused "a file system that is not allowed" "unknown filesystem type" mount -t btrfs -o loop a mnt
+        # A FUSE driver, if installed, finds no file system.
         { type -P fusefat || type -P fusefatfs; } >/dev/null && said=superblock || said="unknown filesystem type"
-        refused "not asked for" "$said" mount -t vfat -o loop a mnt
-        refused "another's" "wrong fs type" mount -t xfs -o loop a mnt
+        refused "a file system without --mount" "$said" mount -t vfat -o loop a mnt
+        refused "another file system" "wrong fs type" mount -t xfs -o loop a mnt
         truncate -s 1M junk; refused "no file system" "wrong fs type" mount -t ext4 -o loop junk mnt
         refused "no device" "" mount -t ext4 /dev/loop7 mnt
         refused "no directory" "" mount -t ext4 -o loop a missing
@@ -285,14 +285,14 @@ fn refused(ctx: &Ctx) -> Res {
         # A journal on another device, by number, which the tenant chose.
         truncate -s 8M j; losetup /dev/loop5 j; mke2fs -q -b 1024 -O journal_dev /dev/loop5
         truncate -s 16M e; mkfs.ext4 -q -b 1024 -J device=/dev/loop5 e
-        holds "it has one" "$(dumpe2fs -h e 2>&1)" "Journal device"
+        holds "external journal, dumpe2fs" "$(dumpe2fs -h e 2>&1)" "Journal device"
         refused "external journal" "bad superblock" mount -t ext4 -o loop e mnt
         refused "a journal" "bad superblock" mount -t ext4 /dev/loop5 mnt
         losetup -D; soon "none" "" losetup -a
-        # Options that the superblock brings.
+        # Mount options in the superblock.
         cp a o; tune2fs -E mount_opts=journal_path=/dev/loop0 o > /dev/null
         refused "options of the superblock" "bad superblock" mount -t ext4 -o loop o mnt
-        # An error, in a file system that wants to panic.
+        # An error in a file system with errors=panic.
         truncate -s 16M p; mkfs.ext4 -q -O ^metadata_csum -e panic p
         debugfs -w -R 'clri lost+found' p 2> /dev/null
         works "panic" mount -o loop p mnt
@@ -305,7 +305,7 @@ fn refused(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Who may have it: users what the administrator lists, root what there is.
+/// Users may mount what the administrator lists, and root all supported file systems.
 fn policy(ctx: &Ctx) -> Res {
     let denied = |daemon: &Daemon, kinds: &str, uid: Option<u32>| {
         let inside = Inside::new(ctx, daemon).with(&["--user", "--mount", kinds]);
@@ -332,8 +332,8 @@ fn policy(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The tree is killed, or the daemon ends, while something is mounted.
-fn ends(ctx: &Ctx) -> Res {
+/// The process tree is killed, or the daemon ends, while a file system is mounted.
+fn tenant_ends(ctx: &Ctx) -> Res {
     let daemon = allowing(ctx)?;
     let home = ctx.path("home");
     let start = |name: &str| {
@@ -344,7 +344,7 @@ fn ends(ctx: &Ctx) -> Res {
             works "mount" mount -o loop $name $name.mnt
             echo synced > $name.mnt/synced; sync $name.mnt/synced
             head -c 1M /dev/urandom > $name.mnt/more
-            halfway $name
+            pause $name
             "#
         );
         user(ctx, &daemon).start(&script)?.wait(&format!("home/{name}"))
@@ -365,18 +365,18 @@ fn ends(ctx: &Ctx) -> Res {
     let killed = start("killed")?;
     tools::sh(format!("kill -KILL -- -$(cat {home}/killed.pid)"))?;
     let gone = tools::until(Duration::from_secs(20), || daemon.ublk_ids().is_empty().then_some(()));
-    ensure!(gone.is_some(), "devices left of a tree that was killed: {:?}", daemon.ublk_ids());
+    ensure!(gone.is_some(), "devices of a killed process tree are left: {:?}", daemon.ublk_ids());
     ensure!(killed.finish().is_err(), "the script was not killed");
     whole("killed")?;
     let clean = tools::ok(&["dumpe2fs", "-h", &format!("{home}/killed")])?;
-    ensure!(!clean.contains("needs_recovery"), "it was not unmounted: {clean}");
-    let settled = tools::until(Duration::from_secs(20), || {
+    ensure!(!clean.contains("needs_recovery"), "the file system was not unmounted: {clean}");
+    let idle = tools::until(Duration::from_secs(20), || {
         daemon.footprint().is_ok_and(|after| after == before).then_some(())
     });
-    ensure!(settled.is_some(), "from {before:?} to {:?}", daemon.footprint()?);
+    ensure!(idle.is_some(), "from {before:?} to {:?}", daemon.footprint()?);
     let left = start("left")?;
     daemon.stop()?;
-    left.go_on("home/left")?;
+    left.resume("home/left")?;
     left.finish()?;
     whole("left")
 }
@@ -392,10 +392,10 @@ fn rounds(ctx: &Ctx) -> Res {
         round() { mount -o loop a mnt && umount mnt || { wrong "round $1"; return 1; }; }
         for i in {1..5}; do round w$i || break; done
         refused "an option" "" mount -o loop,errors=panic a mnt
-        soon "warm" "" losetup -a; sleep 3; halfway warm
+        soon "warm" "" losetup -a; sleep 3; pause warm
         for i in $(seq $count); do round $i || break; done
         refused "an option" "" mount -o loop,errors=panic a mnt
-        soon "unbound" "" losetup -a; sleep 3; halfway done
+        soon "unbound" "" losetup -a; sleep 3; pause done
         "#
     ))?;
     let maker = || -> Res<_> {
@@ -409,10 +409,10 @@ fn rounds(ctx: &Ctx) -> Res {
     let look = || -> Res<_> { Ok((daemon.footprint()?, daemon.ublk_ids().len(), maker()?)) };
     let script = script.wait_for(ROUNDS, "home/warm")?;
     let before = look()?;
-    script.go_on("home/warm")?;
+    script.resume("home/warm")?;
     let script = script.wait_for(ROUNDS, "home/done")?;
     let after = look()?;
-    script.go_on("home/done")?;
+    script.resume("home/done")?;
     script.finish()?;
     ensure!(before == after, "from {before:?} to {after:?}");
     daemon.stop()

@@ -5,7 +5,7 @@
 
 /// Lines that differ for one reason.
 pub(super) struct Known {
-    /// As in the manual page.
+    /// The reason, as in the manual page.
     pub(super) why: &'static str,
     /// Only for programs of 64 bits.
     pub(super) only_64: bool,
@@ -16,12 +16,12 @@ pub(super) struct Known {
 
 pub(super) const KNOWN: &[Known] = &[
     Known {
-        why: "what named a device that was removed opens nothing any more; the kernel makes it anew",
+        why: "a name of a removed device opens nothing; the kernel's driver creates the device again",
         only_64: false,
         lines: &[("remove: opened through what named it once", "opened", "ESTALE")],
     },
     Known {
-        why: "commands that nobody knows are not intercepted: the block layer and FUSE say so",
+        why: "unknown commands are not intercepted: the block layer and FUSE refuse them",
         only_64: true,
         lines: &[
             ("unknown: 5401 of a device", "EINVAL", "ENOTTY"),
@@ -30,7 +30,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "commands that nobody knows are not intercepted: the block layer and FUSE say so",
+        why: "unknown commands are not intercepted: the block layer and FUSE refuse them",
         only_64: false,
         lines: &[
             ("unknown: 5401 of loop-control, not of loop(4)", "ENOSYS", "ENOTTY"),
@@ -44,7 +44,7 @@ pub(super) const KNOWN: &[Known] = &[
         lines: &[("loop-control: read", "EINVAL", "0"), ("loop-control: write", "EINVAL", "16")],
     },
     Known {
-        why: "who may not read a file, or only append to it, does not get that right by a device",
+        why: "a device gives no access to its file beyond that of the caller's descriptor",
         only_64: false,
         lines: &[
             ("files: SET_FD, a file to write", "0", "EPERM"),
@@ -56,7 +56,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "files of proc, sysfs and their like are no backing files",
+        why: "files of proc, sysfs and similar file systems cannot be backing files",
         only_64: false,
         lines: &[
             ("files: SET_FD, a file of /proc", "0", "EINVAL"),
@@ -69,7 +69,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "the block size is a page at most",
+        why: "the block size is at most a page",
         only_64: false,
         lines: &[
             ("values: CONFIGURE, block size 8192", "0", "EINVAL"),
@@ -81,7 +81,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "nobody can tell who has a device open, and whether with O_EXCL",
+        why: "the daemon does not know who has a device open, and whether with O_EXCL",
         only_64: false,
         lines: &[
             ("block size: while another has it alone, the same", "EBUSY", "0"),
@@ -89,7 +89,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "LOOP_CHANGE_FD wants the size of the device, the kernel the present size of its old file",
+        why: "LOOP_CHANGE_FD needs a file of the device's size; the kernel's driver, of the old file's present size",
         only_64: false,
         lines: &[
             ("change: plain, 1049088 bytes", "0", "EINVAL"),
@@ -97,7 +97,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "a device that is not bound can be written to, whatever it was before",
+        why: "an unbound device is writable, even if it was read-only before",
         only_64: false,
         lines: &[
             ("read-only: flag, unbound, size", WAS_READ_ONLY, UNBOUND),
@@ -109,7 +109,7 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "after LOOP_CLR_FD the device serves until its last close, and can be bound anew at once",
+        why: "after LOOP_CLR_FD, the device serves until its last close, and can be bound again at once",
         only_64: false,
         lines: &[
             ("clear: the only opener, another file", "EBUSY", "0"),
@@ -118,12 +118,12 @@ pub(super) const KNOWN: &[Known] = &[
         ],
     },
     Known {
-        why: "a device that is held after LOOP_CLR_FD is shown as unbound for a second",
+        why: "a device that is open after LOOP_CLR_FD appears as unbound for a second",
         only_64: false,
         lines: &[("clear: one of two, at once", "4", "ENXIO")],
     },
     Known {
-        why: "nodes are below /dev/loopfs, to which /dev/loopN leads",
+        why: "nodes are in /dev/loopfs; /dev/loopN is a link to one",
         only_64: false,
         lines: &[(
             "stack: on another, sysfs",

@@ -32,12 +32,12 @@ pub(super) fn cases() -> Vec<Case> {
         case("private_lifetime::fuse", Needs::Private, 120, fuse),
         case("private_lifetime::fuse_killed", Needs::Private, 120, fuse_killed),
         case("private_lifetime::autoclear", Needs::Private, 120, autoclear),
-        case("private_lifetime::leaked", Needs::Private, 120, leaked),
-        case("private_lifetime::mounts", Needs::Private, 120, mounts),
+        case("private_lifetime::leaked", Needs::Private, 120, leaked_namespace),
+        case("private_lifetime::mounts", Needs::Private, 120, ends_with_the_last_mount),
     ]
 }
 
-/// A daemon, and images on a file system that tells when they are closed.
+/// A daemon, and images on a file system of their own, which shows whether they are open.
 struct Life<'a> {
     ctx: &'a Ctx,
     daemon: Daemon,
@@ -54,14 +54,14 @@ image raw 4M raw; same "-f" "$(losetup -f --show raw)" /dev/loop1
 exec 7<>/dev/loop1; printf written | dd of=/dev/loop1 conv=notrunc,fsync 2>/dev/null
 [ $bad = 0 ] || exit 1
 sleep 1000 & (sleep 1000) &
-echo $$ > ../pid; halfway ../busy
+echo $$ > ../pid; pause ../busy
 "#;
 
 impl<'a> Life<'a> {
     fn begin(ctx: &'a Ctx) -> Res<Life<'a>> {
         let store = Mount::new("tmpfs", &ctx.path("store"), &["-t", "tmpfs", "-o", "mode=1777"])?;
         std::fs::set_permissions(&ctx.dir, std::os::unix::fs::PermissionsExt::from_mode(0o1777))?;
-        // As udev has it, which is not there.
+        // As udev does; this machine has none.
         std::fs::set_permissions("/dev/fuse", std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
         Ok(Life { ctx, daemon: Daemon::start(ctx)?, store })
     }
@@ -88,9 +88,9 @@ impl<'a> Life<'a> {
         let closed =
             tools::until(limit, || (tools::run(&read_only).ok()?.code == 0).then(|| since.elapsed()));
         let Some(closed) = closed else {
-            return Err(format!("images are open still after {limit:?}").into());
+            return Err(format!("images are still open after {limit:?}").into());
         };
-        // It says so if there is no pool.
+        // Exit status 3: there is no pool.
         let pools = self.daemon.cli(&["losetup", "-a"])?;
         ensure!(pools.code == 3, "a pool is left: {pools:?}");
         self.ctx.note(format!("devices gone after {devices:.0?}, images closed by {closed:.0?}"));
@@ -105,11 +105,11 @@ impl<'a> Life<'a> {
         let checked = tools::run(&["e2fsck", "-f", fsck, &fs])?;
         ensure!(checked.code <= 1, "e2fsck {fsck}: {checked:?}");
         let again = tools::run(&["e2fsck", "-fn", &fs])?;
-        ensure!(again.code == 0, "not whole: {again:?}");
+        ensure!(again.code == 0, "damaged: {again:?}");
         let kept = tools::ok(&["debugfs", "-R", "cat /kept", &fs])?;
-        ensure!(kept == "fsynced", "the file that was synced has {kept:?}");
+        ensure!(kept == "fsynced", "the synced file has {kept:?}");
         let raw = std::fs::read(format!("{}/raw", self.store.dir)).at("raw")?;
-        ensure!(raw.starts_with(b"written"), "the device that was synced has {:?}", &raw[..16]);
+        ensure!(raw.starts_with(b"written"), "the image of the synced device has {:?}", &raw[..16]);
         Ok(())
     }
 
@@ -123,7 +123,7 @@ impl<'a> Life<'a> {
 fn end(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let script = life.busy(&life.inside(), "kill %1 %2; exit 0")?;
-    script.go_on("busy")?;
+    script.resume("busy")?;
     script.finish()?;
     life.gone(Instant::now(), SOON)?;
     life.check("-p")?;
@@ -148,7 +148,7 @@ fn oom(ctx: &Ctx) -> Res {
         &[("memory.max", "67108864"), ("memory.swap.max", "0"), ("memory.oom.group", "1")],
     )?;
     let script = life.busy(&life.inside().cgroup(&group.0), "dd if=/dev/zero of=/dev/null bs=256M")?;
-    script.go_on("busy")?;
+    script.resume("busy")?;
     script.killed(Duration::from_secs(60))?;
     life.gone(Instant::now(), SOON)?;
     let events = std::fs::read_to_string(format!("{}/memory.events", group.0))?;
@@ -193,7 +193,7 @@ fn fuse_killed(ctx: &Ctx) -> Res {
     life.done()
 }
 
-/// A last close unbinds, and that is detected soon.
+/// The daemon detects a last close soon, and unbinds the device.
 fn autoclear(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let out = life.inside().run(
@@ -204,7 +204,7 @@ fn autoclear(ctx: &Ctx) -> Res {
         lag() {
             local what=$1 from i; shift; "$@" || wrong "$what"; from=$(now)
             for i in {1..400}; do [ "$(< /sys/class/block/$name/size)" = 0 ] && break; sleep 0.005; done
-            [ "$(< /sys/class/block/$name/size)" = 0 ] || wrong "$what: bound still"
+            [ "$(< /sys/class/block/$name/size)" = 0 ] || wrong "$what: still bound"
             echo "$what $(($(now) - from))"
         }
         close() { exec 7<&-; }
@@ -216,7 +216,7 @@ fn autoclear(ctx: &Ctx) -> Res {
             lag close close
             soon "unbound" "" losetup -a
         done
-        # No sign but the close itself, long after the last one.
+        # A close long after LOOP_CLR_FD, without a hint to the daemon.
         for round in 1 2 3; do
             dev=$(losetup -f --show raw); exec 7<$dev; losetup -d $dev; sleep 5
             lag late close
@@ -236,14 +236,13 @@ fn autoclear(ctx: &Ctx) -> Res {
     let (close, late) = (lags("close")?[1], lags("late")?[1]);
     ensure!(
         late < CLOSED_LATE.max(2 * close),
-        "{late:?} after a close without a sign, {close:?} after one with"
+        "{late:?} after a close without a hint, {close:?} after one with a hint"
     );
     life.done()
 }
 
-/// The process tree has ended, and so have its devices, although another namespace has a mount of
-/// the nodes.
-fn leaked(ctx: &Ctx) -> Res {
+/// Devices are removed with the process tree, although another namespace has a mount of the nodes.
+fn leaked_namespace(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let script = life.busy(&life.inside(), "")?;
     let sleeper = Sleeper::start(Some(&format!("{}/{}", ctx.dir.display(), "pid")), &life)?;
@@ -251,14 +250,14 @@ fn leaked(ctx: &Ctx) -> Res {
     script.kill();
     life.gone(since, SOON)?;
     let left = sleeper.run("ls /dev/loopfs; cat /dev/loopfs/loop1")?;
-    ensure!(left.code != 0 && left.out.is_empty(), "a pool that has ended shows {left:?}");
+    ensure!(left.code != 0 && left.out.is_empty(), "an ended pool shows {left:?}");
     drop(sleeper);
     life.check("-p")?;
     life.done()
 }
 
 /// A pool without a process tree ends with its last mount, in any namespace.
-fn mounts(ctx: &Ctx) -> Res {
+fn ends_with_the_last_mount(ctx: &Ctx) -> Res {
     let life = Life::begin(ctx)?;
     let dir = ctx.path("pool");
     std::fs::create_dir(&dir).at(&dir)?;
@@ -270,7 +269,10 @@ fn mounts(ctx: &Ctx) -> Res {
     tools::ok(&["umount", &dir])?;
     std::thread::sleep(Duration::from_millis(500));
     let seen = sleeper.run(&format!("head -c 1048576 {dir}/loop0 | md5sum"))?;
-    ensure!(seen.code == 0 && !life.daemon.ublk_ids().is_empty(), "gone with the first mount: {seen:?}");
+    ensure!(
+        seen.code == 0 && !life.daemon.ublk_ids().is_empty(),
+        "removed with the first of two mounts: {seen:?}"
+    );
     let since = Instant::now();
     drop(sleeper);
     life.gone(since, SOON)?;
@@ -301,7 +303,7 @@ impl Drop for Group {
     fn drop(&mut self) {
         let _ = std::fs::write(format!("{}/cgroup.kill", self.0), "1");
         if tools::until(Duration::from_secs(10), || std::fs::remove_dir(&self.0).ok()).is_none() {
-            eprintln!("  {} stays", self.0);
+            eprintln!("  could not remove {}", self.0);
         }
     }
 }
@@ -313,16 +315,16 @@ struct Sleeper {
 }
 
 impl Sleeper {
-    /// `of`: a file with the number of a process whose mounts are meant; otherwise ours are.
+    /// Copies the mounts of the process whose pid is in the file `of`; by default, our own.
     fn start(of: Option<&str>, life: &Life<'_>) -> Res<Sleeper> {
-        let told = life.ctx.path("sleeper");
+        let pid_file = life.ctx.path("sleeper");
         let enter = of.map(|file| format!("nsenter -m -t $(cat {file}) ")).unwrap_or_default();
-        let script = format!("exec {enter}unshare -m bash -c 'echo $$ > {told}; exec sleep 1000'");
+        let script = format!("exec {enter}unshare -m bash -c 'echo $$ > {pid_file}; exec sleep 1000'");
         let mut command = std::process::Command::new("bash");
         command.args(["-c", &script]);
         let process = Running::start(command)?;
         let pid = tools::until(Duration::from_secs(30), || {
-            std::fs::read_to_string(&told).ok().filter(|text| text.ends_with('\n'))
+            std::fs::read_to_string(&pid_file).ok().filter(|text| text.ends_with('\n'))
         });
         Ok(Sleeper { _process: process, pid: pid.ok_or("no sleeper")?.trim().to_owned() })
     }

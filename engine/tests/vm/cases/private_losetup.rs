@@ -22,7 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// `-f`, `-f --show`, explicit numbers: the lowest unbound one, and nodes that are there.
+/// `-f` finds the lowest unbound device, explicit numbers work, and each device has a node.
 fn find(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -33,17 +33,17 @@ fn find(ctx: &Ctx) -> Res {
         same "second -f" "$(losetup -f)" /dev/loop0
         same "kind of node" "$(stat -Lc %F /dev/loop0)" "block special file"
         same "size, unbound" "$(size /dev/loop0)" 0
-        refused "-l of what is unbound" "" losetup /dev/loop0
+        refused "status of an unbound device" "" losetup /dev/loop0
         same "-f --show" "$(losetup -f --show a)" /dev/loop0
         works "-f img" losetup -f b
-        same "what -f left" "$(bound)" "/dev/loop0 $PWD/a
+        same "bound by -f" "$(bound)" "/dev/loop0 $PWD/a
 /dev/loop1 $PWD/b"
         same "bytes 0" "$(head_of /dev/loop0)" alpha
         same "bytes 1" "$(head_of /dev/loop1)" beta
         same "next -f" "$(losetup -f)" /dev/loop2
         works "explicit" losetup /dev/loop5 a
         same "explicit bytes" "$(head_of /dev/loop5)" alpha
-        same "-f leaves 5 out" "$(losetup -f)" /dev/loop2
+        same "-f skips 5" "$(losetup -f)" /dev/loop2
         refused "bound" "Device or resource busy" losetup /dev/loop5 b
         works "-d of two" losetup -d /dev/loop0 /dev/loop5
         same "lowest again" "$(losetup -f --show b)" /dev/loop0
@@ -73,7 +73,7 @@ $line1"
         same "-j" "$(losetup -j "a b")" "$line0"
         same "-j -o, its own" "$(losetup -j "a b" -o 1M)" "$line0"
         same "-j -o, another" "$(losetup -j "a b" -o 2M)" ""
-        same "-j of a stranger" "$(losetup -j /etc/passwd)" ""
+        same "-j of another file" "$(losetup -j /etc/passwd)" ""
         same "one device" "$(losetup /dev/loop1)" "$line1"
         same "-l lists both" "$(losetup -l -n | wc -l)" 2
         holds "-l" "$(losetup -l)" "BACK-FILE"
@@ -86,9 +86,9 @@ $line1"
             same "sys $n" "$(cat /sys/block/loop$n/dev)" "$(stat -Lc %Hr:%Lr /dev/loop$n)"
             same "offset $n" "$(cat /sys/block/loop$n/loop/offset)" "$(losetup -n -O OFFSET /dev/loop$n | tr -d ' ')"
         done
-        # In sysfs with the next change only; the real driver looks at each reading.
+        # sysfs changes with the next call only; the kernel's driver looks at each read.
         rm c; works "a change" losetup -c /dev/loop1
-        same "a name that is gone" "$(losetup -n -O BACK-FILE /dev/loop1)" "$PWD/c (deleted)"
+        same "a deleted file" "$(losetup -n -O BACK-FILE /dev/loop1)" "$PWD/c (deleted)"
         columns=NAME,AUTOCLEAR,BACK-FILE,BACK-INO,BACK-MAJ:MIN,MAJ:MIN,OFFSET,PARTSCAN,RO,SIZELIMIT,DIO,LOG-SEC
         echo "$ab $(stat -c %Hd:%Ld "a b")"
         losetup -J -O $columns
@@ -122,7 +122,7 @@ $line1"
     daemon.stop()
 }
 
-/// Sizes are those of the file from the offset on, or the limit, in whole sectors.
+/// The size is that of the file after the offset, or the limit, in whole sectors.
 fn sizes(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -147,10 +147,10 @@ fn sizes(ctx: &Ctx) -> Res {
         sized "offset past the end" 0 -o 2M whole
         sized "both" 524288 -o 512K --sizelimit 1M whole
         refused "an offset above 2^63" "" losetup -f --show -o 9223372036854775808 whole
-        # Bytes are where they belong, unaligned too.
+        # Data is at the right offset, also unaligned.
         printf 'x%0511d' 7 | dd of=whole bs=1 seek=3 conv=notrunc 2>/dev/null
         dev=$(losetup -f --show -o 3 whole)
-        same "bytes behind an odd offset" "$(head_of $dev 1)" x
+        same "bytes after an odd offset" "$(head_of $dev 1)" x
         printf YY | dd of=$dev conv=notrunc 2>/dev/null; sync -d $dev 2>/dev/null || sync
         losetup -d $dev
         same "bytes written there" "$(dd if=whole bs=1 skip=2 count=4 2>/dev/null | tr -d '\0')" YY0
@@ -182,13 +182,13 @@ fn capacity(ctx: &Ctx) -> Res {
         works "bind with a limit" losetup -f --sizelimit 512K a; truncate -s 4M a
         works "-c with a limit" losetup -c $dev
         same "the limit stays" "$(size $dev)" 524288
-        losetup -d $dev; refused "-c of what is unbound" "No such device" losetup -c $dev
+        losetup -d $dev; refused "-c of an unbound device" "No such device" losetup -c $dev
         "#,
     )?;
     daemon.stop()
 }
 
-/// `-r`, and files that can only be read.
+/// `-r`, and read-only files.
 fn read_only(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -204,8 +204,8 @@ fn read_only(ctx: &Ctx) -> Res {
             refused "$file: discard" "" blkdiscard $dev
             losetup -d $dev; soon "$file: unbound" "" losetup -a
         done
-        same "the file is as it was" "$(head_of a)" alpha
-        # The next one on the same device is not read-only for that.
+        same "the file is unchanged" "$(head_of a)" alpha
+        # The next binding of the device is writable.
         same "the same device" "$(losetup -f --show a)" "$dev"
         same "writable again" "$(blockdev --getro $dev)" 0
         works "write" dd if=/dev/zero of=$dev bs=512 count=1 conv=fsync
@@ -234,7 +234,7 @@ fn block_size(ctx: &Ctx) -> Res {
             refused "-b $b" "" losetup -f --show -b $b a
             soon "-b $b binds nothing" "" losetup -a
         done
-        # A change in flight: the tool's own descriptor gets the new device.
+        # The block size of a bound device changes: the caller's descriptor gets the new disk.
         dev=$(losetup -f --show a)
         works "-b of a bound one" losetup -b 4096 $dev
         same "changed" "$(blockdev --getss $dev)" 4096
@@ -257,7 +257,7 @@ fn direct_io(ctx: &Ctx) -> Res {
         r#"
         dio() { losetup -n -O DIO "$1" | tr -d ' '; }
         dev=$(losetup -f --show $img)
-        same "not asked for" "$(dio $dev)" 0
+        same "default" "$(dio $dev)" 0
         works "on" losetup --direct-io=on $dev; same "on" "$(dio $dev)" 1
         works "off" losetup --direct-io=off $dev; same "off" "$(dio $dev)" 0
         losetup -d $dev; soon "unbound" "" losetup -a
@@ -265,14 +265,14 @@ fn direct_io(ctx: &Ctx) -> Res {
         printf direct | dd of=$dev conv=notrunc,fsync 2>/dev/null
         same "written" "$(head_of $img)" direct
         losetup -d $dev; soon "unbound" "" losetup -a
-        # An offset that is no multiple of a block cannot be had by direct I/O.
+        # Direct I/O needs an offset that is a multiple of the block size.
         dev=$(losetup -f --show -o 3 $img); same "unaligned" "$(dio $dev)" 0
         refused "on, unaligned" "Invalid argument" losetup --direct-io=on $dev
         "#
     );
     Inside::new(ctx, &daemon).run(&script)?;
     daemon.stop()?;
-    let left = host::kernel_said(&ctx.name);
+    let left = host::kernel_log_since(&ctx.name);
     ensure!(!left.contains("I/O error, dev ublkb"), "an I/O error: {}", tools::tail(&left, 5));
     Ok(())
 }

@@ -8,7 +8,7 @@ use super::private_script::Inside;
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 
-/// For all rounds, on a CPU that has others to serve.
+/// Deadline for all rounds, on a busy CPU.
 const ROUNDS: Duration = Duration::from_secs(1200);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -21,7 +21,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// `mount -o loop`, which leaves nothing.
+/// `mount -o loop` leaves nothing behind.
 fn mount(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -34,13 +34,13 @@ fn mount(ctx: &Ctx) -> Res {
         holds "shown" "$(findmnt -no SOURCE mnt)" "/dev/loop0"
         works "umount" umount mnt
         soon "nothing bound after umount" "" losetup -a
-        soon "nothing shown" 0 size /dev/loop0
+        soon "size 0" 0 size /dev/loop0
         works "the image is whole" e2fsck -fn a
         works "without -o" mount a mnt
-        same "what was written" "$(cat mnt/file)" hello
+        same "file" "$(cat mnt/file)" hello
         works "umount" umount mnt
         soon "nothing bound after the second" "" losetup -a
-        # One image, two directories: one device, or two file systems would write to it.
+        # One image on two directories shares one device: two file systems would corrupt it.
         works "first" mount -o loop a mnt; works "second" mount -o loop a mnt2
         same "one device" "$(losetup -n -l | wc -l)" 1
         echo two > mnt2/two; same "one file system" "$(cat mnt/two)" two
@@ -64,7 +64,7 @@ fn mount_options(ctx: &Ctx) -> Res {
         same "ro: device" "$(losetup -n -O RO /dev/loop0 | tr -d ' ')" 1
         refused "ro: write" "Read-only file system" touch mnt/x
         umount mnt; soon "ro: unbound" "" losetup -a
-        works "ro: the image is as it was" cmp a was
+        works "ro: the image is unchanged" cmp a was
         { head -c 1M /dev/zero; cat a; head -c 1M /dev/zero; } > b
         works "offset" mount -o loop,offset=1M,sizelimit=16M b mnt
         same "offset: device" "$(losetup -n --raw -O OFFSET,SIZELIMIT)" "1048576 16777216"
@@ -72,27 +72,26 @@ fn mount_options(ctx: &Ctx) -> Res {
         umount mnt; soon "offset: unbound" "" losetup -a
         dd if=b of=c bs=1M skip=1 count=16 2>/dev/null
         works "offset: whole" e2fsck -fn c
-        # mount, unlike losetup, wants a device that is there.
+        # mount, unlike losetup, needs an existing device.
         works "loop=: a device" losetup /dev/loop3 a; losetup -d /dev/loop3; soon "loop=: free" "" losetup -a
         works "loop=" mount -o loop=/dev/loop3 a mnt
         same "loop=: device" "$(bound)" "/dev/loop3 $PWD/a"
         umount mnt; soon "loop=: unbound" "" losetup -a
-        # A device that losetup bound is losetup's to unbind.
+        # umount does not unbind a device that losetup has bound.
         losetup /dev/loop2 a; works "a device" mount /dev/loop2 mnt
         umount mnt; sleep 0.5
         same "still bound" "$(bound)" "/dev/loop2 $PWD/a"
         losetup -d /dev/loop2
         truncate -s 1M junk
         refused "no file system" "" mount -o loop junk mnt
-        soon "nothing is left of that" "" losetup -a
+        soon "no file system: unbound" "" losetup -a
         losetup -r -f a; works "read-only by losetup" mount -o ro /dev/loop0 mnt; umount mnt
         "#,
     )?;
     daemon.stop()
 }
 
-/// A directory with something in it is covered, whoever mounts, and shows it again after the
-/// unmount.
+/// A mount covers the files of its directory until the unmount, by the kernel and by FUSE.
 fn mount_covers(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = r#"
@@ -113,7 +112,7 @@ fn mount_covers(ctx: &Ctx) -> Res {
     std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
     std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777)).at("chmod")?;
     Inside::new(ctx, &daemon).run(&format!("mkdir root; cd root\n{script}"))?;
-    // A program of FUSE would die at the journal, or has died; the kernel replays it.
+    // FUSE drivers fail at a journal; the kernel replays it.
     let journal = r#"
         cp ext4 dirty; debugfs -w -R 'feature +needs_recovery' dirty 2>/dev/null
         refused "journal" "Structure needs cleaning" mount -o loop dirty mnt
@@ -137,8 +136,8 @@ fn umount(ctx: &Ctx) -> Res {
         done
         works "mount" mount -o loop a mnt
         works "-d while it is mounted" losetup -d /dev/loop0
-        sleep 1.5; same "bound still" "$(bound)" "/dev/loop0 $PWD/a"
-        works "usable still" touch mnt/x
+        sleep 1.5; same "still bound" "$(bound)" "/dev/loop0 $PWD/a"
+        works "still usable" touch mnt/x
         exec 7< mnt/x; refused "in use" "busy" umount mnt; exec 7<&-
         works "umount" umount mnt; soon "unbound" "" losetup -a
         works "mount" mount -o loop a mnt
@@ -158,22 +157,22 @@ fn rounds(ctx: &Ctx) -> Res {
         truncate -s 4M a; mkfs.ext4 -q -O ^has_journal a; mkdir mnt
         round() { mount -o loop a mnt && umount mnt || { wrong "round $1"; return 1; }; }
         for i in {1..10}; do round w$i || break; done
-        soon "warm" "" losetup -a; sleep 3; halfway warm
+        soon "warm" "" losetup -a; sleep 3; pause warm
         for i in $(seq $count); do round $i || break; done
         soon "unbound" "" losetup -a; sleep 3
         same "devices" "$(ls /dev/loopfs | wc -l)" "$(ls -d /sys/block/loop* | wc -l | { read n; echo $((n + 1)); })"
-        halfway done
+        pause done
         "#
     );
     let look = || -> Res<_> { Ok((daemon.footprint()?, daemon.ublk_ids())) };
     let script = Inside::new(ctx, &daemon).start(&script)?.wait("warm")?;
     let before = look()?;
     let resident = daemon.resident_kib()?;
-    script.go_on("warm")?;
+    script.resume("warm")?;
     let script = script.wait_for(ROUNDS, "done")?;
     let after = look()?;
     let more = daemon.resident_kib()?.saturating_sub(resident);
-    script.go_on("done")?;
+    script.resume("done")?;
     script.finish()?;
     ensure!(before == after, "{count} rounds: from {before:?} to {after:?}");
     ensure!(more < 4096, "{count} rounds took {more} KiB");

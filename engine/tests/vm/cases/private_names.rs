@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A name means one device: loopN of a pool is not what the table of mounts, or that of swap areas,
-//! means by loopN, also where the host mounts something later. And what a tenant's terminal is told
-//! at the end.
+//! A name means one device: a pool uses no loopN that the tables of mounts and swap areas name,
+//! also if the host mounts one later. And the message on a tenant's terminal when its pool ends.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -17,15 +16,15 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::names_root", Needs::Private, 240, |ctx| names(ctx, None)),
         case("private::names_user", Needs::Private, 240, |ctx| names(ctx, Some(1000))),
-        case("private::names_later", Needs::Private, 240, later),
+        case("private::names_later", Needs::Private, 240, host_mounts_later),
         case("private::names_container", Needs::Private, 240, container),
         case("private::names_backing_file", Needs::Private, 120, backing_file),
-        case("private::told_of_the_end", Needs::Private, 120, told),
+        case("private::told_of_the_end", Needs::Private, 120, message_at_the_end),
     ]
 }
 
-/// Loop devices of the kernel, as any machine with snaps has them: loop0 mounted, loop1 swap. Taken
-/// away when dropped.
+/// Loop devices of the kernel, as on a machine with snaps: loop0 mounted, loop1 swap. Removed on
+/// drop.
 struct HostLoops {
     dir: String,
     _driver: Driver,
@@ -42,7 +41,7 @@ impl HostLoops {
             mkfs.ext4 -q a; mkfs.ext4 -q c; mkswap -q b
             losetup /dev/loop0 a; mount /dev/loop0 mnt; echo host > mnt/file
             losetup /dev/loop1 b; swapon /dev/loop1; losetup /dev/loop2 c
-            # As udev does for every disk: names nothing that anybody looks for.
+            # As udev does for every disk.
             mkdir -p /dev/disk/by-diskseq; ln -sf ../../loop2 /dev/disk/by-diskseq/99"
         ))?;
         Ok(host)
@@ -63,13 +62,13 @@ impl Drop for HostLoops {
     }
 }
 
-/// Users may work in the case's directory, and mount by FUSE, as on a machine with udev.
+/// Lets users write to the case's directory and mount with FUSE, as on a machine with udev.
 fn open_to_users(ctx: &Ctx) -> Res {
     std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
     std::fs::set_permissions(&ctx.dir, PermissionsExt::from_mode(0o1777)).at("chmod")
 }
 
-/// What programs that look devices up by name do to the tenant's, and to the host's.
+/// Programs that look devices up by name find the tenant's, and not the host's.
 fn names(ctx: &Ctx, user: Option<u32>) -> Res {
     let daemon = Daemon::start(ctx)?;
     open_to_users(ctx)?;
@@ -96,8 +95,8 @@ fn names(ctx: &Ctx, user: Option<u32>) -> Res {
         echo ours > mnt/ours
         same "findmnt" "$(findmnt -nro TARGET -S $dev)" "$PWD/mnt"
         works "umount" umount $dev
-        same "ours is off" "$(ls mnt)" ""
-        same "the host's is there" "$(cat ../host/mnt/file)" host
+        same "ours is unmounted" "$(ls mnt)" ""
+        same "the host's is still mounted" "$(cat ../host/mnt/file)" host
         soon "whole" 0 bash -c "e2fsck -fn $dev > /dev/null 2>&1; echo \$?"
         works "mkswap" mkswap -q $dev
         holds "lsblk shows ours" "$(lsblk -nro NAME)" loop2
@@ -120,9 +119,8 @@ fn names(ctx: &Ctx, user: Option<u32>) -> Res {
     daemon.stop()
 }
 
-/// The host mounts its loop2 while the tenant has its own mounted: for the tenant the name means
-/// its own.
-fn later(ctx: &Ctx) -> Res {
+/// The host mounts its loop2 while the tenant has its own mounted: the tenant sees only its own.
+fn host_mounts_later(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     open_to_users(ctx)?;
     for (at, user) in [None, Some(1000)].into_iter().enumerate() {
@@ -135,11 +133,11 @@ fn later(ctx: &Ctx) -> Res {
             r#"
             mkdir own{at}; cd own{at}; truncate -s 16M a; mkfs.ext4 -q -E root_owner=0:0 a; mkdir mnt
             works "mount" mount -o loop a mnt; holds "its device" "$(findmnt -nro SOURCE mnt)" loop2
-            halfway ../mounted{at}
-            soon "what comes in is complete" 1 bash -c "grep -c host/tmpfs /proc/mounts"
+            pause ../mounted{at}
+            soon "the host's mounts have arrived" 1 bash -c "grep -c host/tmpfs /proc/mounts"
             soon "only ours is named" "$PWD/mnt" findmnt -nro TARGET -S /dev/loop2
             works "umount" umount /dev/loop2
-            same "ours is off" "$(findmnt -n mnt)" ""
+            same "ours is unmounted" "$(findmnt -n mnt)" ""
             soon "unbound" "" losetup -a
             soon "whole" 0 bash -c "e2fsck -fn a > /dev/null 2>&1; echo \$?"
             "#
@@ -148,7 +146,7 @@ fn later(ctx: &Ctx) -> Res {
         let dir = &host.dir;
         let done = host.mount_later().and_then(|()| {
             tools::sh(format!("mount -t tmpfs none {dir}/tmpfs"))?;
-            script.go_on(&format!("mounted{at}"))?;
+            script.resume(&format!("mounted{at}"))?;
             script.finish()?;
             let still = tools::ok(&["findmnt", "-nro", "TARGET", "-S", "/dev/loop2"])?;
             ensure!(still.trim() == format!("{dir}/late"), "the host has loop2 mounted at {still:?}");
@@ -161,12 +159,12 @@ fn later(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A container that sees a mount of the host's loop0: its own are others.
+/// A container that sees a mount of the host's loop0 gets other numbers.
 fn container(ctx: &Ctx) -> Res {
     let runtime = any_runtime()?;
     let daemon = Daemon::start(ctx)?;
     let host = HostLoops::new(ctx)?;
-    let pool = Pool::mounting(ctx, &daemon, "ci", 2, "ext4")?;
+    let pool = Pool::with_mounts(ctx, &daemon, "ci", 2, "ext4")?;
     let mut bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
     let script = r#"
         holds "the host's is named" "$(cat /proc/mounts)" "/dev/loop0 "
@@ -175,7 +173,7 @@ fn container(ctx: &Ctx) -> Res {
         truncate -s 16M a; mkfs.ext4 -q -F a; mkdir -p mnt
         works "mount" mount -o loop a mnt; same "source" "$(findmnt -no SOURCE mnt)" /dev/loop2
         works "umount" umount /dev/loop2
-        same "ours is off" "$(findmnt -n mnt)" ""; same "the host's is there" "$(cat /host/file)" host
+        same "ours is unmounted" "$(findmnt -n mnt)" ""; same "the host's is still mounted" "$(cat /host/file)" host
         soon "unbound" "" losetup -a
         works "mkfs" bash -c 'losetup /dev/loop3 a && mkfs.ext4 -q -F /dev/loop3'
         losetup -d /dev/loop3; soon "none" "" losetup -a
@@ -189,7 +187,7 @@ fn container(ctx: &Ctx) -> Res {
     };
     super::private_bundle::end(bundle.start_as(&with_host(&bundle, script)?)?)?;
     unbound(&daemon, "ci")?;
-    // Fewer devices are the first of them.
+    // A lower limit keeps the lowest numbers.
     bundle.annotations = vec![("io.loopengine.max", "1")];
     let fewer = r#"
         image b 1M; works "the first" losetup /dev/loop2 b; refused "the second" "" losetup /dev/loop3 b
@@ -202,8 +200,7 @@ fn container(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `backing_file` is what the file is called at the moment, in its bytes; the kernel's own driver
-/// goes first.
+/// `backing_file` is the file's current path, byte for byte, as with the kernel's driver.
 fn backing_file(ctx: &Ctx) -> Res {
     const RENAMED: &str = r#"
         mkdir -p dir; truncate -s 1M dir/a; dev=$(losetup -f --show dir/a)
@@ -224,9 +221,8 @@ fn backing_file(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The daemon is killed under a command with a terminal: that says so, once, and nothing when all
-/// is well.
-fn told(ctx: &Ctx) -> Res {
+/// If the daemon ends before a command, the command's terminal gets one message; otherwise none.
+fn message_at_the_end(ctx: &Ctx) -> Res {
     let mut daemon = Daemon::start(ctx)?;
     open_to_users(ctx)?;
     let typescript = |words: &str| format!("{} run {words}", ctx.host.program);
@@ -236,7 +232,7 @@ fn told(ctx: &Ctx) -> Res {
         command
     })?;
     let quiet = quiet.finish(tools::SHORT)?.ok()?;
-    ensure!(!quiet.out.contains("has ended"), "told of a good end: {:?}", quiet.out);
+    ensure!(!quiet.out.contains("has ended"), "a message after a normal end: {:?}", quiet.out);
     for (name, kills) in [("plain", true), ("stopped", false)] {
         let (there, on) = (ctx.path(&format!("{name}.there")), ctx.path(&format!("{name}.on")));
         let wait = format!("sh -c ': > {there}; until [ -e {on} ]; do sleep 0.05; done'");
@@ -256,8 +252,8 @@ fn told(ctx: &Ctx) -> Res {
         std::thread::sleep(Duration::from_secs(3));
         std::fs::write(&on, "")?;
         let said = running.finish(tools::SHORT)?.ok()?.out;
-        let told = said.matches(&format!("loopengine: private pool 1000.{name} has ended")).count();
-        ensure!(told == 1 && said.contains("loopengine run"), "told {told} times: {said:?}");
+        let messages = said.matches(&format!("loopengine: private pool 1000.{name} has ended")).count();
+        ensure!(messages == 1 && said.contains("loopengine run"), "{messages} messages: {said:?}");
         daemon.restart()?;
     }
     daemon.stop()

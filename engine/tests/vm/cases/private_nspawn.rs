@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! systemd-nspawn: a container with the daemon's socket, and `loopengine run` inside, as the page
-//! doc/container.md has it.
+//! systemd-nspawn: a container with the daemon's socket, and `loopengine run` inside, as described
+//! in doc/container.md.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, skip};
 use crate::tools;
 
-/// What the container has: busybox for everything that is not below.
+/// Programs of the container; busybox provides the others.
 const PROGRAMS: [&str; 8] =
     ["bash", "losetup", "mkfs.ext4", "e2fsck", "mount", "umount", "blockdev", "fuse2fs"];
 
@@ -20,7 +20,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A root file system with little in it.
+/// A minimal root file system.
 fn tree(ctx: &Ctx) -> Res<String> {
     let root = ctx.path("root");
     tools::sh(format!(
@@ -42,15 +42,14 @@ fn tree(ctx: &Ctx) -> Res<String> {
     Ok(root)
 }
 
-/// Binds, makes a file system, mounts it and writes, all inside; the bytes are in the image
-/// outside.
+/// Binds, makes a file system, mounts it and writes, all inside; then checks the images outside.
 fn socket(ctx: &Ctx) -> Res {
     with_socket(ctx, &[])
 }
 
-/// The same where root inside is nobody outside: programs of FUSE mount.
+/// The same where root inside is an unprivileged user outside: FUSE drivers mount.
 fn private_users(ctx: &Ctx) -> Res {
-    // As udev would.
+    // As udev does; this machine has none.
     std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
     with_socket(ctx, &["--private-users=524288:65536", "--private-users-ownership=off", "--bind=/dev/fuse"])
 }
@@ -77,16 +76,19 @@ fn with_socket(ctx: &Ctx, more: &[&str]) -> Res {
     command.arg(format!("--bind={}:/run/loopengine", ctx.path("run")));
     command.arg(format!("--bind={images}:/images"));
     command.args(more);
-    // Libraries of the machine are not those of the container.
+    // The container has its own program and libraries.
     command.args(["--", "/usr/bin/loopengine", "run", "--", "/usr/bin/bash", "-c", inside]);
     let done = tools::Running::start(command)?.finish(Duration::from_secs(120))?;
     ensure!(done.code == 0 && done.out.trim_end().ends_with("all done"), "{done:?}");
-    ensure!(done.out.contains("(/images/a)"), "not listed as the container sees it: {}", done.out);
+    ensure!(done.out.contains("(/images/a)"), "not listed with the container's path: {}", done.out);
     let gone = tools::until(Duration::from_secs(5), || daemon.ublk_ids().is_empty().then_some(()));
-    ensure!(gone.is_some(), "devices left of a container that has ended: {:?}", daemon.ublk_ids());
+    ensure!(gone.is_some(), "devices of an ended container are left: {:?}", daemon.ublk_ids());
     tools::ok(&["e2fsck", "-fn", &format!("{images}/a")])?;
     let file = tools::ok(&["debugfs", "-R", "cat /file", &format!("{images}/a")])?;
     ensure!(file == "from inside", "the image has {file:?}");
-    ensure!(std::fs::read(format!("{images}/b"))?.starts_with(b"raw"), "the device's bytes are not there");
+    ensure!(
+        std::fs::read(format!("{images}/b"))?.starts_with(b"raw"),
+        "the image does not have the device's data"
+    );
     daemon.stop()
 }

@@ -19,7 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What every script begins with.
+/// Shell functions of all scripts.
 const WORDS: &str = r#"
 export loopengine
 mnt() { "$loopengine" mount "$@"; }
@@ -30,7 +30,7 @@ devices() { "$loopengine" limit | awk -v user="$(id -un 2>/dev/null || id -u)" '
 mkdir -p dir dir2
 "#;
 
-/// A daemon, and a directory that is a plain user's.
+/// A daemon, and a directory that a plain user can write to.
 fn prepared(ctx: &Ctx) -> Res<Daemon> {
     // As udev would.
     std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666)).at("/dev/fuse")?;
@@ -58,7 +58,7 @@ fn left(daemon: &Daemon) -> Res {
     Ok(())
 }
 
-/// What a plain user does with it, and that nothing is left.
+/// Mounts and unmounts of a plain user leave nothing behind.
 fn user(ctx: &Ctx) -> Res {
     let daemon = prepared(ctx)?;
     let script = of_user(ctx, &daemon)?.start(&format!(
@@ -66,16 +66,16 @@ fn user(ctx: &Ctx) -> Res {
         r#"
         truncate -s 16M a; mkfs.ext4 -q a
         works "mount" mnt a dir
-        holds "who mounts" "$(findmnt -no FSTYPE dir)" fuse
-        same "what is shown" "$(findmnt -no SOURCE dir)" "$PWD/a"
+        holds "type" "$(findmnt -no FSTYPE dir)" fuse
+        same "source" "$(findmnt -no SOURCE dir)" "$PWD/a"
         holds "nosuid" "$(options dir)" nosuid; holds "nodev" "$(options dir)" nodev
         works "write" sh -c 'echo hello > dir/file && mkdir dir/sub && chmod 4755 dir/file'
-        same "whose" "$(stat -c '%u %g' dir/file)" "1000 1000"
-        refused "the image once more" "is mounted already" mnt a dir2
+        same "owner" "$(stat -c '%u %g' dir/file)" "1000 1000"
+        refused "the image again" "is mounted already" mnt a dir2
         cp a b; tune2fs -U random b >/dev/null 2>&1
-        refused "the directory once more" "an image is mounted on" mnt b dir
+        refused "the directory again" "an image is mounted on" mnt b dir
         same "devices" "$(devices)" 1
-        halfway seen
+        pause seen
         sleep 60 > dir/open & works "asleep" sleep 0.2
         refused "busy" "cannot unmount" umnt dir
         same "still there" "$(cat dir/file)" hello
@@ -85,25 +85,25 @@ fn user(ctx: &Ctx) -> Res {
         refused "unmounted" "" findmnt dir
         works "whole at once" e2fsck -fn a
         works "again" mnt a dir
-        same "what was written" "$(cat dir/file)" hello
+        same "file" "$(cat dir/file)" hello
         works "by the image" umnt a
         same "nothing is left of it" "$(devices)" ""
         works "under run" "$loopengine" run -- sh -c \
             '"$loopengine" mount a dir && grep -q hello dir/file && "$loopengine" umount dir'
         soon "nothing is left of that" "" devices
         works "once more" mnt a dir
-        works "without us" fusermount3 -u dir
+        works "by fusermount3" fusermount3 -u dir
         soon "and nothing is left" "" devices
         works "whole" e2fsck -fn a
         refused "nothing to unmount" "is not mounted by" umnt dir
         chmod 444 a; cp a was
-        holds "it says so" "$(mnt a dir 2>&1)" "mounted read-only"
+        holds "the warning" "$(mnt a dir 2>&1)" "mounted read-only"
         refused "read-only" "Read-only file system" touch dir/x
-        umnt dir; works "as it was" cmp a was
+        umnt dir; works "unchanged" cmp a was
         chmod 644 a
-        same "in silence" "$(mnt --read-only a dir 2>&1)" ""
+        same "no warning" "$(mnt --read-only a dir 2>&1)" ""
         works "read-only twice" mnt -r a dir2
-        refused "but not to write" "is mounted already" mnt a dir
+        refused "a writable mount besides" "is mounted already" mnt a dir
         works "both" umnt a
         refused "first" "" findmnt dir; refused "second" "" findmnt dir2
         mkdir tree; echo squash > tree/file; mksquashfs tree s -quiet -no-progress >/dev/null
@@ -118,7 +118,7 @@ fn user(ctx: &Ctx) -> Res {
     let dir = ctx.path("dir");
     let look = ["setpriv", "--reuid", "1001", "--regid", "1001", "--clear-groups", "ls", &dir];
     ensure!(tools::run(&look)?.code != 0, "another user sees the files");
-    script.go_on("seen")?;
+    script.resume("seen")?;
     script.finish()?;
     left(&daemon)?;
     daemon.stop()
@@ -136,7 +136,7 @@ fn parts(ctx: &Ctx) -> Res {
         dd if=one of=disk bs=1M seek=1 conv=notrunc 2>/dev/null
         dd if=two of=disk bs=1M seek=17 conv=notrunc 2>/dev/null
         refused "no file system of its own" "1 (ext4, 16M), 2 (ext2, 8M)" mnt disk dir
-        refused "what to do" "--partition N" mnt disk dir
+        refused "the next step" "--partition N" mnt disk dir
         refused "no such partition" "has no partition 3" mnt disk dir --partition 3
         refused "no partitions" "has no partitions" mnt one dir --partition 1
         works "the first" mnt disk dir --partition 1
@@ -157,7 +157,7 @@ fn parts(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What cannot be mounted is refused in one line, and leaves nothing.
+/// A failed mount prints one line and leaves nothing behind.
 fn failures(ctx: &Ctx) -> Res {
     let daemon = prepared(ctx)?;
     let inside = of_user(ctx, &daemon)?;
@@ -180,12 +180,12 @@ fn failures(ctx: &Ctx) -> Res {
         one "a file for a directory" "is not a directory" mnt a junk
         truncate -s 300M x; mkfs.xfs -q x
         one "xfs" "--fuse xfs=PROGRAM" mnt x dir
-        # Its superblock is well, and the rest is not there.
+        # A valid superblock, and nothing else.
         { head -c 4096 a; head -c 16M /dev/zero; } > broken
         one "broken" "fuse2fs cannot mount broken" mnt broken dir
         one "no such program" "cannot-be-there is not installed" mnt --fuse ext4=cannot-be-there a dir
         one "does not mount" "true did not mount" mnt --fuse ext4=true a dir
-        # What it leaves running still has the device, and is waited for.
+        # A child of the driver holds the device: the command waits for it.
         printf '#!/bin/sh\nsleep 3 &\n' > lingers; chmod +x lingers
         one "lingers" "did not mount" mnt --fuse ext4=$PWD/lingers a dir
         bin=$(mktemp -d); for tool in fusermount3 fusermount; do ln -s $(command -v $tool) $bin; done
@@ -194,26 +194,26 @@ fn failures(ctx: &Ctx) -> Res {
         one "no fusermount3" "apt install fuse3" env PATH=$PWD/empty "$loopengine" mount a dir
         one "not our directory" "no write access" mnt a theirs
         mkdir full; touch full/x; one "not empty" "is not empty" mnt a full
-        # Its program dies: the mount is dead, the device is gone.
+        # The FUSE driver is killed: the mount is dead, the device is removed.
         works "mount" mnt a dir
         pkill -KILL -u 1000 -x fuse2fs
         soon "nothing is left of a killed one" "" devices
         refused "a dead one" "loopengine umount dir" mnt a dir
         works "unmount a dead one" umnt dir
         refused "no longer there" "" findmnt dir
-        # Whoever mounts it dies at it, or would.
+        # FUSE drivers fail at a journal.
         truncate -s 16M dirty; mkfs.ext4 -q dirty; debugfs -w -R 'feature +needs_recovery' dirty 2>/dev/null
         one "a journal" "e2fsck -E journal_only dirty" mnt dirty dir
         works "a journal, where asked" mnt --replay-journal dirty dir
         works "a journal: umount" umnt dirty
         works "a journal: whole" e2fsck -fn dirty
-        halfway closed
+        pause closed
         one "no /dev/fuse" "/dev/fuse" mnt a dir
-        halfway stopped
-        # The program gets the image itself.
+        pause stopped
+        # Without a daemon, the FUSE driver opens the image itself.
         works "no daemon" mnt dirty dir
-        same "no daemon: what is shown" "$(findmnt -no SOURCE dir)" "$PWD/dirty"
-        refused "no daemon: once more" "is mounted already" mnt dirty dir2
+        same "no daemon: source" "$(findmnt -no SOURCE dir)" "$PWD/dirty"
+        refused "no daemon: again" "is mounted already" mnt dirty dir2
         works "no daemon: write" touch dir/new
         works "no daemon: umount" umnt dirty
         works "no daemon: whole" e2fsck -fn dirty
@@ -222,17 +222,17 @@ fn failures(ctx: &Ctx) -> Res {
     ))?;
     let script = script.wait("closed")?;
     std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o600))?;
-    script.go_on("closed")?;
+    script.resume("closed")?;
     let script = script.wait("stopped")?;
     left(&daemon)?;
     std::fs::set_permissions("/dev/fuse", PermissionsExt::from_mode(0o666))?;
     daemon.stop()?;
-    script.go_on("stopped")?;
+    script.resume("stopped")?;
     script.finish()?;
     Ok(())
 }
 
-/// For root the kernel mounts.
+/// For root, the kernel mounts.
 fn root(ctx: &Ctx) -> Res {
     let daemon = prepared(ctx)?;
     Inside::new(ctx, &daemon).shell().run(&format!(
@@ -240,14 +240,14 @@ fn root(ctx: &Ctx) -> Res {
         r#"
         truncate -s 16M a; mkfs.ext4 -q a; tune2fs -e panic a >/dev/null; cp a b
         works "mount" mnt a dir
-        same "who mounts" "$(findmnt -no FSTYPE dir)" ext4
-        holds "what is shown" "$(findmnt -no SOURCE dir)" /dev/ublkb
+        same "type" "$(findmnt -no FSTYPE dir)" ext4
+        holds "source" "$(findmnt -no SOURCE dir)" /dev/ublkb
         holds "nosuid" "$(options dir)" nosuid; holds "nodev" "$(options dir)" nodev
         holds "no panic" "$(options dir),$(cat /proc/fs/ext4/*/options)" "errors=remount-ro"
         echo hello > dir/file; sleep 2
         same "two seconds later" "$(cat dir/file)" hello
-        refused "the image once more" "is mounted already" mnt a dir2
-        refused "the directory once more" "an image is mounted on" mnt b dir
+        refused "the image again" "is mounted already" mnt a dir2
+        refused "the directory again" "an image is mounted on" mnt b dir
         cd dir; refused "busy" "cannot unmount" umnt .; cd ..
         works "umount" umnt dir
         works "whole at once" e2fsck -fn a

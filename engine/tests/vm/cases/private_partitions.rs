@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Partitions that come, change and go while a device is bound, by unmodified tools: the same
-//! script on the kernel's own driver and in a pool, and the same lines from both.
+//! Unmodified tools add, change and remove partitions of a bound device: the same script prints the
+//! same lines on the kernel's driver and in a pool.
 
 use std::time::Duration;
 
@@ -28,10 +28,10 @@ pub(super) fn cases() -> Vec<Case> {
 
 const SCRIPT: Duration = Duration::from_secs(250);
 
-/// What scripts tell with: a line for each step, the same on both drivers.
-pub(super) const TELL: &str = r#"
+/// Shell functions that print one line per step, the same on both drivers.
+pub(super) const REPORT: &str = r#"
 truncate -s 64M disk; dev=
-tell() { local what=$1; shift; "$@" > said 2>&1; echo "$what: status $?: $(shown)"; }
+report() { local what=$1; shift; "$@" > said 2>&1; echo "$what: status $?: $(shown)"; }
 shown() {
     local p
     for p in $(ls -d ${dev}p* 2>/dev/null | sort -V); do echo -n "${p#$dev} $(blockdev --getsize64 $p) "; done
@@ -46,66 +46,66 @@ pub(super) const SFDISK: &str = r#"
 write() { table "$@" | sfdisk $options $dev; }
 for how in "" -P; do
     options=; bind $how; echo "with '$how'"
-    tell "MBR" write "label: dos" "start=2048,size=4096" "size=8192"
-    tell "another" write "label: dos" "start=2048,size=8192" "size=4096" "size=2048"
-    tell "GPT" write "label: gpt" "start=2048,size=4096" "size=8192"
-    options="--append"; tell "append" write "size=4096"
-    options="-N 2"; tell "one is changed" write "size=4096"
-    tell "one is deleted" sfdisk --delete $dev 1
-    exec 7<${dev}p2; options=; tell "one is open" write "label: gpt" "start=4096,size=8192"; exec 7<&-
-    tell "read again" blockdev --rereadpt $dev
-    tell "nothing" wipefs -aq $dev
-    tell "read again, nothing" blockdev --rereadpt $dev
+    report "MBR" write "label: dos" "start=2048,size=4096" "size=8192"
+    report "another" write "label: dos" "start=2048,size=8192" "size=4096" "size=2048"
+    report "GPT" write "label: gpt" "start=2048,size=4096" "size=8192"
+    options="--append"; report "append" write "size=4096"
+    options="-N 2"; report "one is changed" write "size=4096"
+    report "one is deleted" sfdisk --delete $dev 1
+    exec 7<${dev}p2; options=; report "one is open" write "label: gpt" "start=4096,size=8192"; exec 7<&-
+    report "read again" blockdev --rereadpt $dev
+    report "nothing" wipefs -aq $dev
+    report "read again, nothing" blockdev --rereadpt $dev
     free; rm disk; truncate -s 64M disk
 done
 bind -P; options=; write "label: dos" "start=2048,size=32768" "size=8192" >/dev/null 2>&1
 mkfs.ext4 -q ${dev}p1; mkdir -p mnt; mount ${dev}p1 mnt; echo hello > mnt/file
-tell "while one is mounted" write "label: dos" "start=4096,size=4096"
-tell "while one is mounted, read again" blockdev --rereadpt $dev
-tell "the other one is taken away" partx -d --nr 2 $dev
-tell "the mounted one is not" partx -d --nr 1 $dev
-options="--no-reread --force"; tell "by force" write "label: dos" "start=2048,size=32768" "size=16384"
-tell "update" partx -u $dev
+report "while one is mounted" write "label: dos" "start=4096,size=4096"
+report "while one is mounted, read again" blockdev --rereadpt $dev
+report "the other one is taken away" partx -d --nr 2 $dev
+report "the mounted one is not" partx -d --nr 1 $dev
+options="--no-reread --force"; report "by force" write "label: dos" "start=2048,size=32768" "size=16384"
+report "update" partx -u $dev
 echo "file: $(cat mnt/file)"; umount mnt
-tell "unmounted, read again" blockdev --rereadpt $dev
+report "unmounted, read again" blockdev --rereadpt $dev
 free; bind
 mkfs.ext4 -qF $dev; mount $dev mnt
-tell "while all is mounted" sfdisk $dev < /dev/null
-options=; tell "while all is mounted, a table" write "label: dos" "start=2048,size=4096"
+report "while all is mounted" sfdisk $dev < /dev/null
+options=; report "while all is mounted, a table" write "label: dos" "start=2048,size=4096"
 umount mnt; free
 "#;
 
 const PARTX: &str = r#"
 table "label: dos" "start=2048,size=4096" "size=8192" "size=65536,type=5" "size=2048" "size=4096" | sfdisk -q disk
 bind
-tell "none was asked for" true
-tell "all" partx -a $dev
-tell "again" partx -a $dev
-tell "logical ones go" partx -d --nr 5:6 $dev
-tell "one comes" partx -a --nr 6 $dev
-tell "update" partx -u $dev
-tell "delpart" delpart $dev 2
-tell "delpart again" delpart $dev 2
-tell "addpart" addpart $dev 2 6144 4096
-tell "addpart over others" addpart $dev 9 2048 64
-tell "resizepart" resizepart $dev 2 8192
-tell "resizepart too far" resizepart $dev 2 1000000
-tell "list" partx -o NR,START,END,SECTORS,SIZE -g --show $dev
+report "none was asked for" true
+report "all" partx -a $dev
+report "again" partx -a $dev
+report "logical ones go" partx -d --nr 5:6 $dev
+report "one comes" partx -a --nr 6 $dev
+report "update" partx -u $dev
+report "delpart" delpart $dev 2
+report "delpart again" delpart $dev 2
+report "addpart" addpart $dev 2 6144 4096
+report "addpart over others" addpart $dev 9 2048 64
+report "resizepart" resizepart $dev 2 8192
+report "resizepart too far" resizepart $dev 2 1000000
+report "list" partx -o NR,START,END,SECTORS,SIZE -g --show $dev
 cat said
-tell "all go" partx -d $dev
+report "all go" partx -d $dev
 free
 "#;
 
 pub(super) const SGDISK: &str = r#"
 for how in "" -P; do
     bind $how; echo "with '$how'"
-    tell "new" sgdisk -o -n 1:2048:+4M -n 2:0:+8M $dev
-    tell "more" sgdisk -n 0:0:+1M $dev
-    tell "hybrid" sgdisk -h 1:2 $dev
-    tell "less" sgdisk -d 2 $dev
-    tell "partprobe" partprobe $dev
-    tell "zapped" sgdisk -Z $dev
-    tell "partprobe, nothing" partprobe $dev
+    report "new" sgdisk -o -n 1:2048:+4M -n 2:0:+8M $dev
+    report "more" sgdisk -n 0:0:+1M $dev
+    report "hybrid" sgdisk -h 1:2 $dev
+    report "less" sgdisk -d 2 $dev
+    report "partprobe" partprobe $dev
+    report "zapped" sgdisk -Z $dev
+    report "partprobe, nothing" partprobe $dev
     free; rm disk; truncate -s 64M disk
 done
 "#;
@@ -113,16 +113,16 @@ done
 pub(super) const PARTED: &str = r#"
 for how in "" -P; do
     bind $how; echo "with '$how'"
-    tell "label" parted -s $dev mklabel gpt
-    tell "first" parted -s $dev mkpart one ext4 1MiB 9MiB
-    tell "second" parted -s $dev mkpart two ext4 9MiB 17MiB
-    tell "resized" parted -s $dev resizepart 2 33MiB
+    report "label" parted -s $dev mklabel gpt
+    report "first" parted -s $dev mkpart one ext4 1MiB 9MiB
+    report "second" parted -s $dev mkpart two ext4 9MiB 17MiB
+    report "resized" parted -s $dev resizepart 2 33MiB
     mkfs.ext4 -q ${dev}p1; mkdir -p mnt; mount ${dev}p1 mnt
-    tell "third, while the first is mounted" parted -s $dev mkpart three ext4 40MiB 48MiB
-    tell "removed" parted -s $dev rm 2
+    report "third, while the first is mounted" parted -s $dev mkpart three ext4 40MiB 48MiB
+    report "removed" parted -s $dev rm 2
     umount mnt
-    tell "partprobe" partprobe $dev
-    tell "print" parted -sm $dev unit s print
+    report "partprobe" partprobe $dev
+    report "print" parted -sm $dev unit s print
     grep -v "^/dev" said
     free; rm disk; truncate -s 64M disk
 done
@@ -130,14 +130,14 @@ done
 
 pub(super) const GROWN: &str = r#"
 table "label: gpt" "start=2048,size=4096" "size=65536" | sfdisk -q disk
-bind -P; tell "bound" true
+bind -P; report "bound" true
 mkfs.ext4 -q ${dev}p2; mkdir -p mnt; mount ${dev}p2 mnt; echo hello > mnt/file
 truncate -s 160M disk; losetup -c $dev
-tell "the device" blockdev --getsize64 $dev; cat said
-tell "growpart" growpart $dev 2
-tell "sfdisk -N" sh -c "echo ', +' | sfdisk --no-reread --force -N 2 $dev"
-tell "partx -u" partx -u $dev
-tell "resize2fs" resize2fs ${dev}p2
+report "the device" blockdev --getsize64 $dev; cat said
+report "growpart" growpart $dev 2
+report "sfdisk -N" sh -c "echo ', +' | sfdisk --no-reread --force -N 2 $dev"
+report "partx -u" partx -u $dev
+report "resize2fs" resize2fs ${dev}p2
 echo "blocks: $(stat -f -c %b mnt), $(cat mnt/file)"
 umount mnt; e2fsck -fn ${dev}p2 >/dev/null 2>&1; echo "e2fsck: $?"
 free
@@ -146,15 +146,15 @@ free
 pub(super) const TABLES: &str = r#"
 for block in 512 4096; do
     rm -f disk; truncate -s 64M disk; bind -P -b $block; echo "blocks of $block"
-    tell "gpt" sh -c "printf 'label: gpt\nsize=4M\nsize=8M\n' | sfdisk $dev"
-    tell "dos with logical ones" sh -c "printf 'label: dos\nsize=4M\nsize=40M,type=5\nsize=4M\nsize=8M\n' | sfdisk $dev"
+    report "gpt" sh -c "printf 'label: gpt\nsize=4M\nsize=8M\n' | sfdisk $dev"
+    report "dos with logical ones" sh -c "printf 'label: dos\nsize=4M\nsize=40M,type=5\nsize=4M\nsize=8M\n' | sfdisk $dev"
     free
 done
 rm -f disk; truncate -s 32M disk; printf 'label: gpt\nsize=4M\nsize=8M\n' | sfdisk -q disk
 truncate -s 64M disk; bind -P
-tell "backup header not at the end" true
+report "backup header not at the end" true
 dd if=/dev/zero of=$dev bs=512 count=2 conv=fsync,notrunc 2>/dev/null
-tell "no primary header, no backup" blockdev --rereadpt $dev
+report "no primary header, no backup" blockdev --rereadpt $dev
 free
 "#;
 
@@ -168,9 +168,9 @@ echo "start=$((2048 + 63 * 4096)),size=2048" | sfdisk -q --append $dev; blockdev
 free; echo "left: $(ls -d ${dev}p* 2>/dev/null | wc -l)"
 "#;
 
-/// The lines of a script on the kernel's driver, and in a pool.
+/// Checks that a script prints the same lines on the kernel's driver and in a pool.
 pub(super) fn same(ctx: &Ctx, script: &str) -> Res {
-    let script = format!("{TELL}\n{script}");
+    let script = format!("{REPORT}\n{script}");
     let dir = ctx.dir.display().to_string();
     let clean = || tools::sh(format!("cd {dir} && rm -rf disk said mnt"));
     let driver = Driver::load()?;
@@ -184,7 +184,7 @@ pub(super) fn same(ctx: &Ctx, script: &str) -> Res {
     daemon.stop()
 }
 
-/// Both must have the same lines, but for those that are known to differ.
+/// Checks that both have the same lines, except for known differences.
 pub(super) fn compare(ctx: &Ctx, theirs: &str, ours: &str) -> Res {
     ensure!(!theirs.contains("status 127"), "a tool is not installed: {theirs}");
     let mut wrong = 0;
@@ -196,28 +196,28 @@ pub(super) fn compare(ctx: &Ctx, theirs: &str, ours: &str) -> Res {
         }
     }
     let lines = (theirs.lines().count(), ours.lines().count());
-    ensure!(wrong == 0 && lines.0 == lines.1, "{wrong} lines are not the kernel's, of {lines:?}");
+    ensure!(wrong == 0 && lines.0 == lines.1, "{wrong} lines differ, of {lines:?}");
     ctx.note(format!("{} lines", lines.1));
     Ok(())
 }
 
-/// Lines that differ: the kernel's, and ours. A partition is a disk of its own, and claims that one
-/// only: who opens the device with O_EXCL is not kept away by what is mounted from a partition.
+/// Known differences: the kernel's line, and ours. A partition is a disk of its own, so a mounted
+/// partition does not block an O_EXCL open of the device.
 const KNOWN: [(&str, &str); 1] = [(
     "while one is mounted: status 1: p1 16777216 p2 4194304 [p1 16M part;p2 4M part; 64M loop;]",
     "while one is mounted: status 0: p1 16777216 p2 4194304 [p1 16M part;p2 4M part; 64M loop;]",
 )];
 
-/// What a tenant's table tells is seen by the tenant only.
+/// Only the tenant sees the partitions of its devices.
 const NOTHING_OUTSIDE: &str =
     r#"same "partitions of ublk disks on the machine" "$(grep -c 'ublkb[0-9]*p' /proc/partitions)" 0"#;
 
-/// The same tools for a user who is root in a namespace only.
+/// The same tools for a user, who is root in a namespace only.
 fn plain_user(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     tools::ok(&["chown", "1000:1000", &ctx.dir.display().to_string()])?;
     let script = format!(
-        "{TELL}\n{}\n{NOTHING_OUTSIDE}",
+        "{REPORT}\n{}\n{NOTHING_OUTSIDE}",
         r#"
         bind -P
         table "label: gpt" "start=2048,size=4096" "size=8192" | sfdisk -q $dev

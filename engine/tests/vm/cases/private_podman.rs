@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Podman, as its users have it: with the options that `podman-setup` prints. Nothing else is said
-//! to it about loop devices.
+//! Podman with the options that `podman-setup` prints, and no others about loop devices.
 
 use std::process::Command;
 
@@ -18,10 +17,10 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What it keeps of containers that run: a short path, as it demands.
+/// Podman's run directory, which needs a short path.
 const RUN: &str = "/run/loopengine-podman";
 
-/// What is outside of the case's directory, until it is dropped.
+/// Removes the files outside of the case's directory on drop.
 struct Outside;
 
 impl Drop for Outside {
@@ -40,7 +39,7 @@ fn podman(ctx: &Ctx, runtime: &str) -> Res {
     let _outside = Outside;
     let setup = ["podman-setup", "podman", "--max", "2", "--mount", "ext4"];
     let options = daemon.ok(&setup)?;
-    ensure!(daemon.ok(&setup[..2])? == options, "a second setup is another: {options}");
+    ensure!(daemon.ok(&setup[..2])? == options, "a second setup prints other options: {options}");
     let other = daemon.cli(&["podman-setup", "podman", "--max", "3"])?;
     ensure!(other.code == 4 && other.err.contains("has 2 devices"), "{other:?}");
     let work = ctx.path("work");
@@ -48,7 +47,7 @@ fn podman(ctx: &Ctx, runtime: &str) -> Res {
 
     let script = r#"
         cd /work
-        [ $((0x$(sed -n 's/CapEff:\t//p' /proc/self/status) & 1 << 21)) = 0 ] || wrong "may mount by itself"
+        [ $((0x$(sed -n 's/CapEff:\t//p' /proc/self/status) & 1 << 21)) = 0 ] || wrong "has CAP_SYS_ADMIN"
         truncate -s 16M a; mkfs.ext4 -q a; mkdir mnt
         works "mount" mount -o loop a mnt
         same "source" "$(findmnt -no SOURCE,FSTYPE mnt)" "/dev/loop0 ext4"
@@ -76,6 +75,6 @@ fn podman(ctx: &Ctx, runtime: &str) -> Res {
     daemon.ok(&["podman-setup", "podman", "--remove"])?;
     let left = tools::sh("ls -d /run/loopengine-pools /run/cdi/loopengine-* 2>/dev/null || true")?;
     ensure!(left.is_empty(), "left behind: {left}");
-    ensure!(daemon.cli(&["podman-setup", "podman", "--remove"])?.code == 3, "taken away twice");
+    ensure!(daemon.cli(&["podman-setup", "podman", "--remove"])?.code == 3, "removed twice");
     daemon.stop()
 }

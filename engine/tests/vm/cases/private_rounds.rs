@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One device bound again and again, and many bound at once.
 //!
-//! Test suites do this all day. The kernel's driver never misses a round, so a pool may not either.
-//! The rounds are in `driver`.
+//! Test suites do this. The kernel's driver never fails a round, and neither may a pool. The rounds
+//! are in `driver`.
 
 use std::process::Command;
 use std::time::Duration;
@@ -20,15 +20,15 @@ pub(super) fn cases() -> Vec<Case> {
             rounds(ctx, plan)
         })
     };
-    let usual = Plan { threads: 1, pace_ms: 0, late_ms: 0, how: "configure", beside: 0, everyday: 100 };
+    let usual = Plan { threads: 1, pace_ms: 0, late_ms: 0, how: "configure", busy_loops: 0, everyday: 100 };
     vec![
         rounds("no_round_is_missed", usual),
         rounds("none_with_set_fd", Plan { how: "set", ..usual }),
-        rounds("none_under_load", Plan { beside: 4, ..usual }),
+        rounds("none_under_load", Plan { busy_loops: 4, ..usual }),
         rounds("none_on_eight_devices", Plan { threads: 8, ..usual }),
         rounds("none_paced", Plan { pace_ms: 50, ..usual }),
-        // As where the client is not scheduled for long: what is bound again meanwhile is not in
-        // its way.
+        // Like a client that is not scheduled for a while: devices bound again meanwhile do not
+        // disturb it.
         rounds("none_closed_late", Plan { late_ms: 1300, everyday: 5, ..usual }),
         case("private::rounds::none_of_losetup", Needs::Private, 600, of_losetup),
         case("private::rounds::all_of_24_at_once", Needs::Private, 600, at_once),
@@ -42,22 +42,21 @@ struct Plan {
     late_ms: u64,
     how: &'static str,
     /// Concurrent busy loops with low priority.
-    beside: usize,
-    /// Rounds every day, and of the kernel's driver: so that what is asked for here is what it
-    /// does.
+    busy_loops: usize,
+    /// Rounds of an everyday run, and on the kernel's driver, which must not fail any either.
     everyday: u64,
 }
 
-/// Times as many with `--full`.
+/// Factor for the number of rounds with `--full`.
 const FULL: u64 = 100;
-/// For them, also beside other machines on a busy host.
+/// Deadlines for all rounds, also on a busy host.
 const EVERYDAY_SECS: u64 = 200;
 const FULL_SECS: u64 = 6000;
 
 fn rounds(ctx: &Ctx, plan: Plan) -> Res {
     let client = ctx.path("client");
     std::fs::copy(std::env::current_exe()?, &client).at("copy this program")?;
-    // Where it can be had.
+    // If the kernel's driver can be loaded.
     if let Ok(driver) = Driver::load() {
         let kernel = client_of(ctx, Command::new(&client), plan, plan.everyday, EVERYDAY_SECS)?;
         driver.unload()?;
@@ -70,7 +69,7 @@ fn rounds(ctx: &Ctx, plan: Plan) -> Res {
         true => (FULL * plan.everyday, FULL_SECS),
         false => (plan.everyday, EVERYDAY_SECS),
     };
-    let beside: Vec<Running> = (0..plan.beside)
+    let busy_loops: Vec<Running> = (0..plan.busy_loops)
         .map(|_| {
             let mut busy = Command::new("nice");
             busy.args(["-n", "19", "sh", "-c", "while :; do :; done"]);
@@ -78,14 +77,14 @@ fn rounds(ctx: &Ctx, plan: Plan) -> Res {
         })
         .collect::<Res<_>>()?;
     let (done, misses) = client_of(ctx, command, plan, count, secs)?;
-    drop(beside);
+    drop(busy_loops);
     ctx.note(format!("{done} rounds"));
     ensure!(misses.is_empty(), "of {done} rounds: {misses}");
     ensure!(done >= count - plan.threads, "only {done} of {count} rounds in {secs} s");
     daemon.stop()
 }
 
-/// The rounds of a client, and those that it missed.
+/// Runs the client; returns the number of its rounds, and those that failed.
 fn client_of(ctx: &Ctx, mut command: Command, plan: Plan, count: u64, secs: u64) -> Res<(u64, String)> {
     let Plan { threads, pace_ms, late_ms, how, .. } = plan;
     let each = count / threads;
@@ -133,7 +132,7 @@ fn at_once(ctx: &Ctx) -> Res {
             for i in {1..24}; do same "round $round, bytes of $i" "$(head_of "$(cat out$i)")" "file $i"; done
             losetup -D
             soon "round $round, unbound" "" losetup -a
-            # The second round makes them all anew.
+            # The second round creates all devices again.
             [ $round = 1 ] && for i in {0..23}; do rm /dev/loopfs/loop$i; done
             rm -f failed
         done

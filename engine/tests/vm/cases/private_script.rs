@@ -16,7 +16,7 @@ use crate::tools::{self, Running};
 /// Default timeout of a script.
 const SCRIPT: Duration = Duration::from_secs(120);
 /// Until a script pauses.
-const HALFWAY: Duration = Duration::from_secs(90);
+const PAUSE: Duration = Duration::from_secs(90);
 
 /// Shell functions for scripts.
 pub(super) const WORDS: &str = r#"
@@ -27,7 +27,7 @@ wrong() { echo "wrong: $*" >&2; bad=1; }
 same() { [ "$2" = "$3" ] || wrong "$1: got '$2', wanted '$3'"; }
 # holds WHAT TEXT PART
 holds() { [[ $2 == *"$3"* ]] || wrong "$1: no '$3' in '$2'"; }
-# works WHAT CMD...: with its output, and no more than that
+# works WHAT CMD...: succeeds; prints the output on failure only
 works() { local what=$1 said; shift; said=$("$@" 2>&1) || wrong "$what: exit status $?: $said"; }
 # refused WHAT TEXT CMD...: fails and says TEXT
 refused() {
@@ -38,17 +38,17 @@ refused() {
 soon() {
     local what=$1 wanted=$2 got= i; shift 2
     for i in {1..100}; do got=$("$@" 2>&1); [ "$got" = "$wanted" ] && return; sleep 0.05; done
-    wrong "$what: got '$got' and not '$wanted', even after a while"
+    wrong "$what: timeout: got '$got', wanted '$wanted'"
 }
-# Sizes and bytes: of a device, of the first of them.
+# The size of a device, and its first bytes.
 size() { blockdev --getsize64 "$1"; }
 head_of() { dd if="$1" bs="${2:-16}" count=1 2>/dev/null | tr -d '\0'; }
 # A file of SIZE bytes that begins with TEXT.
 image() { truncate -s "$2" "$1"; printf %s "${3:-}" | dd of="$1" conv=notrunc 2>/dev/null; }
-# losetup lists in the order of a directory, here as with the kernel's.
+# losetup lists in directory order, as with the kernel's driver.
 bound() { losetup -n -O NAME,BACK-FILE --raw | sort; }
-# Stops here until whoever looks from outside has seen enough.
-halfway() { : > "$1.there"; local i; for i in {1..1200}; do [ -e "$1.on" ] && return; sleep 0.05; done; }
+# pause NAME: waits until the case calls `resume`.
+pause() { : > "$1.there"; local i; for i in {1..1200}; do [ -e "$1.on" ] && return; sleep 0.05; done; }
 "#;
 
 /// The environment of a script.
@@ -69,7 +69,7 @@ enum Under {
 }
 
 impl<'a> Inside<'a> {
-    /// As root, with eight devices at the most.
+    /// As root, with at most eight devices.
     pub(super) fn new(ctx: &'a Ctx, daemon: &'a Daemon) -> Inside<'a> {
         Inside { ctx, daemon, options: Vec::new(), uid: None, cgroup: None, under: Under::Run }
     }
@@ -98,7 +98,7 @@ impl<'a> Inside<'a> {
         self
     }
 
-    /// As anybody's shell is: with `$loopengine` for the program.
+    /// An ordinary shell, not under `loopengine run`; `$loopengine` is the program.
     pub(super) fn shell(mut self) -> Inside<'a> {
         self.under = Under::Nothing;
         self
@@ -154,9 +154,9 @@ pub(super) struct Script {
 }
 
 impl Script {
-    /// Waits until it prints `halfway NAME`.
+    /// Waits until it reaches `pause NAME`.
     pub(super) fn wait(self, name: &str) -> Res<Script> {
-        self.wait_for(HALFWAY, name)
+        self.wait_for(PAUSE, name)
     }
 
     /// The same, with a timeout.
@@ -168,17 +168,17 @@ impl Script {
         });
         match come {
             Some(true) => Ok(self),
-            // Its output tells more than its exit status.
+            // Its error output explains more than "ended".
             Some(false) => match self.end(SCRIPT) {
                 Ok(out) => fail!("the script ended before '{name}': {out}"),
                 Err(error) => Err(error),
             },
-            None => fail!("the script did not come to '{name}'"),
+            None => fail!("the script did not reach '{name}'"),
         }
     }
 
-    /// Lets it continue after `halfway NAME`.
-    pub(super) fn go_on(&self, name: &str) -> Res {
+    /// Lets it continue after `pause NAME`.
+    pub(super) fn resume(&self, name: &str) -> Res {
         std::fs::write(self.dir.join(format!("{name}.on")), "").at("a script's file")
     }
 
@@ -189,7 +189,7 @@ impl Script {
         Ok(done.out.trim_end().to_string())
     }
 
-    /// Waits until it has been killed, at most so long.
+    /// Waits until it is killed, at most `limit`.
     pub(super) fn killed(self, limit: Duration) -> Res {
         let done = self.running.finish(limit)?;
         ensure!(
@@ -206,7 +206,7 @@ impl Script {
         drop(self.running);
     }
 
-    /// Waits for its end, at most as long as one takes if nothing is said.
+    /// Waits for its end, with the default timeout.
     pub(super) fn finish(self) -> Res<String> {
         self.end(SCRIPT)
     }

@@ -22,7 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A pool, mounted; the directory.
+/// Mounts a pool; returns its directory.
 fn pool(ctx: &Ctx, daemon: &Daemon, name: &str) -> Res<String> {
     let dir = ctx.path(name);
     std::fs::create_dir(&dir).at(&dir)?;
@@ -65,7 +65,7 @@ fn life(ctx: &Ctx) -> Res {
     let list: serde_json::Value = serde_json::from_str(&text).at(&text)?;
     let shown = &list["loopdevices"][0];
     ensure!(shown["name"] == device.as_str() && shown["back-file"] == image.as_str(), "-J: {text}");
-    // It follows its file.
+    // `-c` adopts the file's new size.
     File::options().write(true).open(&image)?.set_len(12 * MIB)?;
     losetup(&daemon, &["-c", &device])?;
     ensure!(tools::ok(&["blockdev", "--getsize64", &device])?.trim() == (12 * MIB).to_string(), "-c");
@@ -74,18 +74,18 @@ fn life(ctx: &Ctx) -> Res {
     let at = ctx.path("mnt");
     let mount = Mount::new(&device, &at, &[])?;
     losetup(&daemon, &["-d", &device])?;
-    ensure!(losetup(&daemon, &["-a"])?.contains(&image), "mounted, and gone");
+    ensure!(losetup(&daemon, &["-a"])?.contains(&image), "unbound while mounted");
     mount.umount()?;
     let gone =
         tools::until(Duration::from_secs(5), || losetup(&daemon, &["-a"]).ok()?.is_empty().then_some(()));
-    ensure!(gone.is_some(), "it stays after umount");
+    ensure!(gone.is_some(), "still bound after umount");
     let again = refused(&daemon, &["-d", &device])?;
     ensure!(again == format!("losetup: {device}: detach failed: No such device or address"), "{again}");
     // Bound again at once, by its number.
     losetup(&daemon, &["-r", &device, &image])?;
     losetup(&daemon, &["-d", "loop0"])?;
     losetup(&daemon, &["loop0", &image])?;
-    ensure!(losetup(&daemon, &["-n", "-O", "RO"])?.trim() == "0", "read-only still");
+    ensure!(losetup(&daemon, &["-n", "-O", "RO"])?.trim() == "0", "still read-only");
     losetup(&daemon, &["-D"])?;
     unmount(&dir)?;
     daemon.stop()
@@ -100,7 +100,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
     let device = format!("{dir}/loop0");
     let size = || tools::ok(&["blockdev", "--getss", &device]).map(|text| text.trim().to_owned());
     losetup(&daemon, &["-f", "-b", "4096", &image])?;
-    ensure!(size()? == "4096", "not as it was configured");
+    ensure!(size()? == "4096", "not the block size of the bind");
     let data = pattern(2, 1 << 20);
     disk::write_all(&device, &data)?;
     let held = File::open(&device).at(&device)?;
@@ -108,7 +108,7 @@ fn block_sizes(ctx: &Ctx) -> Res {
     ensure!(busy.ends_with("Device or resource busy") && size()? == "4096", "{busy}");
     drop(held);
     losetup(&daemon, &["-b", "512", &device])?;
-    ensure!(size()? == "512", "not as it was set");
+    ensure!(size()? == "512", "not the block size that was set");
     same(&device, &disk::read_all(&device, 0, MIB)?, &data)?;
     losetup(&daemon, &["-d", &device])?;
     unmount(&dir)?;
@@ -131,7 +131,7 @@ fn partitions(ctx: &Ctx) -> Res {
     ensure!(Path::new(&format!("{dir}/loop0p2")).exists(), "no second partition");
     losetup(&daemon, &["-d", "loop0"])?;
     let gone = || (!Path::new(&first).exists()).then_some(());
-    ensure!(tools::until(Duration::from_secs(5), gone).is_some(), "{first} stays");
+    ensure!(tools::until(Duration::from_secs(5), gone).is_some(), "{first} is left");
     unmount(&dir)?;
     daemon.stop()
 }
@@ -150,13 +150,13 @@ fn pools(ctx: &Ctx) -> Res {
         losetup(&daemon, &["--pool", "blue", "-f", "--show", &image])? == format!("{blue}/loop0"),
         "blue"
     );
-    ensure!(losetup(&daemon, &["--pool", "red", "-a"])?.is_empty(), "red has blue's");
+    ensure!(losetup(&daemon, &["--pool", "red", "-a"])?.is_empty(), "red lists a device of blue");
     let other = refused(&daemon, &["--pool", "red", "-d", &format!("{blue}/loop0")])?;
     ensure!(other.ends_with("No such device"), "{other}");
     unmount(&red)?;
     let alone = || losetup(&daemon, &["-n", "-O", "NAME"]).ok();
     let meant = tools::until(Duration::from_secs(5), alone);
-    ensure!(meant == Some(format!("{blue}/loop0")), "blue alone is left, and {meant:?} meant");
+    ensure!(meant == Some(format!("{blue}/loop0")), "only blue is left, but losetup lists {meant:?}");
     losetup(&daemon, &["-D"])?;
     unmount(&blue)?;
     daemon.stop()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What programs read of a device below /sys: the same script on the kernel's own driver and in a
-//! pool, and the same lines from both.
+//! Attributes of a device below /sys: the same script prints the same lines on the kernel's driver
+//! and in a pool.
 
 use super::private_partitions::same;
 use crate::harness::{Case, Needs, case};
@@ -12,13 +12,13 @@ pub(super) fn cases() -> Vec<Case> {
     vec![tools("names", NAMES), tools("tools", TOOLS), tools("dissect", DISSECT)]
 }
 
-/// Which names there are, and what those say that do not depend on the disk behind. `mq` has a
-/// directory for each queue, `trace` comes with what the kernel was built with; only a disk with
-/// requests has an `io_timeout`.
+/// The names, and the contents of those that do not depend on the disk. Excluded: `mq` has a
+/// directory per queue, `trace` depends on the kernel's configuration, and only disks with requests
+/// have an `io_timeout`.
 const NAMES: &str = r#"
 table "label: gpt" "start=2048,size=4096,name=first" "size=8192" | sfdisk -q disk
 top=$PWD
-# libudev follows no link to a node: ours is where the pool's file system is.
+# libudev follows no symlink to a node, so DEVNAME is the path in the pool's file system.
 uevent() { sed "s/=[0-9][0-9]*$/=N/; s,DEVNAME=loopfs/,DEVNAME=,; s/loop[0-9]*/loopN/; /PARTUUID/d; /PARTNAME/d" uevent; }
 names() { (cd $1 && find -L . -maxdepth 2 -not -path './mq/*' -not -path './subsystem/*' -not -path './bdi/*' \
     -not -path './holders/*' -not -path './trace/*' -not -name io_timeout -printf '%P\n' | sed "s/${dev#/dev/}/loopN/g" | sort); }
@@ -63,10 +63,10 @@ table "label: gpt" "size=16M,type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709,name=root
 bind -P; mkfs.ext4 -q -L root ${dev}p1
 mkdir -p mnt; mount ${dev}p1 mnt; mkdir -p mnt/{etc,usr,proc,sys,dev,run,tmp}
 echo 'ID=trial' > mnt/etc/os-release; echo hello > mnt/file; umount mnt; free
-tell "table" systemd-dissect disk; grep -E "Size|root|linux" said | sed 's/[0-9a-f]*-[0-9a-f-]*//; s,/dev/\(loopfs/\)*loop[0-9]*,loopN,'
-tell "mount" systemd-dissect --mount disk mnt; echo "file: $(cat mnt/file)"
-tell "umount" systemd-dissect --umount mnt
-# What it leaves goes a moment later, and lsblk might see it.
+report "table" systemd-dissect disk; grep -E "Size|root|linux" said | sed 's/[0-9a-f]*-[0-9a-f-]*//; s,/dev/\(loopfs/\)*loop[0-9]*,loopN,'
+report "mount" systemd-dissect --mount disk mnt; echo "file: $(cat mnt/file)"
+report "umount" systemd-dissect --umount mnt
+# lsblk might see the device, which is removed a moment later: no `report`.
 systemd-dissect --copy-from disk /file copied; echo "copied: status $?, $(cat copied)"; rm copied
 for i in {1..100}; do [ -n "$(losetup -j disk)" ] || break; sleep 0.05; done
 echo "left: $(losetup -j disk | wc -l)"

@@ -50,24 +50,24 @@ fn quota(ctx: &Ctx) -> Res {
         image a 1M alpha
         works "1" losetup -f a; works "2" losetup -f a
         was=$(ls /dev /dev/loopfs /sys/block; losetup -a)
-        halfway full
+        pause full
         refused "3" "cannot find an unused loop device" losetup -f
         refused "3 --show" "cannot find an unused loop device" losetup -f --show a
         refused "explicit" "" losetup /dev/loop7 a
         truncate -s 4M fs; mkfs.ext4 -q fs; mkdir mnt
         refused "mount" "" mount -o loop fs mnt
         same "no side effects" "$(ls /dev /dev/loopfs /sys/block; losetup -a)" "$was"
-        halfway refused
+        pause refused
         losetup -d /dev/loop0
         same "one is free again" "$(losetup -f --show a)" /dev/loop0
         "#,
     )?;
     let script = script.wait("full")?;
     let before = (daemon.ublk_ids(), daemon.footprint()?.fds);
-    script.go_on("full")?;
+    script.resume("full")?;
     let script = script.wait("refused")?;
     let after = (daemon.ublk_ids(), daemon.footprint()?.fds);
-    script.go_on("refused")?;
+    script.resume("refused")?;
     script.finish()?;
     ensure!(before == after, "from {before:?} to {after:?}");
     daemon.stop()
@@ -79,34 +79,34 @@ fn limit(ctx: &Ctx) -> Res {
     daemon.ok(&["limit", "1000", "3"])?;
     std::fs::set_permissions(&ctx.dir, std::os::unix::fs::PermissionsExt::from_mode(0o1777))?;
     let inside = |max: &'static str| Inside::new(ctx, &daemon).user(1000).with(&["--max", max]);
-    let first = inside("2")
-        .start(r#"image a 1M a; works "1" losetup -f a; works "2" losetup -f a; halfway first"#)?;
+    let first =
+        inside("2").start(r#"image a 1M a; works "1" losetup -f a; works "2" losetup -f a; pause first"#)?;
     let first = first.wait("first")?;
     let second = inside("3").start(
         r#"
         image b 1M b; works "3" losetup -f b
         refused "4" "cannot find an unused loop device" losetup -f b
-        halfway full
+        pause full
         works "4, raised" losetup -f b
-        halfway raised
+        pause raised
         refused "5, lowered" "cannot find an unused loop device" losetup -f b
-        same "what is there stays" "$(bound | wc -l)" 2
+        same "existing devices stay" "$(bound | wc -l)" 2
         "#,
     )?;
     let second = second.wait("full")?;
     let other = Inside::new(ctx, &daemon).user(1001);
     other.run(r#"image c 1M c; works "another user" losetup -f c"#)?;
     daemon.ok(&["limit", "1000", "4"])?;
-    second.go_on("full")?;
+    second.resume("full")?;
     let second = second.wait("raised")?;
     let shown = daemon.json(&["limit"])?;
     let of_user =
         |uid: u64| shown.as_array().and_then(|all| all.iter().find(|limit| limit["uid"] == uid)).cloned();
     ensure!(of_user(1000).is_some_and(|limit| limit["devices"] == 4 && limit["pools"] == 2), "{shown}");
     daemon.ok(&["limit", "1000", "1"])?;
-    second.go_on("raised")?;
+    second.resume("raised")?;
     second.finish()?;
-    first.go_on("first")?;
+    first.resume("first")?;
     first.finish()?;
     let Err(refusal) = inside("2").run("true") else {
         return Err("a user with a limit of 1 got a pool of 2".into());
@@ -115,7 +115,7 @@ fn limit(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A plain user: root of its own devices only, and their files stay its own.
+/// A plain user is root of its own devices only, and still owns their files.
 fn plain_user(ctx: &Ctx) -> Res {
     let secret = ctx.path("secret");
     std::fs::write(&secret, [7; 4096])?;
@@ -142,7 +142,7 @@ fn plain_user(ctx: &Ctx) -> Res {
         truncate -s 2M a; works "-c" losetup -c /dev/loop0; same "-c" "$(size /dev/loop0)" 2097152
         works "mkfs" mkfs.ext4 -q /dev/loop0
         refused "another's file" "Permission denied" losetup -f --show ../secret
-        halfway ../open
+        pause ../open
         works "-d" losetup -d /dev/loop0; works "-D" losetup -D
         soon "none" "" losetup -a
         "#,
@@ -151,20 +151,23 @@ fn plain_user(ctx: &Ctx) -> Res {
     let pid = std::fs::read_to_string(format!("{home}/pid"))?;
     let root = format!("/proc/{}/root", pid.trim());
     let owner = |path: &str| tools::ok(&["stat", "-c", "%u %g", path]);
-    ensure!(owner(&format!("{root}/dev/loopfs/loop0"))? == "1000 1000", "the node is another's");
-    ensure!(owner(&format!("{home}/a"))? == "1000 1000", "the image has become another's");
+    ensure!(owner(&format!("{root}/dev/loopfs/loop0"))? == "1000 1000", "the node has another owner");
+    ensure!(owner(&format!("{home}/a"))? == "1000 1000", "the image has another owner");
     for id in daemon.ublk_ids() {
-        ensure!(owner(&format!("/dev/ublkb{id}"))?.starts_with("0 "), "/dev/ublkb{id} is not root's");
+        ensure!(
+            owner(&format!("/dev/ublkb{id}"))?.starts_with("0 "),
+            "/dev/ublkb{id} does not belong to root"
+        );
     }
     let open = format!("head -c 1 {root}/dev/loopfs/loop0");
     let other = ["setpriv", "--reuid", "1001", "--regid", "1001", "--clear-groups", "sh", "-c", &open];
     ensure!(tools::run(&other)?.code != 0, "another user reads the device");
-    script.go_on("open")?;
+    script.resume("open")?;
     script.finish()?;
     daemon.stop()
 }
 
-/// Two pools have only the names in common.
+/// Two pools share only the names of their devices.
 fn two_pools(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let one = |name: &str| {
@@ -172,12 +175,12 @@ fn two_pools(ctx: &Ctx) -> Res {
             "me={name}\n{}",
             r#"
             image $me 1M "$me"; losetup /dev/loop0 $me; losetup /dev/loop1 $me
-            halfway $me
+            pause $me
             same "bytes" "$(head_of /dev/loop0)" "$me"
             same "list" "$(bound)" "/dev/loop0 $PWD/$me
 /dev/loop1 $PWD/$me"
             printf "$me wrote this" | dd of=/dev/loop0 conv=notrunc,fsync 2>/dev/null
-            losetup -d /dev/loop1; halfway $me.2
+            losetup -d /dev/loop1; pause $me.2
             same "bytes at the end" "$(head_of /dev/loop0 32)" "$me wrote this"
             same "list at the end" "$(bound)" "/dev/loop0 $PWD/$me"
             "#
@@ -185,18 +188,18 @@ fn two_pools(ctx: &Ctx) -> Res {
         Inside::new(ctx, &daemon).start(&script)
     };
     let (first, second) = (one("first")?.wait("first")?, one("second")?.wait("second")?);
-    first.go_on("first")?;
-    second.go_on("second")?;
+    first.resume("first")?;
+    second.resume("second")?;
     let (first, second) = (first.wait("first.2")?, second.wait("second.2")?);
-    first.go_on("first.2")?;
+    first.resume("first.2")?;
     first.finish()?;
     // Its neighbour has ended.
-    second.go_on("second.2")?;
+    second.resume("second.2")?;
     second.finish()?;
     daemon.stop()
 }
 
-/// BusyBox is another losetup and another mount, and static.
+/// BusyBox has its own losetup and mount, and is linked statically.
 fn busybox(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
@@ -207,7 +210,7 @@ fn busybox(ctx: &Ctx) -> Res {
         works "-f img" bb losetup -f a
         same "-a, with the name as it was given" "$(bb losetup -a)" "/dev/loop0: 0 a"
         same "bytes" "$(bb head -c 5 /dev/loop0)" alpha
-        # Unlike util-linux it wants the device to be there.
+        # Unlike util-linux, it needs an existing device.
         same "the next" "$(bb losetup -f)" /dev/loop1
         works "offset" bb losetup -o 512 /dev/loop1 a; same "size" "$(size /dev/loop1)" 1048064
         same "the next" "$(bb losetup -f)" /dev/loop2
@@ -270,6 +273,6 @@ fn uncovered(ctx: &Ctx) -> Res {
     tools::ok(&["umount", &dir])?;
     result?;
     let gone = tools::until(Duration::from_secs(10), || daemon.ublk_ids().is_empty().then_some(()));
-    ensure!(gone.is_some(), "devices left of a pool that was unmounted: {:?}", daemon.ublk_ids());
+    ensure!(gone.is_some(), "devices of an unmounted pool are left: {:?}", daemon.ublk_ids());
     daemon.stop()
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The daemon dies while devices are in use.
+//! The daemon is killed while devices are in use.
 
 use std::time::Duration;
 
@@ -29,10 +29,10 @@ pub(super) fn cases() -> Vec<Case> {
     all
 }
 
-/// How a daemon comes to its end.
+/// Ends a daemon.
 pub(super) type End = fn(&mut Daemon) -> Res;
 
-/// fio --verify goes on over two ends of the daemon and does not see an error.
+/// fio --verify continues across two ends of the daemon, without errors.
 pub(super) fn ends_under_verify(ctx: &Ctx, io_mode: &str, end: End) -> Res {
     const SIZE: u64 = 96 * MIB;
     let store = Store::xfs(ctx)?;
@@ -42,7 +42,7 @@ pub(super) fn ends_under_verify(ctx: &Ctx, io_mode: &str, end: End) -> Res {
     let before = daemon.info(&device)?;
     let ids = daemon.ublk_ids();
 
-    // Slow enough to be at work, reading and writing, when the daemon is killed.
+    // Slow enough to still read and write when the daemon is killed.
     let jobs = format!(
         "[global]
 filename={device}
@@ -74,11 +74,11 @@ rate=2m,2m
         end(&mut daemon)?;
         ensure!(
             daemon.ublk_ids() == ids,
-            "the device went with the daemon: {:?} of {ids:?}",
+            "a device ended with the daemon: {:?} of {ids:?}",
             daemon.ublk_ids()
         );
         std::thread::sleep(Duration::from_millis(300 * round));
-        daemon.restart().at("start after the end")?;
+        daemon.restart().at("restart")?;
     }
     ensure!(work.alive(), "fio ended before the last restart");
     let after = daemon.info(&device)?;
@@ -88,15 +88,15 @@ rate=2m,2m
     let shown = disk::read_all(&device, 0, SIZE)?;
     disk::same("image", &disk::read_all(&image, 0, SIZE)?, &shown)?;
     daemon.detach(&device)?;
-    // A device that was taken back leaves its number free like any other.
+    // The detach of a recovered device frees its number.
     let again = daemon.attach(&[&image, "--io-mode", io_mode])?;
-    ensure!(again == device, "{device} came back as {again}");
+    ensure!(again == device, "{device} was attached again as {again}");
     disk::same("device", &disk::read_all(&again, 0, SIZE)?, &shown)?;
     daemon.detach(&again)?;
     daemon.stop()
 }
 
-/// Every write that was acknowledged before, during and after three ends of the daemon is there.
+/// No write that was acknowledged before, during or after three ends of the daemon is lost.
 pub(super) fn ends_keep_acknowledged(ctx: &Ctx, io_mode: &str, end: End) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
@@ -110,7 +110,7 @@ pub(super) fn ends_keep_acknowledged(ctx: &Ctx, io_mode: &str, end: End) -> Res 
     }
     writers.progress(200, Duration::from_secs(30))?;
     let ledger = writers.stop(Duration::from_secs(30))?;
-    ensure!(ledger.errors().is_empty(), "writers met errors: {:?}", ledger.errors());
+    ensure!(ledger.errors().is_empty(), "errors of writers: {:?}", ledger.errors());
     ledger.check(&device, 0)?;
     daemon.detach(&device)?;
     ledger.check(&image, 0)?;
@@ -118,7 +118,7 @@ pub(super) fn ends_keep_acknowledged(ctx: &Ctx, io_mode: &str, end: End) -> Res 
     daemon.stop()
 }
 
-/// Twenty devices in two instances, idle and busy, are all taken back under their names.
+/// 20 devices in two instances are all recovered under their names.
 fn kill_with_many_devices(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -144,8 +144,7 @@ fn kill_with_many_devices(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device of the configuration that was recovered is not attached anew, however its entry may
-/// share the image.
+/// A recovered device of the configuration is not attached again, even if its entry has `force`.
 fn configured_devices(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let (image, config) = (store.sparse("image", 8 * MIB)?, ctx.path("config.toml"));

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The daemon dies, and the image is not what it was when the next daemon comes: shared, shorter,
-//! elsewhere, read-only, out of space.
+//! The image changes while no daemon runs: it is shared, shorter, moved, or on a file system that
+//! is read-only or full.
 //!
-//! Knows what each of these does to a file. What happens to the daemon's own files is in
-//! `recovery_state`.
+//! Changes to the daemon's own files are in `recovery_state`.
 
 use std::time::Duration;
 
@@ -19,15 +18,15 @@ pub(super) fn cases() -> Vec<Case> {
     let needs = Needs::Recovery("copy");
     vec![
         case("recovery_image::a_reflinked_image_keeps_its_blocks", needs, 150, reflinked),
-        case("recovery_image::a_shorter_image_keeps_the_size", needs, 120, shorter),
-        case("recovery_image::a_moved_image_is_recovered_by_hand", needs, 150, moved),
+        case("recovery_image::a_shorter_image_keeps_the_size", needs, 120, shorter_image),
+        case("recovery_image::a_moved_image_is_recovered_by_hand", needs, 150, moved_image),
         case("recovery_image::a_read_only_store_is_named", needs, 120, read_only_store),
         case("recovery_image::a_full_store_fails_writes", needs, 120, full_store),
         case("recovery_image::a_reached_quota_fails_writes", needs, 120, reached_quota),
     ]
 }
 
-/// A device that was recovered: everything of it is as before, but what `except` names.
+/// Checks that a recovered device is unchanged, except for the field `except`.
 fn unchanged(daemon: &Daemon, device: &str, before: &serde_json::Value, except: &str) -> Res {
     let mut after = daemon.info(device)?;
     if let Some(value) = before.get(except) {
@@ -37,7 +36,7 @@ fn unchanged(daemon: &Daemon, device: &str, before: &serde_json::Value, except: 
     Ok(())
 }
 
-/// Reads and writes of single sectors, at odd places.
+/// Writes and reads single sectors at unaligned offsets.
 fn single_sectors(device: &str, image: &str, seed: u64) -> Res {
     let disk = Disk::open(device)?;
     for sector in [1, 7, 8, 4095] {
@@ -71,19 +70,20 @@ fn reflinked(ctx: &Ctx) -> Res {
     daemon.kill()?;
     daemon.restart()?;
     unchanged(&daemon, &device, &before, "buffered")?;
-    // Linux 6.12 does not ask for more after a reflink, and then nothing changes.
+    // Linux 6.12 does not raise the alignment after a reflink; then nothing changes.
     let raised = direct_alignment(&image)? > 512;
     let info = daemon.info(&device)?;
-    ensure!(info["buffered"] == raised, "the file asks for more: {raised}; listed: {info}");
+    ensure!(info["buffered"] == raised, "alignment raised: {raised}; list says {info}");
     let log = daemon.log();
     let warned =
         |line: &str| line.contains("WARN") && line.contains("default/loop0") && line.contains(&image);
-    ensure!(log.lines().any(warned) == raised, "the file asks for more: {raised}; log: {log}");
+    ensure!(log.lines().any(warned) == raised, "alignment raised: {raised}; log: {log}");
     same(&device, &disk::read_all(&device, 0, 8 * MIB)?, &whole)?;
     single_sectors(&device, &image, 20)?;
     same("copy", &disk::read_all(&store.path("copy"), 0, 8 * MIB)?, &all)?;
 
-    // A copy that shares no block, in its place: another file, so only by hand; and directly again.
+    // A copy without shared blocks replaces the image. It is another file, which needs `recover`;
+    // direct I/O works again.
     daemon.kill()?;
     tools::sh(format!("cp --reflink=never {image} {0} && mv {0} {image}", store.path("unshared")))?;
     daemon.restart()?;
@@ -97,13 +97,13 @@ fn reflinked(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What the kernel says that offsets of direct I/O on a file must be multiples of.
+/// The alignment of offsets that direct I/O on a file needs, as the kernel reports it.
 fn direct_alignment(path: &str) -> Res<u32> {
     let (flags, mask) = (rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::DIOALIGN);
     Ok(rustix::fs::statx(rustix::fs::CWD, path, flags, mask)?.stx_dio_offset_align)
 }
 
-fn shorter(ctx: &Ctx) -> Res {
+fn shorter_image(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", 8 * MIB)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -118,7 +118,7 @@ fn shorter(ctx: &Ctx) -> Res {
         unchanged(&daemon, &device, &before, "none")?;
         let disk = Disk::open(&device)?;
         ensure!(disk::size(&device)? == 8 * MIB, "the device has {} bytes", disk::size(&device)?);
-        ensure!(disk.try_read(6 * MIB, 4096).is_err(), "a read behind the image's end succeeded");
+        ensure!(disk.try_read(6 * MIB, 4096).is_err(), "a read past the end of the image succeeded");
         if size > 0 {
             same(&device, &disk.read(MIB, 4096)?, &data)?;
         }
@@ -130,8 +130,8 @@ fn shorter(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Renamed, and replaced by another: users wait, and go on when the administrator has found it.
-fn moved(ctx: &Ctx) -> Res {
+/// The image is renamed and replaced: users wait until the administrator recovers the device.
+fn moved_image(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
     let mut daemon = Daemon::start(ctx)?;
@@ -170,7 +170,7 @@ fn moved(ctx: &Ctx) -> Res {
     let twice = daemon.cli(&["recover", &device, "--image", &elsewhere])?;
     ensure!(twice.code == 4, "recovered twice: {twice:?}");
 
-    // It is known by its new path from now on.
+    // The daemon has recorded the new path.
     daemon.kill()?;
     daemon.restart()?;
     ensure!(daemon.info(&device)?["state"] == "live", "list says {}", daemon.info(&device)?);
@@ -200,7 +200,7 @@ fn read_only_store(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// No room for what is written: each write fails, and none waits.
+/// The file system is full: each write fails, and none hangs.
 fn full_store(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
@@ -208,7 +208,7 @@ fn full_store(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     Disk::open(&device)?.write(0, &[6; 4096])?;
     daemon.kill()?;
-    // Fails when there is no more room: that is what it is for.
+    // Fails once the file system is full, as intended.
     let _ = tools::run(&[
         "dd",
         "if=/dev/zero",
@@ -223,14 +223,14 @@ fn full_store(ctx: &Ctx) -> Res {
     let disk = Disk::open(&device)?;
     same(&device, &disk.read(0, 4096)?, &[6; 4096])?;
     let failed = disk.try_write(32 * MIB, &vec![7; 1 << 20]);
-    ensure!(failed.is_err(), "a write succeeded without room for it");
+    ensure!(failed.is_err(), "a write succeeded on a full file system");
     drop(disk);
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// The owner of the image has reached his quota: the same, and the log says so. (XFS holds the
-/// owner to it, whoever writes.)
+/// The owner of the image has reached the quota: the same, and the log names the reason. (XFS
+/// charges the owner, and not the writer.)
 fn reached_quota(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The daemon dies, and the next one cannot read what was noted of its devices; or nothing can be
-//! noted.
+//! The next daemon cannot read the recorded state of its devices, or a daemon cannot record any.
 //!
-//! Knows where state and names lie in the run directory. What happens to images is in
-//! `recovery_image`.
+//! Knows where state and names are in the run directory. Changes to images are in `recovery_image`.
 
 use std::time::Duration;
 
@@ -17,7 +15,7 @@ use crate::tools::{self, Running};
 pub(super) fn cases() -> Vec<Case> {
     let needs = Needs::Recovery("copy");
     vec![
-        case("recovery_state::unreadable_state_is_stuck_and_recovered", needs, 180, unreadable),
+        case("recovery_state::unreadable_state_is_stuck_and_recovered", needs, 180, unreadable_state),
         case("recovery_state::an_unreadable_instance_keeps_its_devices", needs, 120, unreadable_instance),
         case("recovery_state::lost_names_do_not_collide", needs, 150, lost_names),
         case("recovery_state::a_full_run_directory_is_named", Needs::Ublk, 120, full_run_directory),
@@ -31,10 +29,10 @@ fn stuck(daemon: &Daemon, device: &str, says: &str) -> Res {
     Ok(())
 }
 
-/// Each way in which a file can be wrong: the device is listed, keeps its name, and comes back.
-fn unreadable(ctx: &Ctx) -> Res {
+/// For each defect of a state file: the device is listed, keeps its name, and can be recovered.
+fn unreadable_state(ctx: &Ctx) -> Res {
     const OFFSET: u64 = MIB;
-    let ways: [(&str, &str); 7] = [
+    let defects: [(&str, &str); 7] = [
         ("echo garbage > FILE", "not JSON"),
         ("truncate -s 100 FILE", "not JSON"),
         ("sed -i 's/\"version\": *1/\"version\": 99/' FILE", "version 99"),
@@ -46,7 +44,7 @@ fn unreadable(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::start(ctx)?;
     let mut devices = Vec::new();
-    for number in 0..ways.len() {
+    for number in 0..defects.len() {
         let image = store.sparse(&format!("image{number}"), 4 * MIB)?;
         let device = daemon.attach(&[&image, "--offset", &OFFSET.to_string()])?;
         Disk::open(&device)?.write(4096, &vec![number as u8 + 1; 4096])?;
@@ -54,12 +52,12 @@ fn unreadable(ctx: &Ctx) -> Res {
     }
     let before = daemon.json(&["list"])?;
     daemon.kill()?;
-    for (number, (way, _)) in ways.iter().enumerate() {
-        tools::sh(way.replace("FILE", &format!("{}/.state/default/loop{number}.json", ctx.path("run"))))?;
+    for (number, (defect, _)) in defects.iter().enumerate() {
+        tools::sh(defect.replace("FILE", &format!("{}/.state/default/loop{number}.json", ctx.path("run"))))?;
     }
     daemon.restart()?;
     let log = daemon.log();
-    for (number, ((device, _), (_, says))) in devices.iter().zip(ways).enumerate() {
+    for (number, ((device, _), (_, says))) in devices.iter().zip(defects).enumerate() {
         stuck(&daemon, device, says)?;
         let named = |l: &str| l.contains("ERROR") && l.contains(&format!("default/loop{number}"));
         ensure!(log.lines().any(named), "no error for loop{number}: {log}");
@@ -69,7 +67,7 @@ fn unreadable(ctx: &Ctx) -> Res {
         }
     }
 
-    // Its names are not given to others; its users wait.
+    // Other devices do not get the names of stuck ones, and users of stuck devices wait.
     let other = store.sparse("other", MIB)?;
     let next = daemon.attach(&[&other])?;
     ensure!(next.ends_with("/loop7"), "attach gave {next}");
@@ -80,7 +78,7 @@ fn unreadable(ctx: &Ctx) -> Res {
     std::thread::sleep(Duration::from_millis(300));
     ensure!(reader.alive(), "a reader did not wait");
 
-    // They stay stuck until somebody says what they are.
+    // Devices stay stuck until `recover`.
     daemon.kill()?;
     daemon.restart()?;
     for (device, _) in &devices {
@@ -93,7 +91,7 @@ fn unreadable(ctx: &Ctx) -> Res {
         let mut info = daemon.info(device)?;
         info["sizeLimitBytes"] = before[number]["sizeLimitBytes"].clone();
         let mut was = before[number].clone();
-        // Only the state told it.
+        // Only the state file has it.
         was["sinceUnixSeconds"] = serde_json::Value::Null;
         ensure!(info == was, "{info}, was {was}");
         same(device, &Disk::open(device)?.read(4096, 4096)?, &vec![number as u8 + 1; 4096])?;
@@ -127,7 +125,7 @@ fn unreadable_instance(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Neither state nor name is left: a device in use is never taken away.
+/// A device without state and name is not removed, but listed as stuck.
 fn lost_names(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
@@ -147,7 +145,7 @@ fn lost_names(ctx: &Ctx) -> Res {
     ensure!(lost["state"] == "stuck" && name != device, "list says {lost}");
     let other = store.sparse("other", MIB)?;
     let next = daemon.attach(&[&other])?;
-    ensure!(next != name, "attach gave {name} away");
+    ensure!(next != name, "attach reused {name}");
     daemon.detach(&next)?;
     daemon.ok(&["recover", &name, "--image", &image])?;
     ensure!(tools::sh(format!("cat {}/file", mount.dir))? == "kept", "the file system lost a file");
@@ -156,7 +154,7 @@ fn lost_names(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Nothing can be noted: the attach fails whole, and says what is full.
+/// The state cannot be written: the attach fails without leftovers, and names the full directory.
 fn full_run_directory(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 4 * MIB)?;
@@ -164,7 +162,7 @@ fn full_run_directory(ctx: &Ctx) -> Res {
     let mount = Mount::new("none", &run, &["-t", "tmpfs", "-o", "size=128k,mode=711"])?;
     let mut daemon = Daemon::start(ctx)?;
     let filler = format!("{run}/filler");
-    // Fails when there is no more room: that is what it is for.
+    // Fails once the file system is full, as intended.
     let _ = tools::run(&["dd", "if=/dev/zero", &format!("of={filler}"), "bs=4k", "count=64"])?;
     let done = daemon.cli(&["attach", &image])?;
     ensure!(done.code == 5 && done.err.contains(&format!("{run}/.state/default")), "attach: {done:?}");
@@ -177,7 +175,7 @@ fn full_run_directory(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     daemon.detach(&device)?;
     daemon.check_alive()?;
-    // Its own check for mounts would find the case's.
+    // `stop` would complain about the mount of this case.
     drop(daemon);
     mount.umount()
 }

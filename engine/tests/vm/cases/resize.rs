@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The image grows or shrinks on purpose, and the device follows, while it is in use.
+//! Images and devices are resized while they are in use.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("resize::shrink_under_io", Needs::Resize, 120, shrink),
         case("resize::grow_mounted_file_system", Needs::Resize, 120, grow_mounted),
         case("resize::refused_in_words", Needs::Ublk, 60, refused),
-        case("resize::shrinking_needs_consent", Needs::Resize, 120, consent),
+        case("resize::shrinking_needs_consent", Needs::Resize, 120, shrinking_needs_consent),
         case("resize::size_changes_image_and_device", Needs::Resize, 120, in_one_step),
     ]
 }
@@ -99,7 +99,7 @@ fn shrink(ctx: &Ctx) -> Res {
     ensure!(work.alive(), "fio ended before the device had shrunk");
     let disk = Disk::open(&device)?;
     let beyond = disk.try_write(32 * MIB, &[1; 4096]);
-    ensure!(beyond.is_err(), "a write behind the new end was taken");
+    ensure!(beyond.is_err(), "wrote past the new end");
     disk.write(20 * MIB, &[7; 512])?;
     drop(disk);
     work.finish(Duration::from_secs(60))?.clean()?;
@@ -109,7 +109,7 @@ fn shrink(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What it is for: a mounted file system gets more room.
+/// A mounted file system grows with its device.
 fn grow_mounted(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 32 * MIB)?;
@@ -127,7 +127,7 @@ fn grow_mounted(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A kernel that cannot resize: said so, and the device goes on as it was.
+/// On a kernel that cannot resize, the command fails, and the device works as before.
 fn refused(ctx: &Ctx) -> Res {
     if ctx.host.resize {
         skip!("this kernel resizes ublk devices");
@@ -146,7 +146,7 @@ fn refused(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// What is refused, and why: the exit status, and words that the message has.
+/// Expects that resize fails with this exit status and one line that has these words.
 fn not_resized(daemon: &Daemon, words: &[&str], code: i32, says: &[&str]) -> Res {
     let done = daemon.cli(&[&["resize"], words].concat())?;
     let named = says.iter().all(|word| done.err.contains(word));
@@ -154,8 +154,8 @@ fn not_resized(daemon: &Daemon, words: &[&str], code: i32, says: &[&str]) -> Res
     Ok(())
 }
 
-/// A device never becomes smaller by accident, least of all under a file system.
-fn consent(ctx: &Ctx) -> Res {
+/// Shrinking a device needs --shrink, and --force if the device is in use.
+fn shrinking_needs_consent(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 128 * MIB)?;
     let daemon = Daemon::start(ctx)?;
@@ -165,12 +165,15 @@ fn consent(ctx: &Ctx) -> Res {
     let sizes = ["134217728", "33554432", "--shrink"];
     not_resized(&daemon, &[&device, "--size", "32M"], 2, &sizes)?;
     not_resized(&daemon, &[&device, "--size", "32M", "--shrink"], 4, &[&mount.dir, "--force"])?;
-    ensure!(disk::size(&device)? == 128 * MIB && disk::size(&image)? == 128 * MIB, "something was shrunk");
+    ensure!(
+        disk::size(&device)? == 128 * MIB && disk::size(&image)? == 128 * MIB,
+        "the device or the image was shrunk"
+    );
     tools::sh(format!("head -c 60M /dev/urandom > {0}/file && sync -f {0}/file", mount.dir))?;
     mount.umount()?;
     fsck("ext4", &device)?;
 
-    // The file became smaller by itself.
+    // Another program has truncated the file.
     set_size(&image, 32 * MIB)?;
     not_resized(&daemon, &[&device], 2, &sizes)?;
     ensure!(disk::size(&device)? == 128 * MIB, "the device was shrunk");
@@ -200,7 +203,7 @@ fn in_one_step(ctx: &Ctx) -> Res {
     not_resized(&daemon, &[&device, "--size", "10000"], 2, &["10000", "512"])?;
     daemon.detach(&device)?;
 
-    // A part of an image: what lies behind it is somebody's.
+    // With --size-limit, the rest of the image does not belong to the device.
     let device = daemon.attach(&[&image, "--offset", "1M", "--size-limit", "4M"])?;
     not_resized(&daemon, &[&device, "--size", "5M"], 2, &["--size-limit", "4194304"])?;
     not_resized(&daemon, &[&device, "--size", "2M", "--shrink"], 2, &["follow the device"])?;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What a running daemon has given up, as the kernel tells it: doc/threat-model.md promises it.
+//! Privileges that a running daemon has dropped, read from /proc: doc/threat-model.md promises
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -19,8 +20,8 @@ const DAEMON: u64 = DAC_OVERRIDE | FOWNER | IPC_LOCK | SYS_PTRACE | SYS_ADMIN | 
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("sandbox::privileges_are_reduced", Needs::Ublk, 180, reduced),
-        case("sandbox::debugging_keeps_them", Needs::Ublk, 120, kept),
+        case("sandbox::privileges_are_reduced", Needs::Ublk, 180, privileges_are_reduced),
+        case("sandbox::debugging_keeps_them", Needs::Ublk, 120, debugging_keeps_privileges),
     ]
 }
 
@@ -45,20 +46,20 @@ fn threads(daemon: &Daemon) -> Res<Vec<(String, Status)>> {
     Ok(threads)
 }
 
-/// What this process may do, and a daemon that keeps it all.
+/// The capabilities of this process, and of a daemon without a sandbox.
 fn own() -> Res<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let own = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).ok_or("no CapEff")?;
     u64::from_str_radix(own, 16).at("CapEff")
 }
 
-fn reduced(ctx: &Ctx) -> Res {
+fn privileges_are_reduced(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     let threads = threads(&daemon)?;
-    // Where root has less, so has the daemon.
+    // If root has fewer capabilities here, so has the daemon.
     let (all, io) = (own()? & DAEMON, own()? & IPC_LOCK);
     let mut io_threads = 0;
     for (name, status) in &threads {
@@ -75,15 +76,15 @@ fn reduced(ctx: &Ctx) -> Res {
     }
     ensure!(io_threads > 0, "no thread is an I/O thread: {threads:x?}");
     let memory = std::fs::metadata(format!("/proc/{}/mem", daemon.pid()?))?;
-    ensure!(std::os::unix::fs::MetadataExt::uid(&memory) == 0, "not root's");
+    ensure!(std::os::unix::fs::MetadataExt::uid(&memory) == 0, "/proc/PID/mem does not belong to root");
     let log = daemon.log();
     ensure!(!log.contains("the daemon cannot"), "{log}");
     daemon.detach(&device)?;
     daemon.stop()
 }
 
-/// Tells that the other case sees what it means to see.
-fn kept(ctx: &Ctx) -> Res {
+/// The control of the other case: without a sandbox, the daemon keeps its capabilities.
+fn debugging_keeps_privileges(ctx: &Ctx) -> Res {
     let daemon = Daemon::with(ctx, &["--no-sandbox"])?;
     let own = own()?;
     for (name, status) in threads(&daemon)? {

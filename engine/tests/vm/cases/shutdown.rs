@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A machine with systemd goes down: what lies on devices is unmounted while the daemon still
+//! A machine with systemd shuts down: file systems on devices are unmounted while the daemon still
 //! serves.
 //!
-//! The machine is one in namespaces of this one: its files on an overlay, its devices and kernel
-//! ours.
+//! The machine runs in namespaces of this one, with an overlay as its root and with our kernel and
+//! devices.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![case("shutdown::of_a_machine_with_systemd", Needs::Recovery("copy"), 900, machine)]
 }
 
-/// What the machine does: mounts in both ways, restarts the daemon under them, goes down.
+/// Steps on the machine: mounts from fstab and without, restarts of the daemon, power-off.
 const DOES: &str = r#"
 set -ex
 exec >> /images/said 2>&1
@@ -38,7 +38,7 @@ echo all done
 systemctl --no-block poweroff
 "#;
 
-/// From our first process to the machine's.
+/// Sets the machine up, and becomes its first process, systemd.
 const BOOTS: &str = r#"
 set -e; exec &>> $IMAGES/said
 mount --make-rprivate /; cd $S; mkdir -p up work root
@@ -67,7 +67,7 @@ fn machine(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     for name in ["net", "hand"] {
         let image = store.sparse(name, 64 << 20)?;
-        // The kernel writes the tables meanwhile: it is I/O that nobody waits for.
+        // The kernel initializes the tables later: I/O that no process waits for.
         tools::sh(format!("mkfs.ext4 -q -F {image}; debugfs -w -R 'mkdir below' {image} 2>/dev/null"))?;
     }
     tools::ok(&["mkswap", "-q", &store.sparse("swap", 16 << 20)?])?;
@@ -82,7 +82,7 @@ fn machine(ctx: &Ctx) -> Res {
     )?;
     std::fs::write(store.path("does"), DOES)?;
     std::fs::write(store.path("boots"), BOOTS)?;
-    // A part of the tree of control groups for it alone.
+    // A control group for the machine.
     let script = format!(
         "mkdir -p {scratch}/groups; mount -t cgroup2 x {scratch}/groups; mkdir {scratch}/groups/machine
          echo $$ > {scratch}/groups/machine/cgroup.procs
@@ -99,7 +99,7 @@ fn machine(ctx: &Ctx) -> Res {
     let journal =
         tools::run(&["journalctl", "--no-pager", "--directory", &format!("{scratch}/up/var/log/journal")])?
             .out;
-    // The kernel's log has what earlier cases did, too.
+    // The kernel's log has lines of earlier cases, too.
     let begins = format!("case {} begins", ctx.name);
     let journal = journal.rsplit_once(&begins).map_or(journal.as_str(), |(_, since)| since);
     let shown = || format!("it said:\n{said}\nits journal:\n{}", tools::tail(journal, 120));
@@ -125,14 +125,13 @@ fn machine(ctx: &Ctx) -> Res {
         ))?;
     }
     tools::sh(format!("cd {}; sha256sum -c {}", ctx.path(""), store.path("sums")))?;
-    // The machine is off, this kernel is not: its devices wait still.
+    // The machine is off, but its devices wait in this kernel: a daemon detaches them.
     let next =
         format!("timeout 15 {} serve --run-dir /run/loopengine --detach-all || true", ctx.host.program);
     tools::sh(next).map(drop)
 }
 
-/// Whether a line of the journal is about what was tried here: not all of a system works in a
-/// namespace.
+/// Whether a line of the journal is about this case: other services may fail in a namespace.
 fn is_about_us(line: &str) -> bool {
     ["loopengine", "ublk", "mnt-", "/mnt", "does", "EXT4"].iter().any(|word| line.contains(word))
 }

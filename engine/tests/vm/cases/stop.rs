@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The daemon is told to end, as at a restart of its service, while devices are in use.
+//! SIGTERM while devices are in use, as at a restart of the service.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::ledger::{OnError, Writers};
 use crate::store::{Mount, Shape, Store, fsck, mkfs};
 use crate::tools;
 
-/// For a stop, on a slow CPU, however many devices there are.
+/// Deadline for a stop on a slow CPU, independent of the number of devices.
 const STOPPED: Duration = Duration::from_secs(15);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -30,13 +30,28 @@ pub(super) fn cases() -> Vec<Case> {
         let name = format!("stop::detach_all_under_load::{io_mode}");
         all.push(case(name, Needs::IoMode(io_mode), 180, move |ctx| detach_all_under_load(ctx, io_mode)));
     }
-    all.push(case("stop::mounted_file_systems_survive", Needs::Recovery("copy"), 200, survive));
-    all.push(case("stop::many_devices_are_left_waiting", Needs::Recovery("copy"), 300, many));
+    all.push(case(
+        "stop::mounted_file_systems_survive",
+        Needs::Recovery("copy"),
+        200,
+        mounted_file_systems_survive,
+    ));
+    all.push(case("stop::many_devices_are_left_waiting", Needs::Recovery("copy"), 300, many_devices_wait));
     all.push(case("stop::detach_all_logs_what_is_lost", Needs::Ublk, 200, detach_all_is_logged));
     all.push(case("stop::forced_detach_logs_what_is_lost", Needs::Ublk, 200, forced_is_logged));
     all.push(case("stop::pool_end_logs_what_is_lost", Needs::Private, 200, pool_end_is_logged));
-    all.push(case("stop::a_disk_that_hangs_elsewhere_holds_nothing_up", Needs::Ublk, 200, hung_elsewhere));
-    all.push(case("stop::unreadable_state_is_an_error", Needs::Recovery("copy"), 120, unreadable));
+    all.push(case(
+        "stop::a_disk_that_hangs_elsewhere_holds_nothing_up",
+        Needs::Ublk,
+        200,
+        another_disk_hangs,
+    ));
+    all.push(case(
+        "stop::unreadable_state_is_an_error",
+        Needs::Recovery("copy"),
+        120,
+        unreadable_state_is_logged,
+    ));
     all.push(case("stop::release_mounts", Needs::Ublk, 200, release_mounts));
     all
 }
@@ -45,7 +60,7 @@ fn terminate(daemon: &mut Daemon) -> Res {
     daemon.terminate().map(drop)
 }
 
-/// A line of the log with this level that has all of these words.
+/// Expects a line of the log with this level and all of these words.
 fn logged(daemon: &Daemon, level: &str, words: &[&str]) -> Res {
     let log = daemon.log();
     let found = log.lines().any(|line| line.contains(level) && words.iter().all(|word| line.contains(word)));
@@ -53,9 +68,9 @@ fn logged(daemon: &Daemon, level: &str, words: &[&str]) -> Res {
     Ok(())
 }
 
-/// Used and idle devices keep names, numbers and content over several restarts; file systems stay
-/// mounted, and what is written meanwhile waits.
-fn survive(ctx: &Ctx) -> Res {
+/// Devices keep names, numbers and content over several restarts; file systems stay mounted, and
+/// writes without a daemon wait.
+fn mounted_file_systems_survive(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::leaving(ctx)?;
     let mut mounts = Vec::new();
@@ -84,7 +99,7 @@ fn survive(ctx: &Ctx) -> Res {
         command.args(["-ec", &write("meanwhile")]);
         let mut writes = tools::Running::start(command)?;
         std::thread::sleep(Duration::from_millis(300));
-        ensure!(writes.alive(), "it was written without a daemon, or failed");
+        ensure!(writes.alive(), "a write ended without a daemon");
         daemon.restart()?;
         writes.finish(Duration::from_secs(60))?.ok()?;
         let after = daemon.json(&["list"])?;
@@ -109,8 +124,8 @@ fn survive(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A stop takes little time however many devices there are, and all come back.
-fn many(ctx: &Ctx) -> Res {
+/// A stop with many devices is fast, and the next daemon recovers all of them.
+fn many_devices_wait(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let mut daemon = Daemon::leaving(ctx)?;
     let devices = if ctx.host.full { 120 } else { 40 };
@@ -142,7 +157,7 @@ fn detach_all_under_load(ctx: &Ctx, io_mode: &str) -> Res {
     daemon.sigterm()?;
     daemon.wait_drained()?;
     let ledger = writers.stop(Duration::from_secs(30))?;
-    ensure!(!ledger.errors().is_empty(), "the device went away and no writer noticed");
+    ensure!(!ledger.errors().is_empty(), "the device was removed, but no writer got an error");
     ledger.check(&image, 0)?;
     ctx.note(format!("{} blocks acknowledged, none lost", ledger.acknowledged()));
     // A daemon that detached all has nothing to recover.
@@ -152,8 +167,8 @@ fn detach_all_under_load(ctx: &Ctx, io_mode: &str) -> Res {
     daemon.stop()
 }
 
-/// With --detach-all a mounted device does not keep the daemon from ending; what was synced is in
-/// the image, and the log names what was lost.
+/// With --detach-all, a mounted device does not delay the daemon's exit. Synced data is in the
+/// image, and the log names the device that lost data.
 fn detach_all_is_logged(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
@@ -170,7 +185,7 @@ fn detach_all_is_logged(ctx: &Ctx) -> Res {
     daemon.sigterm()?;
     daemon.wait_drained()?;
     logged(&daemon, "WARN", &["loop0 of instance default", &image, "mounted on", &mount.dir])?;
-    ensure!(!daemon.log().contains("loop1 of"), "the idle device is called lost");
+    ensure!(!daemon.log().contains("loop1 of"), "the log names the idle device");
     // The file system has lost its disk; unmounting it must still work.
     drop(mount);
     daemon.restart()?;
@@ -184,8 +199,7 @@ fn detach_all_is_logged(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// By force a device in use is detached and named, mounted or swapped to, alone or with its
-/// instance.
+/// A forced detach of a device in use, alone or with its instance, logs the device and its use.
 fn forced_is_logged(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
@@ -208,7 +222,7 @@ fn forced_is_logged(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A private pool cannot outlive the daemon: what of it is in use is named.
+/// A private pool cannot outlive the daemon: its devices in use are logged.
 fn pool_end_is_logged(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 16 * MIB)?;
@@ -227,9 +241,9 @@ fn pool_end_is_logged(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// Somebody else's disk does not answer, and data for it waits: a forced detach and a stop with
-/// devices in use are as quick as ever, and what was written to ours before is in the image.
-fn hung_elsewhere(ctx: &Ctx) -> Res {
+/// Another disk hangs with pending writes: a forced detach and a stop with devices in use are as
+/// fast as usual, and earlier writes to our devices are in their images.
+fn another_disk_hangs(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let elsewhere = crate::store::Disk::new(&Shape::default())?;
     let name = format!("lehung{}", std::process::id());
@@ -241,7 +255,7 @@ fn hung_elsewhere(ctx: &Ctx) -> Res {
         "--table",
         &format!("0 {sectors} linear {} 0", elsewhere.node()),
     ])?;
-    // Nobody makes links in /dev/mapper here.
+    // Without udev, there are no links in /dev/mapper.
     let minor = tools::ok(&["dmsetup", "info", "-c", "--noheadings", "-o", "minor", &name])?;
     let hung = format!("/dev/dm-{}", minor.trim());
     mkfs("ext4", &hung)?;
@@ -253,7 +267,7 @@ fn hung_elsewhere(ctx: &Ctx) -> Res {
     let (one, two) = (one?, two?);
     for (device, dir) in [(&one, "mnt1"), (&two, "mnt2")] {
         mkfs("ext4", device)?;
-        // Lost with its device: nobody unmounts it in time.
+        // The mount is lost with its device: it cannot be unmounted in time.
         std::mem::forget(Mount::new(device, &ctx.path(dir), &[])?);
     }
     tools::ok(&["sync"])?;
@@ -276,7 +290,7 @@ fn hung_elsewhere(ctx: &Ctx) -> Res {
     tools::ok(&["dmsetup", "remove", "--retry", &name])?;
     ended?;
     for image in &images {
-        // What is only in the journal counts.
+        // Replays the journal, which may have the data.
         let _ = tools::run(&["e2fsck", "-fy", image])?;
         let found = tools::run(&["debugfs", "-R", "cat /file", image])?.out;
         ensure!(found.trim() == written, "{image} has {found:?}");
@@ -284,8 +298,8 @@ fn hung_elsewhere(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// State that cannot be read, and a device that was not recovered, are errors.
-fn unreadable(ctx: &Ctx) -> Res {
+/// Unreadable state, and a device that was not recovered, are logged as errors.
+fn unreadable_state_is_logged(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", MIB)?;
     let mut daemon = Daemon::leaving(ctx)?;
@@ -300,9 +314,8 @@ fn unreadable(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// What the unit runs when the machine goes down: everything on our devices is unmounted, deepest
-/// first, and not swapped to any more; nothing else is touched. While the machine stays up it does
-/// nothing.
+/// `release-mounts`, which the unit runs at shutdown, unmounts everything on our devices, deepest
+/// first, and disables swap on them, and nothing else. It does nothing while the machine stays up.
 fn release_mounts(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let daemon = Daemon::start(ctx)?;
@@ -326,7 +339,7 @@ fn release_mounts(ctx: &Ctx) -> Res {
     ensure!(!mounts.contains(&mount.dir), "still mounted: {mounts}");
     ensure!(mounts.contains(&ctx.path("store")), "the store was unmounted: {mounts}");
     let swaps = std::fs::read_to_string("/proc/swaps")?;
-    ensure!(swaps.lines().count() == 1, "still swapped to: {swaps}");
+    ensure!(swaps.lines().count() == 1, "still used as swap: {swaps}");
     fsck("ext4", &device)?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
     tools::sh(format!("grep -q there {}/in/file", mount.dir))?;

@@ -37,8 +37,8 @@ pub(super) fn cases() -> Vec<Case> {
     all
 }
 
-/// Four jobs on parts of their own: one at a time and small; deep and mixed; deeper and smaller;
-/// reads among writes with fsync.
+/// Four jobs on separate parts: small at depth 1; mixed at depth 32; small at depth 128; reads and
+/// writes with fsync.
 fn jobs(device: &str, part_mib: u64) -> String {
     format!(
         "[global]
@@ -84,7 +84,7 @@ offset={three}m
 
 fn mixed(ctx: &Ctx, io_mode: &str, part_mib: u64, serve: &[&str], attach: &[&str]) -> Res {
     let store = Store::xfs(ctx)?;
-    // Half with blocks, half holes: both kinds of write are met.
+    // Half allocated, half holes, to cover both kinds of write.
     let bytes = 4 * part_mib * MIB;
     let image = store.allocated("image", bytes / 2)?;
     std::fs::File::options().write(true).open(&image)?.set_len(bytes)?;
@@ -102,10 +102,10 @@ fn mixed(ctx: &Ctx, io_mode: &str, part_mib: u64, serve: &[&str], attach: &[&str
     ensure!(stats["errors"] == 0, "errors counted: {stats}");
     ensure!(
         stats["writeBytes"].as_u64() >= Some(report.written),
-        "fio wrote {} bytes, counted were {stats}",
+        "fio wrote {} bytes, the statistics are {stats}",
         report.written
     );
-    // What the device shows is what the image holds, byte for byte, read past every cache.
+    // Device and image have the same bytes, read with direct I/O.
     let shown = disk::read_all(&device, 0, bytes)?;
     disk::same("image and device", &disk::read_all(&image, 0, bytes)?, &shown)?;
     daemon.check_alive()?;
@@ -114,7 +114,7 @@ fn mixed(ctx: &Ctx, io_mode: &str, part_mib: u64, serve: &[&str], attach: &[&str
     daemon.stop()
 }
 
-/// The page cache instead of direct I/O, asked for in words, on a memory file system.
+/// `--buffered`: the page cache instead of direct I/O, on a tmpfs.
 fn buffered(ctx: &Ctx) -> Res {
     const PART_MIB: u64 = 12;
     let image = ctx.path("image");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Discard and write-zeroes: what must become zero does, what must stay stays, blocks are freed or
-//! kept as asked.
+//! Discard and write-zeroes: the right bytes become zero, the others stay, and blocks are freed or
+//! kept as requested.
 
 use std::fs::File;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::tools;
 
 /// Zero a range of a block device, keeping its blocks (REQ_NOUNMAP).
 const KEEP: FallocateFlags = FallocateFlags::ZERO_RANGE;
-/// Zero a range of a block device; its blocks may go.
+/// Zero a range of a block device; its blocks may be freed.
 const FREE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -47,8 +47,8 @@ fn store(ctx: &Ctx, kind: &str) -> Res<Store> {
     }
 }
 
-/// A hundred and sixty zeroings and writes at any sector, compared with the same done in memory,
-/// while others write to the second half of the device.
+/// 160 zeroings and writes at random sectors, compared with the same in memory, while other threads
+/// write to another device.
 fn byte_exact(ctx: &Ctx, io_mode: &str) -> Res {
     const HALF: u64 = 16 * MIB;
     let store = Store::xfs(ctx)?;
@@ -58,8 +58,7 @@ fn byte_exact(ctx: &Ctx, io_mode: &str) -> Res {
     let mut expected = pattern(7, usize::try_from(HALF)?);
     disk::write_all(&device, &expected)?;
 
-    // The ledger counts blocks from its device's start, so it gets a device of its own on the same
-    // image: the upper half.
+    // The ledger counts blocks from the start of its device, so it gets a device of its own.
     let half = HALF.to_string();
     let other = store.sparse("other", HALF)?;
     let neighbour = daemon.attach(&[&other, "--io-mode", io_mode])?;
@@ -96,7 +95,7 @@ fn byte_exact(ctx: &Ctx, io_mode: &str) -> Res {
     }
     drop(open);
     let ledger = writers.stop(Duration::from_secs(20))?;
-    ensure!(ledger.errors().is_empty(), "writers met errors: {:?}", ledger.errors());
+    ensure!(ledger.errors().is_empty(), "errors of writers: {:?}", ledger.errors());
     ledger.check(&neighbour, 0)?;
     let upper = disk::read_all(&device, HALF, HALF)?;
     same("the untouched half", &upper, &vec![0; upper.len()])?;
@@ -130,7 +129,7 @@ fn nounmap_keeps_blocks(ctx: &Ctx, kind: &str) -> Res {
     let device = daemon.attach(&[&image])?;
     let open = Disk::open(&device)?;
 
-    // One sector off both ways: edges within file system blocks.
+    // One sector off at both ends: the edges are within file system blocks.
     let (offset, len) = (MIB + 512, 4 * MIB - 1024);
     let range = usize::try_from(offset)?..usize::try_from(offset + len)?;
     fallocate(open.file(), KEEP, offset, len).at("zero range")?;
@@ -164,7 +163,7 @@ fn discard_punches(ctx: &Ctx, kind: &str) -> Res {
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image])?;
     let limit: u64 = queue_attribute(&device, "discard_max_bytes")?.parse()?;
-    ensure!(limit > 0, "the device takes no discard");
+    ensure!(limit > 0, "the device does not support discard");
 
     tools::ok(&["blkdiscard", "-o", "4194304", "-l", "4194304", &device])?;
     let after = allocated(&image)?;
@@ -184,7 +183,7 @@ fn discard_punches(ctx: &Ctx, kind: &str) -> Res {
         same(&what, &found[range.clone()], &data[range])?;
     }
     same("the hole", &found[4 << 20..8 << 20], &vec![0; 4 << 20])?;
-    // All of it: nothing may be left but what the file system itself needs.
+    // Discard everything: only blocks that the file system itself needs may be left.
     tools::ok(&["blkdiscard", &device])?;
     let rest = allocated(&image)?;
     ensure!(rest <= 64 * KIB, "{rest} bytes left after a full discard");
@@ -192,7 +191,7 @@ fn discard_punches(ctx: &Ctx, kind: &str) -> Res {
     daemon.stop()
 }
 
-/// Every other 64 KiB is discarded by several at once, while the rest is written.
+/// Several threads discard every other 64 KiB while another writes to the rest.
 fn discard_under_load(ctx: &Ctx) -> Res {
     const STEP: u64 = 64 * KIB;
     let store = Store::xfs(ctx)?;
@@ -212,7 +211,7 @@ fn discard_under_load(ctx: &Ctx) -> Res {
                         match lane {
                             0 | 2 => {
                                 let words = ["-o", &offset.to_string(), "-l", &STEP.to_string()];
-                                // -f: not exclusively, for several are at it.
+                                // -f: without O_EXCL, since several processes discard.
                                 tools::ok(&[&["blkdiscard", "-f"], &words[..], &[device]].concat())?;
                             }
                             1 => (0..8).try_for_each(|_| open.write(offset, fresh))?,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Numbers and structures of linux/loop.h, as bytes, and what is read from them.
+//! Numbers and structures of linux/loop.h, as bytes, and the texts that clients print of them.
 //!
-//! Written anew and not taken from the engine: what the engine has got wrong must show.
+//! Written independently of the engine, to detect errors in its definitions.
 
 pub(crate) const SET_FD: u64 = 0x4c00;
 pub(crate) const CLR_FD: u64 = 0x4c01;
@@ -27,7 +27,7 @@ pub(crate) const BLKPG_RESIZE: i32 = 3;
 /// Bytes of `struct blkpg_partition`.
 const BLKPG_PARTITION: usize = 152;
 
-/// A `struct blkpg_ioctl_arg` at this address, with its `struct blkpg_partition` 64 bytes behind.
+/// A `struct blkpg_ioctl_arg` at this address, and its `struct blkpg_partition` 64 bytes later.
 pub(crate) fn blkpg(
     address: u64,
     compat: bool,
@@ -57,7 +57,7 @@ pub(crate) const DIRECT_IO: u32 = 16;
 /// Bytes of `struct loop_info64`.
 pub(crate) const INFO64: usize = 232;
 
-/// `struct loop_info64`, as far as it is asked for.
+/// The fields of `struct loop_info64` that clients set.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Info {
     pub(crate) offset: u64,
@@ -69,7 +69,7 @@ pub(crate) struct Info {
 }
 
 impl Info {
-    /// `struct loop_info64`. What the driver is to ignore is there, and not zero.
+    /// `struct loop_info64`. Fields that the driver must ignore are not zero.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0xa5; INFO64];
         put(&mut bytes, 24, &self.offset.to_ne_bytes());
@@ -82,7 +82,7 @@ impl Info {
         bytes
     }
 
-    /// `struct loop_info` of an ABI. `offset` is cut to an int.
+    /// `struct loop_info` of an ABI. `offset` is truncated to an int.
     pub(crate) fn old_bytes(&self, compat: bool) -> Vec<u8> {
         let (len, at) = if compat { (140, 16) } else { (168, 32) };
         let mut bytes = vec![0xa5; len];
@@ -96,7 +96,7 @@ impl Info {
     }
 }
 
-/// `struct loop_config`, with something in what is reserved.
+/// `struct loop_config`, with non-zero reserved fields.
 pub(crate) fn config(fd: i32, block_size: u32, info: &Info) -> Vec<u8> {
     let mut bytes = vec![0x5a; 304];
     put(&mut bytes, 0, &fd.to_ne_bytes());
@@ -105,9 +105,9 @@ pub(crate) fn config(fd: i32, block_size: u32, info: &Info) -> Vec<u8> {
     bytes
 }
 
-/// What `struct loop_info64` says. Numbers of devices and inodes are compared with `stat`, since
-/// they are different at every run.
-pub(crate) fn told(bytes: &[u8], stat: Option<&rustix::fs::Stat>) -> String {
+/// `struct loop_info64` as text. Numbers of devices and inodes are compared with `stat`, since they
+/// differ in every run.
+pub(crate) fn info_text(bytes: &[u8], stat: Option<&rustix::fs::Stat>) -> String {
     let (u64_at, u32_at) =
         (|at| u64::from_ne_bytes(field(bytes, at)), |at| u32::from_ne_bytes(field(bytes, at)));
     let same = |value: u64, wanted: Option<u64>| match wanted {
@@ -125,12 +125,12 @@ pub(crate) fn told(bytes: &[u8], stat: Option<&rustix::fs::Stat>) -> String {
         u32_at(44),
         u32_at(48),
         u32_at(52),
-        texts(bytes, 56, 120),
+        name_text(bytes, 56, 120),
     )
 }
 
-/// The same of `struct loop_info`.
-pub(crate) fn told_old(bytes: &[u8], compat: bool, stat: &rustix::fs::Stat) -> String {
+/// `struct loop_info` as text.
+pub(crate) fn old_info_text(bytes: &[u8], compat: bool, stat: &rustix::fs::Stat) -> String {
     let number = |at, len| bytes[at..at + len].iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
     let [device, inode, rdevice] = match compat {
         true => [number(4, 2), number(8, 4), number(12, 2)],
@@ -147,15 +147,15 @@ pub(crate) fn told_old(bytes: &[u8], compat: bool, stat: &rustix::fs::Stat) -> S
         number(at + 4, 4),
         number(at + 8, 4),
         number(at + 12, 4),
-        texts(bytes, at + 16, at + 80),
+        name_text(bytes, at + 16, at + 80),
     )
 }
 
-/// The name, and whether something is behind it.
-fn texts(bytes: &[u8], name: usize, behind: usize) -> String {
-    let name = &bytes[name..behind];
+/// The name, and whether the bytes after it are zero.
+fn name_text(bytes: &[u8], name: usize, after: usize) -> String {
+    let name = &bytes[name..after];
     let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
-    let rest = &bytes[behind..];
+    let rest = &bytes[after..];
     let rest = if rest.iter().all(|&byte| byte == 0) { "zeroes" } else { "something" };
     format!("name '{}' of {end}, then {rest}", String::from_utf8_lossy(&name[..end]))
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What steps are made with: devices, files, calls by either ABI, and the lines that tell of them.
+//! Everything that steps need: devices, files, calls by either ABI, and the printed lines.
 //!
-//! Knows /dev/loop-control, /dev/loopN and /sys/block, and not whose they are. Every line is
-//! `theme: step: value`, and must be the same at every run.
+//! Knows /dev/loop-control, /dev/loopN and /sys/block, but not which driver serves them. Every line
+//! is `theme: step: value`, and must be the same in every run.
 
 use std::cell::Cell;
 use std::fmt::Display;
@@ -22,10 +22,10 @@ const BLKROGET: u64 = 0x125e;
 const BLKSSZGET: u64 = 0x1268;
 const BLKGETSIZE64: u64 = 0x8008_1272;
 
-/// Until what is about to happen has happened.
+/// Deadline for an expected change.
 const SOON: Duration = Duration::from_secs(30);
 
-/// A client at work.
+/// A running client.
 pub(crate) struct Bed {
     /// Calls are those of a program of 32 bits.
     pub(crate) compat: bool,
@@ -47,17 +47,17 @@ impl Bed {
         Bed { compat, dir, memory: Memory::new(true), theme: Cell::new("") }
     }
 
-    /// What the next lines are about.
+    /// Sets the theme of the next lines.
     pub(crate) fn theme(&self, theme: &'static str) {
         self.theme.set(theme);
     }
 
-    /// One line.
+    /// Prints one line.
     pub(crate) fn say(&self, step: impl Display, value: impl Display) {
         println!("{}: {step}: {value}", self.theme.get());
     }
 
-    /// One line about a call.
+    /// Prints the result of a call.
     pub(crate) fn step(&self, step: impl Display, done: Done) {
         self.say(step, named(done));
     }
@@ -67,7 +67,7 @@ impl Bed {
         self.ioctl_of(fd.as_fd().as_raw_fd(), command, argument)
     }
 
-    /// The same, with what may be no descriptor.
+    /// The same, with a descriptor that may be invalid.
     pub(crate) fn ioctl_of(&self, fd: RawFd, command: u64, argument: u64) -> Done {
         match self.compat {
             true => raw::ioctl32(fd, command as u32, argument as u32),
@@ -87,7 +87,7 @@ impl Bed {
         self.with(fd, abi::BLKPG, &abi::blkpg(address, self.compat, operation, number, start, length))
     }
 
-    /// What `with` has left of its argument.
+    /// The argument after a call of `with`.
     pub(crate) fn argument(&self, len: usize) -> Vec<u8> {
         self.memory.get(len)
     }
@@ -97,7 +97,7 @@ impl Bed {
         self.ioctl(open("/dev/loop-control", OFlags::RDWR), command, argument)
     }
 
-    /// LOOP_CONFIGURE with any number of a descriptor.
+    /// LOOP_CONFIGURE with a descriptor that may be invalid.
     pub(crate) fn configure_of(&self, device: &Device, fd: RawFd, block_size: u32, info: &Info) -> Done {
         self.with(device, abi::CONFIGURE, &abi::config(fd, block_size, info))
     }
@@ -137,20 +137,20 @@ impl Bed {
         self.device_as(OFlags::RDWR)
     }
 
-    /// The same, opened otherwise.
+    /// The same, with other flags of open(2).
     pub(crate) fn device_as(&self, flags: OFlags) -> Device {
         let number = self.control(abi::CTL_GET_FREE, 0).expect("a free device");
         Device { number, fd: open(&format!("/dev/loop{number}"), flags) }
     }
 
-    /// One with a number of its own, which is free.
+    /// The device with this number, which must be free.
     pub(crate) fn device_at(&self, number: u64) -> Device {
-        // It may be there already.
+        // It may exist already.
         let _ = self.control(abi::CTL_ADD, number);
         Device { number: number as i64, fd: open(&format!("/dev/loop{number}"), OFlags::RDWR) }
     }
 
-    /// One that is bound to this file.
+    /// A device that is bound to this file.
     pub(crate) fn bound(&self, file: impl AsFd, info: &Info) -> Device {
         let device = self.device();
         self.configure(&device, file, 0, info).expect("a device is bound");
@@ -159,21 +159,21 @@ impl Bed {
 
     /// Unbinds a device, if it is bound, closes it, and waits until nothing is left of its file.
     pub(crate) fn finish(&self, device: Device) {
-        // Unbound already: as good.
+        // It may be unbound already.
         let _ = self.ioctl(&device, abi::CLR_FD, 0);
         let number = device.number;
         let empty = self.sysfs(number, "size") == "0";
         drop(device);
         self.wait_until_unbound(number);
-        // Where the size says nothing.
+        // A size of 0 does not show whether the device is unbound.
         let free = || self.control(abi::CTL_GET_FREE, 0).is_ok_and(|free| free <= number);
         assert!(!empty || soon(free), "loop{number} is not free again");
     }
 
     /// Waits until a device has no size.
     pub(crate) fn wait_until_unbound(&self, number: i64) {
-        let unbound = || !self.shows(number, "loop") && self.sysfs(number, "size") == "0";
-        assert!(soon(unbound), "loop{number} stays bound: {}", self.attributes(number));
+        let unbound = || !self.has_attribute(number, "loop") && self.sysfs(number, "size") == "0";
+        assert!(soon(unbound), "loop{number} is still bound: {}", self.attributes(number));
     }
 
     /// An attribute of a device.
@@ -185,12 +185,12 @@ impl Bed {
         }
     }
 
-    /// Whether there is such an attribute.
-    pub(crate) fn shows(&self, number: i64, name: &str) -> bool {
+    /// Whether a device has this attribute.
+    pub(crate) fn has_attribute(&self, number: i64, name: &str) -> bool {
         Path::new(&format!("/sys/block/loop{number}/{name}")).exists()
     }
 
-    /// What /sys/block/loopN/loop says, and some of what is beside it.
+    /// The attributes in /sys/block/loopN/loop, and some in /sys/block/loopN.
     pub(crate) fn attributes(&self, number: i64) -> String {
         let names = ["offset", "sizelimit", "autoclear", "partscan", "dio", "backing_file"];
         let own = names.map(|name| format!("{name} {}", self.sysfs(number, &format!("loop/{name}"))));
@@ -213,13 +213,13 @@ impl Bed {
         format!("{size} bytes, end at {end}, blocks of {block}, read-only {read_only}")
     }
 
-    /// Lines about all that a device tells of itself.
+    /// Prints size, status and sysfs attributes of a device.
     pub(crate) fn show(&self, step: impl Display, device: &Device, file: Option<&File>) {
         self.say(format!("{step}, size"), self.shape(device));
         let stat = file.map(|file| rustix::fs::fstat(file).expect("stat of a file"));
         let done = self.with(device, abi::GET_STATUS64, &[0xee; abi::INFO64]);
-        let told = done.map(|_| abi::told(&self.argument(abi::INFO64), stat.as_ref()));
-        self.say(format!("{step}, status"), told.unwrap_or_else(|errno| named(Err(errno))));
+        let status = done.map(|_| abi::info_text(&self.argument(abi::INFO64), stat.as_ref()));
+        self.say(format!("{step}, status"), status.unwrap_or_else(|errno| named(Err(errno))));
         self.say(format!("{step}, sysfs"), self.attributes(device.number));
     }
 }
@@ -230,17 +230,17 @@ impl AsFd for Device {
     }
 }
 
-/// Opens what must be there.
+/// Opens a file that must exist.
 pub(crate) fn open(path: &str, flags: OFlags) -> OwnedFd {
     try_open(path, flags).unwrap_or_else(|errno| panic!("{path}: {}", named(Err(errno))))
 }
 
-/// Opens what may not be there.
+/// Opens a file that may not exist.
 pub(crate) fn try_open(path: &str, flags: OFlags) -> Result<OwnedFd, i32> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map_err(|error| error.raw_os_error())
 }
 
-/// Whether it comes true, within seconds.
+/// Whether the condition becomes true before the deadline.
 pub(crate) fn soon(condition: impl Fn() -> bool) -> bool {
     let end = Instant::now() + SOON;
     loop {
@@ -254,7 +254,7 @@ pub(crate) fn soon(condition: impl Fn() -> bool) -> bool {
     }
 }
 
-/// A result in words.
+/// A result as text.
 pub(crate) fn named(done: Done) -> String {
     let names = [
         (libc::EPERM, "EPERM"),

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Steps on loop-control, and the commands that neither kind of node knows.
+//! Steps on loop-control, and unknown commands.
 
 use rustix::fs::OFlags;
 
 use super::abi::*;
 use super::bed::{Bed, named, open, soon, try_open};
 
-/// As many devices as are ever there at once.
+/// All steps of this file.
 pub(super) fn steps(bed: &Bed) {
     numbers(bed);
     removal(bed);
@@ -33,7 +33,7 @@ fn numbers(bed: &Bed) {
     }
     let negative = |number: i64| number as u64;
     for (name, number) in [
-        ("what is there", 0),
+        ("an existing one", 0),
         ("3", 3),
         ("3 again", 3),
         ("-1", negative(-1)),
@@ -84,7 +84,7 @@ fn removal(bed: &Bed) {
     bed.step("twice", bed.control(CTL_REMOVE, 5));
     let gone = soon(|| try_open(&node(5), OFlags::RDONLY).is_err());
     bed.say("its node is gone", gone);
-    bed.say("its sysfs is gone", !bed.shows(5, "size"));
+    bed.say("its sysfs is gone", !bed.has_attribute(5, "size"));
     bed.step("add again", bed.control(CTL_ADD, 5));
     let device = super::bed::Device { number: 5, fd: open(&node(5), OFlags::RDWR) };
     bed.step("bind", bed.configure(&device, &image, 0, &Info::default()));
@@ -96,7 +96,7 @@ fn removal(bed: &Bed) {
     bed.step("unbound", bed.control(CTL_REMOVE, 5));
     let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&named_only));
     bed.say("opened through what named it once", outcome(try_open(&again, OFlags::RDONLY)));
-    // Whether it is there again is told by the line above.
+    // The line above shows whether the device exists again.
     let _ = bed.control(CTL_REMOVE, 5);
 }
 
@@ -107,7 +107,7 @@ fn outcome<T>(opened: Result<T, i32>) -> String {
     }
 }
 
-/// LOOP_CTL_GET_FREE, with bound ones among those that are free.
+/// LOOP_CTL_GET_FREE, with bound and free devices.
 fn free(bed: &Bed) {
     bed.theme("free");
     let image = bed.file("image", 1 << 20);
@@ -125,7 +125,7 @@ fn free(bed: &Bed) {
     }
 }
 
-/// Commands that there are not, and those of the other kind of node.
+/// Unknown commands, and commands of the other kind of node.
 fn unknown(bed: &Bed) {
     bed.theme("unknown");
     let image = bed.file("image", 1 << 20);
@@ -173,7 +173,7 @@ fn unknown(bed: &Bed) {
     }
 }
 
-/// What else can be done with loop-control.
+/// Other calls on loop-control.
 fn plain_file(bed: &Bed) {
     bed.theme("loop-control");
     let control = open("/dev/loop-control", OFlags::RDWR);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A client that means harm: while some threads call, others rewrite the arguments, the paths and
-//! the descriptors of these very calls, and signals rain.
+//! A hostile client: while some threads make calls, others rewrite the arguments, paths and
+//! descriptors of these calls, and signals arrive all the time.
 //!
-//! What a call answers here is nobody's promise; that there is an answer is. At the end it stops,
-//! and its devices must work as if nothing had been.
+//! The result of a call is unspecified, but each call returns. In the end, the client's devices
+//! must work.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,14 +17,14 @@ use super::abi::*;
 use super::bed::{Bed, named, open};
 use super::raw::{self, Memory};
 
-/// Threads that call.
+/// Threads that make calls.
 const CALLERS: u64 = 3;
-/// The descriptor that is something else all the time.
+/// A descriptor that is replaced all the time.
 const SHIFTY: RawFd = 400;
-/// Between two signals.
+/// Time between two signals.
 const EVERY_US: i64 = 500;
 
-/// Commands that cost little.
+/// Cheap commands.
 const CHEAP: [u64; 10] = [
     GET_STATUS64,
     SET_STATUS64,
@@ -37,19 +37,19 @@ const CHEAP: [u64; 10] = [
     SET_CAPACITY,
     0x4cff,
 ];
-/// Commands with which disks come and go.
-const DEAR: [u64; 6] = [CONFIGURE, CLR_FD, CTL_ADD, SET_FD, SET_BLOCK_SIZE, CTL_REMOVE];
-/// One call of so many is of these.
-const DEAR_EVERY: u64 = 32;
+/// Commands that add or remove disks.
+const EXPENSIVE: [u64; 6] = [CONFIGURE, CLR_FD, CTL_ADD, SET_FD, SET_BLOCK_SIZE, CTL_REMOVE];
+/// One of this many calls is expensive.
+const EXPENSIVE_EVERY: u64 = 32;
 
-/// Makes so many calls that are intercepted.
+/// Makes this number of intercepted calls.
 pub(super) fn run(calls: u64) {
     let bed = Bed::new(false);
     let image = bed.file("image", 1 << 20);
     let device = bed.device_at(0);
     let (memory, paths) = (Memory::new(true), Memory::new(true));
     let (done, made) = (AtomicBool::new(false), AtomicU64::new(0));
-    File::create("started").expect("a file that says that it begins");
+    File::create("started").expect("the file `started`");
     raw::storm_of_signals(EVERY_US);
     let tallies = std::thread::scope(|scope| {
         let rewriters = [
@@ -82,7 +82,7 @@ pub(super) fn run(calls: u64) {
     tallies.into_iter().flatten().for_each(|(answer, times)| *all.entry(answer).or_default() += times);
     println!("{all:?}");
     drop(device);
-    sane(&bed);
+    check_devices(&bed);
 }
 
 /// One call: a mount(2) now and then, or else an ioctl.
@@ -90,8 +90,8 @@ fn call(number: u64, memory: Memory, paths: Memory) -> String {
     if number % 97 == 96 {
         return format!("mount {}", named(raw::mount(paths)));
     }
-    let command = match number % DEAR_EVERY {
-        0 => DEAR[(number / DEAR_EVERY) as usize % DEAR.len()],
+    let command = match number % EXPENSIVE_EVERY {
+        0 => EXPENSIVE[(number / EXPENSIVE_EVERY) as usize % EXPENSIVE.len()],
         _ => CHEAP[number as usize % CHEAP.len()],
     };
     let argument = match command {
@@ -121,7 +121,7 @@ fn rewrite_arguments(memory: Memory, image: &File, done: &AtomicBool) {
     }
 }
 
-/// None of them leads to where something can be mounted.
+/// No path is a possible mount point.
 fn rewrite_paths(paths: Memory, done: &AtomicBool) {
     let long = "x/".repeat(1000);
     while !done.load(Relaxed) {
@@ -133,7 +133,7 @@ fn rewrite_paths(paths: Memory, done: &AtomicBool) {
 }
 
 fn rewrite_descriptors(image: &File, done: &AtomicBool) {
-    // Most of the time, so that calls do something.
+    // In place most of the time, so that some calls succeed.
     let device = open("/dev/loop0", OFlags::RDWR);
     let files = [
         open("/dev/loop0", OFlags::RDONLY),
@@ -154,8 +154,8 @@ fn rewrite_descriptors(image: &File, done: &AtomicBool) {
     }
 }
 
-/// Nothing of it is left: a device is found, bound, read and unbound.
-fn sane(bed: &Bed) {
+/// Checks that a device can be found, bound, read and unbound.
+fn check_devices(bed: &Bed) {
     for number in 0..8 {
         let device = format!("/dev/loop{number}");
         if let Ok(fd) = super::bed::try_open(&device, OFlags::RDWR) {

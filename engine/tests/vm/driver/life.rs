@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Steps from bind to unbind: who has it open, what it reads and writes, what is left of it, and
-//! devices on devices.
+//! Steps from bind to unbind: openers, data, the state after the unbind, and stacked devices.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -19,7 +18,7 @@ pub(super) fn steps(bed: &Bed) {
     stack(bed);
 }
 
-/// What is there, in words: the text that files have at their beginning and at byte 512.
+/// The text at an offset: files have their names at their beginning and at byte 512.
 pub(super) fn head(fd: impl AsFd, at: u64) -> String {
     let mut bytes = [0; 16];
     match rustix::io::pread(fd, &mut bytes, at) {
@@ -54,7 +53,7 @@ fn clear(bed: &Bed) {
     bed.say("unbound, bytes", head(&device, 0));
     bed.say("unbound, written", write(&device, b"x"));
     bed.finish(device);
-    // One thing each: what is seen after LOOP_CLR_FD may be another a second later.
+    // One step per binding: the state after LOOP_CLR_FD may change within a second.
     let after = |name: &str, what: &dyn Fn(&Device) -> String| {
         let device = bed.bound(&image, &Info::default());
         bed.step(format!("the only opener, for {name}"), bed.ioctl(&device, CLR_FD, 0));
@@ -84,8 +83,8 @@ fn clear(bed: &Bed) {
     let other = Device { number: device.number, fd: open(&node(&device), OFlags::RDONLY) };
     bed.step("one of two", bed.ioctl(&device, CLR_FD, 0));
     bed.step("one of two, at once", bed.flags(&device));
-    // Which comes last: neither the kernel nor we make the whole directory at once.
-    let shown = soon(|| bed.flags(&device).is_ok() && bed.shows(device.number, "loop/backing_file"));
+    // The last attribute to appear: neither driver creates the directory atomically.
+    let shown = soon(|| bed.flags(&device).is_ok() && bed.has_attribute(device.number, "loop/backing_file"));
     bed.say("one of two, shown", shown);
     bed.step("one of two, flags", bed.flags(&device));
     bed.step("one of two, the other's flags", bed.flags(&other));
@@ -116,13 +115,13 @@ fn autoclear(bed: &Bed) {
     bed.wait_until_unbound(number);
     bed.say("both have closed", bed.attributes(number));
     let device = bed.bound(&image, &Info { flags: AUTOCLEAR, ..Info::default() });
-    bed.step("taken back", bed.set_status(&device, &Info::default()));
+    bed.step("cleared", bed.set_status(&device, &Info::default()));
     let number = device.number;
     drop(device);
     std::thread::sleep(std::time::Duration::from_millis(200));
-    bed.say("taken back, closed", bed.attributes(number));
+    bed.say("cleared, closed", bed.attributes(number));
     let device = Device { number, fd: open(&format!("/dev/loop{number}"), OFlags::RDWR) };
-    bed.show("taken back, opened", &device, Some(&image));
+    bed.show("cleared, opened", &device, Some(&image));
     let flags = AUTOCLEAR;
     bed.step("set by SET_STATUS64", bed.set_status(&device, &Info { flags, ..Info::default() }));
     drop(device);
@@ -160,7 +159,7 @@ fn alone(bed: &Bed) {
     bed.finish(alone);
 }
 
-/// Devices that are not to be written to.
+/// Read-only devices.
 fn read_only(bed: &Bed) {
     bed.theme("read-only");
     let image = bed.file("image", 1 << 20);
@@ -183,13 +182,13 @@ fn read_only(bed: &Bed) {
         bed.finish(device);
         let device = bed.device();
         bed.show(format!("{name}, unbound"), &device, None);
-        bed.step(format!("{name}, bound anew"), bed.ioctl(&device, SET_FD, image.as_raw_fd() as u64));
-        bed.say(format!("{name}, written anew"), write(&device, b"image"));
+        bed.step(format!("{name}, bound again"), bed.ioctl(&device, SET_FD, image.as_raw_fd() as u64));
+        bed.say(format!("{name}, written again"), write(&device, b"image"));
         bed.finish(device);
     }
 }
 
-/// What is read and written, through which part of the file.
+/// Data at different offsets of the file.
 fn bytes(bed: &Bed) {
     bed.theme("bytes");
     let image = bed.file("image", 1 << 20);
@@ -205,7 +204,7 @@ fn bytes(bed: &Bed) {
     bed.say("written", write(&device, b"WRITTEN"));
     bed.step("moved", bed.set_status(&device, &Info { offset: 8192, ..Info::default() }));
     bed.say("moved, the file", head(&image, 4096));
-    bed.say("moved, what was there", head(&device, 0));
+    bed.say("moved, the new offset", head(&device, 0));
     bed.say("past the end", head(&device, 1 << 20));
     let end = rustix::io::pwrite(&device, b"x", 1 << 20);
     bed.step("written past the end", end.map(|n| n as i64).map_err(|error| error.raw_os_error()));
@@ -214,15 +213,15 @@ fn bytes(bed: &Bed) {
     let device = bed.bound(&image, &Info::default());
     image.set_len(4096).expect("a file is truncated");
     rustix::fs::fadvise(&device, 0, None, Advice::DontNeed).expect("pages are forgotten");
-    bed.say("truncated, what is left", head(&device, 0));
-    bed.say("truncated, what is gone", head(&device, 1 << 19));
+    bed.say("truncated, within the file", head(&device, 0));
+    bed.say("truncated, outside of the file", head(&device, 1 << 19));
     bed.step("truncated, capacity", bed.ioctl(&device, SET_CAPACITY, 0));
     bed.show("truncated", &device, Some(&image));
     bed.say("truncated, past the end", head(&device, 4096));
     bed.finish(device);
 }
 
-/// Devices below devices.
+/// Devices on devices.
 fn stack(bed: &Bed) {
     bed.theme("stack");
     let image = bed.file("image", 1 << 20);
@@ -238,7 +237,7 @@ fn stack(bed: &Bed) {
     bed.say("written", write(&free, b"STACK"));
     bed.step("synced", sync(&free));
     bed.say("the file", head(&image, 0));
-    bed.step("bound to what is on it", bed.configure(&device, &free, 0, &Info::default()));
+    bed.step("bound to the device on it", bed.configure(&device, &free, 0, &Info::default()));
     bed.step("clear the lower", bed.ioctl(&device, CLR_FD, 0));
     bed.step("clear the lower, flags", bed.flags(&device));
     bed.finish(free);
@@ -254,7 +253,7 @@ fn sync(fd: impl AsFd) -> super::raw::Done {
     rustix::fs::fsync(fd).map(|()| 0).map_err(|error| error.raw_os_error())
 }
 
-/// Cycles, which only an exchange of the file could make.
+/// Cycles, which only LOOP_CHANGE_FD could create.
 fn ring(bed: &Bed, image: &File) {
     let second = bed.bound(image, &Info::default());
     let first = bed.device();
@@ -270,13 +269,13 @@ fn ring(bed: &Bed, image: &File) {
     let top = bed.device();
     bed.step("ring, a device on a reader", bed.configure(&top, &bottom, 0, &Info::default()));
     let done = bed.ioctl(&bottom, CHANGE_FD, top.fd.as_raw_fd() as u64);
-    bed.step("ring, the reader changes to what is on it", done);
+    bed.step("ring, the reader changes to the device on it", done);
     bed.finish(top);
     bed.finish(bottom);
     bed.finish(second);
 }
 
-/// Three on each other.
+/// Three devices, each on the previous one.
 fn deep(bed: &Bed, image: &File) {
     let mut tower = vec![bed.bound(image, &Info::default())];
     for floor in 1..4 {
@@ -296,10 +295,10 @@ fn deep(bed: &Bed, image: &File) {
     while let Some(device) = tower.pop() {
         bed.finish(device);
     }
-    bed.say("all gone", soon(|| !bed.shows(0, "loop")));
+    bed.say("all gone", soon(|| !bed.has_attribute(0, "loop")));
 }
 
-/// A device of large blocks below another.
+/// A device on a device with large blocks.
 fn large_blocks(bed: &Bed) {
     let image = bed.file("image", 1 << 20);
     let below = bed.device();

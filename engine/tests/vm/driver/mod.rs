@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The client that compares loop(4) drivers: some hundreds of steps on /dev/loop-control and
-//! /dev/loopN, and a line for the outcome of each. Whose driver it is, it does not know.
+//! The client that compares loop(4) drivers: hundreds of steps on /dev/loop-control and /dev/loopN,
+//! each with a printed result. It does not know which driver it runs on.
 //!
 //! It is this test program again, called with [`ROLE`] as its first argument.
 
@@ -15,11 +15,11 @@ mod refused;
 pub(crate) mod rounds;
 mod status;
 
-/// First argument of the client; the second says whose calls it makes: `64` or `32`. Or it is how
-/// many calls a client makes that means harm.
+/// First argument of the client. The second is the ABI of its calls (`64` or `32`), a plan of
+/// `rounds`, or the number of calls of a hostile client.
 pub(crate) const ROLE: &str = "client-of-loop-devices";
 
-/// Does what a client is to do.
+/// Runs the client.
 pub(crate) fn run(what: &str) {
     match what {
         "64" | "32" => steps(what == "32"),
@@ -34,7 +34,7 @@ fn steps(compat: bool) {
     control::steps(&bed);
     refused::steps(&bed);
     status::structs(&bed);
-    // Who has come so far calls the rest in the same way.
+    // The other calls have the same ABI for all programs.
     if !compat {
         status::sizes(&bed);
         life::steps(&bed);

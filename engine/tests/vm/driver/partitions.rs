@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Steps with partitions that come, change and go while a device is bound: BLKRRPART and BLKPG.
+//! Steps that add, change and remove partitions of a bound device: BLKRRPART and BLKPG.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -21,13 +21,13 @@ pub(super) fn steps(bed: &Bed) {
     moved(bed);
 }
 
-/// What there is of partitions: numbers, first sectors and sectors in sysfs, and which have nodes.
+/// The partitions: numbers, first sectors and sectors in sysfs, and whether they have nodes.
 fn shown(bed: &Bed, device: &Device) -> String {
     let n = device.number;
     let mut all = Vec::new();
     for part in 1..=8 {
         let dir = format!("loop{n}p{part}");
-        if !bed.shows(n, &dir) {
+        if !bed.has_attribute(n, &dir) {
             continue;
         }
         let [number, start, size] =
@@ -58,7 +58,7 @@ fn part(device: &Device, number: u32) -> String {
     format!("/dev/loop{}p{number}", device.number)
 }
 
-/// BLKPG without any table: also where nobody asked for partitions.
+/// BLKPG without a table, on a device without LO_FLAGS_PARTSCAN.
 fn added(bed: &Bed) {
     bed.theme("partitions, added");
     let file = bed.file("image", 8 * MIB);
@@ -74,7 +74,7 @@ fn added(bed: &Bed) {
     bed.step("the same again", bed.blkpg(&device, BLKPG_ADD, 1, 6 * MIB, MIB));
     bed.step("over another", bed.blkpg(&device, BLKPG_ADD, 2, 2 * MIB - 512, MIB));
     bed.step("around another", bed.blkpg(&device, BLKPG_ADD, 2, 512, 8 * MIB - 512));
-    bed.step("right behind", bed.blkpg(&device, BLKPG_ADD, 2, 2 * MIB, MIB));
+    bed.step("right after another", bed.blkpg(&device, BLKPG_ADD, 2, 2 * MIB, MIB));
     bed.step("flags", bed.flags(&device));
     let held = open(&node, OFlags::RDONLY);
     bed.step("goes while it is open", bed.blkpg(&device, BLKPG_DEL, 1, 0, 0));
@@ -89,7 +89,7 @@ fn added(bed: &Bed) {
     bed.step("BLKRRPART without partitions", bed.ioctl(&device, BLKRRPART, 0));
     bed.finish(device);
     let device = bed.bound(&file, &Info::default());
-    bed.say("bound anew", shown(bed, &device));
+    bed.say("bound again", shown(bed, &device));
     bed.finish(device);
 }
 
@@ -168,7 +168,7 @@ fn refused(bed: &Bed) {
     bed.finish(device);
 }
 
-/// A table that is written, or changes, after the device was bound.
+/// A table is written and changed after the device was bound.
 fn reread(bed: &Bed) {
     bed.theme("partitions, read again");
     let file = bed.file("image", 8 * MIB);
@@ -187,22 +187,22 @@ fn reread(bed: &Bed) {
     let held = open(&part(&device, 1), OFlags::RDONLY | OFlags::EXCL);
     bed.step("while one is claimed", bed.ioctl(&device, BLKRRPART, 0));
     drop(held);
-    bed.step("nobody has one", bed.ioctl(&device, BLKRRPART, 0));
-    bed.say("nobody has one", shown(bed, &device));
-    bed.step("one by hand", bed.blkpg(&device, BLKPG_ADD, 7, 7 * MIB, 512));
-    bed.say("one by hand", shown(bed, &device));
-    bed.step("goes with the next look", bed.ioctl(&device, BLKRRPART, 0));
-    bed.say("goes with the next look", shown(bed, &device));
+    bed.step("none is open", bed.ioctl(&device, BLKRRPART, 0));
+    bed.say("none is open", shown(bed, &device));
+    bed.step("one by BLKPG", bed.blkpg(&device, BLKPG_ADD, 7, 7 * MIB, 512));
+    bed.say("one by BLKPG", shown(bed, &device));
+    bed.step("goes with the next BLKRRPART", bed.ioctl(&device, BLKRRPART, 0));
+    bed.say("goes with the next BLKRRPART", shown(bed, &device));
     rustix::io::pwrite(&device, &[0; 512], 0).expect("no table");
     bed.step("no table any more", bed.ioctl(&device, BLKRRPART, 0));
     bed.say("no table any more", shown(bed, &device));
     bed.finish(device);
     let claims = open_claimed(bed, &file);
-    bed.step("whole device, by who has it with O_EXCL", bed.ioctl(&claims, BLKRRPART, 0));
+    bed.step("whole device, by its O_EXCL opener", bed.ioctl(&claims, BLKRRPART, 0));
     bed.finish(claims);
 }
 
-/// A device of `file` whose descriptor has it for itself.
+/// A device of `file`, opened with O_EXCL.
 fn open_claimed(bed: &Bed, file: &File) -> Device {
     let device = bed.bound(file, &Info { flags: PARTSCAN, ..Info::default() });
     let number = device.number;
@@ -211,7 +211,7 @@ fn open_claimed(bed: &Bed, file: &File) -> Device {
     Device { number, fd }
 }
 
-/// Partitions of a device that becomes another part of its file.
+/// Partitions of a device whose offset changes.
 fn moved(bed: &Bed) {
     bed.theme("partitions, of another part");
     let file = bed.file("image", 8 * MIB);
@@ -226,8 +226,8 @@ fn moved(bed: &Bed) {
     bed.step("another offset", bed.set_status(&device, &offset));
     bed.say("another offset, partitions", shown(bed, &device));
     bed.say("another offset, bytes", head(open(&node, OFlags::RDONLY), 0));
-    bed.step("asked for partitions", bed.set_status(&device, &Info { flags: PARTSCAN, ..offset }));
-    bed.say("asked for partitions", shown(bed, &device));
+    bed.step("with PARTSCAN", bed.set_status(&device, &Info { flags: PARTSCAN, ..offset }));
+    bed.say("with PARTSCAN", shown(bed, &device));
     bed.say("flags", named(bed.flags(&device)));
     bed.finish(device);
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! System calls as programs make them that were not written in Rust: any number, any argument, by
-//! either ABI.
+//! System calls as programs in other languages make them: any number, any argument, by either ABI.
 //!
-//! The one file of these tests with `unsafe`: what they are about cannot be asked for safely.
+//! The only file of these tests with `unsafe`: there is no safe interface for such calls.
 
 use std::os::fd::RawFd;
 
@@ -14,8 +13,8 @@ pub(crate) const PAGE: usize = 4096;
 
 /// ioctl(2) of this program's own ABI.
 pub(crate) fn ioctl(fd: RawFd, command: u64, argument: u64) -> Done {
-    // SAFETY: addresses among the arguments are those of a `Memory`, or of none at all, which the
-    // kernel refuses.
+    // SAFETY: addresses among the arguments are those of a `Memory`, or invalid, which the kernel
+    // refuses.
     match unsafe { libc::syscall(libc::SYS_ioctl, fd, command, argument) } {
         -1 => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)),
         value => Ok(value),
@@ -26,7 +25,8 @@ pub(crate) fn ioctl(fd: RawFd, command: u64, argument: u64) -> Done {
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn ioctl32(fd: RawFd, command: u32, argument: u32) -> Done {
     let mut value: i32 = 54;
-    // SAFETY: as above; rbx is LLVM's own and put back, and the call keeps all but these registers.
+    // SAFETY: as above; rbx, which LLVM reserves, is restored, and the call preserves all other
+    // registers.
     unsafe {
         std::arch::asm!(
             "xchg {fd:r}, rbx",
@@ -42,28 +42,27 @@ pub(crate) fn ioctl32(fd: RawFd, command: u32, argument: u32) -> Done {
     if value < 0 { Err(-value) } else { Ok(value.into()) }
 }
 
-/// Other machines have no such programs.
+/// Other architectures have no such programs.
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) fn ioctl32(_fd: RawFd, _command: u32, _argument: u32) -> Done {
     Err(libc::ENOSYS)
 }
 
-/// A page below 2 GiB, with one behind it that nobody may touch.
+/// A page below 2 GiB, followed by an inaccessible page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Memory(*mut u8);
 
-// SAFETY: it is a place, of which nothing in Rust has a reference; what threads write there at the
-// same time is bytes.
+// SAFETY: Rust has no reference to this memory; threads access it concurrently, as volatile bytes.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// New, zeroes; never given back.
+    /// A new page of zeroes, which is never unmapped.
     pub(crate) fn new(writable: bool) -> Memory {
         let flags = libc::MAP_32BIT | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-        // SAFETY: new memory, which nothing in Rust knows of.
+        // SAFETY: new memory, to which Rust has no reference.
         unsafe {
             let whole = libc::mmap(std::ptr::null_mut(), 2 * PAGE, libc::PROT_NONE, flags, -1, 0);
             assert_ne!(whole, libc::MAP_FAILED);
@@ -72,12 +71,12 @@ impl Memory {
         }
     }
 
-    /// Where it is.
+    /// Its address.
     pub(crate) fn address(self) -> u64 {
         self.0.expose_provenance() as u64
     }
 
-    /// Writes to its beginning, whoever else does at the same time.
+    /// Writes to its beginning; other threads may do so concurrently.
     pub(crate) fn put(self, bytes: &[u8]) {
         for (at, &byte) in bytes.iter().take(PAGE).enumerate() {
             // SAFETY: within the page.
@@ -92,31 +91,30 @@ impl Memory {
     }
 }
 
-/// mount(2) in which every path is this memory, as it happens to be.
+/// mount(2) with this memory as every path, whatever it contains at the moment.
 pub(crate) fn mount(paths: Memory) -> Done {
     let at = paths.address();
-    // SAFETY: the addresses are those of memory that is never given back; a page that may not be
-    // read is behind it.
+    // SAFETY: the memory is never unmapped, and an inaccessible page follows it.
     match unsafe { libc::syscall(libc::SYS_mount, at, at, c"ext4".as_ptr(), 0, at) } {
         -1 => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)),
         value => Ok(value),
     }
 }
 
-/// A file at a number of the caller's choice.
+/// Duplicates a descriptor to this number.
 pub(crate) fn dup2(from: RawFd, onto: RawFd) {
-    // SAFETY: the callers use that number by number only.
+    // SAFETY: the callers use this descriptor by its number only.
     assert_eq!(unsafe { libc::dup2(from, onto) }, onto);
 }
 
-/// Closes what is at a number of the caller's choice.
+/// Closes the descriptor with this number.
 pub(crate) fn close(fd: RawFd) {
-    // SAFETY: as above. Nothing there: as good.
+    // SAFETY: as above. It may be closed already.
     unsafe { libc::close(fd) };
 }
 
-/// A handler that does nothing for SIGALRM, without restarting what it interrupted, and one such
-/// signal after another; none any more with 0.
+/// Sends SIGALRM at this interval to a handler that does nothing and does not restart calls; 0
+/// stops it.
 pub(crate) fn storm_of_signals(every_us: i64) {
     extern "C" fn nothing(_: i32) {}
     let every = libc::timeval { tv_sec: 0, tv_usec: every_us };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Steps that are refused: wrong files, wrong values, wrong addresses, wrong rights; and in which
-//! order fault is found.
+//! Steps that are refused: wrong files, values, addresses and permissions; and the order of the
+//! checks.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -19,8 +19,8 @@ pub(super) fn steps(bed: &Bed) {
     rights(bed);
 }
 
-/// Files that are none, or not what they seem.
-fn strange(bed: &Bed) -> Vec<(&'static str, OwnedFd)> {
+/// Files that are not regular files, or that are opened in unusual modes.
+fn unusual(bed: &Bed) -> Vec<(&'static str, OwnedFd)> {
     let image = bed.file("image", 1 << 20);
     let path = |name: &str, flags| open(name, flags);
     let (pipe_out, pipe_in) = std::io::pipe().expect("a pipe");
@@ -48,10 +48,10 @@ fn strange(bed: &Bed) -> Vec<(&'static str, OwnedFd)> {
 
 fn files(bed: &Bed) {
     bed.theme("files");
-    let strange = strange(bed);
+    let unusual = unusual(bed);
     let mut all: Vec<(&str, RawFd)> =
         vec![("none", 9999), ("-1", -1), ("the lowest int", i32::MIN), ("the highest int", i32::MAX)];
-    all.extend(strange.iter().map(|(name, fd)| (*name, fd.as_raw_fd())));
+    all.extend(unusual.iter().map(|(name, fd)| (*name, fd.as_raw_fd())));
     let image = bed.file("image", 1 << 20);
     let bound = bed.bound(&image, &Info::default());
     let read_only = bed.bound(&image, &Info { flags: READ_ONLY, ..Info::default() });
@@ -87,7 +87,7 @@ fn files(bed: &Bed) {
     bed.finish(device);
 }
 
-/// Each value alone.
+/// One value at a time.
 fn values(bed: &Bed) {
     bed.theme("values");
     let image = bed.file("image", 1 << 20);
@@ -150,11 +150,11 @@ fn values(bed: &Bed) {
     }
 }
 
-/// Block sizes that are asked for.
+/// Block sizes to try.
 pub(super) const BLOCK_SIZES: [u32; 16] =
     [0, 1, 256, 511, 512, 513, 1000, 1024, 1536, 2048, 4096, 8192, 32768, 65536, 131_072, u32::MAX];
 
-/// Two faults at once: which is found first?
+/// Two faults at once: which one is reported?
 fn order(bed: &Bed) {
     bed.theme("order");
     let image = bed.file("image", 1 << 20);
@@ -189,7 +189,7 @@ fn order(bed: &Bed) {
             }
         }
     }
-    bed.show("the bound one is as it was", &bound, Some(&image));
+    bed.show("the bound one is unchanged", &bound, Some(&image));
     bed.finish(bound);
     for (name, command, argument) in [
         ("CLR_FD", CLR_FD, 0),
@@ -207,7 +207,7 @@ fn order(bed: &Bed) {
     bed.finish(unbound);
 }
 
-/// Addresses that lead nowhere, or not far enough.
+/// Invalid addresses, and addresses of too little memory.
 fn addresses(bed: &Bed) {
     bed.theme("addresses");
     let image = bed.file("image", 1 << 20);
@@ -239,7 +239,7 @@ fn addresses(bed: &Bed) {
                 ("GET_STATUS64", GET_STATUS64),
                 ("CONFIGURE", CONFIGURE),
             ] {
-                // Offset and limit, where the read-only page of zeroes has set them: back again.
+                // Resets offset and limit, which the read-only page of zeroes may have set.
                 let _ = bed.set_status(&bound, &Info { offset: 1 << 40, ..Info::default() });
                 bed.step(format!("{command}, {of}, {name}"), bed.ioctl(device, number, address));
             }
@@ -249,12 +249,12 @@ fn addresses(bed: &Bed) {
     bed.finish(unbound);
 }
 
-/// Devices that were opened in all ways, with CAP_SYS_ADMIN and without.
+/// Devices opened in all modes, with and without CAP_SYS_ADMIN.
 fn rights(bed: &Bed) {
     bed.theme("rights");
     let image = bed.file("image", 1 << 20);
     let info = Info::default();
-    let ways = [
+    let modes = [
         ("read", OFlags::RDONLY),
         ("write", OFlags::WRONLY),
         ("both", OFlags::RDWR),
@@ -264,8 +264,8 @@ fn rights(bed: &Bed) {
     ];
     for admin in [true, false] {
         let who = if admin { "administrator" } else { "another" };
-        for (way, flags) in ways {
-            let name = |command: &str| format!("{command}, {who}, {way}");
+        for (mode, flags) in modes {
+            let name = |command: &str| format!("{command}, {who}, {mode}");
             let own = bed.bound(&image, &info);
             let other = Device { number: own.number, fd: open(&format!("/dev/loop{}", own.number), flags) };
             as_admin(admin, || {

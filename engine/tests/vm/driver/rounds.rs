@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Binds, unbinds, closes and opens one device after the other, as test suites do, and counts what
-//! fails.
+//! Binds, unbinds, closes and opens one device after the other, as test suites do, and counts
+//! failures.
 //!
-//! Knows nothing of who serves the devices: on the kernel's own driver no round may fail.
+//! Does not know which driver serves the devices: on the kernel's driver, no round may fail.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,9 +14,9 @@ use rustix::fs::{Mode, OFlags};
 use super::abi::{self, Info};
 use super::raw::{self, Done, Memory};
 
-/// First word of what the client is to do: `rounds,THREADS,COUNT,SECONDS,PACE_MS,LATE_MS,HOW`. It
-/// closes the device `LATE_MS` after LOOP_CLR_FD. `HOW` is `configure` or `set`, for LOOP_SET_FD
-/// and LOOP_SET_STATUS64.
+/// First word of a plan: `rounds,THREADS,COUNT,SECONDS,PACE_MS,LATE_MS,HOW`. The client closes the
+/// device `LATE_MS` after LOOP_CLR_FD. `HOW` is `configure` or `set`, for LOOP_SET_FD and
+/// LOOP_SET_STATUS64.
 pub(crate) const WORD: &str = "rounds";
 
 #[derive(Clone, Copy)]
@@ -29,7 +29,7 @@ struct Plan {
     configures: bool,
 }
 
-/// Makes the rounds; prints how many there were, and each kind of failure once.
+/// Runs the rounds; prints their number and the failures.
 pub(super) fn run(words: &str) {
     let words: Vec<&str> = words.split(',').collect();
     let number = |at: usize| words[at].parse::<u64>().expect("a number");
@@ -69,7 +69,7 @@ impl Lane {
                 .write(true)
                 .open(format!("lane{number}.{turn}"))
                 .expect("a new file");
-            file.write_all(&mark(number, turn)).expect("bytes of a new file");
+            file.write_all(&header(number, turn)).expect("bytes of a new file");
             file.set_len(1 << 20).expect("size of a new file");
             file
         });
@@ -79,7 +79,7 @@ impl Lane {
     fn run(&self) -> (u64, Vec<String>) {
         let control =
             rustix::fs::open("/dev/loop-control", OFlags::RDWR, Mode::empty()).expect("loop-control");
-        // It may be there already.
+        // It may exist already.
         let _ = raw::ioctl(control.as_raw_fd(), abi::CTL_ADD, self.number);
         let end = Instant::now() + self.plan.limit;
         let (mut done, mut misses) = (0, Vec::new());
@@ -105,7 +105,7 @@ impl Lane {
         let mut bytes = [0; 16];
         let read = rustix::io::pread(&device, &mut bytes, 0);
         read.map_err(|error| ("read", error.raw_os_error()))?;
-        let right = bytes == mark(self.number, turn);
+        let right = bytes == header(self.number, turn);
         let cleared = self.call(&device, abi::CLR_FD, 0);
         cleared.map_err(|errno| ("LOOP_CLR_FD", errno))?;
         std::thread::sleep(self.plan.late);
@@ -130,10 +130,10 @@ impl Lane {
     }
 }
 
-/// What a file of a lane begins with.
-fn mark(lane: u64, turn: usize) -> [u8; 16] {
-    let mut mark = [b'.'; 16];
+/// The first bytes of a file of a lane.
+fn header(lane: u64, turn: usize) -> [u8; 16] {
+    let mut header = [b'.'; 16];
     let text = format!("lane {lane} file {turn}");
-    mark[..text.len()].copy_from_slice(text.as_bytes());
-    mark
+    header[..text.len()].copy_from_slice(text.as_bytes());
+    header
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Steps on a bound device: what it tells, what of it can be changed, and what it tells then.
+//! Steps on a bound device: its status before and after changes.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -10,15 +10,15 @@ use super::abi::*;
 use super::bed::{Bed, Device, open};
 use super::refused::BLOCK_SIZES;
 
-/// All that is said in a structure.
+/// Steps with structures.
 pub(super) fn structs(bed: &Bed) {
     names(bed);
     old_struct(bed);
     flags(bed);
-    places(bed);
+    offsets(bed);
 }
 
-/// The rest.
+/// The other steps.
 pub(super) fn sizes(bed: &Bed) {
     odd_sizes(bed);
     capacity(bed);
@@ -30,7 +30,7 @@ pub(super) fn sizes(bed: &Bed) {
 const NAME_63: &str = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyzabcdefghijk";
 const NAME_64: &str = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyzabcdefghijkl";
 
-/// Names, which are the caller's business.
+/// Names, which the driver only stores.
 fn names(bed: &Bed) {
     bed.theme("names");
     let image = bed.file("image", 1 << 20);
@@ -48,7 +48,7 @@ fn names(bed: &Bed) {
     bed.step("SET_FD", bed.ioctl(&device, SET_FD, image.as_raw_fd() as u64));
     bed.show("SET_FD", &device, Some(&image));
     std::fs::remove_file("image").expect("a file can be removed");
-    // Shown at the next change.
+    // sysfs shows it with the next change.
     bed.step("a change", bed.set_status(&device, &Info { name: "x", ..Info::default() }));
     bed.show("the file is removed", &device, Some(&image));
     bed.finish(device);
@@ -66,8 +66,8 @@ fn old_struct(bed: &Bed) {
         if done.is_ok() {
             let len = if bed.compat { 140 } else { 168 };
             let bytes = bed.argument(256);
-            bed.say(format!("{step}, what it says"), told_old(&bytes[..len], bed.compat, &stat));
-            bed.say(format!("{step}, beside it"), bytes[len..].iter().all(|&byte| byte == 0xee));
+            bed.say(format!("{step}, as text"), old_info_text(&bytes[..len], bed.compat, &stat));
+            bed.say(format!("{step}, the rest is unchanged"), bytes[len..].iter().all(|&byte| byte == 0xee));
         }
         bed.show(step, &device, Some(&image));
     };
@@ -112,8 +112,8 @@ fn flags(bed: &Bed) {
 }
 
 /// Offsets and limits of LOOP_SET_STATUS64.
-fn places(bed: &Bed) {
-    bed.theme("places");
+fn offsets(bed: &Bed) {
+    bed.theme("offsets");
     let image = bed.file("image", 1 << 20);
     let device = bed.bound(&image, &Info { name: "n", ..Info::default() });
     let top = i64::MAX as u64;
@@ -164,7 +164,7 @@ fn odd_sizes(bed: &Bed) {
     bed.theme("sizes");
     for size in [0, 1, 511, 512, 513, 1000, 1024, 4095, 4096, 4097, (1 << 20) + 700, 8 << 40, 1 << 60] {
         let image = bed.file("odd", 0);
-        // A file system may have no room for so large a file.
+        // The file system may not support such a large file.
         if rustix::fs::ftruncate(&image, size).is_err() {
             bed.say(format!("{size} bytes"), "too large here");
             continue;
@@ -179,7 +179,7 @@ fn odd_sizes(bed: &Bed) {
     }
 }
 
-/// LOOP_SET_CAPACITY, with the device open all the while.
+/// LOOP_SET_CAPACITY, with the device open.
 fn capacity(bed: &Bed) {
     bed.theme("capacity");
     let image = bed.file("image", 1 << 20);
@@ -229,8 +229,8 @@ fn direct_io(bed: &Bed) {
         bed.show(name, &device, Some(&image));
     }
     if !bed.compat {
-        bed.step("all of it is cut off", bed.ioctl(&device, SET_DIRECT_IO, 1 << 40));
-        bed.step("all of it is cut off, flags", bed.flags(&device));
+        bed.step("all bits are cut off", bed.ioctl(&device, SET_DIRECT_IO, 1 << 40));
+        bed.step("all bits are cut off, flags", bed.flags(&device));
     }
     bed.finish(device);
     for flags in [OFlags::RDWR | OFlags::DIRECT, OFlags::RDONLY | OFlags::DIRECT] {
@@ -249,7 +249,7 @@ fn block_sizes(bed: &Bed) {
     let image = bed.file("image", (1 << 20) + 700);
     let device = bed.bound(&image, &Info { offset: 512, name: "n", ..Info::default() });
     for size in BLOCK_SIZES.iter().copied().chain([512, 512, 1024, 512]) {
-        // Blocks of these sizes are not for everybody: back to what all have.
+        // Not every driver supports blocks this large: reset the size afterwards.
         let done = bed.ioctl(&device, SET_BLOCK_SIZE, size.into());
         bed.step(size, done);
         if done.is_ok() {
@@ -269,7 +269,7 @@ fn block_sizes(bed: &Bed) {
     let alone = open(&name, OFlags::RDONLY | OFlags::EXCL);
     bed.step("while another has it alone", bed.ioctl(&device, SET_BLOCK_SIZE, 4096));
     bed.step("while another has it alone, the same", bed.ioctl(&device, SET_BLOCK_SIZE, 1024));
-    bed.step("by who has it alone", bed.ioctl(&alone, SET_BLOCK_SIZE, 1024));
+    bed.step("by the O_EXCL opener", bed.ioctl(&alone, SET_BLOCK_SIZE, 1024));
     drop(alone);
     bed.show("in the end", &device, Some(&image));
     bed.finish(device);
@@ -287,7 +287,7 @@ fn change_fd(bed: &Bed) {
     for (what, with) in [
         ("plain", Info::default()),
         ("with flags", Info { flags: AUTOCLEAR | PARTSCAN | DIRECT_IO, name: "n", ..Info::default() }),
-        ("with a place", Info { offset: 512, limit: 4096, ..Info::default() }),
+        ("with an offset", Info { offset: 512, limit: 4096, ..Info::default() }),
     ] {
         let device = bed.bound(&first, &Info { flags: with.flags | READ_ONLY, ..with });
         let change = |file: &File| bed.ioctl(&device, CHANGE_FD, file.as_raw_fd() as u64);
