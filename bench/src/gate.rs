@@ -146,8 +146,8 @@ pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
         }
         GateVerdict::Incomparable => {
             println!(
-                "gate: skipped: raw file or kernel loop cost something else than in the baseline (of {}, {}; now {}, {}): \
-                 'cargo lab gate --accept' makes a new one",
+                "gate: skipped: raw file or kernel loop cost more or less than in the baseline, so the \
+                 numbers are not comparable (baseline: {}, {}; now: {}, {}): 'cargo lab gate --accept' writes a new baseline",
                 baseline.kernel, baseline.fio, kernel, fio
             );
             0

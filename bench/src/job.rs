@@ -70,7 +70,7 @@ macro_rules! job {
 /// 4K random read, one at a time.
 pub const QD1: Job = job!(
     "randread-4k-qd1" on Data: "4K random read, depth 1",
-    "The way there and back of a single request: bound by wake-ups and context switches.",
+    "Round trip of a single request: bound by wake-ups and context switches.",
     depth: Some(1), quick: true,
 );
 /// 4K random read, 32 at a time.
@@ -82,13 +82,13 @@ pub const QD32: Job = job!(
 /// The same from two processes.
 pub const QD32X2: Job = job!(
     "randread-4k-qd32x2" on Data: "4K random read, depth 32, 2 processes",
-    "Whether two CPUs get on beside each other: bound by the number of queues and by shared locks.",
+    "Scaling to two CPUs: bound by the number of queues and by shared locks.",
     two_cpus: true, quick: true,
 );
 /// 128K sequential read.
 pub const SEQ: Job = job!(
     "read-128k-qd8" on Data: "128K sequential read, depth 8",
-    "Moving data: bound by copies of memory.",
+    "Read bandwidth: bound by memory copies.",
     quick: true,
 );
 
@@ -103,7 +103,7 @@ pub const JOBS: &[Job] = &[
     QD32,
     job!(
         "randread-4k-qd128" on Data: "4K random read, depth 128",
-        "As deep as a queue of a device: bound by the CPU, batches are as large as they get.",
+        "The full depth of a device queue: bound by the CPU, batches are as large as they get.",
         depth: Some(128),
     ),
     QD32X2,
@@ -128,7 +128,7 @@ pub const JOBS: &[Job] = &[
     SEQ,
     job!(
         "write-128k-qd8" on Data: "128K sequential write, depth 8",
-        "Moving data the other way: bound by copies of memory.",
+        "Write bandwidth: bound by memory copies.",
     ),
     job!(
         "read-1m-qd4" on Data: "1M sequential read, depth 4",

@@ -87,7 +87,7 @@ pub fn read<T: DeserializeOwned>(raw: &Path, name: &str) -> Result<Option<T>> {
 pub fn write<T: Serialize>(raw: &Path, name: &str, value: &T) -> Result<()> {
     let bytes = serde_json::to_vec(value)?;
     keep(raw, name, &bytes)?;
-    handover::send(name, &bytes).with_context(|| format!("cannot hand {name} on"))
+    handover::send(name, &bytes).with_context(|| format!("cannot send {name} to the host"))
 }
 
 /// Writes the bytes of a raw file atomically: an interrupted run leaves no truncated file.

@@ -160,7 +160,7 @@ pub fn ended(child: &mut Child, name: &str, limit: Duration) -> Result<()> {
 /// The last non-empty line of a log.
 pub fn last_line(log: &Path) -> String {
     let said = std::fs::read_to_string(log).unwrap_or_default();
-    said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
+    said.trim_end().lines().next_back().unwrap_or("no output").to_owned()
 }
 
 /// Finds `program` on PATH or in /usr/sbin and /sbin.
@@ -222,7 +222,7 @@ fn last_words(output: &Output) -> String {
             let text = String::from_utf8_lossy(bytes);
             text.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
         })
-        .unwrap_or_else(|| "it said nothing".into())
+        .unwrap_or_else(|| "no output".into())
 }
 
 #[cfg(test)]

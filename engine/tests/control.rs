@@ -243,7 +243,7 @@ fn refuses_other_users() {
         .unwrap();
     let error = String::from_utf8(ran.stderr).unwrap();
     assert_eq!(ran.status.code(), Some(6), "{error}");
-    assert!(error.contains("does not let this user in"), "{error}");
+    assert!(error.contains("denies access to this user"), "{error}");
     block_on(async {
         let mut client = Client::connect(&daemon.run_dir()).await.unwrap();
         client.instances().await.unwrap();

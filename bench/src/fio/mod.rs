@@ -70,7 +70,7 @@ fn said(name: &str, output: &Output) -> Result<String> {
     if report::start(&said).is_none() {
         let errors = String::from_utf8_lossy(&output.stderr);
         let last = errors.lines().chain(said.lines()).rev().map(str::trim).find(|line| !line.is_empty());
-        bail!("{name}: {}: {}", output.status, last.unwrap_or("it said nothing"));
+        bail!("{name}: {}: {}", output.status, last.unwrap_or("no output"));
     }
     Ok(said)
 }

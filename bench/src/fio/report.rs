@@ -128,7 +128,7 @@ pub fn complete(found: &[Measured], job: &Job, places: &[JobTarget]) -> Vec<Meas
         found.iter().find(same).cloned().unwrap_or_else(|| Measured {
             job: job.name.into(),
             target: place.name.clone(),
-            outcome: Err("fio did not report it: its report ends before".into()),
+            outcome: Err("fio's report ends before this job".into()),
         })
     };
     places.iter().map(one).collect()
@@ -150,7 +150,7 @@ fn values(entry: &Entry) -> Result<Values, String> {
     let total_ios: u64 = sides.iter().map(|side| side.total_ios).sum();
     let iops: f64 = sides.iter().map(|side| side.iops).sum();
     if total_ios == 0 || iops <= 0.0 {
-        return Err("fio did no I/O while it counted".into());
+        return Err("fio completed no I/O in the measured time".into());
     }
     let latency = latencies(entry, total_ios);
     // A report without bins still has percentiles: take those of the most frequent operation.

@@ -130,7 +130,8 @@ impl Failures {
 pub fn start_reporter() {
     REPORTER.get_or_init(|| {
         let started = thread::Builder::new().name("failures".into()).spawn(report);
-        let started = started.inspect_err(|error| tracing::warn!("failing I/O is not logged: {error}"));
+        let started = started
+            .inspect_err(|error| tracing::warn!("cannot start the thread that logs I/O errors: {error}"));
         started.ok().map(|handle| handle.thread().clone())
     });
 }

@@ -72,7 +72,9 @@ pub fn without_root() -> String {
         None => "run this as root; as this user, 'loopengine mount IMAGE DIR' mounts an image, and \
                  'loopengine run -- CMD' gives a command loop devices of its own"
             .to_owned(),
-        Some(missing) => format!("run this as root; {missing}, and without them users have no devices"),
+        Some(missing) => {
+            format!("run this as root; plain users can have only private devices, and {missing}")
+        }
     }
 }
 

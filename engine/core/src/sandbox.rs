@@ -46,14 +46,17 @@ static ENTERED: AtomicBool = AtomicBool::new(false);
 pub fn enter() {
     ENTERED.store(true, Relaxed);
     // The order matters: the first needs a capability that the second drops.
-    warn("bound its capabilities", limit_bounding_set(DAEMON));
+    warn("limit its capability bounding set", limit_bounding_set(DAEMON));
     warn("drop capabilities", set_all(DAEMON));
-    warn("give up gaining privileges", set_no_new_privs(true));
+    warn("set no_new_privs", set_no_new_privs(true));
     // The daemon's memory holds data of all tenants.
     warn("forbid core dumps", set_dumpable_behavior(DumpableBehavior::NotDumpable));
     // Seccomp filters do not see what rings do.
     if let Err(error) = ring::setup::restrict_all() {
-        tracing::debug!(%error, "rings restrict themselves: the kernel cannot restrict all of a process");
+        tracing::debug!(
+            %error,
+            "the kernel cannot restrict all rings of a process: each ring restricts itself"
+        );
     }
     match program() {
         Some(program) => warn("install its seccomp filter", seccomp::restrict(&program)),

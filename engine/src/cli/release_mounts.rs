@@ -69,7 +69,7 @@ impl ReleaseMountsArgs {
             if Instant::now() >= until {
                 // Flush the written data at least.
                 disks.nodes().iter().for_each(|node| drop(usage::write_back(node)));
-                let message = format!("cannot release before the daemon stops: {}", failed.join(", "));
+                let message = format!("cannot unmount before the daemon stops: {}", failed.join(", "));
                 return Err(Error::new(Kind::Busy, message)
                     .hint("order the units that use these file systems After=loopengine.service"));
             }

@@ -142,7 +142,9 @@ impl ServeArgs {
             FrontendKind::Ublk => {
                 let started = KernelMounts::start().map(Arc::new);
                 started
-                    .inspect_err(|error| tracing::warn!("the kernel mounts nothing for tenants: {error}"))
+                    .inspect_err(|error| {
+                        tracing::warn!("mounts by the kernel are not available to tenants: {error}")
+                    })
                     .ok()
             }
             FrontendKind::Fuse => None,

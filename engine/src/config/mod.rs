@@ -260,7 +260,7 @@ impl Config {
                 Ok(uid) => {
                     let limit = UserLimit { devices: *max_devices, pools: *max_pools };
                     if users.insert(uid, limit).is_some() {
-                        let message = format!("user {uid} appears twice, as '{user}' and otherwise");
+                        let message = format!("user {uid} appears twice, as '{user}' and under another name");
                         unknown.push(invalid(message));
                     }
                 }

@@ -49,13 +49,13 @@ macro_rules! faults {
 }
 
 faults! {
-    /// The caller asked for something that can never work.
+    /// The request is invalid.
     Invalid,
     /// The named image, instance or device does not exist.
     NotFound,
     /// The name is taken, or the image is attached already.
     Exists,
-    /// Somebody still holds the device or instance open.
+    /// The device or instance is in use.
     Busy,
     /// A limit is reached.
     Quota,

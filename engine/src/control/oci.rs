@@ -81,11 +81,12 @@ pub fn receive(stream: &UnixStream, users: &[u32]) -> Result<Container> {
 }
 
 fn receive_until(stream: &UnixStream, users: &[u32], deadline: Instant) -> Result<Container> {
-    let peer = socket_peercred(stream).map_err(|error| Error::os(error, "cannot tell who connects"))?;
+    let peer = socket_peercred(stream)
+        .map_err(|error| Error::os(error, "cannot get the credentials of a client"))?;
     let user = peer.uid.as_raw();
     if user != 0 && !users.contains(&user) {
-        let message = format!("user {user} may not bring containers");
-        return Err(Error::new(Kind::Denied, message).hint("have the runtime run as root"));
+        let message = format!("user {user} may not register containers");
+        return Err(Error::new(Kind::Denied, message).hint("run the runtime as root"));
     }
     let (mut bytes, mut fds) = (Vec::new(), Vec::new());
     loop {
@@ -132,7 +133,7 @@ fn read(stream: &UnixStream, bytes: &mut Vec<u8>, fds: &mut Vec<OwnedFd>) -> Res
         }
     }
     if got.flags.contains(ReturnFlags::CTRUNC) || fds.len() > FDS_MAX {
-        return Err(refused("it brings too many descriptors"));
+        return Err(refused("it carries too many file descriptors"));
     }
     bytes.extend_from_slice(part.get(..got.bytes).unwrap_or_default());
     if bytes.len() > MESSAGE_MAX {
@@ -145,11 +146,11 @@ fn container(message: ProcessStateMessage, fds: Vec<OwnedFd>) -> Result<Containe
     // crun sends 0.2.0 for the same format.
     let major = message.oci_version.split('.').next().and_then(|major| major.parse::<u32>().ok());
     if major.is_none_or(|major| major > 1) {
-        return Err(refused("it is of another version of the specification"));
+        return Err(refused("its version of the OCI specification is not supported"));
     }
     if message.fds.len() != fds.len() {
         let (named, received) = (message.fds.len(), fds.len());
-        return Err(refused(format!("it names {named} descriptors and brings {received}")));
+        return Err(refused(format!("it names {named} file descriptors, but carries {received}")));
     }
     let ContainerState { id, status, pid, annotations } = message.state;
     let printable = |text: &str| !text.chars().any(char::is_control);
@@ -169,12 +170,12 @@ fn container(message: ProcessStateMessage, fds: Vec<OwnedFd>) -> Result<Containe
             annotations: annotations.unwrap_or_default(),
             listener,
         }),
-        _ => Err(refused(format!("it does not bring one {LISTENER}"))),
+        _ => Err(refused(format!("it does not carry exactly one {LISTENER}"))),
     }
 }
 
 fn refused(why: impl std::fmt::Display) -> Error {
-    Error::new(Kind::Invalid, format!("a runtime's message is refused: {why}"))
+    Error::new(Kind::Invalid, format!("a runtime's message is invalid: {why}"))
 }
 
 impl Container {

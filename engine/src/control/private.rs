@@ -115,7 +115,7 @@ impl PrivateService {
             let count = fds.len();
             let mut fds = fds.into_iter();
             let (Some(listener), Some(namespace), true) = (fds.next(), fds.next(), count <= 3) else {
-                let message = format!("{count} file descriptors came with the call");
+                let message = format!("the call passed {count} file descriptors");
                 return Err(Error::new(Kind::Invalid, message)
                     .hint("pass the listener of a filter and a user namespace"));
             };
@@ -124,15 +124,15 @@ impl PrivateService {
         .await
     }
 
-    /// Tells of a container that is being made with a pool for containers: the call's only file
-    /// descriptor is its /dev, a tmpfs, in which the names of partitions will come and go. For root.
+    /// Announces a container that is being created with a pool for containers: the call's only file
+    /// descriptor is its /dev, a tmpfs, in which the daemon keeps the names of partitions. For root.
     async fn set_container_dev(&self, name: String, container: String) -> std::result::Result<(), Fault> {
         self.ask_with(move |registry, caller, fds| {
             let mut fds = fds.into_iter();
             match (fds.next(), fds.next()) {
                 (Some(dev), None) => registry.set_container_dev(&name, &container, dev, caller),
-                _ => Err(Error::new(Kind::Invalid, "not one file descriptor came with the call")
-                    .hint("pass the /dev of the container alone")),
+                _ => Err(Error::new(Kind::Invalid, "the call did not pass exactly one file descriptor")
+                    .hint("pass only the /dev of the container")),
             }
         })
         .await
@@ -165,8 +165,8 @@ impl PrivateService {
             let mut fds = fds.into_iter();
             match (fds.next(), fds.next()) {
                 (file, None) => registry.operate(&name, &request, file, caller),
-                _ => Err(Error::new(Kind::Invalid, "more than one file descriptor came with the call")
-                    .hint("pass the backing file alone")),
+                _ => Err(Error::new(Kind::Invalid, "the call passed more than one file descriptor")
+                    .hint("pass only the backing file")),
             }
         })
         .await

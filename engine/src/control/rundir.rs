@@ -92,8 +92,9 @@ impl RunDir {
     /// not readable, for others: names in it can be guessed anyway.
     pub fn bind_private(&self) -> Result<UnixListener> {
         let mode = fs::metadata(&self.path).map(|meta| meta.mode() & 0o7777);
-        mode.and_then(|mode| fs::set_permissions(&self.path, Permissions::from_mode(mode | 0o011)))
-            .map_err(|error| Error::os(error, format!("cannot open {} to others", self.path.display())))?;
+        mode.and_then(|mode| fs::set_permissions(&self.path, Permissions::from_mode(mode | 0o011))).map_err(
+            |error| Error::os(error, format!("cannot make {} searchable for others", self.path.display())),
+        )?;
         self.bind_as(PRIVATE_SOCKET, 0o666)
     }
 

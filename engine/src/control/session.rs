@@ -135,7 +135,7 @@ fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
     let message = format!("cannot reach the daemon at {shown}: {}", reason(error));
     if denied {
         return Error::new(Kind::Denied, message).hint(match socket.ends_with(PRIVATE_SOCKET) {
-            true => "have root let everybody pass through the directories above it ('chmod a+x')".to_owned(),
+            true => "have root make the directories above it searchable ('chmod a+x')".to_owned(),
             false => kernels::without_root(),
         });
     }
@@ -156,7 +156,7 @@ fn connection_error(socket: &Path, error: zlink::Error) -> Error {
     let shown = socket.display();
     match error {
         zlink::Error::VarlinkService(error) if *error.inner() == Refusal::PermissionDenied => {
-            let message = format!("the daemon at {shown} does not let this user in");
+            let message = format!("the daemon at {shown} denies access to this user");
             Error::new(Kind::Denied, message).hint(kernels::without_root())
         }
         zlink::Error::VarlinkService(error) => {
@@ -165,7 +165,7 @@ fn connection_error(socket: &Path, error: zlink::Error) -> Error {
                 .hint("restart the daemon so that its version matches this program")
         }
         zlink::Error::UnknownErrorReply(name) if name == TOO_MANY => {
-            let message = format!("the daemon at {shown} serves as many connections of this user as it may");
+            let message = format!("this user has reached the limit of connections to the daemon at {shown}");
             Error::new(Kind::Quota, message).hint("end other calls of this user first, or try again")
         }
         zlink::Error::Io(error)

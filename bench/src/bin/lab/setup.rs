@@ -28,7 +28,7 @@ const PACKAGES: [DebianPackage; 18] = [
     ("kmod", "the kernel's modules"),
     ("xz-utils", "the kernel's modules"),
     ("binutils", "programs small enough to be copied into the VM"),
-    ("fio", "load and figures"),
+    ("fio", "load generator"),
     ("xfsprogs", "XFS"),
     ("e2fsprogs", "ext4"),
     ("gdisk", "partition tables"),
@@ -61,7 +61,7 @@ const MORE_PACKAGES: [DebianPackage; 19] = [
     ("runc", "containers by another runtime"),
     ("podman", "containers with private loop devices, as most people start them"),
     ("qemu-utils", "qemu-nbd, to compare with"),
-    ("chromium", "reports are looked at in a browser"),
+    ("chromium", "reports in a browser"),
 ];
 
 /// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's

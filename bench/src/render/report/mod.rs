@@ -22,7 +22,7 @@ pub(super) fn report(outcome: &Outcome) -> Vec<Block> {
     if let Some(plot) = svg::depth::depth(outcome, &palette) {
         blocks.push(heading(2, "depth", "Throughput against depth"));
         blocks.push(Block::Text(
-            "How far more I/Os in flight help; where a line is flat, something is busy all the time.".into(),
+            "The gain from more I/Os in flight. Where a line is flat, a resource is saturated.".into(),
         ));
         blocks.push(Block::Plots(vec![plot]));
     }

@@ -47,7 +47,7 @@ pub(super) fn idle(outcome: &Outcome) -> Vec<Block> {
         "<target",
         "devices",
         "memory per device",
-        "memory without any",
+        "memory without devices",
         "CPU time per second",
         "per device",
     ];

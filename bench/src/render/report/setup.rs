@@ -85,8 +85,8 @@ fn mode(mode: Mode) -> (&'static str, &'static str) {
         Mode::Icount => (
             "one emulated CPU that counts instructions",
             "One emulated CPU on which an instruction takes 1 ns: IOPS = 10⁹ / instructions of the whole \
-             system an I/O. In the lab's sealed machine a build repeats exactly. It knows nothing of caches \
-             and of parallelism in a real CPU, so it compares work, not time.",
+             system per I/O. In the lab's sealed machine a build repeats exactly. The emulator models neither \
+             caches nor the parallelism in a real CPU, so it compares work, not time.",
         ),
         Mode::Smp => (
             "emulated CPUs on a shared machine",

@@ -198,7 +198,8 @@ impl Backend {
             (true, _) => Ok(()),
             (false, false) => {
                 let context = format!("this kernel does not support I/O mode {}", mode.as_str());
-                Err(Error::new(Kind::Unsupported, context).hint("'loopengine features' shows what it grants"))
+                Err(Error::new(Kind::Unsupported, context)
+                    .hint("'loopengine features' lists the supported modes"))
             }
             (false, true) => {
                 let serves = match self {

@@ -11,7 +11,7 @@ use zlink::introspect::CustomType;
 pub enum IoMode {
     /// Data is copied to a buffer of the daemon and back (Linux 6.5).
     Copy,
-    /// The request's pages are the buffer; one command a request (Linux 6.16).
+    /// The request's pages are the buffer; one command per request (Linux 6.16).
     Auto,
     /// The request's pages are the buffer; commands in batches (Linux 7.0).
     Batch,
@@ -32,7 +32,7 @@ impl IoMode {
     }
 }
 
-/// What devices are to those who use them.
+/// How devices appear to their users.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "lowercase")]
 #[zlink(rename_all = "lowercase")]

@@ -61,7 +61,9 @@ impl Engine {
                     Match::Unknown(reason) => unmatched.push((instance.clone(), number, reason)),
                     Match::Gone(image) => {
                         self.forget(&name, number);
-                        notes.push(format!("{name}/loop{number} ({image}) is no longer there"));
+                        notes.push(format!(
+                            "removed the state file of {name}/loop{number} ({image}): its disk does not exist"
+                        ));
                     }
                 }
             }
@@ -248,8 +250,8 @@ impl Engine {
         for (instance, number, reason) in unmatched {
             let name = instance.info().name;
             tracing::error!(
-                "the state of {name}/loop{number} (loop{number}.json) was not read, and no device is left \
-                 that it may be about: {}",
+                "cannot read the state file of {name}/loop{number} (loop{number}.json), and no remaining disk \
+                 can belong to it: {}",
                 reason.message()
             );
         }

@@ -121,8 +121,8 @@ pub enum DeviceState {
     Live,
     /// It is served, but its image has shrunk: reads past its end fail.
     Degraded,
-    /// It is not served, and its users wait. Its image or its record was not found after a restart,
-    /// or the kernel or a worker did not answer in time. `reason` says which.
+    /// It is not served, and its users wait. Its image or its state file was not found after a
+    /// restart, or the kernel or a worker did not answer in time. `reason` says which.
     Stuck,
 }
 
@@ -137,7 +137,7 @@ pub struct DeviceInfo {
     pub number: u32,
     /// The path users open, e.g. `/run/loopengine/default/loop0`.
     pub path: String,
-    /// The kernel's own node, e.g. `/dev/ublkb3`; of a file, its path once more.
+    /// Node of the disk, e.g. `/dev/ublkb3`; for a FUSE file, the same as `path`.
     pub node: String,
     /// The image's path as the caller gave it; empty: not known, see `reason`.
     pub image: String,

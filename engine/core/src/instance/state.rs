@@ -200,9 +200,11 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let version = value.as_object_mut().and_then(|fields| fields.remove("version"));
     if version.as_ref().is_some_and(|version| version.as_u64() != Some(VERSION)) {
         let version = version.unwrap_or_default();
-        return Err(unreadable(format!("has version {version} of its format, this program knows {VERSION}")));
+        return Err(unreadable(format!(
+            "has format version {version}; this program reads version {VERSION}"
+        )));
     }
-    serde_json::from_value(value).map_err(|error| unreadable(format!("is not understood: {error}")))
+    serde_json::from_value(value).map_err(|error| unreadable(format!("has invalid contents: {error}")))
 }
 
 /// Reads a file that only the daemon's user can have written.
@@ -307,8 +309,8 @@ mod tests {
             (String::new(), "not JSON"),
             (good.replace("\"version\": 1", "\"version\": 2"), "version 2"),
             (good.replace("\"version\": 1", "\"version\": \"x\""), "version"),
-            ("{}".to_owned(), "not understood"),
-            ("[]".to_owned(), "not understood"),
+            ("{}".to_owned(), "invalid contents"),
+            ("[]".to_owned(), "invalid contents"),
         ] {
             fs::write(&file, text).unwrap();
             assert!(reason(&state).contains(says), "{says}: {}", reason(&state));

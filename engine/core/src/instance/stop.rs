@@ -96,8 +96,8 @@ fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
         quiesce();
     });
     tracing::info!(
-        "{} devices wait for the next daemon, and so does their I/O: start it again; \
-         'loopengine detach --all' before a stop detaches them",
+        "{} devices wait for the next daemon, with their I/O: start the daemon again; to detach devices, \
+         run 'loopengine detach --all' before a stop",
         devices.len()
     );
 }

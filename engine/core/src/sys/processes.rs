@@ -17,12 +17,12 @@ use crate::sys::printable;
 
 use super::mntns::{self, Mount};
 
-/// A process, as messages name it.
+/// A process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 pub struct Process {
     /// Its number.
     pub pid: u32,
-    /// What its program is called.
+    /// Name of its program.
     pub command: String,
 }
 

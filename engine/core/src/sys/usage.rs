@@ -163,7 +163,7 @@ pub fn warn_lost(device: &str, disks: &Disks) {
         uses.push("open".to_owned());
     }
     tracing::warn!(
-        "{device} ends while in use ({}): its users get I/O errors; unmount what is left of it",
+        "removing {device}, which is in use ({}): its users get I/O errors; unmount its file systems",
         uses.join(", ")
     );
 }

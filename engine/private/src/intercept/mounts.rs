@@ -193,8 +193,8 @@ enum MounterReply {
 pub fn check_socket(socket: &OwnedFd) -> Result<()> {
     match is_packet_socket(socket) {
         true => Ok(()),
-        false => Err(Error::new(Kind::Invalid, "the call's descriptor of a mounter is no packet socket")
-            .hint("pass one of a pair of sockets of the type SOCK_SEQPACKET")),
+        false => Err(Error::new(Kind::Invalid, "the file descriptor of the mounter is not a packet socket")
+            .hint("pass one end of a socketpair(2) of the type SOCK_SEQPACKET")),
     }
 }
 

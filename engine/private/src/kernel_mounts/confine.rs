@@ -31,7 +31,7 @@ pub fn enter(capabilities: CapabilitySet, calls: &[c_long]) -> Result<()> {
     let cannot = |what: &'static str| move |error: Errno| Error::os(error, format!("cannot {what}"));
     enter_own_root().map_err(cannot("create its own root directory"))?;
     sandbox::keep(capabilities).map_err(cannot("drop capabilities"))?;
-    set_no_new_privs(true).map_err(cannot("give up gaining privileges"))?;
+    set_no_new_privs(true).map_err(cannot("set no_new_privs"))?;
     let program =
         sandbox::only(&[calls, ALL].concat()).ok_or(Errno::NOSYS).map_err(cannot("filter its calls here"))?;
     let filtered: std::io::Result<()> = seccomp::restrict(&program);

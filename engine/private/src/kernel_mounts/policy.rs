@@ -152,8 +152,11 @@ pub fn find(name: &str) -> Option<&'static FileSystem> {
 pub fn find_or_err(name: &str) -> Result<&'static FileSystem> {
     find(name).ok_or_else(|| {
         let known: Vec<_> = ALL.iter().map(|known| known.name).collect();
-        Error::new(Kind::Invalid, format!("the kernel mounts no {name:?} for tenants"))
-            .hint(format!("name some of {}", known.join(", ")))
+        Error::new(
+            Kind::Invalid,
+            format!("{name:?} is not a file system that the kernel can mount for tenants"),
+        )
+        .hint(format!("choose from {}", known.join(", ")))
     })
 }
 

@@ -11,7 +11,9 @@ use crate::sys::descriptor::{is_listener, is_user_namespace};
 pub(super) fn check_listener(listener: &OwnedFd) -> Result<()> {
     match is_listener(listener.as_fd()) {
         true => Ok(()),
-        false => Err(Error::new(Kind::Invalid, "what came with the call is no listener of a seccomp filter")),
+        false => {
+            Err(Error::new(Kind::Invalid, "the file descriptor is not the listener of a seccomp filter"))
+        }
     }
 }
 
@@ -19,7 +21,7 @@ pub(super) fn check_listener(listener: &OwnedFd) -> Result<()> {
 pub(super) fn check(listener: &OwnedFd, namespace: &OwnedFd, mounter: Option<&OwnedFd>) -> Result<()> {
     check_listener(listener)?;
     if !is_user_namespace(namespace.as_fd()) {
-        return Err(Error::new(Kind::Invalid, "what came with the call is no user namespace")
+        return Err(Error::new(Kind::Invalid, "the file descriptor is not a user namespace")
             .hint("pass a descriptor of /proc/PID/ns/user"));
     }
     mounter.map_or(Ok(()), check_socket)
@@ -50,16 +52,17 @@ mod tests {
         assert_eq!(refusal(&listener, &user, None), None);
         for other in [&mount, &null, &socket, &listener] {
             assert!(
-                refusal(&listener, other, None).is_some_and(|message| message.contains("no user namespace"))
+                refusal(&listener, other, None)
+                    .is_some_and(|message| message.contains("not a user namespace"))
             );
         }
         for other in [&user, &null, &socket] {
-            assert!(refusal(other, &user, None).is_some_and(|message| message.contains("no listener")));
+            assert!(refusal(other, &user, None).is_some_and(|message| message.contains("not the listener")));
         }
         for other in [&user, &null, &listener] {
             assert!(
                 refusal(&listener, &user, Some(other))
-                    .is_some_and(|message| message.contains("no packet socket"))
+                    .is_some_and(|message| message.contains("not a packet socket"))
             );
         }
     }

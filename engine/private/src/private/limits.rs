@@ -133,7 +133,7 @@ impl Ledger {
         let left = POOLS_MAX.saturating_sub(ROOT_POOLS + all);
         if uid != 0 && *count as usize >= left.div_ceil(SHARE) {
             let message =
-                format!("of {all} private pools, user {uid} has {count}, which is the user's share");
+                format!("user {uid} has {count} of all {all} private pools, the maximum share of one user");
             return Err(Error::new(Kind::Quota, message).hint("end one of them first, or try again later"));
         }
         *count += 1;
@@ -143,7 +143,9 @@ impl Ledger {
     /// Sets the limit of a user. None: that of the configuration. Present devices stay.
     pub fn set(&self, uid: u32, devices: Option<u32>) -> Result<()> {
         if devices.is_some() && self.quotas.list().len() >= EXCEPTIONS_MAX {
-            let message = format!("{EXCEPTIONS_MAX} users have devices or a limit of their own already");
+            let message = format!(
+                "cannot set a limit: {EXCEPTIONS_MAX} users already have devices or a limit of their own"
+            );
             return Err(Error::new(Kind::Quota, message));
         }
         let configured = self.users().get(&accounts::of(uid)).and_then(|limit| limit.devices);

@@ -192,8 +192,8 @@ impl Registry {
         let gid = check_id("group", request.gid, caller.gid, caller)?;
         let mode = request.mode.unwrap_or(MODE);
         if mode & !0o666 != 0 {
-            return Err(Error::new(Kind::Invalid, format!("{mode:o} is not a mode of a device"))
-                .hint("give some of the bits 0666"));
+            return Err(Error::new(Kind::Invalid, format!("mode {mode:o} is not valid for a device node"))
+                .hint("use only the bits of 0666"));
         }
         if let Some(max) = request.max.filter(|max| !(1..=MAX_DEVICES).contains(max)) {
             return Err(Error::new(Kind::Invalid, format!("a pool cannot have {max} devices"))
@@ -415,7 +415,7 @@ impl std::fmt::Debug for Registry {
 fn check_id(what: &str, requested: Option<u32>, own: u32, caller: Caller) -> Result<u32> {
     match requested {
         Some(other) if other != own && caller.uid != 0 => {
-            let message = format!("{what} {other} is not the caller's");
+            let message = format!("only root can open a pool for another {what} ({other})");
             Err(Error::new(Kind::Denied, message).hint("run this as root"))
         }
         // To the kernel -1 means "unchanged".

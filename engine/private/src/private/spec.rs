@@ -60,7 +60,7 @@ impl OpenSpec {
     pub(super) fn reserved(&self) -> Result<BTreeSet<u32>> {
         let reserved: BTreeSet<u32> = self.reserved.iter().flatten().copied().collect();
         let message = match reserved.last() {
-            Some(last) if *last > NUMBER_MAX.cast_unsigned() => format!("there is no loop device {last}"),
+            Some(last) if *last > NUMBER_MAX.cast_unsigned() => format!("number {last} cannot be reserved"),
             _ if reserved.len() > RESERVED_MAX => format!("{} numbers cannot be reserved", reserved.len()),
             _ => return Ok(reserved),
         };

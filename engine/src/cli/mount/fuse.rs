@@ -76,7 +76,8 @@ pub(super) fn check_journal(program: &str, image: &MountImage, replay: bool) -> 
         return Ok(());
     }
     let shown = image.shown.display();
-    let message = format!("{shown} was not unmounted; {program} cannot mount it before a journal replay");
+    let message =
+        format!("{shown} was not cleanly unmounted; {program} cannot mount it before a journal replay");
     Err(Error::new(Kind::Unsupported, message).hint(match (image.read_only, image.offset) {
         (true, _) => "mount a copy with --replay-journal, which writes to the image".to_owned(),
         (false, 0) => format!("add --replay-journal, or run 'e2fsck -E journal_only {shown}'"),

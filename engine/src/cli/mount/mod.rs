@@ -82,8 +82,8 @@ pub(super) struct MountArgs {
     #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
-    /// Replay the journal of an ext3 or ext4 file system with e2fsck, if it was not unmounted. As
-    /// root, the kernel always does this.
+    /// Replay the journal of an ext3 or ext4 file system with e2fsck, if it was not cleanly
+    /// unmounted. As root, the kernel always does this.
     #[arg(long)]
     replay_journal: bool,
 

@@ -76,7 +76,7 @@ impl UmountArgs {
         };
         Error::new(
             Kind::NotFound,
-            format!("{shown} is not mounted by 'loopengine mount', or by another user"),
+            format!("{shown} is not a mount of 'loopengine mount', or another user mounted it"),
         )
         .hint(hint)
     }

@@ -122,7 +122,7 @@ fn recovers_shared_images(ctx: &Ctx) -> Res {
     Disk::open(&device)?.write(0, &[1; 4096])?;
     let busy = crate::tools::run(&["mount", &disk.node(), &ctx.path("mnt")])?;
     ensure!(busy.code != 0, "mounted although it is attached");
-    ensure!(warnings(&daemon, "cannot claim") == 0, "{}", daemon.log());
+    ensure!(warnings(&daemon, "with O_EXCL") == 0, "{}", daemon.log());
     daemon.detach(&device)?;
     daemon.stop()
 }

@@ -95,7 +95,7 @@ fn user(ctx: &Ctx) -> Res {
         works "by fusermount3" fusermount3 -u dir
         soon "and nothing is left" "" devices
         works "whole" e2fsck -fn a
-        refused "nothing to unmount" "is not mounted by" umnt dir
+        refused "nothing to unmount" "is not a mount of" umnt dir
         chmod 444 a; cp a was
         holds "the warning" "$(mnt a dir 2>&1)" "mounted read-only"
         refused "read-only" "Read-only file system" touch dir/x

@@ -118,7 +118,7 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
     let ledger = ledger();
     println!("{}", ledger.report());
     let verdict = match (ledger.failures(), ledger.undecided()) {
-        (0, 0) => "all held".to_owned(),
+        (0, 0) => "all conditions held".to_owned(),
         (0, late) => {
             format!("all conditions held; skipped {late} late calls, while starting /bin/true was slow too")
         }

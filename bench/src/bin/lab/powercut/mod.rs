@@ -99,7 +99,7 @@ fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<V
 
 fn last_line(said: &[u8]) -> String {
     let said = String::from_utf8_lossy(said);
-    said.trim_end().lines().next_back().unwrap_or("it said nothing").to_owned()
+    said.trim_end().lines().next_back().unwrap_or("no output").to_owned()
 }
 
 /// Durable writes among complete lines of output.

@@ -110,7 +110,10 @@ impl CallQueue {
     /// Sends a call to the worker. It gets a reply in any case.
     pub(super) fn send(&self, call: FuseCall) {
         if let Err(rejected) = self.calls.send_timeout(call, SEND_TIMEOUT) {
-            tracing::error!("a file's call queue was full for {} s: a request fails", SEND_TIMEOUT.as_secs());
+            tracing::error!(
+                "the call queue of a FUSE file was full for {} s: a request fails",
+                SEND_TIMEOUT.as_secs()
+            );
             return rejected.into_inner().answer.fail(Errno::EIO);
         }
         // Pairs with the worker's fence in `enable_notify`: one side sees the other's store.

@@ -102,7 +102,7 @@ impl FuseDevice {
         // With write-back caching the kernel tracks the file's size itself: only a truncation
         // changes it.
         let path = self.node();
-        let outcome = with_timeout("truncating a file of our own", move || sys::truncate(&path, bytes))
+        let outcome = with_timeout("resizing a FUSE file", move || sys::truncate(&path, bytes))
             .and_then(|done| done.map_err(|error| Error::os(error, "the kernel rejects the new size")));
         outcome.inspect_err(|_| node.set_size(before))
     }

@@ -187,7 +187,10 @@ fn open_exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
         Ok(file) => (Some(file), false),
         Err(Errno::BUSY) => (None, true),
         Err(error) => {
-            tracing::warn!("cannot claim {}: {error}; others can use it, too", image.name());
+            tracing::warn!(
+                "cannot open {} with O_EXCL: {error}; other programs can use it too",
+                image.name()
+            );
             (None, false)
         }
     }

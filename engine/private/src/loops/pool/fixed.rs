@@ -81,7 +81,7 @@ impl Pool {
         if let Err(error) = self.create_missing()
             && !self.is_ending()
         {
-            tracing::warn!(%error, pool = self.spec.name, "a pool lacks devices");
+            tracing::warn!(%error, pool = self.spec.name, "cannot recreate the missing devices of a pool");
         }
     }
 }

@@ -70,7 +70,9 @@ impl Pool {
         let end = |stack: &Stack| {
             let ended = stack.end();
             ended
-                .inspect_err(|error| tracing::debug!("{} upon pool {}: {error}", stack.name, self.spec.name))
+                .inspect_err(|error| {
+                    tracing::debug!("cannot remove {} on pool {}: {error}", stack.name, self.spec.name)
+                })
                 .is_ok()
         };
         found.into_iter().rev().filter(end).collect()
