@@ -22,6 +22,7 @@
 #![warn(missing_docs)]
 
 pub mod accounts;
+pub mod broken_kernels;
 pub mod error;
 pub mod failures;
 pub mod frontend;

@@ -10,7 +10,8 @@ use super::out;
 /// Show what this kernel supports.
 ///
 /// Queries the kernel; the daemon need not run. Needs root. All lines except the first two describe
-/// block devices of the ublk driver.
+/// block devices of the ublk driver. A line 'fault' says why 'loopengine serve' refuses block devices
+/// on this kernel.
 #[derive(Debug, clap::Args)]
 pub(super) struct FeaturesArgs {
     /// Print JSON; loopengine-json(7) describes it.
@@ -35,14 +36,16 @@ fn text(features: &Features) -> String {
     let modes: Vec<&str> = features.io_modes.iter().map(|mode| mode.as_str()).collect();
     let frontends: Vec<&str> = features.frontends.iter().map(|frontend| frontend.as_str()).collect();
     let yes = |supported: bool| if supported { "yes" } else { "no" };
+    let fault = features.driver_fault.as_ref().map(|fault| format!("fault     {fault}\n"));
     format!(
-        "kernel    {}\nfrontends {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n",
+        "kernel    {}\nfrontends {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n{}",
         features.kernel,
         if frontends.is_empty() { "none".to_owned() } else { frontends.join(" ") },
         if modes.is_empty() { "none".to_owned() } else { modes.join(" ") },
         yes(features.recovery),
         yes(features.resize),
-        features.flags.join(" ")
+        features.flags.join(" "),
+        fault.unwrap_or_default()
     )
 }
 
@@ -60,9 +63,12 @@ mod tests {
             io_modes: vec![IoMode::Auto, IoMode::Copy],
             recovery: true,
             resize: false,
+            driver_fault: None,
         };
         let want = "kernel    7.3.4\nfrontends ublk fuse\nI/O modes auto copy (best first)\nrecovery  yes\n\
                     resize    no\nflags     CMD_IOCTL_ENCODE USER_COPY\n";
         assert_eq!(text(&features), want);
+        let broken = Features { driver_fault: Some("it crashes".into()), ..features };
+        assert_eq!(text(&broken), format!("{want}fault     it crashes\n"));
     }
 }

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::accounts;
+use crate::broken_kernels;
 use crate::config::{Config, FrontendChoice};
 use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
@@ -88,6 +89,11 @@ pub(super) struct ServeArgs {
     #[arg(long)]
     detach_all: bool,
 
+    /// Serve block devices even on a kernel whose ublk driver is known to crash, for example one with
+    /// a backported fix. 'loopengine doctor' names the fault.
+    #[arg(long)]
+    force: bool,
+
     /// Keep all privileges, for debugging. By default the daemon drops capabilities and system
     /// calls that it does not need.
     #[arg(long)]
@@ -123,12 +129,22 @@ impl ServeArgs {
         let config = self.load()?;
         init_log();
         check_root()?;
-        let (frontend, line) = choose_frontend(config.frontend.unwrap_or_default())?;
+        let (frontend, line) = choose_frontend(
+            config.frontend.unwrap_or_default(),
+            Path::new(ublk::CONTROL_NODE).exists(),
+            &kernels::release(),
+            self.force,
+        )?;
         let mut run_dir = RunDir::take(run_dir)?;
         let sockets = sys::activation::take_sockets()
             .map_err(|error| Error::os(error, "cannot use the sockets of the service manager"))?;
         run_dir.adopt(sockets)?;
         tracing::info!("{line}");
+        if let Some(broken) = broken_kernels::find(&kernels::release())
+            && frontend == FrontendKind::Ublk
+        {
+            tracing::warn!("{} (--force)", broken.sentence(&kernels::release()));
+        }
         for note in fuse::clear_stale(run_dir.path()) {
             tracing::info!("{note}");
         }
@@ -330,20 +346,28 @@ fn check_root() -> Result<()> {
         .hint("run it with sudo, or as the systemd service loopengine"))
 }
 
-/// Selects the frontend. Also returns a line for the log.
-fn choose_frontend(choice: FrontendChoice) -> Result<(FrontendKind, String)> {
-    let ublk = Path::new(ublk::CONTROL_NODE).exists();
+/// Selects the frontend on a kernel of this release, with or without the ublk driver. `force`: even
+/// if the driver is known to crash. Also returns a line for the log.
+fn choose_frontend(
+    choice: FrontendChoice,
+    has_ublk: bool,
+    release: &str,
+    force: bool,
+) -> Result<(FrontendKind, String)> {
     match choice {
-        FrontendChoice::Auto if !ublk && fuse::check().is_ok() => {
+        FrontendChoice::Auto if !has_ublk && fuse::check().is_ok() => {
             let (missing, hint) = (ublk::CONTROL_NODE, driver_hint());
             let line = format!("serving files (FUSE): {missing} is missing; for block devices, {hint}");
             Ok((FrontendKind::Fuse, line))
         }
-        FrontendChoice::Auto | FrontendChoice::Ublk if !ublk => {
-            let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
-            Err(Error::new(Kind::Unavailable, message).hint(driver_hint()))
-        }
         FrontendChoice::Auto | FrontendChoice::Ublk => {
+            // Auto serves no files instead: an upgrade of the kernel must not turn block devices
+            // into files unnoticed.
+            broken_kernels::check(release, force)?;
+            if !has_ublk {
+                let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
+                return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
+            }
             Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
         }
         FrontendChoice::Fuse => {
@@ -375,6 +399,9 @@ const SYSTEMD_HINT: &str = "copy PREFIX/share/loopengine/fuse.conf to /etc/syste
 /// The next step if the driver is missing.
 pub(super) fn driver_hint() -> String {
     let release = kernels::release();
+    if let Some(broken) = broken_kernels::find(&release) {
+        return format!("{}: {}", broken.sentence(&release), broken.next_kernel());
+    }
     let other = format!("use Linux {} or newer with CONFIG_BLK_DEV_UBLK", BLOCK_DEVICES.version());
     match module_exists(&release) {
         Some(true) => "run 'modprobe ublk_drv'".to_owned(),
@@ -423,4 +450,32 @@ fn init_log() {
         log.try_init()
     };
     drop(set);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BROKEN: &str = "6.18.5-200.fc43.x86_64";
+
+    #[test]
+    fn refuses_block_devices_on_a_broken_kernel() {
+        for choice in [FrontendChoice::Auto, FrontendChoice::Ublk] {
+            let refused = choose_frontend(choice, true, BROKEN, false).unwrap_err();
+            let line = refused.to_string();
+            assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
+            assert!(choose_frontend(choice, true, "6.18.6", false).is_ok());
+        }
+        // The driver that modprobe would load is broken.
+        let refused = choose_frontend(FrontendChoice::Ublk, false, BROKEN, false).unwrap_err();
+        assert!(refused.to_string().contains("newer kernel"), "{refused}");
+    }
+
+    #[test]
+    fn force_serves_block_devices_on_a_broken_kernel() {
+        for choice in [FrontendChoice::Auto, FrontendChoice::Ublk] {
+            let (frontend, _) = choose_frontend(choice, true, BROKEN, true).unwrap();
+            assert_eq!(frontend, FrontendKind::Ublk);
+        }
+    }
 }

@@ -8,7 +8,7 @@ use std::io;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
 use loopengine::cli::pages::{self, Example};
-use loopengine::kernels;
+use loopengine::{broken_kernels, kernels};
 use zlink::idl;
 
 /// The footer of every page.
@@ -96,6 +96,13 @@ fn more_sections(path: &str) -> Roff {
                 feature.name,
                 &format!("Linux {} or newer: {}.", feature.version(), feature.by),
             );
+        }
+        for broken in &broken_kernels::ALL {
+            let means = format!(
+                "Broken: {}. loopengine serve refuses block devices there without --force. Good from {}.",
+                broken.fault, broken.good_from
+            );
+            tagged(&mut roff, broken.name, &means);
         }
     }
     let files = pages::files(path);

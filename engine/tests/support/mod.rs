@@ -135,6 +135,7 @@ impl EngineApi for Fake {
             io_modes: vec![IoMode::Batch, IoMode::Copy],
             recovery: true,
             resize: true,
+            driver_fault: None,
         })
     }
 

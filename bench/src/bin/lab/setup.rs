@@ -64,14 +64,15 @@ const MORE_PACKAGES: [DebianPackage; 19] = [
     ("chromium", "reports in a browser"),
 ];
 
-/// Packages that are unpacked but not installed: they depend on udev, and VMs share this machine's
-/// root.
-const UNPACKED: [&str; 5] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "vmdb2"];
-/// Programs of these packages that VMs have on PATH.
-const UNPACKED_PROGRAMS: [&str; 8] =
-    ["kpartx", "lvm", "pvcreate", "vgcreate", "vgchange", "lvcreate", "mdadm", "vmdb2"];
+/// Packages that are unpacked but not installed: udev, and packages that depend on it. VMs share this
+/// machine's root.
+const UNPACKED: [&str; 6] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "udev", "vmdb2"];
+/// Programs of these packages that VMs have on PATH. Not udevadm: programs that find it wait for a
+/// udevd.
+const UNPACKED_PROGRAMS: [&str; 9] =
+    ["kpartx", "lvm", "pvcreate", "vgcreate", "vgchange", "lvcreate", "mdadm", "systemd-udevd", "vmdb2"];
 /// Directory of the unpacked packages. The number changes with these lists.
-const UNPACKED_HOME: &str = "tools-2";
+const UNPACKED_HOME: &str = "tools-3";
 
 /// In pip's format.
 pub(crate) const VIRTME: &str = "virtme-ng==1.42";
@@ -245,13 +246,24 @@ fn unpack(lab: &Lab) -> Result<()> {
     for deb in std::fs::read_dir(debs.path())? {
         sh::capture(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root), INSTALL_LIMIT)?;
     }
+    // A link to /bin/udevadm on Debian 12, where it leads out of this directory.
+    for dir in ["lib/systemd", "usr/lib/systemd"] {
+        let link = root.join(dir).join("systemd-udevd");
+        if let Ok(target) = std::fs::read_link(&link)
+            && let Ok(inside) = target.strip_prefix("/")
+        {
+            std::fs::remove_file(&link)?;
+            std::os::unix::fs::symlink(root.join(inside), &link)?;
+        }
+    }
     // Last and atomically: this directory marks a complete set-up.
     let fresh = tempfile::Builder::new().prefix("on-path-").tempdir_in(&home)?;
     for name in UNPACKED_PROGRAMS {
         let script = format!(
             "#!/bin/sh\nLD_LIBRARY_PATH=$LD_LIBRARY_PATH:$(echo {root}/lib/*-linux-gnu {root}/usr/lib/*-linux-gnu | tr ' ' :)\n\
              export LD_LIBRARY_PATH PYTHONPATH={root}/usr/lib/python3/dist-packages\n\
-             for file in {root}/sbin/{name} {root}/usr/sbin/{name} {root}/usr/bin/{name}; do [ -x $file ] && exec $file \"$@\"; done\n",
+             for file in {root}/sbin/{name} {root}/usr/sbin/{name} {root}/usr/bin/{name} \
+                 {root}/lib/systemd/{name} {root}/usr/lib/systemd/{name}; do [ -x $file ] && exec $file \"$@\"; done\n",
             root = root.display()
         );
         let path = fresh.path().join(name);

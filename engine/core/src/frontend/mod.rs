@@ -159,6 +159,27 @@ impl Frontend {
         }
     }
 
+    /// Updates the list of disks that udev reads, at the start of a daemon with these devices at the
+    /// driver: disks that wait for it stay listed, disks that are gone do not.
+    pub fn update_disk_list<'a>(&self, own: impl IntoIterator<Item = (&'a u32, &'a ExistingDevice)>) {
+        let Frontend::Ublk(_) = self else { return };
+        let list = ublk::DiskList::of_machine();
+        let exists = |id, owner_cookie| match ublk::UblkDevice::examine(id) {
+            Ok(found) => found.parameters.owner_cookie == owner_cookie,
+            // A device that the driver cannot describe may have users.
+            Err(error) => error.kind() != Kind::NotFound,
+        };
+        for id in list.sweep(exists) {
+            tracing::info!("ublkb{id} is no longer listed for udev: its device does not exist");
+        }
+        for (id, found) in own {
+            // A daemon before this list was kept, or somebody who deleted it.
+            if let Err(error) = list.add(*id, found.parameters.owner_cookie) {
+                tracing::warn!("the host may probe /dev/ublkb{id}: {error}");
+            }
+        }
+    }
+
     /// A device of the driver that belongs to no instance.
     pub fn leftover(&self, id: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
         match self {

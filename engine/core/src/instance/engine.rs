@@ -16,7 +16,7 @@ use super::{MAX_INSTANCES, write_back};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, StopMode, ublk};
 use crate::hash::fnv1a;
-use crate::sys;
+use crate::{broken_kernels, kernels, sys};
 
 /// Files that a daemon may have open: some for each of several thousand devices.
 const OPEN_FILES: u64 = 1 << 18;
@@ -115,8 +115,10 @@ impl Engine {
             }
             asked => asked?,
         };
+        let kernel = kernels::release();
         Ok(Features {
-            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            driver_fault: broken_kernels::find(&kernel).map(|broken| broken.fault.to_owned()),
+            kernel,
             frontends,
             flags: granted.names(),
             io_modes: granted.io_modes(),

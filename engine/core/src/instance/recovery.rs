@@ -44,6 +44,7 @@ impl Engine {
     pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Vec<String> {
         let mut notes = Vec::new();
         let mut driver_devices = self.own_driver_devices();
+        self.context.frontend.update_disk_list(&driver_devices);
         let mut orphans = Vec::new();
         let mut unmatched = Vec::new();
         let saved = self.context.state.load();

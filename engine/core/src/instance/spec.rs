@@ -268,4 +268,7 @@ pub struct Features {
     pub recovery: bool,
     /// Block devices can be resized (files always can).
     pub resize: bool,
+    /// Why `serve` refuses block devices on this kernel, whose ublk driver is known to crash.
+    #[serde(default)]
+    pub driver_fault: Option<String>,
 }

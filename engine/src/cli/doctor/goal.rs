@@ -31,7 +31,21 @@ pub(super) enum Goal {
 
 /// All checks for these purposes.
 pub(super) fn checks(goals: &[Goal], run_dir: &Path) -> Vec<Check> {
-    let pool = try_pool(run_dir);
+    checks_on(&kernels::release(), goals, run_dir, || try_pool(run_dir))
+}
+
+/// All checks on a kernel of this release. `open_pool` opens a pool, unless the kernel is broken:
+/// the daemon adds a device for it, which would crash the driver.
+pub(super) fn checks_on(
+    release: &str,
+    goals: &[Goal],
+    run_dir: &Path,
+    open_pool: impl FnOnce() -> Result<()>,
+) -> Vec<Check> {
+    if let Some(fault) = super::driver_fault(release) {
+        return vec![fault];
+    }
+    let pool = open_pool();
     // A working pool needs no version check: distributions backport features.
     if pool.is_err()
         && let Some(missing) = missing(&PRIVATE)

@@ -14,12 +14,13 @@ use rustix::process::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
+use crate::broken_kernels;
 use crate::control::reason;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk::CONTROL_NODE as UBLK_CONTROL};
 use crate::instance::Engine;
 use crate::instance::spec::FrontendKind;
-use crate::kernels::{BLOCK_DEVICES, NO_COPYING};
+use crate::kernels::{self, BLOCK_DEVICES, NO_COPYING};
 
 use goal::Goal;
 
@@ -115,7 +116,9 @@ impl DoctorArgs {
 }
 
 fn daemon_checks(run_dir: &Path) -> Vec<Check> {
-    let mut checks = vec![driver(), permission(), io_uring(), features()];
+    let mut checks = vec![driver()];
+    checks.extend(driver_fault(&kernels::release()));
+    checks.extend([permission(), io_uring(), features()]);
     checks.extend(goal::features());
     let (daemon, pid) = daemon(run_dir);
     checks.push(daemon);
@@ -161,6 +164,13 @@ fn driver() -> Check {
             Check::problem(name, "neither ublk_drv nor FUSE is available", advice)
         }
     }
+}
+
+/// The fault of the ublk driver of this release, if one is known.
+fn driver_fault(release: &str) -> Option<Check> {
+    let broken = broken_kernels::find(release)?;
+    let advice = format!("{}; until then, 'loopengine serve --frontend fuse'", broken.next_kernel());
+    Some(Check::problem("driver fault", broken.sentence(release), advice))
 }
 
 fn permission() -> Check {
@@ -342,4 +352,26 @@ fn direct_io(path: &Path) -> Result<Check> {
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_kernel_is_a_problem_with_the_next_step() {
+        let check = driver_fault("6.17.0-1016-azure").unwrap();
+        assert_eq!(check.verdict, Verdict::Problem);
+        assert!(check.found.contains("6.17.0-1016-azure"), "{}", check.found);
+        let advice = check.advice.unwrap();
+        assert!(advice.contains("newer kernel") && advice.contains("--frontend fuse"), "{advice}");
+        assert!(driver_fault("6.17.0-1019-azure").is_none());
+    }
+
+    #[test]
+    fn opens_no_pool_on_a_broken_kernel() {
+        let opens = || unreachable!("the daemon would add a device");
+        let checks = goal::checks_on("6.18.4", &[Goal::Run], Path::new("/nonexistent"), opens);
+        assert!(matches!(&checks[..], [only] if only.name == "driver fault"), "{checks:?}");
+    }
 }

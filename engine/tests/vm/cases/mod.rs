@@ -46,6 +46,7 @@ mod resize;
 mod sandbox;
 mod shutdown;
 mod stop;
+mod udev;
 mod verify;
 mod zeroes;
 
@@ -74,6 +75,7 @@ pub(crate) fn all() -> Vec<Case> {
         recovery_image::cases(),
         recovery_state::cases(),
         stop::cases(),
+        udev::cases(),
         shutdown::cases(),
         errors::cases(),
         claims::cases(),

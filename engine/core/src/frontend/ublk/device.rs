@@ -15,6 +15,7 @@ use libublk::sys;
 
 use super::batch::Batch;
 use super::control::{ControlCommand, TIMEOUT, run};
+use super::disk_list::DiskList;
 use super::fallback::Fallback;
 use super::features::DriverFeatures;
 use super::memory::{CopyBuffers, Descriptors};
@@ -204,6 +205,9 @@ impl UblkDevice {
 
     /// Starts the block device for a holder of the start lock, who disables its scheduler later.
     pub fn start_exclusively(&self, _alone: &StartLock) -> Result<()> {
+        // First: udev sees the disk at once. A disk that is not listed does not start, because the
+        // host would probe its contents.
+        DiskList::of_machine().add(self.id, self.parameters.owner_cookie)?;
         let pid = u64::from(std::process::id());
         run(ControlCommand { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, TIMEOUT)
             .map(drop)
@@ -317,6 +321,8 @@ impl UblkDevice {
 
     /// Deletes the device and frees its id. It must not be open here any more.
     pub fn delete(&self) -> Result<()> {
+        // Before the id is free: another server may use it next.
+        DiskList::of_machine().remove(self.id, self.parameters.owner_cookie);
         run(command("DEL_DEV", sys::UBLK_U_CMD_DEL_DEV_ASYNC, self.id), TIMEOUT)?;
         // Waits until the device is not listed any more; its deletion is certain.
         let gone = PathBuf::from(format!("/sys/class/ublk-char/ublkc{}", self.id));

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The list of this program's disks, by which udev tells them from those of other ublk servers.
+//!
+//! `share/udev/59-loopengine.rules` tests for a file with the name of the disk. All daemons of the
+//! machine share the directory, whatever their run directories: the rule can name only one.
+//!
+//! A file exists only while the driver has the device, from before its disk starts until after its
+//! disk is gone. So it never hides the disk that another server makes next under the same number.
+//! It contains the owner cookie of the device, by which a file that a dead daemon left is
+//! recognized, if another program has deleted the device.
+
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{Error, Result};
+
+/// The directory, which 59-loopengine.rules names too. It is root's.
+const DIRECTORY: &str = "/run/loopengine/.disks";
+
+/// A directory with one file per disk.
+#[derive(Debug)]
+pub struct DiskList<'a>(&'a Path);
+
+impl DiskList<'static> {
+    /// The one that udev reads.
+    pub fn of_machine() -> DiskList<'static> {
+        DiskList(Path::new(DIRECTORY))
+    }
+}
+
+impl DiskList<'_> {
+    fn file(&self, id: u32) -> PathBuf {
+        self.0.join(format!("ublkb{id}"))
+    }
+
+    /// Lists the disk of a device, which has not started yet or has been recovered.
+    pub fn add(&self, id: u32, owner_cookie: u64) -> Result<()> {
+        let file = self.file(id);
+        let added = || {
+            self.create()?;
+            let _lock = self.lock()?;
+            // Not written again: a recovery must succeed on a full file system.
+            match cookie_in(&file) {
+                Some(listed) if listed == owner_cookie => Ok(()),
+                _ => fs::write(&file, format!("{owner_cookie:016x}\n")),
+            }
+        };
+        added().map_err(|error| {
+            Error::os(error, format!("cannot list the disk ublkb{id} for udev in {}", file.display()))
+                .hint("make /run writable, and free space there")
+        })
+    }
+
+    /// Removes the disk of a device that has been stopped and will be deleted.
+    pub fn remove(&self, id: u32, owner_cookie: u64) {
+        let Ok(_lock) = self.lock() else { return };
+        let file = self.file(id);
+        if cookie_in(&file) == Some(owner_cookie) {
+            let _ = fs::remove_file(file);
+        }
+    }
+
+    /// Removes all files for which `exists` denies that the driver has a device with this id and
+    /// owner cookie. Returns their ids.
+    pub fn sweep(&self, exists: impl Fn(u32, u64) -> bool) -> Vec<u32> {
+        let entries = fs::read_dir(self.0).into_iter().flatten().flatten();
+        let mut swept: Vec<u32> = entries
+            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkb")?.parse().ok())
+            .filter(|&id| {
+                let file = self.file(id);
+                let listed = cookie_in(&file);
+                if listed.is_some_and(|cookie| exists(id, cookie)) {
+                    return false;
+                }
+                // Another daemon may have listed a new disk under this number since.
+                let Ok(_lock) = self.lock() else { return false };
+                cookie_in(&file) == listed && fs::remove_file(&file).is_ok()
+            })
+            .collect();
+        swept.sort_unstable();
+        swept
+    }
+
+    /// Creates the directory for root only: whoever can open it can lock it.
+    fn create(&self) -> std::io::Result<()> {
+        if let Some(parent) = self.0.parent() {
+            DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(self.0)
+    }
+
+    /// Held for the time of one change; the daemons of a machine share the directory.
+    fn lock(&self) -> std::io::Result<File> {
+        let directory = File::open(self.0)?;
+        flock(&directory, FlockOperation::LockExclusive)?;
+        Ok(directory)
+    }
+}
+
+/// The cookie in a file. None: there is no such file, or a crash has cut it short.
+fn cookie_in(file: &Path) -> Option<u64> {
+    u64::from_str_radix(fs::read_to_string(file).ok()?.trim_end(), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_disk_is_listed_until_its_device_is_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("loopengine/.disks");
+        let list = DiskList(&path);
+        list.remove(3, 7);
+        list.add(3, 7).unwrap();
+        list.add(12, 8).unwrap();
+        assert_eq!(names(&path), ["ublkb12", "ublkb3"]);
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700, "others could lock it");
+        list.remove(3, 7);
+        assert_eq!(names(&path), ["ublkb12"]);
+        // Another device has this number now.
+        list.remove(12, 7);
+        assert_eq!(names(&path), ["ublkb12"]);
+    }
+
+    #[test]
+    fn listing_a_recovered_disk_writes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = DiskList(dir.path());
+        list.add(3, 7).unwrap();
+        let file = dir.path().join("ublkb3");
+        let written = fs::metadata(&file).unwrap().modified().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        list.add(3, 7).unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written);
+        list.add(3, 8).unwrap();
+        assert_eq!(cookie_in(&file), Some(8));
+    }
+
+    #[test]
+    fn a_sweep_keeps_only_disks_that_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = DiskList(dir.path());
+        // 1 exists, 2 is gone, 3 is another server's by now, 4 was cut short, 5 is no disk.
+        for (id, cookie) in [(1, 11), (2, 12), (3, 13)] {
+            list.add(id, cookie).unwrap();
+        }
+        fs::write(dir.path().join("ublkb4"), "").unwrap();
+        fs::write(dir.path().join("other"), "").unwrap();
+        let driver = |id: u32, cookie: u64| [(1, 11), (3, 0), (4, 14)].contains(&(id, cookie));
+        assert_eq!(list.sweep(driver), [2, 3, 4]);
+        assert_eq!(names(dir.path()), ["other", "ublkb1"]);
+    }
+
+    #[test]
+    fn a_sweep_spares_a_disk_listed_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = DiskList(dir.path());
+        list.add(3, 13).unwrap();
+        let other_daemon = |_: u32, _: u64| {
+            list.add(3, 99).unwrap();
+            false
+        };
+        assert!(list.sweep(other_daemon).is_empty());
+        assert_eq!(cookie_in(&dir.path().join("ublkb3")), Some(99));
+    }
+
+    #[test]
+    fn the_error_names_the_disk_and_the_next_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = DiskList(&file).add(3, 7).unwrap_err().to_string();
+        assert!(error.contains("ublkb3") && error.contains("free space"), "{error}");
+    }
+
+    #[test]
+    fn the_rule_names_this_directory() {
+        let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../share/udev/59-loopengine.rules");
+        let rules = fs::read_to_string(rules).unwrap();
+        for name in ["$kernel", "$parent"] {
+            assert!(rules.contains(&format!("TEST!=\"{DIRECTORY}/{name}\"")), "{name} in {rules}");
+        }
+    }
+}
