@@ -12,13 +12,19 @@
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
 /// The directory, which 59-loopengine.rules names too. It is root's.
 const DIRECTORY: &str = "/run/loopengine/.disks";
+
+/// How long another daemon may change the list, and the interval between two attempts.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+const LOCK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A directory with one file per disk.
 #[derive(Debug)]
@@ -92,11 +98,20 @@ impl DiskList<'_> {
         DirBuilder::new().recursive(true).mode(0o700).create(self.0)
     }
 
-    /// Held for the time of one change; the daemons of a machine share the directory.
+    /// Held for the time of one change; the daemons of a machine share the directory. One that is
+    /// stopped meanwhile must not stop the others.
     fn lock(&self) -> std::io::Result<File> {
         let directory = File::open(self.0)?;
-        flock(&directory, FlockOperation::LockExclusive)?;
-        Ok(directory)
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(directory),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
+                    std::thread::sleep(LOCK_INTERVAL);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 
@@ -176,6 +191,15 @@ mod tests {
         };
         assert!(list.sweep(other_daemon).is_empty());
         assert_eq!(cookie_in(&dir.path().join("ublkb3")), Some(99));
+    }
+
+    #[test]
+    fn a_daemon_that_is_stopped_delays_the_others_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = DiskList(dir.path());
+        let _stopped = list.lock().unwrap();
+        let error = list.add(3, 7).unwrap_err().to_string();
+        assert!(error.contains("ublkb3"), "{error}");
     }
 
     #[test]
