@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 const DEPTH_MAX: usize = 8;
 
 const CONTROL: &str = "/dev/mapper/control";
-const DM_DEV_REMOVE: libc::c_ulong = 0xc138_fd04;
+const DM_DEV_REMOVE: libc::Ioctl = 0xc138_fd04_u32 as libc::Ioctl;
 /// Remove it at its last close, if it is open.
 const DM_DEFERRED_REMOVE: u32 = 1 << 17;
 /// Major number of md's arrays.
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn the_request_is_the_kernels() {
         // The size is part of the ioctl's number.
-        assert_eq!(size_of::<Request>() as libc::c_ulong, DM_DEV_REMOVE >> 16 & 0x3fff);
+        assert_eq!(size_of::<Request>() as libc::Ioctl, DM_DEV_REMOVE >> 16 & 0x3fff);
         assert_eq!(std::mem::offset_of!(Request, dev), 40);
     }
 
