@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Shell completion: the real script in a real bash, with a fake daemon.
+//! Shell completion: the real scripts in a real bash, zsh and fish, with a fake daemon.
 
 mod support;
 
@@ -13,30 +13,60 @@ use support::Daemon;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_loopengine");
 
-/// The candidates of bash for the last word; options only if it starts with a dash. None: no bash.
-fn offered(run_dir: &Path, words: &[&str]) -> Option<Vec<String>> {
-    const ASK: &str = "source \"$1\"; shift; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_TYPE=9; \
-                       _clap_complete_loopengine loopengine \"${@: -1}\" ''; printf '%s\\n' \"${COMPREPLY[@]}\"";
-    let found = Command::new("bash").args(["-c", "true"]).stderr(Stdio::null()).status();
-    if !found.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: needs bash");
-        return None;
+/// Whether the machine has this shell; says so if not.
+fn has(shell: &str) -> bool {
+    let found = Command::new(shell).args(["-c", "true"]).stderr(Stdio::null()).status();
+    let has = found.is_ok_and(|status| status.success());
+    if !has {
+        eprintln!("skipped: needs {shell}");
     }
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/share/completions/loopengine.bash");
+    has
+}
+
+/// Lines that a shell prints after it has read the completion script `file`.
+fn printed(run_dir: &Path, shell: &[&str], file: &str, words: &[&str]) -> Vec<String> {
+    let script = format!("{}/share/completions/{file}", env!("CARGO_MANIFEST_DIR"));
     let path = format!("{}:/usr/bin:/bin", Path::new(PROGRAM).parent().unwrap().display());
-    let ran = Command::new("bash")
-        .args(["--norc", "-c", ASK, "bash", script, "loopengine"])
+    let ran = Command::new(shell[0])
+        .args(&shell[1..])
+        .arg(script)
         .args(words)
         .env("PATH", path)
+        .env("HOME", run_dir)
         .env("LOOPENGINE_RUN_DIR", run_dir)
         .current_dir(run_dir)
         .output()
         .unwrap();
     assert!(ran.status.success() && ran.stderr.is_empty(), "{ran:?}");
+    String::from_utf8(ran.stdout).unwrap().lines().map(str::to_owned).collect()
+}
+
+/// The candidates of bash for the last word; options only if it starts with a dash. None: no bash.
+fn offered(run_dir: &Path, words: &[&str]) -> Option<Vec<String>> {
+    const ASK: &str = "source \"$1\"; shift; COMP_WORDS=(loopengine \"$@\"); COMP_CWORD=$#; COMP_TYPE=9; \
+                       _clap_complete_loopengine loopengine \"${@: -1}\" ''; printf '%s\\n' \"${COMPREPLY[@]}\"";
+    if !has("bash") {
+        return None;
+    }
+    let mut offered = printed(run_dir, &["bash", "--norc", "-c", ASK, "bash"], "loopengine.bash", words);
     let option = words.last().unwrap().starts_with('-');
-    let offered = String::from_utf8(ran.stdout).unwrap();
-    let offered = offered.lines().filter(|word| !word.is_empty() && (option || !word.starts_with('-')));
-    Some(offered.map(str::to_owned).collect())
+    offered.retain(|word| !word.is_empty() && (option || !word.starts_with('-')));
+    Some(offered)
+}
+
+/// The candidates of zsh, with their descriptions. Without a terminal zsh has no completion system:
+/// two functions of it are replaced.
+fn offered_by_zsh(run_dir: &Path, words: &[&str]) -> Option<Vec<String>> {
+    const ASK: &str = "compdef() { :; }; _describe() { print -l -- ${(P)3}; }; \
+                       script=$1; shift; words=(loopengine \"$@\"); CURRENT=$#words; \
+                       source $script; _clap_dynamic_completer_loopengine";
+    has("zsh").then(|| printed(run_dir, &["zsh", "-f", "-c", ASK, "zsh"], "_loopengine", words))
+}
+
+/// The candidates of fish, with their descriptions after a tab.
+fn offered_by_fish(run_dir: &Path, words: &[&str]) -> Option<Vec<String>> {
+    const ASK: &str = "source $argv[1]; complete --do-complete \"loopengine $argv[2..]\"";
+    has("fish").then(|| printed(run_dir, &["fish", "--no-config", "-c", ASK], "loopengine.fish", words))
 }
 
 #[test]
@@ -55,6 +85,8 @@ fn completes_names_of_the_daemon() {
         (&["stats", "b"], &["build/loop0"]),
         (&["resize", "default/"], &["default/loop0"]),
         (&["recover", "build/loop0"], &["build/loop0"]),
+        (&["resize", "build/loop0", "--size", ""], &["4096"]),
+        (&["resize", "build/loop1", "--size", ""], &[]),
         (&["attach", "--instance", ""], &["build", "default"]),
         (&["instance", "remove", "b"], &["build"]),
         (&["list", "-i", "d"], &["default"]),
@@ -65,6 +97,23 @@ fn completes_names_of_the_daemon() {
     ] {
         let Some(offered) = offered(&run_dir, words) else { return };
         assert_eq!(offered, names, "{words:?}");
+    }
+}
+
+#[test]
+fn completes_in_zsh_and_fish() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    assert_eq!(daemon.run(&["attach", "a.img"]).code, 0);
+    for (offered, separator) in [
+        (offered_by_zsh(&daemon.run_dir(), &["detach", "def"]), ':'),
+        (offered_by_fish(&daemon.run_dir(), &["detach", "def"]), '\t'),
+    ] {
+        let Some(offered) = offered else { continue };
+        let [only] = &offered[..] else { panic!("{offered:?}") };
+        let (name, image) = only.split_once(separator).unwrap();
+        assert_eq!(name, "default/loop0");
+        assert!(image.ends_with("a.img"), "{image}");
     }
 }
 

@@ -17,18 +17,18 @@ pub struct Feature {
 /// Files of FUSE.
 pub const FILES: Feature =
     Feature { name: "files instead of block devices", since: (6, 1), by: "serve --frontend fuse" };
-/// Disks of ublk, by copying.
+/// Disks of ublk, in I/O mode copy.
 pub const BLOCK_DEVICES: Feature =
     Feature { name: "block devices", since: (6, 5), by: "serve --frontend ublk, attach --io-mode copy" };
-/// The second rung of the ladder.
+/// I/O mode auto.
 pub const NO_COPYING: Feature =
     Feature { name: "I/O without copying", since: (6, 16), by: "attach --io-mode auto" };
-/// Of disks.
+/// A new size for a disk in use.
 pub const RESIZE: Feature = Feature { name: "resize of block devices", since: (6, 16), by: "resize" };
-/// The third.
+/// I/O mode batch.
 pub const BATCHES: Feature =
     Feature { name: "commands in batches", since: (7, 0), by: "attach --io-mode batch" };
-/// Pools.
+/// Pools of private loop devices.
 pub const PRIVATE: Feature = Feature {
     name: "private devices",
     since: (7, 0),

@@ -16,7 +16,7 @@ use super::{attach_run, complete, daemon, image, number, out, partitions, size};
 /// command with the device, detaches the device when the command ends, and exits with the command's
 /// status.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct AttachArgs {
     /// Image file or block device.
     image: PathBuf,
 
@@ -116,7 +116,7 @@ pub(crate) fn plain(instance: &str) -> AttachSpec {
     }
 }
 
-impl Args {
+impl AttachArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let mut spec = AttachSpec {
             number: self.number,

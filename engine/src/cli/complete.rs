@@ -19,8 +19,10 @@ use crate::config::RUN_DIR;
 use crate::control::{Client, PrivateClient};
 use crate::error::Result;
 use crate::instance::Selector;
+use crate::instance::spec::DeviceInfo;
 
-use super::{daemon, generate};
+use super::run::user_name;
+use super::{daemon, generate, size};
 
 /// Names the shell that queries. The default variable COMPLETE may be set by others.
 const VARIABLE: &str = "LOOPENGINE_COMPLETE";
@@ -78,6 +80,33 @@ pub(super) fn pools() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let pools = ask(async |run_dir| PrivateClient::connect(&run_dir).await?.list().await);
         pools.into_iter().map(|pool| CompletionCandidate::new(pool.name)).collect()
+    })
+}
+
+/// Completes users who have limits of their own, or devices.
+pub(super) fn users() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let limits = ask(async |run_dir| PrivateClient::connect(&run_dir).await?.limits().await);
+        let users = limits.into_iter().filter_map(|limit| limit.uid);
+        users.map(|uid| CompletionCandidate::new(user_name(uid).unwrap_or_else(|| uid.to_string()))).collect()
+    })
+}
+
+/// Completes the present size of the device that the command line names: the one to start from.
+pub(super) fn sizes() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let devices = ask(async |run_dir| Client::connect(&run_dir).await?.devices(&Selector::All).await);
+        let words: Vec<OsString> = std::env::args_os().collect();
+        let is_named = |device: &DeviceInfo| {
+            let names = [format!("{}/loop{}", device.instance, device.number), device.path.clone()];
+            words.iter().any(|word| names.iter().any(|name| word == name.as_str()))
+        };
+        let named = devices.into_iter().filter(is_named);
+        named
+            .map(|device| {
+                CompletionCandidate::new(device.size.to_string()).help(Some(size::show(device.size).into()))
+            })
+            .collect()
     })
 }
 

@@ -21,7 +21,7 @@ use super::{out, size};
 /// The file is sparse unless '--preallocate' is given. Fails if the file exists. Leaves no file
 /// behind when it fails.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct CreateArgs {
     /// Path of the new image.
     image: PathBuf,
 
@@ -50,7 +50,7 @@ pub(super) struct ImageInfo {
     size_bytes: u64,
 }
 
-impl Args {
+impl CreateArgs {
     pub(super) fn run(self) -> Result<()> {
         let cannot_start = |error| Error::os(error, "cannot start io_uring").hint("run 'loopengine doctor'");
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;

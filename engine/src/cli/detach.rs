@@ -14,7 +14,7 @@ use super::{complete, daemon, out};
 /// Flushes all writes to the image before it returns. Refuses to detach a device that is in use,
 /// unless '--force' is given. Prints the paths of the detached devices.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct DetachArgs {
     /// Devices to detach: a path, NAME/loopN, or loopN of the instance 'default'. Or an image with
     /// one device.
     #[arg(value_name = "DEVICE|IMAGE", required_unless_present = "all", conflicts_with = "all", add = complete::devices())]
@@ -33,7 +33,7 @@ pub(super) struct Args {
     force: bool,
 }
 
-impl Args {
+impl DetachArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let which = match (self.all, self.instance) {
             (true, None) => vec![Selector::All],

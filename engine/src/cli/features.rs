@@ -12,13 +12,13 @@ use super::out;
 /// Queries the kernel; the daemon need not run. Needs root. All lines except the first two describe
 /// block devices of the ublk driver.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct FeaturesArgs {
     /// Print JSON; loopengine-json(7) describes it.
     #[arg(long)]
     json: bool,
 }
 
-impl Args {
+impl FeaturesArgs {
     pub(super) fn run(self) -> Result<()> {
         let features = Engine::features().map_err(|error| match error.kind() {
             Kind::Denied => error.hint("run this as root; as a plain user, run 'loopengine doctor'"),

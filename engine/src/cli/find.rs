@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 /// Searches instances and private pools; a plain user searches only his own pools. Identifies the
 /// image by device and inode, not by name. Exits with 3 if no device is attached to the image.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct FindArgs {
     /// Image file or block device.
     image: PathBuf,
 
@@ -20,7 +20,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-impl Args {
+impl FindArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let found = gather(run_dir, Some(&ImageQuery::named(&self.image)?))?;
         if found.devices.is_empty() && found.pools.is_empty() {

@@ -11,7 +11,7 @@ use super::complete;
 /// Write manual pages or shell completions, for packagers.
 #[derive(Debug, clap::Args)]
 #[command(hide = true)]
-pub(super) struct Args {
+pub(super) struct GenerateArgs {
     /// Files to write.
     what: What,
 
@@ -27,7 +27,7 @@ enum What {
     Completions,
 }
 
-impl Args {
+impl GenerateArgs {
     pub(super) fn run(self) -> Result<()> {
         match self.what {
             What::Man => man(&self.dir),

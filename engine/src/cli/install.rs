@@ -45,7 +45,7 @@ const PROGRAM: u32 = 0o755;
 /// demand. Refuses to replace files of others, and then installs nothing. The environment variable
 /// DESTDIR sets a staging directory.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct InstallArgs {
     /// Install below this directory. With '/usr', settings go to /usr/lib instead of /etc.
     #[arg(long, value_name = "DIR", default_value = "/usr/local")]
     prefix: PathBuf,
@@ -70,7 +70,7 @@ enum Item {
     Link(PathBuf),
 }
 
-impl Args {
+impl InstallArgs {
     pub(super) fn run(self) -> Result<()> {
         if !self.prefix.is_absolute() {
             let message = format!("the prefix {} is not an absolute path", self.prefix.display());

@@ -19,7 +19,7 @@ use super::{complete, daemon, number, out};
 ///
 /// 'mount' and 'open' create private pools, which belong to no instance.
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum InstanceCommand {
     Create(Create),
     List(List),
     Remove(Remove),
@@ -76,14 +76,14 @@ pub(super) struct Remove {
     force: bool,
 }
 
-impl Command {
+impl InstanceCommand {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let done = match self {
-            Command::Open(args) => return args.run(run_dir),
-            Command::Create(args) => args.run(run_dir),
-            Command::List(args) => args.run(run_dir),
-            Command::Mount(args) => args.run(run_dir),
-            Command::Remove(args) => {
+            InstanceCommand::Open(args) => return args.run(run_dir),
+            InstanceCommand::Create(args) => args.run(run_dir),
+            InstanceCommand::List(args) => args.run(run_dir),
+            InstanceCommand::Mount(args) => args.run(run_dir),
+            InstanceCommand::Remove(args) => {
                 daemon::ask(run_dir, async |client| client.remove_instance(&args.name, args.force).await)
             }
         };

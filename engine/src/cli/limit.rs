@@ -10,7 +10,7 @@ use crate::private::Limit;
 
 use super::run::user_name;
 use super::table::Table;
-use super::{daemon, out};
+use super::{complete, daemon, out};
 
 /// Show or set the limits of users on private loop devices.
 ///
@@ -25,9 +25,9 @@ use super::{daemon, out};
 /// The maximum size of a pool counts against the limit of its user while the pool exists.
 #[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct LimitArgs {
     /// User: a name in /etc/passwd, or a number.
-    #[arg(value_name = "USER", value_parser = parse_user)]
+    #[arg(value_name = "USER", value_parser = parse_user, add = complete::users())]
     user: Option<u32>,
 
     /// Maximum number of devices in all pools of the user; 'default': the limit in the
@@ -57,7 +57,7 @@ fn parse_devices(text: &str) -> std::result::Result<NewLimit, String> {
     }
 }
 
-impl Args {
+impl LimitArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let limits = daemon::runtime()?.block_on(async {
             let mut client = PrivateClient::connect(run_dir).await?;

@@ -25,7 +25,7 @@ const NOT_MOUNTED: u8 = 32;
 /// Mount a private pool of loop devices, for mount(8).
 #[derive(Debug, Parser)]
 #[command(name = NAME, version, disable_help_subcommand = true)]
-struct Args {
+struct MountLoopArgs {
     /// Source; ignored, by convention 'loop'.
     source: String,
 
@@ -70,7 +70,7 @@ struct MountOptions {
 
 /// Entry point under this name.
 pub fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let args = match MountLoopArgs::try_parse() {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
@@ -87,7 +87,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-impl Args {
+impl MountLoopArgs {
     fn run(self) -> Result<()> {
         if self.namespace.is_some() {
             return Err(Error::new(Kind::Unsupported, "-N (another mount namespace) is not supported")

@@ -16,7 +16,7 @@ use super::{attach, complete, daemon, detach, image, out, size};
 /// continues on the given image. The daemon checks only that the image is large enough; make sure
 /// that it is the right image. Prints the path of the device.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct RecoverArgs {
     /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
     #[arg(add = complete::devices())]
     device: String,
@@ -38,7 +38,7 @@ pub(super) struct Args {
     buffered: bool,
 }
 
-impl Args {
+impl RecoverArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let which = detach::device(self.device);
         let Selector::Device(device) = &which else { return Err(Error::new(Kind::Internal, "not a device")) };

@@ -31,13 +31,13 @@ const STACKED_MAX: usize = 8;
 /// devices wait for the next daemon.
 #[derive(Debug, clap::Args)]
 #[command(hide = true)]
-pub(super) struct Args {
+pub(super) struct ReleaseMountsArgs {
     /// Act even if the machine does not shut down.
     #[arg(long)]
     now: bool,
 }
 
-impl Args {
+impl ReleaseMountsArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         if !self.now && !is_shutting_down() {
             return Ok(());

@@ -18,13 +18,13 @@ use super::{complete, daemon, detach, out, size};
 /// To shrink a device, shrink its file system first, then use '--shrink'. A device in use also
 /// needs '--force'. Prints the new size in bytes.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ResizeArgs {
     /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
     #[arg(add = complete::devices())]
     device: String,
 
     /// New size of the device, for example 20G or 20GiB [default: the current size of its image].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, add = complete::sizes())]
     size: Option<u64>,
 
     /// Allow the device to shrink. Data beyond the new end is lost.
@@ -40,7 +40,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-impl Args {
+impl ResizeArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let Selector::Device(device) = detach::device(self.device) else {
             return Err(Error::new(Kind::Internal, "not a device"));

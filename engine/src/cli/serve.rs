@@ -61,7 +61,7 @@ use super::{number, reload, watchers};
 /// cannot attach an image, it logs an error and continues with the others.
 #[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Clone, Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ServeArgs {
     /// Configuration file [default: /etc/loopengine.toml, if it exists].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -118,7 +118,7 @@ fn parse_switch(word: &str) -> std::result::Result<bool, String> {
     }
 }
 
-impl Args {
+impl ServeArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let config = self.load()?;
         init_log();

@@ -22,7 +22,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// kernel moves to a helper thread. FALLBACKS are requests whose buffer the daemon registers with a
 /// separate command.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct StatsArgs {
     /// Show only this device [default: all].
     #[arg(add = complete::devices())]
     device: Option<String>,
@@ -44,7 +44,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-impl Args {
+impl StatsArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         let which = match (&self.device, &self.instance) {
             (Some(device), _) => detach::device(device.clone()),

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Bytes of a block device or file, read and written directly, past every cache.
 //!
-//! Knows alignment, and that nobody may touch the memory of a request that has ended. Knows nothing
-//! of what the bytes mean (see `model` and `ledger`).
+//! Knows alignment, and that nobody may touch memory outside a request, or after its end. Knows
+//! nothing of what the bytes mean (see `model` and `ledger`).
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::{Mutex, PoisonError};
 
@@ -18,25 +19,43 @@ const ENDED: u8 = 0xe5;
 /// Bytes of such memory that are kept to be looked at.
 const KEPT: usize = 64 << 20;
 
-/// Memory whose requests have ended, the oldest first. Data that comes late is found here, and not
-/// by whoever has the memory next.
-static KEPT_BACK: Mutex<VecDeque<Vec<u8>>> = Mutex::new(VecDeque::new());
+/// Memory whose requests have ended, the oldest first. Data that come late, or beside the memory of
+/// their request, are found here, and not by whoever has the memory next.
+static KEPT_BACK: Mutex<VecDeque<Ended>> = Mutex::new(VecDeque::new());
 
-/// Fails if data came into memory after its requests had ended. The memory is given back.
-pub(crate) fn none_came_late() -> Res {
+/// Fails if data came into memory after its requests had ended, or outside it. The memory is freed.
+pub(crate) fn none_went_astray() -> Res {
     let kept = std::mem::take(&mut *KEPT_BACK.lock().unwrap_or_else(PoisonError::into_inner));
-    for bytes in kept {
-        if let Some(at) = bytes.iter().position(|byte| *byte != ENDED) {
-            let wrong = bytes.iter().filter(|byte| **byte != ENDED).count();
-            let end = (at + 32).min(bytes.len());
-            crate::harness::fail!(
-                "{wrong} bytes came after the end of their request, the first at {at} of {}: {:02x?}",
-                bytes.len(),
-                &bytes[at..end]
-            );
+    kept.iter().try_for_each(Ended::check)
+}
+
+/// Memory of a request that has ended: zeroes around `ENDED`.
+struct Ended {
+    bytes: Vec<u8>,
+    range: Range<usize>,
+}
+
+impl Ended {
+    fn check(&self) -> Res {
+        let Ended { bytes, range } = self;
+        let parts = [(0..range.start, 0), (range.clone(), ENDED), (range.end..bytes.len(), 0)];
+        for (part, expected) in parts {
+            // A page at a time: comparing single bytes takes seconds on an emulated CPU.
+            let whole = [expected; ALIGN];
+            let page = bytes[part.clone()].chunks(ALIGN).position(|page| page != &whole[..page.len()]);
+            if let Some(page) = page {
+                let start = part.start + page * ALIGN;
+                let page = &bytes[start..part.end.min(start + ALIGN)];
+                let at = page.iter().position(|byte| *byte != expected).unwrap_or(0);
+                crate::harness::fail!(
+                    "data went astray at byte {} of memory whose request had {range:?}, and has ended: {:02x?}",
+                    start + at,
+                    &page[at..page.len().min(at + 32)]
+                );
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Memory as direct I/O wants it.
@@ -74,13 +93,15 @@ impl Aligned {
 
 impl Drop for Aligned {
     fn drop(&mut self) {
-        self.bytes.fill(ENDED);
+        self.get_mut().fill(ENDED);
+        let ended =
+            Ended { bytes: std::mem::take(&mut self.bytes), range: self.start..self.start + self.len };
         let mut kept = KEPT_BACK.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push_back(std::mem::take(&mut self.bytes));
-        let mut bytes: usize = kept.iter().map(Vec::len).sum();
+        kept.push_back(ended);
+        let mut bytes: usize = kept.iter().map(|ended| ended.bytes.len()).sum();
         // The oldest go unseen: a case that is busy has no time to look at all.
         while bytes > KEPT {
-            bytes -= kept.pop_front().map_or(0, |oldest| oldest.len());
+            bytes -= kept.pop_front().map_or(0, |oldest| oldest.bytes.len());
         }
     }
 }

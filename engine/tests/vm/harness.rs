@@ -71,11 +71,11 @@ pub(crate) use {ensure, fail, skip};
 pub(crate) enum Needs {
     /// ublk, nothing more.
     Ublk,
-    /// This path of the feature ladder.
-    Path(&'static str),
+    /// This I/O mode.
+    IoMode(&'static str),
     /// Devices that can be resized.
     Resize,
-    /// Devices that outlive their daemon, on this path.
+    /// Devices that outlive their daemon, in this I/O mode.
     Recovery(&'static str),
     /// Pools of private loop devices.
     Private,
@@ -207,7 +207,7 @@ impl Case {
         if result.is_ok() {
             result = left_behind(&before, &self.name);
         }
-        result = result.and(disk::none_came_late());
+        result = result.and(disk::none_went_astray());
         if let Err(Stop::Fail(_)) = &result {
             host::print_logs(&dir);
             host::print_kernel_log(&self.name, 40);

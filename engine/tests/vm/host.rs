@@ -45,7 +45,7 @@ const TOOLS: [&str; 20] = [
 pub(crate) struct Host {
     /// The program under test, copied to memory: the lab's shared root is slow.
     pub(crate) program: String,
-    /// Paths of the ladder that work here.
+    /// I/O modes that work here.
     pub(crate) io_modes: Vec<String>,
     /// Devices can be resized.
     pub(crate) resize: bool,
@@ -89,12 +89,12 @@ impl Host {
         }
         let done = tools::run(&[&program, "features", "--json"])?.ok()?;
         let features: Value = serde_json::from_str(&done.out).at("features --json")?;
-        let Some(paths) = features["ioModes"].as_array() else {
-            fail!("features --json has no dataPaths: {}", done.out);
+        let Some(io_modes) = features["ioModes"].as_array() else {
+            fail!("features --json has no ioModes: {}", done.out);
         };
         let host = Host {
             program,
-            io_modes: paths.iter().filter_map(|p| p.as_str().map(String::from)).collect(),
+            io_modes: io_modes.iter().filter_map(|p| p.as_str().map(String::from)).collect(),
             resize: features["resize"] == true,
             recovery: features["recovery"] == true,
             private: ["UPDATE_SIZE", "SAFE_STOP_DEV"].iter().all(|flag| has_flag(&features, flag)),
@@ -139,8 +139,10 @@ impl Host {
     /// Skips unless the kernel has what a case needs.
     pub(crate) fn meets(&self, needs: Needs) -> Res {
         match needs {
-            Needs::Path(path) | Needs::Recovery(path) if !self.io_modes.iter().any(|p| p == path) => {
-                skip!("this kernel does not grant the data path '{path}'")
+            Needs::IoMode(io_mode) | Needs::Recovery(io_mode)
+                if !self.io_modes.iter().any(|p| p == io_mode) =>
+            {
+                skip!("this kernel does not grant I/O mode '{io_mode}'")
             }
             Needs::Recovery(_) if !self.recovery => skip!("this kernel grants no recovery"),
             Needs::Private if !self.private => skip!("private loop devices need Linux 7.0 or newer"),

@@ -23,7 +23,7 @@ use crate::{programs, setup};
 
 /// What to measure and where.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct BenchOptions {
     /// Fewer jobs, shorter rounds, fewer devices: both modes take less than a quarter of an hour
     #[arg(long)]
     quick: bool,
@@ -48,7 +48,7 @@ pub(crate) struct Options {
     /// Seconds after which a VM is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
     timeout: u64,
-    /// Options of `loopbench run`; see `loopbench run --help`
+    /// BenchOptions of `loopbench run`; see `loopbench run --help`
     #[arg(last = true, value_name = "OPTION")]
     more: Vec<String>,
 }
@@ -82,7 +82,7 @@ const HOST_CPU: &str = "host-cpu";
 const MEMORY: &str = "6G";
 
 /// Measures and writes reports; returns the exit code.
-pub(crate) fn bench(options: &Options) -> Result<u8> {
+pub(crate) fn bench(options: &BenchOptions) -> Result<u8> {
     // Link-time optimisation takes as long as a short run, and changes a 4K read by 0.25 %.
     let programs = if options.quick { programs::build()? } else { programs::build_release()? };
     let modes = match (options.host, options.mode) {
@@ -260,7 +260,7 @@ fn with_peers(programs: &[Program]) -> Vec<Program> {
 }
 
 /// Notes for the manifest.
-fn notes(options: &Options, mode: Option<Mode>) -> Result<Vec<Note>> {
+fn notes(options: &BenchOptions, mode: Option<Mode>) -> Result<Vec<Note>> {
     let git = |words: &[&str]| said(Command::new("git").args(words).current_dir(programs::workspace()));
     let first = |said: Result<String>| said.ok().and_then(|said| Some(said.lines().next()?.to_owned()));
     // Changes of results do not change what is measured.

@@ -13,7 +13,7 @@ use crate::{bench, cargo_tools, hostile, programs, setup, suite};
 
 /// Which checks to run.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct CiOptions {
     /// Only the checks that need neither root nor a VM: format, clippy, rustdoc, unit tests
     #[arg(long)]
     fast: bool,
@@ -32,7 +32,7 @@ const BENCHES: &[&str] =
 const UNIT_TESTS: &[&str] = &["test", "--profile", "lab", "--workspace", "--lib", "--bins"];
 
 /// Runs the checks and stops at the first that fails.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &CiOptions) -> Result<()> {
     let steps = Steps::start();
     // The totals of the tests are the last lines of a full run.
     if options.fast { fast(&steps) } else { full(&steps) }
@@ -66,10 +66,10 @@ fn full(steps: &Steps) -> Result<()> {
     steps.begin("instructions per I/O");
     passed("lab gate", bench::gate(&bench::Gate { accept: false })? == 0)?;
     steps.begin("hostile clients");
-    let campaign = hostile::Options { minutes: 2, seed: Some(7), only: None };
+    let campaign = hostile::HostileOptions { minutes: 2, seed: Some(7), only: None };
     passed("lab hostile", hostile::run(&campaign)?)?;
     steps.begin("all tests");
-    passed("lab test", suite::run(&suite::Options::default())?)
+    passed("lab test", suite::run(&suite::SuiteOptions::default())?)
 }
 
 /// Runs a cargo command with the settings of CI.

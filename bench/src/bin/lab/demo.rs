@@ -26,7 +26,7 @@ use crate::{programs, setup, tenants};
 
 /// Where to run.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct DemoOptions {
     /// Kernel of the VM
     #[arg(long, value_enum, default_value = "7")]
     kernel: Line,
@@ -50,7 +50,7 @@ const ROUNDS: u32 = 7;
 const JOBS: [&Job; 3] = [&job::QD1, &job::QD32, &job::SEQ];
 
 /// Runs the demo; its exit code.
-pub(crate) fn run(options: &Options) -> Result<u8> {
+pub(crate) fn run(options: &DemoOptions) -> Result<u8> {
     if options.inside {
         return show().map(|()| 0);
     }

@@ -68,9 +68,9 @@ enum Command {
     /// the output and returns the exit status of the command; 125 if the lab itself failed.
     Vm(VmArguments),
     /// Serve two instances, check file systems in images, and compare with kernel loop
-    Demo(demo::Options),
+    Demo(demo::DemoOptions),
     /// Measure loopengine, kernel loop, FUSE and others side by side, and write a report
-    Bench(bench::Options),
+    Bench(bench::BenchOptions),
     /// Fail if an I/O costs more instructions than the committed baseline
     Gate(bench::Gate),
     /// Write the report of a result again from its raw files
@@ -79,22 +79,22 @@ enum Command {
         dir: PathBuf,
     },
     /// Run all tests: on this machine, and in a VM per kernel
-    Test(suite::Options),
+    Test(suite::SuiteOptions),
     /// Run hostile clients of all kinds in a VM, beside a well-behaved tenant and root
     ///
     /// Fails if a call of the well-behaved clients takes more than 2 s, if data differ, if the
     /// daemon does not return to its former number of descriptors and threads and its former
     /// memory, if SIGTERM does not end it in time, or if the kernel warns.
-    Hostile(hostile::Options),
+    Hostile(hostile::HostileOptions),
     /// Run all checks that a change must pass, as .ci/run does
     ///
     /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile
     /// clients for two minutes, all tests. Takes about an hour on two cores.
-    Ci(ci::Options),
+    Ci(ci::CiOptions),
     /// Build the book of all documentation with mdbook, and check its links
-    Docs(book::Options),
+    Docs(book::BookOptions),
     /// Check that this tree can be released, and print the manual steps of a release
-    Release(release::Options),
+    Release(release::ReleaseOptions),
     /// Make a file system in memory, for tests and measurements; needs root
     Store(store::Options),
     /// Guest side of the power cut tests

@@ -17,7 +17,7 @@ use crate::programs::{self, Package, cargo, workspace};
 
 /// What to do.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct ReleaseOptions {
     /// Check the tree and print the steps; without it, the command refuses
     #[arg(long)]
     dry_run: bool,
@@ -32,7 +32,7 @@ const SPDX: &str = "SPDX-License-Identifier: Apache-2.0 OR MIT";
 const SHOWN_MAX: usize = 5;
 
 /// Checks the tree; whether every check passed.
-pub(crate) fn run(options: &Options) -> Result<bool> {
+pub(crate) fn run(options: &ReleaseOptions) -> Result<bool> {
     let packages = programs::metadata()?.packages;
     let version = &packages.first().context("the workspace has no package")?.version;
     if !options.dry_run {

@@ -21,7 +21,7 @@ use crate::powercut;
 
 /// What to run.
 #[derive(clap::Args, Default)]
-pub(crate) struct Options {
+pub(crate) struct SuiteOptions {
     /// Kernel of the kernel cases [default: both]
     #[arg(long, value_enum)]
     kernel: Option<Line>,
@@ -136,7 +136,7 @@ impl Phase {
 }
 
 /// Runs the tests that `options` select; returns whether all passed.
-pub(crate) fn run(options: &Options) -> Result<bool> {
+pub(crate) fn run(options: &SuiteOptions) -> Result<bool> {
     let filter = options.filter.as_deref();
     let out: Sink<'_> = &mut vm::to_stdout;
     let mut phases = vec![
@@ -153,7 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
 
 /// Runs kernel cases and power cuts in parallel VMs: one VM seldom keeps two cores busy. Prints the
 /// output of the first VM as it arrives, and that of the others when they end.
-fn in_vms(options: &Options) -> Result<Vec<Phase>> {
+fn in_vms(options: &SuiteOptions) -> Result<Vec<Phase>> {
     let lab = setup::ensure_all()?;
     let mut programs = programs::build()?;
     let cases = programs::build_cases()?;
@@ -187,7 +187,7 @@ fn one_vm(
     share: Share,
     programs: &[Program],
     any: bool,
-    options: &Options,
+    options: &SuiteOptions,
     sink: Sink<'_>,
 ) -> Result<Vec<Phase>> {
     let Share { line, cases } = share;
@@ -208,7 +208,7 @@ fn one_vm(
 }
 
 /// The share whose output is printed as it arrives, and the others.
-fn shares(options: &Options) -> (Share, Vec<Share>) {
+fn shares(options: &SuiteOptions) -> (Share, Vec<Share>) {
     let all = |line| Share { line, cases: Cases::All };
     let seven = |cases| Share { line: Line::Seven, cases };
     let everyday = options.filter.is_none() && !options.full;
@@ -273,7 +273,7 @@ fn cases_in_vm(
     lab: &Lab,
     Share { line, cases }: Share,
     programs: &[Program],
-    options: &Options,
+    options: &SuiteOptions,
     sink: Sink<'_>,
 ) -> Result<Tally> {
     let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, cases.mode()) };
@@ -299,6 +299,8 @@ fn cases_in_vm(
     Ok(Tally { passed: first.passed + second.passed, failed: second.failed, skipped: first.skipped })
 }
 
+/// Shell commands that report a crash of the test program itself.
+const CRASH_REPORT: &str = include_str!("crash.sh");
 /// If more cases fail, none gets a second try.
 const SECOND_TRIES_MAX: usize = 6;
 
@@ -310,7 +312,11 @@ fn cases_once(
     sink: Sink<'_>,
 ) -> Result<(Tally, String)> {
     let mut said = Vec::new();
-    let result = machine.run(lab, programs, command, &mut |bytes| {
+    let command = format!(
+        "ulimit -c unlimited; echo /run/core.%e >/proc/sys/kernel/core_pattern\n\
+         {command}\nstatus=$?\n{CRASH_REPORT}\n(exit $status)"
+    );
+    let result = machine.run(lab, programs, &command, &mut |bytes| {
         sink(bytes);
         said.extend_from_slice(bytes);
     });
@@ -341,7 +347,7 @@ fn any_case(cases: &Program, filter: Option<&str>) -> Result<bool> {
     Ok(filter.is_none() || said.contains(": test"))
 }
 
-fn cases_here(options: &Options) -> Result<Tally> {
+fn cases_here(options: &SuiteOptions) -> Result<Tally> {
     let programs = programs::build()?;
     let cases_program = programs::build_cases()?;
     let engine = programs.iter().find(|program| program.name == "loopengine");
@@ -386,7 +392,8 @@ mod tests {
         assert_eq!(Cases::Private.words(None)[2], PRIVATE);
         assert_eq!(Cases::Others.words(None), ["vm", "--test-threads=1", "--skip", PRIVATE]);
         assert_eq!(Cases::All.words(Some("x")), ["vm", "--test-threads=1", "x"]);
-        let options = |kernel, filter| Options { kernel, filter, host: false, quick: false, full: false };
+        let options =
+            |kernel, filter| SuiteOptions { kernel, filter, host: false, quick: false, full: false };
         let names = |options| {
             let (first, others) = shares(&options);
             let all: Vec<_> = [first].into_iter().chain(others).collect();

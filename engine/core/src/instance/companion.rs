@@ -1,21 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What else has disks in the daemon of an engine: private pools. They are above this module, so the engine knows
-//! them as [`Companion`]s only, and gives them workers.
+//! Private pools, as their engine knows them. They are above this module.
 
-use std::path::{Path, PathBuf};
-
-use super::claims::ExcludedFileSystem;
-use super::engine::{Engine, Tuning};
-use super::instance::EngineContext;
-use super::served::Workers;
-use crate::error::{Error, Kind, Result};
-use crate::frontend::Backend;
-use crate::kernels::PRIVATE;
-use crate::ring::RingSizes;
-use crate::worker::WorkerHandle;
-
-/// Workers of a private pool: two queues per device, so that the kernel gives it no scheduler.
-const POOL_WORKERS: u32 = 2;
+use std::path::PathBuf;
 
 /// Owns disks that end with the engine.
 pub trait Companion: std::fmt::Debug + Send + Sync {
@@ -25,46 +11,4 @@ pub trait Companion: std::fmt::Debug + Send + Sync {
     fn end(&self);
     /// The kernel has added or removed nodes of partitions, or of disks on top of others.
     fn update_nodes(&self);
-}
-
-/// What private pools take from their engine.
-#[derive(Clone, Debug)]
-pub struct PoolResources {
-    context: EngineContext,
-    tuning: Tuning,
-}
-
-impl Engine {
-    /// What private pools are made of.
-    pub fn pool_resources(&self) -> PoolResources {
-        PoolResources { context: self.context.clone(), tuning: self.tuning }
-    }
-}
-
-impl PoolResources {
-    /// Starts the workers of a pool, with space for so many disks; over ublk.
-    pub fn start(&self, name: &str, uid: u32, disks: u32) -> Result<(EngineContext, Backend, Workers)> {
-        if !self.context.frontend.supports_private_pools() {
-            return Err(match PRIVATE.missing() {
-                Some(missing) => Error::new(Kind::Unsupported, missing)
-                    .hint("'loopengine doctor --for run' says what works with this kernel"),
-                None => {
-                    Error::new(Kind::Unsupported, "this daemon has no private devices: it does not use ublk")
-                        .hint("have root run 'modprobe ublk_drv', and restart the daemon")
-                }
-            });
-        }
-        let backend = self.context.frontend.backend(Path::new("/"), 0, &[])?;
-        let (sizes, options) = (RingSizes::for_devices(disks), self.tuning.options(false));
-        let workers = (0..POOL_WORKERS)
-            .map(|queue| WorkerHandle::start(format!("{name}/{queue}"), sizes, options, Vec::new()))
-            .collect::<Result<Vec<_>>>()?;
-        let claims = self.context.claims.of_pool(name, uid);
-        Ok((EngineContext { claims, ..self.context.clone() }, backend, workers.into()))
-    }
-
-    /// Forbids images on the file system with this device number while the result lives.
-    pub fn exclude_images_on(&self, dev: u64) -> ExcludedFileSystem {
-        self.context.claims.exclude_file_system(dev)
-    }
 }

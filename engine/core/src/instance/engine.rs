@@ -12,7 +12,7 @@ use super::links::{DEV_DIR, DevLinks};
 use super::names::{DeviceName, check_instance_name, parse_device};
 use super::spec::*;
 use super::state::StateDir;
-use super::{MAX_INSTANCES, stop};
+use super::{MAX_INSTANCES, write_back};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, Frontend, StopMode, ublk};
 use crate::hash::fnv1a;
@@ -225,7 +225,9 @@ impl Engine {
         let when = if force { StopMode::Always } else { StopMode::IfUnused };
         let selected = self.select(which)?;
         if force {
-            stop::write_back(selected.iter().flat_map(|(instance, _)| stop::nodes_of(instance)).collect());
+            write_back::write_back(
+                selected.iter().flat_map(|(instance, _)| write_back::nodes_of(instance)).collect(),
+            );
         }
         let mut gone = Vec::new();
         let mut first = None;

@@ -14,6 +14,7 @@ mod in_use;
 pub mod instance;
 mod links;
 mod names;
+mod pool_resources;
 mod recover_device;
 mod recovery;
 pub mod served;
@@ -21,10 +22,12 @@ pub mod spec;
 mod state;
 pub mod stop;
 mod table;
+mod write_back;
 
-pub use companion::{Companion, PoolResources};
+pub use companion::Companion;
 pub use engine::{Engine, EngineConfig, Selector, Tuning};
 pub use names::check_instance_name;
+pub use pool_resources::PoolResources;
 
 /// Maximum number of devices of one instance.
 pub const MAX_DEVICES: u32 = 4096;

@@ -12,19 +12,15 @@ use super::Engine;
 use super::attached::AttachedDevice;
 use super::engine::owner_hash;
 use super::instance::Instance;
+use super::write_back::{nodes_of, write_back};
 use crate::error::{Error, Kind};
 use crate::frontend::{StopMode, ublk};
-use crate::sys::usage::{self, Disks};
+use crate::sys::usage::Disks;
 
 /// Deadline for all devices together to complete requests in flight.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 /// Devices quiesced in parallel.
 const QUIESCE_PARALLEL: usize = 16;
-/// Deadline for the kernel's write-back before devices in use are stopped.
-const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
-/// Disks written back in parallel.
-const WRITE_BACK_PARALLEL: usize = 16;
-
 impl Engine {
     /// Ends all companions. Then quiesces the devices for the next daemon, keeping their names and
     /// state; or detaches them, with `detach_all` or if the kernel does not keep them. The process
@@ -67,16 +63,6 @@ pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     (disks, unknown_owner)
 }
 
-/// Devices of an instance, and those stacked on them.
-pub(super) fn nodes_of(instance: &Instance) -> Vec<PathBuf> {
-    let nodes = instance.live().into_iter().map(|attached| attached.node());
-    nodes
-        .flat_map(|node| {
-            Disks::of(&node).nodes().into_iter().chain((!node.starts_with("/dev")).then_some(node))
-        })
-        .collect()
-}
-
 fn detach_devices(instance: &Instance) {
     for number in instance.numbers() {
         if let Err(error) = instance.detach(number, StopMode::Always) {
@@ -114,30 +100,4 @@ fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
          'loopengine detach --all' before a stop detaches them",
         devices.len()
     );
-}
-
-/// Writes back the kernel's caches of disks that will be stopped in use: once they are stopping,
-/// the driver fails late writes. Data that is not written in time is lost, as if the disk were
-/// pulled out. Waits for these disks only: a thread that waits for others might never end.
-pub(super) fn write_back(nodes: Vec<PathBuf>) {
-    let nodes = Arc::new(nodes);
-    let next = Arc::new(AtomicUsize::new(0));
-    let (done, is_done) = crossbeam::channel::bounded(WRITE_BACK_PARALLEL);
-    for _ in 0..nodes.len().min(WRITE_BACK_PARALLEL) {
-        let (nodes, next, done) = (Arc::clone(&nodes), Arc::clone(&next), done.clone());
-        std::thread::spawn(move || {
-            while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if let Err(error) = usage::write_back(node) {
-                    tracing::debug!("{} could not be written back: {error}", node.display());
-                }
-            }
-            drop(done);
-        });
-    }
-    drop(done);
-    // Nothing is sent: the channel disconnects when all threads have ended.
-    let ended: Result<(), _> = is_done.recv_timeout(WRITE_BACK_LIMIT);
-    if ended == Err(crossbeam::channel::RecvTimeoutError::Timeout) {
-        tracing::warn!("could not write back all data before stopping the devices");
-    }
 }

@@ -106,7 +106,7 @@ fn number(disk: &Path) -> Option<u64> {
 
 /// `struct dm_ioctl`.
 #[repr(C)]
-struct Request {
+struct DmIoctl {
     version: [u32; 3],
     data_size: u32,
     data_start: u32,
@@ -123,9 +123,9 @@ struct Request {
 
 fn remove(rdev: u64) -> io::Result<()> {
     let control = fs::File::options().read(true).write(true).open(CONTROL)?;
-    let mut request = Request {
+    let mut request = DmIoctl {
         version: [4, 0, 0],
-        data_size: size_of::<Request>() as u32,
+        data_size: size_of::<DmIoctl>() as u32,
         data_start: 0,
         target_count: 0,
         open_count: 0,
@@ -150,14 +150,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_request_is_the_kernels() {
+    fn dm_ioctl_has_the_layout_of_the_kernel() {
         // The size is part of the ioctl's number.
-        assert_eq!(size_of::<Request>() as libc::Ioctl, DM_DEV_REMOVE >> 16 & 0x3fff);
-        assert_eq!(std::mem::offset_of!(Request, dev), 40);
+        assert_eq!(size_of::<DmIoctl>() as libc::Ioctl, DM_DEV_REMOVE >> 16 & 0x3fff);
+        assert_eq!(std::mem::offset_of!(DmIoctl, dev), 40);
     }
 
     #[test]
-    fn what_is_no_stack() {
+    fn rejects_devices_that_are_no_stack() {
         let null = rustix::fs::makedev(1, 3);
         assert_eq!(Stack::numbered(null), None);
         assert_eq!(Stack::to_be(null), None);

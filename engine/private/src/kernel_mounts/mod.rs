@@ -47,7 +47,7 @@ const REQUEST_MAX: usize = 6 * DATA_MAX + 4096;
 
 /// A request to the mount-maker.
 #[derive(Debug, Serialize, Deserialize)]
-struct MountRequest {
+struct MakerRequest {
     name: String,
     size: u64,
     kind: String,
@@ -104,7 +104,7 @@ impl KernelMounts {
         spec.kind.settings(spec.data)?;
         flags::translate(spec.flags)?;
         let _counted = self.count(spec.tenant)?;
-        let request = MountRequest {
+        let request = MakerRequest {
             name: mount_source.name.clone(),
             size: mount_source.size,
             kind: spec.kind.name.to_owned(),

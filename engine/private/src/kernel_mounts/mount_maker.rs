@@ -19,7 +19,7 @@ use rustix::mount::{
 use rustix::thread::CapabilitySet;
 
 use super::helper::HelperReply;
-use super::{MountRequest, REQUEST_MAX, children, confine, flags, policy};
+use super::{MakerRequest, REQUEST_MAX, children, confine, flags, policy};
 use crate::error::{Error, Result};
 use crate::image::Region;
 use crate::loops::Answer;
@@ -51,7 +51,7 @@ pub fn serve(socket: BorrowedFd<'_>) -> Result<()> {
 }
 
 /// Runs in a child. The request passes its device's node, as a mount; the device; a user namespace.
-fn make(request: &MountRequest, fds: Vec<OwnedFd>) -> Answer<HelperReply> {
+fn make(request: &MakerRequest, fds: Vec<OwnedFd>) -> Answer<HelperReply> {
     let mut fds = fds.into_iter();
     let (Some(node), Some(device), namespace) = (fds.next(), fds.next(), fds.next()) else {
         return Err(Errno::INVAL);

@@ -7,6 +7,7 @@
 mod outgoing;
 mod partitions;
 mod reset;
+mod shadows;
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -42,6 +43,18 @@ pub struct PoolDevice {
     last_generation: u64,
     /// Charged to the user.
     _charge: Charge,
+}
+
+/// A process opens a device number within this time after its lookup.
+pub(super) const OPEN_GRACE: Duration = Duration::from_millis(15);
+
+/// Device numbers that belong to a device beside that of its disk.
+#[derive(Debug, Default)]
+pub(super) struct RelatedNumbers {
+    /// Of outgoing disks.
+    pub(super) outgoing: Vec<u64>,
+    /// Of present and former partitions.
+    pub(super) partitions: Vec<u64>,
 }
 
 /// How long one poll of the close watcher releases outgoing disks of one device.

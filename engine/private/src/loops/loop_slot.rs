@@ -7,7 +7,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use super::device::PoolDevice;
+use super::device::{OPEN_GRACE, PoolDevice, RelatedNumbers};
 use super::{Answer, DeviceEntry, Errno};
 
 /// How long an operation waits for the lock of its device: longer than a control command of the
@@ -17,8 +17,6 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) const END_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a lookup waits for a disk that is being replaced, before it fails.
 const REPLACE_TIMEOUT: Duration = Duration::from_secs(1);
-/// A process opens a device number within this time after its lookup.
-pub(super) const OPEN_GRACE: Duration = Duration::from_millis(15);
 
 /// A loopN of a pool.
 #[derive(Debug)]
@@ -27,15 +25,6 @@ pub(super) struct LoopSlot {
     /// Never held across a wait.
     state: Mutex<PublishedState>,
     published: Condvar,
-}
-
-/// Device numbers that belong to a device beside that of its disk.
-#[derive(Debug, Default)]
-pub(super) struct RelatedNumbers {
-    /// Of outgoing disks.
-    pub(super) outgoing: Vec<u64>,
-    /// Of present and former partitions.
-    pub(super) partitions: Vec<u64>,
 }
 
 /// How a device number belongs to a device; the better match first.

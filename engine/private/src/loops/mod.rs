@@ -16,6 +16,7 @@ mod loop_slot;
 mod partition_disk;
 mod pool;
 mod pool_disk;
+mod pool_mounts;
 mod pools;
 mod quota;
 mod shadow_disk;

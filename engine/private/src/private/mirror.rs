@@ -9,14 +9,10 @@ use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use super::sysfs;
-use super::tree::{Tree, TreeNode, TreeOptions};
+use super::tree::{LOOPFS, Tree, TreeNode, TreeOptions};
 use crate::error::{Error, Result};
 use crate::loops::DeviceEntry;
 use crate::sys::stack::Stack;
-
-/// The directory in the tenant's /dev on which loopfs is mounted. Not `loop`: libloop would search
-/// for devices in it.
-pub const LOOPFS: &str = "loopfs";
 
 /// Space in /dev for the tenant's own files.
 const DEV_BYTES: u64 = 4 << 20;

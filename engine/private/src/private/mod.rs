@@ -38,11 +38,11 @@ use std::time::{Duration, Instant, SystemTime};
 pub use backend::PoolBackend;
 pub use container::ContainerSession;
 pub use limits::{Defaults, Limit, UserLimit};
-pub use mirror::LOOPFS;
 pub use operation::{DeviceStatus, LoopInfo64, Operation, OperationRequest, OperationResult};
 pub use spec::{Caller, OpenSpec, OpenedPool, PoolInfo, RESERVED_MAX};
 pub use sysfs::{LIBUDEV, NO_UDEV, SYSFS_DIRS};
 pub use tenant_reaper::TenantEvents;
+pub use tree::LOOPFS;
 
 use crate::accounts;
 use crate::error::{Error, Kind, Result};

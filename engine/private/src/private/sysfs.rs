@@ -16,8 +16,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::mirror::LOOPFS;
-use super::tree::TreeNode;
+use super::tree::{LOOPFS, TreeNode};
 use crate::loops::{Bound, DeviceEntry, flag};
 
 /// Directories of the tree, and the mount point of each.

@@ -13,6 +13,10 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
 
+/// The directory in the tenant's /dev on which loopfs is mounted. Not `loop`: libloop would search
+/// for devices in it.
+pub const LOOPFS: &str = "loopfs";
+
 /// A file of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TreeNode {

@@ -35,7 +35,7 @@ const FILES_MIN: u64 = 8192;
 /// next step. Exits with 1 if a check finds a problem. As root, checks the requirements of the
 /// daemon; as a plain user, the same as '--for run' and '--for mount'.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct DoctorArgs {
     /// Check whether images at this path support direct I/O.
     path: Option<PathBuf>,
 
@@ -95,7 +95,7 @@ impl Check {
     }
 }
 
-impl Args {
+impl DoctorArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let mut checks = match self.goal {
             Some(goal) => goal::checks(&[goal], run_dir),

@@ -24,7 +24,7 @@ use super::{complete, daemon, out, size};
 /// For root, lists the devices of instances. With '--all', lists private pools too, with owner,
 /// age, mount points and processes. A plain user sees only his own pools, in the same format.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ListArgs {
     /// List only the devices of this instance.
     #[arg(short, long, value_name = "NAME", add = complete::instances())]
     instance: Option<String>,
@@ -38,7 +38,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-impl Args {
+impl ListArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         if !self.all {
             let named = self.instance.is_some();

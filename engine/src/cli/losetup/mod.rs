@@ -19,7 +19,7 @@ use options::{Action, LosetupRequest};
 
 use crate::loops::{Answer, DeviceEntry, Errno, LoopOp, LoopReply, LoopStatus};
 
-pub use options::Args;
+pub use options::LosetupArgs;
 pub use table::Row;
 
 /// Name of losetup in messages.
@@ -39,9 +39,9 @@ pub trait LoopDevices {
 type LosetupResult<T = ()> = Result<T, String>;
 
 /// Parses `words`, starting with the program name. For a program called losetup.
-pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
-    let command = Args::augment_args(clap::Command::new(NAME)).version(env!("CARGO_PKG_VERSION"));
-    Args::from_arg_matches(&command.try_get_matches_from(words)?)
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<LosetupArgs, clap::Error> {
+    let command = LosetupArgs::augment_args(clap::Command::new(NAME)).version(env!("CARGO_PKG_VERSION"));
+    LosetupArgs::from_arg_matches(&command.try_get_matches_from(words)?)
 }
 
 /// The message for a clap error, with a newline; `last` is the last word of the command line. The
@@ -52,7 +52,7 @@ pub fn usage_error(error: &clap::Error, last: &OsStr) -> String {
 
 /// Executes `args`. Returns the exit code.
 pub fn run(
-    args: Args,
+    args: LosetupArgs,
     devices: &mut dyn LoopDevices,
     out: &mut dyn Write,
     err: &mut dyn Write,

@@ -17,7 +17,7 @@ use crate::loops::flag;
 /// losetup itself cannot work because no seccomp filter can be installed.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(args_override_self = true, infer_long_args = true, disable_version_flag = true)]
-pub struct Args {
+pub struct LosetupArgs {
     /// List all bound devices.
     #[arg(short, long)]
     all: bool,
@@ -144,7 +144,7 @@ const EXCLUSIVE: [&[&str]; 4] = [
     &["json", "raw"],
 ];
 
-impl Args {
+impl LosetupArgs {
     /// The pool given with --pool.
     pub fn pool(&self) -> Option<&str> {
         self.pool.as_deref()

@@ -24,7 +24,7 @@ const CALLS_MAX: u32 = 64;
 const NAMES_MAX: usize = 8;
 
 /// Executes `args`. Returns the exit code.
-pub(in crate::cli) fn run(args: super::Args, run_dir: &Path) -> Result<u8> {
+pub(in crate::cli) fn run(args: super::LosetupArgs, run_dir: &Path) -> Result<u8> {
     let mut remote = Remote::open(args.pool(), run_dir)?;
     let done = super::run(args, &mut remote, &mut io::stdout().lock(), &mut io::stderr().lock());
     match remote.failure {

@@ -6,11 +6,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Args, directory, image};
+use super::{MountArgs, directory, image};
 use crate::error::{Error, Kind, Result};
 
 /// Mounts partition N on DIR/N. Continues after a failure.
-pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
+pub(super) fn mount(args: &MountArgs, dir: &Path, run_dir: &Path) -> Result<()> {
     let shown = args.image.display();
     let (table, read_only) = (image::partitions(&args.image)?, args.read_only);
     let dir = directory(dir)?;
@@ -45,7 +45,7 @@ pub(super) fn mount(args: &Args, dir: &Path, run_dir: &Path) -> Result<()> {
     }
 }
 
-fn one(args: &Args, run_dir: &Path, number: u32, read_only: bool, dir: &Path) -> Result<()> {
+fn one(args: &MountArgs, run_dir: &Path, number: u32, read_only: bool, dir: &Path) -> Result<()> {
     let part = image::PartitionSpec { number: Some(number), offset: 0, size_limit: 0 };
     let image = image::inspect(&args.image, &part, read_only)?;
     let made = match fs::create_dir(dir) {

@@ -35,7 +35,7 @@ use crate::loops::{Errno, LoopConfig, LoopInfo, LoopOp, NAME_BYTES, flag};
 
 pub(super) use fuse::check_fuse;
 pub(super) use mounted::MountPool;
-pub(super) use umount::Args as Umount;
+pub(super) use umount::UmountArgs as Umount;
 
 /// Mount the file system in an image.
 ///
@@ -49,7 +49,7 @@ pub(super) use umount::Args as Umount;
 /// 'loopengine umount' ends the mount. 'umount' and 'fusermount3 -u' work too; the device then ends
 /// a moment later.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct MountArgs {
     /// Image file or block device.
     image: PathBuf,
 
@@ -104,7 +104,7 @@ enum Driver {
     Fuse(String),
 }
 
-impl Args {
+impl MountArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         if self.open {
             return open::mount(self, run_dir);

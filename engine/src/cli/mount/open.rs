@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{Args, image};
+use super::{MountArgs, image};
 use crate::error::{Error, Kind, Result};
 
 /// Directory below the user's session directory.
@@ -19,7 +19,7 @@ const OPENER: &str = "xdg-open";
 const OPEN_MAX: Duration = Duration::from_secs(5);
 
 /// Mounts all partitions of the image and opens the directory.
-pub(super) fn mount(args: Args, run_dir: &Path) -> Result<()> {
+pub(super) fn mount(args: MountArgs, run_dir: &Path) -> Result<()> {
     let home = home().ok_or_else(|| {
         Error::new(Kind::Unavailable, "there is no user session: XDG_RUNTIME_DIR is not set")
             .hint("give a directory instead of --open")
@@ -32,7 +32,7 @@ pub(super) fn mount(args: Args, run_dir: &Path) -> Result<()> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|error| Error::os(error, format!("cannot create {}", dir.display())))?;
     let all = image::partitions(&args.image).is_ok();
-    let args = Args { open: false, all, dir: Some(dir.clone()), ..args };
+    let args = MountArgs { open: false, all, dir: Some(dir.clone()), ..args };
     args.run(run_dir).inspect_err(|_| remove_dir(&dir))?;
     println!("{}", dir.display());
     match Command::new(OPENER).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).spawn() {

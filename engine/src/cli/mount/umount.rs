@@ -21,7 +21,7 @@ const END_MAX: Duration = Duration::from_secs(60);
 ///
 /// Returns when all data is written and the device is gone. The image is then complete.
 #[derive(Debug, clap::Args)]
-pub(in crate::cli) struct Args {
+pub(in crate::cli) struct UmountArgs {
     /// Mount point or image.
     #[arg(value_name = "DIR|IMAGE")]
     what: PathBuf,
@@ -31,7 +31,7 @@ pub(in crate::cli) struct Args {
     all: bool,
 }
 
-impl Args {
+impl UmountArgs {
     pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
         let named = full(&self.what);
         let inner = if self.all { all::directories(&named) } else { Vec::new() };

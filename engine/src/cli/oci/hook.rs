@@ -54,7 +54,7 @@ pub(in crate::cli) struct Hook {
 }
 
 #[derive(Deserialize)]
-struct ContainerState {
+struct HookState {
     #[serde(default)]
     id: String,
     bundle: PathBuf,
@@ -65,7 +65,7 @@ impl Hook {
         let mut text = Vec::new();
         let cannot = |error| Error::os(error, "cannot read the container state");
         std::io::stdin().take(STATE_MAX).read_to_end(&mut text).map_err(cannot)?;
-        let state: ContainerState = serde_json::from_slice(&text).map_err(|error| {
+        let state: HookState = serde_json::from_slice(&text).map_err(|error| {
             Error::new(Kind::Invalid, format!("standard input is not a container state: {error}"))
                 .hint("configure this as createContainer hook of a container runtime")
         })?;

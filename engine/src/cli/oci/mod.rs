@@ -20,20 +20,20 @@ use crate::error::Result;
 /// the config.json of a bundle. 'print-cdi' and 'print-profile' describe it to programs that create
 /// bundles.
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
+pub(super) enum OciCommand {
     PrintConfig(config::PrintConfig),
     PrintProfile(profile::PrintProfile),
     PrintCdi(cdi::PrintCdi),
     Hook(hook::Hook),
 }
 
-impl Command {
+impl OciCommand {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         match self {
-            Command::PrintConfig(args) => args.run(run_dir),
-            Command::PrintProfile(args) => args.run(run_dir),
-            Command::PrintCdi(args) => args.run(run_dir),
-            Command::Hook(args) => args.run(run_dir),
+            OciCommand::PrintConfig(args) => args.run(run_dir),
+            OciCommand::PrintProfile(args) => args.run(run_dir),
+            OciCommand::PrintCdi(args) => args.run(run_dir),
+            OciCommand::Hook(args) => args.run(run_dir),
         }
     }
 }

@@ -40,7 +40,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// run' on one line. Only one container can use a pool at a time. Run this again after a restart of
 /// the daemon. Needs root.
 #[derive(Debug, clap::Args)]
-pub(in crate::cli) struct Args {
+pub(in crate::cli) struct PodmanArgs {
     /// Name of the pool.
     #[arg(add = complete::pools())]
     pool: String,
@@ -63,7 +63,7 @@ pub(in crate::cli) struct Args {
     remove: bool,
 }
 
-impl Args {
+impl PodmanArgs {
     pub(in crate::cli) fn run(self, run_dir: &Path) -> Result<()> {
         if !rustix::process::geteuid().is_root() {
             return Err(Error::new(Kind::Denied, "only root can create pools for containers")

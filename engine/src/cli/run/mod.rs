@@ -62,7 +62,7 @@ pub(super) use userns::user_name;
 /// losetup then fails with "Function not implemented" (ENOSYS). In a user namespace, or with
 /// '--fuse', every mount(2) fails too. Exit the command and start 'loopengine run' again.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct RunArgs {
     /// Maximum number of devices [default: 8, or the rest of the user's limit].
     #[arg(long, value_name = "N", value_parser = number::within(1..=MAX_DEVICES))]
     max: Option<u32>,
@@ -114,7 +114,7 @@ fn is_file_system(name: &str) -> bool {
     (1..=32).contains(&name.len()) && name.bytes().all(fits)
 }
 
-impl Args {
+impl RunArgs {
     /// The rules for mounts by FUSE drivers and by the kernel.
     fn rules(&self, user: bool) -> mounter::MountRules {
         // In an existing user namespace (a container), the kernel mounts no disk even for root.

@@ -69,7 +69,7 @@ pub(super) struct MountRules {
 /// Serves calls of mount(2) on standard input. For `loopengine run` only.
 #[derive(Clone, Debug, clap::Args)]
 #[command(hide = true)]
-pub(crate) struct Args {
+pub(crate) struct MounterArgs {
     /// Be the resident process; without it, start one that has no parent.
     #[arg(long)]
     stay: bool,
@@ -91,7 +91,7 @@ pub(super) fn start(rules: MountRules, pool: &str, reserved: BTreeSet<u32>) -> R
     let cannot = |error| Error::os(error, "cannot start the mounter of the command");
     let (ours, theirs) = pair().map_err(|error| cannot(error.into()))?;
     let notice = EndNotice::for_this_process(pool);
-    let args = Args { stay: false, reserved: reserved.into_iter().collect(), notice, rules };
+    let args = MounterArgs { stay: false, reserved: reserved.into_iter().collect(), notice, rules };
     let status = args.command().stdin(theirs).status().map_err(cannot)?;
     match status.success() {
         true => Ok(ours),
@@ -99,7 +99,7 @@ pub(super) fn start(rules: MountRules, pool: &str, reserved: BTreeSet<u32>) -> R
     }
 }
 
-impl Args {
+impl MounterArgs {
     /// This program with these arguments. The resident process keeps no terminal or pipe open.
     fn command(&self) -> Command {
         let mut command = Command::new("/proc/self/exe");

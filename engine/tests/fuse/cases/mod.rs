@@ -29,7 +29,7 @@ mod verify;
 use crate::harness::Case;
 
 /// The one way for data to travel.
-const PATHS: [&str; 1] = ["fuse"];
+const IO_MODES: [&str; 1] = ["fuse"];
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

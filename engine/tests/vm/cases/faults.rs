@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{KIB, MIB, PATHS};
+use super::{IO_MODES, KIB, MIB};
 use crate::daemon::Daemon;
 use crate::disk::{self, Disk, same};
 use crate::fio;
@@ -22,11 +22,11 @@ pub(super) fn cases() -> Vec<Case> {
         ("bad_sectors_below", bad_sectors),
     ];
     let mut all = Vec::new();
-    for path in PATHS {
+    for io_mode in IO_MODES {
         for (name, body) in bodies {
-            let name = format!("faults::{name}::{path}");
-            let case = case(name, Needs::Path(path), 150, move |ctx| body(ctx, path));
-            all.push(case.variant_if(path == "auto"));
+            let name = format!("faults::{name}::{io_mode}");
+            let case = case(name, Needs::IoMode(io_mode), 150, move |ctx| body(ctx, io_mode));
+            all.push(case.variant_if(io_mode == "auto"));
         }
     }
     all
@@ -40,14 +40,14 @@ fn errno(result: std::io::Result<impl Sized>) -> Res<i32> {
 }
 
 /// Reads behind the new end are EIO, those before it go on.
-fn truncated(ctx: &Ctx, path: &str) -> Res {
+fn truncated(ctx: &Ctx, io_mode: &str) -> Res {
     const END: u64 = 16 * MIB + 3 * 512;
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", 32 * MIB)?;
     let data = pattern(12, 32 << 20);
     disk::write_all(&image, &data)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
     ensure!(daemon.info(&device)?["state"] == "live", "not live");
     let jobs = format!(
         "[readers]
@@ -102,13 +102,13 @@ runtime=5
 
 /// No room below a sparse image: writes to holes fail, everything acknowledged stays, and it works
 /// again when there is room.
-fn full(ctx: &Ctx, path: &str) -> Res {
+fn full(ctx: &Ctx, io_mode: &str) -> Res {
     const SIZE: u64 = 64 * MIB;
     let shape = Shape { size_mib: 320, ..Shape::default() };
     let store = Store::new(ctx, "xfs", &shape)?;
     let image = store.sparse("image", SIZE)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
     let filler = store.path("filler");
     tools::sh(format!(
         "free=$(( $(stat -f -c '%a * %S' {image}) )); fallocate -l $(( free - 12 * 1048576 )) {filler}"
@@ -138,12 +138,12 @@ fn full(ctx: &Ctx, path: &str) -> Res {
 }
 
 /// Sectors that cannot be read or written make errors where they are, and nowhere else.
-fn bad_sectors(ctx: &Ctx, path: &str) -> Res {
+fn bad_sectors(ctx: &Ctx, io_mode: &str) -> Res {
     let below = store::Disk::new(&Shape { size_mib: 32, ..Shape::default() })?;
     let mut data = pattern(14, 4 << 20);
     disk::write_all(&below.node(), &data)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&below.node(), "--io-mode", path])?;
+    let device = daemon.attach(&[&below.node(), "--io-mode", io_mode])?;
     let disk = Disk::open(&device)?;
     // Once with transfers that stop at the bad sector, where the kernel has them; once without.
     for partial in ["0", "1"] {

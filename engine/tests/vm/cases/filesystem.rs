@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::{MIB, PATHS};
+use super::{IO_MODES, MIB};
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::model::pattern;
@@ -14,17 +14,17 @@ use crate::{host, tools};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for path in PATHS {
+    for io_mode in IO_MODES {
         for kind in ["ext4", "xfs"] {
-            let name = format!("filesystem::{kind}::{path}");
-            let case = case(name, Needs::Path(path), 150, move |ctx| tree_survives(ctx, kind, path));
-            all.push(case.variant_if((kind == "xfs") != (path == "auto")));
+            let name = format!("filesystem::{kind}::{io_mode}");
+            let case = case(name, Needs::IoMode(io_mode), 150, move |ctx| tree_survives(ctx, kind, io_mode));
+            all.push(case.variant_if((kind == "xfs") != (io_mode == "auto")));
         }
     }
     all
 }
 
-fn tree_survives(ctx: &Ctx, kind: &str, path: &str) -> Res {
+fn tree_survives(ctx: &Ctx, kind: &str, io_mode: &str) -> Res {
     let tree = real_tree()?;
     // Each kind on top of the other, so both also serve as the store.
     let store = match kind {
@@ -34,7 +34,7 @@ fn tree_survives(ctx: &Ctx, kind: &str, path: &str) -> Res {
     let image = store.sparse("image", 400 * MIB)?;
     let daemon = Daemon::start(ctx)?;
 
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
     mkfs(kind, &device)?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
     let copy = format!("{}/tree", mount.dir);
@@ -45,7 +45,7 @@ fn tree_survives(ctx: &Ctx, kind: &str, path: &str) -> Res {
     fsck(kind, &device).at("check after the first use")?;
     daemon.detach(&device)?;
 
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
     let mount = Mount::new(&device, &ctx.path("mnt"), &[])?;
     ensure!(checksums(&copy)? == expected, "the copy differs after detach and attach");
     tools::ok(&["rm", "-rf", &copy])?;

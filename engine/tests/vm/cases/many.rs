@@ -18,10 +18,10 @@ pub(super) fn cases() -> Vec<Case> {
         case("many::two_instances", Needs::Ublk, 120, two_instances),
         case("many::two_hundred", Needs::Ublk, 400, two_hundred),
         case("many::churn", Needs::Ublk, 900, churn),
-        case("many::more_io_than_buffers::auto", Needs::Path("auto"), 400, |ctx| {
+        case("many::more_io_than_buffers::auto", Needs::IoMode("auto"), 400, |ctx| {
             more_io_than_buffers(ctx, "auto")
         }),
-        case("many::more_io_than_buffers::batch", Needs::Path("batch"), 400, |ctx| {
+        case("many::more_io_than_buffers::batch", Needs::IoMode("batch"), 400, |ctx| {
             more_io_than_buffers(ctx, "batch")
         }),
     ]
@@ -242,7 +242,7 @@ fn daemon_base(daemon: &Daemon) -> u32 {
 }
 
 /// More than 20,000 requests at once on one ring, whose buffer table has 16,384 places.
-fn more_io_than_buffers(ctx: &Ctx, path: &str) -> Res {
+fn more_io_than_buffers(ctx: &Ctx, io_mode: &str) -> Res {
     // Everyday with fewer devices, as attaching takes most of the time.
     let (count, depth): (u64, u64) = if ctx.host.full { (200, 128) } else { (40, 512) };
     let bytes = depth * 4096;
@@ -252,7 +252,7 @@ fn more_io_than_buffers(ctx: &Ctx, path: &str) -> Res {
     let store = Store::new(ctx, "xfs", &shape)?;
     let mut daemon = Daemon::start(ctx)?;
     daemon.ok(&["instance", "create", "crowd", "--max", "200"])?;
-    let words = ["-i", "crowd", "--queues", "1", "--depth", &depth, "--io-mode", path];
+    let words = ["-i", "crowd", "--queues", "1", "--depth", &depth, "--io-mode", io_mode];
     let devices = attach_many(&daemon, &store, count, bytes, &words)?;
     let mut jobs = format!(
         "[global]

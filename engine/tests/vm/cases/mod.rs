@@ -51,8 +51,8 @@ mod zeroes;
 
 use crate::harness::Case;
 
-/// Paths of the feature ladder: every case that is about data runs on each.
-const PATHS: [&str; 3] = ["copy", "auto", "batch"];
+/// Every case that is about data runs in each.
+const IO_MODES: [&str; 3] = ["copy", "auto", "batch"];
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{MIB, PATHS};
+use super::{IO_MODES, MIB};
 use crate::daemon::Daemon;
 use crate::disk;
 use crate::fio;
@@ -13,16 +13,16 @@ use crate::store::Store;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for path in PATHS {
-        let name = format!("recovery::kill_under_verify::{path}");
-        all.push(case(name, Needs::Recovery(path), 240, move |ctx| {
-            ends_under_verify(ctx, path, Daemon::kill)
+    for io_mode in IO_MODES {
+        let name = format!("recovery::kill_under_verify::{io_mode}");
+        all.push(case(name, Needs::Recovery(io_mode), 240, move |ctx| {
+            ends_under_verify(ctx, io_mode, Daemon::kill)
         }));
-        let name = format!("recovery::kill_keeps_acknowledged::{path}");
-        let kept = case(name, Needs::Recovery(path), 180, move |ctx| {
-            ends_keep_acknowledged(ctx, path, Daemon::kill)
+        let name = format!("recovery::kill_keeps_acknowledged::{io_mode}");
+        let kept = case(name, Needs::Recovery(io_mode), 180, move |ctx| {
+            ends_keep_acknowledged(ctx, io_mode, Daemon::kill)
         });
-        all.push(kept.variant_if(path == "auto"));
+        all.push(kept.variant_if(io_mode == "auto"));
     }
     all.push(case("recovery::configured_devices", Needs::Recovery("copy"), 120, configured_devices));
     all.push(case("recovery::kill_with_many_devices", Needs::Recovery("copy"), 180, kill_with_many_devices));
@@ -33,12 +33,12 @@ pub(super) fn cases() -> Vec<Case> {
 pub(super) type End = fn(&mut Daemon) -> Res;
 
 /// fio --verify goes on over two ends of the daemon and does not see an error.
-pub(super) fn ends_under_verify(ctx: &Ctx, path: &str, end: End) -> Res {
+pub(super) fn ends_under_verify(ctx: &Ctx, io_mode: &str, end: End) -> Res {
     const SIZE: u64 = 96 * MIB;
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", SIZE)?;
     let mut daemon = Daemon::leaving(ctx)?;
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
     let before = daemon.info(&device)?;
     let ids = daemon.ublk_ids();
 
@@ -89,7 +89,7 @@ rate=2m,2m
     disk::same("image", &disk::read_all(&image, 0, SIZE)?, &shown)?;
     daemon.detach(&device)?;
     // A device that was taken back leaves its number free like any other.
-    let again = daemon.attach(&[&image, "--io-mode", path])?;
+    let again = daemon.attach(&[&image, "--io-mode", io_mode])?;
     ensure!(again == device, "{device} came back as {again}");
     disk::same("device", &disk::read_all(&again, 0, SIZE)?, &shown)?;
     daemon.detach(&again)?;
@@ -97,11 +97,11 @@ rate=2m,2m
 }
 
 /// Every write that was acknowledged before, during and after three ends of the daemon is there.
-pub(super) fn ends_keep_acknowledged(ctx: &Ctx, path: &str, end: End) -> Res {
+pub(super) fn ends_keep_acknowledged(ctx: &Ctx, io_mode: &str, end: End) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
     let mut daemon = Daemon::leaving(ctx)?;
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
     let writers = Writers::start(&device, 64 * MIB, 8, OnError::End)?;
     for _ in 0..3 {
         writers.progress(200, Duration::from_secs(30))?;

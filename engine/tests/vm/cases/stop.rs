@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::recovery::{ends_keep_acknowledged, ends_under_verify};
-use super::{MIB, PATHS};
+use super::{IO_MODES, MIB};
 use crate::daemon::Daemon;
 use crate::disk;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
@@ -17,17 +17,18 @@ const STOPPED: Duration = Duration::from_secs(15);
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for path in PATHS {
-        let name = format!("stop::restart_under_verify::{path}");
+    for io_mode in IO_MODES {
+        let name = format!("stop::restart_under_verify::{io_mode}");
         let verified =
-            case(name, Needs::Recovery(path), 240, move |ctx| ends_under_verify(ctx, path, terminate));
-        all.push(verified.variant_if(path == "auto"));
-        let name = format!("stop::restart_keeps_acknowledged::{path}");
-        let kept =
-            case(name, Needs::Recovery(path), 180, move |ctx| ends_keep_acknowledged(ctx, path, terminate));
-        all.push(kept.variant_if(path == "auto"));
-        let name = format!("stop::detach_all_under_load::{path}");
-        all.push(case(name, Needs::Path(path), 180, move |ctx| detach_all_under_load(ctx, path)));
+            case(name, Needs::Recovery(io_mode), 240, move |ctx| ends_under_verify(ctx, io_mode, terminate));
+        all.push(verified.variant_if(io_mode == "auto"));
+        let name = format!("stop::restart_keeps_acknowledged::{io_mode}");
+        let kept = case(name, Needs::Recovery(io_mode), 180, move |ctx| {
+            ends_keep_acknowledged(ctx, io_mode, terminate)
+        });
+        all.push(kept.variant_if(io_mode == "auto"));
+        let name = format!("stop::detach_all_under_load::{io_mode}");
+        all.push(case(name, Needs::IoMode(io_mode), 180, move |ctx| detach_all_under_load(ctx, io_mode)));
     }
     all.push(case("stop::mounted_file_systems_survive", Needs::Recovery("copy"), 200, survive));
     all.push(case("stop::many_devices_are_left_waiting", Needs::Recovery("copy"), 300, many));
@@ -129,13 +130,13 @@ fn many(ctx: &Ctx) -> Res {
 }
 
 /// With --detach-all under load: ends in time, leaves no device, loses no acknowledged write.
-fn detach_all_under_load(ctx: &Ctx, path: &str) -> Res {
+fn detach_all_under_load(ctx: &Ctx, io_mode: &str) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 64 * MIB)?;
     let idle = store.sparse("idle", 8 * MIB)?;
     let mut daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--io-mode", path])?;
-    daemon.attach(&[&idle, "--io-mode", path])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode])?;
+    daemon.attach(&[&idle, "--io-mode", io_mode])?;
     let writers = Writers::start(&device, 64 * MIB, 12, OnError::End)?;
     writers.progress(300, Duration::from_secs(30))?;
     daemon.sigterm()?;

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{MIB, PATHS};
+use super::{IO_MODES, MIB};
 use crate::daemon::Daemon;
 use crate::disk;
 use crate::fio;
@@ -14,22 +14,23 @@ const RUN: Duration = Duration::from_secs(150);
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for path in PATHS {
-        all.push(case(format!("verify::mixed::{path}"), Needs::Path(path), 240, move |ctx| {
-            mixed(ctx, path, 24, &[], &[])
+    for io_mode in IO_MODES {
+        all.push(case(format!("verify::mixed::{io_mode}"), Needs::IoMode(io_mode), 240, move |ctx| {
+            mixed(ctx, io_mode, 24, &[], &[])
         }));
-        let one_queue = case(format!("verify::one_queue::{path}"), Needs::Path(path), 240, move |ctx| {
-            mixed(ctx, path, 8, &[], &["--queues", "1", "--depth", "16"])
-        });
-        all.push(one_queue.variant_if(path != "copy"));
+        let one_queue =
+            case(format!("verify::one_queue::{io_mode}"), Needs::IoMode(io_mode), 240, move |ctx| {
+                mixed(ctx, io_mode, 8, &[], &["--queues", "1", "--depth", "16"])
+            });
+        all.push(one_queue.variant_if(io_mode != "copy"));
     }
-    for path in ["auto", "batch"] {
+    for io_mode in ["auto", "batch"] {
         for (name, linked, poll) in [("linked", "on", "0"), ("polled", "off", "100")] {
             let options = ["--linked-commit", linked, "--poll-us", poll];
-            let case = case(format!("verify::{name}::{path}"), Needs::Path(path), 240, move |ctx| {
-                mixed(ctx, path, 12, &options, &[])
+            let case = case(format!("verify::{name}::{io_mode}"), Needs::IoMode(io_mode), 240, move |ctx| {
+                mixed(ctx, io_mode, 12, &options, &[])
             });
-            all.push(case.variant_if((name == "linked") != (path == "auto")));
+            all.push(case.variant_if((name == "linked") != (io_mode == "auto")));
         }
     }
     all.push(case("verify::buffered", Needs::Ublk, 240, buffered));
@@ -81,16 +82,16 @@ offset={three}m
     )
 }
 
-fn mixed(ctx: &Ctx, path: &str, part_mib: u64, serve: &[&str], attach: &[&str]) -> Res {
+fn mixed(ctx: &Ctx, io_mode: &str, part_mib: u64, serve: &[&str], attach: &[&str]) -> Res {
     let store = Store::xfs(ctx)?;
     // Half with blocks, half holes: both kinds of write are met.
     let bytes = 4 * part_mib * MIB;
     let image = store.allocated("image", bytes / 2)?;
     std::fs::File::options().write(true).open(&image)?.set_len(bytes)?;
     let mut daemon = Daemon::with(ctx, serve)?;
-    let device = daemon.attach(&[&[&image[..], "--io-mode", path], attach].concat())?;
+    let device = daemon.attach(&[&[&image[..], "--io-mode", io_mode], attach].concat())?;
     let used = daemon.info(&device)?["ioMode"].clone();
-    ensure!(used == path, "asked for path {path}, got {used}");
+    ensure!(used == io_mode, "asked for I/O mode {io_mode}, got {used}");
 
     let report = fio::run(ctx, &jobs(&device, part_mib), RUN)?;
     ensure!(

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 
-use super::{KIB, MIB, PATHS};
+use super::{IO_MODES, KIB, MIB};
 use crate::daemon::{Daemon, queue_attribute};
 use crate::disk::{self, Disk, allocated, same};
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
@@ -23,9 +23,9 @@ const FREE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KE
 
 pub(super) fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for path in PATHS {
-        all.push(case(format!("zeroes::byte_exact::{path}"), Needs::Path(path), 150, move |ctx| {
-            byte_exact(ctx, path)
+    for io_mode in IO_MODES {
+        all.push(case(format!("zeroes::byte_exact::{io_mode}"), Needs::IoMode(io_mode), 150, move |ctx| {
+            byte_exact(ctx, io_mode)
         }));
     }
     for kind in ["xfs", "ext4"] {
@@ -49,12 +49,12 @@ fn store(ctx: &Ctx, kind: &str) -> Res<Store> {
 
 /// A hundred and sixty zeroings and writes at any sector, compared with the same done in memory,
 /// while others write to the second half of the device.
-fn byte_exact(ctx: &Ctx, path: &str) -> Res {
+fn byte_exact(ctx: &Ctx, io_mode: &str) -> Res {
     const HALF: u64 = 16 * MIB;
     let store = Store::xfs(ctx)?;
     let image = store.allocated("image", 2 * HALF)?;
     let daemon = Daemon::start(ctx)?;
-    let device = daemon.attach(&[&image, "--io-mode", path, "--block-size", "512"])?;
+    let device = daemon.attach(&[&image, "--io-mode", io_mode, "--block-size", "512"])?;
     let mut expected = pattern(7, usize::try_from(HALF)?);
     disk::write_all(&device, &expected)?;
 
@@ -62,7 +62,7 @@ fn byte_exact(ctx: &Ctx, path: &str) -> Res {
     // image: the upper half.
     let half = HALF.to_string();
     let other = store.sparse("other", HALF)?;
-    let neighbour = daemon.attach(&[&other, "--io-mode", path])?;
+    let neighbour = daemon.attach(&[&other, "--io-mode", io_mode])?;
     let writers = Writers::start(&neighbour, HALF, 2, OnError::End)?;
 
     let open = Disk::open(&device)?;

@@ -25,7 +25,7 @@ use crate::{cargo_tools, programs};
 
 /// Where to build.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct BookOptions {
     /// Directory of the built book [default: target/book/html]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -37,7 +37,7 @@ const MANUAL: &str = "engine/share/man/";
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Builds the book and checks its links.
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &BookOptions) -> Result<()> {
     let steps = Steps::start();
     steps.begin("mdbook");
     let mdbook = cargo_tools::ensure(&cargo_tools::MDBOOK)?;

@@ -34,7 +34,7 @@ use crate::{programs, setup};
 
 /// What to run.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct HostileOptions {
     /// Minutes for which the hostile clients run
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub(crate) minutes: u64,
@@ -50,7 +50,7 @@ pub(crate) struct Options {
 const BESIDES: Duration = Duration::from_secs(600);
 
 /// Boots the VM and runs the campaign; returns whether it passed.
-pub(crate) fn run(options: &Options) -> Result<bool> {
+pub(crate) fn run(options: &HostileOptions) -> Result<bool> {
     let lab = setup::ensure()?;
     let programs = programs::build()?;
     let seconds = options.minutes * 60;

@@ -6,16 +6,14 @@
 //! queue stays full, calls fail.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use fuser::{Errno, FileAttr, ReplyAttr, ReplyData, ReplyEmpty, ReplyWrite};
+use fuser::{Errno, ReplyData, ReplyEmpty, ReplyWrite};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::buffer_pool::Buffer;
-use super::node::{FuseNode, NodeTable, TTL};
 use crate::error::{Error, Result};
 use crate::request::Op;
 
@@ -35,10 +33,13 @@ pub(super) enum FuseReply {
     Written(ReplyWrite, Option<Errno>),
     /// Reply with success or failure.
     Done(ReplyEmpty),
-    /// Reply with the attributes of the zeroed file.
-    Zeroed(ReplyAttr, Arc<FuseNode>),
-    /// Likewise, and have the kernel drop its cache: report size 0 first, the true size later.
-    Truncated(ReplyAttr, Arc<FuseNode>, Arc<NodeTable>),
+    /// Let the zeroed file reply.
+    Zeroed(Box<dyn ZeroedReply>),
+}
+
+/// Replies to a caller that waits until its file is zeroed.
+pub(super) trait ZeroedReply: std::fmt::Debug + Send {
+    fn reply(self: Box<Self>, zeroed: std::result::Result<(), Errno>);
 }
 
 /// An operation that a user of a file waits for.
@@ -61,15 +62,7 @@ impl FuseReply {
             FuseReply::Written(reply, None) => reply.written(len as u32),
             FuseReply::Written(reply, Some(error)) => reply.error(error),
             FuseReply::Done(reply) => reply.ok(),
-            FuseReply::Zeroed(reply, node) => {
-                node.state().zeroing = false;
-                reply.attr(&TTL, &node.attr());
-            }
-            FuseReply::Truncated(reply, node, nodes) => {
-                node.state().zeroing = false;
-                reply.attr(&TTL, &FileAttr { size: 0, ..node.attr() });
-                nodes.correct_size(&node);
-            }
+            FuseReply::Zeroed(file) => file.reply(Ok(())),
         }
     }
 
@@ -78,10 +71,7 @@ impl FuseReply {
             FuseReply::Data(reply) => reply.error(error),
             FuseReply::Written(reply, _) => reply.error(error),
             FuseReply::Done(reply) => reply.error(error),
-            FuseReply::Zeroed(reply, node) | FuseReply::Truncated(reply, node, _) => {
-                node.state().zeroing = false;
-                reply.error(error);
-            }
+            FuseReply::Zeroed(file) => file.reply(Err(error)),
         }
     }
 }

@@ -7,14 +7,38 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use fuser::{Errno, ReplyAttr, ReplyLseek};
+use fuser::{Errno, FileAttr, ReplyAttr, ReplyLseek};
 
-use super::call_queue::{FuseCall, FuseReply};
-use super::node::{FuseNode, NodeTable, POLL_INTERVAL, RELEASE_TIMEOUT, ZeroingStart};
+use super::call_queue::{FuseCall, FuseReply, ZeroedReply};
+use super::node::{FuseNode, NodeTable, POLL_INTERVAL, RELEASE_TIMEOUT, TTL, ZeroingStart};
 use crate::request::Op;
 
 /// Maximum number of seeking threads of a file system; beyond it everything is data.
 const SEEKS_MAX: usize = 16;
+
+/// A file that is being zeroed, and the caller that waits for it.
+#[derive(Debug)]
+struct ZeroedFile {
+    reply: ReplyAttr,
+    node: Arc<FuseNode>,
+    /// Have the kernel drop its cache: report size 0 first, the true size later.
+    nodes: Option<Arc<NodeTable>>,
+}
+
+impl ZeroedReply for ZeroedFile {
+    fn reply(self: Box<Self>, zeroed: Result<(), Errno>) {
+        let ZeroedFile { reply, node, nodes } = *self;
+        node.state().zeroing = false;
+        match (zeroed, nodes) {
+            (Err(error), _) => reply.error(error),
+            (Ok(()), None) => reply.attr(&TTL, &node.attr()),
+            (Ok(()), Some(nodes)) => {
+                reply.attr(&TTL, &FileAttr { size: 0, ..node.attr() });
+                nodes.correct_size(&node);
+            }
+        }
+    }
+}
 
 /// Zeroes the whole file for its only handle; with `nodes`, drops the kernel's cache too. A handle
 /// that was just closed still counts: a separate thread waits for it.
@@ -22,10 +46,7 @@ pub(super) fn zero_file(node: Arc<FuseNode>, nodes: Option<Arc<NodeTable>>, thre
     let dropped = nodes.is_some();
     let send = move |node: Arc<FuseNode>, reply: ReplyAttr| {
         let (op, len) = (Op::WriteZeroes { unmap: true, fua: false }, node.size());
-        let answer = match nodes {
-            Some(nodes) => FuseReply::Truncated(reply, node.clone(), nodes),
-            None => FuseReply::Zeroed(reply, node.clone()),
-        };
+        let answer = FuseReply::Zeroed(Box::new(ZeroedFile { reply, node: node.clone(), nodes }));
         node.call_queue(thread).send(FuseCall { op, offset: 0, len, buffer: None, answer });
     };
     match node.start_zeroing(dropped) {

@@ -19,7 +19,7 @@ pub(super) fn io_command(queue: u16, tag: Tag, result: i32, addr: u64) -> [u8; 1
 }
 
 /// No slot.
-pub(super) const NO_SLOT: u16 = u16::MAX;
+const NO_SLOT: u16 = u16::MAX;
 
 /// The registered buffers of a queue's tags: the slots that the driver fills, and the requests for
 /// which it could not because another device's request uses the slot.
@@ -66,7 +66,7 @@ impl Fallback {
 
     /// The buffer registration argument of a per-request command.
     pub(super) fn auto_registration_of(&self, tag: Tag) -> u64 {
-        super::per_io::auto_registration(self.auto_slot(tag))
+        auto_registration(self.auto_slot(tag))
     }
 
     pub(super) fn auto_slot(&self, tag: Tag) -> u16 {
@@ -206,4 +206,10 @@ fn registration(
         .build()
         .flags(squeue::Flags::FIXED_FILE)
         .user_data(Token::pack(step, queue_slot.id, tag)))
+}
+
+/// The flags and slot with which the driver registers a tag's buffer.
+fn auto_registration(slot: u16) -> u64 {
+    debug_assert_ne!(slot, NO_SLOT);
+    u64::from(slot) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
 }

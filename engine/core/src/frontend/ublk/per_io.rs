@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use io_uring::{cqueue, opcode, squeue};
 use libublk::sys;
 
-use super::fallback::{Fallback, NO_SLOT, io_command};
+use super::fallback::{Fallback, io_command};
 use super::memory::{CopyBuffers, Descriptors};
 use crate::error::{Error, Kind, Result};
 use crate::request::{Completion, Request, Tag};
@@ -188,10 +188,4 @@ impl PerIo {
     pub(in crate::frontend) fn fallbacks(&self) -> u64 {
         self.fallback().map_or(0, Fallback::count)
     }
-}
-
-/// The flags and slot with which the driver registers a tag's buffer.
-pub(super) fn auto_registration(slot: u16) -> u64 {
-    debug_assert_ne!(slot, NO_SLOT);
-    u64::from(slot) | u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16
 }

@@ -8,11 +8,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::PoolDevice;
+use super::{OPEN_GRACE, PoolDevice, RelatedNumbers};
 use crate::frontend::StopMode;
 use crate::loops::disk_allocator::DiskAllocator;
 use crate::loops::file_binding::FileBinding;
-use crate::loops::loop_slot::{OPEN_GRACE, RelatedNumbers};
 use crate::loops::partition_disk::PartitionDisk;
 use crate::loops::pool_disk::PoolDisk;
 use crate::loops::{Answer, flag};
