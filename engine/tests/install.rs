@@ -81,6 +81,8 @@ fn installs_and_removes_all_files() {
         "/etc/systemd/system/loopengine.socket",
         "/etc/systemd/system/loopengine-private.socket",
         "/usr/local/share/loopengine/fuse.conf",
+        "/usr/local/share/loopengine/apparmor",
+        "/usr/local/share/loopengine/varlink/io.loopengine.varlink",
         "/usr/local/share/applications/loopengine-mount.desktop",
         "/etc/udev/rules.d/59-loopengine.rules",
         "/etc/modules-load.d/loopengine.conf",
@@ -168,6 +170,22 @@ fn systemd_accepts_the_units() {
     assert!(complaints.is_empty(), "{said}");
 }
 
+/// Older versions cannot parse the profile.
+#[test]
+fn installs_the_profile_where_apparmor_is_new_enough() {
+    let root = Root::new();
+    let profile = root.at("/etc/apparmor.d/loopengine");
+    root.ok(&[]);
+    assert!(!profile.exists());
+    fs::create_dir_all(root.at("/etc/apparmor.d/abi")).unwrap();
+    fs::write(root.at("/etc/apparmor.d/abi/4.0"), "").unwrap();
+    root.ok(&[]);
+    let text = fs::read_to_string(&profile).unwrap();
+    assert!(text.contains("profile loopengine /usr/local/bin/loopengine "), "{text}");
+    root.ok(&["--uninstall"]);
+    assert!(!profile.exists());
+}
+
 #[test]
 fn keeps_foreign_files() {
     let root = Root::new();
@@ -230,6 +248,10 @@ fn supports_other_prefixes() {
     );
     let listed = root.ok(&["--prefix", "/opt/x", "--dry-run"]);
     assert!(listed.contains("/opt/x/bin/loopengine") && listed.contains("/etc/udev/rules.d/"), "{listed}");
+    if sbin() == "/usr/sbin" {
+        root.ok(&["--prefix", "/usr"]);
+        assert!(root.at("/usr/sbin/mount.loop").exists(), "the link holds in a staging directory");
+    }
     root.fails(&["--prefix", "usr"], 2, "not an absolute path");
 }
 

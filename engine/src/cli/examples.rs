@@ -282,6 +282,11 @@ pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
                 "PREFIX/share/loopengine/fuse.conf",
                 "A drop-in for the unit that makes the files of 'serve --frontend fuse' visible.",
             ),
+            (
+                "PREFIX/share/loopengine/apparmor",
+                "An AppArmor profile that lets plain users use pools on Ubuntu. Active on AppArmor 4 and later.",
+            ),
+            ("PREFIX/share/loopengine/varlink", "The varlink interfaces of the daemon."),
         ],
         "doctor" => &[SOCKET, PRIVATE],
         "list" | "find" => &[SOCKET, PRIVATE, NAMES],

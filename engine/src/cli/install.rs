@@ -23,6 +23,13 @@ const DESKTOP: &str = include_str!("../../share/applications/loopengine-mount.de
 const UDEV: &str = include_str!("../../share/udev/59-loopengine.rules");
 const MODULES_LOAD: &str = include_str!("../../share/modules-load.d/loopengine.conf");
 const MODPROBE: &str = include_str!("../../share/modprobe.d/loopengine.conf");
+const APPARMOR: &str = include_str!("../../share/apparmor/loopengine");
+const VARLINK: [(&str, &str); 2] = [
+    ("io.loopengine.varlink", include_str!("../../io.loopengine.varlink")),
+    ("io.loopengine.Private.varlink", include_str!("../../io.loopengine.Private.varlink")),
+];
+/// Exists where AppArmor understands the profile; older versions report it as broken.
+const APPARMOR_4: &str = "/etc/apparmor.d/abi/4.0";
 /// Path of the program in the unit of the repository.
 const PACKAGED: &str = "/usr/bin/loopengine";
 /// Record of installed files, below the prefix.
@@ -33,9 +40,10 @@ const PROGRAM: u32 = 0o755;
 /// Install this program.
 ///
 /// Installs the program, mount.loop for mount(8), systemd units, udev rules, settings of the ublk
-/// driver, manual pages and completions. Does not start the daemon: run 'systemctl enable --now
-/// loopengine', or enable loopengine.socket to start it on demand. Refuses to replace files of
-/// others, and then installs nothing. The environment variable DESTDIR sets a staging directory.
+/// driver, an AppArmor profile, manual pages, completions and varlink interfaces. Does not start the
+/// daemon: run 'systemctl enable --now loopengine', or enable loopengine.socket to start it on
+/// demand. Refuses to replace files of others, and then installs nothing. The environment variable
+/// DESTDIR sets a staging directory.
 #[derive(Debug, clap::Args)]
 pub(super) struct InstallArgs {
     /// Install below this directory. With '/usr', settings go to /usr/lib instead of /etc.
@@ -78,14 +86,15 @@ impl InstallArgs {
             false => {
                 let program = fs::read("/proc/self/exe")
                     .map_err(|error| Error::os(error, "cannot read the program itself"))?;
-                destination.install(&items(&self.prefix, program)?)
+                let apparmor = destination.in_destdir(Path::new(APPARMOR_4)).exists();
+                destination.install(&items(&self.prefix, program, apparmor)?)
             }
         }
     }
 }
 
-/// All files and links to install.
-fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
+/// All files and links to install. Packages are made of this list too (`cargo lab package`).
+fn items(prefix: &Path, program: Vec<u8>, apparmor: bool) -> Result<BTreeMap<PathBuf, Item>> {
     let file = |content: &[u8]| Item::File { content: content.to_vec(), mode: 0o644 };
     let bin = prefix.join("bin/loopengine");
     let unit = UNIT.replace(PACKAGED, &bin.to_string_lossy());
@@ -93,20 +102,30 @@ fn items(prefix: &Path, program: Vec<u8>) -> Result<BTreeMap<PathBuf, Item>> {
     let settings = Path::new(if prefix == Path::new("/usr") { "/usr/lib" } else { "/etc" });
     // mount(8) searches only this directory.
     let sbin = Path::new(if Path::new("/sbin").is_symlink() { "/usr/sbin" } else { "/sbin" });
+    // Relative where it can be, as distributions demand, so that it also holds in a staging directory.
+    let link = if sbin.parent() == Some(prefix) { "../bin/loopengine".into() } else { bin.clone() };
     let desktop = DESKTOP.replace(PACKAGED, &bin.to_string_lossy());
+    let profile = APPARMOR.replace(PACKAGED, &bin.to_string_lossy());
     let mut items = BTreeMap::from([
-        (bin.clone(), Item::File { content: program, mode: PROGRAM }),
-        (sbin.join(mount_loop::NAME), Item::Link(bin)),
+        (bin, Item::File { content: program, mode: PROGRAM }),
+        (sbin.join(mount_loop::NAME), Item::Link(link)),
         (settings.join("systemd/system/loopengine.service"), file(unit.as_bytes())),
         (settings.join("systemd/system/loopengine.socket"), file(SOCKET.as_bytes())),
         (settings.join("systemd/system/loopengine-private.socket"), file(PRIVATE_SOCKET.as_bytes())),
         (prefix.join("share/applications/loopengine-mount.desktop"), file(desktop.as_bytes())),
         (prefix.join("share/loopengine/fuse.conf"), file(FUSE.as_bytes())),
+        (prefix.join("share/loopengine/apparmor"), file(profile.as_bytes())),
         (settings.join("udev/rules.d/59-loopengine.rules"), file(UDEV.as_bytes())),
         (settings.join("modules-load.d/loopengine.conf"), file(MODULES_LOAD.as_bytes())),
         (settings.join("modprobe.d/loopengine.conf"), file(MODPROBE.as_bytes())),
     ]);
+    if apparmor {
+        items.insert("/etc/apparmor.d/loopengine".into(), file(profile.as_bytes()));
+    }
     let share = prefix.join("share");
+    for (name, text) in VARLINK {
+        items.insert(share.join("loopengine/varlink").join(name), file(text.as_bytes()));
+    }
     for (name, text) in pages::PAGES {
         let section = name.rsplit('.').next().unwrap_or("1");
         items.insert(share.join(format!("man/man{section}")).join(name), file(text.as_bytes()));

@@ -29,6 +29,11 @@ pub(crate) const MDBOOK: Tool = Tool {
     package: "mdbook@0.5.4",
     options: &["--no-default-features", "--features", "search"],
 };
+/// Builds a Debian package from staged files.
+pub(crate) const DEB: Tool = Tool { program: "cargo-deb", package: "cargo-deb@3.8.0", options: &[] };
+/// Builds an RPM from staged files.
+pub(crate) const RPM: Tool =
+    Tool { program: "cargo-generate-rpm", package: "cargo-generate-rpm@0.21.1", options: &[] };
 
 /// Installs `tool` unless it is installed; returns its path.
 pub(crate) fn ensure(tool: &Tool) -> Result<PathBuf> {

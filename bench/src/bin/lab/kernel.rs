@@ -63,7 +63,8 @@ pub(crate) struct Kernel {
 
 /// Meta package whose dependency is the newest kernel.
 const META: &str = "linux-image-amd64";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Keys of Debian's archive.
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Modules that a VM of the lab loads.
 const MODULES: [&str; 10] =
     ["9p", "9pnet_virtio", "overlay", "virtio_blk", "ublk_drv", "null_blk", "loop", "xfs", "ext4", "btrfs"];
@@ -165,17 +166,7 @@ impl Apt {
         if !Path::new(KEYRING).exists() {
             bail!("{KEYRING} is missing: the lab needs Debian, or its package debian-archive-keyring");
         }
-        let targets = sh::capture(
-            Command::new("apt-get").args([
-                "indextargets",
-                "--format",
-                "$(REPO_URI) $(RELEASE)",
-                "Created-By: Packages",
-            ]),
-            Duration::from_secs(60),
-        )?;
-        let mirror =
-            mirror(&targets).context("apt has no Debian mirror: add one to /etc/apt/sources.list.d")?;
+        let mirror = debian_mirror()?;
         for directory in ["lists/partial", "archives/partial"] {
             std::fs::create_dir_all(work.join(directory))?;
         }
@@ -205,6 +196,21 @@ impl Apt {
     fn cache(&self, words: &[&str]) -> Result<String> {
         sh::capture(&mut self.command("apt-cache", words), Duration::from_secs(60))
     }
+}
+
+/// Address of the Debian mirror that this machine's apt uses.
+pub(crate) fn debian_mirror() -> Result<String> {
+    let targets = sh::capture(
+        Command::new("apt-get").args([
+            "indextargets",
+            "--format",
+            "$(REPO_URI) $(RELEASE)",
+            "Created-By: Packages",
+        ]),
+        Duration::from_secs(60),
+    )?;
+    let mirror = mirror(&targets).context("apt has no Debian mirror: add one to /etc/apt/sources.list.d")?;
+    Ok(mirror.to_owned())
 }
 
 /// Debian's mirror among lines of "URI release", which is neither the security archive nor a

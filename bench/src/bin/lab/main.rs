@@ -9,7 +9,8 @@
 //!                            ├─ lab hostile
 //!                            └─ lab bench in smp: loopbench
 //!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
-//!  steps, cargo_tools ─────────── lab ci (all checks), lab docs (the book), lab release
+//!  steps, cargo_tools ──────┬──── lab ci (all checks), lab docs (the book), lab release
+//!  debian_root ─────────────┴──── lab package
 //! ```
 //! This file knows the command line only. The lab uses the public programs, never internals of the
 //! engine.
@@ -21,10 +22,12 @@ mod book;
 mod cache;
 mod cargo_tools;
 mod ci;
+mod debian_root;
 mod demo;
 mod hostile;
 mod initrd;
 mod kernel;
+mod package;
 mod powercut;
 mod programs;
 mod release;
@@ -93,6 +96,10 @@ enum Command {
     Ci(ci::CiOptions),
     /// Build the book of all documentation with mdbook, and check its links
     Docs(book::BookOptions),
+    /// Build packages: Debian package, RPM, static tarball, container image
+    ///
+    /// Needs root, on Debian 12 or 13. The programs are built in a small system of Debian 12.
+    Package(package::PackageOptions),
     /// Check that this tree can be released, and print the manual steps of a release
     Release(release::ReleaseOptions),
     /// Make a file system in memory, for tests and measurements; needs root
@@ -170,6 +177,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
         Command::Ci(options) => ci::run(&options).map(|()| 0),
         Command::Docs(options) => book::run(&options).map(|()| 0),
+        Command::Package(options) => package::run(&options).map(|()| 0),
         Command::Release(options) => Ok(u8::from(!release::run(&options)?)),
     }
 }

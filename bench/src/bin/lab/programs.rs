@@ -34,8 +34,15 @@ pub(crate) fn workspace() -> PathBuf {
 
 /// A command of cargo in the workspace; of the cargo that runs this program, if any.
 pub(crate) fn cargo(words: &[&str]) -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(words).current_dir(workspace()).stdin(Stdio::null());
+    let mut command = cargo_tool(Path::new(&std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())));
+    command.args(words);
+    command
+}
+
+/// A command of a program that runs cargo, in the workspace.
+pub(crate) fn cargo_tool(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(workspace()).stdin(Stdio::null());
     // Variables that `cargo run` sets for this package would change what is built.
     let said = std::env::vars_os().filter(|(key, _)| key.to_str().is_some_and(said_by_cargo_run));
     for (key, _) in said {

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use loopbench::sh;
 
+use crate::package;
 use crate::programs::{self, Package, cargo, workspace};
 
 /// What to do.
@@ -62,6 +63,7 @@ pub(crate) fn run(options: &ReleaseOptions) -> Result<bool> {
         check(&format!("package {}", package.name), package_files(package));
     }
     check("archives", archives());
+    println!("\nPackages that `cargo lab package --check` builds: {}", package::names(version).join(", "));
     println!();
     if failed > 0 {
         println!("Failed checks: {failed}. loopengine {version} cannot be released from this tree.");
@@ -79,8 +81,10 @@ fn print_steps(version: &str) {
          \x20 2. git tag --sign v{version} --message 'loopengine {version}'\n\
          \x20 3. git push origin v{version}\n\
          \x20 4. git archive --prefix=loopengine-{version}/ --output=loopengine-{version}.tar.gz v{version}\n\
-         \x20 5. attach the archive and its SHA-256 to the release page, with the changelog's section\n\
-         \x20 6. open a new section \"Unreleased\" in CHANGELOG.md, and raise the version in Cargo.toml"
+         \x20 5. cargo lab package --check                      as root, on Debian 12 or 13\n\
+         \x20 6. attach the archive, its SHA-256 and target/packages to the release page, with the\n\
+         \x20    changelog's section\n\
+         \x20 7. open a new section \"Unreleased\" in CHANGELOG.md, and raise the version in Cargo.toml"
     );
 }
 

@@ -17,7 +17,7 @@ use crate::kernel::{self, Line};
 use crate::cache;
 
 /// A Debian package and its purpose.
-type DebianPackage = (&'static str, &'static str);
+pub(crate) type DebianPackage = (&'static str, &'static str);
 
 /// Packages for VMs.
 const PACKAGES: [DebianPackage; 18] = [
@@ -166,6 +166,15 @@ pub(crate) fn missing() -> Result<Vec<String>> {
         missing.push(format!("fetches Debian's kernels {} (110 MB each)", kernels.join(" and ")));
     }
     Ok(missing)
+}
+
+/// Installs `packages` unless they are installed.
+pub(crate) fn require(packages: &[DebianPackage]) -> Result<()> {
+    if !is_debian() {
+        bail!("this command needs Debian's tools: run it on Debian 12 or 13, for instance in a container");
+    }
+    let _turn = cache::lock(&cache::directory()?)?;
+    install(packages)
 }
 
 fn is_debian() -> bool {

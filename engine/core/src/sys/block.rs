@@ -10,28 +10,28 @@ use super::ioctl;
 /// Writes back and drops what is cached of a block device.
 pub fn flush(device: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: BLKFLSBUF takes no argument; the descriptor is open for the call (borrowed).
-    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKFLSBUF.into(), 0) })
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKFLSBUF as libc::Ioctl, 0) })
 }
 
 /// Has the kernel read the partition table of a disk again, and waits for it. EBUSY: one of the partitions is
 /// in use.
 pub fn read_partitions(device: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: BLKRRPART takes no argument; the descriptor is open for the call (borrowed).
-    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKRRPART.into(), 0) })
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKRRPART as libc::Ioctl, 0) })
 }
 
 /// Has the block layer refuse writes to a device, or take them again.
 pub fn set_read_only(device: BorrowedFd<'_>, read_only: bool) -> Result<(), Errno> {
     let flag = libc::c_int::from(read_only);
     // SAFETY: BLKROSET reads one int, which lives until the call returns.
-    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKROSET.into(), &raw const flag) })
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKROSET as libc::Ioctl, &raw const flag) })
 }
 
 /// Whether the block layer refuses writes to a device.
 pub fn is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
     let mut flag: libc::c_int = 0;
     // SAFETY: BLKROGET writes one int, which lives until the call returns.
-    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKROGET.into(), &raw mut flag) })?;
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKROGET as libc::Ioctl, &raw mut flag) })?;
     Ok(flag != 0)
 }
 
@@ -39,7 +39,9 @@ pub fn is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
 pub fn disk_sequence(device: BorrowedFd<'_>) -> Result<u64, Errno> {
     let mut sequence = 0u64;
     // SAFETY: BLKGETDISKSEQ writes one u64, which lives until the call returns.
-    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKGETDISKSEQ.into(), &raw mut sequence) })?;
+    answer(unsafe {
+        libc::ioctl(device.as_raw_fd(), ioctl::BLKGETDISKSEQ as libc::Ioctl, &raw mut sequence)
+    })?;
     Ok(sequence)
 }
 
@@ -49,7 +51,9 @@ pub fn loop_backing(device: BorrowedFd<'_>) -> Result<(u64, u64, u64), Errno> {
     // struct loop_info64: these three are the first of its 232 bytes.
     let mut info = [0u64; 29];
     // SAFETY: LOOP_GET_STATUS64 writes one loop_info64, and the memory for it lives until the call returns.
-    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::LOOP_GET_STATUS64.into(), info.as_mut_ptr()) })?;
+    answer(unsafe {
+        libc::ioctl(device.as_raw_fd(), ioctl::LOOP_GET_STATUS64 as libc::Ioctl, info.as_mut_ptr())
+    })?;
     let [dev, ino, rdev, ..] = info;
     Ok((dev, ino, rdev))
 }

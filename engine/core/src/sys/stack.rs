@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 const DEPTH_MAX: usize = 8;
 
 const CONTROL: &str = "/dev/mapper/control";
-const DM_DEV_REMOVE: libc::c_ulong = 0xc138_fd04;
+const DM_DEV_REMOVE: libc::Ioctl = 0xc138_fd04_u32 as libc::Ioctl;
 /// Remove it at its last close, if it is open.
 const DM_DEFERRED_REMOVE: u32 = 1 << 17;
 /// Major number of md's arrays.
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn dm_ioctl_has_the_layout_of_the_kernel() {
         // The size is part of the ioctl's number.
-        assert_eq!(size_of::<DmIoctl>() as libc::c_ulong, DM_DEV_REMOVE >> 16 & 0x3fff);
+        assert_eq!(size_of::<DmIoctl>() as libc::Ioctl, DM_DEV_REMOVE >> 16 & 0x3fff);
         assert_eq!(std::mem::offset_of!(DmIoctl, dev), 40);
     }
 

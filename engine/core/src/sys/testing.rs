@@ -14,7 +14,7 @@ pub fn errno_of(number: libc::c_long) -> Option<i32> {
 /// An ioctl whose argument is a number.
 pub fn ioctl(file: &std::fs::File, command: u32, argument: u64) -> io::Result<i32> {
     // SAFETY: for tests of drivers that take the argument for a number, not for an address.
-    match unsafe { libc::ioctl(file.as_raw_fd(), command.into(), argument) } {
+    match unsafe { libc::ioctl(file.as_raw_fd(), command as libc::Ioctl, argument) } {
         -1 => Err(io::Error::last_os_error()),
         done => Ok(done),
     }
