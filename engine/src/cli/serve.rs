@@ -67,8 +67,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Serve block devices (ublk), files (fuse), or block devices if the ublk driver is available
-    /// and files otherwise (auto) [default: auto].
+    /// Serve block devices (ublk), files (fuse), or block devices if a ublk driver is available that
+    /// is not known to crash, and files otherwise (auto) [default: auto].
     #[arg(long, value_name = "auto|ublk|fuse", hide_possible_values = true)]
     frontend: Option<FrontendChoice>,
 
@@ -354,15 +354,24 @@ fn choose_frontend(
     release: &str,
     force: bool,
 ) -> Result<(FrontendKind, String)> {
+    let broken = broken_kernels::find(release).filter(|_| !force);
     match choice {
-        FrontendChoice::Auto if !has_ublk && fuse::check().is_ok() => {
-            let (missing, hint) = (ublk::CONTROL_NODE, driver_hint());
-            let line = format!("serving files (FUSE): {missing} is missing; for block devices, {hint}");
+        FrontendChoice::Auto if (broken.is_some() || !has_ublk) && fuse::check().is_ok() => {
+            let line = match broken {
+                Some(broken) => format!(
+                    "serving files (FUSE): {}; for block devices, {}, or give --force",
+                    broken.sentence(release),
+                    broken.next_kernel()
+                ),
+                None => format!(
+                    "serving files (FUSE): {} is missing; for block devices, {}",
+                    ublk::CONTROL_NODE,
+                    driver_hint()
+                ),
+            };
             Ok((FrontendKind::Fuse, line))
         }
         FrontendChoice::Auto | FrontendChoice::Ublk => {
-            // Auto serves no files instead: an upgrade of the kernel must not turn block devices
-            // into files unnoticed.
             broken_kernels::check(release, force)?;
             if !has_ublk {
                 let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
@@ -460,15 +469,25 @@ mod tests {
 
     #[test]
     fn refuses_block_devices_on_a_broken_kernel() {
-        for choice in [FrontendChoice::Auto, FrontendChoice::Ublk] {
-            let refused = choose_frontend(choice, true, BROKEN, false).unwrap_err();
+        for has_ublk in [true, false] {
+            let refused = choose_frontend(FrontendChoice::Ublk, has_ublk, BROKEN, false).unwrap_err();
             let line = refused.to_string();
             assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
-            assert!(choose_frontend(choice, true, "6.18.6", false).is_ok());
         }
-        // The driver that modprobe would load is broken.
-        let refused = choose_frontend(FrontendChoice::Ublk, false, BROKEN, false).unwrap_err();
-        assert!(refused.to_string().contains("newer kernel"), "{refused}");
+        assert!(choose_frontend(FrontendChoice::Ublk, true, "6.18.6", false).is_ok());
+    }
+
+    #[test]
+    fn auto_falls_back_to_files_on_a_broken_kernel() {
+        match choose_frontend(FrontendChoice::Auto, true, BROKEN, false) {
+            Ok((frontend, line)) => {
+                assert_eq!(frontend, FrontendKind::Fuse);
+                assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
+            }
+            Err(refused) => assert!(fuse::check().is_err(), "{refused}"),
+        }
+        let (frontend, _) = choose_frontend(FrontendChoice::Auto, true, "6.18.6", false).unwrap();
+        assert_eq!(frontend, FrontendKind::Ublk);
     }
 
     #[test]
