@@ -15,6 +15,7 @@ mod doctor;
 mod examples;
 mod features;
 mod find;
+mod frontend_choice;
 mod fuse_drivers;
 pub mod generate;
 mod image;

@@ -20,7 +20,7 @@ use crate::frontend::{fuse, ublk};
 use crate::instance::spec::FrontendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
-use crate::kernels::{self, BLOCK_DEVICES};
+use crate::kernels;
 use crate::loops::Pools;
 use crate::private::{PoolBackend, Registry};
 use crate::received;
@@ -29,7 +29,7 @@ use crate::sys::{self, mntns};
 
 use super::configured_devices::ConfiguredDevices;
 use super::reload::ReloadTargets;
-use super::{number, reload, watchers};
+use super::{frontend_choice, number, reload, watchers};
 
 /// Run the daemon in the foreground.
 ///
@@ -129,7 +129,7 @@ impl ServeArgs {
         let config = self.load()?;
         init_log();
         check_root()?;
-        let (frontend, line) = choose_frontend(
+        let (frontend, line) = frontend_choice::choose(
             config.frontend.unwrap_or_default(),
             Path::new(ublk::CONTROL_NODE).exists(),
             &kernels::release(),
@@ -346,46 +346,6 @@ fn check_root() -> Result<()> {
         .hint("run it with sudo, or as the systemd service loopengine"))
 }
 
-/// Selects the frontend on a kernel of this release, with or without the ublk driver. `force`: even
-/// if the driver is known to crash. Also returns a line for the log.
-fn choose_frontend(
-    choice: FrontendChoice,
-    has_ublk: bool,
-    release: &str,
-    force: bool,
-) -> Result<(FrontendKind, String)> {
-    let broken = broken_kernels::find(release).filter(|_| !force);
-    match choice {
-        FrontendChoice::Auto if (broken.is_some() || !has_ublk) && fuse::check().is_ok() => {
-            let line = match broken {
-                Some(broken) => format!(
-                    "serving files (FUSE): {}; for block devices, {}, or give --force",
-                    broken.sentence(release),
-                    broken.next_kernel()
-                ),
-                None => format!(
-                    "serving files (FUSE): {} is missing; for block devices, {}",
-                    ublk::CONTROL_NODE,
-                    driver_hint()
-                ),
-            };
-            Ok((FrontendKind::Fuse, line))
-        }
-        FrontendChoice::Auto | FrontendChoice::Ublk => {
-            broken_kernels::check(release, force)?;
-            if !has_ublk {
-                let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
-                return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
-            }
-            Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
-        }
-        FrontendChoice::Fuse => {
-            fuse::check()?;
-            Ok((FrontendKind::Fuse, "serving files (FUSE)".to_owned()))
-        }
-    }
-}
-
 /// Files are visible only in the mount namespace of the daemon, and where its mounts propagate.
 fn warn_of_mount_namespace() {
     let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
@@ -404,29 +364,6 @@ fn warn_of_mount_namespace() {
 const SYSTEMD_HINT: &str = "copy PREFIX/share/loopengine/fuse.conf to /etc/systemd/system/loopengine.service.d, \
      or set PrivateMounts=, ProtectHostname=, ProtectKernelModules=, ProtectKernelLogs= and \
      ProtectControlGroups= to no with 'systemctl edit loopengine'";
-
-/// The next step if the driver is missing.
-pub(super) fn driver_hint() -> String {
-    let release = kernels::release();
-    if let Some(broken) = broken_kernels::find(&release) {
-        return format!("{}: {}", broken.sentence(&release), broken.next_kernel());
-    }
-    let other = format!("use Linux {} or newer with CONFIG_BLK_DEV_UBLK", BLOCK_DEVICES.version());
-    match module_exists(&release) {
-        Some(true) => "run 'modprobe ublk_drv'".to_owned(),
-        Some(false) => format!("kernel {release} has no module ublk_drv: {other}"),
-        None => format!("run 'modprobe ublk_drv'; if kernel {release} has no such module, {other}"),
-    }
-}
-
-/// True if this kernel has the module installed. None if unknown.
-fn module_exists(release: &str) -> Option<bool> {
-    let known = std::fs::read_to_string(format!("/lib/modules/{release}/modules.dep")).ok()?;
-    Some(known.lines().any(|line| {
-        let path = line.split(':').next().unwrap_or_default();
-        path.rsplit('/').next().unwrap_or_default().starts_with("ublk_drv.ko")
-    }))
-}
 
 fn enter_mount_namespace() -> Result<()> {
     mntns::enter_own().map_err(|error| {
@@ -459,42 +396,4 @@ fn init_log() {
         log.try_init()
     };
     drop(set);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const BROKEN: &str = "6.18.5-200.fc43.x86_64";
-
-    #[test]
-    fn refuses_block_devices_on_a_broken_kernel() {
-        for has_ublk in [true, false] {
-            let refused = choose_frontend(FrontendChoice::Ublk, has_ublk, BROKEN, false).unwrap_err();
-            let line = refused.to_string();
-            assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
-        }
-        assert!(choose_frontend(FrontendChoice::Ublk, true, "6.18.6", false).is_ok());
-    }
-
-    #[test]
-    fn auto_falls_back_to_files_on_a_broken_kernel() {
-        match choose_frontend(FrontendChoice::Auto, true, BROKEN, false) {
-            Ok((frontend, line)) => {
-                assert_eq!(frontend, FrontendKind::Fuse);
-                assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
-            }
-            Err(refused) => assert!(fuse::check().is_err(), "{refused}"),
-        }
-        let (frontend, _) = choose_frontend(FrontendChoice::Auto, true, "6.18.6", false).unwrap();
-        assert_eq!(frontend, FrontendKind::Ublk);
-    }
-
-    #[test]
-    fn force_serves_block_devices_on_a_broken_kernel() {
-        for choice in [FrontendChoice::Auto, FrontendChoice::Ublk] {
-            let (frontend, _) = choose_frontend(choice, true, BROKEN, true).unwrap();
-            assert_eq!(frontend, FrontendKind::Ublk);
-        }
-    }
 }

@@ -24,7 +24,7 @@ use crate::kernels::{self, BLOCK_DEVICES, NO_COPYING};
 
 use goal::Goal;
 
-use super::serve::driver_hint;
+use super::frontend_choice::driver_hint;
 use super::{daemon, out};
 
 /// A lower limit does not suffice for a thousand devices.

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The frontend that `loopengine serve` uses: block devices where the kernel's driver can be
+//! trusted, files otherwise.
+//!
+//! Knows releases and modules. Does not open anything.
+
+use std::path::Path;
+
+use crate::broken_kernels;
+use crate::config::FrontendChoice;
+use crate::error::{Error, Kind, Result};
+use crate::frontend::{FrontendKind, fuse, ublk};
+use crate::kernels::{self, BLOCK_DEVICES};
+
+/// Selects the frontend on a kernel of this release, with or without the ublk driver. `force`: even
+/// if the driver is known to crash. Also returns a line for the log.
+pub(super) fn choose(
+    choice: FrontendChoice,
+    has_ublk: bool,
+    release: &str,
+    force: bool,
+) -> Result<(FrontendKind, String)> {
+    let broken = broken_kernels::find(release).filter(|_| !force);
+    match choice {
+        FrontendChoice::Auto if (broken.is_some() || !has_ublk) && fuse::check().is_ok() => {
+            let line = match broken {
+                Some(broken) => format!(
+                    "serving files (FUSE): {}; for block devices, {}, or give --force",
+                    broken.sentence(release),
+                    broken.next_kernel()
+                ),
+                None => format!(
+                    "serving files (FUSE): {} is missing; for block devices, {}",
+                    ublk::CONTROL_NODE,
+                    driver_hint()
+                ),
+            };
+            Ok((FrontendKind::Fuse, line))
+        }
+        FrontendChoice::Auto | FrontendChoice::Ublk => {
+            broken_kernels::check(release, force)?;
+            if !has_ublk {
+                let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
+                return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
+            }
+            Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
+        }
+        FrontendChoice::Fuse => {
+            fuse::check()?;
+            Ok((FrontendKind::Fuse, "serving files (FUSE)".to_owned()))
+        }
+    }
+}
+
+/// The next step if the driver is missing.
+pub(super) fn driver_hint() -> String {
+    let release = kernels::release();
+    if let Some(broken) = broken_kernels::find(&release) {
+        return format!("{}: {}", broken.sentence(&release), broken.next_kernel());
+    }
+    let other = format!("use Linux {} or newer with CONFIG_BLK_DEV_UBLK", BLOCK_DEVICES.version());
+    match module_exists(&release) {
+        Some(true) => "run 'modprobe ublk_drv'".to_owned(),
+        Some(false) => format!("kernel {release} has no module ublk_drv: {other}"),
+        None => format!("run 'modprobe ublk_drv'; if kernel {release} has no such module, {other}"),
+    }
+}
+
+/// True if this kernel has the module installed. None if unknown.
+fn module_exists(release: &str) -> Option<bool> {
+    let known = std::fs::read_to_string(format!("/lib/modules/{release}/modules.dep")).ok()?;
+    Some(known.lines().any(|line| {
+        let path = line.split(':').next().unwrap_or_default();
+        path.rsplit('/').next().unwrap_or_default().starts_with("ublk_drv.ko")
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BROKEN: &str = "6.18.5-200.fc43.x86_64";
+
+    #[test]
+    fn refuses_block_devices_on_a_broken_kernel() {
+        for has_ublk in [true, false] {
+            let refused = choose(FrontendChoice::Ublk, has_ublk, BROKEN, false).unwrap_err();
+            let line = refused.to_string();
+            assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
+        }
+        assert!(choose(FrontendChoice::Ublk, true, "6.18.6", false).is_ok());
+    }
+
+    #[test]
+    fn auto_falls_back_to_files_on_a_broken_kernel() {
+        match choose(FrontendChoice::Auto, true, BROKEN, false) {
+            Ok((frontend, line)) => {
+                assert_eq!(frontend, FrontendKind::Fuse);
+                assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
+            }
+            Err(refused) => assert!(fuse::check().is_err(), "{refused}"),
+        }
+        let (frontend, _) = choose(FrontendChoice::Auto, true, "6.18.6", false).unwrap();
+        assert_eq!(frontend, FrontendKind::Ublk);
+    }
+
+    #[test]
+    fn force_serves_block_devices_on_a_broken_kernel() {
+        for choice in [FrontendChoice::Auto, FrontendChoice::Ublk] {
+            let (frontend, _) = choose(choice, true, BROKEN, true).unwrap();
+            assert_eq!(frontend, FrontendKind::Ublk);
+        }
+    }
+}
