@@ -4,7 +4,6 @@
 //!
 //! Knows releases and modules. Does not open anything.
 
-use std::path::Path;
 
 use crate::broken_kernels;
 use crate::config::FrontendChoice;

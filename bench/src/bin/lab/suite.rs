@@ -69,6 +69,8 @@ enum Cases {
 
 /// Prefix of the names of cases of private loop devices.
 const PRIVATE: &str = "private";
+/// Those of them that run with the others, so that both VMs end at the same time.
+const WITH_OTHERS: [&str; 3] = ["private::mapped", "private::builders", "private::partitions"];
 /// Cases that a default run skips on the older kernel: names, claims and the command line do not
 /// depend on the kernel, and private loop devices need a newer one.
 const NOT_OF_THE_KERNEL: [&str; 9] = [
@@ -84,24 +86,29 @@ const NOT_OF_THE_KERNEL: [&str; 9] = [
 ];
 
 impl Cases {
-    /// Command line of the kernel cases.
-    fn words(self, filter: Option<&str>) -> Vec<&str> {
-        let mut words = vec!["vm", "--test-threads=1"];
-        match self {
-            Cases::All => words.extend(filter),
-            Cases::Kernel => words.extend(NOT_OF_THE_KERNEL.iter().flat_map(|name| ["--skip", name])),
+    /// Command lines of the kernel cases.
+    fn commands(self, filter: Option<&str>) -> Vec<Vec<&str>> {
+        let skipping = |names: &[&'static str]| names.iter().flat_map(|name| ["--skip", *name]).collect();
+        let all: Vec<Vec<&str>> = match self {
+            Cases::All => vec![filter.into_iter().collect()],
+            Cases::Kernel => vec![skipping(&NOT_OF_THE_KERNEL)],
             // Counted cases are meaningless on emulated CPUs that share a core.
-            Cases::Private => words.extend([
-                PRIVATE,
-                "--skip",
-                "private::figures::calls",
-                "--skip",
-                "private::figures::last_close",
-            ]),
-            Cases::Others => words.extend(["--skip", PRIVATE]),
-            Cases::Counted => words.extend(["private::figures", "--skip", "private::figures::set_up"]),
-        }
-        words
+            Cases::Private => {
+                let counted = ["private::figures::calls", "private::figures::last_close"];
+                vec![[vec![PRIVATE], skipping(&counted), skipping(&WITH_OTHERS)].concat()]
+            }
+            Cases::Others => vec![skipping(&[PRIVATE]), WITH_OTHERS.to_vec()],
+            Cases::Counted => vec![vec!["private::figures", "--skip", "private::figures::set_up"]],
+        };
+        all.into_iter().map(|words| [vec!["vm", "--test-threads=1"], words].concat()).collect()
+    }
+
+    /// One shell command for all of them, with the highest exit status: a crash must not go unseen.
+    fn shell_command(self, filter: Option<&str>) -> String {
+        let commands = self.commands(filter);
+        let each =
+            commands.iter().map(|words| format!("{}; s=$?; [ $s -le $max ] || max=$s", sh::quote(words)));
+        format!("max=0; {}; (exit $max)", each.collect::<Vec<_>>().join("; "))
     }
 
     fn mode(self) -> Mode {
@@ -278,8 +285,8 @@ fn cases_in_vm(
 ) -> Result<Tally> {
     let machine = Vm { limit: CASES_LIMIT, ..Vm::new(lab.kernel(line)?, cases.mode()) };
     let full = if options.full { "export LOOPENGINE_VM_FULL=1; " } else { "" };
-    let words = cases.words(options.filter.as_deref());
-    let (first, said) = cases_once(lab, &machine, programs, &format!("{full}{}", sh::quote(&words)), sink)?;
+    let command = format!("{full}{}", cases.shell_command(options.filter.as_deref()));
+    let (first, said) = cases_once(lab, &machine, programs, &command, sink)?;
     let names = failed_names(&said);
     if names.is_empty() || names.len() > SECOND_TRIES_MAX || names.len() as u64 != first.failed {
         return Ok(first);
@@ -389,9 +396,14 @@ mod tests {
 
     #[test]
     fn every_case_is_in_one_share() {
-        assert_eq!(Cases::Private.words(None)[2], PRIVATE);
-        assert_eq!(Cases::Others.words(None), ["vm", "--test-threads=1", "--skip", PRIVATE]);
-        assert_eq!(Cases::All.words(Some("x")), ["vm", "--test-threads=1", "x"]);
+        let private = &Cases::Private.commands(None)[0];
+        assert_eq!(private[2], PRIVATE);
+        let [others, moved] = &Cases::Others.commands(None)[..] else { panic!("two commands") };
+        assert_eq!(others, &["vm", "--test-threads=1", "--skip", PRIVATE]);
+        assert_eq!(moved[2..], WITH_OTHERS);
+        let skipped = |name| private.windows(2).any(|pair| pair == ["--skip", name]);
+        assert!(WITH_OTHERS.into_iter().all(skipped), "{private:?}");
+        assert_eq!(Cases::All.commands(Some("x")), [["vm", "--test-threads=1", "x"]]);
         let options =
             |kernel, filter| SuiteOptions { kernel, filter, host: false, quick: false, full: false };
         let names = |options| {
@@ -404,6 +416,17 @@ mod tests {
         assert_eq!(names(options(Some(Line::Seven), None)), all[..3]);
         assert_eq!(names(options(Some(Line::SixTwelve), None)), all[3..]);
         assert_eq!(names(options(None, Some("x".into()))), ["7", "6.12"]);
+    }
+
+    #[test]
+    fn the_worst_exit_status_counts() {
+        let command = Cases::Others.shell_command(None);
+        for (first, second) in [(134, 0), (0, 101), (0, 0)] {
+            let vm =
+                format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {second}; }}; {command}");
+            let status = Command::new("sh").args(["-c", &vm]).status().unwrap();
+            assert_eq!(status.code(), Some(std::cmp::max(first, second)));
+        }
     }
 
     #[test]
