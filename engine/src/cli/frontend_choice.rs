@@ -4,7 +4,6 @@
 //!
 //! Knows releases and modules. Does not open anything.
 
-
 use crate::broken_kernels;
 use crate::config::FrontendChoice;
 use crate::error::{Error, Kind, Result};
