@@ -326,6 +326,18 @@ impl Daemon {
         Ok(Footprint { threads, fds })
     }
 
+    /// Checks that it uses the resources that it used before. The connection of a client that has
+    /// ended, and a thread that starts for it, are gone a moment later.
+    pub(crate) fn footprint_is(&self, before: &Footprint) -> Res {
+        let mut after = self.footprint()?;
+        tools::until(Duration::from_secs(5), || {
+            after = self.footprint().ok()?;
+            (after == *before).then_some(())
+        });
+        ensure!(after == *before, "was {before:?}, is {after:?}");
+        Ok(())
+    }
+
     /// Resident memory in KiB.
     pub(crate) fn resident_kib(&self) -> Res<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?))?;

@@ -59,9 +59,7 @@ fn nothing_left(daemon: &mut Daemon, before: &crate::daemon::Footprint) -> Res {
     ensure!(devices.as_array().is_some_and(Vec::is_empty), "left in list: {devices}");
     let ids = daemon.ublk_ids();
     ensure!(ids.is_empty(), "left in the kernel: {ids:?}");
-    let after = daemon.footprint()?;
-    ensure!(after == *before, "was {before:?}, is {after:?}");
-    Ok(())
+    daemon.footprint_is(before)
 }
 
 /// A daemon that has had a device before, so that its threads run.
@@ -148,7 +146,7 @@ fn no_direct_io(ctx: &Ctx) -> Res {
     std::fs::File::create(&image)?.set_len(MIB)?;
     let before = daemon.footprint()?;
     refused(&daemon.cli(&["attach", &image])?, &[7], "--buffered")?;
-    ensure!(daemon.footprint()? == before, "was {before:?}, is {:?}", daemon.footprint()?);
+    daemon.footprint_is(&before)?;
     ensure!(daemon.ublk_ids().len() == 1, "a device was left: {:?}", daemon.ublk_ids());
     let device = daemon.attach(&[&image, "--buffered"])?;
     Disk::open(&device)?.write(0, &[5; 4096])?;
