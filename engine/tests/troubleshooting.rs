@@ -42,7 +42,8 @@ fn messages() -> impl Iterator<Item = &'static str> {
 fn parts(message: &str) -> Vec<String> {
     let is_literal = |word: &&str| {
         let word = word.trim_matches([',', ':', ';', '.', '(', ')']);
-        let is_name = !word.is_empty() && word.chars().all(|letter| letter.is_ascii_uppercase());
+        // IMAGE; and loopN, ublkbN.
+        let is_name = word.chars().all(|letter| letter.is_ascii_uppercase()) || word.ends_with('N');
         // FUSE is a name of the program's own messages.
         (!is_name || word == "FUSE")
             && !word.contains(['…', '/', '\'', '='])
@@ -70,5 +71,6 @@ fn quoted_messages_exist() {
 fn placeholders_split_a_message() {
     assert_eq!(parts("user N has M pools, which is the limit"), ["pools, which is the limit"]);
     assert_eq!(parts("FUSE is unavailable: /dev/fuse is missing"), ["FUSE is unavailable"]);
+    assert_eq!(parts("cannot list the disk ublkbN for udev"), ["cannot list the disk"]);
     assert!(parts("IMAGE is …; no").is_empty());
 }
