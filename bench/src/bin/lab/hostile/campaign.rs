@@ -264,6 +264,10 @@ fn play(who: Who, shared: &Shared) -> Result<()> {
             shared.ledger().line(who.name(), &line?);
         }
         let status = child.wait()?;
+        // Told to stop while it started: it ran, and had nothing to say.
+        if waits && status.success() {
+            shared.ledger().line(who.name(), &format!("< {}", start.elapsed().as_micros()));
+        }
         shared.ledger().ended(who.name());
         if !status.success() {
             let said = sh::last_line(Path::new(&log_of(who.name())));
