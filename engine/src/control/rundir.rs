@@ -17,8 +17,9 @@ use rustix::net::sockopt::{socket_acceptconn, socket_type};
 use super::{OCI_SOCKET, PRIVATE_SOCKET, SOCKET, reason};
 use crate::error::{Error, Kind, Result};
 
-/// Backlog of a socket of the service manager.
-const BACKLOG: i32 = 4096;
+/// Connections that wait to be accepted. More wait in connect(2), one per thread: a client that
+/// connects again and again delays the others by this many connections at most.
+const BACKLOG: i32 = 64;
 /// Names of all sockets.
 const SOCKETS: [&str; 3] = [SOCKET, PRIVATE_SOCKET, OCI_SOCKET];
 
@@ -118,6 +119,7 @@ impl RunDir {
         let fresh = self.path.join(format!(".{name}.new"));
         let _ = fs::remove_file(&fresh);
         let listener = UnixListener::bind(&fresh).map_err(|e| Error::os(e, context()))?;
+        rustix::net::listen(&listener, BACKLOG).map_err(|error| Error::os(error, context()))?;
         fs::set_permissions(&fresh, Permissions::from_mode(mode))
             .and_then(|()| fs::rename(&fresh, &socket))
             .and_then(|()| listener.set_nonblocking(true))

@@ -26,6 +26,8 @@ pub(super) const ONE_MAX: Duration = Duration::from_secs(60);
 const CUTS_MAX: u32 = 8;
 /// Maximum pause before the client reconnects; pauses double up to this.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// Pause before the next attempt while the daemon's backlog is full.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 /// The daemon's error for a connection over the limit.
 const TOO_MANY: &str = "io.loopengine.TooManyConnections";
 
@@ -105,8 +107,18 @@ fn is_refusal(error: &zlink::Error) -> bool {
     matches!(error, zlink::Error::UnknownErrorReply(name) if name == TOO_MANY)
 }
 
+/// Connects once the daemon's backlog has room.
+async fn wait_and_connect(socket: &Path) -> std::io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => sleep(BACKLOG_PAUSE).await,
+            connected => return connected,
+        }
+    }
+}
+
 async fn connect(socket: &Path) -> Result<(Connection, Option<i32>)> {
-    let stream = match timeout(ONE_MAX, UnixStream::connect(socket)).await {
+    let stream = match timeout(ONE_MAX, wait_and_connect(socket)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return Err(unreachable(socket, &error)),
         Err(_) => return Err(timeout_error(socket, ONE_MAX)),
@@ -184,5 +196,39 @@ fn connection_error(socket: &Path, error: zlink::Error) -> Error {
             let message = format!("cannot talk to the daemon at {shown}: {error}");
             Error::new(Kind::Io, message)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::SOCKET;
+    use crate::control::rundir::RunDir;
+
+    #[test]
+    fn a_client_waits_for_room_in_a_short_backlog() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::take(dir.path()).unwrap();
+        let listener = run.bind().unwrap();
+        let socket = dir.path().join(SOCKET);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut waiting = Vec::new();
+            let full = loop {
+                match UnixStream::connect(&socket).await {
+                    Ok(stream) => waiting.push(stream),
+                    Err(error) => break error,
+                }
+                assert!(waiting.len() <= 100, "a storm of connections delays the others");
+            };
+            assert_eq!(full.kind(), ErrorKind::WouldBlock);
+            let accepting = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                (listener.accept().unwrap(), listener)
+            });
+            let connected = timeout(Duration::from_secs(10), wait_and_connect(&socket)).await;
+            assert!(connected.unwrap().is_ok());
+            accepting.join().unwrap();
+        });
     }
 }
