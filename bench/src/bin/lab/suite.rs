@@ -97,7 +97,10 @@ impl Cases {
                 let counted = ["private::figures::calls", "private::figures::last_close"];
                 vec![[vec![PRIVATE], skipping(&counted), skipping(&WITH_OTHERS)].concat()]
             }
-            Cases::Others => vec![skipping(&[PRIVATE]), WITH_OTHERS.to_vec()],
+            // libtest-mimic takes one filter.
+            Cases::Others => {
+                std::iter::once(skipping(&[PRIVATE])).chain(WITH_OTHERS.map(|name| vec![name])).collect()
+            }
             Cases::Counted => vec![vec!["private::figures", "--skip", "private::figures::set_up"]],
         };
         all.into_iter().map(|words| [vec!["vm", "--test-threads=1"], words].concat()).collect()
@@ -234,11 +237,17 @@ fn shares(options: &SuiteOptions) -> (Share, Vec<Share>) {
 }
 
 fn summarise(phases: &[Phase]) -> bool {
+    // Last, because CI may show only the end of its output.
+    for Phase { name, tally, .. } in phases {
+        for message in &tally.messages {
+            println!("\nfailed, {name}:\n{message}");
+        }
+    }
     println!();
     let mut total = Tally::default();
     for Phase { name, tally, time } in phases {
         println!("{name:<45} {tally}  ({} s)", time.as_secs());
-        total += *tally;
+        total += tally.clone();
     }
     println!("\n{total}");
     total.failed == 0
@@ -303,7 +312,7 @@ fn cases_in_vm(
     for name in names.iter().filter(|name| !failed.contains(name)) {
         sink(format!("lab: passed only at the second try: {name}\n").as_bytes());
     }
-    Ok(Tally { passed: first.passed + second.passed, failed: second.failed, skipped: first.skipped })
+    Ok(Tally { passed: first.passed + second.passed, skipped: first.skipped, ..second })
 }
 
 /// Shell commands that report a crash of the test program itself.
@@ -339,7 +348,7 @@ fn cases_once(
             // A case crashed the VM: count the cases before it.
             sink(format!("lab: {error:#}\n").as_bytes());
             let mut tally = seen(&said);
-            tally.failed += 1;
+            tally.fail(&format!("{error:#}"));
             tally
         }
     };
@@ -370,8 +379,7 @@ fn cases_here(options: &SuiteOptions) -> Result<Tally> {
 fn cases(what: &str, success: bool, said: &str) -> Result<Tally> {
     let mut tally = reconcile(what, success, libtest(said))?;
     if tally.passed == 0 && tally.failed == 0 && tally.skipped > 0 {
-        println!("lab: failed: all kernel cases were skipped, for the reasons above");
-        tally.failed = 1;
+        tally.fail("all kernel cases were skipped, for the reasons above");
     }
     Ok(tally)
 }
@@ -380,7 +388,10 @@ fn cases(what: &str, success: bool, said: &str) -> Result<Tally> {
 fn reconcile(what: &str, success: bool, tally: Option<Tally>) -> Result<Tally> {
     match tally {
         Some(tally) if success || tally.failed > 0 => Ok(tally),
-        Some(tally) => Ok(Tally { failed: 1, ..tally }),
+        Some(mut tally) => {
+            tally.fail(&format!("{what} ended with an error that no test reports: see above"));
+            Ok(tally)
+        }
         None if success => Ok(Tally::default()),
         None => bail!("{what} failed before it ran a test: see above"),
     }
@@ -391,16 +402,19 @@ mod tests {
     use super::*;
 
     fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
-        Tally { passed, failed, skipped }
+        Tally { passed, failed, skipped, messages: Vec::new() }
     }
 
     #[test]
     fn every_case_is_in_one_share() {
         let private = &Cases::Private.commands(None)[0];
         assert_eq!(private[2], PRIVATE);
-        let [others, moved] = &Cases::Others.commands(None)[..] else { panic!("two commands") };
-        assert_eq!(others, &["vm", "--test-threads=1", "--skip", PRIVATE]);
-        assert_eq!(moved[2..], WITH_OTHERS);
+        let others = Cases::Others.commands(None);
+        assert_eq!(others[0], ["vm", "--test-threads=1", "--skip", PRIVATE]);
+        for (command, name) in std::iter::zip(&others[1..], WITH_OTHERS) {
+            assert_eq!(command, &["vm", "--test-threads=1", name]);
+        }
+        assert_eq!(others.len(), 1 + WITH_OTHERS.len());
         let skipped = |name| private.windows(2).any(|pair| pair == ["--skip", name]);
         assert!(WITH_OTHERS.into_iter().all(skipped), "{private:?}");
         assert_eq!(Cases::All.commands(Some("x")), [["vm", "--test-threads=1", "x"]]);
@@ -421,17 +435,19 @@ mod tests {
     #[test]
     fn the_worst_exit_status_counts() {
         let command = Cases::Others.shell_command(None);
-        for (first, second) in [(134, 0), (0, 101), (0, 0)] {
+        for (first, others) in [(134, 0), (0, 101), (0, 0)] {
             let vm =
-                format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {second}; }}; {command}");
+                format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {others}; }}; {command}");
             let status = Command::new("sh").args(["-c", &vm]).status().unwrap();
-            assert_eq!(status.code(), Some(std::cmp::max(first, second)));
+            assert_eq!(status.code(), Some(std::cmp::max(first, others)));
         }
     }
 
     #[test]
     fn a_bad_exit_status_never_passes() {
-        assert_eq!(reconcile("x", false, Some(tally(3, 0, 0))).unwrap(), tally(3, 1, 0));
+        let said = vec!["x ended with an error that no test reports: see above".to_owned()];
+        let failed = Tally { messages: said, ..tally(3, 1, 0) };
+        assert_eq!(reconcile("x", false, Some(tally(3, 0, 0))).unwrap(), failed);
         assert_eq!(reconcile("x", true, Some(tally(3, 0, 1))).unwrap(), tally(3, 0, 1));
         assert!(reconcile("x", false, None).is_err());
     }
@@ -439,6 +455,7 @@ mod tests {
     #[test]
     fn all_cases_skipped_is_a_failure() {
         let said = "test result: ok. 0 passed; 0 failed; 9 ignored; 0 measured; 0 filtered out\n";
-        assert_eq!(cases("x", true, said).unwrap(), tally(0, 1, 9));
+        let messages = vec!["all kernel cases were skipped, for the reasons above".to_owned()];
+        assert_eq!(cases("x", true, said).unwrap(), Tally { messages, ..tally(0, 1, 9) });
     }
 }

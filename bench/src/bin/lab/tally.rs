@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Counts passed, failed and skipped tests in the output of test programs.
+//! Counts passed, failed and skipped tests in the output of test programs; collects the messages of
+//! those that failed.
 //!
 //! Knows the output of libtest, libtest-mimic and nextest.
 
@@ -7,11 +8,23 @@ use std::fmt;
 use std::ops::AddAssign;
 
 /// Numbers of passed, failed and skipped tests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
     pub(crate) skipped: u64,
+    /// Messages of failed tests, each at most `MESSAGE_MAX` bytes.
+    pub(crate) messages: Vec<String>,
+}
+
+/// A longer message is cut: what CI shows of a run is limited, too.
+const MESSAGE_MAX: usize = 2000;
+
+impl Tally {
+    pub(crate) fn fail(&mut self, message: &str) {
+        self.failed += 1;
+        self.messages.push(cut(message));
+    }
 }
 
 impl AddAssign for Tally {
@@ -19,6 +32,7 @@ impl AddAssign for Tally {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+        self.messages.extend(other.messages);
     }
 }
 
@@ -55,19 +69,52 @@ pub(crate) fn libtest(said: &str) -> Option<Tally> {
             passed: before(result, "passed"),
             failed: before(result, "failed"),
             skipped: before(result, "ignored"),
+            messages: Vec::new(),
         };
     }
+    total.messages = libtest_messages(said);
     (!results.is_empty()).then_some(total)
+}
+
+/// Each block that starts with "---- NAME ----" (libtest-mimic) or "---- NAME stdout ----".
+fn libtest_messages(said: &str) -> Vec<String> {
+    let mut messages: Vec<String> = Vec::new();
+    let mut inside = false;
+    for line in said.lines() {
+        if line.starts_with("---- ") && line.ends_with(" ----") {
+            inside = true;
+            messages.push(String::new());
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            inside = false;
+        }
+        if let Some(message) = messages.last_mut().filter(|_| inside) {
+            message.push_str(line);
+            message.push('\n');
+        }
+    }
+    messages.iter().map(|message| cut(message)).collect()
+}
+
+fn cut(message: &str) -> String {
+    let message = message.trim_end();
+    if message.len() <= MESSAGE_MAX {
+        return message.to_owned();
+    }
+    format!("{}\n[…]", &message[..message.floor_char_boundary(MESSAGE_MAX)])
 }
 
 /// Parses nextest's "Summary [ 0.1s] 12 tests run: 11 passed (1 slow), 1 failed, 2 skipped".
 /// nextest counts tests that the filter excludes as skipped.
 pub(crate) fn nextest(said: &str, filtered: bool) -> Option<Tally> {
-    let line = said.lines().rev().find(|line| line.trim_start().starts_with("Summary ["))?;
+    let (_, end) = said.rsplit_once("     Summary [")?;
+    let (line, after) = end.split_once('\n').unwrap_or((end, ""));
+    let failed = before(line, "failed") + before(line, "timed out");
     Some(Tally {
         passed: before(line, "passed"),
-        failed: before(line, "failed") + before(line, "timed out"),
+        failed,
         skipped: if filtered { 0 } else { before(line, "skipped") },
+        // The names; the messages come where the tests failed.
+        messages: if failed > 0 { vec![cut(after)] } else { Vec::new() },
     })
 }
 
@@ -82,7 +129,12 @@ pub(crate) fn seen(said: &str) -> Tally {
     let verdicts: Vec<String> = said.lines().filter_map(verdict).collect();
     let count =
         |word: &str| verdicts.iter().filter(|verdict| verdict.split(' ').next() == Some(word)).count() as u64;
-    Tally { passed: count("ok"), failed: count("FAILED"), skipped: count("ignored") }
+    Tally {
+        passed: count("ok"),
+        failed: count("FAILED"),
+        skipped: count("ignored"),
+        messages: libtest_messages(said),
+    }
 }
 
 /// The number before `word` in `text`; 0 if there is none.
@@ -98,7 +150,7 @@ mod tests {
     use super::*;
 
     fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
-        Tally { passed, failed, skipped }
+        Tally { passed, failed, skipped, messages: Vec::new() }
     }
 
     #[test]
@@ -108,8 +160,10 @@ mod tests {
         assert_eq!(libtest(said), Some(tally(7, 1, 1)));
         assert_eq!(libtest("error: no such thing"), None);
         let summary = "     Summary [   0.093s] 12 tests run: 11 passed (1 slow), 1 failed, 3 skipped\n";
-        assert_eq!(nextest(summary, false), Some(tally(11, 1, 3)));
-        assert_eq!(nextest(summary, true), Some(tally(11, 1, 0)));
+        let failed = format!("{summary}        FAIL [   0.012s] a b::c\n");
+        let messages = vec!["        FAIL [   0.012s] a b::c".to_owned()];
+        assert_eq!(nextest(&failed, false), Some(Tally { messages: messages.clone(), ..tally(11, 1, 3) }));
+        assert_eq!(nextest(&failed, true), Some(Tally { messages, ..tally(11, 1, 0) }));
         assert_eq!(nextest("", false), None);
         let cut = "test a ... ok\ntest b ... FAILED\ntest c ...   c: skipped: x\nignored (x)\n\
             test e ...   e: 1.2 s\nok\ntest d ...";
@@ -121,6 +175,16 @@ mod tests {
         let said = "test a::b ... FAILED\n\nfailures:\n\n---- a::b ----\n    no::name of a case\n\nfailures:\n    a::b\n\
             \ntest result: FAILED. 0 passed; 1 failed\n    not::one\n";
         assert_eq!(failed_names(said), ["a::b"]);
+    }
+
+    #[test]
+    fn messages_of_failed_cases_are_kept() {
+        let said = "test a::b ... FAILED\n\nfailures:\n\n---- a::b ----\nit is 3\n\n---- a::c ----\nno\n\n\
+            failures:\n    a::b\n    a::c\n\ntest result: FAILED. 0 passed; 2 failed\n";
+        let messages = vec!["---- a::b ----\nit is 3".to_owned(), "---- a::c ----\nno".to_owned()];
+        assert_eq!(libtest(said), Some(Tally { messages, ..tally(0, 2, 0) }));
+        let long = format!("{}ä{}", "x".repeat(MESSAGE_MAX - 1), "y".repeat(9));
+        assert_eq!(cut(&long), format!("{}\n[…]", "x".repeat(MESSAGE_MAX - 1)));
     }
 
     #[test]

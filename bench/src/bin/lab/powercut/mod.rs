@@ -54,7 +54,7 @@ pub(crate) fn run(
             }
             Err(why) => {
                 sink(format!("test {name} ... FAILED: {why}\n").as_bytes());
-                tally.failed += 1;
+                tally.fail(&format!("{name}: {why}"));
             }
         }
     }
