@@ -91,7 +91,7 @@ pub(super) struct AttachArgs {
 
 fn io_mode_parser() -> impl clap::builder::TypedValueParser<Value = IoMode> {
     use clap::builder::{PossibleValuesParser, TypedValueParser};
-    let modes = [IoMode::Copy, IoMode::Auto, IoMode::Batch, IoMode::Fuse];
+    let modes = [IoMode::Copy, IoMode::Auto, IoMode::Batch, IoMode::Loop, IoMode::Fuse];
     PossibleValuesParser::new(modes.map(IoMode::as_str)).try_map(move |word| {
         let mode = modes.into_iter().find(|mode| mode.as_str() == word);
         mode.ok_or("unknown I/O mode")

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Kind, Result};
+use crate::frontend::kernel_loop;
 use crate::instance::Selector;
 
 use super::list::{ImageQuery, InstanceDevice, gather};
@@ -104,7 +105,10 @@ fn is_device(name: &str, run_dir: &Path) -> bool {
         Some((instance, device)) => !instance.is_empty() && !instance.starts_with('.') && number(device),
         None => number(name),
     };
-    by_name || path.starts_with(run_dir) || path.to_string_lossy().starts_with("/dev/ublkb")
+    by_name
+        || path.starts_with(run_dir)
+        || path.to_string_lossy().starts_with("/dev/ublkb")
+        || kernel_loop::is_node(&path)
 }
 
 /// The device selector for the daemon. The daemon has another working directory and knows only its

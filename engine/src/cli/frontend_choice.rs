@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The frontend that `loopengine serve` uses: block devices where the kernel's driver can be
-//! trusted, files otherwise.
+//! The frontend that `loopengine serve` uses: block devices of ublk where the kernel's driver can be
+//! trusted, else those of the kernel's loop driver, else files.
 //!
 //! Knows releases and modules. Does not open anything.
 
 use crate::broken_kernels;
 use crate::config::FrontendChoice;
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{FrontendKind, fuse, ublk};
+use crate::frontend::{FrontendKind, fuse, kernel_loop, ublk};
 use crate::kernels::{self, BLOCK_DEVICES};
+
+const KERNEL_LOOP: &str = "serving block devices (kernel loop)";
 
 /// Selects the frontend on a kernel of this release, with or without the ublk driver. `force`: even
 /// if the driver is known to crash. Also returns a line for the log.
@@ -20,20 +22,22 @@ pub(super) fn choose(
 ) -> Result<(FrontendKind, String)> {
     let broken = broken_kernels::find(release).filter(|_| !force);
     match choice {
-        FrontendChoice::Auto if (broken.is_some() || !has_ublk) && fuse::check().is_ok() => {
+        FrontendChoice::Auto
+            if (broken.is_some() || !has_ublk) && (kernel_loop::check().is_ok() || fuse::check().is_ok()) =>
+        {
+            let (frontend, what) = match kernel_loop::check() {
+                Ok(()) => (FrontendKind::Loop, KERNEL_LOOP),
+                Err(_) => (FrontendKind::Fuse, "serving files (FUSE)"),
+            };
             let line = match broken {
                 Some(broken) => format!(
-                    "serving files (FUSE): {}; for block devices, {}, or give --force",
+                    "{what}: {}; for ublk, {}, or give --force",
                     broken.sentence(release),
                     broken.next_kernel()
                 ),
-                None => format!(
-                    "serving files (FUSE): {} is missing; for block devices, {}",
-                    ublk::CONTROL_NODE,
-                    driver_hint()
-                ),
+                None => format!("{what}: {} is missing; for ublk, {}", ublk::CONTROL_NODE, driver_hint()),
             };
-            Ok((FrontendKind::Fuse, line))
+            Ok((frontend, line))
         }
         FrontendChoice::Auto | FrontendChoice::Ublk => {
             broken_kernels::check(release, force)?;
@@ -42,6 +46,10 @@ pub(super) fn choose(
                 return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
             }
             Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
+        }
+        FrontendChoice::Loop => {
+            kernel_loop::check()?;
+            Ok((FrontendKind::Loop, KERNEL_LOOP.to_owned()))
         }
         FrontendChoice::Fuse => {
             fuse::check()?;
@@ -90,13 +98,14 @@ mod tests {
     }
 
     #[test]
-    fn auto_falls_back_to_files_on_a_broken_kernel() {
+    fn auto_falls_back_on_a_broken_kernel() {
         match choose(FrontendChoice::Auto, true, BROKEN, false) {
             Ok((frontend, line)) => {
-                assert_eq!(frontend, FrontendKind::Fuse);
+                let has_loop = kernel_loop::check().is_ok();
+                assert_eq!(frontend, if has_loop { FrontendKind::Loop } else { FrontendKind::Fuse });
                 assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
             }
-            Err(refused) => assert!(fuse::check().is_err(), "{refused}"),
+            Err(refused) => assert!(fuse::check().is_err() && kernel_loop::check().is_err(), "{refused}"),
         }
         let (frontend, _) = choose(FrontendChoice::Auto, true, "6.18.6", false).unwrap();
         assert_eq!(frontend, FrontendKind::Ublk);

@@ -67,9 +67,10 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Serve block devices (ublk), files (fuse), or block devices if a ublk driver is available that
-    /// is not known to crash, and files otherwise (auto) [default: auto].
-    #[arg(long, value_name = "auto|ublk|fuse", hide_possible_values = true)]
+    /// What devices are: block devices that the daemon serves (ublk), block devices of the kernel's
+    /// loop driver (loop), files (fuse), or the first of these that the kernel has (auto). auto
+    /// avoids ublk drivers that are known to crash [default: auto].
+    #[arg(long, value_name = "auto|ublk|loop|fuse", hide_possible_values = true)]
     frontend: Option<FrontendChoice>,
 
     /// Link each read or write with its commit in one chain, where possible.
@@ -151,6 +152,8 @@ impl ServeArgs {
         match frontend {
             // Before the first thread starts, so that all threads share the namespace.
             FrontendKind::Ublk => enter_mount_namespace()?,
+            // The kernel serves its devices: mounts of them cannot hold the daemon up.
+            FrontendKind::Loop => {}
             FrontendKind::Fuse => warn_of_mount_namespace(),
         }
         // Before the sandbox forbids starting programs. Optional: everything else works without it.
@@ -163,7 +166,7 @@ impl ServeArgs {
                     })
                     .ok()
             }
-            FrontendKind::Fuse => None,
+            FrontendKind::Loop | FrontendKind::Fuse => None,
         };
         if self.no_sandbox {
             tracing::warn!("the daemon keeps all its privileges (--no-sandbox)");
@@ -259,10 +262,13 @@ impl ServeArgs {
         let starting = reload::start(config.clone(), targets.clone());
         // One task at a time applies a configuration.
         let mut applying_config = Some(tokio::task::spawn_local(starting));
-        let watching = (frontend == FrontendKind::Ublk).then(|| {
-            let partitions = tokio::task::spawn_local(watchers::follow_dev_nodes(engine));
-            [tokio::task::spawn_local(watchers::detach_new_ublk_mounts()), partitions]
-        });
+        let mut watching = Vec::new();
+        if frontend != FrontendKind::Fuse {
+            watching.push(tokio::task::spawn_local(watchers::follow_dev_nodes(engine)));
+        }
+        if frontend == FrontendKind::Ublk {
+            watching.push(tokio::task::spawn_local(watchers::detach_new_ublk_mounts()));
+        }
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -288,7 +294,7 @@ impl ServeArgs {
         }
         tracing::info!("stopping");
         notify(&[NotifyState::Stopping]);
-        watching.iter().flatten().for_each(tokio::task::JoinHandle::abort);
+        watching.iter().for_each(tokio::task::JoinHandle::abort);
         let _ = stop.send(true);
         tokio::select! {
             _ = &mut served => Ok(Shutdown::Graceful),

@@ -93,7 +93,8 @@ fn has_block_event(events: &AsyncFd<OwnedFd>) -> Result<bool, Errno> {
         match events.next() {
             Ok(event) => {
                 let name = event.file_name().map(|name| name.to_bytes()).unwrap_or_default();
-                let partition = name.strip_prefix(b"ublkb").is_some_and(|rest| rest.contains(&b'p'));
+                let disk = name.strip_prefix(b"ublkb").or_else(|| name.strip_prefix(b"loop"));
+                let partition = disk.is_some_and(|rest| rest.contains(&b'p'));
                 let stack = name.starts_with(b"dm-") || name.starts_with(b"md");
                 some |= partition || stack || event.events().contains(ReadFlags::QUEUE_OVERFLOW);
             }

@@ -69,11 +69,13 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum FrontendChoice {
-    /// Block devices if the ublk driver is available, else files.
+    /// The first of the others that the kernel has.
     #[default]
     Auto,
-    /// Block devices.
+    /// Block devices that the daemon serves.
     Ublk,
+    /// Block devices that the kernel's loop driver serves.
+    Loop,
     /// Files, through FUSE.
     Fuse,
 }

@@ -76,7 +76,7 @@ impl Daemon {
             detach_all,
             child: None,
             listener: None,
-            had_before: host::ublk_ids(),
+            had_before: disk_ids(),
         };
         daemon.restart()?;
         Ok(daemon)
@@ -181,7 +181,7 @@ impl Daemon {
         let node = disk_name(device)?;
         self.ok(&["detach", device])?;
         ensure!(
-            crate::FRONTEND != "ublk" || !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
+            crate::FRONTEND == "fuse" || !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
             "{node} still there after detach"
         );
         ensure!(std::fs::symlink_metadata(device).is_err(), "{device} still there after detach");
@@ -212,7 +212,7 @@ impl Daemon {
         if crate::FRONTEND == "fuse" {
             return self.files();
         }
-        let mut ids = host::ublk_ids();
+        let mut ids = disk_ids();
         ids.retain(|id| !self.had_before.contains(id));
         ids
     }
@@ -379,6 +379,11 @@ impl Drop for Daemon {
             }
         }
     }
+}
+
+/// Disks of any owner.
+fn disk_ids() -> Vec<u32> {
+    if crate::FRONTEND == "loop" { host::loop_numbers() } else { host::ublk_ids() }
 }
 
 /// The kernel's name of a device, e.g. `ublkb3`.

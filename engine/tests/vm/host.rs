@@ -68,8 +68,8 @@ impl Host {
         if !rustix::process::geteuid().is_root() {
             skip!("needs root; run 'cargo lab test'");
         }
-        if crate::FRONTEND == "fuse" {
-            return Host::probe_for_files();
+        if crate::FRONTEND != "ublk" {
+            return Host::probe_without_ublk();
         }
         let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
         let allowed = std::env::var_os("LOOPENGINE_VM_CASES").is_some_and(|v| v == "1");
@@ -104,8 +104,8 @@ impl Host {
         Ok(host)
     }
 
-    /// FUSE files need fewer features, and no VM.
-    fn probe_for_files() -> Res<Host> {
+    /// The other backends need fewer features, and no VM.
+    fn probe_without_ublk() -> Res<Host> {
         for (node, module) in [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")] {
             if !Path::new(node).exists() && tools::run(&["modprobe", module]).is_err() {
                 skip!("{node} is missing");
@@ -128,9 +128,9 @@ impl Host {
         let full = std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1");
         Ok(Host {
             program,
-            io_modes: vec!["fuse".into()],
+            io_modes: vec![crate::FRONTEND.into()],
             resize: true,
-            recovery: false,
+            recovery: crate::FRONTEND == "loop",
             private: false,
             full,
         })
@@ -169,6 +169,14 @@ fn copy_program() -> Res<String> {
     let copy = format!("{SCRATCH}/loopengine");
     std::fs::copy(&given, &copy).at(format!("copy {given}"))?;
     Ok(copy)
+}
+
+/// Numbers of the kernel's bound loop devices from the first of `serve --frontend loop` on.
+pub(crate) fn loop_numbers() -> Vec<u32> {
+    let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let bound = entries.filter(|disk| disk.path().join("loop/backing_file").exists());
+    let numbers = bound.filter_map(|disk| disk.file_name().to_str()?.strip_prefix("loop")?.parse().ok());
+    numbers.filter(|number| *number >= 1 << 15).collect()
 }
 
 /// Numbers of the existing ublk devices, under any of the kernel's names.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use crate::harness::{At, Res, fail};
+use crate::harness::{At, Res, fail, skip};
 
 /// The default deadline of a program.
 pub(crate) const SHORT: Duration = Duration::from_secs(60);
@@ -135,6 +135,17 @@ pub(crate) fn localise(command: &mut Command) -> &mut Command {
         command.env("PATH", format!("{programs}:{path}")).env("LD_LIBRARY_PATH", libraries);
     }
     command
+}
+
+/// Skips the case if root lacks CAP_SYS_RESOURCE, as in some containers: without it, ext4 refuses to
+/// grow while it is mounted.
+pub(crate) fn needs_sys_resource() -> Res {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap_or_default();
+    if u64::from_str_radix(effective.trim(), 16)? >> 24 & 1 == 0 {
+        skip!("root lacks CAP_SYS_RESOURCE here, and ext4 needs it to grow while mounted");
+    }
+    Ok(())
 }
 
 /// Runs a program with the default deadline, whatever its exit status.

@@ -89,11 +89,11 @@ pub(crate) fn with_engine(programs: &[Program], name: &str) -> Result<Command> {
 }
 
 /// Builds the kernel cases: one program named `vm`.
-pub(crate) fn build_cases() -> Result<Program> {
-    let words = ["test", "--package", "loopengine", "--test", "vm", "--no-run"];
+pub(crate) fn build_cases(name: &str) -> Result<Program> {
+    let words = ["test", "--package", "loopengine", "--test", name, "--no-run"];
     let mut built = build_with(&words, &PROFILE)?;
-    built.retain(|program| program.name == "vm");
-    built.pop().context("cargo built no test program named vm")
+    built.retain(|program| program.name == name);
+    built.pop().with_context(|| format!("cargo built no test program named {name}"))
 }
 
 /// The workspace, as cargo describes it.

@@ -67,6 +67,12 @@ enum Cases {
     Counted,
 }
 
+/// The test programs of the kernel cases: of ublk devices, and of the kernel's loop devices. The
+/// second also runs on this machine.
+const VM: &str = "vm";
+const KERNEL_LOOP: &str = "kernel_loop";
+/// Cases of the second that depend on the kernel.
+const LIFETIME: &str = "lifetime::";
 /// Prefix of the names of cases of private loop devices.
 const PRIVATE: &str = "private";
 /// Those of them that run with the others, so that both VMs end at the same time.
@@ -89,21 +95,24 @@ impl Cases {
     /// Command lines of the kernel cases.
     fn commands(self, filter: Option<&str>) -> Vec<Vec<&str>> {
         let skipping = |names: &[&'static str]| names.iter().flat_map(|name| ["--skip", *name]).collect();
-        let all: Vec<Vec<&str>> = match self {
-            Cases::All => vec![filter.into_iter().collect()],
-            Cases::Kernel => vec![skipping(&NOT_OF_THE_KERNEL)],
+        let all: Vec<(&str, Vec<&str>)> = match self {
+            Cases::All => [VM, KERNEL_LOOP].map(|program| (program, filter.into_iter().collect())).into(),
+            Cases::Kernel => vec![(VM, skipping(&NOT_OF_THE_KERNEL)), (KERNEL_LOOP, vec![LIFETIME])],
             // Counted cases are meaningless on emulated CPUs that share a core.
             Cases::Private => {
                 let counted = ["private::figures::calls", "private::figures::last_close"];
-                vec![[vec![PRIVATE], skipping(&counted), skipping(&WITH_OTHERS)].concat()]
+                vec![(VM, [vec![PRIVATE], skipping(&counted), skipping(&WITH_OTHERS)].concat())]
             }
             // libtest-mimic takes one filter.
             Cases::Others => {
-                std::iter::once(skipping(&[PRIVATE])).chain(WITH_OTHERS.map(|name| vec![name])).collect()
+                let moved = WITH_OTHERS.map(|name| (VM, vec![name]));
+                let all = [(VM, skipping(&[PRIVATE]))].into_iter().chain(moved);
+                all.chain([(KERNEL_LOOP, vec![LIFETIME])]).collect()
             }
-            Cases::Counted => vec![vec!["private::figures", "--skip", "private::figures::set_up"]],
+            Cases::Counted => vec![(VM, vec!["private::figures", "--skip", "private::figures::set_up"])],
         };
-        all.into_iter().map(|words| [vec!["vm", "--test-threads=1"], words].concat()).collect()
+        let command = |(program, words)| [vec![program, "--test-threads=1"], words].concat();
+        all.into_iter().map(command).collect()
     }
 
     /// One shell command for all of them, with the highest exit status: a crash must not go unseen.
@@ -166,9 +175,13 @@ pub(crate) fn run(options: &SuiteOptions) -> Result<bool> {
 fn in_vms(options: &SuiteOptions) -> Result<Vec<Phase>> {
     let lab = setup::ensure_all()?;
     let mut programs = programs::build()?;
-    let cases = programs::build_cases()?;
-    let any = any_case(&cases, options.filter.as_deref())?;
-    programs.push(cases);
+    let cases = [VM, KERNEL_LOOP].map(programs::build_cases);
+    let cases = cases.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut any = false;
+    for program in &cases {
+        any |= any_case(program, options.filter.as_deref())?;
+    }
+    programs.extend(cases);
     let run = |share: Share, sink: Sink<'_>| one_vm(&lab, share, &programs, any, options, sink);
     let (first, others) = shares(options);
     std::thread::scope(|scope| {
@@ -303,7 +316,8 @@ fn cases_in_vm(
     // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again;
     // a case that passes at the second try is named.
     sink(format!("lab: second try in a VM of their own: {}\n", names.join(", ")).as_bytes());
-    let again: Vec<String> = names.iter().map(|name| sh::quote(&["vm", "--exact", name])).collect();
+    let again = |name| [VM, KERNEL_LOOP].map(|program| sh::quote(&[program, "--exact", name])).join("; ");
+    let again: Vec<String> = names.iter().map(|name| again(name)).collect();
     let (second, said) = cases_once(lab, &machine, programs, &format!("{full}{}", again.join("; ")), sink)?;
     let failed = failed_names(&said);
     if (second.passed + second.failed) as usize != names.len() {
@@ -365,7 +379,7 @@ fn any_case(cases: &Program, filter: Option<&str>) -> Result<bool> {
 
 fn cases_here(options: &SuiteOptions) -> Result<Tally> {
     let programs = programs::build()?;
-    let cases_program = programs::build_cases()?;
+    let cases_program = programs::build_cases(VM)?;
     let engine = programs.iter().find(|program| program.name == "loopengine");
     let engine = engine.context("cargo built no program named loopengine")?;
     let mut command = Command::new(&cases_program.path);
@@ -414,10 +428,11 @@ mod tests {
         for (command, name) in std::iter::zip(&others[1..], WITH_OTHERS) {
             assert_eq!(command, &["vm", "--test-threads=1", name]);
         }
-        assert_eq!(others.len(), 1 + WITH_OTHERS.len());
+        assert_eq!(others[1 + WITH_OTHERS.len()..], [[KERNEL_LOOP, "--test-threads=1", LIFETIME]]);
         let skipped = |name| private.windows(2).any(|pair| pair == ["--skip", name]);
         assert!(WITH_OTHERS.into_iter().all(skipped), "{private:?}");
-        assert_eq!(Cases::All.commands(Some("x")), [["vm", "--test-threads=1", "x"]]);
+        let of = |program| [program, "--test-threads=1", "x"];
+        assert_eq!(Cases::All.commands(Some("x")), [of(VM), of(KERNEL_LOOP)]);
         let options =
             |kernel, filter| SuiteOptions { kernel, filter, host: false, quick: false, full: false };
         let names = |options| {
@@ -436,9 +451,9 @@ mod tests {
     fn the_worst_exit_status_counts() {
         let command = Cases::Others.shell_command(None);
         for (first, others) in [(134, 0), (0, 101), (0, 0)] {
-            let vm =
-                format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {others}; }}; {command}");
-            let status = Command::new("sh").args(["-c", &vm]).status().unwrap();
+            let vm = format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {others}; }}");
+            let script = format!("{vm}; kernel_loop() {{ vm; }}; {command}");
+            let status = Command::new("sh").args(["-c", &script]).status().unwrap();
             assert_eq!(status.code(), Some(std::cmp::max(first, others)));
         }
     }

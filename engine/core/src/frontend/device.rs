@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! One device of either frontend: add, configure, start, resize, stop, delete.
+//! One device of any frontend: add, configure, start, resize, stop, delete.
 //!
 //! Dispatches to the frontend. Every step has a deadline. Nothing is undone on failure: the caller
 //! decides.
@@ -7,15 +7,17 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{DeviceParameters, FrontendQueue, StopMode, fuse, ublk};
+use super::{DeviceParameters, FrontendQueue, StopMode, fuse, kernel_loop, ublk};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
 
-/// A block device of ublk, or a file of FUSE.
+/// A block device of ublk or of the kernel's loop driver, or a file of FUSE.
 #[derive(Debug)]
 pub enum FrontendDevice {
     /// A block device.
     Ublk(ublk::UblkDevice),
+    /// A block device of the kernel's loop driver.
+    Loop(kernel_loop::KernelLoop),
     /// A file.
     Fuse(fuse::FuseDevice),
 }
@@ -25,6 +27,7 @@ impl FrontendDevice {
     pub fn id(&self) -> u32 {
         match self {
             FrontendDevice::Ublk(device) => device.id(),
+            FrontendDevice::Loop(device) => device.number(),
             FrontendDevice::Fuse(_) => 0,
         }
     }
@@ -33,6 +36,7 @@ impl FrontendDevice {
     pub fn parameters(&self) -> DeviceParameters {
         match self {
             FrontendDevice::Ublk(device) => device.parameters(),
+            FrontendDevice::Loop(device) => device.parameters(),
             FrontendDevice::Fuse(device) => device.parameters(),
         }
     }
@@ -41,6 +45,7 @@ impl FrontendDevice {
     pub fn node(&self) -> PathBuf {
         match self {
             FrontendDevice::Ublk(device) => device.node(),
+            FrontendDevice::Loop(device) => device.node(),
             FrontendDevice::Fuse(device) => device.node(),
         }
     }
@@ -49,6 +54,10 @@ impl FrontendDevice {
     pub fn describe(&self, image: &Arc<Image>) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.describe(&image.geometry()),
+            FrontendDevice::Loop(device) => {
+                device.describe(image);
+                Ok(())
+            }
             FrontendDevice::Fuse(device) => device.describe(image),
         }
     }
@@ -57,6 +66,7 @@ impl FrontendDevice {
     pub fn queues(&self) -> Result<Vec<FrontendQueue>> {
         match self {
             FrontendDevice::Ublk(device) => device.queues(),
+            FrontendDevice::Loop(_) => Ok(Vec::new()),
             FrontendDevice::Fuse(device) => device.queues(),
         }
     }
@@ -65,6 +75,7 @@ impl FrontendDevice {
     pub fn start(&self) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.start(),
+            FrontendDevice::Loop(device) => device.start(),
             FrontendDevice::Fuse(device) => device.start(),
         }
     }
@@ -73,6 +84,7 @@ impl FrontendDevice {
     pub fn begin_recovery(&self) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.begin_recovery(),
+            FrontendDevice::Loop(_) => Ok(()),
             FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
@@ -81,6 +93,7 @@ impl FrontendDevice {
     pub fn end_recovery(&self) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.end_recovery(),
+            FrontendDevice::Loop(device) => device.take_over(),
             FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
@@ -89,6 +102,7 @@ impl FrontendDevice {
     pub fn driver_geometry(&self, offset: u64) -> Result<Geometry> {
         match self {
             FrontendDevice::Ublk(device) => device.driver_geometry(offset),
+            FrontendDevice::Loop(device) => device.driver_geometry(offset),
             FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
@@ -96,7 +110,7 @@ impl FrontendDevice {
     /// Whether the file is open. Always false for a block device, whose driver does not tell.
     pub fn is_open(&self) -> bool {
         match self {
-            FrontendDevice::Ublk(_) => false,
+            FrontendDevice::Ublk(_) | FrontendDevice::Loop(_) => false,
             FrontendDevice::Fuse(device) => device.is_open(),
         }
     }
@@ -105,6 +119,7 @@ impl FrontendDevice {
     pub fn resize(&self, bytes: u64) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.resize(bytes),
+            FrontendDevice::Loop(device) => device.resize(),
             FrontendDevice::Fuse(device) => device.resize(bytes),
         }
     }
@@ -113,14 +128,17 @@ impl FrontendDevice {
     pub fn stop(&self, when: StopMode) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.stop(when),
+            FrontendDevice::Loop(device) => device.stop(when),
             FrontendDevice::Fuse(device) => device.stop(when),
         }
     }
 
-    /// Holds new requests for the next daemon. False: the end of the process does that.
+    /// Holds new requests for the next daemon. False: the end of the process does that, or the
+    /// kernel serves them.
     pub fn quiesce(&self, limit: std::time::Duration) -> Result<bool> {
         match self {
             FrontendDevice::Ublk(device) => device.quiesce(limit),
+            FrontendDevice::Loop(_) => Ok(false),
             FrontendDevice::Fuse(_) => Err(not_recovered()),
         }
     }
@@ -129,8 +147,8 @@ impl FrontendDevice {
     pub fn start_exclusively(&self, alone: &ublk::StartLock) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.start_exclusively(alone),
-            FrontendDevice::Fuse(_) => {
-                Err(Error::new(Kind::Unsupported, "FUSE files cannot replace each other"))
+            FrontendDevice::Loop(_) | FrontendDevice::Fuse(_) => {
+                Err(Error::new(Kind::Unsupported, "only ublk devices can replace each other"))
             }
         }
     }
@@ -139,7 +157,7 @@ impl FrontendDevice {
     pub fn disable_scheduler(&self) {
         match self {
             FrontendDevice::Ublk(device) => device.disable_scheduler(),
-            FrontendDevice::Fuse(_) => {}
+            FrontendDevice::Loop(_) | FrontendDevice::Fuse(_) => {}
         }
     }
 
@@ -147,7 +165,7 @@ impl FrontendDevice {
     pub fn set_discard_support(&self, offer: bool) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.set_discard_support(offer),
-            FrontendDevice::Fuse(_) => Ok(()),
+            FrontendDevice::Loop(_) | FrontendDevice::Fuse(_) => Ok(()),
         }
     }
 
@@ -155,6 +173,7 @@ impl FrontendDevice {
     pub fn is_present(&self) -> bool {
         match self {
             FrontendDevice::Ublk(device) => device.is_present(),
+            FrontendDevice::Loop(device) => device.is_present(),
             FrontendDevice::Fuse(_) => true,
         }
     }
@@ -163,6 +182,7 @@ impl FrontendDevice {
     pub fn device_number(&self) -> Result<u64> {
         match self {
             FrontendDevice::Ublk(device) => device.device_number(),
+            FrontendDevice::Loop(device) => device.device_number(),
             FrontendDevice::Fuse(_) => Err(Error::new(Kind::Unsupported, "FUSE files have no device number")),
         }
     }
@@ -171,6 +191,7 @@ impl FrontendDevice {
     pub fn delete(&self) -> Result<()> {
         match self {
             FrontendDevice::Ublk(device) => device.delete(),
+            FrontendDevice::Loop(device) => device.delete(),
             FrontendDevice::Fuse(_) => Ok(()),
         }
     }

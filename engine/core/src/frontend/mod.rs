@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Frontends: the drivers that deliver requests, and what they have in common.
 //!
-//! There are two: block devices of the ublk driver, and files of FUSE. An engine uses one of them.
+//! There are three: block devices of the ublk driver, those of the kernel's loop driver, and files
+//! of FUSE. An engine uses one of them.
 //! The modules above use [`Frontend`], [`Backend`] and [`FrontendDevice`], the workers use
 //! [`FrontendQueue`]; only this file and its two neighbours name a driver.
 
 mod device;
+mod disk_list;
 pub mod fuse;
+pub mod kernel_loop;
 mod mode;
 mod queue;
+mod timeout;
 pub mod ublk;
 
 use std::path::Path;
@@ -18,6 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::kernels::BLOCK_DEVICES;
 
 pub use device::FrontendDevice;
+use disk_list::DiskList;
 pub use mode::{FrontendKind, IoMode};
 pub use queue::FrontendQueue;
 
@@ -71,8 +76,10 @@ pub struct ExistingDevice {
 /// The frontend that all instances of an engine use.
 #[derive(Clone, Debug)]
 pub enum Frontend {
-    /// Block devices.
+    /// Block devices that this program serves.
     Ublk(ublk::DriverFeatures),
+    /// Block devices that the kernel's loop driver serves.
+    Loop,
     /// Files.
     Fuse(fuse::FuseMounts),
 }
@@ -91,6 +98,7 @@ impl Frontend {
                 }
                 Ok(Frontend::Ublk(features))
             }
+            FrontendKind::Loop => kernel_loop::check().map(|()| Frontend::Loop),
             FrontendKind::Fuse => fuse::check().map(|()| Frontend::Fuse(fuse::FuseMounts::default())),
         }
     }
@@ -99,6 +107,7 @@ impl Frontend {
     pub fn kind(&self) -> FrontendKind {
         match self {
             Frontend::Ublk(_) => FrontendKind::Ublk,
+            Frontend::Loop => FrontendKind::Loop,
             Frontend::Fuse(_) => FrontendKind::Fuse,
         }
     }
@@ -107,14 +116,15 @@ impl Frontend {
     pub fn supports_private_pools(&self) -> bool {
         match self {
             Frontend::Ublk(features) => features.supports_binding(),
-            Frontend::Fuse(_) => false,
+            Frontend::Loop | Frontend::Fuse(_) => false,
         }
     }
 
-    /// Whether devices wait for the next daemon when this one ends.
+    /// Whether devices stay for the next daemon when this one ends.
     pub fn devices_outlive_daemon(&self) -> bool {
         match self {
             Frontend::Ublk(features) => features.supports_recovery(),
+            Frontend::Loop => true,
             Frontend::Fuse(_) => false,
         }
     }
@@ -124,6 +134,7 @@ impl Frontend {
     pub fn backend(&self, directory: &Path, queues: usize, cpus: &[usize]) -> Result<Backend> {
         match self {
             Frontend::Ublk(features) => Ok(Backend::Ublk(*features)),
+            Frontend::Loop => Ok(Backend::Loop),
             Frontend::Fuse(mounts) => fuse::FuseFileSystem::mount(directory, queues, cpus, mounts)
                 .map(|files| Backend::Fuse(Arc::new(files))),
         }
@@ -134,19 +145,22 @@ impl Frontend {
         match self {
             // The daemon's mount namespace has no mounts of its disks.
             Frontend::Ublk(_) => false,
+            // The kernel serves them.
+            Frontend::Loop => false,
             Frontend::Fuse(mounts) => mounts.contains(device_number),
         }
     }
 
     /// Whether the driver can stop a device only if it is not open.
     pub fn can_stop_if_unused(&self) -> bool {
-        self.supports_private_pools()
+        matches!(self, Frontend::Loop) || self.supports_private_pools()
     }
 
     /// The ids of all devices of the driver, of any owner. Files end with their daemon.
     pub fn present(&self) -> Vec<u32> {
         match self {
             Frontend::Ublk(_) => ublk::present_devices(),
+            Frontend::Loop => kernel_loop::present_devices(),
             Frontend::Fuse(_) => Vec::new(),
         }
     }
@@ -155,6 +169,7 @@ impl Frontend {
     pub fn examine(&self, id: u32) -> Result<ExistingDevice> {
         match self {
             Frontend::Ublk(_) => ublk::UblkDevice::examine(id),
+            Frontend::Loop => kernel_loop::KernelLoop::examine(id),
             Frontend::Fuse(_) => Err(Error::new(Kind::NotFound, "FUSE files have no driver ids")),
         }
     }
@@ -162,21 +177,29 @@ impl Frontend {
     /// Updates the list of disks that udev reads, at the start of a daemon with these devices at the
     /// driver: disks that wait for it stay listed, disks that are gone do not.
     pub fn update_disk_list<'a>(&self, own: impl IntoIterator<Item = (&'a u32, &'a ExistingDevice)>) {
-        let Frontend::Ublk(_) = self else { return };
-        let list = ublk::DiskList::of_machine();
-        let exists = |id, owner_cookie| match ublk::UblkDevice::examine(id) {
+        let list = DiskList::of_machine();
+        let exists = |disk: &str, owner_cookie| match examine_disk(disk) {
             Ok(found) => found.parameters.owner_cookie == owner_cookie,
             // A device that the driver cannot describe may have users.
             Err(error) => error.kind() != Kind::NotFound,
         };
-        for id in list.sweep(exists) {
-            tracing::info!("ublkb{id} is no longer listed for udev: its device does not exist");
+        for disk in list.sweep(exists) {
+            tracing::info!("{disk} is no longer listed for udev: its device does not exist");
         }
         for (id, found) in own {
+            let disk = self.disk(*id);
             // A daemon before this list was kept, or somebody who deleted it.
-            if let Err(error) = list.add(*id, found.parameters.owner_cookie) {
-                tracing::warn!("the host may probe /dev/ublkb{id}: {error}");
+            if let Err(error) = list.add(&disk, found.parameters.owner_cookie) {
+                tracing::warn!("the host may probe /dev/{disk}: {error}");
             }
+        }
+    }
+
+    /// The name of the disk with this id at the driver.
+    pub fn disk(&self, id: u32) -> String {
+        match self {
+            Frontend::Loop => format!("loop{id}"),
+            Frontend::Ublk(_) | Frontend::Fuse(_) => format!("ublkb{id}"),
         }
     }
 
@@ -186,6 +209,7 @@ impl Frontend {
             Frontend::Ublk(features) => {
                 Ok(FrontendDevice::Ublk(ublk::UblkDevice::existing(*features, id, parameters)))
             }
+            Frontend::Loop => Ok(FrontendDevice::Loop(kernel_loop::KernelLoop::existing(id, parameters))),
             Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "FUSE files never outlive the daemon")),
         }
     }
@@ -196,6 +220,8 @@ impl Frontend {
 pub enum Backend {
     /// Stateless: all instances share the driver.
     Ublk(ublk::DriverFeatures),
+    /// Likewise.
+    Loop,
     /// A file system, mounted on the instance's directory.
     Fuse(Arc<fuse::FuseFileSystem>),
 }
@@ -205,6 +231,7 @@ impl Backend {
     pub fn best_io_mode(&self) -> IoMode {
         match self {
             Backend::Ublk(features) => features.io_modes().first().copied().unwrap_or(IoMode::Copy),
+            Backend::Loop => IoMode::Loop,
             Backend::Fuse(_) => IoMode::Fuse,
         }
     }
@@ -212,7 +239,8 @@ impl Backend {
     /// Rejects an unsupported I/O mode.
     pub fn check_io_mode(&self, mode: IoMode) -> Result<()> {
         let (allowed, wrong) = match self {
-            Backend::Ublk(features) => (features.allows(mode), mode == IoMode::Fuse),
+            Backend::Ublk(features) => (features.allows(mode), matches!(mode, IoMode::Loop | IoMode::Fuse)),
+            Backend::Loop => (mode == IoMode::Loop, mode != IoMode::Loop),
             Backend::Fuse(_) => (mode == IoMode::Fuse, mode != IoMode::Fuse),
         };
         match (allowed, wrong) {
@@ -225,6 +253,7 @@ impl Backend {
             (false, true) => {
                 let serves = match self {
                     Backend::Ublk(_) => "block devices (ublk)",
+                    Backend::Loop => "block devices (kernel loop)",
                     Backend::Fuse(_) => "files (FUSE)",
                 };
                 let context =
@@ -239,6 +268,7 @@ impl Backend {
     pub fn add(&self, number: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
         match self {
             Backend::Ublk(features) => ublk::UblkDevice::add(*features, parameters).map(FrontendDevice::Ublk),
+            Backend::Loop => Ok(FrontendDevice::Loop(kernel_loop::KernelLoop::new(parameters))),
             Backend::Fuse(files) => {
                 Ok(FrontendDevice::Fuse(fuse::FuseDevice::new(files.clone(), number, parameters)))
             }
@@ -251,13 +281,19 @@ impl Backend {
             Backend::Ublk(features) => {
                 Ok(FrontendDevice::Ublk(ublk::UblkDevice::existing(*features, id, parameters)))
             }
+            Backend::Loop => Ok(FrontendDevice::Loop(kernel_loop::KernelLoop::existing(id, parameters))),
             Backend::Fuse(_) => Err(Error::new(Kind::Unsupported, "FUSE files do not outlive the daemon")),
         }
     }
 
     /// Whether names in the instance's directory are links to nodes, made by the instance.
     pub fn uses_links(&self) -> bool {
-        matches!(self, Backend::Ublk(_))
+        matches!(self, Backend::Ublk(_) | Backend::Loop)
+    }
+
+    /// Whether this program's workers serve its devices.
+    pub fn uses_workers(&self) -> bool {
+        !matches!(self, Backend::Loop)
     }
 
     /// Unmounts the file system. All devices must be gone.
@@ -268,11 +304,33 @@ impl Backend {
     }
 }
 
+/// Queries the drivers about a disk, by its name.
+fn examine_disk(disk: &str) -> Result<ExistingDevice> {
+    let id = |prefix: &str| disk.strip_prefix(prefix)?.parse().ok();
+    match (id("ublkb"), id("loop")) {
+        (Some(id), _) => ublk::UblkDevice::examine(id),
+        (_, Some(number)) => kernel_loop::KernelLoop::examine(number),
+        _ => Err(Error::new(Kind::NotFound, format!("{disk} is not the name of a disk"))),
+    }
+}
+
+/// Devices of any backend that outlive their daemon, by the names of their disks.
+pub fn lasting() -> Vec<(String, Result<ExistingDevice>)> {
+    let ublk = ublk::present_devices().into_iter().map(|id| format!("ublkb{id}"));
+    let loops = kernel_loop::present_devices().into_iter().map(|number| format!("loop{number}"));
+    let examine = |disk: String| {
+        let found = examine_disk(&disk);
+        (disk, found)
+    };
+    ublk.chain(loops).map(examine).collect()
+}
+
 /// The frontends available on this machine, the preferred one first.
 pub fn present() -> Vec<FrontendKind> {
-    [(ublk::CONTROL_NODE, FrontendKind::Ublk), (fuse::NODE, FrontendKind::Fuse)]
-        .into_iter()
-        .filter(|(node, _)| Path::new(node).exists())
-        .map(|(_, kind)| kind)
-        .collect()
+    let all = [
+        (ublk::CONTROL_NODE, FrontendKind::Ublk),
+        (kernel_loop::CONTROL_NODE, FrontendKind::Loop),
+        (fuse::NODE, FrontendKind::Fuse),
+    ];
+    all.into_iter().filter(|(node, _)| Path::new(node).exists()).map(|(_, kind)| kind).collect()
 }

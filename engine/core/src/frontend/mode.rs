@@ -15,6 +15,8 @@ pub enum IoMode {
     Auto,
     /// The request's pages are the buffer; commands in batches (Linux 7.0).
     Batch,
+    /// The kernel's loop driver does all I/O; the daemon does none.
+    Loop,
     /// Through FUSE, to a file instead of a block device: data is copied to a buffer of the daemon
     /// and back.
     Fuse,
@@ -27,6 +29,7 @@ impl IoMode {
             IoMode::Copy => "copy",
             IoMode::Auto => "auto",
             IoMode::Batch => "batch",
+            IoMode::Loop => "loop",
             IoMode::Fuse => "fuse",
         }
     }
@@ -39,6 +42,8 @@ impl IoMode {
 pub enum FrontendKind {
     /// Block devices of the ublk driver.
     Ublk,
+    /// Block devices of the kernel's loop driver.
+    Loop,
     /// Files of a FUSE file system.
     Fuse,
 }
@@ -48,6 +53,7 @@ impl FrontendKind {
     pub fn as_str(self) -> &'static str {
         match self {
             FrontendKind::Ublk => "ublk",
+            FrontendKind::Loop => "loop",
             FrontendKind::Fuse => "fuse",
         }
     }

@@ -253,6 +253,11 @@ impl Image {
         self.geometry
     }
 
+    /// Maximum size of the device in bytes, as requested; 0: to the end of the file.
+    pub fn size_limit(&self) -> u64 {
+        self.spec.size_limit
+    }
+
     /// Transfers may block the thread that submits them, so they must be submitted with
     /// IOSQE_ASYNC.
     pub fn may_block(&self) -> bool {

@@ -11,7 +11,7 @@ use super::served::Served;
 use super::spec::{DeviceInfo, DeviceState};
 use super::state::DeviceRecord;
 use crate::error::{Kind, Result};
-use crate::frontend::StopMode;
+use crate::frontend::{FrontendDevice, StopMode};
 use crate::sys::usage::{self, Disks};
 
 /// A served device and its record.
@@ -77,7 +77,13 @@ impl AttachedDevice {
             match self.served.stop(StopMode::IfUnusedNow) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == Kind::Busy => {
-                    usage::warn_lost(&self.name(), &Disks::of(&self.served.device().node()));
+                    let disks = Disks::of(&self.node());
+                    match self.served.device() {
+                        FrontendDevice::Loop(_) => usage::warn_left(&self.name(), &self.node(), &disks),
+                        FrontendDevice::Ublk(_) | FrontendDevice::Fuse(_) => {
+                            usage::warn_lost(&self.name(), &disks);
+                        }
+                    }
                 }
                 Err(_) => {}
             }

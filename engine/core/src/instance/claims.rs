@@ -60,6 +60,8 @@ pub struct Claims {
     excluded: Arc<Mutex<HashSet<u64>>>,
     /// The pool that claims through this.
     pool: Arc<PoolLabel>,
+    /// Upper half of the owner cookies of this daemon's disks.
+    owner_hash: u32,
 }
 
 #[derive(Debug, Default)]
@@ -85,6 +87,11 @@ pub struct ExcludedFileSystem {
 }
 
 impl Claims {
+    /// The claims of a daemon with this upper half of its owner cookies.
+    pub fn new(owner_hash: u32) -> Claims {
+        Claims { owner_hash, ..Claims::default() }
+    }
+
     /// The same claims, for a pool.
     #[must_use]
     pub fn of_pool(&self, name: &str, uid: u32) -> Claims {

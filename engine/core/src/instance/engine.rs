@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::claims::Claims;
 use super::companion::Companion;
 use super::instance::{EngineContext, Instance};
 use super::links::{DEV_DIR, DevLinks};
@@ -14,7 +15,7 @@ use super::spec::*;
 use super::state::StateDir;
 use super::{MAX_INSTANCES, write_back};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{self, Frontend, StopMode, ublk};
+use crate::frontend::{self, DeviceParameters, ExistingDevice, Frontend, StopMode, ublk};
 use crate::hash::fnv1a;
 use crate::{broken_kernels, kernels, sys};
 
@@ -73,7 +74,9 @@ impl Engine {
         sys::raise_file_limit(OPEN_FILES);
         let frontend = Frontend::open(config.frontend)?;
         let dev_links = match (config.dev_links, frontend.kind()) {
-            (true, FrontendKind::Ublk) => Some(Arc::new(DevLinks::take(&config.run_dir)?)),
+            (true, FrontendKind::Ublk | FrontendKind::Loop) => {
+                Some(Arc::new(DevLinks::take(&config.run_dir)?))
+            }
             (true, FrontendKind::Fuse) => {
                 tracing::warn!("--dev-links is ignored: only block devices have names in {DEV_DIR}");
                 None
@@ -86,9 +89,9 @@ impl Engine {
         let context = EngineContext {
             owner_hash: owner_hash(&config.run_dir),
             state: StateDir::new(&config.run_dir),
+            claims: Claims::new(owner_hash(&config.run_dir)),
             run_dir: config.run_dir,
             frontend,
-            claims: Default::default(),
             dev_links,
         };
         let engine = Engine {
@@ -127,22 +130,25 @@ impl Engine {
         })
     }
 
-    /// Fails if block devices wait for a daemon: files must not take their names and numbers.
+    /// Fails if devices of another frontend wait for a daemon: those of this one must not take their
+    /// names and numbers.
     fn check_no_other_frontend(&self) -> Result<()> {
-        if self.context.frontend.kind() == FrontendKind::Ublk || !Path::new(ublk::CONTROL_NODE).exists() {
-            return Ok(());
-        }
-        let waits = |id: &u32| {
-            let found = ublk::UblkDevice::examine(*id);
-            found.is_ok_and(|found| {
-                found.parameters.recoverable && self.context.is_ours(found.parameters.owner_cookie)
-            })
+        let own = |disk: &str| match self.context.frontend.kind() {
+            FrontendKind::Ublk => disk.starts_with("ublkb"),
+            FrontendKind::Loop => disk.starts_with("loop"),
+            FrontendKind::Fuse => false,
         };
-        if !ublk::present_devices().iter().any(waits) {
-            return Ok(());
-        }
-        let context = "block devices of a previous daemon wait for recovery";
-        Err(Error::new(Kind::Busy, context).hint("start with --frontend ublk, or give another --run-dir"))
+        let waits = |(disk, found): &(String, Result<ExistingDevice>)| {
+            let found = found.as_ref().ok().map(|found| found.parameters);
+            let ours =
+                |found: DeviceParameters| found.recoverable && self.context.is_ours(found.owner_cookie);
+            !own(disk) && found.is_some_and(ours)
+        };
+        let Some((disk, _)) = frontend::lasting().into_iter().find(waits) else { return Ok(()) };
+        let kind = if disk.starts_with("loop") { FrontendKind::Loop } else { FrontendKind::Ublk };
+        let context = format!("/dev/{disk} of a previous daemon waits for its recovery");
+        let next_step = format!("start with --frontend {}, or give another --run-dir", kind.as_str());
+        Err(Error::new(Kind::Busy, context).hint(next_step))
     }
 
     pub(super) fn table(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {

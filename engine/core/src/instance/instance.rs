@@ -99,6 +99,7 @@ impl Instance {
         let opened = context.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
             let options = tuning.options(true);
             let sizes = RingSizes::for_devices(MAX_DEVICES);
+            let count = if backend.uses_workers() { count } else { 0 };
             let workers = (0..count)
                 .map(|q| WorkerHandle::start(format!("{}/{q}", spec.name), sizes, options, cpus.clone()))
                 .collect::<Result<Vec<_>>>()?;
@@ -141,13 +142,14 @@ impl Instance {
         let image = Image::open(image, &image_spec, &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
-        let (identity, geometry) = (image.identity(), image.geometry());
+        let identity = image.identity();
         let number = reservation.number;
         let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
         let (image, hold) = sharing::claim_image(&self.context.claims, image, spec, number, sharing)?;
         let device = self.backend.add(number, parameters)?;
-        let (id, parameters) = (device.id(), device.parameters());
         let (served, begun) = Served::start(device, &self.workers, reservation.slot, image, StartMode::New);
+        let (id, parameters) = (served.device().id(), served.device().parameters());
+        let geometry = served.geometry();
         let record = DeviceRecord {
             spec: AttachSpec { number: Some(number), io_mode: Some(parameters.io_mode), ..spec.clone() },
             id,
@@ -297,6 +299,12 @@ impl Instance {
     }
 
     fn parameters(&self, spec: &AttachSpec) -> Result<DeviceParameters> {
+        let io_mode = spec.io_mode.unwrap_or_else(|| self.backend.best_io_mode());
+        self.backend.check_io_mode(io_mode)?;
+        if !self.backend.uses_workers() && (spec.queues, spec.depth) != (0, 0) {
+            let context = "the kernel's loop driver has no queues to configure";
+            return Err(Error::new(Kind::Unsupported, context).hint("leave out --queues and --depth"));
+        }
         let workers = self.workers.len() as u32;
         let queues = if spec.queues == 0 { workers } else { spec.queues };
         if queues > workers {
@@ -314,8 +322,7 @@ impl Instance {
             return Err(Error::new(Kind::Unsupported, "FUSE files do not support partitions")
                 .hint("attach a part of the image with --offset and --size-limit"));
         }
-        let io_mode = spec.io_mode.unwrap_or_else(|| self.backend.best_io_mode());
-        self.backend.check_io_mode(io_mode)?;
+        let depth = if self.backend.uses_workers() { depth } else { 0 };
         Ok(DeviceParameters {
             io_mode,
             queues: queues as u16,

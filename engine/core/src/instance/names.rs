@@ -53,7 +53,7 @@ pub fn parse_cpus(list: &str) -> Result<Vec<usize>> {
 pub enum DeviceName {
     /// `NAME/loopN`, `loopN`, or the path of either in the run directory.
     Number(String, u32),
-    /// The kernel's node, such as `/dev/ublkb3`.
+    /// The kernel's node, such as `/dev/ublkb3` or `/dev/loop524288`.
     Node(std::path::PathBuf),
 }
 
@@ -67,7 +67,8 @@ pub fn parse_device(text: &str, run_dir: &std::path::Path) -> Result<DeviceName>
             run_dir.display()
         ))
     };
-    if let Some(number) = text.strip_prefix("/dev/ublkb") {
+    let digits = |prefix| text.strip_prefix(prefix).filter(|rest| !rest.starts_with("engine/"));
+    if let Some(number) = digits("/dev/ublkb").or_else(|| digits("/dev/loop")) {
         return number.parse::<u32>().map(|_| DeviceName::Node(text.into())).map_err(|_| invalid());
     }
     let below =
@@ -120,8 +121,8 @@ mod tests {
         assert_eq!(parse_device("ci/loop7", run).unwrap(), number("ci", 7));
         assert_eq!(parse_device("loop0", run).unwrap(), number("default", 0));
         assert_eq!(parse_device("/dev/ublkb3", run).unwrap(), DeviceName::Node("/dev/ublkb3".into()));
-        for bad in
-            ["", "/dev/loop0", "../loop0", "a/b/loop1", "loop", "loop-1", "/dev/ublkb", "control/loop1"]
+        assert_eq!(parse_device("/dev/loop524288", run).unwrap(), DeviceName::Node("/dev/loop524288".into()));
+        for bad in ["", "/dev/loop", "../loop0", "a/b/loop1", "loop", "loop-1", "/dev/ublkb", "control/loop1"]
         {
             assert!(parse_device(bad, run).is_err(), "{bad:?}");
         }

@@ -214,10 +214,11 @@ impl Engine {
                 device.delete()
             });
             match deleted {
-                Ok(()) => notes.push(format!("deleted the leftover ublk device {id}")),
+                Ok(()) => notes.push(format!("deleted the leftover disk {}", self.context.frontend.disk(id))),
                 Err(error) if !ended && error.kind() == Kind::Busy => return true,
                 Err(error) => {
-                    tracing::error!("cannot delete the leftover ublk device {id}: {error}")
+                    let disk = self.context.frontend.disk(id);
+                    tracing::error!("cannot delete the leftover disk {disk}: {error}")
                 }
             }
             false
@@ -292,10 +293,10 @@ impl Orphan {
                 }
             },
             Err(reason) => {
-                let reason = reason.message();
-                tracing::error!("{name} (ublk device {id}) was not recovered and is stuck: {reason}");
+                let (reason, disk) = (reason.message(), instance.context.frontend.disk(*id));
+                tracing::error!("{name} (disk {disk}) was not recovered and is stuck: {reason}");
                 if let Err(error) = instance.list_stuck(*number, *id, *found, reason) {
-                    tracing::error!("{name} (ublk device {id}) is not listed: {error}");
+                    tracing::error!("{name} (disk {disk}) is not listed: {error}");
                 }
             }
         }
@@ -306,5 +307,6 @@ impl Orphan {
 /// The driver id of the block device that a link points to.
 fn linked_id(link: &Path) -> Option<u32> {
     let node = std::fs::read_link(link).ok()?;
-    node.to_str()?.strip_prefix("/dev/ublkb")?.parse().ok()
+    let disk = node.to_str()?.strip_prefix("/dev/")?;
+    disk.strip_prefix("ublkb").or_else(|| disk.strip_prefix("loop"))?.parse().ok()
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::spec::{DeviceState, DeviceStats, LatencySummary};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::kernel_loop::BlockStats;
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
@@ -86,8 +87,9 @@ impl Served {
             lifecycle: Mutex::new(Lifecycle::Serving),
         };
         let outcome = served.bring_up(&image, how);
-        if outcome.is_err() {
-            *served.lifecycle() = Lifecycle::Stuck;
+        match &outcome {
+            Ok(()) => served.take_geometry(geometry),
+            Err(_) => *served.lifecycle() = Lifecycle::Stuck,
         }
         (served, outcome)
     }
@@ -118,6 +120,15 @@ impl Served {
             StartMode::Recovered => self.device.end_recovery(),
             StartMode::Deferred => Ok(()),
         }
+    }
+
+    /// Stores the new geometry. The kernel's loop driver derives its own from the image.
+    fn take_geometry(&self, wanted: Geometry) {
+        let actual = match &self.device {
+            FrontendDevice::Loop(_) => self.device.driver_geometry(wanted.offset).unwrap_or(wanted),
+            FrontendDevice::Ublk(_) | FrontendDevice::Fuse(_) => wanted,
+        };
+        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = actual;
     }
 
     /// Locked while the device changes.
@@ -259,7 +270,12 @@ impl Served {
 
     /// Whether data goes through the page cache.
     pub fn is_buffered(&self) -> bool {
-        self.image().is_ok_and(|image| image.is_buffered())
+        match &self.device {
+            FrontendDevice::Loop(device) => device.is_buffered(),
+            FrontendDevice::Ublk(_) | FrontendDevice::Fuse(_) => {
+                self.image().is_ok_and(|image| image.is_buffered())
+            }
+        }
     }
 
     /// Whether direct I/O was disabled since the last call.
@@ -282,19 +298,20 @@ impl Served {
             None => (image.current_geometry()?, before),
         };
         check(now.size, new.size)?;
-        // The file is never shorter than the device.
-        if length > before {
+        // The file is never shorter than the device, except where the driver takes over its length.
+        let file_first = length > before || matches!(self.device, FrontendDevice::Loop(_));
+        if file_first && length != before {
             image.set_length(length)?;
         }
         let mut outcome = self.change(new, |worker| worker.resize(self.slot, new));
-        if outcome.is_ok() && length < before {
+        if outcome.is_ok() && length < before && !file_first {
             outcome = image.set_length(length).inspect_err(|_| {
                 let _ = self.change(now, |worker| worker.resize(self.slot, now));
             });
         } else if outcome.is_err() && length > before {
             let _ = image.set_length(before);
         }
-        outcome.map(|()| new.size)
+        outcome.map(|()| self.geometry().size)
     }
 
     /// Replaces the image. Operations in flight end on the old one and may be retried on the new
@@ -322,7 +339,7 @@ impl Served {
             self.device.resize(new.size)?;
             tell_workers()?;
         }
-        *self.geometry.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        self.take_geometry(new);
         Ok(())
     }
 
@@ -378,15 +395,17 @@ impl Served {
         Ok(Traffic { in_flight, ended: queues.iter().map(ended).sum() })
     }
 
-    /// Statistics over all queues.
+    /// Statistics over all queues, or those of the block layer where the kernel serves the device.
     pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
+        if let FrontendDevice::Loop(device) = &self.device {
+            return device.stats().map(|counted| of_block_layer(counted, path, image));
+        }
         let queues = self.queue_stats()?;
         let sum = |counter: fn(&QueueStats) -> u64| queues.iter().map(counter).sum();
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         Ok(DeviceStats {
             path,
             image,
-            at_ns: now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs(),
+            at_ns: monotonic_ns(),
             reads: sum(|queue| queue.reads),
             read_bytes: sum(|queue| queue.read_bytes),
             writes: sum(|queue| queue.writes),
@@ -402,6 +421,35 @@ impl Served {
             in_flight: sum(|queue| queue.in_flight),
             latency: summarise(&queues),
         })
+    }
+}
+
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+/// The block layer counts neither failures nor what only workers do, and measures no percentiles.
+fn of_block_layer(counted: BlockStats, path: String, image: String) -> DeviceStats {
+    let BlockStats { reads, read_bytes, writes, written_bytes, in_flight, discards, flushes } = counted;
+    DeviceStats {
+        path,
+        image,
+        at_ns: monotonic_ns(),
+        reads,
+        read_bytes,
+        writes,
+        written_bytes,
+        flushes,
+        discards,
+        errors: 0,
+        resubmits: 0,
+        punts: 0,
+        fallbacks: 0,
+        requests: 0,
+        batches: 0,
+        in_flight,
+        latency: LatencySummary::default(),
     }
 }
 

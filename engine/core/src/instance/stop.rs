@@ -14,7 +14,7 @@ use super::engine::owner_hash;
 use super::instance::Instance;
 use super::write_back::{nodes_of, write_back};
 use crate::error::{Error, Kind};
-use crate::frontend::{StopMode, ublk};
+use crate::frontend::{self, FrontendKind, StopMode};
 use crate::sys::usage::Disks;
 
 /// Deadline for all devices together to complete requests in flight.
@@ -39,7 +39,11 @@ impl Engine {
         if detach {
             instances.iter().for_each(|instance| detach_devices(instance));
         } else {
-            quiesce_devices(&instances.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>());
+            let devices = instances.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>();
+            match self.context.frontend.kind() {
+                FrontendKind::Loop => log_left_running(devices.len()),
+                FrontendKind::Ublk | FrontendKind::Fuse => quiesce_devices(&devices),
+            }
         }
     }
 }
@@ -49,10 +53,10 @@ impl Engine {
 pub fn disks_of(run_dir: &Path) -> (Disks, Vec<Error>) {
     let mut disks = Disks::backed_by(|file| file.starts_with(run_dir));
     let mut unknown_owner = Vec::new();
-    for id in ublk::present_devices() {
-        match ublk::UblkDevice::examine(id) {
+    for (disk, found) in frontend::lasting() {
+        match found {
             Ok(found) if found.parameters.owner_cookie >> 32 == u64::from(owner_hash(run_dir)) => {
-                disks.insert(&format!("ublkb{id}"));
+                disks.insert(&disk);
             }
             Ok(_) => {}
             // It was deleted meanwhile.
@@ -71,6 +75,15 @@ fn detach_devices(instance: &Instance) {
     }
     if instance.numbers().is_empty() {
         instance.remove_files();
+    }
+}
+
+fn log_left_running(devices: usize) {
+    if devices > 0 {
+        tracing::info!(
+            "{devices} devices go on without the daemon: the kernel serves them; to detach devices, run \
+             'loopengine detach --all' before a stop"
+        );
     }
 }
 

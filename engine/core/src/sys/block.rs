@@ -45,19 +45,6 @@ pub fn disk_sequence(device: BorrowedFd<'_>) -> Result<u64, Errno> {
     Ok(sequence)
 }
 
-/// What a loop device of the kernel is bound to: device number of the file system, inode, and device
-/// number of a backing block device (0: it is a file). May wait for the file system.
-pub fn loop_backing(device: BorrowedFd<'_>) -> Result<(u64, u64, u64), Errno> {
-    // struct loop_info64: these three are the first of its 232 bytes.
-    let mut info = [0u64; 29];
-    // SAFETY: LOOP_GET_STATUS64 writes one loop_info64, and the memory for it lives until the call returns.
-    answer(unsafe {
-        libc::ioctl(device.as_raw_fd(), ioctl::LOOP_GET_STATUS64 as libc::Ioctl, info.as_mut_ptr())
-    })?;
-    let [dev, ino, rdev, ..] = info;
-    Ok((dev, ino, rdev))
-}
-
 fn answer(result: libc::c_int) -> Result<(), Errno> {
     if result >= 0 {
         Ok(())

@@ -7,6 +7,7 @@ pub mod activation;
 pub mod block;
 pub mod descriptor;
 pub mod ioctl;
+pub mod loop_device;
 pub mod loop_names;
 pub mod mntns;
 pub mod mount;

@@ -156,16 +156,26 @@ pub fn mounts() -> Vec<Mount> {
 
 /// Logs that users lose a device that ends.
 pub fn warn_lost(device: &str, disks: &Disks) {
-    let mounted = disks.mounts().into_iter().map(|target| format!("mounted on {}", target.display()));
-    let swap = disks.swaps().into_iter().map(|node| format!("swap on {}", node.display()));
-    let mut uses: Vec<String> = mounted.chain(swap).collect();
-    if uses.is_empty() {
-        uses.push("open".to_owned());
-    }
     tracing::warn!(
         "removing {device}, which is in use ({}): its users get I/O errors; unmount its file systems",
-        uses.join(", ")
+        uses_of(disks)
     );
+}
+
+/// Logs that a device of the kernel's loop driver stays until its users close it.
+pub fn warn_left(device: &str, node: &Path, disks: &Disks) {
+    tracing::warn!(
+        "removing {device}, which is in use ({}): the kernel keeps {} until its last user closes it",
+        uses_of(disks),
+        node.display()
+    );
+}
+
+fn uses_of(disks: &Disks) -> String {
+    let mounted = disks.mounts().into_iter().map(|target| format!("mounted on {}", target.display()));
+    let swap = disks.swaps().into_iter().map(|node| format!("swap on {}", node.display()));
+    let uses: Vec<String> = mounted.chain(swap).collect();
+    if uses.is_empty() { "open".to_owned() } else { uses.join(", ") }
 }
 
 /// Writes back what the kernel caches of a file or a disk, and of the file system that is mounted from it. Waits

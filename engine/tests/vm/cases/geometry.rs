@@ -25,7 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
 fn zero(device: &str, offset: u64, len: u64) -> Res {
     let (offset, len) = (offset.to_string(), len.to_string());
     match crate::FRONTEND {
-        "ublk" => tools::ok(&["blkdiscard", "-z", "-o", &offset, "-l", &len, device])?,
+        "ublk" | "loop" => tools::ok(&["blkdiscard", "-z", "-o", &offset, "-l", &len, device])?,
         _ => tools::ok(&["fallocate", "--zero-range", "-o", &offset, "-l", &len, device])?,
     };
     Ok(())

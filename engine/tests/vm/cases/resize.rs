@@ -111,6 +111,7 @@ fn shrink(ctx: &Ctx) -> Res {
 
 /// A mounted file system grows with its device.
 fn grow_mounted(ctx: &Ctx) -> Res {
+    tools::needs_sys_resource()?;
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 32 * MIB)?;
     let daemon = Daemon::start(ctx)?;

@@ -28,14 +28,12 @@ mod queue;
 mod space;
 
 use std::path::Path;
-use std::time::Duration;
-
-use crossbeam::channel::bounded;
 
 pub use device::FuseDevice;
 pub use mount::{FuseFileSystem, FuseMounts, clear_stale, mounted_below};
 pub use queue::FuseQueue;
 
+use super::timeout::with_timeout;
 use crate::error::{Error, Kind, Result};
 
 /// The kernel's FUSE device.
@@ -43,8 +41,6 @@ pub const NODE: &str = "/dev/fuse";
 
 /// Largest read or write in bytes, as for ublk devices.
 const MAX_REQUEST: u32 = 1 << 20;
-/// Deadline of a system call that may depend on our own threads.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Checks that this machine has FUSE.
 pub fn check() -> Result<()> {
@@ -53,19 +49,4 @@ pub fn check() -> Result<()> {
     }
     Err(Error::new(Kind::Unavailable, format!("FUSE is unavailable: {NODE} is missing"))
         .hint("run 'modprobe fuse'; a container needs the device passed in"))
-}
-
-/// Makes a system call that our own session threads and workers serve. If these hang, so does the
-/// call, but not the caller.
-fn with_timeout<T: Send + 'static>(what: &str, call: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    let (done, is_done) = bounded(1);
-    std::thread::Builder::new()
-        .name("fuse call".to_owned())
-        .spawn(move || {
-            let _ = done.send(call());
-        })
-        .map_err(|error| Error::os(error, "cannot start a thread"))?;
-    is_done.recv_timeout(CALL_TIMEOUT).map_err(|_| {
-        Error::new(Kind::Deadline, format!("{what} took more than {} s", CALL_TIMEOUT.as_secs()))
-    })
 }

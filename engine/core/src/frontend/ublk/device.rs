@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,14 +15,13 @@ use libublk::sys;
 
 use super::batch::Batch;
 use super::control::{ControlCommand, TIMEOUT, run};
-use super::disk_list::DiskList;
 use super::fallback::Fallback;
 use super::features::DriverFeatures;
 use super::memory::{CopyBuffers, Descriptors};
 use super::per_io::{DataBuffers, PerIo};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::IoMode;
-use crate::frontend::{DeviceParameters, FrontendQueue, StopMode};
+use crate::frontend::disk_list::DiskList;
+use crate::frontend::{DeviceParameters, FrontendQueue, IoMode, StopMode};
 use crate::image::Geometry;
 use crate::request::SECTOR;
 
@@ -123,6 +122,10 @@ impl UblkDevice {
         Ok(device)
     }
 
+    fn disk(&self) -> String {
+        format!("ublkb{}", self.id)
+    }
+
     /// An existing device, to be recovered or deleted.
     pub fn existing(features: DriverFeatures, id: u32, parameters: DeviceParameters) -> UblkDevice {
         UblkDevice { id, features, parameters }
@@ -140,7 +143,7 @@ impl UblkDevice {
 
     /// Its block device node.
     pub fn node(&self) -> PathBuf {
-        PathBuf::from(format!("/dev/ublkb{}", self.id))
+        Path::new("/dev").join(self.disk())
     }
 
     /// Sets the device's parameters at the driver.
@@ -173,7 +176,9 @@ impl UblkDevice {
                         let buffers = DataBuffers::Copied(buffers);
                         FrontendQueue::PerIo(PerIo::new(file, queue, depth, descriptors, buffers, partscan))
                     }
-                    IoMode::Fuse => return Err(Error::new(Kind::Internal, "not an I/O mode of ublk")),
+                    IoMode::Loop | IoMode::Fuse => {
+                        return Err(Error::new(Kind::Internal, "not an I/O mode of ublk"));
+                    }
                 })
             })
             .collect()
@@ -207,7 +212,7 @@ impl UblkDevice {
     pub fn start_exclusively(&self, _alone: &StartLock) -> Result<()> {
         // First: udev sees the disk at once. A disk that is not listed does not start, because the
         // host would probe its contents.
-        DiskList::of_machine().add(self.id, self.parameters.owner_cookie)?;
+        DiskList::of_machine().add(&self.disk(), self.parameters.owner_cookie)?;
         let pid = u64::from(std::process::id());
         run(ControlCommand { data: pid, ..command("START_DEV", sys::UBLK_U_CMD_START_DEV, self.id) }, TIMEOUT)
             .map(drop)
@@ -322,7 +327,7 @@ impl UblkDevice {
     /// Deletes the device and frees its id. It must not be open here any more.
     pub fn delete(&self) -> Result<()> {
         // Before the id is free: another server may use it next.
-        DiskList::of_machine().remove(self.id, self.parameters.owner_cookie);
+        DiskList::of_machine().remove(&self.disk(), self.parameters.owner_cookie);
         run(command("DEL_DEV", sys::UBLK_U_CMD_DEL_DEV_ASYNC, self.id), TIMEOUT)?;
         // Waits until the device is not listed any more; its deletion is certain.
         let gone = PathBuf::from(format!("/sys/class/ublk-char/ublkc{}", self.id));
@@ -351,7 +356,7 @@ fn optional_flags(features: DriverFeatures, parameters: &DeviceParameters) -> u3
 fn max_request(io_mode: IoMode) -> u32 {
     match io_mode {
         IoMode::Copy => MAX_REQUEST_COPIED,
-        IoMode::Auto | IoMode::Batch | IoMode::Fuse => MAX_REQUEST,
+        IoMode::Auto | IoMode::Batch | IoMode::Loop | IoMode::Fuse => MAX_REQUEST,
     }
 }
 

@@ -62,7 +62,7 @@ impl DriverFeatures {
             IoMode::Copy => self.has(sys::UBLK_F_CMD_IOCTL_ENCODE),
             IoMode::Auto => self.has(Self::flags_for(IoMode::Auto)),
             IoMode::Batch => self.has(Self::flags_for(IoMode::Batch)),
-            IoMode::Fuse => false,
+            IoMode::Loop | IoMode::Fuse => false,
         }
     }
 
@@ -74,7 +74,7 @@ impl DriverFeatures {
     /// The flags of an I/O mode.
     pub fn flags_for(mode: IoMode) -> u32 {
         match mode {
-            IoMode::Copy | IoMode::Fuse => 0,
+            IoMode::Copy | IoMode::Loop | IoMode::Fuse => 0,
             IoMode::Auto => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG,
             IoMode::Batch => sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_BATCH_IO,
         }

@@ -11,7 +11,6 @@
 mod batch;
 mod control;
 mod device;
-mod disk_list;
 mod fallback;
 mod features;
 mod memory;
@@ -21,6 +20,5 @@ mod query;
 pub use batch::Batch;
 pub use control::{NODE as CONTROL_NODE, present_devices};
 pub use device::{StartLock, UblkDevice};
-pub use disk_list::DiskList;
 pub use features::DriverFeatures;
 pub use per_io::PerIo;

@@ -6,13 +6,13 @@
 //! block on the file systems of swap files and of the loop devices' backing files.
 
 use std::fs::{self, OpenOptions};
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::frontend::kernel_loop;
 use crate::image::Identity;
-use crate::sys::block;
+use crate::sys::loop_device;
 
 /// A use of an image outside this daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +38,8 @@ struct RelatedDevice {
     of: String,
 }
 
-/// All users, writers first.
-pub fn find(image: &Identity) -> Vec<ExternalUse> {
+/// All users, writers first, without the loop devices of the daemon with these owner cookies.
+pub fn find(image: &Identity, owner_hash: u32) -> Vec<ExternalUse> {
     let mounts = mounts();
     let related_devices = match image.rdev {
         0 => Vec::new(),
@@ -57,7 +57,7 @@ pub fn find(image: &Identity) -> Vec<ExternalUse> {
     if swaps().into_iter().any(is_it) {
         found.push(ExternalUse { who: "swap".to_owned(), writes: true });
     }
-    found.extend(kernel_loops(is_it, &mounts));
+    found.extend(kernel_loops(is_it, &mounts, owner_hash));
     found.sort_by_key(|user| !user.writes);
     found
 }
@@ -119,7 +119,11 @@ fn built_upon(rdev: u64) -> Vec<ExternalUse> {
 }
 
 /// The kernel's loop devices on a file or block device that `is_it`.
-fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[MountEntry]) -> Vec<ExternalUse> {
+fn kernel_loops(
+    is_it: impl Fn((u64, u64, u64)) -> bool,
+    mounts: &[MountEntry],
+    owner_hash: u32,
+) -> Vec<ExternalUse> {
     let user = |device: PathBuf| {
         if !device.join("loop/backing_file").exists() {
             return None;
@@ -128,7 +132,10 @@ fn kernel_loops(is_it: impl Fn((u64, u64, u64)) -> bool, mounts: &[MountEntry]) 
         let node = format!("/dev/{name}");
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node).ok()?;
         let rdev = number_of(&device)?;
-        if file.metadata().ok()?.rdev() != rdev || !is_it(block::loop_backing(file.as_fd()).ok()?) {
+        let info = loop_device::status(&file).ok()?;
+        let is_ours = kernel_loop::cookie(&info).is_some_and(|cookie| (cookie >> 32) as u32 == owner_hash);
+        let same = file.metadata().ok()?.rdev() == rdev && is_it((info.device, info.inode, info.rdevice));
+        if is_ours || !same {
             return None;
         }
         let writes = text(&device.join("ro")) != "1";
@@ -253,8 +260,8 @@ mod tests {
     #[test]
     fn a_missing_file_has_no_users() {
         let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, btime_ns: 0 };
-        assert!(find(&nothing).is_empty());
-        assert!(find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }).is_empty());
+        assert!(find(&nothing, 0).is_empty());
+        assert!(find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }, 0).is_empty());
         assert_eq!(related(0), [0u64; 0]);
     }
 }

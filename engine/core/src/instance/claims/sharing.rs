@@ -84,7 +84,7 @@ fn attach(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Re
         true => open_exclusively(image),
         false => (None, false),
     };
-    let mut external = find_external_users(identity, name);
+    let mut external = find_external_users(identity, name, claims.owner_hash);
     let is_ours = uses.iter().any(|one| matches!(one.holder, Holder::Device { .. }));
     if claimed && external.is_empty() && !is_ours {
         let open = processes::open_devices(|name| name.starts_with("/dev"));
@@ -107,6 +107,7 @@ pub fn claim_for_pool(claims: &Claims, image: &Image, number: u32, read_only: bo
     if !warn(&by, &uses, image.identity(), image.name()) {
         find_external_users_later(DeferredCheck {
             by,
+            owner_hash: claims.owner_hash,
             identity: image.identity(),
             name: image.name().to_owned(),
         });
@@ -197,10 +198,10 @@ fn open_exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
 }
 
 /// Finds the users of an image outside this daemon, with a deadline.
-fn find_external_users(identity: Identity, name: &str) -> Vec<ExternalUse> {
+fn find_external_users(identity: Identity, name: &str, owner_hash: u32) -> Vec<ExternalUse> {
     let (found, is_found) = std::sync::mpsc::channel();
     let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
-        let _ = found.send(holders::find(&identity));
+        let _ = found.send(holders::find(&identity, owner_hash));
     });
     let found = started.ok().and_then(|_| is_found.recv_timeout(LOOKUP_TIMEOUT).ok());
     found.unwrap_or_else(|| {
@@ -212,6 +213,7 @@ fn find_external_users(identity: Identity, name: &str) -> Vec<ExternalUse> {
 /// A pool binding to check for other users.
 struct DeferredCheck {
     by: ImageUse,
+    owner_hash: u32,
     identity: Identity,
     name: String,
 }
@@ -240,7 +242,12 @@ fn find_external_users_later(binding: DeferredCheck) {
                 return;
             };
             drop(state);
-            warn_external(&next.by, &holders::find(&next.identity), next.identity, &next.name);
+            warn_external(
+                &next.by,
+                &holders::find(&next.identity, next.owner_hash),
+                next.identity,
+                &next.name,
+            );
         }
     });
     if started.is_err() {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The list of this program's disks, by which udev tells them from those of other ublk servers.
+//! The list of this program's disks, by which udev tells them from those of other ublk servers and
+//! from other loop devices.
 //!
 //! `share/udev/59-loopengine.rules` tests for a file with the name of the disk. All daemons of the
 //! machine share the directory, whatever their run directories: the rule can name only one.
@@ -38,13 +39,13 @@ impl DiskList<'static> {
 }
 
 impl DiskList<'_> {
-    fn file(&self, id: u32) -> PathBuf {
-        self.0.join(format!("ublkb{id}"))
+    fn file(&self, disk: &str) -> PathBuf {
+        self.0.join(disk)
     }
 
     /// Lists the disk of a device, which has not started yet or has been recovered.
-    pub fn add(&self, id: u32, owner_cookie: u64) -> Result<()> {
-        let file = self.file(id);
+    pub fn add(&self, disk: &str, owner_cookie: u64) -> Result<()> {
+        let file = self.file(disk);
         let added = || {
             self.create()?;
             let _lock = self.lock()?;
@@ -55,30 +56,31 @@ impl DiskList<'_> {
             }
         };
         added().map_err(|error| {
-            Error::os(error, format!("cannot list the disk ublkb{id} for udev in {}", file.display()))
+            Error::os(error, format!("cannot list the disk {disk} for udev in {}", file.display()))
                 .hint("make /run writable, and free space there")
         })
     }
 
     /// Removes the disk of a device that has been stopped and will be deleted.
-    pub fn remove(&self, id: u32, owner_cookie: u64) {
+    pub fn remove(&self, disk: &str, owner_cookie: u64) {
         let Ok(_lock) = self.lock() else { return };
-        let file = self.file(id);
+        let file = self.file(disk);
         if cookie_in(&file) == Some(owner_cookie) {
             let _ = fs::remove_file(file);
         }
     }
 
-    /// Removes all files for which `exists` denies that the driver has a device with this id and
-    /// owner cookie. Returns their ids.
-    pub fn sweep(&self, exists: impl Fn(u32, u64) -> bool) -> Vec<u32> {
+    /// Removes all files for which `exists` denies that a driver has this disk with this owner
+    /// cookie. Returns the disks.
+    pub fn sweep(&self, exists: impl Fn(&str, u64) -> bool) -> Vec<String> {
         let entries = fs::read_dir(self.0).into_iter().flatten().flatten();
-        let mut swept: Vec<u32> = entries
-            .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkb")?.parse().ok())
-            .filter(|&id| {
-                let file = self.file(id);
+        let mut swept: Vec<String> = entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|disk| disk.starts_with("ublkb") || disk.starts_with("loop"))
+            .filter(|disk| {
+                let file = self.file(disk);
                 let listed = cookie_in(&file);
-                if listed.is_some_and(|cookie| exists(id, cookie)) {
+                if listed.is_some_and(|cookie| exists(disk, cookie)) {
                     return false;
                 }
                 // Another daemon may have listed a new disk under this number since.
@@ -86,7 +88,7 @@ impl DiskList<'_> {
                 cookie_in(&file) == listed && fs::remove_file(&file).is_ok()
             })
             .collect();
-        swept.sort_unstable();
+        swept.sort();
         swept
     }
 
@@ -139,15 +141,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("loopengine/.disks");
         let list = DiskList(&path);
-        list.remove(3, 7);
-        list.add(3, 7).unwrap();
-        list.add(12, 8).unwrap();
+        list.remove("ublkb3", 7);
+        list.add("ublkb3", 7).unwrap();
+        list.add("ublkb12", 8).unwrap();
         assert_eq!(names(&path), ["ublkb12", "ublkb3"]);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700, "others could lock it");
-        list.remove(3, 7);
+        list.remove("ublkb3", 7);
         assert_eq!(names(&path), ["ublkb12"]);
         // Another device has this number now.
-        list.remove(12, 7);
+        list.remove("ublkb12", 7);
         assert_eq!(names(&path), ["ublkb12"]);
     }
 
@@ -155,13 +157,13 @@ mod tests {
     fn listing_a_recovered_disk_writes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let list = DiskList(dir.path());
-        list.add(3, 7).unwrap();
+        list.add("ublkb3", 7).unwrap();
         let file = dir.path().join("ublkb3");
         let written = fs::metadata(&file).unwrap().modified().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(20));
-        list.add(3, 7).unwrap();
+        list.add("ublkb3", 7).unwrap();
         assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), written);
-        list.add(3, 8).unwrap();
+        list.add("ublkb3", 8).unwrap();
         assert_eq!(cookie_in(&file), Some(8));
     }
 
@@ -170,13 +172,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let list = DiskList(dir.path());
         // 1 exists, 2 is gone, 3 is another server's by now, 4 was cut short, 5 is no disk.
-        for (id, cookie) in [(1, 11), (2, 12), (3, 13)] {
-            list.add(id, cookie).unwrap();
+        for (disk, cookie) in [("ublkb1", 11), ("loop2", 12), ("ublkb3", 13)] {
+            list.add(disk, cookie).unwrap();
         }
         fs::write(dir.path().join("ublkb4"), "").unwrap();
         fs::write(dir.path().join("other"), "").unwrap();
-        let driver = |id: u32, cookie: u64| [(1, 11), (3, 0), (4, 14)].contains(&(id, cookie));
-        assert_eq!(list.sweep(driver), [2, 3, 4]);
+        let driver = |disk: &str, cookie: u64| [("ublkb1", 11), ("ublkb3", 0)].contains(&(disk, cookie));
+        assert_eq!(list.sweep(driver), ["loop2", "ublkb3", "ublkb4"]);
         assert_eq!(names(dir.path()), ["other", "ublkb1"]);
     }
 
@@ -184,9 +186,9 @@ mod tests {
     fn a_sweep_spares_a_disk_listed_meanwhile() {
         let dir = tempfile::tempdir().unwrap();
         let list = DiskList(dir.path());
-        list.add(3, 13).unwrap();
-        let other_daemon = |_: u32, _: u64| {
-            list.add(3, 99).unwrap();
+        list.add("ublkb3", 13).unwrap();
+        let other_daemon = |_: &str, _: u64| {
+            list.add("ublkb3", 99).unwrap();
             false
         };
         assert!(list.sweep(other_daemon).is_empty());
@@ -198,7 +200,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let list = DiskList(dir.path());
         let _stopped = list.lock().unwrap();
-        let error = list.add(3, 7).unwrap_err().to_string();
+        let error = list.add("ublkb3", 7).unwrap_err().to_string();
         assert!(error.contains("ublkb3"), "{error}");
     }
 
@@ -207,7 +209,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
-        let error = DiskList(&file).add(3, 7).unwrap_err().to_string();
+        let error = DiskList(&file).add("ublkb3", 7).unwrap_err().to_string();
         assert!(error.contains("ublkb3") && error.contains("free space"), "{error}");
     }
 

@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The lifecycle of one device of the kernel's loop driver: bind, resize, unbind; or take it over
+//! from a daemon that is gone.
+//!
+//! The driver keeps a name for the binder, `loopengine:COOKIE:IMAGE`: by its owner cookie a device
+//! is known as ours, and only such a device is changed. Each step has a deadline, because the
+//! driver waits for the file system of the image.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use crate::error::{Error, Kind, Result};
+use crate::frontend::disk_list::DiskList;
+use crate::frontend::timeout::with_timeout;
+use crate::frontend::{DeviceParameters, ExistingDevice, IoMode, OrphanState, StopMode};
+use crate::image::{Geometry, Image, is_block_size};
+use crate::request::SECTOR;
+use crate::sys::loop_device::{
+    self, LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO, LO_FLAGS_PARTSCAN, LO_FLAGS_READ_ONLY, LoopInfo,
+};
+
+/// Prefix of the driver's names of our devices.
+const OWNER: &str = "loopengine:";
+/// How often a number is tried that a `losetup -f` of the host binds first.
+const BIND_TRIES: u32 = 16;
+/// How long udev and blkid may have a new device open.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// One device, which exists from its start to its stop.
+#[derive(Debug)]
+pub struct KernelLoop {
+    parameters: DeviceParameters,
+    state: Mutex<LoopState>,
+}
+
+#[derive(Debug, Default)]
+struct LoopState {
+    /// None: it has not started.
+    number: Option<u32>,
+    image: Option<Arc<Image>>,
+}
+
+/// Statistics as the block layer counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockStats {
+    /// Reads completed.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes completed.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Requests in flight.
+    pub in_flight: u64,
+    /// Discards and write-zeroes completed.
+    pub discards: u64,
+    /// Flushes completed.
+    pub flushes: u64,
+}
+
+impl KernelLoop {
+    /// A device that has not started.
+    pub(in crate::frontend) fn new(parameters: DeviceParameters) -> KernelLoop {
+        KernelLoop { parameters, state: Mutex::default() }
+    }
+
+    /// A device of a previous daemon.
+    pub(in crate::frontend) fn existing(number: u32, parameters: DeviceParameters) -> KernelLoop {
+        let state = LoopState { number: Some(number), image: None };
+        KernelLoop { parameters, state: Mutex::new(state) }
+    }
+
+    /// Queries the driver about a device. [`Kind::NotFound`]: it does not exist, is not bound, or is
+    /// not ours.
+    pub fn examine(number: u32) -> Result<ExistingDevice> {
+        let info = status_of(number)?;
+        let Some(owner_cookie) = cookie(&info) else { return Err(not_ours(number)) };
+        let parameters = DeviceParameters {
+            io_mode: IoMode::Loop,
+            queues: 0,
+            depth: 0,
+            owner_cookie,
+            recoverable: true,
+            partscan: info.flags & LO_FLAGS_PARTSCAN != 0,
+        };
+        Ok(ExistingDevice { parameters, state: OrphanState::Waiting })
+    }
+
+    fn state(&self) -> MutexGuard<'_, LoopState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its number at the driver; 0 before it starts.
+    pub fn number(&self) -> u32 {
+        self.state().number.unwrap_or(0)
+    }
+
+    pub(in crate::frontend) fn parameters(&self) -> DeviceParameters {
+        self.parameters
+    }
+
+    pub(in crate::frontend) fn node(&self) -> PathBuf {
+        node(self.number())
+    }
+
+    pub(in crate::frontend) fn describe(&self, image: &Arc<Image>) {
+        self.state().image = Some(image.clone());
+    }
+
+    /// Adds a device and binds it to the image.
+    pub(in crate::frontend) fn start(&self) -> Result<()> {
+        let image = self.state().image.take();
+        let image = image.ok_or_else(|| Error::new(Kind::Internal, "the device has no image yet"))?;
+        for _ in 0..BIND_TRIES {
+            let number = super::add()?;
+            let listed = DiskList::of_machine().add(&disk(number), self.parameters.owner_cookie);
+            let (image, parameters) = (image.clone(), self.parameters);
+            let bound = listed.and_then(|()| {
+                with_timeout("binding a loop device", move || bind(number, &image, &parameters))
+            });
+            match bound {
+                Ok(Ok(())) => {
+                    self.state().number = Some(number);
+                    return Ok(());
+                }
+                // The host's losetup was faster.
+                Ok(Err(Errno::BUSY)) => self.unlist(number),
+                Ok(Err(error)) => {
+                    self.give_up(number);
+                    return Err(Error::os(error, "the kernel's loop driver refuses the image"));
+                }
+                Err(error) => {
+                    self.give_up(number);
+                    return Err(error);
+                }
+            }
+        }
+        Err(Error::new(Kind::Busy, "other programs bind each new loop device").hint("try again"))
+    }
+
+    /// Removes what a failed start has made. A call that is still under way keeps the device.
+    fn give_up(&self, number: u32) {
+        if super::remove(number).is_ok() {
+            self.unlist(number);
+        }
+    }
+
+    fn unlist(&self, number: u32) {
+        DiskList::of_machine().remove(&disk(number), self.parameters.owner_cookie);
+    }
+
+    /// Takes it over: a previous daemon may have died while it stopped the device.
+    pub(in crate::frontend) fn take_over(&self) -> Result<()> {
+        let number = self.number();
+        self.call("taking over a loop device", move |file, info| match info.flags & LO_FLAGS_AUTOCLEAR {
+            0 => Ok(()),
+            _ => loop_device::set_status(file, &without_autoclear(info)),
+        })?
+        .map_err(|error| Error::os(error, format!("cannot take over {}", node(number).display())))
+    }
+
+    /// Its size is that of its file, which has changed.
+    pub(in crate::frontend) fn resize(&self) -> Result<()> {
+        let number = self.number();
+        self.call("resizing a loop device", |file, _| loop_device::set_capacity(file))?
+            .map_err(|error| Error::os(error, format!("cannot resize {}", node(number).display())))
+    }
+
+    /// Unbinds it. The driver does so at once if nobody has it open. Otherwise, without force, it
+    /// stays; with force, it is no longer ours, and its last user's close unbinds it.
+    pub(in crate::frontend) fn stop(&self, when: StopMode) -> Result<()> {
+        if self.state().number.is_none() {
+            return Ok(());
+        }
+        let wait = if when == StopMode::IfUnused { RELEASE_TIMEOUT } else { Duration::ZERO };
+        let deadline = Instant::now() + wait;
+        let force = when == StopMode::Always;
+        loop {
+            let unbound =
+                self.call("unbinding a loop device", move |file, info| unbind(file, info, force))?;
+            match unbound {
+                Ok(()) => return Ok(()),
+                Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
+                Err(Errno::BUSY) => return Err(Error::new(Kind::Busy, "the device is open")),
+                Err(error) => {
+                    return Err(Error::os(error, format!("cannot unbind {}", self.node().display())));
+                }
+            }
+        }
+    }
+
+    /// Removes it from the driver. One that still has users is removed after their last close, by
+    /// whoever needs the number next.
+    pub(in crate::frontend) fn delete(&self) -> Result<()> {
+        let Some(number) = self.state().number else { return Ok(()) };
+        match super::remove(number) {
+            Ok(()) | Err(Errno::NODEV | Errno::BUSY) => self.unlist(number),
+            Err(error) => return Err(Error::os(error, format!("cannot remove {}", node(number).display()))),
+        }
+        Ok(())
+    }
+
+    pub(in crate::frontend) fn is_present(&self) -> bool {
+        status_of(self.number()).is_ok_and(|info| cookie(&info) == Some(self.parameters.owner_cookie))
+    }
+
+    pub(in crate::frontend) fn device_number(&self) -> Result<u64> {
+        let node = self.node();
+        let found = fs::metadata(&node)
+            .map_err(|error| Error::os(error, format!("cannot examine {}", node.display())))?;
+        Ok(found.rdev())
+    }
+
+    /// Its geometry, as the driver has made it; `offset` is its first byte in the image.
+    pub(in crate::frontend) fn driver_geometry(&self, offset: u64) -> Result<Geometry> {
+        let sysfs = Path::new("/sys/block").join(disk(self.number()));
+        let read = |name: &str| -> Result<u64> {
+            let file = sysfs.join(name);
+            let text = fs::read_to_string(&file)
+                .map_err(|error| Error::os(error, format!("cannot read {}", file.display())))?;
+            text.trim()
+                .parse()
+                .map_err(|_| Error::new(Kind::Internal, format!("{} contains no number", file.display())))
+        };
+        let small = |name: &str| read(name).map(|value| u32::try_from(value).unwrap_or(u32::MAX));
+        let block_size = small("queue/logical_block_size")?;
+        if !is_block_size(block_size) {
+            let context =
+                format!("{} has a block size that this program does not support", disk(self.number()));
+            return Err(Error::new(Kind::Unsupported, context));
+        }
+        Ok(Geometry {
+            size: read("size")?.saturating_mul(SECTOR),
+            offset,
+            block_size,
+            physical_block_size: small("queue/physical_block_size")?.max(block_size),
+            dma_align: small("queue/dma_alignment").map_or(SECTOR as u32, |mask| mask.saturating_add(1)),
+            discard_granularity: small("queue/discard_granularity")?.max(block_size),
+            read_only: read("ro")? != 0,
+            can_discard: read("queue/discard_max_bytes")? > 0,
+            can_write_zeroes: read("queue/write_zeroes_max_bytes")? > 0,
+        })
+    }
+
+    /// Whether the driver uses the page cache.
+    pub fn is_buffered(&self) -> bool {
+        let dio = fs::read_to_string(Path::new("/sys/block").join(disk(self.number())).join("loop/dio"));
+        dio.is_ok_and(|text| text.trim() == "0")
+    }
+
+    /// What the block layer has counted since the device was added.
+    pub fn stats(&self) -> Result<BlockStats> {
+        let file = Path::new("/sys/block").join(disk(self.number())).join("stat");
+        let text = fs::read_to_string(&file)
+            .map_err(|error| Error::os(error, format!("cannot read {}", file.display())))?;
+        Ok(parse_stats(&text))
+    }
+
+    /// Makes a call on the device, if it is still ours.
+    fn call<T: Send + 'static>(
+        &self,
+        what: &str,
+        call: impl FnOnce(&File, LoopInfo) -> rustix::io::Result<T> + Send + 'static,
+    ) -> Result<rustix::io::Result<T>> {
+        let (number, owner_cookie) = (self.number(), self.parameters.owner_cookie);
+        with_timeout(what, move || {
+            let file = open(number)?;
+            match status(&file, number) {
+                Ok(info) if cookie(&info) == Some(owner_cookie) => Ok(call(&file, info)),
+                Ok(_) => Err(not_ours(number)),
+                Err(error) => Err(error),
+            }
+        })?
+    }
+}
+
+/// Binds a device that was just added.
+fn bind(number: u32, image: &Image, parameters: &DeviceParameters) -> rustix::io::Result<()> {
+    let geometry = image.geometry();
+    let file = File::options()
+        .read(true)
+        .write(!geometry.read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(node(number))
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+    let mut info = LoopInfo::default();
+    (info.offset, info.size_limit) = (geometry.offset, image.size_limit());
+    info.flags = flag(geometry.read_only, LO_FLAGS_READ_ONLY)
+        | flag(parameters.partscan, LO_FLAGS_PARTSCAN)
+        | flag(!image.is_buffered(), LO_FLAGS_DIRECT_IO);
+    info.set_file_name(owned_name(parameters.owner_cookie, image.name()).as_bytes());
+    loop_device::configure(&file, image.fd(), geometry.block_size, &info)
+}
+
+/// Unbinds a device, or with `force` has its last close do it. EBUSY: others have it open, and it
+/// stays as it was.
+fn unbind(file: &File, info: LoopInfo, force: bool) -> rustix::io::Result<()> {
+    // With other users, this only sets a flag. Our own open file keeps the device until the flag
+    // is taken back, even if they close theirs meanwhile.
+    loop_device::clear(file)?;
+    let mut now = match loop_device::status(file) {
+        Err(Errno::NXIO) => return Ok(()),
+        found => found?,
+    };
+    if !force {
+        // ENXIO: it was unbound all the same.
+        return match loop_device::set_status(file, &without_autoclear(now)) {
+            Err(Errno::NXIO) => Ok(()),
+            done => done.and(Err(Errno::BUSY)),
+        };
+    }
+    // From now on it is a loop device as any other: the next daemon must not take it over.
+    now.set_file_name(info.file_name().splitn(3, |byte| *byte == b':').last().unwrap_or_default());
+    match loop_device::set_status(file, &now) {
+        Err(Errno::NXIO) => Ok(()),
+        done => done,
+    }
+}
+
+fn without_autoclear(mut info: LoopInfo) -> LoopInfo {
+    info.flags &= !LO_FLAGS_AUTOCLEAR;
+    info
+}
+
+/// The driver's name of a device of ours: the cookie, and the end of the image's path.
+fn owned_name(owner_cookie: u64, image: &str) -> String {
+    let prefix = format!("{OWNER}{owner_cookie:016x}:");
+    let fits = 63 - prefix.len();
+    let start = image.ceil_char_boundary(image.len().saturating_sub(fits));
+    format!("{prefix}{}", &image[start..])
+}
+
+/// The owner cookie of a device of this program.
+pub fn cookie(info: &LoopInfo) -> Option<u64> {
+    let name = std::str::from_utf8(info.file_name()).ok()?;
+    let (cookie, _) = name.strip_prefix(OWNER)?.split_once(':')?;
+    u64::from_str_radix(cookie, 16).ok()
+}
+
+fn disk(number: u32) -> String {
+    format!("loop{number}")
+}
+
+fn node(number: u32) -> PathBuf {
+    Path::new("/dev").join(disk(number))
+}
+
+/// Opens a device for reading: a close after a write makes udev probe it.
+fn open(number: u32) -> Result<File> {
+    let node = node(number);
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&node);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => not_ours(number),
+        _ => Error::os(error, format!("cannot open {}", node.display())),
+    })
+}
+
+fn status(file: impl AsFd, number: u32) -> Result<LoopInfo> {
+    loop_device::status(file).map_err(|error| match error {
+        Errno::NXIO => not_ours(number),
+        error => Error::os(error, format!("cannot examine {}", node(number).display())),
+    })
+}
+
+fn status_of(number: u32) -> Result<LoopInfo> {
+    with_timeout("examining a loop device", move || status(&open(number)?, number))?
+}
+
+fn not_ours(number: u32) -> Error {
+    Error::new(Kind::NotFound, format!("{} is not a device of this program", node(number).display()))
+}
+
+/// `reads merged sectors ms writes merged sectors ms in_flight ms ms discards merged sectors ms
+/// flushes ms`
+fn parse_stats(text: &str) -> BlockStats {
+    let fields: Vec<u64> = text.split_ascii_whitespace().map(|word| word.parse().unwrap_or(0)).collect();
+    let field = |n: usize| fields.get(n).copied().unwrap_or(0);
+    BlockStats {
+        reads: field(0),
+        read_bytes: field(2).saturating_mul(SECTOR),
+        writes: field(4),
+        written_bytes: field(6).saturating_mul(SECTOR),
+        in_flight: field(8),
+        discards: field(11),
+        flushes: field(15),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_tells_the_owner() {
+        let mut info = LoopInfo::default();
+        assert_eq!(cookie(&info), None);
+        let long = format!("/{}/ä.img", "x".repeat(100));
+        for image in ["/a.img", &long] {
+            let name = owned_name(0x1234, image);
+            assert!(name.len() <= 63 && image.ends_with(name.rsplit(':').next().unwrap()), "{name}");
+            info.set_file_name(name.as_bytes());
+            assert_eq!(cookie(&info), Some(0x1234));
+        }
+        for name in ["/a.img", "loopengine:", "loopengine:12", "loopengine:xyz:/a", "x:0000000000001234:/a"] {
+            info.set_file_name(name.as_bytes());
+            assert_eq!(cookie(&info), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn parses_statistics_of_the_block_layer() {
+        let text = "  7 1 56 4 5 2 40 3 1 6 8 3 0 24 1 2 9\n";
+        let stats = parse_stats(text);
+        assert_eq!((stats.reads, stats.read_bytes, stats.writes, stats.written_bytes), (7, 28672, 5, 20480));
+        assert_eq!((stats.in_flight, stats.discards, stats.flushes), (1, 3, 2));
+        assert_eq!(parse_stats(""), BlockStats::default());
+    }
+}

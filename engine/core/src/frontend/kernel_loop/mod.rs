@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The backend on the kernel's own loop driver: devices of this program with numbers of their own.
+//!
+//! The driver does all I/O: there are no queues, and devices live on without a daemon. Their
+//! numbers lie in the upper half of those that the driver has, so that `losetup -f` of the host
+//! never meets them. `device` knows one device.
+
+mod device;
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use rustix::io::Errno;
+
+pub use device::{BlockStats, KernelLoop, cookie};
+
+use crate::error::{Error, Kind, Result};
+use crate::sys::loop_device;
+
+/// The driver's control node.
+pub const CONTROL_NODE: &str = "/dev/loop-control";
+
+/// Checks that this machine has the driver.
+pub fn check() -> Result<()> {
+    if Path::new(CONTROL_NODE).exists() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unavailable, format!("the kernel's loop driver is missing: no {CONTROL_NODE}"))
+        .hint("run 'modprobe loop'; a container needs the device passed in"))
+}
+
+/// Whether a node of /dev can be a device of this backend.
+pub fn is_node(path: &Path) -> bool {
+    let number = path.to_str().and_then(|path| path.strip_prefix("/dev/loop")?.parse::<u32>().ok());
+    number.is_some_and(|number| number >= numbers().0)
+}
+
+/// Numbers of all loop devices from the first of this program's on.
+pub fn present_devices() -> Vec<u32> {
+    let (first, _) = numbers();
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok());
+    numbers.filter(|number| *number >= first).collect()
+}
+
+/// The first number of this program's devices, and the end of the driver's numbers: a minor number
+/// has 20 bits, of which partitions take some if the module was loaded with `max_part`.
+fn numbers() -> (u32, u32) {
+    let max_part = fs::read_to_string("/sys/module/loop/parameters/max_part");
+    let max_part: u32 = max_part.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let end = 1 << (20 - (u32::BITS - max_part.leading_zeros()).min(19));
+    (end / 2, end)
+}
+
+/// Adds a device that is not bound, with the lowest free number of ours.
+fn add() -> Result<u32> {
+    let cannot = |error: Errno| Error::os(error, "the kernel's loop driver adds no device");
+    let control = control()?;
+    let (first, end) = numbers();
+    for number in first..end {
+        let disk = format!("/sys/block/loop{number}");
+        if Path::new(&disk).join("loop/backing_file").exists() {
+            continue;
+        }
+        if Path::new(&disk).exists() {
+            // A forced detach left it, and its last user has closed it. A new one has new
+            // statistics.
+            let _ = loop_device::remove(&control, number);
+        }
+        match loop_device::add(&control, number) {
+            Ok(()) => return Ok(number),
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(cannot(error)),
+        }
+    }
+    Err(cannot(Errno::NOSPC))
+}
+
+/// Removes a device that is not bound; one that is open stays.
+fn remove(number: u32) -> rustix::io::Result<()> {
+    match control() {
+        Ok(control) => loop_device::remove(control, number),
+        Err(_) => Err(Errno::NODEV),
+    }
+}
+
+fn control() -> Result<File> {
+    let options = File::options().read(true).write(true).open(CONTROL_NODE);
+    options.map_err(|error| Error::os(error, format!("cannot open {CONTROL_NODE}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_of_the_host_are_no_devices() {
+        let (first, _) = numbers();
+        assert!(is_node(Path::new(&format!("/dev/loop{first}"))));
+        for path in ["/dev/loop0", "/dev/loop-control", "/dev/loopengine/default/loop0", "loop524288"] {
+            assert!(!is_node(Path::new(path)), "{path}");
+        }
+    }
+
+    #[test]
+    fn numbers_fit_minor_numbers() {
+        let (first, end) = numbers();
+        assert!(first >= 1 && first < end && end <= 1 << 20, "{first} {end}");
+    }
+}
