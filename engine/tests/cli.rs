@@ -422,7 +422,7 @@ fn serve_checks_its_options_first() {
     let config = dir.path().join("loopengine.toml");
     let serve = || {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_loopengine"));
-        command.args(["serve", "--frontend", "ublk", "--config"]).arg(&config).arg("--run-dir").arg(&run_dir);
+        command.args(["serve", "--backend", "ublk", "--config"]).arg(&config).arg("--run-dir").arg(&run_dir);
         Ran::from(command.output().unwrap())
     };
     std::fs::write(&config, "[default]\n\nmax_device = 3\n").unwrap();

@@ -42,7 +42,7 @@ impl Daemon {
         fs::write(dir.path().join("config.toml"), "").unwrap();
         let log = File::create(dir.path().join("log")).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_loopengine"))
-            .args(["serve", "--frontend", "fuse", "--run-dir"])
+            .args(["serve", "--backend", "fuse", "--run-dir"])
             .arg(dir.path().join("run"))
             .arg("--config")
             .arg(dir.path().join("config.toml"))

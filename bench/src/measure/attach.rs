@@ -50,7 +50,7 @@ pub(super) fn run(extras: &Extras, site: &Site) -> Result<Vec<Attach>> {
             continue;
         }
         let run_dir = home.join(frontend);
-        let daemon = match Daemon::start_with(&run_dir, &["--frontend", frontend]) {
+        let daemon = match Daemon::start_with(&run_dir, &["--backend", frontend]) {
             Ok(daemon) => daemon,
             Err(error) => {
                 sh::interrupted()?;

@@ -39,7 +39,7 @@ pub(super) fn run(count: u32, site: &Site) -> Result<Vec<Idle>> {
 fn one(count: u32, frontend: &str, target: &str, site: &Site, run_dir: &std::path::Path) -> Result<Idle> {
     let images = site.place.images.join("idle");
     fs::create_dir_all(&images)?;
-    let daemon = Daemon::start_with(run_dir, &["--frontend", frontend])?;
+    let daemon = Daemon::start_with(run_dir, &["--backend", frontend])?;
     daemon.run(&["instance", "create", "idle", "--max", &count.to_string()])?;
     let pss_kib_before = pss(daemon.pid())?;
     let mut client = Client::new(&daemon.socket())?;

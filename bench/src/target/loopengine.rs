@@ -107,7 +107,7 @@ impl Target for Fuse {
 
 /// A daemon with one frontend.
 pub(super) fn start(place: &Environment, name: &str, frontend: &str) -> Result<Daemon> {
-    Daemon::start_with(&place.directory(name)?.join("run"), &["--frontend", frontend])
+    Daemon::start_with(&place.directory(name)?.join("run"), &["--backend", frontend])
 }
 
 fn attach_all(

@@ -78,7 +78,7 @@ pub fn check(release: &str, force: bool) -> Result<(), Error> {
     match find(release).filter(|_| !force) {
         None => Ok(()),
         Some(broken) => Err(Error::new(Kind::Unsupported, broken.sentence(release))
-            .hint(format!("{}, serve files with '--frontend fuse', or give --force", broken.next_kernel()))),
+            .hint(format!("{}, serve files with '--backend fuse', or give --force", broken.next_kernel()))),
     }
 }
 
@@ -203,7 +203,7 @@ mod tests {
         let release = "6.18.5-200.fc43.x86_64";
         let refused = check(release, false).unwrap_err();
         let line = refused.to_string();
-        for part in [release, ADD_DEV, "newer kernel", "6.18.6", "--frontend fuse", "--force"] {
+        for part in [release, ADD_DEV, "newer kernel", "6.18.6", "--backend fuse", "--force"] {
             assert!(line.contains(part), "{part:?} in {line:?}");
         }
         assert!(refused.kind() == Kind::Unsupported && !line.contains('\n'), "{line:?}");

@@ -16,15 +16,18 @@ pub struct Feature {
 
 /// Files of FUSE.
 pub const FILES: Feature =
-    Feature { name: "files instead of block devices", since: (6, 1), by: "serve --frontend fuse" };
+    Feature { name: "files instead of block devices", since: (6, 1), by: "serve --backend fuse" };
+/// Disks of the kernel's loop driver.
+pub const LOOP_DEVICES: Feature =
+    Feature { name: "devices of the kernel's loop driver", since: (6, 1), by: "serve --backend loop" };
 /// Disks of ublk, in I/O mode copy.
 pub const BLOCK_DEVICES: Feature =
-    Feature { name: "block devices", since: (6, 5), by: "serve --frontend ublk, attach --io-mode copy" };
+    Feature { name: "ublk devices", since: (6, 5), by: "serve --backend ublk, attach --io-mode copy" };
 /// I/O mode auto.
 pub const NO_COPYING: Feature =
     Feature { name: "I/O without copying", since: (6, 16), by: "attach --io-mode auto" };
 /// A new size for a disk in use.
-pub const RESIZE: Feature = Feature { name: "resize of block devices", since: (6, 16), by: "resize" };
+pub const RESIZE: Feature = Feature { name: "resize of ublk devices", since: (6, 16), by: "resize" };
 /// I/O mode batch.
 pub const BATCHES: Feature =
     Feature { name: "commands in batches", since: (7, 0), by: "attach --io-mode batch" };
@@ -36,7 +39,7 @@ pub const PRIVATE: Feature = Feature {
 };
 
 /// All, oldest first.
-pub const ALL: [Feature; 6] = [FILES, BLOCK_DEVICES, NO_COPYING, RESIZE, BATCHES, PRIVATE];
+pub const ALL: [Feature; 7] = [FILES, LOOP_DEVICES, BLOCK_DEVICES, NO_COPYING, RESIZE, BATCHES, PRIVATE];
 
 /// This kernel's release, e.g. `7.3.4+deb13-amd64`.
 pub fn release() -> String {

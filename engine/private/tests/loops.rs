@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use loopengine_core::instance::spec::{FrontendKind, InstanceSpec};
+use loopengine_core::instance::spec::{BackendKind, InstanceSpec};
 use loopengine_core::instance::{Engine, EngineConfig, Tuning};
 use loopengine_private::loops::{
     Answer, Errno, LoopCaller, LoopConfig, LoopInfo, LoopOp, LoopStatus, OwnerCaller, Pool, PoolSpec, Pools,
@@ -49,7 +49,7 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
     let config = EngineConfig {
         run_dir: dir.path().to_owned(),
         default_instance: InstanceSpec { name: "default".into(), max_devices: 8, workers: 0, cpus: None },
-        frontend: FrontendKind::Ublk,
+        backend: BackendKind::Ublk,
         tuning: Tuning { linked_commit: true, poll_us: 0 },
         dev_links: false,
     };

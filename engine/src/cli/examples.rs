@@ -280,7 +280,7 @@ pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
             ("PREFIX/share/loopengine/installed", "The record of installed files and their checksums."),
             (
                 "PREFIX/share/loopengine/fuse.conf",
-                "A drop-in for the unit that makes the files of 'serve --frontend fuse' visible.",
+                "A drop-in for the unit that makes the files of 'serve --backend fuse' visible.",
             ),
             (
                 "PREFIX/share/loopengine/apparmor",

@@ -34,13 +34,13 @@ impl FeaturesArgs {
 
 fn text(features: &Features) -> String {
     let modes: Vec<&str> = features.io_modes.iter().map(|mode| mode.as_str()).collect();
-    let frontends: Vec<&str> = features.frontends.iter().map(|frontend| frontend.as_str()).collect();
+    let backends: Vec<&str> = features.backends.iter().map(|backend| backend.as_str()).collect();
     let yes = |supported: bool| if supported { "yes" } else { "no" };
     let fault = features.driver_fault.as_ref().map(|fault| format!("fault     {fault}\n"));
     format!(
-        "kernel    {}\nfrontends {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n{}",
+        "kernel    {}\nbackends  {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n{}",
         features.kernel,
-        if frontends.is_empty() { "none".to_owned() } else { frontends.join(" ") },
+        if backends.is_empty() { "none".to_owned() } else { backends.join(" ") },
         if modes.is_empty() { "none".to_owned() } else { modes.join(" ") },
         yes(features.recovery),
         yes(features.resize),
@@ -52,20 +52,20 @@ fn text(features: &Features) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::spec::{FrontendKind, IoMode};
+    use crate::instance::spec::{BackendKind, IoMode};
 
     #[test]
     fn formats_features() {
         let features = Features {
             kernel: "7.3.4".into(),
-            frontends: vec![FrontendKind::Ublk, FrontendKind::Fuse],
+            backends: vec![BackendKind::Ublk, BackendKind::Fuse],
             flags: vec!["CMD_IOCTL_ENCODE".into(), "USER_COPY".into()],
             io_modes: vec![IoMode::Auto, IoMode::Copy],
             recovery: true,
             resize: false,
             driver_fault: None,
         };
-        let want = "kernel    7.3.4\nfrontends ublk fuse\nI/O modes auto copy (best first)\nrecovery  yes\n\
+        let want = "kernel    7.3.4\nbackends  ublk fuse\nI/O modes auto copy (best first)\nrecovery  yes\n\
                     resize    no\nflags     CMD_IOCTL_ENCODE USER_COPY\n";
         assert_eq!(text(&features), want);
         let broken = Features { driver_fault: Some("it crashes".into()), ..features };

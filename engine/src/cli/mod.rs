@@ -6,6 +6,7 @@
 
 mod attach;
 mod attach_run;
+mod backend_choice;
 mod complete;
 mod configured_devices;
 mod create;
@@ -15,7 +16,6 @@ mod doctor;
 mod examples;
 mod features;
 mod find;
-mod frontend_choice;
 mod fuse_drivers;
 pub mod generate;
 mod image;

@@ -71,7 +71,7 @@ pub const JSON_TYPES: &[&idl::CustomType<'static>] = &[
     DeviceInfo::CUSTOM_TYPE,
     ImageInfo::CUSTOM_TYPE,
     IoMode::CUSTOM_TYPE,
-    FrontendKind::CUSTOM_TYPE,
+    BackendKind::CUSTOM_TYPE,
     DeviceState::CUSTOM_TYPE,
     DeviceStats::CUSTOM_TYPE,
     LatencySummary::CUSTOM_TYPE,

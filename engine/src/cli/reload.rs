@@ -113,8 +113,8 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<
     if old.dev_links != new.dev_links {
         notes.push("dev_links changed: takes effect at the next start".to_owned());
     }
-    if old.frontend != new.frontend {
-        notes.push("frontend changed: takes effect at the next start".to_owned());
+    if old.backend != new.backend {
+        notes.push("backend changed: takes effect at the next start".to_owned());
     }
     if old.tuning() != new.tuning() {
         notes.push("[tuning] changed: takes effect at the next start".to_owned());

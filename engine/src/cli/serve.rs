@@ -13,11 +13,11 @@ use tokio::sync::watch;
 
 use crate::accounts;
 use crate::broken_kernels;
-use crate::config::{Config, FrontendChoice};
+use crate::config::{BackendChoice, Config};
 use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, ublk};
-use crate::instance::spec::FrontendKind;
+use crate::instance::spec::BackendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
 use crate::kernels;
@@ -29,7 +29,7 @@ use crate::sys::{self, mntns};
 
 use super::configured_devices::ConfiguredDevices;
 use super::reload::ReloadTargets;
-use super::{frontend_choice, number, reload, watchers};
+use super::{backend_choice, number, reload, watchers};
 
 /// Run the daemon in the foreground.
 ///
@@ -71,7 +71,7 @@ pub(super) struct ServeArgs {
     /// loop driver (loop), files (fuse), or the first of these that the kernel has (auto). auto
     /// avoids ublk drivers that are known to crash [default: auto].
     #[arg(long, value_name = "auto|ublk|loop|fuse", hide_possible_values = true)]
-    frontend: Option<FrontendChoice>,
+    backend: Option<BackendChoice>,
 
     /// Link each read or write with its commit in one chain, where possible.
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
@@ -130,8 +130,8 @@ impl ServeArgs {
         let config = self.load()?;
         init_log();
         check_root()?;
-        let (frontend, line) = frontend_choice::choose(
-            config.frontend.unwrap_or_default(),
+        let (kind, line) = backend_choice::choose(
+            config.backend.unwrap_or_default(),
             Path::new(ublk::CONTROL_NODE).exists(),
             &kernels::release(),
             self.force,
@@ -142,23 +142,23 @@ impl ServeArgs {
         run_dir.adopt(sockets)?;
         tracing::info!("{line}");
         if let Some(broken) = broken_kernels::find(&kernels::release())
-            && frontend == FrontendKind::Ublk
+            && kind == BackendKind::Ublk
         {
             tracing::warn!("{} (--force)", broken.sentence(&kernels::release()));
         }
         for note in fuse::clear_stale(run_dir.path()) {
             tracing::info!("{note}");
         }
-        match frontend {
+        match kind {
             // Before the first thread starts, so that all threads share the namespace.
-            FrontendKind::Ublk => enter_mount_namespace()?,
+            BackendKind::Ublk => enter_mount_namespace()?,
             // The kernel serves its devices: mounts of them cannot hold the daemon up.
-            FrontendKind::Loop => {}
-            FrontendKind::Fuse => warn_of_mount_namespace(),
+            BackendKind::Loop => {}
+            BackendKind::Fuse => warn_of_mount_namespace(),
         }
         // Before the sandbox forbids starting programs. Optional: everything else works without it.
-        let kernel = match frontend {
-            FrontendKind::Ublk => {
+        let kernel = match kind {
+            BackendKind::Ublk => {
                 let started = KernelMounts::start().map(Arc::new);
                 started
                     .inspect_err(|error| {
@@ -166,15 +166,15 @@ impl ServeArgs {
                     })
                     .ok()
             }
-            FrontendKind::Loop | FrontendKind::Fuse => None,
+            BackendKind::Loop | BackendKind::Fuse => None,
         };
         if self.no_sandbox {
             tracing::warn!("the daemon keeps all its privileges (--no-sandbox)");
         } else {
             sandbox::enter();
         }
-        let engine = Arc::new(Engine::start(config.engine(run_dir.path().to_owned(), frontend))?);
-        let served = self.serve(&config, frontend, &run_dir, &engine, kernel);
+        let engine = Arc::new(Engine::start(config.engine(run_dir.path().to_owned(), kind))?);
+        let served = self.serve(&config, kind, &run_dir, &engine, kernel);
         run_dir.unbind();
         let ended = match served {
             Ok(Shutdown::Immediate) => Err(second_signal()),
@@ -188,7 +188,7 @@ impl ServeArgs {
 
     fn load(&self) -> Result<Config> {
         let mut config = Config::load(self.config.as_deref())?;
-        config.frontend = self.frontend.or(config.frontend);
+        config.backend = self.backend.or(config.backend);
         config.dev_links |= self.dev_links;
         let tuning = &mut config.tuning;
         tuning.linked_commit = self.linked_commit.or(tuning.linked_commit);
@@ -199,7 +199,7 @@ impl ServeArgs {
     fn serve(
         &self,
         config: &Config,
-        frontend: FrontendKind,
+        kind: BackendKind,
         run_dir: &RunDir,
         engine: &Arc<Engine>,
         kernel: Option<Arc<KernelMounts>>,
@@ -223,7 +223,7 @@ impl ServeArgs {
             // Weak: the count of strong references tells whether calls still use the engine.
             engine: Arc::downgrade(engine),
         };
-        let ended = runtime.block_on(self.until_stopped(services, config.clone(), frontend));
+        let ended = runtime.block_on(self.until_stopped(services, config.clone(), kind));
         // Pools end with the daemon, unlike devices of instances.
         registry.shutdown();
         drop(registry);
@@ -240,7 +240,7 @@ impl ServeArgs {
         &self,
         services: Services,
         mut config: Config,
-        frontend: FrontendKind,
+        kind: BackendKind,
     ) -> Result<Shutdown> {
         let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
@@ -263,10 +263,10 @@ impl ServeArgs {
         // One task at a time applies a configuration.
         let mut applying_config = Some(tokio::task::spawn_local(starting));
         let mut watching = Vec::new();
-        if frontend != FrontendKind::Fuse {
+        if kind != BackendKind::Fuse {
             watching.push(tokio::task::spawn_local(watchers::follow_dev_nodes(engine)));
         }
-        if frontend == FrontendKind::Ublk {
+        if kind == BackendKind::Ublk {
             watching.push(tokio::task::spawn_local(watchers::detach_new_ublk_mounts()));
         }
         loop {

@@ -14,7 +14,7 @@ use toml::Spanned;
 
 use crate::accounts;
 use crate::error::{Error, Kind, Result};
-use crate::instance::spec::{DEFAULT_INSTANCE, FrontendKind, InstanceSpec};
+use crate::instance::spec::{BackendKind, DEFAULT_INSTANCE, InstanceSpec};
 use crate::instance::{EngineConfig, Tuning};
 use crate::kernel_mounts::{FileSystem, policy};
 use crate::limits::{USER_DEVICES, USER_POOLS};
@@ -43,8 +43,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The frontend of all devices.
-    pub frontend: Option<FrontendChoice>,
+    /// The backend of all devices.
+    pub backend: Option<BackendChoice>,
     /// Devices also have names below /dev.
     #[serde(default)]
     pub dev_links: bool,
@@ -65,10 +65,10 @@ pub struct Config {
     pub device: Vec<Spanned<DeviceTable>>,
 }
 
-/// `frontend`, and `serve --frontend`.
+/// `backend`, and `serve --backend`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum FrontendChoice {
+pub enum BackendChoice {
     /// The first of the others that the kernel has.
     #[default]
     Auto,
@@ -294,9 +294,9 @@ impl Config {
     }
 
     /// The configuration of the engine.
-    pub fn engine(&self, run_dir: PathBuf, frontend: FrontendKind) -> EngineConfig {
+    pub fn engine(&self, run_dir: PathBuf, backend: BackendKind) -> EngineConfig {
         let (default_instance, tuning) = (self.default_instance(), self.tuning());
-        EngineConfig { run_dir, default_instance, frontend, tuning, dev_links: self.dev_links }
+        EngineConfig { run_dir, default_instance, backend, tuning, dev_links: self.dev_links }
     }
 }
 
@@ -339,13 +339,13 @@ mod tests {
 
     #[test]
     fn parses_every_section() {
-        let text = "frontend = 'fuse'\n[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
+        let text = "backend = 'fuse'\n[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
                     [tuning]\nlinked_commit = true\npoll_us = 50\n[private]\nmax_per_user = 9\n\
                     kernel_mounts = ['ext4', 'xfs']\n\
                     [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
         let config = Config::parse(text, "x.toml").unwrap();
-        assert_eq!(config.frontend, Some(FrontendChoice::Fuse));
-        let engine = config.engine(PathBuf::from("/run/x"), FrontendKind::Fuse);
+        assert_eq!(config.backend, Some(BackendChoice::Fuse));
+        let engine = config.engine(PathBuf::from("/run/x"), BackendKind::Fuse);
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
         assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
@@ -361,7 +361,7 @@ mod tests {
         let message = refused("[default]\nmax_devices = 3\nmax_device = 4\n");
         assert!(message.starts_with("x.toml, line 3: "), "{message}");
         assert!(message.contains("max_device"), "{message}");
-        assert!(refused("frontend = 'nbd'\n").starts_with("x.toml, line 1: "));
+        assert!(refused("backend = 'nbd'\n").starts_with("x.toml, line 1: "));
         assert!(refused("[tuning]\n\npoll_us = -1\n").starts_with("x.toml, line 3: "));
         assert!(refused("[[instance]]\nmax_devices = 1\n").contains("name"));
         assert!(refused("[[instance]]\nname = 'default'\n").contains("[default]"));

@@ -79,7 +79,7 @@ fn only_one(received: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
     version = env!("CARGO_PKG_VERSION"),
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
-        AttachSpec, IoMode, DeviceInfo, DeviceState, DeviceStats, Features, FrontendKind,
+        AttachSpec, IoMode, DeviceInfo, DeviceState, DeviceStats, Features, BackendKind,
         InstanceInfo, InstanceSpec, LatencySummary, RecoverSpec
     ]
 )]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Files instead of block devices: the real `loopengine serve --frontend fuse` against the real
+//! Files instead of block devices: the real `loopengine serve --backend fuse` against the real
 //! kernel, file systems, loop devices and fio.
 //!
 //! Runs as root on any machine with /dev/fuse; elsewhere, every case is skipped with the reason,
@@ -34,7 +34,7 @@ mod tools;
 use std::process::ExitCode;
 
 /// The backend under test; see tests/vm.
-const FRONTEND: &str = "fuse";
+const BACKEND: &str = "fuse";
 /// The directory of all files of a run.
 const SCRATCH: &str = "/run/loopengine-fuse-cases";
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Block devices of the kernel's loop driver: the real `loopengine serve --frontend loop` against the
+//! Block devices of the kernel's loop driver: the real `loopengine serve --backend loop` against the
 //! real kernel, file systems, losetup and fio.
 //!
 //! Runs as root on any machine with /dev/loop-control; elsewhere, every case is skipped with the
@@ -34,7 +34,7 @@ mod tools;
 use std::process::ExitCode;
 
 /// The backend under test; see tests/vm.
-const FRONTEND: &str = "loop";
+const BACKEND: &str = "loop";
 /// The directory of all files of a run.
 const SCRATCH: &str = "/run/loopengine-kernel-loop-cases";
 

@@ -223,7 +223,7 @@ fn configuration(roff: &mut Roff) {
         (
             "Before all tables",
             &[
-                ("frontend = \"auto|ublk|fuse\"", "As --frontend."),
+                ("backend = \"auto|ublk|loop|fuse\"", "As --backend."),
                 ("dev_links = true|false", "As --dev-links [false]."),
             ],
         ),

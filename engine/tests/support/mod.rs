@@ -130,7 +130,7 @@ impl EngineApi for Fake {
     fn features(&self) -> Result<Features> {
         Ok(Features {
             kernel: "0.0-fake".into(),
-            frontends: vec![FrontendKind::Ublk],
+            backends: vec![BackendKind::Ublk],
             flags: vec!["FAKE".into()],
             io_modes: vec![IoMode::Batch, IoMode::Copy],
             recovery: true,

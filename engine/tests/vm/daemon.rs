@@ -91,7 +91,7 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(&self.log).at(&self.log)?;
         let mut command = Command::new(&self.program);
         let child = tools::localise(&mut command)
-            .args(["serve", "--run-dir", &self.run_dir, "--frontend", crate::FRONTEND])
+            .args(["serve", "--run-dir", &self.run_dir, "--backend", crate::BACKEND])
             .args(&self.options)
             .args(self.detach_all.then_some("--detach-all"))
             .env("NOTIFY_SOCKET", &self.notify)
@@ -181,7 +181,7 @@ impl Daemon {
         let node = disk_name(device)?;
         self.ok(&["detach", device])?;
         ensure!(
-            crate::FRONTEND == "fuse" || !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
+            crate::BACKEND == "fuse" || !std::path::Path::new(&format!("/sys/block/{node}")).exists(),
             "{node} still there after detach"
         );
         ensure!(std::fs::symlink_metadata(device).is_err(), "{device} still there after detach");
@@ -209,7 +209,7 @@ impl Daemon {
 
     /// Ids of devices (numbers of files) added since this daemon was created.
     pub(crate) fn ublk_ids(&self) -> Vec<u32> {
-        if crate::FRONTEND == "fuse" {
+        if crate::BACKEND == "fuse" {
             return self.files();
         }
         let mut ids = disk_ids();
@@ -383,7 +383,7 @@ impl Drop for Daemon {
 
 /// Disks of any owner.
 fn disk_ids() -> Vec<u32> {
-    if crate::FRONTEND == "loop" { host::loop_numbers() } else { host::ublk_ids() }
+    if crate::BACKEND == "loop" { host::loop_numbers() } else { host::ublk_ids() }
 }
 
 /// The kernel's name of a device, e.g. `ublkb3`.

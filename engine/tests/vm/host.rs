@@ -68,7 +68,7 @@ impl Host {
         if !rustix::process::geteuid().is_root() {
             skip!("needs root; run 'cargo lab test'");
         }
-        if crate::FRONTEND != "ublk" {
+        if crate::BACKEND != "ublk" {
             return Host::probe_without_ublk();
         }
         let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
@@ -128,9 +128,9 @@ impl Host {
         let full = std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1");
         Ok(Host {
             program,
-            io_modes: vec![crate::FRONTEND.into()],
+            io_modes: vec![crate::BACKEND.into()],
             resize: true,
-            recovery: crate::FRONTEND == "loop",
+            recovery: crate::BACKEND == "loop",
             private: false,
             full,
         })
@@ -171,7 +171,7 @@ fn copy_program() -> Res<String> {
     Ok(copy)
 }
 
-/// Numbers of the kernel's bound loop devices from the first of `serve --frontend loop` on.
+/// Numbers of the kernel's bound loop devices from the first of `serve --backend loop` on.
 pub(crate) fn loop_numbers() -> Vec<u32> {
     let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let bound = entries.filter(|disk| disk.path().join("loop/backing_file").exists());

@@ -26,7 +26,7 @@ mod tools;
 use std::process::ExitCode;
 
 /// The backend under test; tests/fuse has the other one.
-const FRONTEND: &str = "ublk";
+const BACKEND: &str = "ublk";
 /// The directory of all files of a run, in memory.
 const SCRATCH: &str = "/run/loopengine-cases";
 

@@ -23,7 +23,7 @@ use crate::kernels::BLOCK_DEVICES;
 
 pub use device::FrontendDevice;
 use disk_list::DiskList;
-pub use mode::{FrontendKind, IoMode};
+pub use mode::{BackendKind, IoMode};
 pub use queue::FrontendQueue;
 
 /// The parameters of a device, fixed when it is added.
@@ -86,9 +86,9 @@ pub enum Frontend {
 
 impl Frontend {
     /// Checks that the kernel supports this frontend.
-    pub fn open(kind: FrontendKind) -> Result<Frontend> {
+    pub fn open(kind: BackendKind) -> Result<Frontend> {
         match kind {
-            FrontendKind::Ublk => {
+            BackendKind::Ublk => {
                 let features = ublk::DriverFeatures::query()?;
                 if features.io_modes().is_empty() {
                     let hint = format!("Linux {} or newer is needed", BLOCK_DEVICES.version());
@@ -98,17 +98,17 @@ impl Frontend {
                 }
                 Ok(Frontend::Ublk(features))
             }
-            FrontendKind::Loop => kernel_loop::check().map(|()| Frontend::Loop),
-            FrontendKind::Fuse => fuse::check().map(|()| Frontend::Fuse(fuse::FuseMounts::default())),
+            BackendKind::Loop => kernel_loop::check().map(|()| Frontend::Loop),
+            BackendKind::Fuse => fuse::check().map(|()| Frontend::Fuse(fuse::FuseMounts::default())),
         }
     }
 
     /// Its kind.
-    pub fn kind(&self) -> FrontendKind {
+    pub fn kind(&self) -> BackendKind {
         match self {
-            Frontend::Ublk(_) => FrontendKind::Ublk,
-            Frontend::Loop => FrontendKind::Loop,
-            Frontend::Fuse(_) => FrontendKind::Fuse,
+            Frontend::Ublk(_) => BackendKind::Ublk,
+            Frontend::Loop => BackendKind::Loop,
+            Frontend::Fuse(_) => BackendKind::Fuse,
         }
     }
 
@@ -259,7 +259,7 @@ impl Backend {
                 let context =
                     format!("I/O mode {} does not apply to a daemon that serves {serves}", mode.as_str());
                 Err(Error::new(Kind::Unsupported, context)
-                    .hint("leave out --io-mode, or start the daemon with another --frontend"))
+                    .hint("leave out --io-mode, or start the daemon with another --backend"))
             }
         }
     }
@@ -325,12 +325,12 @@ pub fn lasting() -> Vec<(String, Result<ExistingDevice>)> {
     ublk.chain(loops).map(examine).collect()
 }
 
-/// The frontends available on this machine, the preferred one first.
-pub fn present() -> Vec<FrontendKind> {
+/// The backends available on this machine, the preferred one first.
+pub fn present() -> Vec<BackendKind> {
     let all = [
-        (ublk::CONTROL_NODE, FrontendKind::Ublk),
-        (kernel_loop::CONTROL_NODE, FrontendKind::Loop),
-        (fuse::NODE, FrontendKind::Fuse),
+        (ublk::CONTROL_NODE, BackendKind::Ublk),
+        (kernel_loop::CONTROL_NODE, BackendKind::Loop),
+        (fuse::NODE, BackendKind::Fuse),
     ];
     all.into_iter().filter(|(node, _)| Path::new(node).exists()).map(|(_, kind)| kind).collect()
 }

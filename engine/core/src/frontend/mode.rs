@@ -39,7 +39,7 @@ impl IoMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "lowercase")]
 #[zlink(rename_all = "lowercase")]
-pub enum FrontendKind {
+pub enum BackendKind {
     /// Block devices of the ublk driver.
     Ublk,
     /// Block devices of the kernel's loop driver.
@@ -48,13 +48,13 @@ pub enum FrontendKind {
     Fuse,
 }
 
-impl FrontendKind {
+impl BackendKind {
     /// The word used on the command line and in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
-            FrontendKind::Ublk => "ublk",
-            FrontendKind::Loop => "loop",
-            FrontendKind::Fuse => "fuse",
+            BackendKind::Ublk => "ublk",
+            BackendKind::Loop => "loop",
+            BackendKind::Fuse => "fuse",
         }
     }
 }

@@ -47,7 +47,7 @@ impl AttachedDevice {
             path: path.display().to_string(),
             node: self.node().display().to_string(),
             image: record.spec.path.clone(),
-            reason: self.reason.clone().or_else(|| why_not_live(state)),
+            reason: self.reason.clone().or_else(|| why_not_live(state, served.device())),
             state,
             size: geometry.size,
             offset: geometry.offset,
@@ -92,9 +92,12 @@ impl AttachedDevice {
     }
 }
 
-fn why_not_live(state: DeviceState) -> Option<String> {
+fn why_not_live(state: DeviceState, device: &FrontendDevice) -> Option<String> {
     let reason = match state {
         DeviceState::Live => return None,
+        DeviceState::Stuck if matches!(device, FrontendDevice::Loop(device) if !device.is_bound()) => {
+            "another program has unbound it"
+        }
         DeviceState::Degraded => "the image is shorter than the device: reads past its end fail",
         DeviceState::Stuck => "the kernel or a worker did not answer in time",
     };

@@ -29,8 +29,8 @@ pub struct EngineConfig {
     pub run_dir: PathBuf,
     /// The limits of the instance `default`.
     pub default_instance: InstanceSpec,
-    /// The frontend of all devices.
-    pub frontend: FrontendKind,
+    /// The backend of all devices.
+    pub backend: BackendKind,
     /// Options of all workers.
     pub tuning: Tuning,
     /// Devices also have names below /dev.
@@ -72,12 +72,10 @@ impl Engine {
     /// and creates the instance `default`. Logs what was and was not recovered.
     pub fn start(config: EngineConfig) -> Result<Engine> {
         sys::raise_file_limit(OPEN_FILES);
-        let frontend = Frontend::open(config.frontend)?;
+        let frontend = Frontend::open(config.backend)?;
         let dev_links = match (config.dev_links, frontend.kind()) {
-            (true, FrontendKind::Ublk | FrontendKind::Loop) => {
-                Some(Arc::new(DevLinks::take(&config.run_dir)?))
-            }
-            (true, FrontendKind::Fuse) => {
+            (true, BackendKind::Ublk | BackendKind::Loop) => Some(Arc::new(DevLinks::take(&config.run_dir)?)),
+            (true, BackendKind::Fuse) => {
                 tracing::warn!("--dev-links is ignored: only block devices have names in {DEV_DIR}");
                 None
             }
@@ -110,10 +108,10 @@ impl Engine {
 
     /// The features of this kernel. Works without an engine.
     pub fn features() -> Result<Features> {
-        let frontends = frontend::present();
+        let backends = frontend::present();
         let granted = match ublk::DriverFeatures::query() {
             // The ublk driver is not loaded; report the other features.
-            Err(error) if error.kind() == Kind::Unavailable && !frontends.is_empty() => {
+            Err(error) if error.kind() == Kind::Unavailable && !backends.is_empty() => {
                 ublk::DriverFeatures(0)
             }
             asked => asked?,
@@ -122,7 +120,7 @@ impl Engine {
         Ok(Features {
             driver_fault: broken_kernels::find(&kernel).map(|broken| broken.fault.to_owned()),
             kernel,
-            frontends,
+            backends,
             flags: granted.names(),
             io_modes: granted.io_modes(),
             recovery: granted.supports_recovery(),
@@ -130,13 +128,13 @@ impl Engine {
         })
     }
 
-    /// Fails if devices of another frontend wait for a daemon: those of this one must not take their
+    /// Fails if devices of another backend wait for a daemon: those of this one must not take their
     /// names and numbers.
     fn check_no_other_frontend(&self) -> Result<()> {
         let own = |disk: &str| match self.context.frontend.kind() {
-            FrontendKind::Ublk => disk.starts_with("ublkb"),
-            FrontendKind::Loop => disk.starts_with("loop"),
-            FrontendKind::Fuse => false,
+            BackendKind::Ublk => disk.starts_with("ublkb"),
+            BackendKind::Loop => disk.starts_with("loop"),
+            BackendKind::Fuse => false,
         };
         let waits = |(disk, found): &(String, Result<ExistingDevice>)| {
             let found = found.as_ref().ok().map(|found| found.parameters);
@@ -145,9 +143,9 @@ impl Engine {
             !own(disk) && found.is_some_and(ours)
         };
         let Some((disk, _)) = frontend::lasting().into_iter().find(waits) else { return Ok(()) };
-        let kind = if disk.starts_with("loop") { FrontendKind::Loop } else { FrontendKind::Ublk };
+        let kind = if disk.starts_with("loop") { BackendKind::Loop } else { BackendKind::Ublk };
         let context = format!("/dev/{disk} of a previous daemon waits for its recovery");
-        let next_step = format!("start with --frontend {}, or give another --run-dir", kind.as_str());
+        let next_step = format!("start with --backend {}, or give another --run-dir", kind.as_str());
         Err(Error::new(Kind::Busy, context).hint(next_step))
     }
 

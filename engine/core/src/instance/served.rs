@@ -374,6 +374,9 @@ impl Served {
         if lifecycle != Lifecycle::Serving {
             return DeviceState::Stuck;
         }
+        if matches!(&self.device, FrontendDevice::Loop(device) if !device.is_bound()) {
+            return DeviceState::Stuck;
+        }
         match self.queue_stats() {
             Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
             Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,

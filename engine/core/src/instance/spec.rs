@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
-pub use crate::frontend::{FrontendKind, IoMode};
+pub use crate::frontend::{BackendKind, IoMode};
 
 /// Name of the instance that always exists.
 pub const DEFAULT_INSTANCE: &str = "default";
@@ -258,7 +258,7 @@ pub struct Features {
     /// Kernel release, e.g. `7.3.4+deb13-amd64`.
     pub kernel: String,
     /// Frontends available on this machine, the preferred one first.
-    pub frontends: Vec<FrontendKind>,
+    pub backends: Vec<BackendKind>,
     /// Names of the ublk driver's feature flags, as in ublk_cmd.h, without the prefix `UBLK_F_`;
     /// none without the driver, as below.
     pub flags: Vec<String>,

@@ -14,7 +14,7 @@ use super::engine::owner_hash;
 use super::instance::Instance;
 use super::write_back::{nodes_of, write_back};
 use crate::error::{Error, Kind};
-use crate::frontend::{self, FrontendKind, StopMode};
+use crate::frontend::{self, BackendKind, StopMode};
 use crate::sys::usage::Disks;
 
 /// Deadline for all devices together to complete requests in flight.
@@ -41,8 +41,8 @@ impl Engine {
         } else {
             let devices = instances.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>();
             match self.context.frontend.kind() {
-                FrontendKind::Loop => log_left_running(devices.len()),
-                FrontendKind::Ublk | FrontendKind::Fuse => quiesce_devices(&devices),
+                BackendKind::Loop => log_left_running(devices.len()),
+                BackendKind::Ublk | BackendKind::Fuse => quiesce_devices(&devices),
             }
         }
     }

@@ -94,7 +94,7 @@ fn missing(feature: &Feature) -> Option<Check> {
     let root = rustix::process::geteuid().is_root();
     let advice = match BLOCK_DEVICES.missing() {
         None if root => "boot a newer kernel; with this one, root can run 'loopengine attach IMAGE'",
-        Some(_) if root => "boot a newer kernel; this one supports 'loopengine serve --frontend fuse'",
+        Some(_) if root => "boot a newer kernel; this one supports 'loopengine serve --backend loop'",
         _ if is_installed("fuse2fs") && mount::check_fuse().is_ok() => {
             "use 'loopengine mount IMAGE DIR', which works with this kernel and a FUSE driver"
         }

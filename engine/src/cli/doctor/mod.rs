@@ -17,14 +17,13 @@ use zlink::introspect::CustomType;
 use crate::broken_kernels;
 use crate::control::reason;
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{fuse, ublk::CONTROL_NODE as UBLK_CONTROL};
+use crate::frontend::{fuse, kernel_loop, ublk::CONTROL_NODE as UBLK_CONTROL};
 use crate::instance::Engine;
-use crate::instance::spec::FrontendKind;
 use crate::kernels::{self, BLOCK_DEVICES, NO_COPYING};
 
 use goal::Goal;
 
-use super::frontend_choice::driver_hint;
+use super::backend_choice::driver_hint;
 use super::{daemon, out};
 
 /// A lower limit does not suffice for a thousand devices.
@@ -153,15 +152,18 @@ fn driver() -> Check {
         let found = format!("ublk_drv is loaded, but {UBLK_CONTROL} is missing");
         return Check::problem(name, found, "make the node visible here; pass it into the container");
     }
-    match fuse::check() {
-        Ok(()) => {
-            let found = "ublk_drv is not loaded: the daemon serves files (FUSE), not block devices";
+    match (kernel_loop::check(), fuse::check()) {
+        (Ok(()), _) => {
+            let found = "ublk_drv is not loaded: the daemon uses the kernel's loop driver";
             Check::warning(name, found, driver_hint())
         }
-        Err(_) => {
-            let advice =
-                format!("{}; to serve files instead of block devices, run 'modprobe fuse'", driver_hint());
-            Check::problem(name, "neither ublk_drv nor FUSE is available", advice)
+        (_, Ok(())) => {
+            let found = "ublk_drv is not loaded: the daemon serves files (FUSE), not block devices";
+            Check::warning(name, found, format!("{}, or run 'modprobe loop'", driver_hint()))
+        }
+        _ => {
+            let advice = format!("{}; or run 'modprobe loop', or 'modprobe fuse' for files", driver_hint());
+            Check::problem(name, "neither ublk_drv nor the loop driver nor FUSE is available", advice)
         }
     }
 }
@@ -169,7 +171,7 @@ fn driver() -> Check {
 /// The fault of the ublk driver of this release, if one is known.
 fn driver_fault(release: &str) -> Option<Check> {
     let broken = broken_kernels::find(release)?;
-    let advice = format!("{}; until then, 'loopengine serve --frontend fuse'", broken.next_kernel());
+    let advice = format!("{}; until then, 'loopengine serve --backend loop'", broken.next_kernel());
     Some(Check::problem("driver fault", broken.sentence(release), advice))
 }
 
@@ -208,8 +210,9 @@ fn io_uring() -> Check {
 fn features() -> Check {
     let name = "I/O modes";
     match Engine::features() {
-        Ok(features) if features.io_modes.is_empty() && features.frontends == [FrontendKind::Fuse] => {
-            Check::ok(name, format!("fuse (kernel {})", features.kernel))
+        Ok(features) if features.io_modes.is_empty() && !features.backends.is_empty() => {
+            let words: Vec<&str> = features.backends.iter().map(|backend| backend.as_str()).collect();
+            Check::ok(name, format!("{} (kernel {})", words.join(" "), features.kernel))
         }
         Ok(features) if features.io_modes.is_empty() => {
             let found = format!("none is supported by kernel {}", features.kernel);
@@ -364,7 +367,7 @@ mod tests {
         assert_eq!(check.verdict, Verdict::Problem);
         assert!(check.found.contains("6.17.0-1016-azure"), "{}", check.found);
         let advice = check.advice.unwrap();
-        assert!(advice.contains("newer kernel") && advice.contains("--frontend fuse"), "{advice}");
+        assert!(advice.contains("newer kernel") && advice.contains("--backend loop"), "{advice}");
         assert!(driver_fault("6.17.0-1019-azure").is_none());
     }
 

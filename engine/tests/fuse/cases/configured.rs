@@ -148,7 +148,7 @@ fn passed_sockets(ctx: &Ctx) -> Res {
             "bash",
             &ctx.host.program,
             "serve",
-            "--frontend",
+            "--backend",
             "fuse",
             "--run-dir",
             &run_dir,

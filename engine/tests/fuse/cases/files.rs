@@ -68,7 +68,7 @@ fn metadata(ctx: &Ctx) -> Res {
     let other = tools::run(&["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", &device])?;
     ensure!(other.code != 0, "another user read the file");
     let features = daemon.json(&["features"])?;
-    ensure!(features["frontends"].as_array().is_some_and(|f| f.iter().any(|f| f == "fuse")), "{features}");
+    ensure!(features["backends"].as_array().is_some_and(|f| f.iter().any(|f| f == "fuse")), "{features}");
     let other = store.sparse("other", MIB)?;
     for (words, code) in [(&["attach", &other, "--io-mode", "auto"][..], 7), (&["attach", &device], 2)] {
         let done = daemon.cli(words)?;

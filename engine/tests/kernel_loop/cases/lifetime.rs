@@ -23,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::detach_in_use", Needs::Ublk, 90, detach_in_use),
         case("lifetime::a_lost_record_is_listed", Needs::Ublk, 90, a_lost_record_is_listed),
         case("lifetime::devices_of_others_stay", Needs::Ublk, 90, devices_of_others_stay),
+        case("lifetime::unbound_by_losetup", Needs::Ublk, 60, unbound_by_losetup),
         case("lifetime::losetup_is_undisturbed", Needs::Ublk, 120, losetup_is_undisturbed),
         case("lifetime::partitions_have_names", Needs::Ublk, 60, partitions_have_names),
         case("lifetime::statistics", Needs::Ublk, 60, statistics),
@@ -193,6 +194,19 @@ fn devices_of_others_stay(ctx: &Ctx) -> Res {
     // Its number is free for ours; the daemon removes the device in the end.
     let devices = [daemon.attach(&[&ours])?, daemon.attach(&[&theirs])?];
     ensure!(disk_name(&devices[1])? == format!("loop{}", number + 1), "{devices:?}");
+    daemon.stop()
+}
+
+/// A device that losetup unbinds is listed as stuck, and can be detached.
+fn unbound_by_losetup(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&image])?;
+    tools::ok(&["losetup", "-d", &format!("/dev/{}", disk_name(&device)?)])?;
+    let info = daemon.info(&device)?;
+    ensure!(info["state"] == "stuck" && info["reason"] == "another program has unbound it", "{info}");
+    daemon.detach(&device)?;
     daemon.stop()
 }
 

@@ -145,7 +145,7 @@ fn numbers_and_names(ctx: &Ctx) -> Res {
         devices.push(device);
     }
     let node = std::fs::canonicalize(&devices[2])?.display().to_string();
-    let prefix = if crate::FRONTEND == "loop" { "/dev/loop" } else { "/dev/ublkb" };
+    let prefix = if crate::BACKEND == "loop" { "/dev/loop" } else { "/dev/ublkb" };
     ensure!(node.starts_with(prefix), "{} is {node}", devices[2]);
     ensure!(daemon.info(&devices[2])?["node"] == node.as_str(), "list shows another node");
     daemon.ok(&["detach", "loop1"])?;

@@ -281,7 +281,7 @@ fn second_daemon(ctx: &Ctx) -> Res {
 fn no_driver(ctx: &Ctx) -> Res {
     tools::ok(&["modprobe", "-r", "ublk_drv"])?;
     let mut command = Command::new(&ctx.host.program);
-    command.args(["serve", "--frontend", "ublk", "--run-dir", &ctx.path("run")]);
+    command.args(["serve", "--backend", "ublk", "--run-dir", &ctx.path("run")]);
     let done = Running::start(command).and_then(|running| running.finish(SHORT));
     tools::ok(&["modprobe", "ublk_drv"])?;
     refused(&done?, &[8], "modprobe ublk_drv")

@@ -24,7 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
 /// Zeroes a range with blkdiscard or, if the device is a file, with fallocate.
 fn zero(device: &str, offset: u64, len: u64) -> Res {
     let (offset, len) = (offset.to_string(), len.to_string());
-    match crate::FRONTEND {
+    match crate::BACKEND {
         "ublk" | "loop" => tools::ok(&["blkdiscard", "-z", "-o", &offset, "-l", &len, device])?,
         _ => tools::ok(&["fallocate", "--zero-range", "-o", &offset, "-l", &len, device])?,
     };

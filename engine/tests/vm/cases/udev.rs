@@ -216,7 +216,7 @@ impl OtherServer {
         let mut command = Command::new("unshare");
         command.args(["--mount", "bash", "-ec"]).arg(format!(
             "mkdir -p /run/loopengine; mount -t tmpfs -o mode=755 other /run/loopengine
-             exec {program} serve --run-dir {run_dir} --frontend ublk --detach-all"
+             exec {program} serve --run-dir {run_dir} --backend ublk --detach-all"
         ));
         let mut daemon = Running::start(command)?;
         let socket = format!("{run_dir}/control");

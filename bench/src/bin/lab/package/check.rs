@@ -30,7 +30,7 @@ const OF_PACKAGE_MANAGERS: [&str; 7] =
 /// The README's quick start, with a file of FUSE in the place of a block device.
 const USE: &str = "\
     mknod -m 666 /dev/fuse c 10 229
-    loopengine serve --frontend fuse 2>/root/log & daemon=$!
+    loopengine serve --backend fuse 2>/root/log & daemon=$!
     for try in $(seq 300); do [ -S /run/loopengine/control ] && break; sleep 0.1; done
     loopengine create /root/disk.img --size 10G
     device=$(loopengine attach /root/disk.img)

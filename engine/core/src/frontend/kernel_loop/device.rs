@@ -250,6 +250,11 @@ impl KernelLoop {
         })
     }
 
+    /// Whether it still has a file. Does not wait for the driver.
+    pub fn is_bound(&self) -> bool {
+        Path::new("/sys/block").join(disk(self.number())).join("loop/backing_file").exists()
+    }
+
     /// Whether the driver uses the page cache.
     pub fn is_buffered(&self) -> bool {
         let dio = fs::read_to_string(Path::new("/sys/block").join(disk(self.number())).join("loop/dio"));

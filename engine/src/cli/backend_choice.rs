@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The frontend that `loopengine serve` uses: block devices of ublk where the kernel's driver can be
+//! The backend that `loopengine serve` uses: block devices of ublk where the kernel's driver can be
 //! trusted, else those of the kernel's loop driver, else files.
 //!
 //! Knows releases and modules. Does not open anything.
 
 use crate::broken_kernels;
-use crate::config::FrontendChoice;
+use crate::config::BackendChoice;
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{FrontendKind, fuse, kernel_loop, ublk};
+use crate::frontend::{BackendKind, fuse, kernel_loop, ublk};
 use crate::kernels::{self, BLOCK_DEVICES};
 
 const KERNEL_LOOP: &str = "serving block devices (kernel loop)";
 
-/// Selects the frontend on a kernel of this release, with or without the ublk driver. `force`: even
+/// Selects the backend on a kernel of this release, with or without the ublk driver. `force`: even
 /// if the driver is known to crash. Also returns a line for the log.
 pub(super) fn choose(
-    choice: FrontendChoice,
+    choice: BackendChoice,
     has_ublk: bool,
     release: &str,
     force: bool,
-) -> Result<(FrontendKind, String)> {
+) -> Result<(BackendKind, String)> {
     let broken = broken_kernels::find(release).filter(|_| !force);
     match choice {
-        FrontendChoice::Auto
+        BackendChoice::Auto
             if (broken.is_some() || !has_ublk) && (kernel_loop::check().is_ok() || fuse::check().is_ok()) =>
         {
-            let (frontend, what) = match kernel_loop::check() {
-                Ok(()) => (FrontendKind::Loop, KERNEL_LOOP),
-                Err(_) => (FrontendKind::Fuse, "serving files (FUSE)"),
+            let (backend, what) = match kernel_loop::check() {
+                Ok(()) => (BackendKind::Loop, KERNEL_LOOP),
+                Err(_) => (BackendKind::Fuse, "serving files (FUSE)"),
             };
             let line = match broken {
                 Some(broken) => format!(
@@ -37,23 +37,23 @@ pub(super) fn choose(
                 ),
                 None => format!("{what}: {} is missing; for ublk, {}", ublk::CONTROL_NODE, driver_hint()),
             };
-            Ok((frontend, line))
+            Ok((backend, line))
         }
-        FrontendChoice::Auto | FrontendChoice::Ublk => {
+        BackendChoice::Auto | BackendChoice::Ublk => {
             broken_kernels::check(release, force)?;
             if !has_ublk {
                 let message = format!("the ublk driver is not available: {} is missing", ublk::CONTROL_NODE);
                 return Err(Error::new(Kind::Unavailable, message).hint(driver_hint()));
             }
-            Ok((FrontendKind::Ublk, "serving block devices (ublk)".to_owned()))
+            Ok((BackendKind::Ublk, "serving block devices (ublk)".to_owned()))
         }
-        FrontendChoice::Loop => {
+        BackendChoice::Loop => {
             kernel_loop::check()?;
-            Ok((FrontendKind::Loop, KERNEL_LOOP.to_owned()))
+            Ok((BackendKind::Loop, KERNEL_LOOP.to_owned()))
         }
-        FrontendChoice::Fuse => {
+        BackendChoice::Fuse => {
             fuse::check()?;
-            Ok((FrontendKind::Fuse, "serving files (FUSE)".to_owned()))
+            Ok((BackendKind::Fuse, "serving files (FUSE)".to_owned()))
         }
     }
 }
@@ -90,32 +90,32 @@ mod tests {
     #[test]
     fn refuses_block_devices_on_a_broken_kernel() {
         for has_ublk in [true, false] {
-            let refused = choose(FrontendChoice::Ublk, has_ublk, BROKEN, false).unwrap_err();
+            let refused = choose(BackendChoice::Ublk, has_ublk, BROKEN, false).unwrap_err();
             let line = refused.to_string();
             assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
         }
-        assert!(choose(FrontendChoice::Ublk, true, "6.18.6", false).is_ok());
+        assert!(choose(BackendChoice::Ublk, true, "6.18.6", false).is_ok());
     }
 
     #[test]
     fn auto_falls_back_on_a_broken_kernel() {
-        match choose(FrontendChoice::Auto, true, BROKEN, false) {
-            Ok((frontend, line)) => {
+        match choose(BackendChoice::Auto, true, BROKEN, false) {
+            Ok((backend, line)) => {
                 let has_loop = kernel_loop::check().is_ok();
-                assert_eq!(frontend, if has_loop { FrontendKind::Loop } else { FrontendKind::Fuse });
+                assert_eq!(backend, if has_loop { BackendKind::Loop } else { BackendKind::Fuse });
                 assert!(line.contains(BROKEN) && line.contains("--force"), "{line}");
             }
             Err(refused) => assert!(fuse::check().is_err() && kernel_loop::check().is_err(), "{refused}"),
         }
-        let (frontend, _) = choose(FrontendChoice::Auto, true, "6.18.6", false).unwrap();
-        assert_eq!(frontend, FrontendKind::Ublk);
+        let (backend, _) = choose(BackendChoice::Auto, true, "6.18.6", false).unwrap();
+        assert_eq!(backend, BackendKind::Ublk);
     }
 
     #[test]
     fn force_serves_block_devices_on_a_broken_kernel() {
-        for choice in [FrontendChoice::Auto, FrontendChoice::Ublk] {
-            let (frontend, _) = choose(choice, true, BROKEN, true).unwrap();
-            assert_eq!(frontend, FrontendKind::Ublk);
+        for choice in [BackendChoice::Auto, BackendChoice::Ublk] {
+            let (backend, _) = choose(choice, true, BROKEN, true).unwrap();
+            assert_eq!(backend, BackendKind::Ublk);
         }
     }
 }
