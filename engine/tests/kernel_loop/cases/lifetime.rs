@@ -24,7 +24,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::a_lost_record_is_listed", Needs::Ublk, 90, a_lost_record_is_listed),
         case("lifetime::devices_of_others_stay", Needs::Ublk, 90, devices_of_others_stay),
         case("lifetime::unbound_by_losetup", Needs::Ublk, 60, unbound_by_losetup),
-        case("lifetime::losetup_is_undisturbed", Needs::Ublk, 120, losetup_is_undisturbed),
+        case("lifetime::losetup_is_undisturbed", Needs::Ublk, 600, losetup_is_undisturbed),
         case("lifetime::partitions_have_names", Needs::Ublk, 60, partitions_have_names),
         case("lifetime::statistics", Needs::Ublk, 60, statistics),
         case("lifetime::options_of_queues_are_refused", Needs::Ublk, 60, options_of_queues_are_refused),
@@ -217,7 +217,7 @@ fn losetup_is_undisturbed(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     std::thread::scope(|scope| -> Res {
         let attaching = scope.spawn(|| -> Res {
-            for _ in 0..30 {
+            for _ in 0..if ctx.host.full { 3000 } else { 30 } {
                 let device = daemon.attach(&[&ours])?;
                 daemon.detach(&device)?;
             }
