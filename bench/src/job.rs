@@ -97,19 +97,19 @@ pub const JOBS: &[Job] = &[
     QD1,
     job!(
         "randread-4k-qd4" on Data: "4K random read, depth 4",
-        "Little concurrency: bound by latency still, wake-ups begin to be shared.",
+        "Little concurrency: still bound by latency; some requests share a wake-up.",
         depth: Some(4),
     ),
     QD32,
     job!(
         "randread-4k-qd128" on Data: "4K random read, depth 128",
-        "The full depth of a device queue: bound by the CPU, batches are as large as they get.",
+        "The full depth of a device queue: bound by the CPU, with the largest batches.",
         depth: Some(128),
     ),
     QD32X2,
     job!(
         "randwrite-4k-qd1" on Data: "4K random write, depth 1",
-        "A single write: bound by wake-ups, and by whatever the backing file system locks for a write.",
+        "A single write: bound by wake-ups and by the locks of the backing file system.",
     ),
     job!(
         "randwrite-4k-qd32" on Data: "4K random write, depth 32",
@@ -145,7 +145,7 @@ pub const JOBS: &[Job] = &[
     ),
     job!(
         "many-16-4k" on Many: "4K random read on 16 devices, 4 in flight on each",
-        "Many devices in use at once: bound by the CPU, and by what each device has for itself.",
+        "Many devices in use at once: bound by the CPU, and by costs per device.",
     ),
     job!(
         "discard-64k" on Block: "64K discard, then written again",
@@ -163,7 +163,7 @@ pub const JOBS: &[Job] = &[
     ),
     job!(
         "database-8k" on Mount: "8K random in a file, 70 % reads, fdatasync every 16 writes",
-        "What a database with a cache of its own does: bound by single reads, with waits for flushes.",
+        "What a database with its own cache does: bound by single reads, and by flushes.",
         quick: true,
     ),
 ];

@@ -27,11 +27,11 @@ pub struct Choice {
     /// Kind of machine; the lab sets it
     #[arg(long, value_enum, default_value = "host", hide = true)]
     pub mode: Mode,
-    /// Interleaved rounds; five or more give intervals [default: 7; quick 5; icount 1]
+    /// Interleaved rounds; five or more give confidence intervals [default: 7; quick 5; icount 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
-    /// Length of a job per round, after a ramp of a fifth [default: 1000; quick 500; quick icount
-    /// 200]
+    /// Duration of a job per round, without its ramp-up of a fifth [default: 1000; quick 500; quick
+    /// icount 200]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(10..=3_600_000))]
     pub run_ms: Option<u32>,
     /// Jobs to run: names of files in fio-jobs/ without .fio [default: all]
@@ -46,11 +46,12 @@ pub struct Choice {
     /// Size of each target's image [default: 96; quick 32]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
     pub image_mb: Option<u32>,
-    /// Devices that are attached to time it; 0: none [default: 50; quick 20; icount none]
+    /// Devices to attach and detach, to measure how long that takes; 0: none [default: 50; quick
+    /// 20; icount none]
     #[arg(long, value_name = "N")]
     pub attaches: Option<u32>,
-    /// Idle devices whose memory and CPU time are measured; 0: none [default: 1000; quick 100;
-    /// icount none]
+    /// Idle devices, to measure their cost in memory and CPU time; 0: none [default: 1000; quick
+    /// 100; icount none]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
     pub idle: Option<u32>,
     /// Note for the manifest

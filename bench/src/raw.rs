@@ -123,7 +123,7 @@ pub fn open(dir: &Path) -> Result<RawFiles> {
         return Ok(RawFiles { path, _unpacked: None });
     }
     if !dir.join(ARCHIVE).exists() {
-        bail!("{} is no result: it has neither {DIRECTORY}/ nor {ARCHIVE}", dir.display());
+        bail!("{} is not a result: it has neither {DIRECTORY}/ nor {ARCHIVE}", dir.display());
     }
     let unpacked = tempfile::Builder::new().prefix("loopbench-raw-").tempdir()?;
     extract(dir, unpacked.path())?;

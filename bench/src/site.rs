@@ -16,7 +16,7 @@ use crate::{check, sh};
 
 /// Size of the store for the images of all targets; memory is allocated on write.
 const STORE_MB: u32 = 6144;
-const NO_STORE: &str = "cannot make a store in memory; name a directory with --images";
+const NO_STORE: &str = "cannot make a file system in memory: give a directory with --images";
 
 /// A store and a scratch directory.
 pub struct Site {
@@ -71,7 +71,7 @@ pub fn describe(images: Option<&Path>) -> Result<String> {
         return Ok("XFS on a memory-backed null_blk device".into());
     };
     if !directory.is_dir() {
-        bail!("there is no directory {}: name another with --images", directory.display());
+        bail!("there is no directory {}: give another with --images", directory.display());
     }
     let mut findmnt = Command::new(sh::which("findmnt")?);
     findmnt.args(["--noheadings", "--first-only", "--output", "FSTYPE,SOURCE", "--target"]).arg(directory);

@@ -32,10 +32,10 @@ pub struct Options {
     /// File system
     #[arg(long, value_enum, default_value = "xfs")]
     fs: Fs,
-    /// Size in MiB; memory is allocated on write
+    /// Size in MiB; allocates memory on write
     #[arg(long, value_name = "N", default_value_t = 700)]
     size_mb: u32,
-    /// Unmount the store and free its memory
+    /// Unmount the file system at DIR and free its memory
     #[arg(long)]
     remove: bool,
     /// Mount point
@@ -46,7 +46,7 @@ pub struct Options {
 /// Runs `lab store`.
 pub fn run(options: &Options) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        bail!("a store needs root: run it in `cargo lab vm`");
+        bail!("lab store needs root: run it as root, or in `cargo lab vm`");
     }
     if options.remove {
         remove(&options.directory)
@@ -159,13 +159,15 @@ fn new_device() -> Result<(String, PathBuf)> {
             return Ok((name, home));
         }
     }
-    bail!("there are 64 stores already: remove one with `lab store --remove DIR`")
+    bail!("there are 64 file systems of `lab store` already: remove one with `lab store --remove DIR`")
 }
 
 fn remove(directory: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mounts")?;
     let name = device_of(&mounts, directory)
-        .with_context(|| format!("{} is not a store of the lab: see `findmnt`", directory.display()))?
+        .with_context(|| {
+            format!("{} is not a file system of `lab store`: see `findmnt`", directory.display())
+        })?
         .to_owned();
     sh::capture(Command::new("umount").arg(directory), LIMIT)?;
     let home = Path::new(NULLB).join(name);

@@ -321,7 +321,7 @@ fn bad_input_is_one_line() -> Check {
         command
     };
     let place = home.0.path().to_string_lossy().into_owned();
-    fails(&mut loopbench(&["report", &place]), "is no result")?;
+    fails(&mut loopbench(&["report", &place]), "is not a result")?;
     fs::write(home.0.path().join("result.json"), "{\"schema\":1,")?;
     fails(&mut loopbench(&["compare", &place, &place]), "result.json")?;
     fs::write(home.0.path().join("result.json"), "{\"schema\":99}")?;

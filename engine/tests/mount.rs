@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `loopengine mount` without private devices: FUSE drivers mount the image itself.
 //!
-//! Runs the installed drivers, and needs /dev/fuse. With devices: `private::onestep` in the VM.
+//! Runs the installed drivers, and needs /dev/fuse. With devices: `private::mount_command` in the
+//! VM.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;

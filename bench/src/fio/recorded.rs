@@ -170,6 +170,6 @@ fn text_around_a_report_is_passed_over_and_another_form_is_an_error() {
     assert_eq!(parse(&noisy).unwrap(), parse(recorded!("3.41-fsync.json")).unwrap());
     let error = |said| format!("{:#}", parse(said).unwrap_err());
     assert!(error("fio: no\n").contains("no report"));
-    assert!(error(r#"{"jobs":[{"jobname":7}]}"#).contains("unknown form"));
+    assert!(error(r#"{"jobs":[{"jobname":7}]}"#).contains("unknown format"));
     assert!(error(r#"{"jobs":[{"jobname":"by hand"}]}"#).contains("unknown section"));
 }

@@ -111,7 +111,7 @@ pub fn parse(said: &str) -> Result<Vec<Measured>> {
         match stream.next() {
             Some(Ok(entry)) => found.push(measured(&entry)?),
             Some(Err(error)) if error.is_data() => {
-                return Err(error).context("fio's report has an unknown form");
+                return Err(error).context("fio's report has an unknown format");
             }
             // A truncated number is a syntax error, not an unexpected end.
             _ if found.is_empty() => bail!(cut),

@@ -52,11 +52,7 @@ fn read(said: &str) -> Result<Version> {
     };
     let (major, minor) = number(text).with_context(|| format!("fio has an unknown version: {text:?}"))?;
     if (major, minor) < OLDEST {
-        bail!(
-            "{text} is too old: its reports are not known here; install {}.{} or newer",
-            OLDEST.0,
-            OLDEST.1
-        );
+        bail!("{text} is too old: install {}.{} or newer", OLDEST.0, OLDEST.1);
     }
     Ok(Version { major, minor, text: text.to_owned() })
 }

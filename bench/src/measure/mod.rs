@@ -16,13 +16,13 @@ use crate::site::Site;
 /// How much to measure.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub struct Extras {
-    /// Devices that are attached to time it; 0: none
+    /// Devices to attach and detach, to measure how long that takes; 0: none
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub attaches: u32,
-    /// Devices that exist meanwhile, in the second series
+    /// Other devices that exist during the second series
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub present: u32,
-    /// Idle devices whose memory and CPU time are measured; 0: none
+    /// Idle devices, to measure their cost in memory and CPU time; 0: none
     #[arg(long, value_name = "N", default_value_t = 1000)]
     pub idle: u32,
 }

@@ -62,7 +62,7 @@ pub fn read(path: &Path) -> Result<Outcome> {
     let name = file.display();
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {name}"))?;
     // The version first: another version may differ in everything else.
-    let damaged = || format!("{name} is damaged or no result of loopbench");
+    let damaged = || format!("{name} is damaged, or not a result of loopbench");
     match serde_json::from_str(&text).with_context(damaged)? {
         SchemaVersion { schema: outcome::SCHEMA } => serde_json::from_str(&text).with_context(damaged),
         SchemaVersion { schema } => {

@@ -10,6 +10,9 @@ use std::time::Duration;
 pub const CONNECTIONS_MAX: usize = 256;
 /// So many more for root at the socket for private pools.
 pub const ROOT_CONNECTIONS: usize = 16;
+/// Connections to one socket that wait to be accepted. More wait in connect(2), one per thread: a
+/// client that connects again and again delays the others by this many connections at most.
+pub const BACKLOG: i32 = 64;
 /// Connections of one plain user to the socket for private pools.
 pub const USER_CONNECTIONS_MAX: usize = 16;
 /// Bytes of one message to the socket for private pools.
@@ -39,16 +42,19 @@ pub const CLOSING_MAX: usize = 256;
 mod tests {
     use super::*;
 
-    /// Every figure of the row, in its order.
-    #[test]
-    fn threat_model_states_the_limits_of_the_code() {
+    /// Every figure of a row's mitigation, in its order.
+    fn figures(row: &str) -> Vec<u64> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../doc/threat-model.md");
         let text = std::fs::read_to_string(path).unwrap();
-        let row = text.lines().find(|line| line.starts_with("| use up devices")).expect("the row is there");
-        let row = row.split('|').nth(2).unwrap();
+        let row = text.lines().find(|line| line.starts_with(row)).expect("the row is there");
         let digits = |word: &str| word.trim_matches(|c: char| !c.is_ascii_digit()).replace(',', "");
-        let said: Vec<u64> = row.split_whitespace().filter_map(|word| digits(word).parse().ok()).collect();
-        let are = [
+        let mitigation = row.split('|').nth(2).unwrap();
+        mitigation.split_whitespace().filter_map(|word| digits(word).parse().ok()).collect()
+    }
+
+    #[test]
+    fn threat_model_states_the_limits_of_the_code() {
+        let limits = [
             u64::from(USER_DEVICES),
             u64::from(USER_POOLS),
             POOLS_MAX as u64,
@@ -64,6 +70,7 @@ mod tests {
             CALLS_AT_ONCE as u64,
             CLOSING_MAX as u64,
         ];
-        assert_eq!(said, are, "{row}");
+        assert_eq!(figures("| use up devices"), limits);
+        assert_eq!(figures("| flood a socket with connections"), [BACKLOG as u64]);
     }
 }

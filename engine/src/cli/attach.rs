@@ -98,24 +98,6 @@ fn io_mode_parser() -> impl clap::builder::TypedValueParser<Value = IoMode> {
     })
 }
 
-/// A specification with default values.
-pub(crate) fn plain(instance: &str) -> AttachSpec {
-    AttachSpec {
-        instance: instance.to_owned(),
-        path: String::new(),
-        number: None,
-        read_only: false,
-        offset: 0,
-        size_limit: 0,
-        block_size: 0,
-        buffered: false,
-        queues: 0,
-        depth: 0,
-        io_mode: None,
-        partscan: false,
-    }
-}
-
 impl AttachArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let mut spec = AttachSpec {
@@ -129,7 +111,8 @@ impl AttachArgs {
             depth: self.depth.unwrap_or(0),
             io_mode: self.io_mode,
             partscan: self.partscan,
-            ..plain(&self.instance)
+            instance: self.instance,
+            ..AttachSpec::default()
         };
         if !rustix::process::geteuid().is_root() {
             // Refuse the user before reporting errors of the image.

@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     fn spec(offset: u64, size_limit: u64, block_size: u32) -> AttachSpec {
-        AttachSpec { offset, size_limit, block_size, ..crate::cli::attach::plain("default") }
+        AttachSpec { offset, size_limit, block_size, ..AttachSpec::default() }
     }
 
     fn verdict(size: u64, spec: &AttachSpec) -> String {

@@ -54,8 +54,6 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::RUN_DIR;
 use crate::error::{Error, Kind, Result};
 
-#[cfg(test)]
-pub(crate) use attach::plain;
 pub use mount_loop::main as mount_loop;
 
 /// Serve image files as private block devices.

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
-use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, RecoverSpec};
+use crate::instance::spec::{AttachSpec, RecoverSpec};
 
-use super::{attach, complete, daemon, detach, image, out, size};
+use super::{complete, daemon, detach, image, out, size};
 
 /// Recover a stuck device with a given image.
 ///
@@ -45,7 +45,7 @@ impl RecoverArgs {
         let device = device.clone();
         let known = daemon::ask(run_dir, async |client| client.devices(&which).await)?;
         let known = known.first().ok_or_else(|| Error::new(Kind::NotFound, format!("no device {device}")))?;
-        let mut opened = AttachSpec { read_only: known.read_only, ..attach::plain(DEFAULT_INSTANCE) };
+        let mut opened = AttachSpec { read_only: known.read_only, ..AttachSpec::default() };
         let file = image::open(&self.image, &mut opened)?;
         let spec = RecoverSpec {
             device,

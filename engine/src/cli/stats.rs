@@ -212,7 +212,6 @@ fn time(ns: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::spec::LatencySummary;
 
     fn device(at_ns: u64, reads: u64) -> DeviceStats {
         DeviceStats {
@@ -221,18 +220,9 @@ mod tests {
             at_ns,
             reads,
             read_bytes: reads * 4096,
-            writes: 0,
-            written_bytes: 0,
-            flushes: 0,
-            discards: 0,
-            errors: 0,
-            resubmits: 0,
-            punts: 0,
-            fallbacks: 0,
             requests: reads,
             batches: reads / 4,
-            in_flight: 0,
-            latency: LatencySummary::default(),
+            ..DeviceStats::default()
         }
     }
 

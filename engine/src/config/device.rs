@@ -169,7 +169,7 @@ mod tests {
             partscan: true,
         };
         assert_eq!((first.spec(), first.force, &*first.location), (spec, true, "x.toml, line 2"));
-        let usual = AttachSpec { path: "/b.img".into(), ..crate::cli::plain("default") };
+        let usual = AttachSpec { instance: "default".into(), path: "/b.img".into(), ..AttachSpec::default() };
         assert_eq!((second.spec(), second.force, &*second.location), (usual, false, "x.toml, line 16"));
     }
 

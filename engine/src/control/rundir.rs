@@ -16,10 +16,8 @@ use rustix::net::sockopt::{socket_acceptconn, socket_type};
 
 use super::{OCI_SOCKET, PRIVATE_SOCKET, SOCKET, reason};
 use crate::error::{Error, Kind, Result};
+use crate::limits::BACKLOG;
 
-/// Connections that wait to be accepted. More wait in connect(2), one per thread: a client that
-/// connects again and again delays the others by this many connections at most.
-const BACKLOG: i32 = 64;
 /// Names of all sockets.
 const SOCKETS: [&str; 3] = [SOCKET, PRIVATE_SOCKET, OCI_SOCKET];
 

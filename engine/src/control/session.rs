@@ -204,6 +204,7 @@ mod tests {
     use super::*;
     use crate::control::SOCKET;
     use crate::control::rundir::RunDir;
+    use crate::limits;
 
     #[test]
     fn a_client_waits_for_room_in_a_short_backlog() {
@@ -219,9 +220,11 @@ mod tests {
                     Ok(stream) => waiting.push(stream),
                     Err(error) => break error,
                 }
-                assert!(waiting.len() <= 100, "a storm of connections delays the others");
+                assert!(waiting.len() <= 100, "a flood of connections delays the others");
             };
             assert_eq!(full.kind(), ErrorKind::WouldBlock);
+            // The kernel queues one more than it was asked for.
+            assert_eq!(waiting.len(), limits::BACKLOG as usize + 1);
             let accepting = std::thread::spawn(move || {
                 std::thread::sleep(Duration::from_millis(100));
                 (listener.accept().unwrap(), listener)

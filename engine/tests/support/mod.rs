@@ -87,16 +87,7 @@ pub fn attach(instance: &str, path: &Path) -> AttachSpec {
     AttachSpec {
         instance: instance.to_owned(),
         path: path.to_str().unwrap().to_owned(),
-        number: None,
-        read_only: false,
-        offset: 0,
-        size_limit: 0,
-        block_size: 0,
-        buffered: false,
-        queues: 0,
-        depth: 0,
-        io_mode: None,
-        partscan: false,
+        ..AttachSpec::default()
     }
 }
 
@@ -286,14 +277,6 @@ impl EngineApi for Fake {
             at_ns,
             reads,
             read_bytes: reads * 4096,
-            writes: 0,
-            written_bytes: 0,
-            flushes: 0,
-            discards: 0,
-            errors: 0,
-            resubmits: 0,
-            punts: 0,
-            fallbacks: 0,
             requests: reads,
             batches: reads / 4,
             in_flight: 3,
@@ -305,6 +288,7 @@ impl EngineApi for Fake {
                 p999_ns: 40_000,
                 max_ns: 50_000,
             },
+            ..DeviceStats::default()
         });
         Ok(stats.collect())
     }

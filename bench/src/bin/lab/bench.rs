@@ -27,13 +27,14 @@ pub(crate) struct BenchOptions {
     /// Fewer jobs, shorter rounds, fewer devices: both modes take less than a quarter of an hour
     #[arg(long)]
     quick: bool,
-    /// Kind of CPUs of the VM [default: both, one after the other]
+    /// CPUs of the VM [default: both kinds, one after the other]
     #[arg(long, value_enum)]
     mode: Option<Mode>,
     /// Kernel of the VM
     #[arg(long, value_enum, default_value = "7")]
     kernel: Line,
-    /// The VM's CPUs spin instead of sleeping
+    /// Let idle CPUs of the VM spin instead of sleep, so that wake-ups cost about as much as on
+    /// hardware
     #[arg(long)]
     idle_poll: bool,
     /// Measure on this machine instead of in a VM: needs root and ublk
@@ -42,13 +43,14 @@ pub(crate) struct BenchOptions {
     /// Continue an interrupted run: measure only what is missing
     #[arg(long)]
     resume: bool,
-    /// Directory for results, with one directory per mode [default: results/DATE-lab-MODE-KERNEL]
+    /// Directory of the results, with one directory per mode [default:
+    /// results/DATE-lab-MODE-KERNEL]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Seconds after which a VM is killed
+    /// Time limit of a VM
     #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
     timeout: u64,
-    /// BenchOptions of `loopbench run`; see `loopbench run --help`
+    /// Options of `loopbench run`; see `loopbench run --help`
     #[arg(last = true, value_name = "OPTION")]
     more: Vec<String>,
 }
@@ -56,7 +58,7 @@ pub(crate) struct BenchOptions {
 /// How to use the measurements.
 #[derive(clap::Args)]
 pub(crate) struct Gate {
-    /// Write the measurements to the baseline
+    /// Write the measurements to the baseline instead of comparing them
     #[arg(long)]
     pub(crate) accept: bool,
 }
@@ -195,7 +197,9 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
         bail!("loopbench failed with status {status}");
     }
     if status != 0 {
-        println!("loopbench ended early with status {status}: continue with --resume");
+        println!(
+            "loopbench ended early with status {status}: to continue, run the same command with --resume"
+        );
     }
     collect::collect(&raw)
 }
@@ -243,7 +247,7 @@ fn sealed(stage: &Stage<'_>, line: &[String], into: &Path) -> Result<i32> {
 
 fn here(stage: &Stage<'_>, line: &[String]) -> Result<i32> {
     if !daemon::can_run_here() {
-        bail!("this machine has no ublk, or you are not root: leave --host out to use a VM");
+        bail!("--host needs root and ublk: run it as root, or without --host in a VM");
     }
     let mut command = programs::with_engine(stage.programs, "loopbench")?;
     let (status, _) = sh::tee(command.args(line), stage.limit)?;

@@ -16,7 +16,7 @@ use crate::{cargo_tools, hostile, programs, setup, suite};
 /// Which checks to run.
 #[derive(clap::Args)]
 pub(crate) struct CiOptions {
-    /// Only the checks that need neither root nor a VM: format, clippy, rustdoc, unit tests
+    /// Run only the checks that need neither root nor a VM: format, clippy, rustdoc, unit tests
     #[arg(long)]
     fast: bool,
 }

@@ -33,7 +33,7 @@ pub(crate) struct DemoOptions {
     /// Use a VM even if this machine has ublk
     #[arg(long)]
     vm: bool,
-    /// Run here, with loopengine on PATH
+    /// Run on this machine, with loopengine on PATH
     #[arg(long, hide = true)]
     inside: bool,
 }

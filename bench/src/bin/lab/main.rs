@@ -70,18 +70,18 @@ enum Command {
     /// A single word is a line for the shell; several words are a program and its arguments. Prints
     /// the output and returns the exit status of the command; 125 if the lab itself failed.
     Vm(VmArguments),
-    /// Serve two instances, check file systems in images, and compare with kernel loop
+    /// Show loopengine at work: two instances, file systems in images, a comparison with kernel loop
     Demo(demo::DemoOptions),
     /// Measure loopengine, kernel loop, FUSE and others side by side, and write a report
     Bench(bench::BenchOptions),
     /// Fail if an I/O costs more instructions than the committed baseline
     Gate(bench::Gate),
-    /// Write the report of a result again from its raw files
+    /// Rewrite the report of a result from its raw files
     Report {
         /// Directory below results/
         dir: PathBuf,
     },
-    /// Run all tests: on this machine, and in a VM per kernel
+    /// Run all tests: unit tests on this machine, kernel cases in VMs
     Test(suite::SuiteOptions),
     /// Run hostile clients of all kinds in a VM, beside a well-behaved tenant and root
     ///
@@ -102,7 +102,7 @@ enum Command {
     Package(package::PackageOptions),
     /// Check that this tree can be released, and print the manual steps of a release
     Release(release::ReleaseOptions),
-    /// Make a file system in memory, for tests and measurements; needs root
+    /// Make or remove a file system in memory, for tests and measurements; needs root
     Store(store::Options),
     /// Guest side of the power cut tests
     #[command(hide = true, subcommand)]
@@ -117,25 +117,25 @@ struct VmArguments {
     /// Kernel to boot
     #[arg(long, value_enum, default_value = "7")]
     kernel: kernel::Line,
-    /// Kind of its CPUs
+    /// CPUs of the VM
     #[arg(long, value_enum, default_value = "smp")]
     mode: Mode,
     /// Memory, in the format of QEMU
     #[arg(long, default_value = "3G")]
     memory: String,
-    /// Raw image that the VM uses as a disk, /dev/vda first; writes persist
+    /// Raw image that the VM gets as a disk, /dev/vda first; writes change FILE
     #[arg(long, value_name = "FILE")]
     disk: Vec<PathBuf>,
     /// Directory that the VM can write to
     #[arg(long, value_name = "DIR")]
     share: Vec<PathBuf>,
-    /// Seconds after which the VM is ended
+    /// Time limit of the VM
     #[arg(long, value_name = "SECONDS", default_value_t = vm::LIMIT.as_secs())]
     timeout: u64,
-    /// CPUs spin instead of sleeping: wake-ups cost about as much as on hardware
+    /// Let idle CPUs spin instead of sleep, so that wake-ups cost about as much as on hardware
     #[arg(long)]
     idle_poll: bool,
-    /// Command to run
+    /// Command to run as root
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<String>,
 }

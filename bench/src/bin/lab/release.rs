@@ -19,10 +19,10 @@ use crate::programs::{self, Package, cargo, workspace};
 /// What to do.
 #[derive(clap::Args)]
 pub(crate) struct ReleaseOptions {
-    /// Check the tree and print the steps; without it, the command refuses
+    /// Check the tree and print the steps of a release. Required: `lab release` publishes nothing
     #[arg(long)]
     dry_run: bool,
-    /// Skip the build: do not check that generated files are up to date
+    /// Do not check that generated files are up to date, which needs a build
     #[arg(long, requires = "dry_run")]
     no_build: bool,
 }
@@ -37,7 +37,7 @@ pub(crate) fn run(options: &ReleaseOptions) -> Result<bool> {
     let packages = programs::metadata()?.packages;
     let version = &packages.first().context("the workspace has no package")?.version;
     if !options.dry_run {
-        println!("cargo lab release publishes nothing. Run it with --dry-run first.\n");
+        println!("cargo lab release publishes nothing: run it with --dry-run.\n");
         print_steps(version);
         return Ok(false);
     }

@@ -22,12 +22,12 @@ pub(crate) type DebianPackage = (&'static str, &'static str);
 /// Packages for VMs.
 const PACKAGES: [DebianPackage; 18] = [
     ("qemu-system-x86", "the VM"),
-    ("busybox-static", "its first program"),
-    ("cpio", "its first file system"),
+    ("busybox-static", "the VM's init"),
+    ("cpio", "the VM's initramfs"),
     ("file", "the kernel's version"),
     ("kmod", "the kernel's modules"),
     ("xz-utils", "the kernel's modules"),
-    ("binutils", "programs small enough to be copied into the VM"),
+    ("binutils", "strip, for programs that are copied into the VM"),
     ("fio", "load generator"),
     ("xfsprogs", "XFS"),
     ("e2fsprogs", "ext4"),
@@ -37,18 +37,18 @@ const PACKAGES: [DebianPackage; 18] = [
     ("mount", "mount, losetup"),
     ("libclang-dev", "building libublk"),
     ("python3-venv", "virtme-ng"),
-    ("systemd-container", "systemd-nspawn, with private loop devices"),
-    ("crun", "containers with private loop devices"),
+    ("systemd-container", "systemd-nspawn"),
+    ("crun", "container runtime"),
 ];
 
 /// More packages, for tests and measurements; the demo does not need them.
 const MORE_PACKAGES: [DebianPackage; 19] = [
-    ("fuse3", "file systems in user space"),
-    ("fuse2fs", "ext4 without the kernel's"),
-    ("squashfuse", "squashfs without the kernel's"),
-    ("fuseiso", "iso9660 without the kernel's"),
-    ("fusefat", "vfat without the kernel's"),
-    ("ntfs-3g", "ntfs without the kernel's, and images of it"),
+    ("fuse3", "FUSE"),
+    ("fuse2fs", "FUSE driver for ext4"),
+    ("squashfuse", "FUSE driver for squashfs"),
+    ("fuseiso", "FUSE driver for iso9660"),
+    ("fusefat", "FUSE driver for vfat"),
+    ("ntfs-3g", "FUSE driver for ntfs, mkfs.ntfs"),
     ("genisoimage", "images of iso9660"),
     ("squashfs-tools", "images of squashfs"),
     ("erofs-utils", "images of erofs"),
@@ -58,10 +58,10 @@ const MORE_PACKAGES: [DebianPackage; 19] = [
     ("python3-yaml", "vmdb2, a builder of images"),
     ("parted", "partitions, parted and partprobe"),
     ("cloud-guest-utils", "partitions, growpart"),
-    ("runc", "containers by another runtime"),
-    ("podman", "containers with private loop devices, as most people start them"),
-    ("qemu-utils", "qemu-nbd, to compare with"),
-    ("chromium", "reports in a browser"),
+    ("runc", "a second container runtime"),
+    ("podman", "containers as most users start them"),
+    ("qemu-utils", "qemu-nbd and qemu-storage-daemon, for comparison"),
+    ("chromium", "tests of reports in a browser"),
 ];
 
 /// Packages that are unpacked but not installed: udev, and packages that depend on it. VMs share this
@@ -118,7 +118,7 @@ pub(crate) fn ensure_all() -> Result<Lab> {
 fn ensure_with(packages: &[DebianPackage]) -> Result<Lab> {
     if !is_debian() {
         bail!(
-            "the lab sets itself up on Debian only: run it on Debian 12 or 13, for instance in a container"
+            "the lab installs packages on Debian only: run it on Debian 12 or 13, for instance in a container"
         );
     }
     let lab = Lab { cache: cache::directory()? };

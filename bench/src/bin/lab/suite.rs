@@ -22,19 +22,19 @@ use crate::powercut;
 /// What to run.
 #[derive(clap::Args, Default)]
 pub(crate) struct SuiteOptions {
-    /// Kernel of the kernel cases [default: both]
+    /// Kernel to run kernel cases on [default: both]
     #[arg(long, value_enum)]
     kernel: Option<Line>,
-    /// Only tests whose name contains TEXT
+    /// Run only tests whose name contains TEXT
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
     /// Run the kernel cases on this machine instead of in a VM: needs root and ublk
     #[arg(long)]
     host: bool,
-    /// Kernel cases on the 7.x kernel only
+    /// Run kernel cases on the 7.x kernel only
     #[arg(long)]
     quick: bool,
-    /// Run kernel cases at full length, a thousand rounds instead of two minutes
+    /// Run the long kernel cases at full length: a thousand rounds instead of two minutes
     #[arg(long)]
     full: bool,
 }
@@ -314,8 +314,8 @@ fn cases_in_vm(
         return Ok(first);
     }
     // An emulated machine on shared cores sometimes misses a deadline. A real failure fails again;
-    // a case that passes at the second try is named.
-    sink(format!("lab: second try in a VM of their own: {}\n", names.join(", ")).as_bytes());
+    // a case that passes on the retry is named.
+    sink(format!("lab: retrying in another VM: {}\n", names.join(", ")).as_bytes());
     let again = |name| [VM, KERNEL_LOOP].map(|program| sh::quote(&[program, "--exact", name])).join("; ");
     let again: Vec<String> = names.iter().map(|name| again(name)).collect();
     let (second, said) = cases_once(lab, &machine, programs, &format!("{full}{}", again.join("; ")), sink)?;
@@ -324,14 +324,14 @@ fn cases_in_vm(
         return Ok(first);
     }
     for name in names.iter().filter(|name| !failed.contains(name)) {
-        sink(format!("lab: passed only at the second try: {name}\n").as_bytes());
+        sink(format!("lab: passed only on the retry: {name}\n").as_bytes());
     }
     Ok(Tally { passed: first.passed + second.passed, skipped: first.skipped, ..second })
 }
 
 /// Shell commands that report a crash of the test program itself.
 const CRASH_REPORT: &str = include_str!("crash.sh");
-/// If more cases fail, none gets a second try.
+/// If more cases fail, none is retried.
 const SECOND_TRIES_MAX: usize = 6;
 
 fn cases_once(
@@ -412,65 +412,4 @@ fn reconcile(what: &str, success: bool, tally: Option<Tally>) -> Result<Tally> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
-        Tally { passed, failed, skipped, messages: Vec::new() }
-    }
-
-    #[test]
-    fn every_case_is_in_one_share() {
-        let private = &Cases::Private.commands(None)[0];
-        assert_eq!(private[2], PRIVATE);
-        let others = Cases::Others.commands(None);
-        assert_eq!(others[0], ["vm", "--test-threads=1", "--skip", PRIVATE]);
-        for (command, name) in std::iter::zip(&others[1..], WITH_OTHERS) {
-            assert_eq!(command, &["vm", "--test-threads=1", name]);
-        }
-        assert_eq!(others[1 + WITH_OTHERS.len()..], [[KERNEL_LOOP, "--test-threads=1", LIFETIME]]);
-        let skipped = |name| private.windows(2).any(|pair| pair == ["--skip", name]);
-        assert!(WITH_OTHERS.into_iter().all(skipped), "{private:?}");
-        let of = |program| [program, "--test-threads=1", "x"];
-        assert_eq!(Cases::All.commands(Some("x")), [of(VM), of(KERNEL_LOOP)]);
-        let options =
-            |kernel, filter| SuiteOptions { kernel, filter, host: false, quick: false, full: false };
-        let names = |options| {
-            let (first, others) = shares(&options);
-            let all: Vec<_> = [first].into_iter().chain(others).collect();
-            all.iter().map(|share| format!("{}{}", share.line.name(), share.cases.name())).collect::<Vec<_>>()
-        };
-        let all = ["7, all others", "7, private loop devices", "7, instructions counted", "6.12"];
-        assert_eq!(names(options(None, None)), all);
-        assert_eq!(names(options(Some(Line::Seven), None)), all[..3]);
-        assert_eq!(names(options(Some(Line::SixTwelve), None)), all[3..]);
-        assert_eq!(names(options(None, Some("x".into()))), ["7", "6.12"]);
-    }
-
-    #[test]
-    fn the_worst_exit_status_counts() {
-        let command = Cases::Others.shell_command(None);
-        for (first, others) in [(134, 0), (0, 101), (0, 0)] {
-            let vm = format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {others}; }}");
-            let script = format!("{vm}; kernel_loop() {{ vm; }}; {command}");
-            let status = Command::new("sh").args(["-c", &script]).status().unwrap();
-            assert_eq!(status.code(), Some(std::cmp::max(first, others)));
-        }
-    }
-
-    #[test]
-    fn a_bad_exit_status_never_passes() {
-        let said = vec!["x ended with an error that no test reports: see above".to_owned()];
-        let failed = Tally { messages: said, ..tally(3, 1, 0) };
-        assert_eq!(reconcile("x", false, Some(tally(3, 0, 0))).unwrap(), failed);
-        assert_eq!(reconcile("x", true, Some(tally(3, 0, 1))).unwrap(), tally(3, 0, 1));
-        assert!(reconcile("x", false, None).is_err());
-    }
-
-    #[test]
-    fn all_cases_skipped_is_a_failure() {
-        let said = "test result: ok. 0 passed; 0 failed; 9 ignored; 0 measured; 0 filtered out\n";
-        let messages = vec!["all kernel cases were skipped, for the reasons above".to_owned()];
-        assert_eq!(cases("x", true, said).unwrap(), Tally { messages, ..tally(0, 1, 9) });
-    }
-}
+mod tests;

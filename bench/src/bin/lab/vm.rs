@@ -117,7 +117,7 @@ impl Vm {
             // (`takes_turns`). After the boot, a VM that dies is a failure.
             match self.boot(lab, programs, command)?.wait_until_booted() {
                 Ok(running) => return Ok(running),
-                Err(error) => eprintln!("lab: {error:#}\nlab: booting it again"),
+                Err(error) => eprintln!("lab: {error:#}\nlab: booting the VM again"),
             }
             sh::interrupted()?;
         }
@@ -181,7 +181,7 @@ impl Vm {
         for share in &self.shares {
             let share = share.canonicalize().with_context(|| format!("cannot share {}", share.display()))?;
             if cache::hidden_in_guest(&share) {
-                bail!("{} cannot be shared: a VM has its own files there", share.display());
+                bail!("cannot share {}: a VM has its own files there", share.display());
             }
             boot.arg("--rwdir").arg(share);
         }
@@ -272,7 +272,7 @@ impl Running {
                 return Err(self.console("the VM ended while it booted"));
             }
             if self.start.elapsed() > BOOT_LIMIT {
-                return Err(self.console(&format!("the VM did not come up in {} s", BOOT_LIMIT.as_secs())));
+                return Err(self.console(&format!("the VM did not boot within {} s", BOOT_LIMIT.as_secs())));
             }
             sh::interrupted()?;
             std::thread::sleep(sh::TICK);

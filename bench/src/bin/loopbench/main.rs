@@ -48,26 +48,26 @@ enum Command {
         #[command(flatten)]
         choice: Choice,
     },
-    /// Write the report of a result again from its raw files
+    /// Rewrite the report of a result from its raw files
     Report {
         /// Directory of the result
         dir: PathBuf,
     },
-    /// Report what became slower, with intervals; exit status 1 if a row did
+    /// Compare two results; exit status 1 if a row became slower
     Compare {
         /// Directory of the older result, or its result.json
         old: PathBuf,
-        /// The newer one
+        /// Directory of the newer result, or its result.json
         new: PathBuf,
     },
-    /// Fail if an I/O of a result in `icount` costs more instructions than the baseline
+    /// Fail if an I/O costs more instructions than the baseline; for results in `icount`
     Gate {
         /// Directory of the result
         dir: PathBuf,
         /// The committed baseline
         #[arg(long, value_name = "FILE", default_value = gate::BASELINE)]
         baseline: PathBuf,
-        /// Write the result to the baseline
+        /// Write the result to the baseline instead of comparing it
         #[arg(long)]
         accept: bool,
     },
@@ -96,7 +96,7 @@ fn execute(command: Command) -> Result<u8> {
         Command::Run { choice, out, resume, raw_only } => {
             if raw::exist(&out) && !resume {
                 bail!(
-                    "{} contains a result: name another directory, or continue with --resume",
+                    "{} contains a result: give another directory, or continue with --resume",
                     out.display()
                 );
             }

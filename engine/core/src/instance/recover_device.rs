@@ -169,17 +169,10 @@ impl Instance {
         DeviceRecord {
             spec: AttachSpec {
                 instance: self.info().name,
-                path: String::new(),
                 number: Some(number),
-                read_only: false,
-                offset: 0,
-                size_limit: 0,
-                block_size: 0,
-                buffered: false,
-                queues: 0,
-                depth: 0,
                 io_mode: Some(parameters.io_mode),
                 partscan: parameters.partscan,
+                ..AttachSpec::default()
             },
             id,
             owner_cookie: parameters.owner_cookie,

@@ -47,7 +47,7 @@ pub struct InstanceInfo {
 }
 
 /// How to attach an image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[zlink(rename_all = "camelCase")]
 pub struct AttachSpec {
@@ -188,7 +188,7 @@ pub struct DeviceInfo {
 }
 
 /// Statistics of one device since it was attached, over all its queues.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomType)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "camelCase")]
 #[zlink(rename_all = "camelCase")]
 pub struct DeviceStats {

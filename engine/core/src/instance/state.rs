@@ -239,15 +239,7 @@ mod tests {
             instance: "ci".into(),
             path: "/images/a.img".into(),
             number: Some(3),
-            read_only: false,
-            offset: 0,
-            size_limit: 0,
-            block_size: 0,
-            buffered: false,
-            queues: 0,
-            depth: 0,
-            io_mode: None,
-            partscan: false,
+            ..AttachSpec::default()
         };
         let identity = Identity { dev: 1, ino: 2, rdev: 0, btime_ns: 9 };
         let io_mode = IoMode::Batch;

@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::spec::InstanceSpec;
 use super::{MAX_DEVICES, NUMBER_MAX};
 use crate::error::{Error, Kind, Result};
-use crate::ring::SlotId;
+use crate::ring::{SlotAllocator, SlotId};
 
 /// A number's entry.
 #[derive(Clone, Debug)]
@@ -26,9 +26,6 @@ enum MapEntry<D> {
 struct MapState<D> {
     spec: InstanceSpec,
     devices: BTreeMap<u32, MapEntry<D>>,
-    /// How often each worker slot was allocated; unallocated slots are in `free`.
-    generations: Vec<u32>,
-    free: Vec<u16>,
     closed: bool,
 }
 
@@ -38,20 +35,19 @@ pub struct DeviceMap<D> {
     /// The directory of their names.
     directory: PathBuf,
     state: Mutex<MapState<D>>,
+    slots: SlotAllocator,
 }
 
 impl<D: Clone> DeviceMap<D> {
     /// An empty one.
     pub fn new(spec: &InstanceSpec, directory: &Path) -> Result<Self> {
         check_quota(spec.max_devices)?;
-        let state = MapState {
-            spec: spec.clone(),
-            devices: BTreeMap::new(),
-            generations: Vec::new(),
-            free: Vec::new(),
-            closed: false,
-        };
-        Ok(Self { directory: directory.to_owned(), state: Mutex::new(state) })
+        let state = MapState { spec: spec.clone(), devices: BTreeMap::new(), closed: false };
+        Ok(Self {
+            directory: directory.to_owned(),
+            state: Mutex::new(state),
+            slots: SlotAllocator::default(),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, MapState<D>> {
@@ -132,9 +128,8 @@ impl<D: Clone> DeviceMap<D> {
 
     /// Frees the number and the slot of a device.
     pub fn remove(&self, number: u32, slot: SlotId) {
-        let mut state = self.state();
-        state.devices.remove(&number);
-        state.free.push(slot.index);
+        self.state().devices.remove(&number);
+        self.slots.free(slot);
     }
 
     /// Reserves a number and a slot, within the limit.
@@ -172,19 +167,8 @@ impl<D: Clone> DeviceMap<D> {
     }
 
     fn allocate_slot(&self, state: &mut MapState<D>, number: u32) -> Reservation<'_, D> {
-        let index = match state.free.pop() {
-            Some(index) => {
-                state.generations[usize::from(index)] += 1;
-                index
-            }
-            None => {
-                state.generations.push(0);
-                (state.generations.len() - 1) as u16
-            }
-        };
-        let slot = SlotId { index, generation: state.generations[usize::from(index)] & 0xff_ffff };
         state.devices.insert(number, MapEntry::Reserved);
-        Reservation { table: self, number, slot, filled: false }
+        Reservation { table: self, number, slot: self.slots.allocate(), filled: false }
     }
 
     fn exists_error(&self, number: u32) -> Error {

@@ -9,6 +9,7 @@ mod enter;
 pub mod files;
 pub mod inflight;
 pub mod setup;
+mod slot_allocator;
 pub mod token;
 
 use std::os::fd::RawFd;
@@ -19,6 +20,7 @@ use io_uring::{IoUring, cqueue, squeue};
 pub use buffers::{ArrivalBuffers, BufferSlots};
 pub use inflight::InFlight;
 pub use setup::RingSizes;
+pub use slot_allocator::SlotAllocator;
 pub use token::{EventKind, SlotId, Token};
 
 use crate::error::{Error, Kind, Result};

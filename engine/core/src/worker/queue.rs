@@ -5,6 +5,8 @@
 //! Knows the image's geometry and the meaning of results. Does not know the driver (the transport
 //! does) or other devices. Never blocks.
 
+mod coalesced;
+
 use std::sync::Arc;
 
 use io_uring::{cqueue, squeue};
@@ -392,70 +394,6 @@ impl<T: Transport> DeviceQueue<T> {
         }
         self.set_stage(tag, Stage::Syncing);
         ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Data, tag))
-    }
-
-    /// Whether to retry an interrupted operation of the whole queue.
-    fn may_retry(&mut self, result: i32) -> bool {
-        let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
-        self.coalesced_retries = if interrupted { self.coalesced_retries.saturating_add(1) } else { 0 };
-        self.stats.resubmits += u64::from(interrupted);
-        interrupted && self.coalesced_retries <= RETRIES
-    }
-
-    fn start_flush(&mut self, ring: &mut Ring) -> Result<()> {
-        if !self.flushes.start() {
-            return Ok(());
-        }
-        self.stats.punts += 1;
-        ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Flush, 0))
-    }
-
-    fn on_flush(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        if self.may_retry(result) {
-            return ring.push(&self.token(
-                translate::sync(self.queue_slot.image_file()),
-                EventKind::Flush,
-                0,
-            ));
-        }
-        self.completed_tags.extend(self.flushes.done());
-        self.complete_all(result, ring, now_ns)?;
-        self.start_flush(ring)
-    }
-
-    fn start_punch(&mut self, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        while let Some(punch) = self.discards.next() {
-            if punch.len > 0 {
-                self.stats.punts += 1;
-                self.punch = Some((punch.offset, punch.len));
-                let entry = translate::punch(self.queue_slot.image_file(), punch.offset, punch.len);
-                return ring.push(&self.token(entry, EventKind::Punch, 0));
-            }
-            // Less than a block: nothing to free.
-            self.completed_tags.extend(self.discards.done());
-            self.complete_all(0, ring, now_ns)?;
-        }
-        Ok(())
-    }
-
-    fn on_punch(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        if let (true, Some((offset, len))) = (self.may_retry(result), self.punch) {
-            return ring.push(&self.token(
-                translate::punch(self.queue_slot.image_file(), offset, len),
-                EventKind::Punch,
-                0,
-            ));
-        }
-        self.completed_tags.extend(self.discards.done());
-        self.complete_all(result, ring, now_ns)?;
-        self.start_punch(ring, now_ns)
-    }
-
-    fn complete_all(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
-        while let Some(tag) = self.completed_tags.pop() {
-            self.complete(tag, result, ring, now_ns)?;
-        }
-        Ok(())
     }
 
     /// Completes a request.

@@ -13,7 +13,6 @@
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,15 +75,6 @@ pub struct Counts {
     pub panicked: u64,
 }
 
-#[derive(Default)]
-struct Counters {
-    calls: AtomicU64,
-    passed: AtomicU64,
-    failed: AtomicU64,
-    overdue: AtomicU64,
-    panicked: AtomicU64,
-}
-
 /// A call in progress.
 struct ServedCall {
     id: u64,
@@ -114,6 +104,7 @@ struct SupervisorState {
     /// A follower monitors the leader.
     monitored: bool,
     ended: bool,
+    counts: Counts,
     on_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -132,7 +123,6 @@ struct SupervisorShared {
     /// There is no leader, a leader needs a monitor, or the listener has ended.
     changed: Condvar,
     threads_ended: Condvar,
-    counters: Counters,
 }
 
 /// Serves one listener. When dropped, it receives no more calls, and does not wait.
@@ -179,7 +169,6 @@ impl Supervisor {
             state: Mutex::new(SupervisorState { on_end: Some(on_end), ..SupervisorState::default() }),
             changed: Condvar::new(),
             threads_ended: Condvar::new(),
-            counters: Counters::default(),
         });
         // From here on, a drop stops the thread.
         let supervisor = Supervisor(shared);
@@ -189,14 +178,7 @@ impl Supervisor {
 
     /// The statistics so far.
     pub fn counts(&self) -> Counts {
-        let Counters { calls, passed, failed, overdue, panicked } = &self.0.counters;
-        Counts {
-            calls: calls.load(Relaxed),
-            passed: passed.load(Relaxed),
-            failed: failed.load(Relaxed),
-            overdue: overdue.load(Relaxed),
-            panicked: panicked.load(Relaxed),
-        }
+        lock(&self.0.state).counts
     }
 
     /// Whether no caller is left, or it was stopped.
@@ -332,8 +314,7 @@ impl SupervisorShared {
                         let mut state = lock(&self.state);
                         state.calls.push(ServedCall { id: note.id, until, overdue: false });
                         state.leader = Leader::Serving(note.id);
-                        drop(state);
-                        self.counters.calls.fetch_add(1, Relaxed);
+                        state.counts.calls += 1;
                         return Some(note);
                     }
                     // The caller was killed, or this thread got a signal.
@@ -374,12 +355,13 @@ impl SupervisorShared {
             return None;
         }
         let now = Instant::now();
-        for call in state.calls.iter_mut().filter(|call| !call.overdue && call.until <= now) {
+        let SupervisorState { calls, counts, .. } = &mut *state;
+        for call in calls.iter_mut().filter(|call| !call.overdue && call.until <= now) {
             call.overdue = true;
             // From now on the operation sees that its caller does not wait.
             if self.listener.answer(call.id, Err(Errno::IO)).is_ok() {
-                self.counters.overdue.fetch_add(1, Relaxed);
-                self.counters.failed.fetch_add(1, Relaxed);
+                counts.overdue += 1;
+                counts.failed += 1;
                 tracing::warn!(pool = self.name, "a call failed: it exceeded its deadline");
             }
         }
@@ -411,20 +393,19 @@ impl SupervisorShared {
     fn serve(&self, note: &Notification) {
         let action = catch_unwind(AssertUnwindSafe(|| self.decide(note)));
         let action = action.unwrap_or_else(|_| {
-            self.counters.panicked.fetch_add(1, Relaxed);
+            lock(&self.state).counts.panicked += 1;
             tracing::error!(pool = self.name, "bug: panic in a call");
             CallAction::Answer(Err(Errno::IO))
         });
         // The caller may be killed, failed at its deadline, or answered by the owner of the filter.
-        let (told, counter) = match action {
-            CallAction::Pass => (self.listener.let_through(note.id), Some(&self.counters.passed)),
-            CallAction::Answer(answer) => {
-                let failed = answer.is_err().then_some(&self.counters.failed);
-                (self.listener.answer(note.id, answer), failed)
-            }
+        let (told, passed, failed) = match action {
+            CallAction::Pass => (self.listener.let_through(note.id), 1, 0),
+            CallAction::Answer(answer) => (self.listener.answer(note.id, answer), 0, answer.is_err().into()),
         };
-        if let (Ok(()), Some(counter)) = (told, counter) {
-            counter.fetch_add(1, Relaxed);
+        if told.is_ok() {
+            let counts = &mut lock(&self.state).counts;
+            counts.passed += passed;
+            counts.failed += failed;
         }
     }
 

@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::slot_allocator::SlotAllocator;
 use crate::instance::served::Served;
+use crate::ring::SlotAllocator;
 
 /// At most so many disks wait. Who adds one more deletes disks itself.
 const WAITING_MAX: usize = 8;

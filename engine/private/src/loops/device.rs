@@ -88,11 +88,7 @@ impl PoolDevice {
             generation: self.generation,
             size: disk.size(),
             block_size: disk.block_size,
-            partitions: if bound.is_some() {
-                self.partitions.iter().map(PartitionDisk::entry).collect()
-            } else {
-                Vec::new()
-            },
+            partitions: bound.iter().flat_map(|_| &self.partitions).map(PartitionDisk::entry).collect(),
             bound,
         })
     }

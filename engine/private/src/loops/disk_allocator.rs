@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 use super::deletion_queue::DeletionQueue;
 use super::file_closer::FileCloser;
 use super::pool_disk::PoolDisk;
-use super::slot_allocator::SlotAllocator;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{Backend, DeviceParameters, StopMode};
 use crate::image::Image;
 use crate::instance::instance::EngineContext;
 use crate::instance::served::{Served, StartMode, Workers};
+use crate::ring::SlotAllocator;
 
 /// Queue depth of a loop device.
 const DEPTH: u16 = 128;

@@ -20,7 +20,6 @@ mod pool_mounts;
 mod pools;
 mod quota;
 mod shadow_disk;
-mod slot_allocator;
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;

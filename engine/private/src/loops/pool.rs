@@ -4,6 +4,7 @@
 //! Knows which loopN exist, and passes operations to them, one at a time per device. A device whose
 //! backing file does not answer blocks only itself: every wait for a device has a timeout.
 
+mod backing;
 mod fixed;
 mod force_end;
 mod lookup;
@@ -11,7 +12,6 @@ mod operation;
 mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,10 +19,9 @@ use std::time::Duration;
 use super::close_watcher::{CloseWatcher, PollResult};
 use super::device::PoolDevice;
 use super::disk_allocator::DiskAllocator;
-use super::file_binding::check_kind;
 use super::loop_slot::{END_LOCK_TIMEOUT, LoopSlot};
 use super::quota::Quotas;
-use super::{Answer, DeviceEntry, Errno, LoopConfig, LoopStatus, NUMBER_MAX, PoolSpec, PoolWatcher, errno};
+use super::{Answer, DeviceEntry, Errno, LoopStatus, NUMBER_MAX, PoolSpec, PoolWatcher, errno};
 use crate::frontend::StopMode;
 use crate::sys::stack::Stack;
 pub use operation::{LoopOp, LoopReply};
@@ -35,8 +34,6 @@ const SHORT_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const EXTRA_DISKS_MAX: usize = 64;
 /// Names that exist from the start, as with the kernel's driver.
 const PREALLOCATED_NAMES: usize = 8;
-/// Maximum depth of loop devices that back each other.
-const STACK_DEPTH_MAX: usize = 8;
 
 /// A private pool of loop devices.
 #[derive(Debug)]
@@ -249,20 +246,6 @@ impl Pool {
         Ok(0)
     }
 
-    /// Refuses a file that this device may not be bound to.
-    fn check_file(&self, number: u32, with: &LoopConfig) -> Answer<()> {
-        check_kind(&with.file, &self.allocator.shared().claims)?;
-        if self.slot(number)?.is_published_bound() {
-            return Err(Errno::BUSY);
-        }
-        self.check_closing()?;
-        self.check_stack(number, &with.file)
-    }
-
-    fn check_closing(&self) -> Answer<()> {
-        if self.allocator.has_too_many_closing() { Err(Errno::BUSY) } else { Ok(()) }
-    }
-
     /// LOOP_GET_STATUS64.
     fn status(&self, number: u32) -> Answer<LoopStatus> {
         let slot = self.slot(number)?;
@@ -429,27 +412,5 @@ impl Pool {
     fn notify(&self, number: u32) {
         let watchers = lock(&self.watchers).0.clone();
         watchers.iter().for_each(|watcher| watcher.changed(self, number));
-    }
-
-    /// Refuses a device as its own backing file, directly or through others of this pool, and
-    /// stacks that are too deep.
-    fn check_stack(&self, number: u32, file: &OwnedFd) -> Answer<()> {
-        let stat = rustix::fs::fstat(file.as_fd())?;
-        let is_block = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::BlockDevice;
-        let mut below = is_block.then_some(stat.st_rdev);
-        let mut seen = BTreeSet::from([number]);
-        while let Some(next) = below.and_then(|rdev| self.find(rdev)) {
-            if !seen.insert(next) || seen.len() > STACK_DEPTH_MAX {
-                return Err(Errno::BADF);
-            }
-            let slot = self.slot(next)?;
-            let device = slot.lock()?;
-            // As in the kernel: an unbound device backs nothing.
-            if !device.is_bound() {
-                return Err(Errno::INVAL);
-            }
-            below = device.backing_device();
-        }
-        Ok(())
     }
 }

@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("bounds::fallocate_within_the_size", Needs::Ublk, 90, fallocate_reserves),
         case("bounds::holes_are_those_of_the_image", Needs::Ublk, 90, holes),
         case("bounds::cached_data_is_no_hole", Needs::Ublk, 90, cached_data),
-        case("bounds::truncation_to_nothing_and_back", Needs::Ublk, 60, truncated_to_zero),
+        case("bounds::truncation_to_zero", Needs::Ublk, 60, truncated_to_zero),
         case("bounds::qemu_img_creates", Needs::Ublk, 90, qemu_img),
     ]
 }

@@ -19,14 +19,14 @@ const RUN: Duration = Duration::from_secs(120);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("files::look", Needs::Ublk, 60, metadata),
+        case("files::metadata", Needs::Ublk, 60, metadata),
         case("files::block_sizes", Needs::Ublk, 60, block_sizes),
         case("files::copies", Needs::Ublk, 90, copies),
         case("files::truncation", Needs::Ublk, 60, truncation),
         case("files::past_the_end", Needs::Ublk, 90, past_the_end),
         case("files::read_only", Needs::Ublk, 60, read_only),
         case("files::holes", Needs::Ublk, 60, holes),
-        case("files::nothing_else", Needs::Ublk, 60, nothing_else),
+        case("files::unsupported_operations", Needs::Ublk, 60, unsupported_operations),
         case("files::cached_and_direct_agree", Needs::Ublk, 120, cached_and_direct),
         case("files::verified_through_the_cache", Needs::Ublk, 180, cached_load),
         case("files::more_requests_than_tags", Needs::Ublk, 180, more_requests_than_tags),
@@ -299,7 +299,7 @@ fn holes(ctx: &Ctx) -> Res {
 }
 
 /// The directory contains the attached devices, and refuses other entries.
-fn nothing_else(ctx: &Ctx) -> Res {
+fn unsupported_operations(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", MIB)?;
     let daemon = Daemon::start(ctx)?;

@@ -20,10 +20,10 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::users_are_named", Needs::Ublk, 90, users_are_named),
         case("lifetime::forced_with_all_tags_in_flight", Needs::Ublk, 60, forced_while_busy),
         case("lifetime::forced_below_a_file_system", Needs::Ublk, 90, forced_below),
-        case("lifetime::old_file_never_reaches_the_new", Needs::Ublk, 60, old_file_never_reaches_the_new),
+        case("lifetime::stale_file_fails", Needs::Ublk, 60, stale_file_fails),
         case("lifetime::killed_daemon", Needs::Ublk, 90, killed_daemon),
         case("lifetime::instances", Needs::Ublk, 60, instances),
-        case("lifetime::many", Needs::Ublk, 240, many),
+        case("lifetime::many_devices", Needs::Ublk, 240, many_devices),
     ]
 }
 
@@ -173,7 +173,7 @@ fn forced_below(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-fn old_file_never_reaches_the_new(ctx: &Ctx) -> Res {
+fn stale_file_fails(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let (first, second) = (store.sparse("first", MIB)?, store.sparse("second", MIB)?);
     let data = pattern(2, 1 << 20);
@@ -265,7 +265,7 @@ fn instances(ctx: &Ctx) -> Res {
 }
 
 /// Dozens of files are attached and detached: threads and descriptors do not grow.
-fn many(ctx: &Ctx) -> Res {
+fn many_devices(ctx: &Ctx) -> Res {
     const COUNT: u64 = 64;
     let store = Store::ext4(ctx)?;
     let mut daemon = Daemon::start(ctx)?;

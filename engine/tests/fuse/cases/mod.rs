@@ -47,8 +47,8 @@ const OF_BLOCK_DEVICES: [&str; 14] = [
     "geometry::read_only",
     "geometry::scheduler_and_cache",
     "resize::grow_mounted_file_system",
-    "resize::refused_in_words",
-    "resize::shrinking_needs_consent",
+    "resize::refusals_name_the_reason",
+    "resize::shrinking_needs_options",
     "verify::linked",
     "verify::polled",
 ];

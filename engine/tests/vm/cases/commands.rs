@@ -13,7 +13,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("commands::attach_run", Needs::Ublk, 90, attach_run),
         case("commands::create", Needs::Ublk, 90, create),
-        case("commands::reading", Needs::Ublk, 90, show_state),
+        case("commands::list_and_stats", Needs::Ublk, 90, show_state),
         case("commands::numbers_and_names", Needs::Ublk, 90, numbers_and_names),
     ]
 }

@@ -15,7 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("errors::bad_images", Needs::Ublk, 150, bad_images),
         case("errors::no_direct_io", Needs::Ublk, 90, no_direct_io),
-        case("errors::twice", Needs::Ublk, 90, second_writer_is_refused),
+        case("errors::second_writer_is_refused", Needs::Ublk, 90, second_writer_is_refused),
         case("errors::instances_and_quota", Needs::Ublk, 120, instances_and_quota),
         case("errors::in_use", Needs::Ublk, 90, in_use),
         case("errors::dead_daemon", Needs::Ublk, 90, dead_daemon),

@@ -29,9 +29,9 @@ mod private_lifetime;
 mod private_losetup;
 mod private_mapped;
 mod private_mount;
+mod private_mount_command;
 mod private_names;
 mod private_nspawn;
-mod private_onestep;
 mod private_partitions;
 mod private_podman;
 mod private_rounds;
@@ -92,7 +92,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_mount::cases(),
         private_names::cases(),
         private_kernel_mounts::cases(),
-        private_onestep::cases(),
+        private_mount_command::cases(),
         private_users::cases(),
         private_socket::cases(),
         private_containers::cases(),

@@ -24,7 +24,12 @@ pub(super) fn cases() -> Vec<Case> {
         tools("sgdisk", SGDISK).variant_if(true),
         tools("parted", PARTED).variant_if(true),
         tools("tables", TABLES).variant_if(true),
-        case("partscan::partitions_are_uses", Needs::Ublk, 200, partitions_are_uses),
+        case(
+            "partscan::used_partition_keeps_its_device_in_use",
+            Needs::Ublk,
+            200,
+            used_partition_keeps_its_device_in_use,
+        ),
         case("partscan::names_outlive_the_daemon", Needs::Recovery("copy"), 200, names_outlive_the_daemon),
         case("partscan::names_below_dev", Needs::Ublk, 200, names_below_dev),
     ]
@@ -92,7 +97,7 @@ fn wait_for_names(device: &str, wanted: &str) -> Res {
 }
 
 /// A device is in use while one of its partitions is.
-fn partitions_are_uses(ctx: &Ctx) -> Res {
+fn used_partition_keeps_its_device_in_use(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = image(ctx, &store, 64 * MIB)?;
     let daemon = Daemon::start(ctx)?;

@@ -12,8 +12,8 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::detach", Needs::Private, 120, detach),
         case("private::rebind", Needs::Private, 120, rebind),
-        case("private::in_turn", Needs::Private, 240, bind_while_unbinding),
-        case("private::overlap", Needs::Private, 120, overlap),
+        case("private::bind_during_unbind", Needs::Private, 240, bind_while_unbinding),
+        case("private::nooverlap", Needs::Private, 120, overlap),
         case("private::remove", Needs::Private, 120, remove),
         case("private::partitions::mbr", Needs::Private, 150, |ctx| partitions(ctx, "dos")),
         case("private::partitions::gpt", Needs::Private, 150, |ctx| partitions(ctx, "gpt")),

@@ -14,7 +14,7 @@ use crate::store::{self, Mount, Shape, Store, mkfs};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_claims::readers_keep_nobody_away", Needs::Private, 120, readers_exclude_nobody),
+        case("private_claims::readers_exclude_nobody", Needs::Private, 120, readers_exclude_nobody),
         case("private_claims::writers_are_named", Needs::Private, 150, writers_are_named),
         case("private_claims::pools_share_with_a_warning", Needs::Private, 150, pools_share_with_a_warning),
         case("private_claims::recovery_ignores_pools", Needs::Private, 150, recovers_shared_images),

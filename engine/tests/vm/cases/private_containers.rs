@@ -15,7 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private_containers::crun", Needs::Private, 180, |ctx| chain(ctx, "crun")),
         case("private_containers::runc", Needs::Private, 180, |ctx| chain(ctx, "runc")),
-        case("private_containers::two", Needs::Private, 180, two),
+        case("private_containers::two_containers", Needs::Private, 180, two),
         case("private_containers::partitions", Needs::Private, 180, partitions),
         case("private_containers::hook", Needs::Private, 60, hook),
         case("private_containers::restart", Needs::Private, 180, restart),

@@ -19,7 +19,7 @@ const DRAINED: Duration = Duration::from_secs(45);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_hung::others", Needs::Private, 150, others_keep_working),
+        case("private_hung::others_keep_working", Needs::Private, 150, others_keep_working),
         case("private_hung::sigterm", Needs::Private, 180, daemon_exits_on_sigterm),
     ]
 }

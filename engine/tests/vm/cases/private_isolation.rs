@@ -21,13 +21,18 @@ const NUMBER_FREED: Duration = Duration::from_secs(1);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_isolation::stale", Needs::Private, 120, kept_references_fail),
+        case("private_isolation::stale_references_fail", Needs::Private, 120, kept_references_fail),
         case("private_isolation::root", Needs::Private, 120, root),
         case("private_isolation::user", Needs::Private, 120, user),
-        case("private_isolation::inert", Needs::Private, 120, nodes_have_no_effect),
+        case("private_isolation::nodes_have_no_effect", Needs::Private, 120, nodes_have_no_effect),
         case("private_isolation::refused", Needs::Private, 120, refused),
-        case("private_isolation::panic", Needs::Private, 120, damaged_images_do_not_panic),
-        case("private_isolation::control", Needs::Private, 120, loop_control_is_no_image),
+        case(
+            "private_isolation::damaged_images_do_not_panic",
+            Needs::Private,
+            120,
+            damaged_images_do_not_panic,
+        ),
+        case("private_isolation::loop_control_is_no_image", Needs::Private, 120, loop_control_is_no_image),
     ]
 }
 

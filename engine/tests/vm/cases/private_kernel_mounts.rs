@@ -11,14 +11,14 @@ use crate::tools;
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("private::kernel_mount", Needs::Private, 240, mount),
-        case("private::kernel_mount_kinds", Needs::Private, 180, other_file_systems),
+        case("private::kernel_mount_file_systems", Needs::Private, 180, other_file_systems),
         case("private::kernel_mount_writers", Needs::Private, 180, writers_are_refused),
-        case("private::kernel_mount_inert", Needs::Private, 180, nodes_have_no_effect),
+        case("private::kernel_mount_nosuid_nodev", Needs::Private, 180, nodes_have_no_effect),
         case("private::kernel_mount_refused", Needs::Private, 240, refused),
         case("private::kernel_mount_policy", Needs::Private, 120, policy),
         case("private::kernel_mount_ends", Needs::Private, 240, tenant_ends),
         case("private::kernel_mount_rounds", Needs::Private, 600, rounds),
-        case("private::kernel_mount_dead", Needs::Private, 120, maker_is_killed),
+        case("private::kernel_mount_maker_killed", Needs::Private, 120, maker_is_killed),
     ]
 }
 

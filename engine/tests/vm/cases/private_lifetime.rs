@@ -32,8 +32,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("private_lifetime::fuse", Needs::Private, 120, fuse),
         case("private_lifetime::fuse_killed", Needs::Private, 120, fuse_killed),
         case("private_lifetime::autoclear", Needs::Private, 120, autoclear),
-        case("private_lifetime::leaked", Needs::Private, 120, leaked_namespace),
-        case("private_lifetime::mounts", Needs::Private, 120, ends_with_the_last_mount),
+        case("private_lifetime::leaked_namespace", Needs::Private, 120, leaked_namespace),
+        case("private_lifetime::ends_with_the_last_mount", Needs::Private, 120, ends_with_the_last_mount),
     ]
 }
 

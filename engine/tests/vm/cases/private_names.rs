@@ -19,7 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::names_later", Needs::Private, 240, host_mounts_later),
         case("private::names_container", Needs::Private, 240, container),
         case("private::names_backing_file", Needs::Private, 120, backing_file),
-        case("private::told_of_the_end", Needs::Private, 120, message_at_the_end),
+        case("private::end_prints_a_message", Needs::Private, 120, message_at_the_end),
     ]
 }
 

@@ -22,16 +22,16 @@ pub(super) fn cases() -> Vec<Case> {
     };
     let usual = Plan { threads: 1, pace_ms: 0, late_ms: 0, how: "configure", busy_loops: 0, everyday: 100 };
     vec![
-        rounds("no_round_is_missed", usual),
-        rounds("none_with_set_fd", Plan { how: "set", ..usual }),
-        rounds("none_under_load", Plan { busy_loops: 4, ..usual }),
-        rounds("none_on_eight_devices", Plan { threads: 8, ..usual }),
-        rounds("none_paced", Plan { pace_ms: 50, ..usual }),
+        rounds("configure", usual),
+        rounds("set_fd", Plan { how: "set", ..usual }),
+        rounds("under_load", Plan { busy_loops: 4, ..usual }),
+        rounds("eight_devices", Plan { threads: 8, ..usual }),
+        rounds("paced", Plan { pace_ms: 50, ..usual }),
         // Like a client that is not scheduled for a while: devices bound again meanwhile do not
         // disturb it.
-        rounds("none_closed_late", Plan { late_ms: 1300, everyday: 5, ..usual }),
-        case("private::rounds::none_of_losetup", Needs::Private, 600, of_losetup),
-        case("private::rounds::all_of_24_at_once", Needs::Private, 600, at_once),
+        rounds("late_close", Plan { late_ms: 1300, everyday: 5, ..usual }),
+        case("private::rounds::losetup", Needs::Private, 600, of_losetup),
+        case("private::rounds::concurrent_binds", Needs::Private, 600, at_once),
     ]
 }
 

@@ -15,7 +15,7 @@ use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private_socket::life", Needs::Private, 90, life),
+        case("private_socket::bind_and_unbind", Needs::Private, 90, life),
         case("private_socket::block_sizes", Needs::Private, 90, block_sizes),
         case("private_socket::partitions", Needs::Private, 90, partitions),
         case("private_socket::pools", Needs::Private, 90, pools),

@@ -15,16 +15,16 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::limit", Needs::Private, 120, limit),
         case("private::plain_user", Needs::Private, 120, plain_user),
         case("private::two_pools", Needs::Private, 120, two_pools),
-        case("private::eight_at_once", Needs::Private, 300, eight_at_once),
+        case("private::concurrent_runs", Needs::Private, 300, concurrent_runs),
         case("private::busybox", Needs::Private, 120, busybox),
-        case("private::recipe", Needs::Private, 120, recipe),
-        case("private::uncovered", Needs::Private, 120, uncovered),
+        case("private::fixed_paths_in_dev", Needs::Private, 120, fixed_paths_in_dev),
+        case("private::without_interception", Needs::Private, 120, without_interception),
     ]
 }
 
 /// Eight concurrent `run`s on a busy machine: each gets a pool, and the daemon logs no early
 /// disconnect.
-fn eight_at_once(ctx: &Ctx) -> Res {
+fn concurrent_runs(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = r#"
         for i in 1 2 3 4; do nice -n 19 sh -c 'while :; do :; done' & busy="${busy:-} $!"; done
@@ -228,7 +228,7 @@ fn busybox(ctx: &Ctx) -> Res {
 }
 
 /// The recipe of loopengine-loopfs(7) for programs that use fixed paths in /dev.
-fn recipe(ctx: &Ctx) -> Res {
+fn fixed_paths_in_dev(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     Inside::new(ctx, &daemon).run(
         r#"
@@ -250,7 +250,7 @@ fn recipe(ctx: &Ctx) -> Res {
 }
 
 /// Without interception a pool has a loop-control and empty devices; other operations are refused.
-fn uncovered(ctx: &Ctx) -> Res {
+fn without_interception(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let dir = ctx.path("pool");
     std::fs::create_dir(&dir)?;

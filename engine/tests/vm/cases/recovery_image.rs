@@ -19,7 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("recovery_image::a_reflinked_image_keeps_its_blocks", needs, 150, reflinked),
         case("recovery_image::a_shorter_image_keeps_the_size", needs, 120, shorter_image),
-        case("recovery_image::a_moved_image_is_recovered_by_hand", needs, 150, moved_image),
+        case("recovery_image::a_moved_image_is_recovered_on_request", needs, 150, moved_image),
         case("recovery_image::a_read_only_store_is_named", needs, 120, read_only_store),
         case("recovery_image::a_full_store_fails_writes", needs, 120, full_store),
         case("recovery_image::a_reached_quota_fails_writes", needs, 120, reached_quota),

@@ -17,8 +17,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("resize::grow_under_io", Needs::Resize, 120, grow),
         case("resize::shrink_under_io", Needs::Resize, 120, shrink),
         case("resize::grow_mounted_file_system", Needs::Resize, 120, grow_mounted),
-        case("resize::refused_in_words", Needs::Ublk, 60, refused),
-        case("resize::shrinking_needs_consent", Needs::Resize, 120, shrinking_needs_consent),
+        case("resize::refusals_name_the_reason", Needs::Ublk, 60, refused),
+        case("resize::shrinking_needs_options", Needs::Resize, 120, shrinking_needs_options),
         case("resize::size_changes_image_and_device", Needs::Resize, 120, in_one_step),
     ]
 }
@@ -156,7 +156,7 @@ fn not_resized(daemon: &Daemon, words: &[&str], code: i32, says: &[&str]) -> Res
 }
 
 /// Shrinking a device needs --shrink, and --force if the device is in use.
-fn shrinking_needs_consent(ctx: &Ctx) -> Res {
+fn shrinking_needs_options(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 128 * MIB)?;
     let daemon = Daemon::start(ctx)?;

@@ -21,7 +21,7 @@ const DAEMON: u64 = DAC_OVERRIDE | FOWNER | IPC_LOCK | SYS_PTRACE | SYS_ADMIN | 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case("sandbox::privileges_are_reduced", Needs::Ublk, 180, privileges_are_reduced),
-        case("sandbox::debugging_keeps_them", Needs::Ublk, 120, debugging_keeps_privileges),
+        case("sandbox::no_sandbox_keeps_privileges", Needs::Ublk, 120, debugging_keeps_privileges),
     ]
 }
 

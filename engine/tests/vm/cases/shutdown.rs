@@ -12,7 +12,7 @@ use crate::store::Store;
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![case("shutdown::of_a_machine_with_systemd", Needs::Recovery("copy"), 900, machine)]
+    vec![case("shutdown::under_systemd", Needs::Recovery("copy"), 900, machine)]
 }
 
 /// Steps on the machine: mounts from fstab and without, restarts of the daemon, power-off.

@@ -36,16 +36,11 @@ pub(super) fn cases() -> Vec<Case> {
         200,
         mounted_file_systems_survive,
     ));
-    all.push(case("stop::many_devices_are_left_waiting", Needs::Recovery("copy"), 300, many_devices_wait));
+    all.push(case("stop::many_devices_are_recovered", Needs::Recovery("copy"), 300, many_devices_wait));
     all.push(case("stop::detach_all_logs_what_is_lost", Needs::Ublk, 200, detach_all_is_logged));
     all.push(case("stop::forced_detach_logs_what_is_lost", Needs::Ublk, 200, forced_is_logged));
     all.push(case("stop::pool_end_logs_what_is_lost", Needs::Private, 200, pool_end_is_logged));
-    all.push(case(
-        "stop::a_disk_that_hangs_elsewhere_holds_nothing_up",
-        Needs::Ublk,
-        200,
-        another_disk_hangs,
-    ));
+    all.push(case("stop::hung_foreign_disk_does_not_block", Needs::Ublk, 200, another_disk_hangs));
     all.push(case(
         "stop::unreadable_state_is_an_error",
         Needs::Recovery("copy"),

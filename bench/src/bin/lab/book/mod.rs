@@ -48,7 +48,7 @@ pub(crate) fn run(options: &BookOptions) -> Result<()> {
         fs::remove_dir_all(&home)?;
     }
     let repository = metadata.packages.into_iter().find_map(|package| package.repository);
-    let repository = repository.context("no package in Cargo.toml names its repository")?;
+    let repository = repository.context("no package has a `repository` in Cargo.toml")?;
     let source = Source { root: programs::workspace(), repository };
     let pages = stage(&source, &home)?;
     println!("{pages} pages");
@@ -284,7 +284,7 @@ fn check(html: &Path) -> Result<usize> {
         }
     }
     broken.dedup();
-    ensure!(broken.is_empty(), "links of the book lead nowhere:\n  {}", broken.join("\n  "));
+    ensure!(broken.is_empty(), "the book has broken links:\n  {}", broken.join("\n  "));
     Ok(links)
 }
 

@@ -93,7 +93,7 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
             let what = if ended {
                 "the daemon ended"
             } else {
-                "the daemon does not answer after these clients ended"
+                "the daemon does not answer after the end of these clients"
             };
             ledger().finding(what.into());
             break;
@@ -120,7 +120,7 @@ pub(super) fn run(seed: u64, seconds: u64, only: Option<&str>) -> Result<bool> {
     let verdict = match (ledger.failures(), ledger.undecided()) {
         (0, 0) => "all conditions held".to_owned(),
         (0, late) => {
-            format!("all conditions held; skipped {late} late calls, while starting /bin/true was slow too")
+            format!("all conditions held; {late} late calls do not count: starting /bin/true was slow, too")
         }
         _ => "FAILED".to_owned(),
     };

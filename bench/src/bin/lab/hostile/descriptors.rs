@@ -59,7 +59,7 @@ fn throw(scene: &mut Scene, pool: &Pool, what: &str, fds: &[OwnedFd]) {
         4 => ("half a call", b"{\"method\":".to_vec()),
         _ => ("no JSON", b"]\0".to_vec()),
     };
-    scene.say(format!("sends {} descriptors, {what}, with {how}", fds.len()));
+    scene.say(format!("sends {} descriptors ({what}) with {how}", fds.len()));
     let peer = scene.connect();
     let fds: Vec<_> = fds.iter().take(FDS_MAX).map(AsFd::as_fd).collect();
     let _ = peer.send(&bytes, &fds);
@@ -77,7 +77,7 @@ pub(super) fn flood(scene: &mut Scene) -> Result<()> {
         let peer = scene.connect();
         scene.say(format!("sends {} descriptors with each byte", fds.len()));
         let sent = (0..10_000).take_while(|_| peer.send(b"a", &fds).is_ok()).count();
-        scene.say(format!("{sent} messages of {} descriptors were taken", fds.len()));
+        scene.say(format!("the daemon accepted {sent} messages with {} descriptors each", fds.len()));
         scene.rest(500);
     }
 }
@@ -116,7 +116,7 @@ pub(super) fn strange(scene: &mut Scene) -> Result<()> {
             }),
             6 => ("a socket", UnixStream::pair()?.0.into()),
             7 => ("an eventfd", eventfd(1, EventfdFlags::CLOEXEC)?),
-            8 => ("an epoll", epoll::create(epoll::CreateFlags::CLOEXEC)?),
+            8 => ("an epoll descriptor", epoll::create(epoll::CreateFlags::CLOEXEC)?),
             9 => ("a file of /proc", path("/proc/self/mem", OFlags::RDWR)?),
             10 => ("a user namespace", path("/proc/self/ns/user", OFlags::RDONLY)?),
             _ => ("a directory of the pool", pool.mounts[0].try_clone()?),
@@ -145,7 +145,7 @@ pub(super) fn hung_close(scene: &mut Scene) -> Result<()> {
         let fds: Vec<OwnedFd> = (0..count)
             .map(|_| OpenOptions::new().read(true).write(true).open(&path).map(OwnedFd::from))
             .collect::<Result<_, _>>()?;
-        throw(scene, &pool, "whose close hangs", &fds);
+        throw(scene, &pool, "files whose close hangs", &fds);
         kept.extend(fds);
         scene.rest(500);
     }
@@ -164,9 +164,9 @@ pub(super) fn linger(scene: &mut Scene) -> Result<()> {
         stream.set_nonblocking(true)?;
         let piece = vec![0; 1 << 16];
         while stream.write(&piece).is_ok() {}
-        throw(scene, &pool, "a socket that lingers", &[stream.into()]);
+        throw(scene, &pool, "a socket with SO_LINGER and unread data", &[stream.into()]);
     }
-    scene.say("holds the other ends of sockets that linger");
+    scene.say("holds the other ends of these sockets");
     std::thread::sleep(Duration::from_secs(3600));
     Ok(())
 }
@@ -181,7 +181,7 @@ pub(super) fn cycle(scene: &mut Scene) -> Result<()> {
             a.send(b"x", &[b.0.as_fd(), a.0.as_fd()])?;
             b.send(b"x", &[a.0.as_fd()])?;
         }
-        throw(scene, &pool, "sockets with themselves inside", &[a.0.into(), b.0.into()]);
+        throw(scene, &pool, "sockets in flight in themselves", &[a.0.into(), b.0.into()]);
     }
 }
 
@@ -194,7 +194,7 @@ pub(super) fn supervise(scene: &mut Scene) -> Result<()> {
             let count = scene.random.usize(..=6);
             let fds: Vec<OwnedFd> = (0..count).map(|_| odd(scene)).collect::<Result<_>>()?;
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            scene.say(format!("has {} supervised with {count} wrong descriptors", pool.name));
+            scene.say(format!("calls Supervise for {} with {count} wrong descriptors", pool.name));
             // A refused call may close the connection.
             if pool.peer.call(&method, &json!({ "name": pool.name }), &fds).is_err() {
                 let peer = scene.connect();

@@ -99,7 +99,7 @@ pub(super) fn pipelined(scene: &mut Scene) -> Result<()> {
         let peer = scene.connect();
         scene.say(format!("makes {calls} calls of {method} and reads no answer"));
         let sent = (0..calls / 100).take_while(|_| peer.send(&text, &[]).is_ok()).count();
-        scene.say(format!("{} of them were taken", sent * 100));
+        scene.say(format!("the daemon accepted {} of them", sent * 100));
         scene.rest(1000);
     }
 }

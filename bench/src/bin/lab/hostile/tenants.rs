@@ -37,7 +37,7 @@ pub(super) fn pools(scene: &mut Scene) -> Result<()> {
                 _ => {}
             }
         }
-        scene.say(format!("holds {} pools, and lets go of all", held.len()));
+        scene.say(format!("holds {} pools, then closes all", held.len()));
         scene.rest(500);
         held.clear();
     }
@@ -78,7 +78,7 @@ pub(super) fn stopped(scene: &mut Scene) -> Result<()> {
             children.push(scene.start_run(&["--max", "2", "--", "sh", "-c", script], true)?);
         }
         scene.rest(2000);
-        scene.say(format!("stops {} tenants where they are", children.len()));
+        scene.say(format!("stops {} tenants (SIGSTOP)", children.len()));
         children.iter_mut().for_each(|child| signal(child, Signal::STOP));
         let null = std::fs::File::open("/dev/null")?;
         let peer = scene.connect();
@@ -125,7 +125,7 @@ pub(super) fn bad_pointers(scene: &mut Scene) -> Result<()> {
     loop {
         scene.works(&["losetup", "-f", "image"]);
         let seed = scene.random.u16(..).to_string();
-        scene.say(format!("makes 1500 calls of loop(4) with wrong arguments, seed {seed}"));
+        scene.say(format!("makes 1500 calls of loop(4) with invalid arguments, seed {seed}"));
         scene.works(&["perl", "-e", IOCTLS, &seed]);
         scene.works(&["losetup", "-D"]);
     }
@@ -145,7 +145,8 @@ pub(super) fn image_changes(scene: &mut Scene) -> Result<()> {
             let at = scene.random.u64(..IMAGE_BYTES / 4096) * 4096;
             let what = scene.random.u8(..7);
             scene.say(
-                ["cuts", "punches", "removes", "replaces", "renames", "grows", "reads"][usize::from(what)],
+                ["truncates", "punches", "removes", "replaces", "renames", "extends", "reads"]
+                    [usize::from(what)],
             );
             match what {
                 0 => image.set_len(at)?,

@@ -32,13 +32,14 @@ use crate::steps::Steps;
 /// What to build.
 #[derive(clap::Args)]
 pub(crate) struct PackageOptions {
-    /// Kinds of packages [default: all]
+    /// Kinds of packages to build [default: all]
     #[arg(value_enum, value_name = "KIND")]
     kinds: Vec<PackageKind>,
     /// Directory of the packages [default: target/packages]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Then try the packages out: lintian; install, use, upgrade, remove in Debian systems
+    /// Also test the packages: run lintian, then install, use, upgrade and remove them in small
+    /// Debian systems
     #[arg(long)]
     check: bool,
 }
@@ -93,7 +94,8 @@ pub(crate) fn run(options: &PackageOptions) -> Result<()> {
         Some(out) => std::path::absolute(out)?,
         None => metadata.target_directory.join("packages"),
     };
-    fs::create_dir_all(&out).with_context(|| format!("cannot make {}: name another --out", out.display()))?;
+    fs::create_dir_all(&out)
+        .with_context(|| format!("cannot create {}: give another directory with --out", out.display()))?;
     let mut log = Command::new("git");
     log.args(["log", "-1", "--format=%ct"]).current_dir(programs::workspace());
     let time = sh::capture(&mut log, LIMIT)?.trim().to_owned();

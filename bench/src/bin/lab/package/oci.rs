@@ -114,7 +114,7 @@ fn json_blob(layout: &Path, value: &Value, media_type: &str) -> Result<Value> {
 /// The file that `descriptor` names, if size and checksum are as it says.
 fn verified(layout: &Path, descriptor: &Value) -> Result<PathBuf> {
     let digest = descriptor["digest"].as_str().context("a descriptor has no digest")?;
-    let sum = digest.strip_prefix("sha256:").with_context(|| format!("{digest} is no SHA-256"))?;
+    let sum = digest.strip_prefix("sha256:").with_context(|| format!("{digest} is not a SHA-256 digest"))?;
     let file = layout.join(BLOBS).join(sum);
     if sha256(&file)? != sum || Some(size(&file)?) != descriptor["size"].as_u64() {
         bail!("{} has another size or checksum than its descriptor: build the image again", file.display());
@@ -126,7 +126,7 @@ fn verified(layout: &Path, descriptor: &Value) -> Result<PathBuf> {
 pub(super) fn unpack(layout: &Path, root: &Path) -> Result<Vec<String>> {
     let read = |file: PathBuf| -> Result<Value> {
         let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", file.display()))
+        serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", file.display()))
     };
     let index = read(layout.join(INDEX))?;
     let manifest = read(verified(layout, &index["manifests"][0])?)?;

@@ -31,7 +31,7 @@ fn stage(release: &Release, program: &Path) -> Result<PathBuf> {
     let mut install = Command::new(program);
     install.args(["install", "--prefix", "/usr"]).env("DESTDIR", &root);
     sh::capture(&mut install, LIMIT)?;
-    fs::remove_file(root.join(RECORD)).context("loopengine install left no record")?;
+    fs::remove_file(root.join(RECORD)).context("loopengine install wrote no list of files")?;
     Ok(root)
 }
 

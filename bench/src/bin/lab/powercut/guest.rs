@@ -21,14 +21,14 @@ use loopbench::sh;
 #[derive(clap::Subcommand)]
 pub(crate) enum Boot {
     /// Make a file system on the disk, serve images on it, and write durably until the power is cut
-    Promise {
+    Write {
         #[arg(long)]
         fs: String,
     },
     /// Check the durable writes, which are listed one per line, as "fsync 12"
-    Keep {
+    Verify {
         #[arg(long, value_name = "FILE")]
-        promises: PathBuf,
+        durable: PathBuf,
     },
 }
 
@@ -40,18 +40,20 @@ const BLOCK: usize = 4096;
 /// Blocks of durable writes; as many blocks behind them take other writes.
 const BLOCKS: u64 = 8192;
 
+const FORMAT: &str = "a durable write is listed as kind and number";
+
 /// Runs one of the two boots.
 pub(crate) fn run(boot: &Boot) -> Result<()> {
     for directory in [STORE, INSIDE] {
         std::fs::create_dir_all(directory)?;
     }
     match boot {
-        Boot::Promise { fs } => promise(fs),
-        Boot::Keep { promises } => keep(promises),
+        Boot::Write { fs } => write(fs),
+        Boot::Verify { durable } => verify(durable),
     }
 }
 
-fn promise(fs: &str) -> Result<()> {
+fn write(fs: &str) -> Result<()> {
     tool(&[&format!("mkfs.{fs}"), "-q", DISK])?;
     tool(&["mount", DISK, STORE])?;
     let (blocks, files) = (Path::new(STORE).join("blocks"), Path::new(STORE).join("files"));
@@ -88,20 +90,20 @@ fn promise(fs: &str) -> Result<()> {
         )?;
         out.flush()?;
     }
-    bail!("every block is written and the power is still on")
+    bail!("all blocks were written before the power was cut")
 }
 
-fn keep(promises: &Path) -> Result<()> {
+fn verify(durable: &Path) -> Result<()> {
     tool(&["modprobe", "loop"])?;
     tool(&["mount", DISK, STORE])?;
     let image = Path::new(STORE).join("files");
     // Mounting replays the journal.
     tool(&["mount", "-o", "loop", &image.to_string_lossy(), INSIDE])?;
     let blocks = File::open(Path::new(STORE).join("blocks"))?;
-    let promises = std::fs::read_to_string(promises).context("cannot read the promises")?;
-    for promise in promises.lines() {
-        let (kind, number) = promise.split_once(' ').context("a promise is two words")?;
-        let number: u64 = number.parse().context("a promise has a number")?;
+    let durable = std::fs::read_to_string(durable).context("cannot read the list of durable writes")?;
+    for entry in durable.lines() {
+        let (kind, number) = entry.split_once(' ').context(FORMAT)?;
+        let number: u64 = number.parse().context(FORMAT)?;
         let mut found = vec![0; BLOCK];
         let read = match kind {
             "fsync" => blocks.read_exact_at(&mut found, number * 2 * BLOCK as u64),
@@ -109,7 +111,7 @@ fn keep(promises: &Path) -> Result<()> {
             _ => std::fs::read(file_path(number)).map(|bytes| found = bytes),
         };
         let kept = read.is_ok() && found == pattern(kind, number);
-        println!("{} {promise}", if kept { "kept" } else { "lost" });
+        println!("{} {entry}", if kept { "kept" } else { "lost" });
     }
     tool(&["umount", INSIDE])?;
     match tool(&["e2fsck", "-f", "-n", &image.to_string_lossy()]) {

@@ -19,7 +19,7 @@ use crate::tally::Tally;
 use crate::vm::{Mode, Sink, Vm};
 
 /// Durable writes to wait for before the cut.
-const PROMISES: usize = 300;
+const DURABLE_WRITES: usize = 300;
 const DISK_BYTES: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -67,11 +67,11 @@ fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> 
     let disk = directory.path().join("disk");
     std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
     let machine = Vm { disks: vec![disk], limit: LIMIT, ..Vm::new(lab.kernel(line)?, Mode::Smp) };
-    let promised = promises(&machine, lab, programs, fs)?;
-    let list = directory.path().join("promises");
-    std::fs::write(&list, promised.join("\n"))?;
+    let durable = write_until_cut(&machine, lab, programs, fs)?;
+    let list = directory.path().join("durable");
+    std::fs::write(&list, durable.join("\n"))?;
     let mut said = Vec::new();
-    let line = format!("lab power-cut keep --promises {}", sh::quote(&[list.to_string_lossy()]));
+    let line = format!("lab power-cut verify --durable {}", sh::quote(&[list.to_string_lossy()]));
     let status = machine.run(lab, programs, &line, &mut |bytes| said.extend_from_slice(bytes))?;
     if status != 0 {
         bail!("the second boot failed with status {status}: {}", last_line(&said));
@@ -80,21 +80,21 @@ fn cut(lab: &Lab, line: Line, programs: &[Program], fs: &str) -> Result<String> 
 }
 
 /// Runs the first boot up to the cut; returns the durable writes, as "fsync 12".
-fn promises(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<Vec<String>> {
+fn write_until_cut(machine: &Vm, lab: &Lab, programs: &[Program], fs: &str) -> Result<Vec<String>> {
     let mut said = Vec::new();
-    let mut running = machine.start(lab, programs, &format!("lab power-cut promise --fs {fs}"))?;
+    let mut running = machine.start(lab, programs, &format!("lab power-cut write --fs {fs}"))?;
     let start = Instant::now();
-    while promised(&said).len() < PROMISES {
+    while durable(&said).len() < DURABLE_WRITES {
         if let Some(status) = running.turn(&mut |bytes| said.extend_from_slice(bytes))? {
             bail!("the first boot ended with status {status} before the cut: {}", last_line(&said));
         }
         if start.elapsed() > LIMIT {
-            bail!("only {} writes were durable after {} s", promised(&said).len(), LIMIT.as_secs());
+            bail!("only {} writes were durable after {} s", durable(&said).len(), LIMIT.as_secs());
         }
     }
     running.kill();
     running.pass_on(&mut |bytes| said.extend_from_slice(bytes))?;
-    Ok(promised(&said))
+    Ok(durable(&said))
 }
 
 fn last_line(said: &[u8]) -> String {
@@ -103,7 +103,7 @@ fn last_line(said: &[u8]) -> String {
 }
 
 /// Durable writes among complete lines of output.
-fn promised(said: &[u8]) -> Vec<String> {
+fn durable(said: &[u8]) -> Vec<String> {
     let said = String::from_utf8_lossy(said);
     said.split_inclusive('\n')
         .filter_map(|line| line.strip_suffix('\n')?.strip_prefix("durable "))
@@ -116,7 +116,7 @@ fn judge(said: &str, kinds: &[&str]) -> Result<usize, String> {
     let of = |verdict: &str| -> Vec<&str> {
         said.lines()
             .filter_map(|line| line.strip_prefix(verdict)?.strip_prefix(' '))
-            .filter(|promise| kinds.iter().any(|kind| promise.split(' ').next() == Some(kind)))
+            .filter(|entry| kinds.iter().any(|kind| entry.split(' ').next() == Some(kind)))
             .collect()
     };
     let (kept, lost) = (of("kept"), of("lost"));
@@ -129,7 +129,7 @@ fn judge(said: &str, kinds: &[&str]) -> Result<usize, String> {
         ));
     }
     if kept.is_empty() {
-        return Err("nothing was compared".into());
+        return Err("no durable write was checked".into());
     }
     if kinds.contains(&"file") && !said.lines().any(|line| line == "clean") {
         return Err("the file system in the image is damaged".into());
@@ -142,8 +142,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_promise_counts_once_its_line_is_complete() {
-        assert_eq!(promised(b"noise\ndurable fsync 0\ndurable fua 1"), ["fsync 0"]);
+    fn a_durable_write_counts_once_its_line_is_complete() {
+        assert_eq!(durable(b"noise\ndurable fsync 0\ndurable fua 1"), ["fsync 0"]);
     }
 
     #[test]

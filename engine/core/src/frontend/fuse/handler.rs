@@ -35,7 +35,7 @@ use fuser::{
 
 use super::MAX_REQUEST;
 use super::call_queue::{FuseCall, FuseReply};
-use super::node::{FuseNode, NodeTable, TTL};
+use super::node::{FuseNode, NodeTable, TTL, bypasses_cache};
 use super::space;
 use crate::request::Op;
 
@@ -187,30 +187,18 @@ impl Filesystem for Handler {
         if writes && node.read_only {
             return reply.error(Errno::EROFS);
         }
-        let mut state = node.state();
-        if state.closed {
-            return reply.error(Errno::ESTALE);
+        // Direct writes that bypass the cache run in parallel; otherwise they are serialized.
+        let direct = self.bypass && flags.0 & libc::O_DIRECT != 0;
+        match self.nodes.open(&node, writes, direct) {
+            Ok(handle) => {
+                // Never FOPEN_KEEP_CACHE: an opener must see earlier writes that bypassed the cache.
+                let mut answer = FopenFlags::empty();
+                let bypass = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+                answer.set(bypass, bypasses_cache(handle));
+                reply.opened(handle, answer);
+            }
+            Err(error) => reply.error(error),
         }
-        if state.zeroing {
-            return reply.error(Errno::EBUSY);
-        }
-        state.opens += 1;
-        if writes {
-            node.set_untouched(true);
-        }
-        // Direct writes that bypass the cache run in parallel; otherwise they are serialized. Only
-        // as long as no opener uses the cache.
-        let bypass = self.bypass && flags.0 & libc::O_DIRECT != 0 && state.cached == 0;
-        state.cached += u32::from(!bypass);
-        let handle = self.nodes.new_handle(bypass);
-        if writes && !bypass {
-            state.writers.insert(handle.0, false);
-        }
-        drop(state);
-        // Never FOPEN_KEEP_CACHE: an opener must see earlier writes that bypassed the cache.
-        let mut answer = FopenFlags::empty();
-        answer.set(FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES, bypass);
-        reply.opened(handle, answer);
     }
 
     fn release(
@@ -224,10 +212,7 @@ impl Filesystem for Handler {
         reply: ReplyEmpty,
     ) {
         if let Some(node) = self.nodes.get(ino) {
-            let mut state = node.state();
-            state.opens = state.opens.saturating_sub(1);
-            state.cached = state.cached.saturating_sub(u32::from(handle.0.is_multiple_of(2)));
-            state.writers.remove(&handle.0);
+            node.release(handle);
         }
         reply.ok();
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
-use fuser::{FileAttr, FileHandle, FileType, INodeNo, Notifier};
+use fuser::{Errno, FileAttr, FileHandle, FileType, INodeNo, Notifier};
 
 use super::buffer_pool::BufferPool;
 use super::call_queue::CallQueue;
@@ -111,6 +111,14 @@ impl FuseNode {
         ZeroingStart::Started
     }
 
+    /// Closes a handle.
+    pub(super) fn release(&self, handle: FileHandle) {
+        let mut state = self.state();
+        state.opens = state.opens.saturating_sub(1);
+        state.cached = state.cached.saturating_sub(u32::from(!bypasses_cache(handle)));
+        state.writers.remove(&handle.0);
+    }
+
     /// Records a cached write past the end. The kernel does not report its writer: as with other
     /// write-back errors, every possible writer gets the error once.
     pub(super) fn record_overrun(&self) {
@@ -155,6 +163,11 @@ impl FuseNode {
     }
 }
 
+/// Whether a handle bypasses the page cache: its number is odd then.
+pub(super) fn bypasses_cache(handle: FileHandle) -> bool {
+    !handle.0.is_multiple_of(2)
+}
+
 #[derive(Debug, Default)]
 struct NodeMaps {
     by_ino: HashMap<u64, Arc<FuseNode>>,
@@ -194,9 +207,31 @@ impl NodeTable {
         }
     }
 
-    /// A handle: even if it uses the page cache, odd if not.
-    pub(super) fn new_handle(&self, bypass: bool) -> FileHandle {
-        FileHandle(self.next_handle.fetch_add(2, Ordering::Relaxed) | u64::from(bypass))
+    /// Opens a file. A `direct` handle bypasses the page cache if no other handle uses it.
+    pub(super) fn open(
+        &self,
+        node: &FuseNode,
+        writes: bool,
+        direct: bool,
+    ) -> std::result::Result<FileHandle, Errno> {
+        let mut state = node.state();
+        if state.closed {
+            return Err(Errno::ESTALE);
+        }
+        if state.zeroing {
+            return Err(Errno::EBUSY);
+        }
+        state.opens += 1;
+        if writes {
+            node.set_untouched(true);
+        }
+        let bypass = direct && state.cached == 0;
+        state.cached += u32::from(!bypass);
+        let handle = FileHandle(self.next_handle.fetch_add(2, Ordering::Relaxed) | u64::from(bypass));
+        if writes && !bypass {
+            state.writers.insert(handle.0, false);
+        }
+        Ok(handle)
     }
 
     /// The attributes of the directory.

@@ -12,10 +12,10 @@ use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("private::onestep::user", Needs::Private, 180, user),
-        case("private::onestep::parts", Needs::Private, 180, parts),
-        case("private::onestep::failures", Needs::Private, 180, failures),
-        case("private::onestep::root", Needs::Private, 180, root),
+        case("private::mount_command::user", Needs::Private, 180, user),
+        case("private::mount_command::partitions", Needs::Private, 180, parts),
+        case("private::mount_command::failures", Needs::Private, 180, failures),
+        case("private::mount_command::root", Needs::Private, 180, root),
     ]
 }
 

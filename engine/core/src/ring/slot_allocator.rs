@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Slots of disks on the workers of one pool.
+//! Allocates the slots that the devices of an instance, or the disks of a pool, have on its
+//! workers.
 //!
-//! A slot that is allocated again gets another generation: a worker tells a late completion from
-//! one of the present disk.
+//! A slot that is allocated again gets another generation: so a worker distinguishes a late
+//! completion from one of the present device. Knows numbers, not devices.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::ring::SlotId;
+use super::SlotId;
 
-/// Allocates slots on the workers.
+/// The slots of one set of workers.
 #[derive(Debug, Default)]
 pub struct SlotAllocator(Mutex<SlotTable>);
 
 #[derive(Debug, Default)]
 struct SlotTable {
+    /// How often each slot was allocated; unallocated slots are in `free`.
     generations: Vec<u32>,
     free: Vec<u16>,
 }
 
 impl SlotAllocator {
-    fn table(&self) -> std::sync::MutexGuard<'_, SlotTable> {
+    fn table(&self) -> MutexGuard<'_, SlotTable> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -31,8 +33,9 @@ impl SlotAllocator {
             (slots.generations.len() - 1) as u16
         });
         let generation = &mut slots.generations[usize::from(index)];
-        *generation += 1;
-        SlotId { index, generation: *generation & 0xff_ffff }
+        let slot = SlotId { index, generation: *generation & 0xff_ffff };
+        *generation = generation.wrapping_add(1);
+        slot
     }
 
     /// Frees a slot, on which nothing is in flight any more.

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Operations that complete several requests: flushes and discards.
+//!
+//! Each queue has at most one of each kind in flight. Requests that arrive meanwhile wait for the
+//! next one. `FlushQueue` and `DiscardQueue` decide which requests share an operation.
+
+use super::{DeviceQueue, RETRIES};
+use crate::error::Result;
+use crate::ring::{EventKind, Ring};
+use crate::worker::translate;
+use crate::worker::transport::Transport;
+
+impl<T: Transport> DeviceQueue<T> {
+    /// Whether to retry an interrupted operation of the whole queue.
+    fn may_retry(&mut self, result: i32) -> bool {
+        let interrupted = matches!(result.wrapping_neg(), libc::EAGAIN | libc::EINTR);
+        self.coalesced_retries = if interrupted { self.coalesced_retries.saturating_add(1) } else { 0 };
+        self.stats.resubmits += u64::from(interrupted);
+        interrupted && self.coalesced_retries <= RETRIES
+    }
+
+    /// Starts an fdatasync for all waiting flushes, unless one is in flight.
+    pub(super) fn start_flush(&mut self, ring: &mut Ring) -> Result<()> {
+        if !self.flushes.start() {
+            return Ok(());
+        }
+        self.stats.punts += 1;
+        self.push_sync(ring)
+    }
+
+    fn push_sync(&self, ring: &mut Ring) -> Result<()> {
+        ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Flush, 0))
+    }
+
+    pub(super) fn on_flush(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        if self.may_retry(result) {
+            return self.push_sync(ring);
+        }
+        self.completed_tags.extend(self.flushes.done());
+        self.complete_all(result, ring, now_ns)?;
+        self.start_flush(ring)
+    }
+
+    /// Punches the next hole for adjacent discards, unless one is being punched.
+    pub(super) fn start_punch(&mut self, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        while let Some(punch) = self.discards.next() {
+            if punch.len > 0 {
+                self.stats.punts += 1;
+                self.punch = Some((punch.offset, punch.len));
+                return self.push_punch(punch.offset, punch.len, ring);
+            }
+            // Less than a block: nothing to free.
+            self.completed_tags.extend(self.discards.done());
+            self.complete_all(0, ring, now_ns)?;
+        }
+        Ok(())
+    }
+
+    fn push_punch(&self, offset: u64, len: u64, ring: &mut Ring) -> Result<()> {
+        let entry = translate::punch(self.queue_slot.image_file(), offset, len);
+        ring.push(&self.token(entry, EventKind::Punch, 0))
+    }
+
+    pub(super) fn on_punch(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        if let (true, Some((offset, len))) = (self.may_retry(result), self.punch) {
+            return self.push_punch(offset, len, ring);
+        }
+        self.completed_tags.extend(self.discards.done());
+        self.complete_all(result, ring, now_ns)?;
+        self.start_punch(ring, now_ns)
+    }
+
+    fn complete_all(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        while let Some(tag) = self.completed_tags.pop() {
+            self.complete(tag, result, ring, now_ns)?;
+        }
+        Ok(())
+    }
+}
