@@ -20,6 +20,7 @@ mod recovery;
 pub mod served;
 pub mod spec;
 mod state;
+mod statistics;
 pub mod stop;
 mod table;
 mod write_back;

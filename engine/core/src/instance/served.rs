@@ -7,9 +7,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use super::spec::{DeviceState, DeviceStats, LatencySummary};
+use super::spec::{DeviceState, DeviceStats};
+use super::statistics::{of_block_layer, of_queues};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::kernel_loop::BlockStats;
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
@@ -400,59 +400,12 @@ impl Served {
 
     /// Statistics over all queues, or those of the block layer where the kernel serves the device.
     pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
-        if let FrontendDevice::Loop(device) = &self.device {
-            return device.stats().map(|counted| of_block_layer(counted, path, image));
+        match &self.device {
+            FrontendDevice::Loop(device) => device.stats().map(|counts| of_block_layer(counts, path, image)),
+            FrontendDevice::Ublk(_) | FrontendDevice::Fuse(_) => {
+                self.queue_stats().map(|queues| of_queues(&queues, path, image))
+            }
         }
-        let queues = self.queue_stats()?;
-        let sum = |counter: fn(&QueueStats) -> u64| queues.iter().map(counter).sum();
-        Ok(DeviceStats {
-            path,
-            image,
-            at_ns: monotonic_ns(),
-            reads: sum(|queue| queue.reads),
-            read_bytes: sum(|queue| queue.read_bytes),
-            writes: sum(|queue| queue.writes),
-            written_bytes: sum(|queue| queue.written_bytes),
-            flushes: sum(|queue| queue.flushes),
-            discards: sum(|queue| queue.discards),
-            errors: sum(|queue| queue.errors),
-            resubmits: sum(|queue| queue.resubmits),
-            punts: sum(|queue| queue.punts),
-            fallbacks: sum(|queue| queue.fallbacks),
-            requests: sum(|queue| queue.requests),
-            batches: sum(|queue| queue.batches),
-            in_flight: sum(|queue| queue.in_flight),
-            latency: summarise(&queues),
-        })
-    }
-}
-
-fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
-}
-
-/// The block layer counts neither failures nor what only workers do, and measures no percentiles.
-fn of_block_layer(counted: BlockStats, path: String, image: String) -> DeviceStats {
-    let BlockStats { reads, read_bytes, writes, written_bytes, in_flight, discards, flushes } = counted;
-    DeviceStats {
-        path,
-        image,
-        at_ns: monotonic_ns(),
-        reads,
-        read_bytes,
-        writes,
-        written_bytes,
-        flushes,
-        discards,
-        errors: 0,
-        resubmits: 0,
-        punts: 0,
-        fallbacks: 0,
-        requests: 0,
-        batches: 0,
-        in_flight,
-        latency: LatencySummary::default(),
     }
 }
 
@@ -460,22 +413,5 @@ fn ignore_missing(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(error) if error.kind() == Kind::NotFound => Ok(()),
         outcome => outcome,
-    }
-}
-
-fn summarise(queues: &[QueueStats]) -> LatencySummary {
-    let mut histograms = queues.iter().filter_map(QueueStats::latency);
-    let Some(mut all) = histograms.next().cloned() else { return LatencySummary::default() };
-    for other in histograms {
-        // All histograms have the same bounds, so this cannot fail.
-        let _ = all.add(other);
-    }
-    LatencySummary {
-        samples: all.len(),
-        p50_ns: all.value_at_quantile(0.5),
-        p90_ns: all.value_at_quantile(0.9),
-        p99_ns: all.value_at_quantile(0.99),
-        p999_ns: all.value_at_quantile(0.999),
-        max_ns: all.max(),
     }
 }
