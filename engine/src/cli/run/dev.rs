@@ -3,19 +3,21 @@
 //!
 //! ```text
 //! /dev               a file system in memory; the daemon creates it and updates the links below
-//!   null, pts, …     entries of the host's /dev, each bind-mounted; symbolic links are copied
+//!   null, …          nodes like the host's; in a user namespace the host's own, bind-mounted
+//!   pts, log, …      other entries of the host's /dev, bind-mounted; symbolic links are copied
 //!   mapper/          entries bind-mounted one by one, next to the command's own mappings
 //!   loopfs/          the file system of the pool: loop-control, loopN
 //!   loop-control → loopfs/loop-control
 //!   loopN        → loopfs/loopN
 //! ```
 //!
-//! Omits loop devices, ublk disks and their control nodes of the host. In a user namespace, the
+//! A bind mount of this /dev has neither loopfs (see `covered_nodes`) nor other mounts in it, so
+//! nodes are made where the kernel allows that. Omits loop devices, ublk disks and their control nodes of the host. In a user namespace, the
 //! kernel refuses to unmount the new /dev.
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
@@ -96,6 +98,9 @@ fn bind_entry(old: &OwnedFd, new: &OwnedFd, name: &str, kind: FileType) -> rusti
                 return bind_entries(&old?, &new?);
             }
         }
+        FileType::CharacterDevice | FileType::BlockDevice if make_node(old, new, name).is_ok() => {
+            return Ok(());
+        }
         _ => {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             drop(rustix::fs::openat(new, name, flags, Mode::from_raw_mode(0o600))?);
@@ -103,6 +108,26 @@ fn bind_entry(old: &OwnedFd, new: &OwnedFd, name: &str, kind: FileType) -> rusti
     }
     let tree = open_tree(old, name, flags | OpenTreeFlags::AT_SYMLINK_NOFOLLOW)?;
     attach(tree.as_fd(), new.as_fd(), name)
+}
+
+/// Makes the same node. Fails if the entry is not of /dev's own file system: a terminal bind-mounted
+/// on /dev/console opens only in its own one.
+fn make_node(old: &OwnedFd, new: &OwnedFd, name: &str) -> rustix::io::Result<()> {
+    let stat = rustix::fs::statat(old, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if stat.st_dev != rustix::fs::fstat(old)?.st_dev {
+        return Err(Errno::XDEV);
+    }
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    rustix::fs::mknodat(new, name, kind, Mode::from_raw_mode(0o600), stat.st_rdev)?;
+    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    let owned = rustix::fs::chownat(new, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
+    // After the owner, whose change clears bits.
+    let done = owned.and_then(|()| {
+        rustix::fs::chmodat(new, name, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())
+    });
+    done.inspect_err(|_| {
+        let _ = rustix::fs::unlinkat(new, name, AtFlags::empty());
+    })
 }
 
 #[cfg(test)]

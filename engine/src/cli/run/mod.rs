@@ -8,6 +8,7 @@
 //! `mounter`, mounts file systems for the command, keeps mounts with misleading names out, and ends
 //! with the pool.
 
+mod covered_nodes;
 mod dev;
 mod end_notice;
 pub(super) mod mount_processes;

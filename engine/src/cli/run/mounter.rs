@@ -8,8 +8,9 @@
 //! socket, after its drivers: as subreaper it is the parent of daemonized drivers too, which may
 //! hold unwritten data.
 //!
-//! It also keeps mounts of other devices under names of the pool out of the mount namespace, and
-//! reports to the command's terminal if the pool ends before the command (`end_notice`).
+//! It also keeps mounts of other devices under names of the pool out of the mount namespace, makes
+//! nodes for bind mounts of /dev (`covered_nodes`), and reports to the command's terminal if the
+//! pool ends before the command (`end_notice`).
 //!
 //! Knows how to start a driver in place of the caller. Does not know who may mount, or which driver
 //! mounts a file system (`fuse_drivers`).
@@ -29,6 +30,7 @@ use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::covered_nodes::CoveredNodes;
 use super::end_notice::EndNotice;
 use super::parse_fuse;
 use crate::cli::fuse_drivers;
@@ -126,6 +128,7 @@ impl MounterArgs {
         let known = self.reserved.into_iter().collect();
         // Optional: without the thread, only names may mislead.
         let _ = std::thread::Builder::new().spawn(move || sys::loop_names::keep_out(&known));
+        let nodes = self.rules.root.then(CoveredNodes::start).flatten();
         let pool = rustix::fs::stat(Path::new("/dev").join(LOOPFS)).map_err(|error| cannot(error.into()))?;
         let mounter = Arc::new(Mounter {
             pool: pool.st_dev,
@@ -148,6 +151,7 @@ impl MounterArgs {
                 request.answer(done);
             });
         }
+        nodes.iter().for_each(|nodes| nodes.remove());
         self.notice.write(command);
         mounter.detach();
         end();

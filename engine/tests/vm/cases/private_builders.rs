@@ -4,11 +4,12 @@
 
 use std::time::Duration;
 
+use super::private_bundle::{Bundle, Pool, any_runtime, unbound};
 use super::private_mapped::installed;
 use super::private_partitions::{REPORT, same};
 use super::private_script::Inside;
 use crate::daemon::Daemon;
-use crate::harness::{Case, Ctx, Needs, Res, case};
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -17,6 +18,8 @@ pub(super) fn cases() -> Vec<Case> {
             same(ctx, &format!("MOUNT=; {SCRIPT}{LOOK}"))
         }),
         case("private::builders::script_of_a_user", Needs::Private, 580, of_a_user),
+        case("private::builders::script_in_a_container", Needs::Private, 580, in_container),
+        case("private::builders::chroot", Needs::Private, 580, |ctx| same(ctx, CHROOT)),
         case("private::builders::vmdb2", Needs::Private, 580, |ctx| {
             installed(&["vmdb2", "lvm"])?;
             same(ctx, VMDB2)
@@ -36,7 +39,7 @@ mkfs.vfat -F 32 -n BOOTFS -i 12345678 ${dev}p1 > /dev/null
 mkfs.ext4 -q -L rootfs -U 11111111-2222-3333-4444-555555555555 -E lazy_itable_init=0 ${dev}p2
 mkdir -p mnt; mount $MOUNT ${dev}p2 mnt
 mkdir -p mnt/boot/firmware mnt/etc mnt/bin mnt/dev; mount $MOUNT ${dev}p1 mnt/boot/firmware
-cp /bin/busybox mnt/bin/; cp /etc/profile mnt/etc/
+cp /bin/busybox mnt/bin/; echo PATH=/bin > mnt/etc/profile
 for part in 1 2; do echo "PARTUUID=$(blkid -s PARTUUID -o value ${dev}p$part)"; done > mnt/etc/fstab
 echo "root=$(lsblk -nro PARTUUID ${dev}p2)" > mnt/boot/firmware/cmdline.txt
 cat mnt/etc/fstab mnt/boot/firmware/cmdline.txt
@@ -74,6 +77,56 @@ fn of_a_user(ctx: &Ctx) -> Res {
     user.run_for(Duration::from_secs(300), &script)?;
     daemon.stop()
 }
+
+/// Runs `SCRIPT` in a container with the default capabilities of its runtime.
+fn in_container(ctx: &Ctx) -> Res {
+    let runtime = any_runtime()?;
+    let daemon = Daemon::start(ctx)?;
+    let pool = Pool::with_mounts(ctx, &daemon, "ci", 2, "ext4,vfat")?;
+    let bundle = Bundle::new(ctx, &daemon, runtime, "c1", "ci")?;
+    // Without udev's data libudev answers lsblk there, and lsblk reads no table itself.
+    let steps = SCRIPT.replace("lsblk -nro PARTUUID", "blkid -s PARTUUID -o value");
+    bundle.run(&format!(
+        "{}\nMOUNT=; {REPORT}\n{steps}\n{}",
+        r#"holds "caps" "$(grep CapEff /proc/self/status)" 0000000020000420"#,
+        r#"soon "unbound" "" losetup -a; same "partitions" "$(ls /dev | grep loop0p)" """#
+    ))?;
+    let disk = bundle.work("disk");
+    let part = format!("{disk}?offset={}", 73728 * 512);
+    tools::ok(&["e2fsck", "-fn", &part])?;
+    let fstab = tools::ok(&["debugfs", "-R", "cat /etc/fstab", &part])?;
+    ensure!(fstab.contains("PARTUUID=cafe1234-02"), "the second partition has {fstab:?}");
+    tools::ok(&["grep", "-aq", "root=cafe1234-02", &disk])?;
+    unbound(&daemon, "ci")?;
+    pool.end(&daemon)?;
+    daemon.stop()
+}
+
+/// Programs in a root directory with a bind mount of /dev, which omits the mounts in /dev.
+const CHROOT: &str = r#"
+within() { chroot root /bin/busybox "$@"; }
+# Nodes follow their devices within milliseconds.
+until_it_has() { local i; for i in {1..100}; do [ "$(within head -c 4 $1 2>/dev/null)" != $2 ] || break; sleep 0.05; done; }
+mkdir -p root/bin root/dev; cp $(command -v busybox) root/bin/busybox
+table "label: dos" "start=2048,size=4096" | sfdisk -q disk
+write() { printf $1 | dd of=disk bs=512 seek=$2 conv=notrunc 2>/dev/null; }
+write disk 0; write part 2048
+mount --bind /dev root/dev
+bind -P; until_it_has $dev disk; until_it_has ${dev}p1 part
+report "types" within stat -Lc %F $dev ${dev}p1; cat said
+report "size" within blockdev --getsize64 $dev; cat said
+report "a partition" within head -c 4 ${dev}p1; cat said; echo
+report "is written" within dd if=/dev/zero of=${dev}p1 bs=512 count=1 conv=fsync
+report "other nodes" within stat -c "%F %t:%T %a" /dev/null /dev/zero /dev/urandom; cat said
+report "are usable" within sh -c "echo > /dev/null && head -c 8 /dev/urandom | /bin/busybox wc -c"; cat said
+within losetup -d $dev; echo "unbind: $?"
+for i in {1..100}; do [ -n "$(losetup -j disk)" ] || break; sleep 0.05; done
+write next 0
+bind; until_it_has $dev next
+report "another file" within head -c 4 $dev; cat said; echo
+report "umount" umount root/dev
+free; rm -rf root
+"#;
 
 /// With kpartx, and LVM within.
 const VMDB2: &str = r#"

@@ -20,7 +20,7 @@ pub(super) const CONTAINER: Duration = Duration::from_secs(100);
 /// Until devices of an ended container are unbound: a second, on an idle machine.
 pub(super) const UNBOUND: Duration = Duration::from_secs(10);
 const PROGRAMS: &str = "bash busybox losetup mount umount findmnt mkfs.ext4 mkfs.xfs e2fsck xfs_repair blkid blockdev \
-     truncate stat mknod";
+     truncate stat mknod sfdisk lsblk mkfs.vfat";
 
 /// The bundle of a container.
 pub(super) struct Bundle<'a> {

@@ -17,6 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::mount_options", Needs::Private, 180, mount_options),
         case("private::mount_covers", Needs::Private, 180, mount_covers),
         case("private::umount", Needs::Private, 180, umount),
+        case("private::mount_names", Needs::Private, 180, mount_names),
         case("private::rounds", Needs::Private, 1500, rounds),
     ]
 }
@@ -144,6 +145,26 @@ fn umount(ctx: &Ctx) -> Res {
         works "lazily" umount -l mnt; soon "unbound, lazily" "" losetup -a
         "#,
     )?;
+    daemon.stop()
+}
+
+/// The name of a device in the mount table. /dev/loopN is a link, which mount(8) resolves for root.
+fn mount_names(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = r#"
+        truncate -s 32M a; mkfs.ext4 -q a; mkdir mnt
+        source_of() { sed -n "s,^\([^ ]*\) $PWD/mnt .*,\1,p" /proc/mounts; }
+        works "losetup" losetup /dev/loop0 a; works "mount" mount /dev/loop0 mnt
+        same "mount" "$(source_of)" /dev/loopfs/loop0
+        same "findmnt" "$(findmnt -nro TARGET /dev/loop0)" "$PWD/mnt"
+        same "lsblk" "$(lsblk -nro MOUNTPOINTS /dev/loop0)" "$PWD/mnt"
+        works "umount" umount /dev/loop0
+        works "mount -c" mount -c /dev/loop0 $PWD/mnt; same "mount -c" "$(source_of)" /dev/loop0
+        works "umount" umount /dev/loop0; losetup -d /dev/loop0
+        works "-o loop" mount -o loop a mnt; same "-o loop" "$(source_of)" /dev/loop0
+        works "umount" umount a
+        "#;
+    Inside::new(ctx, &daemon).run(script)?;
     daemon.stop()
 }
 
