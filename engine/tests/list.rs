@@ -447,7 +447,7 @@ fn doctor_checks_what_users_can_do() {
     assert_eq!(names(&own), "private devices, pool, user namespaces, FUSE");
     assert!(own.iter().all(|(.., advice)| !advice.contains("run this as root")), "{own:?}");
     let of_daemon = checks(0, &[]);
-    for name in ["driver", "block devices", "private devices", "daemon"] {
+    for name in ["driver", "ublk devices", "private devices", "daemon"] {
         assert!(of_daemon.iter().any(|(found, ..)| found == name), "{name}: {of_daemon:?}");
     }
 }

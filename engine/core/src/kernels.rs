@@ -19,7 +19,7 @@ pub const FILES: Feature =
     Feature { name: "files instead of block devices", since: (6, 1), by: "serve --backend fuse" };
 /// Disks of the kernel's loop driver.
 pub const LOOP_DEVICES: Feature =
-    Feature { name: "devices of the kernel's loop driver", since: (6, 1), by: "serve --backend loop" };
+    Feature { name: "kernel loop devices", since: (6, 1), by: "serve --backend loop" };
 /// Disks of ublk, in I/O mode copy.
 pub const BLOCK_DEVICES: Feature =
     Feature { name: "ublk devices", since: (6, 5), by: "serve --backend ublk, attach --io-mode copy" };

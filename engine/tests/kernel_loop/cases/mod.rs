@@ -31,7 +31,7 @@ const MIB: u64 = 1 << 20;
 /// driver.
 const OF_UBLK: [&str; 8] = [
     "claims::failing_io_is_logged",
-    "commands::reading",
+    "commands::list_and_stats",
     "durability::power_cut",
     "errors::no_driver",
     "geometry::scheduler_and_cache",
