@@ -225,7 +225,10 @@ fn creates_lists_and_removes_instances() {
     ok(&daemon.run(&["attach", "-i", "one", "a.img"]));
     fails(&daemon.run(&["attach", "-i", "one", "a.img"]), 5, "full");
     let table = daemon.run(&["instance", "list"]);
-    assert!(ok(&table).starts_with("NAME     DEVICES  MAX  WORKERS  CPUS  DIRECTORY\n"), "{table:?}");
+    assert!(
+        ok(&table).starts_with("NAME     DEVICES  MAX  BACKEND  WORKERS  CPUS  DIRECTORY\n"),
+        "{table:?}"
+    );
     ok(&daemon.run(&["instance", "remove", "one"]));
     fails(&daemon.run(&["instance", "remove", "one"]), 3, "no instance");
 }
@@ -252,7 +255,7 @@ fn json_has_a_schema() {
         reason:null sizeBytes:number offsetBytes:number sizeLimitBytes:number blockSizeBytes:number \
         readOnly:boolean buffered:boolean queues:number depth:number ioMode:string sharedWith:array \
         sinceUnixSeconds:number imageDevice:number imageInode:number";
-    let instance = "name:string maxDevices:number devices:number workers:number cpus:null directory:string";
+    let instance = "name:string maxDevices:number devices:number backend:string workers:number cpus:null directory:string";
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \
         writeBytes:number flushes:number discards:number errors:number resubmits:number punts:number \
         fallbacks:number requests:number batches:number inFlight:number latency:object";

@@ -106,13 +106,14 @@ impl List {
         if self.json {
             return out::json(&instances).map(drop);
         }
-        let heads = ["NAME", "DEVICES", "MAX", "WORKERS", "CPUS", "DIRECTORY"];
-        let mut table = Table::new(&heads, &[false, true, true, true]);
+        let heads = ["NAME", "DEVICES", "MAX", "BACKEND", "WORKERS", "CPUS", "DIRECTORY"];
+        let mut table = Table::new(&heads, &[false, true, true, false, true]);
         for instance in instances {
             table.row(vec![
                 instance.name,
                 instance.devices.to_string(),
                 instance.max_devices.to_string(),
+                instance.backend.as_str().to_owned(),
                 instance.workers.to_string(),
                 instance.cpus.unwrap_or_else(|| "all".to_owned()),
                 instance.directory,

@@ -221,6 +221,7 @@ pub(super) mod tests {
             name: name.to_owned(),
             max_devices: crate::config::MAX_DEVICES,
             devices: 0,
+            backend: BackendKind::Ublk,
             workers: 2,
             cpus: None,
             directory: String::new(),

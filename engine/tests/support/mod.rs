@@ -101,6 +101,7 @@ fn info(state: &State, spec: &InstanceSpec) -> InstanceInfo {
         name: spec.name.clone(),
         max_devices: spec.max_devices,
         devices: u32::try_from(devices).unwrap(),
+        backend: BackendKind::Ublk,
         workers: spec.workers,
         cpus: spec.cpus.clone(),
         directory: format!("/run/fake/{}", spec.name),

@@ -124,6 +124,7 @@ impl Instance {
             name: spec.name,
             max_devices: spec.max_devices,
             devices,
+            backend: self.context.frontend.kind(),
             workers: self.workers.len() as u32,
             cpus: spec.cpus,
             directory: self.directory.display().to_string(),

@@ -38,7 +38,9 @@ pub struct InstanceInfo {
     pub max_devices: u32,
     /// Devices now.
     pub devices: u32,
-    /// Worker threads.
+    /// How its disks are made.
+    pub backend: BackendKind,
+    /// Worker threads; 0: the kernel serves its devices.
     pub workers: u32,
     /// CPUs that the workers may run on; none: all.
     pub cpus: Option<String>,

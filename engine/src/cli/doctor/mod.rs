@@ -19,6 +19,7 @@ use crate::control::reason;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{fuse, kernel_loop, ublk::CONTROL_NODE as UBLK_CONTROL};
 use crate::instance::Engine;
+use crate::instance::spec::BackendKind;
 use crate::kernels::{self, BLOCK_DEVICES, NO_COPYING};
 
 use goal::Goal;
@@ -119,10 +120,10 @@ fn daemon_checks(run_dir: &Path) -> Vec<Check> {
     checks.extend(driver_fault(&kernels::release()));
     checks.extend([permission(), io_uring(), features()]);
     checks.extend(goal::features());
-    let (daemon, pid) = daemon(run_dir);
+    let (daemon, pid, backend) = daemon(run_dir);
     checks.push(daemon);
     checks.push(open_files(pid));
-    checks.extend(pid.map(|pid| mount_namespace(pid, run_dir)));
+    checks.extend(pid.zip(backend).map(|(pid, backend)| mount_namespace(pid, backend)));
     checks
 }
 
@@ -241,7 +242,8 @@ fn features() -> Check {
     }
 }
 
-fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
+/// Also returns its process and its backend.
+fn daemon(run_dir: &Path) -> (Check, Option<i32>, Option<BackendKind>) {
     let name = "daemon";
     let asked = daemon::ask(run_dir, async |client| {
         client.instances().await.map(|instances| (instances, client.daemon_pid()))
@@ -250,9 +252,11 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
         Ok((instances, pid)) => {
             let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
             let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
-            let found =
-                format!("process {pid_text} serves {} instances with {devices} devices", instances.len());
-            (Check::ok(name, found), pid)
+            let backend = instances.first().map(|instance| instance.backend);
+            let kind = backend.map_or(String::new(), |kind| format!(" (backend {})", kind.as_str()));
+            let count = instances.len();
+            let found = format!("process {pid_text} serves {count} instances with {devices} devices{kind}");
+            (Check::ok(name, found), pid, backend)
         }
         Err(error) => {
             let advice = error.next_step().unwrap_or("read the log of the daemon").to_owned();
@@ -261,7 +265,7 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>) {
                 Kind::Unavailable => Verdict::Warning,
                 _ => Verdict::Problem,
             };
-            (Check::bad(verdict, name, error.message(), advice), None)
+            (Check::bad(verdict, name, error.message(), advice), None, None)
         }
     }
 }
@@ -287,13 +291,16 @@ fn limit_of(pid: i32) -> Option<u64> {
     line.split_whitespace().nth(4)?.parse().ok()
 }
 
-fn mount_namespace(daemon: i32, run_dir: &Path) -> Check {
+fn mount_namespace(daemon: i32, backend: BackendKind) -> Check {
     let name = "mount namespace";
     let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
     match (of("self"), of(&daemon.to_string())) {
         (Ok(own), Ok(its)) if own != its => Check::ok(name, "the daemon has a mount namespace of its own"),
-        (Ok(_), Ok(_)) if serves_files(run_dir) => {
+        (Ok(_), Ok(_)) if backend == BackendKind::Fuse => {
             Check::ok(name, "the daemon shares it, so that users see its files")
+        }
+        (Ok(_), Ok(_)) if backend == BackendKind::Loop => {
+            Check::ok(name, "the daemon shares it; the kernel serves its devices")
         }
         (Ok(_), Ok(_)) => Check::problem(
             name,
@@ -305,11 +312,6 @@ fn mount_namespace(daemon: i32, run_dir: &Path) -> Check {
             Check::warning(name, found, "run this as root, in the PID namespace of the daemon")
         }
     }
-}
-
-fn serves_files(run_dir: &Path) -> bool {
-    // Mount points are absolute paths.
-    fs::canonicalize(run_dir).is_ok_and(|run_dir| !fuse::mounted_below(&run_dir).is_empty())
 }
 
 /// Checks whether files at `path` (a file, a device, or a directory for files) support direct I/O.

@@ -301,5 +301,11 @@ fn options_of_queues_are_refused(ctx: &Ctx) -> Res {
     }
     ensure!(daemon.ublk_ids().is_empty(), "a device was left");
     ensure!(daemon.footprint()?.threads < 8, "{:?}", daemon.footprint()?);
+    let instances = daemon.json(&["instance", "list"])?;
+    ensure!(instances[0]["backend"] == "loop" && instances[0]["workers"] == 0, "{instances}");
+    let checks = daemon.cli(&["doctor", "--json"])?;
+    let namespace = r#""name": "mount namespace","#;
+    let checked = checks.out.split('{').find(|check| check.contains(namespace)).unwrap_or_default();
+    ensure!(checked.contains(r#""verdict": "ok""#), "{checked}");
     daemon.stop()
 }
