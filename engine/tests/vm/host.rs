@@ -71,9 +71,8 @@ impl Host {
         if crate::BACKEND != "ublk" {
             return Host::probe_without_ublk();
         }
-        let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
         let allowed = std::env::var_os("LOOPENGINE_VM_CASES").is_some_and(|v| v == "1");
-        if !cmdline.contains("virtme") && !allowed {
+        if !is_virtual() && !allowed {
             skip!("not in the lab's VM; run 'cargo lab test', or set LOOPENGINE_VM_CASES=1");
         }
         tools::sh("modprobe -a ublk_drv xfs ext4 && modprobe null_blk nr_devices=0").at("kernel modules")?;
@@ -84,7 +83,7 @@ impl Host {
             tools::ok(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
         }
         let program = copy_program()?;
-        if cmdline.contains("virtme") {
+        if is_virtual() {
             tools::copy_to_memory(&[&TOOLS[..], &[&program]].concat(), SCRATCH)?;
         }
         let done = tools::run(&[&program, "features", "--json"])?.ok()?;
@@ -150,6 +149,11 @@ impl Host {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether this is a VM of the lab, whose CPUs are emulated.
+pub(crate) fn is_virtual() -> bool {
+    std::fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("virtme"))
 }
 
 fn has_flag(features: &Value, flag: &str) -> bool {

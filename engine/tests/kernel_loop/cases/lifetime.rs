@@ -11,14 +11,15 @@ use super::MIB;
 use crate::daemon::{Daemon, disk_name};
 use crate::disk::same;
 use crate::fio;
-use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, skip};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail, skip};
+use crate::host;
 use crate::model::pattern;
 use crate::store::{Mount, Store, mkfs};
 use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("lifetime::io_outlives_a_killed_daemon", Needs::Ublk, 120, io_outlives_a_killed_daemon),
+        case("lifetime::io_outlives_a_killed_daemon", Needs::Ublk, 180, io_outlives_a_killed_daemon),
         case("lifetime::a_stop_leaves_devices", Needs::Ublk, 90, a_stop_leaves_devices),
         case("lifetime::detach_in_use", Needs::Ublk, 90, detach_in_use),
         case("lifetime::a_lost_record_is_listed", Needs::Ublk, 90, a_lost_record_is_listed),
@@ -52,21 +53,25 @@ fn io_outlives_a_killed_daemon(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     let disk = disk_name(&device)?;
     let node = format!("/dev/{disk}");
+    // Longer than the restarts below: an emulated machine needs seconds for each.
+    let seconds = if host::is_virtual() { 40 } else { 8 };
     let jobs = format!(
         "[global]\nfilename={node}\nioengine=libaio\niodepth=8\ndirect=1\nbs=4k\nsize=64M\n\
-         verify=crc32c\nverify_fatal=1\ntime_based=1\nruntime=8\n[job]\nrw=randwrite\n"
+         verify=crc32c\nverify_fatal=1\ntime_based=1\nruntime={seconds}\n[job]\nrw=randwrite\n"
     );
     let mut load = fio::start(ctx, &jobs)?;
     for _ in 0..3 {
         std::thread::sleep(Duration::from_millis(500));
         daemon.kill()?;
-        ensure!(load.alive(), "fio ended when the daemon was killed");
+        if !load.alive() {
+            fail!("fio ended when the daemon was killed: {:?}", load.finish(Duration::from_secs(5))?);
+        }
         File::open(&node).at("without a daemon")?;
         daemon.restart()?;
         let info = daemon.info(&device)?;
         ensure!(info["state"] == "live" && info["node"] == node.as_str(), "{info}");
     }
-    load.finish(Duration::from_secs(60))?.clean()?;
+    load.finish(Duration::from_secs(90))?.clean()?;
     let shared = daemon.log().lines().filter(|line| line.contains("shares")).count();
     ensure!(shared == 0, "a device shares its image with itself: {}", daemon.log());
     daemon.detach(&device)?;
