@@ -60,8 +60,6 @@ pub struct Claims {
     excluded: Arc<Mutex<HashSet<u64>>>,
     /// The pool that claims through this.
     pool: Arc<PoolLabel>,
-    /// Upper half of the owner cookies of this daemon's disks.
-    owner_hash: u32,
 }
 
 #[derive(Debug, Default)]
@@ -69,6 +67,8 @@ struct ClaimTable {
     uses: HashMap<Identity, Vec<(u64, ImageUse)>>,
     /// The next claim's number.
     next: u64,
+    /// Owner cookies of the disks that hold claims.
+    cookies: HashSet<u64>,
 }
 
 /// One device's claim on its image.
@@ -77,6 +77,8 @@ pub struct Claim {
     claims: Claims,
     identity: Identity,
     id: u64,
+    /// Of the disk that holds it, if it belongs to an instance.
+    owner_cookie: Option<u64>,
 }
 
 /// Excludes a file system's regular files as images while it lives.
@@ -87,11 +89,6 @@ pub struct ExcludedFileSystem {
 }
 
 impl Claims {
-    /// The claims of a daemon with this upper half of its owner cookies.
-    pub fn new(owner_hash: u32) -> Claims {
-        Claims { owner_hash, ..Claims::default() }
-    }
-
     /// The same claims, for a pool.
     #[must_use]
     pub fn of_pool(&self, name: &str, uid: u32) -> Claims {
@@ -129,7 +126,7 @@ impl Claims {
         let id = table.next;
         table.next += 1;
         table.uses.entry(identity).or_default().push((id, by.clone()));
-        Ok(Claim { claims: self.clone(), identity, id })
+        Ok(Claim { claims: self.clone(), identity, id, owner_cookie: None })
     }
 
     /// The users of an image.
@@ -145,6 +142,14 @@ impl Claims {
 }
 
 impl Claim {
+    /// Names the disk that holds it. Returns the owner cookies of all disks that hold claims.
+    fn set_owner(&mut self, cookie: u64) -> HashSet<u64> {
+        self.owner_cookie = Some(cookie);
+        let mut table = self.claims.table();
+        table.cookies.insert(cookie);
+        table.cookies.clone()
+    }
+
     /// The other users of the image.
     pub fn others(&self) -> Vec<String> {
         let table = self.claims.table();
@@ -156,6 +161,9 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut table = self.claims.table();
+        if let Some(cookie) = self.owner_cookie {
+            table.cookies.remove(&cookie);
+        }
         let Some(uses) = table.uses.get_mut(&self.identity) else { return };
         uses.retain(|(id, _)| *id != self.id);
         if uses.is_empty() {

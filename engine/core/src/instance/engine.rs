@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::claims::Claims;
 use super::companion::Companion;
 use super::instance::{EngineContext, Instance};
 use super::links::{DEV_DIR, DevLinks};
@@ -87,7 +86,7 @@ impl Engine {
         let context = EngineContext {
             owner_hash: owner_hash(&config.run_dir),
             state: StateDir::new(&config.run_dir),
-            claims: Claims::new(owner_hash(&config.run_dir)),
+            claims: Default::default(),
             run_dir: config.run_dir,
             frontend,
             dev_links,

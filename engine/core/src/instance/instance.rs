@@ -146,7 +146,14 @@ impl Instance {
         let identity = image.identity();
         let number = reservation.number;
         let sharing = if force { Sharing::Warn } else { Sharing::Refuse };
-        let (image, hold) = sharing::claim_image(&self.context.claims, image, spec, number, sharing)?;
+        let (image, hold) = sharing::claim_image(
+            &self.context.claims,
+            image,
+            spec,
+            number,
+            parameters.owner_cookie,
+            sharing,
+        )?;
         let device = self.backend.add(number, parameters)?;
         let (served, begun) = Served::start(device, &self.workers, reservation.slot, image, StartMode::New);
         let (id, parameters) = (served.device().id(), served.device().parameters());

@@ -134,7 +134,8 @@ impl Instance {
     ) -> (AttachedDevice, Result<()>) {
         let geometry = device.driver_geometry(record.spec.offset).unwrap_or_else(|_| last_known(&record));
         let opened = open(&recovered_spec(&record, &geometry), &geometry).and_then(|image| {
-            sharing::claim_image(&self.context.claims, image, &record.spec, number, sharing)
+            let DeviceRecord { spec, owner_cookie, .. } = &record;
+            sharing::claim_image(&self.context.claims, image, spec, number, *owner_cookie, sharing)
         });
         let record = DeviceRecord { size: geometry.size, block_size: geometry.block_size, ..record };
         let (served, hold, outcome) = match opened {

@@ -159,6 +159,9 @@ fn a_lost_record_is_listed(ctx: &Ctx) -> Res {
     let info = daemon.info(&device)?;
     ensure!(info["state"] == "stuck", "{info}");
     file.write_all_at(b"x", 0).at("while it is stuck")?;
+    // The kernel serves it all the same: a second writer would destroy the image.
+    let done = daemon.cli(&["attach", &image])?;
+    ensure!(done.code == 4 && done.err.contains("in use by /dev/loop"), "{done:?}");
     daemon.ok(&["recover", &device, "--image", &image])?;
     let info = daemon.info(&device)?;
     ensure!(info["state"] == "live" && info["image"] == image.as_str(), "{info}");

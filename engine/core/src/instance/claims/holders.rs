@@ -5,6 +5,7 @@
 //! Reads /proc and /sys as root. Does not know what may be shared, nor what this daemon serves. May
 //! block on the file systems of swap files and of the loop devices' backing files.
 
+use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -38,8 +39,8 @@ struct RelatedDevice {
     of: String,
 }
 
-/// All users, writers first, without the loop devices of the daemon with these owner cookies.
-pub fn find(image: &Identity, owner_hash: u32) -> Vec<ExternalUse> {
+/// All users, writers first, without the loop devices with these owner cookies.
+pub fn find(image: &Identity, own: &HashSet<u64>) -> Vec<ExternalUse> {
     let mounts = mounts();
     let related_devices = match image.rdev {
         0 => Vec::new(),
@@ -57,7 +58,7 @@ pub fn find(image: &Identity, owner_hash: u32) -> Vec<ExternalUse> {
     if swaps().into_iter().any(is_it) {
         found.push(ExternalUse { who: "swap".to_owned(), writes: true });
     }
-    found.extend(kernel_loops(is_it, &mounts, owner_hash));
+    found.extend(kernel_loops(is_it, &mounts, own));
     found.sort_by_key(|user| !user.writes);
     found
 }
@@ -122,7 +123,7 @@ fn built_upon(rdev: u64) -> Vec<ExternalUse> {
 fn kernel_loops(
     is_it: impl Fn((u64, u64, u64)) -> bool,
     mounts: &[MountEntry],
-    owner_hash: u32,
+    own: &HashSet<u64>,
 ) -> Vec<ExternalUse> {
     let user = |device: PathBuf| {
         if !device.join("loop/backing_file").exists() {
@@ -133,9 +134,9 @@ fn kernel_loops(
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node).ok()?;
         let rdev = number_of(&device)?;
         let info = loop_device::status(&file).ok()?;
-        let is_ours = kernel_loop::cookie(&info).is_some_and(|cookie| (cookie >> 32) as u32 == owner_hash);
+        let is_own = kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
         let same = file.metadata().ok()?.rdev() == rdev && is_it((info.device, info.inode, info.rdevice));
-        if is_ours || !same {
+        if is_own || !same {
             return None;
         }
         let writes = text(&device.join("ro")) != "1";
@@ -260,8 +261,11 @@ mod tests {
     #[test]
     fn a_missing_file_has_no_users() {
         let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, btime_ns: 0 };
-        assert!(find(&nothing, 0).is_empty());
-        assert!(find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }, 0).is_empty());
+        assert!(find(&nothing, &HashSet::new()).is_empty());
+        assert!(
+            find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }, &HashSet::new())
+                .is_empty()
+        );
         assert_eq!(related(0), [0u64; 0]);
     }
 }

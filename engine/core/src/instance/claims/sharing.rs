@@ -13,7 +13,7 @@
 //!
 //! A reader does not block writers, as with loop(4). Sharing within one pool is not logged.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -62,29 +62,39 @@ impl Hold {
     }
 }
 
-/// Claims an image for device loopN of an instance, and counts its failures.
+/// Claims an image for device loopN of an instance, and counts its failures. The device, known by
+/// its owner cookie, may use the image already.
 pub fn claim_image(
     claims: &Claims,
     image: Image,
     spec: &AttachSpec,
     number: u32,
+    owner_cookie: u64,
     sharing: Sharing,
 ) -> Result<(Image, Hold)> {
     let holder = Holder::Device { instance: spec.instance.clone(), number };
     let failures = Failures::of(holder.to_string(), image.name().to_owned());
-    let hold = attach(claims, &image, &ImageUse { holder, read_only: spec.read_only }, sharing)?;
+    let hold =
+        attach(claims, &image, &ImageUse { holder, read_only: spec.read_only }, owner_cookie, sharing)?;
     Ok((image.with_failure_counter(failures), hold))
 }
 
-fn attach(claims: &Claims, image: &Image, by: &ImageUse, sharing: Sharing) -> Result<Hold> {
+fn attach(
+    claims: &Claims,
+    image: &Image,
+    by: &ImageUse,
+    owner_cookie: u64,
+    sharing: Sharing,
+) -> Result<Hold> {
     let (identity, name) = (image.identity(), image.name());
-    let (claim, uses) = claim(claims, image, by, sharing)?;
+    let (mut claim, uses) = claim(claims, image, by, sharing)?;
+    let own = claim.set_owner(owner_cookie);
     warn(by, &uses, identity, name);
     let (exclusive, claimed) = match image.is_block_device() {
         true => open_exclusively(image),
         false => (None, false),
     };
-    let mut external = find_external_users(identity, name, claims.owner_hash);
+    let mut external = find_external_users(identity, name, own);
     let is_ours = uses.iter().any(|one| matches!(one.holder, Holder::Device { .. }));
     if claimed && external.is_empty() && !is_ours {
         let open = processes::open_devices(|name| name.starts_with("/dev"));
@@ -107,7 +117,6 @@ pub fn claim_for_pool(claims: &Claims, image: &Image, number: u32, read_only: bo
     if !warn(&by, &uses, image.identity(), image.name()) {
         find_external_users_later(DeferredCheck {
             by,
-            owner_hash: claims.owner_hash,
             identity: image.identity(),
             name: image.name().to_owned(),
         });
@@ -198,10 +207,10 @@ fn open_exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
 }
 
 /// Finds the users of an image outside this daemon, with a deadline.
-fn find_external_users(identity: Identity, name: &str, owner_hash: u32) -> Vec<ExternalUse> {
+fn find_external_users(identity: Identity, name: &str, own: HashSet<u64>) -> Vec<ExternalUse> {
     let (found, is_found) = std::sync::mpsc::channel();
     let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
-        let _ = found.send(holders::find(&identity, owner_hash));
+        let _ = found.send(holders::find(&identity, &own));
     });
     let found = started.ok().and_then(|_| is_found.recv_timeout(LOOKUP_TIMEOUT).ok());
     found.unwrap_or_else(|| {
@@ -213,7 +222,6 @@ fn find_external_users(identity: Identity, name: &str, owner_hash: u32) -> Vec<E
 /// A pool binding to check for other users.
 struct DeferredCheck {
     by: ImageUse,
-    owner_hash: u32,
     identity: Identity,
     name: String,
 }
@@ -244,7 +252,7 @@ fn find_external_users_later(binding: DeferredCheck) {
             drop(state);
             warn_external(
                 &next.by,
-                &holders::find(&next.identity, next.owner_hash),
+                &holders::find(&next.identity, &HashSet::new()),
                 next.identity,
                 &next.name,
             );
@@ -280,7 +288,7 @@ mod tests {
         let claims = Claims::default();
         let claim_image = |number, read_only, how| {
             let image = if read_only { &readable } else { &writable };
-            attach(&claims, image, &device(number, read_only), how)
+            attach(&claims, image, &device(number, read_only), u64::from(number), how)
         };
         let kind = |exists: Result<Hold>| exists.unwrap_err().kind();
 
