@@ -16,6 +16,8 @@ mod cases;
 mod daemon;
 #[path = "../vm/disk.rs"]
 mod disk;
+#[path = "../vm/driver/mod.rs"]
+mod driver;
 #[path = "../vm/fio.rs"]
 mod fio;
 #[path = "../vm/harness.rs"]
@@ -39,6 +41,13 @@ const BACKEND: &str = "loop";
 const SCRATCH: &str = "/run/loopengine-kernel-loop-cases";
 
 fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, role, what] = &words[..]
+        && role == driver::ROLE
+    {
+        driver::run(what);
+        return ExitCode::SUCCESS;
+    }
     let mut args = libtest_mimic::Arguments::from_args();
     // The cases share two CPUs and the machine's loop devices: one at a time.
     args.test_threads = Some(1);

@@ -130,7 +130,7 @@ impl Host {
             io_modes: vec![crate::BACKEND.into()],
             resize: true,
             recovery: crate::BACKEND == "loop",
-            private: false,
+            private: crate::BACKEND == "loop",
             full,
         })
     }

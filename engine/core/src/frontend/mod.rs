@@ -112,11 +112,15 @@ impl Frontend {
         }
     }
 
-    /// Whether a device can be stopped only if unused, and resized later. Private pools need both.
-    pub fn supports_private_pools(&self) -> bool {
+    /// The backend of private pools: ublk needs to stop a device only if it is unused, and to
+    /// resize it later.
+    pub fn pool_backend(&self) -> Result<BackendKind> {
         match self {
-            Frontend::Ublk(features) => features.supports_binding(),
-            Frontend::Loop | Frontend::Fuse(_) => false,
+            Frontend::Ublk(features) if features.supports_binding() => Ok(BackendKind::Ublk),
+            _ => kernel_loop::check().map(|()| BackendKind::Loop).map_err(|error| {
+                Error::new(Kind::Unsupported, format!("this daemon has no private devices: {}", error.message()))
+                    .hint("'loopengine doctor --for run' says what works with this kernel")
+            }),
         }
     }
 
@@ -153,7 +157,11 @@ impl Frontend {
 
     /// Whether the driver can stop a device only if it is not open.
     pub fn can_stop_if_unused(&self) -> bool {
-        matches!(self, Frontend::Loop) || self.supports_private_pools()
+        match self {
+            Frontend::Ublk(features) => features.supports_binding(),
+            Frontend::Loop => true,
+            Frontend::Fuse(_) => false,
+        }
     }
 
     /// The ids of all devices of the driver, of any owner. Files end with their daemon.

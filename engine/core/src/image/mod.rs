@@ -40,7 +40,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::error::{Error, Kind, Result};
 use crate::failures::Failures;
@@ -109,9 +109,24 @@ impl Image {
 
     /// The placeholder image of an unbound device: size 0, every request fails.
     pub fn unbound(block_size: u32) -> Result<Image> {
-        let name = "/dev/null".to_owned();
-        let file = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        let name = "/dev/null";
+        let file = rustix::fs::open(name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::os(e, "cannot open /dev/null"))?;
+        Image::placeholder(file, name, block_size)
+    }
+
+    /// The same for the kernel's loop driver: a file that stays empty.
+    pub fn empty(block_size: u32) -> Result<Image> {
+        let made = || {
+            let file = memfd_create("loopengine", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+            fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SEAL)?;
+            Ok(file)
+        };
+        let file = made().map_err(|e: rustix::io::Errno| Error::os(e, "cannot create an empty file"))?;
+        Image::placeholder(file, "nothing", block_size)
+    }
+
+    fn placeholder(file: OwnedFd, name: &str, block_size: u32) -> Result<Image> {
         let spec = ImageSpec { loop_semantics: true, buffered: true, block_size, ..ImageSpec::default() };
         let properties = FileProperties {
             size: 0,
@@ -125,15 +140,15 @@ impl Image {
             can_punch: true,
         };
         Ok(Image {
-            geometry: Geometry::compute(&properties, &spec, &name)?,
-            identity: Identity::of(file.as_fd(), &name)?,
+            geometry: Geometry::compute(&properties, &spec, name)?,
+            identity: Identity::of(file.as_fd(), name)?,
             file,
             properties,
             spec,
             may_block: false,
             buffered_reason: None,
             direct_io_disabled: AtomicBool::new(false),
-            name,
+            name: name.to_owned(),
             failures: None,
         })
     }

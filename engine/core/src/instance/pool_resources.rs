@@ -7,9 +7,8 @@ use super::claims::ExcludedFileSystem;
 use super::engine::{Engine, Tuning};
 use super::instance::EngineContext;
 use super::served::Workers;
-use crate::error::{Error, Kind, Result};
-use crate::frontend::Backend;
-use crate::kernels::PRIVATE;
+use crate::error::Result;
+use crate::frontend::{Backend, BackendKind};
 use crate::ring::RingSizes;
 use crate::worker::WorkerHandle;
 
@@ -31,25 +30,21 @@ impl Engine {
 }
 
 impl PoolResources {
-    /// Starts the workers of a pool, with space for so many disks; over ublk.
+    /// Starts the workers of a pool, with space for so many disks. Pools use ublk if the instances
+    /// do and the driver has all that pools need; otherwise the kernel's loop driver, without
+    /// workers.
     pub fn start(&self, name: &str, uid: u32, disks: u32) -> Result<(EngineContext, Backend, Workers)> {
-        if !self.context.frontend.supports_private_pools() {
-            return Err(match PRIVATE.missing() {
-                Some(missing) => Error::new(Kind::Unsupported, missing)
-                    .hint("'loopengine doctor --for run' says what works with this kernel"),
-                None => {
-                    Error::new(Kind::Unsupported, "this daemon has no private devices: it does not use ublk")
-                        .hint("have root run 'modprobe ublk_drv', and restart the daemon")
-                }
-            });
+        let claims = self.context.claims.of_pool(name, uid);
+        let context = EngineContext { claims, ..self.context.clone() };
+        if context.frontend.pool_backend()? == BackendKind::Loop {
+            return Ok((context, Backend::Loop, Vec::new().into()));
         }
-        let backend = self.context.frontend.backend(Path::new("/"), 0, &[])?;
+        let backend = context.frontend.backend(Path::new("/"), 0, &[])?;
         let (sizes, options) = (RingSizes::for_devices(disks), self.tuning.options(false));
         let workers = (0..POOL_WORKERS)
             .map(|queue| WorkerHandle::start(format!("{name}/{queue}"), sizes, options, Vec::new()))
             .collect::<Result<Vec<_>>>()?;
-        let claims = self.context.claims.of_pool(name, uid);
-        Ok((EngineContext { claims, ..self.context.clone() }, backend, workers.into()))
+        Ok((context, backend, workers.into()))
     }
 
     /// Forbids images on the file system with this device number while the result lives.

@@ -35,6 +35,14 @@ pub fn is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(flag != 0)
 }
 
+/// Size of a block device in bytes.
+pub fn size(device: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let mut bytes = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one u64, which lives until the call returns.
+    answer(unsafe { libc::ioctl(device.as_raw_fd(), ioctl::BLKGETSIZE64 as libc::Ioctl, &raw mut bytes) })?;
+    Ok(bytes)
+}
+
 /// Number of a disk in the order of all that the kernel has had.
 pub fn disk_sequence(device: BorrowedFd<'_>) -> Result<u64, Errno> {
     let mut sequence = 0u64;

@@ -24,6 +24,7 @@ pub const BLKROGET: u32 = 0x125e;
 pub const BLKRRPART: u32 = 0x125f;
 pub const BLKFLSBUF: u32 = 0x1261;
 pub const BLKPG: u32 = 0x1269;
+pub const BLKGETSIZE64: u32 = 0x8008_1272;
 pub const BLKGETDISKSEQ: u32 = 0x8008_1280;
 /// For callers of 64 and of 32 bits.
 pub const BLKBSZSET: [u32; 2] = [0x4008_1271, 0x4004_1271];

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 
 use super::ioctl::{
-    LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_CTL_REMOVE, LOOP_GET_STATUS64, LOOP_SET_CAPACITY,
-    LOOP_SET_STATUS64,
+    LOOP_CHANGE_FD, LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_ADD, LOOP_CTL_REMOVE, LOOP_GET_STATUS64,
+    LOOP_SET_BLOCK_SIZE, LOOP_SET_CAPACITY, LOOP_SET_DIRECT_IO, LOOP_SET_STATUS64,
 };
 
 /// The device refuses writes.
@@ -127,31 +127,44 @@ pub fn set_status(device: impl AsFd, info: &LoopInfo) -> Result<(), Errno> {
 
 /// Unbinds a device, or has its last close unbind it if others have it open.
 pub fn clear(device: impl AsFd) -> Result<(), Errno> {
-    // SAFETY: LOOP_CLR_FD takes no argument; the descriptor is open for the call (borrowed).
-    answer(unsafe { libc::ioctl(device.as_fd().as_raw_fd(), LOOP_CLR_FD as libc::Ioctl, 0) }).map(drop)
+    with_number(device, LOOP_CLR_FD, 0)
+}
+
+/// Has a read-only device use another file of the same size.
+pub fn change_file(device: impl AsFd, file: BorrowedFd<'_>) -> Result<(), Errno> {
+    with_number(device, LOOP_CHANGE_FD, u64::from(file.as_raw_fd().cast_unsigned()))
 }
 
 /// Has a device take over the present size of its file.
 pub fn set_capacity(device: impl AsFd) -> Result<(), Errno> {
-    // SAFETY: LOOP_SET_CAPACITY takes no argument; the descriptor is open for the call (borrowed).
-    answer(unsafe { libc::ioctl(device.as_fd().as_raw_fd(), LOOP_SET_CAPACITY as libc::Ioctl, 0) }).map(drop)
+    with_number(device, LOOP_SET_CAPACITY, 0)
+}
+
+/// Switches direct I/O. EINVAL: the file cannot do it.
+pub fn set_direct_io(device: impl AsFd, on: bool) -> Result<(), Errno> {
+    with_number(device, LOOP_SET_DIRECT_IO, u64::from(on))
+}
+
+/// Changes the logical block size, in bytes. EAGAIN: the device has dirty pages.
+pub fn set_block_size(device: impl AsFd, bytes: u32) -> Result<(), Errno> {
+    with_number(device, LOOP_SET_BLOCK_SIZE, u64::from(bytes))
 }
 
 /// Adds a device with this number. EEXIST: there is one.
 pub fn add(control: impl AsFd, number: u32) -> Result<(), Errno> {
-    of_control(control, LOOP_CTL_ADD, number)
+    with_number(control, LOOP_CTL_ADD, u64::from(number))
 }
 
 /// Removes a device. EBUSY: it is bound or open.
 pub fn remove(control: impl AsFd, number: u32) -> Result<(), Errno> {
-    of_control(control, LOOP_CTL_REMOVE, number)
+    with_number(control, LOOP_CTL_REMOVE, u64::from(number))
 }
 
-fn of_control(control: impl AsFd, request: u32, number: u32) -> Result<(), Errno> {
-    let control = control.as_fd().as_raw_fd();
-    // SAFETY: the argument of both requests is a number; the descriptor is open for the call
-    // (borrowed).
-    answer(unsafe { libc::ioctl(control, request as libc::Ioctl, libc::c_ulong::from(number)) }).map(drop)
+fn with_number(file: impl AsFd, request: u32, number: u64) -> Result<(), Errno> {
+    let file = file.as_fd().as_raw_fd();
+    // SAFETY: the argument of these requests is a number or nothing; the descriptor is open for the
+    // call (borrowed), as is one that the number names.
+    answer(unsafe { libc::ioctl(file, request as libc::Ioctl, number as libc::c_ulong) }).map(drop)
 }
 
 fn answer(result: libc::c_int) -> Result<libc::c_int, Errno> {

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::instance::served::Served;
+use super::pool_disk::DiskServer;
 use crate::ring::SlotAllocator;
 
 /// At most so many disks wait. Who adds one more deletes disks itself.
@@ -28,7 +28,7 @@ struct DeletionState {
 #[derive(Debug, Default)]
 struct PendingDeletions {
     /// Stopped, removed from the workers, and without a file.
-    disks: VecDeque<Box<Served>>,
+    disks: VecDeque<DiskServer>,
     /// A thread deletes them.
     has_thread: bool,
 }
@@ -40,7 +40,7 @@ impl DeletionQueue {
     }
 
     /// Deletes a disk, now or soon.
-    pub fn push(&self, disk: Box<Served>) {
+    pub fn push(&self, disk: DiskServer) {
         let start = {
             let mut waiting = lock(&self.0.waiting);
             waiting.disks.push_back(disk);
@@ -77,7 +77,7 @@ impl DeletionQueue {
         };
         let Some(disk) = next else { return false };
         match disk.delete() {
-            Ok(()) => slots.free(disk.slot()),
+            Ok(()) => disk.slot().into_iter().for_each(|slot| slots.free(slot)),
             // Its slot on the workers stays taken, and so does its number.
             Err(error) => tracing::error!(%error, "a used disk cannot be deleted"),
         }

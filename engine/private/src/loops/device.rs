@@ -150,7 +150,7 @@ impl PoolDevice {
             return Err(Errno::BUSY);
         }
         let (binding, image) =
-            FileBinding::open(with, caller.can_write(), self.number, &allocator.shared().claims)?;
+            FileBinding::open(with, caller.can_write(), self.number, allocator)?;
         if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
@@ -166,21 +166,19 @@ impl PoolDevice {
                 allocator,
             ),
         };
-        // Dropped again if the bind fails.
-        self.partitions = partitions;
-        if self.disk()?.block_size == block_size {
-            let disk = self.disk()?;
-            if let Err(error) = disk.bind(image, read_only, false) {
-                disk.unbind();
-                self.drop_partitions();
-                return Err(error);
-            }
+        let disk = self.disk()?;
+        let bound = if disk.can_bind(block_size) {
+            disk.bind(image, read_only, false).inspect_err(|_| disk.unbind())
         } else {
-            // Another block size needs another disk. The caller gets it under the same name.
-            let disk = allocator.allocate(block_size).map_err(|error| super::errno(&error))?;
-            let ready = disk.bind(image, read_only, false);
-            self.exchange_disk(disk, ready, caller, allocator).inspect_err(|_| self.drop_partitions())?;
+            // The caller gets another disk under the same name.
+            let disk = allocator.allocate_bound(image, read_only, false);
+            disk.and_then(|disk| self.exchange_disk(disk, caller, allocator))
+        };
+        if let Err(error) = bound {
+            self.outgoing.extend(partitions.into_iter().map(OutgoingDisk::of_partition));
+            return Err(error);
         }
+        self.partitions = partitions;
         self.binding = Some(binding);
         self.in_rundown = false;
         self.outgoing.extend(self.cleared.take());
@@ -192,14 +190,13 @@ impl PoolDevice {
     fn exchange_disk(
         &mut self,
         disk: PoolDisk,
-        ready: Answer<()>,
         caller: &dyn LoopCaller,
         allocator: &DiskAllocator,
     ) -> Answer<()> {
-        let given = ready.and_then(|()| match caller.has_descriptor() {
+        let given = match caller.has_descriptor() {
             true => disk.open(caller.can_write()).and_then(|file| caller.replace_descriptor(file)),
             false => self.replace_disk(allocator),
-        });
+        };
         if let Err(error) = given {
             if let Err(disk) = allocator.free(disk) {
                 self.outgoing.push(OutgoingDisk::unbound(disk));
@@ -280,10 +277,8 @@ impl PoolDevice {
     /// LOOP_SET_DIRECT_IO.
     pub fn set_direct_io(&mut self, on: bool, caller: &dyn LoopCaller) -> Answer<()> {
         check_may_change(caller)?;
-        let direct = self.bound()?.is_direct();
-        if on && !direct {
-            return Err(Errno::INVAL);
-        }
+        let possible = self.bound()?.is_direct();
+        self.disk()?.set_direct_io(on, possible)?;
         if let Some(binding) = &mut self.binding {
             let flags = &mut binding.info.flags;
             *flags = if on { *flags | flag::DIRECT_IO } else { *flags & !flag::DIRECT_IO };
@@ -311,9 +306,8 @@ impl PoolDevice {
         old.flush()?;
         let mut binding = self.binding.take().ok_or(Errno::NXIO)?;
         let replaced = binding.reopen(&info, wanted).and_then(|(image, direct)| {
-            let disk = allocator.allocate(wanted).map_err(|error| super::errno(&error))?;
-            let ready = disk.bind(image, binding.read_only(), false);
-            self.exchange_disk(disk, ready, caller, allocator)?;
+            let disk = allocator.allocate_bound(image, binding.read_only(), false)?;
+            self.exchange_disk(disk, caller, allocator)?;
             Ok(direct)
         });
         if let Ok(direct) = &replaced {
@@ -341,7 +335,7 @@ impl PoolDevice {
         let info = LoopInfo { flags: old.info.flags & flag::DIRECT_IO | flag::READ_ONLY, ..old.info };
         let kept = old.info.flags;
         let with = LoopConfig { file, block_size: old.block_size, info };
-        let (mut binding, image) = FileBinding::open(with, false, self.number, &allocator.shared().claims)?;
+        let (mut binding, image) = FileBinding::open(with, false, self.number, allocator)?;
         let disk = self.disk()?;
         if image.geometry().size != disk.size() {
             return Err(Errno::INVAL);

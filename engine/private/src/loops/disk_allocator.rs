@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Allocates the ublk disks of one pool, and replaces used ones.
+//! Allocates the disks of one pool, and replaces used ones.
 //!
-//! Knows workers, their queue slots, and the order in which a disk starts and stops. Does not know
-//! numbers, files or limits. A used disk is never bound again: a new disk replaces it and takes
-//! over its device number. So no cached page, and no name that somebody kept, leads from one file
-//! to the next, or from one tenant to another.
+//! Knows workers, their queue slots, and the order in which a disk of ublk starts and stops;
+//! `kernel_loop` knows those of the kernel's loop driver. Does not know numbers, files or limits. A
+//! disk that somebody may have open is never bound again: another disk replaces it and takes over
+//! its device number. So no cached page, and no name that somebody kept, leads from one file to the
+//! next, or from one tenant to another.
+
+mod kernel_loop;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -12,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use super::deletion_queue::DeletionQueue;
 use super::file_closer::FileCloser;
-use super::pool_disk::PoolDisk;
+use super::pool_disk::{DiskServer, PoolDisk};
+use super::{Answer, errno};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{Backend, DeviceParameters, StopMode};
@@ -41,6 +45,8 @@ const FREE_LIST_MAX: usize = 2;
 pub struct DiskAllocator {
     shared: EngineContext,
     backend: Backend,
+    /// The user of the pool.
+    uid: u32,
     workers: Workers,
     slots: Arc<SlotAllocator>,
     /// Replaced disks that the driver has not deleted yet.
@@ -70,11 +76,12 @@ pub enum NotReplaced {
 
 impl DiskAllocator {
     /// Creates the allocator of a pool with these workers.
-    pub fn new(shared: EngineContext, backend: Backend, workers: Workers) -> DiskAllocator {
+    pub fn new(shared: EngineContext, backend: Backend, uid: u32, workers: Workers) -> DiskAllocator {
         let slots = Arc::<SlotAllocator>::default();
         DiskAllocator {
             shared,
             backend,
+            uid,
             workers,
             deletion_queue: DeletionQueue::new(Arc::clone(&slots)),
             slots,
@@ -104,7 +111,7 @@ impl DiskAllocator {
 
     /// Allocates `disks` disks. From now on no disk gets another device number.
     pub fn preallocate(&self, disks: usize) -> Result<()> {
-        let made = (0..disks).map(|_| self.new_disk(DEFAULT_BLOCK_SIZE)).collect::<Result<Vec<_>>>();
+        let made = (0..disks).map(|_| self.new_disk()).collect::<Result<Vec<_>>>();
         // The free list is a stack: the lowest number comes last.
         let mut made = made?;
         made.sort_by_key(|disk| std::cmp::Reverse(disk.rdev));
@@ -126,8 +133,38 @@ impl DiskAllocator {
         &self.shared
     }
 
+    /// Whether direct I/O is used only where the tenant asks for it, as the kernel does: its driver
+    /// shares the page cache of the file, and so do all devices on it.
+    pub fn is_kernel_loop(&self) -> bool {
+        matches!(self.backend, Backend::Loop)
+    }
+
     /// Allocates a disk without a size.
-    pub fn allocate(&self, block_size: u32) -> Result<PoolDisk> {
+    pub fn allocate(&self) -> Result<PoolDisk> {
+        if !self.is_kernel_loop() {
+            return self.allocate_ublk(DEFAULT_BLOCK_SIZE);
+        }
+        let free = self.free_list().pop();
+        free.map_or_else(|| self.new_disk(), Ok)
+    }
+
+    /// Allocates a disk that serves an image. `read_only` and `closed` both refuse writes from the
+    /// start; `closed` is temporary.
+    pub fn allocate_bound(&self, image: Image, read_only: bool, closed: bool) -> Answer<PoolDisk> {
+        if self.is_kernel_loop() {
+            return self.allocate_loop(image).map_err(|error| errno(&error));
+        }
+        let disk = self.allocate_ublk(image.geometry().block_size).map_err(|error| errno(&error))?;
+        if let Err(error) = disk.bind(image, read_only, closed) {
+            if let Err(disk) = self.free(disk) {
+                tracing::error!(rdev = disk.rdev, "cannot remove a disk that was not bound");
+            }
+            return Err(error);
+        }
+        Ok(disk)
+    }
+
+    fn allocate_ublk(&self, block_size: u32) -> Result<PoolDisk> {
         let fixed = self.fixed().is_some();
         let free = if block_size == DEFAULT_BLOCK_SIZE || fixed { self.free_list().pop() } else { None };
         match free {
@@ -140,11 +177,18 @@ impl DiskAllocator {
                 NotReplaced::Lost(error) => error,
             }),
             None if fixed => Err(Error::new(Kind::Quota, "the pool has no free disk left")),
-            None => self.new_disk(block_size),
+            None => self.new_ublk(block_size),
         }
     }
 
-    fn new_disk(&self, block_size: u32) -> Result<PoolDisk> {
+    fn new_disk(&self) -> Result<PoolDisk> {
+        match self.is_kernel_loop() {
+            true => self.allocate_loop(Image::empty(DEFAULT_BLOCK_SIZE)?),
+            false => self.new_ublk(DEFAULT_BLOCK_SIZE),
+        }
+    }
+
+    fn new_ublk(&self, block_size: u32) -> Result<PoolDisk> {
         let served = self.prepare(block_size)?;
         if let Err(error) = served.start_deferred() {
             self.discard(&served);
@@ -157,7 +201,7 @@ impl DiskAllocator {
         match served.device().device_number() {
             Ok(rdev) => {
                 lock(&self.started).insert(rdev);
-                Ok(PoolDisk { served: Box::new(served), rdev, block_size })
+                Ok(PoolDisk { server: DiskServer::Ublk(Box::new(served)), rdev, block_size })
             }
             Err(error) => {
                 self.discard(&served);
@@ -196,10 +240,14 @@ impl DiskAllocator {
 
     /// Replaces a disk that nobody has open by a new one without a size.
     pub fn replace(&self, disk: PoolDisk) -> std::result::Result<PoolDisk, NotReplaced> {
-        self.replace_with(disk, DEFAULT_BLOCK_SIZE)
+        match self.is_kernel_loop() {
+            true => self.replace_loop(disk),
+            false => self.replace_with(disk, DEFAULT_BLOCK_SIZE),
+        }
     }
 
     fn replace_with(&self, disk: PoolDisk, block_size: u32) -> std::result::Result<PoolDisk, NotReplaced> {
+        let DiskServer::Ublk(served) = &disk.server else { return Err(NotReplaced::InUse(disk)) };
         let next = match self.prepare(block_size) {
             Ok(next) => next,
             Err(error) => {
@@ -208,7 +256,7 @@ impl DiskAllocator {
             }
         };
         let start_lock = StartLock::acquire();
-        match disk.served.try_stop(&start_lock) {
+        match served.try_stop(&start_lock) {
             Ok(()) => drop(lock(&self.started).remove(&disk.rdev)),
             Err(error) if error.kind() == Kind::Busy => {
                 drop(start_lock);
@@ -218,20 +266,20 @@ impl DiskAllocator {
             // It is stopped, and its replacement cannot start: remove both.
             Err(error) => {
                 drop(start_lock);
-                self.discard(&disk.served);
+                self.discard(served);
                 self.discard(&next);
                 return Err(NotReplaced::Lost(error));
             }
         }
         let mut minor_placeholders = Vec::new();
-        let next = self.start_in_place(next, &disk, block_size, &mut minor_placeholders, &start_lock);
+        let next = self.start_in_place(next, disk.rdev, block_size, &mut minor_placeholders, &start_lock);
         drop(start_lock);
         minor_placeholders.iter().for_each(|served| self.discard(served));
-        match disk.served.remove_queues() {
+        match served.remove_queues() {
             Ok(()) => {
                 // A file is not kept open longer than it is bound.
-                self.close(disk.served.take_image());
-                self.deletion_queue.push(disk.served);
+                self.close(served.take_image());
+                self.deletion_queue.push(disk.server);
             }
             Err(error) => {
                 tracing::error!(%error, "{CANNOT_RELEASE}");
@@ -254,7 +302,7 @@ impl DiskAllocator {
     fn start_in_place(
         &self,
         mut next: Served,
-        old: &PoolDisk,
+        old_rdev: u64,
         block_size: u32,
         minor_placeholders: &mut Vec<Served>,
         start_lock: &StartLock,
@@ -266,13 +314,15 @@ impl DiskAllocator {
                 return Err(error.with_kind(Kind::Internal));
             }
             let disk = self.register(next, block_size)?;
-            if self.fixed().is_none() || disk.rdev == old.rdev {
+            if self.fixed().is_none() || disk.rdev == old_rdev {
                 return Ok(disk);
             }
             // The kernel frees a number some time after it removed the disk.
-            let beyond = disk.rdev > old.rdev;
+            let beyond = disk.rdev > old_rdev;
             lock(&self.started).remove(&disk.rdev);
-            minor_placeholders.push(*disk.served);
+            if let DiskServer::Ublk(served) = disk.server {
+                minor_placeholders.push(*served);
+            }
             if minor_placeholders.len() == PLACEHOLDERS_MAX || Instant::now() >= until {
                 return Err(Error::new(
                     Kind::Internal,
@@ -315,10 +365,11 @@ impl DiskAllocator {
 
     /// Stops and deletes a disk.
     pub fn remove(&self, disk: PoolDisk, when: StopMode) -> std::result::Result<(), PoolDisk> {
-        match disk.served.stop(when) {
+        let DiskServer::Ublk(served) = &disk.server else { return self.remove_loop(disk, when) };
+        match served.stop(when) {
             Ok(()) => {
                 lock(&self.started).remove(&disk.rdev);
-                self.release(&disk.served);
+                self.release(served);
                 self.close(disk);
                 Ok(())
             }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 
+use super::disk_allocator::DiskAllocator;
 use super::{Answer, Bound, Errno, LoopConfig, LoopInfo, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
@@ -33,6 +34,8 @@ pub struct FileBinding {
     pub block_size: u32,
     /// Direct I/O is used (whether it was requested or not).
     direct: bool,
+    /// See [`DiskAllocator::is_kernel_loop`].
+    direct_on_request: bool,
     _hold: Hold,
     /// Failed requests of the device, partitions included.
     failures: Arc<Failures>,
@@ -84,8 +87,9 @@ impl FileBinding {
         with: LoopConfig,
         writes: bool,
         number: u32,
-        claims: &Claims,
+        allocator: &DiskAllocator,
     ) -> Answer<(FileBinding, Image)> {
+        let (claims, direct_on_request) = (&allocator.shared().claims, allocator.is_kernel_loop());
         // The checks have the driver's order.
         let file = with.file;
         let stat = rustix::fs::fstat(&file)?;
@@ -110,7 +114,7 @@ impl FileBinding {
         if with.block_size == 0 && info.flags & flag::DIRECT_IO != 0 {
             block_size = direct_block_size(&file, &info, &failures);
         }
-        let (image, direct) = open(&file, &info, block_size, &failures)?;
+        let (image, direct) = open(&file, &info, block_size, direct_on_request, &failures)?;
         if !direct {
             info.flags &= !flag::DIRECT_IO;
         }
@@ -122,6 +126,7 @@ impl FileBinding {
             info,
             block_size,
             direct,
+            direct_on_request,
             _hold: hold,
             failures,
             device: stat.st_dev,
@@ -133,13 +138,13 @@ impl FileBinding {
 
     /// Opens the image again, with another offset, limit or block size.
     pub fn reopen(&self, info: &LoopInfo, block_size: u32) -> Answer<(Image, bool)> {
-        open(&self.file, info, block_size, &self.failures)
+        open(&self.file, info, block_size, self.direct_on_request, &self.failures)
     }
 
     /// The same, read-only.
     pub fn reopen_read_only(&self, info: &LoopInfo, block_size: u32) -> Answer<Image> {
         let info = LoopInfo { flags: info.flags | flag::READ_ONLY, ..*info };
-        open(&self.file, &info, block_size, &self.failures).map(|(image, _)| image)
+        self.reopen(&info, block_size).map(|(image, _)| image)
     }
 
     /// Takes over the arguments and the result of `reopen`.
@@ -199,20 +204,27 @@ impl FileBinding {
 /// smallest.
 fn direct_block_size(file: &OwnedFd, info: &LoopInfo, failures: &Arc<Failures>) -> u32 {
     let whole = LoopInfo { offset: 0, size_limit: 0, ..*info };
-    let direct = |size: &u32| open(file, &whole, *size, failures).is_ok_and(|(_, direct)| direct);
+    let direct = |size: &u32| open(file, &whole, *size, true, failures).is_ok_and(|(_, direct)| direct);
     BLOCK_SIZES.into_iter().find(direct).unwrap_or(BLOCK_SIZES[0])
 }
 
-/// Opens the image for direct I/O if possible, whether it was requested or not. The device behaves
-/// the same, and is faster.
-fn open(file: &OwnedFd, info: &LoopInfo, block_size: u32, failures: &Arc<Failures>) -> Answer<(Image, bool)> {
+/// Opens the image for direct I/O if possible; unless `on_request`, whether it was requested or not:
+/// the device behaves the same, and is faster.
+fn open(
+    file: &OwnedFd,
+    info: &LoopInfo,
+    block_size: u32,
+    on_request: bool,
+    failures: &Arc<Failures>,
+) -> Answer<(Image, bool)> {
     let read_only = info.flags & flag::READ_ONLY != 0;
+    let buffered = on_request && info.flags & flag::DIRECT_IO == 0;
     let source = ImageSpec {
         offset: info.offset,
         size_limit: info.size_limit,
         block_size,
         read_only,
-        buffered: false,
+        buffered,
         loop_semantics: true,
     };
     let attempt = |source: &ImageSpec| {
@@ -221,7 +233,7 @@ fn open(file: &OwnedFd, info: &LoopInfo, block_size: u32, failures: &Arc<Failure
         Ok::<_, Errno>(image.map(|image| image.with_failure_counter(Arc::clone(failures))))
     };
     match attempt(&source)? {
-        Ok(image) => Ok((image, true)),
+        Ok(image) => Ok((image, !buffered)),
         Err(error) if error.kind() == Kind::Unsupported => {
             let image = attempt(&ImageSpec { buffered: true, ..source })?.map_err(|error| errno(&error))?;
             Ok((image, false))

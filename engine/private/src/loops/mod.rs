@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Private pools of loop devices: loop(4) on ublk.
+//! Private pools of loop devices: loop(4) on ublk, or on the kernel's own driver.
 //!
 //! A pool is an independent `/dev/loop-control` with its own `loopN`, numbered from 0 and limited
 //! in number, for one owner. This module knows the effect of each operation, with the real driver's

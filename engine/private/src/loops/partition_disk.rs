@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::disk_allocator::DiskAllocator;
 use super::file_binding::FileBinding;
 use super::pool_disk::PoolDisk;
-use super::{Answer, Errno, LoopInfo, PartitionEntry, errno};
+use super::{Answer, Errno, LoopInfo, PartitionEntry};
 use crate::image::{Image, Region, partitions};
 
 /// Maximum number of partitions of a device.
@@ -76,13 +76,7 @@ impl PartitionDisk {
         } else {
             binding.reopen(&info, binding.block_size)?.0
         };
-        let disk = allocator.allocate(binding.block_size).map_err(|error| errno(&error))?;
-        if let Err(error) = disk.bind(image, binding.read_only(), closed) {
-            if let Err(disk) = allocator.free(disk) {
-                tracing::error!(rdev = disk.rdev, "cannot remove the disk of a partition");
-            }
-            return Err(error);
-        }
+        let disk = allocator.allocate_bound(image, binding.read_only(), closed)?;
         let entry = PartitionEntry {
             number: part.number,
             rdev: disk.rdev,

@@ -208,7 +208,7 @@ impl Pool {
             return Err(Errno::NOSPC);
         }
         let charge = self.quotas.charge(self.spec.uid)?;
-        let disk = self.allocator.allocate(512).map_err(|error| {
+        let disk = self.allocator.allocate().map_err(|error| {
             tracing::warn!(%error, pool = self.spec.name, "cannot allocate a disk for a loop device");
             errno(&error)
         })?;

@@ -5,19 +5,58 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-use super::{Answer, errno, errno_of};
+use super::{Answer, Errno, errno, errno_of};
+use crate::error::Result;
+use crate::frontend::kernel_loop::HeldLoop;
 use crate::image::Image;
 use crate::instance::served::{Served, Traffic};
+use crate::ring::SlotId;
 use crate::sys::{block, usage};
+
+/// What serves a disk.
+#[derive(Debug)]
+pub enum DiskServer {
+    /// This program, over ublk.
+    Ublk(Box<Served>),
+    /// The kernel's loop driver.
+    Loop(HeldLoop),
+}
+
+impl DiskServer {
+    /// The node that the kernel made for it.
+    fn node(&self) -> PathBuf {
+        match self {
+            DiskServer::Ublk(served) => served.device().node(),
+            DiskServer::Loop(held) => held.node(),
+        }
+    }
+
+    /// Its slot on the workers, if they serve it.
+    pub fn slot(&self) -> Option<SlotId> {
+        match self {
+            DiskServer::Ublk(served) => Some(served.slot()),
+            DiskServer::Loop(_) => None,
+        }
+    }
+
+    /// Deletes a stopped disk.
+    pub fn delete(&self) -> Result<()> {
+        match self {
+            DiskServer::Ublk(served) => served.delete(),
+            DiskServer::Loop(held) => held.delete(),
+        }
+    }
+}
 
 /// A started disk.
 #[derive(Debug)]
 pub struct PoolDisk {
-    pub(super) served: Box<Served>,
+    pub(super) server: DiskServer,
     /// Its device number.
     pub rdev: u64,
     /// Logical block size in bytes.
@@ -27,28 +66,48 @@ pub struct PoolDisk {
 impl PoolDisk {
     /// Bytes.
     pub fn size(&self) -> u64 {
-        self.served.geometry().size
+        match &self.server {
+            DiskServer::Ublk(served) => served.geometry().size,
+            DiskServer::Loop(held) => held.size(),
+        }
     }
 
     /// Its I/O counters. None: its workers do not answer.
     pub fn traffic(&self) -> Option<Traffic> {
-        self.served.traffic().ok()
+        match &self.server {
+            DiskServer::Ublk(served) => served.traffic().ok(),
+            DiskServer::Loop(held) => {
+                let stats = held.stats();
+                let ended = stats.reads + stats.writes + stats.discards + stats.flushes;
+                Some(Traffic { in_flight: stats.in_flight, ended })
+            }
+        }
     }
 
     /// Serves another image, or another range of the same file.
     pub fn set_image(&self, image: Image) -> Answer<()> {
-        self.served.replace(image).map_err(|error| errno(&error))
+        let set = match &self.server {
+            DiskServer::Ublk(served) => served.replace(image),
+            DiskServer::Loop(held) => held.set_image(image),
+        };
+        set.map_err(|error| errno(&error))
     }
 
-    /// Binds an unbound disk to an image. `read_only` and `closed` both refuse writes from the
-    /// start; `closed` is temporary.
+    /// Whether it can be bound while it is open: a disk of ublk, to an image with its block size.
+    pub fn can_bind(&self, block_size: u32) -> bool {
+        self.block_size == block_size && matches!(self.server, DiskServer::Ublk(_))
+    }
+
+    /// Binds an unbound disk of ublk to an image. `read_only` and `closed` both refuse writes from
+    /// the start; `closed` is temporary.
     pub fn bind(&self, image: Image, read_only: bool, closed: bool) -> Answer<()> {
+        let DiskServer::Ublk(served) = &self.server else { return Err(Errno::OPNOTSUPP) };
         // Done while nothing can be in flight, and not before: a last close did not wait for this.
-        self.served.device().disable_scheduler();
+        served.device().disable_scheduler();
         if !read_only && !image.geometry().can_discard {
             // An unbound disk advertises discards. The block layer would take a refused discard for
             // success.
-            self.set_discard_support(false)?;
+            set_discard_support(served, false)?;
         }
         if read_only || closed {
             self.set_read_only(true)?;
@@ -56,17 +115,17 @@ impl PoolDisk {
         self.set_image(image)
     }
 
-    fn set_discard_support(&self, offer: bool) -> Answer<()> {
-        self.served.device().set_discard_support(offer).map_err(|error| errno(&error))
-    }
-
-    /// Unbinds the disk after a failed `bind`, which no user has seen.
+    /// Unbinds the disk after a failed `bind`, which no user has seen, or takes its file away from
+    /// all who have it open.
     pub fn unbind(&self) {
-        let nothing = Image::unbound(self.block_size).map_err(|error| errno(&error));
-        let withdrawn = nothing
-            .and_then(|image| self.set_image(image))
-            .and_then(|()| self.set_read_only(false))
-            .and_then(|()| self.set_discard_support(true));
+        let withdrawn = match &self.server {
+            DiskServer::Ublk(served) => Image::unbound(self.block_size)
+                .map_err(|error| errno(&error))
+                .and_then(|image| self.set_image(image))
+                .and_then(|()| self.set_read_only(false))
+                .and_then(|()| set_discard_support(served, true)),
+            DiskServer::Loop(held) => held.withdraw_file().map_err(|error| errno(&error)),
+        };
         if let Err(error) = withdrawn {
             tracing::error!(%error, rdev = self.rdev, "cannot unbind a disk: it still serves its file");
         }
@@ -74,12 +133,26 @@ impl PoolDisk {
 
     /// Takes over the current size of its file.
     pub fn resize_to_file(&self) -> Answer<()> {
-        self.served.resize(None, |_, _| Ok(())).map(drop).map_err(|error| errno(&error))
+        let resized = match &self.server {
+            DiskServer::Ublk(served) => served.resize(None, |_, _| Ok(())).map(drop),
+            DiskServer::Loop(held) => held.set_capacity(),
+        };
+        resized.map_err(|error| errno(&error))
+    }
+
+    /// Switches direct I/O. ublk uses it wherever that is `possible`, whether it is asked for or
+    /// not.
+    pub fn set_direct_io(&self, on: bool, possible: bool) -> Answer<()> {
+        match &self.server {
+            DiskServer::Ublk(_) if on && !possible => Err(Errno::INVAL),
+            DiskServer::Ublk(_) => Ok(()),
+            DiskServer::Loop(held) => held.set_direct_io(on).map_err(|error| errno(&error)),
+        }
     }
 
     /// Opens its node.
     pub fn open(&self, writable: bool) -> Answer<OwnedFd> {
-        let file = File::options().read(true).write(writable).open(self.served.device().node());
+        let file = File::options().read(true).write(writable).open(self.server.node());
         file.map(OwnedFd::from).map_err(|error| errno_of(&error))
     }
 
@@ -91,7 +164,7 @@ impl PoolDisk {
     /// A detached mount of its node, for other mount namespaces.
     pub fn node(&self) -> Answer<OwnedFd> {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        open_tree(CWD, self.served.device().node(), flags)
+        open_tree(CWD, self.server.node(), flags)
     }
 
     /// Sets or clears read-only.
@@ -107,7 +180,11 @@ impl PoolDisk {
     /// Whether it is mounted, or open with O_EXCL.
     pub fn is_claimed(&self) -> bool {
         use std::os::unix::fs::OpenOptionsExt;
-        let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(self.served.device().node());
+        let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(self.server.node());
         opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
     }
+}
+
+fn set_discard_support(served: &Served, offer: bool) -> Answer<()> {
+    served.device().set_discard_support(offer).map_err(|error| errno(&error))
 }

@@ -74,7 +74,7 @@ impl Pools {
         let (context, backend, workers) =
             self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions)?;
         let pool =
-            Pool::start(spec.clone(), DiskAllocator::new(context, backend, workers), self.quotas.clone())?;
+            Pool::start(spec.clone(), DiskAllocator::new(context, backend, spec.uid, workers), self.quotas.clone())?;
         if spec.fixed {
             pool.create_all().inspect_err(|_| pool.end(true))?;
         }

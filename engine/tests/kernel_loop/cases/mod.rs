@@ -14,6 +14,62 @@ mod filesystem;
 #[path = "../../vm/cases/geometry.rs"]
 mod geometry;
 mod lifetime;
+#[path = "../../vm/cases/private_binding.rs"]
+mod private_binding;
+#[path = "../../vm/cases/private_builders.rs"]
+mod private_builders;
+#[path = "../../vm/cases/private_bundle.rs"]
+mod private_bundle;
+#[path = "../../vm/cases/private_claims.rs"]
+mod private_claims;
+#[path = "../../vm/cases/private_container_mounts.rs"]
+mod private_container_mounts;
+#[path = "../../vm/cases/private_containers.rs"]
+mod private_containers;
+#[path = "../../vm/cases/private_driver.rs"]
+mod private_driver;
+#[path = "../../vm/cases/private_figures.rs"]
+mod private_figures;
+#[path = "../../vm/cases/private_hostile.rs"]
+mod private_hostile;
+#[path = "../../vm/cases/private_hung.rs"]
+mod private_hung;
+#[path = "../../vm/cases/private_images.rs"]
+mod private_images;
+#[path = "../../vm/cases/private_isolation.rs"]
+mod private_isolation;
+#[path = "../../vm/cases/private_kernel_mounts.rs"]
+mod private_kernel_mounts;
+#[path = "../../vm/cases/private_known.rs"]
+mod private_known;
+#[path = "../../vm/cases/private_lifetime.rs"]
+mod private_lifetime;
+#[path = "../../vm/cases/private_losetup.rs"]
+mod private_losetup;
+#[path = "../../vm/cases/private_mapped.rs"]
+mod private_mapped;
+#[path = "../../vm/cases/private_mount.rs"]
+mod private_mount;
+#[path = "../../vm/cases/private_mount_command.rs"]
+mod private_mount_command;
+#[path = "../../vm/cases/private_names.rs"]
+mod private_names;
+#[path = "../../vm/cases/private_nspawn.rs"]
+mod private_nspawn;
+#[path = "../../vm/cases/private_partitions.rs"]
+mod private_partitions;
+#[path = "../../vm/cases/private_podman.rs"]
+mod private_podman;
+#[path = "../../vm/cases/private_rounds.rs"]
+mod private_rounds;
+#[path = "../../vm/cases/private_script.rs"]
+mod private_script;
+#[path = "../../vm/cases/private_socket.rs"]
+mod private_socket;
+#[path = "../../vm/cases/private_sysfs.rs"]
+mod private_sysfs;
+#[path = "../../vm/cases/private_users.rs"]
+mod private_users;
 #[path = "../../vm/cases/resize.rs"]
 mod resize;
 #[path = "../../vm/cases/verify.rs"]
@@ -52,7 +108,34 @@ pub(crate) fn all() -> Vec<Case> {
         errors::cases(),
         claims::cases(),
     ];
-    let of_images = of_images.into_iter().flatten();
+    let of_pools = [
+        private_binding::cases(),
+        private_builders::cases(),
+        private_claims::cases(),
+        private_container_mounts::cases(),
+        private_containers::cases(),
+        private_driver::cases(),
+        private_figures::cases(),
+        private_hostile::cases(),
+        private_hung::cases(),
+        private_images::cases(),
+        private_isolation::cases(),
+        private_kernel_mounts::cases(),
+        private_lifetime::cases(),
+        private_losetup::cases(),
+        private_mapped::cases(),
+        private_mount::cases(),
+        private_mount_command::cases(),
+        private_names::cases(),
+        private_nspawn::cases(),
+        private_partitions::cases(),
+        private_podman::cases(),
+        private_rounds::cases(),
+        private_socket::cases(),
+        private_sysfs::cases(),
+        private_users::cases(),
+    ];
+    let of_images = of_images.into_iter().chain(of_pools).flatten();
     let of_images = of_images.filter(|case| !OF_UBLK.iter().any(|name| case.name().starts_with(name)));
     lifetime::cases().into_iter().chain(of_images).collect()
 }

@@ -25,8 +25,10 @@ use crate::sys::loop_device::{
     self, LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO, LO_FLAGS_PARTSCAN, LO_FLAGS_READ_ONLY, LoopInfo,
 };
 
-/// Prefix of the driver's names of our devices.
+/// Prefix of the driver's names of devices that outlive the daemon.
 const OWNER: &str = "loopengine:";
+/// The same of those of private pools, which do not.
+pub(super) const PRIVATE_OWNER: &str = "loopengine-private:";
 /// How often a number is tried that a `losetup -f` of the host binds first.
 const BIND_TRIES: u32 = 16;
 /// How long udev and blkid may have a new device open.
@@ -88,7 +90,7 @@ impl KernelLoop {
             queues: 0,
             depth: 0,
             owner_cookie,
-            recoverable: true,
+            recoverable: info.file_name().starts_with(OWNER.as_bytes()),
             partscan: info.flags & LO_FLAGS_PARTSCAN != 0,
         };
         Ok(ExistingDevice { parameters, state: OrphanState::Waiting })
@@ -296,14 +298,17 @@ fn bind(number: u32, image: &Image, parameters: &DeviceParameters) -> rustix::io
         .custom_flags(libc::O_NONBLOCK)
         .open(node(number))
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
     let mut info = LoopInfo::default();
     (info.offset, info.size_limit) = (geometry.offset, image.size_limit());
     info.flags = flag(geometry.read_only, LO_FLAGS_READ_ONLY)
         | flag(parameters.partscan, LO_FLAGS_PARTSCAN)
         | flag(!image.is_buffered(), LO_FLAGS_DIRECT_IO);
-    info.set_file_name(owned_name(parameters.owner_cookie, image.name()).as_bytes());
+    info.set_file_name(owned_name(OWNER, parameters.owner_cookie, image.name()).as_bytes());
     loop_device::configure(&file, image.fd(), geometry.block_size, &info)
+}
+
+pub(super) fn flag(set: bool, flag: u32) -> u32 {
+    if set { flag } else { 0 }
 }
 
 /// Unbinds a device, or with `force` has its last close do it. EBUSY: others have it open, and it
@@ -337,25 +342,31 @@ fn without_autoclear(mut info: LoopInfo) -> LoopInfo {
 }
 
 /// The driver's name of a device of ours: the cookie, and the end of the image's path.
-fn owned_name(owner_cookie: u64, image: &str) -> String {
-    let prefix = format!("{OWNER}{owner_cookie:016x}:");
+pub(super) fn owned_name(owner: &str, owner_cookie: u64, image: &str) -> String {
+    let prefix = format!("{owner}{owner_cookie:016x}:");
     let fits = 63 - prefix.len();
     let start = image.ceil_char_boundary(image.len().saturating_sub(fits));
     format!("{prefix}{}", &image[start..])
 }
 
+/// Whether this process holds this device, for a private pool.
+pub fn is_held(number: u32, info: &LoopInfo) -> bool {
+    info.file_name().starts_with(PRIVATE_OWNER.as_bytes()) && super::taken().contains(&number)
+}
+
 /// The owner cookie of a device of this program.
 pub fn cookie(info: &LoopInfo) -> Option<u64> {
     let name = std::str::from_utf8(info.file_name()).ok()?;
-    let (cookie, _) = name.strip_prefix(OWNER)?.split_once(':')?;
+    let owned = name.strip_prefix(OWNER).or_else(|| name.strip_prefix(PRIVATE_OWNER))?;
+    let (cookie, _) = owned.split_once(':')?;
     u64::from_str_radix(cookie, 16).ok()
 }
 
-fn disk(number: u32) -> String {
+pub(super) fn disk(number: u32) -> String {
     format!("loop{number}")
 }
 
-fn node(number: u32) -> PathBuf {
+pub(super) fn node(number: u32) -> PathBuf {
     Path::new("/dev").join(disk(number))
 }
 
@@ -386,7 +397,7 @@ fn not_ours(number: u32) -> Error {
 
 /// `reads merged sectors ms writes merged sectors ms in_flight ms ms discards merged sectors ms
 /// flushes ms`
-fn parse_stats(text: &str) -> BlockStats {
+pub(super) fn parse_stats(text: &str) -> BlockStats {
     let fields: Vec<u64> = text.split_ascii_whitespace().map(|word| word.parse().unwrap_or(0)).collect();
     let field = |n: usize| fields.get(n).copied().unwrap_or(0);
     BlockStats {
@@ -410,10 +421,12 @@ mod tests {
         assert_eq!(cookie(&info), None);
         let long = format!("/{}/ä.img", "x".repeat(100));
         for image in ["/a.img", &long] {
-            let name = owned_name(0x1234, image);
-            assert!(name.len() <= 63 && image.ends_with(name.rsplit(':').next().unwrap()), "{name}");
-            info.set_file_name(name.as_bytes());
-            assert_eq!(cookie(&info), Some(0x1234));
+            for owner in [OWNER, PRIVATE_OWNER] {
+                let name = owned_name(owner, 0x1234, image);
+                assert!(name.len() <= 63 && image.ends_with(name.rsplit(':').next().unwrap()), "{name}");
+                info.set_file_name(name.as_bytes());
+                assert_eq!(cookie(&info), Some(0x1234));
+            }
         }
         for name in ["/a.img", "loopengine:", "loopengine:12", "loopengine:xyz:/a", "x:0000000000001234:/a"] {
             info.set_file_name(name.as_bytes());

@@ -3,16 +3,20 @@
 //!
 //! The driver does all I/O: there are no queues, and devices live on without a daemon. Their
 //! numbers lie in the upper half of those that the driver has, so that `losetup -f` of the host
-//! never meets them. `device` knows one device.
+//! never meets them. `device` knows one device of an instance, `held` one of a private pool.
 
 mod device;
+mod held;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
-pub use device::{BlockStats, KernelLoop, cookie};
+pub use device::{BlockStats, KernelLoop, cookie, is_held};
+pub use held::HeldLoop;
 
 use crate::error::{Error, Kind, Result};
 use crate::sys::loop_device;
@@ -52,36 +56,57 @@ fn numbers() -> (u32, u32) {
     (end / 2, end)
 }
 
+/// Numbers that this process uses. One that is unbound for a moment is nobody else's.
+static TAKEN: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+fn taken() -> MutexGuard<'static, BTreeSet<u32>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Adds a device that is not bound, with the lowest free number of ours.
 fn add() -> Result<u32> {
     let cannot = |error: Errno| Error::os(error, "the kernel's loop driver adds no device");
     let control = control()?;
     let (first, end) = numbers();
     for number in first..end {
-        let disk = format!("/sys/block/loop{number}");
-        if Path::new(&disk).join("loop/backing_file").exists() {
+        // Held by nobody across a call of the driver.
+        if !taken().insert(number) {
             continue;
         }
-        if Path::new(&disk).exists() {
-            // A forced detach left it, and its last user has closed it. A new one has new
-            // statistics.
-            let _ = loop_device::remove(&control, number);
-        }
-        match loop_device::add(&control, number) {
+        match add_number(&control, number) {
             Ok(()) => return Ok(number),
-            Err(Errno::EXIST) => {}
-            Err(error) => return Err(cannot(error)),
+            Err(error) => {
+                taken().remove(&number);
+                if error != Errno::EXIST {
+                    return Err(cannot(error));
+                }
+            }
         }
     }
     Err(cannot(Errno::NOSPC))
 }
 
+/// Adds the device with this number. EEXIST: there is one.
+fn add_number(control: &File, number: u32) -> rustix::io::Result<()> {
+    let disk = format!("/sys/block/loop{number}");
+    if Path::new(&disk).join("loop/backing_file").exists() {
+        return Err(Errno::EXIST);
+    }
+    if Path::new(&disk).exists() {
+        // A forced detach left it, and its last user has closed it. A new one has new statistics.
+        let _ = loop_device::remove(control, number);
+    }
+    loop_device::add(control, number)
+}
+
 /// Removes a device that is not bound; one that is open stays.
 fn remove(number: u32) -> rustix::io::Result<()> {
-    match control() {
+    let removed = match control() {
         Ok(control) => loop_device::remove(control, number),
         Err(_) => Err(Errno::NODEV),
-    }
+    };
+    taken().remove(&number);
+    removed
 }
 
 fn control() -> Result<File> {

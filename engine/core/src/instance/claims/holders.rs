@@ -39,7 +39,8 @@ struct RelatedDevice {
     of: String,
 }
 
-/// All users, writers first, without the loop devices with these owner cookies.
+/// All users, writers first, without the loop devices with these owner cookies, and those that this
+/// process holds for its pools.
 pub fn find(image: &Identity, own: &HashSet<u64>) -> Vec<ExternalUse> {
     let mounts = mounts();
     let related_devices = match image.rdev {
@@ -134,7 +135,9 @@ fn kernel_loops(
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node).ok()?;
         let rdev = number_of(&device)?;
         let info = loop_device::status(&file).ok()?;
-        let is_own = kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
+        let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
+        let is_own = kernel_loop::is_held(number, &info)
+            || kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
         let same = file.metadata().ok()?.rdev() == rdev && is_it((info.device, info.inode, info.rdevice));
         if is_own || !same {
             return None;

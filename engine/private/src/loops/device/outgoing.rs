@@ -83,7 +83,7 @@ impl PoolDevice {
         let until = Instant::now() + DISK_TIMEOUT;
         loop {
             self.release_outgoing(allocator, DISK_TIMEOUT);
-            let made = if self.outgoing.len() < MAX { allocator.allocate(512).ok() } else { None };
+            let made = if self.outgoing.len() < MAX { allocator.allocate().ok() } else { None };
             if made.is_some() || self.outgoing.is_empty() || Instant::now() >= until {
                 return made;
             }

@@ -22,7 +22,7 @@ impl PoolDevice {
             self.outgoing.extend(mounted.map(OutgoingDisk::unbound));
             self.outgoing.extend(self.cleared.take());
             if self.binding.is_some() {
-                match allocator.allocate(512) {
+                match allocator.allocate() {
                     Ok(disk) => {
                         self.drop_partitions();
                         let old = self.swap_disk(disk);
@@ -40,7 +40,7 @@ impl PoolDevice {
             }
         }
         if self.disk.is_none() {
-            self.disk = allocator.allocate(512).ok();
+            self.disk = allocator.allocate().ok();
             self.bump_generation();
         }
         self.is_free()

@@ -8,13 +8,16 @@ use crate::frontend::StopMode;
 use crate::loops::disk_allocator::{DiskAllocator, NotReplaced};
 use crate::loops::pool_disk::PoolDisk;
 use crate::loops::shadow_disk::{MountSource, ShadowDisk};
-use crate::loops::{Answer, Errno, LoopInfo, errno};
+use crate::loops::{Answer, Errno, LoopInfo};
 
 impl PoolDevice {
     /// Gives the shadow disk of the device, or of a partition, for the kernel to mount. A mounted
     /// device has one already.
     pub fn mount_source(&mut self, part: Option<u32>, allocator: &DiskAllocator) -> Answer<MountSource> {
         self.bound()?;
+        if allocator.is_kernel_loop() {
+            return Err(Errno::OPNOTSUPP);
+        }
         if let Some(shadow) = self.shadows.iter().find(|shadow| shadow.part == part) {
             return shadow.mount_source(self.number);
         }
@@ -47,13 +50,7 @@ impl PoolDevice {
             Some(number) => of_part(number).ok_or(Errno::NXIO)?.info(binding),
         };
         let (image, _) = binding.reopen(&info, binding.block_size)?;
-        let disk = allocator.allocate(binding.block_size).map_err(|error| errno(&error))?;
-        if let Err(error) = disk.bind(image, binding.read_only(), false) {
-            if let Err(disk) = allocator.remove(disk, StopMode::Always) {
-                tracing::error!(rdev = disk.rdev, "cannot remove the disk of a kernel mount");
-            }
-            return Err(error);
-        }
+        let disk = allocator.allocate_bound(image, binding.read_only(), false)?;
         Ok(ShadowDisk { part, disk })
     }
 
