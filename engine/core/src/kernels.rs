@@ -34,12 +34,16 @@ pub const BATCHES: Feature =
 /// Pools of private loop devices.
 pub const PRIVATE: Feature = Feature {
     name: "private devices",
-    since: (7, 0),
+    since: (6, 9),
     by: "run, mount, losetup, instance mount, instance open, oci",
 };
+/// The same on disks of ublk; older kernels serve them on disks of the kernel's loop driver.
+pub const PRIVATE_UBLK: Feature =
+    Feature { name: "private devices over ublk", since: (7, 0), by: "serve --backend ublk" };
 
 /// All, oldest first.
-pub const ALL: [Feature; 7] = [FILES, LOOP_DEVICES, BLOCK_DEVICES, NO_COPYING, RESIZE, BATCHES, PRIVATE];
+pub const ALL: [Feature; 8] =
+    [FILES, LOOP_DEVICES, BLOCK_DEVICES, PRIVATE, NO_COPYING, RESIZE, BATCHES, PRIVATE_UBLK];
 
 /// This kernel's release, e.g. `7.3.4+deb13-amd64`.
 pub fn release() -> String {
@@ -52,7 +56,7 @@ impl Feature {
         format!("{}.{}", self.since.0, self.since.1)
     }
 
-    /// What this machine's kernel lacks, as a sentence: "private devices need Linux 7.0: this is 6.12".
+    /// What this machine's kernel lacks, as a sentence: "private devices need Linux 6.9: this is 6.1".
     pub fn missing(&self) -> Option<String> {
         let release = release();
         (!self.is_in(&release))
@@ -110,8 +114,9 @@ mod tests {
             ("6.9", false),
             ("odd", true),
         ] {
-            assert_eq!(PRIVATE.is_in(release), has, "{release}");
+            assert_eq!(PRIVATE_UBLK.is_in(release), has, "{release}");
         }
+        assert!(PRIVATE.is_in("6.9") && PRIVATE.is_in("6.12.117+deb13-amd64") && !PRIVATE.is_in("6.8.0-31"));
         assert!(NO_COPYING.is_in("6.16.0") && !NO_COPYING.is_in("6.9.12") && BLOCK_DEVICES.is_in("6.12"));
         assert!(ALL.is_sorted_by_key(|feature| feature.since));
     }
@@ -136,6 +141,6 @@ mod tests {
             }
         }
         let hint = without_root();
-        assert_eq!(hint.contains("need Linux 7.0"), !PRIVATE.is_in(&release()), "{hint}");
+        assert_eq!(hint.contains("need Linux 6.9"), !PRIVATE.is_in(&release()), "{hint}");
     }
 }

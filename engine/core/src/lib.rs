@@ -15,8 +15,8 @@
 //! ```
 //! use loopengine_core::kernels::PRIVATE;
 //!
-//! // Private pools need Linux 7.0.
-//! assert!(PRIVATE.is_in("7.3.4") && !PRIVATE.is_in("6.12.0"));
+//! // Private pools need Linux 6.9.
+//! assert!(PRIVATE.is_in("6.12.0") && !PRIVATE.is_in("6.1.0"));
 //! ```
 
 #![warn(missing_docs)]

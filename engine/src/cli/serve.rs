@@ -158,7 +158,7 @@ impl ServeArgs {
         }
         // Before the sandbox forbids starting programs. Optional: everything else works without it.
         let kernel = match kind {
-            BackendKind::Ublk => {
+            BackendKind::Ublk | BackendKind::Loop => {
                 let started = KernelMounts::start().map(Arc::new);
                 started
                     .inspect_err(|error| {
@@ -166,7 +166,7 @@ impl ServeArgs {
                     })
                     .ok()
             }
-            BackendKind::Loop | BackendKind::Fuse => None,
+            BackendKind::Fuse => None,
         };
         if self.no_sandbox {
             tracing::warn!("the daemon keeps all its privileges (--no-sandbox)");

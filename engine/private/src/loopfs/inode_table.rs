@@ -208,7 +208,7 @@ impl InodeTable {
             NodeKey::Root => Some((0, 0)),
             NodeKey::Control => Some(control(self.devices.spec())),
             NodeKey::Device(number) | NodeKey::Partition(number, _) => {
-                disk_id(&self.devices.entry(number)?, key)
+                disk_id(&self.devices.entry(number)?, key).filter(|(rdev, _)| self.devices.is_intact(*rdev))
             }
         }
     }

@@ -38,6 +38,10 @@ pub trait DeviceSource: fmt::Debug + Send + Sync {
     fn snapshot(&self, number: u32) -> Option<DeviceEntry> {
         self.entry(number)
     }
+    /// Whether the disk with this number serves the file that it was published with.
+    fn is_intact(&self, _rdev: u64) -> bool {
+        true
+    }
     /// Runs an operation of loop-control. Returns its number.
     fn control_op(&self, op: LoopOp) -> Answer<u32>;
     /// Notifies the directory of changes.
@@ -62,6 +66,10 @@ impl DeviceSource for Pool {
 
     fn snapshot(&self, number: u32) -> Option<DeviceEntry> {
         self.snapshot(number)
+    }
+
+    fn is_intact(&self, rdev: u64) -> bool {
+        self.allocator.is_intact(rdev)
     }
 
     fn control_op(&self, op: LoopOp) -> Answer<u32> {

@@ -119,6 +119,16 @@ impl PoolDevice {
         self.binding.as_ref().is_some_and(|binding| autoclears(&binding.info))
     }
 
+    /// Whether its last close may have unbound it.
+    pub fn may_be_unused(&self) -> bool {
+        self.disk.as_ref().is_some_and(PoolDisk::may_be_unused)
+    }
+
+    /// Whether its disk has lost its file: see [`PoolDisk::is_intact`].
+    pub fn has_lost_file(&self) -> bool {
+        self.disk.as_ref().is_some_and(|disk| !disk.is_intact())
+    }
+
     /// The number of its disks.
     pub fn disks(&self) -> usize {
         let outgoing = self.outgoing.len() + usize::from(self.is_cleared());
@@ -179,6 +189,9 @@ impl PoolDevice {
             return Err(error);
         }
         self.partitions = partitions;
+        if autoclears(&binding.info) {
+            self.disk()?.set_autoclear(true);
+        }
         self.binding = Some(binding);
         self.in_rundown = false;
         self.outgoing.extend(self.cleared.take());
@@ -238,6 +251,7 @@ impl PoolDevice {
         } else {
             self.set_range(new, caller)?;
         }
+        self.disk()?.set_autoclear(autoclears(&new));
         if info.flags & flag::PARTSCAN != 0 && self.shadows.is_empty() {
             self.try_rescan(allocator);
         }

@@ -9,7 +9,7 @@
 
 mod kernel_loop;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use super::file_closer::FileCloser;
 use super::pool_disk::{DiskServer, PoolDisk};
 use super::{Answer, errno};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::kernel_loop::PrivateLoop;
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{Backend, DeviceParameters, StopMode};
 use crate::image::Image;
@@ -54,8 +55,8 @@ pub struct DiskAllocator {
     /// A disk that is not started yet. To replace a disk is the only way to learn whether it is in
     /// use, and is attempted often.
     prepared: Mutex<Option<Served>>,
-    /// Device numbers of all started disks.
-    started: Mutex<BTreeSet<u64>>,
+    /// All started disks by device number, with the device of the kernel's loop driver.
+    started: Mutex<BTreeMap<u64, Option<Arc<PrivateLoop>>>>,
     /// Each disk of a partition holds a reference, which bounds their number.
     pub(super) partitions: Arc<()>,
     /// Unused disks that keep their device numbers.
@@ -200,7 +201,7 @@ impl DiskAllocator {
     fn register(&self, served: Served, block_size: u32) -> Result<PoolDisk> {
         match served.device().device_number() {
             Ok(rdev) => {
-                lock(&self.started).insert(rdev);
+                lock(&self.started).insert(rdev, None);
                 Ok(PoolDisk { server: DiskServer::Ublk(Box::new(served)), rdev, block_size })
             }
             Err(error) => {
@@ -352,7 +353,13 @@ impl DiskAllocator {
 
     /// Whether a started disk has this device number.
     pub fn has_started(&self, rdev: u64) -> bool {
-        lock(&self.started).contains(&rdev)
+        lock(&self.started).contains_key(&rdev)
+    }
+
+    /// Whether the disk with this device number still has its file: see [`PoolDisk::is_intact`].
+    pub fn is_intact(&self, rdev: u64) -> bool {
+        let device = lock(&self.started).get(&rdev).cloned().flatten();
+        device.is_none_or(|device| device.is_bound())
     }
 
     /// Frees a disk that was allocated and never bound.

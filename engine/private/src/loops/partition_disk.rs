@@ -127,6 +127,12 @@ impl PartitionDisk {
         &self.disk
     }
 
+    /// Gives it another disk. Returns the old one.
+    pub fn exchange(&mut self, disk: PoolDisk, generation: u64) -> PoolDisk {
+        (self.entry.rdev, self.entry.generation) = (disk.rdev, generation);
+        std::mem::replace(&mut self.disk, disk)
+    }
+
     /// The range of the file that it covers.
     pub fn info(&self, binding: &FileBinding) -> LoopInfo {
         range_info(binding, &self.range())

@@ -39,7 +39,7 @@ const PREALLOCATED_NAMES: usize = 8;
 #[derive(Debug)]
 pub struct Pool {
     spec: PoolSpec,
-    pub(super) allocator: DiskAllocator,
+    pub(crate) allocator: DiskAllocator,
     quotas: Quotas,
     slots: Mutex<BTreeMap<u32, Arc<LoopSlot>>>,
     /// Held while a device is created, so that no number is taken twice.
@@ -117,20 +117,28 @@ impl Pool {
     /// with a timeout, and delays the next one.
     pub fn entry(&self, number: u32) -> Option<DeviceEntry> {
         let slot = self.slot(number).or_else(|_| self.create_preallocated(number)).ok()?;
-        // With the kernel's driver a device is unbound right after the last close. The close
-        // watcher may not have noticed it yet.
-        if slot.is_in_rundown()
-            && let Ok(mut device) = slot.lock_within(SHORT_LOCK_TIMEOUT)
-        {
-            if device.is_in_rundown() {
-                slot.begin_replacing();
-                if !device.unbind(&self.allocator) {
-                    tracing::debug!(number, "a device is looked up in rundown, and still in use");
-                }
-            }
-            self.publish(number, &slot, device);
+        if slot.is_in_rundown() || self.has_lost_file(&slot) {
+            self.unbind_unused(number, &slot);
         }
         slot.entry_for_open()
+    }
+
+    /// Whether its disk has lost its file: its last close has unbound it, or a process past the
+    /// interception. The close watcher may not have noticed it yet.
+    fn has_lost_file(&self, slot: &LoopSlot) -> bool {
+        slot.snapshot().is_some_and(|entry| !self.allocator.is_intact(entry.rdev))
+    }
+
+    /// With the kernel's driver a device is unbound right after the last close.
+    fn unbind_unused(&self, number: u32, slot: &LoopSlot) {
+        let Ok(mut device) = slot.lock_within(SHORT_LOCK_TIMEOUT) else { return };
+        if device.is_in_rundown() || device.has_lost_file() {
+            slot.begin_replacing();
+            if !device.unbind(&self.allocator) {
+                tracing::debug!(number, "a device is looked up in rundown, and still in use");
+            }
+        }
+        self.publish(number, slot, device);
     }
 
     fn create_preallocated(&self, number: u32) -> Answer<Arc<LoopSlot>> {
@@ -156,6 +164,9 @@ impl Pool {
                 && self.create_preallocated(lower).is_ok()
             {
                 return Ok(lower);
+            }
+            if self.has_lost_file(&slot) {
+                self.unbind_unused(number, &slot);
             }
             // A device that is being bound is not free; one that was just unbound is.
             let timeout = if slot.is_published_bound() { Duration::ZERO } else { SHORT_LOCK_TIMEOUT };
@@ -305,6 +316,9 @@ impl Pool {
                 continue;
             };
             round.bound += usize::from(device.is_bound());
+            if names && device.has_lost_file() && slot.try_begin_replacing() {
+                device.unbind(&self.allocator);
+            }
             if !device.awaits_close() {
                 if names && device.is_bound() {
                     self.publish_without_wake(number, &slot, device);
@@ -315,7 +329,7 @@ impl Pool {
             if device.should_rebind() && slot.try_begin_replacing() {
                 device.rebind_cleared(&self.allocator);
             }
-            if device.is_autoclear() && slot.try_begin_replacing() {
+            if device.is_autoclear() && device.may_be_unused() && slot.try_begin_replacing() {
                 device.unbind(&self.allocator);
             }
             round.awaited += usize::from(device.awaits_close());
@@ -369,7 +383,7 @@ impl Pool {
 
     /// The same. `moves`: the operation may replace its disk without replacing the caller's
     /// descriptor.
-    fn change_replacing(
+    pub(super) fn change_replacing(
         &self,
         number: u32,
         moves: bool,

@@ -6,13 +6,14 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::{Answer, Errno, errno, errno_of};
 use crate::error::Result;
-use crate::frontend::kernel_loop::HeldLoop;
+use crate::frontend::kernel_loop::PrivateLoop;
 use crate::image::Image;
 use crate::instance::served::{Served, Traffic};
 use crate::ring::SlotId;
@@ -24,7 +25,7 @@ pub enum DiskServer {
     /// This program, over ublk.
     Ublk(Box<Served>),
     /// The kernel's loop driver.
-    Loop(HeldLoop),
+    Loop(Arc<PrivateLoop>),
 }
 
 impl DiskServer {
@@ -32,7 +33,7 @@ impl DiskServer {
     fn node(&self) -> PathBuf {
         match self {
             DiskServer::Ublk(served) => served.device().node(),
-            DiskServer::Loop(held) => held.node(),
+            DiskServer::Loop(device) => device.node(),
         }
     }
 
@@ -48,7 +49,7 @@ impl DiskServer {
     pub fn delete(&self) -> Result<()> {
         match self {
             DiskServer::Ublk(served) => served.delete(),
-            DiskServer::Loop(held) => held.delete(),
+            DiskServer::Loop(device) => device.delete(),
         }
     }
 }
@@ -68,7 +69,7 @@ impl PoolDisk {
     pub fn size(&self) -> u64 {
         match &self.server {
             DiskServer::Ublk(served) => served.geometry().size,
-            DiskServer::Loop(held) => held.size(),
+            DiskServer::Loop(device) => device.size(),
         }
     }
 
@@ -76,8 +77,8 @@ impl PoolDisk {
     pub fn traffic(&self) -> Option<Traffic> {
         match &self.server {
             DiskServer::Ublk(served) => served.traffic().ok(),
-            DiskServer::Loop(held) => {
-                let stats = held.stats();
+            DiskServer::Loop(device) => {
+                let stats = device.stats();
                 let ended = stats.reads + stats.writes + stats.discards + stats.flushes;
                 Some(Traffic { in_flight: stats.in_flight, ended })
             }
@@ -88,7 +89,7 @@ impl PoolDisk {
     pub fn set_image(&self, image: Image) -> Answer<()> {
         let set = match &self.server {
             DiskServer::Ublk(served) => served.replace(image),
-            DiskServer::Loop(held) => held.set_image(image),
+            DiskServer::Loop(device) => device.set_image(image),
         };
         set.map_err(|error| errno(&error))
     }
@@ -124,18 +125,25 @@ impl PoolDisk {
                 .and_then(|image| self.set_image(image))
                 .and_then(|()| self.set_read_only(false))
                 .and_then(|()| set_discard_support(served, true)),
-            DiskServer::Loop(held) => held.withdraw_file().map_err(|error| errno(&error)),
+            DiskServer::Loop(_) => self.withdraw_file(),
         };
         if let Err(error) = withdrawn {
             tracing::error!(%error, rdev = self.rdev, "cannot unbind a disk: it still serves its file");
         }
     }
 
+    /// Takes the file away from all who have a disk of the kernel's loop driver open. EAGAIN:
+    /// somebody keeps its pages.
+    pub fn withdraw_file(&self) -> Answer<()> {
+        let DiskServer::Loop(device) = &self.server else { return Err(Errno::OPNOTSUPP) };
+        device.withdraw_file().map_err(|error| errno(&error))
+    }
+
     /// Takes over the current size of its file.
     pub fn resize_to_file(&self) -> Answer<()> {
         let resized = match &self.server {
             DiskServer::Ublk(served) => served.resize(None, |_, _| Ok(())).map(drop),
-            DiskServer::Loop(held) => held.set_capacity(),
+            DiskServer::Loop(device) => device.set_capacity(),
         };
         resized.map_err(|error| errno(&error))
     }
@@ -146,7 +154,32 @@ impl PoolDisk {
         match &self.server {
             DiskServer::Ublk(_) if on && !possible => Err(Errno::INVAL),
             DiskServer::Ublk(_) => Ok(()),
-            DiskServer::Loop(held) => held.set_direct_io(on).map_err(|error| errno(&error)),
+            DiskServer::Loop(device) => device.set_direct_io(on).map_err(|error| errno(&error)),
+        }
+    }
+
+    /// Whether it still has its file: its last close may have unbound it, or a process that calls
+    /// the kernel's loop driver past the interception.
+    pub fn is_intact(&self) -> bool {
+        match &self.server {
+            DiskServer::Ublk(_) => true,
+            DiskServer::Loop(device) => device.is_bound(),
+        }
+    }
+
+    /// Whether only an attempt to replace it tells if it is in use.
+    pub fn may_be_unused(&self) -> bool {
+        matches!(self.server, DiskServer::Ublk(_)) || !self.is_intact()
+    }
+
+    /// Tells the kernel's driver whether the last close unbinds it. For a disk of ublk the close
+    /// watcher does that.
+    pub fn set_autoclear(&self, on: bool) {
+        let DiskServer::Loop(device) = &self.server else { return };
+        if let Err(error) = device.set_autoclear(on)
+            && device.is_bound()
+        {
+            tracing::warn!(%error, rdev = self.rdev, "cannot change the autoclear of a disk");
         }
     }
 

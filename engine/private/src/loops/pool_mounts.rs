@@ -33,7 +33,9 @@ impl Pool {
     pub fn mount_source<T>(&self, rdev: u64, make: impl FnOnce(&MountSource) -> Answer<T>) -> Answer<T> {
         let (number, part) = self.find_device_or_partition(rdev).ok_or(Errno::NXIO)?;
         let mut source = None;
-        self.change(number, |device| {
+        // The device gets another disk.
+        let moves = self.allocator.is_kernel_loop();
+        self.change_replacing(number, moves, |device| {
             source = Some(device.mount_source(part, &self.allocator)?);
             Ok(())
         })?;

@@ -164,7 +164,7 @@ impl KernelLoop {
         let number = self.number();
         self.call("taking over a loop device", move |file, info| match info.flags & LO_FLAGS_AUTOCLEAR {
             0 => Ok(()),
-            _ => loop_device::set_status(file, &without_autoclear(info)),
+            _ => set_autoclear(file, false),
         })?
         .map_err(|error| Error::os(error, format!("cannot take over {}", node(number).display())))
     }
@@ -185,18 +185,35 @@ impl KernelLoop {
         let wait = if when == StopMode::IfUnused { RELEASE_TIMEOUT } else { Duration::ZERO };
         let deadline = Instant::now() + wait;
         let force = when == StopMode::Always;
-        loop {
-            let unbound =
-                self.call("unbinding a loop device", move |file, info| unbind(file, info, force))?;
-            match unbound {
-                Ok(()) => return Ok(()),
-                Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
-                Err(Errno::BUSY) => return Err(Error::new(Kind::Busy, "the device is open")),
-                Err(error) => {
-                    return Err(Error::os(error, format!("cannot unbind {}", self.node().display())));
-                }
+        // Its last close unbinds it, ours for instance: LOOP_CLR_FD would lose what that close has to
+        // write back.
+        let set = self.call("unbinding a loop device", move |file, mut info| {
+            if force {
+                // It is a loop device as any other now: the next daemon must not take it over.
+                let name = info.file_name().splitn(3, |byte| *byte == b':').last().unwrap_or_default();
+                let name = name.to_vec();
+                info.set_file_name(&name);
             }
+            info.flags |= LO_FLAGS_AUTOCLEAR;
+            loop_device::set_status(file, &info)
+        })?;
+        set.map_err(|error| self.cannot("unbind", error))?;
+        while !force && self.is_present() {
+            if Instant::now() < deadline {
+                std::thread::sleep(POLL_INTERVAL);
+                continue;
+            }
+            let kept = self.call("keeping a loop device", |file, _| set_autoclear(file, false));
+            return match kept {
+                Ok(Ok(())) => Err(Error::new(Kind::Busy, "the device is open")),
+                // It was unbound all the same.
+                Ok(Err(Errno::NXIO)) => Ok(()),
+                Err(error) if error.kind() == Kind::NotFound => Ok(()),
+                Ok(Err(error)) => Err(self.cannot("keep", error)),
+                Err(error) => Err(error),
+            };
         }
+        Ok(())
     }
 
     /// Removes it from the driver. One that still has users is removed after their last close, by
@@ -271,6 +288,10 @@ impl KernelLoop {
         Ok(parse_stats(&text))
     }
 
+    fn cannot(&self, verb: &str, error: Errno) -> Error {
+        Error::os(error, format!("cannot {verb} {}", self.node().display()))
+    }
+
     /// Makes a call on the device, if it is still ours.
     fn call<T: Send + 'static>(
         &self,
@@ -311,34 +332,11 @@ pub(super) fn flag(set: bool, flag: u32) -> u32 {
     if set { flag } else { 0 }
 }
 
-/// Unbinds a device, or with `force` has its last close do it. EBUSY: others have it open, and it
-/// stays as it was.
-fn unbind(file: &File, info: LoopInfo, force: bool) -> rustix::io::Result<()> {
-    // With other users, this only sets a flag. Our own open file keeps the device until the flag
-    // is taken back, even if they close theirs meanwhile.
-    loop_device::clear(file)?;
-    let mut now = match loop_device::status(file) {
-        Err(Errno::NXIO) => return Ok(()),
-        found => found?,
-    };
-    if !force {
-        // ENXIO: it was unbound all the same.
-        return match loop_device::set_status(file, &without_autoclear(now)) {
-            Err(Errno::NXIO) => Ok(()),
-            done => done.and(Err(Errno::BUSY)),
-        };
-    }
-    // From now on it is a loop device as any other: the next daemon must not take it over.
-    now.set_file_name(info.file_name().splitn(3, |byte| *byte == b':').last().unwrap_or_default());
-    match loop_device::set_status(file, &now) {
-        Err(Errno::NXIO) => Ok(()),
-        done => done,
-    }
-}
-
-fn without_autoclear(mut info: LoopInfo) -> LoopInfo {
-    info.flags &= !LO_FLAGS_AUTOCLEAR;
-    info
+/// Sets or clears autoclear of a bound device.
+pub(super) fn set_autoclear(file: &File, on: bool) -> rustix::io::Result<()> {
+    let mut info = loop_device::status(file)?;
+    info.flags = info.flags & !LO_FLAGS_AUTOCLEAR | flag(on, LO_FLAGS_AUTOCLEAR);
+    loop_device::set_status(file, &info)
 }
 
 /// The driver's name of a device of ours: the cookie, and the end of the image's path.

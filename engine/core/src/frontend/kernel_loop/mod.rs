@@ -3,10 +3,10 @@
 //!
 //! The driver does all I/O: there are no queues, and devices live on without a daemon. Their
 //! numbers lie in the upper half of those that the driver has, so that `losetup -f` of the host
-//! never meets them. `device` knows one device of an instance, `held` one of a private pool.
+//! never meets them. `device` knows one device of an instance, `private` one of a private pool.
 
 mod device;
-mod held;
+mod private;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 
 pub use device::{BlockStats, KernelLoop, cookie, is_held};
-pub use held::HeldLoop;
+pub use private::PrivateLoop;
 
 use crate::error::{Error, Kind, Result};
 use crate::sys::loop_device;

@@ -70,6 +70,10 @@ impl PoolDevice {
             self.outgoing.extend(self.cleared.take());
             self.cleared = self.swap_disk(next);
         }
+        // The caller's close is the last one, if nobody else has it open.
+        let present = self.disk.as_ref().filter(|_| self.binding.is_some());
+        let cleared = self.cleared.as_ref().map(|was| &was.disk);
+        present.or(cleared).into_iter().for_each(|disk| disk.set_autoclear(true));
         self.in_rundown = self.binding.is_some();
         Ok(())
     }
@@ -146,7 +150,10 @@ impl PoolDevice {
                 allocator.close(binding);
                 None
             }
-            Err(disk) => Some(OutgoingDisk { disk, binding, partitions, since, generation, of_partition }),
+            Err(disk) => {
+                disk.set_autoclear(true);
+                Some(OutgoingDisk { disk, binding, partitions, since, generation, of_partition })
+            }
         }
     }
 

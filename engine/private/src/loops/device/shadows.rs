@@ -4,6 +4,7 @@
 //! Knows when the device is read-only. `shadow_disk` says why.
 
 use super::PoolDevice;
+use super::outgoing::OutgoingDisk;
 use crate::frontend::StopMode;
 use crate::loops::disk_allocator::{DiskAllocator, NotReplaced};
 use crate::loops::pool_disk::PoolDisk;
@@ -15,9 +16,6 @@ impl PoolDevice {
     /// device has one already.
     pub fn mount_source(&mut self, part: Option<u32>, allocator: &DiskAllocator) -> Answer<MountSource> {
         self.bound()?;
-        if allocator.is_kernel_loop() {
-            return Err(Errno::OPNOTSUPP);
-        }
         if let Some(shadow) = self.shadows.iter().find(|shadow| shadow.part == part) {
             return shadow.mount_source(self.number);
         }
@@ -26,7 +24,10 @@ impl PoolDevice {
             if self.is_claimed()? {
                 return Err(Errno::BUSY);
             }
-            self.set_write_protection(true).inspect_err(|_| self.remove_write_protection())?;
+            if let Err(error) = self.set_write_protection(true, allocator) {
+                self.remove_write_protection(allocator);
+                return Err(error);
+            }
         }
         let source = self.create_shadow(part, allocator).and_then(|shadow| {
             let source = shadow.mount_source(self.number);
@@ -36,7 +37,7 @@ impl PoolDevice {
         if source.is_err() {
             self.release_shadows(allocator);
             if self.shadows.is_empty() {
-                self.remove_write_protection();
+                self.remove_write_protection(allocator);
             }
         }
         source
@@ -55,10 +56,13 @@ impl PoolDevice {
     }
 
     /// Makes the device and its partitions read-only, or what they were before.
-    fn set_write_protection(&self, close: bool) -> Answer<()> {
+    fn set_write_protection(&mut self, close: bool, allocator: &DiskAllocator) -> Answer<()> {
         let binding = self.binding.as_ref().ok_or(Errno::NXIO)?;
         if binding.read_only() {
             return Ok(());
+        }
+        if allocator.is_kernel_loop() {
+            return self.exchange_all(close, allocator);
         }
         let parts = self.partitions.iter().map(|part| (part.disk(), part.info(binding)));
         let all: Vec<(_, LoopInfo)> = std::iter::once((self.disk()?, binding.info)).chain(parts).collect();
@@ -79,8 +83,40 @@ impl PoolDevice {
         Ok(())
     }
 
-    fn remove_write_protection(&mut self) {
-        if let Err(error) = self.set_write_protection(false) {
+    /// The same for the kernel's loop driver, which makes no bound disk read-only: the device and
+    /// its partitions get other disks, and who has the old ones open loses the file.
+    fn exchange_all(&mut self, close: bool, allocator: &DiskAllocator) -> Answer<()> {
+        let binding = self.binding.as_ref().ok_or(Errno::NXIO)?;
+        let other = |old: &PoolDisk, info: &LoopInfo| {
+            let image = match close {
+                true => {
+                    old.flush()?;
+                    // Somebody has it mapped: EBUSY, as for one that is open with O_EXCL.
+                    old.withdraw_file().map_err(|_| Errno::BUSY)?;
+                    binding.reopen_read_only(info, old.block_size)?
+                }
+                false => binding.reopen(info, old.block_size)?.0,
+            };
+            allocator.allocate_bound(image, close, close)
+        };
+        let mut old = Vec::new();
+        self.last_generation += 1;
+        self.generation = self.last_generation;
+        for part in &mut self.partitions {
+            let next = other(part.disk(), &part.info(binding))?;
+            old.push(part.exchange(next, self.last_generation));
+        }
+        let next = other(self.disk.as_ref().ok_or(Errno::IO)?, &binding.info)?;
+        old.extend(self.disk.replace(next));
+        self.outgoing.extend(old.into_iter().map(OutgoingDisk::unbound));
+        Ok(())
+    }
+
+    fn remove_write_protection(&mut self, allocator: &DiskAllocator) {
+        // The end of the mount was the last close.
+        if allocator.is_kernel_loop() && self.is_autoclear() {
+            self.disk.iter().for_each(|disk| disk.set_autoclear(true));
+        } else if let Err(error) = self.set_write_protection(false, allocator) {
             tracing::error!(%error, number = self.number, "a loop device stays read-only after a mount");
         }
     }
@@ -94,12 +130,15 @@ impl PoolDevice {
         for ShadowDisk { part, disk } in std::mem::take(&mut self.shadows) {
             match allocator.replace(disk) {
                 Ok(free) => allocator.keep(free),
-                Err(NotReplaced::InUse(disk)) => self.shadows.push(ShadowDisk { part, disk }),
+                Err(NotReplaced::InUse(disk)) => {
+                    disk.set_autoclear(true);
+                    self.shadows.push(ShadowDisk { part, disk });
+                }
                 Err(NotReplaced::Lost(error)) => tracing::error!(%error, "cannot replace a disk: it is lost"),
             }
         }
         if self.shadows.is_empty() {
-            self.remove_write_protection();
+            self.remove_write_protection(allocator);
         }
     }
 

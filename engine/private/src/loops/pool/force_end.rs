@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Ends a pool whose devices are in use.
 //!
-//! Knows that a hung device must not delay others, and that losses are logged.
+//! Knows that a hung device must not delay others, and that losses are logged. A disk of the kernel's
+//! loop driver cannot be taken away: it ends, and with it the pool, at its last close.
 
 use super::{END_LOCK_TIMEOUT, LoopSlot, Pool};
 use crate::frontend::StopMode;
@@ -32,6 +33,10 @@ impl Pool {
             return;
         };
         let device = format!("loop{number} of pool {} ({})", self.spec.name, bound.backing_file.display());
-        usage::warn_lost(&device, &Disks::numbered(rdev));
+        let disks = Disks::numbered(rdev);
+        match disks.nodes().first().filter(|_| self.allocator.is_kernel_loop()) {
+            Some(node) => usage::warn_left(&device, node, &disks),
+            None => usage::warn_lost(&device, &disks),
+        }
     }
 }

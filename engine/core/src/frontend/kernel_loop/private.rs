@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A device of the kernel's loop driver for a private pool. It does not outlive its daemon: the next
+//! one removes it, or it ends at its last close.
+//!
+//! The daemon does not keep it open: the last close of its users must be the driver's last close,
+//! which writes back. The disk sequence number tells whether it still has the file that it was bound
+//! to, whoever else has called the driver. Each step has a deadline, because the driver waits for the
+//! file system of the image. Knows neither pools nor what an operation of loop(4) means.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::device::{BlockStats, PRIVATE_OWNER, disk, flag, node, owned_name, parse_stats, set_autoclear};
+use super::{add, remove};
+use crate::error::{Error, Kind, Result};
+use crate::frontend::disk_list::DiskList;
+use crate::frontend::timeout::with_timeout;
+use crate::image::{Identity, Image};
+use crate::sys::block;
+use crate::sys::loop_device::{self, LO_FLAGS_DIRECT_IO, LO_FLAGS_READ_ONLY, LoopInfo};
+
+/// How often a number is tried that another program binds first.
+const BIND_TRIES: u32 = 16;
+/// How long the driver may take to unbind a device after its last close, and the interval between
+/// two attempts to bind it again.
+const REBIND_TIMEOUT: Duration = Duration::from_millis(500);
+const REBIND_INTERVAL: Duration = Duration::from_millis(1);
+/// An offset beyond the end of any file: the device has size 0.
+const BEYOND_ANY_FILE: u64 = 1 << 62;
+
+/// A bound device.
+#[derive(Debug)]
+pub struct PrivateLoop {
+    number: u32,
+    owner_cookie: u64,
+    rdev: u64,
+    state: Mutex<Binding>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Binding {
+    image: Identity,
+    /// The disk sequence number since it was bound.
+    sequence: u64,
+    /// The driver unbinds it at its last close.
+    autoclear: bool,
+}
+
+impl PrivateLoop {
+    /// Adds a device, and binds it.
+    pub fn start(image: Image, owner_cookie: u64) -> Result<PrivateLoop> {
+        let image = Arc::new(image);
+        for _ in 0..BIND_TRIES {
+            let number = add()?;
+            let listed = DiskList::of_machine().add(&disk(number), owner_cookie);
+            match listed.and_then(|()| bind(number, owner_cookie, Arc::clone(&image))) {
+                // The host's losetup was faster.
+                Err(error) if error.kind() == Kind::Busy => release_number(number, owner_cookie),
+                Err(error) => {
+                    release_number(number, owner_cookie);
+                    return Err(error);
+                }
+                Ok(device) => return Ok(device),
+            }
+        }
+        Err(Error::new(Kind::Busy, "other programs bind each new loop device").hint("try again"))
+    }
+
+    /// Binds it again after it was unbound. It keeps its number.
+    pub fn rebind(&self, image: Image) -> Result<PrivateLoop> {
+        bind(self.number, self.owner_cookie, Arc::new(image))
+    }
+
+    /// Its device number.
+    pub fn rdev(&self) -> u64 {
+        self.rdev
+    }
+
+    /// The path that users open.
+    pub fn node(&self) -> PathBuf {
+        node(self.number)
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        let sectors = fs::read_to_string(self.sysfs().join("size")).ok();
+        sectors.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0).saturating_mul(512)
+    }
+
+    /// What the block layer has counted since the device was added.
+    pub fn stats(&self) -> BlockStats {
+        parse_stats(&fs::read_to_string(self.sysfs().join("stat")).unwrap_or_default())
+    }
+
+    /// Whether it still has its file: neither its last close nor anybody else has unbound it.
+    pub fn is_bound(&self) -> bool {
+        let sequence = fs::read_to_string(self.sysfs().join("diskseq")).ok();
+        sequence.and_then(|text| text.trim().parse().ok()) == Some(self.state().sequence)
+    }
+
+    /// Serves another range of its file, or the same range of another file, which is read-only and
+    /// has the same size. EAGAIN: somebody keeps pages of the device in memory.
+    pub fn set_image(&self, image: Image) -> Result<()> {
+        let (before, identity) = (self.state().image, image.identity());
+        let sequence = self.call("changing a loop device", move |file| {
+            if before != identity {
+                loop_device::change_file(file, image.fd())?;
+            }
+            set_range(file, image.geometry().offset, image.size_limit())?;
+            block::disk_sequence(file.as_fd())
+        })?;
+        let mut state = self.state();
+        (state.image, state.sequence) = (identity, sequence);
+        Ok(())
+    }
+
+    /// Takes its file away from all who have it open: its size is 0. EAGAIN: somebody keeps pages of
+    /// the device in memory, a mounted file system for instance.
+    pub fn withdraw_file(&self) -> Result<()> {
+        self.call("taking a file away from a loop device", |file| set_range(file, BEYOND_ANY_FILE, 0))
+    }
+
+    /// Its size is that of its file, which has changed.
+    pub fn set_capacity(&self) -> Result<()> {
+        self.call("resizing a loop device", |file| loop_device::set_capacity(file))
+    }
+
+    /// Switches direct I/O.
+    pub fn set_direct_io(&self, on: bool) -> Result<()> {
+        self.call("switching direct I/O", move |file| loop_device::set_direct_io(file, on))
+    }
+
+    /// Whether its last close unbinds it. Without users, it is unbound at once.
+    pub fn set_autoclear(&self, on: bool) -> Result<()> {
+        if self.state().autoclear != on {
+            self.call("changing a loop device", move |file| set_autoclear(file, on))?;
+            self.state().autoclear = on;
+        }
+        Ok(())
+    }
+
+    /// Unbinds it if nobody has it open; otherwise [`Kind::Busy`], and nothing has changed.
+    pub fn unbind(&self) -> Result<()> {
+        let busy = || Err(Error::new(Kind::Busy, "the device is open"));
+        if !self.is_bound() {
+            return Ok(());
+        }
+        if self.state().autoclear {
+            return busy();
+        }
+        // Closes the device: LOOP_CLR_FD would lose what the last close has to write back.
+        self.call("unbinding a loop device", |file| set_autoclear(file, true))?;
+        match self.call("unbinding a loop device", |file| set_autoclear(file, false)) {
+            Ok(()) => busy(),
+            Err(_) if !self.is_bound() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes a device that is unbound. That takes some 40 ms.
+    pub fn delete(&self) -> Result<()> {
+        match remove(self.number) {
+            Ok(()) | Err(Errno::NODEV) => {
+                DiskList::of_machine().remove(&disk(self.number), self.owner_cookie);
+                Ok(())
+            }
+            // Somebody has opened it since. The host's next `losetup -f` must not bind it for them.
+            Err(Errno::BUSY) => {
+                Image::empty(512).and_then(|empty| self.rebind(empty)).and_then(|it| it.set_autoclear(true))
+            }
+            Err(error) => Err(Error::os(error, format!("cannot remove {}", self.node().display()))),
+        }
+    }
+
+    fn sysfs(&self) -> PathBuf {
+        Path::new("/sys/block").join(disk(self.number))
+    }
+
+    fn state(&self) -> MutexGuard<'_, Binding> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a call on the device, if it still has its file.
+    fn call<T: Send + 'static>(
+        &self,
+        what: &str,
+        call: impl FnOnce(&File) -> rustix::io::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (node, sequence) = (self.node(), self.state().sequence);
+        let opened = node.clone();
+        let done = with_timeout(what, move || {
+            let file = open(&opened, false)?;
+            match block::disk_sequence(file.as_fd())? == sequence {
+                true => call(&file),
+                false => Err(Errno::NXIO),
+            }
+        })?;
+        done.map_err(|error| Error::os(error, format!("{what} failed: {}", node.display())))
+    }
+}
+
+fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop> {
+    let bound = with_timeout("binding a loop device", move || -> rustix::io::Result<PrivateLoop> {
+        let geometry = image.geometry();
+        let mut info = LoopInfo::default();
+        (info.offset, info.size_limit) = (geometry.offset, image.size_limit());
+        info.flags = flag(geometry.read_only, LO_FLAGS_READ_ONLY)
+            | flag(!image.is_buffered(), LO_FLAGS_DIRECT_IO);
+        info.set_file_name(owned_name(PRIVATE_OWNER, owner_cookie, image.name()).as_bytes());
+        let file = open_unbound(number, !geometry.read_only)?;
+        loop_device::configure(&file, image.fd(), geometry.block_size, &info)?;
+        let sequence = block::disk_sequence(file.as_fd())?;
+        let rdev = file.metadata().map_err(errno)?.rdev();
+        let state = Binding { image: image.identity(), sequence, autoclear: false };
+        Ok(PrivateLoop { number, owner_cookie, rdev, state: Mutex::new(state) })
+    })?;
+    bound.map_err(|error| match error {
+        Errno::BUSY => Error::new(Kind::Busy, format!("another program has {}", node(number).display())),
+        error => Error::os(error, "the kernel's loop driver refuses the image"),
+    })
+}
+
+/// Opens a device that the driver may still be unbinding.
+fn open_unbound(number: u32, writable: bool) -> rustix::io::Result<File> {
+    let until = Instant::now() + REBIND_TIMEOUT;
+    loop {
+        match open(&node(number), writable) {
+            Err(Errno::NXIO) if Instant::now() < until => std::thread::sleep(REBIND_INTERVAL),
+            opened => return opened,
+        }
+    }
+}
+
+fn open(node: &Path, writable: bool) -> rustix::io::Result<File> {
+    let opened = File::options().read(true).write(writable).custom_flags(libc::O_NONBLOCK).open(node);
+    opened.map_err(errno)
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// Removes what a failed start has made. A call that is still under way keeps the device.
+fn release_number(number: u32, owner_cookie: u64) {
+    if remove(number).is_ok() {
+        DiskList::of_machine().remove(&disk(number), owner_cookie);
+    }
+}
+
+fn set_range(file: &File, offset: u64, size_limit: u64) -> rustix::io::Result<()> {
+    let mut info = loop_device::status(file)?;
+    (info.offset, info.size_limit) = (offset, size_limit);
+    loop_device::set_status(file, &info)
+}
