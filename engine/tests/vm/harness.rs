@@ -150,6 +150,15 @@ impl Case {
         Case { variant: when, ..self }
     }
 
+    /// Skips the case outside the lab's VM, which has what it needs.
+    #[allow(dead_code)]
+    pub(crate) fn in_vm(self, why: &'static str) -> Case {
+        match host::is_virtual() {
+            true => self,
+            false => Case { body: Box::new(move |_| skip!("{why}; the lab's VM has it")), ..self },
+        }
+    }
+
     /// The case as a trial of libtest-mimic.
     pub(crate) fn into_trial(self) -> Trial {
         Trial::ignorable_test(self.name.clone(), move || self.run())

@@ -61,6 +61,11 @@ impl DiskList<'_> {
         })
     }
 
+    /// Whether a disk is listed.
+    pub fn contains(&self, disk: &str) -> bool {
+        self.file(disk).exists()
+    }
+
     /// Removes the disk of a device that has been stopped and will be deleted.
     pub fn remove(&self, disk: &str, owner_cookie: u64) {
         let Ok(_lock) = self.lock() else { return };

@@ -118,8 +118,11 @@ impl Frontend {
         match self {
             Frontend::Ublk(features) if features.supports_binding() => Ok(BackendKind::Ublk),
             _ => kernel_loop::check().map(|()| BackendKind::Loop).map_err(|error| {
-                Error::new(Kind::Unsupported, format!("this daemon has no private devices: {}", error.message()))
-                    .hint("'loopengine doctor --for run' says what works with this kernel")
+                Error::new(
+                    Kind::Unsupported,
+                    format!("this daemon has no private devices: {}", error.message()),
+                )
+                .hint("'loopengine doctor --for run' says what works with this kernel")
             }),
         }
     }

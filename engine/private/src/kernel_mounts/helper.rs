@@ -22,6 +22,9 @@ const TIMEOUT: Duration = Duration::from_secs(25);
 /// How often `still_waiting` is polled.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
+/// How long a child may take to end after its reply.
+const CHILD_END_MAX: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
 /// The reply to a request, except its errno.
 #[derive(Debug, Default)]
 pub struct HelperReply {
@@ -69,7 +72,13 @@ impl HelperProcess {
         while Instant::now() < until && still_waiting() {
             match poll(&mut [PollFd::new(&reply, PollFlags::IN)], Some(&POLL_INTERVAL)) {
                 Ok(0) | Err(Errno::INTR) => {}
-                _ => return read(reply.as_fd()),
+                _ => {
+                    let read = read(reply.as_fd());
+                    // Its child still has the mount that it has made: umount(2) would fail with
+                    // EBUSY. The child closes the socket last, at its end.
+                    let _ = poll(&mut [PollFd::new(&reply, PollFlags::empty())], Some(&CHILD_END_MAX));
+                    return read;
+                }
             }
         }
         Err(Errno::TIMEDOUT)

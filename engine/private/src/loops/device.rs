@@ -119,6 +119,14 @@ impl PoolDevice {
         self.binding.as_ref().is_some_and(|binding| autoclears(&binding.info))
     }
 
+    /// Tells the kernel's driver whether the last close unbinds it. A mount of it by the kernel, or of
+    /// a partition, has another disk open.
+    pub fn apply_autoclear(&self) {
+        let mounted = || !self.shadows.is_empty() || self.partitions.iter().any(PartitionDisk::is_claimed);
+        let autoclear = self.is_autoclear() && !mounted();
+        self.disk.iter().for_each(|disk| disk.set_autoclear(autoclear));
+    }
+
     /// Whether its last close may have unbound it.
     pub fn may_be_unused(&self) -> bool {
         self.disk.as_ref().is_some_and(PoolDisk::may_be_unused)
@@ -159,8 +167,7 @@ impl PoolDevice {
             tracing::debug!(number = self.number, in_rundown = self.in_rundown, "cannot bind a bound device");
             return Err(Errno::BUSY);
         }
-        let (binding, image) =
-            FileBinding::open(with, caller.can_write(), self.number, allocator)?;
+        let (binding, image) = FileBinding::open(with, caller.can_write(), self.number, allocator)?;
         if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
@@ -189,10 +196,8 @@ impl PoolDevice {
             return Err(error);
         }
         self.partitions = partitions;
-        if autoclears(&binding.info) {
-            self.disk()?.set_autoclear(true);
-        }
         self.binding = Some(binding);
+        self.apply_autoclear();
         self.in_rundown = false;
         self.outgoing.extend(self.cleared.take());
         Ok(())
@@ -251,7 +256,7 @@ impl PoolDevice {
         } else {
             self.set_range(new, caller)?;
         }
-        self.disk()?.set_autoclear(autoclears(&new));
+        self.apply_autoclear();
         if info.flags & flag::PARTSCAN != 0 && self.shadows.is_empty() {
             self.try_rescan(allocator);
         }
@@ -391,7 +396,8 @@ impl PoolDevice {
             }
             Err(NotReplaced::Lost(error)) => {
                 tracing::error!(%error, number = self.number, "cannot replace the disk of a loop device: it is lost");
-                Err(Errno::IO)
+                self.disk = allocator.allocate().ok();
+                self.disk.as_ref().map(drop).ok_or(Errno::IO)
             }
         }
     }

@@ -329,6 +329,9 @@ impl Pool {
             if device.should_rebind() && slot.try_begin_replacing() {
                 device.rebind_cleared(&self.allocator);
             }
+            if self.allocator.is_kernel_loop() {
+                device.apply_autoclear();
+            }
             if device.is_autoclear() && device.may_be_unused() && slot.try_begin_replacing() {
                 device.unbind(&self.allocator);
             }

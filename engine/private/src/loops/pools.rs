@@ -73,8 +73,11 @@ impl Pools {
         let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
         let (context, backend, workers) =
             self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions)?;
-        let pool =
-            Pool::start(spec.clone(), DiskAllocator::new(context, backend, spec.uid, workers), self.quotas.clone())?;
+        let pool = Pool::start(
+            spec.clone(),
+            DiskAllocator::new(context, backend, spec.uid, workers),
+            self.quotas.clone(),
+        )?;
         if spec.fixed {
             pool.create_all().inspect_err(|_| pool.end(true))?;
         }

@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::io_outlives_a_killed_daemon", Needs::Ublk, 180, io_outlives_a_killed_daemon),
         case("lifetime::a_stop_leaves_devices", Needs::Ublk, 90, a_stop_leaves_devices),
         case("lifetime::detach_in_use", Needs::Ublk, 90, detach_in_use),
+        case("lifetime::detach_writes_back", Needs::Ublk, 120, detach_writes_back),
         case("lifetime::a_lost_record_is_listed", Needs::Ublk, 90, a_lost_record_is_listed),
         case("lifetime::devices_of_others_stay", Needs::Ublk, 90, devices_of_others_stay),
         case("lifetime::unbound_by_losetup", Needs::Ublk, 60, unbound_by_losetup),
@@ -105,6 +106,35 @@ fn a_stop_leaves_devices(ctx: &Ctx) -> Res {
     daemon.ok(&["detach", &devices[0]])?;
     ensure!(!disks.iter().any(|disk| is_bound(disk)), "a detached device is still bound");
     daemon.terminate().map(drop)
+}
+
+/// A detach loses nothing that a close left to the last close. LOOP_CLR_FD does: the driver refuses
+/// I/O from then on.
+fn detach_writes_back(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    for round in 0..40u8 {
+        let device = daemon.attach(&[&image])?;
+        let (writer, reader) = (open(&device)?, File::open(&device)?);
+        writer.write_all_at(&[round; 512], 0)?;
+        drop(writer);
+        // The detach waits for the reader, and tries again and again.
+        let detached = std::thread::scope(|scope| {
+            let detach = scope.spawn(|| daemon.cli(&["detach", &device]));
+            std::thread::sleep(Duration::from_millis(60 + u64::from(round) * 3));
+            drop(reader);
+            detach.join()
+        });
+        let done = detached.map_err(|_| "panicked")??;
+        if done.code != 0 {
+            daemon.detach(&device)?;
+        }
+        let mut found = [0; 512];
+        File::open(&image)?.read_exact_at(&mut found, 0)?;
+        ensure!(found == [round; 512], "round {round}: the write was lost: {:?}", &found[..4]);
+    }
+    daemon.stop()
 }
 
 /// A device in use stays as it was. With force, its last user's close unbinds it.

@@ -14,6 +14,7 @@ mod filesystem;
 #[path = "../../vm/cases/geometry.rs"]
 mod geometry;
 mod lifetime;
+mod pools;
 #[path = "../../vm/cases/private_binding.rs"]
 mod private_binding;
 #[path = "../../vm/cases/private_builders.rs"]
@@ -96,6 +97,31 @@ const OF_UBLK: [&str; 8] = [
     "verify::polled",
 ];
 
+/// Cases about private pools that the kernel's driver answers differently (`pools` has those), that
+/// need its module unloaded, or that look at ublk itself.
+const OF_UBLK_POOLS: [&str; 7] = [
+    "private::figures",
+    "private::without_interception",
+    "private_hung::",
+    "private_isolation::stale_references_fail",
+    "private_lifetime::leaked_namespace",
+    "private::kernel_mount_rounds",
+    "private::query",
+];
+
+/// Cases that a machine may not be able to run, and what they need.
+const NEEDS_VM: [(&str, &str); 9] = [
+    ("private_containers::", "container runtimes need cgroup v2 alone"),
+    ("private_lifetime::oom", "needs cgroup v2 alone"),
+    ("private_lifetime::cgroup_kill", "needs cgroup v2 alone"),
+    ("private_lifetime::fuse_killed", "needs cgroup v2 alone"),
+    ("private::builders", "needs vfat in the kernel"),
+    ("private::kernel_mount_file_systems", "needs vfat, squashfs and erofs in the kernel"),
+    ("private::mapped", "needs device mapper and md in the kernel"),
+    ("private_nspawn", "needs a machine without another init"),
+    ("private_images::sizes", "needs a file system with files of 2^63 bytes"),
+];
+
 /// Every case, in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {
     let of_images = [
@@ -136,6 +162,13 @@ pub(crate) fn all() -> Vec<Case> {
         private_users::cases(),
     ];
     let of_images = of_images.into_iter().chain(of_pools).flatten();
-    let of_images = of_images.filter(|case| !OF_UBLK.iter().any(|name| case.name().starts_with(name)));
-    lifetime::cases().into_iter().chain(of_images).collect()
+    let not_here = OF_UBLK.iter().chain(&OF_UBLK_POOLS);
+    let of_images = of_images.filter(|case| !not_here.clone().any(|name| case.name().starts_with(name)));
+    let all = lifetime::cases().into_iter().chain(pools::cases()).chain(of_images);
+    let needs = |case: &Case| NEEDS_VM.iter().find(|(name, _)| case.name().starts_with(name));
+    let here = |case: Case| match needs(&case) {
+        Some((_, why)) => case.in_vm(why),
+        None => case,
+    };
+    all.map(here).collect()
 }

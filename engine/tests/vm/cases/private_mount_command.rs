@@ -241,7 +241,7 @@ fn root(ctx: &Ctx) -> Res {
         truncate -s 16M a; mkfs.ext4 -q a; tune2fs -e panic a >/dev/null; cp a b
         works "mount" mnt a dir
         same "type" "$(findmnt -no FSTYPE dir)" ext4
-        holds "source" "$(findmnt -no SOURCE dir)" /dev/ublkb
+        holds "source" "$(findmnt -no SOURCE dir)" $([ $backend = loop ] && echo /dev/loop5 || echo /dev/ublkb)
         holds "nosuid" "$(options dir)" nosuid; holds "nodev" "$(options dir)" nodev
         holds "no panic" "$(options dir),$(cat /proc/fs/ext4/*/options)" "errors=remount-ro"
         echo hello > dir/file; sleep 2

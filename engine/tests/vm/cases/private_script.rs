@@ -106,7 +106,8 @@ impl<'a> Inside<'a> {
 
     fn command(&self, script: &str) -> Command {
         let dir = self.ctx.dir.display();
-        let script = format!("{WORDS}\ncd {dir} || exit 1\n{script}\nexit $bad\n");
+        let backend = crate::BACKEND;
+        let script = format!("{WORDS}\nbackend={backend}; cd {dir} || exit 1\n{script}\nexit $bad\n");
         let mut words: Vec<&str> = Vec::new();
         if let Some(dir) = &self.cgroup {
             words.extend(["bash", "-c", "echo $$ > $0/cgroup.procs && exec \"$@\"", dir]);

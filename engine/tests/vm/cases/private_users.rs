@@ -153,11 +153,10 @@ fn plain_user(ctx: &Ctx) -> Res {
     let owner = |path: &str| tools::ok(&["stat", "-c", "%u %g", path]);
     ensure!(owner(&format!("{root}/dev/loopfs/loop0"))? == "1000 1000", "the node has another owner");
     ensure!(owner(&format!("{home}/a"))? == "1000 1000", "the image has another owner");
+    let disk = if crate::BACKEND == "loop" { "loop" } else { "ublkb" };
     for id in daemon.ublk_ids() {
-        ensure!(
-            owner(&format!("/dev/ublkb{id}"))?.starts_with("0 "),
-            "/dev/ublkb{id} does not belong to root"
-        );
+        let node = format!("/dev/{disk}{id}");
+        ensure!(owner(&node)?.starts_with("0 "), "{node} does not belong to root");
     }
     let open = format!("head -c 1 {root}/dev/loopfs/loop0");
     let other = ["setpriv", "--reuid", "1001", "--regid", "1001", "--clear-groups", "sh", "-c", &open];

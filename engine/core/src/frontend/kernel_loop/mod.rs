@@ -19,6 +19,7 @@ pub use device::{BlockStats, KernelLoop, cookie, is_held};
 pub use private::PrivateLoop;
 
 use crate::error::{Error, Kind, Result};
+use crate::frontend::disk_list::DiskList;
 use crate::sys::loop_device;
 
 /// The driver's control node.
@@ -89,7 +90,9 @@ fn add() -> Result<u32> {
 /// Adds the device with this number. EEXIST: there is one.
 fn add_number(control: &File, number: u32) -> rustix::io::Result<()> {
     let disk = format!("/sys/block/loop{number}");
-    if Path::new(&disk).join("loop/backing_file").exists() {
+    // One that is listed and not bound is another daemon's, which binds it again.
+    let listed = DiskList::of_machine().contains(&format!("loop{number}"));
+    if listed || Path::new(&disk).join("loop/backing_file").exists() {
         return Err(Errno::EXIST);
     }
     if Path::new(&disk).exists() {

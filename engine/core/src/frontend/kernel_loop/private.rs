@@ -41,6 +41,8 @@ pub struct PrivateLoop {
     owner_cookie: u64,
     rdev: u64,
     state: Mutex<Binding>,
+    /// A call that has not ended holds a reference.
+    call: Arc<()>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,12 +56,11 @@ struct Binding {
 
 impl PrivateLoop {
     /// Adds a device, and binds it.
-    pub fn start(image: Image, owner_cookie: u64) -> Result<PrivateLoop> {
-        let image = Arc::new(image);
+    pub fn start(image: &Arc<Image>, owner_cookie: u64) -> Result<PrivateLoop> {
         for _ in 0..BIND_TRIES {
             let number = add()?;
             let listed = DiskList::of_machine().add(&disk(number), owner_cookie);
-            match listed.and_then(|()| bind(number, owner_cookie, Arc::clone(&image))) {
+            match listed.and_then(|()| bind(number, owner_cookie, Arc::clone(image))) {
                 // The host's losetup was faster.
                 Err(error) if error.kind() == Kind::Busy => release_number(number, owner_cookie),
                 Err(error) => {
@@ -73,8 +74,8 @@ impl PrivateLoop {
     }
 
     /// Binds it again after it was unbound. It keeps its number.
-    pub fn rebind(&self, image: Image) -> Result<PrivateLoop> {
-        bind(self.number, self.owner_cookie, Arc::new(image))
+    pub fn rebind(&self, image: &Arc<Image>) -> Result<PrivateLoop> {
+        bind(self.number, self.owner_cookie, Arc::clone(image))
     }
 
     /// Its device number.
@@ -163,6 +164,11 @@ impl PrivateLoop {
         }
     }
 
+    /// Another program has it now.
+    pub fn forget(&self) {
+        super::taken().remove(&self.number);
+    }
+
     /// Removes a device that is unbound. That takes some 40 ms.
     pub fn delete(&self) -> Result<()> {
         match remove(self.number) {
@@ -172,7 +178,8 @@ impl PrivateLoop {
             }
             // Somebody has opened it since. The host's next `losetup -f` must not bind it for them.
             Err(Errno::BUSY) => {
-                Image::empty(512).and_then(|empty| self.rebind(empty)).and_then(|it| it.set_autoclear(true))
+                let empty = Arc::new(Image::empty(512)?);
+                self.rebind(&empty)?.set_autoclear(true)
             }
             Err(error) => Err(Error::os(error, format!("cannot remove {}", self.node().display()))),
         }
@@ -193,8 +200,14 @@ impl PrivateLoop {
         call: impl FnOnce(&File) -> rustix::io::Result<T> + Send + 'static,
     ) -> Result<T> {
         let (node, sequence) = (self.node(), self.state().sequence);
-        let opened = node.clone();
+        if Arc::strong_count(&self.call) > 1 {
+            // Each call more would hang, too, and keep a thread.
+            let context = format!("the file system of the image of {} does not answer", node.display());
+            return Err(Error::new(Kind::Deadline, context));
+        }
+        let (opened, running) = (node.clone(), Arc::clone(&self.call));
         let done = with_timeout(what, move || {
+            let _running = running;
             let file = open(&opened, false)?;
             match block::disk_sequence(file.as_fd())? == sequence {
                 true => call(&file),
@@ -210,18 +223,20 @@ fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop
         let geometry = image.geometry();
         let mut info = LoopInfo::default();
         (info.offset, info.size_limit) = (geometry.offset, image.size_limit());
-        info.flags = flag(geometry.read_only, LO_FLAGS_READ_ONLY)
-            | flag(!image.is_buffered(), LO_FLAGS_DIRECT_IO);
+        info.flags =
+            flag(geometry.read_only, LO_FLAGS_READ_ONLY) | flag(!image.is_buffered(), LO_FLAGS_DIRECT_IO);
         info.set_file_name(owned_name(PRIVATE_OWNER, owner_cookie, image.name()).as_bytes());
         let file = open_unbound(number, !geometry.read_only)?;
         loop_device::configure(&file, image.fd(), geometry.block_size, &info)?;
         let sequence = block::disk_sequence(file.as_fd())?;
         let rdev = file.metadata().map_err(errno)?.rdev();
         let state = Binding { image: image.identity(), sequence, autoclear: false };
-        Ok(PrivateLoop { number, owner_cookie, rdev, state: Mutex::new(state) })
+        Ok(PrivateLoop { number, owner_cookie, rdev, state: Mutex::new(state), call: Arc::default() })
     })?;
     bound.map_err(|error| match error {
-        Errno::BUSY => Error::new(Kind::Busy, format!("another program has {}", node(number).display())),
+        Errno::BUSY | Errno::NXIO | Errno::NOENT => {
+            Error::new(Kind::Busy, format!("another program has {}", node(number).display()))
+        }
         error => Error::os(error, "the kernel's loop driver refuses the image"),
     })
 }

@@ -71,9 +71,8 @@ impl PoolDevice {
             self.cleared = self.swap_disk(next);
         }
         // The caller's close is the last one, if nobody else has it open.
-        let present = self.disk.as_ref().filter(|_| self.binding.is_some());
-        let cleared = self.cleared.as_ref().map(|was| &was.disk);
-        present.or(cleared).into_iter().for_each(|disk| disk.set_autoclear(true));
+        self.apply_autoclear();
+        self.cleared.iter().for_each(|was| was.disk.set_autoclear(true));
         self.in_rundown = self.binding.is_some();
         Ok(())
     }

@@ -12,8 +12,8 @@ impl PoolDevice {
         if let Some(binding) = &mut self.binding {
             // The close watcher continues.
             binding.info.flags |= flag::AUTOCLEAR;
-            self.disk.iter().for_each(|disk| disk.set_autoclear(true));
         }
+        self.apply_autoclear();
         self.release_unused(allocator);
         if self.is_autoclear() {
             self.unbind(allocator);

@@ -32,6 +32,7 @@ impl PoolDevice {
         let source = self.create_shadow(part, allocator).and_then(|shadow| {
             let source = shadow.mount_source(self.number);
             self.shadows.push(shadow);
+            self.apply_autoclear();
             source
         });
         if source.is_err() {
@@ -115,7 +116,7 @@ impl PoolDevice {
     fn remove_write_protection(&mut self, allocator: &DiskAllocator) {
         // The end of the mount was the last close.
         if allocator.is_kernel_loop() && self.is_autoclear() {
-            self.disk.iter().for_each(|disk| disk.set_autoclear(true));
+            self.apply_autoclear();
         } else if let Err(error) = self.set_write_protection(false, allocator) {
             tracing::error!(%error, number = self.number, "a loop device stays read-only after a mount");
         }

@@ -23,30 +23,33 @@ impl DiskAllocator {
             let context = format!("{} lies on a FUSE file system", image.name());
             return Err(Error::new(Kind::Unsupported, context));
         }
-        let block_size = image.geometry().block_size;
-        let Some(spare) = self.free_list().pop() else {
-            return match self.fixed() {
-                Some(_) => Err(Error::new(Kind::Quota, "the pool has no free disk left")),
-                None => PrivateLoop::start(image, self.shared.new_owner_cookie())
-                    .map(|started| self.register_loop(started, block_size)),
-            };
-        };
-        let DiskServer::Loop(device) = &spare.server else {
-            return Err(Error::new(Kind::Internal, "a disk of another backend is on the free list"));
-        };
-        if let Err(error) = device.unbind() {
-            if error.kind() == Kind::Busy {
+        let (block_size, image) = (image.geometry().block_size, Arc::new(image));
+        loop {
+            let spare = self.free_list().pop();
+            let Some(spare) = spare else { break };
+            let DiskServer::Loop(device) = &spare.server else { break };
+            if let Err(error) = device.unbind() {
                 self.keep(spare);
+                return Err(error);
             }
-            return Err(error);
+            match device.rebind(&image) {
+                Ok(bound) => return Ok(self.register_loop(bound, block_size)),
+                Err(error) if error.kind() == Kind::Busy => self.lose_loop(&spare, &error),
+                // The image was refused.
+                Err(error) => {
+                    match self.bind_nothing(device) {
+                        Ok(free) => self.keep(free),
+                        Err(error) => self.lose_loop(&spare, &error),
+                    }
+                    return Err(error);
+                }
+            }
         }
-        device.rebind(image).map(|bound| self.register_loop(bound, block_size)).inspect_err(|_| {
-            // The image was refused.
-            match self.bind_nothing(device) {
-                Ok(free) => self.keep(free),
-                Err(error) => self.lose_loop(&spare, &error),
-            }
-        })
+        match self.fixed() {
+            Some(_) => Err(Error::new(Kind::Quota, "the pool has no free disk left")),
+            None => PrivateLoop::start(&image, self.shared.new_owner_cookie())
+                .map(|started| self.register_loop(started, block_size)),
+        }
     }
 
     /// Replaces a disk that nobody has open by one without a size, under the same number.
@@ -54,7 +57,10 @@ impl DiskAllocator {
         let DiskServer::Loop(device) = &disk.server else { return Err(NotReplaced::InUse(disk)) };
         match device.unbind().and_then(|()| self.bind_nothing(device)) {
             Ok(next) => Ok(next),
-            Err(error) if error.kind() == Kind::Busy => Err(NotReplaced::InUse(disk)),
+            // Its file system may answer later.
+            Err(error) if matches!(error.kind(), Kind::Busy | Kind::Deadline) => {
+                Err(NotReplaced::InUse(disk))
+            }
             Err(error) => {
                 self.lose_loop(&disk, &error);
                 Err(NotReplaced::Lost(error))
@@ -63,7 +69,7 @@ impl DiskAllocator {
     }
 
     fn bind_nothing(&self, device: &PrivateLoop) -> Result<PoolDisk> {
-        let bound = Image::empty(DEFAULT_BLOCK_SIZE).and_then(|empty| device.rebind(empty));
+        let bound = Image::empty(DEFAULT_BLOCK_SIZE).and_then(|empty| device.rebind(&Arc::new(empty)));
         // It is not in use: another program was faster.
         let bound = bound.map_err(|error| error.with_kind(Kind::Internal))?;
         Ok(self.register_loop(bound, DEFAULT_BLOCK_SIZE))
@@ -96,6 +102,9 @@ impl DiskAllocator {
 
     fn lose_loop(&self, disk: &PoolDisk, error: &Error) {
         lock(&self.started).remove(&disk.rdev);
+        if let DiskServer::Loop(device) = &disk.server {
+            device.forget();
+        }
         tracing::error!(%error, rdev = disk.rdev, "a disk of a pool is lost");
     }
 }

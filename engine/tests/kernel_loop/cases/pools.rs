@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Private pools on disks of the kernel's loop driver: what the driver does differently from ublk,
+//! and what the host and processes past the interception can do to a tenant's disk.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use super::private_script::Inside;
+use crate::daemon::Daemon;
+use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::host;
+use crate::tools;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case("pools::a_last_close_writes_back", Needs::Private, 120, a_last_close_writes_back),
+        case("pools::mounts_outlive_the_daemon", Needs::Private, 120, mounts_outlive_the_daemon),
+        case("pools::the_next_daemon_removes_idle_disks", Needs::Private, 90, idle_disks_are_removed),
+        case("pools::mounts_outlive_their_tenant", Needs::Private, 120, mounts_outlive_their_tenant),
+        case("pools::disks_without_a_file_are_bound", Needs::Private, 90, disks_are_bound),
+        case("pools::unbound_past_the_interception", Needs::Private, 120, unbound_past_the_interception),
+        case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
+        case("pools::a_tenant_has_no_image_on_fuse", Needs::Private, 120, no_image_on_fuse),
+    ]
+}
+
+/// The file that the driver has for this device; empty: none.
+fn backing_file(number: u32) -> String {
+    let file = format!("/sys/block/loop{number}/loop/backing_file");
+    fs::read_to_string(file).unwrap_or_default().trim().to_owned()
+}
+
+fn is_empty_file(number: u32) -> bool {
+    backing_file(number).starts_with("/memfd:loopengine")
+}
+
+/// As with the kernel's own: the image has the data when close(2) returns.
+fn a_last_close_writes_back(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    Inside::new(ctx, &daemon).run(
+        r#"
+        image a 1M alpha; dev=$(losetup -f --show a)
+        for i in {1..50}; do
+            printf "round $i " | dd of=$dev conv=notrunc 2>/dev/null
+            same "after a close" "$(head_of a | tr ' ' _)" "$(printf "round_${i}_" | head -c 16)"
+        done
+        # The device is open elsewhere when its writer closes it, and is detached then.
+        for i in {1..20}; do
+            dev=$(losetup -f --show a); exec 7<$dev
+            printf "detach $i " | dd of=$dev conv=notrunc 2>/dev/null
+            losetup -d $dev; exec 7<&-
+            soon "unbound" "" losetup -a
+            same "after -d" "$(head_of a | cut -d' ' -f1,2)" "detach $i"
+        done
+        "#,
+    )?;
+    daemon.stop()
+}
+
+/// A file system mounted by root's tenant goes on without the daemon, and the disk ends with it.
+fn mounts_outlive_the_daemon(ctx: &Ctx) -> Res {
+    let mut daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon).start(
+        r#"
+        truncate -s 16M fs; mkfs.ext4 -q fs; mkdir mnt; works "mount" mount -o loop fs mnt
+        pause mounted
+        works "write" dd if=/dev/zero of=mnt/file bs=1M count=4 conv=fsync
+        works "umount" umount mnt
+        "#,
+    )?;
+    let script = script.wait("mounted")?;
+    let number = host::loop_numbers().into_iter().find(|number| backing_file(*number).ends_with("/fs"));
+    let Some(number) = number else { return Err("no loop device has the image".into()) };
+    daemon.kill()?;
+    script.resume("mounted")?;
+    script.finish()?;
+    let gone = tools::until(Duration::from_secs(5), || backing_file(number).is_empty().then_some(()));
+    ensure!(gone.is_some(), "the disk is still bound to {}", backing_file(number));
+    let found = tools::ok(&["debugfs", "-R", "stat /file", &ctx.path("fs")])?;
+    ensure!(found.contains("Size: 4194304"), "{found}");
+    tools::ok(&["e2fsck", "-fn", &ctx.path("fs")])?;
+    daemon.restart()?;
+    daemon.stop()
+}
+
+fn idle_disks_are_removed(ctx: &Ctx) -> Res {
+    let mut daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon)
+        .start("image a 1M a; image b 1M b; losetup -f a; losetup -f b; pause bound")?
+        .wait("bound")?;
+    ensure!(host::loop_numbers().len() >= 2, "no disks");
+    daemon.kill()?;
+    script.kill();
+    ensure!(!host::loop_numbers().is_empty(), "the case proves nothing: the disks ended with their daemon");
+    daemon.restart()?;
+    let left = host::loop_numbers();
+    ensure!(left.is_empty(), "left by the previous daemon: {left:?}");
+    let listed = daemon.json(&["list"])?;
+    ensure!(listed.as_array().is_some_and(Vec::is_empty), "{listed}");
+    daemon.stop()
+}
+
+/// The driver takes no disk away: a mount that left its tenant stays, and so does the pool.
+fn mounts_outlive_their_tenant(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon).start(
+        r#"
+        truncate -s 16M fs; mkfs.ext4 -q fs; mkdir mnt; works "mount" mount -o loop fs mnt
+        echo $$ > pid; pause mounted
+        "#,
+    )?;
+    let script = script.wait("mounted")?;
+    let pid = fs::read_to_string(ctx.path("pid"))?;
+    let mut keeper = std::process::Command::new("nsenter");
+    keeper.args(["-t", pid.trim(), "-m", "sleep", "1000"]);
+    let keeper = tools::Running::start(keeper)?;
+    std::thread::sleep(Duration::from_millis(300));
+    script.kill();
+    let warned = || daemon.log().contains("until its last user closes it").then_some(());
+    ensure!(tools::until(Duration::from_secs(5), warned).is_some(), "no warning: {}", daemon.log());
+    std::thread::sleep(Duration::from_secs(1));
+    let pools = daemon.json(&["list", "--all"])?.to_string();
+    ensure!(pools.contains("loop0") || !host::loop_numbers().is_empty(), "the disk was taken away: {pools}");
+    drop(keeper);
+    let gone = tools::until(Duration::from_secs(5), || host::loop_numbers().is_empty().then_some(()));
+    ensure!(gone.is_some(), "disks are left: {:?}", host::loop_numbers());
+    let ended = || daemon.cli(&["losetup", "-a"]).ok().filter(|done| done.code == 3);
+    ensure!(tools::until(Duration::from_secs(5), ended).is_some(), "the pool has not ended");
+    tools::ok(&["e2fsck", "-fn", &ctx.path("fs")])?;
+    daemon.stop()
+}
+
+/// A disk of the driver without a file would be the next one of the host's `losetup -f`.
+fn disks_are_bound(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon)
+        .start("for i in {0..7}; do size /dev/loop$i > /dev/null; done; pause there")?
+        .wait("there")?;
+    let numbers = host::loop_numbers();
+    ensure!(numbers.len() == 8 && numbers.iter().all(|number| is_empty_file(*number)), "{numbers:?}");
+    for number in &numbers {
+        let flag = fs::read_to_string(format!("/sys/block/loop{number}/loop/partscan"))?;
+        ensure!(flag.trim() == "0", "loop{number} has partscan");
+    }
+    script.resume("there")?;
+    script.finish()?;
+    daemon.stop()
+}
+
+/// A process that calls the driver itself unbinds a tenant's disk: the tenant's names do not lead to
+/// whatever the host binds next under this number.
+fn unbound_past_the_interception(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon).start(
+        r#"
+        image a 1M alpha; image b 1M beta; works "a" losetup /dev/loop0 a; pause bound
+        same "its name has no file" "$(size /dev/loop0)" 0
+        works "bound again" losetup /dev/loop0 b; same "b" "$(head_of /dev/loop0)" beta
+        pause again
+        "#,
+    )?;
+    let script = script.wait("bound")?;
+    let of =
+        |name: &str| host::loop_numbers().into_iter().find(|number| backing_file(*number).ends_with(name));
+    let Some(number) = of("/a") else { return Err("no loop device has the image".into()) };
+    let node = format!("/dev/loop{number}");
+    tools::ok(&["losetup", "-d", &node])?;
+    // The host binds it before the daemon looks.
+    let other = ctx.path("of-the-host");
+    fs::write(&other, [b'h'; 1 << 20])?;
+    let bound = tools::run(&["losetup", &node, &other])?;
+    script.resume("bound")?;
+    let script = script.wait("again")?;
+    if bound.code == 0 {
+        ensure!(backing_file(number) == other, "the host's device has {}", backing_file(number));
+        tools::ok(&["losetup", "-d", &node])?;
+    }
+    script.resume("again")?;
+    script.finish()?;
+    let _ = tools::run(&["losetup", "-d", &node]);
+    daemon.stop()
+}
+
+/// The host's `losetup -f` gets no disk of a pool, and both work beside each other.
+fn losetup_of_the_host(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let rounds = if ctx.host.full { 10_000 } else { 300 };
+    let script = Inside::new(ctx, &daemon).start(
+        r#"
+        image a 1M alpha
+        rounds=0
+        until [ -e stop ]; do
+            dev=$(losetup -f --show a) || { wrong "bind"; break; }
+            [ "$(head_of $dev)" = alpha ] || { wrong "bytes"; break; }
+            losetup -d $dev || { wrong "-d"; break; }
+            rounds=$((rounds + 1))
+        done
+        echo $rounds
+        "#,
+    )?;
+    let image = ctx.path("host");
+    fs::write(&image, [b'h'; 1 << 16])?;
+    for round in 0..rounds {
+        let device = tools::ok(&["losetup", "-f", "--show", &image])?;
+        let number: u32 = device.trim_start_matches("/dev/loop").parse()?;
+        tools::ok(&["losetup", "-d", &device])?;
+        ensure!(number < 1 << 18, "round {round}: the host got {device}");
+    }
+    fs::write(ctx.path("stop"), "")?;
+    let of_tenant = script.finish()?;
+    ctx.note(format!("{rounds} rounds of the host beside {of_tenant} of the tenant"));
+    daemon.stop()
+}
+
+struct Fuse(String);
+
+impl Drop for Fuse {
+    fn drop(&mut self) {
+        let _ = tools::run(&["umount", "-l", &self.0]);
+    }
+}
+
+/// The driver would wait for the server of a plain user's FUSE, and nobody could end that.
+fn no_image_on_fuse(ctx: &Ctx) -> Res {
+    if !Path::new("/usr/bin/fuse2fs").exists() && tools::run(&["sh", "-c", "command -v fuse2fs"])?.code != 0 {
+        crate::harness::skip!("fuse2fs is not installed");
+    }
+    let daemon = Daemon::start(ctx)?;
+    let (below, dir) = (ctx.path("below"), ctx.path("hung"));
+    tools::sh(format!(
+        "chmod 777 {}; truncate -s 16M {below}; mkfs.ext4 -q {below}; mkdir {dir}; \
+         fuse2fs -o allow_other {below} {dir}; truncate -s 1M {dir}/image; chmod 666 {dir}/image",
+        ctx.dir.display()
+    ))?;
+    let _mounted = Fuse(dir);
+    Inside::new(ctx, &daemon).user(1000).run(
+        r#"
+        refused "an image on FUSE" "not supported" losetup -f hung/image
+        image a 1M alpha; works "another" losetup -f a
+        "#,
+    )?;
+    daemon.stop()
+}
