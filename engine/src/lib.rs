@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The daemon of loopengine and its command line. It serves image files as block devices.
+//! The daemon of loopengine. It serves image files as block devices. The program adds the command line.
 //!
 //! ```text
-//!  this crate           cli → control, config       arguments, sockets, the program
+//!  the program          cli                         arguments, tables, exit codes
+//!  this crate           control, config             sockets, the configuration
 //!  loopengine-private   private → loops, loopfs …   private pools of loop devices
 //!  loopengine-core      instance → frontend → worker → ring, image
 //! ```
@@ -20,7 +21,6 @@
 
 #![warn(missing_docs)]
 
-pub mod cli;
 pub mod config;
 pub mod control;
 pub mod received;

@@ -1,19 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Generated files in the repository are up to date.
+//! Interface files and the example configuration are up to date; `src/cli/fresh.rs` checks the rest.
 //!
-//! `UPDATE=1 cargo test --test fresh` regenerates them.
+//! `UPDATE=1 cargo test --bin loopengine --test fresh` regenerates all generated files.
 
-mod man;
 mod support;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use loopengine::cli::generate;
-use loopengine::cli::pages::PAGES;
 use loopengine::control::{rundir::RunDir, server};
 use loopengine::loops::{PoolSpec, Quotas};
 use loopengine::private::{Defaults, PoolHandle, PoolSource, Registry, TenantEvents};
@@ -22,55 +18,8 @@ fn kept(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-fn files(dir: &Path) -> BTreeMap<String, String> {
-    let read = fs::read_dir(dir).into_iter().flatten().map(|entry| {
-        let entry = entry.unwrap();
-        let text = fs::read_to_string(entry.path()).unwrap();
-        (entry.file_name().into_string().unwrap(), text)
-    });
-    read.collect()
-}
-
 fn updating() -> bool {
     std::env::var_os("UPDATE").is_some()
-}
-
-fn compare(name: &str, generated: &Path) {
-    let kept = kept(name);
-    if updating() {
-        let _ = fs::remove_dir_all(&kept);
-        fs::create_dir_all(&kept).unwrap();
-        for (name, text) in files(generated) {
-            fs::write(kept.join(name), text).unwrap();
-        }
-    }
-    let (want, have) = (files(generated), files(&kept));
-    assert!(!want.is_empty());
-    let names = |files: &BTreeMap<String, String>| files.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&want), names(&have), "{name}: run 'UPDATE=1 cargo test --test fresh'");
-    for (file, text) in want {
-        assert!(text == have[&file], "{name}/{file} is stale: run 'UPDATE=1 cargo test --test fresh'");
-    }
-}
-
-#[test]
-fn manual_pages_are_up_to_date() {
-    let dir = tempfile::tempdir().unwrap();
-    for (name, text) in man::generate().unwrap() {
-        fs::write(dir.path().join(name), text).unwrap();
-    }
-    compare("share/man", dir.path());
-    let embedded: BTreeMap<String, String> =
-        PAGES.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
-    let message = "update PAGES in src/cli/pages.rs, and build again";
-    assert!(updating() || embedded == files(dir.path()), "{message}");
-}
-
-#[test]
-fn completions_are_up_to_date() {
-    let dir = tempfile::tempdir().unwrap();
-    generate::completions(dir.path()).unwrap();
-    compare("share/completions", dir.path());
 }
 
 /// The interface description of a running daemon equals the interface files.
@@ -135,7 +84,7 @@ fn check_description(socket: &Path, interface: &str, file: &str) {
     let have = fs::read_to_string(&file).unwrap_or_default();
     // Ignores white space, which the description of zlink lacks.
     let dense = |text: &str| text.split_whitespace().collect::<String>();
-    assert!(dense(text) == dense(&have), "run 'UPDATE=1 cargo test --test fresh'");
+    assert!(dense(text) == dense(&have), "run 'UPDATE=1 cargo test --bin loopengine --test fresh'");
 }
 
 /// Formats one field per line, with comments above.

@@ -250,6 +250,7 @@ pub fn of(command: &str) -> &'static [Example] {
 }
 
 /// Files that a subcommand uses.
+#[cfg(test)]
 pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
     const SOCKET: (&str, &str) = (
         "/run/loopengine/control",

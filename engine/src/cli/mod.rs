@@ -16,21 +16,22 @@ mod doctor;
 mod examples;
 mod features;
 mod find;
+#[cfg(test)]
+mod fresh;
 mod fuse_drivers;
-pub mod generate;
+mod generate;
 mod image;
 mod install;
 mod instance;
 mod instance_mount;
 mod limit;
 mod list;
-pub mod losetup;
+mod losetup;
 mod mount;
 mod mount_loop;
-pub(crate) mod number;
 mod oci;
 mod out;
-pub mod pages;
+mod pages;
 mod partitions;
 mod pool_options;
 mod recover;
@@ -39,7 +40,6 @@ mod reload;
 mod resize;
 mod run;
 mod serve;
-pub(crate) mod size;
 mod stats;
 mod table;
 mod watchers;
@@ -51,7 +51,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::RUN_DIR;
+use crate::config::{RUN_DIR, number, size};
 use crate::error::{Error, Kind, Result};
 
 pub use mount_loop::main as mount_loop;
@@ -113,20 +113,6 @@ enum Command {
     Generate(generate::GenerateArgs),
 }
 
-/// The exit codes, for the manual pages.
-pub const EXIT_CODES: &[(u8, &str)] = &[
-    (0, "Success."),
-    (1, "Input or output failed, or an internal error occurred."),
-    (2, "The command line or an input is invalid."),
-    (3, "The image, instance or device does not exist."),
-    (4, "The object already exists or is in use."),
-    (5, "A limit is reached: devices, disk space or memory."),
-    (6, "The user lacks the permission."),
-    (7, "The kernel, file system or device does not support the operation."),
-    (8, "The daemon, the ublk driver or FUSE is not available."),
-    (9, "No answer arrived before the deadline. The state of the device is unknown."),
-];
-
 /// The exit code of a failure.
 fn exit_code(kind: Kind) -> u8 {
     match kind {
@@ -142,13 +128,7 @@ fn exit_code(kind: Kind) -> u8 {
     }
 }
 
-/// The exit codes of commands that run another program, as with env(1), for the manual pages.
-pub const RUN_EXIT_CODES: &[(u8, &str)] = &[
-    (RUN_FAILED, "loopengine failed: it did not run the program, or could not detach its device."),
-    (NOT_EXECUTABLE, "The program cannot be executed."),
-    (COMMAND_NOT_FOUND, "The program was not found."),
-];
-
+/// The exit codes of commands that run another program, as with env(1).
 const RUN_FAILED: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 const COMMAND_NOT_FOUND: u8 = 127;
@@ -318,7 +298,7 @@ mod tests {
         ];
         for kind in kinds {
             let code = exit_code(kind);
-            assert!(code != 0 && EXIT_CODES.iter().any(|(known, _)| *known == code));
+            assert!(code != 0 && pages::man::EXIT_CODES.iter().any(|(known, _)| *known == code));
         }
     }
 }

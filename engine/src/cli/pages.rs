@@ -1,21 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The manual pages that the program contains, and the definitions that they are generated from.
+//! The manual pages that the program contains.
 //!
-//! The test `fresh` generates the files in `share/man`, and compares [`PAGES`] with them.
+//! The tests in `fresh` generate the files in `share/man`, and compare [`PAGES`] with them.
 
-use zlink::idl;
-use zlink::introspect::CustomType;
-
-use crate::instance::spec::*;
-use crate::private::Limit;
-use crate::sys::processes::Process;
-
-use super::create::ImageInfo;
-use super::doctor::{Check, Verdict};
-use super::list::{InstanceDevice, ListedPool, Listing, LoopDevice};
-
-pub use super::examples::{Example, files, of as examples};
-pub use super::{EXIT_CODES, RUN_EXIT_CODES, command};
+#[cfg(test)]
+pub(super) mod man;
 
 macro_rules! embedded {
     ($($name:literal),* $(,)?) => {
@@ -58,25 +47,4 @@ pub const PAGES: &[(&str, &str)] = embedded![
     "loopengine-umount.1",
     "loopengine.1",
     "mount.loop.8",
-];
-
-/// All types in the output of `--json`, with their descriptions.
-pub const JSON_TYPES: &[&idl::CustomType<'static>] = &[
-    InstanceInfo::CUSTOM_TYPE,
-    Listing::CUSTOM_TYPE,
-    InstanceDevice::CUSTOM_TYPE,
-    ListedPool::CUSTOM_TYPE,
-    LoopDevice::CUSTOM_TYPE,
-    Process::CUSTOM_TYPE,
-    DeviceInfo::CUSTOM_TYPE,
-    ImageInfo::CUSTOM_TYPE,
-    IoMode::CUSTOM_TYPE,
-    BackendKind::CUSTOM_TYPE,
-    DeviceState::CUSTOM_TYPE,
-    DeviceStats::CUSTOM_TYPE,
-    LatencySummary::CUSTOM_TYPE,
-    Limit::CUSTOM_TYPE,
-    Features::CUSTOM_TYPE,
-    Check::CUSTOM_TYPE,
-    Verdict::CUSTOM_TYPE,
 ];

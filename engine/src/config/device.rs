@@ -7,7 +7,7 @@
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-use crate::cli::{number, size};
+use super::{number, size};
 use crate::instance::NUMBER_MAX;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, DeviceInfo, IoMode};
 

@@ -5,6 +5,8 @@
 //! gets a value checks its meaning.
 
 mod device;
+pub mod number;
+pub mod size;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -5,9 +5,7 @@ use crate::error::{Error, Kind, Result};
 
 /// Runs `work` on its own thread, for which the daemon's end does not wait. The caller's connection
 /// counts until it has ended, which limits such threads.
-pub(crate) async fn run_blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
+pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let (sender, answer) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new().name("operation".into());
     let started = thread.spawn(move || drop(sender.send(work())));

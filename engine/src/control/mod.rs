@@ -29,7 +29,7 @@ mod service;
 mod session;
 mod slots;
 
-pub(crate) use blocking::run_blocking;
+pub use blocking::run_blocking;
 pub use client::Client;
 pub use engine_api::EngineApi;
 pub use fault::Fault;

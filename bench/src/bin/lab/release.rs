@@ -150,9 +150,9 @@ fn has_spdx_line(file: &Path) -> bool {
 }
 
 fn generated_files() -> Result<String> {
-    let mut command = cargo(&["test", "--package", "loopengine", "--test", "fresh"]);
+    let mut command = cargo(&["test", "--package", "loopengine", "--bin", "loopengine", "--test", "fresh"]);
     sh::capture(command.args(programs::PROFILE), LIMIT)
-        .context("run 'UPDATE=1 cargo test --package loopengine --test fresh'")?;
+        .context("run 'UPDATE=1 cargo test --package loopengine --bin loopengine --test fresh'")?;
     Ok("manual pages, completions and tables are up to date".into())
 }
 

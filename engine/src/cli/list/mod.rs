@@ -8,8 +8,10 @@ mod listing;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+#[cfg(test)]
+pub(crate) use listing::ListedPool;
 pub(super) use listing::{ImageQuery, gather, pools};
-pub(crate) use listing::{InstanceDevice, ListedPool, Listing, LoopDevice};
+pub(crate) use listing::{InstanceDevice, Listing, LoopDevice};
 
 use crate::error::{Kind, Result};
 use crate::instance::Selector;

@@ -8,13 +8,14 @@ mod create;
 mod options;
 pub(super) mod remote;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use clap::{Args as _, FromArgMatches};
 use options::{Action, LosetupRequest};
 
 use crate::loops::{Answer, DeviceEntry, Errno, LoopOp, LoopReply, LoopStatus};
@@ -37,12 +38,6 @@ pub trait LoopDevices {
 
 /// An error is the message that losetup prints after its name.
 type LosetupResult<T = ()> = Result<T, String>;
-
-/// Parses `words`, starting with the program name. For a program called losetup.
-pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<LosetupArgs, clap::Error> {
-    let command = LosetupArgs::augment_args(clap::Command::new(NAME)).version(env!("CARGO_PKG_VERSION"));
-    LosetupArgs::from_arg_matches(&command.try_get_matches_from(words)?)
-}
 
 /// The message for a clap error, with a newline; `last` is the last word of the command line. The
 /// exit code is 1.

@@ -6,7 +6,7 @@
 const UNITS: &str = "KMGTPE";
 
 /// Parses a size. clap prints the error.
-pub(crate) fn parse(text: &str) -> Result<u64, String> {
+pub fn parse(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let wrong =
@@ -35,7 +35,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
 }
 
 /// Parses a logical block size.
-pub(crate) fn parse_block(text: &str) -> Result<u32, String> {
+pub fn parse_block(text: &str) -> Result<u32, String> {
     let bytes = parse(text)?;
     u32::try_from(bytes)
         .ok()
@@ -44,12 +44,12 @@ pub(crate) fn parse_block(text: &str) -> Result<u32, String> {
 }
 
 /// A size in human-readable form: three digits and a unit, exact for whole units.
-pub(super) fn show(bytes: u64) -> String {
+pub fn show(bytes: u64) -> String {
     show_f64(bytes as f64)
 }
 
 /// The same for a rate.
-pub(super) fn show_f64(bytes: f64) -> String {
+pub fn show_f64(bytes: f64) -> String {
     let mut value = bytes;
     let mut unit = 'B';
     for next in UNITS.chars() {

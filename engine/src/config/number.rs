@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 /// A clap parser for numbers in `range`. `From<u32>` keeps untyped literals from being `i32`, which
 /// clap rejects only at run time.
-pub(crate) fn within<T: From<u32> + FromStr + PartialOrd + Display>(
+pub fn within<T: From<u32> + FromStr + PartialOrd + Display>(
     range: impl RangeBounds<T> + Clone,
 ) -> impl Fn(&str) -> Result<T, String> + Clone {
     move |text| {

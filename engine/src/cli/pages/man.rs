@@ -1,28 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Manual pages: one per subcommand, and one for the JSON output.
 //!
-//! The program only embeds the pages in `share/man`; the test `fresh` generates and compares them.
+//! The program only embeds the pages in `share/man`; the tests in `fresh` generate and compare them.
 
 use std::io;
 
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
-use loopengine::cli::pages::{self, Example};
-use loopengine::{broken_kernels, kernels};
 use zlink::idl;
+use zlink::introspect::CustomType;
+
+use crate::cli::create::ImageInfo;
+use crate::cli::doctor::{Check, Verdict};
+use crate::cli::examples::{self, Example};
+use crate::cli::list::{InstanceDevice, ListedPool, Listing, LoopDevice};
+use crate::cli::{COMMAND_NOT_FOUND, NOT_EXECUTABLE, RUN_FAILED, command};
+use crate::instance::spec::*;
+use crate::private::Limit;
+use crate::sys::processes::Process;
+use crate::{broken_kernels, kernels};
 
 /// The footer of every page.
 const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
 
 /// Hand-written pages.
 const WRITTEN: &[(&str, &str)] = &[
-    ("loopengine-loopfs.7", include_str!("../../src/cli/pages/loopengine-loopfs.7")),
-    ("mount.loop.8", include_str!("../../src/cli/pages/mount.loop.8")),
+    ("loopengine-loopfs.7", include_str!("loopengine-loopfs.7")),
+    ("mount.loop.8", include_str!("mount.loop.8")),
+];
+
+/// All exit codes.
+pub(in crate::cli) const EXIT_CODES: &[(u8, &str)] = &[
+    (0, "Success."),
+    (1, "Input or output failed, or an internal error occurred."),
+    (2, "The command line or an input is invalid."),
+    (3, "The image, instance or device does not exist."),
+    (4, "The object already exists or is in use."),
+    (5, "A limit is reached: devices, disk space or memory."),
+    (6, "The user lacks the permission."),
+    (7, "The kernel, file system or device does not support the operation."),
+    (8, "The daemon, the ublk driver or FUSE is not available."),
+    (9, "No answer arrived before the deadline. The state of the device is unknown."),
+];
+
+/// The exit codes of commands that run another program, as with env(1).
+pub(in crate::cli) const RUN_EXIT_CODES: &[(u8, &str)] = &[
+    (RUN_FAILED, "loopengine failed: it did not run the program, or could not detach its device."),
+    (NOT_EXECUTABLE, "The program cannot be executed."),
+    (COMMAND_NOT_FOUND, "The program was not found."),
+];
+
+/// All types in the output of `--json`, with their descriptions.
+const JSON_TYPES: &[&idl::CustomType<'static>] = &[
+    InstanceInfo::CUSTOM_TYPE,
+    Listing::CUSTOM_TYPE,
+    InstanceDevice::CUSTOM_TYPE,
+    ListedPool::CUSTOM_TYPE,
+    LoopDevice::CUSTOM_TYPE,
+    Process::CUSTOM_TYPE,
+    DeviceInfo::CUSTOM_TYPE,
+    ImageInfo::CUSTOM_TYPE,
+    IoMode::CUSTOM_TYPE,
+    BackendKind::CUSTOM_TYPE,
+    DeviceState::CUSTOM_TYPE,
+    DeviceStats::CUSTOM_TYPE,
+    LatencySummary::CUSTOM_TYPE,
+    Limit::CUSTOM_TYPE,
+    Features::CUSTOM_TYPE,
+    Check::CUSTOM_TYPE,
+    Verdict::CUSTOM_TYPE,
 ];
 
 /// File names and contents of all pages.
 pub fn generate() -> io::Result<Vec<(String, Vec<u8>)>> {
-    let mut command = pages::command().disable_help_subcommand(true);
+    let mut command = command().disable_help_subcommand(true);
     command.build();
     let mut all = Vec::new();
     collect(&command, "", &mut all)?;
@@ -105,14 +156,14 @@ fn more_sections(path: &str) -> Roff {
             tagged(&mut roff, broken.name, &means);
         }
     }
-    let files = pages::files(path);
+    let files = examples::files(path);
     if !files.is_empty() {
         roff.control("SH", ["FILES"]);
         for (file, means) in files {
             tagged(&mut roff, file, means);
         }
     }
-    section_examples(&mut roff, pages::examples(path));
+    section_examples(&mut roff, examples::of(path));
     roff.control("SH", ["SEE ALSO"]);
     let also = match path {
         "" => {
@@ -160,7 +211,7 @@ fn exit_status(roff: &mut Roff, path: &str) {
     roff.control("SH", ["EXIT STATUS"]);
     let text = match path {
         "" => {
-            for (code, means) in pages::EXIT_CODES {
+            for (code, means) in EXIT_CODES {
                 tagged(roff, &code.to_string(), means);
             }
             roff.control("PP", []);
@@ -168,7 +219,7 @@ fn exit_status(roff: &mut Roff, path: &str) {
                 "'run', 'instance open' and 'attach --run' exit with the status of the command that they run. \
                  On failure they exit with:",
             )]);
-            for (code, means) in pages::RUN_EXIT_CODES {
+            for (code, means) in RUN_EXIT_CODES {
                 tagged(roff, &code.to_string(), means);
             }
             return;
@@ -341,7 +392,7 @@ fn json_page() -> Roff {
     roff.control("PP", []);
     roff.text([roman("Later versions may add fields. They do not rename, remove or redefine fields. An optional field is null or absent if it has no value. The control socket uses the same types.")]);
     roff.control("SH", ["TYPES"]);
-    for described in pages::JSON_TYPES {
+    for described in JSON_TYPES {
         roff.control("SS", [described.name().as_str()]);
         match described {
             idl::CustomType::Object(object) => {
@@ -361,7 +412,7 @@ fn json_page() -> Roff {
             }
         }
     }
-    section_examples(&mut roff, pages::examples("json"));
+    section_examples(&mut roff, examples::of("json"));
     roff.control("SH", ["SEE ALSO"]);
     roff.text([roman("loopengine(1), loopengine-list(1), loopengine-stats(1), jq(1)")]);
     roff
