@@ -75,10 +75,10 @@ impl Host {
         if !is_virtual() && !allowed {
             skip!("not in the lab's VM; run 'cargo lab test', or set LOOPENGINE_VM_CASES=1");
         }
-        tools::sh("modprobe -a ublk_drv xfs ext4 && modprobe null_blk nr_devices=0").at("kernel modules")?;
-        if !Path::new("/dev/ublk-control").exists() {
+        if tools::run(&["modprobe", "ublk_drv"])?.code != 0 || !Path::new("/dev/ublk-control").exists() {
             skip!("this kernel has no ublk: /dev/ublk-control is missing");
         }
+        tools::sh("modprobe -a xfs ext4 && modprobe null_blk nr_devices=0").at("kernel modules")?;
         if !Path::new("/sys/kernel/config/nullb").exists() {
             tools::ok(&["mount", "-t", "configfs", "none", "/sys/kernel/config"])?;
         }

@@ -22,17 +22,21 @@ pub(crate) enum Line {
     /// The kernel of Debian 13: I/O mode copy only
     #[value(name = "6.12")]
     SixTwelve,
+    /// The kernel of Debian 12: no ublk, so devices of the kernel's loop driver and FUSE files only
+    #[value(name = "6.1")]
+    SixOne,
 }
 
 impl Line {
     /// All series, the main one first.
-    pub(crate) const ALL: [Line; 2] = [Line::Seven, Line::SixTwelve];
+    pub(crate) const ALL: [Line; 3] = [Line::Seven, Line::SixTwelve, Line::SixOne];
 
     /// Name on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Line::Seven => "7",
             Line::SixTwelve => "6.12",
+            Line::SixOne => "6.1",
         }
     }
 
@@ -41,7 +45,13 @@ impl Line {
         match self {
             Line::Seven => "trixie-backports",
             Line::SixTwelve => "trixie",
+            Line::SixOne => "bookworm",
         }
+    }
+
+    /// Whether it has the driver of ublk devices.
+    pub(crate) fn has_ublk(self) -> bool {
+        self != Line::SixOne
     }
 
     /// Prefix of the version of the meta package.
@@ -66,8 +76,9 @@ const META: &str = "linux-image-amd64";
 /// Keys of Debian's archive.
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Modules that a VM of the lab loads.
-const MODULES: [&str; 10] =
-    ["9p", "9pnet_virtio", "overlay", "virtio_blk", "ublk_drv", "null_blk", "loop", "xfs", "ext4", "btrfs"];
+const MODULES: [&str; 9] =
+    ["9p", "9pnet_virtio", "overlay", "virtio_blk", "null_blk", "loop", "xfs", "ext4", "btrfs"];
+const UBLK: &str = "ublk_drv";
 /// Directory of the kernels. The number changes with the way they are unpacked, so that two
 /// revisions of the lab can share the cache.
 pub(crate) const HOME: &str = "kernels-2";
@@ -107,12 +118,12 @@ pub(crate) fn fetch(cache: &Path, line: Line) -> Result<Kernel> {
     for deb in std::fs::read_dir(&debs)? {
         sh::capture(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&root), FETCH_LIMIT)?;
     }
-    install(&root, &release, &cache.join(HOME).join(line.name()))?;
+    install(&root, &release, &cache.join(HOME).join(line.name()), line)?;
     find(cache, line).with_context(|| format!("kernel {release} was unpacked but is not there"))
 }
 
 /// Moves modules and image from an unpacked `root` to `base`/lib/modules/`release`.
-fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
+fn install(root: &Path, release: &str, base: &Path, line: Line) -> Result<()> {
     let found = ["usr/lib/modules", "lib/modules"]
         .iter()
         .map(|directory| root.join(directory).join(release))
@@ -130,7 +141,7 @@ fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
             .with_context(|| format!("the packages of kernel {release} hold no image"))?;
     }
     depmod(base, release)?;
-    decompress(base, release)?;
+    decompress(base, release, line)?;
     depmod(base, release)?;
     // Last: a kernel without this file is fetched again.
     std::fs::write(modules.join(MARK), release)?;
@@ -138,9 +149,10 @@ fn install(root: &Path, release: &str, base: &Path) -> Result<()> {
 }
 
 /// Decompresses the modules that the lab loads: an emulated CPU needs seconds for a large one.
-fn decompress(base: &Path, release: &str) -> Result<()> {
+fn decompress(base: &Path, release: &str, line: Line) -> Result<()> {
     let mut query = Command::new(sh::which("modprobe")?);
     query.arg("-d").arg(base).args(["-S", release, "--show-depends", "-a"]).args(MODULES);
+    query.args(line.has_ublk().then_some(UBLK));
     let said = sh::capture(&mut query, Duration::from_secs(60))?;
     for file in said.lines().filter_map(|line| line.strip_prefix("insmod ")).map(str::trim) {
         // Modules share dependencies.
@@ -274,6 +286,8 @@ mod tests {
     fn the_newest_of_a_line_is_taken() {
         assert_eq!(newest_image(SHOW, "7.").as_deref(), Some("linux-image-7.12.1+deb13-amd64"));
         assert_eq!(newest_image(SHOW, "6.12.").as_deref(), Some("linux-image-6.12.107+deb13-amd64"));
+        // "6.1." is no prefix of 6.12.
+        assert_eq!(newest_image(SHOW, &Line::SixOne.prefix()), None);
         assert_eq!(newest_image(SHOW, "5."), None);
         assert_eq!(newest_image("", "7."), None);
     }

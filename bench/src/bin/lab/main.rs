@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo lab`: kernels with ublk in VMs, and the tests and measurements that need them.
+//! `cargo lab`: kernels in VMs, and the tests and measurements that need them.
 //!
 //! ```text
 //!  setup ── kernel ──┐
@@ -49,7 +49,7 @@ use loopbench::{collect, render, sh, store};
 
 use crate::vm::{Mode, Vm};
 
-/// Boots kernels with ublk in VMs, tests and measures loopengine, checks and documents a change.
+/// Boots kernels in VMs, tests and measures loopengine, checks and documents a change.
 #[derive(Parser)]
 #[command(name = "lab", bin_name = "cargo lab", version)]
 struct Arguments {
@@ -59,7 +59,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install what is missing: QEMU, fio, file system tools, virtme-ng, two kernels
+    /// Install what is missing: QEMU, fio, file system tools, virtme-ng, three kernels
     Setup {
         /// Fetch the newest kernels again
         #[arg(long)]
@@ -92,7 +92,7 @@ enum Command {
     /// Run all checks that a change must pass, as .ci/run does
     ///
     /// Formatting, set-up, clippy, licenses, rustdoc, benches, instructions per I/O, hostile
-    /// clients for two minutes, all tests. Takes about an hour on two cores.
+    /// clients for two minutes, all tests. Takes about 40 minutes on two cores.
     Ci(ci::CiOptions),
     /// Build the book of all documentation with mdbook, and check its links
     Docs(book::BookOptions),

@@ -32,11 +32,16 @@ pub(crate) fn workspace() -> PathBuf {
     package.parent().unwrap_or(package).to_owned()
 }
 
-/// A command of cargo in the workspace; of the cargo that runs this program, if any.
+/// A command of cargo in the workspace.
 pub(crate) fn cargo(words: &[&str]) -> Command {
-    let mut command = cargo_tool(Path::new(&std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())));
+    let mut command = cargo_tool(&cargo_path());
     command.args(words);
     command
+}
+
+/// The cargo that runs this program, else that on PATH.
+pub(crate) fn cargo_path() -> PathBuf {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()).into()
 }
 
 /// A command of a program that runs cargo, in the workspace.
@@ -59,8 +64,26 @@ fn said_by_cargo_run(variable: &str) -> bool {
 
 /// Builds `loopengine`, `loopbench` and `lab`.
 pub(crate) fn build() -> Result<Vec<Program>> {
-    build_with(&["build", "--package", "loopengine", "--package", "loopbench", "--bins"], &PROFILE)
+    if let Some(directory) = std::env::var_os(BUILT).map(PathBuf::from) {
+        let program = |name: &str| Program { name: name.into(), path: directory.join(name) };
+        return Ok(["loopengine", "loopbench", "lab"].map(program).into());
+    }
+    build_with(&PROGRAMS, &PROFILE)
 }
+
+/// Makes a command of the lab use `programs` instead of building them: beside a build it would wait
+/// for cargo's lock.
+pub(crate) fn built<'a>(programs: &[Program], command: &'a mut Command) -> Result<&'a mut Command> {
+    let directory = programs.first().and_then(|program| program.path.parent());
+    Ok(command.env(BUILT, directory.context("cargo built no program")?))
+}
+
+/// Environment variable with the directory of programs that are built.
+const BUILT: &str = "LAB_BUILT";
+
+/// There are no examples. The word selects the features of dependencies that test programs need:
+/// otherwise cargo compiles a hundred crates twice, once for programs and once for tests.
+const PROGRAMS: [&str; 4] = ["build", "--workspace", "--bins", "--examples"];
 
 /// Builds `loopengine` for release, as users do, and the other programs with the profile `lab`.
 pub(crate) fn build_release() -> Result<Vec<Program>> {
@@ -88,12 +111,9 @@ pub(crate) fn with_engine(programs: &[Program], name: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Builds the kernel cases: one program named `vm`.
-pub(crate) fn build_cases(name: &str) -> Result<Program> {
-    let words = ["test", "--package", "loopengine", "--test", name, "--no-run"];
-    let mut built = build_with(&words, &PROFILE)?;
-    built.retain(|program| program.name == name);
-    built.pop().with_context(|| format!("cargo built no test program named {name}"))
+/// Builds all test programs of the workspace and returns them.
+pub(crate) fn build_tests() -> Result<Vec<Program>> {
+    build_with(&["test", "--workspace", "--no-run"], &PROFILE)
 }
 
 /// The workspace, as cargo describes it.

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `lab test`: runs all tests and prints totals.
 //!
-//! Unit, property and command-line tests run on this machine, kernel cases in a VM per kernel,
-//! power cuts from outside a VM. `tally` parses the output of test programs.
+//! Unit, property and command-line tests run on this machine, kernel cases in VMs (`shares`), power
+//! cuts from outside a VM; three of these jobs at a time (`lanes`). `tally` parses the output of
+//! test programs.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 
 use loopbench::sh;
 
@@ -15,14 +16,19 @@ use crate::kernel::Line;
 use crate::programs::{self, Program};
 use crate::setup::{self, Lab};
 use crate::tally::{Tally, failed_names, libtest, nextest, seen};
-use crate::vm::{self, Mode, Sink, Vm};
+use crate::vm::{self, Sink, Vm};
 
 use crate::powercut;
+
+mod lanes;
+mod shares;
+
+use shares::{Cases, KERNEL_LOOP, Share, VM, shares};
 
 /// What to run.
 #[derive(clap::Args, Default)]
 pub(crate) struct SuiteOptions {
-    /// Kernel to run kernel cases on [default: both]
+    /// Kernel to run kernel cases on [default: all that the cases need]
     #[arg(long, value_enum)]
     kernel: Option<Line>,
     /// Run only tests whose name contains TEXT
@@ -43,99 +49,8 @@ pub(crate) struct SuiteOptions {
 const HOST_LIMIT: Duration = Duration::from_secs(3600);
 /// Time limit of the kernel cases of one VM: with other VMs on two cores they take 40 minutes.
 const CASES_LIMIT: Duration = Duration::from_secs(3600);
-
-/// The work of one VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Share {
-    line: Line,
-    cases: Cases,
-}
-
-/// A subset of the kernel cases.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cases {
-    /// All that match the user's filter.
-    All,
-    /// Cases that depend on the kernel.
-    Kernel,
-    /// Cases of private loop devices, which take half of the time.
-    Private,
-    /// All other cases.
-    Others,
-    /// Cases that count instructions, or measure a time that other work must not change, in
-    /// `icount`.
-    Counted,
-}
-
-/// The test programs of the kernel cases: of ublk devices, and of the kernel's loop devices. The
-/// second also runs on this machine.
-const VM: &str = "vm";
-const KERNEL_LOOP: &str = "kernel_loop";
-/// Cases of the second that depend on the kernel.
-const LIFETIME: &str = "lifetime::";
-/// Prefix of the names of cases of private loop devices.
-const PRIVATE: &str = "private";
-/// Those of them that run with the others, so that both VMs end at the same time.
-const WITH_OTHERS: [&str; 3] = ["private::mapped", "private::builders", "private::partitions"];
-/// Cases that a default run skips on the older kernel: names, claims and the command line do not
-/// depend on the kernel, and private loop devices need a newer one.
-const NOT_OF_THE_KERNEL: [&str; 9] = [
-    PRIVATE,
-    "commands::",
-    "claims::",
-    "many::",
-    "errors::",
-    "recovery_state::",
-    "resize::",
-    "verify::one_queue",
-    "shutdown::",
-];
-
-impl Cases {
-    /// Command lines of the kernel cases.
-    fn commands(self, filter: Option<&str>) -> Vec<Vec<&str>> {
-        let skipping = |names: &[&'static str]| names.iter().flat_map(|name| ["--skip", *name]).collect();
-        let all: Vec<(&str, Vec<&str>)> = match self {
-            Cases::All => [VM, KERNEL_LOOP].map(|program| (program, filter.into_iter().collect())).into(),
-            Cases::Kernel => vec![(VM, skipping(&NOT_OF_THE_KERNEL)), (KERNEL_LOOP, vec![LIFETIME])],
-            // Counted cases are meaningless on emulated CPUs that share a core.
-            Cases::Private => {
-                let counted = ["private::figures::calls", "private::figures::last_close"];
-                vec![(VM, [vec![PRIVATE], skipping(&counted), skipping(&WITH_OTHERS)].concat())]
-            }
-            // libtest-mimic takes one filter.
-            Cases::Others => {
-                let moved = WITH_OTHERS.map(|name| (VM, vec![name]));
-                let all = [(VM, skipping(&[PRIVATE]))].into_iter().chain(moved);
-                all.chain([(KERNEL_LOOP, vec![LIFETIME])]).collect()
-            }
-            Cases::Counted => vec![(VM, vec!["private::figures", "--skip", "private::figures::set_up"])],
-        };
-        let command = |(program, words)| [vec![program, "--test-threads=1"], words].concat();
-        all.into_iter().map(command).collect()
-    }
-
-    /// One shell command for all of them, with the highest exit status: a crash must not go unseen.
-    fn shell_command(self, filter: Option<&str>) -> String {
-        let commands = self.commands(filter);
-        let each =
-            commands.iter().map(|words| format!("{}; s=$?; [ $s -le $max ] || max=$s", sh::quote(words)));
-        format!("max=0; {}; (exit $max)", each.collect::<Vec<_>>().join("; "))
-    }
-
-    fn mode(self) -> Mode {
-        if self == Cases::Counted { Mode::Icount } else { Mode::Smp }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Cases::All | Cases::Kernel => "",
-            Cases::Private => ", private loop devices",
-            Cases::Others => ", all others",
-            Cases::Counted => ", instructions counted",
-        }
-    }
-}
+/// Jobs that run at the same time. A VM seldom keeps one core busy: its guest waits.
+const LANES: usize = 3;
 
 /// A part of the run that is reported separately.
 struct Phase {
@@ -145,108 +60,107 @@ struct Phase {
 }
 
 impl Phase {
-    /// Announces the phase on `sink` and runs `body`.
+    /// Announces the phase on `sink` and runs `body`. Its error is a failed test: other phases keep
+    /// their results.
     fn run(name: String, sink: Sink<'_>, body: impl FnOnce(Sink<'_>) -> Result<Tally>) -> Result<Phase> {
         sink(format!("\n== {name}\n").as_bytes());
         let start = Instant::now();
-        let tally = body(sink)?;
+        let tally = match body(sink) {
+            Ok(tally) => tally,
+            Err(error) if sh::interrupted().is_err() => return Err(error),
+            Err(error) => {
+                let mut tally = Tally::default();
+                tally.fail(&format!("{error:#}"));
+                tally
+            }
+        };
         Ok(Phase { name, tally, time: start.elapsed() })
     }
 }
 
+/// A part of the run that waits for no other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Job {
+    /// Unit, property and command-line tests, on this machine.
+    Host,
+    /// Examples in the documentation.
+    Docs,
+    /// Power cuts of a VM.
+    PowerCut(Line),
+    /// Kernel cases in a VM.
+    Cases(Share),
+}
+
 /// Runs the tests that `options` select; returns whether all passed.
 pub(crate) fn run(options: &SuiteOptions) -> Result<bool> {
-    let filter = options.filter.as_deref();
-    let out: Sink<'_> = &mut vm::to_stdout;
-    let mut phases = vec![
-        Phase::run("tests on this machine".into(), out, |_| host_tests(filter))?,
-        Phase::run("examples in the documentation".into(), out, |_| doc_tests(filter))?,
-    ];
-    if options.host {
-        phases.push(Phase::run("kernel cases on this machine".into(), out, |_| cases_here(options))?);
+    let phases = if options.host {
+        let out: Sink<'_> = &mut vm::to_stdout;
+        vec![
+            Phase::run("tests on this machine".into(), out, |sink| host_tests(options, sink))?,
+            Phase::run("examples in the documentation".into(), out, |sink| doc_tests(options, sink))?,
+            Phase::run("kernel cases on this machine".into(), out, |_| cases_here(options))?,
+        ]
     } else {
-        phases.extend(in_vms(options)?);
-    }
+        with_vms(options)?
+    };
     Ok(summarise(&phases))
 }
 
-/// Runs kernel cases and power cuts in parallel VMs: one VM seldom keeps two cores busy. Prints the
-/// output of the first VM as it arrives, and that of the others when they end.
-fn in_vms(options: &SuiteOptions) -> Result<Vec<Phase>> {
+/// Builds all that the jobs need, and runs them.
+fn with_vms(options: &SuiteOptions) -> Result<Vec<Phase>> {
     let lab = setup::ensure_all()?;
-    let mut programs = programs::build()?;
-    let cases = [VM, KERNEL_LOOP].map(programs::build_cases);
-    let cases = cases.into_iter().collect::<Result<Vec<_>>>()?;
+    let tests = programs::build_tests()?;
+    let cases = [find(&tests, VM)?.clone(), find(&tests, KERNEL_LOOP)?.clone()];
     let mut any = false;
     for program in &cases {
         any |= any_case(program, options.filter.as_deref())?;
     }
+    let mut programs = programs::build()?;
     programs.extend(cases);
-    let run = |share: Share, sink: Sink<'_>| one_vm(&lab, share, &programs, any, options, sink);
-    let (first, others) = shares(options);
-    std::thread::scope(|scope| {
-        let others: Vec<_> = others
-            .into_iter()
-            .map(|share| {
-                scope.spawn(move || {
-                    let mut said = Vec::new();
-                    let phases = run(share, &mut |bytes| said.extend_from_slice(bytes));
-                    (said, phases)
-                })
+    let jobs = jobs(options, any);
+    let results = lanes::run(LANES, &jobs, &vm::to_stdout, |job, sink| match *job {
+        Job::Host => Phase::run("tests on this machine".into(), sink, |sink| host_tests(options, sink)),
+        Job::Docs => {
+            Phase::run("examples in the documentation".into(), sink, |sink| doc_tests(options, sink))
+        }
+        Job::PowerCut(line) => {
+            Phase::run(format!("power cut, {}", lab.kernel(line)?.release), sink, |sink| {
+                powercut::run(&lab, line, &programs, options.filter.as_deref(), sink)
             })
-            .collect();
-        let mut phases = run(first, &mut vm::to_stdout)?;
-        for other in others {
-            let (said, more) = other.join().map_err(|_| anyhow!("the thread of a VM panicked"))?;
-            vm::to_stdout(&said);
-            phases.extend(more?);
         }
-        Ok(phases)
-    })
+        Job::Cases(share) => {
+            let release = lab.kernel(share.line)?.release;
+            Phase::run(format!("kernel cases, {release}{}", share.cases.name()), sink, |sink| {
+                cases_in_vm(&lab, share, &programs, options, sink)
+            })
+        }
+    });
+    results.into_iter().collect()
 }
 
-fn one_vm(
-    lab: &Lab,
-    share: Share,
-    programs: &[Program],
-    any: bool,
-    options: &SuiteOptions,
-    sink: Sink<'_>,
-) -> Result<Vec<Phase>> {
-    let Share { line, cases } = share;
-    let release = lab.kernel(line)?.release;
-    let filter = options.filter.as_deref();
-    let mut phases = Vec::new();
-    if matches!(cases, Cases::All | Cases::Kernel | Cases::Others) {
-        phases.push(Phase::run(format!("power cut, {release}"), sink, |sink| {
-            powercut::run(lab, line, programs, filter, sink)
-        })?);
-    }
-    if any {
-        phases.push(Phase::run(format!("kernel cases, {release}{}", cases.name()), sink, |sink| {
-            cases_in_vm(lab, share, programs, options, sink)
-        })?);
-    }
-    Ok(phases)
+fn find<'a>(tests: &'a [Program], name: &str) -> Result<&'a Program> {
+    let program = tests.iter().find(|program| program.name == name);
+    program.with_context(|| format!("cargo built no test program named {name}"))
 }
 
-/// The share whose output is printed as it arrives, and the others.
-fn shares(options: &SuiteOptions) -> (Share, Vec<Share>) {
-    let all = |line| Share { line, cases: Cases::All };
-    let seven = |cases| Share { line: Line::Seven, cases };
-    let everyday = options.filter.is_none() && !options.full;
-    let cases = if everyday { Cases::Kernel } else { Cases::All };
-    let older =
-        (options.kernel.is_none() && !options.quick).then_some(Share { line: Line::SixTwelve, cases });
-    match options.kernel {
-        Some(Line::SixTwelve) => (all(Line::SixTwelve), vec![]),
-        // Several filters of libtest are alternatives, so no second one can narrow the user's.
-        _ if options.filter.is_some() => (seven(Cases::All), older.into_iter().collect()),
-        _ => {
-            let others = [seven(Cases::Private), seven(Cases::Counted)];
-            (seven(Cases::Others), others.into_iter().chain(older).collect())
+/// The jobs of a run, the longest first. `any_case`: whether the filter matches a kernel case.
+fn jobs(options: &SuiteOptions, any_case: bool) -> Vec<Job> {
+    let shares = shares(options);
+    // A power cut needs ublk, and runs once on each kernel.
+    let cut = |share: &Share| match share.cases {
+        Cases::All | Cases::Kernel | Cases::Others if share.line.has_ublk() => {
+            Some(Job::PowerCut(share.line))
         }
+        _ => None,
+    };
+    let cuts: Vec<Job> = shares.iter().filter_map(cut).collect();
+    let mut jobs = vec![Job::Host];
+    if any_case {
+        jobs.extend(shares.into_iter().map(Job::Cases));
     }
+    jobs.extend(cuts);
+    jobs.push(Job::Docs);
+    jobs
 }
 
 fn summarise(phases: &[Phase]) -> bool {
@@ -267,7 +181,8 @@ fn summarise(phases: &[Phase]) -> bool {
 }
 
 /// Runs unit, property and command-line tests: all but the kernel cases.
-fn host_tests(filter: Option<&str>) -> Result<Tally> {
+fn host_tests(options: &SuiteOptions, sink: Sink<'_>) -> Result<Tally> {
+    let filter = options.filter.as_deref();
     if sh::which("cargo-nextest").is_ok() {
         let words =
             ["nextest", "run", "--workspace", "--cargo-profile", "lab", "--no-fail-fast", "--no-tests=pass"];
@@ -275,8 +190,8 @@ fn host_tests(filter: Option<&str>) -> Result<Tally> {
         command
             .args(["--status-level=fail", "--final-status-level=fail", "-E", "not binary(vm)"])
             .args(filter);
-        let (status, said) = sh::tee(&mut command, HOST_LIMIT)?;
-        return reconcile("cargo nextest", status.success(), nextest(&said, filter.is_some()));
+        let (success, said) = pass_on(&mut command, sink)?;
+        return reconcile("cargo nextest", success, nextest(&said, filter.is_some()));
     }
     // Without nextest: all targets but the kernel cases, by name.
     let mut command = programs::cargo(&["test", "--workspace", "--quiet", "--no-fail-fast"]);
@@ -284,18 +199,26 @@ fn host_tests(filter: Option<&str>) -> Result<Tally> {
     for name in programs::test_targets()?.iter().filter(|name| *name != "vm") {
         command.args(["--test", name]);
     }
-    let (status, said) = sh::tee(command.args(filter), HOST_LIMIT)?;
-    reconcile("cargo test", status.success(), libtest(&said))
+    let (success, said) = pass_on(command.args(filter), sink)?;
+    reconcile("cargo test", success, libtest(&said))
 }
 
-fn doc_tests(filter: Option<&str>) -> Result<Tally> {
+/// Runs `command` and passes its output on when it ends.
+fn pass_on(command: &mut Command, sink: Sink<'_>) -> Result<(bool, String)> {
+    let output = sh::output(command, HOST_LIMIT)?;
+    let said = [output.stdout, output.stderr].concat();
+    sink(&said);
+    Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+}
+
+fn doc_tests(options: &SuiteOptions, sink: Sink<'_>) -> Result<Tally> {
     let mut command = programs::cargo(&["test", "--doc", "--workspace", "--quiet"]);
     command.args(programs::PROFILE);
-    if let Some(filter) = filter {
+    if let Some(filter) = &options.filter {
         command.args(["--", filter]);
     }
-    let (status, said) = sh::tee(&mut command, HOST_LIMIT)?;
-    reconcile("cargo test --doc", status.success(), libtest(&said))
+    let (success, said) = pass_on(&mut command, sink)?;
+    reconcile("cargo test --doc", success, libtest(&said))
 }
 
 fn cases_in_vm(
@@ -379,7 +302,8 @@ fn any_case(cases: &Program, filter: Option<&str>) -> Result<bool> {
 
 fn cases_here(options: &SuiteOptions) -> Result<Tally> {
     let programs = programs::build()?;
-    let cases_program = programs::build_cases(VM)?;
+    let tests = programs::build_tests()?;
+    let cases_program = find(&tests, VM)?;
     let engine = programs.iter().find(|program| program.name == "loopengine");
     let engine = engine.context("cargo built no program named loopengine")?;
     let mut command = Command::new(&cases_program.path);

@@ -30,6 +30,12 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::partitions_have_names", Needs::Ublk, 60, partitions_have_names),
         case("lifetime::statistics", Needs::Ublk, 60, statistics),
         case("lifetime::options_of_queues_are_refused", Needs::Ublk, 60, options_of_queues_are_refused),
+        case(
+            "lifetime::doctor_names_what_the_kernel_lacks",
+            Needs::Ublk,
+            60,
+            doctor_names_what_the_kernel_lacks,
+        ),
     ]
 }
 
@@ -54,11 +60,12 @@ fn io_outlives_a_killed_daemon(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     let disk = disk_name(&device)?;
     let node = format!("/dev/{disk}");
-    // Longer than the restarts below: an emulated machine needs seconds for each.
-    let seconds = if host::is_virtual() { 40 } else { 8 };
+    // Longer than the restarts below: an emulated machine needs seconds for each. It leaves its CPU
+    // to them.
+    let load = if host::is_virtual() { "runtime=40\nrate_iops=400\nsize=16M" } else { "runtime=8\nsize=64M" };
     let jobs = format!(
-        "[global]\nfilename={node}\nioengine=libaio\niodepth=8\ndirect=1\nbs=4k\nsize=64M\n\
-         verify=crc32c\nverify_fatal=1\ntime_based=1\nruntime={seconds}\n[job]\nrw=randwrite\n"
+        "[global]\nfilename={node}\nioengine=libaio\niodepth=8\ndirect=1\nbs=4k\n\
+         verify=crc32c\nverify_fatal=1\ntime_based=1\n{load}\n[job]\nrw=randwrite\n"
     );
     let mut load = fio::start(ctx, &jobs)?;
     for _ in 0..3 {
@@ -345,5 +352,42 @@ fn options_of_queues_are_refused(ctx: &Ctx) -> Res {
     let namespace = r#""name": "mount namespace","#;
     let checked = checks.out.split('{').find(|check| check.contains(namespace)).unwrap_or_default();
     ensure!(checked.contains(r#""verdict": "ok""#), "{checked}");
+    daemon.stop()
+}
+
+/// On any kernel this backend works, and `doctor` says what else would need a newer one.
+fn doctor_names_what_the_kernel_lacks(ctx: &Ctx) -> Res {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let release = release.trim();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok());
+    let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
+        fail!("a release without numbers: {release}");
+    };
+    let kernel: (u32, u32) = (major, minor);
+    let daemon = Daemon::start(ctx)?;
+    let features = daemon.json(&["features"])?;
+    let backends = features["backends"].as_array().into_iter().flatten();
+    ensure!(backends.into_iter().any(|backend| backend == "loop"), "{features}");
+
+    let said = daemon.cli(&["doctor"])?.out;
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
+    let lines: Vec<String> = said.lines().map(words).collect();
+    let supported = format!("ok kernel loop devices Linux {release} supports them (since 6.1)");
+    ensure!(lines.contains(&supported), "{said}");
+    for (feature, since) in [("ublk devices", (6, 5)), ("private devices", (7, 0))] {
+        let (major, minor) = since;
+        let lacking = format!("warning {feature} need Linux {major}.{minor}: this is {release}");
+        ensure!(lines.contains(&lacking) == (kernel < since), "{feature}: {said}");
+    }
+    if kernel < (7, 0) {
+        for purpose in ["run", "mount", "podman"] {
+            let done = daemon.cli(&["doctor", "--for", purpose])?;
+            ensure!(done.code == 1, "{purpose}: {done:?}");
+            let instead = if kernel < (6, 5) { "serve --backend loop" } else { "loopengine attach" };
+            for part in [format!("need Linux 7.0: this is {release}"), instead.into()] {
+                ensure!(done.out.contains(&part), "{purpose}: {done:?}");
+            }
+        }
+    }
     daemon.stop()
 }

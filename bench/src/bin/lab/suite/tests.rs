@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Shares of the kernel cases, and verdicts from exit statuses and printed results.
+//! Jobs of a run, and verdicts from exit statuses and printed results.
 
 use super::*;
 
@@ -8,41 +8,20 @@ fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
 }
 
 #[test]
-fn every_case_is_in_one_share() {
-    let private = &Cases::Private.commands(None)[0];
-    assert_eq!(private[2], PRIVATE);
-    let others = Cases::Others.commands(None);
-    assert_eq!(others[0], ["vm", "--test-threads=1", "--skip", PRIVATE]);
-    for (command, name) in std::iter::zip(&others[1..], WITH_OTHERS) {
-        assert_eq!(command, &["vm", "--test-threads=1", name]);
-    }
-    assert_eq!(others[1 + WITH_OTHERS.len()..], [[KERNEL_LOOP, "--test-threads=1", LIFETIME]]);
-    let skipped = |name| private.windows(2).any(|pair| pair == ["--skip", name]);
-    assert!(WITH_OTHERS.into_iter().all(skipped), "{private:?}");
-    let of = |program| [program, "--test-threads=1", "x"];
-    assert_eq!(Cases::All.commands(Some("x")), [of(VM), of(KERNEL_LOOP)]);
-    let options = |kernel, filter| SuiteOptions { kernel, filter, host: false, quick: false, full: false };
-    let names = |options| {
-        let (first, others) = shares(&options);
-        let all: Vec<_> = [first].into_iter().chain(others).collect();
-        all.iter().map(|share| format!("{}{}", share.line.name(), share.cases.name())).collect::<Vec<_>>()
+fn a_run_has_one_power_cut_per_kernel_with_ublk() {
+    let both = [Job::PowerCut(Line::Seven), Job::PowerCut(Line::SixTwelve)];
+    let cuts = |options, any_case| {
+        let mut jobs = jobs(&options, any_case);
+        jobs.retain(|job| matches!(job, Job::PowerCut(_)));
+        jobs
     };
-    let all = ["7, all others", "7, private loop devices", "7, instructions counted", "6.12"];
-    assert_eq!(names(options(None, None)), all);
-    assert_eq!(names(options(Some(Line::Seven), None)), all[..3]);
-    assert_eq!(names(options(Some(Line::SixTwelve), None)), all[3..]);
-    assert_eq!(names(options(None, Some("x".into()))), ["7", "6.12"]);
-}
-
-#[test]
-fn the_worst_exit_status_counts() {
-    let command = Cases::Others.shell_command(None);
-    for (first, others) in [(134, 0), (0, 101), (0, 0)] {
-        let vm = format!("vm() {{ case $2 in --skip) return {first} ;; esac; return {others}; }}");
-        let script = format!("{vm}; kernel_loop() {{ vm; }}; {command}");
-        let status = Command::new("sh").args(["-c", &script]).status().unwrap();
-        assert_eq!(status.code(), Some(std::cmp::max(first, others)));
-    }
+    assert_eq!(cuts(SuiteOptions::default(), true), both);
+    let filtered = || SuiteOptions { filter: Some("power_cut".into()), ..SuiteOptions::default() };
+    assert_eq!(cuts(filtered(), false), both);
+    let of = |kernel| SuiteOptions { kernel: Some(kernel), ..filtered() };
+    assert_eq!(cuts(of(Line::SixTwelve), false), both[1..]);
+    assert_eq!(cuts(of(Line::SixOne), true), []);
+    assert_eq!(jobs(&of(Line::SixOne), false), [Job::Host, Job::Docs]);
 }
 
 #[test]
