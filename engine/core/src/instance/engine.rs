@@ -98,6 +98,14 @@ impl Engine {
             companions: Mutex::default(),
         };
         engine.check_no_other_frontend()?;
+        match engine.context.frontend.pool_backend() {
+            Ok(BackendKind::Loop) if engine.context.frontend.kind() != BackendKind::Loop => {
+                let why = kernels::PRIVATE_UBLK.missing().map(|missing| format!(": {missing}"));
+                tracing::info!("private pools use the kernel's loop driver{}", why.unwrap_or_default());
+            }
+            Ok(_) => {}
+            Err(error) => tracing::info!("{error}"),
+        }
         engine.recover_all(&config.default_instance).iter().for_each(|note| tracing::info!("{note}"));
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;

@@ -11,6 +11,7 @@ use super::{
     Caller, ContainerSession, OperationRequest, OperationResult, PoolHandle, PoolSource, TenantEvents,
 };
 use crate::error::{Error, Kind, Result};
+use crate::frontend::BackendKind;
 use crate::instance::claims::ExcludedFileSystem;
 use crate::intercept::{
     Administrators, CALLS_AT_ONCE, DEADLINE, MountHandler, MounterSocket, Namespace, Supervisor,
@@ -153,6 +154,11 @@ impl PoolHandle for PoolRuntime {
             tracing::warn!("file systems of private pool {} are still mounted", self.pool.spec().name);
         }
         self.pool.reset(HOLD_TIMEOUT);
+    }
+
+    fn backend(&self) -> Option<&'static str> {
+        let kind = if self.pool.allocator.is_kernel_loop() { BackendKind::Loop } else { BackendKind::Ublk };
+        Some(kind.as_str())
     }
 
     fn device_numbers(&self) -> Vec<u64> {

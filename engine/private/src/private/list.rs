@@ -45,6 +45,7 @@ fn with_devices(mut info: PoolInfo, pool: Option<Arc<dyn PoolHandle>>) -> PoolIn
     info.devices = count(entries.len());
     info.bound = count(entries.iter().filter(|entry| entry.bound.is_some()).count());
     info.device_numbers = pool.device_numbers();
+    info.backend = pool.backend().map(str::to_owned);
     info.kernel_mounts = pool.kernel_mounts().iter().map(|kind| kind.name.to_owned()).collect();
     info
 }

@@ -43,6 +43,10 @@ pub trait PoolHandle: Send + Sync {
     fn admit(&self, session: ContainerSession) -> Result<()>;
     /// Unbinds all devices, for the next container.
     fn reset(&self);
+    /// What serves its disks: ublk or loop.
+    fn backend(&self) -> Option<&'static str> {
+        None
+    }
     /// Device numbers of all its disks, if they must not change.
     fn device_numbers(&self) -> Vec<u64>;
     /// All devices.

@@ -113,6 +113,9 @@ pub struct PoolInfo {
     /// Start time of that process, in clock ticks since boot: identifies it if the pid is reused.
     #[serde(default)]
     pub pid_start_ticks: Option<u64>,
+    /// What serves its disks: ublk or loop.
+    #[serde(default)]
+    pub backend: Option<String>,
     /// Id of the container that uses it.
     #[serde(default)]
     pub container: Option<String>,
