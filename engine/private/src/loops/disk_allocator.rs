@@ -57,6 +57,9 @@ pub struct DiskAllocator {
     prepared: Mutex<Option<Served>>,
     /// All started disks by device number, with the device of the kernel's loop driver.
     started: Mutex<BTreeMap<u64, Option<Arc<PrivateLoop>>>>,
+    /// The last device of each disk of the kernel's loop driver: a process may open a number after
+    /// the device got another disk.
+    last_devices: Mutex<BTreeMap<u64, u32>>,
     /// Each disk of a partition holds a reference, which bounds their number.
     pub(super) partitions: Arc<()>,
     /// Unused disks that keep their device numbers.
@@ -88,6 +91,7 @@ impl DiskAllocator {
             slots,
             prepared: Mutex::default(),
             started: Mutex::default(),
+            last_devices: Mutex::default(),
             partitions: Arc::default(),
             free_list: Mutex::default(),
             fixed: OnceLock::new(),
@@ -360,6 +364,18 @@ impl DiskAllocator {
     pub fn is_intact(&self, rdev: u64) -> bool {
         let device = lock(&self.started).get(&rdev).cloned().flatten();
         device.is_none_or(|device| device.is_bound())
+    }
+
+    /// Records that loop`number` has the disk with this device number.
+    pub fn record_device(&self, rdev: u64, number: u32) {
+        if self.is_kernel_loop() {
+            lock(&self.last_devices).insert(rdev, number);
+        }
+    }
+
+    /// The last device that had the disk with this device number.
+    pub fn last_device(&self, rdev: u64) -> Option<u32> {
+        lock(&self.last_devices).get(&rdev).copied()
     }
 
     /// Frees a disk that was allocated and never bound.

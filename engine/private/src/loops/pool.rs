@@ -420,6 +420,9 @@ impl Pool {
     fn publish_without_wake(&self, number: u32, slot: &LoopSlot, device: MutexGuard<'_, PoolDevice>) {
         // A notified watcher may read the entry.
         let changed = slot.publish(&device);
+        if let Some(disk) = &device.disk {
+            self.allocator.record_device(disk.rdev, number);
+        }
         drop(device);
         if changed {
             self.notify(number);

@@ -374,17 +374,17 @@ fn doctor_names_what_the_kernel_lacks(ctx: &Ctx) -> Res {
     let lines: Vec<String> = said.lines().map(words).collect();
     let supported = format!("ok kernel loop devices Linux {release} supports them (since 6.1)");
     ensure!(lines.contains(&supported), "{said}");
-    for (feature, since) in [("ublk devices", (6, 5)), ("private devices", (7, 0))] {
+    for (feature, since) in [("ublk devices", (6, 5)), ("private devices", (6, 9))] {
         let (major, minor) = since;
         let lacking = format!("warning {feature} need Linux {major}.{minor}: this is {release}");
         ensure!(lines.contains(&lacking) == (kernel < since), "{feature}: {said}");
     }
-    if kernel < (7, 0) {
+    if kernel < (6, 9) {
         for purpose in ["run", "mount", "podman"] {
             let done = daemon.cli(&["doctor", "--for", purpose])?;
             ensure!(done.code == 1, "{purpose}: {done:?}");
             let instead = if kernel < (6, 5) { "serve --backend loop" } else { "loopengine attach" };
-            for part in [format!("need Linux 7.0: this is {release}"), instead.into()] {
+            for part in [format!("need Linux 6.9: this is {release}"), instead.into()] {
                 ensure!(done.out.contains(&part), "{purpose}: {done:?}");
             }
         }

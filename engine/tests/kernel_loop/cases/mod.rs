@@ -99,9 +99,10 @@ const OF_UBLK: [&str; 8] = [
 
 /// Cases about private pools that the kernel's driver answers differently (`pools` has those), that
 /// need its module unloaded, or that look at ublk itself.
-const OF_UBLK_POOLS: [&str; 5] = [
+const OF_UBLK_POOLS: [&str; 6] = [
     "private::figures",
     "private::without_interception",
+    "private_claims::pools_share_with_a_warning",
     "private_hung::",
     "private_isolation::stale_references_fail",
     "private_lifetime::leaked_namespace",

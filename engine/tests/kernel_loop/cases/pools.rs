@@ -45,6 +45,7 @@ fn a_last_close_writes_back(ctx: &Ctx) -> Res {
             printf "round $i " | dd of=$dev conv=notrunc 2>/dev/null
             same "after a close" "$(head_of a | tr ' ' _)" "$(printf "round_${i}_" | head -c 16)"
         done
+        losetup -d $dev
         # The device is open elsewhere when its writer closes it, and is detached then.
         for i in {1..20}; do
             dev=$(losetup -f --show a); exec 7<$dev

@@ -229,18 +229,22 @@ fn user(ctx: &Ctx) -> Res {
     let red = tenant(&Inside::new(ctx, &daemon), "red")?;
     let blue = tenant(&Inside::new(ctx, &daemon).user(1000), "blue")?;
     let ids = daemon.ublk_ids();
-    let number =
-        |id: &u32| Ok::<_, crate::harness::Stop>(rustix::fs::stat(format!("/dev/ublkb{id}"))?.st_rdev);
+    let of_loop = crate::BACKEND == "loop";
+    let node = |id: &u32| if of_loop { format!("/dev/loop{id}") } else { format!("/dev/ublkb{id}") };
+    let number = |id: &u32| Ok::<_, crate::harness::Stop>(rustix::fs::stat(node(id))?.st_rdev);
     let mut script = format!("dir={dir}; program={}\n", ctx.host.program);
     for id in &ids {
         let rdev = number(id)?;
         let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
         script += &format!(
-            "refused 'disk {id}' 'Permission denied' head -c 16 /dev/ublkb{id}
-            refused 'its control' 'Permission denied' head -c 16 /dev/ublkc{id}
+            "refused 'disk {id}' 'Permission denied' head -c 16 {}
             refused 'mknod' 'Operation not permitted' mknod node b {major} {minor}
-            refused 'mknod as root of a namespace' '' unshare -Ur mknod node b {major} {minor}\n"
+            refused 'mknod as root of a namespace' '' unshare -Ur mknod node b {major} {minor}\n",
+            node(id)
         );
+        if !of_loop {
+            script += &format!("refused 'its control' 'Permission denied' head -c 16 /dev/ublkc{id}\n");
+        }
     }
     for name in ["red", "blue"] {
         let node = format!("{}/loop0", directory(ctx, name)?);

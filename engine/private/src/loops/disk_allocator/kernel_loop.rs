@@ -24,16 +24,22 @@ impl DiskAllocator {
             return Err(Error::new(Kind::Unsupported, context));
         }
         let (block_size, image) = (image.geometry().block_size, Arc::new(image));
-        loop {
-            let spare = self.free_list().pop();
-            let Some(spare) = spare else { break };
-            let DiskServer::Loop(device) = &spare.server else { break };
+        let spares = std::mem::take(&mut *self.free_list());
+        let mut spares = spares.into_iter().rev();
+        let mut bound = Err(Error::new(Kind::Quota, "the pool has no free disk left"));
+        for spare in spares.by_ref() {
+            let DiskServer::Loop(device) = &spare.server else { continue };
+            // Somebody has opened it by a name that it had before.
             if let Err(error) = device.unbind() {
                 self.keep(spare);
-                return Err(error);
+                bound = Err(error);
+                continue;
             }
             match device.rebind(&image) {
-                Ok(bound) => return Ok(self.register_loop(bound, block_size)),
+                Ok(device) => {
+                    bound = Ok(self.register_loop(device, block_size));
+                    break;
+                }
                 Err(error) if error.kind() == Kind::Busy => self.lose_loop(&spare, &error),
                 // The image was refused.
                 Err(error) => {
@@ -41,14 +47,16 @@ impl DiskAllocator {
                         Ok(free) => self.keep(free),
                         Err(error) => self.lose_loop(&spare, &error),
                     }
+                    self.free_list().extend(spares.rev());
                     return Err(error);
                 }
             }
         }
-        match self.fixed() {
-            Some(_) => Err(Error::new(Kind::Quota, "the pool has no free disk left")),
-            None => PrivateLoop::start(&image, self.shared.new_owner_cookie())
+        self.free_list().extend(spares.rev());
+        match (bound, self.fixed()) {
+            (Err(_), None) => PrivateLoop::start(&image, self.shared.new_owner_cookie())
                 .map(|started| self.register_loop(started, block_size)),
+            (bound, _) => bound,
         }
     }
 

@@ -21,6 +21,11 @@ impl Pool {
             if let Some((_, number)) = leads.min() {
                 return Some(number);
             }
+            if let Some(number) = self.allocator.last_device(rdev).filter(|number| self.slot(*number).is_ok())
+                && !self.is_partition(rdev)
+            {
+                return Some(number);
+            }
             // A partition never becomes a loopN.
             if self.is_partition(rdev) || !self.allocator.has_started(rdev) || Instant::now() >= until {
                 return None;
