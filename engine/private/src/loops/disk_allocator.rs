@@ -366,18 +366,6 @@ impl DiskAllocator {
         device.is_none_or(|device| device.is_bound())
     }
 
-    /// Records that loop`number` has the disk with this device number.
-    pub fn record_device(&self, rdev: u64, number: u32) {
-        if self.is_kernel_loop() {
-            lock(&self.last_devices).insert(rdev, number);
-        }
-    }
-
-    /// The last device that had the disk with this device number.
-    pub fn last_device(&self, rdev: u64) -> Option<u32> {
-        lock(&self.last_devices).get(&rdev).copied()
-    }
-
     /// Frees a disk that was allocated and never bound.
     pub fn free(&self, disk: PoolDisk) -> std::result::Result<(), PoolDisk> {
         if self.fixed().is_none() {

@@ -316,11 +316,12 @@ impl Pool {
                 continue;
             };
             round.bound += usize::from(device.is_bound());
-            if names && device.has_lost_file() && slot.try_begin_replacing() {
+            let lost = names && device.has_lost_file() && slot.try_begin_replacing();
+            if lost {
                 device.unbind(&self.allocator);
             }
             if !device.awaits_close() {
-                if names && device.is_bound() {
+                if lost || names && device.is_bound() {
                     self.publish_without_wake(number, &slot, device);
                 }
                 continue;

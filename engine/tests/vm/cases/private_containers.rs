@@ -85,18 +85,19 @@ fn two(ctx: &Ctx) -> Res {
         same "own device alone" "$(bound)" "/dev/loop0 /work/a"
         # /sys/devices shows sizes and numbers of the other's disks; a node with such a number
         # cannot be opened.
-        for dev in /sys/devices/virtual/block/ublkb*/dev; do
-            IFS=: read -r major minor < $dev; same "major" $major 259
+        for dev in /sys/devices/virtual/block/$DISKS/dev; do
+            IFS=: read -r major minor < $dev; same "major" $major $MAJOR
             refused "node $minor" "not permitted" mknod /work/node b $major $minor
         done
         "#;
+    let disks = if crate::BACKEND == "loop" { "DISKS='loop52*' MAJOR=7" } else { "DISKS='ublkb*' MAJOR=259" };
     let [red, blue] = ["red", "blue"].map(|name| Bundle::new(ctx, &daemon, runtime, name, name));
     let (mut red, mut blue) = (red?, blue?);
     let mut running = Vec::new();
     for bundle in [&mut red, &mut blue] {
         bundle.capabilities = vec!["CAP_MKNOD", "CAP_DAC_OVERRIDE"];
         image(&bundle.work("a"), &bundle.name)?;
-        running.push(bundle.start(&format!("NAME={}\n{script}", bundle.name))?);
+        running.push(bundle.start(&format!("NAME={} {disks}\n{script}", bundle.name))?);
     }
     red.wait(&mut running[0], "both")?;
     blue.wait(&mut running[1], "both")?;

@@ -191,23 +191,24 @@ fn root(ctx: &Ctx) -> Res {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let id = *daemon.ublk_ids().first().ok_or("no disk")?;
     let pid = std::fs::read_to_string(ctx.path("red.pid"))?;
-    let known = format!("major={major} minor={minor} id={id} red={}\n", pid.trim());
+    let disk = if crate::BACKEND == "loop" { "loop" } else { "ublkb" };
+    let known = format!("major={major} minor={minor} disk={disk}{id} red={}\n", pid.trim());
     let alike = r#"
         refused "mknod" "Operation not permitted" mknod node b $major $minor
         refused "mknod, in memory" "Operation not permitted" mknod /dev/shm/node b $major $minor
-        same "no disk of others" "$(ls /dev | grep ublk; find /dev -maxdepth 1 -name 'loop[0-9]*' ! -type l)" ""
-        same "nor in /sys/block" "$(ls /sys/block | grep ublk)" ""
+        same "no disk of others" "$(ls /dev | grep -E 'ublk|loop5'; find /dev -maxdepth 1 -name 'loop[0-9]*' ! -type l)" ""
+        same "nor in /sys/block" "$(ls /sys/block | grep -E 'ublk|loop5')" ""
         works "a pipe can be made" mknod pipe p; rm -f pipe
     "#;
     Inside::new(ctx, &daemon).run(&format!("{known}{alike}"))?;
     let denied = r#"
         refused "its root" "" head -c 16 /proc/$red/root/dev/loopfs/loop0
-        refused "the machine's /dev" "" head -c 16 /proc/1/root/dev/ublkb$id
+        refused "the machine's /dev" "" head -c 16 /proc/1/root/dev/$disk
         refused "another /dev" "" mount -t devtmpfs dev /mnt
-        mkdir -p under; mount --rbind / under 2>/dev/null; refused "below /dev" "" head -c 16 under/dev/ublkb$id
+        mkdir -p under; mount --rbind / under 2>/dev/null; refused "below /dev" "" head -c 16 under/dev/$disk
     "#;
     let other =
-        r#"umount -l /dev 2>/dev/null; refused "the machine's /dev, uncovered" "" head -c 16 /dev/ublkb$id"#;
+        r#"umount -l /dev 2>/dev/null; refused "the machine's /dev, uncovered" "" head -c 16 /dev/$disk"#;
     // Root of this namespace is root outside and may read the disk if it uncovers /dev: no `other`.
     Inside::new(ctx, &daemon).with(&["--user"]).run(&format!("{known}{alike}{denied}"))?;
     Inside::new(ctx, &daemon).user(1001).run(&format!("{known}{alike}{denied}{other}"))?;

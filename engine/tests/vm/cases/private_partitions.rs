@@ -209,8 +209,7 @@ const KNOWN: [(&str, &str); 1] = [(
 )];
 
 /// Only the tenant sees the partitions of its devices.
-const NOTHING_OUTSIDE: &str =
-    r#"same "partitions of ublk disks on the machine" "$(grep -c 'ublkb[0-9]*p' /proc/partitions)" 0"#;
+const NOTHING_OUTSIDE: &str = r#"same "partitions of private disks on the machine" "$(grep -cE '(ublkb|loop5)[0-9]*p' /proc/partitions)" 0"#;
 
 /// The same tools for a user, who is root in a namespace only.
 fn plain_user(ctx: &Ctx) -> Res {

@@ -16,6 +16,10 @@ impl PoolDevice {
     /// device has one already.
     pub fn mount_source(&mut self, part: Option<u32>, allocator: &DiskAllocator) -> Answer<MountSource> {
         self.bound()?;
+        // The end of its mount has unbound it; the close watcher has not noticed that yet.
+        if self.shadows.iter().any(|shadow| !shadow.disk.is_intact()) {
+            self.release_shadows(allocator);
+        }
         if let Some(shadow) = self.shadows.iter().find(|shadow| shadow.part == part) {
             return shadow.mount_source(self.number);
         }

@@ -108,6 +108,18 @@ impl DiskAllocator {
         PoolDisk { rdev, block_size, server: DiskServer::Loop(device) }
     }
 
+    /// Records that loop`number` has the disk with this device number.
+    pub fn record_device(&self, rdev: u64, number: u32) {
+        if self.is_kernel_loop() {
+            lock(&self.last_devices).insert(rdev, number);
+        }
+    }
+
+    /// The last device that had the disk with this device number.
+    pub fn last_device(&self, rdev: u64) -> Option<u32> {
+        lock(&self.last_devices).get(&rdev).copied()
+    }
+
     fn lose_loop(&self, disk: &PoolDisk, error: &Error) {
         lock(&self.started).remove(&disk.rdev);
         if let DiskServer::Loop(device) = &disk.server {
