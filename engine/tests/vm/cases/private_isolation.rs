@@ -196,8 +196,8 @@ fn root(ctx: &Ctx) -> Res {
     let alike = r#"
         refused "mknod" "Operation not permitted" mknod node b $major $minor
         refused "mknod, in memory" "Operation not permitted" mknod /dev/shm/node b $major $minor
-        same "no disk of others" "$(ls /dev | grep -E 'ublk|loop5'; find /dev -maxdepth 1 -name 'loop[0-9]*' ! -type l)" ""
-        same "nor in /sys/block" "$(ls /sys/block | grep -E 'ublk|loop5')" ""
+        same "no disk of others" "$(ls /dev | grep -E 'ublk|loop5[0-9]'; find /dev -maxdepth 1 -name 'loop[0-9]*' ! -type l)" ""
+        same "nor in /sys/block" "$(ls /sys/block | grep -E 'ublk|loop5[0-9]')" ""
         works "a pipe can be made" mknod pipe p; rm -f pipe
     "#;
     Inside::new(ctx, &daemon).run(&format!("{known}{alike}"))?;

@@ -42,12 +42,22 @@ pub(super) const VM: &str = "vm";
 pub(super) const KERNEL_LOOP: &str = "kernel_loop";
 /// Cases of the second that depend on the kernel.
 const LIFETIME: &str = "lifetime::";
+/// Cases of the second about private loop devices that depend on the kernel.
+const POOLS: [&str; 7] = [
+    "pools::",
+    "private::detach",
+    "private::rebind",
+    "private::mount",
+    "private_containers::runc",
+    "private_containers::restart",
+    "private_lifetime::",
+];
 /// Prefix of the names of cases of private loop devices.
 const PRIVATE: &str = "private";
 /// Those of them that run in a VM of their own, so that no VM takes much longer than others.
 const TOOLS: [&str; 3] = ["private::mapped", "private::builders", "private::partitions"];
 /// Cases that a default run skips on the older kernel: names, claims and the command line do not
-/// depend on the kernel, and private loop devices need a newer one.
+/// depend on the kernel, and private loop devices over ublk need a newer one.
 const NOT_OF_THE_KERNEL: [&str; 9] = [
     PRIVATE,
     "commands::",
@@ -67,7 +77,10 @@ impl Cases {
         let lifetime = (KERNEL_LOOP, vec![LIFETIME]);
         let all: Vec<(&str, Vec<&str>)> = match self {
             Cases::All => [VM, KERNEL_LOOP].map(|program| (program, filter.into_iter().collect())).into(),
-            Cases::Kernel => vec![(VM, skipping(&NOT_OF_THE_KERNEL)), lifetime],
+            Cases::Kernel => [(VM, skipping(&NOT_OF_THE_KERNEL)), lifetime]
+                .into_iter()
+                .chain(POOLS.iter().map(|name| (KERNEL_LOOP, vec![*name])))
+                .collect(),
             Cases::KernelLoop => vec![lifetime],
             // Counted cases are meaningless on emulated CPUs that share a core.
             Cases::Private => {
