@@ -98,8 +98,10 @@ fn attach(
     let is_ours = uses.iter().any(|one| matches!(one.holder, Holder::Device { .. }));
     if claimed && external.is_empty() && !is_ours {
         let open = processes::open_devices(|name| name.starts_with("/dev"));
-        let holder = open.iter().find(|open| open.rdev == Some(identity.rdev));
-        let holder = holder.and_then(|open| Process::of(open.pid));
+        let users = open.iter().filter(|open| open.rdev == Some(identity.rdev));
+        // Not the client that has opened it to attach it.
+        let mut users = users.filter_map(|open| Process::of(open.pid));
+        let holder = users.find(|user| user.command != "loopengine");
         let who = holder.map_or("another program".to_owned(), |holder| holder.to_string());
         external.push(ExternalUse { who, writes: true });
     }
