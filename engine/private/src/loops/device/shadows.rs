@@ -104,26 +104,23 @@ impl PoolDevice {
             };
             allocator.allocate_bound(image, close, close)
         };
-        let mut old = Vec::new();
         self.last_generation += 1;
         self.generation = self.last_generation;
+        // What one failure leaves is exchanged again.
         for part in &mut self.partitions {
             let next = other(part.disk(), &part.info(binding))?;
-            old.push(part.exchange(next, self.last_generation));
+            self.outgoing.push(OutgoingDisk::unbound(part.exchange(next, self.last_generation)));
         }
         let next = other(self.disk.as_ref().ok_or(Errno::IO)?, &binding.info)?;
-        old.extend(self.disk.replace(next));
-        self.outgoing.extend(old.into_iter().map(OutgoingDisk::unbound));
+        self.outgoing.extend(self.disk.replace(next).map(OutgoingDisk::unbound));
         Ok(())
     }
 
     fn remove_write_protection(&mut self, allocator: &DiskAllocator) {
-        // The end of the mount was the last close.
-        if allocator.is_kernel_loop() && self.is_autoclear() {
-            self.apply_autoclear();
-        } else if let Err(error) = self.set_write_protection(false, allocator) {
+        if let Err(error) = self.set_write_protection(false, allocator) {
             tracing::error!(%error, number = self.number, "a loop device stays read-only after a mount");
         }
+        self.apply_autoclear();
     }
 
     /// Frees the shadow disks that are not mounted any more. With the last one the device is
@@ -142,8 +139,13 @@ impl PoolDevice {
                 Err(NotReplaced::Lost(error)) => tracing::error!(%error, "cannot replace a disk: it is lost"),
             }
         }
-        if self.shadows.is_empty() {
-            self.remove_write_protection(allocator);
+        if !self.shadows.is_empty() {
+            return;
+        }
+        match allocator.is_kernel_loop() && self.is_autoclear() {
+            // The end of the mount was the last close.
+            true => self.apply_autoclear(),
+            false => self.remove_write_protection(allocator),
         }
     }
 
