@@ -124,6 +124,12 @@ impl Host {
             fail!("LOOPENGINE is not set");
         };
         std::fs::create_dir_all(SCRATCH)?;
+        // Cases run it as other users, who may not reach the source tree.
+        let (new, copy) =
+            (format!("{SCRATCH}/loopengine.{}", std::process::id()), format!("{SCRATCH}/loopengine"));
+        std::fs::copy(&program, &new).at(format!("copy {program}"))?;
+        std::fs::rename(&new, &copy).at(&copy)?;
+        let program = copy;
         let full = std::env::var_os("LOOPENGINE_VM_FULL").is_some_and(|v| v == "1");
         Ok(Host {
             program,
