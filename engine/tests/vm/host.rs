@@ -136,7 +136,7 @@ impl Host {
             io_modes: vec![crate::BACKEND.into()],
             resize: true,
             recovery: crate::BACKEND == "loop",
-            private: crate::BACKEND == "loop",
+            private: crate::BACKEND == "loop" && !release_before(6, 9),
             full,
         })
     }
@@ -150,7 +150,9 @@ impl Host {
                 skip!("this kernel does not grant I/O mode '{io_mode}'")
             }
             Needs::Recovery(_) if !self.recovery => skip!("this kernel grants no recovery"),
-            Needs::Private if !self.private => skip!("private loop devices need Linux 7.0 or newer"),
+            Needs::Private if !self.private => {
+                skip!("private loop devices need Linux 7.0 for ublk, 6.9 for the kernel's loop driver")
+            }
             Needs::Resize if !self.resize => skip!("this kernel does not resize ublk devices"),
             _ => Ok(()),
         }
@@ -179,6 +181,13 @@ fn copy_program() -> Res<String> {
     let copy = format!("{SCRATCH}/loopengine");
     std::fs::copy(&given, &copy).at(format!("copy {given}"))?;
     Ok(copy)
+}
+
+/// Whether the kernel is older than this release.
+fn release_before(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok());
+    (numbers.next().unwrap_or(u32::MAX), numbers.next().unwrap_or(u32::MAX)) < (major, minor)
 }
 
 /// Numbers of the kernel's bound loop devices from the first of `serve --backend loop` on.

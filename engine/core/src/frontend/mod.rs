@@ -18,13 +18,19 @@ pub mod ublk;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::thread::gettid;
+
 use crate::error::{Error, Kind, Result};
-use crate::kernels::BLOCK_DEVICES;
+use crate::kernels::{BLOCK_DEVICES, PRIVATE};
 
 pub use device::FrontendDevice;
 use disk_list::DiskList;
 pub use mode::{BackendKind, IoMode};
 pub use queue::FrontendQueue;
+
+/// A pidfd of a thread (Linux 6.9).
+const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL.cast_unsigned());
 
 /// The parameters of a device, fixed when it is added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +123,13 @@ impl Frontend {
     pub fn pool_backend(&self) -> Result<BackendKind> {
         match self {
             Frontend::Ublk(features) if features.supports_binding() => Ok(BackendKind::Ublk),
+            // Without it nobody can serve an intercepted call (Linux 6.9).
+            _ if pidfd_open(gettid(), PIDFD_THREAD).is_err() => {
+                let missing = PRIVATE.missing();
+                let context = missing.unwrap_or_else(|| "this kernel has no pidfd of threads".to_owned());
+                Err(Error::new(Kind::Unsupported, context)
+                    .hint("'loopengine doctor --for run' says what works with this kernel"))
+            }
             _ => kernel_loop::check().map(|()| BackendKind::Loop).map_err(|error| {
                 Error::new(
                     Kind::Unsupported,

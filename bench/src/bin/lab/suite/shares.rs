@@ -40,17 +40,16 @@ pub(super) enum Cases {
 /// second also runs on this machine.
 pub(super) const VM: &str = "vm";
 pub(super) const KERNEL_LOOP: &str = "kernel_loop";
-/// Cases of the second that depend on the kernel.
+/// Cases of the second that depend on the kernel; of `private_lifetime::`, too.
 const LIFETIME: &str = "lifetime::";
 /// Cases of the second about private loop devices that depend on the kernel.
-const POOLS: [&str; 7] = [
+const POOLS: [&str; 6] = [
     "pools::",
     "private::detach",
     "private::rebind",
     "private::mount",
     "private_containers::runc",
     "private_containers::restart",
-    "private_lifetime::",
 ];
 /// Prefix of the names of cases of private loop devices.
 const PRIVATE: &str = "private";
