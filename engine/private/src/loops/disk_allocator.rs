@@ -138,8 +138,8 @@ impl DiskAllocator {
         &self.shared
     }
 
-    /// Whether direct I/O is used only where the tenant asks for it, as the kernel does: its driver
-    /// shares the page cache of the file, and so do all devices on it.
+    /// Whether the kernel's loop driver serves the disks. Direct I/O is then used only on request:
+    /// all disks on a file share its page cache.
     pub fn is_kernel_loop(&self) -> bool {
         matches!(self.backend, Backend::Loop)
     }
