@@ -45,7 +45,9 @@ pub(super) fn run(extras: &Extras, site: &Site) -> Result<Vec<Attach>> {
             }
         }
     }
-    for (frontend, target) in [("ublk", "loopengine"), ("fuse", "loopengine fuse")] {
+    for (frontend, target) in
+        [("ublk", "loopengine"), ("loop", "loopengine loop"), ("fuse", "loopengine fuse")]
+    {
         if frontend == "ublk" && !daemon::can_run_here() {
             continue;
         }

@@ -21,7 +21,9 @@ const WATCH: Duration = Duration::from_secs(5);
 pub(super) fn run(count: u32, site: &Site) -> Result<Vec<Idle>> {
     let home = site.place.directory("idle")?;
     let mut figures = Vec::new();
-    for (frontend, target) in [("ublk", "loopengine"), ("fuse", "loopengine fuse")] {
+    for (frontend, target) in
+        [("ublk", "loopengine"), ("loop", "loopengine loop"), ("fuse", "loopengine fuse")]
+    {
         if frontend == "ublk" && !daemon::can_run_here() {
             continue;
         }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! loopengine, through its public program: over ublk in each I/O mode, and over FUSE.
+//! loopengine, through its public program: over ublk in each I/O mode, with devices of the kernel's
+//! loop driver, and over FUSE.
 //!
 //! Each target has its own daemon, so that its cost can be measured.
 
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Environment, FUSE, Kind, Module, Opened, Target, UBLK, block, check_mark, engine, kernel};
+use super::{Environment, FUSE, Kind, LOOP, Module, Opened, Target, UBLK, block, check_mark, engine, kernel};
 use crate::daemon::{self, Daemon};
 use crate::varlink::Client;
 
@@ -69,17 +70,36 @@ impl Target for Ublk {
     }
 }
 
-/// loopengine over FUSE: the same engine and workers.
-#[derive(Default)]
-pub(super) struct Fuse(Option<Daemon>);
+/// loopengine with a backend that has no I/O modes to choose from.
+pub(super) struct Other {
+    backend: &'static str,
+    about: &'static str,
+    module: Module,
+    kind: Kind,
+    daemon: Option<Daemon>,
+}
 
-impl Target for Fuse {
+impl Other {
+    /// The same engine and workers over FUSE.
+    pub(super) fn fuse() -> Other {
+        let about = "the same engine and workers over FUSE, several threads, clone_fd";
+        Other { backend: "fuse", about, module: FUSE, kind: Kind::File, daemon: None }
+    }
+
+    /// The daemon manages devices, the kernel's loop driver serves them.
+    pub(super) fn kernel_loop() -> Other {
+        let about = "loopengine with devices of the kernel's loop driver, with direct I/O";
+        Other { backend: "loop", about, module: LOOP, kind: Kind::Block, daemon: None }
+    }
+}
+
+impl Target for Other {
     fn name(&self) -> String {
-        "loopengine fuse".into()
+        format!("loopengine {}", self.backend)
     }
 
     fn about(&self) -> String {
-        "the same engine and workers over FUSE, several threads, clone_fd".into()
+        self.about.into()
     }
 
     fn version(&self) -> Result<String> {
@@ -87,21 +107,25 @@ impl Target for Fuse {
     }
 
     fn module(&self) -> Option<Module> {
-        Some(FUSE)
+        Some(self.module)
     }
 
     fn set_up(&mut self, place: &Environment) -> Result<Opened> {
-        let daemon = self.0.insert(start(place, "loopengine fuse", "fuse")?);
-        let (path, many) = attach_all(place, "loopengine fuse", daemon, &[])?;
-        Ok(Opened { kind: Kind::File, path, many, server: Some(daemon.pid()) })
+        let name = self.name();
+        let daemon = self.daemon.insert(start(place, &name, self.backend)?);
+        let (path, many) = attach_all(place, &name, daemon, &[])?;
+        match self.kind {
+            Kind::Block => block(path, many, Some(daemon.pid())),
+            kind => Ok(Opened { kind, path, many, server: Some(daemon.pid()) }),
+        }
     }
 
     fn tear_down(&mut self) -> Result<()> {
-        self.0.take().map_or(Ok(()), Daemon::stop)
+        self.daemon.take().map_or(Ok(()), Daemon::stop)
     }
 
     fn punts(&self) -> Option<u64> {
-        punts(self.0.as_ref()?)
+        punts(self.daemon.as_ref()?)
     }
 }
 

@@ -273,7 +273,8 @@ pub fn all() -> Vec<Box<dyn Target>> {
     for mode in ["batch", "auto", "copy"] {
         targets.push(Box::new(loopengine::Ublk::new(mode)));
     }
-    targets.push(Box::new(loopengine::Fuse::default()));
+    targets.push(Box::new(loopengine::Other::kernel_loop()));
+    targets.push(Box::new(loopengine::Other::fuse()));
     targets.push(Box::new(qemu_fuse::QemuFuse::default()));
     targets.push(Box::new(qemu_nbd::QemuNbd::default()));
     targets.push(Box::new(rublk::Rublk::default()));

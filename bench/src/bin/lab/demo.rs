@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `lab demo`: serves file systems in images, checks them, and compares with kernel loop.
+//! `lab demo`: serves file systems in images and private loop devices to containers, over ublk and over
+//! the kernel's loop driver, and compares both with kernel loop.
 //!
 //! Runs on this machine if it has ublk, else in a VM of the lab. Says first what it will do and how
 //! long that takes. Leaves nothing behind, whether it succeeds or fails.
@@ -81,8 +82,8 @@ pub(crate) fn run(options: &DemoOptions) -> Result<u8> {
 /// Says what the demo will do, and for how long. `missing` is what the set-up installs.
 fn announcement(kernel: &str, here: bool, missing: &[String]) -> String {
     let build = "  build   loopengine and the lab: several minutes the first time, then seconds";
-    let demo = "  demo    serves two instances, makes file systems in images, verifies checksums,\n          \
-                and compares with kernel loop";
+    let demo = "  demo    serves two instances, makes file systems in images, verifies checksums, gives\n          \
+                containers private loop devices, and compares with kernel loop";
     if here {
         let summary = "The demo runs on this machine, which has ublk: about 2 min, more the first time.";
         return [summary, build, demo].join("\n");
@@ -117,9 +118,11 @@ fn show() -> Result<()> {
         file_system(&daemon, instance, kind, &place, &tree, home.path())?;
     }
 
-    match modes.first().map(String::as_str) {
-        Some("batch") => tenants::show(&daemon, &place, |text| say("private", text))?,
-        _ => say("private", "private loop devices need Linux 7.0"),
+    // Over ublk, private pools need what the I/O mode batch needs: Linux 7.0.
+    let over_ublk = modes.iter().any(|mode| mode == "batch").then_some(("ublk", "ublk"));
+    for (backend, title) in over_ublk.into_iter().chain([("loop", "the kernel's loop driver")]) {
+        say("private", &format!("private loop devices over {title}"));
+        tenants::show(&daemon, &place, backend, |text| say("", text))?;
     }
 
     say(
@@ -133,7 +136,12 @@ fn show() -> Result<()> {
         rounds: ROUNDS,
         length: Length { ramp_ms: 100, run_ms: 400 },
         jobs: JOBS.into(),
-        targets: Some(vec![target::RAW.into(), job::LOOP.into(), format!("loopengine {best}")]),
+        targets: Some(vec![
+            target::RAW.into(),
+            job::LOOP.into(),
+            format!("loopengine {best}"),
+            "loopengine loop".into(),
+        ]),
         images: None,
         image_mb: 128,
         extras: Extras::default(),

@@ -39,7 +39,7 @@ struct Tenant {
 
 impl Tenant {
     /// Makes a pool and starts a container with it that has the directory `home` at /work.
-    fn start(daemon: &Daemon, runtime: &Path, home: &Path, word: &str) -> Result<Tenant> {
+    fn start(daemon: &Daemon, runtime: &Path, home: &Path, word: &str, backend: &str) -> Result<Tenant> {
         let [pool, bundle, root] = ["pool", "bundle", "bundle/root"].map(|name| home.join(name));
         for dir in [&pool, &bundle, &root, &home.join("mnt")] {
             std::fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -48,7 +48,7 @@ impl Tenant {
             std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name))?;
         }
         let words = ["instance", "mount", "--container", "--name", word, "--max", "2", "--mount", "ext4"];
-        sh::capture(daemon.command(&words).arg(&pool), LIMIT)?;
+        sh::capture(daemon.command(&words).args(["--backend", backend]).arg(&pool), LIMIT)?;
         sh::capture(Command::new(runtime).arg("spec").current_dir(&bundle), LIMIT)?;
         let file = bundle.join("config.json");
         let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
@@ -93,8 +93,8 @@ impl Drop for Tenant {
     }
 }
 
-/// Runs two containers at the same time, with images in `place`.
-pub(crate) fn show(daemon: &Daemon, place: &Path, say: impl Fn(&str)) -> Result<()> {
+/// Runs two containers at the same time, with images in `place` and devices of this backend.
+pub(crate) fn show(daemon: &Daemon, place: &Path, backend: &str, say: impl Fn(&str)) -> Result<()> {
     let Some(runtime) = ["crun", "runc"].iter().find_map(|name| sh::which(name).ok()) else {
         say("skipped: containers need a runtime (crun or runc)");
         return Ok(());
@@ -102,12 +102,12 @@ pub(crate) fn show(daemon: &Daemon, place: &Path, say: impl Fn(&str)) -> Result<
     let words = ["apple", "pear"];
     let mut tenants = Vec::new();
     for word in words {
-        let home = place.join(word);
+        let home = place.join(format!("{word}-{backend}"));
         std::fs::create_dir(&home)?;
         let image = home.join("disk.img");
         sh::capture(daemon.command(&["create"]).arg(&image).args(["--size", "32M"]), LIMIT)?;
         sh::capture(Command::new(sh::which("mkfs.ext4")?).arg("-q").arg(&image), LIMIT)?;
-        let mut tenant = Tenant::start(daemon, &runtime, &home, word)?;
+        let mut tenant = Tenant::start(daemon, &runtime, &home, word, backend)?;
         let line = tenant.line()?;
         let has: Vec<_> = line.split_whitespace().collect();
         ensure!(has == ["/dev/loop0", "/work/disk.img"], "a container has {line:?}");
