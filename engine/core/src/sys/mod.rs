@@ -21,6 +21,7 @@ pub mod seccomp;
 pub mod stack;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod uevent;
 pub mod uring;
 pub mod usage;
 pub mod userns;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Polls for last closes and for renamed backing files: the kernel reports neither.
+//! Polls for last closes of ublk disks and for renamed backing files: the kernel reports neither.
 //!
-//! One thread per pool. It sleeps while no device is bound or waits for its last close. After a
+//! One thread per pool. It sleeps while no device is bound or waits for its last close. The kernel's
+//! loop driver reports the last close of its disks (`Pools` listens): they need no poll. After a
 //! hint that a close is near (LOOP_CLR_FD, a mount, an unmount) it polls every 10 ms for two
 //! seconds. Then the interval grows with the devices that wait, of all pools together. One poll of
 //! a device takes about 15 µs. So the last closes of a handful of devices are detected within 50 ms
@@ -55,7 +56,7 @@ impl Drop for CountShare {
 /// The result of one poll.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PollResult {
-    /// Devices that wait for their last close.
+    /// Devices whose last close only a poll detects.
     pub awaited: usize,
     /// Bound devices.
     pub bound: usize,
@@ -78,9 +79,11 @@ struct Waker {
     changed: Condvar,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct WakeState {
+    /// Hints, and reports of the driver.
     count: u64,
+    reports: u64,
     over: bool,
 }
 
@@ -100,6 +103,12 @@ impl CloseWatcher {
         self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).count += 1;
         self.0.changed.notify_all();
     }
+
+    /// The driver has reported a change of a disk: one poll.
+    pub fn poll_once(&self) {
+        self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).reports += 1;
+        self.0.changed.notify_all();
+    }
 }
 
 impl Drop for CloseWatcher {
@@ -110,10 +119,10 @@ impl Drop for CloseWatcher {
 }
 
 impl Waker {
-    /// Waits for a hint, at most for `limit`.
-    fn wait(&self, seen: u64, limit: Option<Duration>) -> WakeState {
+    /// Waits for a hint or a report, at most for `limit`.
+    fn wait(&self, seen: WakeState, limit: Option<Duration>) -> WakeState {
         let wake_state = self.wake_state.lock().unwrap_or_else(PoisonError::into_inner);
-        let nothing_new = |wake_state: &mut WakeState| wake_state.count == seen && !wake_state.over;
+        let nothing_new = |wake_state: &mut WakeState| *wake_state == seen;
         match limit {
             None => *self.changed.wait_while(wake_state, nothing_new).unwrap_or_else(PoisonError::into_inner),
             Some(limit) => {
@@ -126,7 +135,7 @@ impl Waker {
 
 fn watch(signal: &Waker, pool: &Weak<Pool>) {
     let [mut awaited, mut bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
-    let mut seen = 0;
+    let mut seen = WakeState::default();
     let (mut fast_until, mut named) = (Instant::now(), Instant::now());
     loop {
         let until_names = pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND).saturating_sub(named.elapsed());
@@ -140,10 +149,10 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
         if wake_state.over {
             return;
         }
-        if wake_state.count != seen {
-            seen = wake_state.count;
+        if wake_state.count != seen.count {
             fast_until = Instant::now() + FAST_FOR;
         }
+        seen = wake_state;
         let Some(pool) = pool.upgrade() else { return };
         let names = named.elapsed() >= pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND);
         if names {

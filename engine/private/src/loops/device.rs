@@ -105,8 +105,19 @@ impl PoolDevice {
 
     /// Whether the close watcher must poll it.
     pub fn awaits_close(&self) -> bool {
-        let held = self.is_cleared() || !self.outgoing.is_empty() || !self.shadows.is_empty();
-        held || self.is_autoclear()
+        self.has_others() || self.is_autoclear()
+    }
+
+    /// Whether only a poll detects its last close. `reports`: the driver reports that of its own disk,
+    /// but not what other disks of this device have.
+    pub fn needs_poll(&self, reports: bool) -> bool {
+        let reported = reports && self.is_autoclear() && self.partitions.is_empty() && !self.has_others();
+        self.awaits_close() && !reported
+    }
+
+    /// Whether it has disks beside the one that is bound, which end with their last close.
+    fn has_others(&self) -> bool {
+        self.is_cleared() || !self.outgoing.is_empty() || !self.shadows.is_empty()
     }
 
     /// Whether it is between LOOP_CLR_FD and the last close: bound only for those who have it open.

@@ -10,6 +10,7 @@
 mod kernel_loop;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,8 @@ pub struct DiskAllocator {
     /// The device numbers of all disks, if they must not change.
     fixed: OnceLock<Vec<u64>>,
     closer: FileCloser,
+    /// See `reports_changes`.
+    reporting: Arc<AtomicBool>,
 }
 
 /// Why a disk was not replaced.
@@ -96,7 +99,13 @@ impl DiskAllocator {
             free_list: Mutex::default(),
             fixed: OnceLock::new(),
             closer: FileCloser::default(),
+            reporting: Arc::default(),
         }
+    }
+
+    /// Each change of a disk of the kernel's loop driver is reported while this is true.
+    pub fn set_reporting(&mut self, reporting: Arc<AtomicBool>) {
+        self.reporting = reporting;
     }
 
     /// Shares the limit of closing files with the user's other pools.

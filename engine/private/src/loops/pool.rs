@@ -269,6 +269,13 @@ impl Pool {
         self.close_watcher.wake();
     }
 
+    /// The kernel's loop driver has changed one of its devices; None: perhaps all.
+    pub fn report_change(&self, number: Option<u32>) {
+        if number.is_none_or(|number| self.allocator.has_kernel_loop(number)) {
+            self.close_watcher.poll_once();
+        }
+    }
+
     /// Ends the pool. Removes unused devices at once, used ones at their last close, or at once
     /// with `force`.
     pub fn end(&self, force: bool) {
@@ -336,7 +343,7 @@ impl Pool {
             if device.is_autoclear() && device.may_be_unused() && slot.try_begin_replacing() {
                 device.unbind(&self.allocator);
             }
-            round.awaited += usize::from(device.awaits_close());
+            round.awaited += usize::from(device.needs_poll(self.allocator.reports_changes()));
             self.publish_without_wake(number, &slot, device);
         }
         round

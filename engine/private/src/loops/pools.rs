@@ -5,15 +5,19 @@
 //! have one (`private`).
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::disk_allocator::DiskAllocator;
 use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::error::{Error, Kind, Result};
+use crate::frontend::BackendKind;
 use crate::instance::claims::ExcludedFileSystem;
 use crate::instance::{Companion, Engine, MAX_DEVICES, PoolResources, check_instance_name};
 use crate::limits::POOLS_MAX;
+use crate::sys::uevent;
 use crate::sys::usage::Disks;
 
 /// See the module.
@@ -22,6 +26,8 @@ pub struct Pools {
     resources: PoolResources,
     table: Table,
     quotas: Quotas,
+    /// The kernel's loop driver reports changes of its disks.
+    reporting: Arc<AtomicBool>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -51,6 +57,7 @@ impl Pools {
             resources: engine.pool_resources(),
             table: Table::default(),
             quotas: Quotas::default(),
+            reporting: Arc::default(),
         });
         engine.add_companion(Arc::clone(&pools) as _);
         pools
@@ -72,18 +79,51 @@ impl Pools {
         // More queues than devices: partitions, and disks that were replaced and are still open, count too.
         let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
         let (context, backend, workers) =
-            self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions)?;
-        let pool = Pool::start(
-            spec.clone(),
-            DiskAllocator::new(context, backend, spec.uid, workers),
-            self.quotas.clone(),
-        )?;
+            self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions, spec.backend)?;
+        let mut allocator = DiskAllocator::new(context, backend, spec.uid, workers);
+        allocator.set_reporting(Arc::clone(&self.reporting));
+        let pool = Pool::start(spec.clone(), allocator, self.quotas.clone())?;
         if spec.fixed {
             pool.create_all().inspect_err(|_| pool.end(true))?;
         }
         pool.watch(Arc::new(RemoveOnEnd(self.table.clone())));
         table.insert(spec.name.clone(), pool.clone());
         Ok(pool)
+    }
+
+    /// Listens on a socket for changes of disks of the kernel's loop driver: without it, pools poll.
+    /// The thread does not end.
+    pub fn listen(self: &Arc<Pools>, events: OwnedFd) -> Result<()> {
+        let pools = Arc::downgrade(self);
+        let thread = std::thread::Builder::new().name("loop-events".into());
+        let started = thread.spawn(move || {
+            loop {
+                let changed = uevent::next_changed_disk(events.as_fd());
+                let Some(pools) = pools.upgrade() else { return };
+                match changed {
+                    Ok(disk) => pools.report(disk.as_deref()),
+                    Err(error) => {
+                        pools.reporting.store(false, Relaxed);
+                        return tracing::warn!(%error, "the kernel's events of loop devices end");
+                    }
+                }
+            }
+        });
+        started.map_err(|error| Error::os(error, "cannot start a thread"))?;
+        self.reporting.store(true, Relaxed);
+        Ok(())
+    }
+
+    /// A disk has changed. None: perhaps all have.
+    fn report(&self, disk: Option<&str>) {
+        let number = match disk.map(BackendKind::of_disk) {
+            Some(Some((BackendKind::Loop, number))) => Some(number),
+            Some(_) => return,
+            None => None,
+        };
+        for pool in self.all() {
+            pool.report_change(number);
+        }
     }
 
     /// All pools, by name.

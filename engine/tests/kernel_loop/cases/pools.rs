@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::private_script::Inside;
 use crate::daemon::Daemon;
-use crate::harness::{Case, Ctx, Needs, Res, case, ensure};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::host;
 use crate::tools;
 
@@ -20,6 +20,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("pools::mounts_outlive_their_tenant", Needs::Private, 120, mounts_outlive_their_tenant),
         case("pools::disks_without_a_file_are_bound", Needs::Private, 90, disks_are_bound),
         case("pools::unbound_past_the_interception", Needs::Private, 120, unbound_past_the_interception),
+        case("pools::last_closes_are_reported", Needs::Private, 120, last_closes_are_reported),
         case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
         case("pools::a_tenant_has_no_image_on_fuse", Needs::Private, 120, no_image_on_fuse),
     ]
@@ -211,6 +212,39 @@ fn losetup_of_the_host(ctx: &Ctx) -> Res {
     fs::write(ctx.path("stop"), "")?;
     let of_tenant = script.finish()?;
     ctx.note(format!("{rounds} rounds of the host beside {of_tenant} of the tenant"));
+    daemon.stop()
+}
+
+/// A mounted device costs no polls, and its last close is noticed at once.
+fn last_closes_are_reported(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let script = Inside::new(ctx, &daemon).start(
+        r#"
+        truncate -s 16M fs; mkfs.ext4 -q fs; mkdir mnt; works "mount" mount -o loop fs mnt
+        pause mounted
+        works "umount" umount mnt; sleep 0.1; same "unbound" "$(losetup -a)" ""
+        "#,
+    )?;
+    let script = script.wait("mounted")?;
+    let wakeups = || -> Res<u64> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid()?)).at("threads")?;
+        let named = |task: &fs::DirEntry| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "close-watcher")
+        };
+        let watcher = tasks.flatten().find(named).ok_or("no close watcher")?;
+        let status = fs::read_to_string(watcher.path().join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        Ok(line.ok_or("no count of switches")?.trim().parse()?)
+    };
+    // The mount itself, and udev, have changed the disk until now.
+    std::thread::sleep(Duration::from_secs(3));
+    let before = wakeups()?;
+    std::thread::sleep(Duration::from_secs(5));
+    let polls = wakeups()? - before;
+    ctx.note(format!("{polls} wake-ups in 5 s"));
+    ensure!(polls <= 15, "{polls} wake-ups of the close watcher in 5 s");
+    script.resume("mounted")?;
+    script.finish()?;
     daemon.stop()
 }
 

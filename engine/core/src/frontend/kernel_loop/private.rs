@@ -78,6 +78,11 @@ impl PrivateLoop {
         bind(self.number, self.owner_cookie, Arc::clone(image))
     }
 
+    /// Its number at the driver.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
     /// Its device number.
     pub fn rdev(&self) -> u64 {
         self.rdev

@@ -7,6 +7,7 @@
 //! a new number.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::{DEFAULT_BLOCK_SIZE, DiskAllocator, NotReplaced, lock};
 use crate::error::{Error, Kind, Result};
@@ -106,6 +107,17 @@ impl DiskAllocator {
         let (rdev, device) = (device.rdev(), Arc::new(device));
         lock(&self.started).insert(rdev, Some(Arc::clone(&device)));
         PoolDisk { rdev, block_size, server: DiskServer::Loop(device) }
+    }
+
+    /// Whether each change of a disk is reported, its last close for instance: see
+    /// `CloseWatcher::poll_once`.
+    pub fn reports_changes(&self) -> bool {
+        self.is_kernel_loop() && self.reporting.load(Relaxed)
+    }
+
+    /// Whether it has loop`number` of the kernel's driver.
+    pub fn has_kernel_loop(&self, number: u32) -> bool {
+        lock(&self.started).values().flatten().any(|device| device.number() == number)
     }
 
     /// Records that loop`number` has the disk with this device number.
