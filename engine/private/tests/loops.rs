@@ -48,8 +48,14 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
     let dir = tempfile::tempdir().unwrap();
     let config = EngineConfig {
         run_dir: dir.path().to_owned(),
-        default_instance: InstanceSpec { name: "default".into(), max_devices: 8, workers: 0, cpus: None },
-        backend: BackendKind::Ublk,
+        default_instance: InstanceSpec {
+            name: "default".into(),
+            max_devices: 8,
+            workers: 0,
+            cpus: None,
+            backend: None,
+        },
+        backends: vec![BackendKind::Ublk],
         tuning: Tuning { linked_commit: true, poll_us: 0 },
         dev_links: false,
     };
@@ -72,6 +78,7 @@ fn pool(pools: &Pools, max: u32) -> Option<Arc<Pool>> {
         fixed: false,
         intercepted: false,
         reserved: BTreeSet::new(),
+        backend: None,
     };
     match pools.open(&spec) {
         Ok(pool) => Some(pool),

@@ -42,7 +42,8 @@ pub(super) struct AttachArgs {
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
-    /// Logical block size: 512, 1024, 2048 or 4096 [default: the smallest that the image supports].
+    /// Logical block size: 512, 1024, 2048 or 4096; with the backend loop up to 64K, where the
+    /// kernel supports that [default: the smallest that the image supports].
     #[arg(long, value_name = "SIZE", value_parser = size::parse_block)]
     block_size: Option<u32>,
 

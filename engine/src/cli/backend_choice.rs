@@ -58,6 +58,19 @@ pub(super) fn choose(
     }
 }
 
+/// The backend of instances by default, and others that an instance or a pool can ask for. Files
+/// are only for a daemon without a mount namespace of its own, where nobody else would see them;
+/// ublk only for one with such a namespace.
+pub(super) fn with_others(default: BackendKind, has_ublk: bool, force: bool) -> Vec<BackendKind> {
+    let trusted = force || broken_kernels::find(&kernels::release()).is_none();
+    match default {
+        BackendKind::Ublk => vec![default, BackendKind::Loop],
+        BackendKind::Loop if has_ublk && trusted => vec![default, BackendKind::Ublk],
+        BackendKind::Loop => vec![default],
+        BackendKind::Fuse => vec![default, BackendKind::Loop],
+    }
+}
+
 /// The next step if the driver is missing.
 pub(super) fn driver_hint() -> String {
     let release = kernels::release();

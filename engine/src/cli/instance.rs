@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::config::MAX_DEVICES;
 use crate::error::Result;
+use crate::frontend::BackendKind;
 use crate::instance::{self, spec::InstanceSpec};
 
 use super::instance_mount::{PoolMount, PoolOpen};
@@ -45,6 +46,11 @@ pub(super) struct Create {
     /// CPUs for the workers, for example 0-3,8 [default: all].
     #[arg(long, value_name = "LIST")]
     cpus: Option<String>,
+
+    /// How the disks of the instance are made: ublk, loop or fuse [default: as 'serve --backend'
+    /// says].
+    #[arg(long, value_name = "ublk|loop|fuse")]
+    backend: Option<BackendKind>,
 
     /// Print the instance as JSON; loopengine-json(7) describes it.
     #[arg(long)]
@@ -93,10 +99,10 @@ impl InstanceCommand {
 
 impl Create {
     fn run(self, run_dir: &Path) -> Result<()> {
-        let spec =
-            InstanceSpec { name: self.name, max_devices: self.max, workers: self.workers, cpus: self.cpus };
+        let Create { name, max, workers, cpus, backend, json } = self;
+        let spec = InstanceSpec { name, max_devices: max, workers, cpus, backend };
         let created = daemon::ask(run_dir, async |client| client.create_instance(&spec).await)?;
-        if self.json { out::json(&created).map(drop) } else { Ok(()) }
+        if json { out::json(&created).map(drop) } else { Ok(()) }
     }
 }
 

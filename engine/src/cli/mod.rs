@@ -59,9 +59,10 @@ pub use mount_loop::main as mount_loop;
 /// Serve image files as private block devices.
 ///
 /// 'loopengine serve' runs the daemon. It serves image files as block devices over ublk and
-/// io_uring, or as files over FUSE if the machine has no ublk driver. Each of these devices belongs
-/// to an instance, which has its own limits, device numbers and worker threads. A private pool of
-/// loop devices belongs to a user, a command or a container.
+/// io_uring. On a machine without the ublk driver it uses the kernel's loop driver; without both, it
+/// serves files over FUSE. Each of these devices belongs to an instance, which has its own limits,
+/// device numbers and worker threads. A private pool of loop devices belongs to a user, a command or
+/// a container.
 ///
 /// All other commands call the daemon through the sockets in its run directory.
 #[derive(Debug, Parser)]

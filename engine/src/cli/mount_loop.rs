@@ -141,6 +141,11 @@ fn parse<'a>(words: impl Iterator<Item = &'a str>, sloppy: bool) -> Result<Mount
                     parse_mode(value).map_err(|why| Error::new(Kind::Invalid, format!("'{word}': {why}")))?;
                 pool.mode = Some(mode);
             }
+            "backend" => {
+                let backend =
+                    value.parse().map_err(|why| Error::new(Kind::Invalid, format!("'{word}': {why}")))?;
+                pool.backend = Some(backend);
+            }
             "ro" => options.read_only = true,
             "rw" => options.read_only = false,
             "nodev" => {
@@ -155,7 +160,8 @@ fn parse<'a>(words: impl Iterator<Item = &'a str>, sloppy: bool) -> Result<Mount
             _ if sloppy => {}
             _ => {
                 let message = format!("'{word}' is not an option of this file system");
-                return Err(Error::new(Kind::Invalid, message).hint("use max=, uid=, gid=, mode= and name="));
+                return Err(Error::new(Kind::Invalid, message)
+                    .hint("use max=, uid=, gid=, mode=, name= and backend="));
             }
         }
     }
@@ -204,6 +210,7 @@ fn is_ignored(key: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frontend::BackendKind;
 
     fn parsed(text: &str) -> std::result::Result<MountOptions, String> {
         parse(text.split(','), false).map_err(|error| error.to_string())
@@ -211,13 +218,16 @@ mod tests {
 
     #[test]
     fn parses_options() {
-        let all = parsed("rw,max=3,uid=1000,gid=7,mode=0640,name=ci,_netdev,x-systemd.automount").unwrap();
+        let all =
+            parsed("rw,max=3,uid=1000,gid=7,mode=0640,name=ci,backend=loop,_netdev,x-systemd.automount")
+                .unwrap();
         let pool = PoolOptions {
             name: Some("ci".to_owned()),
             max: Some(3),
             uid: Some(1000),
             gid: Some(7),
             mode: Some(0o640),
+            backend: Some(BackendKind::Loop),
         };
         assert_eq!(all, MountOptions { pool, read_only: false });
         assert_eq!(parsed("").unwrap(), MountOptions::default());
@@ -235,6 +245,7 @@ mod tests {
             ("mode=888", "'mode=888'"),
             ("mode=7777", "'mode=7777'"),
             ("name=", "'name='"),
+            ("backend=nbd", "'nbd'"),
             ("user,noexec,nosuid,nodev", "add 'dev'"),
             ("remount,ro", "remount"),
             ("context=x", "'context=x' is not an option"),

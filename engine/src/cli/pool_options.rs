@@ -7,6 +7,7 @@ use std::path::Path;
 use super::{daemon, number};
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
+use crate::frontend::BackendKind;
 use crate::instance::MAX_DEVICES;
 use crate::private::{OpenSpec, OpenedPool, RESERVED_MAX};
 use crate::sys::loop_names;
@@ -34,6 +35,11 @@ pub(super) struct PoolOptions {
     /// Permission bits of the nodes, octal [default: 0660].
     #[arg(long, value_name = "BITS", value_parser = parse_mode)]
     pub(super) mode: Option<u32>,
+
+    /// What serves the devices: ublk, or the kernel's loop driver [default: ublk from Linux 7.0 on,
+    /// if the daemon uses it, otherwise loop].
+    #[arg(long, value_name = "ublk|loop")]
+    pub(super) backend: Option<BackendKind>,
 }
 
 /// Permission bits, octal.
@@ -45,8 +51,8 @@ pub(super) fn parse_mode(text: &str) -> std::result::Result<u32, String> {
 
 impl PoolOptions {
     fn spec(&self) -> OpenSpec {
-        let PoolOptions { name, max, uid, gid, mode } = self.clone();
-        OpenSpec { name, max, uid, gid, mode, ..OpenSpec::default() }
+        let PoolOptions { name, max, uid, gid, mode, backend } = self.clone();
+        OpenSpec { name, max, uid, gid, mode, backend, ..OpenSpec::default() }
     }
 }
 

@@ -113,13 +113,14 @@ pub(super) fn apply(old: &Config, new: &Config, backend: &dyn EngineApi) -> Vec<
     if old.dev_links != new.dev_links {
         notes.push("dev_links changed: takes effect at the next start".to_owned());
     }
-    if old.backend != new.backend {
-        notes.push("backend changed: takes effect at the next start".to_owned());
+    if (old.backend, old.first_loop_number) != (new.backend, new.first_loop_number) {
+        notes.push("backend or first_loop_number changed: takes effect at the next start".to_owned());
     }
     if old.tuning() != new.tuning() {
         notes.push("[tuning] changed: takes effect at the next start".to_owned());
     }
-    if old.private() != new.private() || old.private.kernel_mounts != new.private.kernel_mounts {
+    let others = |config: &Config| (config.private.kernel_mounts.clone(), config.private.backend);
+    if old.private() != new.private() || others(old) != others(new) {
         notes.push(
             "[private] changed: takes effect at the next start; [[private.user]] changes the limits of one user at once"
                 .to_owned(),
@@ -181,12 +182,12 @@ fn change_device(old: &Config, new: &DeviceTable) -> Option<String> {
 fn change(old: &InstanceSpec, new: &InstanceSpec, backend: &dyn EngineApi) -> Vec<String> {
     let mut notes = Vec::new();
     let name = &new.name;
-    if old.workers != new.workers || old.cpus != new.cpus {
+    if (old.workers, &old.cpus, old.backend) != (new.workers, &new.cpus, new.backend) {
         let how = match name.as_str() {
             DEFAULT_INSTANCE => "takes effect at the next start",
             _ => "takes effect when the instance is created again",
         };
-        notes.push(format!("workers or CPUs of instance '{name}' changed: {how}"));
+        notes.push(format!("workers, CPUs or backend of instance '{name}' changed: {how}"));
     }
     if old.max_devices != new.max_devices {
         notes.push(limit(new, backend));
@@ -351,7 +352,8 @@ pub(super) mod tests {
         assert_eq!(calls, ["limit a 2", "create b", "limit default 9"]);
         let notes_contain = |words: &str| notes.iter().any(|note| note.contains(words));
         assert!(
-            notes_contain("[tuning] changed") && notes_contain("workers or CPUs of instance 'default'"),
+            notes_contain("[tuning] changed")
+                && notes_contain("workers, CPUs or backend of instance 'default'"),
             "{notes:?}"
         );
         assert!(notes_contain("instance 'gone' is no longer configured"), "{notes:?}");

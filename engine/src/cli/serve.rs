@@ -2,6 +2,7 @@
 //! `loopengine serve`: the daemon, from its first checks to its shutdown.
 
 use std::io::{self, IsTerminal};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -16,7 +17,7 @@ use crate::broken_kernels;
 use crate::config::{BackendChoice, Config};
 use crate::control::{self, EngineApi, rundir::RunDir, server};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{fuse, ublk};
+use crate::frontend::{fuse, kernel_loop, ublk};
 use crate::instance::spec::BackendKind;
 use crate::instance::{Engine, Tuning};
 use crate::kernel_mounts::KernelMounts;
@@ -41,10 +42,13 @@ use super::{backend_choice, number, reload, watchers};
 ///
 /// SIGHUP reloads the configuration: the daemon creates new instances, changes limits and attaches
 /// missing devices of '[[device]]'. It logs other changes, which take effect at the next start. The
-/// log goes to standard error; RUST_LOG sets its level. The daemon needs root, and the ublk driver
-/// or FUSE.
+/// log goes to standard error; RUST_LOG sets its level. The daemon needs root.
 ///
-/// Without the ublk driver, devices are files in a FUSE file system, with the same names. Users can
+/// Instances and private pools can have a backend other than '--backend': 'loopengine instance
+/// create --backend' and 'loopengine run --backend'. A daemon for block devices can use ublk and the
+/// kernel's loop driver. A daemon for files can use FUSE, and the kernel's loop driver.
+///
+/// With the backend fuse, devices are files in a FUSE file system, with the same names. Users can
 /// copy or partition them, give them to a virtual machine, or mount them with 'mount -o loop'.
 /// Their size is fixed. Opening one with O_TRUNC (cp, dd without conv=notrunc) overwrites it with
 /// zeroes. A write beyond the end fails with ENOSPC: at once with direct I/O, otherwise at fsync,
@@ -130,12 +134,10 @@ impl ServeArgs {
         let config = self.load()?;
         init_log();
         check_root()?;
-        let (kind, line) = backend_choice::choose(
-            config.backend.unwrap_or_default(),
-            Path::new(ublk::CONTROL_NODE).exists(),
-            &kernels::release(),
-            self.force,
-        )?;
+        let has_ublk = Path::new(ublk::CONTROL_NODE).exists();
+        let choice = config.backend.unwrap_or_default();
+        let (kind, line) = backend_choice::choose(choice, has_ublk, &kernels::release(), self.force)?;
+        config.first_loop_number.map_or(Ok(()), kernel_loop::set_first_number)?;
         let mut run_dir = RunDir::take(run_dir)?;
         let sockets = sys::activation::take_sockets()
             .map_err(|error| Error::os(error, "cannot use the sockets of the service manager"))?;
@@ -149,12 +151,13 @@ impl ServeArgs {
         for note in fuse::clear_stale(run_dir.path()) {
             tracing::info!("{note}");
         }
-        match kind {
+        let backends = backend_choice::with_others(kind, has_ublk, self.force);
+        // The kernel serves devices of its loop driver: mounts of them cannot hold the daemon up.
+        if backends.contains(&BackendKind::Ublk) {
             // Before the first thread starts, so that all threads share the namespace.
-            BackendKind::Ublk => enter_mount_namespace()?,
-            // The kernel serves its devices: mounts of them cannot hold the daemon up.
-            BackendKind::Loop => {}
-            BackendKind::Fuse => warn_of_mount_namespace(),
+            enter_mount_namespace()?;
+        } else if kind == BackendKind::Fuse {
+            warn_of_mount_namespace();
         }
         // Before the sandbox forbids starting programs. Optional: everything else works without it.
         let kernel = match kind {
@@ -168,13 +171,17 @@ impl ServeArgs {
             }
             BackendKind::Fuse => None,
         };
+        // The sandbox forbids such a socket.
+        let loop_events = sys::uevent::open()
+            .inspect_err(|error| tracing::debug!(%error, "pools poll for last closes"))
+            .ok();
         if self.no_sandbox {
             tracing::warn!("the daemon keeps all its privileges (--no-sandbox)");
         } else {
             sandbox::enter();
         }
-        let engine = Arc::new(Engine::start(config.engine(run_dir.path().to_owned(), kind))?);
-        let served = self.serve(&config, kind, &run_dir, &engine, kernel);
+        let engine = Arc::new(Engine::start(config.engine(run_dir.path().to_owned(), backends.clone()))?);
+        let served = self.serve(&config, &backends, &run_dir, &engine, (kernel, loop_events));
         run_dir.unbind();
         let ended = match served {
             Ok(Shutdown::Immediate) => Err(second_signal()),
@@ -199,16 +206,21 @@ impl ServeArgs {
     fn serve(
         &self,
         config: &Config,
-        kind: BackendKind,
+        backends: &[BackendKind],
         run_dir: &RunDir,
         engine: &Arc<Engine>,
-        kernel: Option<Arc<KernelMounts>>,
+        (kernel, loop_events): (Option<Arc<KernelMounts>>, Option<OwnedFd>),
     ) -> Result<Shutdown> {
         for note in reload::create_all(config, &**engine)? {
             tracing::info!("{note}");
         }
         let listeners = [run_dir.bind()?, run_dir.bind_private()?, run_dir.bind_oci()?];
-        let source = PoolBackend { pools: Pools::new(engine), kernel, for_all: config.kernel_mounts() };
+        let pools = Pools::new(engine);
+        if let Some(events) = loop_events {
+            pools.listen(events)?;
+        }
+        let source =
+            PoolBackend { pools, kernel, for_all: config.kernel_mounts(), backend: config.private.backend };
         accounts::refresh();
         let registry = Arc::new(Registry::start(source, config.private())?);
         reload::apply_user_limits(config, &registry);
@@ -223,7 +235,7 @@ impl ServeArgs {
             // Weak: the count of strong references tells whether calls still use the engine.
             engine: Arc::downgrade(engine),
         };
-        let ended = runtime.block_on(self.until_stopped(services, config.clone(), kind));
+        let ended = runtime.block_on(self.until_stopped(services, config.clone(), backends));
         // Pools end with the daemon, unlike devices of instances.
         registry.shutdown();
         drop(registry);
@@ -240,7 +252,7 @@ impl ServeArgs {
         &self,
         services: Services,
         mut config: Config,
-        kind: BackendKind,
+        backends: &[BackendKind],
     ) -> Result<Shutdown> {
         let cannot = |error: io::Error| Error::os(error, "cannot start the control service");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot)?;
@@ -263,11 +275,11 @@ impl ServeArgs {
         // One task at a time applies a configuration.
         let mut applying_config = Some(tokio::task::spawn_local(starting));
         let mut watching = Vec::new();
-        if kind != BackendKind::Fuse {
+        if backends != [BackendKind::Fuse] {
             watching.push(tokio::task::spawn_local(watchers::follow_dev_nodes(engine)));
         }
-        if kind == BackendKind::Ublk {
-            watching.push(tokio::task::spawn_local(watchers::detach_new_ublk_mounts()));
+        if backends.contains(&BackendKind::Ublk) {
+            watching.push(tokio::task::spawn_local(watchers::detach_new_mounts()));
         }
         loop {
             tokio::select! {
@@ -376,7 +388,7 @@ fn enter_mount_namespace() -> Result<()> {
         Error::os(error, "cannot enter a mount namespace of its own")
             .hint("run the daemon with CAP_SYS_ADMIN, and not in a chroot")
     })?;
-    watchers::detach_ublk_mounts();
+    watchers::detach_mounts();
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::sleep;
 
+use crate::frontend;
 use crate::instance::Engine;
 use crate::sys::{self, mntns};
 
@@ -25,8 +26,8 @@ const EVENTS: usize = 4096;
 /// Where the kernel creates disk nodes.
 const DEV: &str = "/dev";
 
-/// Detaches mounts of ublk disks whenever they propagate into this namespace.
-pub(super) async fn detach_new_ublk_mounts() {
+/// Detaches mounts of our disks whenever they propagate into this namespace.
+pub(super) async fn detach_new_mounts() {
     let table = std::fs::File::open(mntns::MOUNTINFO)
         .and_then(|file| sys::watch::watch(file.into(), Interest::PRIORITY));
     let table = match table {
@@ -38,20 +39,20 @@ pub(super) async fn detach_new_ublk_mounts() {
             Ok(mut ready) => ready.clear_ready(),
             Err(error) => return tracing::warn!("cannot watch {}: {error}", mntns::MOUNTINFO),
         }
-        let _ = tokio::task::spawn_blocking(detach_ublk_mounts).await;
+        let _ = tokio::task::spawn_blocking(detach_mounts).await;
         sleep(PAUSE).await;
     }
 }
 
-/// Detaches all mounts of ublk disks in this namespace.
-pub(super) fn detach_ublk_mounts() {
-    match mntns::detach_ublk_mounts() {
+/// Detaches all mounts of our disks in this namespace.
+pub(super) fn detach_mounts() {
+    match mntns::detach_mounts(&frontend::disk_names()) {
         Ok((detached, failed)) => {
             for path in detached {
                 tracing::debug!("detached the mount {} from this namespace", path.display());
             }
             for failure in failed {
-                tracing::warn!("cannot detach a mount of a ublk disk: {failure}");
+                tracing::warn!("cannot detach a mount of a disk: {failure}");
             }
         }
         Err(error) => tracing::warn!("cannot read {}: {error}", mntns::MOUNTINFO),

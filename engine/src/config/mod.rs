@@ -45,8 +45,10 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The backend of all devices.
+    /// The backend of instances and pools that ask for none.
     pub backend: Option<BackendChoice>,
+    /// The lowest number of devices of the kernel's loop driver.
+    pub first_loop_number: Option<u32>,
     /// Devices also have names below /dev.
     #[serde(default)]
     pub dev_links: bool,
@@ -115,6 +117,8 @@ pub struct PrivateTable {
     /// File systems that the kernel may mount for users, from their devices.
     #[serde(default)]
     pub kernel_mounts: Vec<String>,
+    /// What serves the disks of pools that ask for no backend: ublk or loop.
+    pub backend: Option<BackendKind>,
     /// Limits of single users.
     #[serde(default)]
     pub user: Vec<Spanned<UserTable>>,
@@ -145,6 +149,8 @@ pub struct InstanceTable {
     pub workers: Option<u32>,
     /// CPUs that the workers may run on.
     pub cpus: Option<String>,
+    /// How its disks are made.
+    pub backend: Option<BackendKind>,
 }
 
 impl Config {
@@ -221,6 +227,10 @@ impl Config {
         if limits.chain([self.default.max_devices]).any(|max| max == Some(0)) {
             return Err(invalid(format!("{name}: max_devices must be 1 or more")));
         }
+        if self.private.backend == Some(BackendKind::Fuse) {
+            let message = "[private], backend: a private pool has block devices, not files";
+            return Err(Error::new(Kind::Invalid, message).hint("set it to 'ublk' or 'loop', or remove it"));
+        }
         for listed in &self.private.kernel_mounts {
             let unknown = |error: Error| {
                 let hint = error.next_step().unwrap_or_default().to_owned();
@@ -238,6 +248,7 @@ impl Config {
             max_devices: self.default.max_devices.unwrap_or(MAX_DEVICES),
             workers: self.default.workers.unwrap_or(0),
             cpus: self.default.cpus.clone(),
+            backend: None,
         }
     }
 
@@ -248,6 +259,7 @@ impl Config {
             max_devices: table.max_devices.unwrap_or(MAX_DEVICES),
             workers: table.workers.unwrap_or(0),
             cpus: table.cpus.clone(),
+            backend: table.backend,
         })
     }
 
@@ -296,9 +308,9 @@ impl Config {
     }
 
     /// The configuration of the engine.
-    pub fn engine(&self, run_dir: PathBuf, backend: BackendKind) -> EngineConfig {
+    pub fn engine(&self, run_dir: PathBuf, backends: Vec<BackendKind>) -> EngineConfig {
         let (default_instance, tuning) = (self.default_instance(), self.tuning());
-        EngineConfig { run_dir, default_instance, backend, tuning, dev_links: self.dev_links }
+        EngineConfig { run_dir, default_instance, backends, tuning, dev_links: self.dev_links }
     }
 }
 
@@ -347,7 +359,7 @@ mod tests {
                     [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
         let config = Config::parse(text, "x.toml").unwrap();
         assert_eq!(config.backend, Some(BackendChoice::Fuse));
-        let engine = config.engine(PathBuf::from("/run/x"), BackendKind::Fuse);
+        let engine = config.engine(PathBuf::from("/run/x"), vec![BackendKind::Fuse]);
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
         assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });

@@ -80,7 +80,7 @@ impl Fake {
 }
 
 pub fn instance(name: &str, max_devices: u32) -> InstanceSpec {
-    InstanceSpec { name: name.to_owned(), max_devices, workers: 2, cpus: None }
+    InstanceSpec { name: name.to_owned(), max_devices, workers: 2, cpus: None, backend: None }
 }
 
 pub fn attach(instance: &str, path: &Path) -> AttachSpec {

@@ -32,6 +32,7 @@ pub(crate) struct Daemon {
     run_dir: String,
     notify: String,
     log: String,
+    backend: &'static str,
     options: Vec<String>,
     /// Whether SIGTERM detaches its devices. Otherwise the case must.
     detach_all: bool,
@@ -72,6 +73,7 @@ impl Daemon {
             run_dir: ctx.path("run"),
             notify: ctx.path("notify"),
             log: ctx.path("daemon.log"),
+            backend: crate::BACKEND,
             options: options.iter().map(|o| o.to_string()).collect(),
             detach_all,
             child: None,
@@ -91,7 +93,7 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(&self.log).at(&self.log)?;
         let mut command = Command::new(&self.program);
         let child = tools::localise(&mut command)
-            .args(["serve", "--run-dir", &self.run_dir, "--backend", crate::BACKEND])
+            .args(["serve", "--run-dir", &self.run_dir, "--backend", self.backend])
             .args(&self.options)
             .args(self.detach_all.then_some("--detach-all"))
             .env("NOTIFY_SOCKET", &self.notify)
@@ -128,6 +130,11 @@ impl Daemon {
             }
         }
         fail!("the daemon was not ready after {READY:?}");
+    }
+
+    /// The next start is with this backend.
+    pub(crate) fn set_backend(&mut self, backend: &'static str) {
+        self.backend = backend;
     }
 
     /// A command for this daemon, not yet started.

@@ -2,12 +2,13 @@
 //! Frontends: the drivers that deliver requests, and what they have in common.
 //!
 //! There are three: block devices of the ublk driver, those of the kernel's loop driver, and files
-//! of FUSE. An engine uses one of them.
-//! The modules above use [`Frontend`], [`Backend`] and [`FrontendDevice`], the workers use
-//! [`FrontendQueue`]; only this file and its two neighbours name a driver.
+//! of FUSE. An engine has one or several of them, and each instance uses one.
+//! The modules above use [`Frontends`], [`Backend`] and [`FrontendDevice`], the workers use
+//! [`FrontendQueue`]; only this file and its neighbours name a driver.
 
 mod device;
 mod disk_list;
+mod frontends;
 pub mod fuse;
 pub mod kernel_loop;
 mod mode;
@@ -15,22 +16,19 @@ mod queue;
 mod timeout;
 pub mod ublk;
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::process::{PidfdFlags, pidfd_open};
-use rustix::thread::gettid;
-
 use crate::error::{Error, Kind, Result};
-use crate::kernels::{BLOCK_DEVICES, PRIVATE};
+use crate::image::BLOCK_MAX;
+use crate::kernels::BLOCK_DEVICES;
 
 pub use device::FrontendDevice;
 use disk_list::DiskList;
+pub use frontends::Frontends;
 pub use mode::{BackendKind, IoMode};
 pub use queue::FrontendQueue;
-
-/// A pidfd of a thread (Linux 6.9).
-const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL.cast_unsigned());
 
 /// The parameters of a device, fixed when it is added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +77,7 @@ pub struct ExistingDevice {
     pub state: OrphanState,
 }
 
-/// The frontend that all instances of an engine use.
+/// A driver that delivers requests.
 #[derive(Clone, Debug)]
 pub enum Frontend {
     /// Block devices that this program serves.
@@ -118,34 +116,23 @@ impl Frontend {
         }
     }
 
-    /// The backend of private pools: ublk needs to stop a device only if it is unused, and to
-    /// resize it later.
-    pub fn pool_backend(&self) -> Result<BackendKind> {
-        match self {
-            Frontend::Ublk(features) if features.supports_binding() => Ok(BackendKind::Ublk),
-            // Without it nobody can serve an intercepted call (Linux 6.9).
-            _ if pidfd_open(gettid(), PIDFD_THREAD).is_err() => {
-                let missing = PRIVATE.missing();
-                let context = missing.unwrap_or_else(|| "this kernel has no pidfd of threads".to_owned());
-                Err(Error::new(Kind::Unsupported, context)
-                    .hint("'loopengine doctor --for run' says what works with this kernel"))
-            }
-            _ => kernel_loop::check().map(|()| BackendKind::Loop).map_err(|error| {
-                Error::new(
-                    Kind::Unsupported,
-                    format!("this daemon has no private devices: {}", error.message()),
-                )
-                .hint("'loopengine doctor --for run' says what works with this kernel")
-            }),
-        }
-    }
-
     /// Whether devices stay for the next daemon when this one ends.
     pub fn devices_outlive_daemon(&self) -> bool {
         match self {
             Frontend::Ublk(features) => features.supports_recovery(),
             Frontend::Loop => true,
             Frontend::Fuse(_) => false,
+        }
+    }
+
+    /// A device of the driver that belongs to no instance.
+    pub fn leftover(&self, id: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
+        match self {
+            Frontend::Ublk(features) => {
+                Ok(FrontendDevice::Ublk(ublk::UblkDevice::existing(*features, id, parameters)))
+            }
+            Frontend::Loop => Ok(FrontendDevice::Loop(kernel_loop::KernelLoop::existing(id, parameters))),
+            Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "FUSE files never outlive the daemon")),
         }
     }
 
@@ -179,64 +166,6 @@ impl Frontend {
             Frontend::Fuse(_) => false,
         }
     }
-
-    /// The ids of all devices of the driver, of any owner. Files end with their daemon.
-    pub fn present(&self) -> Vec<u32> {
-        match self {
-            Frontend::Ublk(_) => ublk::present_devices(),
-            Frontend::Loop => kernel_loop::present_devices(),
-            Frontend::Fuse(_) => Vec::new(),
-        }
-    }
-
-    /// Queries the driver about a device.
-    pub fn examine(&self, id: u32) -> Result<ExistingDevice> {
-        match self {
-            Frontend::Ublk(_) => ublk::UblkDevice::examine(id),
-            Frontend::Loop => kernel_loop::KernelLoop::examine(id),
-            Frontend::Fuse(_) => Err(Error::new(Kind::NotFound, "FUSE files have no driver ids")),
-        }
-    }
-
-    /// Updates the list of disks that udev reads, at the start of a daemon with these devices at the
-    /// driver: disks that wait for it stay listed, disks that are gone do not.
-    pub fn update_disk_list<'a>(&self, own: impl IntoIterator<Item = (&'a u32, &'a ExistingDevice)>) {
-        let list = DiskList::of_machine();
-        let exists = |disk: &str, owner_cookie| match examine_disk(disk) {
-            Ok(found) => found.parameters.owner_cookie == owner_cookie,
-            // A device that the driver cannot describe may have users.
-            Err(error) => error.kind() != Kind::NotFound,
-        };
-        for disk in list.sweep(exists) {
-            tracing::info!("{disk} is no longer listed for udev: its device does not exist");
-        }
-        for (id, found) in own {
-            let disk = self.disk(*id);
-            // A daemon before this list was kept, or somebody who deleted it.
-            if let Err(error) = list.add(&disk, found.parameters.owner_cookie) {
-                tracing::warn!("the host may probe /dev/{disk}: {error}");
-            }
-        }
-    }
-
-    /// The name of the disk with this id at the driver.
-    pub fn disk(&self, id: u32) -> String {
-        match self {
-            Frontend::Loop => format!("loop{id}"),
-            Frontend::Ublk(_) | Frontend::Fuse(_) => format!("ublkb{id}"),
-        }
-    }
-
-    /// A device of the driver that belongs to no instance.
-    pub fn leftover(&self, id: u32, parameters: DeviceParameters) -> Result<FrontendDevice> {
-        match self {
-            Frontend::Ublk(features) => {
-                Ok(FrontendDevice::Ublk(ublk::UblkDevice::existing(*features, id, parameters)))
-            }
-            Frontend::Loop => Ok(FrontendDevice::Loop(kernel_loop::KernelLoop::existing(id, parameters))),
-            Frontend::Fuse(_) => Err(Error::new(Kind::Internal, "FUSE files never outlive the daemon")),
-        }
-    }
 }
 
 /// An instance's backend: how its devices are made.
@@ -251,6 +180,15 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// Its kind.
+    pub fn kind(&self) -> BackendKind {
+        match self {
+            Backend::Ublk(_) => BackendKind::Ublk,
+            Backend::Loop => BackendKind::Loop,
+            Backend::Fuse(_) => BackendKind::Fuse,
+        }
+    }
+
     /// The best supported I/O mode.
     pub fn best_io_mode(&self) -> IoMode {
         match self {
@@ -280,12 +218,22 @@ impl Backend {
                     Backend::Loop => "block devices (kernel loop)",
                     Backend::Fuse(_) => "files (FUSE)",
                 };
-                let context =
-                    format!("I/O mode {} does not apply to a daemon that serves {serves}", mode.as_str());
+                let context = format!("I/O mode {} does not apply to an instance of {serves}", mode.as_str());
                 Err(Error::new(Kind::Unsupported, context)
-                    .hint("leave out --io-mode, or start the daemon with another --backend"))
+                    .hint("leave out --io-mode, or create an instance with another --backend"))
             }
         }
+    }
+
+    /// Rejects a logical block size that no device can have; 0 is always allowed. The kernel's loop
+    /// driver decides by itself: more than a page since Linux 6.15.
+    pub fn check_block_size(&self, bytes: u32) -> Result<()> {
+        if matches!(self, Backend::Loop) || bytes <= BLOCK_MAX {
+            return Ok(());
+        }
+        let context = format!("devices of {} have blocks of at most {BLOCK_MAX} bytes", self.kind().as_str());
+        Err(Error::new(Kind::Invalid, context)
+            .hint("choose a smaller --block-size, or an instance with the backend loop"))
     }
 
     /// Adds a device. It has no size and no users yet.
@@ -328,20 +276,49 @@ impl Backend {
     }
 }
 
-/// Queries the drivers about a disk, by its name.
-fn examine_disk(disk: &str) -> Result<ExistingDevice> {
-    let id = |prefix: &str| disk.strip_prefix(prefix)?.parse().ok();
-    match (id("ublkb"), id("loop")) {
-        (Some(id), _) => ublk::UblkDevice::examine(id),
-        (_, Some(number)) => kernel_loop::KernelLoop::examine(number),
-        _ => Err(Error::new(Kind::NotFound, format!("{disk} is not the name of a disk"))),
+/// Queries the driver about a disk, by its name.
+pub fn examine_disk(disk: &str) -> Result<ExistingDevice> {
+    match BackendKind::of_disk(disk) {
+        Some((BackendKind::Loop, number)) => kernel_loop::KernelLoop::examine(number),
+        Some((_, id)) => ublk::UblkDevice::examine(id),
+        None => Err(Error::new(Kind::NotFound, format!("{disk} is not the name of a disk"))),
+    }
+}
+
+/// Updates the list of disks that udev reads, at the start of a daemon with these disks: disks that
+/// wait for it stay listed, disks that are gone do not.
+pub fn update_disk_list<'a>(own: impl IntoIterator<Item = (&'a String, &'a ExistingDevice)>) {
+    let list = DiskList::of_machine();
+    let exists = |disk: &str, owner_cookie| match examine_disk(disk) {
+        Ok(found) => found.parameters.owner_cookie == owner_cookie,
+        // A device that the driver cannot describe may have users.
+        Err(error) => error.kind() != Kind::NotFound,
+    };
+    for disk in list.sweep(exists) {
+        tracing::info!("{disk} is no longer listed for udev: its device does not exist");
+    }
+    for (disk, found) in own {
+        // A daemon before this list was kept, or somebody who deleted it.
+        if let Err(error) = list.add(disk, found.parameters.owner_cookie) {
+            tracing::warn!("the host may probe /dev/{disk}: {error}");
+        }
+    }
+}
+
+/// Tells whether a disk of this name can be one of this program.
+pub fn disk_names() -> impl Fn(&OsStr) -> bool {
+    let ours = kernel_loop::numbered_as_ours();
+    move |name| match name.to_str().and_then(BackendKind::of_disk) {
+        Some((BackendKind::Loop, number)) => ours(number),
+        Some(_) => true,
+        None => false,
     }
 }
 
 /// Devices of any backend that outlive their daemon, by the names of their disks.
 pub fn lasting() -> Vec<(String, Result<ExistingDevice>)> {
-    let ublk = ublk::present_devices().into_iter().map(|id| format!("ublkb{id}"));
-    let loops = kernel_loop::present_devices().into_iter().map(|number| format!("loop{number}"));
+    let ublk = ublk::present_devices().into_iter().map(|id| BackendKind::Ublk.disk(id));
+    let loops = kernel_loop::present_devices().into_iter().map(|number| BackendKind::Loop.disk(number));
     let examine = |disk: String| {
         let found = examine_disk(&disk);
         (disk, found)

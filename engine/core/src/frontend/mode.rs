@@ -23,6 +23,15 @@ pub enum IoMode {
 }
 
 impl IoMode {
+    /// The backend of devices with this mode.
+    pub fn backend(self) -> BackendKind {
+        match self {
+            IoMode::Copy | IoMode::Auto | IoMode::Batch => BackendKind::Ublk,
+            IoMode::Loop => BackendKind::Loop,
+            IoMode::Fuse => BackendKind::Fuse,
+        }
+    }
+
     /// The word used on the command line and in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -32,6 +41,16 @@ impl IoMode {
             IoMode::Loop => "loop",
             IoMode::Fuse => "fuse",
         }
+    }
+}
+
+impl std::str::FromStr for BackendKind {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<BackendKind, String> {
+        let all = [BackendKind::Ublk, BackendKind::Loop, BackendKind::Fuse];
+        let found = all.into_iter().find(|kind| kind.as_str() == word);
+        found.ok_or_else(|| format!("'{word}' is none of ublk, loop and fuse"))
     }
 }
 
@@ -49,6 +68,21 @@ pub enum BackendKind {
 }
 
 impl BackendKind {
+    /// The name of its disk with this id at the driver.
+    pub fn disk(self, id: u32) -> String {
+        match self {
+            BackendKind::Loop => format!("loop{id}"),
+            BackendKind::Ublk | BackendKind::Fuse => format!("ublkb{id}"),
+        }
+    }
+
+    /// The backend of the disk with this name, and its id at the driver.
+    pub fn of_disk(disk: &str) -> Option<(BackendKind, u32)> {
+        let id = |prefix: &str| disk.strip_prefix(prefix)?.parse().ok();
+        let ublk = id("ublkb").map(|id| (BackendKind::Ublk, id));
+        ublk.or_else(|| id("loop").map(|id| (BackendKind::Loop, id)))
+    }
+
     /// The word used on the command line and in JSON.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -8,7 +8,9 @@ use crate::error::{Error, Kind, Result};
 use crate::request::SECTOR;
 
 /// Largest logical block and memory alignment: ublk supports it on every machine.
-const BLOCK_MAX: u32 = 4096;
+pub const BLOCK_MAX: u32 = 4096;
+/// Largest logical block that the kernel's loop driver supports on any kernel.
+pub const KERNEL_LOOP_BLOCK_MAX: u32 = 65536;
 
 /// The properties of a file. All alignments are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,9 +103,9 @@ impl Geometry {
     }
 }
 
-/// Whether `bytes` is a logical block size that devices support.
+/// Whether `bytes` is a logical block size that devices of some backend support.
 pub fn is_block_size(bytes: u32) -> bool {
-    bytes.is_power_of_two() && (SECTOR as u32..=BLOCK_MAX).contains(&bytes)
+    bytes.is_power_of_two() && (SECTOR as u32..=KERNEL_LOOP_BLOCK_MAX).contains(&bytes)
 }
 
 fn unsupported_alignment(name: &str, align: u32) -> Error {
@@ -121,7 +123,7 @@ fn block_size(properties: &FileProperties, spec: &ImageSpec, name: &str) -> Resu
     match spec.block_size {
         0 => Ok(least),
         wanted if !is_block_size(wanted) => {
-            let context = format!("block size {wanted} is not one of 512, 1024, 2048, 4096");
+            let context = format!("block size {wanted} is not a power of two from 512 to 65536");
             Err(Error::new(Kind::Invalid, context).hint("choose one of these with --block-size"))
         }
         wanted if wanted < least => Err(Error::new(

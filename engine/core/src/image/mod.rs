@@ -49,7 +49,7 @@ use crate::sys::printable;
 pub use create::create;
 pub use discard::{DiscardQueue, Punch};
 pub use flush::FlushQueue;
-pub use geometry::{FileProperties, Geometry, is_block_size};
+pub use geometry::{BLOCK_MAX, FileProperties, Geometry, KERNEL_LOOP_BLOCK_MAX, is_block_size};
 pub use identity::Identity;
 pub use region::Region;
 

@@ -14,7 +14,7 @@ use super::spec::*;
 use super::state::StateDir;
 use super::{MAX_INSTANCES, write_back};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{self, DeviceParameters, ExistingDevice, Frontend, StopMode, ublk};
+use crate::frontend::{self, Frontends, StopMode, ublk};
 use crate::hash::fnv1a;
 use crate::{broken_kernels, kernels, sys};
 
@@ -28,8 +28,8 @@ pub struct EngineConfig {
     pub run_dir: PathBuf,
     /// The limits of the instance `default`.
     pub default_instance: InstanceSpec,
-    /// The backend of all devices.
-    pub backend: BackendKind,
+    /// The backend of instances by default, and others that they and pools can ask for.
+    pub backends: Vec<BackendKind>,
     /// Options of all workers.
     pub tuning: Tuning,
     /// Devices also have names below /dev.
@@ -71,8 +71,8 @@ impl Engine {
     /// and creates the instance `default`. Logs what was and was not recovered.
     pub fn start(config: EngineConfig) -> Result<Engine> {
         sys::raise_file_limit(OPEN_FILES);
-        let frontend = Frontend::open(config.backend)?;
-        let dev_links = match (config.dev_links, frontend.kind()) {
+        let frontends = Frontends::open(&config.backends)?;
+        let dev_links = match (config.dev_links, frontends.default_kind()) {
             (true, BackendKind::Ublk | BackendKind::Loop) => Some(Arc::new(DevLinks::take(&config.run_dir)?)),
             (true, BackendKind::Fuse) => {
                 tracing::warn!("--dev-links is ignored: only block devices have names in {DEV_DIR}");
@@ -88,7 +88,7 @@ impl Engine {
             state: StateDir::new(&config.run_dir),
             claims: Default::default(),
             run_dir: config.run_dir,
-            frontend,
+            frontends,
             dev_links,
         };
         let engine = Engine {
@@ -97,16 +97,15 @@ impl Engine {
             instances: Mutex::default(),
             companions: Mutex::default(),
         };
-        engine.check_no_other_frontend()?;
-        match engine.context.frontend.pool_backend() {
-            Ok(BackendKind::Loop) if engine.context.frontend.kind() != BackendKind::Loop => {
+        match engine.context.frontends.of_pool(None).map(|frontend| frontend.kind()) {
+            Ok(BackendKind::Loop) if engine.context.frontends.default_kind() != BackendKind::Loop => {
                 let why = kernels::PRIVATE_UBLK.missing().map(|missing| format!(": {missing}"));
                 tracing::info!("private pools use the kernel's loop driver{}", why.unwrap_or_default());
             }
             Ok(_) => {}
             Err(error) => tracing::info!("{error}"),
         }
-        engine.recover_all(&config.default_instance).iter().for_each(|note| tracing::info!("{note}"));
+        engine.recover_all(&config.default_instance)?.iter().for_each(|note| tracing::info!("{note}"));
         if !engine.instances().iter().any(|instance| instance.name == config.default_instance.name) {
             engine.create_instance(&config.default_instance)?;
         }
@@ -135,33 +134,21 @@ impl Engine {
         })
     }
 
-    /// Fails if devices of another backend wait for a daemon: those of this one must not take their
-    /// names and numbers.
-    fn check_no_other_frontend(&self) -> Result<()> {
-        let own = |disk: &str| match self.context.frontend.kind() {
-            BackendKind::Ublk => disk.starts_with("ublkb"),
-            BackendKind::Loop => disk.starts_with("loop"),
-            BackendKind::Fuse => false,
-        };
-        let waits = |(disk, found): &(String, Result<ExistingDevice>)| {
-            let found = found.as_ref().ok().map(|found| found.parameters);
-            let ours =
-                |found: DeviceParameters| found.recoverable && self.context.is_ours(found.owner_cookie);
-            !own(disk) && found.is_some_and(ours)
-        };
-        let Some((disk, _)) = frontend::lasting().into_iter().find(waits) else { return Ok(()) };
-        let kind = if disk.starts_with("loop") { BackendKind::Loop } else { BackendKind::Ublk };
-        let context = format!("/dev/{disk} of a previous daemon waits for its recovery");
-        let next_step = format!("start with --backend {}, or give another --run-dir", kind.as_str());
-        Err(Error::new(Kind::Busy, context).hint(next_step))
-    }
-
     pub(super) fn table(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
         self.instances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Creates an instance.
     pub fn create_instance(&self, spec: &InstanceSpec) -> Result<InstanceInfo> {
+        self.start_instance(spec, None)
+    }
+
+    /// Likewise. `backend`: that of devices which wait for it, whatever is specified.
+    pub(super) fn start_instance(
+        &self,
+        spec: &InstanceSpec,
+        backend: Option<BackendKind>,
+    ) -> Result<InstanceInfo> {
         check_instance_name(&spec.name)?;
         // Held while the workers start (milliseconds), so that names stay unique.
         let mut table = self.table();
@@ -174,7 +161,7 @@ impl Engine {
                 format!("the limit of {MAX_INSTANCES} instances is reached"),
             ));
         }
-        let instance = Arc::new(Instance::start(&self.context, spec, self.tuning)?);
+        let instance = Arc::new(Instance::start(&self.context, spec, backend, self.tuning)?);
         let info = instance.info();
         table.insert(spec.name.clone(), instance);
         Ok(info)

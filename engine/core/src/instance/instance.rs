@@ -22,7 +22,7 @@ use super::state::{DeviceRecord, StateDir};
 use super::table::DeviceMap;
 use super::{MAX_DEVICES, Tuning};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{Backend, DeviceParameters, Frontend, StopMode};
+use crate::frontend::{Backend, DeviceParameters, Frontend, Frontends, StopMode};
 use crate::image::{Image, ImageSpec};
 use crate::ring::RingSizes;
 use crate::sys;
@@ -46,8 +46,8 @@ impl Tuning {
 pub struct EngineContext {
     /// See `EngineConfig`.
     pub run_dir: PathBuf,
-    /// The frontend of all devices.
-    pub frontend: Frontend,
+    /// The frontends that instances and pools can have.
+    pub frontends: Frontends,
     /// Upper half of the owner cookies of this run directory.
     pub owner_hash: u32,
     /// Images in use.
@@ -79,14 +79,22 @@ pub struct Instance {
     directory: PathBuf,
     /// None: the backend makes the names.
     links: Option<Links>,
+    pub(super) frontend: Frontend,
     pub(super) backend: Backend,
     pub(super) workers: Workers,
     pub(super) table: DeviceMap<Arc<AttachedDevice>>,
 }
 
 impl Instance {
-    /// Creates the directory and the backend, and starts the workers.
-    pub fn start(context: &EngineContext, spec: &InstanceSpec, tuning: Tuning) -> Result<Instance> {
+    /// Creates the directory and the backend, and starts the workers. `backend`: that of its
+    /// devices, which wait for it; none: as specified.
+    pub fn start(
+        context: &EngineContext,
+        spec: &InstanceSpec,
+        backend: Option<BackendKind>,
+        tuning: Tuning,
+    ) -> Result<Instance> {
+        let frontend = context.frontends.get(backend.or(spec.backend))?;
         let directory = context.run_dir.join(&spec.name);
         let table = DeviceMap::new(spec, &directory)?;
         let cpus = spec.cpus.as_deref().map(parse_cpus).transpose()?.unwrap_or_default();
@@ -96,7 +104,7 @@ impl Instance {
             std::io::ErrorKind::AlreadyExists if directory.is_dir() => Ok(()),
             _ => Err(Error::os(error, format!("cannot create {}", directory.display()))),
         })?;
-        let opened = context.frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
+        let opened = frontend.backend(&directory, count as usize, &cpus).and_then(|backend| {
             let options = tuning.options(true);
             let sizes = RingSizes::for_devices(MAX_DEVICES);
             let count = if backend.uses_workers() { count } else { 0 };
@@ -114,7 +122,8 @@ impl Instance {
             backend.close();
             let _ = fs::remove_dir(&directory);
         })?;
-        Ok(Instance { context: context.clone(), directory, links, backend, workers: workers.into(), table })
+        let (context, workers) = (context.clone(), workers.into());
+        Ok(Instance { context, directory, links, frontend, backend, workers, table })
     }
 
     /// Its present state.
@@ -124,7 +133,7 @@ impl Instance {
             name: spec.name,
             max_devices: spec.max_devices,
             devices,
-            backend: self.context.frontend.kind(),
+            backend: self.frontend.kind(),
             workers: self.workers.len() as u32,
             cpus: spec.cpus,
             directory: self.directory.display().to_string(),
@@ -309,6 +318,7 @@ impl Instance {
     fn parameters(&self, spec: &AttachSpec) -> Result<DeviceParameters> {
         let io_mode = spec.io_mode.unwrap_or_else(|| self.backend.best_io_mode());
         self.backend.check_io_mode(io_mode)?;
+        self.backend.check_block_size(spec.block_size)?;
         if !self.backend.uses_workers() && (spec.queues, spec.depth) != (0, 0) {
             let context = "the kernel's loop driver has no queues to configure";
             return Err(Error::new(Kind::Unsupported, context).hint("leave out --queues and --depth"));
@@ -345,7 +355,7 @@ impl Instance {
     pub(super) fn check_not_served_here(&self, image: &OwnedFd, name: &str) -> Result<()> {
         let stat = rustix::fs::fstat(image.as_fd())
             .map_err(|error| Error::os(error, format!("cannot examine {name}")))?;
-        if !self.context.frontend.serves(stat.st_dev) {
+        if !self.context.frontends.serves(stat.st_dev) {
             return Ok(());
         }
         Err(Error::new(Kind::Invalid, format!("{name} is served by this daemon"))

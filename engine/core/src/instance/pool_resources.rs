@@ -30,16 +30,22 @@ impl Engine {
 }
 
 impl PoolResources {
-    /// Starts the workers of a pool, with space for so many disks. Pools use ublk if the instances
-    /// do and the driver has all that pools need; otherwise the kernel's loop driver, without
-    /// workers.
-    pub fn start(&self, name: &str, uid: u32, disks: u32) -> Result<(EngineContext, Backend, Workers)> {
+    /// Starts the workers of a pool, with space for so many disks. By default, pools use ublk if the
+    /// instances do and the driver has all that pools need; otherwise the kernel's loop driver,
+    /// without workers.
+    pub fn start(
+        &self,
+        name: &str,
+        uid: u32,
+        disks: u32,
+        backend: Option<BackendKind>,
+    ) -> Result<(EngineContext, Backend, Workers)> {
         let claims = self.context.claims.of_pool(name, uid);
         let context = EngineContext { claims, ..self.context.clone() };
-        if context.frontend.pool_backend()? == BackendKind::Loop {
-            return Ok((context, Backend::Loop, Vec::new().into()));
+        let backend = context.frontends.of_pool(backend)?.backend(Path::new("/"), 0, &[])?;
+        if !backend.uses_workers() {
+            return Ok((context, backend, Vec::new().into()));
         }
-        let backend = context.frontend.backend(Path::new("/"), 0, &[])?;
         let (sizes, options) = (RingSizes::for_devices(disks), self.tuning.options(false));
         let workers = (0..POOL_WORKERS)
             .map(|queue| WorkerHandle::start(format!("{name}/{queue}"), sizes, options, Vec::new()))

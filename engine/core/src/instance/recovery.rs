@@ -6,17 +6,17 @@
 //! authoritative: a device of ours with users is always listed, even without its record.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Engine;
 use super::Selector;
 use super::instance::Instance;
 use super::names::{DeviceName, parse_device};
-use super::spec::{DEFAULT_INSTANCE, DeviceInfo, InstanceSpec, IoMode, RecoverSpec};
+use super::spec::{BackendKind, DEFAULT_INSTANCE, DeviceInfo, InstanceSpec, RecoverSpec};
 use super::state::{DeviceRecord, SavedInstance};
 use crate::error::{Error, Kind, Result};
-use crate::frontend::{ExistingDevice, OrphanState, StopMode};
+use crate::frontend::{self, DeviceParameters, ExistingDevice, OrphanState, StopMode};
 
 /// First number for devices whose own is lost: attach takes the lowest free one.
 const LOST_NUMBER_BASE: u32 = 1_000_000;
@@ -28,36 +28,37 @@ const RECOVER_PARALLEL: usize = 16;
 struct Orphan {
     instance: Arc<Instance>,
     number: u32,
-    id: u32,
+    disk: String,
     found: ExistingDevice,
     /// Its record, or why it was not read.
     record: Result<DeviceRecord>,
 }
 
-/// Devices of this run directory at the driver, by id, not matched to a record yet.
-type DriverDevices = BTreeMap<u32, ExistingDevice>;
+/// Devices of this run directory at the drivers, by disk, not matched to a record yet.
+type DriverDevices = BTreeMap<String, ExistingDevice>;
 
 impl Engine {
     /// Recreates the instances of a previous daemon and recovers their devices. Devices that cannot
-    /// be recovered are listed as stuck. `defaults`: limits for instances without readable state.
-    /// Returns notes for the log.
-    pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Vec<String> {
+    /// be recovered are listed as stuck. An instance keeps the backend of its devices. `defaults`:
+    /// limits for instances without readable state. Returns notes for the log.
+    pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Result<Vec<String>> {
         let mut notes = Vec::new();
-        let mut driver_devices = self.own_driver_devices();
-        self.context.frontend.update_disk_list(&driver_devices);
+        let mut driver_devices = self.own_driver_devices()?;
+        frontend::update_disk_list(&driver_devices);
         let mut orphans = Vec::new();
         let mut unmatched = Vec::new();
         let saved = self.context.state.load();
         let records = saved.iter().flat_map(|instance| &instance.devices);
         // A link may be older than a record.
-        let recorded_ids: Vec<u32> =
-            records.filter_map(|(_, record)| Some(record.as_ref().ok()?.id)).collect();
+        let recorded: Vec<String> =
+            records.filter_map(|(_, record)| Some(record.as_ref().ok()?.disk())).collect();
         for SavedInstance { name, spec, devices } in saved {
-            let Some(instance) = self.recreate_instance(&name, spec, defaults) else { continue };
+            let backend = self.backend_of(&name, &devices, &driver_devices);
+            let Some(instance) = self.recreate_instance(&name, spec, defaults, backend) else { continue };
             for (number, record) in devices {
-                match self.match_record(&name, number, record, &mut driver_devices, &recorded_ids) {
-                    Match::Device(id, found, record) => {
-                        orphans.push(Orphan { instance: instance.clone(), number, id, found, record })
+                match self.match_record(&instance, number, record, &mut driver_devices, &recorded) {
+                    Match::Device(disk, found, record) => {
+                        orphans.push(Orphan { instance: instance.clone(), number, disk, found, record })
                     }
                     Match::Unknown(reason) => unmatched.push((instance.clone(), number, reason)),
                     Match::Gone(image) => {
@@ -79,7 +80,7 @@ impl Engine {
                 notes.extend(threads.into_iter().filter_map(|thread| thread.join().ok().flatten()));
             });
         }
-        notes
+        Ok(notes)
     }
 
     /// Recovers a stuck device with an image that the administrator gives: the checks of a restart
@@ -91,37 +92,71 @@ impl Engine {
         }
     }
 
-    fn own_driver_devices(&self) -> DriverDevices {
-        let examine = |id| Some((id, self.context.frontend.examine(id).ok()?));
-        let ours = |(_, found): &(u32, ExistingDevice)| self.context.is_ours(found.parameters.owner_cookie);
-        self.context.frontend.present().into_iter().filter_map(examine).filter(ours).collect()
+    /// Fails if a device waits for a daemon with a backend that this one does not have.
+    fn own_driver_devices(&self) -> Result<DriverDevices> {
+        let mut own = DriverDevices::new();
+        for (disk, found) in frontend::lasting() {
+            let Some(found) = found.ok().filter(|found| self.context.is_ours(found.parameters.owner_cookie))
+            else {
+                continue;
+            };
+            let kind = found.parameters.io_mode.backend();
+            if self.context.frontends.has(kind) {
+                own.insert(disk, found);
+            } else if found.parameters.recoverable {
+                let context = format!("/dev/{disk} of a previous daemon waits for its recovery");
+                let next_step = format!("start with --backend {}, or give another --run-dir", kind.as_str());
+                return Err(Error::new(Kind::Busy, context).hint(next_step));
+            }
+        }
+        Ok(own)
     }
 
-    /// Whether the driver cannot describe this device, which may exist.
-    fn is_unknown(&self, id: u32) -> bool {
-        self.context.frontend.examine(id).is_err_and(|error| error.kind() != Kind::NotFound)
+    /// The backend of an instance's devices that wait for it. None: there are none.
+    fn backend_of(
+        &self,
+        instance: &str,
+        devices: &[(u32, Result<DeviceRecord>)],
+        driver_devices: &DriverDevices,
+    ) -> Option<BackendKind> {
+        let disk = |(number, record): &(u32, Result<DeviceRecord>)| match record {
+            Ok(record) => Some(record.disk()),
+            Err(_) => linked_disk(&self.link(instance, *number)),
+        };
+        let mut disks = devices.iter().filter_map(disk).filter(|disk| driver_devices.contains_key(disk));
+        disks.find_map(|disk| Some(BackendKind::of_disk(&disk)?.0))
+    }
+
+    /// Where the name of a device is.
+    fn link(&self, instance: &str, number: u32) -> PathBuf {
+        self.context.run_dir.join(instance).join(format!("loop{number}"))
     }
 
     /// Recreates an instance of a previous daemon, with the default limits if its own cannot be
-    /// read.
+    /// read. `backend`: that of its devices, if it has any.
     fn recreate_instance(
         &self,
         name: &str,
         spec: Result<InstanceSpec>,
         defaults: &InstanceSpec,
+        backend: Option<BackendKind>,
     ) -> Option<Arc<Instance>> {
         if let Ok(present) = self.instance(name) {
             return Some(present);
         }
         let usual = InstanceSpec { name: name.to_owned(), ..defaults.clone() };
-        let made =
-            spec.and_then(|spec| self.create_instance(&InstanceSpec { name: name.to_owned(), ..spec }));
+        let made = spec
+            .and_then(|spec| self.start_instance(&InstanceSpec { name: name.to_owned(), ..spec }, backend));
         let made = made.or_else(|error| {
             tracing::error!("instance {name} was recovered with default limits: {error}");
-            self.create_instance(&usual)
+            self.start_instance(&usual, backend)
         });
-        if let Err(error) = made {
-            tracing::error!("instance {name} was not recovered: {error}");
+        match made {
+            Ok(info) if backend.is_some() && info.backend != self.context.frontends.default_kind() => {
+                tracing::info!("instance {name} has the backend {}, as its devices", info.backend.as_str());
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!("instance {name} was not recovered: {error}"),
         }
         self.instance(name).ok()
     }
@@ -129,31 +164,32 @@ impl Engine {
     /// Matches a state file to a device at the driver.
     fn match_record(
         &self,
-        instance: &str,
+        instance: &Instance,
         number: u32,
         record: Result<DeviceRecord>,
         driver_devices: &mut DriverDevices,
-        recorded_ids: &[u32],
+        recorded: &[String],
     ) -> Match {
-        let waits =
-            |found: &ExistingDevice| found.state == OrphanState::Waiting && found.parameters.recoverable;
+        let name = instance.info().name;
         match record {
-            Ok(record) if record.io_mode == IoMode::Fuse => {
+            Ok(record) if record.io_mode.backend() == BackendKind::Fuse => {
                 let path = &record.spec.path;
                 tracing::error!(
-                    "{instance}/loop{number} ({path}) was not recovered: FUSE files do not outlive the daemon"
+                    "{name}/loop{number} ({path}) was not recovered: FUSE files do not outlive the daemon"
                 );
                 Match::Gone(record.spec.path)
             }
-            Ok(record) => match driver_devices.get(&record.id).copied() {
-                Some(found) if found.parameters.owner_cookie == record.owner_cookie && waits(&found) => {
-                    driver_devices.remove(&record.id);
-                    Match::Device(record.id, found, Ok(record))
+            Ok(record) => match driver_devices.get(&record.disk()).copied() {
+                Some(found)
+                    if found.parameters.owner_cookie == record.owner_cookie && waits(instance, &found) =>
+                {
+                    driver_devices.remove(&record.disk());
+                    Match::Device(record.disk(), found, Ok(record))
                 }
-                None if self.is_unknown(record.id) => {
+                None if is_unknown(&record.disk()) => {
                     let parameters = record.parameters();
                     Match::Device(
-                        record.id,
+                        record.disk(),
                         ExistingDevice { state: OrphanState::Waiting, parameters },
                         Ok(record),
                     )
@@ -162,14 +198,12 @@ impl Engine {
                 _ => Match::Gone(record.spec.path),
             },
             Err(reason) => {
-                let id = linked_id(&self.context.run_dir.join(instance).join(format!("loop{number}")));
-                let id = id.filter(|id| !recorded_ids.contains(id));
-                match id
-                    .and_then(|id| driver_devices.get(&id).copied().filter(waits).map(|found| (id, found)))
-                {
-                    Some((id, found)) => {
-                        driver_devices.remove(&id);
-                        Match::Device(id, found, Err(reason))
+                let disk = linked_disk(&self.link(&name, number)).filter(|disk| !recorded.contains(disk));
+                let found = disk.and_then(|disk| Some((driver_devices.get(&disk).copied()?, disk)));
+                match found.filter(|(found, _)| waits(instance, found)) {
+                    Some((found, disk)) => {
+                        driver_devices.remove(&disk);
+                        Match::Device(disk, found, Err(reason))
                     }
                     None => Match::Unknown(reason),
                 }
@@ -183,18 +217,16 @@ impl Engine {
         let mut named = Vec::new();
         for link in entries(&self.context.run_dir).flat_map(|dir| entries(&dir.path())) {
             let path = link.path();
-            let Some(id) = linked_id(&path) else { continue };
+            let Some(disk) = linked_disk(&path) else { continue };
             let name = path.to_str().and_then(|path| parse_device(path, &self.context.run_dir).ok());
             let Some(DeviceName::Number(instance, number)) = name else { continue };
-            let waits =
-                |found: &ExistingDevice| found.state == OrphanState::Waiting && found.parameters.recoverable;
-            let Some(found) = driver_devices.get(&id).copied().filter(waits) else { continue };
+            let Some(found) = driver_devices.get(&disk).copied() else { continue };
+            let backend = Some(found.parameters.io_mode.backend());
+            let recreated = self.recreate_instance(&instance, Ok(defaults.clone()), defaults, backend);
+            let Some(instance) = recreated.filter(|instance| waits(instance, &found)) else { continue };
             let missing = Error::new(Kind::NotFound, "its state file is missing");
-            let Some(instance) = self.recreate_instance(&instance, Ok(defaults.clone()), defaults) else {
-                continue;
-            };
-            driver_devices.remove(&id);
-            named.push(Orphan { instance, number, id, found, record: Err(missing) });
+            driver_devices.remove(&disk);
+            named.push(Orphan { instance, number, disk, found, record: Err(missing) });
         }
         named
     }
@@ -203,23 +235,22 @@ impl Engine {
     /// users. A device that waits for a daemon is deleted only if the driver finds it unused and no
     /// state file can refer to it (`complete`).
     fn delete_unused(&self, driver_devices: &mut DriverDevices, complete: bool, notes: &mut Vec<String>) {
-        driver_devices.retain(|&id, found| {
+        driver_devices.retain(|disk, found| {
+            let Some((kind, id)) = BackendKind::of_disk(disk) else { return true };
+            let Ok(frontend) = self.context.frontends.get(Some(kind)) else { return true };
             let ended = found.state == OrphanState::Unused || !found.parameters.recoverable;
-            if !(ended || complete && self.context.frontend.can_stop_if_unused()) {
+            if !(ended || complete && frontend.can_stop_if_unused()) {
                 return true;
             }
             let when = if ended { StopMode::Always } else { StopMode::IfUnused };
-            let deleted = self.context.frontend.leftover(id, found.parameters).and_then(|device| {
+            let deleted = frontend.leftover(id, found.parameters).and_then(|device| {
                 device.stop(when)?;
                 device.delete()
             });
             match deleted {
-                Ok(()) => notes.push(format!("deleted the leftover disk {}", self.context.frontend.disk(id))),
+                Ok(()) => notes.push(format!("deleted the leftover disk {disk}")),
                 Err(error) if !ended && error.kind() == Kind::Busy => return true,
-                Err(error) => {
-                    let disk = self.context.frontend.disk(id);
-                    tracing::error!("cannot delete the leftover disk {disk}: {error}")
-                }
+                Err(error) => tracing::error!("cannot delete the leftover disk {disk}: {error}"),
             }
             false
         });
@@ -234,19 +265,23 @@ impl Engine {
         defaults: &InstanceSpec,
     ) -> Vec<Orphan> {
         let alone = driver_devices.len() == 1 && unmatched.len() == 1;
-        let named = |(id, found)| {
-            if let Some((instance, number, reason)) = unmatched.pop().filter(|_| alone) {
-                return Some(Orphan { instance, number, id, found, record: Err(reason) });
+        let named = |(disk, found): (String, ExistingDevice)| {
+            if let Some((instance, number, reason)) =
+                unmatched.pop().filter(|(instance, ..)| alone && waits(instance, &found))
+            {
+                return Some(Orphan { instance, number, disk, found, record: Err(reason) });
             }
-            let instance = self.recreate_instance(DEFAULT_INSTANCE, Ok(defaults.clone()), defaults)?;
+            let (kind, id) = BackendKind::of_disk(&disk)?;
+            let recreate = |name: &str| {
+                let recreated = self.recreate_instance(name, Ok(defaults.clone()), defaults, Some(kind));
+                recreated.filter(|instance| instance.backend.kind() == kind)
+            };
+            // The instance `default` may have another backend.
+            let instance = recreate(DEFAULT_INSTANCE)
+                .or_else(|| recreate(&format!("{DEFAULT_INSTANCE}-{}", kind.as_str())))?;
             let lost = Error::new(Kind::NotFound, "its state file and its name are missing");
-            Some(Orphan {
-                instance,
-                number: LOST_NUMBER_BASE.saturating_add(id),
-                id,
-                found,
-                record: Err(lost),
-            })
+            let number = LOST_NUMBER_BASE.saturating_add(id);
+            Some(Orphan { instance, number, disk, found, record: Err(lost) })
         };
         let orphans = driver_devices.into_iter().filter_map(named).collect();
         for (instance, number, reason) in unmatched {
@@ -263,7 +298,7 @@ impl Engine {
     /// Removes the state file and the name of a device that does not exist any more.
     fn forget(&self, instance: &str, number: u32) {
         self.context.state.remove_device(instance, number);
-        let link = self.context.run_dir.join(instance).join(format!("loop{number}"));
+        let link = self.link(instance, number);
         if std::fs::read_link(&link).is_ok() {
             let _ = std::fs::remove_file(link);
         }
@@ -273,7 +308,7 @@ impl Engine {
 /// The result of matching a state file.
 enum Match {
     /// This device.
-    Device(u32, ExistingDevice, Result<DeviceRecord>),
+    Device(String, ExistingDevice, Result<DeviceRecord>),
     /// Possibly a device: the file cannot be read.
     Unknown(Error),
     /// No existing device.
@@ -283,7 +318,7 @@ enum Match {
 impl Orphan {
     /// Recovers it, or lists it as stuck. Returns a note.
     fn recover(&self) -> Option<String> {
-        let Orphan { instance, number, id, found, record } = self;
+        let Orphan { instance, number, disk, found, record } = self;
         let name = format!("{}/loop{number}", instance.info().name);
         match record {
             Ok(record) => match instance.recover(*number, record.clone(), *found) {
@@ -293,9 +328,10 @@ impl Orphan {
                 }
             },
             Err(reason) => {
-                let (reason, disk) = (reason.message(), instance.context.frontend.disk(*id));
+                let reason = reason.message();
+                let (_, id) = BackendKind::of_disk(disk)?;
                 tracing::error!("{name} (disk {disk}) was not recovered and is stuck: {reason}");
-                if let Err(error) = instance.list_stuck(*number, *id, *found, reason) {
+                if let Err(error) = instance.list_stuck(*number, id, *found, reason) {
                     tracing::error!("{name} (disk {disk}) is not listed: {error}");
                 }
             }
@@ -304,9 +340,20 @@ impl Orphan {
     }
 }
 
-/// The driver id of the block device that a link points to.
-fn linked_id(link: &Path) -> Option<u32> {
+/// The disk that a link points to.
+fn linked_disk(link: &Path) -> Option<String> {
     let node = std::fs::read_link(link).ok()?;
     let disk = node.to_str()?.strip_prefix("/dev/")?;
-    disk.strip_prefix("ublkb").or_else(|| disk.strip_prefix("loop"))?.parse().ok()
+    BackendKind::of_disk(disk).map(|_| disk.to_owned())
+}
+
+/// Whether a device waits for a daemon, and this instance can serve it.
+fn waits(instance: &Instance, found: &ExistingDevice) -> bool {
+    let DeviceParameters { recoverable, io_mode, .. } = found.parameters;
+    found.state == OrphanState::Waiting && recoverable && instance.backend.kind() == io_mode.backend()
+}
+
+/// Whether the driver cannot describe this disk, which may exist.
+fn is_unknown(disk: &str) -> bool {
+    frontend::examine_disk(disk).is_err_and(|error| error.kind() != Kind::NotFound)
 }

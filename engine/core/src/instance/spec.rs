@@ -25,6 +25,9 @@ pub struct InstanceSpec {
     pub workers: u32,
     /// CPUs that the workers may run on, as in "0-3,8"; none: all.
     pub cpus: Option<String>,
+    /// How its disks are made; none: as the daemon does by default.
+    #[serde(default)]
+    pub backend: Option<BackendKind>,
 }
 
 /// The present state of an instance.
@@ -66,7 +69,8 @@ pub struct AttachSpec {
     pub offset: u64,
     /// Maximum size in bytes; 0: to the end of the image.
     pub size_limit: u64,
-    /// Logical block size, 512 to 4096; 0: the smallest that the image allows.
+    /// Logical block size, 512 to 4096, with the backend loop to 65536; 0: the smallest that the
+    /// image allows.
     pub block_size: u32,
     /// Use the page cache instead of direct I/O.
     pub buffered: bool,

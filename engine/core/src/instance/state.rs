@@ -46,6 +46,11 @@ pub struct DeviceRecord {
 }
 
 impl DeviceRecord {
+    /// The name of its disk.
+    pub fn disk(&self) -> String {
+        self.io_mode.backend().disk(self.id)
+    }
+
     /// Its parameters.
     pub fn parameters(&self) -> DeviceParameters {
         let DeviceRecord { io_mode, queues, depth, owner_cookie, .. } = *self;
@@ -259,7 +264,7 @@ mod tests {
 
     fn saved(dir: &Path) -> (StateDir, InstanceSpec) {
         let state = StateDir::new(dir);
-        let spec = InstanceSpec { name: "ci".into(), max_devices: 4, workers: 2, cpus: None };
+        let spec = InstanceSpec { name: "ci".into(), max_devices: 4, workers: 2, cpus: None, backend: None };
         state.save_instance(&spec).unwrap();
         state.save_device(3, &record()).unwrap();
         (state, spec)

@@ -14,7 +14,7 @@ use super::engine::owner_hash;
 use super::instance::Instance;
 use super::write_back::{nodes_of, write_back};
 use crate::error::{Error, Kind};
-use crate::frontend::{self, BackendKind, StopMode};
+use crate::frontend::{self, StopMode};
 use crate::sys::usage::Disks;
 
 /// Deadline for all devices together to complete requests in flight.
@@ -26,25 +26,20 @@ impl Engine {
     /// state; or detaches them, with `detach_all` or if the kernel does not keep them. The process
     /// must end next, without dropping the engine.
     pub fn shutdown(&self, detach_all: bool) {
-        let detach = detach_all || !self.context.frontend.devices_outlive_daemon();
         let companions = self.companions();
         let mut ending: Vec<PathBuf> = companions.iter().flat_map(|one| one.bound_nodes()).collect();
         let instances: Vec<Arc<Instance>> = self.table().values().cloned().collect();
-        if detach {
-            ending.extend(instances.iter().flat_map(|instance| nodes_of(instance)));
-        }
+        let ends = |instance: &&Arc<Instance>| detach_all || !instance.frontend.devices_outlive_daemon();
+        let (detaching, lasting): (Vec<_>, Vec<_>) = instances.iter().partition(ends);
+        ending.extend(detaching.iter().flat_map(|instance| nodes_of(instance)));
         write_back(ending);
         companions.iter().for_each(|companion| companion.end());
         instances.iter().for_each(|instance| instance.close());
-        if detach {
-            instances.iter().for_each(|instance| detach_devices(instance));
-        } else {
-            let devices = instances.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>();
-            match self.context.frontend.kind() {
-                BackendKind::Loop => log_left_running(devices.len()),
-                BackendKind::Ublk | BackendKind::Fuse => quiesce_devices(&devices),
-            }
-        }
+        detaching.iter().for_each(|instance| detach_devices(instance));
+        let (served, running): (Vec<_>, Vec<_>) =
+            lasting.into_iter().partition(|instance| instance.backend.uses_workers());
+        log_left_running(running.iter().map(|instance| instance.live().len()).sum());
+        quiesce_devices(&served.iter().flat_map(|instance| instance.live()).collect::<Vec<_>>());
     }
 }
 

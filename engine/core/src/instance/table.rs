@@ -220,7 +220,7 @@ mod tests {
     use super::*;
 
     fn table(max_devices: u32) -> DeviceMap<&'static str> {
-        let spec = InstanceSpec { name: "ci".into(), max_devices, workers: 0, cpus: None };
+        let spec = InstanceSpec { name: "ci".into(), max_devices, workers: 0, cpus: None, backend: None };
         DeviceMap::new(&spec, Path::new("/run/x/ci")).unwrap()
     }
 

@@ -14,7 +14,7 @@ use super::disk_allocator::DiskAllocator;
 use super::{Answer, Bound, Errno, LoopConfig, LoopInfo, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
-use crate::image::{Image, ImageSpec};
+use crate::image::{Image, ImageSpec, is_block_size};
 use crate::instance::claims::Claims;
 use crate::instance::claims::sharing::{self, Hold};
 
@@ -72,11 +72,12 @@ pub fn check_info(info: &LoopInfo) -> Answer<LoopInfo> {
     Ok(kept)
 }
 
-/// The requested logical block size: a power of two, 512 to a page.
-pub fn check_block_size(bytes: u64) -> Answer<u32> {
+/// The requested logical block size: a power of two, 512 to a page. `kernel_loop`: the kernel's loop
+/// driver decides whether it can be more.
+pub fn check_block_size(bytes: u64, kernel_loop: bool) -> Answer<u32> {
     match u32::try_from(bytes) {
         Ok(0) => Ok(BLOCK_SIZES[0]),
-        Ok(size) if BLOCK_SIZES.contains(&size) => Ok(size),
+        Ok(size) if BLOCK_SIZES.contains(&size) || kernel_loop && is_block_size(size) => Ok(size),
         _ => Err(Errno::INVAL),
     }
 }
@@ -101,7 +102,7 @@ impl FileBinding {
             return Err(Errno::INVAL);
         }
         let mut info = check_info(&with.info)?;
-        let mut block_size = check_block_size(with.block_size.into())?;
+        let mut block_size = check_block_size(with.block_size.into(), direct_on_request)?;
         let opened = rustix::fs::fcntl_getfl(&file)?;
         if opened & OFlags::RWMODE == OFlags::RDONLY || !writes {
             info.flags |= flag::READ_ONLY;

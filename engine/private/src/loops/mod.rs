@@ -37,6 +37,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
 use crate::error::{Error, Kind};
+use crate::frontend::BackendKind;
 use crate::image::partitions;
 use crate::sys::stack::Stack;
 
@@ -78,6 +79,8 @@ pub struct PoolSpec {
     pub intercepted: bool,
     /// Numbers that no device gets: the tenant has another device of that name.
     pub reserved: BTreeSet<u32>,
+    /// What serves its disks; none: as the daemon chooses.
+    pub backend: Option<BackendKind>,
 }
 
 impl PoolSpec {
@@ -336,6 +339,7 @@ mod tests {
             fixed: false,
             intercepted: false,
             reserved,
+            backend: None,
         };
         assert_eq!(spec.numbers().take(3).collect::<Vec<_>>(), [1, 3, 4]);
     }

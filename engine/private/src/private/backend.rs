@@ -34,6 +34,8 @@ pub struct PoolBackend {
     pub kernel: Option<Arc<KernelMounts>>,
     /// File systems that the kernel may mount for users other than root.
     pub for_all: Vec<&'static FileSystem>,
+    /// What serves the disks of a pool that does not ask for a backend. None: the engine chooses.
+    pub backend: Option<BackendKind>,
 }
 
 impl PoolSource for PoolBackend {
@@ -57,7 +59,8 @@ impl PoolSource for PoolBackend {
     }
 
     fn open(&self, spec: &PoolSpec, events: TenantEvents) -> Result<(Arc<dyn PoolHandle>, OwnedFd)> {
-        let pool = self.pools.open(spec)?;
+        let backend = spec.backend.or(self.backend);
+        let pool = self.pools.open(&PoolSpec { backend, ..spec.clone() })?;
         pool.watch(Arc::new(PoolEvents(events.clone())));
         events.preallocated(&pool.preallocated());
         for entry in pool.entries() {

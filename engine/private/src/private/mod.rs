@@ -156,7 +156,7 @@ impl Registry {
             return Err(Error::new(Kind::Invalid, format!("a pool cannot have {max} devices"))
                 .hint(format!("ask for 1 to {MAX_DEVICES}")));
         }
-        let reserved = request.reserved()?;
+        let (reserved, backend) = (request.reserved()?, request.backend);
         let fixed = request.container.unwrap_or(false);
         if fixed && caller.uid != 0 {
             return Err(Error::new(Kind::Denied, "only root may open pools for containers")
@@ -170,7 +170,7 @@ impl Registry {
         let (id, spec) = self.enter(
             request,
             caller,
-            |name| PoolSpec { name, max, uid, gid, mode, fixed, intercepted, reserved },
+            |name| PoolSpec { name, max, uid, gid, mode, fixed, intercepted, reserved, backend },
             charge,
         )?;
         let made = self.make(id, &spec, fixed || intercepted);

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
 use crate::error::{Error, Kind, Result};
+use crate::frontend::BackendKind;
 use crate::loops::NUMBER_MAX;
 
 /// The credentials of a caller, from the kernel.
@@ -50,6 +51,8 @@ pub struct OpenSpec {
     /// Numbers that no device gets, because the tenant has another device of that name: at most
     /// 4096.
     pub reserved: Option<Vec<u32>>,
+    /// What serves its disks, ublk or loop; default: as the daemon chooses.
+    pub backend: Option<BackendKind>,
 }
 
 /// Maximum count of reserved numbers.

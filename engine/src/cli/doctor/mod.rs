@@ -120,10 +120,10 @@ fn daemon_checks(run_dir: &Path) -> Vec<Check> {
     checks.extend(driver_fault(&kernels::release()));
     checks.extend([permission(), io_uring(), features()]);
     checks.extend(goal::features());
-    let (daemon, pid, backend) = daemon(run_dir);
+    let (daemon, pid, backends) = daemon(run_dir);
     checks.push(daemon);
     checks.push(open_files(pid));
-    checks.extend(pid.zip(backend).map(|(pid, backend)| mount_namespace(pid, backend)));
+    checks.extend(pid.map(|pid| mount_namespace(pid, &backends)));
     checks
 }
 
@@ -242,8 +242,8 @@ fn features() -> Check {
     }
 }
 
-/// Also returns its process and its backend.
-fn daemon(run_dir: &Path) -> (Check, Option<i32>, Option<BackendKind>) {
+/// Also returns its process and the backends of its instances.
+fn daemon(run_dir: &Path) -> (Check, Option<i32>, Vec<BackendKind>) {
     let name = "daemon";
     let asked = daemon::ask(run_dir, async |client| {
         client.instances().await.map(|instances| (instances, client.daemon_pid()))
@@ -252,11 +252,15 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>, Option<BackendKind>) {
         Ok((instances, pid)) => {
             let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
             let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
-            let backend = instances.first().map(|instance| instance.backend);
-            let kind = backend.map_or(String::new(), |kind| format!(" (backend {})", kind.as_str()));
+            let mut backends: Vec<_> = instances.iter().map(|instance| instance.backend).collect();
+            backends.sort_by_key(|backend| backend.as_str());
+            backends.dedup();
+            let kinds = backends.iter().map(|backend| backend.as_str()).collect::<Vec<_>>().join(" and ");
             let count = instances.len();
-            let found = format!("process {pid_text} serves {count} instances with {devices} devices{kind}");
-            (Check::ok(name, found), pid, backend)
+            let found = format!(
+                "process {pid_text} serves {count} instances with {devices} devices (backend {kinds})"
+            );
+            (Check::ok(name, found), pid, backends)
         }
         Err(error) => {
             let advice = error.next_step().unwrap_or("read the log of the daemon").to_owned();
@@ -265,7 +269,7 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>, Option<BackendKind>) {
                 Kind::Unavailable => Verdict::Warning,
                 _ => Verdict::Problem,
             };
-            (Check::bad(verdict, name, error.message(), advice), None, None)
+            (Check::bad(verdict, name, error.message(), advice), None, Vec::new())
         }
     }
 }
@@ -291,15 +295,15 @@ fn limit_of(pid: i32) -> Option<u64> {
     line.split_whitespace().nth(4)?.parse().ok()
 }
 
-fn mount_namespace(daemon: i32, backend: BackendKind) -> Check {
+fn mount_namespace(daemon: i32, backends: &[BackendKind]) -> Check {
     let name = "mount namespace";
     let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
     match (of("self"), of(&daemon.to_string())) {
         (Ok(own), Ok(its)) if own != its => Check::ok(name, "the daemon has a mount namespace of its own"),
-        (Ok(_), Ok(_)) if backend == BackendKind::Fuse => {
+        (Ok(_), Ok(_)) if backends.contains(&BackendKind::Fuse) => {
             Check::ok(name, "the daemon shares it, so that users see its files")
         }
-        (Ok(_), Ok(_)) if backend == BackendKind::Loop => {
+        (Ok(_), Ok(_)) if !backends.contains(&BackendKind::Ublk) => {
             Check::ok(name, "the daemon shares it; the kernel serves its devices")
         }
         (Ok(_), Ok(_)) => Check::problem(

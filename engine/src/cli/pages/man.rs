@@ -274,7 +274,13 @@ fn configuration(roff: &mut Roff) {
         (
             "Before all tables",
             &[
-                ("backend = \"auto|ublk|loop|fuse\"", "As --backend."),
+                ("backend = \"auto|ublk|loop|fuse\"", "As --backend: the default of all instances."),
+                (
+                    "first_loop_number = N",
+                    "Lowest number of the devices of the kernel's loop driver [half of the driver's numbers: \
+                     524288]. 'losetup -f' of the host takes the lowest free number: choose one that it does \
+                     not reach.",
+                ),
                 ("dev_links = true|false", "As --dev-links [false]."),
             ],
         ),
@@ -303,6 +309,11 @@ fn configuration(roff: &mut Roff) {
                     "File systems that 'loopengine run --mount' can have the kernel mount for users [none]: ext2, \
                      ext3, ext4, xfs, squashfs, erofs, vfat. The kernel then parses images that users control.",
                 ),
+                (
+                    "backend = \"ublk|loop\"",
+                    "What serves the devices of pools that ask for no backend [ublk from Linux 7.0 on, if the \
+                     default backend is ublk; otherwise loop].",
+                ),
             ],
         ),
         (
@@ -325,6 +336,7 @@ fn configuration(roff: &mut Roff) {
             &[
                 ("name = \"NAME\"", "An instance that the daemon creates at start. One table per instance."),
                 ("max_devices, workers, cpus", "As in [default]."),
+                ("backend = \"ublk|loop|fuse\"", "As 'loopengine instance create --backend'."),
             ],
         ),
         (

@@ -26,6 +26,7 @@ use rustix::mount::{MountPropagationFlags, MoveMountFlags, mount_change, move_mo
 
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
+use crate::frontend::BackendKind;
 use crate::instance::MAX_DEVICES;
 use crate::intercept::filter;
 use crate::private::{LIBUDEV, NO_UDEV, OpenSpec, RESERVED_MAX};
@@ -71,6 +72,11 @@ pub(super) struct RunArgs {
     /// Name of the pool [default: a number].
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+
+    /// What serves the devices: ublk, or the kernel's loop driver [default: ublk from Linux 7.0 on,
+    /// if the daemon uses it, otherwise loop].
+    #[arg(long, value_name = "ublk|loop")]
+    backend: Option<BackendKind>,
 
     /// Use a user namespace even as root.
     #[arg(long)]
@@ -145,6 +151,7 @@ impl RunArgs {
             dev_and_sys: Some(true),
             kernel_mounts: (!self.mount.is_empty()).then_some(self.mount),
             reserved: Some(reserved.iter().copied().take(RESERVED_MAX).collect()),
+            backend: self.backend,
             ..OpenSpec::default()
         };
         let opened = runtime.block_on(client.open(&asked))?;

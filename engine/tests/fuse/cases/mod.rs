@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cases of tests/vm about images, and cases about files.
 
+#[path = "../../vm/cases/backends.rs"]
+mod backends;
 mod bounds;
 #[path = "../../vm/cases/claims.rs"]
 mod claims;
@@ -65,6 +67,7 @@ pub(crate) fn all() -> Vec<Case> {
         durability::cases(),
         errors::cases(),
         claims::cases(),
+        backends::cases(),
         sandbox::cases(),
     ];
     let of_images = of_images.into_iter().flatten();

@@ -28,6 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("lifetime::unbound_by_losetup", Needs::Ublk, 60, unbound_by_losetup),
         case("lifetime::losetup_is_undisturbed", Needs::Ublk, 600, losetup_is_undisturbed),
         case("lifetime::partitions_have_names", Needs::Ublk, 60, partitions_have_names),
+        case("lifetime::the_first_number_is_configured", Needs::Ublk, 60, the_first_number_is_configured),
         case("lifetime::statistics", Needs::Ublk, 60, statistics),
         case("lifetime::options_of_queues_are_refused", Needs::Ublk, 60, options_of_queues_are_refused),
         case(
@@ -113,6 +114,34 @@ fn a_stop_leaves_devices(ctx: &Ctx) -> Res {
     daemon.ok(&["detach", &devices[0]])?;
     ensure!(!disks.iter().any(|disk| is_bound(disk)), "a detached device is still bound");
     daemon.terminate().map(drop)
+}
+
+/// Numbers from a configured one on; the next daemon finds the devices whatever it is configured to.
+fn the_first_number_is_configured(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", MIB)?;
+    let config = ctx.path("config");
+    fs::write(&config, "first_loop_number = 70000\n")?;
+    let mut daemon = Daemon::with(ctx, &["--config", &config])?;
+    let device = daemon.attach(&[&image])?;
+    ensure!(disk_name(&device)? == "loop70000", "{device} is {}", disk_name(&device)?);
+    daemon.kill()?;
+    fs::write(&config, "")?;
+    daemon.restart()?;
+    ensure!(daemon.info(&device)?["node"] == "/dev/loop70000", "{}", daemon.info(&device)?);
+    daemon.ok(&["detach", "/dev/loop70000"])?;
+    daemon.kill()?;
+    for number in ["0", "1048576"] {
+        fs::write(&config, format!("first_loop_number = {number}\n"))?;
+        let refused = daemon.cli(&["serve", "--backend", "loop", "--config", &config])?;
+        ensure!(
+            refused.code != 0 && refused.err.contains(&format!("cannot have the number {number}")),
+            "{refused:?}"
+        );
+    }
+    fs::write(&config, "")?;
+    daemon.restart()?;
+    daemon.stop()
 }
 
 /// A detach loses nothing that a close left to the last close. LOOP_CLR_FD does: the driver refuses

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cases of tests/vm about images, and cases about devices that live without a daemon.
 
+#[path = "../../vm/cases/backends.rs"]
+mod backends;
 #[path = "../../vm/cases/claims.rs"]
 mod claims;
 #[path = "../../vm/cases/commands.rs"]
@@ -137,6 +139,7 @@ pub(crate) fn all() -> Vec<Case> {
         durability::cases(),
         errors::cases(),
         claims::cases(),
+        backends::cases(),
     ];
     let of_pools = [
         private_binding::cases(),

@@ -31,11 +31,24 @@ fn zero(device: &str, offset: u64, len: u64) -> Res {
     Ok(())
 }
 
+/// Whether the kernel's own loop devices can have blocks larger than a page.
+pub(super) fn kernel_has_large_blocks(store: &Store) -> Res<bool> {
+    let image = store.sparse("large-blocks", MIB)?;
+    let bound = tools::run(&["losetup", "-f", "--show", "-b", "65536", &image])?;
+    if bound.code == 0 {
+        tools::ok(&["losetup", "-d", bound.out.trim()])?;
+    }
+    Ok(bound.code == 0)
+}
+
 fn block_sizes(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;
     let daemon = Daemon::start(ctx)?;
-    for size in [512_usize, 1024, 2048, 4096] {
+    let large = crate::BACKEND == "loop" && kernel_has_large_blocks(&store)?;
+    for size in
+        [512_usize, 1024, 2048, 4096].into_iter().chain(large.then_some([8192, 65536]).into_iter().flatten())
+    {
         let device = daemon.attach(&[&image, "--block-size", &size.to_string()])?;
         let shown = queue_attribute(&device, "logical_block_size")?;
         ensure!(shown == size.to_string(), "asked for {size}, got {shown}");
@@ -53,6 +66,11 @@ fn block_sizes(ctx: &Ctx) -> Res {
         daemon.detach(&device)?;
         let found = Disk::open_read(&image)?.read(3 * size as u64, size)?;
         same("image", &found, &data)?;
+    }
+    if !large {
+        let refused = daemon.cli(&["attach", &image, "--block-size", "64K"])?;
+        ensure!(refused.code != 0 && !refused.err.is_empty(), "{refused:?}");
+        ensure!(daemon.json(&["list"])?.as_array().is_some_and(Vec::is_empty), "a refused device is listed");
     }
     let device = daemon.attach(&[&image])?;
     let shown = queue_attribute(&device, "logical_block_size")?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The cases, by theme. Each file covers one theme and returns a list.
 
+mod backends;
 mod claims;
 mod commands;
 mod discard_support;
@@ -79,6 +80,7 @@ pub(crate) fn all() -> Vec<Case> {
         shutdown::cases(),
         errors::cases(),
         claims::cases(),
+        backends::cases(),
         many::cases(),
         private_losetup::cases(),
         private_figures::cases(),

@@ -14,6 +14,7 @@ use super::private_known::{KNOWN, Known};
 use crate::daemon::Daemon;
 use crate::driver;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail, skip};
+use crate::host;
 use crate::tools::{self, Running};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -115,7 +116,8 @@ pub(super) struct Driver;
 
 impl Driver {
     pub(super) fn load() -> Res<Driver> {
-        if Path::new("/sys/module/loop").exists() {
+        let free = || is_backend() && remove_driver().is_ok();
+        if Path::new("/sys/module/loop").exists() && !free() {
             skip!("the kernel's own loop driver is loaded already, and may be in use");
         }
         if tools::run(&["modprobe", "loop", "max_loop=0"])?.code != 0 {
@@ -126,17 +128,27 @@ impl Driver {
 
     pub(super) fn unload(self) -> Res {
         std::mem::forget(self);
-        remove_driver()
+        remove_driver()?;
+        load_backend()
     }
 }
 
 impl Drop for Driver {
     /// After a failure: devices that the client has left.
     fn drop(&mut self) {
-        if let Err(error) = remove_driver() {
+        if let Err(error) = remove_driver().and_then(|()| load_backend()) {
             eprintln!("  the kernel's loop driver stays: {error:?}");
         }
     }
+}
+
+/// Whether it serves the devices of the daemons under test, on a machine that has no others.
+fn is_backend() -> bool {
+    crate::BACKEND == "loop" && host::is_virtual()
+}
+
+fn load_backend() -> Res {
+    if is_backend() { tools::ok(&["modprobe", "loop"]).map(drop) } else { Ok(()) }
 }
 
 fn remove_driver() -> Res {

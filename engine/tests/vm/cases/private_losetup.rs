@@ -3,6 +3,7 @@
 
 use serde_json::Value;
 
+use super::geometry::kernel_has_large_blocks;
 use super::private_script::Inside;
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
@@ -218,13 +219,17 @@ fn read_only(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// `-b`: up to a page, a power of two; on the caller's own descriptor.
+/// `-b`: a power of two, up to a page; on the kernel's loop driver as far as the kernel goes. On the
+/// caller's own descriptor.
 fn block_size(ctx: &Ctx) -> Res {
+    let large = crate::BACKEND == "loop" && kernel_has_large_blocks(&Store::ext4(ctx)?)?;
+    let sizes = if large { "right='8192 65536' wrong=131072" } else { "right= wrong='8192 65536'" };
     let daemon = Daemon::start(ctx)?;
-    Inside::new(ctx, &daemon).run(
+    let script = format!(
+        "{sizes}\n{}",
         r#"
         image a 1M alpha
-        for b in 1024 4096 512; do
+        for b in 1024 4096 $right 512; do
             dev=$(losetup -f --show -b $b a)
             same "-b $b" "$(blockdev --getss $dev)" $b
             same "LOG-SEC $b" "$(losetup -n -O LOG-SEC $dev | tr -d ' ')" $b
@@ -232,7 +237,7 @@ fn block_size(ctx: &Ctx) -> Res {
             same "bytes $b" "$(head_of $dev)" alpha
             losetup -d $dev; soon "-b $b: unbound" "" losetup -a
         done
-        for b in 1000 256 8192; do
+        for b in 1000 256 $wrong; do
             refused "-b $b" "" losetup -f --show -b $b a
             soon "-b $b binds nothing" "" losetup -a
         done
@@ -244,8 +249,9 @@ fn block_size(ctx: &Ctx) -> Res {
         image odd 1000123; losetup -d $dev
         dev=$(losetup -f --show -b 4096 odd 2>/dev/null)
         echo "a device of 4096-byte blocks of 1000123 bytes: $(size $dev)" >&2
-        "#,
-    )?;
+        "#
+    );
+    Inside::new(ctx, &daemon).run(&script)?;
     daemon.stop()
 }
 

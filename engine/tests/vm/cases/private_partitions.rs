@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         tools("grown", GROWN),
         tools("tables", TABLES),
         tools("many", MANY),
+        tools("block_size", BLOCK_SIZE),
         case("private::partitions::plain_user", Needs::Private, 300, plain_user),
     ]
 }
@@ -40,6 +41,20 @@ shown() {
 bind() { dev=$(losetup -f --show "$@" disk); }
 free() { losetup -d $dev; for i in {1..100}; do [ -n "$(losetup -j disk)" ] || break; sleep 0.05; done; }
 table() { printf '%s\n' "$@"; }
+"#;
+
+/// Partitions stay when the block size of their device changes.
+const BLOCK_SIZE: &str = r#"
+table "label: dos" "start=2048,size=4096" "size=8192" | sfdisk -q disk
+bind -P
+printf hello | dd of=${dev}p1 conv=notrunc 2>/dev/null
+for size in 4096 512; do
+    report "blocks of $size" losetup -b $size $dev
+    echo "bytes: $(head -c 5 ${dev}p1)"; echo "blocks: $(blockdev --getss $dev ${dev}p1 | xargs)"
+done
+exec 7<${dev}p2; report "while a partition is open" losetup -b 1024 $dev; exec 7<&-
+report "read again" blockdev --rereadpt $dev
+free
 "#;
 
 pub(super) const SFDISK: &str = r#"

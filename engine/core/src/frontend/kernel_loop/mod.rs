@@ -2,8 +2,8 @@
 //! The backend on the kernel's own loop driver: devices of this program with numbers of their own.
 //!
 //! The driver does all I/O: there are no queues, and devices live on without a daemon. Their
-//! numbers lie in the upper half of those that the driver has, so that `losetup -f` of the host
-//! never meets them. `device` knows one device of an instance, `private` one of a private pool.
+//! numbers lie in the upper half of those that the driver has, or from a configured one on, so that
+//! `losetup -f` of the host never meets them. `device` knows one device of an instance, `private` one of a private pool.
 
 mod device;
 mod private;
@@ -11,6 +11,7 @@ mod private;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -37,15 +38,36 @@ pub fn check() -> Result<()> {
 /// Whether a node of /dev can be a device of this backend.
 pub fn is_node(path: &Path) -> bool {
     let number = path.to_str().and_then(|path| path.strip_prefix("/dev/loop")?.parse::<u32>().ok());
-    number.is_some_and(|number| number >= numbers().0)
+    number.is_some_and(numbered_as_ours())
 }
 
-/// Numbers of all loop devices from the first of this program's on.
-pub fn present_devices() -> Vec<u32> {
+/// Tells whether a device with this number can be of this program: by its number, or as one of a
+/// daemon with another configuration.
+pub fn numbered_as_ours() -> impl Fn(u32) -> bool {
     let (first, _) = numbers();
+    move |number| number >= first || DiskList::of_machine().contains(&format!("loop{number}"))
+}
+
+/// Numbers of all loop devices that can be of this program.
+pub fn present_devices() -> Vec<u32> {
+    let ours = numbered_as_ours();
     let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok());
-    numbers.filter(|number| *number >= first).collect()
+    numbers.filter(|number| ours(*number)).collect()
+}
+
+/// The configured first number; 0: none is configured.
+static FIRST: AtomicU32 = AtomicU32::new(0);
+
+/// From now on, new devices have numbers from this one on.
+pub fn set_first_number(first: u32) -> Result<()> {
+    let (_, end) = numbers();
+    if !(1..end).contains(&first) {
+        let context = format!("a loop device of this kernel cannot have the number {first}");
+        return Err(Error::new(Kind::Invalid, context).hint(format!("give 1 to {}", end - 1)));
+    }
+    FIRST.store(first, Relaxed);
+    Ok(())
 }
 
 /// The first number of this program's devices, and the end of the driver's numbers: a minor number
@@ -54,7 +76,10 @@ fn numbers() -> (u32, u32) {
     let max_part = fs::read_to_string("/sys/module/loop/parameters/max_part");
     let max_part: u32 = max_part.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     let end = 1 << (20 - (u32::BITS - max_part.leading_zeros()).min(19));
-    (end / 2, end)
+    match FIRST.load(Relaxed) {
+        0 => (end / 2, end),
+        first => (first, end),
+    }
 }
 
 /// Numbers that this process uses. One that is unbound for a moment is nobody else's.

@@ -30,6 +30,7 @@ impl FakeDevices {
             fixed: false,
             intercepted: false,
             reserved: BTreeSet::new(),
+            backend: None,
         };
         Arc::new(FakeDevices {
             spec,

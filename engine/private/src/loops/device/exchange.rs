@@ -37,7 +37,7 @@ impl PoolDevice {
     ) -> Answer<()> {
         check_may_change(caller)?;
         let info = self.bound()?.info;
-        let wanted = check_block_size(bytes)?;
+        let wanted = check_block_size(bytes, allocator.is_kernel_loop())?;
         let old = self.disk()?;
         if wanted == old.block_size {
             return Ok(());
