@@ -34,6 +34,17 @@ pub enum Op {
     Unknown(u8),
 }
 
+impl Op {
+    /// Whether it changes the image, and only a flush makes the change durable for sure.
+    pub fn is_plain_change(self) -> bool {
+        match self {
+            Op::Write { fua } => !fua,
+            Op::Discard | Op::WriteZeroes { .. } | Op::Reserve => true,
+            Op::Read | Op::Flush | Op::Unknown(_) => false,
+        }
+    }
+}
+
 /// Number of a request within its queue: 0 .. queue depth.
 pub type Tag = u16;
 

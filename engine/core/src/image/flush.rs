@@ -39,6 +39,11 @@ impl FlushQueue {
         true
     }
 
+    /// Flushes that wait for the next fsync.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// An fsync is running.
     pub fn in_flight(&self) -> bool {
         !self.in_flight.is_empty()

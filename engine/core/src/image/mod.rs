@@ -25,6 +25,7 @@
 
 mod create;
 mod discard;
+mod durability;
 mod flush;
 pub mod fs;
 mod geometry;
@@ -48,6 +49,7 @@ use crate::sys::printable;
 
 pub use create::create;
 pub use discard::{DiscardQueue, Punch};
+pub use durability::{Durability, QuietMoment};
 pub use flush::FlushQueue;
 pub use geometry::{BLOCK_MAX, FileProperties, Geometry, KERNEL_LOOP_BLOCK_MAX, is_block_size};
 pub use identity::Identity;
@@ -90,6 +92,7 @@ pub struct Image {
     name: String,
     /// Counter of failed I/O, if any.
     failures: Option<Arc<Failures>>,
+    durability: Arc<Durability>,
 }
 
 impl Image {
@@ -150,6 +153,7 @@ impl Image {
             direct_io_disabled: AtomicBool::new(false),
             name: name.to_owned(),
             failures: None,
+            durability: Arc::default(),
         })
     }
 
@@ -233,6 +237,7 @@ impl Image {
             direct_io_disabled: AtomicBool::new(false),
             name,
             failures: None,
+            durability: Arc::default(),
         })
     }
 
@@ -240,6 +245,17 @@ impl Image {
     #[must_use]
     pub fn with_failure_counter(self, failures: Arc<Failures>) -> Image {
         Image { failures: Some(failures), ..self }
+    }
+
+    /// Shares the knowledge of what is durable with other images of the same file.
+    #[must_use]
+    pub fn with_durability(self, durability: Arc<Durability>) -> Image {
+        Image { durability, ..self }
+    }
+
+    /// What is known to be durable.
+    pub fn durability(&self) -> &Durability {
+        &self.durability
     }
 
     /// Counts a failed request. `short`: the file ends before the device does.
@@ -319,8 +335,11 @@ impl Image {
 
     /// Truncates or extends the file; new bytes take no space.
     pub fn set_length(&self, bytes: u64) -> Result<()> {
-        rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.file, bytes))
-            .map_err(|error| Error::os(error, format!("cannot resize {} to {bytes} bytes", self.name)))
+        // A flush must make the new length durable.
+        self.durability.begin(0);
+        let done = rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.file, bytes));
+        self.durability.end(0);
+        done.map_err(|error| Error::os(error, format!("cannot resize {} to {bytes} bytes", self.name)))
     }
 
     /// The geometry of a device of `size` bytes, and the file length that it needs. `now`: the

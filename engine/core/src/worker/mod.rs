@@ -108,6 +108,7 @@ impl<T: Transport> Worker<T> {
             if !self.waiting_for_buffer.is_empty() {
                 self.retry_waiting()?;
             }
+            self.start_flushes(now_ns)?;
             want = 1 + self.submit_commits()?;
             if woken && !self.handle_messages()? {
                 return Ok(());
@@ -163,6 +164,22 @@ impl<T: Transport> Worker<T> {
             queue.is_waiting_for_buffer()
         });
         outcome
+    }
+
+    /// Starts the flushes of this round, and those that waited for one that has ended.
+    fn start_flushes(&mut self, now_ns: u64) -> Result<()> {
+        for position in 0..self.committing.len() {
+            let index = usize::from(self.committing[position]);
+            let (before, rest) = self.queues.split_at_mut(index);
+            let Some((Some(queue), after)) = rest.split_first_mut() else { continue };
+            let is_idle =
+                |queues: &[Option<DeviceQueue<T>>]| queues.iter().flatten().all(|one| one.busy() == 0);
+            let worker_is_idle = || is_idle(before) && is_idle(after);
+            if let Err(error) = queue.start_flush(worker_is_idle, &mut self.ring, now_ns) {
+                handle_queue_error(queue, error)?;
+            }
+        }
+        Ok(())
     }
 
     /// Commits the completions of this round. Returns how many CQEs the commits add at once.

@@ -6,16 +6,19 @@
 //! does) or other devices. Never blocks.
 
 mod coalesced;
+mod sync_policy;
 
 use std::sync::Arc;
 
 use io_uring::{cqueue, squeue};
 
+use sync_policy::SyncPolicy;
+
 use super::stats::QueueStats;
 use super::translate;
 use super::transport::{QueueSlot, Transport};
 use crate::error::{Error, Kind, Result};
-use crate::image::{DiscardQueue, FlushQueue, Geometry, Image};
+use crate::image::{DiscardQueue, FlushQueue, Geometry, Image, QuietMoment};
 use crate::request::{Op, PendingRequest, Request, Tag};
 use crate::ring::{EventKind, InFlight, Ring, Token};
 
@@ -45,6 +48,8 @@ struct ActiveRequest {
     pending: PendingRequest,
     request: Request,
     stage: Stage,
+    /// It modifies the image, and is not durable when it ends.
+    plain: bool,
     done: u32,
     retries: u8,
     /// Arrival time, for sampled requests.
@@ -69,6 +74,9 @@ pub struct DeviceQueue<T> {
     coalesced_retries: u8,
     arrived: Vec<Request>,
     completed_tags: Vec<Tag>,
+    sync: SyncPolicy,
+    /// Before the fdatasync in flight.
+    quiet_moment: Option<QuietMoment>,
     stats: QueueStats,
 }
 
@@ -101,6 +109,8 @@ impl<T: Transport> DeviceQueue<T> {
             coalesced_retries: 0,
             arrived: Vec::with_capacity(usize::from(depth)),
             completed_tags: Vec::with_capacity(usize::from(depth)),
+            sync: SyncPolicy::default(),
+            quiet_moment: None,
             stats: QueueStats::default(),
         })
     }
@@ -117,7 +127,7 @@ impl<T: Transport> DeviceQueue<T> {
 
     /// A copy of its statistics.
     pub fn stats(&self) -> QueueStats {
-        let in_flight = (self.in_flight.len() - self.linked) as u64;
+        let in_flight = self.busy() as u64;
         QueueStats { in_flight, fallbacks: self.transport.fallbacks(), ..self.stats.clone() }
     }
 
@@ -128,12 +138,13 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     /// Replaces the image. The file table keeps the old file until the operations in flight on it
-    /// end. Retries go to the new file. Therefore it must be the same file, or read-only, or the
-    /// old image must have had size 0.
+    /// end. Retries go to the new file, and modifications in flight count there when they end.
+    /// Therefore it must be the same file, with the same `Durability`, or read-only, or the old image
+    /// must have had size 0.
     pub fn replace(&mut self, image: Arc<Image>, ring: &mut Ring) -> Result<()> {
         use std::os::fd::AsRawFd;
         ring.set_file(self.queue_slot.image_file().0, image.fd().as_raw_fd())?;
-        if self.in_flight.len() == self.linked {
+        if self.busy() == 0 {
             self.discards = DiscardQueue::new(self.transport.depth(), image.geometry().discard_granularity);
         }
         self.set_geometry(image.geometry());
@@ -141,14 +152,22 @@ impl<T: Transport> DeviceQueue<T> {
         Ok(())
     }
 
+    /// Requests in flight, without those whose chain may have ended.
+    pub fn busy(&self) -> usize {
+        self.in_flight.len() - self.linked
+    }
+
     /// Nothing of it is in flight at the driver or the image: it can be dropped.
     pub fn is_idle(&self) -> bool {
-        self.transport.is_drained() && self.in_flight.len() == self.linked
+        self.transport.is_drained() && self.busy() == 0
     }
 
     /// Unregisters its files and abandons the requests that the driver ended.
     pub fn close(mut self, ring: &mut Ring) -> Result<()> {
         for active in self.in_flight.drain() {
+            if active.plain {
+                self.image.durability().end(self.queue_slot.id.index);
+            }
             active.pending.abandon();
         }
         ring.clear_file(self.queue_slot.image_file().0)?;
@@ -175,7 +194,7 @@ impl<T: Transport> DeviceQueue<T> {
                 self.stats.batches += 1;
                 // A chain answers an isolated request on an idle queue fastest. Batched commits are
                 // cheaper for several at once.
-                let isolated = self.arrived.len() == 1 && self.in_flight.len() == self.linked;
+                let isolated = self.arrived.len() == 1 && self.busy() == 0;
                 let arrived = std::mem::take(&mut self.arrived);
                 let outcome =
                     arrived.iter().try_for_each(|request| self.accept(*request, isolated, ring, now_ns));
@@ -208,17 +227,20 @@ impl<T: Transport> DeviceQueue<T> {
             // The driver reuses the tag, so its chain has completed.
             self.complete_linked(tag);
         }
+        let request = Request { op: self.sync.predict(request.op), ..request };
+        let rejection = self.rejection(&request);
+        let plain = rejection.is_none() && request.op.is_plain_change();
         let sampled = self.stats.arrived();
         let transfers = matches!(request.op, Op::Read | Op::Write { .. });
         let mut active = ActiveRequest {
             pending: PendingRequest::new(tag),
             request,
             stage: if transfers { Stage::Transfer } else { Stage::Coalesced },
+            plain,
             done: 0,
             retries: 0,
             arrived_ns: (sampled && transfers).then_some(now_ns),
         };
-        let rejection = self.rejection(&request);
         let linked = transfers && isolated && self.linked_commit && !sampled && !self.image.may_block();
         let commit = match (linked, rejection) {
             (true, None) => self.transport.linked_commit(tag, request.len),
@@ -230,6 +252,9 @@ impl<T: Transport> DeviceQueue<T> {
         if let Err((_, active)) = self.in_flight.begin(tag, active) {
             active.pending.abandon();
             return Err(Error::new(Kind::Internal, format!("the driver handed out tag {tag} twice")));
+        }
+        if plain {
+            self.image.durability().begin(self.queue_slot.id.index);
         }
         if commit.is_some() {
             self.linked += 1;
@@ -247,9 +272,10 @@ impl<T: Transport> DeviceQueue<T> {
                 ring.push_chain(&[transfer, commit])
             }
             (Op::Read | Op::Write { .. }, None) => ring.push(&self.transfer(&request, 0)),
+            // Started at the end of the round.
             (Op::Flush, _) => {
                 self.flushes.push(tag);
-                self.start_flush(ring)
+                Ok(())
             }
             (Op::Discard, _) => {
                 self.discards.push(tag, self.geometry.offset + request.offset, u64::from(request.len));
@@ -280,6 +306,12 @@ impl<T: Transport> DeviceQueue<T> {
         }
     }
 
+    fn end_plain(&self, active: &ActiveRequest) {
+        if active.plain {
+            self.image.durability().end(self.queue_slot.id.index);
+        }
+    }
+
     fn token(&self, entry: squeue::Entry, step: EventKind, tag: Tag) -> squeue::Entry {
         let async_flag = if self.image.may_block() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         entry
@@ -304,6 +336,7 @@ impl<T: Transport> DeviceQueue<T> {
     fn complete_linked(&mut self, tag: Tag) {
         if let Some(active) = self.in_flight.finish(tag) {
             self.linked -= 1;
+            self.end_plain(&active);
             active.pending.abandon();
         }
     }
@@ -401,6 +434,7 @@ impl<T: Transport> DeviceQueue<T> {
         let Some(active) = self.in_flight.finish(tag) else {
             return Err(Error::new(Kind::Internal, format!("tag {tag} was completed twice")));
         };
+        self.end_plain(&active);
         self.stats.completed(active.request.op, active.request.len, result, &self.image);
         if let Some(arrived_ns) = active.arrived_ns {
             self.stats.record_latency(now_ns.saturating_sub(arrived_ns));

@@ -24,6 +24,8 @@ pub struct QueueStats {
     pub written_bytes: u64,
     /// Flushes completed.
     pub flushes: u64,
+    /// fdatasyncs that ended: none for a flush after durable writes, one for several flushes.
+    pub syncs: u64,
     /// Discards and write-zeroes completed.
     pub discards: u64,
     /// Failed requests.

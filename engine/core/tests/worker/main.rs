@@ -250,6 +250,61 @@ fn refuses_writes_to_a_read_only_device() {
     bed.end();
 }
 
+/// A flush after durable writes needs no fdatasync; after any other change, on whatever queue, it does.
+#[test]
+fn syncs_only_what_is_not_durable() {
+    for linked in [false, true] {
+        let Some(bed) = Bed::new(SHOWN, linked) else { return };
+        let other = SlotId { index: 4, generation: 1 };
+        let (transport, neighbour) = device(linked);
+        bed.worker.add(NewQueue { slot: other, transport, image: bed.image.clone() }).unwrap();
+        let syncs = |slot| bed.worker.stats(slot).unwrap().syncs;
+        let write = |user: &User, byte: u8| {
+            assert_eq!(user.ask(request(1, WRITE, 8192, 4096), &[byte; 4096]).result, 4096);
+        };
+        let flush = |user: &User| assert_eq!(user.ask(request(2, Op::Flush, 0, 0), &[]).result, 0);
+        flush(&bed.user);
+        assert_eq!(syncs(SLOT), 1, "nobody knows what was written before");
+        flush(&bed.user);
+        assert_eq!(syncs(SLOT), 1, "nothing was written");
+        // A row of lone writes, each with a flush.
+        for round in 0..20 {
+            write(&bed.user, round);
+            flush(&bed.user);
+        }
+        let row = syncs(SLOT);
+        assert!((3..=6).contains(&row), "{row} syncs for twenty lone writes");
+        // The second of two writes is not durable itself.
+        for byte in [30, 31] {
+            write(&bed.user, byte);
+        }
+        flush(&bed.user);
+        assert_eq!(syncs(SLOT), row + 1);
+        for op in [Op::Discard, Op::WriteZeroes { unmap: false, fua: true }, Op::Reserve] {
+            assert_eq!(bed.user.ask(request(1, op, 0, 8192), &[]).result, 0, "{op:?}");
+            flush(&bed.user);
+        }
+        assert_eq!(syncs(SLOT), row + 4);
+        flush(&bed.user);
+        assert_eq!(syncs(SLOT), row + 4);
+        // Another queue of the device, or another device on the same file.
+        write(&neighbour, 32);
+        // A driver reuses the tag of a chain that has gone through.
+        assert_eq!(neighbour.ask(request(1, Op::Read, 8192, 4096), &[]).data, [32; 4096]);
+        flush(&bed.user);
+        assert_eq!((syncs(SLOT), syncs(other)), (row + 5, 0));
+        flush(&neighbour);
+        assert_eq!(syncs(other), 0);
+        // A truncation or extension.
+        bed.image.set_length(3 * SIZE).unwrap();
+        flush(&neighbour);
+        assert_eq!(syncs(other), 1);
+        neighbour.stop([]);
+        bed.worker.remove(other).unwrap();
+        bed.end();
+    }
+}
+
 #[test]
 fn removes_a_device_after_its_last_request() {
     for linked in [false, true] {

@@ -14,7 +14,7 @@ use super::disk_allocator::DiskAllocator;
 use super::{Answer, Bound, Errno, LoopConfig, LoopInfo, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
-use crate::image::{Image, ImageSpec, is_block_size};
+use crate::image::{Durability, Image, ImageSpec, is_block_size};
 use crate::instance::claims::Claims;
 use crate::instance::claims::sharing::{self, Hold};
 
@@ -37,11 +37,18 @@ pub struct FileBinding {
     /// See [`DiskAllocator::is_kernel_loop`].
     direct_on_request: bool,
     _hold: Hold,
-    /// Failed requests of the device, partitions included.
-    failures: Arc<Failures>,
+    shared: Shared,
     device: u64,
     inode: u64,
     rdevice: u64,
+}
+
+/// What all disks of a device share, those of partitions included.
+#[derive(Clone, Debug)]
+struct Shared {
+    /// Failed requests.
+    failures: Arc<Failures>,
+    durability: Arc<Durability>,
 }
 
 /// Refuses a file of the wrong type, which the driver checks first.
@@ -112,10 +119,11 @@ impl FileBinding {
         }
         let failures =
             Failures::of(claims.pool_device(number).to_string(), path(&file).display().to_string());
+        let shared = Shared { failures, durability: Arc::default() };
         if with.block_size == 0 && info.flags & flag::DIRECT_IO != 0 {
-            block_size = direct_block_size(&file, &info, &failures);
+            block_size = direct_block_size(&file, &info, &shared);
         }
-        let (image, direct) = open(&file, &info, block_size, direct_on_request, &failures)?;
+        let (image, direct) = open(&file, &info, block_size, direct_on_request, &shared)?;
         if !direct {
             info.flags &= !flag::DIRECT_IO;
         }
@@ -129,7 +137,7 @@ impl FileBinding {
             direct,
             direct_on_request,
             _hold: hold,
-            failures,
+            shared,
             device: stat.st_dev,
             inode: stat.st_ino,
             rdevice: stat.st_rdev,
@@ -139,7 +147,7 @@ impl FileBinding {
 
     /// Opens the image again, with another offset, limit or block size.
     pub fn reopen(&self, info: &LoopInfo, block_size: u32) -> Answer<(Image, bool)> {
-        open(&self.file, info, block_size, self.direct_on_request, &self.failures)
+        open(&self.file, info, block_size, self.direct_on_request, &self.shared)
     }
 
     /// The same, read-only.
@@ -203,9 +211,9 @@ impl FileBinding {
 
 /// The smallest block size that allows direct I/O at any offset of a file; without one, the
 /// smallest.
-fn direct_block_size(file: &OwnedFd, info: &LoopInfo, failures: &Arc<Failures>) -> u32 {
+fn direct_block_size(file: &OwnedFd, info: &LoopInfo, shared: &Shared) -> u32 {
     let whole = LoopInfo { offset: 0, size_limit: 0, ..*info };
-    let direct = |size: &u32| open(file, &whole, *size, true, failures).is_ok_and(|(_, direct)| direct);
+    let direct = |size: &u32| open(file, &whole, *size, true, shared).is_ok_and(|(_, direct)| direct);
     BLOCK_SIZES.into_iter().find(direct).unwrap_or(BLOCK_SIZES[0])
 }
 
@@ -216,7 +224,7 @@ fn open(
     info: &LoopInfo,
     block_size: u32,
     on_request: bool,
-    failures: &Arc<Failures>,
+    shared: &Shared,
 ) -> Answer<(Image, bool)> {
     let read_only = info.flags & flag::READ_ONLY != 0;
     let buffered = on_request && info.flags & flag::DIRECT_IO == 0;
@@ -230,8 +238,9 @@ fn open(
     };
     let attempt = |source: &ImageSpec| {
         let file = rustix::io::fcntl_dupfd_cloexec(file, 0)?;
+        let Shared { failures, durability } = shared.clone();
         let image = Image::open(file, source, failures.image());
-        Ok::<_, Errno>(image.map(|image| image.with_failure_counter(Arc::clone(failures))))
+        Ok::<_, Errno>(image.map(|image| image.with_failure_counter(failures).with_durability(durability)))
     };
     match attempt(&source)? {
         Ok(image) => Ok((image, !buffered)),

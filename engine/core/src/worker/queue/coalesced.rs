@@ -4,6 +4,8 @@
 //! Each queue has at most one of each kind in flight. Requests that arrive meanwhile wait for the
 //! next one. `FlushQueue` and `DiscardQueue` decide which requests share an operation.
 
+use std::time::Instant;
+
 use super::{DeviceQueue, RETRIES};
 use crate::error::Result;
 use crate::ring::{EventKind, Ring};
@@ -19,12 +21,34 @@ impl<T: Transport> DeviceQueue<T> {
         interrupted && self.coalesced_retries <= RETRIES
     }
 
-    /// Starts an fdatasync for all waiting flushes, unless one is in flight.
-    pub(super) fn start_flush(&mut self, ring: &mut Ring) -> Result<()> {
+    /// Starts an fdatasync for all waiting flushes, unless one is in flight. Called at the end of a
+    /// round: one fdatasync then serves all flushes of the round. `worker_is_idle`: no other queue of
+    /// the worker has a request in flight.
+    pub fn start_flush(
+        &mut self,
+        worker_is_idle: impl FnOnce() -> bool,
+        ring: &mut Ring,
+        now_ns: u64,
+    ) -> Result<()> {
+        let flushes = self.flushes.waiting();
         if !self.flushes.start() {
             return Ok(());
         }
+        let durability = self.image.durability();
+        if durability.is_durable() {
+            return self.complete_flushes(0, ring, now_ns);
+        }
+        self.quiet_moment = durability.quiet_moment();
+        // Nobody waits for the worker, and recent ones were faster than a switch to another thread.
+        let alone = self.busy() == flushes && self.sync.may_block_worker() && !self.image.may_block();
+        if alone && worker_is_idle() {
+            let start = Instant::now();
+            let result = rustix::fs::fdatasync(self.image.fd());
+            self.sync.blocked_worker(start.elapsed().as_nanos() as u64);
+            return self.on_synced(result.map_or_else(|errno| -errno.raw_os_error(), |()| 0), ring, now_ns);
+        }
         self.stats.punts += 1;
+        self.sync.submitted(now_ns);
         self.push_sync(ring)
     }
 
@@ -36,9 +60,22 @@ impl<T: Transport> DeviceQueue<T> {
         if self.may_retry(result) {
             return self.push_sync(ring);
         }
+        self.sync.ended(now_ns);
+        self.on_synced(result, ring, now_ns)
+    }
+
+    /// Completes an fdatasync, and its flushes.
+    fn on_synced(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+        if let (0, Some(moment)) = (result, self.quiet_moment.take()) {
+            self.image.durability().set_durable(moment);
+        }
+        self.stats.syncs += 1;
+        self.complete_flushes(result, ring, now_ns)
+    }
+
+    fn complete_flushes(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
         self.completed_tags.extend(self.flushes.done());
-        self.complete_all(result, ring, now_ns)?;
-        self.start_flush(ring)
+        self.complete_all(result, ring, now_ns)
     }
 
     /// Punches the next hole for adjacent discards, unless one is being punched.
