@@ -312,7 +312,7 @@ fn json_has_a_schema() {
         assert_eq!(keys(&json), "devices pools");
         assert_eq!(keys(&json["devices"][0]), "device mountedOn openIn");
         let pool = &json["pools"][0];
-        let want = "container devices ending maxDevices name process sinceUnixSeconds uid user";
+        let want = "backend container devices ending maxDevices name process sinceUnixSeconds uid user";
         assert_eq!(keys(pool), want);
         assert_eq!(keys(&pool["process"]), "command pid");
         let want =

@@ -97,8 +97,9 @@ impl PrivateService {
     async fn open(&self, spec: OpenSpec) -> (std::result::Result<NameReply, Fault>, Vec<OwnedFd>) {
         let caller = self.caller;
         match self.ask(move |registry, caller| registry.open(&spec, caller)).await {
-            Ok(OpenedPool { name, mounts }) => {
-                tracing::info!("opened private pool {name} for user {}", caller.uid);
+            Ok(OpenedPool { name, backend, mounts }) => {
+                let backend = backend.unwrap_or("unknown");
+                tracing::info!("opened private pool {name} for user {} (backend {backend})", caller.uid);
                 self.inbox.keep(mounts.iter().filter_map(|mount| mount.try_clone().ok()));
                 (Ok(NameReply { name }), mounts)
             }
@@ -249,7 +250,7 @@ impl PrivateClient {
         let call = async |connection: &mut Connection| {
             let (named, mounts) = connection.open(spec).await?;
             close_on_exec(&mounts)?;
-            Ok(named.map(|NameReply { name }| OpenedPool { name, mounts }))
+            Ok(named.map(|NameReply { name }| OpenedPool { name, backend: None, mounts }))
         };
         self.0.call(ONE_MAX, call).await
     }

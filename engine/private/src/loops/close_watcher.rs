@@ -21,6 +21,9 @@ const FAST_INTERVAL: Duration = Duration::from_millis(10);
 /// Poll interval without a recent hint: minimum, maximum, and the increment per waiting device.
 const SLOW_INTERVAL: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
 const SLOW_PER_DEVICE: Duration = Duration::from_millis(3);
+/// Polls after a report: the driver sends it before it has unbound the disk. The first interval; each
+/// is twice the one before, up to the last.
+const REPORT_INTERVAL: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(128)];
 /// How long the thread polls often after a hint.
 const FAST_FOR: Duration = Duration::from_secs(2);
 
@@ -104,8 +107,8 @@ impl CloseWatcher {
         self.0.changed.notify_all();
     }
 
-    /// The driver has reported a change of a disk: one poll.
-    pub fn poll_once(&self) {
+    /// The driver has reported a change of a disk.
+    pub fn report(&self) {
         self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).reports += 1;
         self.0.changed.notify_all();
     }
@@ -136,6 +139,7 @@ impl Waker {
 fn watch(signal: &Waker, pool: &Weak<Pool>) {
     let [mut awaited, mut bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
     let mut seen = WakeState::default();
+    let mut after_report: Option<Duration> = None;
     let (mut fast_until, mut named) = (Instant::now(), Instant::now());
     loop {
         let until_names = pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND).saturating_sub(named.elapsed());
@@ -144,7 +148,8 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
             false => pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED),
         };
         let limits = [(awaited.count, until_close), (bound.count, until_names)];
-        let limit = limits.into_iter().filter(|(devices, _)| *devices > 0).map(|(_, limit)| limit).min();
+        let limits = limits.into_iter().filter(|(devices, _)| *devices > 0).map(|(_, limit)| limit);
+        let limit = limits.chain(after_report).min();
         let wake_state = signal.wait(seen, limit);
         if wake_state.over {
             return;
@@ -152,6 +157,10 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
         if wake_state.count != seen.count {
             fast_until = Instant::now() + FAST_FOR;
         }
+        after_report = match wake_state.reports != seen.reports {
+            true => Some(REPORT_INTERVAL[0]),
+            false => after_report.map(|interval| interval * 2).filter(|next| *next <= REPORT_INTERVAL[1]),
+        };
         seen = wake_state;
         let Some(pool) = pool.upgrade() else { return };
         let names = named.elapsed() >= pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND);

@@ -41,6 +41,8 @@ pub struct FileBinding {
     device: u64,
     inode: u64,
     rdevice: u64,
+    /// The loop device of the same pool that is the file, if the daemon opened it for the caller.
+    below: Option<u32>,
 }
 
 /// What all disks of a device share, those of partitions included.
@@ -141,6 +143,7 @@ impl FileBinding {
             device: stat.st_dev,
             inode: stat.st_ino,
             rdevice: stat.st_rdev,
+            below: allocator.last_device(stat.st_rdev),
         };
         Ok((binding, image))
     }
@@ -199,7 +202,10 @@ impl FileBinding {
             rdevice => (rdevice, 0),
         };
         Bound {
-            backing_file: path(&self.file),
+            // Not the daemon's name of its disk.
+            backing_file: self
+                .below
+                .map_or_else(|| path(&self.file), |number| format!("/dev/loop{number}").into()),
             image_device,
             image_inode,
             offset: self.info.offset,

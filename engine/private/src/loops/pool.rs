@@ -272,7 +272,7 @@ impl Pool {
     /// The kernel's loop driver has changed one of its devices; None: perhaps all.
     pub fn report_change(&self, number: Option<u32>) {
         if number.is_none_or(|number| self.allocator.has_kernel_loop(number)) {
-            self.close_watcher.poll_once();
+            self.close_watcher.report();
         }
     }
 

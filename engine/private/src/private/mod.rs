@@ -194,7 +194,7 @@ impl Registry {
         if end_now {
             pool.end(true);
         }
-        Ok(OpenedPool { name: spec.name, mounts })
+        Ok(OpenedPool { name: spec.name, backend: pool.backend(), mounts })
     }
 
     /// Reserves a name.

@@ -132,6 +132,8 @@ pub struct PoolInfo {
 pub struct OpenedPool {
     /// The pool's name.
     pub name: String,
+    /// What serves its disks, if that is known.
+    pub backend: Option<&'static str>,
     /// Detached mounts: the file system with the nodes; then, if requested, the tenant's /dev, and
     /// the directories for its /sys.
     pub mounts: Vec<OwnedFd>,

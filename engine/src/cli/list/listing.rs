@@ -64,6 +64,8 @@ pub(crate) struct ListedPool {
     pub(crate) since_unix_seconds: Option<u64>,
     /// Maximum number of devices.
     pub(crate) max_devices: u32,
+    /// What serves the devices: ublk, or the kernel's loop driver (loop). Absent while the pool opens.
+    pub(crate) backend: Option<String>,
     /// True if the pool accepts no operations and ends with the last use of its devices.
     pub(crate) ending: bool,
     /// Devices, by number.
@@ -201,6 +203,7 @@ fn pool_of(
         process,
         since_unix_seconds: info.since_unix_seconds,
         max_devices: info.max,
+        backend: info.backend,
         ending: info.ending,
         name: info.name,
     }))

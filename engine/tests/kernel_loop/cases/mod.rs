@@ -111,7 +111,8 @@ const OF_UBLK_POOLS: [&str; 6] = [
 ];
 
 /// Cases that a machine may not be able to run, and what they need.
-const NEEDS_VM: [(&str, &str); 9] = [
+const NEEDS_VM: [(&str, &str); 10] = [
+    ("private::driver", "unloads the kernel's loop driver"),
     ("private_containers::", "container runtimes need cgroup v2 alone"),
     ("private_lifetime::oom", "needs cgroup v2 alone"),
     ("private_lifetime::cgroup_kill", "needs cgroup v2 alone"),

@@ -11,6 +11,7 @@ use crate::disk::same;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail, skip};
 use crate::model::pattern;
 use crate::store::Store;
+use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -31,6 +32,27 @@ fn create(daemon: &Daemon, name: &str) -> Res {
     }
 }
 
+/// The kernel's loop driver, loaded for a case: others run without it.
+struct LoopModule;
+
+impl LoopModule {
+    fn load() -> Res<Option<LoopModule>> {
+        if std::path::Path::new("/dev/loop-control").exists() {
+            return Ok(None);
+        }
+        match tools::run(&["modprobe", "loop"])?.code {
+            0 => Ok(Some(LoopModule)),
+            _ => skip!("the kernel's loop driver cannot be loaded"),
+        }
+    }
+}
+
+impl Drop for LoopModule {
+    fn drop(&mut self) {
+        let _ = tools::sh("for i in {1..50}; do modprobe -r loop && exit; sleep 0.1; done; exit 1");
+    }
+}
+
 fn check(device: &str, seed: u64) -> Res {
     let mut found = vec![0; 1 << 20];
     OpenOptions::new().read(true).open(device).at(device)?.read_exact_at(&mut found, 0)?;
@@ -41,6 +63,7 @@ fn check(device: &str, seed: u64) -> Res {
 /// another default.
 fn instances_choose(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
+    let _loaded = LoopModule::load()?;
     let mut daemon = Daemon::leaving(ctx)?;
     create(&daemon, "other")?;
     let devices = [
@@ -112,6 +135,7 @@ fn instances_choose(ctx: &Ctx) -> Res {
 fn pools_choose(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", MIB)?;
+    let _loaded = LoopModule::load()?;
     let program = &ctx.host.program;
     let daemon = Daemon::start(ctx)?;
     let mut served = 0;

@@ -9,6 +9,8 @@ pub(super) struct Known {
     pub(super) why: &'static str,
     /// Only for programs of 64 bits.
     pub(super) only_64: bool,
+    /// Only on disks of ublk: on the kernel's loop driver, the driver itself answers.
+    pub(super) only_ublk: bool,
     /// The step, the result of the kernel's driver, and that of a pool. Lines whose names continue
     /// such a name after a comma may be missing: a refused step prints no details.
     pub(super) lines: &'static [(&'static str, &'static str, &'static str)],
@@ -18,11 +20,13 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "a name of a removed device opens nothing; the kernel's driver creates the device again",
         only_64: false,
+        only_ublk: false,
         lines: &[("remove: opened through what named it once", "opened", "ESTALE")],
     },
     Known {
         why: "unknown commands are not intercepted: the block layer and FUSE refuse them",
         only_64: true,
+        only_ublk: true,
         lines: &[
             ("unknown: 5401 of a device", "EINVAL", "ENOTTY"),
             ("unknown: 4bff of a device", "EINVAL", "ENOTTY"),
@@ -32,6 +36,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "unknown commands are not intercepted: the block layer and FUSE refuse them",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("unknown: 5401 of loop-control, not of loop(4)", "ENOSYS", "ENOTTY"),
             ("unknown: 4bff of loop-control, not of loop(4)", "ENOSYS", "ENOTTY"),
@@ -41,11 +46,13 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "loop-control has the number of /dev/null, whose driver reads and writes",
         only_64: false,
+        only_ublk: false,
         lines: &[("loop-control: read", "EINVAL", "0"), ("loop-control: write", "EINVAL", "16")],
     },
     Known {
         why: "a device gives no access to its file beyond that of the caller's descriptor",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("files: SET_FD, a file to write", "0", "EPERM"),
             ("files: SET_FD, a file to write, size", BOUND, UNBOUND),
@@ -58,6 +65,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "files of proc, sysfs and similar file systems cannot be backing files",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("files: SET_FD, a file of /proc", "0", "EINVAL"),
             ("files: CONFIGURE, a file of /proc", "0", "EINVAL"),
@@ -71,6 +79,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "the block size is at most a page",
         only_64: false,
+        only_ublk: true,
         lines: &[
             ("values: CONFIGURE, block size 8192", "0", "EINVAL"),
             ("values: CONFIGURE, block size 32768", "0", "EINVAL"),
@@ -83,6 +92,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "the daemon does not know who has a device open, and whether with O_EXCL",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("block size: while another has it alone, the same", "EBUSY", "0"),
             ("alone: bind, another has it alone", "EBUSY", "0"),
@@ -91,6 +101,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "LOOP_CHANGE_FD needs a file of the device's size; the kernel's driver, of the old file's present size",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("change: plain, 1049088 bytes", "0", "EINVAL"),
             ("change: with flags, 1049088 bytes", "0", "EINVAL"),
@@ -99,6 +110,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "an unbound device is writable, even if it was read-only before",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("read-only: flag, unbound, size", WAS_READ_ONLY, UNBOUND),
             ("read-only: flag, unbound, sysfs", SYSFS_WAS_READ_ONLY, SYSFS_UNBOUND),
@@ -111,6 +123,7 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "after LOOP_CLR_FD, the device serves until its last close, and can be bound again at once",
         only_64: false,
+        only_ublk: false,
         lines: &[
             ("clear: the only opener, another file", "EBUSY", "0"),
             ("clear: the only opener, opened anew", "ENXIO", "opened"),
@@ -120,11 +133,13 @@ pub(super) const KNOWN: &[Known] = &[
     Known {
         why: "a device that is open after LOOP_CLR_FD appears as unbound for a second",
         only_64: false,
+        only_ublk: false,
         lines: &[("clear: one of two, at once", "4", "ENXIO")],
     },
     Known {
         why: "nodes are in /dev/loopfs; /dev/loopN is a link to one",
         only_64: false,
+        only_ublk: true,
         lines: &[(
             "stack: on another, sysfs",
             "size 2048, ro 0, block 512, loop offset 0, sizelimit 0, autoclear 0, partscan 0, dio 0, \

@@ -56,13 +56,14 @@ pub(crate) fn run(boot: &Boot) -> Result<()> {
 fn write(fs: &str) -> Result<()> {
     tool(&[&format!("mkfs.{fs}"), "-q", DISK])?;
     tool(&["mount", DISK, STORE])?;
-    let (blocks, files) = (Path::new(STORE).join("blocks"), Path::new(STORE).join("files"));
-    for image in [&blocks, &files] {
+    let [blocks, files, lone] = ["blocks", "files", "lone"].map(|name| Path::new(STORE).join(name));
+    for image in [&blocks, &files, &lone] {
         tool(&["fallocate", "-l", "64M", &image.to_string_lossy()])?;
     }
     tool(&["sync"])?;
     let daemon = Daemon::start(Path::new("/run/loopengine-power-cut"))?;
     let (blocks, files) = (daemon.attach(&blocks, &[])?, daemon.attach(&files, &[])?);
+    let lone = open(&daemon.attach(&lone, &[])?, OFlags::empty())?;
     tool(&["mkfs.ext4", "-q", &files.to_string_lossy()])?;
     tool(&["mount", &files.to_string_lossy(), INSIDE])?;
 
@@ -83,6 +84,15 @@ fn write(fs: &str) -> Result<()> {
         file.write_all(&pattern("file", number))?;
         file.sync_all()?;
         writeln!(out, "durable file {number}")?;
+        // After several of these, the engine makes the write itself durable. Every seventh time
+        // another write comes before, and ends that.
+        if number % 7 == 0 {
+            let noise = Aligned::new(&pattern("noise", number));
+            lone.write_all_at(noise.bytes(), (BLOCKS + number) * BLOCK as u64)?;
+        }
+        lone.write_all_at(Aligned::new(&pattern("lone", number)).bytes(), number * BLOCK as u64)?;
+        lone.sync_all()?;
+        writeln!(out, "durable lone {number}")?;
         // Other writes, which need not be durable.
         plain.write_all_at(
             Aligned::new(&pattern("noise", number)).bytes(),
@@ -99,7 +109,8 @@ fn verify(durable: &Path) -> Result<()> {
     let image = Path::new(STORE).join("files");
     // Mounting replays the journal.
     tool(&["mount", "-o", "loop", &image.to_string_lossy(), INSIDE])?;
-    let blocks = File::open(Path::new(STORE).join("blocks"))?;
+    let [blocks, lone] = ["blocks", "lone"].map(|name| File::open(Path::new(STORE).join(name)));
+    let (blocks, lone) = (blocks?, lone?);
     let durable = std::fs::read_to_string(durable).context("cannot read the list of durable writes")?;
     for entry in durable.lines() {
         let (kind, number) = entry.split_once(' ').context(FORMAT)?;
@@ -108,6 +119,7 @@ fn verify(durable: &Path) -> Result<()> {
         let read = match kind {
             "fsync" => blocks.read_exact_at(&mut found, number * 2 * BLOCK as u64),
             "fua" => blocks.read_exact_at(&mut found, (number * 2 + 1) * BLOCK as u64),
+            "lone" => lone.read_exact_at(&mut found, number * BLOCK as u64),
             _ => std::fs::read(file_path(number)).map(|bytes| found = bytes),
         };
         let kept = read.is_ok() && found == pattern(kind, number);

@@ -19,12 +19,16 @@ use crate::tally::Tally;
 use crate::vm::{Mode, Sink, Vm};
 
 /// Durable writes to wait for before the cut.
-const DURABLE_WRITES: usize = 300;
+const DURABLE_WRITES: usize = 400;
 const DISK_BYTES: u64 = 768 << 20;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// A case: its name, and the kinds of writes that it checks.
-const CASES: [(&str, &[&str]); 2] = [("power_cut::fsync", &["fsync"]), ("power_cut::fua", &["fua", "file"])];
+const CASES: [(&str, &[&str]); 3] = [
+    ("power_cut::fsync", &["fsync"]),
+    ("power_cut::lone_writes", &["lone"]),
+    ("power_cut::fua", &["fua", "file"]),
+];
 
 /// Runs the cases that match `filter` on the kernel of `line`.
 pub(crate) fn run(

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use super::{PoolDevice, check_may_change};
 use crate::loops::disk_allocator::DiskAllocator;
 use crate::loops::file_binding::{FileBinding, check_block_size, check_kind};
+use crate::loops::partition_disk::{self, PartitionDisk};
 use crate::loops::{Answer, Errno, LoopCaller, LoopConfig, LoopInfo, flag};
 
 impl PoolDevice {
@@ -42,10 +43,14 @@ impl PoolDevice {
         if wanted == old.block_size {
             return Ok(());
         }
-        if old.is_claimed() || !self.shadows.is_empty() {
+        let claimed = old.is_claimed() || self.partitions.iter().any(PartitionDisk::is_claimed);
+        if claimed || !self.shadows.is_empty() {
             return Err(Errno::BUSY);
         }
         old.flush()?;
+        self.partitions.iter().try_for_each(|part| part.disk().flush())?;
+        // They stay, whatever the table says with such blocks.
+        let ranges: Vec<_> = self.partitions.iter().map(PartitionDisk::range).collect();
         let mut binding = self.binding.take().ok_or(Errno::NXIO)?;
         let replaced = binding.reopen(&info, wanted).and_then(|(image, direct)| {
             let disk = allocator.allocate_bound(image, binding.read_only(), false)?;
@@ -54,6 +59,7 @@ impl PoolDevice {
         });
         if let Ok(direct) = &replaced {
             binding.adopt(info, wanted, *direct);
+            self.partitions = partition_disk::create_all(&binding, &ranges, self.generation, allocator);
         }
         self.binding = Some(binding);
         replaced.map(drop)

@@ -110,7 +110,7 @@ impl DiskAllocator {
     }
 
     /// Whether each change of a disk is reported, its last close for instance: see
-    /// `CloseWatcher::poll_once`.
+    /// `CloseWatcher::report`.
     pub fn reports_changes(&self) -> bool {
         self.is_kernel_loop() && self.reporting.load(Relaxed)
     }
