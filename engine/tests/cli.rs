@@ -257,7 +257,7 @@ fn json_has_a_schema() {
         sinceUnixSeconds:number imageDevice:number imageInode:number";
     let instance = "name:string maxDevices:number devices:number backend:string workers:number cpus:null directory:string";
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \
-        writeBytes:number flushes:number discards:number errors:number resubmits:number punts:number \
+        writeBytes:number flushes:number syncs:number discards:number errors:number resubmits:number punts:number \
         fallbacks:number requests:number batches:number inFlight:number latency:object";
     let cases: &[(&[&str], &str)] = &[
         (&["create", "new.img", "--size", "1M"], "path:string sizeBytes:number"),

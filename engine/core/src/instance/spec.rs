@@ -216,6 +216,9 @@ pub struct DeviceStats {
     pub written_bytes: u64,
     /// Flushes completed.
     pub flushes: u64,
+    /// fdatasync calls for them: none where everything was durable already, one for several flushes.
+    #[serde(default)]
+    pub syncs: u64,
     /// Discards and write-zeroes completed.
     pub discards: u64,
     /// Failed requests.

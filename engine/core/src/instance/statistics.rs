@@ -17,6 +17,7 @@ pub(super) fn of_queues(queues: &[QueueStats], path: String, image: String) -> D
         writes: sum(|queue| queue.writes),
         written_bytes: sum(|queue| queue.written_bytes),
         flushes: sum(|queue| queue.flushes),
+        syncs: sum(|queue| queue.syncs),
         discards: sum(|queue| queue.discards),
         errors: sum(|queue| queue.errors),
         resubmits: sum(|queue| queue.resubmits),

@@ -16,10 +16,11 @@ use crate::tools;
 type Body = fn(&Ctx, &str) -> Res;
 
 pub(super) fn cases() -> Vec<Case> {
-    let bodies: [(&str, Body); 3] = [
+    let bodies: [(&str, Body); 4] = [
         ("image_truncated_under_io", truncated),
         ("store_full_under_sparse_image", full),
         ("bad_sectors_below", bad_sectors),
+        ("bad_sectors_below_lone_writes", lone_writes),
     ];
     let mut all = Vec::new();
     for io_mode in IO_MODES {
@@ -190,5 +191,52 @@ fn bad_sectors(ctx: &Ctx, io_mode: &str) -> Res {
     daemon.check_alive()?;
     drop(disk);
     daemon.detach(&device)?;
+    daemon.stop()
+}
+
+/// Writes that are each followed by a flush are durable themselves: no fdatasync is left to do. One
+/// that fails says so, and the next ones work.
+fn lone_writes(ctx: &Ctx, io_mode: &str) -> Res {
+    let below = store::Disk::new(&Shape { size_mib: 32, ..Shape::default() })?;
+    let mut daemon = Daemon::start(ctx)?;
+    let device = daemon.attach(&[&below.node(), "--io-mode", io_mode])?;
+    let disk = Disk::open(&device)?;
+    let write = |block: u64, seed: u64| disk.write(block * 4 * KIB, &pattern(seed, 4096));
+    let syncs = || Ok::<_, crate::harness::Stop>(daemon.stats(&device)?["syncs"].as_u64());
+    let mut data = Vec::new();
+    for round in 0..12 {
+        write(round, round)?;
+        disk.sync()?;
+        data.push((round, round));
+    }
+    let before = syncs()?;
+    // Blocks 100 and 101.
+    below.set("badblocks", "+800-815")?;
+    for block in [100, 101] {
+        let failed = errno(disk.try_write(block * 4 * KIB, &[9; 4096]))?;
+        ensure!(failed == libc::EIO, "a write to a bad sector: errno {failed}");
+        disk.sync()?;
+        write(block + 10, block).at("beside a bad sector")?;
+        disk.sync()?;
+        data.push((block + 10, block));
+    }
+    ensure!(syncs()? == before, "{:?} syncs, {before:?} before", syncs()?);
+    below.set("badblocks", "-800-815")?;
+    write(100, 77).at("to a healed sector")?;
+    disk.sync()?;
+    data.push((100, 77));
+    // Two writes before a flush: the second is an ordinary one.
+    for block in [200, 201] {
+        write(block, block)?;
+        data.push((block, block));
+    }
+    disk.sync()?;
+    ensure!(syncs()? > before, "no fdatasync for an ordinary write");
+    for (block, seed) in data {
+        same("a block", &Disk::open_read(&below.node())?.read(block * 4 * KIB, 4096)?, &pattern(seed, 4096))?;
+    }
+    drop(disk);
+    daemon.detach(&device)?;
+    daemon.check_alive()?;
     daemon.stop()
 }
