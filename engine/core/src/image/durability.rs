@@ -3,21 +3,33 @@
 //!
 //! Counts plain modifications: those that are not durable when they end. If none has begun since a
 //! moment at which all had ended and an fdatasync started that succeeded, a flush has nothing to do.
-//! Shared by everything that writes the file for one device: its queues, its partitions, an image
-//! that replaces another one of the same file. Knows counts, not files.
+//! Also knows whether a flush is likely to follow each write: then a write is cheapest if it is durable
+//! itself. That is a guess, and costs only time. Shared by everything that writes the file for one
+//! device: its queues, its partitions, an image that replaces another one of the same file. Knows
+//! counts, not files.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-/// Groups of queues with counters of their own, so that workers do not share cache lines.
+/// Groups of threads with counters of their own, so that workers do not share cache lines.
 const SHARDS: usize = 8;
+/// After so many flushes in a row with at most one change before each, a lone write is durable itself.
+const ROW: u32 = 4;
 /// A number that no count of modifications reaches.
 const NEVER: u64 = u64::MAX;
+
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static SHARD: usize = THREADS.fetch_add(1, Ordering::Relaxed) % SHARDS;
+}
 
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Shard {
     begun: AtomicU64,
     ended: AtomicU64,
+    /// Writes that are durable when they end.
+    durable_writes: AtomicU64,
 }
 
 /// See the module.
@@ -26,11 +38,20 @@ pub struct Durability {
     shards: [Shard; SHARDS],
     /// The modifications that had begun by the last durable moment; at first, the file may have others.
     durable: AtomicU64,
+    /// Flushes in a row with at most one change before each.
+    row: AtomicU32,
+    /// All changes at the last flush.
+    at_flush: AtomicU64,
 }
 
 impl Default for Durability {
     fn default() -> Self {
-        Self { shards: Default::default(), durable: AtomicU64::new(NEVER) }
+        Self {
+            shards: Default::default(),
+            durable: AtomicU64::new(NEVER),
+            row: AtomicU32::new(0),
+            at_flush: AtomicU64::new(0),
+        }
     }
 }
 
@@ -40,13 +61,39 @@ pub struct QuietMoment(u64);
 
 impl Durability {
     /// A plain modification begins. Call it before the modification is submitted.
-    pub fn begin(&self, queue: u16) {
-        self.shards[usize::from(queue) % SHARDS].begun.fetch_add(1, Ordering::SeqCst);
+    pub fn begin(&self) {
+        self.shard().begun.fetch_add(1, Ordering::SeqCst);
     }
 
     /// It has ended. Call it before its request is completed.
-    pub fn end(&self, queue: u16) {
-        self.shards[usize::from(queue) % SHARDS].ended.fetch_add(1, Ordering::SeqCst);
+    pub fn end(&self) {
+        self.shard().ended.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A write begins that is durable when it ends.
+    pub fn begin_durable(&self) {
+        self.shard().durable_writes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A flush has arrived.
+    pub fn on_flush(&self) {
+        let changes = self.changes();
+        let since = changes.saturating_sub(self.at_flush.swap(changes, Ordering::Relaxed));
+        let row = if since <= 1 { self.row.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
+        self.row.store(row, Ordering::Relaxed);
+    }
+
+    /// Whether a write that arrives now is likely to be the only one before the next flush.
+    pub fn expects_flush(&self) -> bool {
+        // The first comparison is all that other patterns cost.
+        self.row.load(Ordering::Relaxed) >= ROW && self.changes() == self.at_flush.load(Ordering::Relaxed)
+    }
+
+    fn changes(&self) -> u64 {
+        let changes = |shard: &Shard| {
+            shard.begun.load(Ordering::Relaxed) + shard.durable_writes.load(Ordering::Relaxed)
+        };
+        self.shards.iter().map(changes).sum()
     }
 
     /// Whether a flush that arrives now has nothing to do.
@@ -69,6 +116,10 @@ impl Durability {
         self.durable.store(moment.0, Ordering::SeqCst);
     }
 
+    fn shard(&self) -> &Shard {
+        &self.shards[SHARD.with(|shard| *shard)]
+    }
+
     fn begun(&self) -> u64 {
         self.shards.iter().map(|shard| shard.begun.load(Ordering::SeqCst)).sum()
     }
@@ -85,28 +136,51 @@ mod tests {
         let moment = file.quiet_moment().unwrap();
         file.set_durable(moment);
         assert!(file.is_durable());
-        file.begin(0);
+        file.begin();
         assert!(!file.is_durable() && file.quiet_moment().is_none());
-        file.end(0);
+        file.end();
         assert!(!file.is_durable());
         let moment = file.quiet_moment().unwrap();
         // The sync fails: nothing changes. The next one succeeds, but a write has begun meanwhile.
-        file.begin(9);
+        file.begin();
         file.set_durable(moment);
         assert!(!file.is_durable());
-        file.end(9);
+        file.end();
         assert!(!file.is_durable());
         file.set_durable(file.quiet_moment().unwrap());
         assert!(file.is_durable());
     }
 
     #[test]
-    fn a_write_on_any_queue_counts() {
+    fn a_lone_write_is_durable_after_flushes_in_a_row() {
         let file = Durability::default();
-        for queue in [0, 1, 7, 8, 300] {
-            file.begin(queue);
-            assert!(file.quiet_moment().is_none(), "{queue}");
-            file.end(queue);
+        for _ in 0..ROW {
+            assert!(!file.expects_flush());
+            file.begin();
+            file.end();
+            file.on_flush();
+        }
+        assert!(file.expects_flush());
+        file.begin_durable();
+        assert!(!file.expects_flush(), "the second one before the flush");
+        file.on_flush();
+        assert!(file.expects_flush());
+        for _ in 0..2 {
+            file.begin();
+            file.end();
+        }
+        file.on_flush();
+        assert!(!file.expects_flush(), "two writes before a flush end the row");
+    }
+
+    #[test]
+    fn a_write_on_any_thread_counts() {
+        let file = Durability::default();
+        for _ in 0..2 * SHARDS {
+            std::thread::scope(|scope| scope.spawn(|| file.begin()).join()).unwrap();
+            assert!(file.quiet_moment().is_none());
+            std::thread::scope(|scope| scope.spawn(|| file.end()).join()).unwrap();
+            assert!(!file.is_durable());
             file.set_durable(file.quiet_moment().unwrap());
             assert!(file.is_durable());
         }

@@ -336,9 +336,9 @@ impl Image {
     /// Truncates or extends the file; new bytes take no space.
     pub fn set_length(&self, bytes: u64) -> Result<()> {
         // A flush must make the new length durable.
-        self.durability.begin(0);
+        self.durability.begin();
         let done = rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.file, bytes));
-        self.durability.end(0);
+        self.durability.end();
         done.map_err(|error| Error::os(error, format!("cannot resize {} to {bytes} bytes", self.name)))
     }
 

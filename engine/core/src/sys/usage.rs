@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::mntns::{self, Mount};
+use super::processes;
 
 /// Mounts that the machine's administrator sees.
 const FIRST_MOUNTINFO: &str = "/proc/1/mountinfo";
@@ -172,7 +173,10 @@ pub fn warn_left(device: &str, node: &Path, disks: &Disks) {
 }
 
 fn uses_of(disks: &Disks) -> String {
-    let mounted = disks.mounts().into_iter().map(|target| format!("mounted on {}", target.display()));
+    // A tenant's mounts are in its own mount namespace; others may have copies of them.
+    let mounts = processes::mounts().into_iter().filter(|mount| disks.hold(mount));
+    let mounted: BTreeSet<PathBuf> = mounts.map(|mount| mount.target).collect();
+    let mounted = mounted.into_iter().map(|target| format!("mounted on {}", target.display()));
     let swap = disks.swaps().into_iter().map(|node| format!("swap on {}", node.display()));
     let uses: Vec<String> = mounted.chain(swap).collect();
     if uses.is_empty() { "open".to_owned() } else { uses.join(", ") }

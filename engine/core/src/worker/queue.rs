@@ -166,7 +166,7 @@ impl<T: Transport> DeviceQueue<T> {
     pub fn close(mut self, ring: &mut Ring) -> Result<()> {
         for active in self.in_flight.drain() {
             if active.plain {
-                self.image.durability().end(self.queue_slot.id.index);
+                self.image.durability().end();
             }
             active.pending.abandon();
         }
@@ -227,8 +227,8 @@ impl<T: Transport> DeviceQueue<T> {
             // The driver reuses the tag, so its chain has completed.
             self.complete_linked(tag);
         }
-        let request = Request { op: self.sync.predict(request.op), ..request };
         let rejection = self.rejection(&request);
+        let request = self.count_change(request, rejection.is_some());
         let plain = rejection.is_none() && request.op.is_plain_change();
         let sampled = self.stats.arrived();
         let transfers = matches!(request.op, Op::Read | Op::Write { .. });
@@ -252,9 +252,6 @@ impl<T: Transport> DeviceQueue<T> {
         if let Err((_, active)) = self.in_flight.begin(tag, active) {
             active.pending.abandon();
             return Err(Error::new(Kind::Internal, format!("the driver handed out tag {tag} twice")));
-        }
-        if plain {
-            self.image.durability().begin(self.queue_slot.id.index);
         }
         if commit.is_some() {
             self.linked += 1;
@@ -303,12 +300,6 @@ impl<T: Transport> DeviceQueue<T> {
             Some(libc::EIO)
         } else {
             None
-        }
-    }
-
-    fn end_plain(&self, active: &ActiveRequest) {
-        if active.plain {
-            self.image.durability().end(self.queue_slot.id.index);
         }
     }
 

@@ -71,7 +71,7 @@ proptest! {
         match Geometry::compute(&facts, &source, "IMAGE") {
             Ok(g) => {
                 let block = u64::from(g.block_size);
-                prop_assert!((512..=4096).contains(&block) && block.is_power_of_two());
+                prop_assert!((512..=65536).contains(&block) && block.is_power_of_two());
                 prop_assert!(g.block_size >= facts.offset_align);
                 prop_assert!(source.block_size == 0 || g.block_size == source.block_size);
                 prop_assert_eq!(g.offset, source.offset);
@@ -148,7 +148,7 @@ fn geometry_errors_have_hints() {
         (facts(4096), ImageSpec { size_limit: 100, ..plain }, Kind::Invalid, "100 bytes of IMAGE"),
         (facts(4096), ImageSpec { block_size: 1000, ..plain }, Kind::Invalid, "block size 1000"),
         (facts(4096), ImageSpec { block_size: 256, ..plain }, Kind::Invalid, "block size 256"),
-        (facts(8192), ImageSpec { block_size: 8192, ..plain }, Kind::Invalid, "block size 8192"),
+        (facts(8192), ImageSpec { block_size: 131_072, ..plain }, Kind::Invalid, "block size 131072"),
         (large, ImageSpec { block_size: 512, ..plain }, Kind::Invalid, "--block-size 4096 or"),
         (large, ImageSpec { offset: 512, ..plain }, Kind::Invalid, "--buffered"),
         (huge, plain, Kind::Unsupported, "attach with --buffered"),

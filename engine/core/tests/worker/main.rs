@@ -288,6 +288,7 @@ fn syncs_only_what_is_not_durable() {
         flush(&bed.user);
         assert_eq!(syncs(SLOT), row + 4);
         // Another queue of the device, or another device on the same file.
+        write(&neighbour, 31);
         write(&neighbour, 32);
         // A driver reuses the tag of a chain that has gone through.
         assert_eq!(neighbour.ask(request(1, Op::Read, 8192, 4096), &[]).data, [32; 4096]);

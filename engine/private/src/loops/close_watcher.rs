@@ -7,7 +7,7 @@
 //! seconds. Then the interval grows with the devices that wait, of all pools together. One poll of
 //! a device takes about 15 µs. So the last closes of a handful of devices are detected within 50 ms
 //! and those of thousands within about a second, at half a percent of a CPU at most. The paths of
-//! bound files are read at most once per second.
+//! bound files are read when inotify reports a change, and every second at most.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -31,6 +31,8 @@ const FAST_FOR: Duration = Duration::from_secs(2);
 /// device.
 const NAMES_INTERVAL: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 const NAMES_PER_DEVICE: Duration = Duration::from_millis(3);
+/// The same after inotify has reported a change.
+const CHANGED_NAMES_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Devices that wait for their last close, of all pools of this process.
 static AWAITED: AtomicUsize = AtomicUsize::new(0);
@@ -76,6 +78,24 @@ fn pause([min, max]: [Duration; 2], per_device: Duration, devices: &AtomicUsize)
 #[derive(Debug, Default)]
 pub struct CloseWatcher(Arc<Waker>);
 
+/// Wakes the thread of a pool.
+#[derive(Clone, Debug, Default)]
+pub struct PoolWaker(Arc<Waker>);
+
+impl PartialEq for PoolWaker {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl PoolWaker {
+    /// A bound file may have another name.
+    pub fn read_names(&self) {
+        self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).names += 1;
+        self.0.changed.notify_all();
+    }
+}
+
 #[derive(Debug, Default)]
 struct Waker {
     wake_state: Mutex<WakeState>,
@@ -84,9 +104,10 @@ struct Waker {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct WakeState {
-    /// Hints, and reports of the driver.
+    /// Hints, reports of the driver, and changes of names.
     count: u64,
     reports: u64,
+    names: u64,
     over: bool,
 }
 
@@ -99,6 +120,11 @@ impl CloseWatcher {
             .spawn(move || watch(&signal, &weak))
             .map(drop)
             .map_err(|error| Error::os(error, "cannot start a thread"))
+    }
+
+    /// Wakes the thread from elsewhere.
+    pub fn waker(&self) -> PoolWaker {
+        PoolWaker(Arc::clone(&self.0))
     }
 
     /// A close is near, or another device waits for its last close.
@@ -140,9 +166,14 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
     let [mut awaited, mut bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
     let mut seen = WakeState::default();
     let mut after_report: Option<Duration> = None;
+    let mut names_changed = false;
     let (mut fast_until, mut named) = (Instant::now(), Instant::now());
     loop {
-        let until_names = pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND).saturating_sub(named.elapsed());
+        let names_interval = |changed: bool| match changed {
+            true => CHANGED_NAMES_INTERVAL,
+            false => pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND),
+        };
+        let until_names = names_interval(names_changed).saturating_sub(named.elapsed());
         let until_close = match Instant::now() < fast_until {
             true => FAST_INTERVAL,
             false => pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED),
@@ -161,11 +192,12 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
             true => Some(REPORT_INTERVAL[0]),
             false => after_report.map(|interval| interval * 2).filter(|next| *next <= REPORT_INTERVAL[1]),
         };
+        names_changed |= wake_state.names != seen.names;
         seen = wake_state;
         let Some(pool) = pool.upgrade() else { return };
-        let names = named.elapsed() >= pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND);
+        let names = named.elapsed() >= names_interval(names_changed);
         if names {
-            named = Instant::now();
+            (named, names_changed) = (Instant::now(), false);
         }
         let round = pool.poll_closes(names);
         awaited.set(round.awaited);

@@ -4,13 +4,14 @@
 //! Knows which backing files loop(4) accepts, and how a tenant could misuse one. Does not know
 //! devices.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags};
 
 use super::disk_allocator::DiskAllocator;
+use super::name_watcher::NameWatch;
 use super::{Answer, Bound, Errno, LoopConfig, LoopInfo, NAME_BYTES, errno, flag};
 use crate::error::Kind;
 use crate::failures::Failures;
@@ -43,6 +44,7 @@ pub struct FileBinding {
     rdevice: u64,
     /// The loop device of the same pool that is the file, if the daemon opened it for the caller.
     below: Option<u32>,
+    _name: Option<NameWatch>,
 }
 
 /// What all disks of a device share, those of partitions included.
@@ -132,6 +134,8 @@ impl FileBinding {
         let read_only = info.flags & flag::READ_ONLY != 0;
         let hold =
             sharing::claim_for_pool(claims, &image, number, read_only).map_err(|error| errno(&error))?;
+        // A server of FUSE may delay this as long as it likes.
+        let _name = if image.may_block() { None } else { allocator.watch_name(file.as_fd()) };
         let binding = FileBinding {
             file,
             info,
@@ -144,6 +148,7 @@ impl FileBinding {
             inode: stat.st_ino,
             rdevice: stat.st_rdev,
             below: allocator.last_device(stat.st_rdev),
+            _name,
         };
         Ok((binding, image))
     }

@@ -13,6 +13,7 @@ mod disk_allocator;
 mod file_binding;
 mod file_closer;
 mod loop_slot;
+mod name_watcher;
 mod partition_disk;
 mod pool;
 mod pool_disk;

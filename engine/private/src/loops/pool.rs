@@ -74,6 +74,8 @@ impl Pool {
     /// Starts an empty pool.
     pub fn start(spec: PoolSpec, mut allocator: DiskAllocator, quotas: Quotas) -> crate::Result<Arc<Pool>> {
         allocator.set_closer(quotas.closer(spec.uid));
+        let close_watcher = CloseWatcher::default();
+        allocator.set_waker(close_watcher.waker());
         let most = PREALLOCATED_NAMES.min(spec.max as usize);
         let pool = Arc::new(Pool {
             preallocated: Mutex::new(spec.numbers().take(most).collect()),
@@ -87,7 +89,7 @@ impl Pool {
             forced: AtomicBool::new(false),
             watchers: Mutex::default(),
             stacks: Mutex::default(),
-            close_watcher: CloseWatcher::default(),
+            close_watcher,
         });
         pool.close_watcher.start(&pool)?;
         Ok(pool)

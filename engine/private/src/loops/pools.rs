@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::disk_allocator::DiskAllocator;
+use super::name_watcher::NameWatcher;
 use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
@@ -28,6 +29,7 @@ pub struct Pools {
     quotas: Quotas,
     /// The kernel's loop driver reports changes of its disks.
     reporting: Arc<AtomicBool>,
+    names: Option<Arc<NameWatcher>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -58,6 +60,7 @@ impl Pools {
             table: Table::default(),
             quotas: Quotas::default(),
             reporting: Arc::default(),
+            names: NameWatcher::start().inspect_err(|error| tracing::warn!("{error}")).ok(),
         });
         engine.add_companion(Arc::clone(&pools) as _);
         pools
@@ -82,6 +85,7 @@ impl Pools {
             self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions, spec.backend)?;
         let mut allocator = DiskAllocator::new(context, backend, spec.uid, workers);
         allocator.set_reporting(Arc::clone(&self.reporting));
+        allocator.set_name_watcher(self.names.clone());
         let pool = Pool::start(spec.clone(), allocator, self.quotas.clone())?;
         if spec.fixed {
             pool.create_all().inspect_err(|_| pool.end(true))?;

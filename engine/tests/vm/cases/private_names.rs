@@ -206,10 +206,13 @@ fn backing_file(ctx: &Ctx) -> Res {
         mkdir -p dir; truncate -s 1M dir/a; dev=$(losetup -f --show dir/a)
         shown=/sys/block/${dev##*/}/loop/backing_file
         same "at first" "$(< $shown)" "$PWD/dir/a"
-        mv dir/a dir/b; soon "renamed" "$PWD/dir/b" cat $shown
+        # Sooner than the pool reads all names.
+        for name in c d e b; do
+            mv dir/* dir/$name; sleep 0.4; same "renamed" "$(< $shown)" "$PWD/dir/$name"
+        done
         mv dir dir2; soon "its directory renamed" "$PWD/dir2/b" cat $shown
         odd=$'\xff\xfe odd'; mv dir2/b "dir2/$odd"; soon "not UTF-8" "$PWD/dir2/$odd" cat $shown
-        rm "dir2/$odd"; soon "deleted" "$PWD/dir2/$odd (deleted)" cat $shown
+        rm "dir2/$odd"; sleep 0.4; same "deleted" "$(< $shown)" "$PWD/dir2/$odd (deleted)"
         losetup -d $dev; soon "gone" "" bash -c "cat $shown 2> /dev/null"
         rmdir dir2; exit $bad
         "#;

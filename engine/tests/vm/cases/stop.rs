@@ -223,14 +223,18 @@ fn pool_end_is_logged(ctx: &Ctx) -> Res {
     let image = store.sparse("image", 16 * MIB)?;
     let mut daemon = Daemon::start(ctx)?;
     let mut command = daemon.command(&["run", "--name", "mine", "--", "bash", "-c"]);
-    let ready = ctx.path("ready");
-    command.arg(format!("losetup /dev/loop3 {image}; exec 5</dev/loop3; touch {ready}; sleep 1000"));
+    let (ready, dir) = (ctx.path("ready"), ctx.path("inside"));
+    // Mounted in the mount namespace of the command only.
+    command.arg(format!(
+        "losetup /dev/loop3 {image}; mkfs.ext4 -q /dev/loop3; mkdir {dir}; mount /dev/loop3 {dir}; touch {ready}; \
+         sleep 1000"
+    ));
     let running = tools::Running::start(command)?;
     let up = tools::until(Duration::from_secs(60), || std::fs::exists(&ready).ok()?.then_some(()));
     ensure!(up.is_some(), "the pool did not come up");
     daemon.sigterm()?;
     daemon.wait_drained()?;
-    logged(&daemon, "WARN", &["loop3 of pool", "mine", &image])?;
+    logged(&daemon, "WARN", &["loop3 of pool", "mine", &image, &format!("mounted on {dir}")])?;
     drop(running);
     daemon.restart()?;
     daemon.stop()

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How a queue makes writes durable: with the write itself, on the worker's own thread, or on one of
-//! io_uring's.
+//! How changes become durable: which writes are durable themselves, and where a queue runs an
+//! fdatasync, on the worker's own thread or on one of io_uring's.
 //!
 //! Only speed depends on these choices; `Durability` and `FlushQueue` decide what a flush must wait
-//! for. Knows the requests and the times of one queue.
+//! for.
 
-use crate::request::Op;
+use super::{ActiveRequest, DeviceQueue};
+use crate::request::{Op, Request};
+use crate::worker::transport::Transport;
 
-/// After so many flushes in a row with at most one write each, the next lone write is durable itself.
-const STREAK: u32 = 4;
 /// An fdatasync on one of io_uring's threads that takes less than this, wake-ups included, may run on
 /// the worker the next time.
 const FAST_ASYNC_NS: u64 = 100_000;
@@ -17,13 +17,34 @@ const FAST_INLINE_NS: u64 = 50_000;
 /// So many flushes are left to io_uring after a slow one.
 const SLOW_FLUSHES: u32 = 64;
 
-/// See the module.
+impl<T: Transport> DeviceQueue<T> {
+    /// Tells the image's `Durability` of a request. Returns it, or a durable write in its place.
+    pub(super) fn count_change(&self, request: Request, rejected: bool) -> Request {
+        let durability = self.image.durability();
+        match request.op {
+            Op::Flush => durability.on_flush(),
+            _ if rejected => {}
+            Op::Write { fua } if fua || durability.expects_flush() => {
+                durability.begin_durable();
+                return Request { op: Op::Write { fua: true }, ..request };
+            }
+            op if op.is_plain_change() => durability.begin(),
+            _ => {}
+        }
+        request
+    }
+
+    /// The end of a request that `count_change` has counted.
+    pub(super) fn end_plain(&self, active: &ActiveRequest) {
+        if active.plain {
+            self.image.durability().end();
+        }
+    }
+}
+
+/// The times of the fdatasyncs of one queue.
 #[derive(Debug, Default)]
 pub(super) struct SyncPolicy {
-    /// Writes since the last flush.
-    writes: u32,
-    /// Flushes in a row with at most one write before each.
-    streak: u32,
     is_fast: bool,
     /// Flushes before the next attempt on the worker.
     slow: u32,
@@ -32,27 +53,6 @@ pub(super) struct SyncPolicy {
 }
 
 impl SyncPolicy {
-    /// Counts an operation. Returns it, or a durable write in place of a write that a flush is likely
-    /// to follow.
-    pub(super) fn predict(&mut self, op: Op) -> Op {
-        match op {
-            Op::Write { fua } => {
-                self.writes = self.writes.saturating_add(1);
-                Op::Write { fua: fua || self.streak >= STREAK && self.writes == 1 }
-            }
-            Op::Flush => {
-                self.streak = if self.writes <= 1 { self.streak.saturating_add(1) } else { 0 };
-                self.writes = 0;
-                op
-            }
-            Op::Discard | Op::WriteZeroes { .. } | Op::Reserve => {
-                self.streak = 0;
-                op
-            }
-            Op::Read | Op::Unknown(_) => op,
-        }
-    }
-
     /// Whether the next fdatasync may run on the worker, if nothing else has to.
     pub(super) fn may_block_worker(&self) -> bool {
         self.is_fast && self.slow == 0
@@ -80,23 +80,6 @@ impl SyncPolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const PLAIN: Op = Op::Write { fua: false };
-    const DURABLE: Op = Op::Write { fua: true };
-
-    #[test]
-    fn a_lone_write_is_durable_after_flushes_in_a_row() {
-        let mut policy = SyncPolicy::default();
-        for _ in 0..STREAK {
-            assert_eq!(policy.predict(PLAIN), PLAIN);
-            assert_eq!(policy.predict(Op::Flush), Op::Flush);
-        }
-        assert_eq!(policy.predict(PLAIN), DURABLE);
-        assert_eq!(policy.predict(PLAIN), PLAIN, "the second one before the flush");
-        policy.predict(Op::Flush);
-        assert_eq!(policy.predict(PLAIN), PLAIN, "two writes before a flush end the row");
-        assert_eq!(policy.predict(DURABLE), DURABLE);
-    }
 
     #[test]
     fn only_fast_ones_block_the_worker() {
