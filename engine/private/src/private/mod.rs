@@ -44,7 +44,7 @@ pub use pool_handle::{Mounter, PoolHandle, PoolSource};
 pub use spec::{Caller, OpenSpec, OpenedPool, PoolInfo, RESERVED_MAX};
 pub use sysfs::{LIBUDEV, NO_UDEV, SYSFS_DIRS};
 pub use tenant_reaper::TenantEvents;
-pub use tree::LOOPFS;
+pub use tree::{DEV_BLOCK, LOOPFS};
 
 use crate::accounts;
 use crate::error::{Error, Kind, Result};
