@@ -146,6 +146,14 @@ fn drop_in_disables_options_that_hide_files() {
     }
 }
 
+/// With this setting systemd has openat2(2) return ENOSYS: no private pool can be opened.
+#[test]
+fn the_unit_does_not_refuse_openat2() {
+    let share = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/systemd");
+    let unit = fs::read_to_string(share.join("loopengine.service")).unwrap();
+    assert!(!unit.lines().any(|line| line.starts_with("RestrictSUIDSGID=")), "{unit}");
+}
+
 #[test]
 fn systemd_accepts_the_units() {
     let root = Root::new();

@@ -18,8 +18,8 @@ use loopengine::Result;
 use loopengine::control::{EngineApi, rundir::RunDir, server};
 use loopengine::loops::{Bound, DeviceEntry, PoolSpec, Quotas, flag};
 use loopengine::private::{
-    ContainerSession, Defaults, DeviceStatus, LoopInfo64, Operation, OperationRequest, OperationResult,
-    PoolHandle, PoolSource, Registry, TenantEvents,
+    ContainerSession, Defaults, DeviceStatus, LoopInfo64, Mounter, Operation, OperationRequest,
+    OperationResult, PoolHandle, PoolSource, Registry, TenantEvents,
 };
 use rustix::mount::*;
 use serde_json::Value;
@@ -58,7 +58,7 @@ impl PoolSource for Bindings {
 struct BoundPool(Bindings, TenantEvents);
 
 impl PoolHandle for BoundPool {
-    fn supervise(&self, _: OwnedFd, _: OwnedFd, _: Option<OwnedFd>) -> Result<()> {
+    fn supervise(&self, _: OwnedFd, _: OwnedFd, _: Option<Mounter>) -> Result<()> {
         Ok(())
     }
 

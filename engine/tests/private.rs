@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use loopengine::control::{PrivateClient, rundir::RunDir, server};
 use loopengine::loops::{Bound, DeviceEntry, PartitionEntry, PoolSpec, Quotas, flag};
 use loopengine::private::{
-    ContainerSession, Defaults, OpenSpec, Operation, OperationRequest, OperationResult, PoolHandle,
+    ContainerSession, Defaults, Mounter, OpenSpec, Operation, OperationRequest, OperationResult, PoolHandle,
     PoolSource, Registry, TenantEvents,
 };
 use loopengine::{Kind, Result};
@@ -92,7 +92,7 @@ fn nodes() -> OwnedFd {
 }
 
 impl PoolHandle for FakePool {
-    fn supervise(&self, listener: OwnedFd, _: OwnedFd, _: Option<OwnedFd>) -> Result<()> {
+    fn supervise(&self, listener: OwnedFd, _: OwnedFd, _: Option<Mounter>) -> Result<()> {
         let served = listener.try_clone().unwrap();
         std::thread::spawn(move || refuse(&served));
         *self.listener.lock().unwrap() = Some(listener);

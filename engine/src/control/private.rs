@@ -15,7 +15,7 @@ use super::{Fault, Inbox, PRIVATE_SOCKET, run_blocking};
 use crate::error::{Error, Kind, Result};
 use crate::loops::{Bound, DeviceEntry, PartitionEntry};
 use crate::private::{
-    Caller, DeviceStatus, Limit, LoopInfo64, OpenSpec, OpenedPool, Operation, OperationRequest,
+    Caller, DeviceStatus, Limit, LoopInfo64, Mounter, OpenSpec, OpenedPool, Operation, OperationRequest,
     OperationResult, PoolInfo, Registry,
 };
 use crate::received::{FileWait, Received};
@@ -110,8 +110,13 @@ impl PrivateService {
     /// Supervises the filter whose listener is the call's first file descriptor. The pool then ends
     /// with the last process under that filter. The second descriptor is of a user namespace, whose
     /// administrators administer the pool. An optional third is a socket of a mounter, which
-    /// receives the calls of mount(2). Only for the opener of the pool.
-    async fn supervise(&self, name: String) -> std::result::Result<(), Fault> {
+    /// receives the calls of mount(2), unless `servesMounts` is false. Only for the opener of the
+    /// pool.
+    async fn supervise(
+        &self,
+        name: String,
+        #[zlink(rename = "servesMounts")] serves_mounts: Option<bool>,
+    ) -> std::result::Result<(), Fault> {
         self.ask_with(move |registry, caller, fds| {
             let count = fds.len();
             let mut fds = fds.into_iter();
@@ -120,7 +125,9 @@ impl PrivateService {
                 return Err(Error::new(Kind::Invalid, message)
                     .hint("pass the listener of a filter and a user namespace"));
             };
-            registry.supervise(&name, listener, namespace, fds.next(), caller)
+            let serves_mounts = serves_mounts.unwrap_or(true);
+            let mounter = fds.next().map(|socket| Mounter { socket, serves_mounts });
+            registry.supervise(&name, listener, namespace, mounter, caller)
         })
         .await
     }
@@ -205,6 +212,7 @@ trait PrivateCalls {
     async fn supervise(
         &mut self,
         name: &str,
+        #[zlink(rename = "servesMounts")] serves_mounts: Option<bool>,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<std::result::Result<(), Fault>>;
     async fn set_container_dev(
@@ -261,10 +269,14 @@ impl PrivateClient {
         name: &str,
         listener: OwnedFd,
         namespace: OwnedFd,
-        mounter: Option<OwnedFd>,
+        mounter: Option<Mounter>,
     ) -> Result<()> {
-        let fds: Vec<_> = [Some(listener), Some(namespace), mounter].into_iter().flatten().collect();
-        let call = async |connection: &mut Connection| connection.supervise(name, copies(&fds)?).await;
+        let serves_mounts = mounter.as_ref().map(|mounter| mounter.serves_mounts);
+        let socket = mounter.map(|mounter| mounter.socket);
+        let fds: Vec<_> = [Some(listener), Some(namespace), socket].into_iter().flatten().collect();
+        let call = async |connection: &mut Connection| {
+            connection.supervise(name, serves_mounts, copies(&fds)?).await
+        };
         self.0.call(ONE_MAX, call).await
     }
 

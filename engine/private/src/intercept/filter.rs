@@ -6,13 +6,14 @@
 //!
 //! Its cost, in instructions (x86_64; a test counts them):
 //!
-//! | call | for root | for root of a user namespace: with mounts and caches |
+//! | call | for root: with names | for root of a user namespace: with mounts and caches |
 //! |---|---|---|
 //! | number below 133 (read, write, mmap, …) | 6 | 6 |
 //! | other ioctls | 11 | 14 |
 //! | intercepted ioctls | 7 to 11 | 7 to 14 |
-//! | number from 133 (futex, openat, …) | 9 | 10 |
+//! | number from 133 (futex, openat, …) | 11 | 10 |
 //! | mknod | 11 | 11 |
+//! | fsconfig | 12 | refused |
 //!
 //! Calls of an i386 program take one more.
 //!
@@ -27,6 +28,8 @@ pub struct FilterOptions {
     /// Intercept mount(2) too, and refuse the newer calls that create file systems, so that
     /// libmount uses mount(2). open_tree(2) and move_mount(2) stay: they move existing mounts.
     pub mounts: bool,
+    /// Intercept mount(2) and the strings of fsconfig(2): they may name a device of the pool.
+    pub names: bool,
     /// Intercept BLKBSZSET and BLKFLSBUF too, which the kernel allows only root of the machine.
     pub caches: bool,
 }
@@ -53,6 +56,8 @@ pub enum Call {
     Mount,
     /// umount2(2): in the profile of a container, not in this filter.
     Umount,
+    /// fsconfig(2) with a string.
+    Fsconfig,
     /// mknod(2) of a block node.
     Mknod,
     /// The same with mknodat(2).
@@ -72,7 +77,10 @@ const IOCTL_LOOP: u32 = 0x4c00;
 
 /// fsopen(2), fsconfig(2), fsmount(2), fspick(2): the same numbers in every ABI.
 const FSOPEN: u32 = 430;
+const FSCONFIG: u32 = 431;
 const AFTER_FSPICK: u32 = 434;
+/// FSCONFIG_SET_STRING.
+const SET_STRING: u32 = 1;
 
 /// Numbers from here on belong to x32, on x86_64.
 const X32: u32 = 0x4000_0000;
@@ -158,6 +166,7 @@ pub fn decode(arch: u32, nr: i32) -> Option<(Abi, Call)> {
     match u32::try_from(nr).ok()? {
         nr if nr == numbers.ioctl => Some((numbers.abi, Call::Ioctl)),
         nr if nr == numbers.mount => Some((numbers.abi, Call::Mount)),
+        FSCONFIG => Some((numbers.abi, Call::Fsconfig)),
         nr if nr == numbers.umount => Some((numbers.abi, Call::Umount)),
         nr if nr == numbers.mknodat => Some((numbers.abi, Call::Mknodat)),
         nr if Some(nr) == numbers.mknod => Some((numbers.abi, Call::Mknod)),
@@ -210,6 +219,7 @@ enum Label {
     Ioctl,
     Mknod,
     Mknodat,
+    Fsconfig,
     OtherAbi,
 }
 
@@ -244,7 +254,7 @@ fn assemble(abis: &[&AbiNumbers], options: FilterOptions) -> Vec<sock_filter> {
 fn section(code: &mut Vec<Instruction>, numbers: &AbiNumbers, options: FilterOptions) {
     const ALLOW: JumpTarget = JumpTarget::FilterAction(Allow);
     let nodes = numbers.mknod.into_iter().chain([numbers.mknodat]);
-    let lowest = nodes.chain(options.mounts.then_some(numbers.mount)).min().unwrap_or(0);
+    let lowest = nodes.chain((options.mounts || options.names).then_some(numbers.mount)).min().unwrap_or(0);
 
     code.extend([
         Is(numbers.arch, JumpTarget::Next, JumpTarget::Label(Label::OtherAbi)),
@@ -263,6 +273,11 @@ fn section(code: &mut Vec<Instruction>, numbers: &AbiNumbers, options: FilterOpt
             // Numbers before fsopen(2) are allowed, those up to fspick(2) get ENOSYS.
             AtLeast(FSOPEN, JumpTarget::Next, ALLOW),
             AtLeast(AFTER_FSPICK, JumpTarget::Next, JumpTarget::FilterAction(NotImplemented)),
+        ]);
+    } else if options.names {
+        code.extend([
+            Is(numbers.mount, JumpTarget::FilterAction(Notify), JumpTarget::Next),
+            Is(FSCONFIG, JumpTarget::Label(Label::Fsconfig), JumpTarget::Next),
         ]);
     }
     if numbers.abi == Abi::X86_64 {
@@ -293,8 +308,15 @@ fn section(code: &mut Vec<Instruction>, numbers: &AbiNumbers, options: FilterOpt
         Load(low(1)),
         And(libc::S_IFMT),
         Is(libc::S_IFBLK, JumpTarget::FilterAction(Notify), ALLOW),
-        Define(Label::OtherAbi),
     ]);
+    if options.names && !options.mounts {
+        code.extend([
+            Define(Label::Fsconfig),
+            Load(low(1)),
+            Is(SET_STRING, JumpTarget::FilterAction(Notify), ALLOW),
+        ]);
+    }
+    code.push(Define(Label::OtherAbi));
 }
 
 /// Assembles the instructions, followed by the returns.

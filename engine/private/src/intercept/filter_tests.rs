@@ -3,8 +3,9 @@
 
 use super::*;
 
-const OFF: FilterOptions = FilterOptions { mounts: false, caches: false };
-const ON: FilterOptions = FilterOptions { mounts: true, caches: true };
+const OFF: FilterOptions = FilterOptions { mounts: false, names: false, caches: false };
+const ON: FilterOptions = FilterOptions { mounts: true, names: false, caches: true };
+const ROOT: FilterOptions = FilterOptions { mounts: false, names: true, caches: false };
 
 /// The result of the program for a call, and the number of instructions.
 fn run(program: &[sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> (u32, usize) {
@@ -118,15 +119,40 @@ fn intercepts_mounts_on_request() {
 }
 
 #[test]
+fn intercepts_names_of_devices_on_request() {
+    for abis in PAIRS {
+        let program = assemble(&abis, ROOT);
+        for n in abis {
+            assert_eq!(end(&program, n.arch, n.mount, [0; 6]), Notify);
+            for (command, expected) in
+                [(0, Allow), (1, Notify), (1 << 32 | 1, Notify), (6, Allow), (7, Allow)]
+            {
+                assert_eq!(
+                    end(&program, n.arch, FSCONFIG, [3, command, 0, 0, 0, 0]),
+                    expected,
+                    "{command:x}"
+                );
+            }
+            for nr in [428, 429, 430, 432, 433, 434] {
+                assert_eq!(end(&program, n.arch, nr, [1; 6]), Allow, "{nr}");
+            }
+        }
+    }
+}
+
+#[test]
 fn allows_all_other_numbers() {
     for abis in PAIRS {
-        for options in [OFF, ON] {
+        for options in [OFF, ON, ROOT] {
             let program = assemble(&abis, options);
             for n in abis {
                 let mut special = vec![n.ioctl, n.mknodat];
                 special.extend(n.mknod);
                 if options.mounts {
                     special.extend([n.mount, 430, 431, 432, 433]);
+                }
+                if options.names {
+                    special.push(n.mount);
                 }
                 for nr in (0..1000).filter(|nr| !special.contains(nr)) {
                     for arg in [0x4c00, 0x6000] {
@@ -152,13 +178,13 @@ fn refuses_unknown_numbers_and_abis() {
 
 #[test]
 fn runs_as_many_instructions_as_documented() {
-    let (off, on) = (assemble(&PAIRS[0], OFF), assemble(&PAIRS[0], ON));
+    let [off, on, root] = [OFF, ON, ROOT].map(|options| assemble(&PAIRS[0], options));
     let count =
         |program: &[sock_filter], n: &AbiNumbers, nr, cmd| run(program, n.arch, nr, [0, cmd, 0, 0, 0, 0]).1;
     let longest = |program: &[sock_filter], n: &AbiNumbers, from| {
         (from..450).map(|nr| count(program, n, nr, 0x4c00)).max().unwrap()
     };
-    for program in [&off, &on] {
+    for program in [&off, &on, &root] {
         for nr in (0..133).filter(|&nr| nr != X86_64.ioctl) {
             assert_eq!(count(program, &X86_64, nr, 0), 6, "{nr}");
         }
@@ -167,14 +193,15 @@ fn runs_as_many_instructions_as_documented() {
         }
     }
     for cmd in [0x5401, 0x4c05] {
-        let counts = [&off, &on].map(|program| count(program, &X86_64, X86_64.ioctl, cmd));
+        let counts = [&root, &on].map(|program| count(program, &X86_64, X86_64.ioctl, cmd));
         assert_eq!(counts, [11, 14], "{cmd:x}");
     }
     // futex, openat
-    assert_eq!((count(&off, &X86_64, 202, 0), count(&off, &X86_64, 257, 0)), (9, 9));
+    assert_eq!((count(&root, &X86_64, 202, 0), count(&root, &X86_64, 257, 0)), (11, 11));
     assert_eq!((count(&on, &X86_64, 202, 0), count(&on, &X86_64, 257, 0)), (10, 10));
     assert_eq!((longest(&off, &X86_64, 0), longest(&on, &X86_64, 0)), (11, 14));
-    assert_eq!((longest(&off, &I386, 0), longest(&on, &I386, 0)), (12, 15));
+    assert_eq!((longest(&root, &X86_64, 0), longest(&root, &I386, 0)), (12, 13));
+    assert_eq!(longest(&on, &I386, 0), 15);
     assert!(on.len() < 64, "{}", on.len());
 }
 
@@ -182,7 +209,7 @@ fn runs_as_many_instructions_as_documented() {
 #[test]
 fn jumps_stay_inside_the_program() {
     for abis in [&PAIRS[0][..], &PAIRS[1], &[]] {
-        for program in [assemble(abis, OFF), assemble(abis, ON)] {
+        for program in [OFF, ON, ROOT].map(|options| assemble(abis, options)) {
             for (at, step) in program.iter().enumerate() {
                 let farthest = at + 1 + usize::from(step.jt.max(step.jf));
                 let is_end = u32::from(step.code) & 7 == libc::BPF_RET;

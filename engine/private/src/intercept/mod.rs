@@ -3,7 +3,7 @@
 //!
 //! This module knows how such a call is recognised, decoded and answered: the intercepted system
 //! calls ([`filter`]), safe access to a hostile caller ([`caller`]), the arguments ([`codec`],
-//! [`calls`], [`mounts`]), and the threads that serve calls ([`supervisor`]). It does not know what
+//! [`calls`], [`mounts`]), names of devices in /proc/mounts (`source_names`), and the threads that serve calls ([`supervisor`]). It does not know what
 //! the operations do ([`crate::loops`]), nor which file system has the nodes (`loopfs`).
 //!
 //! # Attacks of a hostile caller
@@ -12,7 +12,8 @@
 //! - *Have a checked call served by the kernel with other arguments.* The kernel reads all
 //!   arguments again when a call continues. So a recognised call never continues: it is answered.
 //!   Calls that continue behave as without a filter, and the kernel refuses them on the pool's
-//!   devices (ENOTTY). This module is a driver, not a guard. The guards are the modes of the nodes,
+//!   devices (ENOTTY). Only the source of a mount is changed first (`source_names`), which decides
+//!   nothing. This module is a driver, not a guard. The guards are the modes of the nodes,
 //!   and the refusal to make block nodes.
 //! - *End, so that another process or thread gets its id.* See [`caller`]: results by id count only
 //!   if the call still waits afterwards, and memory is written through a descriptor of the address
@@ -43,6 +44,7 @@ pub mod codec;
 pub mod filter;
 pub mod mknod;
 pub mod mounts;
+mod source_names;
 pub mod supervisor;
 
 pub use caller::{Administrators, FdNode, Namespace};

@@ -308,6 +308,11 @@ pub(super) fn address(abi: Abi, args: &[u64; 6], at: usize) -> u64 {
     if abi.is_compat() { args[at] & u64::from(u32::MAX) } else { args[at] }
 }
 
+/// Whether a call with these flags creates a new mount.
+pub(super) fn is_new_mount(raw: u64) -> bool {
+    flags(raw).is_some()
+}
+
 /// None: the call creates no new mount.
 fn flags(raw: u64) -> Option<u64> {
     let flags = if raw & MAGIC_MASK == MAGIC { raw & !MAGIC_MASK } else { raw };

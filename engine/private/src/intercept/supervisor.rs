@@ -24,6 +24,7 @@ use super::calls::{CallAction, IoctlCall, IoctlDispatcher, IsControl, PoolOps};
 use super::filter::{self, Call};
 use super::mknod::MknodCall;
 use super::mounts::{self, MountHandler};
+use super::source_names;
 use crate::error::{Error, Kind, Result};
 use crate::sys::seccomp::{Listener, Notification, is_over};
 
@@ -421,13 +422,21 @@ impl SupervisorShared {
             Some((abi, Call::Mknodat)) => {
                 self.dispatcher.mknod(&thread, &MknodCall::at(abi, &note.data.args))
             }
-            Some((abi, call @ (Call::Mount | Call::Umount))) => match &self.mounts {
-                Some(mounts) => {
-                    let serve = if call == Call::Mount { mounts::mount } else { mounts::umount };
-                    serve(&**mounts, &thread, abi, &note.data.args, self.dispatcher.administrators)
+            Some((abi, call @ (Call::Mount | Call::Umount))) => {
+                let args = &note.data.args;
+                let serve = if call == Call::Mount { mounts::mount } else { mounts::umount };
+                let served = self.mounts.as_ref().map_or(CallAction::Pass, |mounts| {
+                    serve(&**mounts, &thread, abi, args, self.dispatcher.administrators)
+                });
+                if (call, &served) == (Call::Mount, &CallAction::Pass) {
+                    source_names::mount(&thread, abi, args);
                 }
-                None => CallAction::Pass,
-            },
+                served
+            }
+            Some((abi, Call::Fsconfig)) => {
+                source_names::fsconfig(&thread, abi, &note.data.args);
+                CallAction::Pass
+            }
             None => CallAction::Pass,
         }
     }

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use super::container::HOLD_TIMEOUT;
 use super::container_mounts::{ContainerMounts, MountTable};
 use super::{
-    Caller, ContainerSession, OperationRequest, OperationResult, PoolHandle, PoolSource, TenantEvents,
+    Caller, ContainerSession, Mounter, OperationRequest, OperationResult, PoolHandle, PoolSource,
+    TenantEvents,
 };
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
@@ -125,14 +126,16 @@ impl mounts::KernelMounter for PoolKernelMounter {
 }
 
 impl PoolHandle for PoolRuntime {
-    fn supervise(&self, listener: OwnedFd, namespace: OwnedFd, mounter: Option<OwnedFd>) -> Result<()> {
+    fn supervise(&self, listener: OwnedFd, namespace: OwnedFd, mounter: Option<Mounter>) -> Result<()> {
         let administrators = Administrators::capable(examine(&namespace)?);
         let kernel = self.kernel_mounter(namespace);
-        let mounter = mounter.map(|socket| MounterSocket::new(socket, kernel)).transpose()?.map(Arc::new);
+        let serves_mounts = mounter.as_ref().is_some_and(|mounter| mounter.serves_mounts);
+        let socket = mounter.map(|mounter| MounterSocket::new(mounter.socket, kernel));
+        let mounter = socket.transpose()?.map(Arc::new);
         if let Some(mounter) = &mounter {
             self.mounter.get_or_init(|| Arc::clone(mounter));
         }
-        let mounts = mounter.map(|mounter| mounter as Arc<dyn MountHandler>);
+        let mounts = mounter.filter(|_| serves_mounts).map(|mounter| mounter as Arc<dyn MountHandler>);
         self.serve(
             listener,
             SupervisorOptions { mounts, refuse_foreign_nodes: true, ..self.options(administrators) },

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use super::sysfs;
-use super::tree::{LOOPFS, Tree, TreeNode, TreeOptions};
+use super::tree::{DEV_BLOCK, LOOPFS, Tree, TreeNode, TreeOptions};
 use crate::error::{Error, Result};
 use crate::loops::DeviceEntry;
 use crate::sys::stack::Stack;
@@ -43,7 +43,7 @@ impl Mirror {
         let cannot = |error| Error::os(error, "cannot create the pool's part of /dev and /sys");
         let dev = Tree::make(TreeOptions {
             size: DEV_BYTES,
-            nodes: DEV_NODES + u64::from(max) * (1 + PARTITIONS),
+            nodes: DEV_NODES + OTHER_DISKS_MAX as u64 + u64::from(max) * 2 * (1 + PARTITIONS),
             uid,
             gid,
         });
@@ -59,8 +59,11 @@ impl Mirror {
             stacks: Mutex::default(),
         };
         let control = TreeNode::Link(format!("{LOOPFS}/loop-control"));
-        for (path, node) in [(LOOPFS, TreeNode::Dir), ("loop-control", control)] {
+        for (path, node) in [(LOOPFS, TreeNode::Dir), (DEV_BLOCK, TreeNode::Dir), ("loop-control", control)] {
             mirror.dev.put(path, &node).map_err(cannot)?;
+        }
+        for (path, node) in sysfs::other_numbers().iter().take(OTHER_DISKS_MAX) {
+            mirror.dev.put(path, node).map_err(cannot)?;
         }
         for (path, node) in sysfs::other_disks().iter().take(3 * OTHER_DISKS_MAX) {
             mirror.sys.put(path, node).map_err(cannot)?;
@@ -146,8 +149,8 @@ impl Mirror {
         }
         // As devtmpfs does. The tenant may have made none, or removed it.
         let _ = self.dev.remove_node(&stack.name, stack.rdev);
-        for (_, node) in old_dev {
-            if let TreeNode::Link(made) = node {
+        for (path, node) in old_dev {
+            if let (true, TreeNode::Link(made)) = (path == stack.name, node) {
                 let _ = self.dev.remove_node(&made, stack.rdev);
             }
         }
@@ -156,14 +159,25 @@ impl Mirror {
 
 fn stack_nodes(stack: &Stack) -> (FileList, FileList) {
     let mapping = stack.mapping().map(|name| (stack.name.clone(), TreeNode::Link(format!("mapper/{name}"))));
-    (mapping.into_iter().collect(), sysfs::link_to_disk(&stack.name, stack.rdev))
+    let names = mapping.into_iter().chain([link_by_number(&stack.name, stack.rdev)]);
+    (names.collect(), sysfs::link_to_disk(&stack.name, stack.rdev))
 }
 
 fn device_links(entry: &DeviceEntry) -> FileList {
     let disk = format!("loop{}", entry.number);
-    let partitions = entry.partitions.iter().map(|partition| format!("{disk}p{}", partition.number));
-    let names = std::iter::once(disk.clone()).chain(partitions);
-    names.map(|name| (name.clone(), TreeNode::Link(format!("{LOOPFS}/{name}")))).collect()
+    let partitions = entry.partitions.iter();
+    let partitions = partitions.map(|partition| (format!("{disk}p{}", partition.number), partition.rdev));
+    let names = std::iter::once((disk.clone(), entry.rdev)).chain(partitions);
+    let links = |(name, rdev): (String, u64)| {
+        [link_by_number(&name, rdev), (name.clone(), TreeNode::Link(format!("{LOOPFS}/{name}")))]
+    };
+    names.flat_map(links).collect()
+}
+
+/// As udev makes it.
+fn link_by_number(name: &str, rdev: u64) -> (String, TreeNode) {
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    (format!("{DEV_BLOCK}/{major}:{minor}"), TreeNode::Link(format!("../{name}")))
 }
 
 fn partitions(names: &FileList) -> FileList {

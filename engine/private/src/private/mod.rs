@@ -40,11 +40,11 @@ pub use backend::PoolBackend;
 pub use container::ContainerSession;
 pub use limits::{Defaults, Limit, UserLimit};
 pub use operation::{DeviceStatus, LoopInfo64, Operation, OperationRequest, OperationResult};
-pub use pool_handle::{PoolHandle, PoolSource};
+pub use pool_handle::{Mounter, PoolHandle, PoolSource};
 pub use spec::{Caller, OpenSpec, OpenedPool, PoolInfo, RESERVED_MAX};
 pub use sysfs::{LIBUDEV, NO_UDEV, SYSFS_DIRS};
 pub use tenant_reaper::TenantEvents;
-pub use tree::LOOPFS;
+pub use tree::{DEV_BLOCK, LOOPFS};
 
 use crate::accounts;
 use crate::error::{Error, Kind, Result};
@@ -271,10 +271,10 @@ impl Registry {
         name: &str,
         listener: OwnedFd,
         namespace: OwnedFd,
-        mounter: Option<OwnedFd>,
+        mounter: Option<Mounter>,
         caller: Caller,
     ) -> Result<()> {
-        descriptors::check(&listener, &namespace, mounter.as_ref())?;
+        descriptors::check(&listener, &namespace, mounter.as_ref().map(|mounter| &mounter.socket))?;
         let (id, pool) = {
             let mut state = self.shared.state();
             let (id, tenant, pool) = open_to(&mut state, name, caller)?;

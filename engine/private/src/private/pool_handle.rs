@@ -27,11 +27,20 @@ pub trait PoolSource: Send + Sync + 'static {
     }
 }
 
+/// The daemon's end of the socket of a mounter.
+#[derive(Debug)]
+pub struct Mounter {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// It receives the calls of mount(2). Otherwise the kernel serves them.
+    pub serves_mounts: bool,
+}
+
 /// A pool with its file system.
 pub trait PoolHandle: Send + Sync {
     /// Serves the calls of the filter with this listener. At most once. Administrators of the user
-    /// namespace administrate the pool. `mounter` serves mounts.
-    fn supervise(&self, listener: OwnedFd, namespace: OwnedFd, mounter: Option<OwnedFd>) -> Result<()>;
+    /// namespace administrate the pool. `mounter` ends before the devices do.
+    fn supervise(&self, listener: OwnedFd, namespace: OwnedFd, mounter: Option<Mounter>) -> Result<()>;
     /// Allows the kernel to mount these file systems for the tenant. Called before its calls are
     /// served.
     fn allow_kernel_mounts(&self, _kinds: Vec<&'static FileSystem>) {}

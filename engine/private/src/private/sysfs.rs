@@ -16,7 +16,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::tree::{LOOPFS, TreeNode};
+use super::tree::{DEV_BLOCK, LOOPFS, TreeNode};
 use crate::loops::{Bound, DeviceEntry, flag};
 
 /// Directories of the tree, and the mount point of each.
@@ -48,6 +48,17 @@ pub fn other_disks() -> Vec<(String, TreeNode)> {
         }
     }
     nodes
+}
+
+/// udev's links by device number in /dev/block, for the machine's other disks.
+pub fn other_numbers() -> Vec<(String, TreeNode)> {
+    let dir = Path::new("/dev").join(DEV_BLOCK);
+    let names = fs::read_dir(&dir).into_iter().flatten().flatten();
+    let link = |name: String| {
+        let target = fs::read_link(dir.join(&name)).ok()?.into_os_string().into_string().ok()?;
+        (!is_private(&target)).then(|| (format!("{DEV_BLOCK}/{name}"), TreeNode::Link(target)))
+    };
+    names.filter_map(|entry| link(entry.file_name().into_string().ok()?)).collect()
 }
 
 /// Whether it is a loop device or a ublk disk: `../devices/virtual/block/loop0/loop0p1`.

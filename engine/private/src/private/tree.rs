@@ -17,6 +17,9 @@ use rustix::mount::{
 /// for devices in it.
 pub const LOOPFS: &str = "loopfs";
 
+/// The directory in the tenant's /dev with links by device number, as udev makes them.
+pub const DEV_BLOCK: &str = "block";
+
 /// A file of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TreeNode {

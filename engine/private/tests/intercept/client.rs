@@ -35,6 +35,9 @@ pub fn run(role: &str) {
     if role == "cost" {
         return cost();
     }
+    if role == "names" {
+        return crate::names::run();
+    }
     raw::install_and_send(&filter::program(filter::FilterOptions::default()));
     match role {
         "values" => values(),

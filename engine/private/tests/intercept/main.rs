@@ -8,6 +8,7 @@
 mod bed;
 mod client;
 mod fake;
+mod names;
 mod raw;
 
 use std::process::ExitCode;
@@ -29,9 +30,10 @@ fn main() -> ExitCode {
     }
     let args = libtest_mimic::Arguments::from_args();
     let mut trials = vec![];
-    for role in
-        ["values", "i386", "nobody", "others", "nodes", "rewriter", "swapper", "replaced", "threads", "cost"]
-    {
+    for role in [
+        "names", "values", "i386", "nobody", "others", "nodes", "rewriter", "swapper", "replaced", "threads",
+        "cost",
+    ] {
         trials.push(case(role, move || _ = Bed::new(role).finish()));
     }
     trials.extend([

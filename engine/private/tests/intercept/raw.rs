@@ -127,6 +127,25 @@ pub fn become_nobody() {
     }
 }
 
+/// mount(2) of a source in memory that can be written.
+pub fn mount(source: &mut [u8], target: &std::ffi::CStr, kind: &std::ffi::CStr, flags: u64) -> Done {
+    let source = source.as_mut_ptr().cast();
+    // SAFETY: the texts outlive the call, and the kernel reads each up to a NUL or its limit.
+    match unsafe { libc::mount(source, target.as_ptr(), kind.as_ptr(), flags, std::ptr::null()) } {
+        -1 => Err(errno()),
+        value => Ok(value.into()),
+    }
+}
+
+/// fsconfig(2) with FSCONFIG_SET_STRING and a wrong file descriptor.
+pub fn fsconfig(key: &std::ffi::CStr, value: &mut [u8]) -> Done {
+    // SAFETY: as above.
+    match unsafe { libc::syscall(431, -1, 1, key.as_ptr(), value.as_mut_ptr(), 0) } {
+        -1 => Err(errno()),
+        value => Ok(value),
+    }
+}
+
 /// mknod(2), which the C library does not call.
 #[cfg(target_arch = "x86_64")]
 pub fn mknod(path: &std::ffi::CStr, mode: u32) -> Done {

@@ -5,6 +5,7 @@
 //! /dev               a file system in memory; the daemon creates it and updates the links below
 //!   null, …          nodes like the host's; in a user namespace the host's own, bind-mounted
 //!   pts, log, …      other entries of the host's /dev, bind-mounted; symbolic links are copied
+//!   block/M:m    links of udev, and of the daemon to the command's own devices
 //!   mapper/          entries bind-mounted one by one, next to the command's own mappings
 //!   loopfs/          the file system of the pool: loop-control, loopN
 //!   loop-control → loopfs/loop-control
@@ -12,8 +13,8 @@
 //! ```
 //!
 //! A bind mount of this /dev has neither loopfs (see `covered_nodes`) nor other mounts in it, so
-//! nodes are made where the kernel allows that. Omits loop devices, ublk disks and their control nodes of the host. In a user namespace, the
-//! kernel refuses to unmount the new /dev.
+//! nodes are made where the kernel allows that. Omits loop devices, ublk disks and their control
+//! nodes of the host. In a user namespace, the kernel refuses to unmount the new /dev.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -23,7 +24,7 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::attach;
 use crate::error::{Error, Result};
-use crate::private::LOOPFS;
+use crate::private::{DEV_BLOCK, LOOPFS};
 
 /// Directory of device-mapper nodes.
 const MAPPER: &str = "mapper";
@@ -89,6 +90,10 @@ fn bind_entry(old: &OwnedFd, new: &OwnedFd, name: &str, kind: FileType) -> rusti
             return rustix::fs::symlinkat(target, new, name);
         }
         FileType::Directory => {
+            // The daemon has made it, with the links of the machine's other disks.
+            if name == DEV_BLOCK {
+                return Ok(());
+            }
             // Includes submounts: pts, shm, mqueue.
             flags |= OpenTreeFlags::AT_RECURSIVE;
             rustix::fs::mkdirat(new, name, Mode::from_raw_mode(0o755))?;

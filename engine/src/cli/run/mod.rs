@@ -29,7 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
 use crate::instance::MAX_DEVICES;
 use crate::intercept::filter;
-use crate::private::{LIBUDEV, NO_UDEV, OpenSpec, RESERVED_MAX};
+use crate::private::{LIBUDEV, Mounter, NO_UDEV, OpenSpec, RESERVED_MAX};
 use crate::sys;
 
 use super::{cannot_run, daemon, fuse_drivers, number};
@@ -61,8 +61,8 @@ pub(super) use userns::user_name;
 /// create mappings.
 ///
 /// If the daemon ends, the devices are lost, and a line on the command's terminal reports it.
-/// losetup then fails with "Function not implemented" (ENOSYS). In a user namespace, or with
-/// '--fuse', every mount(2) fails too. Exit the command and start 'loopengine run' again.
+/// losetup then fails with "Function not implemented" (ENOSYS), and every mount(2) fails too. Exit
+/// the command and start 'loopengine run' again.
 #[derive(Debug, clap::Args)]
 pub(super) struct RunArgs {
     /// Maximum number of devices [default: 8, or the rest of the user's limit].
@@ -162,11 +162,12 @@ impl RunArgs {
         };
         dev::mount(dev, loopfs)?;
         sysfs::mount(sys)?;
-        // For root of the host the kernel mounts, without the filter.
+        // For root of the host the kernel mounts; only the name in /proc/mounts is corrected.
         let mounts = !rules.root || !rules.fuse.is_empty();
-        let caches = !rules.root;
-        let mounter = mounter::start(rules, &opened.name, reserved)?;
-        let listener = filter(filter::FilterOptions { mounts, caches })?;
+        let (caches, names) = (!rules.root, rules.root);
+        let socket = mounter::start(rules, &opened.name, reserved)?;
+        let mounter = Mounter { socket, serves_mounts: mounts };
+        let listener = filter(filter::FilterOptions { mounts, names, caches })?;
         runtime.block_on(client.supervise(&opened.name, listener, namespace()?, Some(mounter)))?;
         drop((client, runtime));
         exec_command(&self.command)

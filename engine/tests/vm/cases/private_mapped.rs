@@ -23,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         tools("veritysetup", &["veritysetup"], VERITYSETUP),
         tools("dmsetup", &["dmsetup"], DMSETUP),
         tools("kpartx", &["kpartx"], KPARTX),
+        tools("by_number", &["dmsetup"], BY_NUMBER),
         tools("lvm", &["lvm"], LVM),
         tools("mdadm", &["mdadm"], MDADM),
         case("private::mapped::left_active", Needs::Private, 300, left_active),
@@ -104,9 +105,31 @@ report "delete" kpartx -d $dev
 free
 report "add, a file" kpartx -asv $PWD/disk; sed -E 's/\([0-9:]+\)/()/; s/linear [0-9:]+/linear/' said
 report "mount" mount /dev/mapper/loop0p1 mnt; cat mnt/file; umount mnt
-# Without udev's /dev/block, kpartx finds the device of a file only by its name.
+# kpartx finds the device of a file only with a loopN in /sys/devices and udev's /dev/block.
 report "delete, a file" kpartx -dv $PWD/disk
 report "delete, its device" kpartx -d $dev; dev=none; losetup -d /dev/loop0; gone
+"#;
+
+/// Links by device number in /dev/block. For the kernel's driver the script makes them, as udev
+/// would.
+const BY_NUMBER: &str = r#"
+ours() { [ -d /dev/loopfs ]; }
+number() { cat /sys/class/block/$1/dev; }
+show() {
+    local link=/dev/block/$(number $1)
+    ours || { mkdir -p /dev/block; ln -sfn ../$1 $link; }
+    echo "$(readlink $link | sed 's/[0-9][0-9]*/N/g'): $(stat -Lc %F $link), $(head -c 4 $link)"
+    [ "$(stat -Lc %Hr:%Lr $link)" = "$(number $1)" ] || echo "$1: another number"
+}
+table "label: dos" "start=2048,size=4096" | sfdisk -q disk
+write() { printf $1 | dd of=disk bs=512 seek=$2 conv=notrunc 2>/dev/null; }
+write disk 0; write part 2048
+bind -P; name=${dev#/dev/}; show $name; show ${name}p1
+dmsetup create whole --table "0 4096 linear ${dev}p1 0"; show $(cd /sys/class/block; grep -l '^whole$' dm-*/dm/name | cut -d/ -f1)
+report "by number" blockdev --getsz /dev/block/$(number $name); cat said
+dmsetup remove whole; free
+ours || rm -rf /dev/block
+echo "left: $(ls -l /dev/block 2>/dev/null | grep -cE 'p1$|dm-')"
 "#;
 
 const LVM: &str = r#"

@@ -148,14 +148,14 @@ fn umount(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// The name of a device in the mount table. /dev/loopN is a link, which mount(8) resolves for root.
+/// The name of a device in the mount table, although /dev/loopN is a link, which mount(8) resolves.
 fn mount_names(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = r#"
         truncate -s 32M a; mkfs.ext4 -q a; mkdir mnt
         source_of() { sed -n "s,^\([^ ]*\) $PWD/mnt .*,\1,p" /proc/mounts; }
         works "losetup" losetup /dev/loop0 a; works "mount" mount /dev/loop0 mnt
-        same "mount" "$(source_of)" /dev/loopfs/loop0
+        same "mount" "$(source_of)" /dev/loop0
         same "findmnt" "$(findmnt -nro TARGET /dev/loop0)" "$PWD/mnt"
         same "lsblk" "$(lsblk -nro MOUNTPOINTS /dev/loop0)" "$PWD/mnt"
         works "umount" umount /dev/loop0
@@ -163,10 +163,30 @@ fn mount_names(ctx: &Ctx) -> Res {
         works "umount" umount /dev/loop0; losetup -d /dev/loop0
         works "-o loop" mount -o loop a mnt; same "-o loop" "$(source_of)" /dev/loop0
         works "umount" umount a
+        rm a; truncate -s 64M a; echo "start=2048" | sfdisk -q a; works "losetup -P" losetup -P /dev/loop0 a
+        mkfs.ext4 -q /dev/loop0p1; works "a partition" mount /dev/loop0p1 mnt
+        same "a partition" "$(source_of)" /dev/loop0p1; works "umount" umount /dev/loop0p1
+        works "fsopen" python3 -c "$FSOPEN" /dev/loopfs/loop0p1 $PWD/mnt
+        same "fsopen" "$(source_of)" /dev/loop0p1; works "umount" umount mnt
+        works "other file systems" mount -t tmpfs /dev/loopfs mnt; same "tmpfs" "$(source_of)" /dev/loopfs
         "#;
-    Inside::new(ctx, &daemon).run(script)?;
+    Inside::new(ctx, &daemon).run(&format!("FSOPEN='{FSOPEN}'\n{script}"))?;
     daemon.stop()
 }
+
+/// Mounts as libmount 2.39 does: fsopen(2), fsconfig(2), fsmount(2), move_mount(2).
+const FSOPEN: &str = r#"
+import ctypes, sys
+def call(*words):
+    done = ctypes.CDLL(None, use_errno=True).syscall(*words)
+    if done < 0: sys.exit(f"{words}: errno {ctypes.get_errno()}")
+    return done
+device, target = (word.encode() for word in sys.argv[1:])
+fs = call(430, b"ext4", 0)
+call(431, fs, 1, b"source", ctypes.create_string_buffer(device), 0)
+call(431, fs, 6, None, None, 0)
+call(429, call(432, fs, 0, 0), b"", -100, target, 4)
+"#;
 
 /// Rounds of mount and umount leak nothing in the daemon.
 fn rounds(ctx: &Ctx) -> Res {
