@@ -83,6 +83,11 @@ impl Durability {
         self.row.store(row, Ordering::Relaxed);
     }
 
+    /// Whether the last flush came after at most one change.
+    pub fn is_in_row(&self) -> bool {
+        self.row.load(Ordering::Relaxed) > 0
+    }
+
     /// Whether a write that arrives now is likely to be the only one before the next flush.
     pub fn expects_flush(&self) -> bool {
         // The first comparison is all that other patterns cost.

@@ -241,7 +241,12 @@ impl<T: Transport> DeviceQueue<T> {
             retries: 0,
             arrived_ns: (sampled && transfers).then_some(now_ns),
         };
-        let linked = transfers && isolated && self.linked_commit && !sampled && !self.image.may_block();
+        // Nobody sees the end of a chain: a flush could not tell that the write has ended.
+        let end_matters = plain && self.image.durability().is_in_row();
+        let linked = transfers
+            && isolated
+            && self.linked_commit
+            && !(sampled || end_matters || self.image.may_block());
         let commit = match (linked, rejection) {
             (true, None) => self.transport.linked_commit(tag, request.len),
             _ => None,

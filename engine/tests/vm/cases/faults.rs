@@ -204,6 +204,8 @@ fn lone_writes(ctx: &Ctx, io_mode: &str) -> Res {
     let write = |block: u64, seed: u64| disk.write(block * 4 * KIB, &pattern(seed, 4096));
     let syncs = || Ok::<_, crate::harness::Stop>(daemon.stats(&device)?["syncs"].as_u64());
     let mut data = Vec::new();
+    // From a flush on, the ends of writes are seen.
+    disk.sync()?;
     for round in 0..12 {
         write(round, round)?;
         disk.sync()?;
