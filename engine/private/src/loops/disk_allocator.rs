@@ -11,14 +11,12 @@ mod kernel_loop;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::close_watcher::PoolWaker;
 use super::deletion_queue::DeletionQueue;
 use super::file_closer::FileCloser;
-use super::name_watcher::{NameWatch, NameWatcher};
+use super::name_watcher::{NameWatch, Notices};
 use super::pool_disk::{DiskServer, PoolDisk};
 use super::{Answer, errno};
 use crate::error::{Error, Kind, Result};
@@ -71,10 +69,7 @@ pub struct DiskAllocator {
     /// The device numbers of all disks, if they must not change.
     fixed: OnceLock<Vec<u64>>,
     closer: FileCloser,
-    /// See `reports_changes`.
-    reporting: Arc<AtomicBool>,
-    names: Option<Arc<NameWatcher>>,
-    waker: PoolWaker,
+    pub(super) notices: Notices,
 }
 
 /// Why a disk was not replaced.
@@ -104,30 +99,13 @@ impl DiskAllocator {
             free_list: Mutex::default(),
             fixed: OnceLock::new(),
             closer: FileCloser::default(),
-            reporting: Arc::default(),
-            names: None,
-            waker: PoolWaker::default(),
+            notices: Notices::default(),
         }
-    }
-
-    /// Each change of a disk of the kernel's loop driver is reported while this is true.
-    pub fn set_reporting(&mut self, reporting: Arc<AtomicBool>) {
-        self.reporting = reporting;
-    }
-
-    /// Has the names of bound files watched.
-    pub fn set_name_watcher(&mut self, names: Option<Arc<NameWatcher>>) {
-        self.names = names;
-    }
-
-    /// Wakes this thread when one changes.
-    pub fn set_waker(&mut self, waker: PoolWaker) {
-        self.waker = waker;
     }
 
     /// Watches the name of a bound file.
     pub fn watch_name(&self, file: BorrowedFd<'_>) -> Option<NameWatch> {
-        self.names.as_ref()?.watch(file, &self.waker)
+        self.notices.names.as_ref()?.watch(file, &self.notices.waker)
     }
 
     /// Shares the limit of closing files with the user's other pools.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Tells a pool when one of its backing files is renamed or deleted.
+//! Tells a pool of changes that others make: its backing files are renamed or deleted, its disks
+//! unbound.
 //!
 //! Knows inotify. The close watcher reads all names now and then: it notices a renamed directory
 //! above a file, and what is not watched.
@@ -7,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -18,6 +20,25 @@ use crate::error::{Error, Result};
 /// A rename, or a change of the number of links. chmod(1) and touch(1) are reported, too.
 const CHANGES: WatchFlags = WatchFlags::MOVE_SELF.union(WatchFlags::ATTRIB);
 const EVENTS_BYTES: usize = 4096;
+
+/// How a pool learns of such changes.
+#[derive(Clone, Debug, Default)]
+pub struct Notices {
+    /// The kernel's loop driver reports changes of its disks: see `Pools::listen`.
+    pub reporting: Arc<AtomicBool>,
+    /// Watches names, if that is possible.
+    pub names: Option<Arc<NameWatcher>>,
+    /// Wakes the pool.
+    pub waker: PoolWaker,
+}
+
+impl Notices {
+    /// For the pools of one daemon.
+    pub fn start() -> Notices {
+        let names = NameWatcher::start().inspect_err(|error| tracing::warn!("{error}")).ok();
+        Notices { names, ..Notices::default() }
+    }
+}
 
 /// The watched files of all pools.
 #[derive(Debug)]

@@ -75,7 +75,7 @@ impl Pool {
     pub fn start(spec: PoolSpec, mut allocator: DiskAllocator, quotas: Quotas) -> crate::Result<Arc<Pool>> {
         allocator.set_closer(quotas.closer(spec.uid));
         let close_watcher = CloseWatcher::default();
-        allocator.set_waker(close_watcher.waker());
+        allocator.notices.waker = close_watcher.waker();
         let most = PREALLOCATED_NAMES.min(spec.max as usize);
         let pool = Arc::new(Pool {
             preallocated: Mutex::new(spec.numbers().take(most).collect()),

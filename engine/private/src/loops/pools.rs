@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::disk_allocator::DiskAllocator;
-use super::name_watcher::NameWatcher;
+use super::name_watcher::Notices;
 use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
@@ -27,9 +27,7 @@ pub struct Pools {
     resources: PoolResources,
     table: Table,
     quotas: Quotas,
-    /// The kernel's loop driver reports changes of its disks.
-    reporting: Arc<AtomicBool>,
-    names: Option<Arc<NameWatcher>>,
+    notices: Notices,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -59,8 +57,7 @@ impl Pools {
             resources: engine.pool_resources(),
             table: Table::default(),
             quotas: Quotas::default(),
-            reporting: Arc::default(),
-            names: NameWatcher::start().inspect_err(|error| tracing::warn!("{error}")).ok(),
+            notices: Notices::start(),
         });
         engine.add_companion(Arc::clone(&pools) as _);
         pools
@@ -84,8 +81,7 @@ impl Pools {
         let (context, backend, workers) =
             self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions, spec.backend)?;
         let mut allocator = DiskAllocator::new(context, backend, spec.uid, workers);
-        allocator.set_reporting(Arc::clone(&self.reporting));
-        allocator.set_name_watcher(self.names.clone());
+        allocator.notices = self.notices.clone();
         let pool = Pool::start(spec.clone(), allocator, self.quotas.clone())?;
         if spec.fixed {
             pool.create_all().inspect_err(|_| pool.end(true))?;
@@ -107,14 +103,14 @@ impl Pools {
                 match changed {
                     Ok(disk) => pools.report(disk.as_deref()),
                     Err(error) => {
-                        pools.reporting.store(false, Relaxed);
+                        pools.notices.reporting.store(false, Relaxed);
                         return tracing::warn!(%error, "the kernel's events of loop devices end");
                     }
                 }
             }
         });
         started.map_err(|error| Error::os(error, "cannot start a thread"))?;
-        self.reporting.store(true, Relaxed);
+        self.notices.reporting.store(true, Relaxed);
         Ok(())
     }
 

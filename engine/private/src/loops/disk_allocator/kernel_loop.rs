@@ -112,7 +112,7 @@ impl DiskAllocator {
     /// Whether each change of a disk is reported, its last close for instance: see
     /// `CloseWatcher::report`.
     pub fn reports_changes(&self) -> bool {
-        self.is_kernel_loop() && self.reporting.load(Relaxed)
+        self.is_kernel_loop() && self.notices.reporting.load(Relaxed)
     }
 
     /// Whether it has loop`number` of the kernel's driver.
