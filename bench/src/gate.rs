@@ -15,8 +15,8 @@ use crate::job::{self, Job};
 use crate::outcome::{Mode, Outcome, Sample};
 use crate::target::RAW;
 
-/// Jobs that are measured: 4K at depth 1 and 32, and 128K.
-pub const JOBS: [&Job; 3] = [&job::QD1, &job::QD32, &job::SEQ];
+/// Jobs that are measured: 4K reads at depth 1 and 32, 128K reads, and 4K writes with an fsync each.
+pub const JOBS: [&Job; 4] = [&job::QD1, &job::QD32, &job::SEQ, &job::FSYNC];
 /// Targets that are measured.
 pub const TARGETS: [&str; 5] = [RAW, job::LOOP, "loopengine batch", "loopengine auto", "loopengine copy"];
 

@@ -92,6 +92,13 @@ pub const SEQ: Job = job!(
     quick: true,
 );
 
+/// 4K random write, an fsync after each.
+pub const FSYNC: Job = job!(
+    "fsync-4k-qd1" on Data: "4K random write, an fsync after each",
+    "Durability: bound by the flush, from the device down to the disk below. The latency is the fsync's.",
+    quick: true,
+);
+
 /// All jobs, in the order of a report.
 pub const JOBS: &[Job] = &[
     QD1,
@@ -138,11 +145,7 @@ pub const JOBS: &[Job] = &[
         "write-1m-qd4" on Data: "1M sequential write, depth 4",
         "The same for writes.",
     ),
-    job!(
-        "fsync-4k-qd1" on Data: "4K random write, an fsync after each",
-        "Durability: bound by the flush, from the device down to the disk below. The latency is the fsync's.",
-        quick: true,
-    ),
+    FSYNC,
     job!(
         "many-16-4k" on Many: "4K random read on 16 devices, 4 in flight on each",
         "Many devices in use at once: bound by the CPU, and by costs per device.",
