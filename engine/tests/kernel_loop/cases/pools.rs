@@ -14,7 +14,7 @@ use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("pools::a_last_close_writes_back", Needs::Private, 120, a_last_close_writes_back),
+        case("pools::a_last_close_writes_back", Needs::Private, 300, a_last_close_writes_back),
         case("pools::mounts_outlive_the_daemon", Needs::Private, 120, mounts_outlive_the_daemon),
         case("pools::the_next_daemon_removes_idle_disks", Needs::Private, 90, idle_disks_are_removed),
         case("pools::mounts_outlive_their_tenant", Needs::Private, 120, mounts_outlive_their_tenant),
