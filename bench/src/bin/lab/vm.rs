@@ -223,7 +223,7 @@ impl Vm {
 /// it, and then runs stale code. The kernel patches itself whenever a static key changes, so any
 /// program can crash it; toggling sched_schedstats does within seconds (`Oops: int3`). QEMU's
 /// commit deba78709ae8, "Always lock pages before translation", fixed it.
-fn takes_turns() -> Result<bool> {
+pub(crate) fn takes_turns() -> Result<bool> {
     let said = sh::capture(Command::new("qemu-system-x86_64").arg("--version"), VERSION_LIMIT)?;
     Ok(version(&said).is_none_or(|version| version < (8, 1)))
 }

@@ -44,7 +44,8 @@ pub(super) use userns::user_name;
 /// command.
 ///
 /// Root keeps its privileges. A plain user becomes root of a new user namespace, which uses the
-/// ranges in /etc/subuid and /etc/subgid if there are any. '--user' does the same for root.
+/// ranges in /etc/subuid and /etc/subgid if there are any. '--user' does the same for root. PATH
+/// gets the directories of losetup and mkfs at its end.
 ///
 /// The command gets its own mount namespace; its mounts are not visible outside. Its /dev contains
 /// the entries of the host's /dev, without loop devices and ublk disks.
@@ -220,12 +221,39 @@ fn exec_command(words: &[OsString]) -> Result<u8> {
     };
     let mut command = Command::new(program);
     command.args(arguments).envs(NO_UDEV).env(LIBUDEV.0, LIBUDEV.1);
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", with_system_directories(path));
+    }
     Ok(cannot_run(program, command.exec()))
+}
+
+/// `path` with the directories of losetup and mkfs at its end: the command is root, and the PATH of
+/// a plain user of Debian lacks them.
+fn with_system_directories(mut path: OsString) -> OsString {
+    let has = |path: &OsString, directory: &str| {
+        std::env::split_paths(path).any(|present| present == Path::new(directory))
+    };
+    for directory in ["/usr/local/sbin", "/usr/sbin", "/sbin"] {
+        if !has(&path, directory) {
+            path.push(":");
+            path.push(directory);
+        }
+    }
+    path
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn path_ends_with_the_missing_system_directories() {
+        let path = |text: &str| with_system_directories(text.into());
+        assert_eq!(path("/usr/bin:/bin"), "/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin");
+        assert_eq!(path("/sbin:/bin:/usr/sbin"), "/sbin:/bin:/usr/sbin:/usr/local/sbin");
+        let whole = "/usr/local/sbin:/usr/sbin:/sbin:/bin";
+        assert_eq!(path(whole), whole);
+    }
 
     #[test]
     fn parses_file_systems_and_drivers() {

@@ -2,12 +2,13 @@
 //! Tries packages out: lintian; install, use, upgrade, remove in small Debian systems.
 //!
 //! Systems are copies that are thrown away. No systemd runs in them, so services do not start, and
-//! ublk is not used. Knows package managers and the program's public commands only.
+//! ublk is not used; `machine` has both. Knows package managers and the program's public commands
+//! only.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use loopbench::sh;
 use crate::debian_root::{DebianRoot, OLDEST, SUITES};
 use crate::steps::Steps;
 
-use super::{Built, PackageKind, Release, build, oci, stage};
+use super::{Built, CheckKind, PackageKind, Release, build, machine, oci, stage};
 
 const LIMIT: Duration = Duration::from_secs(1200);
 /// Directory of packages inside a system.
@@ -42,18 +43,34 @@ const USE: &str = "\
     rm -rf /root/disk.img /root/log /run/loopengine /dev/fuse";
 
 /// Tries all of `built` out; the first failure is an error.
-pub(super) fn run(release: &Release, steps: &Steps, built: &Built) -> Result<()> {
+pub(super) fn run(release: &Release, steps: &Steps, built: &Built, kind: CheckKind) -> Result<()> {
+    let later = tempfile::tempdir()?;
+    if kind != CheckKind::Machine {
+        in_systems(release, steps, built, later.path())?;
+    }
+    if kind != CheckKind::Systems
+        && let Some(package) = built.get(&PackageKind::Deb)
+    {
+        steps.begin("deb on a machine with its own kernel and systemd");
+        let (newer, newest) = (newer_deb(release, later.path(), 2)?, newer_deb(release, later.path(), 3)?);
+        let mut files = vec![package.as_path(), &newer, &newest];
+        files.extend(built.get(&PackageKind::Oci).map(PathBuf::as_path));
+        machine::run(&files)?;
+    }
+    Ok(())
+}
+
+fn in_systems(release: &Release, steps: &Steps, built: &Built, later: &Path) -> Result<()> {
     for (kind, package) in built {
         match kind {
             PackageKind::Deb => {
                 steps.begin("lintian");
                 lintian(package)?;
-                let newer = newer_deb(release)?;
+                let newer = newer_deb(release, later, 2)?;
                 for suite in SUITES {
                     steps.begin(&format!("deb on Debian {suite}"));
                     deb(release, suite, package, &newer)?;
                 }
-                fs::remove_file(newer)?;
             }
             PackageKind::Rpm => {
                 steps.begin("rpm");
@@ -85,10 +102,10 @@ fn lintian(deb: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The same program with a higher version.
-fn newer_deb(release: &Release) -> Result<std::path::PathBuf> {
-    let program = build::built_for_debian(release);
-    stage::deb(release, &program, &format!("{}-2", release.version))
+/// The same program with a higher version, in `directory`.
+fn newer_deb(release: &Release, directory: &Path, revision: u32) -> Result<PathBuf> {
+    let later = Release { out: directory.to_owned(), ..release.clone() };
+    stage::deb(&later, &build::built_for_debian(release), &format!("{}-{revision}", release.version))
 }
 
 fn deb(release: &Release, suite: &str, package: &Path, newer: &Path) -> Result<()> {

@@ -6,12 +6,14 @@
 //!  build: static ─┬─────────────────────────── stage ── cargo-generate-rpm, tarball
 //!                 └─────────────────────────── oci
 //!  check ── installs, upgrades and removes all of them in Debian systems
+//!  └ machine ── the Debian package on a machine with its own kernel and systemd
 //! ```
 //! `loopengine install` has the list of the files; `stage` adds only what a kind of package demands.
 //! This file knows the order, and names and checksums of the results.
 
 mod build;
 mod check;
+mod machine;
 mod oci;
 mod stage;
 
@@ -38,10 +40,22 @@ pub(crate) struct PackageOptions {
     /// Directory of the packages [default: target/packages]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Also test the packages: run lintian, then install, use, upgrade and remove them in small
-    /// Debian systems
-    #[arg(long)]
-    check: bool,
+    /// Also test the packages: run lintian, then install, use, upgrade and remove them in Debian
+    /// systems
+    #[arg(long, value_enum, value_name = "WHERE", num_args = 0..=1, require_equals = true,
+          default_missing_value = "all")]
+    check: Option<CheckKind>,
+}
+
+/// Where to test packages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CheckKind {
+    /// In small systems, then on a machine
+    All,
+    /// In small Debian systems without a kernel of their own: takes a few minutes
+    Systems,
+    /// On an emulated machine with Debian 13, its kernel and systemd: takes about 15 minutes
+    Machine,
 }
 
 /// A kind of package.
@@ -73,6 +87,7 @@ const SUMS: &str = "SHA256SUMS";
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// What all packages of a run have in common.
+#[derive(Clone)]
 struct Release {
     version: String,
     /// Time of the last commit, in seconds: the same commit gives the same packages.
@@ -105,8 +120,8 @@ pub(crate) fn run(options: &PackageOptions) -> Result<()> {
     let built = build_all(&release, &steps, &options.kinds)?;
     steps.begin("packages");
     summarize(&release, &built)?;
-    if options.check {
-        check::run(&release, &steps, &built)?;
+    if let Some(kind) = options.check {
+        check::run(&release, &steps, &built, kind)?;
         println!("\nAll packages passed.");
     }
     Ok(())
