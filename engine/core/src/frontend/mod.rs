@@ -40,7 +40,7 @@ pub struct DeviceParameters {
     /// Requests in flight in each.
     pub depth: u16,
     /// The cookie that identifies the owner of a device that outlives the daemon; see
-    /// [`Frontend::examine`].
+    /// [`examine_disk`].
     pub owner_cookie: u64,
     /// It waits for the next daemon when this one dies; otherwise it ends.
     pub recoverable: bool,
