@@ -34,14 +34,14 @@ soon() {
 pid() { systemctl show --property MainPID --value loopengine.service; }
 as_user() { runuser --login user --command "$1"; }
 
-# --- everything that a package could leave
+# --- everything that a package could leave; the rest belongs to Debian, Podman and the test
 files() {
     find / /run -xdev \( -path /proc -o -path /run/lab -o -path /run/log -o -path /run/systemd \
-        -o -path /run/udev/data -o -path /run/udev/links -o -path /run/udev/tags -o -path /run/credentials \
-        -o -path /run/user -o -path /run/sudo -o -path /var/log -o -path /var/cache -o -path /var/tmp \
-        -o -path /tmp -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd \
-        -o -path /var/lib/containers -o -path /run/containers -o -path /run/libpod -o -path /run/crun \
-        -o -path /run/runc -o -path /srv -o -path /home \) -prune -o -print | sort
+        -o -path /run/udev -o -path /run/credentials -o -path /run/user -o -path /run/netns \
+        -o -path /var/log -o -path /var/cache -o -path /var/tmp -o -path /tmp -o -path /var/lib/apt \
+        -o -path /var/lib/dpkg -o -path /var/lib/systemd -o -path /var/lib/containers \
+        -o -path /run/containers -o -path /run/libpod -o -path /run/crun -o -path /run/runc \
+        -o -path /srv -o -path /home \) -prune -o -print | sort
 }
 traces() {
     systemctl list-unit-files --no-legend 'loopengine*' 'run-loopengine*' || true
@@ -93,7 +93,7 @@ upgrade() {
     writer /mnt/two
     sleep 2
     offer "$1"
-    apt-get upgrade --yes 2>&1 | tail -n 3
+    apt-get -q=2 upgrade --yes 2>&1 | tail -n 3
     is "version" "$(dpkg-query --show --showformat '${Version}' loopengine | sed 's/.*-//')" "$1"
     after=$(pid)
     [ "$after" != 0 ] && [ "$after" != "$before" ] || fail "pid $before before, $after after the upgrade"
@@ -242,7 +242,7 @@ for daemon in runs stopped; do
     ! apt-get purge --yes loopengine > said 2>&1 || fail "purged while devices are mounted"
     grep 'devices are in use' said
     is "the package" "$(dpkg-query --show --showformat '${db:Status-Status}' loopengine)" installed
-    is "the service" "$(systemctl is-active loopengine.service)" active
+    is "units" "$(systemctl is-active loopengine.socket loopengine.service | tr '\n' ' ')" "active active "
     (cd /mnt/one && sha256sum --check --quiet sums && sync .)
 done
 dpkg --set-selections <<< 'loopengine install'
@@ -264,8 +264,8 @@ rm -r /etc/systemd/system/loopengine.service.d /mnt/one /mnt/two
 systemctl daemon-reload
 
 step "apt purge"
-apt-get purge --yes loopengine 2>&1 | tail -n 3
-rm /etc/apt/sources.list
+apt-get -q=2 purge --yes loopengine 2>&1 | tail -n 3
+rm -r /etc/apt/sources.list /srv/repository
 files > after
 diff before after || fail "files are left (>) or gone (<)"
 traces > traces.after
