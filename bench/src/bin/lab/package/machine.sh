@@ -31,6 +31,8 @@ soon() {
     for _ in $(seq 100); do ! "$@" >/dev/null 2>&1 || return 0; sleep 0.3; done
     fail "not within 30 s: $*"
 }
+# The last lines of apt, without its progress.
+last() { sed '/(Reading database/d' | tail -n 3; }
 pid() { systemctl show --property MainPID --value loopengine.service; }
 as_user() { runuser --login user --command "$1"; }
 
@@ -93,7 +95,7 @@ upgrade() {
     writer /mnt/two
     sleep 2
     offer "$1"
-    apt-get -q=2 upgrade --yes 2>&1 | tail -n 3
+    apt-get upgrade --yes 2>&1 | last
     is "version" "$(dpkg-query --show --showformat '${Version}' loopengine | sed 's/.*-//')" "$1"
     after=$(pid)
     [ "$after" != 0 ] && [ "$after" != "$before" ] || fail "pid $before before, $after after the upgrade"
@@ -121,7 +123,7 @@ files > before
 traces > traces.before
 
 step "apt install ./loopengine_*.deb"
-apt-get install --yes ./loopengine_*-1_*.deb 2>&1 | tail -n 4
+apt-get install --yes ./loopengine_*-1_*.deb 2>&1 | last
 is "the socket" "$(systemctl is-enabled loopengine.socket) $(systemctl is-active loopengine.socket)" "enabled active"
 grep -q '^loopengine (unconfined)' /sys/kernel/security/apparmor/profiles || fail "no AppArmor profile"
 loopengine list # starts the service
@@ -264,7 +266,7 @@ rm -r /etc/systemd/system/loopengine.service.d /mnt/one /mnt/two
 systemctl daemon-reload
 
 step "apt purge"
-apt-get -q=2 purge --yes loopengine 2>&1 | tail -n 3
+apt-get purge --yes loopengine 2>&1 | last
 rm -r /etc/apt/sources.list /srv/repository
 files > after
 diff before after || fail "files are left (>) or gone (<)"
