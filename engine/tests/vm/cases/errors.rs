@@ -102,7 +102,7 @@ fn bad_images(ctx: &Ctx) -> Res {
     }
     for (option, value) in [
         ("--block-size", "3000"),
-        ("--block-size", "8192"),
+        ("--block-size", "131072"),
         ("--depth", "0"),
         ("--queues", "0"),
         ("--io-mode", "sideways"),
