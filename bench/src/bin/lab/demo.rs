@@ -120,7 +120,10 @@ fn show() -> Result<()> {
 
     // Over ublk, private pools need what the I/O mode batch needs: Linux 7.0.
     let over_ublk = modes.iter().any(|mode| mode == "batch").then_some(("ublk", "ublk"));
-    for (backend, title) in over_ublk.into_iter().chain([("loop", "the kernel's loop driver")]) {
+    // Nothing has loaded the driver yet.
+    let has_loop = sh::capture(Command::new("modprobe").arg("loop"), TOOL_LIMIT).is_ok();
+    let over_loop = has_loop.then_some(("loop", "the kernel's loop driver"));
+    for (backend, title) in over_ublk.into_iter().chain(over_loop) {
         say("private", &format!("private loop devices over {title}"));
         tenants::show(&daemon, &place, backend, |text| say("", text))?;
     }
