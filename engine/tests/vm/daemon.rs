@@ -333,6 +333,21 @@ impl Daemon {
         Ok(Footprint { threads, fds })
     }
 
+    /// The footprint once it has been the same for three seconds: the threads of what has ended are
+    /// gone.
+    pub(crate) fn settled_footprint(&self) -> Res<Footprint> {
+        let mut last = self.footprint()?;
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_secs(3));
+            let now = self.footprint()?;
+            if now == last {
+                return Ok(now);
+            }
+            last = now;
+        }
+        fail!("the footprint still changes: {last:?}")
+    }
+
     /// Checks that it uses the resources that it used before. The connection of a client that has
     /// ended, and a thread that starts for it, are gone a moment later.
     pub(crate) fn footprint_is(&self, before: &Footprint) -> Res {

@@ -31,8 +31,10 @@ const FAST_FOR: Duration = Duration::from_secs(2);
 /// device.
 const NAMES_INTERVAL: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 const NAMES_PER_DEVICE: Duration = Duration::from_millis(3);
-/// The same after inotify has reported a change.
+/// The same after inotify has reported a change, for this number of reads: the kernel reports an
+/// unlink before the path shows it.
 const CHANGED_NAMES_INTERVAL: Duration = Duration::from_millis(5);
+const CHANGED_NAMES_READS: u32 = 3;
 
 /// Devices that wait for their last close, of all pools of this process.
 static AWAITED: AtomicUsize = AtomicUsize::new(0);
@@ -166,14 +168,14 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
     let [mut awaited, mut bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
     let mut seen = WakeState::default();
     let mut after_report: Option<Duration> = None;
-    let mut names_changed = false;
+    let mut reads = 0;
     let (mut fast_until, mut named) = (Instant::now(), Instant::now());
     loop {
-        let names_interval = |changed: bool| match changed {
-            true => CHANGED_NAMES_INTERVAL,
-            false => pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND),
+        let names_interval = |reads: u32| match reads {
+            0 => pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND),
+            _ => CHANGED_NAMES_INTERVAL,
         };
-        let until_names = names_interval(names_changed).saturating_sub(named.elapsed());
+        let until_names = names_interval(reads).saturating_sub(named.elapsed());
         let until_close = match Instant::now() < fast_until {
             true => FAST_INTERVAL,
             false => pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED),
@@ -192,12 +194,14 @@ fn watch(signal: &Waker, pool: &Weak<Pool>) {
             true => Some(REPORT_INTERVAL[0]),
             false => after_report.map(|interval| interval * 2).filter(|next| *next <= REPORT_INTERVAL[1]),
         };
-        names_changed |= wake_state.names != seen.names;
+        if wake_state.names != seen.names {
+            reads = CHANGED_NAMES_READS;
+        }
         seen = wake_state;
         let Some(pool) = pool.upgrade() else { return };
-        let names = named.elapsed() >= names_interval(names_changed);
+        let names = named.elapsed() >= names_interval(reads);
         if names {
-            (named, names_changed) = (Instant::now(), false);
+            (named, reads) = (Instant::now(), reads.saturating_sub(1));
         }
         let round = pool.poll_closes(names);
         awaited.set(round.awaited);

@@ -49,6 +49,8 @@ struct PublishedState {
     in_rundown: bool,
     /// All watchers know the device: LOOP_CTL_GET_FREE may return it.
     announced: bool,
+    /// Notifications of watchers that are on their way.
+    notifications: usize,
     /// The last lookup that an open follows.
     last_lookup: Option<Instant>,
 }
@@ -159,16 +161,24 @@ impl LoopSlot {
         true
     }
 
-    /// Publishes the state of the device at once, including the rundown. True: the entry changed.
+    /// Publishes the state of the device at once, including the rundown. True: the caller must notify
+    /// the watchers, and say so with `notified`: the entry changed, or another thread that has
+    /// published it is still about to.
     pub(super) fn publish(&self, device: &PoolDevice) -> bool {
         let (entry, numbers, in_rundown) = (device.entry(), device.related_numbers(), device.is_in_rundown());
         let mut state = lock(&self.state);
-        let changed = state.entry != entry;
+        let notify = state.entry != entry || state.notifications > 0;
+        state.notifications += usize::from(notify);
         (state.entry, state.numbers, state.in_rundown) = (entry, numbers, in_rundown);
         state.replacing = false;
         drop(state);
         self.published.notify_all();
-        changed
+        notify
+    }
+
+    /// The watchers know what the caller has published.
+    pub(super) fn notified(&self) {
+        lock(&self.state).notifications -= 1;
     }
 
     /// Publishes that the device is removed.

@@ -429,13 +429,14 @@ impl Pool {
     /// The same for the close watcher itself.
     fn publish_without_wake(&self, number: u32, slot: &LoopSlot, device: MutexGuard<'_, PoolDevice>) {
         // A notified watcher may read the entry.
-        let changed = slot.publish(&device);
+        let notify = slot.publish(&device);
         if let Some(disk) = &device.disk {
             self.allocator.record_device(disk.rdev, number);
         }
         drop(device);
-        if changed {
+        if notify {
             self.notify(number);
+            slot.notified();
         }
     }
 

@@ -136,8 +136,7 @@ fn others_keep_working(ctx: &Ctx) -> Res {
         "the stuck device is gone: the test proves nothing"
     );
     // Retries cost a constant amount of memory.
-    std::thread::sleep(Duration::from_secs(3));
-    let before = daemon.footprint()?;
+    let before = daemon.settled_footprint()?;
     std::thread::sleep(Duration::from_secs(12));
     let after = daemon.footprint()?;
     ensure!(before == after, "while it hangs: from {before:?} to {after:?}");
