@@ -326,8 +326,8 @@ impl Daemon {
             .flatten()
             .filter(|task| {
                 let comm = std::fs::read_to_string(task.path().join("comm"));
-                // io_uring's helpers come and go with the load, tokio's blocking pool as well.
-                !comm.is_ok_and(|c| c.starts_with("iou-wrk") || c.starts_with("tokio"))
+                // These come and go with the load.
+                !comm.is_ok_and(|c| ["iou-wrk", "tokio", "driver call"].iter().any(|of| c.starts_with(of)))
             })
             .count();
         Ok(Footprint { threads, fds })

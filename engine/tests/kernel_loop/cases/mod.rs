@@ -101,8 +101,9 @@ const OF_UBLK: [&str; 8] = [
 
 /// Cases about private pools that the kernel's driver answers differently (`pools` has those), that
 /// need its module unloaded, or that look at ublk itself.
-const OF_UBLK_POOLS: [&str; 6] = [
-    "private::figures",
+const OF_UBLK_POOLS: [&str; 7] = [
+    "private::figures::calls",
+    "private::figures::last_close",
     "private::without_interception",
     "private_claims::pools_share_with_a_warning",
     "private_hung::",

@@ -38,18 +38,23 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The kernel's driver, loaded until this is dropped.
+/// The kernel's driver, loaded until this is dropped. It stays if it serves the pools.
 struct KernelLoop;
 
 impl KernelLoop {
     fn load() -> Res<KernelLoop> {
-        tools::ok(&["modprobe", "loop"])?;
+        if crate::BACKEND != "loop" {
+            tools::ok(&["modprobe", "loop"])?;
+        }
         Ok(KernelLoop)
     }
 }
 
 impl Drop for KernelLoop {
     fn drop(&mut self) {
+        if crate::BACKEND == "loop" {
+            return;
+        }
         // Failures were reported; unbind first.
         let _ = tools::run(&["losetup", "-D"]);
         let _ = tools::until(Duration::from_secs(10), || {
@@ -58,7 +63,8 @@ impl Drop for KernelLoop {
     }
 }
 
-/// `losetup -f --show`, then `-d`: alternately in a pool and on the kernel's driver.
+/// `losetup -f --show` and `-d`, `mount -o loop` and `umount`: alternately in a pool and on the
+/// kernel's driver.
 fn set_up(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let kernel = KernelLoop::load()?;
@@ -66,34 +72,35 @@ fn set_up(ctx: &Ctx) -> Res {
     let script = |me: &str, other: &str| {
         format!(
             r#"
-            image {me}.img 1M; exec 3<>{me} 4<>{other}
+            image {me}.img 1M; truncate -s 8M {me}.fs; mkfs.ext2 -q {me}.fs; mkdir {me}.mnt; exec 3<>{me} 4<>{other}
             for i in {{1..{ROUNDS}}}; do
                 read -t 60 -u 3 || wrong "no turn $i"
                 from=${{EPOCHREALTIME/./}}; dev=$(losetup -f --show {me}.img); mid=${{EPOCHREALTIME/./}}
                 losetup -d $dev || wrong "$dev, round $i"; to=${{EPOCHREALTIME/./}}
-                echo $((mid - from)) $((to - mid))
-                soon "unbound" "" losetup -a; echo >&4
+                bound=$((mid - from)) cleared=$((to - mid)); soon "unbound" "" losetup -j {me}.img; sleep 0.1
+                from=${{EPOCHREALTIME/./}}; mount -o loop {me}.fs {me}.mnt || wrong "mount, round $i"; mid=${{EPOCHREALTIME/./}}
+                umount {me}.mnt || wrong "umount, round $i"; to=${{EPOCHREALTIME/./}}
+                echo $bound $cleared $((mid - from)) $((to - mid)); soon "unmounted" "" losetup -j {me}.fs; echo >&4
             done"#
         )
     };
     let theirs = Inside::new(ctx, &daemon).shell().start(&script("theirs", "ours"))?;
-    let ours = Inside::new(ctx, &daemon).start(&script("ours", "theirs"))?;
+    let ours = Inside::new(ctx, &daemon).with(&["--mount", "ext2"]).start(&script("ours", "theirs"))?;
     std::fs::write(ctx.path("ours"), "\n").at("the first turn")?;
     let (ours, theirs) = (ours.finish()?, theirs.finish()?);
     drop(kernel);
-    let rounds = |text: &str| -> Res<Vec<[f64; 2]>> {
-        let line = |line: &str| -> Res<[f64; 2]> {
-            match line.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?[..] {
-                [bind, clear] => Ok([bind, clear]),
-                _ => fail!("a round's line is {line:?}"),
-            }
+    let rounds = |text: &str| -> Res<Vec<[f64; 4]>> {
+        let line = |line: &str| -> Res<[f64; 4]> {
+            let numbers = line.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+            numbers.try_into().map_err(|_| format!("a round's line is {line:?}").into())
         };
         text.lines().skip(WARM).map(line).collect()
     };
     let (ours, theirs) = (rounds(&ours)?, rounds(&theirs)?);
     ensure!(ours.len() == ROUNDS - WARM && theirs.len() == ours.len(), "{} rounds", ours.len());
-    for (at, what) in ["losetup -f --show", "losetup -d"].into_iter().enumerate() {
-        let of = |rounds: &[[f64; 2]]| median(rounds.iter().map(|round| round[at]).collect());
+    let steps = ["losetup -f --show", "losetup -d", "mount -o loop", "umount"];
+    for (at, what) in steps.into_iter().enumerate() {
+        let of = |rounds: &[[f64; 4]]| median(rounds.iter().map(|round| round[at]).collect());
         let times = median(ours.iter().zip(&theirs).map(|(our, their)| our[at] / their[at]).collect());
         ctx.note(format!(
             "{what}: {:.1} ms, the kernel's {:.1} ms; {times:.2} times in the median round",

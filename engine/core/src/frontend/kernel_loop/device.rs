@@ -164,7 +164,7 @@ impl KernelLoop {
         let number = self.number();
         self.call("taking over a loop device", move |file, info| match info.flags & LO_FLAGS_AUTOCLEAR {
             0 => Ok(()),
-            _ => set_autoclear(file, false),
+            _ => keep_at_last_close(file),
         })?
         .map_err(|error| Error::os(error, format!("cannot take over {}", node(number).display())))
     }
@@ -185,15 +185,15 @@ impl KernelLoop {
         let wait = if when == StopMode::IfUnused { RELEASE_TIMEOUT } else { Duration::ZERO };
         let deadline = Instant::now() + wait;
         let force = when == StopMode::Always;
-        // Its last close unbinds it, ours for instance: LOOP_CLR_FD would lose what that close has to
-        // write back.
+        let number = self.number();
         let set = self.call("unbinding a loop device", move |file, mut info| {
-            if force {
-                // It is a loop device as any other now: the next daemon must not take it over.
-                let name = info.file_name().splitn(3, |byte| *byte == b':').last().unwrap_or_default();
-                let name = name.to_vec();
-                info.set_file_name(&name);
+            if !force {
+                return unbind_at_last_close(file, number);
             }
+            // It is a loop device as any other now: the next daemon must not take it over.
+            let name = info.file_name().splitn(3, |byte| *byte == b':').last().unwrap_or_default();
+            let name = name.to_vec();
+            info.set_file_name(&name);
             info.flags |= LO_FLAGS_AUTOCLEAR;
             loop_device::set_status(file, &info)
         })?;
@@ -203,7 +203,7 @@ impl KernelLoop {
                 std::thread::sleep(POLL_INTERVAL);
                 continue;
             }
-            let kept = self.call("keeping a loop device", |file, _| set_autoclear(file, false));
+            let kept = self.call("keeping a loop device", |file, _| keep_at_last_close(file));
             return match kept {
                 Ok(Ok(())) => Err(Error::new(Kind::Busy, "the device is open")),
                 // It was unbound all the same.
@@ -313,12 +313,7 @@ impl KernelLoop {
 /// Binds a device that was just added.
 fn bind(number: u32, image: &Image, parameters: &DeviceParameters) -> rustix::io::Result<()> {
     let geometry = image.geometry();
-    let file = File::options()
-        .read(true)
-        .write(!geometry.read_only)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(node(number))
-        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let file = open_node(number, !geometry.read_only)?;
     let mut info = LoopInfo::default();
     (info.offset, info.size_limit) = (geometry.offset, image.size_limit());
     info.flags = flag(geometry.read_only, LO_FLAGS_READ_ONLY)
@@ -332,10 +327,19 @@ pub(super) fn flag(set: bool, flag: u32) -> u32 {
     if set { flag } else { 0 }
 }
 
-/// Sets or clears autoclear of a bound device.
-pub(super) fn set_autoclear(file: &File, on: bool) -> rustix::io::Result<()> {
+/// The last close of a bound device unbinds it, ours for instance. LOOP_SET_STATUS64 would do the same
+/// and wait some 15 ms for the block layer.
+pub(super) fn unbind_at_last_close(file: &File, number: u32) -> rustix::io::Result<()> {
+    // With one descriptor the driver refuses I/O from now on, and loses what the last close has to
+    // write back.
+    let _second = open_node(number, false)?;
+    loop_device::clear(file)
+}
+
+/// The last close of a bound device leaves it bound.
+pub(super) fn keep_at_last_close(file: &File) -> rustix::io::Result<()> {
     let mut info = loop_device::status(file)?;
-    info.flags = info.flags & !LO_FLAGS_AUTOCLEAR | flag(on, LO_FLAGS_AUTOCLEAR);
+    info.flags &= !LO_FLAGS_AUTOCLEAR;
     loop_device::set_status(file, &info)
 }
 
@@ -370,12 +374,15 @@ pub(super) fn node(number: u32) -> PathBuf {
 
 /// Opens a device for reading: a close after a write makes udev probe it.
 fn open(number: u32) -> Result<File> {
-    let node = node(number);
-    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&node);
-    opened.map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => not_ours(number),
-        _ => Error::os(error, format!("cannot open {}", node.display())),
+    open_node(number, false).map_err(|error| match error {
+        Errno::NOENT | Errno::NXIO | Errno::NODEV => not_ours(number),
+        _ => Error::os(error, format!("cannot open {}", node(number).display())),
     })
+}
+
+pub(super) fn open_node(number: u32, writable: bool) -> rustix::io::Result<File> {
+    let opened = File::options().read(true).write(writable).custom_flags(libc::O_NONBLOCK).open(node(number));
+    opened.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
 fn status(file: impl AsFd, number: u32) -> Result<LoopInfo> {

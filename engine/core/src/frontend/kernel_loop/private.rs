@@ -9,14 +9,16 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::device::{BlockStats, PRIVATE_OWNER, disk, flag, node, owned_name, parse_stats, set_autoclear};
+use super::device::{
+    BlockStats, PRIVATE_OWNER, disk, flag, keep_at_last_close, node, open_node, owned_name, parse_stats,
+    unbind_at_last_close,
+};
 use super::{add, remove};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::disk_list::DiskList;
@@ -145,7 +147,11 @@ impl PrivateLoop {
     /// Whether its last close unbinds it. Without users, it is unbound at once.
     pub fn set_autoclear(&self, on: bool) -> Result<()> {
         if self.state().autoclear != on {
-            self.call("changing a loop device", move |file| set_autoclear(file, on))?;
+            let number = self.number;
+            self.call("changing a loop device", move |file| match on {
+                true => unbind_at_last_close(file, number),
+                false => keep_at_last_close(file),
+            })?;
             self.state().autoclear = on;
         }
         Ok(())
@@ -160,9 +166,12 @@ impl PrivateLoop {
         if self.state().autoclear {
             return busy();
         }
-        // Closes the device: LOOP_CLR_FD would lose what the last close has to write back.
-        self.call("unbinding a loop device", |file| set_autoclear(file, true))?;
-        match self.call("unbinding a loop device", |file| set_autoclear(file, false)) {
+        let number = self.number;
+        self.call("unbinding a loop device", move |file| unbind_at_last_close(file, number))?;
+        if !self.is_bound() {
+            return Ok(());
+        }
+        match self.call("unbinding a loop device", keep_at_last_close) {
             Ok(()) => busy(),
             Err(_) if !self.is_bound() => Ok(()),
             Err(error) => Err(error),
@@ -204,16 +213,16 @@ impl PrivateLoop {
         what: &str,
         call: impl FnOnce(&File) -> rustix::io::Result<T> + Send + 'static,
     ) -> Result<T> {
-        let (node, sequence) = (self.node(), self.state().sequence);
+        let (number, node, sequence) = (self.number, self.node(), self.state().sequence);
         if Arc::strong_count(&self.call) > 1 {
             // Each call more would hang, too, and keep a thread.
             let context = format!("the file system of the image of {} does not answer", node.display());
             return Err(Error::new(Kind::Deadline, context));
         }
-        let (opened, running) = (node.clone(), Arc::clone(&self.call));
+        let running = Arc::clone(&self.call);
         let done = with_timeout(what, move || {
             let _running = running;
-            let file = open(&opened, false)?;
+            let file = open_node(number, false)?;
             match block::disk_sequence(file.as_fd())? == sequence {
                 true => call(&file),
                 false => Err(Errno::NXIO),
@@ -234,7 +243,7 @@ fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop
         let file = open_unbound(number, !geometry.read_only)?;
         loop_device::configure(&file, image.fd(), geometry.block_size, &info)?;
         let sequence = block::disk_sequence(file.as_fd())?;
-        let rdev = file.metadata().map_err(errno)?.rdev();
+        let rdev = rustix::fs::fstat(&file)?.st_rdev;
         let state = Binding { image: image.identity(), sequence, autoclear: false };
         Ok(PrivateLoop { number, owner_cookie, rdev, state: Mutex::new(state), call: Arc::default() })
     })?;
@@ -250,20 +259,11 @@ fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop
 fn open_unbound(number: u32, writable: bool) -> rustix::io::Result<File> {
     let until = Instant::now() + REBIND_TIMEOUT;
     loop {
-        match open(&node(number), writable) {
+        match open_node(number, writable) {
             Err(Errno::NXIO) if Instant::now() < until => std::thread::sleep(REBIND_INTERVAL),
             opened => return opened,
         }
     }
-}
-
-fn open(node: &Path, writable: bool) -> rustix::io::Result<File> {
-    let opened = File::options().read(true).write(writable).custom_flags(libc::O_NONBLOCK).open(node);
-    opened.map_err(errno)
-}
-
-fn errno(error: std::io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 /// Removes what a failed start has made. A call that is still under way keeps the device.
