@@ -73,6 +73,16 @@ pub(crate) fn ratio(value: f64) -> String {
     }
 }
 
+/// "0.85 to 1.36", or "0.85". None: there are no ratios.
+pub(crate) fn span(ratios: impl Iterator<Item = f64>) -> Option<String> {
+    let [least, most] = ratios.fold(None, |span: Option<[f64; 2]>, value| {
+        let [least, most] = span.unwrap_or([value; 2]);
+        Some([least.min(value), most.max(value)])
+    })?;
+    let (least, most) = (ratio(least), ratio(most));
+    Some(if least == most { least } else { format!("{least} to {most}") })
+}
+
 /// "+1.3 %" for 1.013.
 pub(crate) fn change(quotient: f64) -> String {
     if quotient.is_finite() { format!("{:+.1} %", (quotient - 1.0) * 100.0) } else { NOTHING.into() }

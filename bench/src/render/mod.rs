@@ -12,6 +12,7 @@
 mod brief;
 mod csv;
 mod doc;
+pub mod figures;
 mod html;
 mod markdown;
 mod palette;

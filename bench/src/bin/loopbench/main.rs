@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use loopbench::plan::{Choice, describe};
 use loopbench::{collect, compare, gate, raw, render, run, sh};
@@ -71,6 +71,15 @@ enum Command {
         #[arg(long)]
         accept: bool,
     },
+    /// Rewrite the figures in documents from the results that they link
+    Figures {
+        /// Directory of the repository
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        root: PathBuf,
+        /// Documents with tables of results
+        #[arg(value_name = "FILE", default_values = render::figures::DOCUMENTS)]
+        files: Vec<PathBuf>,
+    },
 }
 
 const FAILED: u8 = 1;
@@ -122,6 +131,15 @@ fn execute(command: Command) -> Result<u8> {
             let comparison = compare::compare(&render::read(&old)?, &render::read(&new)?)?;
             say(&comparison.to_string());
             Ok(u8::from(comparison.slower()))
+        }
+        Command::Figures { root, files } => {
+            for file in files.iter().map(|file| root.join(file)) {
+                let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+                let text =
+                    render::figures::refreshed(&text, &root).with_context(|| file.display().to_string())?;
+                std::fs::write(&file, text).with_context(|| file.display().to_string())?;
+            }
+            Ok(0)
         }
         Command::Gate { dir, baseline, accept } => gate::run(&collect::result(&dir)?, &baseline, accept),
     }

@@ -8,7 +8,7 @@ use crate::render::doc::{Block, LineKind, Table};
 use crate::render::palette::{Palette, Style, ours};
 use crate::render::svg::forest::{Group, forest};
 use crate::summary::{Row, rows};
-use crate::units::{NOTHING, plain, ratio, ratio_of};
+use crate::units::{self, NOTHING, plain, ratio_of};
 
 /// Representative jobs; if none of them was run, the first few are used.
 const CORE: [&str; 7] = [
@@ -38,7 +38,7 @@ const CONTENDERS: [Contender; 3] = [
 ];
 
 pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
-    let jobs = core(outcome);
+    let jobs = summary_jobs(outcome);
     let results: Vec<(&JobInfo, [Option<Row>; 3])> = jobs
         .iter()
         .map(|job| {
@@ -95,7 +95,8 @@ fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
     table.condensed()
 }
 
-fn core(outcome: &Outcome) -> Vec<&JobInfo> {
+/// The representative jobs of this result.
+pub fn summary_jobs(outcome: &Outcome) -> Vec<&JobInfo> {
     let against_loop = || outcome.jobs.iter().filter(|job| job.reference == LOOP);
     let core: Vec<&JobInfo> = against_loop().filter(|job| CORE.contains(&job.name.as_str())).collect();
     if core.is_empty() { against_loop().take(CORE.len()).collect() } else { core }
@@ -113,8 +114,6 @@ fn first(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
 
 /// A name and the range of its ratios: "0.85 to 1.36 ×".
 fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<(String, String)> {
-    let ratios = || results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio);
-    let (least, most) = (ratio(ratios().reduce(f64::min)?), ratio(ratios().reduce(f64::max)?));
-    let span = if least == most { format!("{least} ×") } else { format!("{least} to {most} ×") };
-    Some((CONTENDERS[index].name.to_owned(), span))
+    let reached = units::span(results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio))?;
+    Some((CONTENDERS[index].name.to_owned(), format!("{reached} ×")))
 }

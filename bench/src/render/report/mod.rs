@@ -4,11 +4,13 @@
 //! Knows the text, not the syntax of HTML or Markdown.
 
 mod answer;
+
 pub(super) mod cost;
 mod job;
 mod service;
 mod setup;
 
+pub(super) use self::answer::summary_jobs;
 use super::doc::{Block, LineKind};
 use super::palette::{Palette, ours};
 use super::svg;
