@@ -52,8 +52,6 @@ struct Binding {
     image: Identity,
     /// The disk sequence number since it was bound.
     sequence: u64,
-    /// The driver unbinds it at its last close.
-    autoclear: bool,
 }
 
 impl PrivateLoop {
@@ -146,15 +144,19 @@ impl PrivateLoop {
 
     /// Whether its last close unbinds it. Without users, it is unbound at once.
     pub fn set_autoclear(&self, on: bool) -> Result<()> {
-        if self.state().autoclear != on {
-            let number = self.number;
-            self.call("changing a loop device", move |file| match on {
-                true => unbind_at_last_close(file, number),
-                false => keep_at_last_close(file),
-            })?;
-            self.state().autoclear = on;
+        if self.is_autoclear() == on {
+            return Ok(());
         }
-        Ok(())
+        let number = self.number;
+        self.call("changing a loop device", move |file| match on {
+            true => unbind_at_last_close(file, number),
+            false => keep_at_last_close(file),
+        })
+    }
+
+    /// What the driver says: a process past the interception can change it.
+    fn is_autoclear(&self) -> bool {
+        fs::read(self.sysfs().join("loop/autoclear")).is_ok_and(|text| text.starts_with(b"1"))
     }
 
     /// Unbinds it if nobody has it open; otherwise [`Kind::Busy`], and nothing has changed.
@@ -163,7 +165,7 @@ impl PrivateLoop {
         if !self.is_bound() {
             return Ok(());
         }
-        if self.state().autoclear {
+        if self.is_autoclear() {
             return busy();
         }
         let number = self.number;
@@ -244,7 +246,7 @@ fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop
         loop_device::configure(&file, image.fd(), geometry.block_size, &info)?;
         let sequence = block::disk_sequence(file.as_fd())?;
         let rdev = rustix::fs::fstat(&file)?.st_rdev;
-        let state = Binding { image: image.identity(), sequence, autoclear: false };
+        let state = Binding { image: image.identity(), sequence };
         Ok(PrivateLoop { number, owner_cookie, rdev, state: Mutex::new(state), call: Arc::default() })
     })?;
     bound.map_err(|error| match error {
