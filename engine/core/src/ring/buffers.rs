@@ -3,11 +3,13 @@
 //!
 //! Knows nothing of devices. Data never passes through here.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::hash::{BuildHasher, RandomState};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::types::BufRingEntry;
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::error::{Error, Kind, Result};
 
@@ -54,14 +56,21 @@ impl BufferSlots {
 /// Bytes of one arrival buffer: 128 tags, the driver's maximum.
 const ARRIVAL_BYTES: usize = 256;
 const PAGE: usize = 4096;
+/// Address spaces, in bits: of most machines, and the smallest.
+const ADDRESS_BITS: [u32; 2] = [46, 37];
+/// How many addresses are tried in each.
+const ADDRESS_TRIES: u32 = 8;
 
 /// A ring of provided buffers, shared by all multishot fetches of an io_uring.
 ///
-/// The memory holds the descriptor ring, then the buffers.
+/// The memory holds the descriptor ring, then the buffers. It lies where other processes map nothing.
+/// When the daemon is killed, Linux 7.0 to 7.3 may hand out tags once more, from a kernel thread that
+/// still has the address space of whichever process ran before: it writes them to the same address
+/// there. `engine/doc/design/data-path.md` tells more.
 #[derive(Debug)]
 pub struct ArrivalBuffers {
     memory: NonNull<u8>,
-    layout: Layout,
+    bytes: usize,
     entries: u16,
     tail: u16,
 }
@@ -76,12 +85,9 @@ impl ArrivalBuffers {
     pub fn new(entries: u16) -> Result<Self> {
         assert!(entries.is_power_of_two() && entries <= 1024);
         let bytes = usize::from(entries) * (size_of::<BufRingEntry>() + ARRIVAL_BYTES);
-        let layout = Layout::from_size_align(bytes.next_multiple_of(PAGE), PAGE)
-            .map_err(|_| Error::new(Kind::Internal, "arrival buffers: impossible layout"))?;
-        // SAFETY: the layout has a size above zero, since `entries` is at least one.
-        let memory = NonNull::new(unsafe { alloc_zeroed(layout) })
-            .ok_or_else(|| Error::new(Kind::Quota, "arrival buffers: out of memory"))?;
-        let mut buffers = Self { memory, layout, entries, tail: 0 };
+        let bytes = bytes.next_multiple_of(PAGE);
+        let memory = map_remotely(bytes)?;
+        let mut buffers = Self { memory, bytes, entries, tail: 0 };
         for id in 0..entries {
             buffers.provide(id);
         }
@@ -136,10 +142,36 @@ impl ArrivalBuffers {
 
 impl Drop for ArrivalBuffers {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout; the ring that knew the memory is closed
-        // before (`Ring` drops its io_uring first) or leaks this value.
-        unsafe { dealloc(self.memory.as_ptr(), self.layout) }
+        // SAFETY: mapped in `new` with this size; the ring that knew the memory is closed before
+        // (`Ring` drops its io_uring first) or leaks this value.
+        let _ = unsafe { munmap(self.memory.as_ptr().cast(), self.bytes) };
     }
+}
+
+/// Maps zeroed memory at a random address between those that the kernel chooses for programs and their
+/// heaps, and for all else.
+fn map_remotely(bytes: usize) -> Result<NonNull<u8>> {
+    let random = RandomState::new();
+    let mut failure = Errno::NOMEM;
+    for (bits, attempt) in
+        ADDRESS_BITS.into_iter().flat_map(|bits| (0..ADDRESS_TRIES).map(move |n| (bits, n)))
+    {
+        // The second and third quarter.
+        let quarter = 1_usize << (bits - 2);
+        let address = quarter + random.hash_one((bits, attempt)) as usize % (2 * quarter);
+        let hint = std::ptr::without_provenance_mut(address & !(PAGE - 1));
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: FIXED_NOREPLACE fails where something is mapped, so no other memory changes.
+        match unsafe { mmap_anonymous(hint, bytes, protection, flags) } {
+            Ok(memory) => {
+                return NonNull::new(memory.cast())
+                    .ok_or_else(|| Error::new(Kind::Internal, "arrival buffers: mapped at zero"));
+            }
+            Err(error) => failure = error,
+        }
+    }
+    Err(Error::os(failure, "cannot map arrival buffers"))
 }
 
 #[cfg(test)]
@@ -155,6 +187,20 @@ mod tests {
         assert_eq!(slots.take(), None);
         slots.release(a);
         assert_eq!(slots.take(), Some(a));
+    }
+
+    /// Programs, heaps, libraries and stacks lie elsewhere.
+    #[test]
+    fn buffers_are_far_from_all_else() {
+        let all: Vec<ArrivalBuffers> = (0..32).map(|_| ArrivalBuffers::new(64).unwrap()).collect();
+        let own: Vec<u64> = all.iter().map(|buffers| buffers.registration().0).collect();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        for start in
+            maps.lines().map(|line| u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap())
+        {
+            let is_far = own.iter().all(|own| own.abs_diff(start) > 1 << 30);
+            assert!(own.contains(&start) || is_far, "{start:x} is near {own:x?}");
+        }
     }
 
     #[test]
