@@ -101,13 +101,14 @@ const OF_UBLK: [&str; 8] = [
 
 /// Cases about private pools that the kernel's driver answers differently (`pools` has those), that
 /// need its module unloaded, or that look at ublk itself.
-const OF_UBLK_POOLS: [&str; 6] = [
+const OF_UBLK_POOLS: [&str; 7] = [
     "private::figures",
     "private::without_interception",
     "private_claims::pools_share_with_a_warning",
     "private_hung::",
     "private_isolation::stale_references_fail",
     "private_lifetime::leaked_namespace",
+    "private::sysfs::dissect",
 ];
 
 /// Cases that a machine may not be able to run, and what they need.
