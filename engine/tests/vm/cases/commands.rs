@@ -17,7 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("commands::create", Needs::Ublk, 90, create),
         case("commands::list_and_stats", Needs::Ublk, 90, show_state),
         case("commands::numbers_and_names", Needs::Ublk, 90, numbers_and_names),
-        case("commands::doctor_in_other_namespaces", Needs::Ublk, 90, doctor_in_other_namespaces),
+        case("commands::doctor_in_other_namespaces", Needs::Ublk, 240, doctor_in_other_namespaces),
     ]
 }
 
