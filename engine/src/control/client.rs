@@ -27,7 +27,8 @@ impl Client {
         ClientSession::connect(run_dir.join(SOCKET)).await.map(Client)
     }
 
-    /// The daemon's process, as the kernel knows it.
+    /// The process that listens on the socket: the service manager if this connection starts the
+    /// daemon, else the daemon. `None` in another PID namespace.
     pub fn daemon_pid(&self) -> Option<i32> {
         self.0.daemon_pid()
     }

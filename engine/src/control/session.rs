@@ -123,7 +123,8 @@ async fn connect(socket: &Path) -> Result<(Connection, Option<i32>)> {
         Ok(Err(error)) => return Err(unreachable(socket, &error)),
         Err(_) => return Err(timeout_error(socket, ONE_MAX)),
     };
-    let daemon = stream.peer_cred().ok().and_then(|peer| peer.pid());
+    // 0 stands for a process of another PID namespace.
+    let daemon = stream.peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid != 0);
     let stream = Stream::try_from(stream).map_err(|error| connection_error(socket, error))?;
     Ok((Connection::new(stream), daemon))
 }

@@ -120,10 +120,16 @@ fn daemon_checks(run_dir: &Path) -> Vec<Check> {
     checks.extend(driver_fault(&kernels::release()));
     checks.extend([permission(), io_uring(), features()]);
     checks.extend(goal::features());
-    let (daemon, pid, backends) = daemon(run_dir);
+    let (daemon, running) = daemon(run_dir);
     checks.push(daemon);
-    checks.push(open_files(pid));
-    checks.extend(pid.map(|pid| mount_namespace(pid, &backends)));
+    match running {
+        None => checks.push(open_files(None)),
+        // The limits of another process are not those of the daemon.
+        Some(Daemon { pid: None, .. }) => {}
+        Some(Daemon { pid: Some(pid), backends }) => {
+            checks.extend([open_files(Some(pid)), mount_namespace(pid, &backends)]);
+        }
+    }
     checks
 }
 
@@ -243,24 +249,36 @@ fn features() -> Check {
 }
 
 /// Also returns its process and the backends of its instances.
-fn daemon(run_dir: &Path) -> (Check, Option<i32>, Vec<BackendKind>) {
+/// A daemon that answers.
+struct Daemon {
+    /// Its process. `None` in another PID namespace.
+    pid: Option<i32>,
+    backends: Vec<BackendKind>,
+}
+
+fn daemon(run_dir: &Path) -> (Check, Option<Daemon>) {
     let name = "daemon";
-    let asked = daemon::ask(run_dir, async |client| {
-        client.instances().await.map(|instances| (instances, client.daemon_pid()))
+    let asked = daemon::ask(run_dir, async |client| client.instances().await);
+    // A connection that starts the daemon has the service manager as its peer, a later one the
+    // daemon.
+    let asked = asked.and_then(|instances| {
+        daemon::ask(run_dir, async |client| Ok(client.daemon_pid())).map(|pid| (instances, pid))
     });
     match asked {
         Ok((instances, pid)) => {
             let devices: u32 = instances.iter().map(|instance| instance.devices).sum();
-            let pid_text = pid.map_or("unknown".to_owned(), |pid| pid.to_string());
+            let process = match pid {
+                Some(pid) => format!("process {pid}"),
+                None => "a process of another PID namespace".into(),
+            };
             let mut backends: Vec<_> = instances.iter().map(|instance| instance.backend).collect();
             backends.sort_by_key(|backend| backend.as_str());
             backends.dedup();
             let kinds = backends.iter().map(|backend| backend.as_str()).collect::<Vec<_>>().join(" and ");
             let count = instances.len();
-            let found = format!(
-                "process {pid_text} serves {count} instances with {devices} devices (backend {kinds})"
-            );
-            (Check::ok(name, found), pid, backends)
+            let found =
+                format!("{process} serves {count} instances with {devices} devices (backend {kinds})");
+            (Check::ok(name, found), Some(Daemon { pid, backends }))
         }
         Err(error) => {
             let advice = error.next_step().unwrap_or("read the log of the daemon").to_owned();
@@ -269,7 +287,7 @@ fn daemon(run_dir: &Path) -> (Check, Option<i32>, Vec<BackendKind>) {
                 Kind::Unavailable => Verdict::Warning,
                 _ => Verdict::Problem,
             };
-            (Check::bad(verdict, name, error.message(), advice), None, Vec::new())
+            (Check::bad(verdict, name, error.message(), advice), None)
         }
     }
 }
@@ -295,6 +313,8 @@ fn limit_of(pid: i32) -> Option<u64> {
     line.split_whitespace().nth(4)?.parse().ok()
 }
 
+/// A daemon of ublk devices always has a mount namespace of its own, because it could not write
+/// back what is mounted there when it stops.
 fn mount_namespace(daemon: i32, backends: &[BackendKind]) -> Check {
     let name = "mount namespace";
     let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
@@ -306,10 +326,12 @@ fn mount_namespace(daemon: i32, backends: &[BackendKind]) -> Check {
         (Ok(_), Ok(_)) if !backends.contains(&BackendKind::Ublk) => {
             Check::ok(name, "the daemon shares it; the kernel serves its devices")
         }
-        (Ok(_), Ok(_)) => Check::problem(
+        (Ok(_), Ok(_)) => Check::warning(
             name,
-            "the daemon shares it with this process, and can hang when it stops",
-            "do not mount its devices in this namespace; restart it with CAP_SYS_ADMIN",
+            "this process has entered that of the daemon, as nsenter does, and 'podman exec' if the \
+             daemon is the first process of the container",
+            "do not mount its devices here, because the daemon would hang when it stops; mount them on \
+             the host or in another container",
         ),
         (Err(error), _) | (_, Err(error)) => {
             let found = format!("cannot compare: {}", reason(&error));

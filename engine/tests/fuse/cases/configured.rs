@@ -162,19 +162,23 @@ fn passed_sockets(ctx: &Ctx) -> Res {
         command.args(["instance", "list", "--json", "--run-dir", &run_dir]);
         Running::start(command)
     };
+    let doctor = || {
+        let mut command = Command::new(&ctx.host.program);
+        command.args(["doctor", "--run-dir", &run_dir]);
+        Running::start(command)
+    };
     for _ in 0..2 {
-        // The client connects before the daemon starts.
-        let mut early = list()?;
+        // These clients connect before the daemon starts.
+        let (mut early, mut early_doctor) = (list()?, doctor()?);
         std::thread::sleep(Duration::from_millis(300));
-        ensure!(early.alive(), "the early client did not wait");
+        ensure!(early.alive() && early_doctor.alive(), "the early clients did not wait");
         let mut daemon = start()?;
         let listed = early.finish(SHORT)?.ok()?.out;
         ensure!(listed.contains("\"default\""), "{listed}");
-        let mut doctor = Command::new(&ctx.host.program);
-        doctor.args(["doctor", "--run-dir", &run_dir]);
-        let (found, serves) =
-            (Running::start(doctor)?.finish(SHORT)?.out, format!("process {} serves", daemon.id()));
-        ensure!(found.contains(&serves), "{serves}: {found}");
+        let serves = format!("process {} serves", daemon.id());
+        for found in [early_doctor.finish(SHORT)?.out, doctor()?.finish(SHORT)?.out] {
+            ensure!(found.contains(&serves), "{serves}: {found}");
+        }
         let modes = names
             .each_ref()
             .map(|path| std::fs::metadata(path).map(|meta| meta.permissions().mode() & 0o777));

@@ -101,7 +101,7 @@ const OF_UBLK: [&str; 8] = [
 
 /// Cases about private pools that the kernel's driver answers differently (`pools` has those), that
 /// need its module unloaded, or that look at ublk itself.
-const OF_UBLK_POOLS: [&str; 7] = [
+const OF_UBLK_POOLS: [&str; 8] = [
     "private::figures::calls",
     "private::figures::last_close",
     "private::without_interception",
@@ -109,6 +109,7 @@ const OF_UBLK_POOLS: [&str; 7] = [
     "private_hung::",
     "private_isolation::stale_references_fail",
     "private_lifetime::leaked_namespace",
+    "private::sysfs::dissect",
 ];
 
 /// Cases that a machine may not be able to run, and what they need.

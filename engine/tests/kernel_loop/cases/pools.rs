@@ -6,6 +6,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use super::private_mapped::{MODULES, installed};
+use super::private_partitions::same;
 use super::private_script::Inside;
 use crate::daemon::Daemon;
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
@@ -23,6 +25,16 @@ pub(super) fn cases() -> Vec<Case> {
         case("pools::last_closes_are_reported", Needs::Private, 120, last_closes_are_reported),
         case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
         case("pools::a_tenant_has_no_image_on_fuse", Needs::Private, 120, no_image_on_fuse),
+        case("pools::dissect_needs_a_bound_device", Needs::Private, 120, |ctx| {
+            installed(&["systemd-dissect"])?;
+            let daemon = Daemon::start(ctx)?;
+            Inside::new(ctx, &daemon).run(DISSECT)?;
+            daemon.stop()
+        }),
+        case("pools::kpartx_of_a_file", Needs::Private, 580, |ctx| {
+            installed(&["kpartx"])?;
+            same(ctx, &format!("{MODULES}\n{KPARTX_OF_A_FILE}"))
+        }),
     ]
 }
 
@@ -277,3 +289,38 @@ fn no_image_on_fuse(ctx: &Ctx) -> Res {
     )?;
     daemon.stop()
 }
+
+/// kpartx finds the device of a file by a loopN in /sys/devices and its /dev/block/M:m; over ublk
+/// there is none. For the kernel's driver the script makes the links, as udev would.
+const KPARTX_OF_A_FILE: &str = r#"
+ours() { [ -d /dev/loopfs ]; }
+ours || { mkdir -p /dev/block; for i in {0..15}; do ln -sfn ../loop$i /dev/block/7:$i; done; }
+table "label: gpt" "start=2048,size=32768" "size=8192" | sfdisk -q disk
+maps() { sed -E 's/\([0-9:]+\)/()/; s/linear [0-9:]+/linear/; s,/[^ ]*/,,g' said; }
+state() { echo "mapped: $(dmsetup ls | cut -f 1 | sort | xargs), nodes: $(ls /dev/mapper | xargs), bound: $(losetup -nj disk -O NAME | xargs)"; }
+report "add" kpartx -asv $PWD/disk; maps; state
+mkfs.ext4 -q /dev/mapper/loop0p1; mkdir -p mnt
+report "mount" mount /dev/mapper/loop0p1 mnt
+report "delete while mounted" kpartx -dv $PWD/disk; maps; state
+report "umount" umount mnt
+report "delete" kpartx -dv $PWD/disk; maps; gone; state
+report "delete again" kpartx -dv $PWD/disk; maps; state
+ours || rm -rf /dev/block
+"#;
+
+/// A bound device is another disk than an unbound one, with another number. systemd-dissect compares
+/// the number before and after it binds a file, and takes the partitions for those of a stranger.
+const DISSECT: &str = r#"
+truncate -s 64M disk; mkdir mnt
+printf '%s\n' "label: gpt" "size=16M,type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709,name=root" | sfdisk -q disk
+unbound=$(stat -Lc %Hr:%Lr /dev/loop0); dev=$(losetup -fP --show disk)
+[ "$(stat -Lc %Hr:%Lr $dev)" != "$unbound" ] || wrong "the number stays"
+mkfs.ext4 -q ${dev}p1; mount ${dev}p1 mnt; mkdir -p mnt/{etc,usr,proc,sys,dev,run,tmp}
+echo 'ID=trial' > mnt/etc/os-release; echo hello > mnt/file; umount mnt
+holds "a bound device" "$(systemd-dissect $dev)" loopfs/loop0p1
+works "mount" systemd-dissect --mount $dev mnt
+same "file" "$(cat mnt/file)" hello
+works "umount" umount -R mnt
+losetup -d $dev; soon "unbound" "" losetup -a
+refused "a file" "No suitable root partition" systemd-dissect disk
+"#;

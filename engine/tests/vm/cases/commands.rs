@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Commands on a real device: attach --run, create, and the commands that show state.
 
+use std::time::Duration;
+
 use super::MIB;
 use crate::daemon::Daemon;
 use crate::disk::{self, Disk, same};
 use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
 use crate::model::pattern;
 use crate::store::Store;
-use crate::tools;
+use crate::tools::{self, Running};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -15,6 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("commands::create", Needs::Ublk, 90, create),
         case("commands::list_and_stats", Needs::Ublk, 90, show_state),
         case("commands::numbers_and_names", Needs::Ublk, 90, numbers_and_names),
+        case("commands::doctor_in_other_namespaces", Needs::Ublk, 240, doctor_in_other_namespaces),
     ]
 }
 
@@ -155,5 +158,35 @@ fn numbers_and_names(ctx: &Ctx) -> Res {
     ensure!(device == devices[1], "the lowest free number is 1, got {device}");
     daemon.ok(&["detach", "default/loop0"])?;
     daemon.ok(&["detach", &device])?;
+    daemon.stop()
+}
+
+/// `podman exec` enters the mount namespace of the container's first process, which can be the
+/// daemon. In another PID namespace the daemon has no number.
+fn doctor_in_other_namespaces(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let pid = daemon.pid()?.to_string();
+    let checks = |prefix: &[&str]| -> Res<Vec<serde_json::Value>> {
+        let mut command = daemon.command_of(prefix[0]);
+        command.args(&prefix[1..]).args([&ctx.host.program, "doctor", "--json"]);
+        let done = Running::start(command)?.finish(Duration::from_secs(30))?;
+        serde_json::from_str(&done.out).at(format!("{prefix:?}: {done:?}"))
+    };
+    let check = |checks: &[serde_json::Value], name: &str| {
+        checks.iter().find(|check| check["name"] == name).cloned().unwrap_or_default()
+    };
+    let entered = check(&checks(&["nsenter", "--target", &pid, "--mount"])?, "mount namespace");
+    let (verdict, found) = match crate::BACKEND {
+        "loop" => ("ok", "the kernel serves its devices"),
+        _ => ("warning", "this process has entered that of the daemon"),
+    };
+    ensure!(entered["verdict"] == verdict && entered.to_string().contains(found), "{entered}");
+
+    let elsewhere = checks(&["unshare", "--pid", "--fork", "--mount-proc"])?;
+    let seen = check(&elsewhere, "daemon");
+    ensure!(seen.to_string().contains("a process of another PID namespace serves 1"), "{seen}");
+    for name in ["mount namespace", "open files"] {
+        ensure!(check(&elsewhere, name).is_null(), "of another process: {}", check(&elsewhere, name));
+    }
     daemon.stop()
 }

@@ -42,7 +42,7 @@ pub(super) fn installed(needs: &[&str]) -> Res {
 
 /// These machines have no udev. The tools create nodes only if these variables say so; `run` sets
 /// them, too.
-const MODULES: &str = r#"modprobe -a dm_mod dm_crypt dm_verity raid1 2>&1; export DM_DISABLE_UDEV=1 MDADM_NO_UDEV=1
+pub(super) const MODULES: &str = r#"modprobe -a dm_mod dm_crypt dm_verity raid1 2>&1; export DM_DISABLE_UDEV=1 MDADM_NO_UDEV=1
     gone() { for i in {1..100}; do [ -n "$(losetup -j disk)" ] || break; sleep 0.05; done; losetup -j disk; }"#;
 
 const CRYPTSETUP: &str = r#"
