@@ -188,7 +188,7 @@ impl EventThreads {
         }
     }
 
-    /// Starts one thread. `threads_max`: see [`EVENT_THREADS`].
+    /// Starts the leader and a follower. `threads_max`: see [`EVENT_THREADS`].
     fn start(threads_max: usize) -> Result<EventThreads> {
         let cannot = |error: Errno| Error::os(error, "cannot wait for events of pools");
         let shared = Arc::new(Shared {
@@ -202,8 +202,10 @@ impl EventThreads {
             refuses_threads: false.into(),
         });
         epoll::add(&shared.epoll, &shared.wake, EventData::new_u64(WAKE), EventFlags::IN).map_err(cannot)?;
-        shared.lock().followers += 1;
-        thread::spawn(&shared).map_err(|error| Error::os(error, "cannot start a thread"))?;
+        for _ in 0..2 {
+            shared.lock().followers += 1;
+            thread::spawn(&shared).map_err(|error| Error::os(error, "cannot start a thread"))?;
+        }
         Ok(EventThreads(shared))
     }
 

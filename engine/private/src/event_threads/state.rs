@@ -162,8 +162,8 @@ impl State {
 
     /// A turn that needs no event of a descriptor. `any`: it may block.
     pub(super) fn choose(&mut self, now: Instant, any: bool) -> Option<(TurnKind, u64)> {
-        if any && let Some(key) = self.ended.pop_front() {
-            return Some((TurnKind::Removed, key));
+        if any && let Some(key) = self.ended.front() {
+            return Some((TurnKind::Removed, *key));
         }
         let key = self.due_at(any).take_while(|(due, _)| *due <= now).map(|(_, key)| key).next()?;
         if any && std::mem::take(&mut self.requests_first) {
@@ -239,7 +239,8 @@ impl State {
                     self.due.remove(&(due, key));
                 }
             }
-            TurnKind::Over | TurnKind::Removed => {}
+            TurnKind::Over => {}
+            TurnKind::Removed => self.ended.retain(|ended| *ended != key),
         }
         (self.last_turn, source.source.clone().expect("it is dropped after its last turn"))
     }

@@ -396,8 +396,8 @@ fn deadlines_are_kept_when_no_thread_can_be_started() {
     hung.gate.shut(true);
     hung.request(1);
     hung.wait_for(1);
-    wait_for(|| bed.threads.0.lock().lacks_threads);
     other.request(1);
+    wait_for(|| bed.threads.0.lock().lacks_threads);
     poll.schedule(Instant::now());
     deadline.schedule(Instant::now());
     seen.recv_timeout(LONG).unwrap();

@@ -108,29 +108,40 @@ impl Shared {
         state.leader = Leader::Choosing;
     }
 
-    /// As the leader, waits for the next turn.
+    /// As the leader, waits for the next turn. Starts a follower only then: the thread of the last
+    /// turn may have become one meanwhile.
     fn next_turn(self: &Arc<Self>) -> ChosenTurn {
+        // A follower could not be started: nothing that may block is served.
+        let mut refused = false;
         loop {
-            let has_follower = self.has_follower();
             let mut state = self.lock();
+            refused &= state.followers == 0;
             let now = Instant::now();
-            if let Some((kind, key)) = state.choose(now, has_follower) {
-                return self.begin(&mut state, kind, key);
+            if let Some((kind, key)) = state.choose(now, !refused) {
+                if refused || state.followers > 0 {
+                    return self.begin(&mut state, kind, key);
+                }
+                refused = !self.start_follower(state);
+                continue;
             }
-            // Without a follower, nothing that may block is served.
-            let retry = (!has_follower).then(|| now + RETRY_INTERVAL);
-            let until = state.next_due(now, has_follower).into_iter().chain(retry).min();
+            let retry = refused.then(|| now + RETRY_INTERVAL);
+            let until = state.next_due(now, !refused).into_iter().chain(retry).min();
             state.wait = until.map_or(Wait::Forever, Wait::Until);
             drop(state);
             let timeout = until.map(|until| timespec(until.saturating_duration_since(now)));
-            let event = match has_follower {
-                true => self.wait_for_event(timeout.as_ref()),
-                false => self.wait_for_wake(timeout.as_ref()),
+            let event = match refused {
+                false => self.wait_for_event(timeout.as_ref()),
+                true => self.wait_for_wake(timeout.as_ref()),
             };
+            refused = false;
             let mut state = self.lock();
             state.wait = Wait::None;
             let Some((key, flags)) = event else { continue };
             match state.accept(key, flags, self.threads_max) {
+                // It is reported again.
+                Some((Ready::Request, true) | (Ready::Over, _)) if state.followers == 0 => {
+                    refused = !self.start_follower(state);
+                }
                 Some((Ready::Request, true)) => return self.begin(&mut state, TurnKind::Request, key),
                 // It is full: its other events are still reported.
                 Some((Ready::Request, false)) => {
@@ -156,12 +167,8 @@ impl Shared {
         ChosenTurn { turn, kind, key, source }
     }
 
-    /// Whether a follower can monitor this leader. Starts one if there is none.
-    fn has_follower(self: &Arc<Self>) -> bool {
-        let mut state = self.lock();
-        if state.followers > 0 {
-            return true;
-        }
+    /// Starts a follower, which monitors this leader. False: it cannot be started.
+    fn start_follower(self: &Arc<Self>, mut state: MutexGuard<'_, State>) -> bool {
         state.followers += 1;
         drop(state);
         spawn(self).is_ok()
@@ -228,8 +235,10 @@ impl Shared {
             return false;
         }
         state.followers += 1;
-        // The leader may be waiting for a follower.
-        self.wake();
+        if state.lacks_threads {
+            // The leader waits for a follower.
+            self.wake();
+        }
         self.wait_for_leadership(state);
         true
     }
