@@ -31,10 +31,13 @@ pub const RESERVED_DESCRIPTORS: u64 = 1024;
 pub const USER_DEVICES: u32 = 64;
 /// Private pools of one user, unless the configuration says otherwise.
 pub const USER_POOLS: u32 = 16;
-/// Private pools in all. Each has two threads and a file system.
+/// Private pools in all. Each has a file system.
 pub const POOLS_MAX: usize = 1024;
 /// Intercepted calls of one pool at a time.
 pub const CALLS_AT_ONCE: usize = 4;
+/// Events of pools that are served at a time: calls, requests at directories, polls. Each has a
+/// thread. Beyond them, each listener and each directory serves one at a time.
+pub const EVENT_THREADS: usize = 512;
 /// Files of one user that are being closed while another may be bound. Each has a thread.
 pub const CLOSING_MAX: usize = 256;
 
@@ -68,6 +71,7 @@ mod tests {
             CONTROL_DESCRIPTORS_MAX as u64,
             RESERVED_DESCRIPTORS,
             CALLS_AT_ONCE as u64,
+            EVENT_THREADS as u64,
             CLOSING_MAX as u64,
         ];
         assert_eq!(figures("| use up devices"), limits);

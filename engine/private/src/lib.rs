@@ -8,7 +8,8 @@
 //!            └─ loops ──────── a pool: the operations of loop(4) on ublk disks
 //! ```
 //!
-//! The crate knows neither sockets nor command lines.
+//! `intercept`, `loopfs` and `loops` share the threads of `event_threads`. The crate knows neither
+//! sockets nor command lines.
 //!
 //! ```
 //! use loopengine_private::loops::{Errno, Quotas};
@@ -22,6 +23,7 @@
 
 #![warn(missing_docs)]
 
+mod event_threads;
 pub mod intercept;
 pub mod kernel_mounts;
 pub mod loopfs;

@@ -3,8 +3,9 @@
 //!
 //! This module knows how such a call is recognised, decoded and answered: the intercepted system
 //! calls ([`filter`]), safe access to a hostile caller ([`caller`]), the arguments ([`codec`],
-//! [`calls`], [`mounts`]), names of devices in /proc/mounts (`source_names`), and the threads that serve calls ([`supervisor`]). It does not know what
-//! the operations do ([`crate::loops`]), nor which file system has the nodes (`loopfs`).
+//! [`calls`], [`mounts`]), names of devices in /proc/mounts (`source_names`), and how calls are received and answered
+//! ([`supervisor`]). It does not know what the operations do ([`crate::loops`]), nor which file system
+//! has the nodes (`loopfs`), nor which thread serves a call (`event_threads`).
 //!
 //! # Attacks of a hostile caller
 //! - *Change arguments after the check.* Registers are those of the notification. Memory is copied
@@ -29,10 +30,10 @@
 //!   nor remove this one.
 //! - *Pass a listener of a foreign filter*, or keep a duplicate of this one. Unknown calls
 //!   continue. A caller that answers calls itself has nobody waiting. If it receives calls itself,
-//!   a thread of this listener may block in the kernel until the last of its processes ends.
+//!   one call of this listener may block in the kernel until the last of its processes ends.
 //! - *Block the daemon*: memory behind userfaultfd, or a backing file on its own FUSE. That takes
-//!   one of the few concurrent calls of its listener, and fails at a deadline. Other listeners have
-//!   threads of their own.
+//!   one of the few concurrent calls of its listener, and fails at a deadline. Other threads serve the
+//!   other listeners.
 //! - *Send signals all the time.* Only SIGKILL interrupts a received call.
 //!
 //! [`LoopCaller::is_waiting`]: crate::loops::LoopCaller::is_waiting

@@ -1,22 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The threads that serve one listener: receive, decide, reply, until the last caller is gone.
+//! Serves one listener: receive, decide, reply, until the last caller is gone.
 //!
 //! Knows how many calls are served concurrently, and how long one may take. Does not know what a
-//! call does (`calls`).
+//! call does (`calls`), nor which thread serves it (`event_threads`).
 //!
-//! The threads follow a leader/follower scheme. Only the leader receives, and serves what it
-//! received. One follower monitors it meanwhile, and becomes the leader once a call takes longer
-//! than [`LEADER_TIMEOUT`]. So a short call needs no switch of threads. And there is always a
-//! thread that notices the end, a deadline and [`Supervisor::stop`], however many calls hang. There
-//! is one thread more than concurrent calls; an idle listener has one or two. Calls beyond the
-//! limit wait in the kernel, where a signal reaches them.
+//! The threads receive one call at a time, and more only while fewer than
+//! [`SupervisorOptions::concurrency`] are in progress. The others wait in the kernel, where a signal
+//! reaches them. The end, a deadline and [`Supervisor::stop`] are noticed however many calls hang.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
 use super::caller::{self, Administrators, CallerThread};
@@ -26,7 +23,8 @@ use super::mknod::MknodCall;
 use super::mounts::{self, MountHandler};
 use super::source_names;
 use crate::error::{Error, Kind, Result};
-use crate::sys::seccomp::{Listener, Notification, is_over};
+use crate::event_threads::{EventSource, EventThreads, Next, Ready, SourceHandle, Turn};
+use crate::sys::seccomp::{Listener, Notification};
 
 /// Concurrent calls of one listener.
 pub const CALLS_AT_ONCE: usize = crate::limits::CALLS_AT_ONCE;
@@ -35,12 +33,9 @@ pub const CALLS_AT_ONCE: usize = crate::limits::CALLS_AT_ONCE;
 /// killed meanwhile.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A leader that serves one call for this long, or up to twice as long, is replaced.
-const LEADER_TIMEOUT: Duration = Duration::from_millis(2);
-
 /// Options of a supervisor.
 pub struct SupervisorOptions {
-    /// The pool, for logs and thread names.
+    /// The pool, for logs.
     pub name: String,
     /// Recognises the pool's loop-control.
     pub is_control: IsControl,
@@ -83,27 +78,9 @@ struct ServedCall {
     overdue: bool,
 }
 
-/// The state of the leader.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Leader {
-    /// There is no leader.
-    #[default]
-    None,
-    /// It waits for a call.
-    Receiving,
-    /// It serves the call with this id.
-    Serving(u64),
-}
-
 #[derive(Default)]
 struct SupervisorState {
     calls: Vec<ServedCall>,
-    threads: usize,
-    leader: Leader,
-    /// Followers.
-    followers: usize,
-    /// A follower monitors the leader.
-    monitored: bool,
     ended: bool,
     counts: Counts,
     on_end: Option<Box<dyn FnOnce() + Send>>,
@@ -117,17 +94,15 @@ struct SupervisorShared {
     name: String,
     concurrency: usize,
     deadline: Duration,
-    /// Readable when the leader must check the state.
-    wake: OwnedFd,
     proc_cache: caller::ProcCache,
     state: Mutex<SupervisorState>,
-    /// There is no leader, a leader needs a monitor, or the listener has ended.
-    changed: Condvar,
-    threads_ended: Condvar,
 }
 
 /// Serves one listener. When dropped, it receives no more calls, and does not wait.
-pub struct Supervisor(Arc<SupervisorShared>);
+pub struct Supervisor {
+    shared: Arc<SupervisorShared>,
+    source: SourceHandle,
+}
 
 impl Supervisor {
     /// Takes over a listener, which is not trusted.
@@ -142,9 +117,6 @@ impl Supervisor {
             error.hint("Linux 6.9 or later is needed")
         })?;
         let listener = Listener::new(listener).map_err(|error| Error::os(error, what()))?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let wake = wake.map_err(|error| Error::os(error, what()))?;
-        let context = what();
         let SupervisorOptions {
             name,
             is_control,
@@ -165,42 +137,39 @@ impl Supervisor {
             name,
             concurrency: concurrency.max(1),
             deadline,
-            wake,
             proc_cache: caller::ProcCache::default(),
             state: Mutex::new(SupervisorState { on_end: Some(on_end), ..SupervisorState::default() }),
-            changed: Condvar::new(),
-            threads_ended: Condvar::new(),
         });
-        // From here on, a drop stops the thread.
-        let supervisor = Supervisor(shared);
-        add_thread(&supervisor.0).map_err(|error| Error::os(error, context))?;
-        Ok(supervisor)
+        let source = EventThreads::shared()?.add(Arc::clone(&shared) as _)?;
+        Ok(Supervisor { shared, source })
     }
 
     /// The statistics so far.
     pub fn counts(&self) -> Counts {
-        lock(&self.0.state).counts
+        lock(&self.shared.state).counts
     }
 
     /// Whether no caller is left, or it was stopped.
     pub fn is_over(&self) -> bool {
-        lock(&self.0.state).ended
+        lock(&self.shared.state).ended
     }
 
     /// Receives no more calls, and waits for those in progress. True: they ended in time; then the
     /// listener is closed, and callers get ENOSYS.
     pub fn stop(self, within: Duration) -> bool {
-        self.0.stop();
-        let state = lock(&self.0.state);
-        let waited = self.0.threads_ended.wait_timeout_while(state, within, |state| state.threads > 0);
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        state.threads == 0
+        self.end();
+        self.source.wait_until_removed(within)
+    }
+
+    fn end(&self) {
+        lock(&self.shared.state).ended = true;
+        self.source.remove();
     }
 }
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
-        self.0.stop();
+        self.end();
     }
 }
 
@@ -209,152 +178,64 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn add_thread(shared: &Arc<SupervisorShared>) -> std::io::Result<()> {
-    lock(&shared.state).threads += 1;
-    let its = Arc::clone(shared);
-    let name = format!("calls-{}", shared.name);
-    let started = std::thread::Builder::new().name(name.replace('\0', "")).spawn(move || run(&its));
-    if started.is_err() {
-        shared.thread_ended();
+impl EventSource for SupervisorShared {
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.listener.as_fd())
     }
-    started.map(drop)
-}
 
-fn run(shared: &Arc<SupervisorShared>) {
-    let mut is_leader = false;
-    while is_leader || shared.wait_for_leadership() {
-        let Some(note) = shared.receive_next() else { break };
-        // Without another thread this one leads again after the call: slower, but correct.
-        if !shared.has_monitor()
-            && let Err(error) = add_thread(shared)
-        {
-            tracing::warn!(pool = shared.name, %error, "cannot start a thread: calls are served one at a time");
-        }
-        shared.serve(&note);
-        is_leader = shared.finish_call(&note);
-        if !is_leader && lock(&shared.state).followers > 0 {
-            break;
+    fn concurrency(&self) -> usize {
+        self.concurrency
+    }
+
+    /// See `sys::seccomp::is_over`: ERR says nothing.
+    fn interpret(&self, events: EventFlags) -> Ready {
+        match events {
+            events if events.contains(EventFlags::IN) => Ready::Request,
+            events if events.contains(EventFlags::HUP) => Ready::Over,
+            _ => Ready::Nothing,
         }
     }
-    shared.thread_ended();
+
+    fn due_may_block(&self) -> bool {
+        false
+    }
+
+    fn serve(&self, turn: &Turn<'_>) -> Next {
+        let note = match self.listener.receive() {
+            Ok(note) => note,
+            // The caller was killed, or this thread got a signal.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {
+                return Next::Continue(None);
+            }
+            Err(error) => {
+                self.end(Some(error));
+                return Next::End;
+            }
+        };
+        let until = Instant::now() + self.deadline;
+        let mut state = lock(&self.state);
+        state.calls.push(ServedCall { id: note.id, until, overdue: false });
+        state.counts.calls += 1;
+        drop(state);
+        turn.received(Some(until));
+        self.serve_call(&note);
+        lock(&self.state).calls.retain(|call| call.id != note.id);
+        Next::Continue(None)
+    }
+
+    fn over(&self) {
+        self.end(None);
+    }
+
+    fn due(&self) -> Next {
+        Next::Continue(self.fail_overdue())
+    }
 }
 
 impl SupervisorShared {
-    fn stop(&self) {
-        lock(&self.state).ended = true;
-        self.changed.notify_all();
-        self.wake();
-    }
-
-    fn wake(&self) {
-        // A full counter wakes the leader too.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-
-    fn thread_ended(&self) {
-        lock(&self.state).threads -= 1;
-        self.threads_ended.notify_all();
-    }
-
-    /// Waits until there is no leader, or the leader serves one call for too long. False: the
-    /// listener has ended.
-    fn wait_for_leadership(&self) -> bool {
+    /// Fails overdue calls. Returns the next deadline.
+    fn fail_overdue(&self) -> Option<Instant> {
         let mut state = lock(&self.state);
-        state.followers += 1;
-        let mut seen = Leader::None;
-        while !state.ended && state.leader != Leader::None {
-            if let Leader::Serving(_) = state.leader {
-                if state.leader == seen {
-                    break;
-                }
-                seen = state.leader;
-                state.monitored = true;
-                let waited = self.changed.wait_timeout(state, LEADER_TIMEOUT);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-                state.monitored = false;
-            } else {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
-        state.followers -= 1;
-        state.leader = Leader::Receiving;
-        !state.ended
-    }
-
-    /// Whether a follower can monitor this thread while it serves. If not, there should be one
-    /// more.
-    fn has_monitor(&self) -> bool {
-        let state = lock(&self.state);
-        if !state.monitored && state.followers > 0 {
-            self.changed.notify_one();
-        }
-        state.followers > 0 || state.threads > self.concurrency
-    }
-
-    /// As the leader, waits for the next call. None: the listener has ended.
-    fn receive_next(&self) -> Option<Notification> {
-        loop {
-            let (full, timeout) = self.fail_overdue()?;
-            let events = if full { PollFlags::empty() } else { PollFlags::IN };
-            let mut fds = [PollFd::new(&self.listener, events), PollFd::new(&self.wake, PollFlags::IN)];
-            match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => {
-                    self.end(Some(error.into()));
-                    return None;
-                }
-            }
-            let [listener, wake] = fds.map(|fd| fd.revents());
-            if !wake.is_empty() {
-                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-            }
-            if listener.contains(PollFlags::IN) {
-                match self.listener.receive() {
-                    Ok(note) => {
-                        let until = Instant::now() + self.deadline;
-                        let mut state = lock(&self.state);
-                        state.calls.push(ServedCall { id: note.id, until, overdue: false });
-                        state.leader = Leader::Serving(note.id);
-                        state.counts.calls += 1;
-                        return Some(note);
-                    }
-                    // The caller was killed, or this thread got a signal.
-                    Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {}
-                    Err(error) => {
-                        self.end(Some(error));
-                        return None;
-                    }
-                }
-            } else if is_over(listener) {
-                self.end(None);
-                return None;
-            }
-        }
-    }
-
-    /// Records the end of a call. True: this thread is still the leader.
-    fn finish_call(&self, note: &Notification) -> bool {
-        let mut state = lock(&self.state);
-        let was_full = state.calls.len() >= self.concurrency;
-        state.calls.retain(|call| call.id != note.id);
-        let is_leader = state.leader == Leader::Serving(note.id);
-        if is_leader {
-            state.leader = Leader::Receiving;
-        }
-        drop(state);
-        if was_full && !is_leader {
-            self.wake();
-        }
-        is_leader
-    }
-
-    /// Fails overdue calls. Returns whether the limit of calls is reached, and the time to the next
-    /// deadline. None: the listener has ended.
-    fn fail_overdue(&self) -> Option<(bool, Option<Timespec>)> {
-        let mut state = lock(&self.state);
-        if state.ended {
-            return None;
-        }
         let now = Instant::now();
         let SupervisorState { calls, counts, .. } = &mut *state;
         for call in calls.iter_mut().filter(|call| !call.overdue && call.until <= now) {
@@ -366,12 +247,7 @@ impl SupervisorShared {
                 tracing::warn!(pool = self.name, "a call failed: it exceeded its deadline");
             }
         }
-        let next = state.calls.iter().filter(|call| !call.overdue).map(|call| call.until).min();
-        let timeout = next.map(|next| {
-            let left = next.saturating_duration_since(now);
-            Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
-        });
-        Some((state.calls.len() >= self.concurrency, timeout))
+        state.calls.iter().filter(|call| !call.overdue).map(|call| call.until).min()
     }
 
     /// No caller is left, or the listener failed.
@@ -383,7 +259,6 @@ impl SupervisorShared {
         state.ended = true;
         let on_end = state.on_end.take();
         drop(state);
-        self.changed.notify_all();
         if let Some(on_end) = on_end
             && catch_unwind(AssertUnwindSafe(on_end)).is_err()
         {
@@ -391,7 +266,7 @@ impl SupervisorShared {
         }
     }
 
-    fn serve(&self, note: &Notification) {
+    fn serve_call(&self, note: &Notification) {
         let action = catch_unwind(AssertUnwindSafe(|| self.decide(note)));
         let action = action.unwrap_or_else(|_| {
             lock(&self.state).counts.panicked += 1;

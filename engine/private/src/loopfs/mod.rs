@@ -129,7 +129,7 @@ impl Directory {
         devices: Arc<dyn DeviceSource>,
         on_end: impl FnOnce() + Send + Sync + 'static,
     ) -> Result<(Directory, OwnedFd)> {
-        let stop = Arc::new(StopRequest::new()?);
+        let stop = Arc::new(StopRequest::default());
         let nodes = Arc::new(InodeTable::new(devices.clone()));
         devices.watch(ChangeListener { nodes: Arc::downgrade(&nodes), stop: Arc::downgrade(&stop) });
         let source = devices.spec().name.clone();

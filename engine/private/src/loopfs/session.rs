@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The FUSE session of a directory: a detached mount, and the threads that serve it.
+//! The FUSE session of a directory: a detached mount, and how its requests are served.
 //!
 //! Knows mounts and /dev/fuse. The session ends with the last mount and descriptor, which the
-//! kernel reports, or on request. In either case the last thread closes /dev/fuse, and the kernel
-//! fails all pending requests. That works for detached mounts, and for mounts in other namespaces,
+//! kernel reports, or on request. In either case the last thread that serves a request closes
+//! /dev/fuse, and the kernel fails all pending requests. That works for detached mounts, and for mounts in other namespaces,
 //! and needs no fusectl.
 //!
 //! The daemon sends replies only, and no notifications. To drop a cached name
@@ -11,13 +11,13 @@
 //! timeout. A tenant can hold that lock for ever: it lists the directory into memory whose page
 //! fault never completes. No notification is needed: every reply is valid only once.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::epoll::EventFlags;
 use rustix::fs::{AtFlags, StatxFlags, makedev, statx};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -28,43 +28,56 @@ use rustix::mount::{
 use super::request_handler::RequestHandler;
 use super::wire::{BUFFER_BYTES, LoopfsRequest};
 use crate::error::{Error, Result};
+use crate::event_threads::{EventSource, EventThreads, Next, Ready, SourceHandle, Turn};
 
 /// The FUSE device.
 const NODE: &str = "/dev/fuse";
-/// While one waits for the pool, the other serves requests.
-const THREADS: usize = 2;
+/// Requests at a time: while one waits for the pool, the other is served.
+const CONCURRENCY: usize = 2;
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_BYTES]);
+}
 
 /// Requests the end of a session.
-#[derive(Debug)]
-pub(super) struct StopRequest {
-    eventfd_: OwnedFd,
-    requested: AtomicBool,
+#[derive(Debug, Default)]
+pub(super) struct StopRequest(Mutex<StopState>);
+
+#[derive(Debug, Default)]
+struct StopState {
+    requested: bool,
+    /// None before the start.
+    session: Option<SourceHandle>,
 }
 
 impl StopRequest {
-    pub(super) fn new() -> Result<StopRequest> {
-        let eventfd_ = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::os(error, "cannot create an eventfd"))?;
-        Ok(StopRequest { eventfd_, requested: AtomicBool::new(false) })
-    }
-
     /// Ends the session after the requests in progress.
     pub(super) fn request(&self) {
-        self.requested.store(true, Ordering::Release);
-        self.wake();
+        let mut state = self.state();
+        state.requested = true;
+        if let Some(session) = &state.session {
+            session.remove();
+        }
     }
 
-    /// Wakes the threads. Nobody reads the eventfd, so that it stays readable.
-    fn wake(&self) {
-        let _ = rustix::io::write(&self.eventfd_, &1u64.to_ne_bytes());
+    fn started(&self, session: SourceHandle) {
+        let mut state = self.state();
+        if state.requested {
+            session.remove();
+        }
+        state.session = Some(session);
     }
 
     fn is_requested(&self) -> bool {
-        self.requested.load(Ordering::Acquire)
+        self.state().requested
+    }
+
+    fn state(&self) -> MutexGuard<'_, StopState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The state of the threads. Only they refer to it: the last one closes /dev/fuse.
+/// A session. Only the threads that serve it refer to it: the last one closes /dev/fuse.
 struct FuseSession {
     fuse: OwnedFd,
     handler: RequestHandler,
@@ -92,15 +105,8 @@ pub(super) fn start(
     // The kernel answers this itself: no thread serves requests yet.
     let stat = statx(&mount, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::INO)
         .map_err(|error| Error::os(error, "cannot read the device number of a FUSE file system"))?;
-    let session = Arc::new(FuseSession { fuse, handler, stop: stop.clone(), on_end });
-    for _ in 0..THREADS {
-        let session = session.clone();
-        let started = std::thread::Builder::new().name("loopfs".to_owned()).spawn(move || serve(session));
-        if let Err(error) = started {
-            stop.request();
-            return Err(Error::os(error, "cannot start a thread"));
-        }
-    }
+    let session = FuseSession { fuse, handler, stop: stop.clone(), on_end };
+    stop.started(EventThreads::shared()?.add(Arc::new(session))?);
     Ok((mount, makedev(stat.stx_dev_major, stat.stx_dev_minor)))
 }
 
@@ -129,47 +135,67 @@ fn mount(source: &str, fuse: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
     fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// The loop of a thread.
-fn serve(session: Arc<FuseSession>) {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    while let Some(len) = next(&session, &mut buffer) {
-        match LoopfsRequest::parse(&buffer[..len]) {
-            Some(request) => session.handler.handle(&request, session.fuse.as_fd()),
-            // It cannot be answered, and its caller would wait for ever.
-            None => break,
+impl EventSource for FuseSession {
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fuse.as_fd())
+    }
+
+    fn concurrency(&self) -> usize {
+        CONCURRENCY
+    }
+
+    /// ERR: the last mount and descriptor are gone, or the connection was aborted.
+    fn interpret(&self, events: EventFlags) -> Ready {
+        match events {
+            events if events.intersects(EventFlags::ERR | EventFlags::HUP) => Ready::Over,
+            events if events.contains(EventFlags::IN) => Ready::Request,
+            _ => Ready::Nothing,
         }
     }
-    session.stop.wake();
-    if let Some(FuseSession { fuse, handler, stop, on_end }) = Arc::into_inner(session) {
-        drop(fuse);
-        drop(handler);
-        if !stop.is_requested() {
-            on_end();
+
+    fn serve(&self, turn: &Turn<'_>) -> Next {
+        BUFFER.with_borrow_mut(|buffer| {
+            let len = match rustix::io::read(&self.fuse, &mut buffer[..]) {
+                Ok(len) => len,
+                // Another thread has read it, or its caller does not wait any more.
+                Err(Errno::AGAIN | Errno::INTR | Errno::NOENT) => return Next::Continue(None),
+                Err(error) => {
+                    log_read_error(error);
+                    return Next::End;
+                }
+            };
+            turn.received(None);
+            match LoopfsRequest::parse(&buffer[..len]) {
+                Some(request) => self.handler.handle(&request, self.fuse.as_fd()),
+                // It cannot be answered, and its caller would wait for ever.
+                None => return Next::End,
+            }
+            Next::Continue(None)
+        })
+    }
+
+    fn over(&self) {
+        BUFFER.with_borrow_mut(|buffer| {
+            if let Err(error) = rustix::io::read(&self.fuse, &mut buffer[..]) {
+                log_read_error(error);
+            }
+        });
+    }
+
+    fn removed(self: Arc<Self>) {
+        if let Some(FuseSession { fuse, handler, stop, on_end }) = Arc::into_inner(self) {
+            drop(fuse);
+            drop(handler);
+            if !stop.is_requested() {
+                on_end();
+            }
         }
     }
 }
 
-/// The length of the next request; none at the end of the session.
-fn next(session: &FuseSession, buffer: &mut [u8]) -> Option<usize> {
-    loop {
-        let mut waits = [&session.fuse, &session.stop.eventfd_].map(|fd| PollFd::new(fd, PollFlags::IN));
-        match poll(&mut waits, None) {
-            Ok(_) if !waits[1].revents().is_empty() => return None,
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return log_read_error(error),
-        }
-        match rustix::io::read(&session.fuse, &mut *buffer) {
-            Ok(len) => return Some(len),
-            // The other thread has read it, or its caller does not wait any more.
-            Err(Errno::AGAIN | Errno::INTR | Errno::NOENT) => {}
-            // The last mount and descriptor are gone.
-            Err(Errno::NODEV) => return None,
-            Err(error) => return log_read_error(error),
-        }
+fn log_read_error(error: Errno) {
+    // NODEV: the last mount and descriptor are gone.
+    if error != Errno::NODEV {
+        tracing::error!(%error, "cannot read /dev/fuse: a directory of loop devices ends");
     }
-}
-
-fn log_read_error(error: Errno) -> Option<usize> {
-    tracing::error!(%error, "cannot read /dev/fuse: a directory of loop devices ends");
-    None
 }

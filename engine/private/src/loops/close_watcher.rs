@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Polls for last closes of ublk disks and for renamed backing files: the kernel reports neither.
 //!
-//! One thread per pool. It sleeps while no device is bound or waits for its last close. The kernel's
-//! loop driver reports the last close of its disks (`Pools` listens): they need no poll. After a
+//! The polls of all pools share the threads of `event_threads`: each pool has the time of its next
+//! poll, and none while no device is bound or waits for its last close. The kernel's loop driver
+//! reports the last close of its disks (`Pools` listens): they need no poll. After a
 //! hint that a close is near (LOOP_CLR_FD, a mount, an unmount) it polls every 10 ms for two
 //! seconds. Then the interval grows with the devices that wait, of all pools together. One poll of
 //! a device takes about 15 µs. So the last closes of a handful of devices are detected within 50 ms
@@ -10,11 +11,12 @@
 //! bound files are read when inotify reports a change, and every second at most.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::Pool;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::event_threads::{EventSource, EventThreads, Next, SourceHandle};
 
 /// Poll interval after a hint.
 const FAST_INTERVAL: Duration = Duration::from_millis(10);
@@ -24,7 +26,7 @@ const SLOW_PER_DEVICE: Duration = Duration::from_millis(3);
 /// Polls after a report: the driver sends it before it has unbound the disk. The first interval; each
 /// is twice the one before, up to the last.
 const REPORT_INTERVAL: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(128)];
-/// How long the thread polls often after a hint.
+/// How long a pool is polled often after a hint.
 const FAST_FOR: Duration = Duration::from_secs(2);
 
 /// Interval at which the paths of bound files are read: minimum, maximum, increment per bound
@@ -42,6 +44,7 @@ static AWAITED: AtomicUsize = AtomicUsize::new(0);
 static BOUND: AtomicUsize = AtomicUsize::new(0);
 
 /// The share of one pool in a global count.
+#[derive(Debug)]
 struct CountShare {
     of: &'static AtomicUsize,
     count: usize,
@@ -76,11 +79,11 @@ fn pause([min, max]: [Duration; 2], per_device: Duration, devices: &AtomicUsize)
     per_device.saturating_mul(u32::try_from(devices.load(Relaxed)).unwrap_or(u32::MAX)).clamp(min, max)
 }
 
-/// Controls the thread of a pool.
+/// Controls the polls of a pool.
 #[derive(Debug, Default)]
 pub struct CloseWatcher(Arc<Waker>);
 
-/// Wakes the thread of a pool.
+/// Wakes the close watcher of a pool.
 #[derive(Clone, Debug, Default)]
 pub struct PoolWaker(Arc<Waker>);
 
@@ -93,122 +96,171 @@ impl PartialEq for PoolWaker {
 impl PoolWaker {
     /// A bound file may have another name.
     pub fn read_names(&self) {
-        self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).names += 1;
-        self.0.changed.notify_all();
+        self.0.change(|wake_state| wake_state.names += 1);
     }
 }
 
 #[derive(Debug, Default)]
-struct Waker {
-    wake_state: Mutex<WakeState>,
-    changed: Condvar,
+struct Waker(Mutex<WakeState>);
+
+#[derive(Debug, Default)]
+struct WakeState {
+    seen: WakeCounts,
+    /// None before the start.
+    polls: Option<SourceHandle>,
 }
 
+/// Hints, reports of the driver, and changes of names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct WakeState {
-    /// Hints, reports of the driver, and changes of names.
+struct WakeCounts {
     count: u64,
     reports: u64,
     names: u64,
-    over: bool,
 }
 
 impl CloseWatcher {
-    /// Starts the thread of a pool. It ends with the pool, or when this is dropped.
+    /// Starts the polls of a pool. They end with the pool, or when this is dropped.
     pub fn start(&self, pool: &Arc<Pool>) -> Result<()> {
-        let (signal, weak) = (self.0.clone(), Arc::downgrade(pool));
-        std::thread::Builder::new()
-            .name("close-watcher".into())
-            .spawn(move || watch(&signal, &weak))
-            .map(drop)
-            .map_err(|error| Error::os(error, "cannot start a thread"))
+        let watch = CloseWatch {
+            waker: Arc::clone(&self.0),
+            pool: Arc::downgrade(pool),
+            progress: Mutex::new(PollProgress::new()),
+        };
+        let polls = EventThreads::shared()?.add(Arc::new(watch))?;
+        let mut wake_state = self.0.lock();
+        if wake_state.seen != WakeCounts::default() {
+            polls.schedule(Instant::now());
+        }
+        wake_state.polls = Some(polls);
+        Ok(())
     }
 
-    /// Wakes the thread from elsewhere.
+    /// Wakes the close watcher from elsewhere.
     pub fn waker(&self) -> PoolWaker {
         PoolWaker(Arc::clone(&self.0))
     }
 
     /// A close is near, or another device waits for its last close.
     pub fn wake(&self) {
-        self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).count += 1;
-        self.0.changed.notify_all();
+        self.0.change(|wake_state| wake_state.count += 1);
     }
 
     /// The driver has reported a change of a disk.
     pub fn report(&self) {
-        self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).reports += 1;
-        self.0.changed.notify_all();
+        self.0.change(|wake_state| wake_state.reports += 1);
     }
 }
 
 impl Drop for CloseWatcher {
     fn drop(&mut self) {
-        self.0.wake_state.lock().unwrap_or_else(PoisonError::into_inner).over = true;
-        self.0.changed.notify_all();
+        if let Some(polls) = self.0.lock().polls.take() {
+            polls.remove();
+        }
     }
 }
 
 impl Waker {
-    /// Waits for a hint or a report, at most for `limit`.
-    fn wait(&self, seen: WakeState, limit: Option<Duration>) -> WakeState {
-        let wake_state = self.wake_state.lock().unwrap_or_else(PoisonError::into_inner);
-        let nothing_new = |wake_state: &mut WakeState| *wake_state == seen;
-        match limit {
-            None => *self.changed.wait_while(wake_state, nothing_new).unwrap_or_else(PoisonError::into_inner),
-            Some(limit) => {
-                let waited = self.changed.wait_timeout_while(wake_state, limit, nothing_new);
-                *waited.unwrap_or_else(PoisonError::into_inner).0
-            }
+    fn lock(&self) -> MutexGuard<'_, WakeState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records a change and polls at once.
+    fn change(&self, change: impl FnOnce(&mut WakeCounts)) {
+        let mut wake_state = self.lock();
+        change(&mut wake_state.seen);
+        if let Some(polls) = &wake_state.polls {
+            polls.schedule(Instant::now());
         }
     }
 }
 
-fn watch(signal: &Waker, pool: &Weak<Pool>) {
-    let [mut awaited, mut bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
-    let mut seen = WakeState::default();
-    let mut after_report: Option<Duration> = None;
-    let mut reads = 0;
-    let (mut fast_until, mut named) = (Instant::now(), Instant::now());
-    loop {
-        let names_interval = |reads: u32| match reads {
+/// The polls of one pool.
+struct CloseWatch {
+    waker: Arc<Waker>,
+    pool: Weak<Pool>,
+    progress: Mutex<PollProgress>,
+}
+
+/// What one poll leaves for the next.
+#[derive(Debug)]
+struct PollProgress {
+    awaited: CountShare,
+    bound: CountShare,
+    seen: WakeCounts,
+    after_report: Option<Duration>,
+    /// Reads of the names that follow a change.
+    reads: u32,
+    fast_until: Instant,
+    /// When the names were read.
+    named: Instant,
+}
+
+impl EventSource for CloseWatch {
+    fn due(&self) -> Next {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        progress.take_up(self.waker.lock().seen);
+        let Some(pool) = self.pool.upgrade() else { return Next::End };
+        let names = progress.reads_names();
+        let round = pool.poll_closes(names);
+        progress.awaited.set(round.awaited);
+        progress.bound.set(round.bound);
+        match round.over {
+            true => Next::End,
+            false => Next::Continue(progress.next()),
+        }
+    }
+}
+
+impl PollProgress {
+    fn new() -> PollProgress {
+        let [awaited, bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
+        let (seen, now) = (WakeCounts::default(), Instant::now());
+        PollProgress { awaited, bound, seen, after_report: None, reads: 0, fast_until: now, named: now }
+    }
+
+    fn take_up(&mut self, now: WakeCounts) {
+        if now.count != self.seen.count {
+            self.fast_until = Instant::now() + FAST_FOR;
+        }
+        self.after_report = match now.reports != self.seen.reports {
+            true => Some(REPORT_INTERVAL[0]),
+            false => {
+                self.after_report.map(|interval| interval * 2).filter(|next| *next <= REPORT_INTERVAL[1])
+            }
+        };
+        if now.names != self.seen.names {
+            self.reads = CHANGED_NAMES_READS;
+        }
+        self.seen = now;
+    }
+
+    fn names_interval(&self) -> Duration {
+        match self.reads {
             0 => pause(NAMES_INTERVAL, NAMES_PER_DEVICE, &BOUND),
             _ => CHANGED_NAMES_INTERVAL,
-        };
-        let until_names = names_interval(reads).saturating_sub(named.elapsed());
-        let until_close = match Instant::now() < fast_until {
+        }
+    }
+
+    /// Whether this poll reads the names.
+    fn reads_names(&mut self) -> bool {
+        let reads = self.named.elapsed() >= self.names_interval();
+        if reads {
+            (self.named, self.reads) = (Instant::now(), self.reads.saturating_sub(1));
+        }
+        reads
+    }
+
+    /// When the next poll is due.
+    fn next(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let until_names = self.names_interval().saturating_sub(self.named.elapsed());
+        let until_close = match now < self.fast_until {
             true => FAST_INTERVAL,
             false => pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED),
         };
-        let limits = [(awaited.count, until_close), (bound.count, until_names)];
+        let limits = [(self.awaited.count, until_close), (self.bound.count, until_names)];
         let limits = limits.into_iter().filter(|(devices, _)| *devices > 0).map(|(_, limit)| limit);
-        let limit = limits.chain(after_report).min();
-        let wake_state = signal.wait(seen, limit);
-        if wake_state.over {
-            return;
-        }
-        if wake_state.count != seen.count {
-            fast_until = Instant::now() + FAST_FOR;
-        }
-        after_report = match wake_state.reports != seen.reports {
-            true => Some(REPORT_INTERVAL[0]),
-            false => after_report.map(|interval| interval * 2).filter(|next| *next <= REPORT_INTERVAL[1]),
-        };
-        if wake_state.names != seen.names {
-            reads = CHANGED_NAMES_READS;
-        }
-        seen = wake_state;
-        let Some(pool) = pool.upgrade() else { return };
-        let names = named.elapsed() >= names_interval(reads);
-        if names {
-            (named, reads) = (Instant::now(), reads.saturating_sub(1));
-        }
-        let round = pool.poll_closes(names);
-        awaited.set(round.awaited);
-        bound.set(round.bound);
-        if round.over {
-            return;
-        }
+        limits.chain(self.after_report).min().map(|limit| now + limit)
     }
 }
 

@@ -14,6 +14,7 @@ use super::disk_allocator::DiskAllocator;
 use super::name_watcher::Notices;
 use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::error::{Error, Kind, Result};
+use crate::event_threads::EventThreads;
 use crate::frontend::BackendKind;
 use crate::instance::claims::ExcludedFileSystem;
 use crate::instance::{Companion, Engine, MAX_DEVICES, PoolResources, check_instance_name};
@@ -53,6 +54,10 @@ impl PoolWatcher for RemoveOnEnd {
 impl Pools {
     /// Those of the daemon with this engine. They end with it.
     pub fn new(engine: &Engine) -> Arc<Pools> {
+        // A pool tries again, and then reports the error to its user.
+        if let Err(error) = EventThreads::shared() {
+            tracing::warn!(%error, "cannot serve pools");
+        }
         let pools = Arc::new(Pools {
             resources: engine.pool_resources(),
             table: Table::default(),

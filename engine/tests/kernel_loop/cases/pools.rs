@@ -3,7 +3,7 @@
 //! and what the host and processes past the interception can do to a tenant's disk.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::private_mapped::{MODULES, installed};
@@ -23,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("pools::disks_without_a_file_are_bound", Needs::Private, 90, disks_are_bound),
         case("pools::unbound_past_the_interception", Needs::Private, 120, unbound_past_the_interception),
         case("pools::last_closes_are_reported", Needs::Private, 120, last_closes_are_reported),
+        case("pools::threads_do_not_grow_with_pools", Needs::Private, 300, threads_do_not_grow_with_pools),
         case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
         case("pools::a_tenant_has_no_image_on_fuse", Needs::Private, 120, no_image_on_fuse),
         case("pools::dissect_needs_a_bound_device", Needs::Private, 120, |ctx| {
@@ -239,14 +240,13 @@ fn last_closes_are_reported(ctx: &Ctx) -> Res {
     )?;
     let script = script.wait("mounted")?;
     let wakeups = || -> Res<u64> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid()?)).at("threads")?;
-        let named = |task: &fs::DirEntry| {
-            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "close-watcher")
-        };
-        let watcher = tasks.flatten().find(named).ok_or("no close watcher")?;
-        let status = fs::read_to_string(watcher.path().join("status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        Ok(line.ok_or("no count of switches")?.trim().parse()?)
+        let mut wakeups = 0;
+        for thread in event_threads(&daemon)? {
+            let status = fs::read_to_string(thread.join("status"))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            wakeups += line.ok_or("no count of switches")?.trim().parse::<u64>()?;
+        }
+        Ok(wakeups)
     };
     // The mount itself, and udev, have changed the disk until now.
     std::thread::sleep(Duration::from_secs(3));
@@ -254,9 +254,40 @@ fn last_closes_are_reported(ctx: &Ctx) -> Res {
     std::thread::sleep(Duration::from_secs(5));
     let polls = wakeups()? - before;
     ctx.note(format!("{polls} wake-ups in 5 s"));
-    ensure!(polls <= 15, "{polls} wake-ups of the close watcher in 5 s");
+    // One poll per second reads the names. It wakes the leader, its follower to monitor it, and that
+    // one again when its time is up.
+    ensure!(polls <= 3 * 15, "{polls} wake-ups for polls in 5 s");
     script.resume("mounted")?;
     script.finish()?;
+    daemon.stop()
+}
+
+/// The threads that the pools of a daemon share.
+fn event_threads(daemon: &Daemon) -> Res<Vec<PathBuf>> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid()?)).at("threads")?;
+    let named =
+        |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "pool-events");
+    Ok(tasks.flatten().map(|task| task.path()).filter(named).collect())
+}
+
+/// Pools with a bound device and a listener each, then more of them.
+fn threads_do_not_grow_with_pools(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let before = daemon.settled_footprint()?.threads;
+    let mut scripts = vec![];
+    for name in 0..12 {
+        let script = format!("image i{name} 1M a; works bind losetup -f i{name}; pause bound{name}");
+        scripts.push(Inside::new(ctx, &daemon).start(&script)?.wait(&format!("bound{name}"))?);
+    }
+    let after = daemon.settled_footprint()?.threads;
+    let shared = event_threads(&daemon)?.len();
+    ctx.note(format!("{before} threads without a pool, {after} with 12"));
+    ensure!(shared == 2, "{shared} idle threads of pools");
+    ensure!(after == before, "{before} threads without a pool, {after} with 12");
+    for (name, script) in scripts.into_iter().enumerate() {
+        script.resume(&format!("bound{name}"))?;
+        script.finish()?;
+    }
     daemon.stop()
 }
 
