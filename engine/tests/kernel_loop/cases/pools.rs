@@ -2,6 +2,7 @@
 //! Private pools on disks of the kernel's loop driver: what the driver does differently from ublk,
 //! and what the host and processes past the interception can do to a tenant's disk.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -239,12 +240,12 @@ fn last_closes_are_reported(ctx: &Ctx) -> Res {
         "#,
     )?;
     let script = script.wait("mounted")?;
-    let wakeups = || -> Res<u64> {
-        let mut wakeups = 0;
+    let wakeups = || -> Res<BTreeMap<PathBuf, u64>> {
+        let mut wakeups = BTreeMap::new();
         for thread in event_threads(&daemon)? {
             let status = fs::read_to_string(thread.join("status"))?;
             let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            wakeups += line.ok_or("no count of switches")?.trim().parse::<u64>()?;
+            wakeups.insert(thread, line.ok_or("no count of switches")?.trim().parse()?);
         }
         Ok(wakeups)
     };
@@ -252,7 +253,9 @@ fn last_closes_are_reported(ctx: &Ctx) -> Res {
     std::thread::sleep(Duration::from_secs(3));
     let before = wakeups()?;
     std::thread::sleep(Duration::from_secs(5));
-    let polls = wakeups()? - before;
+    // A thread may have replaced another one.
+    let count = |(thread, now): (PathBuf, u64)| now - before.get(&thread).copied().unwrap_or(0);
+    let polls: u64 = wakeups()?.into_iter().map(count).sum();
     ctx.note(format!("{polls} wake-ups in 5 s"));
     // One poll per second reads the names. It wakes the leader, its follower to monitor it, and that
     // one again when its time is up.
