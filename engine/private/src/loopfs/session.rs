@@ -167,7 +167,7 @@ impl EventSource for FuseSession {
             turn.received(None);
             match LoopfsRequest::parse(&buffer[..len]) {
                 Some(request) => self.handler.handle(&request, self.fuse.as_fd()),
-                // It cannot be answered, and its caller would wait for ever.
+                // It cannot be answered. With the session its caller's wait ends.
                 None => return Next::End,
             }
             Next::Continue(None)
