@@ -382,12 +382,13 @@ fn doctor_reports_the_daemon() {
         check["verdict"].as_str().unwrap().to_owned()
     };
     assert_eq!(verdict("daemon"), "ok", "{ran:?}");
-    // The fake daemon is a thread of this test, which shares our mount namespace.
-    assert_eq!(verdict("mount namespace"), "problem", "{ran:?}");
-    assert_eq!(ran.code, 1);
+    // The fake daemon is a thread of this test. A real one of ublk devices has its own mount namespace:
+    // who shares it has entered it.
+    assert_eq!(verdict("mount namespace"), "warning", "{ran:?}");
+    assert_eq!(ran.code, 0);
     assert!(checks.iter().any(|check| check["name"] == "direct I/O"));
     let text = daemon.run(&["doctor"]);
-    assert!(text.out.contains("problem  mount namespace"), "{text:?}");
+    assert!(text.out.contains("warning  mount namespace"), "{text:?}");
     fails(&daemon.run(&["doctor", "/nonexistent"]), 3, "/nonexistent");
 }
 

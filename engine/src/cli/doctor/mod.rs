@@ -248,7 +248,6 @@ fn features() -> Check {
     }
 }
 
-/// Also returns its process and the backends of its instances.
 /// A daemon that answers.
 struct Daemon {
     /// Its process. `None` in another PID namespace.
@@ -256,6 +255,7 @@ struct Daemon {
     backends: Vec<BackendKind>,
 }
 
+/// Also returns the daemon, if it answers.
 fn daemon(run_dir: &Path) -> (Check, Option<Daemon>) {
     let name = "daemon";
     let asked = daemon::ask(run_dir, async |client| client.instances().await);
