@@ -274,6 +274,7 @@ fn control(c: &mut Criterion) {
         depth: 128,
         io_mode: Some(IoMode::Batch),
         partscan: false,
+        durable: false,
     };
     let message = codec::encode_attach(&spec).expect("a call");
     let mut group = c.benchmark_group("control codec");

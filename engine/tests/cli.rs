@@ -253,7 +253,7 @@ fn json_has_a_schema() {
     daemon.image("a.img", 4096);
     let device = "instance:string number:number path:string node:string image:string state:string \
         reason:null sizeBytes:number offsetBytes:number sizeLimitBytes:number blockSizeBytes:number \
-        readOnly:boolean buffered:boolean queues:number depth:number ioMode:string sharedWith:array \
+        readOnly:boolean buffered:boolean durable:boolean queues:number depth:number ioMode:string sharedWith:array \
         sinceUnixSeconds:number imageDevice:number imageInode:number";
     let instance = "name:string maxDevices:number devices:number backend:string workers:number cpus:null directory:string";
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \

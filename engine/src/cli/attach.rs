@@ -51,6 +51,12 @@ pub(super) struct AttachArgs {
     #[arg(long)]
     buffered: bool,
 
+    /// Make every write durable before it completes, so that the kernel sends no flushes and an fsync
+    /// costs less: for databases. The image must be written completely, without holes. The device
+    /// offers no discards.
+    #[arg(long, conflicts_with_all = ["read_only", "buffered"])]
+    durable: bool,
+
     /// Number of queues [default: one per worker of the instance].
     #[arg(long, value_name = "N", value_parser = number::within(1..=4096_u32))]
     queues: Option<u32>,
@@ -112,6 +118,7 @@ impl AttachArgs {
             depth: self.depth.unwrap_or(0),
             io_mode: self.io_mode,
             partscan: self.partscan,
+            durable: self.durable,
             instance: self.instance,
             ..AttachSpec::default()
         };

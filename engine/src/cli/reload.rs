@@ -269,6 +269,7 @@ pub(super) mod tests {
                 block_size: 512,
                 read_only: spec.read_only,
                 buffered: spec.buffered,
+                durable: spec.durable,
                 queues: 1,
                 depth: 1,
                 io_mode: IoMode::Copy,

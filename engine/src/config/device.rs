@@ -53,6 +53,9 @@ pub struct DeviceTable {
     /// Have the kernel scan for partitions.
     #[serde(default)]
     pub partscan: bool,
+    /// Make every write durable before it completes.
+    #[serde(default)]
+    pub durable: bool,
     /// File and line of this entry, for messages.
     #[serde(skip)]
     pub location: String,
@@ -74,6 +77,7 @@ impl DeviceTable {
             depth: self.depth,
             io_mode: self.io_mode,
             partscan: self.partscan,
+            durable: self.durable,
         }
     }
 
@@ -151,7 +155,7 @@ mod tests {
     fn an_entry_has_the_options_of_attach() {
         let text = "# a comment\n[[device]]\nimage = '/srv//a.img'\ninstance = 'ci'\nnumber = 3\n\
                     read_only = true\nforce = true\noffset = '1M'\nsize_limit = 4096\nblock_size = '4k'\n\
-                    buffered = true\nqueues = 2\ndepth = 64\nio_mode = 'copy'\npartscan = true\n[[device]]\nimage = '/b.img'\n";
+                    buffered = true\nqueues = 2\ndepth = 64\nio_mode = 'copy'\npartscan = true\ndurable = true\n[[device]]\nimage = '/b.img'\n";
         let config = Config::parse(text, "x.toml").unwrap();
         let [first, second] = &config.devices().collect::<Vec<_>>()[..] else { panic!("{config:?}") };
         let spec = AttachSpec {
@@ -167,10 +171,11 @@ mod tests {
             depth: 64,
             io_mode: Some(IoMode::Copy),
             partscan: true,
+            durable: true,
         };
         assert_eq!((first.spec(), first.force, &*first.location), (spec, true, "x.toml, line 2"));
         let usual = AttachSpec { instance: "default".into(), path: "/b.img".into(), ..AttachSpec::default() };
-        assert_eq!((second.spec(), second.force, &*second.location), (usual, false, "x.toml, line 16"));
+        assert_eq!((second.spec(), second.force, &*second.location), (usual, false, "x.toml, line 17"));
     }
 
     #[test]

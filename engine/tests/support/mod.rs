@@ -202,6 +202,7 @@ impl EngineApi for Fake {
             block_size: spec.block_size.max(512),
             read_only: spec.read_only,
             buffered: spec.buffered,
+            durable: spec.durable,
             queues: spec.queues.max(2),
             depth: spec.depth.max(1),
             io_mode: spec.io_mode.unwrap_or(IoMode::Batch),

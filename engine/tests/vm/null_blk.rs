@@ -21,13 +21,15 @@ pub(crate) struct Shape {
     pub(crate) block_size: u32,
     /// A volatile write cache of this size; 0: none.
     pub(crate) cache_mib: u32,
+    /// Requests can write through that cache (FUA).
+    pub(crate) fua: bool,
     /// Nanoseconds that each request takes; 0: none.
     pub(crate) latency_ns: u32,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Shape { size_mib: 1000, block_size: 512, cache_mib: 0, latency_ns: 0 }
+        Shape { size_mib: 1000, block_size: 512, cache_mib: 0, fua: false, latency_ns: 0 }
     }
 }
 
@@ -53,7 +55,7 @@ impl Disk {
             disk.set(attribute, value)?;
         }
         // If the kernel supports it: without FUA, every durable write causes a flush.
-        let _ = disk.set("fua", 0);
+        let _ = disk.set("fua", u32::from(shape.fua));
         disk.set("power", 1)?;
         tools::until(Duration::from_secs(10), || Path::new(&disk.node()).exists().then_some(()))
             .ok_or_else(|| format!("{} did not appear", disk.node()))?;

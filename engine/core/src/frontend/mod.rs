@@ -268,6 +268,11 @@ impl Backend {
         !matches!(self, Backend::Loop)
     }
 
+    /// Whether its devices can do without a volatile cache: each write is durable when it completes.
+    pub fn supports_durable_writes(&self) -> bool {
+        matches!(self, Backend::Ublk(_))
+    }
+
     /// Unmounts the file system. All devices must be gone.
     pub fn close(&self) {
         if let Backend::Fuse(files) = self {

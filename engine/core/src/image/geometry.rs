@@ -55,6 +55,9 @@ pub struct Geometry {
     pub can_discard: bool,
     /// fallocate can zero ranges; otherwise the block layer should write zeroes.
     pub can_write_zeroes: bool,
+    /// Every write is durable when it completes. The device has no volatile cache, so nobody flushes
+    /// it. It never changes.
+    pub durable_writes: bool,
 }
 
 impl Geometry {
@@ -80,9 +83,13 @@ impl Geometry {
                 .filter(|granularity| granularity.is_power_of_two())
                 .map_or(block_size, |granularity| granularity.max(block_size)),
             read_only: spec.read_only,
-            can_discard: properties.can_punch && !spec.read_only,
+            // Later writes to a hole would wait for the file system's journal.
+            can_discard: properties.can_punch && !spec.read_only && !spec.durable,
             // A block device zeroes ranges in software if its hardware cannot.
-            can_write_zeroes: (properties.can_punch || properties.block_device) && !spec.read_only,
+            can_write_zeroes: (properties.can_punch || properties.block_device)
+                && !spec.read_only
+                && !spec.durable,
+            durable_writes: spec.durable,
         })
     }
 }

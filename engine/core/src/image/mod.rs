@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | READ | read | all bytes were read; a short read is resumed. 0 before the end means that the image has shrunk: EIO, and the device is degraded |
 //! | WRITE | write | all bytes were written; a short write is resumed. 0 is EIO: to ublk any result that is not negative means "all written" |
-//! | WRITE with FUA | write with RWF_DSYNC | as WRITE; the data is durable before it completes |
+//! | WRITE with FUA, or to a device with durable writes | write with RWF_DSYNC | as WRITE; the data is durable before it completes |
 //! | either, EINVAL although direct I/O was allowed | a retry through the page cache: [`Image::disable_direct_io`] | for example, the file shares blocks now |
 //! | either, EINTR or EAGAIN | a retry | a bounded number of times, then the errno |
 //! | FLUSH | fdatasync, one for all pending flushes: [`FlushQueue`] | it started after the flush arrived |
@@ -26,6 +26,7 @@
 mod create;
 mod discard;
 mod durability;
+mod durable_writes;
 mod flush;
 pub mod fs;
 mod geometry;
@@ -71,6 +72,8 @@ pub struct ImageSpec {
     /// Size rules of loop(4): any offset, 512-byte sectors whatever the block size, and size 0 for
     /// an empty range. If direct I/O does not support that, the error is [`Kind::Unsupported`].
     pub loop_semantics: bool,
+    /// Every write is durable when it completes.
+    pub durable: bool,
 }
 
 /// An image: a private file description, which nobody else can change, and its geometry.
@@ -225,8 +228,13 @@ impl Image {
         if !spec.read_only {
             properties.can_punch = probe::can_punch(file.as_fd(), kind, properties.size);
         }
+        let geometry = geometry(&properties)?;
+        // An existing device keeps its promise wherever its image is.
+        if spec.durable && shape.is_none() {
+            durable_writes::prepare(file.as_fd(), &properties, geometry.offset, geometry.size, &name)?;
+        }
         Ok(Image {
-            geometry: geometry(&properties)?,
+            geometry,
             // Block device data bypasses the file system of the device's node.
             may_block: !properties.block_device && probe::may_block(file.as_fd(), &name)?,
             file,
@@ -366,6 +374,10 @@ impl Image {
             let context = format!("{} bytes of {name} follow the device and would be lost", old - end);
             return refuse(context, "resize the image yourself, then resize the device without --size");
         }
+        if spec.durable && new > old {
+            let context = format!("{name} would get a part that is not written, and writes must be durable");
+            return refuse(context, "write its new part yourself, then resize the device without --size");
+        }
         let properties = FileProperties { size: new, ..self.properties };
         Ok((Geometry::compute(&properties, spec, name)?, new))
     }
@@ -375,6 +387,10 @@ impl Image {
     /// Fails if the file has become too small for a device.
     pub fn current_geometry(&self) -> Result<Geometry> {
         let properties = FileProperties { size: self.length()?, ..self.properties };
-        Geometry::compute(&properties, &self.spec, &self.name)
+        let geometry = Geometry::compute(&properties, &self.spec, &self.name)?;
+        if geometry.durable_writes {
+            durable_writes::prepare(self.fd(), &properties, geometry.offset, geometry.size, &self.name)?;
+        }
+        Ok(geometry)
     }
 }

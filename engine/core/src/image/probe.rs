@@ -147,11 +147,15 @@ pub(super) fn can_punch(file: BorrowedFd<'_>, kind: FileKind, size: u64) -> bool
 
 /// A number from the device's queue directory in sysfs; for a partition, from its disk's.
 fn queue_attribute(file: BorrowedFd<'_>, attribute: &str) -> Option<u64> {
-    let number = rustix::fs::fstat(file).ok()?.st_rdev;
+    queue_text(rustix::fs::fstat(file).ok()?.st_rdev, attribute)?.parse().ok()
+}
+
+/// The same as text, of the block device with this number.
+pub(super) fn queue_text(number: u64, attribute: &str) -> Option<String> {
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let device = format!("/sys/dev/block/{major}:{minor}");
     let text = fs::read_to_string(format!("{device}/queue/{attribute}"))
         .or_else(|_| fs::read_to_string(format!("{device}/../queue/{attribute}")))
         .ok()?;
-    text.trim().parse().ok()
+    Some(text.trim().to_owned())
 }

@@ -55,6 +55,7 @@ impl AttachedDevice {
             block_size: geometry.block_size,
             read_only: geometry.read_only,
             buffered: record.spec.buffered || served.is_buffered(),
+            durable: geometry.durable_writes,
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
             io_mode: record.io_mode,

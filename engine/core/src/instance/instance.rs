@@ -340,6 +340,14 @@ impl Instance {
             return Err(Error::new(Kind::Unsupported, "FUSE files do not support partitions")
                 .hint("attach a part of the image with --offset and --size-limit"));
         }
+        if spec.durable && !self.backend.supports_durable_writes() {
+            let context = "only block devices over ublk support durable writes";
+            return Err(Error::new(Kind::Unsupported, context).hint("attach it without --durable"));
+        }
+        if spec.durable && (spec.read_only || spec.buffered) {
+            let context = "durable writes need direct I/O, and a device that can be written";
+            return Err(Error::new(Kind::Invalid, context).hint("leave out --read-only and --buffered"));
+        }
         let depth = if self.backend.uses_workers() { depth } else { 0 };
         Ok(DeviceParameters {
             io_mode,
@@ -408,6 +416,7 @@ pub(super) fn image_spec(spec: &AttachSpec) -> ImageSpec {
         read_only: spec.read_only,
         buffered: spec.buffered,
         loop_semantics: false,
+        durable: spec.durable,
     }
 }
 

@@ -190,7 +190,8 @@ impl Instance {
 
 /// The image options for a device of this geometry.
 fn recovered_spec(record: &DeviceRecord, shape: &Geometry) -> ImageSpec {
-    ImageSpec { block_size: shape.block_size, ..image_spec(&record.spec) }
+    // Of the record and the driver, only the driver's knowledge is never lost.
+    ImageSpec { block_size: shape.block_size, durable: shape.durable_writes, ..image_spec(&record.spec) }
 }
 
 /// The recorded geometry of a device that the driver does not describe.
@@ -205,5 +206,6 @@ fn last_known(record: &DeviceRecord) -> Geometry {
         read_only: record.spec.read_only,
         can_discard: false,
         can_write_zeroes: false,
+        durable_writes: record.spec.durable,
     }
 }

@@ -330,6 +330,10 @@ impl Served {
     /// Changes the geometry of workers and driver, in the order that keeps requests up to the
     /// larger size served meanwhile.
     fn change(&self, new: Geometry, tell: impl Fn(&WorkerHandle<FrontendQueue>) -> Result<()>) -> Result<()> {
+        if new.durable_writes != self.geometry().durable_writes {
+            // The kernel would not flush what is written from now on.
+            return Err(Error::new(Kind::Internal, "durable writes cannot be switched"));
+        }
         let queues = usize::from(self.device.parameters().queues);
         let tell_workers = || self.workers.iter().take(queues).try_for_each(&tell);
         if new.size >= self.geometry().size {

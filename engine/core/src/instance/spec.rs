@@ -83,6 +83,10 @@ pub struct AttachSpec {
     /// Have the kernel scan for partitions; their names are beside the device's, as loop0p1.
     #[serde(default)]
     pub partscan: bool,
+    /// Make every write durable before it completes; the device has no volatile cache. The image
+    /// must be written completely.
+    #[serde(default)]
+    pub durable: bool,
 }
 
 /// How a device is resized. It shrinks only on request.
@@ -172,6 +176,9 @@ pub struct DeviceInfo {
     pub read_only: bool,
     /// It goes through the page cache.
     pub buffered: bool,
+    /// Every write is durable when it completes.
+    #[serde(default)]
+    pub durable: bool,
     /// Queues.
     pub queues: u32,
     /// Queue depth.

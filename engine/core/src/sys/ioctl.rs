@@ -19,6 +19,7 @@ pub const LOOP_CTL_ADD: u32 = 0x4c80;
 pub const LOOP_CTL_REMOVE: u32 = 0x4c81;
 pub const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 // linux/fs.h and linux/blkpg.h.
+pub const FS_IOC_FIEMAP: u32 = 0xc020_660b;
 pub const BLKROSET: u32 = 0x125d;
 pub const BLKROGET: u32 = 0x125e;
 pub const BLKRRPART: u32 = 0x125f;

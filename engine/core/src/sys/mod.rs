@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod block;
 pub mod descriptor;
+pub mod extents;
 pub mod ioctl;
 pub mod loop_device;
 pub mod loop_names;

@@ -59,7 +59,7 @@ prop_compose! {
         read_only: bool,
         buffered: bool,
     ) -> ImageSpec {
-        ImageSpec { offset, size_limit, block_size, read_only, buffered, loop_semantics: false }
+        ImageSpec { offset, size_limit, block_size, read_only, buffered, loop_semantics: false, durable: false }
     }
 }
 

@@ -21,6 +21,7 @@ pub(crate) const PLAIN: ImageSpec = ImageSpec {
     read_only: false,
     buffered: false,
     loop_semantics: false,
+    durable: false,
 };
 pub(crate) const READ_ONLY: ImageSpec = ImageSpec { read_only: true, ..PLAIN };
 pub(crate) const BUFFERED: ImageSpec = ImageSpec { buffered: true, ..PLAIN };

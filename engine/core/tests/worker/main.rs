@@ -30,6 +30,7 @@ const SHOWN: ImageSpec = ImageSpec {
     read_only: false,
     buffered: true,
     loop_semantics: false,
+    durable: false,
 };
 const DIRECT: ImageSpec = ImageSpec { buffered: false, ..SHOWN };
 

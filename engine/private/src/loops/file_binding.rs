@@ -246,6 +246,7 @@ fn open(
         read_only,
         buffered,
         loop_semantics: true,
+        durable: false,
     };
     let attempt = |source: &ImageSpec| {
         let file = rustix::io::fcntl_dupfd_cloexec(file, 0)?;

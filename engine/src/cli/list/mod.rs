@@ -150,6 +150,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
     for device in devices {
         let mode = if device.read_only { "ro" } else { "rw" };
         let mode = if device.buffered { format!("{mode},buffered") } else { mode.to_owned() };
+        let mode = if device.durable { format!("{mode},durable") } else { mode };
         let state = match device.state {
             DeviceState::Live => "live",
             DeviceState::Degraded => "degraded",

@@ -352,7 +352,7 @@ fn configuration(roff: &mut Roff) {
                 ("instance = \"NAME\"", "Instance of the device ['default']."),
                 ("number = N", "N of loopN [the lowest free number]."),
                 (
-                    "read_only, force, buffered, partscan = true|false",
+                    "read_only, force, buffered, durable, partscan = true|false",
                     "As the options of loopengine-attach(1) [false].",
                 ),
                 (

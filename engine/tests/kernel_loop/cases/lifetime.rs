@@ -369,6 +369,7 @@ fn options_of_queues_are_refused(ctx: &Ctx) -> Res {
         (&["--queues", "1"][..], "no queues"),
         (&["--depth", "8"], "no queues"),
         (&["--io-mode", "copy"], "I/O mode copy does not apply"),
+        (&["--durable"], "only block devices over ublk support durable writes"),
     ] {
         let done = daemon.cli(&[&["attach", &image], words].concat())?;
         ensure!(done.code != 0 && done.err.contains(says), "{words:?}: {done:?}");

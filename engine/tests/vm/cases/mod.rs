@@ -6,6 +6,7 @@ mod claims;
 mod commands;
 mod discard_support;
 mod durability;
+mod durable_writes;
 mod errors;
 mod faults;
 mod filesystem;
@@ -72,6 +73,7 @@ pub(crate) fn all() -> Vec<Case> {
         resize::cases(),
         faults::cases(),
         durability::cases(),
+        durable_writes::cases(),
         recovery::cases(),
         recovery_image::cases(),
         recovery_state::cases(),

@@ -266,6 +266,7 @@ impl KernelLoop {
             read_only: read("ro")? != 0,
             can_discard: read("queue/discard_max_bytes")? > 0,
             can_write_zeroes: read("queue/write_zeroes_max_bytes")? > 0,
+            durable_writes: false,
         })
     }
 

@@ -69,6 +69,7 @@ impl UblkDevice {
             read_only: basic.attrs & sys::UBLK_ATTR_READ_ONLY != 0,
             can_discard: discard.max_discard_sectors > 0,
             can_write_zeroes: discard.max_write_zeroes_sectors > 0,
+            durable_writes: basic.attrs & sys::UBLK_ATTR_VOLATILE_CACHE == 0,
         })
     }
 }

@@ -24,9 +24,14 @@ impl<T: Transport> DeviceQueue<T> {
         match request.op {
             Op::Flush => durability.on_flush(),
             _ if rejected => {}
-            Op::Write { fua } if fua || durability.expects_flush() => {
+            Op::Write { fua } if fua || self.geometry.durable_writes || durability.expects_flush() => {
                 durability.begin_durable();
                 return Request { op: Op::Write { fua: true }, ..request };
+            }
+            // No flush follows.
+            Op::WriteZeroes { unmap, .. } if self.geometry.durable_writes => {
+                durability.begin();
+                return Request { op: Op::WriteZeroes { unmap, fua: true }, ..request };
             }
             op if op.is_plain_change() => durability.begin(),
             _ => {}
