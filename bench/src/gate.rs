@@ -18,7 +18,8 @@ use crate::target::RAW;
 /// Jobs that are measured: 4K reads at depth 1 and 32, 128K reads, and 4K writes with an fsync each.
 pub const JOBS: [&Job; 4] = [&job::QD1, &job::QD32, &job::SEQ, &job::FSYNC];
 /// Targets that are measured.
-pub const TARGETS: [&str; 5] = [RAW, job::LOOP, "loopengine batch", "loopengine auto", "loopengine copy"];
+pub const TARGETS: [&str; 6] =
+    [RAW, job::LOOP, "loopengine batch", "loopengine auto", "loopengine copy", "loopengine durable"];
 
 /// Largest accepted increase, as a share of the baseline.
 const LIMIT: f64 = 0.02;

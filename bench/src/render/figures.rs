@@ -29,13 +29,14 @@ const JOBS: [(&str, &str); 6] = [
 ];
 
 /// Beginnings of rows, and the targets.
-const TARGETS: [(&str, &str); 10] = [
+const TARGETS: [(&str, &str); 11] = [
     ("the raw file", "raw file"),
     ("kernel loop", "kernel loop"),
     ("loopengine over kernel loop", "loopengine loop"),
     ("loopengine over ublk, batch", "loopengine batch"),
     ("loopengine over ublk, auto", "loopengine auto"),
     ("loopengine over ublk, copy", "loopengine copy"),
+    ("loopengine over ublk, durable writes", "loopengine durable"),
     ("loopengine behind FUSE", "loopengine fuse"),
     ("rublk", "rublk"),
     ("QEMU's FUSE export", "qemu fuse"),

@@ -12,20 +12,25 @@ use super::{Environment, FUSE, Kind, LOOP, Module, Opened, Target, UBLK, block, 
 use crate::daemon::{self, Daemon};
 use crate::varlink::Client;
 
-/// loopengine over ublk, in one I/O mode.
+/// loopengine over ublk: in one I/O mode, or in the best one with durable writes.
 pub(super) struct Ublk {
-    mode: &'static str,
+    mode: Option<&'static str>,
     daemon: Option<Daemon>,
 }
 
 impl Ublk {
     pub(super) fn new(mode: &'static str) -> Ublk {
-        Ublk { mode, daemon: None }
+        Ublk { mode: Some(mode), daemon: None }
+    }
+
+    pub(super) fn durable() -> Ublk {
+        Ublk { mode: None, daemon: None }
     }
 
     fn check_granted(&self) -> Result<()> {
-        if !daemon::io_modes()?.iter().any(|mode| mode == self.mode) {
-            bail!("this kernel ({}) does not support I/O mode {}", kernel(), self.mode);
+        let Some(wanted) = self.mode else { return Ok(()) };
+        if !daemon::io_modes()?.iter().any(|mode| mode == wanted) {
+            bail!("this kernel ({}) does not support I/O mode {wanted}", kernel());
         }
         Ok(())
     }
@@ -33,11 +38,14 @@ impl Ublk {
 
 impl Target for Ublk {
     fn name(&self) -> String {
-        format!("loopengine {}", self.mode)
+        format!("loopengine {}", self.mode.unwrap_or("durable"))
     }
 
     fn about(&self) -> String {
-        format!("loopengine over ublk, I/O mode {}", self.mode)
+        match self.mode {
+            Some(mode) => format!("loopengine over ublk, I/O mode {mode}"),
+            None => "loopengine over ublk, best I/O mode, every write durable".into(),
+        }
     }
 
     fn version(&self) -> Result<String> {
@@ -55,9 +63,10 @@ impl Target for Ublk {
 
     fn set_up(&mut self, place: &Environment) -> Result<Opened> {
         self.check_granted()?;
-        let daemon = self.daemon.insert(start(place, &self.name(), "ublk")?);
-        let (path, many) =
-            attach_all(place, &format!("loopengine {}", self.mode), daemon, &["--io-mode", self.mode])?;
+        let name = self.name();
+        let daemon = self.daemon.insert(start(place, &name, "ublk")?);
+        let words = self.mode.map_or(vec!["--durable"], |mode| vec!["--io-mode", mode]);
+        let (path, many) = attach_all(place, &name, daemon, &words)?;
         block(path, many, Some(daemon.pid()))
     }
 

@@ -273,6 +273,7 @@ pub fn all() -> Vec<Box<dyn Target>> {
     for mode in ["batch", "auto", "copy"] {
         targets.push(Box::new(loopengine::Ublk::new(mode)));
     }
+    targets.push(Box::new(loopengine::Ublk::durable()));
     targets.push(Box::new(loopengine::Other::kernel_loop()));
     targets.push(Box::new(loopengine::Other::fuse()));
     targets.push(Box::new(qemu_fuse::QemuFuse::default()));

@@ -27,9 +27,9 @@ pub(super) enum Cases {
     KernelLoop,
     /// Cases of private loop devices.
     Private,
-    /// Cases of other tools on private loop devices, and of devices of the kernel's loop driver.
+    /// Cases of other tools on private loop devices.
     Tools,
-    /// All other cases.
+    /// All other cases, but not of the I/O mode copy.
     Others,
     /// Cases that count instructions, or measure a time that other work must not change, in
     /// `icount`.
@@ -56,9 +56,12 @@ const PRIVATE: &str = "private";
 /// Those of them that run in a VM of their own, so that no VM takes much longer than others.
 const TOOLS: [&str; 3] = ["private::mapped", "private::builders", "private::partitions"];
 /// Cases that a default run skips on the older kernel: names, claims and the command line do not
-/// depend on the kernel, and private loop devices over ublk need a newer one.
-const NOT_OF_THE_KERNEL: [&str; 9] = [
+/// depend on the kernel, nor does the arithmetic of ranges, and private loop devices over ublk need a
+/// newer one.
+const NOT_OF_THE_KERNEL: [&str; 11] = [
     PRIVATE,
+    "discard::",
+    "geometry::",
     "commands::",
     "claims::",
     "many::",
@@ -68,6 +71,9 @@ const NOT_OF_THE_KERNEL: [&str; 9] = [
     "verify::one_queue",
     "shutdown::",
 ];
+
+/// Cases of the I/O mode that only older kernels choose.
+const COPY: &str = "::copy";
 
 impl Cases {
     /// Command lines of the kernel cases.
@@ -87,8 +93,8 @@ impl Cases {
                 vec![(VM, [vec![PRIVATE], skipping(&counted), skipping(&TOOLS)].concat())]
             }
             // libtest-mimic takes one filter.
-            Cases::Tools => TOOLS.iter().map(|name| (VM, vec![*name])).chain([lifetime]).collect(),
-            Cases::Others => vec![(VM, skipping(&[PRIVATE]))],
+            Cases::Tools => TOOLS.iter().map(|name| (VM, vec![*name])).collect(),
+            Cases::Others => vec![(VM, skipping(&[PRIVATE, COPY]))],
             Cases::Counted => vec![(VM, vec!["private::figures", "--skip", "private::figures::set_up"])],
         };
         let command = |(program, words)| [vec![program, "--test-threads=1"], words].concat();
@@ -154,13 +160,17 @@ mod tests {
     fn every_case_is_in_one_share() {
         let private = &Cases::Private.commands(None)[0];
         assert_eq!(private[2], PRIVATE);
-        assert_eq!(Cases::Others.commands(None), [["vm", "--test-threads=1", "--skip", PRIVATE]]);
+        let others = ["vm", "--test-threads=1", "--skip", PRIVATE, "--skip", COPY];
+        assert_eq!(Cases::Others.commands(None), [others]);
+        let older = Cases::Kernel.commands(None);
+        assert!(older[0].iter().all(|word| !COPY.contains(word)), "the older kernel runs the rest");
+        assert_eq!(older[1], [KERNEL_LOOP, "--test-threads=1", LIFETIME]);
         let tools = Cases::Tools.commands(None);
         for (command, name) in std::iter::zip(&tools, TOOLS) {
             assert_eq!(command, &["vm", "--test-threads=1", name]);
         }
-        assert_eq!(tools[TOOLS.len()..], [[KERNEL_LOOP, "--test-threads=1", LIFETIME]]);
-        assert_eq!(Cases::KernelLoop.commands(None), tools[TOOLS.len()..]);
+        assert_eq!(tools.len(), TOOLS.len());
+        assert_eq!(Cases::KernelLoop.commands(None), [&older[1][..]]);
         let skipped = |name| private.windows(2).any(|pair| pair == ["--skip", name]);
         assert!(TOOLS.into_iter().all(skipped), "{private:?}");
         let of = |program| [program, "--test-threads=1", "x"];
