@@ -26,7 +26,7 @@ pub mod control;
 pub mod received;
 
 pub use loopengine_core::{
-    Error, Kind, Result, accounts, broken_kernels, error, failures, frontend, hash, image, instance, kernels,
-    limits, request, ring, sandbox, sys, worker,
+    Error, Kind, Result, accounts, broken_kernels, counters, error, failures, frontend, hash, image,
+    instance, kernels, limits, request, ring, sandbox, sys, worker,
 };
 pub use loopengine_private::{intercept, kernel_mounts, loopfs, loops, private};

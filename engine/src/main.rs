@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 // The command line names modules of the library as its own.
 use loopengine::{
-    accounts, broken_kernels, config, control, error, frontend, hash, image, instance, intercept,
+    accounts, broken_kernels, config, control, counters, error, frontend, hash, image, instance, intercept,
     kernel_mounts, kernels, loopfs, loops, private, received, sandbox, sys,
 };
 

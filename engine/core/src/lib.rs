@@ -23,6 +23,7 @@
 
 pub mod accounts;
 pub mod broken_kernels;
+pub mod counters;
 pub mod error;
 pub mod failures;
 pub mod frontend;

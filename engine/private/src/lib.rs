@@ -31,5 +31,5 @@ pub mod loops;
 pub mod private;
 
 use loopengine_core::{
-    Result, accounts, error, failures, frontend, image, instance, limits, ring, sandbox, sys,
+    Result, accounts, counters, error, failures, frontend, image, instance, limits, ring, sandbox, sys,
 };

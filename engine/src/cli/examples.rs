@@ -144,6 +144,10 @@ pub fn of(command: &str) -> &'static [Example] {
                 "loopengine stats --instance build --watch --count 10 --json",
             ),
         ],
+        "metrics" => &[
+            ("Print all metrics.", "loopengine metrics"),
+            ("Serve them to a Prometheus on this machine.", "loopengine metrics --listen 127.0.0.1:9753"),
+        ],
         "run" => &[
             ("Start a shell with private loop devices.", "loopengine run -- bash"),
             ("Build an image as a plain user.", "loopengine run --max 2 -- ./build-image.sh disk.img"),

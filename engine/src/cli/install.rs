@@ -17,6 +17,11 @@ use super::{complete, mount_loop, out, pages};
 const UNIT: &str = include_str!("../../share/systemd/loopengine.service");
 const SOCKET: &str = include_str!("../../share/systemd/loopengine.socket");
 const PRIVATE_SOCKET: &str = include_str!("../../share/systemd/loopengine-private.socket");
+const METRICS: &str = include_str!("../../share/systemd/loopengine-metrics.service");
+const MONITORING: [(&str, &str); 2] = [
+    ("alerts.yml", include_str!("../../share/monitoring/alerts.yml")),
+    ("dashboard.json", include_str!("../../share/monitoring/dashboard.json")),
+];
 /// A drop-in for the unit that makes FUSE files visible. An example.
 const FUSE: &str = include_str!("../../share/systemd/fuse.conf");
 const DESKTOP: &str = include_str!("../../share/applications/loopengine-mount.desktop");
@@ -97,7 +102,7 @@ impl InstallArgs {
 fn items(prefix: &Path, program: Vec<u8>, apparmor: bool) -> Result<BTreeMap<PathBuf, Item>> {
     let file = |content: &[u8]| Item::File { content: content.to_vec(), mode: 0o644 };
     let bin = prefix.join("bin/loopengine");
-    let unit = UNIT.replace(PACKAGED, &bin.to_string_lossy());
+    let [unit, metrics] = [UNIT, METRICS].map(|text| text.replace(PACKAGED, &bin.to_string_lossy()));
     // Older systemd and udev do not read /usr/local.
     let settings = Path::new(if prefix == Path::new("/usr") { "/usr/lib" } else { "/etc" });
     // mount(8) searches only this directory.
@@ -110,6 +115,7 @@ fn items(prefix: &Path, program: Vec<u8>, apparmor: bool) -> Result<BTreeMap<Pat
         (bin, Item::File { content: program, mode: PROGRAM }),
         (sbin.join(mount_loop::NAME), Item::Link(link)),
         (settings.join("systemd/system/loopengine.service"), file(unit.as_bytes())),
+        (settings.join("systemd/system/loopengine-metrics.service"), file(metrics.as_bytes())),
         (settings.join("systemd/system/loopengine.socket"), file(SOCKET.as_bytes())),
         (settings.join("systemd/system/loopengine-private.socket"), file(PRIVATE_SOCKET.as_bytes())),
         (prefix.join("share/applications/loopengine-mount.desktop"), file(desktop.as_bytes())),
@@ -123,6 +129,9 @@ fn items(prefix: &Path, program: Vec<u8>, apparmor: bool) -> Result<BTreeMap<Pat
         items.insert("/etc/apparmor.d/loopengine".into(), file(profile.as_bytes()));
     }
     let share = prefix.join("share");
+    for (name, text) in MONITORING {
+        items.insert(share.join("loopengine/monitoring").join(name), file(text.as_bytes()));
+    }
     for (name, text) in VARLINK {
         items.insert(share.join("loopengine/varlink").join(name), file(text.as_bytes()));
     }

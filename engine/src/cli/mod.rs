@@ -27,6 +27,7 @@ mod instance_mount;
 mod limit;
 mod list;
 mod losetup;
+mod metrics;
 mod mount;
 mod mount_loop;
 mod oci;
@@ -96,6 +97,7 @@ enum Command {
     List(list::ListArgs),
     Find(find::FindArgs),
     Stats(stats::StatsArgs),
+    Metrics(metrics::MetricsArgs),
     Run(run::RunArgs),
     Mount(mount::MountArgs),
     Umount(mount::Umount),
@@ -232,6 +234,7 @@ impl Command {
             Command::List(args) => args.run(&run_dir),
             Command::Find(args) => args.run(&run_dir),
             Command::Stats(args) => args.run(&run_dir),
+            Command::Metrics(args) => args.run(&run_dir),
             Command::Mount(args) => args.run(&run_dir),
             Command::Umount(args) => args.run(&run_dir),
             Command::Mounter(args) => args.run(),

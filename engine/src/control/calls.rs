@@ -48,4 +48,5 @@ pub(super) trait ControlCalls {
         device: Option<&str>,
         instance: Option<&str>,
     ) -> zlink::Result<Result<StatsReply, Fault>>;
+    async fn get_counters(&mut self) -> zlink::Result<Result<CountersReply, Fault>>;
 }

@@ -10,6 +10,7 @@ use zlink::tokio::unix::Connection;
 use super::SOCKET;
 use super::calls::ControlCalls;
 use super::session::{ClientSession, ONE_MAX, copies};
+use crate::counters::DaemonCounters;
 use crate::error::Result;
 use crate::instance::Selector;
 use crate::instance::spec::*;
@@ -100,6 +101,12 @@ impl Client {
         let (device, instance) = parts(which);
         let call = async |connection: &mut Connection| connection.get_stats(device, instance).await;
         Ok(self.0.call(ONE_MAX, call).await?.stats)
+    }
+
+    /// See [`DaemonCounters`].
+    pub async fn counters(&mut self) -> Result<DaemonCounters> {
+        let call = async |connection: &mut Connection| connection.get_counters().await;
+        Ok(self.0.call(ONE_MAX, call).await?.counters)
     }
 }
 

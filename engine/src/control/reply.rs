@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::Type;
 
+use crate::counters::DaemonCounters;
 use crate::instance::spec::{DeviceInfo, DeviceStats, Features, InstanceInfo};
 
 /// The features of this kernel.
@@ -53,4 +54,11 @@ pub struct DetachReply {
 pub struct StatsReply {
     /// By instance and number.
     pub stats: Vec<DeviceStats>,
+}
+
+/// Counts of the daemon.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct CountersReply {
+    /// Since its start.
+    pub counters: DaemonCounters,
 }

@@ -22,6 +22,7 @@ use super::refusal::{DENIED, Refusals, TOO_MANY};
 use super::slots::ConnectionSlots;
 use super::{ControlService, EngineApi, PrivateService, oci, run_blocking};
 use crate::accounts;
+use crate::counters::CONNECTIONS;
 pub use crate::limits::{CONNECTIONS_MAX, USER_CONNECTIONS_MAX};
 use crate::private::{Caller, Registry};
 use crate::received::Disposal;
@@ -115,6 +116,7 @@ impl Acceptor {
             while connections.try_join_next().is_some() {}
             let full = match accepted {
                 Ok((stream, permit)) => {
+                    CONNECTIONS.count();
                     let number = stream.as_raw_fd();
                     let served = each(stream, permit);
                     connections.spawn_local(async move {

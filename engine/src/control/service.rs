@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::blocking::failed;
 use super::reply::*;
 use super::{EngineApi, Fault, Inbox};
+use crate::counters::DaemonCounters;
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
 use crate::instance::spec::*;
@@ -80,7 +81,7 @@ fn only_one(received: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
         AttachSpec, IoMode, DeviceInfo, DeviceState, DeviceStats, Features, BackendKind,
-        InstanceInfo, InstanceSpec, LatencySummary, RecoverSpec
+        InstanceInfo, InstanceSpec, LatencySummary, LatencyBucket, DaemonCounters, RecoverSpec
     ]
 )]
 impl ControlService {
@@ -176,6 +177,11 @@ impl ControlService {
     ) -> std::result::Result<DevicesReply, Fault> {
         let devices = self.ask(move |backend| backend.devices(&select(device, instance)?)).await?;
         Ok(DevicesReply { devices })
+    }
+
+    /// Counts of the daemon since its start.
+    async fn get_counters(&self) -> std::result::Result<CountersReply, Fault> {
+        Ok(CountersReply { counters: DaemonCounters::now() })
     }
 
     /// Statistics of devices: one, those of an instance, or all.

@@ -289,6 +289,10 @@ impl EngineApi for Fake {
                 p99_ns: 30_000,
                 p999_ns: 40_000,
                 max_ns: 50_000,
+                sum_ns: 90_000,
+                buckets: [(10_000, 5), (50_000, 9)]
+                    .map(|(up_to_ns, samples)| LatencyBucket { up_to_ns, samples })
+                    .into(),
             },
             ..DeviceStats::default()
         });

@@ -64,15 +64,27 @@ const MORE_PACKAGES: [DebianPackage; 19] = [
     ("chromium", "tests of reports in a browser"),
 ];
 
-/// Packages that are unpacked but not installed: udev, and packages that depend on it. VMs share this
-/// machine's root.
-const UNPACKED: [&str; 6] = ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "udev", "vmdb2"];
+/// Packages that are unpacked but not installed: udev and packages that depend on it, because VMs share
+/// this machine's root, and a service.
+const UNPACKED: [&str; 7] =
+    ["kpartx", "lvm2", "libdevmapper-event1.02.1", "mdadm", "prometheus", "udev", "vmdb2"];
 /// Programs of these packages that VMs have on PATH. Not udevadm: programs that find it wait for a
 /// udevd.
-const UNPACKED_PROGRAMS: [&str; 9] =
-    ["kpartx", "lvm", "pvcreate", "vgcreate", "vgchange", "lvcreate", "mdadm", "systemd-udevd", "vmdb2"];
+const UNPACKED_PROGRAMS: [&str; 11] = [
+    "kpartx",
+    "lvm",
+    "pvcreate",
+    "vgcreate",
+    "vgchange",
+    "lvcreate",
+    "mdadm",
+    "prometheus",
+    "promtool",
+    "systemd-udevd",
+    "vmdb2",
+];
 /// Directory of the unpacked packages. The number changes with these lists.
-const UNPACKED_HOME: &str = "tools-3";
+const UNPACKED_HOME: &str = "tools-4";
 
 /// In pip's format.
 pub(crate) const VIRTME: &str = "virtme-ng==1.42";

@@ -96,7 +96,7 @@ pub(crate) fn run(options: &SuiteOptions) -> Result<bool> {
     let phases = if options.host {
         let out: Sink<'_> = &mut vm::to_stdout;
         vec![
-            Phase::run("tests on this machine".into(), out, |sink| host_tests(options, sink))?,
+            Phase::run("tests on this machine".into(), out, |sink| host_tests(options, None, sink))?,
             Phase::run("examples in the documentation".into(), out, |sink| doc_tests(options, sink))?,
             Phase::run("kernel cases on this machine".into(), out, |_| cases_here(options))?,
         ]
@@ -118,8 +118,11 @@ fn with_vms(options: &SuiteOptions) -> Result<Vec<Phase>> {
     let mut programs = programs::build()?;
     programs.extend(cases);
     let jobs = jobs(options, any);
+    let tools = lab.tools();
     let results = lanes::run(LANES, &jobs, &vm::to_stdout, |job, sink| match *job {
-        Job::Host => Phase::run("tests on this machine".into(), sink, |sink| host_tests(options, sink)),
+        Job::Host => {
+            Phase::run("tests on this machine".into(), sink, |sink| host_tests(options, Some(&tools), sink))
+        }
         Job::Docs => {
             Phase::run("examples in the documentation".into(), sink, |sink| doc_tests(options, sink))
         }
@@ -180,9 +183,13 @@ fn summarise(phases: &[Phase]) -> bool {
     total.failed == 0
 }
 
-/// Runs unit, property and command-line tests: all but the kernel cases.
-fn host_tests(options: &SuiteOptions, sink: Sink<'_>) -> Result<Tally> {
+/// Runs unit, property and command-line tests: all but the kernel cases. `tools`: a directory of
+/// programs that this machine need not have.
+fn host_tests(options: &SuiteOptions, tools: Option<&Path>, sink: Sink<'_>) -> Result<Tally> {
     let filter = options.filter.as_deref();
+    let with_tools = |command: &mut Command| {
+        command.envs(tools.map(|tools| ("LOOPENGINE_LAB_TOOLS", tools)));
+    };
     if sh::which("cargo-nextest").is_ok() {
         let words =
             ["nextest", "run", "--workspace", "--cargo-profile", "lab", "--no-fail-fast", "--no-tests=pass"];
@@ -190,6 +197,7 @@ fn host_tests(options: &SuiteOptions, sink: Sink<'_>) -> Result<Tally> {
         command
             .args(["--status-level=fail", "--final-status-level=fail", "-E", "not binary(vm)"])
             .args(filter);
+        with_tools(&mut command);
         let (success, said) = pass_on(&mut command, sink)?;
         return reconcile("cargo nextest", success, nextest(&said, filter.is_some()));
     }
@@ -199,6 +207,7 @@ fn host_tests(options: &SuiteOptions, sink: Sink<'_>) -> Result<Tally> {
     for name in programs::test_targets()?.iter().filter(|name| *name != "vm") {
         command.args(["--test", name]);
     }
+    with_tools(&mut command);
     let (success, said) = pass_on(command.args(filter), sink)?;
     reconcile("cargo test", success, libtest(&said))
 }

@@ -15,6 +15,7 @@ use super::instance::Instance;
 use super::names::{DeviceName, parse_device};
 use super::spec::{BackendKind, DEFAULT_INSTANCE, DeviceInfo, InstanceSpec, RecoverSpec};
 use super::state::{DeviceRecord, SavedInstance};
+use crate::counters::RECOVERED_DEVICES;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::{self, DeviceParameters, ExistingDevice, OrphanState, StopMode};
 
@@ -322,7 +323,10 @@ impl Orphan {
         let name = format!("{}/loop{number}", instance.info().name);
         match record {
             Ok(record) => match instance.recover(*number, record.clone(), *found) {
-                Ok(()) => return Some(format!("{name} ({}) was recovered", record.spec.path)),
+                Ok(()) => {
+                    RECOVERED_DEVICES.count();
+                    return Some(format!("{name} ({}) was recovered", record.spec.path));
+                }
                 Err(error) => {
                     tracing::error!("{name} ({}) was not recovered and is stuck: {error}", record.spec.path)
                 }

@@ -264,6 +264,23 @@ pub struct LatencySummary {
     pub p999_ns: u64,
     /// The slowest.
     pub max_ns: u64,
+    /// The sum of all, up to the precision of the measurement (1 %).
+    #[serde(default)]
+    pub sum_ns: u64,
+    /// Requests up to each of some bounds, the smallest first; none without samples.
+    #[serde(default)]
+    pub buckets: Vec<LatencyBucket>,
+}
+
+/// Requests up to a latency.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "camelCase")]
+#[zlink(rename_all = "camelCase")]
+pub struct LatencyBucket {
+    /// The latency, in nanoseconds.
+    pub up_to_ns: u64,
+    /// Requests that took as long or less.
+    pub samples: u64,
 }
 
 /// The features of this kernel.

@@ -1,9 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Statistics of a device, from its queues or from the block layer.
 
-use super::spec::{DeviceStats, LatencySummary};
+use super::spec::{DeviceStats, LatencyBucket, LatencySummary};
+use hdrhistogram::Histogram;
+
 use crate::frontend::kernel_loop::BlockStats;
 use crate::worker::QueueStats;
+
+/// Bounds of latencies in microseconds: 10 µs to 10 s.
+const BOUNDS_US: [u64; 16] = [
+    10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 1_000_000,
+    10_000_000,
+];
 
 /// Of a device that this program's workers serve.
 pub(super) fn of_queues(queues: &[QueueStats], path: String, image: String) -> DeviceStats {
@@ -68,5 +76,12 @@ fn summarise(queues: &[QueueStats]) -> LatencySummary {
         p99_ns: all.value_at_quantile(0.99),
         p999_ns: all.value_at_quantile(0.999),
         max_ns: all.max(),
+        sum_ns: (all.mean() * all.len() as f64) as u64,
+        buckets: buckets(&all),
     }
+}
+
+fn buckets(all: &Histogram<u32>) -> Vec<LatencyBucket> {
+    let up_to = |us: &u64| LatencyBucket { up_to_ns: us * 1000, samples: all.count_between(0, us * 1000) };
+    BOUNDS_US.iter().map(up_to).collect()
 }

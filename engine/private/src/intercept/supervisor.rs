@@ -22,6 +22,7 @@ use super::filter::{self, Call};
 use super::mknod::MknodCall;
 use super::mounts::{self, MountHandler};
 use super::source_names;
+use crate::counters::INTERCEPTED_CALLS;
 use crate::error::{Error, Kind, Result};
 use crate::event_threads::{EventSource, EventThreads, Next, Ready, SourceHandle, Turn};
 use crate::sys::seccomp::{Listener, Notification};
@@ -216,6 +217,7 @@ impl EventSource for SupervisorShared {
         let mut state = lock(&self.state);
         state.calls.push(ServedCall { id: note.id, until, overdue: false });
         state.counts.calls += 1;
+        INTERCEPTED_CALLS.count();
         drop(state);
         turn.received(Some(until));
         self.serve_call(&note);
