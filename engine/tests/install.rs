@@ -80,6 +80,7 @@ fn installs_and_removes_all_files() {
         "/etc/systemd/system/loopengine.service",
         "/etc/systemd/system/loopengine.socket",
         "/etc/systemd/system/loopengine-private.socket",
+        "/etc/systemd/system/loopengine-metrics.service",
         "/usr/local/share/loopengine/fuse.conf",
         "/usr/local/share/loopengine/apparmor",
         "/usr/local/share/loopengine/varlink/io.loopengine.varlink",
@@ -165,7 +166,13 @@ fn systemd_accepts_the_units() {
     let mut verify = Command::new("systemd-analyze");
     verify.args(["verify", "--man=no", "--recursive-errors=no"]);
     verify.args(
-        ["loopengine.service", "loopengine.socket", "loopengine-private.socket"].map(|unit| at.join(unit)),
+        [
+            "loopengine.service",
+            "loopengine.socket",
+            "loopengine-private.socket",
+            "loopengine-metrics.service",
+        ]
+        .map(|unit| at.join(unit)),
     );
     let Ok(ran) = verify.env("SYSTEMD_UNIT_PATH", format!("{}:", at.display())).output() else {
         eprintln!("skipped: needs systemd-analyze");
