@@ -121,7 +121,7 @@ fn the_example_configuration_is_valid() {
     let all = lines.collect::<Vec<_>>().join("\n");
     let config = loopengine::config::Config::parse(&all, "with examples").unwrap();
     assert_eq!(config.instances().count(), 1);
-    assert_eq!(config.tuning().poll_us, 50);
+    assert!(config.tuning().linked_commit);
     let devices: Vec<_> = config.devices().map(|device| (&*device.instance, device.offset)).collect();
     assert_eq!(devices, [("build", 1 << 20)]);
     assert_eq!(config.users().0[&0].pools, Some(32));

@@ -56,7 +56,7 @@ fn engine() -> Option<(tempfile::TempDir, Engine)> {
             backend: None,
         },
         backends: vec![BackendKind::Ublk],
-        tuning: Tuning { linked_commit: true, poll_us: 0 },
+        tuning: Tuning { linked_commit: true },
         dev_links: false,
     };
     match Engine::start(config) {

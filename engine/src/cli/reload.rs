@@ -323,7 +323,7 @@ pub(super) mod tests {
 
     #[test]
     fn applies_only_changes() {
-        let same = "[[instance]]\nname='a'\n[tuning]\npoll_us=3\n";
+        let same = "[[instance]]\nname='a'\n[tuning]\nlinked_commit=false\n";
         assert_eq!(applied(same, same), (vec![], vec!["nothing changed".to_owned()]));
     }
 
@@ -347,7 +347,7 @@ pub(super) mod tests {
     #[test]
     fn applies_instances_and_limits_and_notes_the_rest() {
         let old = "[[instance]]\nname='a'\nmax_devices=1\n[[instance]]\nname='gone'\n";
-        let new = "[default]\nmax_devices=9\nworkers=7\n[tuning]\npoll_us=3\n\
+        let new = "[default]\nmax_devices=9\nworkers=7\n[tuning]\nlinked_commit=false\n\
                    [[instance]]\nname='a'\nmax_devices=2\n[[instance]]\nname='b'\n";
         let (calls, notes) = applied(old, new);
         assert_eq!(calls, ["limit a 2", "create b", "limit default 9"]);

@@ -30,7 +30,7 @@ use crate::sys::{self, mntns};
 
 use super::configured_devices::ConfiguredDevices;
 use super::reload::ReloadTargets;
-use super::{backend_choice, number, reload, watchers};
+use super::{backend_choice, reload, watchers};
 
 /// Run the daemon in the foreground.
 ///
@@ -80,10 +80,6 @@ pub(super) struct ServeArgs {
     /// Link each read or write with its commit in one chain, where possible.
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     linked_commit: Option<bool>,
-
-    /// Busy-poll up to N µs after an isolated request (adaptive; 0 disables).
-    #[arg(long, value_name = "N", value_parser = number::within(0..=1_000_000_u32))]
-    poll_us: Option<u32>,
 
     /// Create links in /dev/loopengine too, for example /dev/loopengine/default/loop0, for programs
     /// that search only /dev.
@@ -197,9 +193,7 @@ impl ServeArgs {
         let mut config = Config::load(self.config.as_deref())?;
         config.backend = self.backend.or(config.backend);
         config.dev_links |= self.dev_links;
-        let tuning = &mut config.tuning;
-        tuning.linked_commit = self.linked_commit.or(tuning.linked_commit);
-        tuning.poll_us = self.poll_us.or(tuning.poll_us);
+        config.tuning.linked_commit = self.linked_commit.or(config.tuning.linked_commit);
         Ok(config)
     }
 
@@ -226,8 +220,8 @@ impl ServeArgs {
         reload::apply_user_limits(config, &registry);
         let runtime = control::runtime::make()?;
         let backend: Arc<dyn EngineApi> = Arc::clone(engine) as _;
-        let Tuning { linked_commit, poll_us } = config.tuning();
-        tracing::info!(linked_commit, poll_us, "serving {}", run_dir.path().display());
+        let Tuning { linked_commit } = config.tuning();
+        tracing::info!(linked_commit, "serving {}", run_dir.path().display());
         let services = Services {
             listeners,
             backend,

@@ -33,7 +33,7 @@ pub const CONFIG_FILE: &str = "/etc/loopengine.toml";
 pub const MAX_DEVICES: u32 = 256;
 
 /// Default worker options: those that measured best.
-pub const TUNING: Tuning = Tuning { linked_commit: true, poll_us: 0 };
+pub const TUNING: Tuning = Tuning { linked_commit: true };
 
 /// Default limits per user of private pools.
 pub const PRIVATE: Defaults = Defaults { devices: USER_DEVICES, pools: USER_POOLS };
@@ -102,8 +102,6 @@ pub struct DefaultTable {
 pub struct TuningTable {
     /// See [`Tuning::linked_commit`].
     pub linked_commit: Option<bool>,
-    /// See [`Tuning::poll_us`].
-    pub poll_us: Option<u32>,
 }
 
 /// `[private]`.
@@ -288,10 +286,7 @@ impl Config {
 
     /// Worker options.
     pub fn tuning(&self) -> Tuning {
-        Tuning {
-            linked_commit: self.tuning.linked_commit.unwrap_or(TUNING.linked_commit),
-            poll_us: self.tuning.poll_us.unwrap_or(TUNING.poll_us),
-        }
+        Tuning { linked_commit: self.tuning.linked_commit.unwrap_or(TUNING.linked_commit) }
     }
 
     /// Limits per user of private pools.
@@ -354,7 +349,7 @@ mod tests {
     #[test]
     fn parses_every_section() {
         let text = "backend = 'fuse'\n[default]\nmax_devices = 8\nworkers = 2\ncpus = '0-1'\n\
-                    [tuning]\nlinked_commit = true\npoll_us = 50\n[private]\nmax_per_user = 9\n\
+                    [tuning]\nlinked_commit = false\n[private]\nmax_per_user = 9\n\
                     kernel_mounts = ['ext4', 'xfs']\n\
                     [[instance]]\nname = 'build'\nmax_devices = 4\n[[instance]]\nname = 'ci'\n";
         let config = Config::parse(text, "x.toml").unwrap();
@@ -362,7 +357,7 @@ mod tests {
         let engine = config.engine(PathBuf::from("/run/x"), vec![BackendKind::Fuse]);
         assert_eq!(engine.default_instance.max_devices, 8);
         assert_eq!(engine.default_instance.cpus.as_deref(), Some("0-1"));
-        assert_eq!(engine.tuning, Tuning { linked_commit: true, poll_us: 50 });
+        assert_eq!(engine.tuning, Tuning { linked_commit: false });
         assert_eq!(config.private(), Defaults { devices: 9, pools: PRIVATE.pools });
         assert_eq!(config.kernel_mounts().iter().map(|kind| kind.name).collect::<Vec<_>>(), ["ext4", "xfs"]);
         let instances: Vec<_> = config.instances().collect();
@@ -376,7 +371,7 @@ mod tests {
         assert!(message.starts_with("x.toml, line 3: "), "{message}");
         assert!(message.contains("max_device"), "{message}");
         assert!(refused("backend = 'nbd'\n").starts_with("x.toml, line 1: "));
-        assert!(refused("[tuning]\n\npoll_us = -1\n").starts_with("x.toml, line 3: "));
+        assert!(refused("[tuning]\n\nlinked_commit = -1\n").starts_with("x.toml, line 3: "));
         assert!(refused("[[instance]]\nmax_devices = 1\n").contains("name"));
         assert!(refused("[[instance]]\nname = 'default'\n").contains("[default]"));
         assert!(refused("[[instance]]\nname='a'\n[[instance]]\nname='a'\n").contains("twice"));
@@ -413,14 +408,14 @@ mod tests {
         }
 
         #[test]
-        fn parses_what_is_written(max in 1u32.., workers in 0u32..64, poll in any::<u32>(), linked: bool) {
+        fn parses_what_is_written(max in 1u32.., workers in 0u32..64, linked: bool) {
             let text = format!(
-                "[default]\nmax_devices = {max}\nworkers = {workers}\n[tuning]\npoll_us = {poll}\nlinked_commit = {linked}\n"
+                "[default]\nmax_devices = {max}\nworkers = {workers}\n[tuning]\nlinked_commit = {linked}\n"
             );
             let config = Config::parse(&text, "x.toml").unwrap();
             prop_assert_eq!(config.default_instance().max_devices, max);
             prop_assert_eq!(config.default_instance().workers, workers);
-            prop_assert_eq!(config.tuning(), Tuning { linked_commit: linked, poll_us: poll });
+            prop_assert_eq!(config.tuning(), Tuning { linked_commit: linked });
         }
     }
 }

@@ -5,6 +5,7 @@
 //! cuts from outside a VM; three of these jobs at a time (`lanes`). `tally` parses the output of
 //! test programs.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 

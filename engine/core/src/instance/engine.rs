@@ -41,8 +41,6 @@ pub struct EngineConfig {
 pub struct Tuning {
     /// Submit transfer and commit as one linked chain where possible.
     pub linked_commit: bool,
-    /// Busy-poll up to this many microseconds after an isolated request (adaptive); 0 disables.
-    pub poll_us: u32,
 }
 
 /// The devices that a call selects.

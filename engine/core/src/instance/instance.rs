@@ -36,8 +36,7 @@ const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
     pub(super) fn options(self, partscan: bool) -> WorkerOptions {
-        let poll = std::time::Duration::from_micros(u64::from(self.poll_us));
-        WorkerOptions { linked_commit: self.linked_commit, poll, partscan }
+        WorkerOptions { linked_commit: self.linked_commit, partscan }
     }
 }
 

@@ -43,11 +43,10 @@ impl RingHandle {
         }
     }
 
-    /// Submits `submit` entries and waits for `want` completions. With `events`, runs task work
-    /// even without waiting. Returns how many entries were submitted.
-    pub fn enter(self, submit: u32, want: u32, events: bool) -> io::Result<u32> {
-        let events = if want > 0 || events { ENTER_GETEVENTS } else { 0 };
-        let flags = self.flags | events;
+    /// Submits `submit` entries, runs task work, and waits for `want` completions. Returns how many
+    /// entries were submitted.
+    pub fn enter(self, submit: u32, want: u32) -> io::Result<u32> {
+        let flags = self.flags | ENTER_GETEVENTS;
         // SAFETY: integers, and no signal set.
         let done = unsafe {
             let none = std::ptr::null::<libc::c_void>();

@@ -110,10 +110,8 @@ impl Ring {
     /// Submits everything queued and waits for `want` completions.
     pub fn enter(&mut self, want: usize) -> Result<()> {
         loop {
-            let queue = self.io.submission();
-            let (queued, events) = (queue.len() as u32, queue.taskrun() || queue.cq_overflow());
-            drop(queue);
-            let error = match self.name.enter(queued, want as u32, events) {
+            let queued = self.io.submission().len() as u32;
+            let error = match self.name.enter(queued, want as u32) {
                 Ok(submitted) if submitted == queued => return Ok(()),
                 // The kernel stopped early, perhaps within a chain: later entries would run out of
                 // order.
@@ -130,16 +128,6 @@ impl Ring {
                 _ => return Err(Error::os(error, "io_uring_enter")),
             }
         }
-    }
-
-    /// Whether completions, or task work that produces them, are pending.
-    pub fn ready(&mut self) -> bool {
-        !self.io.completion().is_empty() || self.io.submission().taskrun()
-    }
-
-    /// Whether queued entries are not submitted yet.
-    pub fn has_unsubmitted(&mut self) -> bool {
-        !self.io.submission().is_empty()
     }
 
     /// Takes all pending completions. Return the vector with [`Ring::recycle`].

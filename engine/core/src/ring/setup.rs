@@ -67,7 +67,6 @@ fn build_disabled(sizes: &RingSizes) -> Result<IoUring> {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_coop_taskrun()
-            .setup_taskrun_flag()
             .setup_submit_all()
             .setup_clamp()
             .setup_cqsize(sizes.completions);

@@ -6,14 +6,13 @@
 //! allocates, logs or blocks, except in the io_uring_enter that ends each round.
 
 mod handle;
-mod poll;
 pub mod queue;
 pub mod stats;
 pub mod translate;
 pub mod transport;
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use io_uring::{opcode, squeue, types};
@@ -26,7 +25,6 @@ pub use transport::{Data, QueueSlot, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::ring::{EventKind, Ring, RingSizes, SlotId, Token};
 use handle::WorkerMessage;
-use poll::BusyPoll;
 
 /// Index in the file table of the eventfd that wakes the worker.
 const WAKE: types::Fixed = types::Fixed(0);
@@ -36,8 +34,6 @@ const WAKE: types::Fixed = types::Fixed(0);
 pub struct WorkerOptions {
     /// Submit transfer and commit as one linked chain where possible.
     pub linked_commit: bool,
-    /// Maximum busy-poll time after isolated requests, before the worker sleeps.
-    pub poll: Duration,
     /// Some devices may use partition scanning, which needs CAP_SYS_ADMIN.
     pub partscan: bool,
 }
@@ -87,13 +83,10 @@ impl<T: Transport> Worker<T> {
     /// Runs until the control side stops it.
     fn run(&mut self) -> Result<()> {
         let mut want = 1;
-        let mut poll = BusyPoll::new(self.options.poll);
-        let mut completions = 0;
         loop {
-            self.submit_and_wait(want, &mut poll, completions)?;
+            self.ring.enter(want)?;
             let now_ns = self.started.elapsed().as_nanos() as u64;
             let drained = self.ring.drain();
-            completions = drained.len();
             let mut woken = false;
             for entry in &drained {
                 let Some(token) = Token::unpack(entry.user_data()) else { continue };
@@ -117,25 +110,6 @@ impl<T: Transport> Worker<T> {
                 self.remove_drained();
             }
         }
-    }
-
-    /// Submits and waits for completions, after busy polling for a while if that pays off.
-    fn submit_and_wait(&mut self, want: usize, poll: &mut BusyPoll, completions: usize) -> Result<()> {
-        let Some(window) = poll.window_after(completions) else { return self.ring.enter(want) };
-        if self.ring.has_unsubmitted() {
-            self.ring.enter(0)?;
-        }
-        let until = Instant::now() + window;
-        while !self.ring.ready() {
-            // Reading the clock takes longer than checking the ring.
-            (0..16).for_each(|_| std::hint::spin_loop());
-            if Instant::now() >= until {
-                poll.record(false);
-                return self.ring.enter(want);
-            }
-        }
-        poll.record(true);
-        self.ring.enter(0)
     }
 
     fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry, now_ns: u64) -> Result<()> {

@@ -56,7 +56,7 @@ impl Bed {
             }
             image => Arc::new(image.unwrap()),
         };
-        let options = WorkerOptions { linked_commit: linked, poll: Duration::ZERO, partscan: false };
+        let options = WorkerOptions { linked_commit: linked, partscan: false };
         let worker =
             WorkerHandle::start("test".into(), RingSizes::for_devices(8), options, Vec::new()).unwrap();
         let (transport, user) = device(linked);

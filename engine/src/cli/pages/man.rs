@@ -292,10 +292,7 @@ fn configuration(roff: &mut Roff) {
                 ("cpus = \"LIST\"", "CPUs for its workers, for example \"0-3,8\" [all]."),
             ],
         ),
-        (
-            "[tuning]",
-            &[("linked_commit = true|false", "As --linked-commit."), ("poll_us = N", "As --poll-us.")],
-        ),
+        ("[tuning]", &[("linked_commit = true|false", "As --linked-commit.")]),
         (
             "[private]",
             &[

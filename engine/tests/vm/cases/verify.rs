@@ -25,8 +25,8 @@ pub(super) fn cases() -> Vec<Case> {
         all.push(one_queue.variant_if(io_mode != "copy"));
     }
     for io_mode in ["auto", "batch"] {
-        for (name, linked, poll) in [("linked", "on", "0"), ("polled", "off", "100")] {
-            let options = ["--linked-commit", linked, "--poll-us", poll];
+        for (name, linked) in [("linked", "on"), ("unlinked", "off")] {
+            let options = ["--linked-commit", linked];
             let case = case(format!("verify::{name}::{io_mode}"), Needs::IoMode(io_mode), 240, move |ctx| {
                 mixed(ctx, io_mode, 12, &options, &[])
             });
