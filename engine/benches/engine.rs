@@ -20,7 +20,7 @@ use loopengine::instance::spec::{AttachSpec, IoMode};
 use loopengine::request::{Completion, Op, Request, Tag};
 use loopengine::ring::{EventKind, InFlight, Ring, RingSizes, SlotId, Token};
 use loopengine::worker::translate;
-use loopengine::worker::{Data, DeviceQueue, QueueSlot, Transport};
+use loopengine::worker::{Data, DeviceQueue, QueueSlot, RoundClock, Transport};
 
 /// Requests per round, as for a busy queue.
 const BATCH: u16 = 32;
@@ -108,6 +108,7 @@ impl Transport for Fake {
 struct Bed {
     ring: Ring,
     arrival: cqueue::Entry,
+    clock: RoundClock,
     queue: DeviceQueue<Fake>,
 }
 
@@ -125,13 +126,13 @@ impl Bed {
             .expect("a queue on the ring");
         ring.push(&nop(EventKind::Fetch)).expect("space in the ring");
         ring.enter(1).expect("a completion");
-        let arrival = ring.drain().pop().expect("the no-op");
-        Bed { ring, arrival, queue }
+        let arrival = ring.next_completion().expect("the no-op");
+        Bed { ring, arrival, clock: RoundClock::start(), queue }
     }
 
     fn event(&mut self, entry: &cqueue::Entry) {
         let token = Token::unpack(entry.user_data()).expect("a token of ours");
-        self.queue.on_event(token, entry, &mut self.ring, 0).expect("a queue that works");
+        self.queue.on_event(token, entry, &mut self.ring, &self.clock).expect("a queue that works");
     }
 
     /// Requests arrive: the queue accepts all, and completes those that need no image.
@@ -148,12 +149,10 @@ impl Bed {
         let mut left = usize::from(BATCH);
         loop {
             let start = Instant::now();
-            let drained = self.ring.drain();
-            left = left.saturating_sub(drained.len());
-            for entry in &drained {
-                self.event(entry);
+            while let Some(entry) = self.ring.next_completion() {
+                left = left.saturating_sub(1);
+                self.event(&entry);
             }
-            self.ring.recycle(drained);
             self.queue.submit_commits(&mut self.ring).expect("commits submitted");
             spent += start.elapsed();
             if left == 0 {
@@ -252,9 +251,7 @@ fn ring(c: &mut Criterion) {
                 ring.push(&entry).expect("space in the ring");
             }
             ring.enter(usize::from(BATCH)).expect("completions");
-            let drained = ring.drain();
-            assert_eq!(drained.len(), usize::from(BATCH));
-            ring.recycle(drained);
+            assert_eq!(std::iter::from_fn(|| ring.next_completion()).count(), usize::from(BATCH));
         });
     });
     group.finish();

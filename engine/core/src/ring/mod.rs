@@ -39,8 +39,6 @@ pub struct Ring {
     pub buffers: BufferSlots,
     /// Buffers for arriving tags.
     pub arrivals: ArrivalBuffers,
-    /// CQEs taken from the kernel and not handled yet.
-    drained: Vec<cqueue::Entry>,
 }
 
 impl std::fmt::Debug for Ring {
@@ -55,9 +53,8 @@ impl Ring {
     pub fn new(sizes: &RingSizes, privileged: bool) -> Result<Ring> {
         let (io, personality, files, arrivals) = setup::create(sizes, privileged)?;
         let name = RingHandle::of(&io);
-        let drained = Vec::with_capacity(io.params().cq_entries() as usize);
         let buffers = BufferSlots::new(sizes.buffers);
-        Ok(Ring { io, name, personality, files, buffers, arrivals, drained })
+        Ok(Ring { io, name, personality, files, buffers, arrivals })
     }
 
     /// The same submission with the credentials kept at creation.
@@ -130,16 +127,8 @@ impl Ring {
         }
     }
 
-    /// Takes all pending completions. Return the vector with [`Ring::recycle`].
-    pub fn drain(&mut self) -> Vec<cqueue::Entry> {
-        let mut drained = std::mem::take(&mut self.drained);
-        drained.extend(self.io.completion());
-        drained
-    }
-
-    /// Takes the vector of [`Ring::drain`] back, so that the next drain does not allocate.
-    pub fn recycle(&mut self, mut drained: Vec<cqueue::Entry>) {
-        drained.clear();
-        self.drained = drained;
+    /// Takes the next completion.
+    pub fn next_completion(&mut self) -> Option<cqueue::Entry> {
+        self.io.completion().next()
     }
 }

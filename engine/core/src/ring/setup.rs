@@ -181,10 +181,8 @@ mod tests {
     fn result(ring: &mut Ring, entry: &squeue::Entry) -> i32 {
         ring.push(entry).unwrap();
         ring.enter(1).unwrap();
-        let drained = ring.drain();
-        assert_eq!(drained.len(), 1);
-        let result = drained[0].result();
-        ring.recycle(drained);
+        let result = ring.next_completion().unwrap().result();
+        assert!(ring.next_completion().is_none());
         result
     }
 

@@ -5,6 +5,7 @@
 //! messages from the control side; it does not know instances, names or quotas. The loop never
 //! allocates, logs or blocks, except in the io_uring_enter that ends each round.
 
+mod clock;
 mod handle;
 pub mod queue;
 pub mod stats;
@@ -12,11 +13,11 @@ pub mod translate;
 pub mod transport;
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use io_uring::{opcode, squeue, types};
 
+pub use clock::RoundClock;
 pub use handle::{NewQueue, WorkerHandle};
 pub use queue::DeviceQueue;
 pub use stats::QueueStats;
@@ -52,7 +53,7 @@ struct Worker<T> {
     messages: Receiver<WorkerMessage<T>>,
     wake: OwnedFd,
     wake_buffer: Box<u64>,
-    started: Instant,
+    clock: RoundClock,
 }
 
 impl<T: Transport> Worker<T> {
@@ -74,7 +75,7 @@ impl<T: Transport> Worker<T> {
             messages,
             wake,
             wake_buffer: Box::new(0),
-            started: Instant::now(),
+            clock: RoundClock::start(),
         };
         worker.arm_wake()?;
         Ok(worker)
@@ -85,23 +86,22 @@ impl<T: Transport> Worker<T> {
         let mut want = 1;
         loop {
             self.ring.enter(want)?;
-            let now_ns = self.started.elapsed().as_nanos() as u64;
-            let drained = self.ring.drain();
+            self.clock.begin_round();
             let mut woken = false;
-            for entry in &drained {
+            // Ends: the kernel adds completions in `enter` only, to which a full submission queue leads.
+            while let Some(entry) = self.ring.next_completion() {
                 let Some(token) = Token::unpack(entry.user_data()) else { continue };
                 if token.kind == EventKind::Wake {
                     check_wake(entry.result())?;
                     woken = true;
                     continue;
                 }
-                self.dispatch(token, entry, now_ns)?;
+                self.dispatch(token, &entry)?;
             }
-            self.ring.recycle(drained);
             if !self.waiting_for_buffer.is_empty() {
                 self.retry_waiting()?;
             }
-            self.start_flushes(now_ns)?;
+            self.start_flushes()?;
             want = 1 + self.submit_commits()?;
             if woken && !self.handle_messages()? {
                 return Ok(());
@@ -112,14 +112,14 @@ impl<T: Transport> Worker<T> {
         }
     }
 
-    fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry, now_ns: u64) -> Result<()> {
+    fn dispatch(&mut self, token: Token, entry: &io_uring::cqueue::Entry) -> Result<()> {
         let slot = self.queues.get_mut(usize::from(token.slot.index)).and_then(Option::as_mut);
         // A late completion of a removed device has an older generation.
         let Some(queue) = slot.filter(|queue| queue.queue_slot().id == token.slot) else { return Ok(()) };
         if self.committing.last() != Some(&token.slot.index) {
             self.committing.push(token.slot.index);
         }
-        if let Err(error) = queue.on_event(token, entry, &mut self.ring, now_ns) {
+        if let Err(error) = queue.on_event(token, entry, &mut self.ring, &self.clock) {
             handle_queue_error(queue, error)?;
         }
         if queue.is_waiting_for_buffer() && !self.waiting_for_buffer.contains(&token.slot.index) {
@@ -141,7 +141,7 @@ impl<T: Transport> Worker<T> {
     }
 
     /// Starts the flushes of this round, and those that waited for one that has ended.
-    fn start_flushes(&mut self, now_ns: u64) -> Result<()> {
+    fn start_flushes(&mut self) -> Result<()> {
         for position in 0..self.committing.len() {
             let index = usize::from(self.committing[position]);
             let (before, rest) = self.queues.split_at_mut(index);
@@ -149,7 +149,7 @@ impl<T: Transport> Worker<T> {
             let is_idle =
                 |queues: &[Option<DeviceQueue<T>>]| queues.iter().flatten().all(|one| one.busy() == 0);
             let worker_is_idle = || is_idle(before) && is_idle(after);
-            if let Err(error) = queue.start_flush(worker_is_idle, &mut self.ring, now_ns) {
+            if let Err(error) = queue.start_flush(worker_is_idle, &mut self.ring, &self.clock) {
                 handle_queue_error(queue, error)?;
             }
         }

@@ -14,6 +14,7 @@ use io_uring::{cqueue, squeue};
 
 use sync_policy::SyncPolicy;
 
+use super::RoundClock;
 use super::stats::QueueStats;
 use super::translate;
 use super::transport::{QueueSlot, Transport};
@@ -180,12 +181,12 @@ impl<T: Transport> DeviceQueue<T> {
         token: Token,
         entry: &cqueue::Entry,
         ring: &mut Ring,
-        now_ns: u64,
+        clock: &RoundClock,
     ) -> Result<()> {
         match token.kind {
-            EventKind::Data => self.on_data(token.tag, entry.result(), ring, now_ns),
-            EventKind::Flush => self.on_flush(entry.result(), ring, now_ns),
-            EventKind::Punch => self.on_punch(entry.result(), ring, now_ns),
+            EventKind::Data => self.on_data(token.tag, entry.result(), ring, clock),
+            EventKind::Flush => self.on_flush(entry.result(), ring, clock),
+            EventKind::Punch => self.on_punch(entry.result(), ring, clock),
             _ => {
                 self.transport.on_event(token, entry, ring, &mut self.arrived)?;
                 if self.arrived.is_empty() {
@@ -197,7 +198,7 @@ impl<T: Transport> DeviceQueue<T> {
                 let isolated = self.arrived.len() == 1 && self.busy() == 0;
                 let arrived = std::mem::take(&mut self.arrived);
                 let outcome =
-                    arrived.iter().try_for_each(|request| self.accept(*request, isolated, ring, now_ns));
+                    arrived.iter().try_for_each(|request| self.accept(*request, isolated, ring, clock));
                 self.arrived = arrived;
                 self.arrived.clear();
                 outcome
@@ -221,7 +222,13 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     /// Accepts a request.
-    fn accept(&mut self, request: Request, isolated: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn accept(
+        &mut self,
+        request: Request,
+        isolated: bool,
+        ring: &mut Ring,
+        clock: &RoundClock,
+    ) -> Result<()> {
         let tag = request.tag;
         if self.in_flight.get_mut(tag).is_some_and(|active| active.stage == Stage::Linked) {
             // The driver reuses the tag, so its chain has completed.
@@ -239,7 +246,7 @@ impl<T: Transport> DeviceQueue<T> {
             plain,
             done: 0,
             retries: 0,
-            arrived_ns: (sampled && transfers).then_some(now_ns),
+            arrived_ns: (sampled && transfers).then(|| clock.now_ns()),
         };
         // Nobody sees the end of a chain: a flush could not tell that the write has ended.
         let end_matters = plain && self.image.durability().is_in_row();
@@ -264,7 +271,7 @@ impl<T: Transport> DeviceQueue<T> {
             self.stats.completed(request.op, request.len, 0, &self.image);
         }
         if let Some(errno) = rejection {
-            return self.complete(tag, -errno, ring, now_ns);
+            return self.complete(tag, -errno, ring, clock);
         }
         match (request.op, commit) {
             (Op::Read | Op::Write { .. }, Some(commit)) => {
@@ -281,7 +288,7 @@ impl<T: Transport> DeviceQueue<T> {
             }
             (Op::Discard, _) => {
                 self.discards.push(tag, self.geometry.offset + request.offset, u64::from(request.len));
-                self.start_punch(ring, now_ns)
+                self.start_punch(ring, clock)
             }
             (op @ (Op::WriteZeroes { .. } | Op::Reserve), _) => {
                 self.set_stage(tag, Stage::Zeroing);
@@ -291,7 +298,7 @@ impl<T: Transport> DeviceQueue<T> {
                     translate::allocate(op, self.queue_slot.image_file(), offset, u64::from(request.len));
                 ring.push(&self.token(zero, EventKind::Data, tag))
             }
-            (Op::Unknown(_), _) => self.complete(tag, -libc::EOPNOTSUPP, ring, now_ns),
+            (Op::Unknown(_), _) => self.complete(tag, -libc::EOPNOTSUPP, ring, clock),
         }
     }
 
@@ -338,7 +345,7 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     /// Handles the result of an operation on the image.
-    fn on_data(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn on_data(&mut self, tag: Tag, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         let Some(active) = self.in_flight.get_mut(tag) else {
             return Err(Error::new(Kind::Internal, format!("tag {tag} completed but is not in flight")));
         };
@@ -354,7 +361,7 @@ impl<T: Transport> DeviceQueue<T> {
         if interrupted || moves && result == -libc::EINVAL && self.image.disable_direct_io() {
             active.retries += 1;
             if active.retries > RETRIES {
-                return self.complete(tag, -libc::EIO, ring, now_ns);
+                return self.complete(tag, -libc::EIO, ring, clock);
             }
             self.stats.punts += 1;
             return self.resubmit(tag, ring);
@@ -366,26 +373,26 @@ impl<T: Transport> DeviceQueue<T> {
                     // The image ends within a block (direct I/O stops nowhere else).
                     if !active.done.is_multiple_of(self.geometry.block_size) {
                         self.stats.degraded |= request.op == Op::Read;
-                        return self.complete(tag, -libc::EIO, ring, now_ns);
+                        return self.complete(tag, -libc::EIO, ring, clock);
                     }
                     return self.resubmit(tag, ring);
                 }
                 match (stage, request.op) {
                     (Stage::WritingZeroes, Op::WriteZeroes { fua, .. }) => {
-                        self.on_zeroed(tag, fua, ring, now_ns)
+                        self.on_zeroed(tag, fua, ring, clock)
                     }
-                    _ => self.complete(tag, request.len.cast_signed(), ring, now_ns),
+                    _ => self.complete(tag, request.len.cast_signed(), ring, clock),
                 }
             }
             Stage::Transfer | Stage::WritingZeroes if result == 0 => {
                 // Nothing was transferred: the image is shorter than the device (read), or the file
                 // system is full (write). Never reported as success.
                 self.stats.degraded |= request.op == Op::Read;
-                self.complete(tag, -libc::EIO, ring, now_ns)
+                self.complete(tag, -libc::EIO, ring, clock)
             }
             Stage::Zeroing if result == 0 => match request.op {
-                Op::WriteZeroes { fua, .. } => self.on_zeroed(tag, fua, ring, now_ns),
-                _ => self.complete(tag, 0, ring, now_ns),
+                Op::WriteZeroes { fua, .. } => self.on_zeroed(tag, fua, ring, clock),
+                _ => self.complete(tag, 0, ring, clock),
             },
             Stage::Zeroing
                 if request.op != Op::Reserve && matches!(-result, libc::EOPNOTSUPP | libc::ENOSYS) =>
@@ -393,7 +400,7 @@ impl<T: Transport> DeviceQueue<T> {
                 active.stage = Stage::WritingZeroes;
                 self.resubmit(tag, ring)
             }
-            _ => self.complete(tag, result, ring, now_ns),
+            _ => self.complete(tag, result, ring, clock),
         }
     }
 
@@ -417,23 +424,23 @@ impl<T: Transport> DeviceQueue<T> {
     }
 
     /// Completes a zeroed range, after an fdatasync for FUA.
-    fn on_zeroed(&mut self, tag: Tag, fua: bool, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn on_zeroed(&mut self, tag: Tag, fua: bool, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         if !fua {
-            return self.complete(tag, 0, ring, now_ns);
+            return self.complete(tag, 0, ring, clock);
         }
         self.set_stage(tag, Stage::Syncing);
         ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Data, tag))
     }
 
     /// Completes a request.
-    fn complete(&mut self, tag: Tag, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn complete(&mut self, tag: Tag, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         let Some(active) = self.in_flight.finish(tag) else {
             return Err(Error::new(Kind::Internal, format!("tag {tag} was completed twice")));
         };
         self.end_plain(&active);
         self.stats.completed(active.request.op, active.request.len, result, &self.image);
         if let Some(arrived_ns) = active.arrived_ns {
-            self.stats.record_latency(now_ns.saturating_sub(arrived_ns));
+            self.stats.record_latency(clock.now_ns().saturating_sub(arrived_ns));
         }
         self.transport.complete(active.pending.complete(result), ring)
     }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::{DeviceQueue, RETRIES};
 use crate::error::Result;
 use crate::ring::{EventKind, Ring};
+use crate::worker::RoundClock;
 use crate::worker::translate;
 use crate::worker::transport::Transport;
 
@@ -28,7 +29,7 @@ impl<T: Transport> DeviceQueue<T> {
         &mut self,
         worker_is_idle: impl FnOnce() -> bool,
         ring: &mut Ring,
-        now_ns: u64,
+        clock: &RoundClock,
     ) -> Result<()> {
         let flushes = self.flushes.waiting();
         if !self.flushes.start() {
@@ -36,7 +37,7 @@ impl<T: Transport> DeviceQueue<T> {
         }
         let durability = self.image.durability();
         if durability.is_durable() {
-            return self.complete_flushes(0, ring, now_ns);
+            return self.complete_flushes(0, ring, clock);
         }
         self.quiet_moment = durability.quiet_moment();
         // Nobody waits for the worker, and recent ones were faster than a switch to another thread.
@@ -45,10 +46,10 @@ impl<T: Transport> DeviceQueue<T> {
             let start = Instant::now();
             let result = rustix::fs::fdatasync(self.image.fd());
             self.sync.blocked_worker(start.elapsed().as_nanos() as u64);
-            return self.on_synced(result.map_or_else(|errno| -errno.raw_os_error(), |()| 0), ring, now_ns);
+            return self.on_synced(result.map_or_else(|errno| -errno.raw_os_error(), |()| 0), ring, clock);
         }
         self.stats.punts += 1;
-        self.sync.submitted(now_ns);
+        self.sync.submitted(clock.now_ns());
         self.push_sync(ring)
     }
 
@@ -56,30 +57,30 @@ impl<T: Transport> DeviceQueue<T> {
         ring.push(&self.token(translate::sync(self.queue_slot.image_file()), EventKind::Flush, 0))
     }
 
-    pub(super) fn on_flush(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    pub(super) fn on_flush(&mut self, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         if self.may_retry(result) {
             return self.push_sync(ring);
         }
-        self.sync.ended(now_ns);
-        self.on_synced(result, ring, now_ns)
+        self.sync.ended(clock.now_ns());
+        self.on_synced(result, ring, clock)
     }
 
     /// Completes an fdatasync, and its flushes.
-    fn on_synced(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn on_synced(&mut self, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         if let (0, Some(moment)) = (result, self.quiet_moment.take()) {
             self.image.durability().set_durable(moment);
         }
         self.stats.syncs += 1;
-        self.complete_flushes(result, ring, now_ns)
+        self.complete_flushes(result, ring, clock)
     }
 
-    fn complete_flushes(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn complete_flushes(&mut self, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         self.completed_tags.extend(self.flushes.done());
-        self.complete_all(result, ring, now_ns)
+        self.complete_all(result, ring, clock)
     }
 
     /// Punches the next hole for adjacent discards, unless one is being punched.
-    pub(super) fn start_punch(&mut self, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    pub(super) fn start_punch(&mut self, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         while let Some(punch) = self.discards.next() {
             if punch.len > 0 {
                 self.stats.punts += 1;
@@ -88,7 +89,7 @@ impl<T: Transport> DeviceQueue<T> {
             }
             // Less than a block: nothing to free.
             self.completed_tags.extend(self.discards.done());
-            self.complete_all(0, ring, now_ns)?;
+            self.complete_all(0, ring, clock)?;
         }
         Ok(())
     }
@@ -98,18 +99,18 @@ impl<T: Transport> DeviceQueue<T> {
         ring.push(&self.token(entry, EventKind::Punch, 0))
     }
 
-    pub(super) fn on_punch(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    pub(super) fn on_punch(&mut self, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         if let (true, Some((offset, len))) = (self.may_retry(result), self.punch) {
             return self.push_punch(offset, len, ring);
         }
         self.completed_tags.extend(self.discards.done());
-        self.complete_all(result, ring, now_ns)?;
-        self.start_punch(ring, now_ns)
+        self.complete_all(result, ring, clock)?;
+        self.start_punch(ring, clock)
     }
 
-    fn complete_all(&mut self, result: i32, ring: &mut Ring, now_ns: u64) -> Result<()> {
+    fn complete_all(&mut self, result: i32, ring: &mut Ring, clock: &RoundClock) -> Result<()> {
         while let Some(tag) = self.completed_tags.pop() {
-            self.complete(tag, result, ring, now_ns)?;
+            self.complete(tag, result, ring, clock)?;
         }
         Ok(())
     }

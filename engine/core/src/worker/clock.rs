@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The time of a worker's round: read once, and only in rounds that need it.
+
+use std::cell::Cell;
+use std::time::Instant;
+
+/// See the module.
+#[derive(Debug)]
+pub struct RoundClock {
+    started: Instant,
+    now_ns: Cell<Option<u64>>,
+}
+
+impl RoundClock {
+    /// Starts at 0.
+    pub fn start() -> RoundClock {
+        RoundClock { started: Instant::now(), now_ns: Cell::new(None) }
+    }
+
+    /// Forgets the time of the last round.
+    pub fn begin_round(&self) {
+        self.now_ns.set(None);
+    }
+
+    /// Nanoseconds since the start, the same until the next round.
+    pub fn now_ns(&self) -> u64 {
+        let now_ns = self.now_ns.get().unwrap_or_else(|| self.started.elapsed().as_nanos() as u64);
+        self.now_ns.set(Some(now_ns));
+        now_ns
+    }
+}
