@@ -110,8 +110,8 @@ impl PrivateService {
     /// Supervises the filter whose listener is the call's first file descriptor. The pool then ends
     /// with the last process under that filter. The second descriptor is of a user namespace, whose
     /// administrators administer the pool. An optional third is a socket of a mounter, which
-    /// receives the calls of mount(2), unless `servesMounts` is false. Only for the opener of the
-    /// pool.
+    /// receives the calls of mount(2); if `servesMounts` is false, only those of devtmpfs. Only for
+    /// the opener of the pool.
     async fn supervise(
         &self,
         name: String,

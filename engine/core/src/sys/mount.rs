@@ -4,6 +4,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
+use rustix::mount::MountAttrFlags;
 
 /// Nothing is changed.
 const NONE: libc::mount_attr = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: 0, userns_fd: 0 };
@@ -11,6 +12,11 @@ const NONE: libc::mount_attr = libc::mount_attr { attr_set: 0, attr_clr: 0, prop
 /// Makes a mount read-only.
 pub fn set_read_only(mount: BorrowedFd<'_>) -> rustix::io::Result<()> {
     set(mount, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, ..NONE })
+}
+
+/// Adds attributes, but none of access times.
+pub fn add_attributes(mount: BorrowedFd<'_>, attributes: MountAttrFlags) -> rustix::io::Result<()> {
+    set(mount, &libc::mount_attr { attr_set: attributes.bits().into(), ..NONE })
 }
 
 /// Shows the owners of files as this user namespace has them: user 0 of the file system is its user 0.

@@ -11,9 +11,10 @@
 //! | number below 133 (read, write, mmap, …) | 6 | 6 |
 //! | other ioctls | 11 | 14 |
 //! | intercepted ioctls | 7 to 11 | 7 to 14 |
-//! | number from 133 (futex, openat, …) | 11 | 10 |
+//! | number from 133 (futex, openat, …) | 12 | 10 |
 //! | mknod | 11 | 11 |
-//! | fsconfig | 12 | refused |
+//! | fsopen | 10 | refused |
+//! | fsconfig | 13 | refused |
 //!
 //! Calls of an i386 program take one more.
 //!
@@ -28,7 +29,8 @@ pub struct FilterOptions {
     /// Intercept mount(2) too, and refuse the newer calls that create file systems, so that
     /// libmount uses mount(2). open_tree(2) and move_mount(2) stay: they move existing mounts.
     pub mounts: bool,
-    /// Intercept mount(2) and the strings of fsconfig(2): they may name a device of the pool.
+    /// Intercept mount(2), fsopen(2) and the strings of fsconfig(2): they may name a device of the
+    /// pool, or devtmpfs.
     pub names: bool,
     /// Intercept BLKBSZSET and BLKFLSBUF too, which the kernel allows only root of the machine.
     pub caches: bool,
@@ -56,6 +58,8 @@ pub enum Call {
     Mount,
     /// umount2(2): in the profile of a container, not in this filter.
     Umount,
+    /// fsopen(2).
+    Fsopen,
     /// fsconfig(2) with a string.
     Fsconfig,
     /// mknod(2) of a block node.
@@ -166,6 +170,7 @@ pub fn decode(arch: u32, nr: i32) -> Option<(Abi, Call)> {
     match u32::try_from(nr).ok()? {
         nr if nr == numbers.ioctl => Some((numbers.abi, Call::Ioctl)),
         nr if nr == numbers.mount => Some((numbers.abi, Call::Mount)),
+        FSOPEN => Some((numbers.abi, Call::Fsopen)),
         FSCONFIG => Some((numbers.abi, Call::Fsconfig)),
         nr if nr == numbers.umount => Some((numbers.abi, Call::Umount)),
         nr if nr == numbers.mknodat => Some((numbers.abi, Call::Mknodat)),
@@ -277,6 +282,7 @@ fn section(code: &mut Vec<Instruction>, numbers: &AbiNumbers, options: FilterOpt
     } else if options.names {
         code.extend([
             Is(numbers.mount, JumpTarget::FilterAction(Notify), JumpTarget::Next),
+            Is(FSOPEN, JumpTarget::FilterAction(Notify), JumpTarget::Next),
             Is(FSCONFIG, JumpTarget::Label(Label::Fsconfig), JumpTarget::Next),
         ]);
     }

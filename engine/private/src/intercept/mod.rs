@@ -3,8 +3,8 @@
 //!
 //! This module knows how such a call is recognised, decoded and answered: the intercepted system
 //! calls ([`filter`]), safe access to a hostile caller ([`caller`]), the arguments ([`codec`],
-//! [`calls`], [`mounts`]), names of devices in /proc/mounts (`source_names`), and how calls are received and answered
-//! ([`supervisor`]). It does not know what the operations do ([`crate::loops`]), nor which file system
+//! [`calls`], [`mounts`]), names of devices in /proc/mounts (`source_names`), mounts of devtmpfs
+//! ([`devtmpfs`]), and how calls are received and answered ([`supervisor`]). It does not know what the operations do ([`crate::loops`]), nor which file system
 //! has the nodes (`loopfs`), nor which thread serves a call (`event_threads`).
 //!
 //! # Attacks of a hostile caller
@@ -42,6 +42,7 @@
 pub mod caller;
 pub mod calls;
 pub mod codec;
+pub mod devtmpfs;
 pub mod filter;
 pub mod mknod;
 pub mod mounts;

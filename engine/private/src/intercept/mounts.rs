@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::caller::{Administrators, CallerThread};
 use super::calls::CallAction;
+use super::devtmpfs::DEVTMPFS;
 use super::filter::Abi;
 use crate::error::{Error, Kind, Result};
 use crate::loops::Answer;
@@ -90,6 +91,11 @@ pub struct MounterRequest {
 
 /// Serves mounts of the administrators under a filter. The kernel serves other callers.
 pub trait MountHandler: Send + Sync {
+    /// Whether it serves mounts such as this one; false: the kernel does.
+    fn serves(&self, _request: &MountRequest) -> bool {
+        true
+    }
+
     /// Serves a mount. None: the kernel serves it. `is_waiting`: whether the caller still waits.
     fn mount(
         &self,
@@ -126,7 +132,9 @@ pub(super) fn mount(
     args: &[u64; 6],
     administrators: Administrators,
 ) -> CallAction {
-    let Some(request) = copy_mount(thread, abi, args) else { return CallAction::Pass };
+    let Some(request) = copy_mount(thread, abi, args).filter(|request| mounts.serves(request)) else {
+        return CallAction::Pass;
+    };
     act_as_admin(thread, administrators, |proc_fds| mounts.mount(&request, proc_fds, &|| thread.is_waiting()))
 }
 
@@ -295,7 +303,11 @@ fn copy_mount(thread: &CallerThread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Mo
     if kind.is_empty() || kind == "fuse" || kind.starts_with("fuse.") || kind == "fuseblk" {
         return None;
     }
-    let source = read_c_string(thread, address(0), TEXT_MAX)?;
+    let source = match address(0) {
+        // The kernel ignores the source of this file system.
+        0 if kind == DEVTMPFS => DEVTMPFS.into(),
+        at => read_c_string(thread, at, TEXT_MAX)?,
+    };
     let target = read_c_string(thread, address(1), TEXT_MAX)?;
     let data = match address(4) {
         0 => String::new(),

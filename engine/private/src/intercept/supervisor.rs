@@ -18,6 +18,7 @@ use rustix::io::Errno;
 
 use super::caller::{self, Administrators, CallerThread};
 use super::calls::{CallAction, IoctlCall, IoctlDispatcher, IsControl, PoolOps};
+use super::devtmpfs;
 use super::filter::{self, Call};
 use super::mknod::MknodCall;
 use super::mounts::{self, MountHandler};
@@ -310,6 +311,10 @@ impl SupervisorShared {
                 }
                 served
             }
+            Some((abi, Call::Fsopen)) => match &self.mounts {
+                Some(_) => devtmpfs::fsopen(&thread, abi, &note.data.args, self.dispatcher.administrators),
+                None => CallAction::Pass,
+            },
             Some((abi, Call::Fsconfig)) => {
                 source_names::fsconfig(&thread, abi, &note.data.args);
                 CallAction::Pass

@@ -14,6 +14,7 @@ use super::{
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
 use crate::instance::claims::ExcludedFileSystem;
+use crate::intercept::devtmpfs::DevtmpfsOnly;
 use crate::intercept::{
     Administrators, CALLS_AT_ONCE, DEADLINE, MountHandler, MounterSocket, Namespace, Supervisor,
     SupervisorOptions, mounts,
@@ -135,7 +136,10 @@ impl PoolHandle for PoolRuntime {
         if let Some(mounter) = &mounter {
             self.mounter.get_or_init(|| Arc::clone(mounter));
         }
-        let mounts = mounter.filter(|_| serves_mounts).map(|mounter| mounter as Arc<dyn MountHandler>);
+        let mounts = mounter.map(|mounter| match serves_mounts {
+            true => mounter as Arc<dyn MountHandler>,
+            false => Arc::new(DevtmpfsOnly(mounter)),
+        });
         self.serve(
             listener,
             SupervisorOptions { mounts, refuse_foreign_nodes: true, ..self.options(administrators) },

@@ -32,7 +32,8 @@ pub trait PoolSource: Send + Sync + 'static {
 pub struct Mounter {
     /// The socket.
     pub socket: OwnedFd,
-    /// It receives the calls of mount(2). Otherwise the kernel serves them.
+    /// It receives the calls of mount(2). Otherwise only those of devtmpfs; the kernel serves the
+    /// others.
     pub serves_mounts: bool,
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use loopengine_private::intercept::devtmpfs::DevtmpfsOnly;
 use loopengine_private::intercept::{
     Administrators, CALLS_AT_ONCE, Counts, Namespace, Supervisor, SupervisorOptions,
 };
@@ -62,7 +63,7 @@ impl Bed {
             is_control: Box::new(move |_, inode, _| inode == control),
             administrators: Administrators::capable(Namespace::of(rustix::process::getpid()).unwrap()),
             device_limit: None,
-            mounts: None,
+            mounts: (role == "devtmpfs").then(|| Arc::new(DevtmpfsOnly(Arc::clone(&fake))) as _),
             refuse_foreign_nodes: true,
             concurrency: CALLS_AT_ONCE,
             deadline,

@@ -35,8 +35,8 @@ pub fn run(role: &str) {
     if role == "cost" {
         return cost();
     }
-    if role == "names" {
-        return crate::names::run();
+    if ["names", "devtmpfs"].contains(&role) {
+        return crate::names::run(role);
     }
     raw::install_and_send(&filter::program(filter::FilterOptions::default()));
     match role {

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use loopengine_private::intercept::{FdNode, PoolOps};
+use loopengine_core::sys::process::ProcFds;
+use loopengine_private::intercept::mounts::MountRequest;
+use loopengine_private::intercept::{FdNode, MountHandler, PoolOps};
 use loopengine_private::loops::{
     Answer, Errno, LoopCaller, LoopConfig, LoopInfo, LoopOp, LoopReply, LoopStatus,
 };
@@ -203,5 +205,13 @@ impl Pretend {
         let mut bound = self.0.bound.lock().unwrap();
         bound.get_mut(&number).ok_or(Errno::NXIO)?.inode = meta.ino();
         Ok(())
+    }
+}
+
+impl MountHandler for Fake {
+    fn mount(&self, request: &MountRequest, _: ProcFds, _: &dyn Fn() -> bool) -> Answer<Option<()>> {
+        let MountRequest { source, kind, flags, .. } = request;
+        self.log(format!("mount of {kind} with {flags}: {}", String::from_utf8_lossy(source)));
+        Ok(Some(()))
     }
 }

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         trials.push(case(role, move || _ = Bed::new(role).finish()));
     }
     trials.extend([
+        case("devtmpfs_reaches_the_handler", devtmpfs),
         case("signals", signals),
         case("killed", killed),
         case("killed_before_it_was_received", killed_before_it_was_received),
@@ -60,6 +61,13 @@ fn case(name: &str, body: impl FnOnce() + Send + 'static) -> Trial {
         body();
         Ok::<(), Failed>(())
     })
+}
+
+fn devtmpfs() {
+    let mut bed = Bed::new("devtmpfs");
+    bed.finish();
+    let log = bed.fake.log.lock().unwrap().clone();
+    assert_eq!(log, ["mount of devtmpfs with 1: udev", "mount of devtmpfs with 0: devtmpfs"]);
 }
 
 /// No call is served twice, and none is lost.

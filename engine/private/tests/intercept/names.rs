@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A client that mounts: the source of its calls becomes the name of a device. The kernel serves
-//! the calls, and refuses these.
+//! Clients that mount: the source of a call becomes the name of a device, and mounts of devtmpfs
+//! reach the handler. The kernel serves the other calls, and refuses these.
 
-use libc::{EINVAL, ENOENT, MS_BIND, MS_RDONLY};
+use libc::{EINVAL, ENODEV, ENOENT, ENOSYS, MS_BIND, MS_RDONLY, MS_REMOUNT};
 use loopengine_private::intercept::filter;
 
 use crate::raw;
@@ -10,10 +10,17 @@ use crate::raw;
 const LONG: &[u8] = b"/dev/loopfs/loop3p1\0";
 const SHORT: &[u8] = b"/dev/loop3p1\0";
 
-/// Runs the client.
-pub fn run() {
+/// Runs the client of this name.
+pub fn run(role: &str) {
     let options = filter::FilterOptions { names: true, ..Default::default() };
     raw::install_and_send(&filter::program(options));
+    match role {
+        "names" => names(),
+        _ => devtmpfs(),
+    }
+}
+
+fn names() {
     let mount = |source: &[u8], flags| {
         let mut source = source.to_vec();
         assert_eq!(raw::mount(&mut source, c"/nowhere", c"ext4", flags), Err(ENOENT));
@@ -34,4 +41,16 @@ pub fn run() {
     assert!(configure(c"source", LONG).starts_with(SHORT), "fsconfig");
     assert_eq!(configure(c"sources", LONG), LONG, "another parameter");
     assert_eq!(configure(c"sourc", LONG), LONG, "another parameter");
+}
+
+fn devtmpfs() {
+    let mount = |source: &[u8], kind, flags| raw::mount(&mut source.to_vec(), c"/nowhere", kind, flags);
+    assert_eq!(mount(b"udev\0", c"devtmpfs", MS_RDONLY), Ok(0));
+    assert_eq!(raw::mount_without_source(c"/nowhere", c"devtmpfs"), Ok(0));
+    for (kind, flags) in [(c"tmpfs", 0), (c"devtmpfs", MS_BIND), (c"devtmpfs", MS_REMOUNT)] {
+        assert_eq!(mount(b"udev\0", kind, flags), Err(ENOENT), "{kind:?} {flags}");
+    }
+    assert_eq!(raw::fsopen(c"devtmpfs"), Err(ENOSYS));
+    assert_eq!(raw::fsopen(c"devtmpfs2"), Err(ENODEV));
+    assert!(raw::fsopen(c"tmpfs").is_ok());
 }

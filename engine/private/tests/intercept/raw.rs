@@ -137,6 +137,24 @@ pub fn mount(source: &mut [u8], target: &std::ffi::CStr, kind: &std::ffi::CStr, 
     }
 }
 
+/// mount(2) without a source.
+pub fn mount_without_source(target: &std::ffi::CStr, kind: &std::ffi::CStr) -> Done {
+    // SAFETY: as above.
+    match unsafe { libc::mount(std::ptr::null(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) } {
+        -1 => Err(errno()),
+        value => Ok(value.into()),
+    }
+}
+
+/// fsopen(2).
+pub fn fsopen(kind: &std::ffi::CStr) -> Done {
+    // SAFETY: as above.
+    match unsafe { libc::syscall(430, kind.as_ptr(), 0) } {
+        -1 => Err(errno()),
+        value => Ok(value),
+    }
+}
+
 /// fsconfig(2) with FSCONFIG_SET_STRING and a wrong file descriptor.
 pub fn fsconfig(key: &std::ffi::CStr, value: &mut [u8]) -> Done {
     // SAFETY: as above.

@@ -10,6 +10,7 @@
 
 mod covered_nodes;
 mod dev;
+mod devtmpfs;
 mod end_notice;
 pub(super) mod mount_processes;
 pub(super) mod mounter;
@@ -48,7 +49,8 @@ pub(super) use userns::user_name;
 /// gets the directories of losetup and mkfs at its end.
 ///
 /// The command gets its own mount namespace; its mounts are not visible outside. Its /dev contains
-/// the entries of the host's /dev, without loop devices and ublk disks.
+/// the entries of the host's /dev, without loop devices and ublk disks. A devtmpfs that root of the
+/// host mounts is a bind mount of this /dev.
 ///
 /// The pool omits device numbers that the host uses: for a mounted loop device, for swap, or for a
 /// link in /dev/disk. So the first device may not be /dev/loop0; 'losetup -f' prints it. Later
@@ -163,7 +165,8 @@ impl RunArgs {
         };
         dev::mount(dev, loopfs)?;
         sysfs::mount(sys)?;
-        // For root of the host the kernel mounts; only the name in /proc/mounts is corrected.
+        // For root of the host the kernel mounts all but devtmpfs; otherwise only the name in
+        // /proc/mounts is corrected.
         let mounts = !rules.root || !rules.fuse.is_empty();
         let (caches, names) = (!rules.root, rules.root);
         let socket = mounter::start(rules, &opened.name, reserved)?;

@@ -4,7 +4,8 @@
 //!
 //! It runs in the command's namespaces with the command's privileges, but outside its filter. It
 //! receives intercepted mount(2) calls from the daemon. For a device of the pool it starts a FUSE
-//! driver, or attaches the mount that the daemon returns. It ends when the daemon closes the
+//! driver, or attaches the mount that the daemon returns; in place of devtmpfs it binds the
+//! command's /dev (`devtmpfs`). It ends when the daemon closes the
 //! socket, after its drivers: as subreaper it is the parent of daemonized drivers too, which may
 //! hold unwritten data.
 //!
@@ -31,11 +32,13 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::covered_nodes::CoveredNodes;
+use super::devtmpfs::OwnDev;
 use super::end_notice::EndNotice;
 use super::parse_fuse;
 use crate::cli::fuse_drivers;
 use crate::error::{Error, Result};
 use crate::image::{Region, fs as file_system};
+use crate::intercept::devtmpfs::DEVTMPFS;
 use crate::intercept::mounts::{MountRequest, MounterRequest, pair};
 use crate::loops::Answer;
 use crate::private::LOOPFS;
@@ -63,7 +66,7 @@ pub(super) struct MountRules {
     #[arg(long, value_name = "FS")]
     pub(super) kernel: Vec<String>,
 
-    /// The command is root of the host: the kernel mounts without the mounter.
+    /// The command is root of the host: the kernel mounts without the mounter, except devtmpfs.
     #[arg(long)]
     pub(super) root: bool,
 }
@@ -132,6 +135,7 @@ impl MounterArgs {
         let pool = rustix::fs::stat(Path::new("/dev").join(LOOPFS)).map_err(|error| cannot(error.into()))?;
         let mounter = Arc::new(Mounter {
             pool: pool.st_dev,
+            dev: self.rules.root.then(OwnDev::open).and_then(rustix::io::Result::ok),
             rules: self.rules,
             running: Mutex::default(),
             attached: Mutex::default(),
@@ -162,6 +166,8 @@ impl MounterArgs {
 struct Mounter {
     /// Device number of the pool's file system.
     pool: u64,
+    /// For root of the host: in place of devtmpfs.
+    dev: Option<OwnDev>,
     rules: MountRules,
     /// Drivers that a thread waits for.
     running: Mutex<HashSet<u32>>,
@@ -174,6 +180,9 @@ impl Mounter {
     /// namespace it changes.
     fn mount(&self, request: &MounterRequest) -> Answer<bool> {
         let asked = &request.mount;
+        if let Some(dev) = self.dev.as_ref().filter(|_| asked.kind == DEVTMPFS) {
+            return dev.bind(request);
+        }
         let Some((device, target)) = self.find(request)? else { return Ok(false) };
         let target = target?;
         if self.rules.kernel.contains(&asked.kind) {
@@ -242,20 +251,12 @@ impl Mounter {
     /// The device and the mount point as the caller sees them. None if the device is not of this
     /// pool.
     fn find(&self, request: &MounterRequest) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
-        // On a thread of its own: it stays in the caller's root, where no drivers are searched.
-        let found = std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().spawn_scoped(scope, || {
-                enter_caller_namespace(request)?;
-                rustix::process::fchdir(&request.root)?;
-                rustix::process::chroot(".")?;
-                rustix::process::fchdir(&request.cwd)?;
-                let open = |path: &[u8], flags| {
-                    rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-                };
-                let Ok(source) = open(&request.mount.source, OFlags::empty()) else { return Ok(None) };
-                Ok(Some((source, open(&request.mount.target, OFlags::DIRECTORY))))
-            });
-            thread.map_err(|_| Errno::AGAIN)?.join().unwrap_or(Err(Errno::IO))
+        let found = in_root_of_caller(request, || {
+            let open = |path: &[u8], flags| {
+                rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            };
+            let Ok(source) = open(&request.mount.source, OFlags::empty()) else { return Ok(None) };
+            Ok(Some((source, open(&request.mount.target, OFlags::DIRECTORY))))
         })?;
         let Some((source, target)) = found else { return Ok(None) };
         let stat = rustix::fs::fstat(&source)?;
@@ -290,8 +291,26 @@ impl Mounter {
     }
 }
 
+/// Calls `open` in the caller's root and working directories, on a thread of its own: it stays
+/// there, where no drivers are searched.
+pub(super) fn in_root_of_caller<T: Send>(
+    request: &MounterRequest,
+    open: impl FnOnce() -> Answer<T> + Send,
+) -> Answer<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, || {
+            enter_caller_namespace(request)?;
+            rustix::process::fchdir(&request.root)?;
+            rustix::process::chroot(".")?;
+            rustix::process::fchdir(&request.cwd)?;
+            open()
+        });
+        thread.map_err(|_| Errno::AGAIN)?.join().unwrap_or(Err(Errno::IO))
+    })
+}
+
 /// Moves only this thread into the caller's mount namespace.
-fn enter_caller_namespace(request: &MounterRequest) -> Answer<()> {
+pub(super) fn enter_caller_namespace(request: &MounterRequest) -> Answer<()> {
     sys::userns::own_directories()?;
     move_into_link_name_space(request.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
 }

@@ -20,6 +20,10 @@ pub(super) fn cases() -> Vec<Case> {
         case("private::builders::script_of_a_user", Needs::Private, 580, of_a_user),
         case("private::builders::script_in_a_container", Needs::Private, 580, in_container),
         case("private::builders::chroot", Needs::Private, 580, |ctx| same(ctx, CHROOT)),
+        case("private::builders::devtmpfs", Needs::Private, 580, |ctx| {
+            installed(&["dmsetup"])?;
+            same(ctx, DEVTMPFS)
+        }),
         case("private::builders::vmdb2", Needs::Private, 580, |ctx| {
             installed(&["vmdb2", "lvm"])?;
             same(ctx, VMDB2)
@@ -125,6 +129,39 @@ write next 0
 bind; until_it_has $dev next
 report "another file" within head -c 4 $dev; cat said; echo
 report "umount" umount root/dev
+free; rm -rf root
+"#;
+
+/// A new devtmpfs on /dev of a root directory has the devices and mappings of the command.
+const DEVTMPFS: &str = r#"
+modprobe dm_mod; export DM_DISABLE_UDEV=1
+within() { chroot root /bin/busybox "$@"; }
+# Nodes follow their devices within milliseconds.
+until_it_has() { local i; for i in {1..100}; do [ "$(head -c 4 root$1 2>/dev/null)" != $2 ] || break; sleep 0.05; done; }
+mkdir -p root/bin root/dev; cp $(command -v busybox) root/bin/busybox
+table "label: dos" "start=2048,size=4096" | sfdisk -q disk
+printf part | dd of=disk bs=512 seek=2048 conv=notrunc 2>/dev/null
+bind -P
+report "mapping" dmsetup create built --table "0 4096 linear $dev 2048"
+report "mount" mount -t devtmpfs -o mode=0755,nosuid udev root/dev
+report "its type" stat -fc %T root/dev; cat said
+report "mapping, within" within head -c 4 /dev/mapper/built; cat said; echo
+until_it_has ${dev}p1 part
+report "partition, within" within head -c 4 ${dev}p1; cat said; echo
+report "other nodes" within stat -c "%F %t:%T %a" /dev/null /dev/zero /dev/urandom; cat said
+report "devpts" mount -t devpts devpts root/dev/pts
+report "umount, in use" umount root/dev
+report "umount" umount root/dev/pts root/dev
+ls root/dev
+report "a new mapping" dmsetup create another --table "0 4096 linear $dev 2048"
+report "mount, within" within mount -t devtmpfs devtmpfs /dev
+report "both, within" within head -qc 4 /dev/mapper/built /dev/mapper/another; cat said; echo
+report "umount" umount root/dev
+report "in another namespace" unshare -m sh -c "mount -t devtmpfs udev root/dev && head -c 4 root/dev/mapper/built"
+grep -c part said; ls root/dev
+report "no such directory" mount -t devtmpfs udev root/nothing
+report "no directory" mount -t devtmpfs udev root/bin/busybox
+dmsetup remove built; dmsetup remove another
 free; rm -rf root
 "#;
 
