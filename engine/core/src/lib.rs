@@ -32,6 +32,7 @@ pub mod image;
 pub mod instance;
 pub mod kernels;
 pub mod limits;
+pub mod parallel;
 pub mod request;
 pub mod ring;
 pub mod sandbox;

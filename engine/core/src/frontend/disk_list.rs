@@ -13,6 +13,7 @@
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -27,20 +28,66 @@ const DIRECTORY: &str = "/run/loopengine/.disks";
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_INTERVAL: Duration = Duration::from_millis(1);
 
+/// How long a thread waits for other threads of this process.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A directory with one file per disk.
 #[derive(Debug)]
-pub struct DiskList<'a>(&'a Path);
+pub struct DiskList<'a> {
+    directory: &'a Path,
+    changing: &'static Changing,
+}
+
+/// Whether a thread of this process changes the list: the others sleep until it is done. Only one
+/// polls for the lock of the directory.
+#[derive(Debug)]
+struct Changing {
+    is_taken: Mutex<bool>,
+    freed: Condvar,
+}
+
+impl Changing {
+    const fn new() -> Changing {
+        Changing { is_taken: Mutex::new(false), freed: Condvar::new() }
+    }
+
+    /// False: not in time.
+    fn take(&self, timeout: Duration) -> bool {
+        let is_taken = self.is_taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.freed.wait_timeout_while(is_taken, timeout, |is_taken| *is_taken);
+        !std::mem::replace(&mut *waited.unwrap_or_else(PoisonError::into_inner).0, true)
+    }
+
+    fn free(&self) {
+        *self.is_taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.freed.notify_one();
+    }
+}
+
+/// The lock of the list.
+struct ListLock<'a> {
+    directory: Option<File>,
+    changing: &'a Changing,
+}
+
+impl Drop for ListLock<'_> {
+    fn drop(&mut self) {
+        drop(self.directory.take());
+        self.changing.free();
+    }
+}
 
 impl DiskList<'static> {
     /// The one that udev reads.
     pub fn of_machine() -> DiskList<'static> {
-        DiskList(Path::new(DIRECTORY))
+        static CHANGING: Changing = Changing::new();
+        DiskList { directory: Path::new(DIRECTORY), changing: &CHANGING }
     }
 }
 
 impl DiskList<'_> {
     fn file(&self, disk: &str) -> PathBuf {
-        self.0.join(disk)
+        self.directory.join(disk)
     }
 
     /// Lists the disk of a device, which has not started yet or has been recovered.
@@ -75,10 +122,20 @@ impl DiskList<'_> {
         }
     }
 
+    /// All listed disks, with the owner cookies of their devices.
+    pub fn entries(&self) -> Vec<(String, u64)> {
+        let entries = fs::read_dir(self.directory).into_iter().flatten().flatten();
+        let disks = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        disks
+            .filter_map(|disk| Some((cookie_in(&self.file(&disk))?, disk)))
+            .map(|(cookie, disk)| (disk, cookie))
+            .collect()
+    }
+
     /// Removes all files for which `exists` denies that a driver has this disk with this owner
     /// cookie. Returns the disks.
     pub fn sweep(&self, exists: impl Fn(&str, u64) -> bool) -> Vec<String> {
-        let entries = fs::read_dir(self.0).into_iter().flatten().flatten();
+        let entries = fs::read_dir(self.directory).into_iter().flatten().flatten();
         let mut swept: Vec<String> = entries
             .filter_map(|entry| entry.file_name().into_string().ok())
             .filter(|disk| disk.starts_with("ublkb") || disk.starts_with("loop"))
@@ -99,20 +156,24 @@ impl DiskList<'_> {
 
     /// Creates the directory for root only: whoever can open it can lock it.
     fn create(&self) -> std::io::Result<()> {
-        if let Some(parent) = self.0.parent() {
+        if let Some(parent) = self.directory.parent() {
             DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
         }
-        DirBuilder::new().recursive(true).mode(0o700).create(self.0)
+        DirBuilder::new().recursive(true).mode(0o700).create(self.directory)
     }
 
     /// Held for the time of one change; the daemons of a machine share the directory. One that is
     /// stopped meanwhile must not stop the others.
-    fn lock(&self) -> std::io::Result<File> {
-        let directory = File::open(self.0)?;
+    fn lock(&self) -> std::io::Result<ListLock<'_>> {
+        if !self.changing.take(QUEUE_TIMEOUT) {
+            return Err(Errno::WOULDBLOCK.into());
+        }
         let deadline = Instant::now() + LOCK_TIMEOUT;
+        let mut lock = ListLock { directory: None, changing: self.changing };
+        let directory = lock.directory.insert(File::open(self.directory)?);
         loop {
-            match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(directory),
+            match flock(&*directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(lock),
                 Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
                     std::thread::sleep(LOCK_INTERVAL);
                 }
@@ -133,6 +194,10 @@ mod tests {
 
     use super::*;
 
+    fn list_in(directory: &Path) -> DiskList<'_> {
+        DiskList { directory, changing: Box::leak(Box::new(Changing::new())) }
+    }
+
     fn names(directory: &Path) -> Vec<String> {
         let entries = fs::read_dir(directory).unwrap();
         let mut names: Vec<_> =
@@ -145,7 +210,7 @@ mod tests {
     fn a_disk_is_listed_until_its_device_is_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("loopengine/.disks");
-        let list = DiskList(&path);
+        let list = list_in(&path);
         list.remove("ublkb3", 7);
         list.add("ublkb3", 7).unwrap();
         list.add("ublkb12", 8).unwrap();
@@ -161,7 +226,7 @@ mod tests {
     #[test]
     fn listing_a_recovered_disk_writes_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let list = DiskList(dir.path());
+        let list = list_in(dir.path());
         list.add("ublkb3", 7).unwrap();
         let file = dir.path().join("ublkb3");
         let written = fs::metadata(&file).unwrap().modified().unwrap();
@@ -175,7 +240,7 @@ mod tests {
     #[test]
     fn a_sweep_keeps_only_disks_that_exist() {
         let dir = tempfile::tempdir().unwrap();
-        let list = DiskList(dir.path());
+        let list = list_in(dir.path());
         // 1 exists, 2 is gone, 3 is another server's by now, 4 was cut short, 5 is no disk.
         for (disk, cookie) in [("ublkb1", 11), ("loop2", 12), ("ublkb3", 13)] {
             list.add(disk, cookie).unwrap();
@@ -190,7 +255,7 @@ mod tests {
     #[test]
     fn a_sweep_spares_a_disk_listed_meanwhile() {
         let dir = tempfile::tempdir().unwrap();
-        let list = DiskList(dir.path());
+        let list = list_in(dir.path());
         list.add("ublkb3", 13).unwrap();
         let other_daemon = |_: &str, _: u64| {
             list.add("ublkb3", 99).unwrap();
@@ -203,8 +268,9 @@ mod tests {
     #[test]
     fn a_daemon_that_is_stopped_delays_the_others_only() {
         let dir = tempfile::tempdir().unwrap();
-        let list = DiskList(dir.path());
-        let _stopped = list.lock().unwrap();
+        let list = list_in(dir.path());
+        let stopped = list_in(dir.path());
+        let _held = stopped.lock().unwrap();
         let error = list.add("ublkb3", 7).unwrap_err().to_string();
         assert!(error.contains("ublkb3"), "{error}");
     }
@@ -214,7 +280,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
-        let error = DiskList(&file).add("ublkb3", 7).unwrap_err().to_string();
+        let error = list_in(&file).add("ublkb3", 7).unwrap_err().to_string();
         assert!(error.contains("ublkb3") && error.contains("free space"), "{error}");
     }
 

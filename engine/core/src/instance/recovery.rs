@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Engine;
 use super::Selector;
@@ -17,7 +17,9 @@ use super::spec::{BackendKind, DEFAULT_INSTANCE, DeviceInfo, InstanceSpec, Recov
 use super::state::{DeviceRecord, SavedInstance};
 use crate::counters::RECOVERED_DEVICES;
 use crate::error::{Error, Kind, Result};
+use crate::frontend::kernel_loop;
 use crate::frontend::{self, DeviceParameters, ExistingDevice, OrphanState, StopMode};
+use crate::parallel;
 
 /// First number for devices whose own is lost: attach takes the lowest free one.
 const LOST_NUMBER_BASE: u32 = 1_000_000;
@@ -45,6 +47,10 @@ impl Engine {
     pub(super) fn recover_all(&self, defaults: &InstanceSpec) -> Result<Vec<String>> {
         let mut notes = Vec::new();
         let mut driver_devices = self.own_driver_devices()?;
+        let unbound = kernel_loop::remove_unbound(|owner_cookie| self.context.is_ours(owner_cookie));
+        if unbound > 0 {
+            notes.push(format!("removed {unbound} loop devices that a previous daemon left unbound"));
+        }
         frontend::update_disk_list(&driver_devices);
         let mut orphans = Vec::new();
         let mut unmatched = Vec::new();
@@ -236,25 +242,35 @@ impl Engine {
     /// users. A device that waits for a daemon is deleted only if the driver finds it unused and no
     /// state file can refer to it (`complete`).
     fn delete_unused(&self, driver_devices: &mut DriverDevices, complete: bool, notes: &mut Vec<String>) {
-        driver_devices.retain(|disk, found| {
-            let Some((kind, id)) = BackendKind::of_disk(disk) else { return true };
-            let Ok(frontend) = self.context.frontends.get(Some(kind)) else { return true };
-            let ended = found.state == OrphanState::Unused || !found.parameters.recoverable;
-            if !(ended || complete && frontend.can_stop_if_unused()) {
-                return true;
+        let found: Vec<_> = std::mem::take(driver_devices).into_iter().collect();
+        let (kept, deleted) = (Mutex::new(driver_devices), Mutex::new(Vec::new()));
+        parallel::for_each("delete", kernel_loop::REMOVED_AT_A_TIME, &found, |(disk, found)| {
+            match self.delete_if_unused(disk, found, complete) {
+                Some(Ok(())) => lock(&deleted).push(disk),
+                Some(Err(error)) => tracing::error!("cannot delete the leftover disk {disk}: {error}"),
+                None => drop(lock(&kept).insert(disk.clone(), *found)),
             }
-            let when = if ended { StopMode::Always } else { StopMode::IfUnused };
-            let deleted = frontend.leftover(id, found.parameters).and_then(|device| {
-                device.stop(when)?;
-                device.delete()
-            });
-            match deleted {
-                Ok(()) => notes.push(format!("deleted the leftover disk {disk}")),
-                Err(error) if !ended && error.kind() == Kind::Busy => return true,
-                Err(error) => tracing::error!("cannot delete the leftover disk {disk}: {error}"),
-            }
-            false
         });
+        let mut deleted = std::mem::take(&mut *lock(&deleted));
+        deleted.sort();
+        notes.extend(deleted.iter().map(|disk| format!("deleted the leftover disk {disk}")));
+    }
+
+    /// None: it may have users.
+    fn delete_if_unused(&self, disk: &str, found: &ExistingDevice, complete: bool) -> Option<Result<()>> {
+        let (kind, id) = BackendKind::of_disk(disk)?;
+        let frontend = self.context.frontends.get(Some(kind)).ok()?;
+        let ended = found.state == OrphanState::Unused || !found.parameters.recoverable;
+        if !(ended || complete && frontend.can_stop_if_unused()) {
+            return None;
+        }
+        let when = if ended { StopMode::Always } else { StopMode::IfUnused };
+        let deleted = frontend.leftover(id, found.parameters).and_then(|device| {
+            device.stop(when)?;
+            device.delete()
+        });
+        Some(deleted)
+            .filter(|deleted| ended || !deleted.as_ref().is_err_and(|error| error.kind() == Kind::Busy))
     }
 
     /// Devices without record and name. If exactly one is left, with exactly one unreadable record,
@@ -342,6 +358,10 @@ impl Orphan {
         }
         None
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The disk that a link points to.

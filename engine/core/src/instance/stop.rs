@@ -5,7 +5,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Engine;
@@ -15,6 +14,7 @@ use super::instance::Instance;
 use super::write_back::{nodes_of, write_back};
 use crate::error::{Error, Kind};
 use crate::frontend::{self, StopMode};
+use crate::parallel;
 use crate::sys::usage::Disks;
 
 /// Deadline for all devices together to complete requests in flight.
@@ -88,20 +88,10 @@ fn quiesce_devices(devices: &[Arc<AttachedDevice>]) {
         return;
     }
     let until = Instant::now() + QUIESCE_LIMIT;
-    let next = AtomicUsize::new(0);
-    let quiesce = || {
-        while let Some(device) = devices.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = device.quiesce(until) {
-                tracing::warn!("{}: {error}; the next daemon repeats the requests in flight", device.name());
-            }
+    parallel::for_each("quiesce", QUIESCE_PARALLEL, devices, |device| {
+        if let Err(error) = device.quiesce(until) {
+            tracing::warn!("{}: {error}; the next daemon repeats the requests in flight", device.name());
         }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..devices.len().min(QUIESCE_PARALLEL) {
-            // If a thread fails to start, the others do its part.
-            let _ = std::thread::Builder::new().name("quiesce".into()).spawn_scoped(scope, quiesce);
-        }
-        quiesce();
     });
     tracing::info!(
         "{} devices wait for the next daemon, with their I/O: start the daemon again; to detach devices, \

@@ -3,7 +3,8 @@
 //!
 //! The driver does all I/O: there are no queues, and devices live on without a daemon. Their
 //! numbers lie in the upper half of those that the driver has, or from a configured one on, so that
-//! `losetup -f` of the host never meets them. `device` knows one device of an instance, `private` one of a private pool.
+//! `losetup -f` of the host never meets them. `device` knows one device of an instance, `private` one
+//! of a private pool.
 
 mod device;
 mod private;
@@ -11,7 +12,7 @@ mod private;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
@@ -20,11 +21,16 @@ pub use device::{BlockStats, KernelLoop, cookie, is_held};
 pub use private::PrivateLoop;
 
 use crate::error::{Error, Kind, Result};
+use crate::frontend::BackendKind;
 use crate::frontend::disk_list::DiskList;
+use crate::parallel;
 use crate::sys::loop_device;
 
 /// The driver's control node.
 pub const CONTROL_NODE: &str = "/dev/loop-control";
+
+/// Devices removed at a time. The driver takes some 40 ms for each, in which it waits for others.
+pub const REMOVED_AT_A_TIME: usize = 64;
 
 /// Checks that this machine has the driver.
 pub fn check() -> Result<()> {
@@ -125,6 +131,27 @@ fn add_number(control: &File, number: u32) -> rustix::io::Result<()> {
         let _ = loop_device::remove(control, number);
     }
     loop_device::add(control, number)
+}
+
+/// Removes the devices of a previous daemon that are not bound: it ended before it could remove
+/// them, or their last users have closed them since. Returns their number.
+pub fn remove_unbound(is_ours: impl Fn(u64) -> bool) -> usize {
+    let is_unbound = |(disk, owner_cookie): &(String, u64)| {
+        let sysfs = Path::new("/sys/block").join(disk);
+        is_ours(*owner_cookie) && sysfs.exists() && !sysfs.join("loop/backing_file").exists()
+    };
+    let mut listed = DiskList::of_machine().entries();
+    listed.retain(is_unbound);
+    let removed = AtomicUsize::new(0);
+    parallel::for_each("remove", REMOVED_AT_A_TIME, &listed, |(disk, owner_cookie)| {
+        let Some((BackendKind::Loop, number)) = BackendKind::of_disk(disk) else { return };
+        // The driver refuses to remove one that was bound or opened since.
+        if remove(number).is_ok() {
+            DiskList::of_machine().remove(disk, *owner_cookie);
+            removed.fetch_add(1, Relaxed);
+        }
+    });
+    removed.into_inner()
 }
 
 /// Removes a device that is not bound; one that is open stays.
