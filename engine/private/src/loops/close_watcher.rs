@@ -151,6 +151,22 @@ impl CloseWatcher {
     }
 }
 
+impl Pool {
+    /// The kernel's loop driver has changed one of its devices; None: perhaps all. Only last closes
+    /// matter. A device that begins to wait for one wakes the close watcher.
+    pub fn report_change(&self, number: Option<u32>) {
+        let is_ours = number.is_none_or(|number| self.allocator.has_kernel_loop(number));
+        let matters = || match self.is_ending() {
+            false => self.all_slots().iter().any(|(_, slot)| slot.awaits_close()),
+            // Otherwise a thread removes its devices, and polls afterwards.
+            true => self.removing.try_lock().is_ok(),
+        };
+        if is_ours && matters() {
+            self.close_watcher.report();
+        }
+    }
+}
+
 impl Drop for CloseWatcher {
     fn drop(&mut self) {
         if let Some(polls) = self.0.lock().polls.take() {

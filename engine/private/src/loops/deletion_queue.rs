@@ -5,6 +5,7 @@
 //! again. Knows neither pools nor backing files. No worker serves a disk that is queued here.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::pool_disk::DiskServer;
@@ -12,6 +13,11 @@ use crate::ring::SlotAllocator;
 
 /// At most so many disks wait. Who adds one more deletes disks itself.
 const WAITING_MAX: usize = 8;
+/// Threads of this process that help to delete disks at the end of pools. The driver takes some
+/// 40 ms for a disk, in which it waits for others: many such waits take as long as one.
+const HELPERS_MAX: usize = 64;
+
+static HELPERS: AtomicUsize = AtomicUsize::new(0);
 
 /// The disks of a pool that wait for their deletion.
 #[derive(Clone, Debug)]
@@ -21,7 +27,7 @@ pub struct DeletionQueue(Arc<DeletionState>);
 struct DeletionState {
     slots: Arc<SlotAllocator>,
     waiting: Mutex<PendingDeletions>,
-    /// Held while a disk is deleted.
+    /// Held while disks are deleted.
     working: Mutex<()>,
 }
 
@@ -31,6 +37,8 @@ struct PendingDeletions {
     disks: VecDeque<DiskServer>,
     /// A thread deletes them.
     has_thread: bool,
+    /// The pool ends, and deletes them together.
+    ending: bool,
 }
 
 impl DeletionQueue {
@@ -44,6 +52,9 @@ impl DeletionQueue {
         let start = {
             let mut waiting = lock(&self.0.waiting);
             waiting.disks.push_back(disk);
+            if waiting.ending {
+                return;
+            }
             let full = waiting.disks.len() > WAITING_MAX;
             (!std::mem::replace(&mut waiting.has_thread, true), full)
         };
@@ -60,28 +71,75 @@ impl DeletionQueue {
         }
     }
 
-    /// Returns when the queue is empty: the daemon may end then.
-    pub fn drain(&self) {
-        while self.delete_oldest() {}
+    /// From now on, disks wait for [`DeletionQueue::drain_in_parallel`].
+    pub fn begin_end(&self) {
+        lock(&self.0.waiting).ending = true;
     }
 
-    /// Deletes the oldest disk. False: there is none.
-    fn delete_oldest(&self) -> bool {
-        let DeletionState { slots, waiting, working } = &*self.0;
-        let _guard = lock(working);
-        let next = {
-            let mut waiting = lock(waiting);
-            let next = waiting.disks.pop_front();
-            waiting.has_thread &= next.is_some();
-            next
-        };
-        let Some(disk) = next else { return false };
+    /// Returns when the queue is empty.
+    pub fn drain(&self) {
+        loop {
+            let _guard = lock(&self.0.working);
+            let Some(disk) = self.next() else { return };
+            self.delete(&disk);
+        }
+    }
+
+    /// The same, with several threads: the daemon may end then.
+    pub fn drain_in_parallel(&self) {
+        let _guard = lock(&self.0.working);
+        std::thread::scope(|scope| {
+            let work = || {
+                while let Some(disk) = self.next() {
+                    self.delete(&disk);
+                }
+            };
+            let waiting = lock(&self.0.waiting).disks.len();
+            for _ in 1..waiting {
+                let Some(helper) = Helper::take() else { break };
+                let help = move || {
+                    let _helper = helper;
+                    work();
+                };
+                // This thread does its part.
+                if std::thread::Builder::new().name("disk-delete".into()).spawn_scoped(scope, help).is_err() {
+                    break;
+                }
+            }
+            work();
+        });
+    }
+
+    fn next(&self) -> Option<DiskServer> {
+        let mut waiting = lock(&self.0.waiting);
+        let next = waiting.disks.pop_front();
+        waiting.has_thread &= next.is_some();
+        next
+    }
+
+    fn delete(&self, disk: &DiskServer) {
         match disk.delete() {
-            Ok(()) => disk.slot().into_iter().for_each(|slot| slots.free(slot)),
+            Ok(()) => disk.slot().into_iter().for_each(|slot| self.0.slots.free(slot)),
             // Its slot on the workers stays taken, and so does its number.
             Err(error) => tracing::error!(%error, "a used disk cannot be deleted"),
         }
-        true
+    }
+}
+
+/// One of [`HELPERS_MAX`].
+struct Helper;
+
+impl Helper {
+    fn take() -> Option<Helper> {
+        let taken =
+            HELPERS.fetch_update(Relaxed, Relaxed, |taken| (taken < HELPERS_MAX).then_some(taken + 1));
+        taken.is_ok().then_some(Helper)
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        HELPERS.fetch_sub(1, Relaxed);
     }
 }
 

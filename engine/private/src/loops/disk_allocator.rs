@@ -53,7 +53,7 @@ pub struct DiskAllocator {
     workers: Workers,
     slots: Arc<SlotAllocator>,
     /// Replaced disks that the driver has not deleted yet.
-    deletion_queue: DeletionQueue,
+    pub(super) deletion_queue: DeletionQueue,
     /// A disk that is not started yet. To replace a disk is the only way to learn whether it is in
     /// use, and is attempted often.
     prepared: Mutex<Option<Served>>,
@@ -419,7 +419,7 @@ impl DiskAllocator {
             }
         }
         drop(free_list);
-        self.deletion_queue.drain();
+        self.deletion_queue.drain_in_parallel();
         let mut prepared = self.prepared();
         prepared.take().iter().for_each(|served| self.discard(served));
     }

@@ -47,6 +47,8 @@ struct PublishedState {
     deferred: bool,
     /// See [`PoolDevice::is_in_rundown`](super::device::PoolDevice::is_in_rundown).
     in_rundown: bool,
+    /// See [`PoolDevice::awaits_close`](super::device::PoolDevice::awaits_close).
+    awaits_close: bool,
     /// All watchers know the device: LOOP_CTL_GET_FREE may return it.
     announced: bool,
     /// Notifications of watchers that are on their way.
@@ -132,6 +134,11 @@ impl LoopSlot {
         lock(&self.state).entry.as_ref().is_some_and(|entry| entry.bound.is_some())
     }
 
+    /// Whether a last close releases a disk of the device.
+    pub(super) fn awaits_close(&self) -> bool {
+        lock(&self.state).awaits_close
+    }
+
     /// Whether the device is in rundown; false while its disk is being replaced.
     pub(super) fn is_in_rundown(&self) -> bool {
         self.wait_until_published().is_some_and(|state| state.in_rundown)
@@ -170,6 +177,7 @@ impl LoopSlot {
         let notify = state.entry != entry || state.notifications > 0;
         state.notifications += usize::from(notify);
         (state.entry, state.numbers, state.in_rundown) = (entry, numbers, in_rundown);
+        state.awaits_close = device.awaits_close();
         state.replacing = false;
         drop(state);
         self.published.notify_all();

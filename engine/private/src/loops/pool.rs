@@ -24,6 +24,7 @@ use super::quota::Quotas;
 use super::{Answer, DeviceEntry, Errno, LoopStatus, NUMBER_MAX, PoolSpec, PoolWatcher, errno};
 use crate::frontend::StopMode;
 use crate::sys::stack::Stack;
+use force_end::RemovalTurn;
 pub use operation::{LoopOp, LoopReply};
 
 /// How long a search for a free device waits for the lock of one that is published as unbound: the
@@ -48,6 +49,8 @@ pub struct Pool {
     ending: AtomicBool,
     /// The pool ends without waiting for users of its devices.
     forced: AtomicBool,
+    /// Held while the devices of an ending pool are removed. A poll does not compete for them.
+    pub(super) removing: Mutex<()>,
     watchers: Mutex<WatcherList>,
     /// Numbers of devices that have names, and are created by the first lookup.
     preallocated: Mutex<BTreeSet<u32>>,
@@ -87,6 +90,7 @@ impl Pool {
             generations: AtomicU64::new(1),
             ending: AtomicBool::new(false),
             forced: AtomicBool::new(false),
+            removing: Mutex::default(),
             watchers: Mutex::default(),
             stacks: Mutex::default(),
             close_watcher,
@@ -271,13 +275,6 @@ impl Pool {
         self.close_watcher.wake();
     }
 
-    /// The kernel's loop driver has changed one of its devices; None: perhaps all.
-    pub fn report_change(&self, number: Option<u32>) {
-        if number.is_none_or(|number| self.allocator.has_kernel_loop(number)) {
-            self.close_watcher.report();
-        }
-    }
-
     /// Ends the pool. Removes unused devices at once, used ones at their last close, or at once
     /// with `force`.
     pub fn end(&self, force: bool) {
@@ -286,10 +283,14 @@ impl Pool {
         for stack in self.end_stacks() {
             tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
         }
+        let removing = (lock(&self.removing), RemovalTurn::take());
+        self.allocator.deletion_queue.begin_end();
         // Unused devices do not wait for those in use.
         if !self.remove_devices(StopMode::IfUnusedNow, END_LOCK_TIMEOUT) && force {
             self.remove_devices_in_parallel();
+            self.allocator.end();
         }
+        drop(removing);
         self.close_watcher.wake();
     }
 
@@ -301,14 +302,7 @@ impl Pool {
     /// One poll of the close watcher. `names`: also detects renamed backing files.
     pub(super) fn poll_closes(&self, names: bool) -> PollResult {
         if self.is_ending() {
-            self.end_stacks();
-            let when =
-                if self.forced.load(Ordering::Acquire) { StopMode::Always } else { StopMode::IfUnusedNow };
-            let over = self.remove_devices(when, Duration::ZERO);
-            if over {
-                let watchers = lock(&self.watchers).0.clone();
-                watchers.iter().for_each(|watcher| watcher.ended(self));
-            }
+            let over = self.poll_end();
             return PollResult {
                 awaited: if over { 0 } else { self.all_slots().len().max(1) },
                 bound: 0,

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::disk_allocator::DiskAllocator;
 use super::name_watcher::Notices;
@@ -21,6 +23,10 @@ use crate::instance::{Companion, Engine, MAX_DEVICES, PoolResources, check_insta
 use crate::limits::POOLS_MAX;
 use crate::sys::uevent;
 use crate::sys::usage::Disks;
+
+/// Pools that the end of the daemon ends at a time, and how long it waits for them.
+const ENDED_IN_PARALLEL: usize = 64;
+const END_MAX: Duration = Duration::from_secs(20);
 
 /// See the module.
 #[derive(Debug)]
@@ -36,8 +42,12 @@ struct Table(Arc<Mutex<BTreeMap<String, Arc<Pool>>>>);
 
 impl Table {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Pool>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Removes a pool that has ended from the table.
@@ -156,8 +166,28 @@ impl Companion for Pools {
             .collect()
     }
 
+    /// Many pools at a time: one may hang.
     fn end(&self) {
-        self.all().iter().for_each(|pool| pool.end(true));
+        let pools = Arc::new(Mutex::new(self.all()));
+        let (done, is_done) = mpsc::channel::<()>();
+        for _ in 0..ENDED_IN_PARALLEL.min(lock(&pools).len()) {
+            let (pools, done) = (Arc::clone(&pools), done.clone());
+            let end = move || {
+                let next = || lock(&pools).pop();
+                while let Some(pool) = next() {
+                    pool.end(true);
+                }
+                drop(done);
+            };
+            if let Err(error) = std::thread::Builder::new().name("pool-end".into()).spawn(end) {
+                tracing::warn!(%error, "cannot start a thread to end private pools");
+            }
+        }
+        drop(done);
+        // Nothing is sent: the channel disconnects when all threads have ended.
+        if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(END_MAX) {
+            tracing::warn!("some private pools did not end in time; the next daemon removes their disks");
+        }
     }
 
     fn update_nodes(&self) {

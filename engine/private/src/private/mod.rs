@@ -59,8 +59,10 @@ use tenant_reaper::TenantReaper;
 
 /// Default number of devices of a pool.
 pub const DEFAULT_DEVICES: u32 = 8;
-/// How long pools may take to end with the daemon.
+/// How long the daemon waits at its end for the next pool to end, and for all of them. The service
+/// manager waits 90 s for the daemon.
 const END_MAX: Duration = Duration::from_secs(5);
+const END_ALL_MAX: Duration = Duration::from_secs(45);
 /// The directory of the nodes of a pool for containers, beside those for /sys.
 pub const DEV: &str = "dev";
 /// Default mode of the nodes.
@@ -345,9 +347,14 @@ impl Registry {
         for id in ids {
             self.reaper.end(id);
         }
-        let until = Instant::now() + END_MAX;
-        while !self.shared.state().tenants.is_empty() && Instant::now() < until {
+        let until = Instant::now() + END_ALL_MAX;
+        let (mut left, mut since) = (usize::MAX, Instant::now());
+        while left > 0 && since.elapsed() < END_MAX && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(10));
+            let now = self.shared.state().tenants.len();
+            if now != left {
+                (left, since) = (now, Instant::now());
+            }
         }
         for tenant in self.shared.state().tenants.values() {
             tracing::warn!("private pool {} did not end in time", tenant.spec.name);
