@@ -17,6 +17,7 @@ mod filesystem;
 mod geometry;
 mod lifetime;
 mod pools;
+mod pools_end;
 #[path = "../../vm/cases/private_binding.rs"]
 mod private_binding;
 #[path = "../../vm/cases/private_builders.rs"]
@@ -174,7 +175,7 @@ pub(crate) fn all() -> Vec<Case> {
     let of_images = of_images.into_iter().chain(of_pools).flatten();
     let not_here = OF_UBLK.iter().chain(&OF_UBLK_POOLS);
     let of_images = of_images.filter(|case| !not_here.clone().any(|name| case.name().starts_with(name)));
-    let all = lifetime::cases().into_iter().chain(pools::cases()).chain(of_images);
+    let all = lifetime::cases().into_iter().chain(pools::cases()).chain(pools_end::cases()).chain(of_images);
     let not_asked_for = std::env::var_os("LOOPENGINE_VM_CASES").is_none();
     let idle = not_asked_for.then_some(&NEEDS_IDLE_MACHINE);
     let needs = |case: &Case| NEEDS_VM.iter().chain(idle).find(|(name, _)| case.name().starts_with(name));

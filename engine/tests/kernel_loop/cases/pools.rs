@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::pools_end::FuseMount;
 use super::private_mapped::{MODULES, installed};
 use super::private_partitions::same;
 use super::private_script::Inside;
@@ -41,7 +42,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// The file that the driver has for this device; empty: none.
-fn backing_file(number: u32) -> String {
+pub(super) fn backing_file(number: u32) -> String {
     let file = format!("/sys/block/loop{number}/loop/backing_file");
     fs::read_to_string(file).unwrap_or_default().trim().to_owned()
 }
@@ -294,14 +295,6 @@ fn threads_do_not_grow_with_pools(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-struct Fuse(String);
-
-impl Drop for Fuse {
-    fn drop(&mut self) {
-        let _ = tools::run(&["umount", "-l", &self.0]);
-    }
-}
-
 /// The driver would wait for the server of a plain user's FUSE, and nobody could end that.
 fn no_image_on_fuse(ctx: &Ctx) -> Res {
     if !Path::new("/usr/bin/fuse2fs").exists() && tools::run(&["sh", "-c", "command -v fuse2fs"])?.code != 0 {
@@ -314,7 +307,7 @@ fn no_image_on_fuse(ctx: &Ctx) -> Res {
          fuse2fs -o allow_other {below} {dir}; truncate -s 1M {dir}/image; chmod 666 {dir}/image",
         ctx.dir.display()
     ))?;
-    let _mounted = Fuse(dir);
+    let _mounted = FuseMount(dir);
     Inside::new(ctx, &daemon).user(1000).run(
         r#"
         refused "an image on FUSE" "not supported" losetup -f hung/image
