@@ -268,9 +268,22 @@ impl Backend {
         !matches!(self, Backend::Loop)
     }
 
-    /// Whether its devices can do without a volatile cache: each write is durable when it completes.
-    pub fn supports_durable_writes(&self) -> bool {
-        matches!(self, Backend::Ublk(_))
+    /// Rejects durable writes where they are not possible. `limited`: the device is read-only or goes
+    /// through the page cache.
+    pub fn check_durable(&self, durable: bool, limited: bool) -> Result<()> {
+        let refuse = |kind, context: &str, hint: &str| Err(Error::new(kind, context).hint(hint));
+        match self {
+            _ if !durable => Ok(()),
+            Backend::Ublk(_) if limited => {
+                let context = "durable writes need direct I/O, and a device that can be written";
+                refuse(Kind::Invalid, context, "leave out --read-only and --buffered")
+            }
+            Backend::Ublk(_) => Ok(()),
+            Backend::Loop | Backend::Fuse(_) => {
+                let context = "only block devices over ublk support durable writes";
+                refuse(Kind::Unsupported, context, "attach it without --durable")
+            }
+        }
     }
 
     /// Unmounts the file system. All devices must be gone.

@@ -147,8 +147,8 @@ impl Instance {
     /// Attaches an image as a new device; with `force`, even if the image is in use.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.check_not_served_here(&image, &spec.path)?;
-        let image_spec = image_spec(spec);
-        let image = Image::open(image, &image_spec, &spec.path)?;
+        self.backend.check_durable(spec.durable, spec.read_only || spec.buffered)?;
+        let image = Image::open(image, &image_spec(spec), &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
         let identity = image.identity();
@@ -338,14 +338,6 @@ impl Instance {
         if spec.partscan && !self.backend.uses_links() {
             return Err(Error::new(Kind::Unsupported, "FUSE files do not support partitions")
                 .hint("attach a part of the image with --offset and --size-limit"));
-        }
-        if spec.durable && !self.backend.supports_durable_writes() {
-            let context = "only block devices over ublk support durable writes";
-            return Err(Error::new(Kind::Unsupported, context).hint("attach it without --durable"));
-        }
-        if spec.durable && (spec.read_only || spec.buffered) {
-            let context = "durable writes need direct I/O, and a device that can be written";
-            return Err(Error::new(Kind::Invalid, context).hint("leave out --read-only and --buffered"));
         }
         let depth = if self.backend.uses_workers() { depth } else { 0 };
         Ok(DeviceParameters {

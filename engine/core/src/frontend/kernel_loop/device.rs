@@ -252,8 +252,7 @@ impl KernelLoop {
         let small = |name: &str| read(name).map(|value| u32::try_from(value).unwrap_or(u32::MAX));
         let block_size = small("queue/logical_block_size")?;
         if !is_block_size(block_size) {
-            let context =
-                format!("{} has a block size that this program does not support", disk(self.number()));
+            let context = format!("{} has an unsupported block size", disk(self.number()));
             return Err(Error::new(Kind::Unsupported, context));
         }
         Ok(Geometry {

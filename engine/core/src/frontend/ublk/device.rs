@@ -361,10 +361,8 @@ fn max_request(io_mode: IoMode) -> u32 {
 }
 
 fn params(geometry: &Geometry, io_mode: IoMode) -> FullParams {
-    let mut attrs = match geometry.durable_writes {
-        true => 0,
-        false => sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA,
-    };
+    let cache = sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA;
+    let mut attrs = if geometry.durable_writes { 0 } else { cache };
     if geometry.read_only {
         attrs |= sys::UBLK_ATTR_READ_ONLY;
     }
