@@ -190,7 +190,7 @@ async fn answer(
     if ![Method::GET, Method::HEAD].contains(request.method()) {
         return reply(StatusCode::METHOD_NOT_ALLOWED, plain, "use GET\n".to_owned());
     }
-    let snapshot = Snapshot::take(&*run_dir.lock().await).await;
+    let snapshot = Snapshot::take(&run_dir.lock().await).await;
     // A daemon that restarts is no failure of the scrape.
     if let Err(error) = &snapshot {
         tracing::warn!("{error}");
