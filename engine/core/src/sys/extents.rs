@@ -35,7 +35,7 @@ struct RawExtent {
     reserved: [u32; 3],
 }
 
-/// `struct fiemap` with room for its extents.
+/// `struct fiemap`, followed by space for its extents.
 #[repr(C)]
 #[derive(Debug)]
 struct Fiemap {
@@ -60,7 +60,7 @@ pub fn extents(file: BorrowedFd<'_>, start: u64, len: u64) -> Result<Vec<Extent>
         reserved: 0,
         extents: [RawExtent::default(); EXTENTS],
     };
-    // SAFETY: FIEMAP writes the header and at most `extent_count` extents, for which `map` has room;
+    // SAFETY: FIEMAP writes the header and at most `extent_count` extents, which fit into `map`;
     // it lives until the call returns, and the descriptor is open for the call (borrowed).
     let done = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP as libc::Ioctl, &raw mut map) };
     if done < 0 {

@@ -109,7 +109,7 @@ impl Listener {
 /// The run directory, locked by the scrape that asks its daemon.
 type RunDir = Arc<Mutex<PathBuf>>;
 
-/// Serves connections for ever.
+/// Serves connections. Never returns.
 async fn accept(listener: &Listener, run_dir: RunDir) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {

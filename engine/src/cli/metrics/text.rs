@@ -290,6 +290,6 @@ impl Users {
 }
 
 fn device_labels(device: &DeviceInfo) -> Labels {
-    // Prometheus has a label `instance` of its own.
+    // Prometheus sets a label `instance` itself.
     vec![("instance_name", device.instance.clone()), ("device", format!("loop{}", device.number))]
 }

@@ -27,7 +27,7 @@ impl OwnDev {
     }
 
     /// Serves a mount of devtmpfs. `Ok(false)`: the command has unmounted its /dev. Runs on a
-    /// thread of its own, whose namespace it changes.
+    /// separate thread, whose namespace it changes.
     pub(super) fn bind(&self, request: &MounterRequest) -> Answer<bool> {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let tree = match open_tree(&self.0, "", flags | OpenTreeFlags::AT_EMPTY_PATH) {

@@ -291,7 +291,7 @@ impl Mounter {
     }
 }
 
-/// Calls `open` in the caller's root and working directories, on a thread of its own: it stays
+/// Calls `open` in the caller's root and working directories, on a separate thread: it stays
 /// there, where no drivers are searched.
 pub(super) fn in_root_of_caller<T: Send>(
     request: &MounterRequest,
