@@ -32,6 +32,7 @@ pub const PAGES: &[(&str, &str)] = embedded![
     "loopengine-list.1",
     "loopengine-loopfs.7",
     "loopengine-losetup.1",
+    "loopengine-metrics.1",
     "loopengine-mount.1",
     "loopengine-oci-hook.1",
     "loopengine-oci-print-cdi.1",
