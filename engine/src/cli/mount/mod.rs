@@ -130,6 +130,7 @@ impl MountArgs {
             }
         }
         mounted::check_not_mounted(run_dir, &image)?;
+        mounted::check_not_attached(run_dir, &image)?;
         mounted::check_dir_free(&dir)?;
         image.lock()?;
         match &driver {

@@ -7,7 +7,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,8 @@ use crate::cli::losetup::remote::Remote;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::hash::fnv1a;
+use crate::instance::Selector;
+use crate::instance::spec::DeviceInfo;
 use crate::loops::{LoopInfo, LoopOp, LoopReply, flag};
 use crate::sys::{mntns, range_lock};
 
@@ -227,6 +229,30 @@ pub(super) fn check_not_mounted(run_dir: &Path, image: &MountImage) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Refuses an image that a device of an instance writes, or reads while this mount would write. Only
+/// root can ask for these; another user's mount has no more rights to the image than the user.
+pub(super) fn check_not_attached(run_dir: &Path, image: &MountImage) -> Result<()> {
+    let shown = image.shown.display();
+    let meta = image.file.metadata().map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
+    let identity = match meta.file_type().is_block_device() {
+        true => (meta.rdev(), 0),
+        false => (meta.dev(), meta.ino()),
+    };
+    let devices = match daemon::ask(run_dir, async |client| client.devices(&Selector::All).await) {
+        Err(error) if matches!(error.kind(), Kind::Denied | Kind::Unavailable) => return Ok(()),
+        devices => devices?,
+    };
+    let conflicts = |device: &DeviceInfo| {
+        identity == (device.image_device, device.image_inode)
+            && !(image.read_only && device.read_only)
+            && overlap((image.offset, image.size_limit), (device.offset, device.size))
+    };
+    let Some(device) = devices.into_iter().find(conflicts) else { return Ok(()) };
+    let name = format!("{}/loop{}", device.instance, device.number);
+    Err(Error::new(Kind::Busy, format!("{shown} is attached as {name}"))
+        .hint(format!("mount {}, or detach it with 'loopengine detach {name}'", device.path)))
 }
 
 /// True if two ranges, each start and length (0: to the end), overlap.

@@ -256,6 +256,9 @@ fn root(ctx: &Ctx) -> Res {
         "$loopengine" run -- sh -c 'losetup -f a; : > bound; exec sleep 60' & soon "bound" bound ls bound
         refused "in use elsewhere" "is in use by private pool" mnt a dir
         kill $!; wait; soon "no more" "" devices
+        dev=$("$loopengine" attach a)
+        refused "attached" "a is attached as default/loop0" mnt a dir
+        works "detach" "$loopengine" detach $dev
         works "read-only" mnt -r a dir
         refused "read-only: write" "Read-only file system" touch dir/x
         works "by umount(8)" umount dir
