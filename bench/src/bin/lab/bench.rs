@@ -85,6 +85,10 @@ const MEMORY: &str = "6G";
 
 /// Measures and writes reports; returns the exit code.
 pub(crate) fn bench(options: &BenchOptions) -> Result<u8> {
+    // Before the build, which needs some of it.
+    if !options.host {
+        setup::ensure_all()?;
+    }
     // Link-time optimisation takes as long as a short run, and changes a 4K read by 0.25 %.
     let programs = if options.quick { programs::build()? } else { programs::build_release()? };
     let modes = match (options.host, options.mode) {
@@ -128,6 +132,7 @@ pub(crate) fn bench(options: &BenchOptions) -> Result<u8> {
 /// Measures a few jobs in `icount` and compares with the baseline; returns the exit code.
 pub(crate) fn gate(options: &Gate) -> Result<u8> {
     let out = tempfile::tempdir()?;
+    setup::ensure_all()?;
     // The profile of the lab, which other steps of CI have built already.
     let programs = programs::build()?;
     let stage = Stage {
