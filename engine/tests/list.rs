@@ -160,7 +160,7 @@ impl Daemon {
 
     fn program(&self, uid: u32, words: &[&str]) -> Command {
         let mut command = Command::new(self.dir.path().join("loopengine"));
-        command.arg("--run-dir").arg(self.dir.path().join("run")).args(words);
+        command.env("LOOPENGINE_RUN_DIR", self.dir.path().join("run")).args(words);
         command.current_dir(self.dir.path()).stdin(Stdio::null());
         if uid != 0 {
             command.uid(uid).gid(uid);

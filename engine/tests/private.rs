@@ -535,7 +535,8 @@ fn losetup_works_over_the_socket() {
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         assert!(err.contains(says) && err.matches('\n').count() == 1, "{err}");
     };
-    fails(losetup(PLAIN, &["-a"]), 3, "instance mount");
+    fails(losetup(PLAIN, &["-a"]), 3, "run -- CMD'");
+    fails(losetup(0, &["-a"]), 3, "instance mount DIR'");
     let open = |uid, name: &str| {
         let spec = OpenSpec { name: Some(name.into()), ..OpenSpec::default() };
         daemon.registry.open(&spec, loopengine::private::Caller { uid, gid: uid, pid: None }).unwrap()

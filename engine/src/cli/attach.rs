@@ -4,10 +4,11 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, IoMode};
 use crate::instance::{NUMBER_MAX, Selector};
 
+use super::pool_use::PoolUse;
 use super::{attach_run, complete, daemon, image, number, out, partitions, size};
 
 /// Attach an image file or block device.
@@ -35,16 +36,16 @@ pub(super) struct AttachArgs {
     force: bool,
 
     /// Start the device at this byte of the image, for example 1M or 1MiB.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
     offset: u64,
 
     /// Limit the device to this many bytes; 0: up to the end of the image.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
     size_limit: u64,
 
     /// Logical block size: 512, 1024, 2048 or 4096; with the backend loop up to 64K, where the
     /// kernel supports that [default: the smallest that the image supports].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse_block)]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse_block)]
     block_size: Option<u32>,
 
     /// Read and write the image through the page cache. Needed on file systems without direct I/O.
@@ -107,6 +108,21 @@ fn io_mode_parser() -> impl clap::builder::TypedValueParser<Value = IoMode> {
 
 impl AttachArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
+        let image = self.image.clone();
+        self.attach(run_dir).map_err(|error| match error.kind() {
+            // The daemon knows a pool, but not where its device is mounted.
+            Kind::Busy => match PoolUse::of_image(&image, run_dir) {
+                Ok(Some(user)) => {
+                    let next_step = format!("{}, or attach with --read-only or --force", user.next_step);
+                    user.error(&image).hint(next_step)
+                }
+                _ => error,
+            },
+            _ => error,
+        })
+    }
+
+    fn attach(self, run_dir: &Path) -> Result<u8> {
         let mut spec = AttachSpec {
             number: self.number,
             read_only: self.read_only,

@@ -7,7 +7,8 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::kernel_loop;
 use crate::instance::Selector;
 
-use super::list::{ImageQuery, InstanceDevice, gather};
+use super::list::{ImageQuery, InstanceDevice, ROOT_ONLY, gather};
+use super::pool_use::PoolUse;
 use super::{complete, daemon, out};
 
 /// Detach devices.
@@ -72,27 +73,27 @@ fn target(name: String, run_dir: &Path) -> Result<Selector> {
         .iter()
         .map(|InstanceDevice { device, .. }| format!("{}/loop{}", device.instance, device.number))
         .collect();
-    match (&names[..], found.pools.first()) {
-        ([_], _) => Ok(Selector::Device(names.concat())),
-        ([], None) if Path::new(&name).exists() => {
-            Err(Error::new(Kind::NotFound, format!("{name} is not attached"))
-                .hint("'loopengine list --all' lists all devices"))
-        }
-        // The daemon reports which names are valid.
-        ([], None) => Ok(device(name)),
-        ([], Some(pool)) => {
-            let number = pool.devices.first().map_or(0, |device| device.number);
-            let holder = pool.process.as_ref().map_or(String::new(), |process| format!(", {process}"));
-            let user = pool.user.clone().unwrap_or_else(|| pool.uid.to_string());
-            let message =
-                format!("{name} is loop{number} of private pool {} (user {user}{holder})", pool.name);
-            Err(Error::new(Kind::Busy, message).hint(format!(
-                "unbind it there: 'loopengine losetup --pool {} --detach loop{number}'",
-                pool.name
-            )))
-        }
+    let pool_use = || PoolUse::first(&found.pools, Path::new(&name));
+    match &names[..] {
+        [_] => Ok(Selector::Device(names.concat())),
+        [] => match pool_use() {
+            Some(pool_use) => Err(pool_use.error(Path::new(&name))),
+            None if Path::new(&name).exists() => Err(not_attached(&name)),
+            // The daemon reports which names are valid.
+            None => Ok(device(name)),
+        },
         _ => Err(Error::new(Kind::Invalid, format!("{name} is attached as {}", names.join(", ")))
             .hint("give one of these device names")),
+    }
+}
+
+fn not_attached(name: &str) -> Error {
+    match rustix::process::geteuid().is_root() {
+        true => Error::new(Kind::NotFound, format!("{name} is not attached"))
+            .hint("'loopengine list --all' lists all devices"),
+        false => {
+            Error::new(Kind::NotFound, format!("{name} has no device that this user can see")).hint(ROOT_ONLY)
+        }
     }
 }
 

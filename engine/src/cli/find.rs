@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::list::{ImageQuery, gather, show};
+use super::list::{ImageQuery, ROOT_ONLY, gather, show};
+use super::mount::FuseMount;
 use crate::error::{Error, Kind, Result};
 
 /// List the devices that are attached to an image.
@@ -25,15 +26,22 @@ impl FindArgs {
         let found = gather(run_dir, Some(&ImageQuery::named(&self.image)?))?;
         if found.devices.is_empty() && found.pools.is_empty() {
             let shown = self.image.display();
-            let (what, hint) = match self.image.exists() {
-                true => (format!("{shown} has no device"), "'loopengine list --all' lists all devices"),
-                false => (
+            if let Some(mount) = FuseMount::of_image(&self.image) {
+                let message = format!("{shown} has no device, but is mounted on {}", mount.dir.display());
+                return Err(Error::new(Kind::NotFound, message)
+                    .hint(format!("unmount it with 'loopengine umount {}'", mount.dir.display())));
+            }
+            let (what, hint) = match (self.image.exists(), rustix::process::geteuid().is_root()) {
+                (true, true) => {
+                    (format!("{shown} has no device"), "'loopengine list --all' lists all devices")
+                }
+                (true, false) => (format!("{shown} has no device that this user can see"), ROOT_ONLY),
+                (false, _) => (
                     format!("{shown} does not exist, and no device is attached to it"),
                     "give the path of an image",
                 ),
             };
-            let whose = if rustix::process::geteuid().is_root() { "" } else { " that this user can see" };
-            return Err(Error::new(Kind::NotFound, format!("{what}{whose}")).hint(hint));
+            return Err(Error::new(Kind::NotFound, what).hint(hint));
         }
         show(&found, self.json)
     }

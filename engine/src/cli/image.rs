@@ -88,9 +88,14 @@ fn check(shown: &str, size: u64, is_file: bool, spec: &AttachSpec) -> Result<()>
     let rest = match size.checked_sub(spec.offset) {
         Some(rest) if rest >= unit => rest,
         _ => {
-            let message =
-                format!("{shown} has only {size} bytes: the offset {} is beyond its end", spec.offset);
-            return Err(invalid(message).hint("give a smaller --offset"));
+            let (message, hint) = match spec.offset {
+                0 => (format!("{shown} has only {size} bytes"), "enlarge it: 'truncate --size 1G FILE'"),
+                offset => (
+                    format!("{shown} has only {size} bytes: the offset {offset} is beyond its end"),
+                    "give a smaller --offset",
+                ),
+            };
+            return Err(invalid(message).hint(hint));
         }
     };
     let limited = spec.size_limit > 0 && spec.size_limit <= rest;

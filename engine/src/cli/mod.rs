@@ -35,6 +35,7 @@ mod out;
 mod pages;
 mod partitions;
 mod pool_options;
+mod pool_use;
 mod recover;
 mod release_mounts;
 mod reload;
@@ -47,7 +48,7 @@ mod watchers;
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -160,12 +161,22 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage_failure(&error, &words),
     };
+    let run_dir = cli.run_dir.clone();
     match cli.command.run(cli.run_dir) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("loopengine: {error}");
+            eprintln!("loopengine: {}", for_run_dir(&error.to_string(), &run_dir));
             ExitCode::from(if runs_command(&words) { RUN_FAILED } else { exit_code(error.kind()) })
         }
+    }
+}
+
+/// A message whose commands work for this run directory, too.
+fn for_run_dir(message: &str, run_dir: &Path) -> String {
+    let inherited = std::env::var_os("LOOPENGINE_RUN_DIR").is_some_and(|named| *run_dir == *named);
+    match inherited || run_dir == Path::new(RUN_DIR) {
+        true => message.to_owned(),
+        false => message.replace("'loopengine ", &format!("'loopengine --run-dir {} ", run_dir.display())),
     }
 }
 

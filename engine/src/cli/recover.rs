@@ -26,11 +26,11 @@ pub(super) struct RecoverArgs {
     image: PathBuf,
 
     /// First byte of the image [default: the recorded offset, or 0].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse)]
     offset: Option<u64>,
 
     /// Size limit for a later resize [default: the recorded limit].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse)]
     size_limit: Option<u64>,
 
     /// Read and write the image through the page cache [default: as recorded].

@@ -24,7 +24,7 @@ pub(super) struct ResizeArgs {
     device: String,
 
     /// New size of the device, for example 20G or 20GiB [default: the current size of its image].
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, add = complete::sizes())]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse, add = complete::sizes())]
     size: Option<u64>,
 
     /// Allow the device to shrink. Data beyond the new end is lost.

@@ -42,13 +42,23 @@ pub fn create(path: &Path, size: u64, preallocate: bool, mut progress: impl FnMu
     };
     let directory =
         rustix::fs::open(directory, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| Error::os(e, format!("cannot open directory {}", directory.display())))?;
+            .map_err(|error| {
+                let shown = directory.display();
+                let os = Error::os(error, format!("cannot open directory {shown}"));
+                match error {
+                    Errno::NOENT => os.hint(format!("create it with 'mkdir -p {shown}'")),
+                    _ => os.hint("choose a directory that this user can write to"),
+                }
+            })?;
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
     let file =
         rustix::fs::openat(&directory, file_name, flags, Mode::from_raw_mode(0o666)).map_err(|error| {
             let os = Error::os(error, format!("cannot create {name}"));
             match error {
                 Errno::EXIST => os.hint("choose another name, or remove that file first"),
+                Errno::ACCESS | Errno::PERM | Errno::ROFS => {
+                    os.hint("choose a directory that this user can write to")
+                }
                 _ => os,
             }
         })?;

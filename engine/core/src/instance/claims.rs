@@ -4,7 +4,8 @@
 //! Knows identities and their holders; `sharing` decides what may be shared. A claim ends when it
 //! is dropped.
 
-mod holders;
+pub mod holders;
+mod locks;
 pub mod sharing;
 mod warnings;
 

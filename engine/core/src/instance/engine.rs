@@ -213,7 +213,12 @@ impl Engine {
     /// returns once the device is usable; with `force`, even if the image is in use. Undoes
     /// everything on failure.
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
-        self.instance(&spec.instance)?.attach(spec, force, image)
+        let name = &spec.instance;
+        let instance = self.instance(name).map_err(|error| match error.kind() {
+            Kind::NotFound => error.hint(format!("create it with 'loopengine instance create {name}'")),
+            _ => error,
+        });
+        instance?.attach(spec, force, image)
     }
 
     /// Detaches devices. Without `force` a device in use stays, and the error says so. With
@@ -278,7 +283,7 @@ impl Engine {
         check_instance_name(name)?;
         self.table().get(name).cloned().ok_or_else(|| {
             Error::new(Kind::NotFound, format!("there is no instance {name:?}"))
-                .hint(format!("create it with 'loopengine instance create {name}'"))
+                .hint("'loopengine instance list' lists all")
         })
     }
 

@@ -12,7 +12,7 @@ const RESERVED: [&str; 4] = ["control", "lock", "private", "oci"];
 /// Highest CPU number that a list may name.
 const CPU_MAX: usize = 8191;
 
-/// Rejects invalid instance names: they become directory names.
+/// Rejects invalid names of instances and pools: they become directory names.
 pub fn check_instance_name(name: &str) -> Result<()> {
     let fits = (1..=64).contains(&name.len())
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
@@ -22,9 +22,11 @@ pub fn check_instance_name(name: &str) -> Result<()> {
         return Ok(());
     }
     let reserved = RESERVED.map(|name| format!("'{name}'")).join(", ");
-    Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance")).hint(format!(
-        "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', none of {reserved}"
-    )))
+    Err(Error::new(Kind::Invalid, format!("{name:?} cannot be the name of an instance or a pool")).hint(
+        format!(
+            "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', none of {reserved}"
+        ),
+    ))
 }
 
 /// "0-3,8" as numbers, ascending, each once.

@@ -92,6 +92,19 @@ fn open_device(pid: u32, file: &Path, is_named: &dyn Fn(&Path) -> bool) -> Optio
     Some(Open { pid, name, rdev })
 }
 
+/// A process that has a lock of an open file on this file, which is named as in /proc/locks.
+pub fn with_lock_on(file: &str) -> Option<u32> {
+    let named = |line: &str| {
+        line.starts_with("lock:") && line.contains(" OFDLCK ") && line.split(' ').any(|word| word == file)
+    };
+    pids().find(|pid| {
+        let files = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+        files
+            .map(|file| fs::read_to_string(file.path()).unwrap_or_default())
+            .any(|text| text.lines().any(named))
+    })
+}
+
 /// What is mounted anywhere: the table of each mount namespace once, that of the first process first.
 pub fn mounts() -> Vec<Mount> {
     let mut seen = BTreeSet::new();

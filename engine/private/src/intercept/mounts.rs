@@ -299,8 +299,7 @@ fn copy_mount(thread: &CallerThread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Mo
     let address = |at| address(abi, args, at);
     let flags = flags(address(3))?;
     let kind = String::from_utf8(read_c_string(thread, address(2), TYPE_MAX)?).ok()?;
-    // A FUSE driver mounts too, also under the filter, and must not wait for the mounter.
-    if kind.is_empty() || kind == "fuse" || kind.starts_with("fuse.") || kind == "fuseblk" {
+    if kind.is_empty() {
         return None;
     }
     let source = match address(0) {
@@ -313,6 +312,12 @@ fn copy_mount(thread: &CallerThread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Mo
         0 => String::new(),
         at => String::from_utf8(read_c_string(thread, at, TEXT_MAX)?).ok()?,
     };
+    // A FUSE driver mounts too, also under the filter, and must not wait for the mounter. mount(8) tries
+    // 'fuseblk' as a type of the device, without a descriptor.
+    let is_fuse = kind == "fuse" || kind.starts_with("fuse.") || kind == "fuseblk";
+    if is_fuse && data.split(',').any(|option| option.starts_with("fd=")) {
+        return None;
+    }
     (!source.is_empty()).then_some(MountRequest { source, target, kind, flags, data })
 }
 

@@ -8,10 +8,8 @@ mod listing;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-#[cfg(test)]
-pub(crate) use listing::ListedPool;
 pub(super) use listing::{ImageQuery, gather, pools};
-pub(crate) use listing::{InstanceDevice, Listing, LoopDevice};
+pub(crate) use listing::{InstanceDevice, ListedPool, Listing, LoopDevice};
 
 use crate::error::{Kind, Result};
 use crate::instance::Selector;
@@ -40,6 +38,9 @@ pub(super) struct ListArgs {
     json: bool,
 }
 
+/// What a plain user does not see, and the next step.
+pub(super) const ROOT_ONLY: &str = "run this as root to see devices of instances, and pools of others";
+
 impl ListArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
         if !self.all {
@@ -52,7 +53,11 @@ impl ListArgs {
                 devices => return out::print(&table(devices?)).map(drop),
             }
         }
-        show(&gather(run_dir, None)?, self.json)
+        let found = gather(run_dir, None)?;
+        if found.pools.is_empty() && !self.json && !rustix::process::geteuid().is_root() {
+            eprintln!("loopengine: this user has no private pool; {ROOT_ONLY}");
+        }
+        show(&found, self.json)
     }
 }
 

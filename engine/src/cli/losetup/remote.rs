@@ -111,8 +111,10 @@ fn only(mut pools: Vec<PoolInfo>, uid: u32, is_mounted: impl Fn(&str) -> bool) -
     let meant: Vec<PoolInfo> = if here.is_empty() { own } else { here };
     match meant.as_slice() {
         [one] => Ok(one.name.clone()),
-        [] => Err(Error::new(Kind::NotFound, "this user has no private pool")
-            .hint("create one with 'loopengine instance mount DIR', or give --pool NAME")),
+        [] => Err(Error::new(Kind::NotFound, "this user has no private pool").hint(match uid {
+            0 => "create one with 'loopengine instance mount DIR', or give --pool NAME",
+            _ => "start a command in one with 'loopengine run -- CMD'",
+        })),
         several => {
             let names: Vec<&str> = several.iter().take(NAMES_MAX).map(|pool| pool.name.as_str()).collect();
             let more = if several.len() > NAMES_MAX { ", ..." } else { "" };

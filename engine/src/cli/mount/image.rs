@@ -60,8 +60,13 @@ pub(super) fn never_written(kind: &str) -> bool {
 /// Inspects the image at `path`.
 pub(super) fn inspect(path: &Path, part: &PartitionSpec, read_only: bool) -> Result<MountImage> {
     let shown = path.display();
-    let cannot = |error| Error::os(error, format!("cannot open {shown}"));
-    let full = path.canonicalize().map_err(cannot)?;
+    let full = path.canonicalize().map_err(|error| {
+        let hint = match error.kind() {
+            ErrorKind::NotFound => "give an image, then the directory",
+            _ => "give an image in a directory that this user can enter",
+        };
+        Error::os(error, format!("cannot open {shown}")).hint(hint)
+    })?;
     let (file, size, read_only) = open_image(path, read_only)?;
     let (offset, limit, kind) = find(&file, size, part, &shown.to_string())?;
     let needs_recovery =

@@ -34,7 +34,7 @@ use crate::error::{Error, Kind, Result};
 use crate::loops::{Errno, LoopConfig, LoopInfo, LoopOp, NAME_BYTES, flag};
 
 pub(super) use fuse::check_fuse;
-pub(super) use mounted::MountPool;
+pub(super) use mounted::{FuseMount, MountPool};
 pub(super) use umount::UmountArgs as Umount;
 
 /// Mount the file system in an image.
@@ -75,11 +75,11 @@ pub(super) struct MountArgs {
     all: bool,
 
     /// Start at this byte of the image, for example 1M or 1MiB.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
     offset: u64,
 
     /// Use at most this many bytes; 0: up to the end of the image.
-    #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
     size_limit: u64,
 
     /// Replay the journal of an ext3 or ext4 file system with e2fsck, if it was not cleanly
@@ -130,7 +130,7 @@ impl MountArgs {
             }
         }
         mounted::check_not_mounted(run_dir, &image)?;
-        mounted::check_not_attached(run_dir, &image)?;
+        mounted::check_not_in_use(run_dir, &image)?;
         mounted::check_dir_free(&dir)?;
         image.lock()?;
         match &driver {

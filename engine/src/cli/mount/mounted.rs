@@ -5,6 +5,7 @@
 //! state file is needed. Of a pool, only devices and images are known. Without a pool, the mount
 //! table has the image path, and a lock on the image shows whether its driver still runs.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -16,10 +17,13 @@ use super::image::MountImage;
 use crate::cli::daemon;
 use crate::cli::losetup::LoopDevices;
 use crate::cli::losetup::remote::Remote;
+use crate::cli::pool_use::PoolUse;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::hash::fnv1a;
+use crate::image::Identity;
 use crate::instance::Selector;
+use crate::instance::claims::holders::{self, ExternalUse};
 use crate::instance::spec::DeviceInfo;
 use crate::loops::{LoopInfo, LoopOp, LoopReply, flag};
 use crate::sys::{mntns, range_lock};
@@ -75,7 +79,8 @@ impl MountPool {
         Ok(pools.into_iter().map(|pool| MountPool { pool: pool.name }).collect())
     }
 
-    fn is_mount(&self) -> bool {
+    /// True if 'loopengine mount' made it.
+    pub(in crate::cli) fn is_mount(&self) -> bool {
         own_name(&self.pool).starts_with(PREFIX)
     }
 
@@ -125,8 +130,8 @@ impl MountPool {
 
 /// A mount of an image or a part of it by a FUSE driver, with or without a device.
 #[derive(Debug)]
-pub(super) struct FuseMount {
-    pub(super) dir: PathBuf,
+pub(in crate::cli) struct FuseMount {
+    pub(in crate::cli) dir: PathBuf,
     image: PathBuf,
     offset: u64,
 }
@@ -136,6 +141,12 @@ impl FuseMount {
     pub(super) fn all() -> Vec<FuseMount> {
         let mounts = mntns::fuse_mounts(rustix::process::geteuid().as_raw());
         mounts.into_iter().filter_map(|(dir, source)| FuseMount::of(dir, source)).collect()
+    }
+
+    /// The caller's mount of `image`.
+    pub(in crate::cli) fn of_image(image: &Path) -> Option<FuseMount> {
+        let image = image.canonicalize().ok()?;
+        FuseMount::all().into_iter().find(|mount| mount.image == image)
     }
 
     /// Parses a source that `fuse::options` made.
@@ -217,42 +228,47 @@ pub(super) fn check_not_mounted(run_dir: &Path, image: &MountImage) -> Result<()
         for other in user.bound_ranges(&meta, run_dir)? {
             let writes = !image.read_only || other.flags & flag::READ_ONLY == 0;
             if writes && overlap((image.offset, image.size_limit), (other.offset, other.size_limit)) {
-                if !user.is_mount() {
-                    let message = format!("{shown} is in use by private pool {}", user.pool);
-                    return Err(Error::new(Kind::Busy, message)
-                        .hint("unbind it there with 'losetup -d', or use it read-only in both places"));
-                }
-                return Err(Error::new(Kind::Busy, format!("{shown} is mounted already")).hint(format!(
-                    "unmount it with 'loopengine umount {shown}', or mount it read-only in both places"
-                )));
+                let user = PoolUse::of_image(&image.path, run_dir)?;
+                // It may have ended meanwhile.
+                let Some(user) = user else { continue };
+                let next_step = format!("{}, or use it read-only in both places", user.next_step);
+                return Err(user.error(&image.shown).hint(next_step));
             }
         }
     }
     Ok(())
 }
 
-/// Refuses an image that a device of an instance writes, or reads while this mount would write. Only
-/// root can ask for these; another user's mount has no more rights to the image than the user.
-pub(super) fn check_not_attached(run_dir: &Path, image: &MountImage) -> Result<()> {
+/// Refuses an image that a device of an instance or another program writes, or reads while this mount
+/// would write. Plain users do not see devices of instances.
+pub(super) fn check_not_in_use(run_dir: &Path, image: &MountImage) -> Result<()> {
     let shown = image.shown.display();
     let meta = image.file.metadata().map_err(|error| Error::os(error, format!("cannot use {shown}")))?;
-    let identity = match meta.file_type().is_block_device() {
-        true => (meta.rdev(), 0),
-        false => (meta.dev(), meta.ino()),
-    };
+    let rdev = if meta.file_type().is_block_device() { meta.rdev() } else { 0 };
+    let range = (image.offset, image.size_limit);
     let devices = match daemon::ask(run_dir, async |client| client.devices(&Selector::All).await) {
-        Err(error) if matches!(error.kind(), Kind::Denied | Kind::Unavailable) => return Ok(()),
+        Err(error) if matches!(error.kind(), Kind::Denied | Kind::Unavailable) => Vec::new(),
         devices => devices?,
     };
+    let identity = if rdev == 0 { (meta.dev(), meta.ino()) } else { (rdev, 0) };
     let conflicts = |device: &DeviceInfo| {
         identity == (device.image_device, device.image_inode)
             && !(image.read_only && device.read_only)
-            && overlap((image.offset, image.size_limit), (device.offset, device.size))
+            && overlap(range, (device.offset, device.size))
     };
-    let Some(device) = devices.into_iter().find(conflicts) else { return Ok(()) };
-    let name = format!("{}/loop{}", device.instance, device.number);
-    Err(Error::new(Kind::Busy, format!("{shown} is attached as {name}"))
-        .hint(format!("mount {}, or detach it with 'loopengine detach {name}'", device.path)))
+    if let Some(device) = devices.into_iter().find(conflicts) {
+        let name = format!("{}/loop{}", device.instance, device.number);
+        return Err(Error::new(Kind::Busy, format!("{shown} is attached as {name}"))
+            .hint(format!("mount {}, or detach it with 'loopengine detach {name}'", device.path)));
+    }
+    // Devices of this daemon have passed; the kernel's loop driver shows them again.
+    let identity = Identity { dev: meta.dev(), ino: meta.ino(), rdev, btime_ns: 0 };
+    let conflicts = |user: &ExternalUse| !(image.read_only && !user.writes) && overlap(range, user.range);
+    match holders::find(&identity, &HashSet::new()).into_iter().find(conflicts) {
+        None => Ok(()),
+        Some(user) => Err(Error::new(Kind::Busy, format!("{shown} is in use by {}", user.who))
+            .hint("end that use, or use it read-only in both places")),
+    }
 }
 
 /// True if two ranges, each start and length (0: to the end), overlap.

@@ -38,7 +38,7 @@ pub(in crate::cli) struct PrintConfig {
 
 impl PrintConfig {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        let mut config = read(&self.file)?;
+        let mut config = read(&self.file, SPEC)?;
         let dir = PoolDir::find(run_dir, &self.pool)?;
         add(&mut config, &dir)?;
         let profile = PrintProfile {
@@ -87,6 +87,9 @@ fn add(config: &mut Value, dir: &PoolDir) -> Result<()> {
     Ok(())
 }
 
+/// Where a config.json comes from.
+pub(super) const SPEC: &str = "create one with 'runc spec' or 'crun spec'";
+
 /// The annotation that names the pool.
 const POOL: &str = "io.loopengine.pool";
 
@@ -100,8 +103,7 @@ fn list<'a>(map: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Va
 }
 
 fn bad() -> Error {
-    Error::new(Kind::Invalid, "the file is not the config.json of a bundle")
-        .hint("create one with 'runc spec' or 'crun spec'")
+    Error::new(Kind::Invalid, "the file is not the config.json of a bundle").hint(SPEC)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use serde::Deserialize;
 
+use super::config::SPEC;
 use super::profile::read;
 use crate::cli::{daemon, number};
 use crate::control::PrivateClient;
@@ -122,7 +123,7 @@ fn clear(dev: &OwnedFd, name: &str) -> rustix::io::Result<()> {
 
 /// The root directory in the config.json of the container.
 fn root(bundle: &Path) -> Result<File> {
-    let config = read(&bundle.join("config.json"))?;
+    let config = read(&bundle.join("config.json"), SPEC)?;
     let Some(path) = config.pointer("/root/path").and_then(|path| path.as_str()) else {
         return Err(Error::new(Kind::Invalid, "the config.json of the container has no root directory"));
     };

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::cdi::{CDI_DIR, CDI_KIND, of_pool};
 use super::pool_dir::PoolDir;
-use super::profile::{PrintProfile, read};
+use super::profile::{OTHER_BASE, PrintProfile, read};
 use crate::cli::instance_mount::mount_for_containers;
 use crate::cli::pool_options::PoolOptions;
 use crate::cli::run::parse_file_system;
@@ -90,7 +90,7 @@ impl PodmanArgs {
     }
 
     fn set_up(&self, run_dir: &Path) -> Result<()> {
-        let base = read(&self.base()?)?;
+        let base = read(&self.base()?, OTHER_BASE)?;
         let created = match find(run_dir, &self.pool)? {
             Some(pool) => self.check_options(&pool).map(|()| false)?,
             None => self.make(run_dir).map(|()| true)?,

@@ -65,7 +65,7 @@ pub(in crate::cli) struct PrintProfile {
 
 impl PrintProfile {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        let base = self.base.as_deref().map(read).transpose()?;
+        let base = self.base.as_deref().map(|path| read(path, OTHER_BASE)).transpose()?;
         out::json(&self.make(base, run_dir)?).map(drop)
     }
 
@@ -232,9 +232,16 @@ fn allow_all() -> Value {
     json!({ "defaultAction": "SCMP_ACT_ALLOW", "architectures": architectures, "syscalls": [] })
 }
 
-pub(super) fn read(path: &Path) -> Result<Value> {
+/// The next step if the profile to extend is missing.
+pub(super) const OTHER_BASE: &str = "give another seccomp profile with --base";
+
+pub(super) fn read(path: &Path, if_missing: &str) -> Result<Value> {
     let shown = path.display();
-    let cannot = |error| Error::os(error, format!("cannot read {shown}"));
+    let cannot = |error: std::io::Error| {
+        let missing = error.kind() == std::io::ErrorKind::NotFound;
+        let error = Error::os(error, format!("cannot read {shown}"));
+        if missing { error.hint(if_missing) } else { error }
+    };
     let mut text = Vec::new();
     let file = File::open(path).map_err(cannot)?;
     file.take(BASE_MAX + 1).read_to_end(&mut text).map_err(cannot)?;

@@ -11,7 +11,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use super::mounter;
+use super::caller_root::{enter_caller_namespace, in_root_of_caller};
 use crate::intercept::mounts::MounterRequest;
 use crate::loops::Answer;
 use crate::sys;
@@ -36,11 +36,11 @@ impl OwnDev {
         };
         // Options of the file system are ignored: they would change /dev itself.
         sys::mount::add_attributes(tree.as_fd(), attributes(request.mount.flags))?;
-        let target = mounter::in_root_of_caller(request, || {
+        let target = in_root_of_caller(request, || {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             rustix::fs::openat(CWD, &*request.mount.target, flags, Mode::empty())
         })?;
-        mounter::enter_caller_namespace(request)?;
+        enter_caller_namespace(request)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&tree, "", &target, "", flags)?;
         Ok(true)

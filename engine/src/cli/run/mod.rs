@@ -8,6 +8,7 @@
 //! `mounter`, mounts file systems for the command, keeps mounts with misleading names out, and ends
 //! with the pool.
 
+mod caller_root;
 mod covered_nodes;
 mod dev;
 mod devtmpfs;

@@ -29,8 +29,8 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait, waitpid};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::caller_root::{enter_caller_namespace, in_root_of_caller, needs_device};
 use super::covered_nodes::CoveredNodes;
 use super::devtmpfs::OwnDev;
 use super::end_notice::EndNotice;
@@ -190,8 +190,10 @@ impl Mounter {
         }
         let program =
             self.rules.fuse.iter().find(|(kind, _)| *kind == asked.kind).map(|(_, program)| program);
-        // mount(8) reports an unknown file system.
-        let program = program.ok_or(Errno::NODEV)?;
+        // mount(8) reports an unknown file system. It tries all known ones, in silence, on a device
+        // without a signature, and reports the last error.
+        let missing = if asked.flags & libc::MS_SILENT == 0 { Errno::NODEV } else { Errno::INVAL };
+        let program = program.ok_or(missing)?;
         let read_only = is_read_only(&device)? || !fuse_drivers::driver(program).writes;
         let options = options(asked, read_only)?;
         if asked.kind.starts_with("ext") {
@@ -251,14 +253,19 @@ impl Mounter {
     /// The device and the mount point as the caller sees them. None if the device is not of this
     /// pool.
     fn find(&self, request: &MounterRequest) -> Answer<Option<(OwnedFd, Answer<OwnedFd>)>> {
-        let found = in_root_of_caller(request, || {
+        let (source, target) = in_root_of_caller(request, || {
             let open = |path: &[u8], flags| {
                 rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             };
-            let Ok(source) = open(&request.mount.source, OFlags::empty()) else { return Ok(None) };
-            Ok(Some((source, open(&request.mount.target, OFlags::DIRECTORY))))
+            let source = open(&request.mount.source, OFlags::empty());
+            Ok((source, open(&request.mount.target, OFlags::DIRECTORY)))
         })?;
-        let Some((source, target)) = found else { return Ok(None) };
+        let source = match source {
+            Ok(source) => source,
+            // In a user namespace the kernel refuses with EPERM before it looks for the device.
+            Err(Errno::NOENT) if needs_device(&request.mount) => return Err(Errno::NOENT),
+            Err(_) => return Ok(None),
+        };
         let stat = rustix::fs::fstat(&source)?;
         let block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
         Ok((block && stat.st_dev == self.pool).then_some((source, target)))
@@ -291,30 +298,6 @@ impl Mounter {
     }
 }
 
-/// Calls `open` in the caller's root and working directories, on a separate thread: it stays
-/// there, where no drivers are searched.
-pub(super) fn in_root_of_caller<T: Send>(
-    request: &MounterRequest,
-    open: impl FnOnce() -> Answer<T> + Send,
-) -> Answer<T> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().spawn_scoped(scope, || {
-            enter_caller_namespace(request)?;
-            rustix::process::fchdir(&request.root)?;
-            rustix::process::chroot(".")?;
-            rustix::process::fchdir(&request.cwd)?;
-            open()
-        });
-        thread.map_err(|_| Errno::AGAIN)?.join().unwrap_or(Err(Errno::IO))
-    })
-}
-
-/// Moves only this thread into the caller's mount namespace.
-pub(super) fn enter_caller_namespace(request: &MounterRequest) -> Answer<()> {
-    sys::userns::own_directories()?;
-    move_into_link_name_space(request.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
-}
-
 fn link(file: &OwnedFd) -> Answer<PathBuf> {
     let link = rustix::fs::readlink(own(file), Vec::new())?;
     let path = PathBuf::from(std::ffi::OsStr::from_bytes(link.as_bytes()));
@@ -345,7 +328,8 @@ fn check_mounted(target: &OwnedFd) -> Answer<()> {
         }
     }
     let fuse = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-    Err(fuse.err().unwrap_or(Errno::IO))
+    // mount(8) takes EACCES for a device that cannot be written.
+    Err(fuse.err().map_or(Errno::IO, |error| if error == Errno::ACCESS { Errno::PERM } else { error }))
 }
 
 /// No FUSE driver mounts an ext4 whose journal needs a replay: "Structure needs cleaning".

@@ -2,9 +2,12 @@
 //! Images in use elsewhere: attach refuses them or warns. I/O errors are logged.
 
 use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
+
+use loopengine::sys::range_lock;
 
 use super::MIB;
 use crate::daemon::Daemon;
@@ -20,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("claims::swap_and_other_programs", Needs::Ublk, 90, swap),
         case("claims::device_mapper", Needs::Ublk, 90, mapped),
         case("claims::image_of_a_kernel_loop_device", Needs::Ublk, 120, kernel_loop),
+        case("claims::locked", Needs::Ublk, 60, locked),
         case("claims::force_shares_between_devices", Needs::Ublk, 90, force_shares_an_image),
         case("claims::failing_io_is_logged", Needs::Ublk, 120, failing_io_is_logged),
     ]
@@ -54,6 +58,34 @@ pub(super) fn warned(daemon: &Daemon, part: &str, count: usize) -> Res {
         daemon.log()
     );
     Ok(())
+}
+
+/// A program that locks an image, as QEMU does, is named.
+fn locked(ctx: &Ctx) -> Res {
+    let store = Store::ext4(ctx)?;
+    let image = store.sparse("image", 8 * MIB)?;
+    let daemon = Daemon::start(ctx)?;
+    let lock = |start, write| -> Res<File> {
+        let file = OpenOptions::new().read(true).write(true).open(&image)?;
+        ensure!(range_lock::try_lock(file.as_fd(), start, 1, write)?, "cannot lock {image}");
+        Ok(file)
+    };
+    let who = format!("pid {} (", std::process::id());
+    for (start, write, shares) in [(0, true, true), (101, false, true), (201, false, false)] {
+        let before = warnings(&daemon, &who);
+        let file = lock(start, write)?;
+        refused(&daemon, &[&image], &format!("{image} is in use by {who}"))?;
+        let device = daemon.attach(&["--read-only", &image])?;
+        warned(&daemon, &who, before + usize::from(shares))?;
+        daemon.detach(&device)?;
+        drop(file);
+    }
+    // Scripts hold a lock of flock(2) around an attach.
+    let file = File::open(&image)?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
+    let device = daemon.attach(&[&image])?;
+    daemon.detach(&device)?;
+    daemon.stop()
 }
 
 fn claim(node: &str) -> std::io::Result<File> {

@@ -56,7 +56,7 @@ fn writers_are_named(ctx: &Ctx) -> Res {
         .user(1000)
         .start(&format!("works bind losetup /dev/loop2 {image}; pause bound"))?
         .wait("bound")?;
-    refused(&daemon, &[&image], "in use by loop2 of pool ")?;
+    refused(&daemon, &[&image], "is loop2 of private pool 1000.1 (user ")?;
     refused(&daemon, &[&image], " of user 1000 (read-write)")?;
     let device = daemon.attach(&["--read-only", &image])?;
     warned(&daemon, "default/loop0 (read-only) shares ", 1)?;

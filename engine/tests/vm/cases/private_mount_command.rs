@@ -246,7 +246,9 @@ fn root(ctx: &Ctx) -> Res {
         holds "no panic" "$(options dir),$(cat /proc/fs/ext4/*/options)" "errors=remount-ro"
         echo hello > dir/file; sleep 2
         same "two seconds later" "$(cat dir/file)" hello
-        refused "the image again" "is mounted already" mnt a dir2
+        refused "the image again" "a is mounted already on $PWD/dir by" mnt a dir2
+        refused "attach" "a is mounted already on $PWD/dir by" "$loopengine" attach a
+        refused "detach" "unmount it with 'loopengine umount $PWD/dir'" "$loopengine" detach a
         refused "the directory again" "an image is mounted on" mnt b dir
         cd dir; refused "busy" "cannot unmount" umnt .; cd ..
         works "umount" umnt dir
@@ -254,8 +256,14 @@ fn root(ctx: &Ctx) -> Res {
         works "again" mnt a dir; same "file" "$(cat dir/file)" hello
         works "by the image" umnt a
         "$loopengine" run -- sh -c 'losetup -f a; : > bound; exec sleep 60' & soon "bound" bound ls bound
-        refused "in use elsewhere" "is in use by private pool" mnt a dir
+        refused "in use elsewhere" "is loop0 of private pool" mnt a dir
         kill $!; wait; soon "no more" "" devices
+        host=$(losetup -f --show a)
+        refused "in use by the host" "a is in use by $host" mnt a dir
+        refused "in use by the host: read-only" "a is in use by $host" mnt -r a dir
+        losetup -d $host; host=$(losetup -r -f --show a)
+        works "read-only in both places" mnt -r a dir; works "umount" umnt dir
+        losetup -d $host
         dev=$("$loopengine" attach a)
         refused "attached" "a is attached as default/loop0" mnt a dir
         works "detach" "$loopengine" detach $dev

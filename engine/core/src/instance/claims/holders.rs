@@ -2,8 +2,9 @@
 //! Finds users of a block device or a file outside this daemon: mounts, swap, device mapper and md,
 //! the kernel's loop devices.
 //!
-//! Reads /proc and /sys as root. Does not know what may be shared, nor what this daemon serves. May
-//! block on the file systems of swap files and of the loop devices' backing files.
+//! Reads /proc and /sys; a plain user sees less than root. Does not know what may be shared, nor what
+//! this daemon serves. May block on the file systems of swap files and of the loop devices' backing
+//! files.
 
 use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
@@ -22,6 +23,8 @@ pub struct ExternalUse {
     pub who: String,
     /// It may write.
     pub writes: bool,
+    /// First byte and length of its part of the image; length 0: to the end.
+    pub range: (u64, u64),
 }
 
 /// One entry of `/proc/PID/mountinfo`.
@@ -57,7 +60,7 @@ pub fn find(image: &Identity, own: &HashSet<u64>) -> Vec<ExternalUse> {
         _ => related_devices.iter().any(|relative| relative.rdev == rdev),
     };
     if swaps().into_iter().any(is_it) {
-        found.push(ExternalUse { who: "swap".to_owned(), writes: true });
+        found.push(ExternalUse { who: "swap".to_owned(), writes: true, range: (0, 0) });
     }
     found.extend(kernel_loops(is_it, &mounts, own));
     found.sort_by_key(|user| !user.writes);
@@ -103,6 +106,7 @@ fn mounted(rdev: u64, mounts: &[MountEntry]) -> Vec<ExternalUse> {
     let user = |mount: &MountEntry| ExternalUse {
         who: format!("the mount on {}", mount.point),
         writes: !mount.read_only,
+        range: (0, 0),
     };
     mounts.iter().filter(is_it).map(user).collect()
 }
@@ -115,7 +119,7 @@ fn built_upon(rdev: u64) -> Vec<ExternalUse> {
             mapped if mapped.is_empty() => name,
             mapped => format!("{name} (/dev/mapper/{mapped})"),
         };
-        ExternalUse { who, writes: true }
+        ExternalUse { who, writes: true, range: (0, 0) }
     };
     entries(&directory(rdev).join("holders")).map(user).collect()
 }
@@ -132,20 +136,32 @@ fn kernel_loops(
         }
         let name = last(&device);
         let node = format!("/dev/{name}");
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node).ok()?;
         let rdev = number_of(&device)?;
-        let info = loop_device::status(&file).ok()?;
-        let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
-        let is_own = kernel_loop::is_held(number, &info)
-            || kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
-        let same = file.metadata().ok()?.rdev() == rdev && is_it((info.device, info.inode, info.rdevice));
-        if is_own || !same {
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node);
+        let same = match opened {
+            Ok(file) => {
+                let info = loop_device::status(&file).ok()?;
+                let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
+                let is_own = kernel_loop::is_held(number, &info)
+                    || kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
+                let is_node = file.metadata().ok()?.rdev() == rdev;
+                !is_own && is_node && is_it((info.device, info.inode, info.rdevice))
+            }
+            // Only root may open it; everybody may read the path of its file.
+            Err(_) if !rustix::process::geteuid().is_root() => {
+                is_it(numbers(Path::new(&text(&device.join("loop/backing_file"))))?)
+            }
+            Err(_) => false,
+        };
+        if !same {
             return None;
         }
+        let bytes = |name| text(&device.join(name)).parse().unwrap_or(0);
+        let range = (bytes("loop/offset"), bytes("loop/sizelimit"));
         let writes = text(&device.join("ro")) != "1";
         let parts = related_devices(rdev).into_iter().flat_map(|relative| mounted(relative.rdev, mounts));
         let who = parts.fold(node, |who, mount| format!("{who}, {}", mount.who));
-        Some(ExternalUse { who, writes })
+        Some(ExternalUse { who, writes, range })
     };
     let loops = entries(Path::new("/sys/block")).filter(|device| last(device).starts_with("loop"));
     loops.filter_map(user).collect()
@@ -185,14 +201,20 @@ fn swaps() -> Vec<(u64, u64, u64)> {
     let table = fs::read("/proc/swaps").unwrap_or_default();
     let paths = table.split(|byte| *byte == b'\n').skip(1);
     let paths = paths.filter_map(|line| line.split(|byte| *byte == b' ' || *byte == b'\t').next());
-    let numbers = |path: &[u8]| {
-        let found = fs::metadata(Path::new(std::ffi::OsStr::from_bytes(path))).ok()?;
-        let rdev = if found.file_type().is_block_device() { found.rdev() } else { 0 };
-        Some((found.dev(), found.ino(), rdev))
-    };
     // As seen by this process and by process 1, whose mounts may differ.
     let seen = |path: &[u8]| [b"".as_slice(), b"/proc/1/root"].map(|root| [root, &unescape(path)].concat());
-    paths.filter(|path| !path.is_empty()).flat_map(seen).filter_map(|path| numbers(&path)).collect()
+    paths
+        .filter(|path| !path.is_empty())
+        .flat_map(seen)
+        .filter_map(|path| numbers(Path::new(std::ffi::OsStr::from_bytes(&path))))
+        .collect()
+}
+
+/// Device, inode and, of a block device, its number.
+fn numbers(path: &Path) -> Option<(u64, u64, u64)> {
+    let found = fs::metadata(path).ok()?;
+    let rdev = if found.file_type().is_block_device() { found.rdev() } else { 0 };
+    Some((found.dev(), found.ino(), rdev))
 }
 
 /// `\040` is a space, and so on.

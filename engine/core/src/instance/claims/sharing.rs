@@ -22,7 +22,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::holders::{self, ExternalUse};
-use super::{Claim, Claims, Holder, ImageUse, check_file_system, warnings};
+use super::{Claim, Claims, Holder, ImageUse, check_file_system, locks, warnings};
 use crate::error::{Error, Kind, Result};
 use crate::failures::Failures;
 use crate::image::{Identity, Image};
@@ -103,7 +103,7 @@ fn attach(
         let mut users = users.filter_map(|open| Process::of(open.pid));
         let holder = users.find(|user| user.command != "loopengine");
         let who = holder.map_or("another program".to_owned(), |holder| holder.to_string());
-        external.push(ExternalUse { who, writes: true });
+        external.push(ExternalUse { who, writes: true, range: (0, 0) });
     }
     if let (Sharing::Refuse, false, Some(user)) = (sharing, by.read_only, external.first()) {
         return Err(Error::new(Kind::Busy, format!("{name} is in use by {}", user.who)).hint(NEXT_STEP));
@@ -212,7 +212,9 @@ fn open_exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
 fn find_external_users(identity: Identity, name: &str, own: HashSet<u64>) -> Vec<ExternalUse> {
     let (found, is_found) = std::sync::mpsc::channel();
     let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
-        let _ = found.send(holders::find(&identity, &own));
+        let mut users = holders::find(&identity, &own);
+        users.extend(locks::find(&identity));
+        let _ = found.send(users);
     });
     let found = started.ok().and_then(|_| is_found.recv_timeout(LOOKUP_TIMEOUT).ok());
     found.unwrap_or_else(|| {
