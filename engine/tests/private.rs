@@ -542,7 +542,7 @@ fn losetup_works_over_the_socket() {
         daemon.registry.open(&spec, loopengine::private::Caller { uid, gid: uid, pid: None }).unwrap()
     };
     let _root = open(0, "r");
-    fails(losetup(PLAIN, &["-a"]), 3, "instance mount");
+    fails(losetup(PLAIN, &["-a"]), 3, "run -- CMD'");
     let _plain = open(PLAIN, "p");
     let bound = losetup(PLAIN, &["-f", "--show", "-b", "4096", "-o", "512", image]);
     assert_eq!(out(&bound), "65534.p/loop0\n");
