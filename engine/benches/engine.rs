@@ -122,7 +122,7 @@ impl Bed {
         let buffers = vec![0xa5; usize::from(DEPTH) * BLOCK as usize];
         let fake = Fake { file: own, buffers, address: 0, requests, completed: 0 };
         let mut ring = small_ring();
-        let queue = DeviceQueue::new(QueueSlot { id: SLOT }, fake, image, false, &mut ring)
+        let queue = DeviceQueue::new(QueueSlot { id: SLOT }, fake, image, Arc::default(), false, &mut ring)
             .expect("a queue on the ring");
         ring.push(&nop(EventKind::Fetch)).expect("space in the ring");
         ring.enter(1).expect("a completion");
@@ -272,6 +272,8 @@ fn control(c: &mut Criterion) {
         io_mode: Some(IoMode::Batch),
         partscan: false,
         durable: false,
+        iops: 0,
+        bytes_per_second: 0,
     };
     let message = codec::encode_attach(&spec).expect("a call");
     let mut group = c.benchmark_group("control codec");

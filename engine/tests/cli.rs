@@ -253,12 +253,12 @@ fn json_has_a_schema() {
     daemon.image("a.img", 4096);
     let device = "instance:string number:number path:string node:string image:string state:string \
         reason:null sizeBytes:number offsetBytes:number sizeLimitBytes:number blockSizeBytes:number \
-        readOnly:boolean buffered:boolean durable:boolean queues:number depth:number ioMode:string sharedWith:array \
+        readOnly:boolean buffered:boolean durable:boolean iops:number bytesPerSecond:number queues:number depth:number ioMode:string sharedWith:array \
         sinceUnixSeconds:number imageDevice:number imageInode:number";
     let instance = "name:string maxDevices:number devices:number backend:string workers:number cpus:null directory:string";
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \
         writeBytes:number flushes:number syncs:number discards:number errors:number resubmits:number punts:number \
-        fallbacks:number requests:number batches:number inFlight:number latency:object";
+        fallbacks:number requests:number batches:number held:number inFlight:number latency:object";
     let cases: &[(&[&str], &str)] = &[
         (&["create", "new.img", "--size", "1M"], "path:string sizeBytes:number"),
         (&["attach", "a.img"], device),

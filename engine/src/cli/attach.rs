@@ -58,6 +58,16 @@ pub(super) struct AttachArgs {
     #[arg(long, conflicts_with_all = ["read_only", "buffered"])]
     durable: bool,
 
+    /// Most requests per second, without flushes. Further ones wait. 'loopengine limit --device' changes
+    /// it later.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    iops: Option<u64>,
+
+    /// Most bytes per second, read and written together, for example 100M or 100MiB. What exceeds
+    /// it waits.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse_rate)]
+    bandwidth: Option<u64>,
+
     /// Number of queues [default: one per worker of the instance].
     #[arg(long, value_name = "N", value_parser = number::within(1..=4096_u32))]
     queues: Option<u32>,
@@ -135,6 +145,8 @@ impl AttachArgs {
             io_mode: self.io_mode,
             partscan: self.partscan,
             durable: self.durable,
+            iops: self.iops.unwrap_or(0),
+            bytes_per_second: self.bandwidth.unwrap_or(0),
             instance: self.instance,
             ..AttachSpec::default()
         };

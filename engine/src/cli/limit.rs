@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `loopengine limit`: show or set how many private loop devices a user can have.
+//! `loopengine limit`: show or set how many private loop devices a user can have, and how much I/O
+//! a device can do.
 
 use std::path::Path;
 
 use crate::accounts;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
+use crate::instance::Selector;
+use crate::instance::spec::IoLimitsSpec;
 use crate::private::Limit;
 
 use super::run::user_name;
 use super::table::Table;
-use super::{complete, daemon, out};
+use super::{complete, daemon, detach, out, size};
 
-/// Show or set the limits of users on private loop devices.
+/// Show or set the limits of users on private loop devices, or of the I/O of a device.
 ///
 /// Without USER, lists the default and every user with own limits or devices; a plain user sees
 /// only himself. With USER, shows the limits of that user. With N, sets the device limit of that
@@ -23,6 +26,10 @@ use super::{complete, daemon, out};
 /// command.
 ///
 /// The maximum size of a pool counts against the limit of its user while the pool exists.
+///
+/// With '--device', shows or sets the limits of the I/O of a device of an instance. They apply at
+/// once, and outlive the daemon. Requests beyond a limit wait. After a pause, as much as the limit
+/// allows in 50 ms may pass at once. Needs root.
 #[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Debug, clap::Args)]
 pub(super) struct LimitArgs {
@@ -34,6 +41,18 @@ pub(super) struct LimitArgs {
     /// configuration.
     #[arg(value_name = "N|default", value_parser = parse_devices)]
     devices: Option<NewLimit>,
+
+    /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["user", "devices"], add = complete::devices())]
+    device: Option<String>,
+
+    /// Most requests per second, without flushes; 'none': no limit.
+    #[arg(long, value_name = "N|none", requires = "device", value_parser = parse_iops)]
+    iops: Option<u64>,
+
+    /// Most bytes per second, read and written together, for example 100M; 'none': no limit.
+    #[arg(long, value_name = "SIZE|none", requires = "device", value_parser = parse_bandwidth)]
+    bandwidth: Option<u64>,
 
     /// Print JSON, with USER only that limit; see loopengine-json(7).
     #[arg(long)]
@@ -57,8 +76,43 @@ fn parse_devices(text: &str) -> std::result::Result<NewLimit, String> {
     }
 }
 
+fn parse_iops(text: &str) -> std::result::Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        number => {
+            number.parse().ok().filter(|iops| *iops > 0).ok_or("give a number from 1, or 'none'".into())
+        }
+    }
+}
+
+fn parse_bandwidth(text: &str) -> std::result::Result<u64, String> {
+    if text == "none" { Ok(0) } else { size::parse_rate(text) }
+}
+
 impl LimitArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
+        match self.device.clone() {
+            Some(device) => self.of_device(device, run_dir),
+            None => self.of_users(run_dir),
+        }
+    }
+
+    fn of_device(self, device: String, run_dir: &Path) -> Result<()> {
+        let Selector::Device(device) = detach::device(device) else {
+            return Err(Error::new(Kind::Internal, "not a device"));
+        };
+        let spec = IoLimitsSpec { device, iops: self.iops, bytes_per_second: self.bandwidth };
+        let device = daemon::ask(run_dir, async |client| client.set_io_limits(&spec).await)?;
+        if self.json {
+            return out::json(&device).map(drop);
+        }
+        let mut table = Table::new(&["DEVICE", "IOPS", "BANDWIDTH"], &[false, true, true]);
+        let iops = if device.iops == 0 { "none".to_owned() } else { device.iops.to_string() };
+        table.row(vec![device.path, iops, size::show_rate(device.bytes_per_second)]);
+        out::print(&table.render()).map(drop)
+    }
+
+    fn of_users(self, run_dir: &Path) -> Result<()> {
         let limits = daemon::runtime()?.block_on(async {
             let mut client = PrivateClient::connect(run_dir).await?;
             if let (Some(uid), Some(devices)) = (self.user, self.devices) {

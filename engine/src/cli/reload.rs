@@ -270,6 +270,8 @@ pub(super) mod tests {
                 read_only: spec.read_only,
                 buffered: spec.buffered,
                 durable: spec.durable,
+                iops: spec.iops,
+                bytes_per_second: spec.bytes_per_second,
                 queues: 1,
                 depth: 1,
                 io_mode: IoMode::Copy,
@@ -285,6 +287,9 @@ pub(super) mod tests {
             unreachable!()
         }
         fn resize(&self, _: &ResizeSpec) -> Result<DeviceInfo> {
+            unreachable!()
+        }
+        fn set_io_limits(&self, _: &IoLimitsSpec) -> Result<DeviceInfo> {
             unreachable!()
         }
         fn recover(&self, _: &RecoverSpec, _: OwnedFd) -> Result<DeviceInfo> {

@@ -56,6 +56,12 @@ pub struct DeviceTable {
     /// Make every write durable before it completes.
     #[serde(default)]
     pub durable: bool,
+    /// Most requests per second; 0: no limit.
+    #[serde(default)]
+    pub iops: u64,
+    /// Most bytes read and written per second; 0: no limit.
+    #[serde(default, deserialize_with = "bytes")]
+    pub bandwidth: u64,
     /// File and line of this entry, for messages.
     #[serde(skip)]
     pub location: String,
@@ -78,6 +84,8 @@ impl DeviceTable {
             io_mode: self.io_mode,
             partscan: self.partscan,
             durable: self.durable,
+            iops: self.iops,
+            bytes_per_second: self.bandwidth,
         }
     }
 
@@ -155,7 +163,8 @@ mod tests {
     fn an_entry_has_the_options_of_attach() {
         let text = "# a comment\n[[device]]\nimage = '/srv//a.img'\ninstance = 'ci'\nnumber = 3\n\
                     read_only = true\nforce = true\noffset = '1M'\nsize_limit = 4096\nblock_size = '4k'\n\
-                    buffered = true\nqueues = 2\ndepth = 64\nio_mode = 'copy'\npartscan = true\ndurable = true\n[[device]]\nimage = '/b.img'\n";
+                    buffered = true\nqueues = 2\ndepth = 64\nio_mode = 'copy'\npartscan = true\ndurable = true\n\
+                    iops = 500\nbandwidth = '10M'\n[[device]]\nimage = '/b.img'\n";
         let config = Config::parse(text, "x.toml").unwrap();
         let [first, second] = &config.devices().collect::<Vec<_>>()[..] else { panic!("{config:?}") };
         let spec = AttachSpec {
@@ -172,10 +181,12 @@ mod tests {
             io_mode: Some(IoMode::Copy),
             partscan: true,
             durable: true,
+            iops: 500,
+            bytes_per_second: 10 << 20,
         };
         assert_eq!((first.spec(), first.force, &*first.location), (spec, true, "x.toml, line 2"));
         let usual = AttachSpec { instance: "default".into(), path: "/b.img".into(), ..AttachSpec::default() };
-        assert_eq!((second.spec(), second.force, &*second.location), (usual, false, "x.toml, line 17"));
+        assert_eq!((second.spec(), second.force, &*second.location), (usual, false, "x.toml, line 19"));
     }
 
     #[test]

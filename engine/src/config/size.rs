@@ -34,6 +34,19 @@ pub fn parse(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("'{text}' is too large"))
 }
 
+/// Parses a number of bytes per second.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        0 => Err("0 bytes per second let nothing pass".to_owned()),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Bytes per second in human-readable form; 0: no limit.
+pub fn show_rate(bytes: u64) -> String {
+    if bytes == 0 { "none".to_owned() } else { format!("{}/s", show(bytes)) }
+}
+
 /// Parses a logical block size.
 pub fn parse_block(text: &str) -> Result<u32, String> {
     let bytes = parse(text)?;
@@ -105,6 +118,12 @@ mod tests {
         for bad in ["0", "256", "513", "128K", "1G", "-512"] {
             assert!(parse_block(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn parses_and_formats_rates() {
+        assert_eq!((parse_rate("10M"), show_rate(10 << 20)), (Ok(10 << 20), "10M/s".to_owned()));
+        assert_eq!((parse_rate("0").is_err(), show_rate(0)), (true, "none".to_owned()));
     }
 
     #[test]

@@ -33,6 +33,12 @@ pub(super) trait ControlCalls {
         shrink: bool,
         force: bool,
     ) -> zlink::Result<Result<DeviceReply, Fault>>;
+    async fn set_io_limits(
+        &mut self,
+        device: &str,
+        iops: Option<u64>,
+        bytes_per_second: Option<u64>,
+    ) -> zlink::Result<Result<DeviceReply, Fault>>;
     async fn recover(
         &mut self,
         spec: &RecoverSpec,

@@ -82,6 +82,15 @@ impl Client {
         Ok(self.0.call(ONE_MAX, call).await?.device)
     }
 
+    /// See [`crate::instance::Engine::set_io_limits`].
+    pub async fn set_io_limits(&mut self, spec: &IoLimitsSpec) -> Result<DeviceInfo> {
+        let IoLimitsSpec { device, iops, bytes_per_second } = spec;
+        let call = async |connection: &mut Connection| {
+            connection.set_io_limits(device, *iops, *bytes_per_second).await
+        };
+        Ok(self.0.call(ONE_MAX, call).await?.device)
+    }
+
     /// See [`crate::instance::Engine::recover`].
     pub async fn recover(&mut self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {
         let image = [image];

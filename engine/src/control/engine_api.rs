@@ -26,6 +26,8 @@ pub trait EngineApi: Send + Sync + 'static {
     fn detach(&self, which: &Selector, force: bool) -> Result<Vec<String>>;
     /// See [`Engine::resize`].
     fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo>;
+    /// See [`Engine::set_io_limits`].
+    fn set_io_limits(&self, spec: &IoLimitsSpec) -> Result<DeviceInfo>;
     /// See [`Engine::recover`].
     fn recover(&self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo>;
     /// See [`Engine::devices`].
@@ -65,6 +67,10 @@ impl EngineApi for Engine {
 
     fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo> {
         Engine::resize(self, spec)
+    }
+
+    fn set_io_limits(&self, spec: &IoLimitsSpec) -> Result<DeviceInfo> {
+        Engine::set_io_limits(self, spec)
     }
 
     fn recover(&self, spec: &RecoverSpec, image: OwnedFd) -> Result<DeviceInfo> {

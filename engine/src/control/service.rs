@@ -161,6 +161,20 @@ impl ControlService {
         Ok(DeviceReply { device })
     }
 
+    /// Changes the limits of a device's I/O per second; what is not given stays, 0 means no limit.
+    async fn set_io_limits(
+        &self,
+        device: String,
+        iops: Option<u64>,
+        bytes_per_second: Option<u64>,
+    ) -> std::result::Result<DeviceReply, Fault> {
+        let spec = IoLimitsSpec { device, iops, bytes_per_second };
+        let device = self.ask(move |backend| backend.set_io_limits(&spec)).await?;
+        let DeviceInfo { path, iops, bytes_per_second, .. } = &device;
+        tracing::info!("{path} may do {iops} requests and {bytes_per_second} bytes per second (0: no limit)");
+        Ok(DeviceReply { device })
+    }
+
     /// Recovers a stuck device with an image, passed as the call's only file descriptor.
     async fn recover(&self, spec: RecoverSpec) -> std::result::Result<DeviceReply, Fault> {
         let received = self.inbox.take();

@@ -203,6 +203,8 @@ impl EngineApi for Fake {
             read_only: spec.read_only,
             buffered: spec.buffered,
             durable: spec.durable,
+            iops: spec.iops,
+            bytes_per_second: spec.bytes_per_second,
             queues: spec.queues.max(2),
             depth: spec.depth.max(1),
             io_mode: spec.io_mode.unwrap_or(IoMode::Batch),
@@ -234,6 +236,17 @@ impl EngineApi for Fake {
             Some(path) => Err(error(Kind::Busy, format!("{path} is in use"))),
             None => Ok(paths),
         }
+    }
+
+    fn set_io_limits(&self, spec: &IoLimitsSpec) -> Result<DeviceInfo> {
+        let which = Selector::Device(spec.device.clone());
+        let mut state = self.state.lock().unwrap();
+        let found = state.devices.iter_mut().find(|d| is(&which, &d.info));
+        let info =
+            &mut found.ok_or_else(|| error(Kind::NotFound, format!("no device {}", spec.device)))?.info;
+        info.iops = spec.iops.unwrap_or(info.iops);
+        info.bytes_per_second = spec.bytes_per_second.unwrap_or(info.bytes_per_second);
+        Ok(info.clone())
     }
 
     fn resize(&self, spec: &ResizeSpec) -> Result<DeviceInfo> {

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 use crate::image::BLOCK_MAX;
 use crate::kernels::BLOCK_DEVICES;
+use crate::worker::IoLimits;
 
 pub use device::FrontendDevice;
 use disk_list::DiskList;
@@ -284,6 +285,15 @@ impl Backend {
                 refuse(Kind::Unsupported, context, "attach it without --durable")
             }
         }
+    }
+
+    /// Rejects limits of I/O where this program does not serve it.
+    pub fn check_io_limits(&self, limits: IoLimits) -> Result<()> {
+        if self.uses_workers() || limits == IoLimits::default() {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Unsupported, "the kernel's loop driver does not limit the I/O of a device")
+            .hint("attach it with another backend, or limit its users with io.max of their cgroup"))
     }
 
     /// Unmounts the file system. All devices must be gone.

@@ -41,6 +41,7 @@ impl AttachedDevice {
     pub fn info(&self, number: u32, path: &Path) -> DeviceInfo {
         let AttachedDevice { record, served, hold, .. } = self;
         let (geometry, state, identity) = (served.geometry(), served.state(), record.identity);
+        let limits = served.io_limits();
         DeviceInfo {
             instance: record.spec.instance.clone(),
             number,
@@ -56,6 +57,8 @@ impl AttachedDevice {
             read_only: geometry.read_only,
             buffered: record.spec.buffered || served.is_buffered(),
             durable: geometry.durable_writes,
+            iops: limits.iops,
+            bytes_per_second: limits.bytes,
             queues: u32::from(record.queues),
             depth: u32::from(record.depth),
             io_mode: record.io_mode,

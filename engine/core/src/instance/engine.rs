@@ -254,6 +254,14 @@ impl Engine {
         }
     }
 
+    /// Changes the limits of a device's I/O.
+    pub fn set_io_limits(&self, spec: &IoLimitsSpec) -> Result<DeviceInfo> {
+        match &self.select(&Selector::Device(spec.device.clone()))?[..] {
+            [(instance, Some(number))] => instance.set_io_limits(*number, spec),
+            _ => Err(Error::new(Kind::Internal, "the device name selected several devices")),
+        }
+    }
+
     /// Devices, by instance and number.
     pub fn devices(&self, which: &Selector) -> Result<Vec<DeviceInfo>> {
         let mut devices = Vec::new();

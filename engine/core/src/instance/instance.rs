@@ -148,6 +148,7 @@ impl Instance {
     pub fn attach(&self, spec: &AttachSpec, force: bool, image: OwnedFd) -> Result<DeviceInfo> {
         self.check_not_served_here(&image, &spec.path)?;
         self.backend.check_durable(spec.durable, spec.read_only || spec.buffered)?;
+        self.backend.check_io_limits(spec.io_limits())?;
         let image = Image::open(image, &image_spec(spec), &spec.path)?;
         let parameters = self.parameters(spec)?;
         let reservation = self.table.reserve(spec.number)?;
@@ -163,7 +164,8 @@ impl Instance {
             sharing,
         )?;
         let device = self.backend.add(number, parameters)?;
-        let (served, begun) = Served::start(device, &self.workers, reservation.slot, image, StartMode::New);
+        let (served, begun) =
+            Served::start(device, &self.workers, reservation.slot, image, spec.io_limits(), StartMode::New);
         let (id, parameters) = (served.device().id(), served.device().parameters());
         let geometry = served.geometry();
         let record = DeviceRecord {
@@ -232,6 +234,20 @@ impl Instance {
                 None => Ok(()),
             }
         })?;
+        Ok(self.describe(number, &attached))
+    }
+
+    /// Changes the limits of a device's I/O, also for the next daemon.
+    pub fn set_io_limits(&self, number: u32, new: &IoLimitsSpec) -> Result<DeviceInfo> {
+        let attached = self.table.get(number)?;
+        let now = attached.served.io_limits();
+        let limits =
+            IoLimits { iops: new.iops.unwrap_or(now.iops), bytes: new.bytes_per_second.unwrap_or(now.bytes) };
+        self.backend.check_io_limits(limits)?;
+        attached.served.set_io_limits(limits)?;
+        let saved = attached.record.clone();
+        let spec = AttachSpec { iops: limits.iops, bytes_per_second: limits.bytes, ..saved.spec };
+        self.context.state.save_device(number, &DeviceRecord { spec, ..saved })?;
         Ok(self.describe(number, &attached))
     }
 

@@ -144,8 +144,14 @@ impl Instance {
                     let (instance, path) = (&record.spec.instance, &record.spec.path);
                     tracing::warn!("{instance}/loop{number} ({path}) uses the page cache: {why}");
                 }
-                let (served, outcome) =
-                    Served::start(device, &self.workers, slot, image, StartMode::Recovered);
+                let (served, outcome) = Served::start(
+                    device,
+                    &self.workers,
+                    slot,
+                    image,
+                    record.spec.io_limits(),
+                    StartMode::Recovered,
+                );
                 (served, Some(hold), outcome)
             }
             Err(error) => (Served::unserved(device, &self.workers, slot, geometry), None, Err(error)),

@@ -14,7 +14,7 @@ use crate::frontend::ublk::StartLock;
 use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
-use crate::worker::{NewQueue, QueueStats, WorkerHandle};
+use crate::worker::{IoLimits, NewQueue, QueueStats, Throttle, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
 pub type Workers = Arc<[WorkerHandle<FrontendQueue>]>;
@@ -37,6 +37,7 @@ pub struct Served {
     /// None: the image was not found, and the device is not served.
     image: Mutex<Option<Arc<Image>>>,
     geometry: Mutex<Geometry>,
+    throttle: Arc<Throttle>,
     lifecycle: Mutex<Lifecycle>,
 }
 
@@ -75,6 +76,7 @@ impl Served {
         workers: &Workers,
         slot: SlotId,
         image: Image,
+        limits: IoLimits,
         how: StartMode,
     ) -> (Served, Result<()>) {
         let (geometry, image) = (image.geometry(), Arc::new(image));
@@ -84,6 +86,7 @@ impl Served {
             slot,
             image: Mutex::new(Some(image.clone())),
             geometry: Mutex::new(geometry),
+            throttle: Arc::new(Throttle::new(limits)),
             lifecycle: Mutex::new(Lifecycle::Serving),
         };
         let outcome = served.bring_up(&image, how);
@@ -96,8 +99,15 @@ impl Served {
 
     /// A device that cannot be served now: it can only be removed.
     pub fn unserved(device: FrontendDevice, workers: &Workers, slot: SlotId, geometry: Geometry) -> Served {
-        let (geometry, lifecycle) = (Mutex::new(geometry), Mutex::new(Lifecycle::Stuck));
-        Served { device, workers: workers.clone(), slot, image: Mutex::new(None), geometry, lifecycle }
+        Served {
+            device,
+            workers: workers.clone(),
+            slot,
+            image: Mutex::new(None),
+            geometry: Mutex::new(geometry),
+            throttle: Arc::default(),
+            lifecycle: Mutex::new(Lifecycle::Stuck),
+        }
     }
 
     fn bring_up(&self, image: &Arc<Image>, how: StartMode) -> Result<()> {
@@ -113,7 +123,8 @@ impl Served {
             ));
         }
         for (worker, transport) in self.workers.iter().zip(queues) {
-            worker.add(NewQueue { slot: self.slot, transport, image: image.clone() })?;
+            let (image, throttle) = (image.clone(), self.throttle.clone());
+            worker.add(NewQueue { slot: self.slot, transport, image, throttle })?;
         }
         match how {
             StartMode::New => self.device.start(),
@@ -151,6 +162,10 @@ impl Served {
             let message = "the device cannot be stopped: the file system of its image does not answer";
             return Err(Error::new(Kind::Deadline, message).hint("unmount or kill that file system"));
         }
+        if when == StopMode::Always {
+            // The driver waits for requests in flight.
+            self.throttle.set(IoLimits::default());
+        }
         match self.device.stop(when) {
             // The previous stop has ended after all.
             Err(error) if error.kind() == Kind::NotFound => {}
@@ -179,6 +194,8 @@ impl Served {
         if !self.device.quiesce(left)? {
             return Ok(());
         }
+        // At most a queue full of requests waits for them.
+        self.throttle.set(IoLimits::default());
         loop {
             match self.traffic()?.in_flight {
                 0 => return Ok(()),
@@ -345,6 +362,21 @@ impl Served {
         }
         self.take_geometry(new);
         Ok(())
+    }
+
+    /// Changes the limits of its I/O.
+    pub fn set_io_limits(&self, limits: IoLimits) -> Result<()> {
+        let lifecycle = self.lifecycle();
+        if *lifecycle != Lifecycle::Serving {
+            return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
+        }
+        self.throttle.set(limits);
+        Ok(())
+    }
+
+    /// The limits of its I/O.
+    pub fn io_limits(&self) -> IoLimits {
+        self.throttle.limits()
     }
 
     fn image(&self) -> Result<Arc<Image>> {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
 pub use crate::frontend::{BackendKind, IoMode};
+pub use crate::worker::IoLimits;
 
 /// Name of the instance that always exists.
 pub const DEFAULT_INSTANCE: &str = "default";
@@ -87,6 +88,30 @@ pub struct AttachSpec {
     /// must be written completely.
     #[serde(default)]
     pub durable: bool,
+    /// Most requests per second; 0: no limit. Flushes do not count.
+    #[serde(default)]
+    pub iops: u64,
+    /// Most bytes read and written per second; 0: no limit.
+    #[serde(default)]
+    pub bytes_per_second: u64,
+}
+
+impl AttachSpec {
+    /// The limits of its I/O.
+    pub fn io_limits(&self) -> IoLimits {
+        IoLimits { iops: self.iops, bytes: self.bytes_per_second }
+    }
+}
+
+/// New limits of a device's I/O per second; none: unchanged, 0: no limit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IoLimitsSpec {
+    /// The device.
+    pub device: String,
+    /// Requests, without flushes.
+    pub iops: Option<u64>,
+    /// Bytes read and written.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// How a device is resized. It shrinks only on request.
@@ -179,6 +204,12 @@ pub struct DeviceInfo {
     /// Every write is durable when it completes.
     #[serde(default)]
     pub durable: bool,
+    /// Most requests per second; 0: no limit.
+    #[serde(default)]
+    pub iops: u64,
+    /// Most bytes read and written per second; 0: no limit.
+    #[serde(default)]
+    pub bytes_per_second: u64,
     /// Queues.
     pub queues: u32,
     /// Queue depth.
@@ -241,7 +272,10 @@ pub struct DeviceStats {
     pub requests: u64,
     /// See `requests`.
     pub batches: u64,
-    /// Requests in flight now.
+    /// Requests that waited for the limits of the device.
+    #[serde(default)]
+    pub held: u64,
+    /// Requests in flight now, those that wait included.
     pub in_flight: u64,
     /// Latency from arrival to completion in the daemon, of sampled reads and writes.
     pub latency: LatencySummary,

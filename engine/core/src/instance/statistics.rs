@@ -33,6 +33,7 @@ pub(super) fn of_queues(queues: &[QueueStats], path: String, image: String) -> D
         fallbacks: sum(|queue| queue.fallbacks),
         requests: sum(|queue| queue.requests),
         batches: sum(|queue| queue.batches),
+        held: sum(|queue| queue.held),
         in_flight: sum(|queue| queue.in_flight),
         latency: summarise(queues),
     }

@@ -6,10 +6,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
 use io_uring::IoUring;
 
 const ENTER_GETEVENTS: u32 = 1 << 0;
+const ENTER_EXT_ARG: u32 = 1 << 3;
 const ENTER_REGISTERED_RING: u32 = 1 << 4;
 const REGISTER_RING_FDS: u32 = 20;
 
@@ -19,6 +21,15 @@ struct Update {
     offset: u32,
     reserved: u32,
     data: u64,
+}
+
+/// `struct io_uring_getevents_arg` of <linux/io_uring.h>; its timespec has 64-bit fields, as here.
+#[repr(C)]
+struct WaitArguments {
+    sigmask: u64,
+    sigmask_bytes: u32,
+    reserved: u32,
+    time: u64,
 }
 
 /// The descriptor by which the calling thread passes its ring to the kernel.
@@ -51,6 +62,22 @@ impl RingHandle {
         let done = unsafe {
             let none = std::ptr::null::<libc::c_void>();
             libc::syscall(libc::SYS_io_uring_enter, self.fd, submit, want, flags, none, 0usize)
+        };
+        u32::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// The same with a timeout. If it passes and nothing was submitted, fails with ETIME.
+    pub fn enter_within(self, submit: u32, want: u32, timeout: Duration) -> io::Result<u32> {
+        let flags = self.flags | ENTER_GETEVENTS | ENTER_EXT_ARG;
+        let time = libc::timespec {
+            tv_sec: timeout.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        let wait = WaitArguments { sigmask: 0, sigmask_bytes: 0, reserved: 0, time: &raw const time as u64 };
+        // SAFETY: integers, and structures of the kernel's layout that outlive the call.
+        let done = unsafe {
+            let size = size_of::<WaitArguments>();
+            libc::syscall(libc::SYS_io_uring_enter, self.fd, submit, want, flags, &raw const wait, size)
         };
         u32::try_from(done).map_err(|_| io::Error::last_os_error())
     }

@@ -13,6 +13,7 @@ mod slot_allocator;
 pub mod token;
 
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use enter::RingHandle;
 use io_uring::{IoUring, cqueue, squeue};
@@ -106,9 +107,18 @@ impl Ring {
 
     /// Submits everything queued and waits for `want` completions.
     pub fn enter(&mut self, want: usize) -> Result<()> {
+        self.enter_within(want, None)
+    }
+
+    /// The same, with a timeout.
+    pub fn enter_within(&mut self, want: usize, timeout: Option<Duration>) -> Result<()> {
         loop {
             let queued = self.io.submission().len() as u32;
-            let error = match self.name.enter(queued, want as u32) {
+            let submitted = match timeout {
+                None => self.name.enter(queued, want as u32),
+                Some(timeout) => self.name.enter_within(queued, want as u32, timeout),
+            };
+            let error = match submitted {
                 Ok(submitted) if submitted == queued => return Ok(()),
                 // The kernel stopped early, perhaps within a chain: later entries would run out of
                 // order.
@@ -118,6 +128,8 @@ impl Ring {
                 Err(error) => error,
             };
             match error.raw_os_error() {
+                // ETIME: nothing was queued, and the timeout has passed.
+                Some(libc::ETIME) => return Ok(()),
                 // EBUSY: completions have overflowed; this very call flushes them, and the caller
                 // drains them. EAGAIN: the kernel is out of requests for the moment.
                 Some(libc::EBUSY | libc::EAGAIN) => return Ok(()),

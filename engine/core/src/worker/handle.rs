@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{QueueStats, Transport, Worker, WorkerOptions};
+use super::{QueueStats, Throttle, Transport, Worker, WorkerOptions};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Geometry, Image};
 use crate::ring::{RingSizes, SlotId};
@@ -31,6 +31,8 @@ pub struct NewQueue<T> {
     pub transport: T,
     /// The image.
     pub image: Arc<Image>,
+    /// The limits of the device.
+    pub throttle: Arc<Throttle>,
 }
 
 pub(super) enum WorkerMessage<T> {

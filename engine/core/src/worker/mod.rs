@@ -9,10 +9,12 @@ mod clock;
 mod handle;
 pub mod queue;
 pub mod stats;
+mod throttle;
 pub mod translate;
 pub mod transport;
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use io_uring::{opcode, squeue, types};
@@ -21,6 +23,7 @@ pub use clock::RoundClock;
 pub use handle::{NewQueue, WorkerHandle};
 pub use queue::DeviceQueue;
 pub use stats::QueueStats;
+pub use throttle::{IoLimits, Throttle};
 pub use transport::{Data, QueueSlot, Transport};
 
 use crate::error::{Error, Kind, Result};
@@ -29,6 +32,9 @@ use handle::WorkerMessage;
 
 /// Index in the file table of the eventfd that wakes the worker.
 const WAKE: types::Fixed = types::Fixed(0);
+
+/// Longest pause of a worker that holds requests for the limits of a device, which may change.
+const HOLD_MAX: Duration = Duration::from_millis(100);
 
 /// Options of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +56,8 @@ struct Worker<T> {
     draining: Vec<(SlotId, Sender<Result<()>>)>,
     /// Queues with requests that wait for a buffer slot.
     waiting_for_buffer: Vec<u16>,
+    /// Queues that hold requests for the limits of their devices.
+    holding: Vec<u16>,
     messages: Receiver<WorkerMessage<T>>,
     wake: OwnedFd,
     wake_buffer: Box<u64>,
@@ -72,6 +80,7 @@ impl<T: Transport> Worker<T> {
             committing: Vec::new(),
             draining: Vec::new(),
             waiting_for_buffer: Vec::new(),
+            holding: Vec::new(),
             messages,
             wake,
             wake_buffer: Box::new(0),
@@ -84,8 +93,9 @@ impl<T: Transport> Worker<T> {
     /// Runs until the control side stops it.
     fn run(&mut self) -> Result<()> {
         let mut want = 1;
+        let mut hold = None;
         loop {
-            self.ring.enter(want)?;
+            self.ring.enter_within(want, hold)?;
             self.clock.begin_round();
             let mut woken = false;
             // Ends: the kernel adds completions in `enter` only, to which a full submission queue leads.
@@ -101,6 +111,7 @@ impl<T: Transport> Worker<T> {
             if !self.waiting_for_buffer.is_empty() {
                 self.retry_waiting()?;
             }
+            hold = if self.holding.is_empty() { None } else { self.release_held()? };
             self.start_flushes()?;
             want = 1 + self.submit_commits()?;
             if woken && !self.handle_messages()? {
@@ -125,7 +136,36 @@ impl<T: Transport> Worker<T> {
         if queue.is_waiting_for_buffer() && !self.waiting_for_buffer.contains(&token.slot.index) {
             self.waiting_for_buffer.push(token.slot.index);
         }
+        if queue.held_for_ns().is_some() && !self.holding.contains(&token.slot.index) {
+            self.holding.push(token.slot.index);
+        }
         Ok(())
+    }
+
+    /// Accepts held requests that the limits admit now. Returns the pause until the next attempt.
+    fn release_held(&mut self) -> Result<Option<Duration>> {
+        let mut hold = None;
+        for position in (0..self.holding.len()).rev() {
+            let index = self.holding[position];
+            let queue = self.queues.get_mut(usize::from(index)).and_then(Option::as_mut);
+            let wait_ns = match queue {
+                None => None,
+                Some(queue) => {
+                    if let Err(error) = queue.release_held(&mut self.ring, &self.clock) {
+                        handle_queue_error(queue, error)?;
+                    }
+                    if !self.committing.contains(&index) {
+                        self.committing.push(index);
+                    }
+                    queue.held_for_ns()
+                }
+            };
+            match wait_ns.map(Duration::from_nanos) {
+                None => drop(self.holding.swap_remove(position)),
+                Some(wait) => hold = Some(hold.unwrap_or(HOLD_MAX).min(wait)),
+            }
+        }
+        Ok(hold)
     }
 
     /// Retries the requests that wait for a buffer slot.
@@ -228,7 +268,8 @@ impl<T: Transport> Worker<T> {
         }
         let queue_slot = QueueSlot { id: queue.slot };
         let linked = self.options.linked_commit;
-        match DeviceQueue::new(queue_slot, queue.transport, queue.image, linked, &mut self.ring) {
+        let NewQueue { transport, image, throttle, .. } = queue;
+        match DeviceQueue::new(queue_slot, transport, image, throttle, linked, &mut self.ring) {
             Ok(queue) => self.queues[index] = Some(queue),
             Err(error) => {
                 // The slot's next device overwrites an entry that stays.

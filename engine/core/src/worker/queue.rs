@@ -6,18 +6,19 @@
 //! does) or other devices. Never blocks.
 
 mod coalesced;
+mod held;
 mod sync_policy;
 
 use std::sync::Arc;
 
 use io_uring::{cqueue, squeue};
 
+use held::Held;
 use sync_policy::SyncPolicy;
 
-use super::RoundClock;
 use super::stats::QueueStats;
-use super::translate;
 use super::transport::{QueueSlot, Transport};
+use super::{RoundClock, Throttle, translate};
 use crate::error::{Error, Kind, Result};
 use crate::image::{DiscardQueue, FlushQueue, Geometry, Image, QuietMoment};
 use crate::request::{Op, PendingRequest, Request, Tag};
@@ -74,6 +75,7 @@ pub struct DeviceQueue<T> {
     punch: Option<(u64, u64)>,
     coalesced_retries: u8,
     arrived: Vec<Request>,
+    held: Held,
     completed_tags: Vec<Tag>,
     sync: SyncPolicy,
     /// Before the fdatasync in flight.
@@ -87,6 +89,7 @@ impl<T: Transport> DeviceQueue<T> {
         queue_slot: QueueSlot,
         mut transport: T,
         image: Arc<Image>,
+        throttle: Arc<Throttle>,
         linked_commit: bool,
         ring: &mut Ring,
     ) -> Result<Self> {
@@ -109,6 +112,7 @@ impl<T: Transport> DeviceQueue<T> {
             punch: None,
             coalesced_retries: 0,
             arrived: Vec::with_capacity(usize::from(depth)),
+            held: Held::new(throttle),
             completed_tags: Vec::with_capacity(usize::from(depth)),
             sync: SyncPolicy::default(),
             quiet_moment: None,
@@ -128,7 +132,7 @@ impl<T: Transport> DeviceQueue<T> {
 
     /// A copy of its statistics.
     pub fn stats(&self) -> QueueStats {
-        let in_flight = self.busy() as u64;
+        let in_flight = (self.busy() + self.held.count()) as u64;
         QueueStats { in_flight, fallbacks: self.transport.fallbacks(), ..self.stats.clone() }
     }
 
@@ -160,7 +164,7 @@ impl<T: Transport> DeviceQueue<T> {
 
     /// Nothing of it is in flight at the driver or the image: it can be dropped.
     pub fn is_idle(&self) -> bool {
-        self.transport.is_drained() && self.busy() == 0
+        self.transport.is_drained() && self.busy() == 0 && self.held.count() == 0
     }
 
     /// Unregisters its files and abandons the requests that the driver ended.
@@ -193,12 +197,8 @@ impl<T: Transport> DeviceQueue<T> {
                     return Ok(());
                 }
                 self.stats.batches += 1;
-                // A chain answers an isolated request on an idle queue fastest. Batched commits are
-                // cheaper for several at once.
-                let isolated = self.arrived.len() == 1 && self.busy() == 0;
                 let arrived = std::mem::take(&mut self.arrived);
-                let outcome =
-                    arrived.iter().try_for_each(|request| self.accept(*request, isolated, ring, clock));
+                let outcome = self.accept_all(&arrived, ring, clock);
                 self.arrived = arrived;
                 self.arrived.clear();
                 outcome

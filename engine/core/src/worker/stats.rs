@@ -40,6 +40,8 @@ pub struct QueueStats {
     pub requests: u64,
     /// Rounds with at least one arrival.
     pub batches: u64,
+    /// Requests that waited for the limits of the device.
+    pub held: u64,
     /// Requests in flight at the time of the copy.
     pub in_flight: u64,
     /// A read hit the end of the image: the image has shrunk.

@@ -3,6 +3,7 @@
 //! io_uring, but neither root nor ublk.
 
 mod fake;
+mod limits;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -16,7 +17,7 @@ use loopengine_core::Kind;
 use loopengine_core::image::{Image, ImageSpec};
 use loopengine_core::request::{Op, Request, Tag};
 use loopengine_core::ring::{RingSizes, SlotId};
-use loopengine_core::worker::{NewQueue, WorkerHandle, WorkerOptions};
+use loopengine_core::worker::{IoLimits, NewQueue, Throttle, WorkerHandle, WorkerOptions};
 use proptest::prelude::*;
 
 /// Size of the device in bytes. The file has as many before and after it, which must not change.
@@ -39,6 +40,7 @@ struct Bed {
     worker: WorkerHandle<fake::Fake>,
     user: User,
     image: Arc<Image>,
+    throttle: Arc<Throttle>,
     file: File,
 }
 
@@ -60,8 +62,11 @@ impl Bed {
         let worker =
             WorkerHandle::start("test".into(), RingSizes::for_devices(8), options, Vec::new()).unwrap();
         let (transport, user) = device(linked);
-        worker.add(NewQueue { slot: SLOT, transport, image: image.clone() }).unwrap();
-        Some(Bed { worker, user, image, file })
+        let throttle = Arc::<Throttle>::default();
+        worker
+            .add(NewQueue { slot: SLOT, transport, image: image.clone(), throttle: throttle.clone() })
+            .unwrap();
+        Some(Bed { worker, user, image, throttle, file })
     }
 
     /// Ends the device. There may be no surplus completions.
@@ -139,8 +144,9 @@ fn any_rounds() -> impl Strategy<Value = Vec<Vec<(Op, u64, u64, u8)>>> {
     prop::collection::vec(prop::collection::vec(one, 1..usize::from(DEPTH)), 1..10)
 }
 
-fn like_the_model(source: ImageSpec, linked: bool, rounds: Vec<Vec<(Op, u64, u64, u8)>>) {
+fn like_the_model(source: ImageSpec, linked: bool, limits: IoLimits, rounds: Vec<Vec<(Op, u64, u64, u8)>>) {
     let Some(bed) = Bed::new(source, linked) else { return };
+    bed.throttle.set(limits);
     let unit = u64::from(bed.image.geometry().block_size);
     let mut model = Model { bytes: vec![0; SIZE as usize], loose: vec![false; SIZE as usize], reserved: 0 };
     let everything = (0..SIZE / LEN_MAX as u64).map(|part| (Op::Read, part * 128, 128, 0)).collect();
@@ -177,7 +183,16 @@ proptest! {
 
     #[test]
     fn behaves_like_the_model(linked: bool, direct: bool, rounds in any_rounds()) {
-        like_the_model(if direct { DIRECT } else { SHOWN }, linked, rounds);
+        like_the_model(if direct { DIRECT } else { SHOWN }, linked, IoLimits::default(), rounds);
+    }
+
+    #[test]
+    fn with_limits_behaves_like_the_model(linked: bool, by_bytes: bool, rounds in any_rounds()) {
+        let limits = match by_bytes {
+            true => IoLimits { iops: 0, bytes: 100 << 20 },
+            false => IoLimits { iops: 2000, bytes: 0 },
+        };
+        like_the_model(SHOWN, linked, limits, rounds);
     }
 }
 
@@ -258,7 +273,9 @@ fn syncs_only_what_is_not_durable() {
         let Some(bed) = Bed::new(SHOWN, linked) else { return };
         let other = SlotId { index: 4, generation: 1 };
         let (transport, neighbour) = device(linked);
-        bed.worker.add(NewQueue { slot: other, transport, image: bed.image.clone() }).unwrap();
+        bed.worker
+            .add(NewQueue { slot: other, transport, image: bed.image.clone(), throttle: Arc::default() })
+            .unwrap();
         let syncs = |slot| bed.worker.stats(slot).unwrap().syncs;
         let write = |user: &User, byte: u8| {
             assert_eq!(user.ask(request(1, WRITE, 8192, 4096), &[byte; 4096]).result, 4096);
@@ -332,10 +349,16 @@ fn removes_a_device_after_its_last_request() {
         assert_eq!(bed.worker.stats(SLOT).unwrap_err().kind(), Kind::NotFound);
         let next = SlotId { generation: 2, ..SLOT };
         let (transport, user) = device(linked);
-        bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).unwrap();
+        bed.worker
+            .add(NewQueue { slot: next, transport, image: bed.image.clone(), throttle: Arc::default() })
+            .unwrap();
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         let (transport, _) = device(linked);
-        assert!(bed.worker.add(NewQueue { slot: next, transport, image: bed.image.clone() }).is_err());
+        assert!(
+            bed.worker
+                .add(NewQueue { slot: next, transport, image: bed.image.clone(), throttle: Arc::default() })
+                .is_err()
+        );
         // An occupied slot stays with its device.
         assert_eq!(user.ask(request(0, Op::Read, 0, 4096), &[]).data, [3; 4096]);
         user.stop([]);

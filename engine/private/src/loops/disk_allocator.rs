@@ -26,6 +26,7 @@ use crate::frontend::{Backend, DeviceParameters, StopMode};
 use crate::image::Image;
 use crate::instance::instance::EngineContext;
 use crate::instance::served::{Served, StartMode, Workers};
+use crate::instance::spec::IoLimits;
 use crate::ring::SlotAllocator;
 
 /// Queue depth of a loop device.
@@ -243,8 +244,8 @@ impl DiskAllocator {
         // All pools and instances share the driver's numbers: free those of deleted disks first.
         self.deletion_queue.drain();
         let device = self.backend.add(0, parameters)?;
-        let (served, begun) =
-            Served::start(device, &self.workers, self.slots.allocate(), image, StartMode::Deferred);
+        let (slot, limits) = (self.slots.allocate(), IoLimits::default());
+        let (served, begun) = Served::start(device, &self.workers, slot, image, limits, StartMode::Deferred);
         if let Err(error) = begun {
             self.discard(&served);
             return Err(error);

@@ -149,6 +149,8 @@ fn table(devices: Vec<DeviceInfo>) -> String {
     // Columns only if a device has a value.
     let explained = devices.iter().any(|device| device.reason.is_some());
     let shared = devices.iter().any(|device| !device.shared_with.is_empty());
+    let limited = devices.iter().any(|device| (device.iops, device.bytes_per_second) != (0, 0));
+    heads.extend(limited.then_some("LIMITS"));
     heads.extend(explained.then_some("REASON"));
     heads.extend(shared.then_some("SHARED WITH"));
     let mut table = Table::new(&heads, &[false, true, false, true, true, true]);
@@ -161,6 +163,7 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             DeviceState::Degraded => "degraded",
             DeviceState::Stuck => "stuck",
         };
+        let limits = limits(&device);
         let mut row = vec![
             device.path,
             size::show(device.size),
@@ -173,11 +176,19 @@ fn table(devices: Vec<DeviceInfo>) -> String {
             device.node,
             device.image,
         ];
+        row.extend(limited.then_some(limits));
         row.extend(explained.then(|| device.reason.unwrap_or_default()));
         row.extend(shared.then(|| device.shared_with.join(", ")));
         table.row(row);
     }
     table.render()
+}
+
+fn limits(device: &DeviceInfo) -> String {
+    let iops = (device.iops > 0).then(|| format!("{} IOPS", device.iops));
+    let bytes = (device.bytes_per_second > 0).then(|| size::show_rate(device.bytes_per_second));
+    let limits: Vec<String> = iops.into_iter().chain(bytes).collect();
+    list(&limits)
 }
 
 #[cfg(test)]

@@ -225,6 +225,7 @@ impl Snapshot {
         each("device_arrivals", "Wake-ups with at least one request", None, |one| {
             Value::Counter(one.batches)
         });
+        each("device_held", "Requests that waited for limits", None, |one| Value::Counter(one.held));
         each("device_requests_in_flight", "Requests in flight", None, |one| Value::Gauge(one.in_flight));
         each(
             "device_sampled_latency",

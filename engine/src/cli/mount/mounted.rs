@@ -263,7 +263,7 @@ pub(super) fn check_not_in_use(run_dir: &Path, image: &MountImage) -> Result<()>
     }
     // Devices of this daemon have passed; the kernel's loop driver shows them again.
     let identity = Identity { dev: meta.dev(), ino: meta.ino(), rdev, btime_ns: 0 };
-    let conflicts = |user: &ExternalUse| !(image.read_only && !user.writes) && overlap(range, user.range);
+    let conflicts = |user: &ExternalUse| (user.writes || !image.read_only) && overlap(range, user.range);
     match holders::find(&identity, &HashSet::new()).into_iter().find(conflicts) {
         None => Ok(()),
         Some(user) => Err(Error::new(Kind::Busy, format!("{shown} is in use by {}", user.who))

@@ -20,6 +20,8 @@ mod files;
 mod filesystem;
 #[path = "../../vm/cases/geometry.rs"]
 mod geometry;
+#[path = "../../vm/cases/io_limits.rs"]
+mod io_limits;
 mod lifetime;
 #[path = "../../vm/cases/resize.rs"]
 mod resize;
@@ -62,6 +64,7 @@ pub(crate) fn all() -> Vec<Case> {
         filesystem::cases(),
         verify::cases(),
         geometry::cases(),
+        io_limits::cases(),
         resize::cases(),
         faults::cases(),
         durability::cases(),

@@ -369,6 +369,8 @@ fn options_of_queues_are_refused(ctx: &Ctx) -> Res {
         (&["--queues", "1"][..], "no queues"),
         (&["--depth", "8"], "no queues"),
         (&["--io-mode", "copy"], "I/O mode copy does not apply"),
+        (&["--iops", "5"], "does not limit the I/O of a device"),
+        (&["--bandwidth", "1M"], "does not limit the I/O of a device"),
         (&["--durable"], "only block devices over ublk support durable writes"),
     ] {
         let done = daemon.cli(&[&["attach", &image], words].concat())?;

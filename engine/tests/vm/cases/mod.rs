@@ -11,6 +11,7 @@ mod errors;
 mod faults;
 mod filesystem;
 mod geometry;
+mod io_limits;
 mod many;
 mod partscan;
 mod private_binding;
@@ -69,6 +70,7 @@ pub(crate) fn all() -> Vec<Case> {
         verify::cases(),
         zeroes::cases(),
         geometry::cases(),
+        io_limits::cases(),
         partscan::cases(),
         resize::cases(),
         faults::cases(),
