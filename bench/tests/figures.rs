@@ -22,7 +22,7 @@ fn documents_have_the_figures_of_the_results() {
 #[test]
 fn refuses_what_it_does_not_know() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let result = "[report](results/2026-11-27-lab-icount-7/report.md)";
+    let result = "[report](results/2026-11-30-lab-icount-7/report.md)";
     let table = |header: &str, row: &str| format!("## A\n\n{header}\n|---|---:|\n{row}\n\n{result}\n");
     let refreshed = |text: &str| refreshed(text, root);
     let good = table("| IOPS | QD 1 |", "| kernel loop | 1 |");

@@ -99,7 +99,9 @@ impl Error {
         let mut source = std::error::Error::source(self);
         while let Some(error) = source {
             text.push_str(": ");
-            text.push_str(&error.to_string());
+            let said = error.to_string();
+            // std adds the errno, which the words before it name.
+            text.push_str(said.split(" (os error ").next().unwrap_or_default());
             source = error.source();
         }
         text

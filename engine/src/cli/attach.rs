@@ -36,16 +36,16 @@ pub(super) struct AttachArgs {
     force: bool,
 
     /// Start the device at this byte of the image, for example 1M or 1MiB.
-    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 
     /// Limit the device to this many bytes; 0: up to the end of the image.
-    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
     /// Logical block size: 512, 1024, 2048 or 4096; with the backend loop up to 64K, where the
     /// kernel supports that [default: the smallest that the image supports].
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse_block)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_block)]
     block_size: Option<u32>,
 
     /// Read and write the image through the page cache. Needed on file systems without direct I/O.
@@ -65,7 +65,7 @@ pub(super) struct AttachArgs {
 
     /// Most bytes per second, read and written together, for example 100M or 100MiB. What exceeds
     /// it waits.
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse_rate)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
     bandwidth: Option<u64>,
 
     /// Number of queues [default: one per worker of the instance].

@@ -21,7 +21,7 @@ use crate::instance::Selector;
 use crate::instance::spec::AttachSpec;
 use crate::sys::watch::watch;
 
-use super::{cannot_run, daemon, partitions};
+use super::{cannot_run, daemon, out, partitions};
 
 /// The environment variable that holds the device path.
 const DEVICE_ENV: &str = "LOOPENGINE_DEVICE";
@@ -54,11 +54,11 @@ pub(super) fn with_device(
             (Ok(0), Err(error)) | (Err(error), Ok(())) => Err(error),
             (Ok(code), Ok(())) => Ok(code),
             (Ok(code), Err(error)) => {
-                eprintln!("loopengine: {error}");
+                out::message(error);
                 Ok(code)
             }
             (Err(error), Err(left)) => {
-                eprintln!("loopengine: {left}");
+                out::message(left);
                 Err(error)
             }
         }

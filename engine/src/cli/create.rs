@@ -27,7 +27,7 @@ pub(super) struct CreateArgs {
 
     /// Size in bytes, or with a unit: K, M, G, T (or KiB, MiB, …) are powers of 1024; KB, MB, … are
     /// powers of 1000.
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: u64,
 
     /// Allocate all blocks now. Writes are then faster and cannot fail with ENOSPC.

@@ -37,12 +37,20 @@ pub(super) struct DetachArgs {
 
 impl DetachArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        let which = match (self.all, self.instance) {
-            (true, None) => vec![Selector::All],
-            (true, Some(instance)) => vec![Selector::Instance(instance)],
-            (false, _) => self.device.into_iter().map(|name| target(name, run_dir)).collect::<Result<_>>()?,
-        };
+        let named: Vec<_> =
+            self.device.into_iter().map(|name| target(name, run_dir)).collect::<Result<_>>()?;
         daemon::ask(run_dir, async |client| {
+            let which = match (self.all, self.instance) {
+                (false, _) => named,
+                // One by one, to print those that are detached before one that is in use.
+                (true, instance) => {
+                    let all = instance.map_or(Selector::All, Selector::Instance);
+                    let devices = client.devices(&all).await?.into_iter();
+                    devices
+                        .map(|one| Selector::Device(format!("{}/loop{}", one.instance, one.number)))
+                        .collect()
+                }
+            };
             // Continue after a failure, as the daemon does with --all. Report the first failure.
             let mut failed = None;
             for which in &which {
@@ -62,7 +70,7 @@ impl DetachArgs {
 }
 
 /// The selected device: by its name, or by an image that has one device.
-fn target(name: String, run_dir: &Path) -> Result<Selector> {
+pub(super) fn target(name: String, run_dir: &Path) -> Result<Selector> {
     if is_device(&name, run_dir) {
         return Ok(device(name));
     }

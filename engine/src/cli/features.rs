@@ -9,7 +9,7 @@ use super::out;
 
 /// Show what this kernel supports.
 ///
-/// Queries the kernel; the daemon need not run. Needs root. All lines except the first two describe
+/// Queries the kernel; the daemon need not run. Needs root if there is a ublk driver. All lines except the first two describe
 /// block devices of the ublk driver. A line 'fault' says why 'loopengine serve' refuses block devices
 /// on this kernel.
 #[derive(Debug, clap::Args)]
@@ -38,10 +38,10 @@ fn text(features: &Features) -> String {
     let yes = |supported: bool| if supported { "yes" } else { "no" };
     let fault = features.driver_fault.as_ref().map(|fault| format!("fault     {fault}\n"));
     format!(
-        "kernel    {}\nbackends  {}\nI/O modes {} (best first)\nrecovery  {}\nresize    {}\nflags     {}\n{}",
+        "kernel    {}\nbackends  {}\nI/O modes {}\nrecovery  {}\nresize    {}\nflags     {}\n{}",
         features.kernel,
         if backends.is_empty() { "none".to_owned() } else { backends.join(" ") },
-        if modes.is_empty() { "none".to_owned() } else { modes.join(" ") },
+        if modes.is_empty() { "none".to_owned() } else { format!("{} (best first)", modes.join(" ")) },
         yes(features.recovery),
         yes(features.resize),
         features.flags.join(" "),

@@ -64,7 +64,8 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
 /// True if an image file can be created there: the directory exists and is not in /dev.
 fn can_be_created(path: &Path) -> bool {
     let dir = path.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
-    dir.is_some_and(|dir| dir.is_dir() && !dir.starts_with("/dev"))
+    // Not a link to a missing file.
+    path.symlink_metadata().is_err() && dir.is_some_and(|dir| dir.is_dir() && !dir.starts_with("/dev"))
 }
 
 /// Checks that the requested range of the image exists, in whole sectors.

@@ -198,9 +198,9 @@ impl Destination {
         }
         out::print(&text)?;
         if !self.dry_run && self.destdir.as_os_str().is_empty() {
-            eprintln!(
-                "loopengine: start the daemon with 'systemctl daemon-reload && systemctl enable --now loopengine'"
-            );
+            out::message(format_args!(
+                "start the daemon with 'systemctl daemon-reload && systemctl enable --now loopengine'"
+            ));
         }
         Ok(())
     }

@@ -72,7 +72,10 @@ fn parse_user(text: &str) -> std::result::Result<u32, String> {
 fn parse_devices(text: &str) -> std::result::Result<NewLimit, String> {
     match text {
         "default" => Ok(NewLimit::Default),
-        number => number.parse().map(NewLimit::AtMost).map_err(|_| "give a number, or 'default'".to_owned()),
+        number => number
+            .parse()
+            .map(NewLimit::AtMost)
+            .map_err(|_| format!("give a number up to {}, or 'default'", u32::MAX)),
     }
 }
 

@@ -47,7 +47,7 @@ mod table;
 mod watchers;
 
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -143,13 +143,31 @@ fn cannot_run(program: &OsStr, error: io::Error) -> u8 {
         io::ErrorKind::NotFound => (COMMAND_NOT_FOUND, "give the path of a program, or a name in $PATH"),
         _ => (NOT_EXECUTABLE, "give a program that this user can execute"),
     };
-    eprintln!("loopengine: {}", Error::os(error, format!("cannot run {}", program.display())).hint(hint));
+    out::message(format_args!(
+        "{}",
+        Error::os(error, format!("cannot run {}", program.display())).hint(hint)
+    ));
     code
 }
 
 /// The command line as a clap command.
 pub fn command() -> clap::Command {
-    examples::add(Cli::command())
+    accept_negative(examples::add(Cli::command()))
+}
+
+/// Lets options take '-5': their parsers refuse it with a reason that fits.
+fn accept_negative(command: clap::Command) -> clap::Command {
+    if command.get_name() == "losetup" {
+        return command;
+    }
+    let command = command.mut_args(|arg| match arg.get_value_names() {
+        Some([name]) if ["N", "SIZE", "N|none", "SIZE|none"].contains(&name.as_str()) => {
+            let is_option = arg.get_long().is_some();
+            arg.allow_hyphen_values(is_option)
+        }
+        _ => arg,
+    });
+    command.mut_subcommands(accept_negative)
 }
 
 /// Entry point of the program.
@@ -165,7 +183,7 @@ pub fn main() -> ExitCode {
     match cli.command.run(cli.run_dir) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("loopengine: {}", for_run_dir(&error.to_string(), &run_dir));
+            out::message(format_args!("{}", for_run_dir(&error.to_string(), &run_dir)));
             ExitCode::from(if runs_command(&words) { RUN_FAILED } else { exit_code(error.kind()) })
         }
     }
@@ -185,7 +203,7 @@ fn usage_failure(error: &clap::Error, words: &[OsString]) -> ExitCode {
     match words.last() {
         // Callers expect losetup's messages and exit code.
         Some(last) if error.use_stderr() && is_losetup(words) => {
-            eprint!("{}", losetup::usage_error(error, last));
+            let _ = write!(io::stderr(), "{}", losetup::usage_error(error, last));
             ExitCode::FAILURE
         }
         _ if error.use_stderr() && runs_command(words) => {

@@ -3,6 +3,7 @@
 //!
 //! The same program under another name. Knows the option strings and exit codes of mount(8).
 
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,6 +14,7 @@ use crate::config::RUN_DIR;
 use crate::error::{Error, Kind, Result};
 use crate::loopfs::attach::{attach_mount, attach_mount_read_only};
 
+use super::out;
 use super::pool_options::{PoolOptions, open_pool, parse_mode};
 
 /// File name that mount(8) searches.
@@ -80,7 +82,7 @@ pub fn main() -> ExitCode {
     match args.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{NAME}: {error}");
+            let _ = writeln!(std::io::stderr(), "{NAME}: {error}");
             let code = if error.kind() == Kind::Invalid { WRONG_USE } else { NOT_MOUNTED };
             code.into()
         }
@@ -101,11 +103,14 @@ impl MountLoopArgs {
             return Ok(());
         }
         let run_dir = std::env::var_os("LOOPENGINE_RUN_DIR").map_or_else(|| RUN_DIR.into(), PathBuf::from);
-        mount(&run_dir, &self.dir, &options).map(|name| {
-            if self.verbose {
-                println!("{NAME}: pool {name} is mounted on {}.", self.dir.display());
+        let name = mount(&run_dir, &self.dir, &options)?;
+        match self.verbose {
+            true => {
+                let line = format!("{NAME}: pool {name} is mounted on {}.\n", self.dir.display());
+                out::print(&line).map(drop)
             }
-        })
+            false => Ok(()),
+        }
     }
 }
 

@@ -17,6 +17,11 @@ pub(super) fn print(text: &str) -> Result<bool> {
     }
 }
 
+/// Writes a message to standard error. If nobody can read it, the exit code still tells.
+pub(super) fn message(text: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "loopengine: {text}");
+}
+
 /// Writes `value` as indented JSON.
 pub(super) fn json(value: &impl Serialize) -> Result<bool> {
     encode(serde_json::to_string_pretty(value))

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::out;
 use crate::instance::spec::DeviceInfo;
 use crate::sys::{block, usage};
 
@@ -22,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// the device itself works.
 pub(super) fn wait(device: &DeviceInfo) {
     if let Err(error) = read(Path::new(&device.node)) {
-        eprintln!("loopengine: cannot read the partition table of {}: {error}", device.path);
+        out::message(format_args!("cannot read the partition table of {}: {error}", device.path));
         return;
     }
     let named = || {
@@ -32,7 +33,7 @@ pub(super) fn wait(device: &DeviceInfo) {
     let deadline = Instant::now() + NAMES;
     while !named() {
         if Instant::now() > deadline {
-            eprintln!("loopengine: the partitions of {} have no names yet; see /dev", device.path);
+            out::message(format_args!("the partitions of {} have no names yet; see /dev", device.path));
             return;
         }
         std::thread::sleep(PAUSE);

@@ -3,14 +3,21 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use super::list::pools;
+use super::pool_use::PoolUse;
 use super::{daemon, number};
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
 use crate::instance::MAX_DEVICES;
-use crate::private::{OpenSpec, OpenedPool, RESERVED_MAX};
-use crate::sys::loop_names;
+use crate::private::{OpenSpec, OpenedPool, PoolInfo, RESERVED_MAX};
+use crate::sys::{loop_names, processes};
+
+/// Time for a pool with the wanted name to end.
+const END_MAX: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Options of a new pool. The daemon has defaults for missing ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
@@ -79,10 +86,38 @@ pub(super) fn open_for_containers(
 }
 
 fn open(run_dir: &Path, spec: &OpenSpec) -> Result<OpenedPool> {
-    daemon::runtime()?.block_on(async {
-        let mut client = PrivateClient::connect(run_dir).await?;
-        client.open(spec).await
-    })
+    let until = Instant::now() + END_MAX;
+    loop {
+        let opened = daemon::runtime()?.block_on(async {
+            let mut client = PrivateClient::connect(run_dir).await?;
+            client.open(spec).await
+        });
+        let error = match opened {
+            Err(error) if error.kind() == Kind::Exists => error,
+            opened => return opened,
+        };
+        // The pool of a command that has just ended has its name for a moment.
+        match pools(run_dir)?.into_iter().find(|pool| has_name(pool, spec.name.as_deref())) {
+            Some(pool) if !is_ending(&pool) || Instant::now() >= until => {
+                let who = PoolUse::owner(&pool);
+                let message = format!("private pool {} exists ({who})", pool.name);
+                return Err(Error::new(Kind::Exists, message).hint("choose another --name"));
+            }
+            None if Instant::now() >= until => return Err(error),
+            _ => std::thread::sleep(PAUSE),
+        }
+    }
+}
+
+fn has_name(pool: &PoolInfo, name: Option<&str>) -> bool {
+    let own = format!("{}.", rustix::process::geteuid().as_raw());
+    name.is_some_and(|name| pool.name == name || pool.name.strip_prefix(&own) == Some(name))
+}
+
+/// Whether its command has ended, and the pool ends with it.
+fn is_ending(pool: &PoolInfo) -> bool {
+    let has_ended = |pid| processes::started(pid) != pool.pid_start_ticks;
+    pool.ending || pool.supervised && pool.pid.is_some_and(has_ended)
 }
 
 fn missing_mounts() -> Error {

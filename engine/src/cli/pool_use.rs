@@ -6,7 +6,10 @@ use std::path::Path;
 
 use super::list::{ImageQuery, ListedPool, gather};
 use super::mount::{FuseMount, MountPool};
+use super::run::user_name;
 use crate::error::{Error, Kind, Result};
+use crate::private::PoolInfo;
+use crate::sys::processes::{self, Process};
 
 /// A use of an image, and the next step for who needs the image.
 pub(super) struct PoolUse {
@@ -35,6 +38,7 @@ impl PoolUse {
         let device = pool.devices.first();
         let number = device.map_or(0, |device| device.number);
         let process = pool.process.as_ref().or_else(|| device?.open_in.first());
+        let user_of_it = process.cloned();
         let process = process.map_or(String::new(), |process| format!(", {process}"));
         let user = pool.user.clone().unwrap_or_else(|| pool.uid.to_string());
         let dirs = device.map_or(&[][..], |device| &device.mounted_on);
@@ -45,11 +49,26 @@ impl PoolUse {
             let dir = dirs.first().map_or("DIR", String::as_str);
             return PoolUse { who, next_step: format!("unmount it with 'loopengine umount {dir}'") };
         }
+        let next_step = match (dirs.first(), &user_of_it) {
+            // Unbinding waits for the unmount.
+            (Some(dir), Some(process)) => format!("unmount {dir} there, or end {process}"),
+            (Some(dir), None) => format!("unmount {dir} there"),
+            _ => format!("unbind it there: 'loopengine losetup --pool {name} --detach loop{number}'"),
+        };
         let place = if dirs.is_empty() { String::new() } else { format!(", mounted on {}", dirs.join(", ")) };
         PoolUse {
             who: format!("loop{number} of private pool {name} (user {user}{process}{place})"),
-            next_step: format!("unbind it there: 'loopengine losetup --pool {name} --detach loop{number}'"),
+            next_step,
         }
+    }
+
+    /// The owner of a pool: "user alice, pid 123 (bash)".
+    pub(super) fn owner(pool: &PoolInfo) -> String {
+        let user = user_name(pool.uid).unwrap_or_else(|| pool.uid.to_string());
+        let of_start = |pid: &u32| processes::started(*pid) == pool.pid_start_ticks;
+        let process = pool.pid.filter(of_start).and_then(Process::of).map(|process| format!(", {process}"));
+        let container = pool.container.as_ref().map(|id| format!(", container {id}"));
+        format!("user {user}{}", process.or(container).unwrap_or_default())
     }
 
     /// As the error for `image`, which is in use.

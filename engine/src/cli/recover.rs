@@ -26,11 +26,11 @@ pub(super) struct RecoverArgs {
     image: PathBuf,
 
     /// First byte of the image [default: the recorded offset, or 0].
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     offset: Option<u64>,
 
     /// Size limit for a later resize [default: the recorded limit].
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size_limit: Option<u64>,
 
     /// Read and write the image through the page cache [default: as recorded].
@@ -46,7 +46,10 @@ impl RecoverArgs {
         let known = daemon::ask(run_dir, async |client| client.devices(&which).await)?;
         let known = known.first().ok_or_else(|| Error::new(Kind::NotFound, format!("no device {device}")))?;
         let mut opened = AttachSpec { read_only: known.read_only, ..AttachSpec::default() };
-        let file = image::open(&self.image, &mut opened)?;
+        let file = image::open(&self.image, &mut opened).map_err(|error| match error.kind() {
+            Kind::NotFound => error.hint("give the image that the device had"),
+            _ => error,
+        })?;
         let spec = RecoverSpec {
             device,
             path: opened.path,

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::UnmountFlags;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::out;
 use crate::control::SOCKET;
 use crate::error::{Error, Kind, Result};
 use crate::instance::stop::disks_of;
@@ -49,7 +50,7 @@ impl ReleaseMountsArgs {
             Error::os(error, format!("cannot unmount anything: no daemon serves {}", run_dir.display()))
         })?;
         let (mut disks, unknown) = disks_of(&run_dir);
-        unknown.iter().for_each(|error| eprintln!("loopengine: {error}: its file systems stay mounted"));
+        unknown.iter().for_each(|error| out::message(format_args!("{error}: its file systems stay mounted")));
         let until = Instant::now() + LIMIT;
         loop {
             let (mounts, swaps) = uses(&mut disks);

@@ -19,12 +19,12 @@ use super::{complete, daemon, detach, out, size};
 /// needs '--force'. Prints the new size in bytes.
 #[derive(Debug, clap::Args)]
 pub(super) struct ResizeArgs {
-    /// Device: a path, NAME/loopN, or loopN of the instance 'default'.
-    #[arg(add = complete::devices())]
+    /// Device: a path, NAME/loopN, or loopN of the instance 'default'. Or an image with one device.
+    #[arg(value_name = "DEVICE|IMAGE", add = complete::devices())]
     device: String,
 
     /// New size of the device, for example 20G or 20GiB [default: the current size of its image].
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size::parse, add = complete::sizes())]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, add = complete::sizes())]
     size: Option<u64>,
 
     /// Allow the device to shrink. Data beyond the new end is lost.
@@ -42,7 +42,7 @@ pub(super) struct ResizeArgs {
 
 impl ResizeArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<()> {
-        let Selector::Device(device) = detach::device(self.device) else {
+        let Selector::Device(device) = detach::target(self.device, run_dir)? else {
             return Err(Error::new(Kind::Internal, "not a device"));
         };
         let spec = ResizeSpec { device, size: self.size, shrink: self.shrink, force: self.force };

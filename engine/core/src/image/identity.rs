@@ -28,7 +28,7 @@ pub struct Identity {
 
 impl Identity {
     /// Of an open file, with any open flags, including O_PATH.
-    pub(super) fn of(file: BorrowedFd<'_>, name: &str) -> Result<Identity> {
+    pub fn of(file: BorrowedFd<'_>, name: &str) -> Result<Identity> {
         let mask = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::BTIME;
         let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, mask)
             .map_err(|e| Error::os(e, format!("cannot examine {name}")))?;

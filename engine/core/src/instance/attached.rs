@@ -100,7 +100,7 @@ fn why_not_live(state: DeviceState, device: &FrontendDevice) -> Option<String> {
     let reason = match state {
         DeviceState::Live => return None,
         DeviceState::Stuck if matches!(device, FrontendDevice::Loop(device) if !device.is_bound()) => {
-            "another program has unbound it"
+            "another program has unbound it; detach it, and attach its image again"
         }
         DeviceState::Degraded => "the image is shorter than the device: reads past its end fail",
         DeviceState::Stuck => "the kernel or a worker did not answer in time",

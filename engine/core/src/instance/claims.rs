@@ -5,7 +5,7 @@
 //! is dropped.
 
 pub mod holders;
-mod locks;
+pub mod locks;
 pub mod sharing;
 mod warnings;
 

@@ -151,7 +151,8 @@ impl Engine {
         // Held while the workers start (milliseconds), so that names stay unique.
         let mut table = self.table();
         if table.contains_key(&spec.name) {
-            return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name)));
+            return Err(Error::new(Kind::Exists, format!("instance {} exists", spec.name))
+                .hint("choose another name; 'loopengine instance list' lists all"));
         }
         if table.len() >= MAX_INSTANCES {
             return Err(Error::new(
@@ -187,12 +188,17 @@ impl Engine {
     /// Removes an instance; with `force`, detaches its devices even if they are in use.
     pub fn remove_instance(&self, name: &str, force: bool) -> Result<()> {
         if name == DEFAULT_INSTANCE {
-            return Err(Error::new(Kind::Invalid, "the instance 'default' cannot be removed"));
+            return Err(Error::new(Kind::Invalid, "the instance 'default' cannot be removed")
+                .hint("detach its devices with 'loopengine detach --all --instance default'"));
         }
         let instance = self.instance(name)?;
-        if !force && !instance.numbers().is_empty() {
-            return Err(Error::new(Kind::Busy, format!("instance {name} has devices"))
-                .hint("detach them first, or use --force"));
+        let numbers: Vec<String> = instance.numbers().iter().map(|number| format!("loop{number}")).collect();
+        if !force && !numbers.is_empty() {
+            return Err(Error::new(
+                Kind::Busy,
+                format!("instance {name} has devices: {}", numbers.join(", ")),
+            )
+            .hint(format!("detach them with 'loopengine detach --all --instance {name}', or use --force")));
         }
         self.detach(&Selector::Instance(name.to_owned()), force)?;
         if !instance.close_if_empty() {

@@ -210,7 +210,7 @@ impl Instance {
             }
             let user = user_of(attached.served.device()).map_or(String::new(), |user| format!(": {user}"));
             return Err(Error::new(Kind::Busy, format!("{path} is in use{user}"))
-                .hint("unmount it or close it, or use --force"));
+                .hint("unmount it, run swapoff or close it, or use --force"));
         }
         let slot = attached.served.slot();
         drop(attached);

@@ -58,6 +58,9 @@ impl Instance {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
         let refusal = match attached.served.state() {
+            DeviceState::Stuck if matches!(attached.served.device(), FrontendDevice::Loop(_)) => {
+                Some(("the kernel's loop driver has no image of it", "detach it, and attach its image again"))
+            }
             DeviceState::Stuck if attached.served.has_no_queues() => None,
             DeviceState::Stuck => Some(("recovery has begun and did not end", "restart the daemon")),
             _ => Some(("it is served", "'loopengine list' shows which devices are stuck")),

@@ -303,11 +303,11 @@ impl Served {
     /// Resizes to the image's present size, or both to `size`; `check` may reject the change from
     /// the old to the new size. On failure image and device stay unchanged. Returns the new size.
     pub fn resize(&self, size: Option<u64>, check: impl FnOnce(u64, u64) -> Result<()>) -> Result<u64> {
-        let image = self.image()?;
         let lifecycle = self.lifecycle();
         if *lifecycle != Lifecycle::Serving {
-            return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
+            return Err(stuck());
         }
+        let image = self.image()?;
         let now = self.geometry();
         let before = image.length()?;
         let (new, length) = match size {
@@ -368,7 +368,7 @@ impl Served {
     pub fn set_io_limits(&self, limits: IoLimits) -> Result<()> {
         let lifecycle = self.lifecycle();
         if *lifecycle != Lifecycle::Serving {
-            return Err(Error::new(Kind::Busy, "the device is stuck or being detached"));
+            return Err(stuck());
         }
         self.throttle.set(limits);
         Ok(())
@@ -443,6 +443,10 @@ impl Served {
             }
         }
     }
+}
+
+fn stuck() -> Error {
+    Error::new(Kind::Busy, "the device is stuck or being detached").hint("'loopengine list' says why")
 }
 
 fn ignore_missing(outcome: Result<()>) -> Result<()> {

@@ -82,6 +82,12 @@ pub fn kind_at(target: &Path) -> Option<String> {
     table.lines().rev().filter_map(parse).find(|mount| mount.target == target).map(|mount| mount.kind)
 }
 
+/// The device number, as in mountinfo, of the file system that is mounted on `target`.
+pub fn number_at(target: &Path) -> Option<String> {
+    let table = fs::read_to_string(MOUNTINFO).ok()?;
+    table.lines().rev().filter_map(parse).find(|mount| mount.target == target).map(|mount| mount.number)
+}
+
 /// Where file systems with this device number are mounted, youngest first.
 pub fn mounted_of(device: u64) -> Vec<PathBuf> {
     let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));

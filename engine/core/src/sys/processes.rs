@@ -105,6 +105,15 @@ pub fn with_lock_on(file: &str) -> Option<u32> {
     })
 }
 
+/// A process in whose mount namespace the file system with this number, as in mountinfo, is mounted.
+pub fn with_mount(number: &str) -> Option<Process> {
+    let sees = |pid: &u32| {
+        let table = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+        String::from_utf8_lossy(&table).lines().any(|line| line.split(' ').nth(2) == Some(number))
+    };
+    pids().find(sees).and_then(Process::of)
+}
+
 /// What is mounted anywhere: the table of each mount namespace once, that of the first process first.
 pub fn mounts() -> Vec<Mount> {
     let mut seen = BTreeSet::new();

@@ -122,13 +122,16 @@ impl Ledger {
         if wanted > limit {
             let message =
                 format!("a pool of {wanted} loop devices exceeds the limit of user {uid}, which is {limit}");
+            let fewer = if limit > 0 { "ask for fewer with --max; " } else { "" };
             return Err(Error::new(Kind::Quota, message)
-                .hint(format!("ask for fewer with --max; root raises it with 'loopengine limit {uid} N'")));
+                .hint(format!("{fewer}root raises it with 'loopengine limit {uid} N'")));
         }
         let count = pools.entry(uid).or_default();
         if self.max_pools(uid).is_some_and(|max| *count >= max) {
             let message = format!("user {uid} has {count} pools, which is the limit");
-            return Err(Error::new(Kind::Quota, message).hint("end one of them first"));
+            return Err(
+                Error::new(Kind::Quota, message).hint("end one of them first; 'loopengine list' shows them")
+            );
         }
         let left = POOLS_MAX.saturating_sub(ROOT_POOLS + all);
         if uid != 0 && *count as usize >= left.div_ceil(SHARE) {

@@ -398,7 +398,10 @@ fn find<'a>(state: &'a mut RegistryState, name: &str, caller: Caller) -> Result<
     tenants
         .find(|(_, tenant)| tenant.spec.name == name && sees(caller, tenant))
         .map(|(id, tenant)| (*id, tenant))
-        .ok_or_else(|| Error::new(Kind::NotFound, format!("there is no private pool {name:?}")))
+        .ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("there is no private pool {name:?}"))
+                .hint("'loopengine list --all' shows the pools of the user; for root, all")
+        })
 }
 
 /// The pool, for the user who opened it.

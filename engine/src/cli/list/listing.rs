@@ -15,7 +15,7 @@ use crate::cli::losetup::LoopDevices;
 use crate::cli::losetup::remote::Remote;
 use crate::cli::mount::MountPool;
 use crate::cli::run::user_name;
-use crate::control::PrivateClient;
+use crate::control::{PRIVATE_SOCKET, PrivateClient};
 use crate::error::{Error, Kind, Result};
 use crate::instance::{Selector, spec::DeviceInfo};
 use crate::loops::{DeviceEntry, flag};
@@ -141,6 +141,12 @@ pub(in crate::cli) fn gather(run_dir: &Path, image: Option<&ImageQuery>) -> Resu
         devices => devices,
     };
     let (mut devices, pools) = match (devices, pools(run_dir)) {
+        // The daemon has ended: a user is told that, and not to be root.
+        (Err(denied), Err(error))
+            if denied.kind() == Kind::Denied && run_dir.join(PRIVATE_SOCKET).exists() =>
+        {
+            return Err(error);
+        }
         // The daemon serves no pools.
         (devices, Err(error)) if error.kind() == Kind::Unavailable => (devices?, Vec::new()),
         (devices, pools) => (devices.unwrap_or_default(), pools?),
@@ -159,9 +165,16 @@ pub(in crate::cli) fn pools(run_dir: &Path) -> Result<Vec<PoolInfo>> {
     daemon::runtime()?.block_on(async { PrivateClient::connect(run_dir).await?.list().await })
 }
 
+/// The processes that have it open, without the daemon, which has nodes open for moments.
+fn open_in(uses: &Uses, names: &Names) -> Vec<Process> {
+    let mut processes = uses.open_in(names);
+    processes.retain(|process| process.command != "loopengine");
+    processes
+}
+
 fn in_use(device: DeviceInfo, uses: &Uses) -> InstanceDevice {
     let names = Names::of_node(Path::new(&device.node));
-    InstanceDevice { mounted_on: uses.mounted_on(&names), open_in: uses.open_in(&names), device }
+    InstanceDevice { mounted_on: uses.mounted_on(&names), open_in: open_in(uses, &names), device }
 }
 
 /// None if the pool has ended or has no device of the image.
@@ -221,6 +234,6 @@ fn loop_device(entry: &DeviceEntry, uses: &Uses) -> LoopDevice {
         block_size_bytes: entry.block_size,
         read_only: bound.is_some_and(|bound| bound.flags & flag::READ_ONLY != 0),
         mounted_on: uses.mounted_on(&names),
-        open_in: uses.open_in(&names),
+        open_in: open_in(uses, &names),
     }
 }

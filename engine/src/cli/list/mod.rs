@@ -55,7 +55,7 @@ impl ListArgs {
         }
         let found = gather(run_dir, None)?;
         if found.pools.is_empty() && !self.json && !rustix::process::geteuid().is_root() {
-            eprintln!("loopengine: this user has no private pool; {ROOT_ONLY}");
+            out::message(format_args!("this user has no private pool; {ROOT_ONLY}"));
         }
         show(&found, self.json)
     }

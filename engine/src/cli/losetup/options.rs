@@ -44,13 +44,13 @@ pub struct LosetupArgs {
     remove: bool,
 
     /// Start at byte NUM of the file.
-    #[arg(short, long, value_name = "NUM", allow_hyphen_values = true)]
+    #[arg(short, long, value_name = "NUM")]
     offset: Option<String>,
     /// Limit the device to NUM bytes.
-    #[arg(long, value_name = "NUM", allow_hyphen_values = true)]
+    #[arg(long, value_name = "NUM")]
     sizelimit: Option<String>,
     /// Set the logical block size.
-    #[arg(short = 'b', long, value_name = "NUM", allow_hyphen_values = true)]
+    #[arg(short = 'b', long, value_name = "NUM")]
     sector_size: Option<String>,
     /// Scan the partition table.
     #[arg(short = 'P', long)]
@@ -87,7 +87,7 @@ pub struct LosetupArgs {
     #[arg(short, long)]
     noheadings: bool,
     /// Columns to print.
-    #[arg(short = 'O', long, value_name = "COLS", allow_hyphen_values = true)]
+    #[arg(short = 'O', long, value_name = "COLS")]
     output: Option<String>,
     /// Print all columns.
     #[arg(long)]

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{MountArgs, directory, image};
+use crate::cli::out;
 use crate::error::{Error, Kind, Result};
 
 /// Mounts partition N on DIR/N. Continues after a failure.
@@ -19,7 +20,9 @@ pub(super) fn mount(args: &MountArgs, dir: &Path, run_dir: &Path) -> Result<()> 
         match kind.filter(|kind| image::is_mountable(kind)) {
             None => {
                 let kind = kind.unwrap_or("no known file system");
-                eprintln!("loopengine: partition {number} of {shown} is not mounted: it contains {kind}");
+                out::message(format_args!(
+                    "partition {number} of {shown} is not mounted: it contains {kind}"
+                ));
             }
             Some(_) => match one(args, run_dir, number, read_only, &dir.join(number.to_string())) {
                 Ok(()) => mounted += 1,
@@ -29,7 +32,7 @@ pub(super) fn mount(args: &MountArgs, dir: &Path, run_dir: &Path) -> Result<()> 
                     let error = Error::new(error.kind(), message);
                     let error = if next.is_empty() { error } else { error.hint(next) };
                     if let Some(before) = failed.replace(error) {
-                        eprintln!("loopengine: {before}");
+                        out::message(before);
                     }
                 }
             },

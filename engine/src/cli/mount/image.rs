@@ -13,7 +13,8 @@ use rustix::fs::OFlags;
 
 use crate::cli::size;
 use crate::error::{Error, Kind, Result};
-use crate::image::{Region, fs, partitions};
+use crate::image::{Identity, Region, fs, partitions};
+use crate::instance::claims::locks;
 use crate::sys::range_lock;
 
 /// Block size of partition tables; our devices use it too.
@@ -91,7 +92,11 @@ impl MountImage {
         match range_lock::try_lock(self.file.as_fd(), self.offset, self.size_limit, !self.read_only) {
             Ok(false) => {
                 let shown = self.shown.display();
-                let message = format!("{shown} is mounted already, or locked by another program");
+                let by = Identity::of(self.file.as_fd(), "").ok().and_then(|image| locks::find(&image).pop());
+                let message = match by {
+                    Some(user) => format!("{shown} is mounted already, or in use by {}", user.who),
+                    None => format!("{shown} is mounted already, or locked by another program"),
+                };
                 Err(Error::new(Kind::Busy, message).hint(format!(
                     "unmount it with 'loopengine umount {shown}'; 'fuser -v {shown}' lists who has it open"
                 )))
@@ -165,7 +170,7 @@ fn find(file: &File, size: u64, part: &PartitionSpec, shown: &str) -> Result<(u6
     let rest = size.saturating_sub(part.offset);
     if rest < u64::from(BLOCK) {
         let message = format!("{shown} has {size} bytes: there is no file system at {}", part.offset);
-        return Err(invalid(message));
+        return Err(invalid(message).hint("give an image with a file system"));
     }
     let within = if part.size_limit > 0 { rest.min(part.size_limit) } else { rest };
     let region = |start: u64, size: u64| Region::new(file.as_fd(), part.offset + start, size);
@@ -173,23 +178,27 @@ fn find(file: &File, size: u64, part: &PartitionSpec, shown: &str) -> Result<(u6
     let Some(number) = part.number else {
         return match fs::detect(&mut region(0, within)) {
             Some(kind) => checked(kind, shown).map(|kind| (part.offset, part.size_limit, kind)),
-            None => Err(no_file_system(shown, &table()?, |found| {
+            None => Err(no_file_system(shown, shown, &table()?, |found| {
                 fs::detect(&mut region(found.start, found.size))
             })),
         };
     };
     let table = table()?;
     let Some(found) = table.iter().find(|found| found.number == number) else {
-        let message = match table.is_empty() {
-            true => format!("{shown} has no partitions"),
-            false => format!("{shown} has no partition {number}, but {}", list(&table, |_| None)),
+        let (message, hint) = match (table.is_empty(), part.offset) {
+            (true, 0) => (format!("{shown} has no partitions"), "mount it without --partition"),
+            (true, offset) => (format!("{shown} has no partitions at {offset}"), "leave out --offset"),
+            (false, _) => (
+                format!("{shown} has no partition {number}, but {}", list(&table, |_| None)),
+                "select one of these",
+            ),
         };
-        return Err(Error::new(Kind::NotFound, message));
+        return Err(Error::new(Kind::NotFound, message).hint(hint));
     };
-    let shown = format!("partition {number} of {shown}");
+    let (file_name, shown) = (shown, format!("partition {number} of {shown}"));
     match fs::detect(&mut region(found.start, found.size)) {
         Some(kind) => Ok((part.offset + found.start, found.size, checked(kind, &shown)?)),
-        None => Err(no_file_system(&shown, &[], |_| None)),
+        None => Err(no_file_system(&shown, file_name, &[], |_| None)),
     }
 }
 
@@ -202,12 +211,14 @@ fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
 
 fn no_file_system(
     shown: &str,
+    file: &str,
     table: &[partitions::PartitionRange],
     kind: impl Fn(&partitions::PartitionRange) -> Option<&'static str>,
 ) -> Error {
     if table.is_empty() {
-        return invalid(format!("{shown} contains no known file system"))
-            .hint("identify it with 'file -s', or give the start of a file system with --offset");
+        return invalid(format!("{shown} contains no known file system")).hint(format!(
+            "identify it with 'file -s {file}', or give the start of a file system with --offset"
+        ));
     }
     invalid(format!("{shown} has partitions: {}", list(table, kind)))
         .hint("select one with --partition N, or mount all with --all")

@@ -26,6 +26,7 @@ use std::time::Duration;
 use super::fuse_drivers;
 use super::losetup::remote::Remote;
 use super::number;
+use super::out;
 use super::pool_options::{PoolOptions, open_pool};
 use super::run::mounter::FuseRule;
 use super::run::parse_fuse;
@@ -75,11 +76,11 @@ pub(super) struct MountArgs {
     all: bool,
 
     /// Start at this byte of the image, for example 1M or 1MiB.
-    #[arg(long, value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     offset: u64,
 
     /// Use at most this many bytes; 0: up to the end of the image.
-    #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", allow_hyphen_values = true, value_parser = size::parse)]
+    #[arg(long, alias = "sizelimit", value_name = "SIZE", default_value = "0", value_parser = size::parse)]
     size_limit: u64,
 
     /// Replay the journal of an ext3 or ext4 file system with e2fsck, if it was not cleanly
@@ -147,7 +148,7 @@ impl MountArgs {
             }
         }
         if image.read_only && !self.read_only && !image::never_written(image.kind) {
-            eprintln!("loopengine: {why_read_only}: mounted read-only");
+            out::message(format_args!("{why_read_only}: mounted read-only"));
         }
         Ok(())
     }
@@ -180,7 +181,8 @@ fn directory(dir: &Path) -> Result<PathBuf> {
     let full = dir.canonicalize().map_err(cannot)?;
     match full.metadata().map_err(cannot)?.is_dir() {
         true => Ok(full),
-        false => Err(Error::new(Kind::Invalid, format!("{shown} is not a directory"))),
+        false => Err(Error::new(Kind::Invalid, format!("{shown} is not a directory"))
+            .hint("give the image, then a directory")),
     }
 }
 

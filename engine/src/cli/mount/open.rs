@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{MountArgs, image};
+use crate::cli::out;
 use crate::error::{Error, Kind, Result};
 
 /// Directory below the user's session directory.
@@ -34,7 +35,7 @@ pub(super) fn mount(args: MountArgs, run_dir: &Path) -> Result<()> {
     let all = image::partitions(&args.image).is_ok();
     let args = MountArgs { open: false, all, dir: Some(dir.clone()), ..args };
     args.run(run_dir).inspect_err(|_| remove_dir(&dir))?;
-    println!("{}", dir.display());
+    out::print(&format!("{}\n", dir.display()))?;
     match Command::new(OPENER).arg(&dir).stdin(Stdio::null()).stdout(Stdio::null()).spawn() {
         Ok(mut opener) => {
             // Without a desktop, the program may stay in the foreground.
@@ -43,7 +44,7 @@ pub(super) fn mount(args: MountArgs, run_dir: &Path) -> Result<()> {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        Err(error) => eprintln!("loopengine: cannot run {OPENER}: {error}"),
+        Err(error) => out::message(format_args!("cannot run {OPENER}: {error}")),
     }
     Ok(())
 }

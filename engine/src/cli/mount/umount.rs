@@ -12,10 +12,13 @@ use super::fuse::{self, is_without_devices};
 use super::mounted::{FuseMount, MountPool, is_image, wait_gone};
 use super::{all, open};
 use crate::error::{Error, Kind, Result};
-use crate::sys::mntns;
+use crate::sys::{mntns, processes};
 
 /// Time for the driver to write back and for the daemon to remove the device.
 const END_MAX: Duration = Duration::from_secs(60);
+
+/// Time after which it looks for copies of the mount.
+const COPIED_MIN: Duration = Duration::from_secs(2);
 
 /// Unmount images that 'loopengine mount' mounted.
 ///
@@ -52,10 +55,17 @@ impl UmountArgs {
                 mounted.dirs()?.into_iter().filter(|dir| !fuse_mounts.iter().any(|one| one.dir == *dir)),
             );
         }
+        let numbers: Vec<String> = dirs.iter().filter_map(|dir| mntns::number_at(dir)).collect();
         dirs.iter().try_for_each(|dir| unmount_dir(dir, false))?;
-        let until = Instant::now() + END_MAX;
-        let ended = found.is_empty() || wait_gone(run_dir, &found, END_MAX)?;
-        if !ended || !fuse_mounts.iter().all(|one| one.wait_gone(until)) {
+        let ended_within = |at_most: Duration| -> Result<bool> {
+            let until = Instant::now() + at_most;
+            let ended = found.is_empty() || wait_gone(run_dir, &found, at_most)?;
+            Ok(ended && fuse_mounts.iter().all(|one| one.wait_gone(until)))
+        };
+        if !ended_within(COPIED_MIN)? {
+            self.check_not_copied(&numbers)?;
+        }
+        if !ended_within(END_MAX)? {
             let message = format!("{} is unmounted, but its device is still in use", self.what.display());
             return Err(Error::new(Kind::Deadline, message)
                 .hint("wait for the FUSE driver, or find other users of the device with 'loopengine find'"));
@@ -66,10 +76,24 @@ impl UmountArgs {
         Ok(())
     }
 
+    /// A mount namespace that was made meanwhile may have a copy of the mount, if mounts here are
+    /// private.
+    fn check_not_copied(&self, numbers: &[String]) -> Result<()> {
+        let Some(process) = numbers.iter().find_map(|number| processes::with_mount(number)) else {
+            return Ok(());
+        };
+        let shown = self.what.display();
+        let message = format!("{shown} is unmounted, but {process} has a copy of the mount");
+        Err(Error::new(Kind::Busy, message).hint("the image is in use until that process ends"))
+    }
+
     fn unknown(&self, named: &Path) -> Error {
         let shown = self.what.display();
         let is_mount = mntns::kind_at(named);
         let hint = match is_mount {
+            None if !all::directories(named).is_empty() => {
+                format!("unmount its partitions with 'loopengine umount --all {shown}'")
+            }
             Some(kind) if kind.starts_with("fuse") => format!("unmount it with 'fusermount3 -u {shown}'"),
             Some(_) => format!("unmount it with 'umount {shown}'"),
             None => "'findmnt' lists all mounts".to_owned(),
@@ -117,7 +141,7 @@ pub(super) fn unmount_dir(dir: &Path, dead: bool) -> Result<()> {
     let shown = dir.display();
     let cannot = |error: Errno| {
         let error = Error::os(error, format!("cannot unmount {shown}"));
-        if error.kind() == Kind::Busy { error.hint(BUSY) } else { error }
+        if error.kind() == Kind::Busy { error.hint(busy(dir)) } else { error }
     };
     let fuse = mntns::kind_at(dir).is_some_and(|kind| kind.starts_with("fuse"));
     if rustix::process::geteuid().is_root() || !fuse {
@@ -142,10 +166,14 @@ pub(super) fn unmount_dir(dir: &Path, dead: bool) -> Result<()> {
     }
     let said = String::from_utf8_lossy(&done.stderr);
     let said: String = said.trim().chars().filter(|letter| !letter.is_control()).collect();
-    let busy = said.contains("busy");
-    let error =
-        Error::new(if busy { Kind::Busy } else { Kind::Denied }, format!("cannot unmount {shown}: {said}"));
-    Err(if busy { error.hint(BUSY) } else { error })
+    let is_busy = said.contains("busy");
+    let error = Error::new(
+        if is_busy { Kind::Busy } else { Kind::Denied },
+        format!("cannot unmount {shown}: {said}"),
+    );
+    Err(if is_busy { error.hint(busy(dir)) } else { error })
 }
 
-const BUSY: &str = "list its users with 'fuser -vm', and end them";
+fn busy(dir: &Path) -> String {
+    format!("list its users with 'fuser -vm {}', and end them", dir.display())
+}

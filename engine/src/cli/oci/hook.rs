@@ -18,7 +18,7 @@ use serde::Deserialize;
 
 use super::config::SPEC;
 use super::profile::read;
-use crate::cli::{daemon, number};
+use crate::cli::{daemon, number, out};
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::instance::MAX_DEVICES;
@@ -81,7 +81,7 @@ impl Hook {
         });
         // Without names, partitions are still in /dev/loopfs.
         if let Err(error) = reported {
-            eprintln!("loopengine: partitions get no names in the /dev of the container: {error}");
+            out::message(format_args!("partitions get no names in the /dev of the container: {error}"));
         }
         linked.map(drop)
     }

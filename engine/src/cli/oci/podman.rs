@@ -139,7 +139,9 @@ impl PodmanArgs {
         self.unmount()?;
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&home).map_err(cannot)?;
         let options = PoolOptions { name: Some(self.pool.clone()), max: self.max, ..PoolOptions::default() };
-        mount_for_containers(run_dir, &options, &self.mount, &home).map(drop)
+        mount_for_containers(run_dir, &options, &self.mount, &home)
+            .map(drop)
+            .inspect_err(|_| drop(fs::remove_dir(&home)))
     }
 
     fn describe(&self, run_dir: &Path, base: serde_json::Value) -> Result<()> {

@@ -100,7 +100,7 @@ pub(super) struct RunArgs {
     fuse: Vec<(String, String)>,
 
     /// Command and arguments.
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 

@@ -26,7 +26,7 @@ struct Lock<'a> {
 }
 
 /// The programs that hold locks on this file.
-pub(super) fn find(image: &Identity) -> Vec<ExternalUse> {
+pub fn find(image: &Identity) -> Vec<ExternalUse> {
     // A lock on a block device is a lock on its node.
     if image.rdev != 0 {
         return Vec::new();
