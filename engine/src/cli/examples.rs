@@ -185,6 +185,10 @@ pub fn of(command: &str) -> &'static [Example] {
             ("List limits and usage of all users.", "loopengine limit"),
             ("Limit user 1000 to 200 devices until the daemon ends.", "loopengine limit 1000 200"),
             ("Restore the limit in the configuration.", "loopengine limit 1000 default"),
+            (
+                "Slow a device down while it is in use.",
+                "loopengine limit --device build/loop0 --bandwidth 50M",
+            ),
         ],
         "features" => &[
             ("Show what the kernel supports.", "loopengine features"),

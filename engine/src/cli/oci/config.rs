@@ -65,7 +65,8 @@ fn add(config: &mut Value, dir: &PoolDir) -> Result<()> {
     let annotations = object(config, "annotations")?;
     if let Some(other) = annotations.get(POOL) {
         let message = format!("the config.json already has the private pool {other}");
-        return Err(Error::new(Kind::Exists, message).hint("give a config.json without a pool, such as from 'runc spec'"));
+        return Err(Error::new(Kind::Exists, message)
+            .hint("give a config.json without a pool, such as from 'runc spec'"));
     }
     annotations.insert(POOL.to_owned(), json!(dir.name));
     let mounts = list(config.as_object_mut().ok_or_else(bad)?, "mounts")?;

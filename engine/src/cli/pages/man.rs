@@ -353,10 +353,10 @@ fn configuration(roff: &mut Roff) {
                     "As the options of loopengine-attach(1) [false].",
                 ),
                 (
-                    "offset, size_limit, block_size = N or \"SIZE\"",
+                    "offset, size_limit, block_size, bandwidth = N or \"SIZE\"",
                     "As the options of loopengine-attach(1): in bytes, or with a unit as in \"1M\".",
                 ),
-                ("queues, depth = N", "As the options of loopengine-attach(1)."),
+                ("queues, depth, iops = N", "As the options of loopengine-attach(1)."),
                 ("io_mode = \"batch|auto|copy\"", "As --io-mode of loopengine-attach(1)."),
             ],
         ),

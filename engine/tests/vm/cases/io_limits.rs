@@ -9,6 +9,7 @@ use crate::daemon::Daemon;
 use crate::fio::{self, Fio};
 use crate::harness::{Case, Ctx, Needs, Res, case, ensure, fail};
 use crate::store::Store;
+use crate::tools;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -21,9 +22,15 @@ pub(super) fn cases() -> Vec<Case> {
 /// How long a rate is measured.
 const MEASURED: Duration = Duration::from_secs(5);
 
-fn load(ctx: &Ctx, device: &str, job: &str) -> Res<Fio> {
+/// Starts a load, and waits until its first burst has passed.
+fn load(ctx: &Ctx, daemon: &Daemon, device: &str, job: &str) -> Res<Fio> {
     let common = "disk_util=0\ndirect=1\nioengine=libaio\niodepth=16\nsize=64m\ntime_based\nruntime=60\n";
-    fio::start(ctx, &format!("[load]\nfilename={device}\n{common}{job}\n"))
+    let fio = fio::start(ctx, &format!("[load]\nfilename={device}\n{common}{job}\n"))?;
+    // Under emulation fio needs seconds before its first request.
+    let begun = || (daemon.stats(device).ok()?["inFlight"].as_u64()? > 0).then_some(());
+    ensure!(tools::until(Duration::from_secs(30), begun).is_some(), "no request of fio in 30 s");
+    std::thread::sleep(Duration::from_secs(1));
+    Ok(fio)
 }
 
 /// Reads and writes per second, and bytes per second.
@@ -63,24 +70,21 @@ fn rates(ctx: &Ctx) -> Res {
     };
     ensure!((limits(&device)?, limits(&free)?) == ("300 0".to_owned(), "0 0".to_owned()), "at attach");
 
-    let running = load(ctx, &device, "rw=randrw\nbs=4k")?;
-    std::thread::sleep(Duration::from_secs(1));
+    let running = load(ctx, &daemon, &device, "rw=randrw\nbs=4k")?;
     expect("300 IOPS", rate(&daemon, &device)?.0, 300.0)?;
     daemon.ok(&["limit", "--device", &device, "--iops", "100"])?;
     std::thread::sleep(Duration::from_secs(1));
     expect("100 IOPS", rate(&daemon, &device)?.0, 100.0)?;
     let stats = daemon.stats(&device)?;
     ensure!(stats["held"].as_u64() > Some(500) && stats["inFlight"].as_u64() > Some(8), "{stats}");
-    let other = load(ctx, &free, "rw=randread\nbs=4k")?;
-    std::thread::sleep(Duration::from_secs(1));
+    let other = load(ctx, &daemon, &free, "rw=randread\nbs=4k")?;
     let beside = rate(&daemon, &free)?.0;
     ensure!((1000.0..).contains(&beside), "the neighbour does {beside} IOPS");
     end(&daemon, &free, other)?;
     end(&daemon, &device, running)?;
 
     let device = daemon.attach(&[&images[0], "--bandwidth", "10M"])?;
-    let running = load(ctx, &device, "rw=write\nbs=128k")?;
-    std::thread::sleep(Duration::from_secs(1));
+    let running = load(ctx, &daemon, &device, "rw=write\nbs=128k")?;
     expect("10 MiB per second", rate(&daemon, &device)?.1, (10 * MIB) as f64)?;
     daemon.ok(&["limit", "--device", &device, "--bandwidth", "none"])?;
     std::thread::sleep(Duration::from_secs(1));
@@ -106,8 +110,7 @@ fn forced_end(ctx: &Ctx) -> Res {
     let image = store.allocated("image", 64 * MIB)?;
     let daemon = Daemon::start(ctx)?;
     let device = daemon.attach(&[&image, "--iops", "1"])?;
-    let running = load(ctx, &device, "rw=randwrite\nbs=4k")?;
-    std::thread::sleep(Duration::from_secs(2));
+    let running = load(ctx, &daemon, &device, "rw=randwrite\nbs=4k")?;
     let waiting = daemon.stats(&device)?["inFlight"].as_u64();
     ensure!(waiting > Some(8), "{waiting:?} requests wait");
     end(&daemon, &device, running)?;
@@ -121,7 +124,7 @@ fn next_daemon(ctx: &Ctx) -> Res {
     let mut daemon = Daemon::leaving(ctx)?;
     let device = daemon.attach(&[&image, "--iops", "1"])?;
     daemon.ok(&["limit", "--device", &device, "--iops", "20"])?;
-    let running = load(ctx, &device, "rw=randwrite\nbs=4k")?;
+    let running = load(ctx, &daemon, &device, "rw=randwrite\nbs=4k")?;
     for round in 0..2 {
         std::thread::sleep(Duration::from_secs(2));
         match round {
