@@ -367,8 +367,11 @@ fn fails_if_it_cannot_write_its_output() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let messages = full.try_clone().unwrap();
     let ran = Ran::from(daemon.command(&["attach", "a.img"]).stdout(full).output().unwrap());
     fails(&ran, 1, "standard output");
+    let ran = Ran::from(daemon.command(&["attach", "none.img"]).stderr(messages).output().unwrap());
+    assert_eq!(ran.code, 3, "a message that cannot be written changes no exit code");
     assert_eq!(ok(&daemon.run(&["list", "--json"])), "[]\n", "the unreported device is detached");
 }
 

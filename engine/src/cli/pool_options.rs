@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::list::pools;
 use super::pool_use::PoolUse;
 use super::{daemon, number};
+use tokio::runtime::Runtime;
+
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
@@ -16,8 +17,9 @@ use crate::private::{OpenSpec, OpenedPool, PoolInfo, RESERVED_MAX};
 use crate::sys::{loop_names, processes};
 
 /// Time for a pool with the wanted name to end.
-const END_MAX: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(20);
+const END_MAX: Duration = Duration::from_secs(3);
+/// A connection may not make many calls.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Options of a new pool. The daemon has defaults for missing ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
@@ -86,21 +88,28 @@ pub(super) fn open_for_containers(
 }
 
 fn open(run_dir: &Path, spec: &OpenSpec) -> Result<OpenedPool> {
+    let runtime = daemon::runtime()?;
+    let mut client = runtime.block_on(PrivateClient::connect(run_dir))?;
+    open_waiting(&runtime, &mut client, spec)
+}
+
+/// Opens a pool, also if one of that name is about to end.
+pub(super) fn open_waiting(
+    runtime: &Runtime,
+    client: &mut PrivateClient,
+    spec: &OpenSpec,
+) -> Result<OpenedPool> {
     let until = Instant::now() + END_MAX;
     loop {
-        let opened = daemon::runtime()?.block_on(async {
-            let mut client = PrivateClient::connect(run_dir).await?;
-            client.open(spec).await
-        });
-        let error = match opened {
+        let error = match runtime.block_on(client.open(spec)) {
             Err(error) if error.kind() == Kind::Exists => error,
             opened => return opened,
         };
         // The pool of a command that has just ended has its name for a moment.
-        match pools(run_dir)?.into_iter().find(|pool| has_name(pool, spec.name.as_deref())) {
+        let pools = runtime.block_on(client.list())?;
+        match named(pools, spec.name.as_deref()) {
             Some(pool) if !is_ending(&pool) || Instant::now() >= until => {
-                let who = PoolUse::owner(&pool);
-                let message = format!("private pool {} exists ({who})", pool.name);
+                let message = format!("private pool {} exists ({})", pool.name, PoolUse::owner(&pool));
                 return Err(Error::new(Kind::Exists, message).hint("choose another --name"));
             }
             None if Instant::now() >= until => return Err(error),
@@ -109,9 +118,12 @@ fn open(run_dir: &Path, spec: &OpenSpec) -> Result<OpenedPool> {
     }
 }
 
-fn has_name(pool: &PoolInfo, name: Option<&str>) -> bool {
-    let own = format!("{}.", rustix::process::geteuid().as_raw());
-    name.is_some_and(|name| pool.name == name || pool.name.strip_prefix(&own) == Some(name))
+/// The pool whose name was refused. Names of plain users start with the number of the user, and in a
+/// user namespace that is not known.
+fn named(pools: Vec<PoolInfo>, name: Option<&str>) -> Option<PoolInfo> {
+    let name = name?;
+    let is_own = |pool: &&PoolInfo| pool.name.split_once('.').is_some_and(|(_, own)| own == name);
+    pools.iter().find(|pool| pool.name == name).or_else(|| pools.iter().find(is_own)).cloned()
 }
 
 /// Whether its command has ended, and the pool ends with it.

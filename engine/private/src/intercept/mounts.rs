@@ -75,6 +75,15 @@ pub struct MountRequest {
     pub data: String,
 }
 
+impl MountRequest {
+    /// The result for a caller that tries all file systems in silence, as mount(8) does on a device
+    /// without a signature: a failed attempt may have let the driver unbind the device.
+    pub fn attempted<T>(&self, result: Answer<T>) -> Answer<T> {
+        let unbound = self.flags & libc::MS_SILENT != 0 && matches!(result, Err(Errno::NXIO));
+        if unbound { Err(Errno::INVAL) } else { result }
+    }
+}
+
 /// A call, as the mounter gets it.
 #[derive(Debug)]
 pub struct MounterRequest {
@@ -299,9 +308,6 @@ fn copy_mount(thread: &CallerThread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Mo
     let address = |at| address(abi, args, at);
     let flags = flags(address(3))?;
     let kind = String::from_utf8(read_c_string(thread, address(2), TYPE_MAX)?).ok()?;
-    if kind.is_empty() {
-        return None;
-    }
     let source = match address(0) {
         // The kernel ignores the source of this file system.
         0 if kind == DEVTMPFS => DEVTMPFS.into(),
@@ -312,13 +318,12 @@ fn copy_mount(thread: &CallerThread<'_>, abi: Abi, args: &[u64; 6]) -> Option<Mo
         0 => String::new(),
         at => String::from_utf8(read_c_string(thread, at, TEXT_MAX)?).ok()?,
     };
-    // A FUSE driver mounts too, also under the filter, and must not wait for the mounter. mount(8) tries
-    // 'fuseblk' as a type of the device, without a descriptor.
+    // A FUSE driver mounts too, also under the filter, and must not wait for the mounter.
     let is_fuse = kind == "fuse" || kind.starts_with("fuse.") || kind == "fuseblk";
     if is_fuse && data.split(',').any(|option| option.starts_with("fd=")) {
         return None;
     }
-    (!source.is_empty()).then_some(MountRequest { source, target, kind, flags, data })
+    (!source.is_empty() && !kind.is_empty()).then_some(MountRequest { source, target, kind, flags, data })
 }
 
 pub(super) fn address(abi: Abi, args: &[u64; 6], at: usize) -> u64 {

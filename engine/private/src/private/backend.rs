@@ -122,7 +122,8 @@ impl mounts::KernelMounter for PoolKernelMounter {
             namespace: Some(self.namespace.as_fd()),
             tenant: &self.whose,
         };
-        self.pool.mount_source(device, |source| self.kernel.make(source, wanted, is_waiting))
+        let make = |source: &_| self.kernel.make(source, wanted, is_waiting);
+        request.attempted(self.pool.mount_source(device, make))
     }
 }
 

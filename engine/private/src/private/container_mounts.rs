@@ -105,7 +105,8 @@ impl MountHandler for ContainerMounts {
             namespace: self.namespace.as_ref().map(AsFd::as_fd),
             tenant: &self.pool.spec().name,
         };
-        let mount = self.pool.mount_source(device, |source| self.kernel.make(source, wanted, is_waiting))?;
+        let make = |source: &_| self.kernel.make(source, wanted, is_waiting);
+        let mount = request.attempted(self.pool.mount_source(device, make))?;
         // The caller may have been killed meanwhile.
         if !is_waiting() {
             return Err(Errno::INTR);

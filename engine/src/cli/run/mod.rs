@@ -34,6 +34,7 @@ use crate::intercept::filter;
 use crate::private::{LIBUDEV, Mounter, NO_UDEV, OpenSpec, RESERVED_MAX};
 use crate::sys;
 
+use super::pool_options::open_waiting;
 use super::{cannot_run, daemon, fuse_drivers, number};
 
 pub(super) use userns::user_name;
@@ -158,7 +159,7 @@ impl RunArgs {
             backend: self.backend,
             ..OpenSpec::default()
         };
-        let opened = runtime.block_on(client.open(&asked))?;
+        let opened = open_waiting(&runtime, &mut client, &asked)?;
         let Ok([loopfs, dev, sys]) = <[_; 3]>::try_from(opened.mounts) else {
             let message = "the reply of the daemon lacks the mounts of the pool";
             return Err(Error::new(Kind::Internal, message)

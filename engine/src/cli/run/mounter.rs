@@ -202,6 +202,10 @@ impl Mounter {
         enter_caller_namespace(request)?;
         // The path in the caller's mount namespace; an unlinked node has none.
         let path = link(&device)?;
+        let user = rustix::process::geteuid().as_raw();
+        if sys::mntns::fuse_mounts(user).iter().any(|(_, source)| *source == path) {
+            return Err(Errno::BUSY);
+        }
         rustix::process::fchdir(&target)?;
         let run = |options: &str| {
             self.run(fuse_drivers::command(program).arg(&path).arg(".").args(["-o", options]))

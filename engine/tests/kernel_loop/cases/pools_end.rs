@@ -17,6 +17,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case("pools::a_stop_removes_all_disks", Needs::Private, 300, a_stop_removes_all_disks),
         case("pools::the_next_daemon_removes_many_disks", Needs::Private, 300, many_disks_are_removed),
+        case("pools::a_name_is_free_after_its_command", Needs::Private, 60, a_name_is_free),
         case("pools::a_stop_leaves_open_disks", Needs::Private, 120, a_stop_leaves_open_disks),
     ]
 }
@@ -119,5 +120,24 @@ fn a_stop_leaves_open_disks(ctx: &Ctx) -> Res {
     ensure!(unbound.is_some(), "the last close does not unbind it");
     daemon.restart()?;
     ensure!(disks_present().0.is_empty(), "left: {:?}", disks_present());
+    daemon.stop()
+}
+
+/// A second command can use the name of a pool at once; beside a command that runs, it cannot.
+fn a_name_is_free(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    for _ in 0..20 {
+        daemon.ok(&["run", "--name", "again", "--", "true"])?;
+    }
+    let mut running = daemon.command(&["run", "--name", "again", "--", "sleep", "60"]).spawn()?;
+    let refused = || {
+        let done = daemon.cli(&["run", "--name", "again", "--", "true"]).ok()?;
+        (done.code == 125).then_some(done.err)
+    };
+    let said = tools::until(Duration::from_secs(10), refused).unwrap_or_default();
+    running.kill()?;
+    running.wait()?;
+    let who = format!("private pool again exists (user root, pid {} (", running.id());
+    ensure!(said.contains(&who), "'{who}' is not in: {said}");
     daemon.stop()
 }

@@ -347,6 +347,7 @@ fn refused(ctx: &Ctx) -> Res {
         same "a file" "$(errno ext4 '' /dev/loop1 fs)" 20
         same "nothing mounted" "$(grep -c " $PWD/mnt " /proc/mounts)" 0
         same "an allowed option" "$(errno ext4 errors=remount-ro)" 0
+        mkdir mnt2; same "mounted already" "$(errno ext4 '' /dev/loop1 mnt2)" 16
         works "umount" umount mnt
         "#,
     )?;

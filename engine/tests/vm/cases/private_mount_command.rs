@@ -251,7 +251,9 @@ fn root(ctx: &Ctx) -> Res {
         refused "detach" "unmount it with 'loopengine umount $PWD/dir'" "$loopengine" detach a
         refused "the directory again" "an image is mounted on" mnt b dir
         cd dir; refused "busy" "cannot unmount" umnt .; cd ..
-        works "umount" umnt dir
+        unshare --mount --propagation private sleep 60 & copy=$!; sleep 1
+        refused "a copy" "pid $copy (sleep) has a copy of the mount" umnt dir
+        kill $copy; wait $copy; soon "it ends with the copy" "" devices
         works "whole at once" e2fsck -fn a
         works "again" mnt a dir; same "file" "$(cat dir/file)" hello
         works "by the image" umnt a
