@@ -141,6 +141,11 @@ impl RunArgs {
     pub(super) fn run(self, run_dir: &Path) -> Result<u8> {
         let user = self.user || !rustix::process::geteuid().is_root();
         let rules = self.rules(user);
+        let is_missing = |program: &str| !program.contains('/') && !fuse_drivers::is_installed(program);
+        if let Some((_, program)) = self.fuse.iter().find(|(_, program)| is_missing(program)) {
+            return Err(Error::new(Kind::NotFound, format!("the FUSE driver {program} is not installed"))
+                .hint("install it, or give the path of a program"));
+        }
         let runtime = daemon::runtime()?;
         // Connect before entering a user namespace, where all users look the same.
         let mut client = runtime.block_on(PrivateClient::connect(run_dir))?;
