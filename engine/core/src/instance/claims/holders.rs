@@ -40,7 +40,7 @@ struct RelatedDevice {
 }
 
 /// All users, writers first, without the loop devices with these owner cookies, and those that this
-/// process holds for its pools.
+/// process has added.
 pub fn find(image: &Identity, own: &HashSet<u64>) -> Vec<ExternalUse> {
     let mounts = mounts();
     let related_devices = match image.rdev {
@@ -127,17 +127,17 @@ fn kernel_loops(
     own: &HashSet<u64>,
 ) -> Vec<ExternalUse> {
     let user = |device: PathBuf| {
-        if !device.join("loop/backing_file").exists() {
+        let name = last(&device);
+        let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
+        // A disk of a pool must not be open, even for a moment: it would count as in use.
+        if kernel_loop::is_held(number) || !device.join("loop/backing_file").exists() {
             return None;
         }
-        let name = last(&device);
         let node = format!("/dev/{name}");
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node).ok()?;
         let rdev = number_of(&device)?;
         let info = loop_device::status(&file).ok()?;
-        let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
-        let is_own = kernel_loop::is_held(number, &info)
-            || kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
+        let is_own = kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
         let same = file.metadata().ok()?.rdev() == rdev && is_it((info.device, info.inode, info.rdevice));
         if is_own || !same {
             return None;
