@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("pools::last_closes_are_reported", Needs::Private, 120, last_closes_are_reported),
         case("pools::threads_do_not_grow_with_pools", Needs::Private, 300, threads_do_not_grow_with_pools),
         case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
+        case("pools::an_opened_disk_is_bound", Needs::Private, 90, an_opened_disk_is_bound),
         case("pools::the_daemon_opens_no_other_disk", Needs::Private, 90, no_other_disk_is_opened),
         case("pools::a_tenant_has_no_image_on_fuse", Needs::Private, 120, no_image_on_fuse),
         case("pools::dissect_needs_a_bound_device", Needs::Private, 120, |ctx| {
@@ -302,6 +303,30 @@ fn pool_in_directory(ctx: &Ctx, daemon: &Daemon) -> Res<FuseMount> {
     fs::create_dir(&dir)?;
     daemon.ok(&["instance", "mount", "--name", "p", "--max", "4", &dir])?;
     Ok(FuseMount(dir))
+}
+
+/// udev or lsblk of the host has an unbound disk open for a moment, which the socket then binds.
+fn an_opened_disk_is_bound(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let mounted = pool_in_directory(ctx, &daemon)?;
+    let image = ctx.path("image");
+    fs::write(&image, [b'a'; 1 << 16])?;
+    let before = host::loop_numbers();
+    daemon.ok(&["losetup", "--pool", "p", "-f"])?;
+    let new = host::loop_numbers().into_iter().find(|number| !before.contains(number));
+    let number = new.ok_or("the pool has no disk")?;
+    let bind = || daemon.cli(&["losetup", "--pool", "p", "loop0", &image]);
+    let holder = fs::File::open(format!("/dev/loop{number}"))?;
+    let refused = bind()?;
+    ensure!(refused.code != 0 && refused.err.contains("busy"), "bound while it is open: {refused:?}");
+    let closer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(holder);
+    });
+    let bound = bind()?;
+    ensure!(closer.join().is_ok() && bound.code == 0, "{bound:?}");
+    drop(mounted);
+    daemon.stop()
 }
 
 /// A disk that is open for a moment counts as in use. The daemon looks for other users of each image.
