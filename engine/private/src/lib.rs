@@ -31,5 +31,6 @@ pub mod loops;
 pub mod private;
 
 use loopengine_core::{
-    Result, accounts, counters, error, failures, frontend, image, instance, limits, ring, sandbox, sys,
+    Result, accounts, counters, error, failures, frontend, image, instance, limits, parallel, ring, sandbox,
+    sys,
 };

@@ -5,19 +5,17 @@
 //! again. Knows neither pools nor backing files. No worker serves a disk that is queued here.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::pool_disk::DiskServer;
+use crate::parallel::Helpers;
 use crate::ring::SlotAllocator;
 
 /// At most so many disks wait. Who adds one more deletes disks itself.
 const WAITING_MAX: usize = 8;
-/// Threads of this process that help to delete disks at the end of pools. The driver takes some
-/// 40 ms for a disk, in which it waits for others: many such waits take as long as one.
-const HELPERS_MAX: usize = 64;
-
-static HELPERS: AtomicUsize = AtomicUsize::new(0);
+/// Threads of this process that help pools to end. The driver takes some 40 ms for a disk, in which it
+/// waits for others: many such waits take as long as one.
+pub static END_HELPERS: Helpers = Helpers::new(64);
 
 /// The disks of a pool that wait for their deletion.
 #[derive(Clone, Debug)]
@@ -88,26 +86,13 @@ impl DeletionQueue {
     /// The same, with several threads: the daemon may end then.
     pub fn drain_in_parallel(&self) {
         let _guard = lock(&self.0.working);
-        std::thread::scope(|scope| {
-            let work = || {
-                while let Some(disk) = self.next() {
-                    self.delete(&disk);
-                }
-            };
-            let waiting = lock(&self.0.waiting).disks.len();
-            for _ in 1..waiting {
-                let Some(helper) = Helper::take() else { break };
-                let help = move || {
-                    let _helper = helper;
-                    work();
-                };
-                // This thread does its part.
-                if std::thread::Builder::new().name("disk-delete".into()).spawn_scoped(scope, help).is_err() {
-                    break;
-                }
+        loop {
+            let disks = Vec::from(std::mem::take(&mut lock(&self.0.waiting).disks));
+            if disks.is_empty() {
+                return;
             }
-            work();
-        });
+            END_HELPERS.for_each("disk-delete", &disks, |disk| self.delete(disk));
+        }
     }
 
     fn next(&self) -> Option<DiskServer> {
@@ -123,23 +108,6 @@ impl DeletionQueue {
             // Its slot on the workers stays taken, and so does its number.
             Err(error) => tracing::error!(%error, "a used disk cannot be deleted"),
         }
-    }
-}
-
-/// One of [`HELPERS_MAX`].
-struct Helper;
-
-impl Helper {
-    fn take() -> Option<Helper> {
-        let taken =
-            HELPERS.fetch_update(Relaxed, Relaxed, |taken| (taken < HELPERS_MAX).then_some(taken + 1));
-        taken.is_ok().then_some(Helper)
-    }
-}
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        HELPERS.fetch_sub(1, Relaxed);
     }
 }
 

@@ -10,7 +10,7 @@ mod partitions;
 mod reset;
 mod shadows;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::disk_allocator::{DiskAllocator, NotReplaced};
 use super::file_binding::{FileBinding, check_info};
@@ -57,6 +57,10 @@ pub(super) struct RelatedNumbers {
     pub(super) partitions: Vec<u64>,
 }
 
+/// How long an operation waits for others to close a disk that it replaces: udev or lsblk of the host have
+/// it open for a moment.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(300);
+const CLOSE_INTERVAL: Duration = Duration::from_millis(5);
 /// How long one poll of the close watcher releases outgoing disks of one device.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(200);
 
@@ -224,7 +228,7 @@ impl PoolDevice {
     ) -> Answer<()> {
         let given = match caller.has_descriptor() {
             true => disk.open(caller.can_write()).and_then(|file| caller.replace_descriptor(file)),
-            false => self.replace_disk(allocator),
+            false => self.replace_disk_when_closed(allocator),
         };
         if let Err(error) = given {
             if let Err(disk) = allocator.free(disk) {
@@ -306,6 +310,17 @@ impl PoolDevice {
         self.release_outgoing(allocator, RELEASE_TIMEOUT);
         self.release_cleared(allocator);
         self.release_shadows(allocator);
+    }
+
+    /// The same as `replace_disk`, but waits for a moment.
+    fn replace_disk_when_closed(&mut self, allocator: &DiskAllocator) -> Answer<()> {
+        let until = Instant::now() + CLOSE_TIMEOUT;
+        loop {
+            match self.replace_disk(allocator) {
+                Err(Errno::BUSY) if Instant::now() < until => std::thread::sleep(CLOSE_INTERVAL),
+                replaced => return replaced,
+            }
+        }
     }
 
     /// Replaces its disk by a new one without a size, if nobody has it open.

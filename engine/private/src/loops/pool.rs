@@ -17,12 +17,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::close_watcher::{CloseWatcher, PollResult};
+use super::deletion_queue::END_HELPERS;
 use super::device::PoolDevice;
 use super::disk_allocator::DiskAllocator;
 use super::loop_slot::{END_LOCK_TIMEOUT, LoopSlot};
 use super::quota::Quotas;
 use super::{Answer, DeviceEntry, Errno, LoopStatus, NUMBER_MAX, PoolSpec, PoolWatcher, errno};
 use crate::frontend::StopMode;
+use crate::parallel::Helpers;
 use crate::sys::stack::Stack;
 use force_end::RemovalTurn;
 pub use operation::{LoopOp, LoopReply};
@@ -278,15 +280,17 @@ impl Pool {
     /// Ends the pool. Removes unused devices at once, used ones at their last close, or at once
     /// with `force`.
     pub fn end(&self, force: bool) {
-        self.ending.store(true, Ordering::Release);
         self.forced.fetch_or(force, Ordering::AcqRel);
+        // A poll that saw the end before would remove the devices itself, one after the other.
+        let removing = lock(&self.removing);
+        self.ending.store(true, Ordering::Release);
         for stack in self.end_stacks() {
             tracing::info!("{} ends with private pool {}", stack.name, self.spec.name);
         }
-        let removing = (lock(&self.removing), RemovalTurn::take());
+        let removing = (removing, RemovalTurn::take());
         self.allocator.deletion_queue.begin_end();
         // Unused devices do not wait for those in use.
-        if !self.remove_devices(StopMode::IfUnusedNow, END_LOCK_TIMEOUT) && force {
+        if !self.remove_devices(StopMode::IfUnusedNow, END_LOCK_TIMEOUT, &END_HELPERS) && force {
             self.remove_devices_in_parallel();
             self.allocator.end();
         }
@@ -346,29 +350,28 @@ impl Pool {
     }
 
     /// Removes all devices that can be removed. True: none is left.
-    fn remove_devices(&self, when: StopMode, timeout: Duration) -> bool {
-        let mut clean = true;
-        for (number, slot) in self.all_slots() {
-            clean &= self.end_device(number, &slot, when, timeout);
-        }
+    fn remove_devices(&self, when: StopMode, timeout: Duration, helpers: &Helpers) -> bool {
+        helpers.for_each("end", &self.all_slots(), |(number, slot)| {
+            self.end_device(*number, slot, when, timeout);
+        });
         // A device that was being created exists by now. The next call removes it.
         let _none_comes = lock(&self.creating);
-        let over = clean && self.all_slots().is_empty();
+        let over = self.all_slots().is_empty();
         // Free disks are removed at once, also where a device stays.
         self.allocator.end();
         over
     }
 
-    fn end_device(&self, number: u32, slot: &LoopSlot, when: StopMode, timeout: Duration) -> bool {
-        let Ok(mut device) = slot.lock_within(timeout) else { return false };
+    /// Removes a device, unless it is in use or its lock is held.
+    fn end_device(&self, number: u32, slot: &LoopSlot, when: StopMode, timeout: Duration) {
+        let Ok(mut device) = slot.lock_within(timeout) else { return };
         if !device.end(when, &self.allocator) {
-            return false;
+            return;
         }
         slot.withdraw();
         lock(&self.slots).remove(&number);
         drop(device);
         self.notify(number);
-        true
     }
 
     pub(super) fn all_slots(&self) -> Vec<(u32, Arc<LoopSlot>)> {

@@ -20,6 +20,7 @@ use crate::cli::losetup::remote::Remote;
 use crate::cli::pool_use::PoolUse;
 use crate::control::PrivateClient;
 use crate::error::{Error, Kind, Result};
+use crate::frontend::kernel_loop;
 use crate::hash::fnv1a;
 use crate::image::Identity;
 use crate::instance::Selector;
@@ -264,7 +265,9 @@ pub(super) fn check_not_in_use(run_dir: &Path, image: &MountImage) -> Result<()>
     // Devices of this daemon have passed; the kernel's loop driver shows them again.
     let identity = Identity { dev: meta.dev(), ino: meta.ino(), rdev, btime_ns: 0 };
     let conflicts = |user: &ExternalUse| (user.writes || !image.read_only) && overlap(range, user.range);
-    match holders::find(&identity, &HashSet::new()).into_iter().find(conflicts) {
+    // A device of this daemon that is open for a moment counts as in use there.
+    let may_open = |number| !kernel_loop::numbered_as_ours()(number);
+    match holders::find(&identity, &HashSet::new(), may_open).into_iter().find(conflicts) {
         None => Ok(()),
         Some(user) => Err(Error::new(Kind::Busy, format!("{shown} is in use by {}", user.who))
             .hint("end that use, or use it read-only in both places")),

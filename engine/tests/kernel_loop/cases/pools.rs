@@ -27,6 +27,8 @@ pub(super) fn cases() -> Vec<Case> {
         case("pools::last_closes_are_reported", Needs::Private, 120, last_closes_are_reported),
         case("pools::threads_do_not_grow_with_pools", Needs::Private, 300, threads_do_not_grow_with_pools),
         case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
+        case("pools::an_opened_disk_is_bound", Needs::Private, 90, an_opened_disk_is_bound),
+        case("pools::the_daemon_opens_no_other_disk", Needs::Private, 90, no_other_disk_is_opened),
         case("pools::a_tenant_has_no_image_on_fuse", Needs::Private, 120, no_image_on_fuse),
         case("pools::dissect_needs_a_bound_device", Needs::Private, 120, |ctx| {
             installed(&["systemd-dissect"])?;
@@ -292,6 +294,62 @@ fn threads_do_not_grow_with_pools(ctx: &Ctx) -> Res {
         script.resume(&format!("bound{name}"))?;
         script.finish()?;
     }
+    daemon.stop()
+}
+
+/// A pool `p` in a directory, for commands past the interception.
+fn pool_in_directory(ctx: &Ctx, daemon: &Daemon) -> Res<FuseMount> {
+    let dir = ctx.path("pool");
+    fs::create_dir(&dir)?;
+    daemon.ok(&["instance", "mount", "--name", "p", "--max", "4", &dir])?;
+    Ok(FuseMount(dir))
+}
+
+/// udev or lsblk of the host has an unbound disk open for a moment, which the socket then binds.
+fn an_opened_disk_is_bound(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    let mounted = pool_in_directory(ctx, &daemon)?;
+    let image = ctx.path("image");
+    fs::write(&image, [b'a'; 1 << 16])?;
+    let before = host::loop_numbers();
+    daemon.ok(&["losetup", "--pool", "p", "-f"])?;
+    let new = host::loop_numbers().into_iter().find(|number| !before.contains(number));
+    let number = new.ok_or("the pool has no disk")?;
+    let bind = || daemon.cli(&["losetup", "--pool", "p", "loop0", &image]);
+    let holder = fs::File::open(format!("/dev/loop{number}"))?;
+    let refused = bind()?;
+    ensure!(refused.code != 0 && refused.err.contains("busy"), "bound while it is open: {refused:?}");
+    let closer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(holder);
+    });
+    let bound = bind()?;
+    ensure!(closer.join().is_ok() && bound.code == 0, "{bound:?}");
+    drop(mounted);
+    daemon.stop()
+}
+
+/// A disk that is open for a moment counts as in use. The daemon looks for other users of each image.
+fn no_other_disk_is_opened(ctx: &Ctx) -> Res {
+    use rustix::fs::inotify;
+    let daemon = Daemon::start(ctx)?;
+    let mounted = pool_in_directory(ctx, &daemon)?;
+    let (image, other) = (ctx.path("image"), ctx.path("other"));
+    fs::write(&image, [b'a'; 1 << 16])?;
+    fs::write(&other, [b'b'; 1 << 16])?;
+    daemon.ok(&["losetup", "--pool", "p", "-f", &image])?;
+    let bound = |number: &u32| backing_file(*number).ends_with("/image");
+    let number = host::loop_numbers().into_iter().find(bound).ok_or("no disk has the image")?;
+    let opens = inotify::init(inotify::CreateFlags::NONBLOCK)?;
+    inotify::add_watch(&opens, format!("/dev/loop{number}"), inotify::WatchFlags::OPEN)?;
+    daemon.ok(&["losetup", "--pool", "p", "-f", &other])?;
+    let device = daemon.attach(&[&other, "--force"])?;
+    // The check of a pool's image has a thread of its own.
+    std::thread::sleep(Duration::from_secs(1));
+    let opened = rustix::io::read(&opens, &mut [0; 4096]);
+    ensure!(opened == Err(rustix::io::Errno::AGAIN), "the disk of another image was opened");
+    daemon.detach(&device)?;
+    drop(mounted);
     daemon.stop()
 }
 

@@ -41,10 +41,10 @@ fn disks_present() -> (Vec<u32>, usize) {
     (disks, count)
 }
 
-/// Many pools in directories, each with four bound devices, and one with about as many as a plain user
-/// may have. (The devices of one pool end one after the other, 45 ms each.) Returns the directories.
+/// Many pools in directories, each with four bound devices, and one with many devices. Returns the
+/// directories.
 fn many_pools(ctx: &Ctx, daemon: &Daemon) -> Res<Vec<FuseMount>> {
-    let (small, large) = if host::is_virtual() { (6, 12) } else { (25, 60) };
+    let (small, large) = if host::is_virtual() { (6, 12) } else { (25, 150) };
     let image = ctx.path("image");
     fs::write(&image, [b'a'; 1 << 16])?;
     let mut mounted = vec![];
@@ -67,8 +67,8 @@ fn many_pools(ctx: &Ctx, daemon: &Daemon) -> Res<Vec<FuseMount>> {
     Ok(mounted)
 }
 
-/// The driver takes 40 ms to remove a disk, and can remove many at a time. One after the other, all
-/// disks would take 7 s.
+/// The driver takes 40 ms to remove a disk, and can remove many at a time. One after the other, the
+/// disks of the large pool would take 7 s.
 const REMOVE_MAX: Duration = Duration::from_secs(6);
 
 fn a_stop_removes_all_disks(ctx: &Ctx) -> Res {

@@ -351,9 +351,9 @@ pub(super) fn owned_name(owner: &str, owner_cookie: u64, image: &str) -> String 
     format!("{prefix}{}", &image[start..])
 }
 
-/// Whether this process holds this device, for a private pool.
-pub fn is_held(number: u32, info: &LoopInfo) -> bool {
-    info.file_name().starts_with(PRIVATE_OWNER.as_bytes()) && super::taken().contains(&number)
+/// Whether this process has added this device.
+pub fn is_held(number: u32) -> bool {
+    super::taken().contains(&number)
 }
 
 /// The owner cookie of a device of this program.

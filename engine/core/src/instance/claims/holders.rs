@@ -43,8 +43,8 @@ struct RelatedDevice {
 }
 
 /// All users, writers first, without the loop devices with these owner cookies, and those that this
-/// process holds for its pools.
-pub fn find(image: &Identity, own: &HashSet<u64>) -> Vec<ExternalUse> {
+/// process has added. `may_open`: which loop devices it may open to learn their file.
+pub fn find(image: &Identity, own: &HashSet<u64>, may_open: fn(u32) -> bool) -> Vec<ExternalUse> {
     let mounts = mounts();
     let related_devices = match image.rdev {
         0 => Vec::new(),
@@ -62,7 +62,7 @@ pub fn find(image: &Identity, own: &HashSet<u64>) -> Vec<ExternalUse> {
     if swaps().into_iter().any(is_it) {
         found.push(ExternalUse { who: "swap".to_owned(), writes: true, range: (0, 0) });
     }
-    found.extend(kernel_loops(is_it, &mounts, own));
+    found.extend(kernel_loops(is_it, &mounts, own, may_open));
     found.sort_by_key(|user| !user.writes);
     found
 }
@@ -129,29 +129,30 @@ fn kernel_loops(
     is_it: impl Fn((u64, u64, u64)) -> bool,
     mounts: &[MountEntry],
     own: &HashSet<u64>,
+    may_open: fn(u32) -> bool,
 ) -> Vec<ExternalUse> {
     let user = |device: PathBuf| {
-        if !device.join("loop/backing_file").exists() {
+        let name = last(&device);
+        let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
+        // A disk of a pool must not be open, even for a moment: it would count as in use.
+        if kernel_loop::is_held(number) || !device.join("loop/backing_file").exists() {
             return None;
         }
-        let name = last(&device);
         let node = format!("/dev/{name}");
         let rdev = number_of(&device)?;
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node);
+        let opened = match may_open(number) {
+            true => OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&node).ok(),
+            false => None,
+        };
         let same = match opened {
-            Ok(file) => {
+            Some(file) => {
                 let info = loop_device::status(&file).ok()?;
-                let number = name.trim_start_matches("loop").parse().unwrap_or(u32::MAX);
-                let is_own = kernel_loop::is_held(number, &info)
-                    || kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
+                let is_own = kernel_loop::cookie(&info).is_some_and(|cookie| own.contains(&cookie));
                 let is_node = file.metadata().ok()?.rdev() == rdev;
                 !is_own && is_node && is_it((info.device, info.inode, info.rdevice))
             }
-            // Only root may open it; everybody may read the path of its file.
-            Err(_) if !rustix::process::geteuid().is_root() => {
-                is_it(numbers(Path::new(&text(&device.join("loop/backing_file"))))?)
-            }
-            Err(_) => false,
+            // Everybody may read the path of its file, which need not lead to the file.
+            None => is_it(numbers(Path::new(&text(&device.join("loop/backing_file"))))?),
         };
         if !same {
             return None;
@@ -286,10 +287,14 @@ mod tests {
     #[test]
     fn a_missing_file_has_no_users() {
         let nothing = Identity { dev: u64::MAX, ino: 1, rdev: 0, btime_ns: 0 };
-        assert!(find(&nothing, &HashSet::new()).is_empty());
+        assert!(find(&nothing, &HashSet::new(), |_| true).is_empty());
         assert!(
-            find(&Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing }, &HashSet::new())
-                .is_empty()
+            find(
+                &Identity { rdev: rustix::fs::makedev(4000, 1), dev: 0, ..nothing },
+                &HashSet::new(),
+                |_| true
+            )
+            .is_empty()
         );
         assert_eq!(related(0), [0u64; 0]);
     }

@@ -212,7 +212,7 @@ fn open_exclusively(image: &Image) -> (Option<OwnedFd>, bool) {
 fn find_external_users(identity: Identity, name: &str, own: HashSet<u64>) -> Vec<ExternalUse> {
     let (found, is_found) = std::sync::mpsc::channel();
     let started = std::thread::Builder::new().name("holders".into()).spawn(move || {
-        let mut users = holders::find(&identity, &own);
+        let mut users = holders::find(&identity, &own, |_| true);
         users.extend(locks::find(&identity));
         let _ = found.send(users);
     });
@@ -256,7 +256,7 @@ fn find_external_users_later(binding: DeferredCheck) {
             drop(state);
             warn_external(
                 &next.by,
-                &holders::find(&next.identity, &HashSet::new()),
+                &holders::find(&next.identity, &HashSet::new(), |_| true),
                 next.identity,
                 &next.name,
             );

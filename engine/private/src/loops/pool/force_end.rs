@@ -10,10 +10,14 @@ use std::time::Duration;
 
 use super::{END_LOCK_TIMEOUT, LoopSlot, Pool, lock};
 use crate::frontend::StopMode;
+use crate::parallel::Helpers;
 use crate::sys::usage::{self, Disks};
 
 /// Devices that are ended at a time: one may hang.
 const ENDED_IN_PARALLEL: usize = 64;
+
+/// A poll starts no threads for devices.
+const NO_HELPERS: Helpers = Helpers::new(0);
 
 /// Pools of this process that remove their devices at a time: more would only wait for each other.
 const POOLS_AT_A_TIME: usize = 256;
@@ -54,7 +58,7 @@ impl Pool {
         };
         let forced = self.forced.load(Ordering::Acquire);
         let when = if forced { StopMode::Always } else { StopMode::IfUnusedNow };
-        let over = self.remove_devices(when, Duration::ZERO);
+        let over = self.remove_devices(when, Duration::ZERO, &NO_HELPERS);
         drop(removing);
         if over {
             let watchers = lock(&self.watchers).0.clone();
