@@ -17,7 +17,7 @@ use crate::sys::usage::{self, Disks};
 const ENDED_IN_PARALLEL: usize = 64;
 
 /// A poll starts no threads for devices.
-const NO_HELPERS: Helpers = Helpers::new(0);
+static NO_HELPERS: Helpers = Helpers::new(0);
 
 /// Pools of this process that remove their devices at a time: more would only wait for each other.
 const POOLS_AT_A_TIME: usize = 256;
