@@ -127,10 +127,7 @@ pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
     if accept {
         return self::accept(path, &Baseline { kernel: kernel.clone(), fio: fio.clone(), rows: now });
     }
-    let text = fs::read_to_string(path)
-        .with_context(|| format!("cannot read {}; 'cargo lab gate --accept' makes one", path.display()))?;
-    let baseline: Baseline =
-        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
+    let baseline = read(path)?;
     let (compared, verdict) = compare(&baseline, &now);
     println!("\ninstructions per I/O: now, in the baseline, and the difference");
     compared.iter().for_each(|row| println!("{row}"));
@@ -154,6 +151,18 @@ pub fn run(outcome: &Outcome, path: &Path, accept: bool) -> Result<u8> {
             0
         }
     })
+}
+
+fn read(path: &Path) -> Result<Baseline> {
+    let text = fs::read_to_string(path)
+        .with_context(|| format!("cannot read {}; 'cargo lab gate --accept' makes one", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+}
+
+/// Instructions per I/O of `target` at `job` in the baseline at `path`, if they are there.
+pub fn baseline(path: &Path, job: &str, target: &str) -> Option<u64> {
+    let rows = read(path).ok()?.rows;
+    rows.into_iter().find(|row| row.job == job && row.target == target).map(|row| row.instructions)
 }
 
 fn accept(path: &Path, baseline: &Baseline) -> Result<u8> {

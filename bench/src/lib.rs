@@ -36,3 +36,4 @@ pub mod summary;
 pub mod target;
 mod units;
 pub mod varlink;
+pub mod window;

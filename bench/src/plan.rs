@@ -57,6 +57,9 @@ pub struct Choice {
     /// Note for the manifest
     #[arg(long, value_name = "KEY=VALUE", hide = true)]
     pub note: Vec<String>,
+    /// Mark a window of each job for `cargo lab profile`
+    #[arg(long, hide = true)]
+    pub windows: bool,
 }
 
 impl Choice {
@@ -99,6 +102,7 @@ impl Choice {
                 }),
             },
             notes: self.note.iter().map(note).collect::<Result<BTreeMap<_, _>>>()?,
+            windows: self.windows,
         };
         plan.targets()?;
         Ok(plan)

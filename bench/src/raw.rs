@@ -20,6 +20,7 @@ use serde_json::Value;
 
 use crate::cost::Spent;
 use crate::outcome::{JobInfo, Manifest, TargetInfo, Warning};
+use crate::window::Window;
 use crate::{handover, sh};
 
 /// Directory of the raw files below the directory of a result.
@@ -57,6 +58,9 @@ pub struct Round {
     pub spent: BTreeMap<String, Spent>,
     /// Why fio failed, by target.
     pub failed: BTreeMap<String, String>,
+    /// Windows that were marked for a profile, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub windows: Vec<Window>,
 }
 
 /// Name of the file of `job` in `round`.

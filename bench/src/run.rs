@@ -22,7 +22,7 @@ use crate::progress::Progress;
 use crate::raw::{self, FACTS, Facts, Round};
 use crate::site::{Set, Site};
 use crate::target::{self, Kind, MANY, Target};
-use crate::{check, sh, site};
+use crate::{check, sh, site, window};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -39,6 +39,8 @@ pub struct Plan {
     pub extras: Extras,
     /// Notes for the manifest.
     pub notes: BTreeMap<String, String>,
+    /// Mark a window of each job for a profile.
+    pub windows: bool,
 }
 
 /// Size of each device of a job that needs many, in MiB.
@@ -110,6 +112,9 @@ pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
     // Targets are torn down first: the extras make their own devices.
     sets.clear();
     let measured = measured.and_then(|()| measure::run(&plan.extras, &site, out));
+    if plan.windows {
+        window::send_symbols(out)?;
+    }
     let complete = match measured {
         Ok(()) => true,
         Err(_) if sh::interrupted().is_err() => false,
@@ -143,7 +148,7 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
         }
         let turn = round as usize % able.len();
         able.rotate_left(turn);
-        let measured = one(job, round, &able, plan.length, &site.scratch())?;
+        let measured = one(plan, job, round, &able, &site.scratch())?;
         for (target, why) in &measured.failed {
             progress.say(&format!("{target}: {}: {why}", job.name));
             broken.push((job.name, target.clone()));
@@ -154,28 +159,32 @@ fn rounds(plan: &Plan, sets: &mut [Set], site: &Site, out: &Path) -> Result<()> 
     Ok(())
 }
 
-/// Runs a job on all targets in one start of fio; if that fails, in one start per target.
-fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> Result<Round> {
+/// Runs a job on all targets in one start of fio; in one start per target if that fails or if
+/// windows are marked.
+fn one(plan: &Plan, job: &Job, round: u32, sets: &[&Set], scratch: &Path) -> Result<Round> {
     let mut raw = Round {
         round,
         job: job.name.into(),
         fio: Vec::new(),
         spent: BTreeMap::new(),
         failed: BTreeMap::new(),
+        windows: Vec::new(),
     };
-    match start(job, sets, length, scratch, &mut raw) {
-        Ok(()) => return Ok(raw),
-        Err(error) => {
-            sh::interrupted()?;
-            if let [only] = sets {
-                raw.failed.insert(only.info.name.clone(), format!("{error:#}"));
-                return Ok(raw);
+    if !plan.windows {
+        match start(plan, job, sets, scratch, &mut raw) {
+            Ok(()) => return Ok(raw),
+            Err(error) => {
+                sh::interrupted()?;
+                if let [only] = sets {
+                    raw.failed.insert(only.info.name.clone(), format!("{error:#}"));
+                    return Ok(raw);
+                }
             }
         }
+        raw.failed.clear();
     }
-    raw.failed.clear();
     for set in sets {
-        if let Err(error) = start(job, &[set], length, scratch, &mut raw) {
+        if let Err(error) = start(plan, job, &[set], scratch, &mut raw) {
             sh::interrupted()?;
             raw.failed.insert(set.info.name.clone(), format!("{error:#}"));
         }
@@ -183,7 +192,7 @@ fn one(job: &Job, round: u32, sets: &[&Set], length: Length, scratch: &Path) -> 
     Ok(raw)
 }
 
-fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Round) -> Result<()> {
+fn start(plan: &Plan, job: &Job, sets: &[&Set], scratch: &Path, raw: &mut Round) -> Result<()> {
     let opened = |set: &&Set| {
         let opened = set.opened.clone()?;
         Some(fio::JobTarget { name: set.info.name.clone(), path: opened.path, many: opened.many })
@@ -194,7 +203,14 @@ fn start(job: &Job, sets: &[&Set], length: Length, scratch: &Path, raw: &mut Rou
         server.map(|pid| (Reading::of(pid), set.punts()))
     };
     let before: Vec<Option<(Reading, Option<u64>)>> = sets.iter().map(account).collect();
-    let said = fio::run(job, &places, length, scratch)?;
+    let fio = || fio::run(job, &places, plan.length, scratch);
+    let said = if plan.windows {
+        let (said, window) = window::mark_during(plan.length, fio)?;
+        raw.windows.push(window);
+        said
+    } else {
+        fio()?
+    };
     // A service manager stops fio together with this program: its report is truncated then.
     sh::interrupted()?;
     for (set, before) in sets.iter().zip(before) {

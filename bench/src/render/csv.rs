@@ -30,7 +30,7 @@ pub(super) fn csv(outcome: &Outcome) -> String {
 }
 
 /// Quotes a field as in RFC 4180.
-fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     if text.contains([',', '"', '\n', '\r']) {
         format!("\"{}\"", text.replace('"', "\"\""))
     } else {

@@ -34,6 +34,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 pub use self::brief::brief;
+pub use self::csv::quoted;
 pub use self::terminal::terminal;
 use crate::outcome::{self, Outcome};
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `lab bench` and `lab gate`: run `loopbench` in a VM.
+//! `lab bench` and `lab gate`: run `loopbench` in a VM; `lab profile` uses it.
 //!
 //! Boots the VM (for `icount` a sealed machine), records revision and versions, and writes the
 //! report.
@@ -64,14 +64,31 @@ pub(crate) struct Gate {
 }
 
 /// The machine on which `loopbench` runs.
-struct Stage<'a> {
+pub(crate) struct Stage<'a> {
     mode: Option<Mode>,
     kernel: Line,
     idle_poll: bool,
-    limit: Duration,
+    pub(crate) limit: Duration,
     programs: &'a [Program],
     /// Notes for the manifest.
     notes: Vec<Note>,
+    /// Plugin of a sealed machine, in QEMU's format.
+    pub(crate) plugin: Option<String>,
+}
+
+impl<'a> Stage<'a> {
+    /// A VM without notes.
+    pub(crate) fn new(mode: Mode, kernel: Line, programs: &'a [Program]) -> Stage<'a> {
+        Stage {
+            mode: Some(mode),
+            kernel,
+            idle_poll: false,
+            limit: Duration::from_secs(900),
+            programs,
+            notes: Vec::new(),
+            plugin: None,
+        }
+    }
 }
 
 /// Name and value of a note for the manifest.
@@ -114,9 +131,10 @@ pub(crate) fn bench(options: &BenchOptions) -> Result<u8> {
             limit: Duration::from_secs(options.timeout),
             programs: &programs,
             notes: notes(options, mode)?,
+            plugin: None,
         };
-        let mut words: Vec<String> = options.quick.then(|| "--quick".to_owned()).into_iter().collect();
-        words.extend(options.more.iter().cloned());
+        let quick = options.quick.then_some("--quick");
+        let words: Vec<&str> = quick.into_iter().chain(options.more.iter().map(String::as_str)).collect();
         let start = Instant::now();
         let outcome = measure(&stage, &words, &out, options.resume)?;
         render::write(&outcome, &out)?;
@@ -129,41 +147,26 @@ pub(crate) fn bench(options: &BenchOptions) -> Result<u8> {
     Ok(0)
 }
 
+/// Options of a run that the gate compares.
+pub(crate) const GATE_WORDS: [&str; 8] =
+    ["--rounds", "1", "--run-ms", "1000", "--attaches", "0", "--idle", "0"];
+
 /// Measures a few jobs in `icount` and compares with the baseline; returns the exit code.
 pub(crate) fn gate(options: &Gate) -> Result<u8> {
     let out = tempfile::tempdir()?;
     setup::ensure_all()?;
     // The profile of the lab, which other steps of CI have built already.
     let programs = programs::build()?;
-    let stage = Stage {
-        mode: Some(Mode::Icount),
-        kernel: Line::Seven,
-        idle_poll: false,
-        limit: Duration::from_secs(900),
-        programs: &programs,
-        notes: Vec::new(),
-    };
+    let stage = Stage::new(Mode::Icount, Line::Seven, &programs);
     let jobs: Vec<&str> = gate::JOBS.iter().map(|job: &&Job| job.name).collect();
-    let words = [
-        "--jobs",
-        &jobs.join(","),
-        "--targets",
-        &gate::TARGETS.join(","),
-        "--rounds",
-        "1",
-        "--run-ms",
-        "1000",
-        "--attaches",
-        "0",
-        "--idle",
-        "0",
-    ];
-    let outcome = measure(&stage, &words.map(str::to_owned), out.path(), false)?;
+    let (jobs, targets) = (jobs.join(","), gate::TARGETS.join(","));
+    let words = [&["--jobs", &jobs, "--targets", &targets], &GATE_WORDS[..]].concat();
+    let outcome = measure(&stage, &words, out.path(), false)?;
     gate::run(&outcome, &programs::workspace().join(gate::BASELINE), options.accept)
 }
 
 /// Runs `loopbench` with `words` on the stage, and collects its raw files.
-fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Result<Outcome> {
+pub(crate) fn measure(stage: &Stage<'_>, words: &[&str], out: &Path, resume: bool) -> Result<Outcome> {
     if resume {
         raw::unpack(out)?;
     } else {
@@ -177,7 +180,7 @@ fn measure(stage: &Stage<'_>, words: &[String], out: &Path, resume: bool) -> Res
         let mut line: Vec<String> =
             ["run", "--raw-only", "--mode", mode, "--out", out].map(str::to_owned).into();
         line.extend(resume.then(|| "--resume".to_owned()));
-        line.extend_from_slice(words);
+        line.extend(words.iter().map(|word| (*word).to_owned()));
         line
     };
     let notes = stage.notes.iter().flat_map(|(key, value)| ["--note".to_owned(), format!("{key}={value}")]);
@@ -221,6 +224,7 @@ fn sealed(stage: &Stage<'_>, line: &[String], into: &Path) -> Result<i32> {
         memory: MEMORY.into(),
         limit: stage.limit,
         idle_poll: stage.idle_poll,
+        plugin: stage.plugin.clone(),
     };
     let mut tree = sealed::tree(&lab, &machine.kernel, stage.programs)?;
     // Raw files of the run that is resumed.

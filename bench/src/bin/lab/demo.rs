@@ -149,6 +149,7 @@ fn show() -> Result<()> {
         image_mb: 128,
         extras: Extras::default(),
         notes: Default::default(),
+        windows: false,
     };
     let raw = home.path().join("raw");
     run::run(&plan, &raw, false)?;

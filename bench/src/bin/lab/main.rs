@@ -8,7 +8,7 @@
 //!                            ├─ lab test
 //!                            ├─ lab hostile
 //!                            └─ lab bench in smp: loopbench
-//!  both ── initrd ── sealed ───── lab bench in icount, lab gate: loopbench
+//!  both ── initrd ── sealed ───── lab bench in icount, lab gate, lab profile: loopbench
 //!  steps, cargo_tools ──────┬──── lab ci (all checks), lab docs (the book), lab release
 //!  debian_root ─────────────┴──── lab package
 //! ```
@@ -29,6 +29,7 @@ mod initrd;
 mod kernel;
 mod package;
 mod powercut;
+mod profile;
 mod programs;
 mod release;
 mod sealed;
@@ -76,6 +77,12 @@ enum Command {
     Bench(bench::BenchOptions),
     /// Fail if an I/O costs more instructions than the committed baseline
     Gate(bench::Gate),
+    /// Show which functions execute the instructions of an I/O, beside kernel loop
+    ///
+    /// Runs each JOB on the TARGETs and on kernel loop in the machine of `gate`, with a plugin of
+    /// QEMU that counts instructions. Prints instructions per I/O by layer and by function, and the
+    /// difference to what fio measures: exit status 1 if it is over 2 %.
+    Profile(profile::ProfileOptions),
     /// Rewrite the report of a result from its raw files
     Report {
         /// Directory below results/
@@ -173,6 +180,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::bench(&options),
         Command::Gate(options) => bench::gate(&options),
+        Command::Profile(options) => profile::run(&options),
         Command::Report { dir } => render::write(&collect::result(&dir)?, &dir).map(|()| 0),
         Command::Test(options) => Ok(u8::from(!suite::run(&options)?)),
         Command::Ci(options) => ci::run(&options).map(|()| 0),

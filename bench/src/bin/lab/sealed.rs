@@ -59,6 +59,8 @@ pub(crate) struct Sealed {
     pub(crate) limit: Duration,
     /// The CPU spins instead of sleeping.
     pub(crate) idle_poll: bool,
+    /// Plugin in QEMU's format: a file and its arguments.
+    pub(crate) plugin: Option<String>,
 }
 
 /// Receives the output of a machine.
@@ -151,6 +153,7 @@ impl Sealed {
         boot.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
         // A clock and randomness that do not depend on the host.
         boot.args(["-rtc", "base=2026-01-01T00:00:00,clock=vm", "-seed", "1"]);
+        boot.args(self.plugin.iter().flat_map(|plugin| ["-plugin", plugin]));
         for line in [TEXT, FILES] {
             // QEMU's syntax doubles a comma in a value.
             let path = session.join(line).to_string_lossy().replace(',', ",,");
