@@ -4,6 +4,8 @@
 //! The tests in `fresh` generate the files in `share/man`, and compare [`PAGES`] with them.
 
 #[cfg(test)]
+mod json;
+#[cfg(test)]
 pub(super) mod man;
 
 macro_rules! embedded {
