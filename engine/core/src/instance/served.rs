@@ -7,6 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use super::activity::DeviceActivity;
 use super::spec::{DeviceState, DeviceStats};
 use super::statistics::{of_block_layer, of_queues};
 use crate::error::{Error, Kind, Result};
@@ -14,6 +15,7 @@ use crate::frontend::ublk::StartLock;
 use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
+use crate::sys::block_stats::BlockStats;
 use crate::worker::{NewQueue, QueueStats, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
@@ -369,6 +371,10 @@ impl Served {
 
     /// Its state, without blocking for long.
     pub fn state(&self) -> DeviceState {
+        self.state_with(|| state_of(&self.queue_stats()))
+    }
+
+    fn state_with(&self, workers_state: impl FnOnce() -> DeviceState) -> DeviceState {
         let lifecycle = match self.lifecycle.try_lock() {
             Ok(lifecycle) => *lifecycle,
             Err(TryLockError::Poisoned(lifecycle)) => *lifecycle.into_inner(),
@@ -381,12 +387,7 @@ impl Served {
         if matches!(&self.device, FrontendDevice::Loop(device) if !device.is_bound()) {
             return DeviceState::Stuck;
         }
-        match self.queue_stats() {
-            Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
-            Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,
-            Ok(_) => DeviceState::Live,
-            Err(_) => DeviceState::Stuck,
-        }
+        workers_state()
     }
 
     fn queue_stats(&self) -> Result<Vec<QueueStats>> {
@@ -410,6 +411,33 @@ impl Served {
                 self.queue_stats().map(|queues| of_queues(&queues, path, image))
             }
         }
+    }
+
+    /// Its state, counts and times, of a device that is `known` so far.
+    pub fn activity(&self, known: DeviceActivity, path: String, image: String) -> DeviceActivity {
+        let node = self.device.node();
+        let disk = || node.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let FrontendDevice::Loop(_) = &self.device {
+            let state = Some(self.state_with(|| DeviceState::Live));
+            return DeviceActivity { state, ..known }.with_block_layer(disk(), path, image);
+        }
+        let queues = self.queue_stats();
+        let state = Some(self.state_with(|| state_of(&queues)));
+        let stats = queues.ok().map(|queues| of_queues(&queues, path, image));
+        let known = DeviceActivity { state, has_workers: true, stats, ..known };
+        let FrontendDevice::Ublk(_) = &self.device else { return known };
+        let times = BlockStats::of_disk(&disk()).ok().map(Into::into);
+        DeviceActivity { disk: disk(), times, ..known }
+    }
+}
+
+/// What the workers of a device say of its state.
+fn state_of(queues: &Result<Vec<QueueStats>>) -> DeviceState {
+    match queues {
+        Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
+        Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,
+        Ok(_) => DeviceState::Live,
+        Err(_) => DeviceState::Stuck,
     }
 }
 
