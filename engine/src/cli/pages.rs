@@ -47,6 +47,7 @@ pub const PAGES: &[(&str, &str)] = embedded![
     "loopengine-run.1",
     "loopengine-serve.1",
     "loopengine-stats.1",
+    "loopengine-top.1",
     "loopengine-umount.1",
     "loopengine.1",
     "mount.loop.8",

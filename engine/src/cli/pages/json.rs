@@ -10,6 +10,7 @@ use crate::cli::create::ImageInfo;
 use crate::cli::doctor::{Check, Verdict};
 use crate::cli::examples;
 use crate::cli::list::{InstanceDevice, ListedPool, Listing, LoopDevice};
+use crate::cli::top::{DeviceRates, Interval, Rates};
 use crate::instance::spec::*;
 use crate::private::Limit;
 use crate::sys::processes::Process;
@@ -29,6 +30,9 @@ const JSON_TYPES: &[&idl::CustomType<'static>] = &[
     DeviceState::CUSTOM_TYPE,
     DeviceStats::CUSTOM_TYPE,
     LatencySummary::CUSTOM_TYPE,
+    Interval::CUSTOM_TYPE,
+    DeviceRates::CUSTOM_TYPE,
+    Rates::CUSTOM_TYPE,
     Limit::CUSTOM_TYPE,
     Features::CUSTOM_TYPE,
     Check::CUSTOM_TYPE,
@@ -45,6 +49,7 @@ pub(super) fn page() -> Roff {
         ("loopengine list", "An array of DeviceInfo. With --all, or for a plain user: one Listing."),
         ("loopengine find", "One Listing, with devices of that image only."),
         ("loopengine stats", "An array of DeviceStats. With --watch: one such array per line."),
+        ("loopengine top", "One Interval per line."),
         ("loopengine resize", "One DeviceInfo."),
         ("loopengine limit", "An array of Limit. With USER: only the limit of that user."),
         ("loopengine features", "One Features."),
@@ -86,7 +91,7 @@ pub(super) fn page() -> Roff {
     }
     section_examples(&mut roff, examples::of("json"));
     roff.control("SH", ["SEE ALSO"]);
-    roff.text([roman("loopengine(1), loopengine-list(1), loopengine-stats(1), jq(1)")]);
+    roff.text([roman("loopengine(1), loopengine-list(1), loopengine-stats(1), loopengine-top(1), jq(1)")]);
     roff
 }
 

@@ -10,6 +10,7 @@ use clap_mangen::roff::{Roff, bold, italic, roman};
 
 use super::json;
 use crate::cli::examples::{self, Example};
+use crate::cli::top::KEYS;
 use crate::cli::{COMMAND_NOT_FOUND, NOT_EXECUTABLE, RUN_FAILED, command};
 use crate::{broken_kernels, kernels};
 
@@ -110,6 +111,10 @@ fn more_sections(path: &str) -> Roff {
     if path == "serve" {
         configuration(&mut roff);
     }
+    if path == "top" {
+        roff.control("SH", ["KEYS"]);
+        KEYS.iter().for_each(|(key, does)| tagged(&mut roff, key, does));
+    }
     exit_status(&mut roff, path);
     if ["", "doctor"].contains(&path) {
         roff.control("SH", ["KERNELS"]);
@@ -143,6 +148,7 @@ fn more_sections(path: &str) -> Roff {
              loopengine-doctor(1), loopengine-loopfs(7), loopengine-json(7)"
         }
         "instance mount" | "instance open" => "loopengine(1), loopengine-loopfs(7), mount.loop(8)",
+        "top" => "loopengine(1), loopengine-stats(1), loopengine-metrics(1), loopengine-json(7), iostat(1)",
         "run" => "loopengine(1), loopengine-mount(1), loopengine-loopfs(7), losetup(8)",
         "losetup" => "loopengine(1), loopengine-loopfs(7), losetup(8)",
         "mount" => "loopengine(1), loopengine-umount(1), loopengine-run(1)",
