@@ -259,26 +259,41 @@ fn json_has_a_schema() {
     let stats = "path:string image:string atNs:number reads:number readBytes:number writes:number \
         writeBytes:number flushes:number syncs:number discards:number errors:number resubmits:number punts:number \
         fallbacks:number requests:number batches:number held:number inFlight:number latency:object";
+    let interval = "atUnixMs:number seconds:number problem:null total:object devices:array";
     let cases: &[(&[&str], &str)] = &[
         (&["create", "new.img", "--size", "1M"], "path:string sizeBytes:number"),
         (&["attach", "a.img"], device),
         (&["resize", "default/loop0"], device),
         (&["list"], device),
         (&["stats"], stats),
+        (&["top", "-n", "1", "-d", "0.1"], interval),
         (&["instance", "create", "other"], instance),
         (&["instance", "list"], instance),
     ];
     for (words, schema) in cases {
         let words: Vec<&str> = words.iter().chain(&["--json"]).copied().collect();
         let printed: serde_json::Value = serde_json::from_str(ok(&daemon.run(&words))).unwrap();
-        let object = printed.as_array().map_or(&printed, |all| &all[0]).as_object().unwrap();
-        let mut have: Vec<String> =
-            object.iter().map(|(key, value)| format!("{key}:{}", kind(value))).collect();
-        let mut want: Vec<&str> = schema.split_whitespace().collect();
-        have.sort_unstable();
-        want.sort_unstable();
-        assert_eq!(have, want, "{words:?}");
+        has_schema(printed.as_array().map_or(&printed, |all| &all[0]), schema);
+        if words[0] == "top" {
+            let device = "name:string number:number private:boolean uid:number user:string disk:string \
+                image:string state:string rates:object";
+            has_schema(&printed["devices"][0], device);
+            let rates = "readsPerSecond:number readBytesPerSecond:number writesPerSecond:number \
+                writeBytesPerSecond:number flushesPerSecond:number discardsPerSecond:number averageNs:null \
+                p99Ns:null queueDepth:null utilisationPercent:null inFlight:number errors:number";
+            has_schema(&printed["devices"][0]["rates"], rates);
+            has_schema(&printed["total"], rates);
+        }
     }
+}
+
+fn has_schema(value: &serde_json::Value, schema: &str) {
+    let object = value.as_object().unwrap();
+    let mut have: Vec<String> = object.iter().map(|(key, value)| format!("{key}:{}", kind(value))).collect();
+    let mut want: Vec<&str> = schema.split_whitespace().collect();
+    have.sort_unstable();
+    want.sort_unstable();
+    assert_eq!(have, want, "{value}");
 }
 
 fn kind(value: &serde_json::Value) -> &'static str {
@@ -355,6 +370,49 @@ fn watch_ends_with_its_reader() {
     ok(&daemon.run(&["attach", "a.img"]));
     let mut child =
         daemon.command(&["stats", "--watch"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 6]).unwrap();
+    drop(out);
+    let ran = Ran::from(child.wait_with_output().unwrap());
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+}
+
+#[test]
+fn top_prints_a_table_per_interval() {
+    let daemon = Daemon::start();
+    daemon.image("a.img", 4096);
+    daemon.image("b.img", 4096);
+    ok(&daemon.run(&["attach", "a.img"]));
+    ok(&daemon.run(&["attach", "b.img"]));
+    let top = |more: &[&str]| daemon.run(&[&["top", "-d", "0.1"], more].concat());
+    // Each reading advances the fake's clock by one second, and adds 1000 reads.
+    let printed = top(&["-n", "2", "-o", "DEVICE", "-r"]);
+    let lines: Vec<&str> = ok(&printed).lines().collect();
+    assert_eq!(lines.len(), 11, "{printed:?}");
+    for table in [&lines[..5], &lines[6..]] {
+        assert!(table[0].contains(", 2 devices, 0 hidden, by DEVICE reversed"), "{printed:?}");
+        assert!(table[1].starts_with("total: IO/S 2000.0 R/S 2000.0 W/S 0.0 RKIB/S 8000.0 "), "{printed:?}");
+        let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let heads =
+            "DEVICE USER IO/S R/S W/S RKIB/S WKIB/S AVG_MS P99_MS UTIL% INFLIGHT ERRORS STATE AQU-SZ F/S D/S";
+        assert_eq!(cells(table[2]).join(" "), heads);
+        let row = "default/loop1 root 1000.0 1000.0 0.0 4000.0 0.0 - - - 3 0 live - 0.0 0.0";
+        assert_eq!(cells(table[3]).join(" "), row);
+        assert!(table[4].starts_with("default/loop0 "), "{printed:?}");
+    }
+    let filtered = top(&["-n", "1", "--filter", "B.IMG"]);
+    assert!(ok(&filtered).contains("2 devices, 1 hidden") && !filtered.out.contains("loop0"), "{filtered:?}");
+    assert_eq!(ok(&top(&["-n", "2", "--json"])).lines().count(), 2);
+    for wrong in [&["-d", "0"][..], &["-n", "0"], &["-o", "x"]] {
+        assert_eq!(top(wrong).code, 2, "{wrong:?}");
+    }
+}
+
+#[test]
+fn top_ends_with_its_reader() {
+    let daemon = Daemon::start();
+    let mut top = daemon.command(&["top", "-d", "0.1"]);
+    let mut child = top.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut out = child.stdout.take().unwrap();
     out.read_exact(&mut [0; 6]).unwrap();
     drop(out);

@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 
 use loopengine::Result;
 use loopengine::control::{EngineApi, rundir::RunDir, server};
+use loopengine::instance::activity::DeviceActivity;
 use loopengine::loops::{Bound, DeviceEntry, PoolSpec, Quotas, flag};
 use loopengine::private::{
     ContainerSession, Defaults, DeviceStatus, LoopInfo64, Mounter, Operation, OperationRequest,
@@ -47,15 +48,15 @@ impl PoolSource for Bindings {
         Quotas::default()
     }
 
-    fn open(&self, _: &PoolSpec, events: TenantEvents) -> Result<(Arc<dyn PoolHandle>, OwnedFd)> {
+    fn open(&self, spec: &PoolSpec, events: TenantEvents) -> Result<(Arc<dyn PoolHandle>, OwnedFd)> {
         let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
         fsconfig_create(&context).unwrap();
         let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
-        Ok((Arc::new(BoundPool(self.clone(), events)), mount))
+        Ok((Arc::new(BoundPool(self.clone(), events, spec.clone())), mount))
     }
 }
 
-struct BoundPool(Bindings, TenantEvents);
+struct BoundPool(Bindings, TenantEvents, PoolSpec);
 
 impl PoolHandle for BoundPool {
     fn supervise(&self, _: OwnedFd, _: OwnedFd, _: Option<Mounter>) -> Result<()> {
@@ -90,6 +91,11 @@ impl PoolHandle for BoundPool {
         };
         let free = entry(1, rustix::fs::makedev(259, 7001), None);
         bound.map(|(bound, rdev)| entry(0, rdev, Some(bound))).into_iter().chain([free]).collect()
+    }
+
+    fn activity(&self) -> Vec<DeviceActivity> {
+        let PoolSpec { name, uid, .. } = self.2.clone();
+        vec![DeviceActivity { owner: name, uid, ..DeviceActivity::default() }]
     }
 
     fn operate(&self, asked: &OperationRequest, _: Option<OwnedFd>) -> OperationResult {
@@ -338,6 +344,26 @@ fn users_see_their_own_pools() {
     fails(&daemon.run(PLAIN, &["list", "--instance", "default"]), 6, "loopengine: ");
     // The output of a plain 'list' of root is unchanged.
     assert!(daemon.json(0, &["list"]).is_array());
+}
+
+#[test]
+fn top_shows_users_their_own_pools() {
+    let Some(mut daemon) = Daemon::start() else { return };
+    daemon.image("a.img");
+    ok(&daemon.run(0, &["attach", "a.img"]));
+    daemon.tenant(0, "ci");
+    daemon.tenant(PLAIN, "p");
+    for (uid, want) in [
+        (0, &["ci/loop0 root", "default/loop0 root", "65534.p/loop0 nobody"][..]),
+        (PLAIN, &["65534.p/loop0 nobody"]),
+        (PLAIN - 1, &[]),
+    ] {
+        let shown = daemon.json(uid, &["top", "-n", "1", "-d", "0.1", "-o", "user", "-r"]);
+        let word = |device: &Value, key: &str| device[key].as_str().unwrap().to_owned();
+        let devices = shown["devices"].as_array().unwrap().iter();
+        let found: Vec<_> = devices.map(|one| word(one, "name") + " " + &word(one, "user")).collect();
+        assert_eq!(found, want);
+    }
 }
 
 #[test]

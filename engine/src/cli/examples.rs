@@ -144,6 +144,18 @@ pub fn of(command: &str) -> &'static [Example] {
                 "loopengine stats --instance build --watch --count 10 --json",
             ),
         ],
+        "top" => &[
+            ("Show what all devices do, the busiest first.", "loopengine top"),
+            ("Show the devices of user anna that do something.", "loopengine top -i --filter anna"),
+            (
+                "Log three tables, one a minute, by latency.",
+                "loopengine top -b -d 60 -n 3 -o avg_ms >> io.log",
+            ),
+            (
+                "Print busy devices every five seconds.",
+                "loopengine top --json -d 5 | jq -r '.devices[] | select(.rates.utilisationPercent > 80) | .name'",
+            ),
+        ],
         "metrics" => &[
             ("Print all metrics.", "loopengine metrics"),
             ("Serve them to a Prometheus on this machine.", "loopengine metrics --listen 127.0.0.1:9753"),
@@ -298,7 +310,7 @@ pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
             ("PREFIX/share/loopengine/varlink", "The varlink interfaces of the daemon."),
         ],
         "doctor" => &[SOCKET, PRIVATE],
-        "list" | "find" => &[SOCKET, PRIVATE, NAMES],
+        "list" | "find" | "top" => &[SOCKET, PRIVATE, NAMES],
         _ => &[SOCKET, NAMES],
     }
 }

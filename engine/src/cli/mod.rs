@@ -44,6 +44,7 @@ mod run;
 mod serve;
 mod stats;
 mod table;
+mod top;
 mod watchers;
 
 use std::ffi::{OsStr, OsString};
@@ -98,6 +99,7 @@ enum Command {
     List(list::ListArgs),
     Find(find::FindArgs),
     Stats(stats::StatsArgs),
+    Top(top::TopArgs),
     Metrics(metrics::MetricsArgs),
     Run(run::RunArgs),
     Mount(mount::MountArgs),
@@ -263,6 +265,7 @@ impl Command {
             Command::List(args) => args.run(&run_dir),
             Command::Find(args) => args.run(&run_dir),
             Command::Stats(args) => args.run(&run_dir),
+            Command::Top(args) => args.run(&run_dir),
             Command::Metrics(args) => args.run(&run_dir),
             Command::Mount(args) => args.run(&run_dir),
             Command::Umount(args) => args.run(&run_dir),

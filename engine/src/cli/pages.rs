@@ -4,6 +4,8 @@
 //! The tests in `fresh` generate the files in `share/man`, and compare [`PAGES`] with them.
 
 #[cfg(test)]
+mod json;
+#[cfg(test)]
 pub(super) mod man;
 
 macro_rules! embedded {
@@ -45,6 +47,7 @@ pub const PAGES: &[(&str, &str)] = embedded![
     "loopengine-run.1",
     "loopengine-serve.1",
     "loopengine-stats.1",
+    "loopengine-top.1",
     "loopengine-umount.1",
     "loopengine.1",
     "mount.loop.8",

@@ -301,6 +301,9 @@ pub(super) mod tests {
         fn stats(&self, _: &Selector) -> Result<Vec<DeviceStats>> {
             unreachable!()
         }
+        fn activity(&self) -> Result<Vec<crate::instance::activity::DeviceActivity>> {
+            unreachable!()
+        }
     }
 
     fn config(text: &str) -> Config {

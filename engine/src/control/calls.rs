@@ -54,5 +54,6 @@ pub(super) trait ControlCalls {
         device: Option<&str>,
         instance: Option<&str>,
     ) -> zlink::Result<Result<StatsReply, Fault>>;
+    async fn get_activity(&mut self) -> zlink::Result<Result<ActivityReply, Fault>>;
     async fn get_counters(&mut self) -> zlink::Result<Result<CountersReply, Fault>>;
 }

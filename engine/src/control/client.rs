@@ -13,6 +13,7 @@ use super::session::{ClientSession, ONE_MAX, copies};
 use crate::counters::DaemonCounters;
 use crate::error::Result;
 use crate::instance::Selector;
+use crate::instance::activity::DeviceActivity;
 use crate::instance::spec::*;
 
 /// Deadline of a call for many devices.
@@ -110,6 +111,12 @@ impl Client {
         let (device, instance) = parts(which);
         let call = async |connection: &mut Connection| connection.get_stats(device, instance).await;
         Ok(self.0.call(ONE_MAX, call).await?.stats)
+    }
+
+    /// See [`crate::instance::Engine::activity`].
+    pub async fn activity(&mut self) -> Result<Vec<DeviceActivity>> {
+        let call = async |connection: &mut Connection| connection.get_activity().await;
+        Ok(self.0.call(ONE_MAX, call).await?.devices)
     }
 
     /// See [`DaemonCounters`].

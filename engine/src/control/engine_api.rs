@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 
 use crate::error::Result;
+use crate::instance::activity::DeviceActivity;
 use crate::instance::spec::*;
 use crate::instance::{Engine, Selector};
 
@@ -34,6 +35,8 @@ pub trait EngineApi: Send + Sync + 'static {
     fn devices(&self, which: &Selector) -> Result<Vec<DeviceInfo>>;
     /// See [`Engine::stats`].
     fn stats(&self, which: &Selector) -> Result<Vec<DeviceStats>>;
+    /// See [`Engine::activity`].
+    fn activity(&self) -> Result<Vec<DeviceActivity>>;
 }
 
 impl EngineApi for Engine {
@@ -83,5 +86,9 @@ impl EngineApi for Engine {
 
     fn stats(&self, which: &Selector) -> Result<Vec<DeviceStats>> {
         Engine::stats(self, which)
+    }
+
+    fn activity(&self) -> Result<Vec<DeviceActivity>> {
+        Engine::activity(self)
     }
 }

@@ -10,9 +10,12 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::Type;
 use zlink::tokio::unix::Connection;
 
+use super::reply::ActivityReply;
 use super::session::{ClientSession, ONE_MAX, close_on_exec, copies};
 use super::{Fault, Inbox, PRIVATE_SOCKET, run_blocking};
 use crate::error::{Error, Kind, Result};
+use crate::instance::activity::{BlockTimes, DeviceActivity};
+use crate::instance::spec::{DeviceState, DeviceStats, LatencyBucket, LatencySummary};
 use crate::loops::{Bound, DeviceEntry, PartitionEntry};
 use crate::private::{
     Caller, DeviceStatus, Limit, LoopInfo64, Mounter, OpenSpec, OpenedPool, Operation, OperationRequest,
@@ -86,7 +89,8 @@ impl PrivateService {
     version = env!("CARGO_PKG_VERSION"),
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
-        OperationRequest, Bound, LoopInfo64, DeviceStatus, DeviceEntry, Limit, OpenSpec, Operation, PartitionEntry, PoolInfo
+        OperationRequest, Bound, LoopInfo64, DeviceStatus, DeviceEntry, Limit, OpenSpec, Operation, PartitionEntry, PoolInfo,
+        DeviceActivity, BlockTimes, DeviceState, DeviceStats, LatencySummary, LatencyBucket
     ]
 )]
 impl PrivateService {
@@ -162,6 +166,13 @@ impl PrivateService {
         Ok(PoolsReply { pools })
     }
 
+    /// What the bound devices of the caller's pools do, as the block layer counts it; for root, of all
+    /// pools.
+    async fn get_activity(&self) -> std::result::Result<ActivityReply, Fault> {
+        let devices = self.ask(|registry, caller| Ok(registry.activity(caller))).await?;
+        Ok(ActivityReply { devices })
+    }
+
     /// Runs an operation on a device of a pool. The caller must see the pool. LOOP_CONFIGURE passes
     /// the backing file.
     async fn operate(
@@ -228,6 +239,7 @@ trait PrivateCalls {
         problem: &str,
     ) -> zlink::Result<std::result::Result<(), Fault>>;
     async fn list(&mut self) -> zlink::Result<std::result::Result<PoolsReply, Fault>>;
+    async fn get_activity(&mut self) -> zlink::Result<std::result::Result<ActivityReply, Fault>>;
     async fn operate(
         &mut self,
         name: &str,
@@ -299,6 +311,12 @@ impl PrivateClient {
     /// See [`Registry::list`].
     pub async fn list(&mut self) -> Result<Vec<PoolInfo>> {
         Ok(self.0.call(ONE_MAX, async |connection: &mut Connection| connection.list().await).await?.pools)
+    }
+
+    /// See [`Registry::activity`].
+    pub async fn activity(&mut self) -> Result<Vec<DeviceActivity>> {
+        let call = async |connection: &mut Connection| connection.get_activity().await;
+        Ok(self.0.call(ONE_MAX, call).await?.devices)
     }
 
     /// See [`Registry::operate`].

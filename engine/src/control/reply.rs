@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::Type;
 
 use crate::counters::DaemonCounters;
+use crate::instance::activity::DeviceActivity;
 use crate::instance::spec::{DeviceInfo, DeviceStats, Features, InstanceInfo};
 
 /// The features of this kernel.
@@ -54,6 +55,13 @@ pub struct DetachReply {
 pub struct StatsReply {
     /// By instance and number.
     pub stats: Vec<DeviceStats>,
+}
+
+/// What devices do.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct ActivityReply {
+    /// By instance or pool, and number.
+    pub devices: Vec<DeviceActivity>,
 }
 
 /// Counts of the daemon.

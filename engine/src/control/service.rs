@@ -13,6 +13,7 @@ use super::{EngineApi, Fault, Inbox};
 use crate::counters::DaemonCounters;
 use crate::error::{Error, Kind, Result};
 use crate::instance::Selector;
+use crate::instance::activity::{BlockTimes, DeviceActivity};
 use crate::instance::spec::*;
 use crate::received::Received;
 
@@ -81,7 +82,8 @@ fn only_one(received: impl IntoIterator<Item = Received>) -> Result<OwnedFd> {
     url = env!("CARGO_PKG_REPOSITORY"),
     types = [
         AttachSpec, IoMode, DeviceInfo, DeviceState, DeviceStats, Features, BackendKind,
-        InstanceInfo, InstanceSpec, LatencySummary, LatencyBucket, DaemonCounters, RecoverSpec
+        InstanceInfo, InstanceSpec, LatencySummary, LatencyBucket, DaemonCounters, RecoverSpec,
+        DeviceActivity, BlockTimes
     ]
 )]
 impl ControlService {
@@ -196,6 +198,12 @@ impl ControlService {
     /// Counts of the daemon since its start.
     async fn get_counters(&self) -> std::result::Result<CountersReply, Fault> {
         Ok(CountersReply { counters: DaemonCounters::now() })
+    }
+
+    /// What all devices do, for a live view: counts and times, to subtract two readings.
+    async fn get_activity(&self) -> std::result::Result<ActivityReply, Fault> {
+        let devices = self.ask(|backend| backend.activity()).await?;
+        Ok(ActivityReply { devices })
     }
 
     /// Statistics of devices: one, those of an instance, or all.

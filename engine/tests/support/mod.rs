@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use loopengine::control::{EngineApi, rundir::RunDir, server};
 use loopengine::instance::Selector;
+use loopengine::instance::activity::DeviceActivity;
 use loopengine::instance::spec::*;
 use loopengine::{Error, Kind, Result};
 use tokio::sync::watch;
@@ -310,6 +311,19 @@ impl EngineApi for Fake {
             ..DeviceStats::default()
         });
         Ok(stats.collect())
+    }
+
+    fn activity(&self) -> Result<Vec<DeviceActivity>> {
+        let (devices, stats) = (self.devices(&Selector::All)?, self.stats(&Selector::All)?);
+        let activity = devices.into_iter().zip(stats).map(|(device, stats)| DeviceActivity {
+            owner: device.instance,
+            number: device.number,
+            state: Some(device.state),
+            has_workers: true,
+            stats: Some(stats),
+            ..DeviceActivity::default()
+        });
+        Ok(activity.collect())
     }
 }
 

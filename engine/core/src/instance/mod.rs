@@ -5,6 +5,7 @@
 //! Every call may block as long as its deadlines allow (seconds at worst): asynchronous callers use
 //! a blocking thread. Knows nothing of sockets and command lines.
 
+pub mod activity;
 mod attached;
 pub mod claims;
 mod companion;

@@ -4,29 +4,22 @@
 //! Assembles and disassembles these in the right order; does not know names, quotas or other
 //! devices.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+mod observed;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::spec::{DeviceState, DeviceStats};
-use super::statistics::{of_block_layer, of_queues};
+pub use observed::Traffic;
+
 use crate::error::{Error, Kind, Result};
 use crate::frontend::ublk::StartLock;
 use crate::frontend::{FrontendDevice, FrontendQueue, StopMode};
 use crate::image::{Geometry, Image};
 use crate::ring::SlotId;
-use crate::worker::{IoLimits, NewQueue, QueueStats, Throttle, WorkerHandle};
+use crate::worker::{IoLimits, NewQueue, Throttle, WorkerHandle};
 
 /// The workers of an instance, shared by its devices.
 pub type Workers = Arc<[WorkerHandle<FrontendQueue>]>;
-
-/// Request counts of one device.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Traffic {
-    /// In flight.
-    pub in_flight: u64,
-    /// Completed since its start.
-    pub ended: u64,
-}
 
 /// A device with its queues on the workers.
 #[derive(Debug)]
@@ -397,51 +390,6 @@ impl Served {
     /// Its present geometry.
     pub fn geometry(&self) -> Geometry {
         *self.geometry.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Its state, without blocking for long.
-    pub fn state(&self) -> DeviceState {
-        let lifecycle = match self.lifecycle.try_lock() {
-            Ok(lifecycle) => *lifecycle,
-            Err(TryLockError::Poisoned(lifecycle)) => *lifecycle.into_inner(),
-            // It is being changed; the workers report its state.
-            Err(TryLockError::WouldBlock) => Lifecycle::Serving,
-        };
-        if lifecycle != Lifecycle::Serving {
-            return DeviceState::Stuck;
-        }
-        if matches!(&self.device, FrontendDevice::Loop(device) if !device.is_bound()) {
-            return DeviceState::Stuck;
-        }
-        match self.queue_stats() {
-            Ok(queues) if queues.iter().any(|queue| queue.failed) => DeviceState::Stuck,
-            Ok(queues) if queues.iter().any(|queue| queue.degraded) => DeviceState::Degraded,
-            Ok(_) => DeviceState::Live,
-            Err(_) => DeviceState::Stuck,
-        }
-    }
-
-    fn queue_stats(&self) -> Result<Vec<QueueStats>> {
-        let queues = usize::from(self.device.parameters().queues);
-        self.workers.iter().take(queues).map(|worker| worker.stats(self.slot)).collect()
-    }
-
-    /// Request counts over all queues.
-    pub fn traffic(&self) -> Result<Traffic> {
-        let queues = self.queue_stats()?;
-        let ended = |q: &QueueStats| q.reads + q.writes + q.flushes + q.discards + q.errors;
-        let in_flight = queues.iter().map(|queue| queue.in_flight).sum();
-        Ok(Traffic { in_flight, ended: queues.iter().map(ended).sum() })
-    }
-
-    /// Statistics over all queues, or those of the block layer where the kernel serves the device.
-    pub fn stats(&self, path: String, image: String) -> Result<DeviceStats> {
-        match &self.device {
-            FrontendDevice::Loop(device) => device.stats().map(|counts| of_block_layer(counts, path, image)),
-            FrontendDevice::Ublk(_) | FrontendDevice::Fuse(_) => {
-                self.queue_stats().map(|queues| of_queues(&queues, path, image))
-            }
-        }
     }
 }
 

@@ -4,7 +4,7 @@
 use super::spec::{DeviceStats, LatencyBucket, LatencySummary};
 use hdrhistogram::Histogram;
 
-use crate::frontend::kernel_loop::BlockStats;
+use crate::sys::block_stats::BlockStats;
 use crate::worker::QueueStats;
 
 /// Bounds of latencies in microseconds: 10 µs to 10 s.
@@ -42,7 +42,7 @@ pub(super) fn of_queues(queues: &[QueueStats], path: String, image: String) -> D
 /// Of a device that the kernel serves. The block layer counts neither failures nor what only
 /// workers do, and measures no percentiles.
 pub(super) fn of_block_layer(counts: BlockStats, path: String, image: String) -> DeviceStats {
-    let BlockStats { reads, read_bytes, writes, written_bytes, in_flight, discards, flushes } = counts;
+    let BlockStats { reads, read_bytes, writes, written_bytes, in_flight, discards, flushes, .. } = counts;
     DeviceStats {
         path,
         image,

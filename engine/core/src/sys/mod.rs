@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod block;
+pub mod block_stats;
 pub mod descriptor;
 pub mod extents;
 pub mod ioctl;

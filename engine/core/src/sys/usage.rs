@@ -38,6 +38,11 @@ impl Disks {
         Disks(disk.ok().iter().filter_map(|disk| disk.file_name()).map(Into::into).collect())
     }
 
+    /// The name of the only disk.
+    pub fn name(&self) -> Option<String> {
+        self.0.first().map(|name| name.to_string_lossy().into_owned())
+    }
+
     /// Loop devices of the kernel that are backed by files for which `ours` says yes.
     pub fn backed_by(ours: impl Fn(&Path) -> bool) -> Disks {
         let backed = fs::read_dir("/sys/block").into_iter().flatten().flatten().filter(|disk| {

@@ -4,6 +4,7 @@
 //! Knows which loopN exist, and passes operations to them, one at a time per device. A device whose
 //! backing file does not answer blocks only itself: every wait for a device has a timeout.
 
+mod activity;
 mod backing;
 mod fixed;
 mod force_end;

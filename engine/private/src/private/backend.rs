@@ -13,6 +13,7 @@ use super::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::frontend::BackendKind;
+use crate::instance::activity::DeviceActivity;
 use crate::instance::claims::ExcludedFileSystem;
 use crate::intercept::devtmpfs::DevtmpfsOnly;
 use crate::intercept::{
@@ -186,6 +187,10 @@ impl PoolHandle for PoolRuntime {
 
     fn entries(&self) -> Vec<DeviceEntry> {
         self.pool.entries()
+    }
+
+    fn activity(&self) -> Vec<DeviceActivity> {
+        self.pool.activity()
     }
 
     fn operate(&self, request: &OperationRequest, file: Option<OwnedFd>) -> OperationResult {

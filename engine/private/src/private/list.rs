@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use super::{Caller, PoolHandle, PoolInfo, Registry, Tenant, sees};
+use crate::instance::activity::DeviceActivity;
 use crate::loops::PoolSpec;
 
 impl Registry {
@@ -18,6 +19,16 @@ impl Registry {
         drop(state);
         // Outside of the lock of the state.
         known.into_iter().map(|(info, pool)| with_devices(info, pool)).collect()
+    }
+
+    /// What the bound devices of the pools of `caller` do; for root, of all pools.
+    pub fn activity(&self, caller: Caller) -> Vec<DeviceActivity> {
+        let state = self.shared.state();
+        let mine = state.tenants.values().filter(|tenant| sees(caller, tenant));
+        let pools: Vec<_> = mine.filter_map(|tenant| tenant.pool.clone()).collect();
+        drop(state);
+        // Outside of the lock of the state.
+        pools.iter().flat_map(|pool| pool.activity()).collect()
     }
 }
 

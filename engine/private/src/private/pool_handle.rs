@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::{Caller, ContainerSession, OperationRequest, OperationResult, TenantEvents};
 use crate::error::{Error, Kind, Result};
+use crate::instance::activity::DeviceActivity;
 use crate::kernel_mounts::FileSystem;
 use crate::loops::{DeviceEntry, PoolSpec, Quotas};
 
@@ -61,6 +62,10 @@ pub trait PoolHandle: Send + Sync {
     fn device_numbers(&self) -> Vec<u64>;
     /// All devices.
     fn entries(&self) -> Vec<DeviceEntry>;
+    /// What its bound devices do.
+    fn activity(&self) -> Vec<DeviceActivity> {
+        Vec::new()
+    }
     /// Runs an operation for the pool's owner or root. May block on the file of the request.
     fn operate(&self, request: &OperationRequest, file: Option<OwnedFd>) -> OperationResult;
     /// See [`crate::loops::Pool::end`].

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Manual pages: one per subcommand, and one for the JSON output.
+//! Manual pages: one per subcommand. `json` has the one for the JSON output.
 //!
 //! The program only embeds the pages in `share/man`; the tests in `fresh` generate and compare them.
 
@@ -7,21 +7,15 @@ use std::io;
 
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
-use zlink::idl;
-use zlink::introspect::CustomType;
 
-use crate::cli::create::ImageInfo;
-use crate::cli::doctor::{Check, Verdict};
+use super::json;
 use crate::cli::examples::{self, Example};
-use crate::cli::list::{InstanceDevice, ListedPool, Listing, LoopDevice};
+use crate::cli::top::KEYS;
 use crate::cli::{COMMAND_NOT_FOUND, NOT_EXECUTABLE, RUN_FAILED, command};
-use crate::instance::spec::*;
-use crate::private::Limit;
-use crate::sys::processes::Process;
 use crate::{broken_kernels, kernels};
 
 /// The footer of every page.
-const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
+pub(super) const SOURCE: &str = concat!("loopengine ", env!("CARGO_PKG_VERSION"));
 
 /// Hand-written pages.
 const WRITTEN: &[(&str, &str)] = &[
@@ -50,27 +44,6 @@ pub(in crate::cli) const RUN_EXIT_CODES: &[(u8, &str)] = &[
     (COMMAND_NOT_FOUND, "The program was not found."),
 ];
 
-/// All types in the output of `--json`, with their descriptions.
-const JSON_TYPES: &[&idl::CustomType<'static>] = &[
-    InstanceInfo::CUSTOM_TYPE,
-    Listing::CUSTOM_TYPE,
-    InstanceDevice::CUSTOM_TYPE,
-    ListedPool::CUSTOM_TYPE,
-    LoopDevice::CUSTOM_TYPE,
-    Process::CUSTOM_TYPE,
-    DeviceInfo::CUSTOM_TYPE,
-    ImageInfo::CUSTOM_TYPE,
-    IoMode::CUSTOM_TYPE,
-    BackendKind::CUSTOM_TYPE,
-    DeviceState::CUSTOM_TYPE,
-    DeviceStats::CUSTOM_TYPE,
-    LatencySummary::CUSTOM_TYPE,
-    Limit::CUSTOM_TYPE,
-    Features::CUSTOM_TYPE,
-    Check::CUSTOM_TYPE,
-    Verdict::CUSTOM_TYPE,
-];
-
 /// File names and contents of all pages.
 pub fn generate() -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut command = command().disable_help_subcommand(true);
@@ -78,7 +51,7 @@ pub fn generate() -> io::Result<Vec<(String, Vec<u8>)>> {
     let mut all = Vec::new();
     collect(&command, "", &mut all)?;
     let mut json = Vec::new();
-    json_page().to_writer(&mut json)?;
+    json::page().to_writer(&mut json)?;
     all.push(("loopengine-json.7".to_owned(), json));
     for (name, text) in WRITTEN {
         all.push(((*name).to_owned(), text.replace("@VERSION@", env!("CARGO_PKG_VERSION")).into_bytes()));
@@ -138,6 +111,10 @@ fn more_sections(path: &str) -> Roff {
     if path == "serve" {
         configuration(&mut roff);
     }
+    if path == "top" {
+        roff.control("SH", ["KEYS"]);
+        KEYS.iter().for_each(|(key, does)| tagged(&mut roff, key, does));
+    }
     exit_status(&mut roff, path);
     if ["", "doctor"].contains(&path) {
         roff.control("SH", ["KERNELS"]);
@@ -171,6 +148,7 @@ fn more_sections(path: &str) -> Roff {
              loopengine-doctor(1), loopengine-loopfs(7), loopengine-json(7)"
         }
         "instance mount" | "instance open" => "loopengine(1), loopengine-loopfs(7), mount.loop(8)",
+        "top" => "loopengine(1), loopengine-stats(1), loopengine-metrics(1), loopengine-json(7), iostat(1)",
         "run" => "loopengine(1), loopengine-mount(1), loopengine-loopfs(7), losetup(8)",
         "losetup" => "loopengine(1), loopengine-loopfs(7), losetup(8)",
         "mount" => "loopengine(1), loopengine-umount(1), loopengine-run(1)",
@@ -244,7 +222,7 @@ fn exit_status(roff: &mut Roff, path: &str) {
     roff.text([roman(text)]);
 }
 
-fn section_examples(roff: &mut Roff, examples: &[Example]) {
+pub(super) fn section_examples(roff: &mut Roff, examples: &[Example]) {
     if examples.is_empty() {
         return;
     }
@@ -263,7 +241,7 @@ fn section_examples(roff: &mut Roff, examples: &[Example]) {
 }
 
 /// A tag in bold, and its indented description.
-fn tagged(roff: &mut Roff, tag: &str, means: &str) {
+pub(super) fn tagged(roff: &mut Roff, tag: &str, means: &str) {
     roff.control("TP", []);
     roff.text([bold(tag)]);
     roff.text([roman(means)]);
@@ -370,77 +348,5 @@ fn configuration(roff: &mut Roff) {
         for (key, means) in *keys {
             tagged(roff, key, means);
         }
-    }
-}
-
-fn json_page() -> Roff {
-    const PRINTED: &[(&str, &str)] = &[
-        ("loopengine attach", "One DeviceInfo."),
-        ("loopengine create", "One ImageInfo."),
-        ("loopengine instance create", "One InstanceInfo."),
-        ("loopengine instance list", "An array of InstanceInfo."),
-        ("loopengine list", "An array of DeviceInfo. With --all, or for a plain user: one Listing."),
-        ("loopengine find", "One Listing, with devices of that image only."),
-        ("loopengine stats", "An array of DeviceStats. With --watch: one such array per line."),
-        ("loopengine resize", "One DeviceInfo."),
-        ("loopengine limit", "An array of Limit. With USER: only the limit of that user."),
-        ("loopengine features", "One Features."),
-        ("loopengine doctor", "An array of Check."),
-    ];
-    let mut roff = Roff::new();
-    roff.control("TH", ["LOOPENGINE-JSON", "7", "\"\"", SOURCE, "loopengine"]);
-    roff.control("SH", ["NAME"]);
-    roff.text([roman("loopengine-json - JSON output of the loopengine commands")]);
-    roff.control("SH", ["SYNOPSIS"]);
-    roff.text([bold("loopengine"), roman(" "), italic("COMMAND"), roman(" "), bold("--json")]);
-    roff.control("SH", ["DESCRIPTION"]);
-    roff.text([roman("With --json, these commands print JSON to standard output:")]);
-    for (command, prints) in PRINTED {
-        tagged(&mut roff, command, prints);
-    }
-    roff.control("PP", []);
-    roff.text([roman("Later versions may add fields. They do not rename, remove or redefine fields. An optional field is null or absent if it has no value. The control socket uses the same types.")]);
-    roff.control("SH", ["TYPES"]);
-    for described in JSON_TYPES {
-        roff.control("SS", [described.name().as_str()]);
-        match described {
-            idl::CustomType::Object(object) => {
-                roff.text([roman(words(object.comments()))]);
-                for field in object.fields() {
-                    roff.control("TP", []);
-                    roff.text([bold(field.name().as_str()), roman(" "), italic(type_name(field.ty()))]);
-                    roff.text([roman(words(field.comments()))]);
-                }
-            }
-            idl::CustomType::Enum(choice) => {
-                roff.text([roman(words(choice.comments()))]);
-                for variant in choice.variants() {
-                    let word = format!("\"{}\"", variant.name().as_str());
-                    tagged(&mut roff, &word, &words(variant.comments()));
-                }
-            }
-        }
-    }
-    section_examples(&mut roff, examples::of("json"));
-    roff.control("SH", ["SEE ALSO"]);
-    roff.text([roman("loopengine(1), loopengine-list(1), loopengine-stats(1), jq(1)")]);
-    roff
-}
-
-fn words<'a>(comments: impl Iterator<Item = &'a idl::Comment<'a>>) -> String {
-    let lines: Vec<&str> = comments.map(|comment| comment.text().trim()).collect();
-    lines.join(" ").replace('`', "")
-}
-
-fn type_name(described: &idl::Type<'_>) -> String {
-    match described {
-        idl::Type::Bool => "boolean".to_owned(),
-        idl::Type::Int => "integer".to_owned(),
-        idl::Type::Float => "number".to_owned(),
-        idl::Type::String => "string".to_owned(),
-        idl::Type::Custom(name) => name.to_string(),
-        idl::Type::Optional(inner) => format!("{}, optional", type_name(inner.inner())),
-        idl::Type::Array(inner) => format!("array of {}", type_name(inner.inner())),
-        other => other.to_string(),
     }
 }

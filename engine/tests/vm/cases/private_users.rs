@@ -11,6 +11,7 @@ use crate::tools::{self, Running};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
+        case("private::top_shows_io", Needs::Private, 120, top_shows_io),
         case("private::quota", Needs::Private, 120, quota),
         case("private::limit", Needs::Private, 120, limit),
         case("private::plain_user", Needs::Private, 120, plain_user),
@@ -70,6 +71,35 @@ fn quota(ctx: &Ctx) -> Res {
     script.resume("refused")?;
     script.finish()?;
     ensure!(before == after, "from {before:?} to {after:?}");
+    daemon.stop()
+}
+
+/// What a user does on a private device, as the block layer counts it.
+fn top_shows_io(ctx: &Ctx) -> Res {
+    let daemon = Daemon::start(ctx)?;
+    std::fs::set_permissions(&ctx.dir, std::os::unix::fs::PermissionsExt::from_mode(0o1777))?;
+    let script = Inside::new(ctx, &daemon).user(1000).start(
+        r#"
+        image a 4M a; works "bind" losetup -f a
+        while :; do dd if=/dev/loop0 of=/dev/null bs=4k count=1000 iflag=direct 2>/dev/null; done & reader=$!
+        pause reading
+        kill $reader
+        "#,
+    )?;
+    let script = script.wait("reading")?;
+    let shown = daemon.json(&["top", "-n", "1", "-d", "2"])?;
+    script.resume("reading")?;
+    script.finish()?;
+    let [device] = shown["devices"].as_array().map_or(&[][..], |all| all) else {
+        return Err(format!("not one device: {shown}").into());
+    };
+    ensure!(device["uid"] == 1000 && device["private"] == true, "{shown}");
+    let disk = if crate::BACKEND == "loop" { "loop" } else { "ublkb" };
+    ensure!(device["disk"].as_str().is_some_and(|name| name.starts_with(disk)), "{shown}");
+    let rate = |name: &str| device["rates"][name].as_f64().unwrap_or_default();
+    ensure!(rate("readsPerSecond") > 10.0 && rate("utilisationPercent") > 1.0, "{shown}");
+    let bytes = (rate("readBytesPerSecond") / rate("readsPerSecond")).round();
+    ensure!(bytes == 4096.0, "{bytes} bytes per read: {shown}");
     daemon.stop()
 }
 

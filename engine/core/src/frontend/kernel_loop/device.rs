@@ -21,6 +21,7 @@ use crate::frontend::timeout::with_timeout;
 use crate::frontend::{DeviceParameters, ExistingDevice, IoMode, OrphanState, StopMode};
 use crate::image::{Geometry, Image, is_block_size};
 use crate::request::SECTOR;
+use crate::sys::block_stats::BlockStats;
 use crate::sys::loop_device::{
     self, LO_FLAGS_AUTOCLEAR, LO_FLAGS_DIRECT_IO, LO_FLAGS_PARTSCAN, LO_FLAGS_READ_ONLY, LoopInfo,
 };
@@ -47,25 +48,6 @@ struct LoopState {
     /// None: it has not started.
     number: Option<u32>,
     image: Option<Arc<Image>>,
-}
-
-/// Statistics as the block layer counts them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BlockStats {
-    /// Reads completed.
-    pub reads: u64,
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Writes completed.
-    pub writes: u64,
-    /// Bytes written.
-    pub written_bytes: u64,
-    /// Requests in flight.
-    pub in_flight: u64,
-    /// Discards and write-zeroes completed.
-    pub discards: u64,
-    /// Flushes completed.
-    pub flushes: u64,
 }
 
 impl KernelLoop {
@@ -282,10 +264,9 @@ impl KernelLoop {
 
     /// What the block layer has counted since the device was added.
     pub fn stats(&self) -> Result<BlockStats> {
-        let file = Path::new("/sys/block").join(disk(self.number())).join("stat");
-        let text = fs::read_to_string(&file)
-            .map_err(|error| Error::os(error, format!("cannot read {}", file.display())))?;
-        Ok(parse_stats(&text))
+        let disk = disk(self.number());
+        BlockStats::of_disk(&disk)
+            .map_err(|error| Error::os(error, format!("cannot read /sys/block/{disk}/stat")))
     }
 
     fn cannot(&self, verb: &str, error: Errno) -> Error {
@@ -400,22 +381,6 @@ fn not_ours(number: u32) -> Error {
     Error::new(Kind::NotFound, format!("{} is not a device of this program", node(number).display()))
 }
 
-/// `reads merged sectors ms writes merged sectors ms in_flight ms ms discards merged sectors ms
-/// flushes ms`
-pub(super) fn parse_stats(text: &str) -> BlockStats {
-    let fields: Vec<u64> = text.split_ascii_whitespace().map(|word| word.parse().unwrap_or(0)).collect();
-    let field = |n: usize| fields.get(n).copied().unwrap_or(0);
-    BlockStats {
-        reads: field(0),
-        read_bytes: field(2).saturating_mul(SECTOR),
-        writes: field(4),
-        written_bytes: field(6).saturating_mul(SECTOR),
-        in_flight: field(8),
-        discards: field(11),
-        flushes: field(15),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -437,14 +402,5 @@ mod tests {
             info.set_file_name(name.as_bytes());
             assert_eq!(cookie(&info), None, "{name}");
         }
-    }
-
-    #[test]
-    fn parses_statistics_of_the_block_layer() {
-        let text = "  7 1 56 4 5 2 40 3 1 6 8 3 0 24 1 2 9\n";
-        let stats = parse_stats(text);
-        assert_eq!((stats.reads, stats.read_bytes, stats.writes, stats.written_bytes), (7, 28672, 5, 20480));
-        assert_eq!((stats.in_flight, stats.discards, stats.flushes), (1, 3, 2));
-        assert_eq!(parse_stats(""), BlockStats::default());
     }
 }

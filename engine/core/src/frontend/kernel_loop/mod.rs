@@ -17,7 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
-pub use device::{BlockStats, KernelLoop, cookie, is_held};
+pub use device::{KernelLoop, cookie, is_held};
 pub use private::PrivateLoop;
 
 use crate::error::{Error, Kind, Result};

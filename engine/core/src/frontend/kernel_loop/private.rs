@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::device::{
-    BlockStats, PRIVATE_OWNER, disk, flag, keep_at_last_close, node, open_node, owned_name, parse_stats,
-    unbind_at_last_close,
+    PRIVATE_OWNER, disk, flag, keep_at_last_close, node, open_node, owned_name, unbind_at_last_close,
 };
 use super::{add, remove};
 use crate::error::{Error, Kind, Result};
@@ -25,6 +24,7 @@ use crate::frontend::disk_list::DiskList;
 use crate::frontend::timeout::with_timeout;
 use crate::image::{Identity, Image};
 use crate::sys::block;
+use crate::sys::block_stats::BlockStats;
 use crate::sys::loop_device::{self, LO_FLAGS_DIRECT_IO, LO_FLAGS_READ_ONLY, LoopInfo};
 
 /// How often a number is tried that another program binds first.
@@ -101,7 +101,7 @@ impl PrivateLoop {
 
     /// What the block layer has counted since the device was added.
     pub fn stats(&self) -> BlockStats {
-        parse_stats(&fs::read_to_string(self.sysfs().join("stat")).unwrap_or_default())
+        BlockStats::of_disk(&disk(self.number)).unwrap_or_default()
     }
 
     /// Whether it still has its file: neither its last close nor anybody else has unbound it.
