@@ -58,8 +58,8 @@ impl Instance {
         let attached = self.table.withdraw(number)?;
         let path = self.table.path(number).display().to_string();
         let refusal = match attached.served.state() {
-            DeviceState::Stuck if matches!(attached.served.device(), FrontendDevice::Loop(_)) => {
-                Some(("the kernel's loop driver has no image of it", "detach it, and attach its image again"))
+            DeviceState::Stuck if matches!(attached.served.device(), FrontendDevice::Loop(device) if !device.is_bound()) => {
+                Some(("another program has unbound it", "detach it, and attach its image again"))
             }
             DeviceState::Stuck if attached.served.has_no_queues() => None,
             DeviceState::Stuck => Some(("recovery has begun and did not end", "restart the daemon")),

@@ -68,7 +68,7 @@ fn warm(ctx: &Ctx, store: &Store) -> Res<(Daemon, crate::daemon::Footprint)> {
     let image = store.sparse("warm", MIB)?;
     let device = daemon.attach(&[&image])?;
     daemon.detach(&device)?;
-    let footprint = daemon.footprint()?;
+    let footprint = daemon.settled_footprint()?;
     Ok((daemon, footprint))
 }
 
@@ -144,7 +144,7 @@ fn no_direct_io(ctx: &Ctx) -> Res {
     let mount = Mount::new(&outer, &ctx.path("mnt"), &["-o", "data=journal"])?;
     let image = format!("{}/image", mount.dir);
     std::fs::File::create(&image)?.set_len(MIB)?;
-    let before = daemon.footprint()?;
+    let before = daemon.settled_footprint()?;
     refused(&daemon.cli(&["attach", &image])?, &[7], "--buffered")?;
     daemon.footprint_is(&before)?;
     ensure!(daemon.ublk_ids().len() == 1, "a device was left: {:?}", daemon.ublk_ids());
@@ -184,7 +184,7 @@ fn instances_and_quota(ctx: &Ctx) -> Res {
     let store = Store::xfs(ctx)?;
     let (mut daemon, _) = warm(ctx, &store)?;
     daemon.ok(&["instance", "create", "small", "--max", "2", "--workers", "1"])?;
-    let before = daemon.footprint()?;
+    let before = daemon.settled_footprint()?;
     let exists = daemon.cli(&["instance", "create", "small"])?;
     refused(&exists, &[4], "small")?;
     for name in ["", "../up", ".hidden", "a/b", "white space", &"x".repeat(65)] {

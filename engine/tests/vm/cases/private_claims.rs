@@ -57,7 +57,7 @@ fn writers_are_named(ctx: &Ctx) -> Res {
         .start(&format!("works bind losetup /dev/loop2 {image}; pause bound"))?
         .wait("bound")?;
     refused(&daemon, &[&image], "is loop2 of private pool 1000.1 (user ")?;
-    refused(&daemon, &[&image], " of user 1000 (read-write)")?;
+    refused(&daemon, &[&image], "'loopengine losetup --pool 1000.1 --detach loop2'")?;
     let device = daemon.attach(&["--read-only", &image])?;
     warned(&daemon, "default/loop0 (read-only) shares ", 1)?;
     daemon.detach(&device)?;

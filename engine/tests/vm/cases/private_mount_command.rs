@@ -260,7 +260,7 @@ fn root(ctx: &Ctx) -> Res {
         "$loopengine" run -- sh -c 'losetup -f a; : > bound; exec sleep 60' & soon "bound" bound ls bound
         refused "in use elsewhere" "is loop0 of private pool" mnt a dir
         kill $!; wait; soon "no more" "" devices
-        host=$(losetup -f --show a)
+        modprobe -q loop; host=$(losetup -f --show a)
         refused "in use by the host" "a is in use by $host" mnt a dir
         refused "in use by the host: read-only" "a is in use by $host" mnt -r a dir
         losetup -d $host; host=$(losetup -r -f --show a)
