@@ -13,9 +13,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::attached::AttachedDevice;
 use super::claims::Claims;
 use super::claims::sharing::{self, Sharing};
+use super::cpus::{check_cpus, parse_cpus, worker_count};
 use super::in_use::user_of;
 use super::links::{DevLinks, Links};
-use super::names::parse_cpus;
 use super::served::{Served, StartMode, Workers};
 use super::spec::*;
 use super::state::{DeviceRecord, StateDir};
@@ -25,14 +25,11 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::{Backend, DeviceParameters, Frontend, Frontends, StopMode};
 use crate::image::{Image, ImageSpec};
 use crate::ring::RingSizes;
-use crate::sys;
 use crate::worker::{WorkerHandle, WorkerOptions};
 
 /// Default and maximum queue depth.
 const DEFAULT_DEPTH: u32 = 128;
 const MAX_DEPTH: u32 = 1024;
-/// Maximum number of workers of an instance.
-const MAX_WORKERS: u32 = 256;
 
 impl Tuning {
     pub(super) fn options(self, partscan: bool) -> WorkerOptions {
@@ -424,43 +421,5 @@ pub(super) fn image_spec(spec: &AttachSpec) -> ImageSpec {
         buffered: spec.buffered,
         loop_semantics: false,
         durable: spec.durable,
-    }
-}
-
-/// Rejects CPUs that this machine lacks: workers would silently run on fewer.
-fn check_cpus(cpus: &[usize]) -> Result<()> {
-    let present = fs::read_to_string("/sys/devices/system/cpu/present").unwrap_or_default();
-    let present = present.trim();
-    let Ok(known) = parse_cpus(present) else { return Ok(()) };
-    match cpus.iter().find(|cpu| !known.contains(cpu)) {
-        None => Ok(()),
-        Some(cpu) => Err(Error::new(Kind::Invalid, format!("this machine has no CPU {cpu}"))
-            .hint(format!("choose from {present}"))),
-    }
-}
-
-/// One worker per usable CPU, at least two; at most one per CPU of the machine, since the driver
-/// allows no more queues.
-fn worker_count(wanted: u32, cpus: &[usize]) -> Result<u32> {
-    if wanted > MAX_WORKERS {
-        return Err(Error::new(Kind::Invalid, format!("an instance can have 1 to {MAX_WORKERS} workers")));
-    }
-    let allowed = sys::allowed_cpus().len() as u32;
-    let usable = if cpus.is_empty() { allowed } else { cpus.len() as u32 };
-    Ok(match wanted {
-        0 => usable.max(2).min(allowed.max(1)).min(MAX_WORKERS),
-        wanted => wanted,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rejects_cpus_that_the_machine_lacks() {
-        assert!(check_cpus(&[]).is_ok() && check_cpus(&[0]).is_ok());
-        let error = check_cpus(&[0, 8191]).unwrap_err();
-        assert!(error.kind() == Kind::Invalid && error.to_string().contains("no CPU 8191"), "{error}");
     }
 }

@@ -9,6 +9,7 @@ pub mod activity;
 mod attached;
 pub mod claims;
 mod companion;
+mod cpus;
 mod engine;
 mod in_use;
 #[expect(clippy::module_inception, reason = "the type Instance lives in the file of its name")]

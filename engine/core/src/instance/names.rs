@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Parsers of user input: instance names, device names, lists of CPUs.
+//! Parsers of user input: instance names and device names.
 //!
 
 use super::Selector;
@@ -9,8 +9,6 @@ use crate::error::{Error, Kind, Result};
 
 /// Names in the run directory that are not instances.
 const RESERVED: [&str; 4] = ["control", "lock", "private", "oci"];
-/// Highest CPU number that a list may name.
-const CPU_MAX: usize = 8191;
 
 /// Rejects invalid names of instances and pools: they become directory names.
 pub fn check_instance_name(name: &str) -> Result<()> {
@@ -27,27 +25,6 @@ pub fn check_instance_name(name: &str) -> Result<()> {
             "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-', none of {reserved}"
         ),
     ))
-}
-
-/// "0-3,8" as numbers, ascending, each once.
-pub fn parse_cpus(list: &str) -> Result<Vec<usize>> {
-    let bad =
-        || Error::new(Kind::Invalid, format!("{list:?} is not a list of CPUs")).hint("write it like 0-3,8");
-    let number = |text: &str| text.parse::<usize>().ok().filter(|cpu| *cpu <= CPU_MAX).ok_or_else(bad);
-    let mut cpus = Vec::new();
-    for part in list.split(',') {
-        let (first, last) = match part.split_once('-') {
-            Some((first, last)) => (number(first)?, number(last)?),
-            None => (number(part)?, number(part)?),
-        };
-        if first > last {
-            return Err(bad());
-        }
-        cpus.extend(first..=last);
-    }
-    cpus.sort_unstable();
-    cpus.dedup();
-    Ok(cpus)
 }
 
 /// How a user can name a device: instance and number, or the kernel's node.
@@ -106,15 +83,6 @@ mod tests {
     }
 
     #[test]
-    fn cpus_are_lists_of_ranges() {
-        assert_eq!(parse_cpus("0-3,8").unwrap(), [0, 1, 2, 3, 8]);
-        assert_eq!(parse_cpus("5,5,1").unwrap(), [1, 5]);
-        for bad in ["", "-", "3-1", "a", "1,", "0-99999999999", "8192", "1--2"] {
-            assert!(parse_cpus(bad).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
     fn parses_every_form_of_device_name() {
         let run = Path::new("/run/loopengine");
         let number = |name: &str, number| DeviceName::Number(name.to_owned(), number);
@@ -133,7 +101,6 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_panics(text in ".*") {
-            let _ = parse_cpus(&text);
             let _ = parse_device(&text, Path::new("/run/x"));
             if check_instance_name(&text).is_ok() {
                 prop_assert!(!text.contains('/') && text != "." && text != "..");

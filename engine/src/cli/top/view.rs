@@ -214,7 +214,7 @@ mod tests {
             device("b/loop9", 9, Some(0.0)),
             DeviceRates {
                 user: "anna".into(),
-                image: "/home/anna/\u{1b}[31mA.img".into(),
+                image: "/srv/anna/\u{1b}[31mA.img".into(),
                 state: Some(DeviceState::Stuck),
                 ..device("a\u{1b}/loop0", 0, None)
             },

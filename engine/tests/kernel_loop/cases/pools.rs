@@ -344,7 +344,7 @@ fn no_other_disk_is_opened(ctx: &Ctx) -> Res {
     inotify::add_watch(&opens, format!("/dev/loop{number}"), inotify::WatchFlags::OPEN)?;
     daemon.ok(&["losetup", "--pool", "p", "-f", &other])?;
     let device = daemon.attach(&[&other, "--force"])?;
-    // The check of a pool's image has a thread of its own.
+    // The check of a pool's image runs on another thread.
     std::thread::sleep(Duration::from_secs(1));
     let opened = rustix::io::read(&opens, &mut [0; 4096]);
     ensure!(opened == Err(rustix::io::Errno::AGAIN), "the disk of another image was opened");
