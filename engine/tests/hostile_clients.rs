@@ -110,6 +110,8 @@ impl Drop for Daemon {
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(20));
         }
+        // A killed daemon leaves its mount.
+        let _ = rustix::mount::unmount(self.run_dir().join("default"), rustix::mount::UnmountFlags::DETACH);
     }
 }
 
