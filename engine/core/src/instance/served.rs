@@ -155,16 +155,17 @@ impl Served {
             let message = "the device cannot be stopped: the file system of its image does not answer";
             return Err(Error::new(Kind::Deadline, message).hint("unmount or kill that file system"));
         }
-        if when == StopMode::Always {
-            // The driver waits for requests in flight.
-            self.throttle.set(IoLimits::default());
-        }
+        // The driver waits for requests in flight. Before Linux 7.0 it stops a device that is open, but
+        // not claimed, too.
+        let limits = self.throttle.limits();
+        self.throttle.set(IoLimits::default());
         match self.device.stop(when) {
             // The previous stop has ended after all.
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => {
-                if error.kind() == Kind::Deadline {
-                    *lifecycle = Lifecycle::Stopping(Instant::now() + pause, pause);
+                match error.kind() {
+                    Kind::Deadline => *lifecycle = Lifecycle::Stopping(Instant::now() + pause, pause),
+                    _ => self.throttle.set(limits),
                 }
                 return Err(error);
             }

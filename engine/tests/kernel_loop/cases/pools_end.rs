@@ -130,14 +130,16 @@ fn a_name_is_free(ctx: &Ctx) -> Res {
         daemon.ok(&["run", "--name", "again", "--", "true"])?;
     }
     let mut running = daemon.command(&["run", "--name", "again", "--", "sleep", "60"]).spawn()?;
-    let refused = || {
-        let done = daemon.cli(&["run", "--name", "again", "--", "true"]).ok()?;
-        (done.code == 125).then_some(done.err)
+    let runs = || {
+        let pools = daemon.json(&["list", "--all"]).ok()?["pools"].clone();
+        (pools[0]["process"]["command"] == "sleep").then_some(())
     };
-    let said = tools::until(Duration::from_secs(10), refused).unwrap_or_default();
+    let opened = tools::until(Duration::from_secs(10), runs);
+    let refused = daemon.cli(&["run", "--name", "again", "--", "true"])?;
     running.kill()?;
     running.wait()?;
-    let who = format!("private pool again exists (user root, pid {} (", running.id());
-    ensure!(said.contains(&who), "'{who}' is not in: {said}");
+    ensure!(opened.is_some(), "the first command did not start");
+    let who = format!("private pool again exists (user root, pid {} (sleep))", running.id());
+    ensure!(refused.code == 125 && refused.err.contains(&who), "'{who}': {refused:?}");
     daemon.stop()
 }

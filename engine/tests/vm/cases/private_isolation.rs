@@ -337,7 +337,7 @@ fn refused(ctx: &Ctx) -> Res {
         { type -P fusefat || type -P fusefatfs; } >/dev/null && same "a read-only driver" "$(errno vfat '')" 13
         holds "message of mount(8)" "$(mount -t xfs /dev/loop1 mnt 2>&1)" "unknown filesystem type"
         holds "no device" "$(mount /dev/loop99 mnt 2>&1)" "special device /dev/loop99 does not exist"
-        holds "a device without a file" "$(mount /dev/loop2 mnt 2>&1)" "wrong fs type, bad option, bad superblock"
+        holds "a device without a file" "$(mount /dev/loop2 mnt 2>&1)" "superblock on /dev/loop"
         for option in errors=panic errors=continue allow_other fakeroot dev suid user_id=0 fsname=x offset=512; do
             same "$option" "$(errno ext4 $option)" 22
             same "$option after another" "$(errno ext4 errors=remount-ro,$option)" 22

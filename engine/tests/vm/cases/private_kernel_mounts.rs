@@ -281,7 +281,7 @@ fn refused(ctx: &Ctx) -> Res {
         refused "a file system without --mount" "$said" mount -t vfat -o loop a mnt
         refused "another file system" "wrong fs type" mount -t xfs -o loop a mnt
         truncate -s 1M junk; refused "no file system" "wrong fs type" mount -t ext4 -o loop junk mnt
-        refused "no file system of any type" "wrong fs type" mount -o loop junk mnt
+        refused "no file system of any type" "superblock on /dev/loop" mount -o loop junk mnt
         refused "no device" "" mount -t ext4 /dev/loop7 mnt
         refused "no directory" "" mount -t ext4 -o loop a missing
         soon "nothing is bound" "" losetup -a
