@@ -2,9 +2,8 @@
 //! `loopengine create`: create an image file, with a progress bar. An interrupt leaves no file.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -15,6 +14,9 @@ use crate::error::{Error, Kind, Result};
 use crate::image;
 
 use super::{out, size};
+
+/// How long an interrupt waits for the creation of the file: its file system may not answer.
+const CREATE_MAX: Duration = Duration::from_secs(2);
 
 /// Create an image file.
 ///
@@ -56,14 +58,20 @@ impl CreateArgs {
         let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(8)).map_err(cannot_start)?;
         let (path, bar) = (self.image.clone(), bar(self.size)?);
         let info = self.json.then(|| ImageInfo { path: path.display().to_string(), size_bytes: self.size });
-        let made = Arc::new(AtomicBool::new(false));
-        let ours = Arc::clone(&made);
+        let stage = Arc::new(Mutex::new(Stage::Waiting));
+        let ours = Arc::clone(&stage);
         let outcome = runtime.block_on(async {
             let mut interrupt = signal(SignalKind::interrupt()).map_err(cannot_start)?;
             let mut terminate = signal(SignalKind::terminate()).map_err(cannot_start)?;
             let job = tokio::task::spawn_blocking(move || {
+                let stage = ours.lock().unwrap_or_else(PoisonError::into_inner);
+                if *stage == Stage::Cancelled {
+                    return Err(interrupted());
+                }
+                // Held until the file exists.
+                let mut creating = Some(stage);
                 image::create(&self.image, self.size, self.preallocate, |done, _| {
-                    ours.store(true, Ordering::Release);
+                    creating.take().into_iter().for_each(|mut stage| *stage = Stage::Created);
                     bar.set_position(done);
                 })
             });
@@ -72,9 +80,8 @@ impl CreateArgs {
                 _ = interrupt.recv() => interrupted(),
                 _ = terminate.recv() => interrupted(),
             };
-            // The job continues until the process ends, on an unlinked file. Before its first
-            // progress the file does not exist or is not ours.
-            if made.load(Ordering::Acquire) {
+            // The job continues until the process ends, on an unlinked file.
+            if cancel(&stage) {
                 let _ = std::fs::remove_file(&path);
             }
             Err(stopped)
@@ -83,6 +90,32 @@ impl CreateArgs {
         std::mem::forget(runtime);
         outcome?;
         info.map_or(Ok(()), |info| out::json(&info).map(drop))
+    }
+}
+
+/// Whether the job may create the file, and has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Waiting,
+    Created,
+    Cancelled,
+}
+
+/// Keeps the job from creating the file; true: it has created it.
+fn cancel(stage: &Mutex<Stage>) -> bool {
+    let until = Instant::now() + CREATE_MAX;
+    loop {
+        match stage.try_lock() {
+            Ok(stage) if *stage == Stage::Created => return true,
+            Ok(mut stage) => *stage = Stage::Cancelled,
+            // It is being created.
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            Err(_) => {}
+        }
+        return false;
     }
 }
 

@@ -24,7 +24,7 @@ const SIZE_MAX: u64 = i64::MAX as u64;
 /// Creates an image of `size` bytes at `path`, which must not exist, and makes it durable.
 ///
 /// The image is sparse. With `preallocate` all space is allocated now; `progress` gets (bytes done,
-/// total bytes). On failure nothing is left behind.
+/// total bytes), first (0, `size`) when the file exists. On failure nothing is left behind.
 ///
 /// Errors: [`Kind::Exists`], [`Kind::Invalid`] for an invalid size, [`Kind::Quota`] if the file
 /// system is full, and errors of the file system.
@@ -63,6 +63,7 @@ pub fn create(path: &Path, size: u64, preallocate: bool, mut progress: impl FnMu
             }
         })?;
 
+    progress(0, size);
     fill(file, size, preallocate, &mut progress)
         .and_then(|()| rustix::io::retry_on_intr(|| sync_directory(&directory)))
         .map_err(|error| {
@@ -113,7 +114,6 @@ fn fill(
 /// Allocates all space in chunks; writes zeroes if fallocate is unsupported.
 fn allocate(file: &OwnedFd, size: u64, progress: &mut dyn FnMut(u64, u64)) -> std::result::Result<(), Errno> {
     let mut done = 0;
-    progress(done, size);
     while done < size {
         let len = ALLOCATE_CHUNK.min(size - done);
         let mode = FallocateFlags::empty();

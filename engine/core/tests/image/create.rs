@@ -14,7 +14,9 @@ use crate::support::*;
 fn creates_images() {
     let directory = temporary();
     let path = directory.path().join("image");
-    create(&path, 10 * MIB, false, |_, _| panic!("nothing to report")).unwrap();
+    let mut reports = Vec::new();
+    create(&path, 10 * MIB, false, |done, all| reports.push((done, all))).unwrap();
+    assert_eq!(reports, [(0, 10 * MIB)], "that the file exists");
     let metadata = fs::metadata(&path).unwrap();
     assert_eq!((metadata.len(), metadata.blocks()), (10 * MIB, 0));
     refused(create(&path, MIB, true, |_, _| {}), Kind::Exists, "choose another name");
