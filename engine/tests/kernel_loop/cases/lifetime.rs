@@ -279,11 +279,8 @@ fn unbound_by_losetup(ctx: &Ctx) -> Res {
     let device = daemon.attach(&[&image])?;
     tools::ok(&["losetup", "-d", &format!("/dev/{}", disk_name(&device)?)])?;
     let info = daemon.info(&device)?;
-    ensure!(
-        info["state"] == "stuck"
-            && info["reason"].as_str().is_some_and(|why| why.starts_with("another program has unbound it")),
-        "{info}"
-    );
+    let why = "another program has unbound it; detach it, and attach its image again";
+    ensure!(info["state"] == "stuck" && info["reason"] == why, "{info}");
     daemon.detach(&device)?;
     daemon.stop()
 }
