@@ -121,6 +121,10 @@ fn mount_checks_the_image_first() {
     };
     let (first, second) = (entry(2048), entry(4096));
     made("disk.img", &[(446, &first), (462, &second), (510, &[0x55, 0xaa]), (2 << 20, b"hsqs")]);
+    // The first sector of a GPT, whose image is cut.
+    let mut gpt = entry(1);
+    gpt[4] = 0xee;
+    made("cut.img", &[(446, &gpt), (510, &[0x55, 0xaa])]);
     let pipe = dir.with_file_name("pipe");
     rustix::fs::mkfifoat(rustix::fs::CWD, pipe, rustix::fs::Mode::RWXU).unwrap();
     let cases: &[(&str, i32, &str)] = &[
@@ -134,6 +138,9 @@ fn mount_checks_the_image_first() {
         ("disk.img dir -p 3", 3, "has no partition 3, but 1 (1M), 2 (1M)"),
         ("disk.img dir -p 1", 2, "partition 1 of disk.img contains no known file system"),
         ("junk.img dir --partition 1", 3, "junk.img has no partitions"),
+        ("cut.img dir", 2, "cut.img has a GPT without readable partitions; see whether the image is"),
+        ("cut.img dir --all", 2, "cut.img has a GPT without readable partitions"),
+        ("cut.img dir --partition 1", 2, "cut.img has a GPT without readable partitions"),
         ("disk.img dir --offset 3M", 2, "contains no known file system"),
         ("disk.img dir --offset 4M", 2, "no file system at 4194304"),
         ("disk.img dir --offset 2M --sizelimit 512", 8, "cannot reach the daemon"),

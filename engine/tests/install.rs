@@ -222,6 +222,25 @@ fn keeps_foreign_files() {
 }
 
 #[test]
+fn names_a_link_to_itself() {
+    let root = Root::new();
+    let program = root.at("/usr/local/bin/loopengine");
+    fs::create_dir_all(program.parent().unwrap()).unwrap();
+    symlink(PROGRAM, &program).unwrap();
+    root.fails(&[], 4, "is a link to the program that runs; remove it ('rm ");
+    fs::remove_file(&program).unwrap();
+    root.ok(&[]);
+}
+
+/// As makefiles pass it.
+#[test]
+fn accepts_an_empty_destdir() {
+    let ran = Command::new(PROGRAM).args(["install", "--dry-run"]).env("DESTDIR", "").output().unwrap();
+    assert!(ran.status.success(), "{ran:?}");
+    assert!(ran.stdout.starts_with(b"/"), "{ran:?}");
+}
+
+#[test]
 fn keeps_changed_files() {
     let root = Root::new();
     root.ok(&[]);

@@ -224,6 +224,11 @@ fn opens_an_image() {
     assert!(bed.path("session/loopengine-mounts/disk/1/lost+found").exists());
     bed.works("umount --all session/loopengine-mounts/disk");
     assert!(!bed.path("session/loopengine-mounts/disk").exists());
+    for image in ["one", "disk"] {
+        bed.works(&format!("mount --open {EXT4} {image}"));
+        bed.works(&format!("umount --all {image}"));
+        assert!(!bed.path(&format!("session/loopengine-mounts/{image}")).exists(), "{image}");
+    }
     bed.refused("mount --open none", &["none"]);
     assert_eq!(fs::read_dir(bed.path("session/loopengine-mounts")).unwrap().count(), 0);
 }

@@ -5,6 +5,7 @@
 //! checksum, so that only unchanged files of this program are replaced or removed.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -63,9 +64,16 @@ pub(super) struct InstallArgs {
     #[arg(long)]
     dry_run: bool,
 
-    /// Staging directory, for packagers.
-    #[arg(long, value_name = "DIR", env = "DESTDIR", hide = true, hide_env_values = true)]
-    destdir: Option<PathBuf>,
+    /// Staging directory, for packagers. The empty DESTDIR of makefiles means none.
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "DESTDIR",
+        default_value = "",
+        hide = true,
+        hide_env_values = true
+    )]
+    destdir: OsString,
 }
 
 /// A file or link to install.
@@ -82,7 +90,7 @@ impl InstallArgs {
             return Err(Error::new(Kind::Invalid, message));
         }
         let destination = Destination {
-            destdir: self.destdir.unwrap_or_default(),
+            destdir: self.destdir.into(),
             record: self.prefix.join(RECORD),
             dry_run: self.dry_run,
         };
@@ -250,6 +258,10 @@ impl Destination {
             return Ok(());
         }
         let shown = at.display();
+        if at.is_symlink() && at.canonicalize().ok() == fs::read_link("/proc/self/exe").ok() {
+            let message = format!("{shown} is a link to the program that runs");
+            return Err(Error::new(Kind::Exists, message).hint(format!("remove it ('rm {shown}')")));
+        }
         let message = match record.contains_key(path) {
             true => format!("{shown} was changed since it was installed"),
             false => format!("{shown} exists and does not belong to loopengine"),

@@ -34,6 +34,10 @@ impl RunDir {
     /// Creates `path` if it is missing, rejects it if others may write to it, locks it.
     pub fn take(path: &Path) -> Result<RunDir> {
         let shown = path.display();
+        if path.exists() && !path.is_dir() {
+            let message = format!("cannot use {shown} as the run directory: it is not a directory");
+            return Err(Error::new(Kind::Invalid, message).hint("give another with --run-dir"));
+        }
         let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
         made.map_err(|error| Error::os(error, format!("cannot create the run directory {shown}")))?;
         // Absolute, because device names in it are links that others follow.

@@ -144,8 +144,11 @@ pub(super) fn close_on_exec(fds: &[OwnedFd]) -> zlink::Result<()> {
 
 fn unreachable(socket: &Path, error: &std::io::Error) -> Error {
     let shown = socket.display();
-    let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+    let denied = error.kind() == ErrorKind::PermissionDenied;
     let message = format!("cannot reach the daemon at {shown}: {}", reason(error));
+    if error.kind() == ErrorKind::NotADirectory {
+        return Error::new(Kind::Invalid, message).hint("give the daemon's run directory with --run-dir");
+    }
     if denied {
         return Error::new(Kind::Denied, message).hint(match socket.ends_with(PRIVATE_SOCKET) {
             true => "have root make the directories above it searchable ('chmod a+x')".to_owned(),

@@ -69,9 +69,11 @@ fn one(args: &MountArgs, run_dir: &Path, number: u32, read_only: bool, dir: &Pat
 /// The directories in `dir` that `mount` may have created.
 pub(super) fn directories(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let is_number = |name: &str| name.parse().is_ok_and(|number: u32| number.to_string() == name);
-    entries
-        .filter(|entry| entry.file_name().to_str().is_some_and(is_number))
-        .map(|entry| entry.path())
-        .collect()
+    entries.map(|entry| entry.path()).filter(|dir| is_of_partition(dir)).collect()
+}
+
+/// Whether the last part of a path is a number.
+pub(super) fn is_of_partition(dir: &Path) -> bool {
+    let name = dir.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| name.parse().is_ok_and(|number: u32| number.to_string() == name))
 }

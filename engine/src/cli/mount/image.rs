@@ -13,6 +13,7 @@ use rustix::fs::OFlags;
 
 use crate::cli::size;
 use crate::error::{Error, Kind, Result};
+use crate::image::partitions::PartitionRange;
 use crate::image::{Identity, Region, fs, partitions};
 use crate::instance::claims::locks;
 use crate::sys::range_lock;
@@ -121,7 +122,7 @@ impl MountImage {
 pub(super) fn partitions(path: &Path) -> Result<Vec<(u32, Option<&'static str>)>> {
     let (file, size, _) = open_image(path, true)?;
     let region = |start, size| Region::new(file.as_fd(), start, size);
-    let table = partitions::read(&mut region(0, size), BLOCK)?;
+    let table = read_table(&mut region(0, size), &path.display().to_string())?;
     if table.is_empty() {
         let message = format!("{} has no partitions", path.display());
         return Err(Error::new(Kind::NotFound, message).hint("mount it without --all"));
@@ -174,7 +175,7 @@ fn find(file: &File, size: u64, part: &PartitionSpec, shown: &str) -> Result<(u6
     }
     let within = if part.size_limit > 0 { rest.min(part.size_limit) } else { rest };
     let region = |start: u64, size: u64| Region::new(file.as_fd(), part.offset + start, size);
-    let table = || partitions::read(&mut region(0, within), BLOCK);
+    let table = || read_table(&mut region(0, within), shown);
     let Some(number) = part.number else {
         return match fs::detect(&mut region(0, within)) {
             Some(kind) => checked(kind, shown).map(|kind| (part.offset, part.size_limit, kind)),
@@ -202,6 +203,17 @@ fn find(file: &File, size: u64, part: &PartitionSpec, shown: &str) -> Result<(u6
     }
 }
 
+/// Reads the partition table; none is an empty one. Rejects a GPT that has lost its partitions.
+fn read_table(disk: &mut Region<'_>, shown: &str) -> Result<Vec<PartitionRange>> {
+    let table = partitions::read(disk, BLOCK)?;
+    if table.is_empty() && partitions::has_gpt_entry(disk) {
+        let message = format!("{shown} has a GPT without readable partitions");
+        let hint = format!("see whether the image is complete ('sfdisk --verify {shown}')");
+        return Err(invalid(message).hint(hint));
+    }
+    Ok(table)
+}
+
 fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
     match is_mountable(kind) {
         true => Ok(kind),
@@ -212,8 +224,8 @@ fn checked(kind: &'static str, shown: &str) -> Result<&'static str> {
 fn no_file_system(
     shown: &str,
     file: &str,
-    table: &[partitions::PartitionRange],
-    kind: impl Fn(&partitions::PartitionRange) -> Option<&'static str>,
+    table: &[PartitionRange],
+    kind: impl Fn(&PartitionRange) -> Option<&'static str>,
 ) -> Error {
     if table.is_empty() {
         return invalid(format!("{shown} contains no known file system")).hint(format!(
@@ -225,11 +237,8 @@ fn no_file_system(
 }
 
 /// Numbers, file systems and sizes.
-fn list(
-    table: &[partitions::PartitionRange],
-    kind: impl Fn(&partitions::PartitionRange) -> Option<&'static str>,
-) -> String {
-    let one = |part: &partitions::PartitionRange| {
+fn list(table: &[PartitionRange], kind: impl Fn(&PartitionRange) -> Option<&'static str>) -> String {
+    let one = |part: &PartitionRange| {
         let kind = kind(part).map(|kind| format!("{kind}, ")).unwrap_or_default();
         format!("{} ({kind}{})", part.number, size::show(part.size))
     };

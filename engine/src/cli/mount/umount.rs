@@ -70,9 +70,12 @@ impl UmountArgs {
             return Err(Error::new(Kind::Deadline, message)
                 .hint("wait for the FUSE driver, or find other users of the device with 'loopengine find'"));
         }
-        // A directory that is in use or not empty stays.
-        inner.iter().filter(|dir| dirs.contains(dir)).for_each(|dir| drop(std::fs::remove_dir(dir)));
-        open::remove_dir(&named);
+        for dir in dirs.iter().filter(|dir| self.all && all::is_of_partition(dir)) {
+            // A directory that is in use or not empty stays.
+            let _ = std::fs::remove_dir(dir);
+        }
+        let parents = dirs.iter().filter_map(|dir| dir.parent());
+        dirs.iter().map(PathBuf::as_path).chain(parents).chain([&*named]).for_each(open::remove_dir);
         Ok(())
     }
 

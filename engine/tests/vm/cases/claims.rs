@@ -253,9 +253,27 @@ fn over_kernel_loop(ctx: &Ctx) -> Res {
     })();
     tools::ok(&["losetup", "--detach", &node])?;
     tried?;
+    below_kernel_loop(&daemon, &image)?;
     let device = daemon.attach(&[&image])?;
     daemon.detach(&device)?;
     daemon.stop()
+}
+
+/// A loop device of the host is bound to an image that is attached.
+fn below_kernel_loop(daemon: &Daemon, image: &str) -> Res {
+    let device = daemon.attach(&[image])?;
+    let node = tools::ok(&["losetup", "--find", "--show", image])?.trim().to_owned();
+    let tried = (|| {
+        let why = format!("the file under {node} is attached already, as {}", device.name());
+        refused(daemon, &[&node], &why)?;
+        refused(daemon, &["--read-only", &node], &why)?;
+        let forced = daemon.attach(&["--force", &node])?;
+        warned(daemon, &format!("shares {node} with {}", device.name()), 1)?;
+        daemon.detach(&forced)
+    })();
+    tools::ok(&["losetup", "--detach", &node])?;
+    tried?;
+    daemon.detach(&device)
 }
 
 fn force_shares_an_image(ctx: &Ctx) -> Res {

@@ -65,6 +65,14 @@ pub fn read(disk: &mut Region<'_>, block: u32) -> Result<Vec<PartitionRange>> {
     Ok(list.ranges)
 }
 
+/// Whether the first sector announces a GPT. If [`read`] finds no partitions then, the table is
+/// empty or damaged, or lies beyond the end of `disk`.
+pub fn has_gpt_entry(disk: &mut Region<'_>) -> bool {
+    let mut sector = [0; 512];
+    let is_read = disk.read(0, &mut sector).unwrap_or(false);
+    is_read && mbr::MbrTable::of(&sector).is_some_and(|table| table.has_gpt_entry())
+}
+
 /// The partitions found so far, and the device's capacity.
 struct PartitionList {
     ranges: Vec<PartitionRange>,

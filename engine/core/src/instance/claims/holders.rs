@@ -8,6 +8,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -71,6 +72,20 @@ pub fn find(image: &Identity, own: &HashSet<u64>, may_open: fn(u32) -> bool) -> 
 pub fn related(rdev: u64) -> Vec<u64> {
     let all = if rdev == 0 { Vec::new() } else { related_devices(rdev) };
     all.into_iter().map(|relative| relative.rdev).filter(|other| *other != rdev).collect()
+}
+
+/// What a loop device of the host, or a partition of one, is bound to. May block as its file system
+/// does. None for the devices of this program, which claim their images themselves.
+pub fn below(device: BorrowedFd<'_>, rdev: u64) -> Option<Identity> {
+    if rdev == 0 || !directory(rdev).iter().any(|name| name.as_bytes().starts_with(b"loop")) {
+        return None;
+    }
+    let info = loop_device::status(device).ok()?;
+    if kernel_loop::cookie(&info).is_some() {
+        return None;
+    }
+    let (dev, ino) = if info.rdevice == 0 { (info.device, info.inode) } else { (0, 0) };
+    Some(Identity { dev, ino, rdev: info.rdevice, btime_ns: 0 })
 }
 
 /// The directory of a block device in sysfs.

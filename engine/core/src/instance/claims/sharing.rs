@@ -87,7 +87,12 @@ fn attach(
     sharing: Sharing,
 ) -> Result<Hold> {
     let (identity, name) = (image.identity(), image.name());
-    let (mut claim, uses) = claim(claims, image, by, sharing)?;
+    let (mut claim, mut uses) = claim(claims, image, by, sharing)?;
+    if let Some(file) = holders::below(image.fd(), identity.rdev) {
+        let of_file = claims.uses(file);
+        refuse(by, &of_file, sharing, &format!("the file under {name}"))?;
+        uses.extend(of_file);
+    }
     let own = claim.set_owner(owner_cookie);
     warn(by, &uses, identity, name);
     let (exclusive, claimed) = match image.is_block_device() {
