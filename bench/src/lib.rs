@@ -23,6 +23,7 @@ pub mod job;
 mod kernel_module;
 pub mod measure;
 pub mod outcome;
+pub mod passthrough;
 pub mod plan;
 pub mod progress;
 pub mod raw;

@@ -158,7 +158,8 @@ fn words(output: &Output) -> String {
 fn a_run_measures_and_leaves_nothing() -> Check {
     let home = Home::new();
     let jobs = "randread-4k-qd32,randwrite-4k-qd1,many-16-4k,discard-64k,smallfile-create";
-    let targets = "raw file,kernel loop,loopengine fuse,qemu fuse,ext4 on kernel loop,fuse2fs";
+    let targets =
+        "raw file,kernel loop,loopengine fuse,fuse passthrough,qemu fuse,ext4 on kernel loop,fuse2fs";
     let output = home.run(&["--rounds", "2", "--jobs", jobs, "--targets", targets]).output()?;
     ensure(output.status.success(), &words(&output))?;
     home.check_nothing_is_left()?;

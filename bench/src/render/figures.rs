@@ -29,7 +29,7 @@ const JOBS: [(&str, &str); 6] = [
 ];
 
 /// Beginnings of rows, and the targets.
-const TARGETS: [(&str, &str); 11] = [
+const TARGETS: [(&str, &str); 12] = [
     ("the raw file", "raw file"),
     ("kernel loop", "kernel loop"),
     ("loopengine over kernel loop", "loopengine loop"),
@@ -40,6 +40,7 @@ const TARGETS: [(&str, &str); 11] = [
     ("loopengine behind FUSE", "loopengine fuse"),
     ("rublk", "rublk"),
     ("QEMU's FUSE export", "qemu fuse"),
+    ("FUSE passthrough", "fuse passthrough"),
     ("nbd, by qemu-nbd", "qemu nbd"),
 ];
 

@@ -5,6 +5,7 @@
 //! have the scheduler `none`. A target tears down everything that it sets up.
 
 mod ext4;
+mod fuse_passthrough;
 mod kernel_loop;
 mod loopengine;
 mod qemu_fuse;
@@ -276,6 +277,7 @@ pub fn all() -> Vec<Box<dyn Target>> {
     targets.push(Box::new(loopengine::Ublk::durable()));
     targets.push(Box::new(loopengine::Other::kernel_loop()));
     targets.push(Box::new(loopengine::Other::fuse()));
+    targets.push(Box::new(fuse_passthrough::FusePassthrough::default()));
     targets.push(Box::new(qemu_fuse::QemuFuse::default()));
     targets.push(Box::new(qemu_nbd::QemuNbd::default()));
     targets.push(Box::new(rublk::Rublk::default()));

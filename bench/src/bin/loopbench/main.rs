@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use loopbench::plan::{Choice, describe};
-use loopbench::{collect, compare, gate, raw, render, run, sh};
+use loopbench::{collect, compare, gate, passthrough, raw, render, run, sh};
 
 /// Compares loop devices of all kinds with fio.
 ///
@@ -71,6 +71,9 @@ enum Command {
         #[arg(long)]
         accept: bool,
     },
+    /// Serve the target 'fuse passthrough'
+    #[command(hide = true)]
+    Passthrough { directory: PathBuf, images: Vec<PathBuf> },
     /// Rewrite the figures in documents from the results that they link
     Figures {
         /// Directory of the repository
@@ -131,6 +134,10 @@ fn execute(command: Command) -> Result<u8> {
             let comparison = compare::compare(&render::read(&old)?, &render::read(&new)?)?;
             say(&comparison.to_string());
             Ok(u8::from(comparison.slower()))
+        }
+        Command::Passthrough { directory, images } => {
+            passthrough::serve(&directory, &images)?;
+            Ok(0)
         }
         Command::Figures { root, files } => {
             for file in files.iter().map(|file| root.join(file)) {

@@ -28,18 +28,22 @@ struct Contender {
     means: fn(&str) -> bool,
 }
 
-const CONTENDERS: [Contender; 3] = [
+/// The row of each contender.
+type ContenderRows = [Option<Row>; CONTENDERS.len()];
+
+const CONTENDERS: [Contender; 4] = [
     Contender { name: "loopengine", means: |target| ours(target) && !target.contains("fuse") },
     Contender { name: "loopengine behind FUSE", means: |target| ours(target) && target.contains("fuse") },
     Contender {
         name: "QEMU's FUSE export",
         means: |target| target.contains("qemu") && target.contains("fuse"),
     },
+    Contender { name: "FUSE passthrough", means: |target| target == "fuse passthrough" },
 ];
 
 pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
     let jobs = summary_jobs(outcome);
-    let results: Vec<(&JobInfo, [Option<Row>; 3])> = jobs
+    let results: Vec<(&JobInfo, ContenderRows)> = jobs
         .iter()
         .map(|job| {
             let rows = rows(outcome, job);
@@ -81,16 +85,16 @@ pub(super) fn answer(outcome: &Outcome, palette: &Palette) -> Vec<Block> {
     blocks
 }
 
-fn table(results: &[(&JobInfo, [Option<Row>; 3])]) -> Table {
+fn table(results: &[(&JobInfo, ContenderRows)]) -> Table {
     let titles: Vec<String> = CONTENDERS.iter().map(|contender| format!("× {}", contender.name)).collect();
     let mut table = Table::new(
         format!("Throughput × {LOOP}"),
-        &["<job", &titles[0], "<I/O mode", &titles[1], &titles[2]],
+        &["<job", &titles[0], "<I/O mode", &titles[1], &titles[2], &titles[3]],
     );
     for (job, rows) in results {
         let cell = |index: usize| rows[index].as_ref().map_or(NOTHING.into(), ratio_of);
         let path = rows[0].as_ref().map_or(NOTHING.into(), |row| plain(&row.target));
-        table.line(LineKind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2)]);
+        table.line(LineKind::Other, vec![plain(&job.title), cell(0), path, cell(1), cell(2), cell(3)]);
     }
     table.condensed()
 }
@@ -113,7 +117,7 @@ fn first(rows: &[Row], job: &JobInfo, means: fn(&str) -> bool) -> Option<Row> {
 }
 
 /// A name and the range of its ratios: "0.85 to 1.36 ×".
-fn span(results: &[(&JobInfo, [Option<Row>; 3])], index: usize) -> Option<(String, String)> {
+fn span(results: &[(&JobInfo, ContenderRows)], index: usize) -> Option<(String, String)> {
     let reached = units::span(results.iter().filter_map(|(_, rows)| rows[index].as_ref()?.ratio))?;
     Some((CONTENDERS[index].name.to_owned(), format!("{reached} ×")))
 }
