@@ -12,6 +12,7 @@ use crate::job::{self, JOBS, Job};
 use crate::measure::Extras;
 use crate::outcome::Mode;
 use crate::run::Plan;
+use crate::store::DEFAULTS;
 use crate::{site, target};
 
 /// Rough seconds of a start of fio and of setting up a target, on hardware and under emulation.
@@ -43,6 +44,9 @@ pub struct Choice {
     /// Directory for the images [default: a file system in memory, which needs null_blk]
     #[arg(long, value_name = "DIR")]
     pub images: Option<PathBuf>,
+    /// Mount options of the file system in memory
+    #[arg(long, value_name = "OPTION,…", default_value = DEFAULTS, conflicts_with = "images")]
+    pub store_options: String,
     /// Size of each target's image [default: 96; quick 32]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
     pub image_mb: Option<u32>,
@@ -83,6 +87,7 @@ impl Choice {
             jobs: self.jobs()?,
             targets: (!self.targets.is_empty()).then(|| self.targets.clone()),
             images: self.images.clone(),
+            store_options: self.store_options.clone(),
             image_mb: self.image_mb.unwrap_or(if self.quick { 32 } else { 96 }),
             extras: Extras {
                 attaches: self.attaches.unwrap_or(if icount {
@@ -149,7 +154,7 @@ pub fn describe(plan: &Plan) -> Result<String> {
         "\nfio: {}\nimages of {} MiB each: {}\n",
         or_unavailable(fio::version().map(|version| version.to_string())),
         plan.image_mb,
-        or_unavailable(site::describe(plan.images.as_deref()))
+        or_unavailable(site::describe(plan.images.as_deref(), &plan.store_options))
     ));
     if !rustix::process::geteuid().is_root() {
         text.push_str("run it as root: otherwise most targets are unavailable\n");

@@ -35,6 +35,8 @@ pub struct Plan {
     pub targets: Option<Vec<String>>,
     /// Directory for the images; `None` means a file system in memory.
     pub images: Option<PathBuf>,
+    /// Its mount options.
+    pub store_options: String,
     pub image_mb: u32,
     pub extras: Extras,
     /// Notes for the manifest.
@@ -84,7 +86,7 @@ pub fn run(plan: &Plan, out: &Path, resume: bool) -> Result<bool> {
     let version = fio::version()?;
     let mut warnings = check::machine(plan.mode);
     let many_mb = if plan.needs(Needs::Many) { MANY_MB } else { 0 };
-    let site = Site::new(plan.images.as_deref(), plan.image_mb, many_mb)?;
+    let site = Site::new(plan.images.as_deref(), &plan.store_options, plan.image_mb, many_mb)?;
     let mut sets = Vec::new();
     for target in plan.targets()? {
         let (set, more) = Set::up(target, &site.place)?;
@@ -242,7 +244,8 @@ fn manifest(plan: &Plan, fio: String) -> Result<Manifest> {
     let mut notes = plan.notes.clone();
     // In a VM /proc/cpuinfo shows the emulated CPU.
     let host_cpu = notes.remove("host-cpu");
-    let images = site::describe(plan.images.as_deref()).unwrap_or_else(|error| format!("{error:#}"));
+    let images = site::describe(plan.images.as_deref(), &plan.store_options);
+    let images = images.unwrap_or_else(|error| format!("{error:#}"));
     notes.insert("images".into(), format!("{} MiB each, in {images}", plan.image_mb));
     Ok(Manifest {
         date: sh::capture(std::process::Command::new("date").args(["-u", "+%F"]), target::LIMIT)?

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::kernel_module::{Module, NULL_BLK};
 use crate::outcome::{TargetInfo, Warning};
-use crate::store::{Fs, Store};
+use crate::store::{DEFAULTS, Fs, Store};
 use crate::target::{Environment, LIMIT, Loops, Opened, Target};
 use crate::{check, sh};
 
@@ -28,8 +28,8 @@ pub struct Site {
 }
 
 impl Site {
-    /// Puts images below `images`; without it, on a file system in memory.
-    pub fn new(images: Option<&Path>, image_mb: u32, many_mb: u32) -> Result<Site> {
+    /// Puts images below `images`; without it, on a file system in memory with these mount options.
+    pub fn new(images: Option<&Path>, store_options: &str, image_mb: u32, many_mb: u32) -> Result<Site> {
         let home = tempfile::Builder::new().prefix("loopbench-").tempdir_in("/run").or_else(|_| {
             tempfile::Builder::new().prefix("loopbench-").tempdir().context("no directory to work in")
         })?;
@@ -44,7 +44,7 @@ impl Site {
             }
             None => {
                 let path = home.path().join("store");
-                let store = Store::new(Fs::Xfs, STORE_MB, &path).context(NO_STORE)?;
+                let store = Store::new(Fs::Xfs, STORE_MB, store_options, &path).context(NO_STORE)?;
                 (Some(store), None, path)
             }
         };
@@ -65,10 +65,14 @@ impl Site {
 }
 
 /// Describes the directory of the images and its file system, or says why there can be none.
-pub fn describe(images: Option<&Path>) -> Result<String> {
+pub fn describe(images: Option<&Path>, store_options: &str) -> Result<String> {
     let Some(directory) = images else {
         NULL_BLK.check().context(NO_STORE)?;
-        return Ok("XFS on a memory-backed null_blk device".into());
+        let mounted = match store_options {
+            DEFAULTS => String::new(),
+            options => format!(", mounted with {options}"),
+        };
+        return Ok(format!("XFS on a memory-backed null_blk device{mounted}"));
     };
     if !directory.is_dir() {
         bail!("there is no directory {}: give another with --images", directory.display());

@@ -17,6 +17,9 @@ use crate::sh;
 const LIMIT: Duration = Duration::from_secs(120);
 const NULLB: &str = "/sys/kernel/config/nullb";
 
+/// The usual mount options.
+pub const DEFAULTS: &str = "defaults";
+
 /// File system of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Fs {
@@ -51,7 +54,7 @@ pub fn run(options: &Options) -> Result<()> {
     if options.remove {
         remove(&options.directory)
     } else {
-        make(options.fs, options.size_mb, &options.directory)
+        make(options.fs, options.size_mb, DEFAULTS, &options.directory)
     }
 }
 
@@ -61,9 +64,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// Makes a store of `size_mb` MiB at `directory`.
-    pub fn new(fs: Fs, size_mb: u32, directory: &Path) -> Result<Store> {
-        make(fs, size_mb, directory)?;
+    /// Makes a store of `size_mb` MiB at `directory`, with these mount options.
+    pub fn new(fs: Fs, size_mb: u32, options: &str, directory: &Path) -> Result<Store> {
+        make(fs, size_mb, options, directory)?;
         Ok(Store { directory: directory.to_owned() })
     }
 }
@@ -76,7 +79,7 @@ impl Drop for Store {
     }
 }
 
-fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
+fn make(fs: Fs, size_mb: u32, options: &str, directory: &Path) -> Result<()> {
     let device = NullBlk::new(size_mb)?;
     let mkfs: &[&str] = match fs {
         Fs::Xfs => &["mkfs.xfs", "-q", "-f"],
@@ -85,7 +88,7 @@ fn make(fs: Fs, size_mb: u32, directory: &Path) -> Result<()> {
     };
     sh::capture(Command::new(sh::which(mkfs[0])?).args(&mkfs[1..]).arg(&device.node), LIMIT)?;
     std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    sh::capture(Command::new("mount").arg(&device.node).arg(directory), LIMIT)?;
+    sh::capture(Command::new("mount").args(["-o", options]).arg(&device.node).arg(directory), LIMIT)?;
     device.keep();
     Ok(())
 }

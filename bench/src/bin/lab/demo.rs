@@ -17,7 +17,7 @@ use loopbench::fio::Length;
 use loopbench::job::{self, Job};
 use loopbench::measure::Extras;
 use loopbench::run::{self, Plan};
-use loopbench::store::{Fs, Store};
+use loopbench::store::{DEFAULTS, Fs, Store};
 use loopbench::{collect, outcome, render, sh, target};
 
 use crate::kernel::Line;
@@ -102,7 +102,7 @@ fn show() -> Result<()> {
     let start = Instant::now();
     let home = tempfile::Builder::new().prefix("loopengine-demo-").tempdir_in("/run")?;
     let place = home.path().join("store");
-    let _store = Store::new(Fs::Xfs, 900, &place)?;
+    let _store = Store::new(Fs::Xfs, 900, DEFAULTS, &place)?;
     say("store", "XFS on a memory-backed null_blk device holds the images");
     let daemon = Daemon::start(&home.path().join("loopengine"))?;
     for instance in ["red", "blue"] {
