@@ -146,6 +146,7 @@ fn show() -> Result<()> {
             "loopengine loop".into(),
         ]),
         images: None,
+        store_options: DEFAULTS.into(),
         image_mb: 128,
         extras: Extras::default(),
         notes: Default::default(),
