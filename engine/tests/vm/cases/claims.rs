@@ -264,11 +264,11 @@ fn below_kernel_loop(daemon: &Daemon, image: &str) -> Res {
     let device = daemon.attach(&[image])?;
     let node = tools::ok(&["losetup", "--find", "--show", image])?.trim().to_owned();
     let tried = (|| {
-        let why = format!("the file under {node} is attached already, as {}", device.name());
+        let why = format!("the file under {node} is attached already, as default/loop");
         refused(daemon, &[&node], &why)?;
         refused(daemon, &["--read-only", &node], &why)?;
         let forced = daemon.attach(&["--force", &node])?;
-        warned(daemon, &format!("shares {node} with {}", device.name()), 1)?;
+        warned(daemon, &format!("shares {node} with default/loop"), 1)?;
         daemon.detach(&forced)
     })();
     tools::ok(&["losetup", "--detach", &node])?;
