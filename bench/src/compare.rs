@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_became_slower_is_found_and_nothing_else() {
+    fn finds_only_the_rows_that_became_slower() {
         for mode in [Mode::Smp, Mode::Host, Mode::Icount] {
             let (old, new) = scaled(mode, 9, 0.6);
             let comparison = compare(&old, &new).unwrap();
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_and_nonsense_are_no_verdict() {
+    fn zeros_and_invalid_numbers_give_no_verdict() {
         let (old, mut new) = scaled(Mode::Host, 5, 0.0);
         new.samples.iter_mut().step_by(3).for_each(|sample| sample.iops = f64::NAN);
         let comparison = compare(&old, &new).unwrap();

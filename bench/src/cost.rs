@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_spends() {
+    fn counts_cpu_time_of_this_process() {
         let pid = std::process::id();
         let before = Reading::of(pid);
         // Thread CPU time: on a busy machine the wall clock runs ahead of it.
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn both_kinds_of_switches_count_and_new_threads_too() {
+    fn counts_both_kinds_of_context_switches_in_all_threads() {
         assert_eq!(switches("voluntary_ctxt_switches:\t40\nnonvoluntary_ctxt_switches:\t2\n"), 42);
         let reading = |threads: &[(u32, u64)]| {
             Reading(threads.iter().map(|(id, cpu)| (*id, Account { cpu_ns: *cpu, switches: 1 })).collect())

@@ -195,13 +195,13 @@ mod tests {
     }
 
     #[test]
-    fn another_machine_is_no_verdict() {
+    fn another_machine_gives_no_verdict() {
         assert_eq!(verdict(13_200, 18_400), GateVerdict::Incomparable);
         assert_eq!(verdict(12_800, 18_000), GateVerdict::Incomparable);
     }
 
     #[test]
-    fn a_row_that_vanished_or_is_new_is_seen() {
+    fn reports_missing_and_new_rows() {
         let rows = vec![cost(RAW, 13_000), cost("loopengine auto", 18_000)];
         let baseline = Baseline { kernel: "k".into(), fio: "f".into(), rows };
         let (rows, verdict) = compare(&baseline, &[cost(RAW, 13_000), cost("loopengine batch", 18_000)]);

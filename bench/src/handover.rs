@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_come_out_whole_and_in_order_however_they_arrive() {
+    fn reassembles_files_from_any_pieces() {
         let mut sent = Vec::new();
         let files = [("a.json", &b"{\n}"[..]), ("empty", b""), ("b", b"x 3\nabc")];
         files.iter().for_each(|(name, bytes)| write(&mut sent, name, bytes).unwrap());

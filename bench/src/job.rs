@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_table_says_of_a_file_is_so() {
+    fn the_table_agrees_with_the_files() {
         for job in JOBS {
             let has = |line: &str| job.text.lines().any(|other| other == line);
             assert!(has("group_reporting=1"), "{}: a sum of its processes is read", job.name);

@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn it_covers_the_truth_about_as_often_as_it_says() {
+    fn an_interval_covers_the_true_median_at_its_confidence_level() {
         // Samples of a uniform distribution over 0 … 1, whose median is 0.5.
         let mut random = fastrand::Rng::with_seed(7);
         let covered = (0..400)
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quotient_of_equal_sides_spans_one_about_as_often_as_it_says() {
+    fn a_quotient_of_equal_samples_covers_one_at_its_confidence_level() {
         let mut random = fastrand::Rng::with_seed(9);
         let mut side = || -> Vec<f64> { (0..15).map(|_| 1.0 + random.f64()).collect() };
         let spans = (0..300)
@@ -156,7 +156,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
 
         #[test]
-        fn a_quotient_lies_in_its_interval_and_turns_round(
+        fn a_quotient_lies_in_its_interval_and_inverts(
             old in prop::collection::vec(0.01f64..100.0, 5..15),
             new in prop::collection::vec(0.01f64..100.0, 5..15)
         ) {
@@ -171,7 +171,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn percentiles_rise_and_are_values_that_were_seen(
+        fn percentiles_are_monotonic_sample_values(
             counts in prop::collection::vec((1u64..1_000_000, 0u64..5000), 1..60)
         ) {
             let found: Vec<u64> =

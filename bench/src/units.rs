@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_is_a_dash() {
+    fn invalid_numbers_become_a_dash() {
         for write in [count, time, kib, ratio, change] {
             assert_eq!([f64::NAN, f64::INFINITY, f64::NEG_INFINITY].map(write), [NOTHING; 3]);
         }

@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reply_ends_with_its_zero_and_an_error_is_one() {
+    fn parses_replies_and_errors() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut client = Client(ours);
         theirs.write_all(b"{\"parameters\":{\"device\":{\"path\":\"/x\"}}}\0").unwrap();

@@ -20,7 +20,7 @@ fn documents_have_the_figures_of_the_results() {
 
 /// Figures, names and links that are wrong are noticed.
 #[test]
-fn refuses_what_it_does_not_know() {
+fn rejects_unknown_jobs_and_targets() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let result = "[report](results/2026-11-30-lab-icount-7/report.md)";
     let table = |header: &str, row: &str| format!("## A\n\n{header}\n|---|---:|\n{row}\n\n{result}\n");

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The program: with a fake daemon, and (in `cli/*.trycmd`) without one.
 
+#[path = "cli/create.rs"]
+mod create;
+#[path = "cli/statistics.rs"]
+mod statistics;
 mod support;
 
 use std::io::{BufRead, BufReader, Read};
@@ -346,88 +350,6 @@ fn recover_sends_the_image_and_prints_the_path() {
 }
 
 #[test]
-fn stats_prints_once_or_every_second() {
-    let daemon = Daemon::start();
-    daemon.image("a.img", 4096);
-    ok(&daemon.run(&["attach", "a.img"]));
-    let json = daemon.run(&["stats", "--json"]);
-    let stats: Vec<DeviceStats> = serde_json::from_str(ok(&json)).unwrap();
-    assert_eq!((stats[0].in_flight, stats[0].latency.p50_ns), (3, 10_000));
-    let table = daemon.run(&["stats", "default/loop0"]);
-    assert!(ok(&table).contains("10.0us") && table.out.contains("4.0"), "{table:?}");
-    // Each reading advances the fake's clock by one second, and adds 1000 reads.
-    let watched = daemon.run(&["stats", "--watch", "--count", "2"]);
-    let lines: Vec<&str> = ok(&watched).lines().collect();
-    assert_eq!(lines.len(), 3, "one head, two readings: {watched:?}");
-    for line in &lines[1..] {
-        let cells: Vec<&str> = line.split_whitespace().collect();
-        assert_eq!(&cells[1..3], ["1000", "3.9M/s"], "{watched:?}");
-    }
-    let json = daemon.run(&["stats", "--watch", "--count", "2", "--json"]);
-    for line in ok(&json).lines() {
-        let _: Vec<DeviceStats> = serde_json::from_str(line).unwrap();
-    }
-    ok(&daemon.run(&["stats", "-i", "nobody"]));
-}
-
-#[test]
-fn watch_ends_with_its_reader() {
-    let daemon = Daemon::start();
-    daemon.image("a.img", 4096);
-    ok(&daemon.run(&["attach", "a.img"]));
-    let mut child =
-        daemon.command(&["stats", "--watch"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut out = child.stdout.take().unwrap();
-    out.read_exact(&mut [0; 6]).unwrap();
-    drop(out);
-    let ran = Ran::from(child.wait_with_output().unwrap());
-    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
-}
-
-#[test]
-fn top_prints_a_table_per_interval() {
-    let daemon = Daemon::start();
-    daemon.image("a.img", 4096);
-    daemon.image("b.img", 4096);
-    ok(&daemon.run(&["attach", "a.img"]));
-    ok(&daemon.run(&["attach", "b.img"]));
-    let top = |more: &[&str]| daemon.run(&[&["top", "-d", "0.1"], more].concat());
-    // Each reading advances the fake's clock by one second, and adds 1000 reads.
-    let printed = top(&["-n", "2", "-o", "DEVICE", "-r"]);
-    let lines: Vec<&str> = ok(&printed).lines().collect();
-    assert_eq!(lines.len(), 11, "{printed:?}");
-    for table in [&lines[..5], &lines[6..]] {
-        assert!(table[0].contains(", 2 devices, 0 hidden, by DEVICE reversed"), "{printed:?}");
-        assert!(table[1].starts_with("total: IO/S 2000.0 R/S 2000.0 W/S 0.0 RKIB/S 8000.0 "), "{printed:?}");
-        let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        let heads =
-            "DEVICE USER IO/S R/S W/S RKIB/S WKIB/S AVG_MS P99_MS UTIL% INFLIGHT ERRORS STATE AQU-SZ F/S D/S";
-        assert_eq!(cells(table[2]).join(" "), heads);
-        let row = "default/loop1 root 1000.0 1000.0 0.0 4000.0 0.0 - - - 3 0 live - 0.0 0.0";
-        assert_eq!(cells(table[3]).join(" "), row);
-        assert!(table[4].starts_with("default/loop0 "), "{printed:?}");
-    }
-    let filtered = top(&["-n", "1", "--filter", "B.IMG"]);
-    assert!(ok(&filtered).contains("2 devices, 1 hidden") && !filtered.out.contains("loop0"), "{filtered:?}");
-    assert_eq!(ok(&top(&["-n", "2", "--json"])).lines().count(), 2);
-    for wrong in [&["-d", "0"][..], &["-n", "0"], &["-o", "x"]] {
-        assert_eq!(top(wrong).code, 2, "{wrong:?}");
-    }
-}
-
-#[test]
-fn top_ends_with_its_reader() {
-    let daemon = Daemon::start();
-    let mut top = daemon.command(&["top", "-d", "0.1"]);
-    let mut child = top.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut out = child.stdout.take().unwrap();
-    out.read_exact(&mut [0; 6]).unwrap();
-    drop(out);
-    let ran = Ran::from(child.wait_with_output().unwrap());
-    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
-}
-
-#[test]
 fn fails_if_it_cannot_write_its_output() {
     let daemon = Daemon::start();
     daemon.image("a.img", 4096);
@@ -461,33 +383,6 @@ fn doctor_reports_the_daemon() {
 }
 
 #[test]
-fn create_makes_images() {
-    let daemon = Daemon::start();
-    let path = daemon.image("x", 0).with_file_name("new.img");
-    ok(&daemon.run(&["create", "new.img", "--size", "3M"]));
-    assert_eq!(std::fs::metadata(&path).unwrap().len(), 3 << 20);
-    fails(&daemon.run(&["create", "new.img", "--size", "3M"]), 4, "File exists");
-    std::fs::remove_file(&path).unwrap();
-    fails(&daemon.run(&["create", "new.img", "--size", "1000"]), 2, "multiple of 512");
-    fails(&daemon.run(&["create", "new.img", "--size", "0"]), 2, "empty image");
-    fails(&daemon.run(&["create", "no/new.img", "--size", "1M"]), 3, "directory");
-    assert!(!path.exists());
-    let ran = daemon.run(&["create", "new.img", "--size", "2M", "--preallocate"]);
-    if ran.code == 7 {
-        assert!(!path.exists(), "nothing is left behind");
-    } else {
-        use std::os::unix::fs::MetadataExt;
-        ok(&ran);
-        assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= 2 << 20);
-    }
-    // Larger than any file system: refused, and the file is removed.
-    let huge = path.with_file_name("huge.img");
-    let ran = daemon.run(&["create", "huge.img", "--size", "7E", "--preallocate"]);
-    assert!(ran.code != 0 && ran.err.matches('\n').count() == 1, "{ran:?}");
-    assert!(!huge.exists(), "{ran:?}");
-}
-
-#[test]
 fn serve_checks_its_options_first() {
     let dir = tempfile::tempdir().unwrap();
     let run_dir = dir.path().join("run");
@@ -508,26 +403,4 @@ fn serve_checks_its_options_first() {
         fails(&serve(), 8, "modprobe ublk_drv");
     }
     assert!(!run_dir.exists());
-}
-
-#[test]
-fn create_removes_the_file_when_interrupted() {
-    // The signal arrives in time only if the file system reserves space by writing, which is slow;
-    // elsewhere the command succeeds first. Both results are valid.
-    let daemon = Daemon::start();
-    let path = daemon.image("x", 0).with_file_name("new.img");
-    let mut child = daemon
-        .command(&["create", "new.img", "--size", "1G", "--preallocate"])
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let started = Instant::now();
-    while !path.exists() && started.elapsed() < Duration::from_secs(5) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let pid = rustix::process::Pid::from_child(&child);
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
-    let made = child.wait().unwrap().success();
-    assert_eq!(path.exists(), made);
-    let _ = std::fs::remove_file(path);
 }

@@ -2,7 +2,11 @@
 //! `loopengine list --all`, `find` and `detach IMAGE`: the real program and both sockets, over a
 //! fake engine and fake pools. Needs root; is skipped elsewhere.
 
+#[path = "list/images.rs"]
+mod images;
 mod support;
+#[path = "list/users.rs"]
+mod users;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -328,45 +332,6 @@ fn json_has_a_schema() {
 }
 
 #[test]
-fn users_see_their_own_pools() {
-    let Some(mut daemon) = Daemon::start() else { return };
-    daemon.image("a.img");
-    ok(&daemon.run(0, &["attach", "a.img"]));
-    assert_eq!(daemon.json(PLAIN, &["list"]), serde_json::json!({ "devices": [], "pools": [] }));
-    daemon.tenant(0, "ci");
-    let pid = daemon.tenant(PLAIN, "p").to_string();
-    for words in [&["list"][..], &["list", "--all"]] {
-        let listed = daemon.run(PLAIN, words);
-        let want = ["pool", "65534.p", "-", "-", "nobody", &pid, "sleep", "-", "-", "-"];
-        assert_eq!(row(ok(&listed), "pool"), want);
-        assert_eq!(listed.out.lines().count(), 2, "{listed:?}");
-    }
-    fails(&daemon.run(PLAIN, &["list", "--instance", "default"]), 6, "loopengine: ");
-    // The output of a plain 'list' of root is unchanged.
-    assert!(daemon.json(0, &["list"]).is_array());
-}
-
-#[test]
-fn top_shows_users_their_own_pools() {
-    let Some(mut daemon) = Daemon::start() else { return };
-    daemon.image("a.img");
-    ok(&daemon.run(0, &["attach", "a.img"]));
-    daemon.tenant(0, "ci");
-    daemon.tenant(PLAIN, "p");
-    for (uid, want) in [
-        (0, &["ci/loop0 root", "default/loop0 root", "65534.p/loop0 nobody"][..]),
-        (PLAIN, &["65534.p/loop0 nobody"]),
-        (PLAIN - 1, &[]),
-    ] {
-        let shown = daemon.json(uid, &["top", "-n", "1", "-d", "0.1", "-o", "user", "-r"]);
-        let word = |device: &Value, key: &str| device[key].as_str().unwrap().to_owned();
-        let devices = shown["devices"].as_array().unwrap().iter();
-        let found: Vec<_> = devices.map(|one| word(one, "name") + " " + &word(one, "user")).collect();
-        assert_eq!(found, want);
-    }
-}
-
-#[test]
 fn instance_list_counts_pools() {
     let Some(mut daemon) = Daemon::start() else { return };
     let before = daemon.run(0, &["instance", "list"]);
@@ -375,119 +340,4 @@ fn instance_list_counts_pools() {
     let after = daemon.run(0, &["instance", "list"]);
     let footer = "\n1 private pool with 1 device: 'loopengine list --all' lists them\n";
     assert_eq!(ok(&after), before.out + footer);
-}
-
-#[test]
-fn finds_images_by_identity() {
-    let Some(mut daemon) = Daemon::start() else { return };
-    let (image, bound) = (daemon.image("a.img"), daemon.image("b.img"));
-    daemon.image("other.img");
-    fs::hard_link(&image, image.with_file_name("hard.img")).unwrap();
-    fs::hard_link(&bound, image.with_file_name("hard-b.img")).unwrap();
-    std::os::unix::fs::symlink(&image, image.with_file_name("link.img")).unwrap();
-    ok(&daemon.run(0, &["attach", "a.img"]));
-    daemon.tenant(PLAIN, "p");
-    daemon.bindings.to(&bound, rustix::fs::makedev(259, 7000));
-    for name in ["a.img", "./hard.img", "link.img"] {
-        let found = daemon.json(0, &["find", name]);
-        assert_eq!(found["devices"][0]["device"]["path"], "/run/fake/default/loop0", "{name}");
-        assert_eq!(
-            (found["devices"].as_array().unwrap().len(), &found["pools"]),
-            (1, &serde_json::json!([]))
-        );
-    }
-    for uid in [0, PLAIN] {
-        let found = daemon.run(uid, &["find", "hard-b.img"]);
-        assert_eq!(row(ok(&found), "pool")[..3], ["pool", "65534.p", "loop0"]);
-        assert_eq!(found.out.lines().count(), 2, "{found:?}");
-    }
-    fails(&daemon.run(0, &["find", "other.img"]), 3, "other.img has no device");
-    fails(&daemon.run(PLAIN, &["find", "a.img"]), 3, "no device that this user can see");
-    fails(&daemon.run(0, &["find", "none.img"]), 3, "none.img does not exist");
-    // A removed path still matches.
-    fs::remove_file(&image).unwrap();
-    assert_eq!(daemon.json(0, &["find", "a.img"])["devices"][0]["device"]["number"], 0);
-}
-
-#[test]
-fn detaches_an_image_with_one_device() {
-    let Some(mut daemon) = Daemon::start() else { return };
-    let (image, bound) = (daemon.image("a.img"), daemon.image("b.img"));
-    fs::hard_link(&image, image.with_file_name("hard.img")).unwrap();
-    daemon.image("other.img");
-    ok(&daemon.run(0, &["attach", "a.img"]));
-    assert_eq!(ok(&daemon.run(0, &["detach", "hard.img"])), "/run/fake/default/loop0\n");
-    fails(&daemon.run(0, &["detach", "a.img"]), 3, "a.img is not attached");
-    ok(&daemon.run(0, &["attach", "-r", "a.img"]));
-    ok(&daemon.run(0, &["attach", "-r", "a.img"]));
-    let says = "a.img is attached as default/loop0, default/loop1; give one of these device names";
-    fails(&daemon.run(0, &["detach", "a.img"]), 2, says);
-    // A file with the name of a device does not hide the device.
-    fs::create_dir(image.with_file_name("default")).unwrap();
-    daemon.image("default/loop1");
-    assert_eq!(ok(&daemon.run(0, &["detach", "default/loop1"])), "/run/fake/default/loop1\n");
-    let both = daemon.run(0, &["detach", "a.img", "default/loop9"]);
-    assert_eq!((both.code, both.out.as_str()), (3, "/run/fake/default/loop0\n"), "{both:?}");
-
-    let pid = daemon.tenant(PLAIN, "p");
-    daemon.bindings.to(&bound, rustix::fs::makedev(259, 7000));
-    let says = format!(
-        "b.img is loop0 of private pool 65534.p (user nobody, pid {pid} (sleep)); unbind it there: \
-         'loopengine losetup --pool 65534.p --detach loop0'"
-    );
-    fails(&daemon.run(0, &["detach", "b.img"]), 4, &says);
-    fails(&daemon.run(PLAIN, &["detach", "b.img"]), 4, &says);
-}
-
-/// With a daemon that offers pools, on any kernel.
-#[test]
-fn doctor_checks_what_users_can_do() {
-    let Some(daemon) = Daemon::start() else { return };
-    let checks = |uid, words: &[&str]| -> Vec<(String, String, String)> {
-        let words: Vec<&str> = ["doctor", "--json"].iter().chain(words).copied().collect();
-        let ran = daemon.run(uid, &words);
-        let checks: Vec<Value> = serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{ran:?}"));
-        let problems = checks.iter().any(|check| check["verdict"] == "problem");
-        assert_eq!(ran.code, i32::from(problems), "{ran:?}");
-        let text = |check: &Value, key: &str| check[key].as_str().unwrap_or_default().to_owned();
-        let each = |check: &Value| (text(check, "name"), text(check, "verdict"), text(check, "advice"));
-        checks.iter().map(each).collect()
-    };
-    let names = |checks: &[(String, String, String)]| {
-        checks.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
-    };
-    for (uid, goal, want) in [
-        (0, "run", "private devices, pool"),
-        (0, "mount", "private devices, pool"),
-        (0, "podman", "private devices, pool, podman, runtime, runtime's socket"),
-        (0, "kubernetes", "private devices, pool, runtime's socket, pods"),
-        (PLAIN, "run", "private devices, pool, user namespaces, FUSE"),
-        (PLAIN, "mount", "private devices, pool, FUSE"),
-        (PLAIN, "podman", "private devices, pool, containers"),
-    ] {
-        let found = checks(uid, &["--for", goal]);
-        assert_eq!(names(&found), want, "{uid} {goal}");
-        assert!(found[..2].iter().all(|(_, verdict, _)| verdict == "ok"), "{found:?}");
-    }
-    let own = checks(PLAIN, &[]);
-    assert_eq!(names(&own), "private devices, pool, user namespaces, FUSE");
-    assert!(own.iter().all(|(.., advice)| !advice.contains("run this as root")), "{own:?}");
-    let of_daemon = checks(0, &[]);
-    for name in ["driver", "ublk devices", "private devices", "daemon"] {
-        assert!(of_daemon.iter().any(|(found, ..)| found == name), "{name}: {of_daemon:?}");
-    }
-}
-
-#[test]
-fn refusals_have_hints_for_users() {
-    let Some(daemon) = Daemon::start() else { return };
-    daemon.image("a.img");
-    fs::set_permissions(daemon.dir.path().join("a.img"), std::os::unix::fs::PermissionsExt::from_mode(0o666))
-        .unwrap();
-    for words in [&["attach", "a.img"][..], &["detach", "--all"], &["stats"], &["resize", "loop0"]] {
-        let ran = daemon.run(PLAIN, words);
-        fails(&ran, 6, "; run this as root; ");
-        let missing = loopengine::kernels::PRIVATE.missing();
-        assert!(ran.err.contains(missing.as_deref().unwrap_or("'loopengine mount IMAGE DIR'")), "{ran:?}");
-    }
 }

@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_has_no_percentiles() {
+    fn an_empty_histogram_has_no_percentiles() {
         assert_eq!((percentiles(&empty()), at(&empty(), 50.0)), (None, 0));
         assert_eq!(percentiles(&merge([&empty(), &empty()])), None);
         assert_eq!(percentiles(&from_counts(&[(7, 1)])), Some([7; 6]));

@@ -127,7 +127,7 @@ mod tests {
     const LENGTH: Length = Length { ramp_ms: 100, run_ms: 900 };
 
     #[test]
-    fn every_place_gets_a_section_of_its_own() {
+    fn every_target_path_gets_its_own_section() {
         let places = [JobTarget::new("raw file", "/s/a:b"), JobTarget::new("loop", "/dev/loop0")];
         let text = sections(&QD1, &places, LENGTH).unwrap();
         let names: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn many_are_sixteen_or_an_error_that_names_the_place() {
+    fn requires_sixteen_devices_and_names_the_target() {
         let job = by_name("many-16-4k").unwrap();
         let mut place = JobTarget::new("loop", "/dev/loop0");
         place.many = (0..15).map(|n| format!("/dev/loop{n}").into()).collect();
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_start_is_the_last_line_it_said() {
+    fn a_failed_start_reports_the_last_line_of_output() {
         let output = |stdout: &str, stderr: &str| Output {
             status: std::os::unix::process::ExitStatusExt::from_raw(1 << 8),
             stdout: stdout.into(),

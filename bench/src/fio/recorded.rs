@@ -32,7 +32,7 @@ fn close(found: f64, expected: f64) {
 }
 
 #[test]
-fn reads_are_as_fio_says_in_every_version() {
+fn reads_match_the_report_of_every_fio_version() {
     for said in [recorded!("3.33-read.json"), recorded!("3.41-read.json")] {
         let found = parse(said).unwrap();
         let targets: Vec<&str> = found.iter().map(|one| one.target.as_str()).collect();
@@ -102,7 +102,7 @@ fn an_fsync_after_each_write_is_the_latency_and_a_few_count_beside() {
 }
 
 #[test]
-fn a_file_is_an_operation() {
+fn counts_files_as_operations() {
     let values = values(recorded!("3.33-files.json"));
     assert_eq!(values.total_ios, 500);
     close(values.iops, 500e3 / values.runtime_ms as f64);
@@ -119,7 +119,7 @@ fn without_bins_fios_percentiles_are_taken() {
 }
 
 #[test]
-fn a_place_that_fails_leaves_the_others() {
+fn a_failed_section_does_not_affect_the_others() {
     let found = parse(FAILED).unwrap();
     let failed: Vec<bool> = found.iter().map(|one| one.outcome.is_err()).collect();
     assert_eq!(failed, [false, true, false]);
@@ -131,13 +131,13 @@ fn a_place_that_fails_leaves_the_others() {
 }
 
 #[test]
-fn nothing_done_is_no_figure() {
+fn a_job_without_io_is_an_error() {
     let idle = r#"{"jobs":[{"jobname":"a @ b","error":0,"read":{"total_ios":0,"iops":0.0}}]}"#;
     assert!(parse(idle).unwrap()[0].outcome.as_ref().is_err_and(|reason| reason.contains("no I/O")));
 }
 
 #[test]
-fn of_a_report_that_was_cut_the_whole_sections_count() {
+fn counts_complete_sections_of_a_truncated_report() {
     let found = parse(recorded!("3.33-cut.txt")).unwrap();
     assert_eq!(found.len(), 1);
     let places = ["raw file", "bad disk", "kernel loop"].map(|name| JobTarget::new(name, "/x"));
@@ -150,7 +150,7 @@ fn of_a_report_that_was_cut_the_whole_sections_count() {
 }
 
 #[test]
-fn wherever_it_is_cut_it_is_an_error_or_whole_sections() {
+fn any_truncation_gives_an_error_or_complete_sections() {
     let whole = parse(FAILED).unwrap();
     for end in (0..FAILED.len()).step_by(97) {
         match parse(&FAILED[..end]) {
@@ -164,7 +164,7 @@ fn wherever_it_is_cut_it_is_an_error_or_whole_sections() {
 }
 
 #[test]
-fn text_around_a_report_is_passed_over_and_another_form_is_an_error() {
+fn skips_text_around_a_report_and_rejects_other_formats() {
     let noisy =
         format!("fio: {{a}} warning\n{}fio: file hash not empty on exit\n", recorded!("3.41-fsync.json"));
     assert_eq!(parse(&noisy).unwrap(), parse(recorded!("3.41-fsync.json")).unwrap());

@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_one_is_refused_and_so_is_another_program() {
+    fn rejects_old_versions_and_other_programs() {
         let error = |text| read(text).unwrap_err().to_string();
         assert!(error("fio-3.28").starts_with("fio-3.28 is too old"));
         assert!(error("fio-2.99").contains("3.30 or newer"));
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_is_not_there_is_told_from_one_that_fails() {
+    fn distinguishes_a_missing_program_from_a_failing_one() {
         let run = |program| sh::capture(&mut Command::new(program), Duration::from_secs(10)).unwrap_err();
         assert!(missing(&run("loopengine-no-such-program")));
         assert!(!missing(&run("false")));

@@ -73,7 +73,7 @@ fn every_file_is_written_and_the_result_comes_back() {
 }
 
 #[test]
-fn what_is_no_result_is_refused_in_one_line() {
+fn rejects_other_files_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |text: &str| {
         let file = dir.path().join("result.json");
@@ -91,7 +91,7 @@ fn what_is_no_result_is_refused_in_one_line() {
 }
 
 #[test]
-fn every_kind_of_result_is_sound() {
+fn renders_every_kind_of_result() {
     for mode in [Mode::Icount, Mode::Smp, Mode::Host] {
         for rounds in [0, 1, 5] {
             let mut outcome = synthetic::outcome(rounds);
@@ -133,7 +133,7 @@ fn one_round_has_ratios_but_no_interval() {
 }
 
 #[test]
-fn the_last_lines_say_what_it_comes_to() {
+fn the_last_lines_summarise_the_result() {
     let mut outcome = synthetic::outcome(5);
     let text = terminal(&outcome);
     let (_, closing) = text.split_once("\nIn short, beside kernel loop\n").expect("a closing sentence");
@@ -193,7 +193,7 @@ fn plots_name_their_log_axes_and_whole_targets() {
 }
 
 #[test]
-fn zeros_and_nonsense_do_no_harm() {
+fn renders_zeros_and_invalid_numbers() {
     for value in [0.0, f64::NAN, f64::INFINITY, -1.0, f64::MIN_POSITIVE, f64::MAX] {
         let mut outcome = synthetic::outcome(5);
         for (index, sample) in outcome.samples.iter_mut().enumerate().filter(|(index, _)| index % 3 == 0) {
@@ -262,7 +262,7 @@ fn a_job_of_any_name_stays_in_its_directory() {
 }
 
 #[test]
-fn instructions_are_told_where_they_are_counted() {
+fn shows_instructions_if_they_were_counted() {
     let mut outcome = synthetic::outcome(1);
     outcome.manifest.mode = Mode::Icount;
     for sample in &mut outcome.samples {

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Kind, Result};
+use crate::frontend::BackendKind;
 use crate::instance::spec::{AttachSpec, DEFAULT_INSTANCE, IoMode};
 use crate::instance::{NUMBER_MAX, Selector};
 
@@ -58,13 +59,13 @@ pub(super) struct AttachArgs {
     #[arg(long, conflicts_with_all = ["read_only", "buffered"])]
     durable: bool,
 
-    /// Most requests per second, without flushes. Further ones wait. 'loopengine limit --device' changes
-    /// it later.
+    /// Serve at most this many requests per second, not counting flushes. Further requests wait.
+    /// 'loopengine limit --device' changes the limit later.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     iops: Option<u64>,
 
-    /// Most bytes per second, read and written together, for example 100M or 100MiB. What exceeds
-    /// it waits.
+    /// Read and write at most this many bytes per second together, for example 100M or 100MiB.
+    /// Further requests wait.
     #[arg(long, value_name = "SIZE", value_parser = size::parse_rate)]
     bandwidth: Option<u64>,
 
@@ -108,9 +109,11 @@ pub(super) struct AttachArgs {
 }
 
 fn io_mode_parser() -> impl clap::builder::TypedValueParser<Value = IoMode> {
-    use clap::builder::{PossibleValuesParser, TypedValueParser};
+    use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
     let modes = [IoMode::Copy, IoMode::Auto, IoMode::Batch, IoMode::Loop, IoMode::Fuse];
-    PossibleValuesParser::new(modes.map(IoMode::as_str)).try_map(move |word| {
+    // The other backends have one mode each, which 'list --json' names: there is nothing to choose.
+    let shown = |mode: IoMode| PossibleValue::new(mode.as_str()).hide(mode.backend() != BackendKind::Ublk);
+    PossibleValuesParser::new(modes.map(shown)).try_map(move |word| {
         let mode = modes.into_iter().find(|mode| mode.as_str() == word);
         mode.ok_or("unknown I/O mode")
     })

@@ -145,8 +145,8 @@ pub fn of(command: &str) -> &'static [Example] {
             ),
         ],
         "top" => &[
-            ("Show what all devices do, the busiest first.", "loopengine top"),
-            ("Show the devices of user anna that do something.", "loopengine top -i --filter anna"),
+            ("Show the I/O of all devices, the busiest first.", "loopengine top"),
+            ("Show the devices of user anna that have I/O.", "loopengine top -i --filter anna"),
             (
                 "Log three tables, one a minute, by latency.",
                 "loopengine top -b -d 60 -n 3 -o avg_ms >> io.log",
@@ -278,7 +278,7 @@ pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
     );
     const NAMES: (&str, &str) = (
         "/run/loopengine/NAME/loopN",
-        "Device N of the instance NAME: a link to /dev/ublkbM, or a file (FUSE).",
+        "Device N of the instance NAME: a link to /dev/ublkbM or /dev/loopM, or a file (FUSE).",
     );
     const PRIVATE: (&str, &str) = (
         "/run/loopengine/private",

@@ -9,8 +9,8 @@ use crate::error::{Error, Kind, Result};
 
 /// List the devices that are attached to an image.
 ///
-/// Searches instances and private pools; a plain user searches only his own pools. Identifies the
-/// image by device and inode, not by name. Exits with 3 if no device is attached to the image.
+/// Searches instances and private pools; for a plain user, only the pools of that user. Identifies
+/// the image by device and inode, not by name. Exits with 3 if no device is attached to the image.
 #[derive(Debug, clap::Args)]
 pub(super) struct FindArgs {
     /// Image file or block device.

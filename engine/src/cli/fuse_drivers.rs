@@ -75,7 +75,7 @@ const DRIVERS: [FuseDriver; 10] = [
         package: Some("fuse2fs"),
         kinds: &["ext2", "ext3", "ext4"],
         offset: Offset::Option,
-        // The user may access all files in his image. Without the first two options fuse2fs adds
+        // The user may access all files in their image. Without the first two options fuse2fs adds
         // "allow_other,suid,dev": plain users may not use them, and root should not.
         options: &["fakeroot", "no_default_opts", "subtype=ext4", "attr_timeout=0"],
         ..PLAIN
@@ -195,7 +195,7 @@ pub(super) fn wait_exit(child: &mut Child, at_most: Duration) -> Answer<ExitStat
 /// The device number of the directory's file system. A driver may die after it reported success
 /// (fuse2fs 1.47), or never answer.
 pub(super) fn probe(dir: &Path) -> Answer<u64> {
-    let (done, told) = mpsc::sync_channel(1);
+    let (done, finished) = mpsc::sync_channel(1);
     let dir = dir.to_owned();
     // On a thread of its own, which may block forever: it ends with this process.
     let ask = move || {
@@ -203,7 +203,7 @@ pub(super) fn probe(dir: &Path) -> Answer<u64> {
         let _ = done.send(rustix::fs::stat(&dir).map(|stat| stat.st_dev));
     };
     std::thread::Builder::new().spawn(ask).map_err(|_| Errno::AGAIN)?;
-    told.recv_timeout(ANSWER_MAX).unwrap_or(Err(Errno::TIMEDOUT))
+    finished.recv_timeout(ANSWER_MAX).unwrap_or(Err(Errno::TIMEDOUT))
 }
 
 #[cfg(test)]

@@ -47,8 +47,7 @@ pub(super) struct Create {
     #[arg(long, value_name = "LIST")]
     cpus: Option<String>,
 
-    /// How the disks of the instance are made: ublk, loop or fuse [default: as 'serve --backend'
-    /// says].
+    /// Backend of the instance: ublk, loop or fuse [default: that of 'serve --backend'].
     #[arg(long, value_name = "ublk|loop|fuse")]
     backend: Option<BackendKind>,
 

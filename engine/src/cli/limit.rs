@@ -17,8 +17,8 @@ use super::{complete, daemon, detach, out, size};
 
 /// Show or set the limits of users on private loop devices, or of the I/O of a device.
 ///
-/// Without USER, lists the default and every user with own limits or devices; a plain user sees
-/// only himself. With USER, shows the limits of that user. With N, sets the device limit of that
+/// Without USER, lists the default and every user with limits of their own or with devices; plain
+/// users see only themselves. With USER, shows the limits of that user. With N, sets the device limit of that
 /// user until the daemon ends. Existing devices stay.
 ///
 /// '[private]' and '[[private.user]]' in the configuration set permanent limits, see
@@ -28,8 +28,8 @@ use super::{complete, daemon, detach, out, size};
 /// The maximum size of a pool counts against the limit of its user while the pool exists.
 ///
 /// With '--device', shows or sets the limits of the I/O of a device of an instance. They apply at
-/// once, and outlive the daemon. Requests beyond a limit wait. After a pause, as much as the limit
-/// allows in 50 ms may pass at once. Needs root.
+/// once, and outlive the daemon. Requests beyond a limit wait. After a pause, the device may serve at
+/// once as much as the limit allows in 50 ms. Needs root.
 #[allow(rustdoc::broken_intra_doc_links, reason = "clap prints the text")]
 #[derive(Debug, clap::Args)]
 pub(super) struct LimitArgs {
@@ -46,11 +46,12 @@ pub(super) struct LimitArgs {
     #[arg(long, value_name = "DEVICE", conflicts_with_all = ["user", "devices"], add = complete::devices())]
     device: Option<String>,
 
-    /// Most requests per second, without flushes; 'none': no limit.
+    /// Maximum number of requests per second, not counting flushes; 'none': no limit.
     #[arg(long, value_name = "N|none", requires = "device", value_parser = parse_iops)]
     iops: Option<u64>,
 
-    /// Most bytes per second, read and written together, for example 100M; 'none': no limit.
+    /// Maximum number of bytes per second, read and written together, for example 100M; 'none': no
+    /// limit.
     #[arg(long, value_name = "SIZE|none", requires = "device", value_parser = parse_bandwidth)]
     bandwidth: Option<u64>,
 

@@ -71,9 +71,9 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// What devices are: block devices that the daemon serves (ublk), block devices of the kernel's
-    /// loop driver (loop), files (fuse), or the first of these that the kernel has (auto). auto
-    /// avoids ublk drivers that are known to crash [default: auto].
+    /// Default backend of instances: block devices that the daemon serves (ublk), block devices of the
+    /// kernel's loop driver (loop), files (fuse), or the first of these that the kernel has (auto).
+    /// auto avoids ublk drivers that are known to crash [default: auto].
     #[arg(long, value_name = "auto|ublk|loop|fuse", hide_possible_values = true)]
     backend: Option<BackendChoice>,
 

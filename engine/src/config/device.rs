@@ -56,10 +56,10 @@ pub struct DeviceTable {
     /// Make every write durable before it completes.
     #[serde(default)]
     pub durable: bool,
-    /// Most requests per second; 0: no limit.
+    /// Maximum number of requests per second; 0: no limit.
     #[serde(default)]
     pub iops: u64,
-    /// Most bytes read and written per second; 0: no limit.
+    /// Maximum number of bytes read and written per second; 0: no limit.
     #[serde(default, deserialize_with = "bytes")]
     pub bandwidth: u64,
     /// File and line of this entry, for messages.

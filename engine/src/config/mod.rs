@@ -147,7 +147,7 @@ pub struct InstanceTable {
     pub workers: Option<u32>,
     /// CPUs that the workers may run on.
     pub cpus: Option<String>,
-    /// How its disks are made.
+    /// Backend of its disks.
     pub backend: Option<BackendKind>,
 }
 

@@ -37,7 +37,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
 /// Parses a number of bytes per second.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
     match parse(text)? {
-        0 => Err("0 bytes per second let nothing pass".to_owned()),
+        0 => Err("0 bytes per second would stop all I/O".to_owned()),
         bytes => Ok(bytes),
     }
 }

@@ -166,8 +166,7 @@ impl PrivateService {
         Ok(PoolsReply { pools })
     }
 
-    /// What the bound devices of the caller's pools do, as the block layer counts it; for root, of all
-    /// pools.
+    /// Counts of the block layer for the bound devices of the caller's pools; for root, of all pools.
     async fn get_activity(&self) -> std::result::Result<ActivityReply, Fault> {
         let devices = self.ask(|registry, caller| Ok(registry.activity(caller))).await?;
         Ok(ActivityReply { devices })

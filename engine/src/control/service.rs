@@ -173,7 +173,9 @@ impl ControlService {
         let spec = IoLimitsSpec { device, iops, bytes_per_second };
         let device = self.ask(move |backend| backend.set_io_limits(&spec)).await?;
         let DeviceInfo { path, iops, bytes_per_second, .. } = &device;
-        tracing::info!("{path} may do {iops} requests and {bytes_per_second} bytes per second (0: no limit)");
+        tracing::info!(
+            "limited {path} to {iops} requests and {bytes_per_second} bytes per second (0: no limit)"
+        );
         Ok(DeviceReply { device })
     }
 
@@ -200,7 +202,7 @@ impl ControlService {
         Ok(CountersReply { counters: DaemonCounters::now() })
     }
 
-    /// What all devices do, for a live view: counts and times, to subtract two readings.
+    /// Counts and times of all devices. The difference of two readings gives rates.
     async fn get_activity(&self) -> std::result::Result<ActivityReply, Fault> {
         let devices = self.ask(|backend| backend.activity()).await?;
         Ok(ActivityReply { devices })

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_guest_replaces_is_refused() {
+    fn refuses_directories_that_the_guest_replaces() {
         assert!(hidden_in_guest(Path::new("/var/cache/x")));
         assert!(!hidden_in_guest(Path::new("/var/cached")));
         assert!(!hidden_in_guest(Path::new("/home/me/.cache/loopengine-lab")));

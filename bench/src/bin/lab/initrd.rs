@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpio_reads_what_is_written() {
+    fn cpio_extracts_the_archive() {
         let mut tree = Tree::default();
         tree.file("etc/a", "abcde");
         tree.script("init", "#!/bin/sh\n");
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn libraries_and_modules_are_found_in_what_is_said() {
+    fn finds_libraries_and_modules_in_program_output() {
         let said = "\tlinux-vdso.so.1 (0x1)\n\tlibc.so.6 => /lib/libc.so.6 (0x2)\n\t/lib64/ld.so (0x3)\n";
         assert_eq!(libraries(said), ["/lib/libc.so.6", "/lib64/ld.so"]);
         assert!(libraries("\tnot a dynamic executable\n").is_empty());

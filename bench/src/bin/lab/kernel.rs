@@ -283,7 +283,7 @@ mod tests {
         Package: linux-image-amd64\nVersion: 6.12.107-1\nDepends: linux-image-6.12.107+deb13-amd64 (= 6.12.107-1)\n";
 
     #[test]
-    fn the_newest_of_a_line_is_taken() {
+    fn selects_the_newest_kernel_of_a_series() {
         assert_eq!(newest_image(SHOW, "7.").as_deref(), Some("linux-image-7.12.1+deb13-amd64"));
         assert_eq!(newest_image(SHOW, "6.12.").as_deref(), Some("linux-image-6.12.107+deb13-amd64"));
         // "6.1." is no prefix of 6.12.

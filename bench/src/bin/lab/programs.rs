@@ -205,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn executables_are_found_among_messages() {
+    fn finds_executables_in_messages_of_cargo() {
         let messages = r#"{"reason":"compiler-artifact","target":{"name":"anyhow"},"executable":null}
 {"reason":"compiler-artifact","target":{"name":"lab","kind":["bin"]},"executable":"/t/lab/lab"}
 not json

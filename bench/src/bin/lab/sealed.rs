@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn init_is_a_script_that_a_shell_takes() {
+    fn sh_accepts_the_init_script() {
         let script = init("loopbench run --out '/a b'");
         let mut sh = Command::new("sh");
         sh::capture(sh.args(["-n", "-c", &script]), Duration::from_secs(10)).unwrap();

@@ -338,7 +338,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_missing_is_installed() {
+    fn installs_only_missing_packages() {
         let all: String = PACKAGES.iter().map(|(name, _)| format!("installed {name}\n")).collect();
         assert!(not_installed(&PACKAGES, &all).is_empty());
         let without = all.replace("installed fio\n", "config-files fio\n").replace("installed cpio\n", "");

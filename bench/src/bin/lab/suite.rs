@@ -41,7 +41,7 @@ pub(crate) struct SuiteOptions {
     /// Run kernel cases on the 7.x kernel only
     #[arg(long)]
     quick: bool,
-    /// Run the long kernel cases at full length: a thousand rounds instead of two minutes
+    /// Run variants of kernel cases too, and the long cases at full length
     #[arg(long)]
     full: bool,
 }

@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_line_is_the_plain_one() {
+    fn takes_the_last_result_line() {
         assert_eq!(tally(3, 0, 1).to_string(), "3 passed, 0 failed, 1 skipped");
     }
 }

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_left_is_below() {
+    fn the_rest_is_the_lowest_segment() {
         let cost =
             Cost { submitter_ns: Some(3.0), engine_ns: Some(5.0), system_ns: Some(10.0), ..Cost::default() };
         assert_eq!(

@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_has_a_place_too() {
+    fn invalid_values_have_a_position() {
         for axis in [
             Axis::linear(f64::NAN, (10.0, 20.0)),
             Axis::linear(0.0, (10.0, 20.0)),

@@ -75,7 +75,7 @@ impl Frontends {
         if pidfd_open(gettid(), PIDFD_THREAD).is_err() {
             let missing = PRIVATE.missing();
             return Err(unsupported(
-                missing.unwrap_or_else(|| "this kernel has no pidfd of threads".to_owned()),
+                missing.unwrap_or_else(|| "this kernel has no pidfds of threads (PIDFD_THREAD)".to_owned()),
             ));
         }
         let supports_pools =
@@ -86,7 +86,9 @@ impl Frontends {
                 unsupported(format!("this daemon has no private devices: {}", error.message()))
             }),
             Some(BackendKind::Ublk) => {
-                let missing = || unsupported("the ublk driver lacks what private pools need".to_owned());
+                let missing = || {
+                    unsupported("the ublk driver of this kernel does not support private pools".to_owned())
+                };
                 Some(self.get(wanted)?).filter(supports_pools).ok_or_else(missing)
             }
             Some(BackendKind::Fuse) => {

@@ -293,7 +293,7 @@ impl Backend {
             return Ok(());
         }
         Err(Error::new(Kind::Unsupported, "the kernel's loop driver does not limit the I/O of a device")
-            .hint("attach it with another backend, or limit its users with io.max of their cgroup"))
+            .hint("attach it to an instance with another backend, or limit its users with io.max of their cgroup"))
     }
 
     /// Unmounts the file system. All devices must be gone.

@@ -57,7 +57,7 @@ fn check_extents(file: BorrowedFd<'_>, start: u64, len: u64, name: &str) -> Resu
         let found = match extents(file, next, end - next) {
             Ok(found) => found,
             Err(Errno::OPNOTSUPP | Errno::NOTTY) => {
-                return refuse(format!("the file system of {name} does not tell where its data is"));
+                return refuse(format!("the file system of {name} does not report extents (FIEMAP)"));
             }
             Err(error) => return Err(Error::os(error, format!("cannot examine {name}"))),
         };
@@ -67,18 +67,21 @@ fn check_extents(file: BorrowedFd<'_>, start: u64, len: u64, name: &str) -> Resu
                 break;
             }
             if extent.flags & SHARED != 0 {
-                let context = format!("{name} shares blocks with another file, from byte {next} on");
+                let context = format!("{name} shares blocks with another file at byte {next}");
                 return Err(Error::new(Kind::Unsupported, context)
                     .hint("copy it with 'cp --sparse=never --reflink=never'"));
             }
             next = next.max(extent.start.saturating_add(extent.len));
         }
         if next == before {
-            return Err(Error::new(Kind::Unsupported, format!("{name} is not written from byte {next} on"))
-                .hint("write all of it, as in 'cp --sparse=never --reflink=never IMAGE NEW'"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("{name} has a hole or unwritten blocks at byte {next}"),
+            )
+            .hint("write all of it, as in 'cp --sparse=never --reflink=never IMAGE NEW'"));
         }
         if Instant::now() > until {
-            return refuse(format!("{name} is in too many pieces to examine"));
+            return refuse(format!("{name} has too many extents to examine"));
         }
     }
     Ok(())

@@ -26,7 +26,7 @@ pub struct InstanceSpec {
     pub workers: u32,
     /// CPUs that the workers may run on, as in "0-3,8"; none: all.
     pub cpus: Option<String>,
-    /// How its disks are made; none: as the daemon does by default.
+    /// Backend of its disks; none: the default of the daemon.
     #[serde(default)]
     pub backend: Option<BackendKind>,
 }
@@ -42,7 +42,7 @@ pub struct InstanceInfo {
     pub max_devices: u32,
     /// Devices now.
     pub devices: u32,
-    /// How its disks are made.
+    /// Backend of its disks.
     pub backend: BackendKind,
     /// Worker threads; 0: the kernel serves its devices.
     pub workers: u32,
@@ -88,10 +88,10 @@ pub struct AttachSpec {
     /// must be written completely.
     #[serde(default)]
     pub durable: bool,
-    /// Most requests per second; 0: no limit. Flushes do not count.
+    /// Maximum number of requests per second; 0: no limit. Flushes do not count.
     #[serde(default)]
     pub iops: u64,
-    /// Most bytes read and written per second; 0: no limit.
+    /// Maximum number of bytes read and written per second; 0: no limit.
     #[serde(default)]
     pub bytes_per_second: u64,
 }
@@ -204,10 +204,10 @@ pub struct DeviceInfo {
     /// Every write is durable when it completes.
     #[serde(default)]
     pub durable: bool,
-    /// Most requests per second; 0: no limit.
+    /// Maximum number of requests per second; 0: no limit.
     #[serde(default)]
     pub iops: u64,
-    /// Most bytes read and written per second; 0: no limit.
+    /// Maximum number of bytes read and written per second; 0: no limit.
     #[serde(default)]
     pub bytes_per_second: u64,
     /// Queues.
@@ -324,7 +324,7 @@ pub struct LatencyBucket {
 pub struct Features {
     /// Kernel release, e.g. `7.3.4+deb13-amd64`.
     pub kernel: String,
-    /// Frontends available on this machine, the preferred one first.
+    /// Backends available on this machine, the preferred one first.
     pub backends: Vec<BackendKind>,
     /// Names of the ublk driver's feature flags, as in ublk_cmd.h, without the prefix `UBLK_F_`;
     /// none without the driver, as below.

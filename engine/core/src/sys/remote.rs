@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_thread_may_not_touch_is_a_fault() {
+    fn inaccessible_memory_is_a_fault() {
         static CONSTANT: [u8; 64] = [3; 64];
         let writable = my_memory();
         let errno = |done: io::Result<()>| done.unwrap_err().raw_os_error();

@@ -179,7 +179,7 @@ mod tests {
 
     /// Threads that look at the same caller at once, and are interrupted: none may take him for gone.
     #[test]
-    fn an_interrupted_look_is_no_answer() {
+    fn an_interrupted_poll_gives_no_answer() {
         use super::{Listener, install_with_listener};
         use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
         use std::sync::mpsc;

@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_that_nobody_has_is_not_used() {
+    fn an_unopened_disk_is_unused() {
         let disks = Disks::of(Path::new("/dev/ublkb99999"));
         assert!(disks.has("ublkb99999".as_ref()));
         assert!(disks.mounts().is_empty());

@@ -279,10 +279,10 @@ mod tests {
         fn encodes_the_old_struct_or_refuses(expected in any_status()) {
             for abi in ABIS {
                 let layout = Layout::of(abi);
-                let room = |value: u64, bytes: usize| bytes == 8 || value >> (8 * bytes) == 0;
-                let fits = room(expected.device, layout.device_bytes)
-                    && room(expected.rdevice, layout.device_bytes)
-                    && room(expected.inode, layout.inode_bytes)
+                let fits_in = |value: u64, bytes: usize| bytes == 8 || value >> (8 * bytes) == 0;
+                let fits = fits_in(expected.device, layout.device_bytes)
+                    && fits_in(expected.rdevice, layout.device_bytes)
+                    && fits_in(expected.inode, layout.inode_bytes)
                     && expected.info.offset < 1 << 31;
                 match status(&expected, layout) {
                     Ok(bytes) => {

@@ -106,7 +106,7 @@ impl DeletionQueue {
         match disk.delete() {
             Ok(()) => disk.slot().into_iter().for_each(|slot| self.0.slots.free(slot)),
             // Its slot on the workers stays taken, and so does its number.
-            Err(error) => tracing::error!(%error, "a used disk cannot be deleted"),
+            Err(error) => tracing::error!(%error, "cannot delete the used disk {}", disk.node().display()),
         }
     }
 }

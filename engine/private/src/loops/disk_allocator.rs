@@ -266,7 +266,7 @@ impl DiskAllocator {
         let next = match self.prepare(block_size) {
             Ok(next) => next,
             Err(error) => {
-                tracing::warn!(%error, "cannot create the replacement of a used disk");
+                tracing::warn!(%error, rdev = disk.rdev, "cannot create the replacement of a used disk");
                 return Err(NotReplaced::InUse(disk));
             }
         };
@@ -357,10 +357,11 @@ impl DiskAllocator {
         if self.fixed().is_none() && self.free_list().len() >= FREE_LIST_MAX {
             return self.remove(disk, StopMode::IfUnusedNow);
         }
+        let rdev = disk.rdev;
         match self.replace(disk) {
             Ok(free) => self.keep(free),
             Err(NotReplaced::InUse(disk)) => return Err(disk),
-            Err(NotReplaced::Lost(error)) => tracing::error!(%error, "cannot replace a disk: it is lost"),
+            Err(NotReplaced::Lost(error)) => tracing::error!(%error, rdev, "lost a used disk"),
         }
         Ok(())
     }
@@ -395,7 +396,7 @@ impl DiskAllocator {
                 Ok(())
             }
             Err(error) => {
-                tracing::debug!(%error, "a disk is not removed");
+                tracing::debug!(%error, rdev = disk.rdev, "cannot remove a disk");
                 Err(disk)
             }
         }

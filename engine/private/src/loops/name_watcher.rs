@@ -97,7 +97,9 @@ impl NameWatcher {
                     pools.get(&event.wd()).into_iter().flatten().for_each(PoolWaker::read_names);
                 }
                 Err(Errno::INTR) => {}
-                Err(error) => return tracing::warn!(%error, "renamed files are noticed late from now on"),
+                Err(error) => {
+                    return tracing::warn!(%error, "cannot read inotify: pools notice renamed files later from now on");
+                }
             }
         }
     }

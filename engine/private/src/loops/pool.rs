@@ -144,7 +144,7 @@ impl Pool {
         if device.is_in_rundown() || device.has_lost_file() {
             slot.begin_replacing();
             if !device.unbind(&self.allocator) {
-                tracing::debug!(number, "a device is looked up in rundown, and still in use");
+                tracing::debug!(number, "cannot unbind a device after its last close: it is in use again");
             }
         }
         self.publish(number, slot, device);

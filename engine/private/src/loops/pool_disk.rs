@@ -30,7 +30,7 @@ pub enum DiskServer {
 
 impl DiskServer {
     /// The node that the kernel made for it.
-    fn node(&self) -> PathBuf {
+    pub(super) fn node(&self) -> PathBuf {
         match self {
             DiskServer::Ublk(served) => served.device().node(),
             DiskServer::Loop(device) => device.node(),
@@ -159,7 +159,7 @@ impl PoolDisk {
     }
 
     /// Whether it still has its file: its last close may have unbound it, or a process that calls
-    /// the kernel's loop driver past the interception.
+    /// the kernel's loop driver directly.
     pub fn is_intact(&self) -> bool {
         match &self.server {
             DiskServer::Ublk(_) => true,

@@ -66,7 +66,7 @@ impl Pools {
     pub fn new(engine: &Engine) -> Arc<Pools> {
         // A pool tries again, and then reports the error to its user.
         if let Err(error) = EventThreads::shared() {
-            tracing::warn!(%error, "cannot serve pools");
+            tracing::warn!(%error, "cannot serve private pools");
         }
         let pools = Arc::new(Pools {
             resources: engine.pool_resources(),
@@ -119,7 +119,7 @@ impl Pools {
                     Ok(disk) => pools.report(disk.as_deref()),
                     Err(error) => {
                         pools.notices.reporting.store(false, Relaxed);
-                        return tracing::warn!(%error, "the kernel's events of loop devices end");
+                        return tracing::warn!(%error, "cannot read the kernel's events of loop devices: pools poll from now on");
                     }
                 }
             }

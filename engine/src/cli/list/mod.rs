@@ -22,7 +22,7 @@ use super::{complete, daemon, out, size};
 /// List devices.
 ///
 /// For root, lists the devices of instances. With '--all', lists private pools too, with owner,
-/// age, mount points and processes. A plain user sees only his own pools, in the same format.
+/// age, mount points and processes. Plain users see only their own pools, in the same format.
 #[derive(Debug, clap::Args)]
 pub(super) struct ListArgs {
     /// List only the devices of this instance.

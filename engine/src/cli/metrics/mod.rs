@@ -31,11 +31,11 @@ const ANSWER_MAX: Duration = Duration::from_secs(8);
 /// Prints metrics of the daemon, its devices, instances, private pools and users once, in the text
 /// format of Prometheus. With '--listen', serves them over HTTP at /metrics, in that format or as
 /// OpenMetrics, until it is interrupted. Needs root, as 'list' does; loopengine-metrics.service runs
-/// it with few rights.
+/// it with few privileges.
 #[derive(Debug, clap::Args)]
 pub(super) struct MetricsArgs {
     /// Serve on this address: unix:PATH, a socket for root only, or a loopback address with a port,
-    /// as 127.0.0.1:9753, which every local user can read.
+    /// such as 127.0.0.1:9753, which every local user can read.
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<ListenAddress>,
 }

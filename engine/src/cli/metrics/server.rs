@@ -59,7 +59,7 @@ impl FromStr for ListenAddress {
         }
         let address: SocketAddr = text
             .parse()
-            .map_err(|_| "give unix:PATH, or an address and a port, as 127.0.0.1:9753".to_owned())?;
+            .map_err(|_| "give unix:PATH, or an address and a port, such as 127.0.0.1:9753".to_owned())?;
         match address.ip().is_loopback() {
             true => Ok(ListenAddress::Loopback(address)),
             false => Err("not a loopback address: metrics name users and their files, and there is no \

@@ -62,8 +62,9 @@ impl PrintCdi {
                 std::fs::metadata(node).map_err(|error| Error::os(error, format!("cannot access {node}")))?;
             if !meta.file_type().is_block_device() {
                 let message = format!("{node} is a file, not a block device");
-                return Err(Error::new(Kind::Unsupported, message)
-                    .hint("serve with ublk, or give the container the file as a mount"));
+                return Err(Error::new(Kind::Unsupported, message).hint(
+                    "use an instance with the backend ublk or loop, or mount the file into the container",
+                ));
             }
             let (number, read_only) = (device.number, device.read_only);
             Ok(CdiNode { number, path: device.node, rdev: meta.rdev(), read_only })

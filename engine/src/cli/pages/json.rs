@@ -30,6 +30,7 @@ const JSON_TYPES: &[&idl::CustomType<'static>] = &[
     DeviceState::CUSTOM_TYPE,
     DeviceStats::CUSTOM_TYPE,
     LatencySummary::CUSTOM_TYPE,
+    LatencyBucket::CUSTOM_TYPE,
     Interval::CUSTOM_TYPE,
     DeviceRates::CUSTOM_TYPE,
     Rates::CUSTOM_TYPE,

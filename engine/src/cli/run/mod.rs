@@ -47,8 +47,8 @@ pub(super) use userns::user_name;
 /// command.
 ///
 /// Root keeps its privileges. A plain user becomes root of a new user namespace, which uses the
-/// ranges in /etc/subuid and /etc/subgid if there are any. '--user' does the same for root. PATH
-/// gets the directories of losetup and mkfs at its end.
+/// ranges in /etc/subuid and /etc/subgid if there are any. '--user' does the same for root. 'run'
+/// appends the directories of losetup and mkfs to PATH.
 ///
 /// The command gets its own mount namespace; its mounts are not visible outside. Its /dev contains
 /// the entries of the host's /dev, without loop devices and ublk disks. A devtmpfs that root of the

@@ -26,11 +26,11 @@ use rates::Comparison;
 use reading::Reading;
 use view::{Column, View};
 
-/// Show what devices do, live.
+/// Show rates and latencies of devices, live.
 ///
 /// Shows the rates of each interval: for root, of all devices of instances and of private pools; for
-/// a plain user, of his own pools. In a terminal it obeys keys, and h lists them. Elsewhere, or with
-/// '--batch', prints one table per interval. The first interval begins at the start of the command.
+/// a plain user, of that user's pools. In a terminal it reads keys; h lists them. Elsewhere, or with
+/// '--batch', it prints one table per interval. The first interval begins at the start of the command.
 ///
 /// IO/S counts reads, writes, flushes (F/S) and discards (D/S). AVG_MS is the average latency as the
 /// block layer measures it, with the time in its queue; over FUSE, that of one request in 32, in the
@@ -39,7 +39,7 @@ use view::{Column, View};
 /// parallel. AQU-SZ is the average number of requests in flight, INFLIGHT the number at the end.
 /// ERRORS counts failed requests in the interval. A new device has no rates in its first interval.
 ///
-/// '-' is what is not counted: UTIL% and AQU-SZ over FUSE; P99_MS and ERRORS of devices over the
+/// '-' marks values that are not measured: UTIL% and AQU-SZ over FUSE; P99_MS and ERRORS of devices over the
 /// kernel's loop driver; P99_MS, ERRORS and STATE of devices of private pools, which the block layer
 /// counts over either backend.
 #[derive(Debug, clap::Args)]
@@ -64,7 +64,7 @@ pub(super) struct TopArgs {
     #[arg(short, long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     filter: String,
 
-    /// Hide devices that did nothing.
+    /// Hide devices without I/O in the interval.
     #[arg(short = 'i', long)]
     hide_idle: bool,
 

@@ -36,7 +36,7 @@ pub(crate) const KEYS: &[(&str, &str)] = &[
     ("D, U, I, R, W", "Sort by DEVICE, USER, IO/S, R/S, W/S."),
     ("A, P, T, E", "Sort by AVG_MS, P99_MS, UTIL%, ERRORS."),
     ("r", "Reverse the order."),
-    ("i", "Hide or show devices that did nothing."),
+    ("i", "Hide or show devices without I/O."),
     ("/", "Show only devices with a text in name, user, image or state: Enter keeps it, Esc removes it."),
     ("Up, Down, PgUp, PgDn, Home", "Scroll."),
     ("h, ?", "List the keys; any other key returns to the devices."),

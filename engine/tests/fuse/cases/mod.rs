@@ -40,7 +40,7 @@ const MIB: u64 = 1 << 20;
 
 /// Cases that need a block device: attributes in sysfs, ublk's I/O modes, ioctls, faults of
 /// null_blk.
-const OF_BLOCK_DEVICES: [&str; 14] = [
+const OF_BLOCK_DEVICES: [&str; 13] = [
     "commands::attach_run",
     "commands::numbers_and_names",
     "durability::power_cut",
@@ -54,7 +54,6 @@ const OF_BLOCK_DEVICES: [&str; 14] = [
     "resize::refusals_name_the_reason",
     "resize::shrinking_needs_options",
     "verify::linked",
-    "verify::polled",
 ];
 
 /// Every case, in the order in which they run.

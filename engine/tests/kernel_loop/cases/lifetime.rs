@@ -212,7 +212,7 @@ fn detach_in_use(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A device of ours whose state file is lost is listed as stuck, and recovered by hand.
+/// A device of ours whose state file is lost is listed as stuck, and recovered manually.
 fn a_lost_record_is_listed(ctx: &Ctx) -> Res {
     let store = Store::ext4(ctx)?;
     let image = store.sparse("image", 8 * MIB)?;

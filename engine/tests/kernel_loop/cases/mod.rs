@@ -89,7 +89,7 @@ const MIB: u64 = 1 << 20;
 
 /// Cases about the daemon's own I/O: its queues, its scheduler, its log, faults of null_blk, its
 /// driver.
-const OF_UBLK: [&str; 8] = [
+const OF_UBLK: [&str; 7] = [
     "claims::failing_io_is_logged",
     "commands::list_and_stats",
     "durability::power_cut",
@@ -97,7 +97,6 @@ const OF_UBLK: [&str; 8] = [
     "geometry::scheduler_and_cache",
     "verify::linked",
     "verify::one_queue",
-    "verify::polled",
 ];
 
 /// Cases about private pools that the kernel's driver answers differently (`pools` has those), that

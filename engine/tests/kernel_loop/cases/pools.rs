@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Private pools on disks of the kernel's loop driver: what the driver does differently from ublk,
-//! and what the host and processes past the interception can do to a tenant's disk.
+//! and what the host and processes that bypass the interception can do to a tenant's disk.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,7 +23,12 @@ pub(super) fn cases() -> Vec<Case> {
         case("pools::the_next_daemon_removes_idle_disks", Needs::Private, 90, idle_disks_are_removed),
         case("pools::mounts_outlive_their_tenant", Needs::Private, 120, mounts_outlive_their_tenant),
         case("pools::disks_without_a_file_are_bound", Needs::Private, 90, disks_are_bound),
-        case("pools::unbound_past_the_interception", Needs::Private, 120, unbound_past_the_interception),
+        case(
+            "pools::unbound_by_a_bypass_of_the_interception",
+            Needs::Private,
+            120,
+            unbound_by_a_bypass_of_the_interception,
+        ),
         case("pools::last_closes_are_reported", Needs::Private, 120, last_closes_are_reported),
         case("pools::threads_do_not_grow_with_pools", Needs::Private, 300, threads_do_not_grow_with_pools),
         case("pools::losetup_of_the_host", Needs::Private, 600, losetup_of_the_host),
@@ -169,7 +174,7 @@ fn disks_are_bound(ctx: &Ctx) -> Res {
 
 /// A process that calls the driver itself unbinds a tenant's disk: the tenant's names do not lead to
 /// whatever the host binds next under this number.
-fn unbound_past_the_interception(ctx: &Ctx) -> Res {
+fn unbound_by_a_bypass_of_the_interception(ctx: &Ctx) -> Res {
     let daemon = Daemon::start(ctx)?;
     let script = Inside::new(ctx, &daemon).start(
         r#"
@@ -297,7 +302,7 @@ fn threads_do_not_grow_with_pools(ctx: &Ctx) -> Res {
     daemon.stop()
 }
 
-/// A pool `p` in a directory, for commands past the interception.
+/// A pool `p` in a directory, for commands that bypass the interception.
 fn pool_in_directory(ctx: &Ctx, daemon: &Daemon) -> Res<FuseMount> {
     let dir = ctx.path("pool");
     fs::create_dir(&dir)?;

@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_left_over_is_seen() {
+    fn detects_leftover_resources() {
         let before = Footprint { fds: 40, threads: 10, rss_anon: 9000, disks: 0 };
         assert!(before.is_back_to(before));
         assert!(!Footprint { fds: 45, ..before }.is_back_to(before));

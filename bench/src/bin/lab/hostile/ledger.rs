@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn late_calls_and_failures_are_found_with_what_was_done_then() {
+    fn reports_late_calls_and_failures_with_concurrent_actions() {
         let mut ledger = Ledger::default();
         ledger.round("round 1: huge".into());
         ledger.action("huge 2000", "sends much");

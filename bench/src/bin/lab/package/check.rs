@@ -260,7 +260,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_what_is_left_and_what_is_gone() {
+    fn names_leftover_and_missing_files() {
         let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<String>>();
         assert!(same(&set(&["/a"]), &set(&["/a"])).is_ok());
         let error = same(&set(&["/a", "/b"]), &set(&["/b", "/c"])).unwrap_err().to_string();

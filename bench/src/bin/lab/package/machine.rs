@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn the_script_is_one_that_bash_takes() {
+    fn bash_accepts_the_script() {
         let mut bash = Command::new("bash");
         sh::capture(bash.args(["-n", "-c", SCRIPT]), PACK_LIMIT).unwrap();
         assert!(SCRIPT.contains(STATUS));

@@ -219,11 +219,11 @@ mod tests {
 
     /// Two programs at the same addresses; the second is this test.
     #[test]
-    fn the_code_tells_which_program_it_is() {
+    fn identifies_a_program_by_its_code() {
         let me = std::env::current_exe().unwrap();
         let elf = Elf::read(&me).unwrap();
         let (address, _, name) =
-            elf.functions.iter().find(|(.., name)| name.contains("the_code_tells")).unwrap();
+            elf.functions.iter().find(|(.., name)| name.contains("identifies_a_program")).unwrap();
         let (offset, length, base) =
             elf.segments.iter().find(|(_, length, base)| (*base..base + length).contains(address)).unwrap();
         let mapping = |program: &str, file: &str| Mapping {

@@ -111,7 +111,7 @@ impl CallQueue {
     pub(super) fn send(&self, call: FuseCall) {
         if let Err(rejected) = self.calls.send_timeout(call, SEND_TIMEOUT) {
             tracing::error!(
-                "the call queue of a FUSE file was full for {} s: a request fails",
+                "failed a request: the call queue of a FUSE file was full for {} s",
                 SEND_TIMEOUT.as_secs()
             );
             return rejected.into_inner().answer.fail(Errno::EIO);

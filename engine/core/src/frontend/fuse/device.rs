@@ -95,14 +95,16 @@ impl FuseDevice {
         // A cached page at the old end ends in zeroes, which must not overwrite what the image has
         // there now.
         let path = self.node();
-        with_timeout("writing back", move || std::fs::File::open(path).and_then(|file| file.sync_all()))?
-            .map_err(|error| Error::os(error, "the kernel cannot write back the page cache"))?;
+        with_timeout(&format!("writing back {}", self.name), move || {
+            std::fs::File::open(path).and_then(|file| file.sync_all())
+        })?
+        .map_err(|error| Error::os(error, "the kernel cannot write back the page cache"))?;
         self.invalidate(&node, "writing back");
         node.set_size(bytes);
         // With write-back caching the kernel tracks the file's size itself: only a truncation
         // changes it.
         let path = self.node();
-        let outcome = with_timeout("resizing a FUSE file", move || sys::truncate(&path, bytes))
+        let outcome = with_timeout(&format!("resizing {}", self.name), move || sys::truncate(&path, bytes))
             .and_then(|done| done.map_err(|error| Error::os(error, "the kernel rejects the new size")));
         outcome.inspect_err(|_| node.set_size(before))
     }

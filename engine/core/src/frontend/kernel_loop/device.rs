@@ -103,12 +103,15 @@ impl KernelLoop {
     pub(in crate::frontend) fn start(&self) -> Result<()> {
         let image = self.state().image.take();
         let image = image.ok_or_else(|| Error::new(Kind::Internal, "the device has no image yet"))?;
+        let name = image.name().to_owned();
         for _ in 0..BIND_TRIES {
             let number = super::add()?;
             let listed = DiskList::of_machine().add(&disk(number), self.parameters.owner_cookie);
             let (image, parameters) = (image.clone(), self.parameters);
             let bound = listed.and_then(|()| {
-                with_timeout("binding a loop device", move || bind(number, &image, &parameters))
+                with_timeout(&format!("binding {}", node(number).display()), move || {
+                    bind(number, &image, &parameters)
+                })
             });
             match bound {
                 Ok(Ok(())) => {
@@ -119,7 +122,8 @@ impl KernelLoop {
                 Ok(Err(Errno::BUSY)) => self.unlist(number),
                 Ok(Err(error)) => {
                     self.give_up(number);
-                    return Err(Error::os(error, "the kernel's loop driver refuses the image"));
+                    let context = format!("the kernel's loop driver refuses {name}");
+                    return Err(Error::os(error, context));
                 }
                 Err(error) => {
                     self.give_up(number);
@@ -127,7 +131,7 @@ impl KernelLoop {
                 }
             }
         }
-        Err(Error::new(Kind::Busy, "other programs bind each new loop device").hint("try again"))
+        Err(Error::new(Kind::Busy, "other programs bound each new loop device first").hint("try again"))
     }
 
     /// Removes what a failed start has made. A call that is still under way keeps the device.
@@ -144,7 +148,7 @@ impl KernelLoop {
     /// Takes it over: a previous daemon may have died while it stopped the device.
     pub(in crate::frontend) fn take_over(&self) -> Result<()> {
         let number = self.number();
-        self.call("taking over a loop device", move |file, info| match info.flags & LO_FLAGS_AUTOCLEAR {
+        self.call("taking over", move |file, info| match info.flags & LO_FLAGS_AUTOCLEAR {
             0 => Ok(()),
             _ => keep_at_last_close(file),
         })?
@@ -154,7 +158,7 @@ impl KernelLoop {
     /// Its size is that of its file, which has changed.
     pub(in crate::frontend) fn resize(&self) -> Result<()> {
         let number = self.number();
-        self.call("resizing a loop device", |file, _| loop_device::set_capacity(file))?
+        self.call("resizing", |file, _| loop_device::set_capacity(file))?
             .map_err(|error| Error::os(error, format!("cannot resize {}", node(number).display())))
     }
 
@@ -168,7 +172,7 @@ impl KernelLoop {
         let deadline = Instant::now() + wait;
         let force = when == StopMode::Always;
         let number = self.number();
-        let set = self.call("unbinding a loop device", move |file, mut info| {
+        let set = self.call("unbinding", move |file, mut info| {
             if !force {
                 return unbind_at_last_close(file, number);
             }
@@ -185,7 +189,7 @@ impl KernelLoop {
                 std::thread::sleep(POLL_INTERVAL);
                 continue;
             }
-            let kept = self.call("keeping a loop device", |file, _| keep_at_last_close(file));
+            let kept = self.call("keeping", |file, _| keep_at_last_close(file));
             return match kept {
                 Ok(Ok(())) => Err(Error::new(Kind::Busy, "the device is open")),
                 // It was unbound all the same.
@@ -280,7 +284,7 @@ impl KernelLoop {
         call: impl FnOnce(&File, LoopInfo) -> rustix::io::Result<T> + Send + 'static,
     ) -> Result<rustix::io::Result<T>> {
         let (number, owner_cookie) = (self.number(), self.parameters.owner_cookie);
-        with_timeout(what, move || {
+        with_timeout(&format!("{what} {}", node(number).display()), move || {
             let file = open(number)?;
             match status(&file, number) {
                 Ok(info) if cookie(&info) == Some(owner_cookie) => Ok(call(&file, info)),
@@ -374,11 +378,12 @@ fn status(file: impl AsFd, number: u32) -> Result<LoopInfo> {
 }
 
 fn status_of(number: u32) -> Result<LoopInfo> {
-    with_timeout("examining a loop device", move || status(&open(number)?, number))?
+    let what = format!("examining {}", node(number).display());
+    with_timeout(&what, move || status(&open(number)?, number))?
 }
 
 fn not_ours(number: u32) -> Error {
-    Error::new(Kind::NotFound, format!("{} is not a device of this program", node(number).display()))
+    Error::new(Kind::NotFound, format!("{} is not a device of loopengine", node(number).display()))
 }
 
 #[cfg(test)]

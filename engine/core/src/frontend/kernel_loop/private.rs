@@ -70,7 +70,7 @@ impl PrivateLoop {
                 Ok(device) => return Ok(device),
             }
         }
-        Err(Error::new(Kind::Busy, "other programs bind each new loop device").hint("try again"))
+        Err(Error::new(Kind::Busy, "other programs bound each new loop device first").hint("try again"))
     }
 
     /// Binds it again after it was unbound. It keeps its number.
@@ -114,7 +114,7 @@ impl PrivateLoop {
     /// has the same size. EAGAIN: somebody keeps pages of the device in memory.
     pub fn set_image(&self, image: Image) -> Result<()> {
         let (before, identity) = (self.state().image, image.identity());
-        let sequence = self.call("changing a loop device", move |file| {
+        let sequence = self.call("changing", move |file| {
             if before != identity {
                 loop_device::change_file(file, image.fd())?;
             }
@@ -129,17 +129,17 @@ impl PrivateLoop {
     /// Takes its file away from all who have it open: its size is 0. EAGAIN: somebody keeps pages of
     /// the device in memory, a mounted file system for instance.
     pub fn withdraw_file(&self) -> Result<()> {
-        self.call("taking a file away from a loop device", |file| set_range(file, BEYOND_ANY_FILE, 0))
+        self.call("withdrawing the file of", |file| set_range(file, BEYOND_ANY_FILE, 0))
     }
 
     /// Its size is that of its file, which has changed.
     pub fn set_capacity(&self) -> Result<()> {
-        self.call("resizing a loop device", |file| loop_device::set_capacity(file))
+        self.call("resizing", |file| loop_device::set_capacity(file))
     }
 
     /// Switches direct I/O.
     pub fn set_direct_io(&self, on: bool) -> Result<()> {
-        self.call("switching direct I/O", move |file| loop_device::set_direct_io(file, on))
+        self.call("switching direct I/O of", move |file| loop_device::set_direct_io(file, on))
     }
 
     /// Whether its last close unbinds it. Without users, it is unbound at once.
@@ -148,13 +148,13 @@ impl PrivateLoop {
             return Ok(());
         }
         let number = self.number;
-        self.call("changing a loop device", move |file| match on {
+        self.call("changing", move |file| match on {
             true => unbind_at_last_close(file, number),
             false => keep_at_last_close(file),
         })
     }
 
-    /// What the driver says: a process past the interception can change it.
+    /// What the driver says: a process that bypasses the interception can change it.
     fn is_autoclear(&self) -> bool {
         fs::read(self.sysfs().join("loop/autoclear")).is_ok_and(|text| text.starts_with(b"1"))
     }
@@ -169,11 +169,11 @@ impl PrivateLoop {
             return busy();
         }
         let number = self.number;
-        self.call("unbinding a loop device", move |file| unbind_at_last_close(file, number))?;
+        self.call("unbinding", move |file| unbind_at_last_close(file, number))?;
         if !self.is_bound() {
             return Ok(());
         }
-        match self.call("unbinding a loop device", keep_at_last_close) {
+        match self.call("unbinding", keep_at_last_close) {
             Ok(()) => busy(),
             Err(_) if !self.is_bound() => Ok(()),
             Err(error) => Err(error),
@@ -222,7 +222,8 @@ impl PrivateLoop {
             return Err(Error::new(Kind::Deadline, context));
         }
         let running = Arc::clone(&self.call);
-        let done = with_timeout(what, move || {
+        let what = format!("{what} {}", node.display());
+        let done = with_timeout(&what, move || {
             let _running = running;
             let file = open_node(number, false)?;
             match block::disk_sequence(file.as_fd())? == sequence {
@@ -230,12 +231,13 @@ impl PrivateLoop {
                 false => Err(Errno::NXIO),
             }
         })?;
-        done.map_err(|error| Error::os(error, format!("{what} failed: {}", node.display())))
+        done.map_err(|error| Error::os(error, format!("{what} failed")))
     }
 }
 
 fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop> {
-    let bound = with_timeout("binding a loop device", move || -> rustix::io::Result<PrivateLoop> {
+    let (what, name) = (format!("binding {}", node(number).display()), image.name().to_owned());
+    let bound = with_timeout(&what, move || -> rustix::io::Result<PrivateLoop> {
         let geometry = image.geometry();
         let mut info = LoopInfo::default();
         (info.offset, info.size_limit) = (geometry.offset, image.size_limit());
@@ -251,9 +253,9 @@ fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop
     })?;
     bound.map_err(|error| match error {
         Errno::BUSY | Errno::NXIO | Errno::NOENT => {
-            Error::new(Kind::Busy, format!("another program has {}", node(number).display()))
+            Error::new(Kind::Busy, format!("another program uses {}", node(number).display()))
         }
-        error => Error::os(error, "the kernel's loop driver refuses the image"),
+        error => Error::os(error, format!("the kernel's loop driver refuses {name}")),
     })
 }
 

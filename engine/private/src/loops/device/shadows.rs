@@ -130,13 +130,16 @@ impl PoolDevice {
             return;
         }
         for ShadowDisk { part, disk } in std::mem::take(&mut self.shadows) {
+            let rdev = disk.rdev;
             match allocator.replace(disk) {
                 Ok(free) => allocator.keep(free),
                 Err(NotReplaced::InUse(disk)) => {
                     disk.set_autoclear(true);
                     self.shadows.push(ShadowDisk { part, disk });
                 }
-                Err(NotReplaced::Lost(error)) => tracing::error!(%error, "cannot replace a disk: it is lost"),
+                Err(NotReplaced::Lost(error)) => {
+                    tracing::error!(%error, rdev, "cannot replace a disk: it is lost")
+                }
             }
         }
         if !self.shadows.is_empty() {

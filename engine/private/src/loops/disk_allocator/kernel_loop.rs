@@ -25,14 +25,14 @@ impl DiskAllocator {
             return Err(Error::new(Kind::Unsupported, context));
         }
         let (block_size, image) = (image.geometry().block_size, Arc::new(image));
-        let spares = std::mem::take(&mut *self.free_list());
-        let mut spares = spares.into_iter().rev();
+        let free_disks = std::mem::take(&mut *self.free_list());
+        let mut free_disks = free_disks.into_iter().rev();
         let mut bound = Err(Error::new(Kind::Quota, "the pool has no free disk left"));
-        for spare in spares.by_ref() {
-            let DiskServer::Loop(device) = &spare.server else { continue };
+        for free_disk in free_disks.by_ref() {
+            let DiskServer::Loop(device) = &free_disk.server else { continue };
             // Somebody has opened it by a name that it had before.
             if let Err(error) = device.unbind() {
-                self.keep(spare);
+                self.keep(free_disk);
                 bound = Err(error);
                 continue;
             }
@@ -41,19 +41,19 @@ impl DiskAllocator {
                     bound = Ok(self.register_loop(device, block_size));
                     break;
                 }
-                Err(error) if error.kind() == Kind::Busy => self.lose_loop(&spare, &error),
+                Err(error) if error.kind() == Kind::Busy => self.lose_loop(&free_disk, &error),
                 // The image was refused.
                 Err(error) => {
-                    match self.bind_nothing(device) {
+                    match self.bind_empty_file(device) {
                         Ok(free) => self.keep(free),
-                        Err(error) => self.lose_loop(&spare, &error),
+                        Err(error) => self.lose_loop(&free_disk, &error),
                     }
-                    self.free_list().extend(spares.rev());
+                    self.free_list().extend(free_disks.rev());
                     return Err(error);
                 }
             }
         }
-        self.free_list().extend(spares.rev());
+        self.free_list().extend(free_disks.rev());
         match (bound, self.fixed()) {
             (Err(_), None) => PrivateLoop::start(&image, self.shared.new_owner_cookie())
                 .map(|started| self.register_loop(started, block_size)),
@@ -64,7 +64,7 @@ impl DiskAllocator {
     /// Replaces a disk that nobody has open by one without a size, under the same number.
     pub(super) fn replace_loop(&self, disk: PoolDisk) -> std::result::Result<PoolDisk, NotReplaced> {
         let DiskServer::Loop(device) = &disk.server else { return Err(NotReplaced::InUse(disk)) };
-        match device.unbind().and_then(|()| self.bind_nothing(device)) {
+        match device.unbind().and_then(|()| self.bind_empty_file(device)) {
             Ok(next) => Ok(next),
             // Its file system may answer later.
             Err(error) if matches!(error.kind(), Kind::Busy | Kind::Deadline) => {
@@ -77,7 +77,7 @@ impl DiskAllocator {
         }
     }
 
-    fn bind_nothing(&self, device: &PrivateLoop) -> Result<PoolDisk> {
+    fn bind_empty_file(&self, device: &PrivateLoop) -> Result<PoolDisk> {
         let bound = Image::empty(DEFAULT_BLOCK_SIZE).and_then(|empty| device.rebind(&Arc::new(empty)));
         // It is not in use: another program was faster.
         let bound = bound.map_err(|error| error.with_kind(Kind::Internal))?;
@@ -94,7 +94,7 @@ impl DiskAllocator {
                 Ok(())
             }
             Err(error) => {
-                tracing::debug!(%error, "a disk is not removed");
+                tracing::debug!(%error, rdev = disk.rdev, "cannot remove a disk");
                 if when == StopMode::Always {
                     disk.set_autoclear(true);
                 }
@@ -137,6 +137,6 @@ impl DiskAllocator {
         if let DiskServer::Loop(device) = &disk.server {
             device.forget();
         }
-        tracing::error!(%error, rdev = disk.rdev, "a disk of a pool is lost");
+        tracing::error!(%error, rdev = disk.rdev, "the pool lost a disk");
     }
 }
