@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub struct CloseSigns {
     unmounts: OwnedFd,
     /// Pools by the watch descriptor of their directory.
     pools: Mutex<BTreeMap<i32, PoolWaker>>,
+    /// Nobody reads the signs any more.
+    failed: AtomicBool,
 }
 
 impl CloseSigns {
@@ -39,7 +42,7 @@ impl CloseSigns {
     pub fn new(unmounts: OwnedFd) -> Result<CloseSigns> {
         let nodes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
             .map_err(|error| Error::os(error, "cannot watch the nodes of pools"))?;
-        let signs = CloseSigns { nodes, unmounts, pools: Mutex::default() };
+        let signs = CloseSigns { nodes, unmounts, pools: Mutex::default(), failed: AtomicBool::new(false) };
         // For mounts by root of the host, which nobody intercepts.
         match std::fs::File::open("/proc/1/ns/mnt") {
             Ok(namespace) => signs.watch_unmounts(namespace.as_fd()),
@@ -54,7 +57,12 @@ impl CloseSigns {
         let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
         let added = inotify::add_watch(&self.nodes, &*path, CLOSES | WatchFlags::ONLYDIR);
         let watch = added.map_err(|error| Error::os(error, "cannot watch the nodes of a pool"))?;
-        self.pools().insert(watch, pool);
+        pool.expect_signs();
+        let mut pools = self.pools();
+        if self.failed.load(Relaxed) {
+            pool.lose_signs();
+        }
+        pools.insert(watch, pool);
         Ok(())
     }
 
@@ -81,8 +89,9 @@ impl CloseSigns {
                 && error != Errno::INTR
             {
                 tracing::warn!(%error, "last closes are noticed late from now on");
-                self.pools().values().for_each(PoolWaker::lose_signs);
-                return;
+                let pools = self.pools();
+                self.failed.store(true, Relaxed);
+                return pools.values().for_each(PoolWaker::lose_signs);
             }
             std::thread::sleep(READ_INTERVAL);
         }
@@ -99,7 +108,7 @@ impl CloseSigns {
                     self.pools().remove(&event.wd());
                 }
                 Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => self.sign_all(),
-                Ok(event) => self.pools().get(&event.wd()).into_iter().for_each(PoolWaker::sign),
+                Ok(event) => self.pools().get(&event.wd()).into_iter().for_each(PoolWaker::node_closed),
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(error) => return Err(error),
             }
@@ -120,6 +129,6 @@ impl CloseSigns {
     }
 
     fn sign_all(&self) {
-        self.pools().values().for_each(PoolWaker::sign);
+        self.pools().values().for_each(PoolWaker::some_pool_closes);
     }
 }

@@ -28,6 +28,8 @@ const SLOW_PER_DEVICE: Duration = Duration::from_millis(3);
 /// Without a sign the interval is at least this part of the time since the last one: an unmount that
 /// writes back for ten seconds is noticed half a second after its end.
 const QUIET_PART: u32 = 20;
+/// The first poll after a node was closed: the kernel reports that before it closes the disk.
+const NODE_DELAY: Duration = Duration::from_millis(2);
 /// Polls after a report: the driver sends it before it has unbound the disk. The first interval; each
 /// is twice the one before, up to the last.
 const REPORT_INTERVAL: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(128)];
@@ -106,24 +108,31 @@ impl PoolWaker {
         self.0.change(|wake_state| wake_state.names += 1);
     }
 
-    /// From now on [`PoolWaker::sign`] is called for all last closes that the kernel reports.
+    /// From now on the kernel's signs of last closes are passed on.
     pub fn expect_signs(&self) {
         self.0.lock().has_signs = true;
     }
 
-    /// It is not called any more.
+    /// They are not passed on any more.
     pub fn lose_signs(&self) {
         self.0.lock().has_signs = false;
     }
 
-    /// A device may be closed soon.
-    pub fn sign(&self) {
+    /// A node of the pool is being closed.
+    pub fn node_closed(&self) {
+        self.sign(NODE_DELAY);
+    }
+
+    /// A device of some pool is perhaps being closed: another tenant must not cause many polls.
+    pub fn some_pool_closes(&self) {
+        self.sign(pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED));
+    }
+
+    fn sign(&self, delay: Duration) {
         let mut wake_state = self.0.lock();
         if wake_state.awaits_close {
             wake_state.seen.signs += 1;
-            // Not at once: the sign comes before the close, and tenants cause any number of them.
-            let soon = Instant::now() + pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED);
-            wake_state.polls.iter().for_each(|polls| polls.schedule(soon));
+            wake_state.polls.iter().for_each(|polls| polls.schedule(Instant::now() + delay));
         }
     }
 }

@@ -11,9 +11,8 @@ impl Pool {
     pub fn watch_nodes(&self, directory: BorrowedFd<'_>) {
         let notices = &self.allocator.notices;
         let Some(signs) = notices.closes.get() else { return };
-        match signs.watch_nodes(directory, notices.waker.clone()) {
-            Ok(()) => notices.waker.expect_signs(),
-            Err(error) => tracing::debug!("pool {} is polled often: {error}", self.spec.name),
+        if let Err(error) = signs.watch_nodes(directory, notices.waker.clone()) {
+            tracing::debug!("pool {} is polled often: {error}", self.spec.name);
         }
     }
 
