@@ -167,9 +167,12 @@ impl ServeArgs {
             }
             BackendKind::Fuse => None,
         };
-        // The sandbox forbids such a socket.
+        // The sandbox forbids to open these.
         let loop_events = sys::uevent::open()
             .inspect_err(|error| tracing::debug!(%error, "pools poll for last closes"))
+            .ok();
+        let unmounts = sys::unmounts::open()
+            .inspect_err(|error| tracing::debug!(%error, "pools poll often for last closes"))
             .ok();
         if self.no_sandbox {
             tracing::warn!("the daemon keeps all its privileges (--no-sandbox)");
@@ -177,7 +180,7 @@ impl ServeArgs {
             sandbox::enter();
         }
         let engine = Arc::new(Engine::start(config.engine(run_dir.path().to_owned(), backends.clone()))?);
-        let served = self.serve(&config, &backends, &run_dir, &engine, (kernel, loop_events));
+        let served = self.serve(&config, &backends, &run_dir, &engine, (kernel, loop_events, unmounts));
         run_dir.unbind();
         let ended = match served {
             Ok(Shutdown::Immediate) => Err(second_signal()),
@@ -203,7 +206,7 @@ impl ServeArgs {
         backends: &[BackendKind],
         run_dir: &RunDir,
         engine: &Arc<Engine>,
-        (kernel, loop_events): (Option<Arc<KernelMounts>>, Option<OwnedFd>),
+        (kernel, loop_events, unmounts): (Option<Arc<KernelMounts>>, Option<OwnedFd>, Option<OwnedFd>),
     ) -> Result<Shutdown> {
         for note in reload::create_all(config, &**engine)? {
             tracing::info!("{note}");
@@ -212,6 +215,9 @@ impl ServeArgs {
         let pools = Pools::new(engine);
         if let Some(events) = loop_events {
             pools.listen(events)?;
+        }
+        if let Some(unmounts) = unmounts {
+            pools.watch_closes(unmounts)?;
         }
         let source =
             PoolBackend { pools, kernel, for_all: config.kernel_mounts(), backend: config.private.backend };

@@ -24,6 +24,7 @@ pub mod stack;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod uevent;
+pub mod unmounts;
 pub mod uring;
 pub mod usage;
 pub mod userns;

@@ -269,6 +269,13 @@ impl<'a> CallerThread<'a> {
         Ok(proc_fds)
     }
 
+    fn mount_namespace(&self) -> Option<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let open = |proc: &mut Proc| rustix::fs::openat(&proc.directory, "ns/mnt", flags, Mode::empty());
+        let namespace = self.with_proc(open).ok()?;
+        self.is_waiting().then_some(namespace)
+    }
+
     /// Whether it is an administrator, and in their user namespace itself.
     pub fn is_admin(&self, administrators: Administrators) -> bool {
         let Administrators { namespace, root } = administrators;
@@ -367,6 +374,10 @@ impl LoopCaller for DeviceFd<'_> {
 
     fn has_mounted(&self, rdev: u64) -> bool {
         self.thread.has_mounted(rdev)
+    }
+
+    fn mount_namespace(&self) -> Option<OwnedFd> {
+        self.thread.mount_namespace()
     }
 }
 

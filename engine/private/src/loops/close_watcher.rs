@@ -7,8 +7,10 @@
 //! hint that a close is near (LOOP_CLR_FD, a mount, an unmount) it polls every 10 ms for two
 //! seconds. Then the interval grows with the devices that wait, of all pools together. One poll of
 //! a device takes about 15 µs. So the last closes of a handful of devices are detected within 50 ms
-//! and those of thousands within about a second, at half a percent of a CPU at most. The paths of
-//! bound files are read when inotify reports a change, and every second at most.
+//! and those of thousands within about a second, at half a percent of a CPU at most. Where the kernel
+//! reports signs of closes (`close_signs`), the interval also grows with the time since the last sign
+//! or hint, up to a second. The paths of bound files are read when inotify reports a change, and every
+//! second at most.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -23,6 +25,11 @@ const FAST_INTERVAL: Duration = Duration::from_millis(10);
 /// Poll interval without a recent hint: minimum, maximum, and the increment per waiting device.
 const SLOW_INTERVAL: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
 const SLOW_PER_DEVICE: Duration = Duration::from_millis(3);
+/// Without a sign the interval is at least this part of the time since the last one: an unmount that
+/// writes back for ten seconds is noticed half a second after its end.
+const QUIET_PART: u32 = 20;
+/// The first poll after a node was closed: the kernel reports that before it closes the disk.
+const NODE_DELAY: Duration = Duration::from_millis(2);
 /// Polls after a report: the driver sends it before it has unbound the disk. The first interval; each
 /// is twice the one before, up to the last.
 const REPORT_INTERVAL: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(128)];
@@ -70,6 +77,8 @@ pub struct PollResult {
     pub awaited: usize,
     /// Bound devices.
     pub bound: usize,
+    /// The pool is ending. Its devices need not wait for a last close that has signs.
+    pub ending: bool,
     /// The pool has ended: it has no device and creates none.
     pub over: bool,
 }
@@ -98,6 +107,34 @@ impl PoolWaker {
     pub fn read_names(&self) {
         self.0.change(|wake_state| wake_state.names += 1);
     }
+
+    /// From now on the kernel's signs of last closes are passed on.
+    pub fn expect_signs(&self) {
+        self.0.lock().has_signs = true;
+    }
+
+    /// They are not passed on any more.
+    pub fn lose_signs(&self) {
+        self.0.lock().has_signs = false;
+    }
+
+    /// A node of the pool is being closed.
+    pub fn node_closed(&self) {
+        self.sign(NODE_DELAY);
+    }
+
+    /// A device of some pool is perhaps being closed: another tenant must not cause many polls.
+    pub fn some_pool_closes(&self) {
+        self.sign(pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED));
+    }
+
+    fn sign(&self, delay: Duration) {
+        let mut wake_state = self.0.lock();
+        if wake_state.awaits_close {
+            wake_state.seen.signs += 1;
+            wake_state.polls.iter().for_each(|polls| polls.schedule(Instant::now() + delay));
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -108,12 +145,18 @@ struct WakeState {
     seen: WakeCounts,
     /// None before the start.
     polls: Option<SourceHandle>,
+    /// See [`PoolWaker::expect_signs`].
+    has_signs: bool,
+    /// A device waited for its last close at the last poll. One that begins to wait wakes the close
+    /// watcher.
+    awaits_close: bool,
 }
 
-/// Hints, reports of the driver, and changes of names.
+/// Hints, signs, reports of the driver, and changes of names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct WakeCounts {
     count: u64,
+    signs: u64,
     reports: u64,
     names: u64,
 }
@@ -207,6 +250,10 @@ struct PollProgress {
     /// Reads of the names that follow a change.
     reads: u32,
     fast_until: Instant,
+    /// The last hint, sign or report.
+    last_sign: Instant,
+    /// Whether polls become rare without a sign.
+    backs_off: bool,
     /// When the names were read.
     named: Instant,
 }
@@ -214,12 +261,17 @@ struct PollProgress {
 impl EventSource for CloseWatch {
     fn due(&self) -> Next {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        progress.take_up(self.waker.lock().seen);
+        let wake_state = self.waker.lock();
+        let has_signs = wake_state.has_signs;
+        progress.take_up(wake_state.seen);
+        drop(wake_state);
         let Some(pool) = self.pool.upgrade() else { return Next::End };
         let names = progress.reads_names();
         let round = pool.poll_closes(names);
         progress.awaited.set(round.awaited);
         progress.bound.set(round.bound);
+        progress.backs_off = has_signs && !round.ending;
+        self.waker.lock().awaits_close = round.awaited > 0;
         match round.over {
             true => Next::End,
             false => Next::Continue(progress.next()),
@@ -231,12 +283,26 @@ impl PollProgress {
     fn new() -> PollProgress {
         let [awaited, bound] = [&AWAITED, &BOUND].map(|of| CountShare { of, count: 0 });
         let (seen, now) = (WakeCounts::default(), Instant::now());
-        PollProgress { awaited, bound, seen, after_report: None, reads: 0, fast_until: now, named: now }
+        PollProgress {
+            awaited,
+            bound,
+            seen,
+            after_report: None,
+            reads: 0,
+            fast_until: now,
+            last_sign: now,
+            backs_off: false,
+            named: now,
+        }
     }
 
     fn take_up(&mut self, now: WakeCounts) {
         if now.count != self.seen.count {
             self.fast_until = Instant::now() + FAST_FOR;
+        }
+        let known = WakeCounts { names: now.names, ..self.seen };
+        if now != known {
+            self.last_sign = Instant::now();
         }
         self.after_report = match now.reports != self.seen.reports {
             true => Some(REPORT_INTERVAL[0]),
@@ -270,9 +336,11 @@ impl PollProgress {
     fn next(&self) -> Option<Instant> {
         let now = Instant::now();
         let until_names = self.names_interval().saturating_sub(self.named.elapsed());
+        let slow = pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED);
         let until_close = match now < self.fast_until {
             true => FAST_INTERVAL,
-            false => pause(SLOW_INTERVAL, SLOW_PER_DEVICE, &AWAITED),
+            false if self.backs_off => slow.max((now - self.last_sign) / QUIET_PART).min(SLOW_INTERVAL[1]),
+            false => slow,
         };
         let limits = [(self.awaited.count, until_close), (self.bound.count, until_names)];
         let limits = limits.into_iter().filter(|(devices, _)| *devices > 0).map(|(_, limit)| limit);

@@ -6,6 +6,7 @@
 //! values and errnos, and when a device is created, reused and removed. It does not know how
 //! operations arrive (`intercept`), nor which file system has the nodes (`loopfs`).
 
+mod close_signs;
 mod close_watcher;
 mod deletion_queue;
 mod device;
@@ -251,6 +252,10 @@ pub trait LoopCaller {
     /// Whether a file system of the disk with this number is mounted in the caller's namespace.
     fn has_mounted(&self, _rdev: u64) -> bool {
         false
+    }
+    /// The caller's mount namespace, if it is known.
+    fn mount_namespace(&self) -> Option<OwnedFd> {
+        None
     }
 }
 

@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 
+use super::close_signs::CloseSigns;
 use super::close_watcher::PoolWaker;
 use crate::error::{Error, Result};
 
@@ -28,6 +29,8 @@ pub struct Notices {
     pub reporting: Arc<AtomicBool>,
     /// Watches names, if that is possible.
     pub names: Option<Arc<NameWatcher>>,
+    /// Signs of last closes, if the kernel reports them.
+    pub closes: Arc<OnceLock<Arc<CloseSigns>>>,
     /// Wakes the pool.
     pub waker: PoolWaker,
 }

@@ -10,6 +10,7 @@ mod fixed;
 mod force_end;
 mod lookup;
 mod operation;
+mod signs;
 mod stacks;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -311,6 +312,7 @@ impl Pool {
             return PollResult {
                 awaited: if over { 0 } else { self.all_slots().len().max(1) },
                 bound: 0,
+                ending: true,
                 over,
             };
         }

@@ -12,6 +12,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::close_signs::CloseSigns;
 use super::disk_allocator::DiskAllocator;
 use super::name_watcher::Notices;
 use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
@@ -126,6 +127,18 @@ impl Pools {
         });
         started.map_err(|error| Error::os(error, "cannot start a thread"))?;
         self.notices.reporting.store(true, Relaxed);
+        Ok(())
+    }
+
+    /// Passes signs of last closes to pools: without it, pools poll often. `unmounts`: see
+    /// [`unmounts::open`](crate::sys::unmounts::open). The thread does not end.
+    pub fn watch_closes(&self, unmounts: OwnedFd) -> Result<()> {
+        let signs = Arc::new(CloseSigns::new(unmounts)?);
+        let running = Arc::clone(&signs);
+        let thread = std::thread::Builder::new().name("close-signs".into());
+        let started = thread.spawn(move || running.run());
+        started.map_err(|error| Error::os(error, "cannot start a thread"))?;
+        self.notices.closes.get_or_init(|| signs);
         Ok(())
     }
 

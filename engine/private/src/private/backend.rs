@@ -72,6 +72,7 @@ impl PoolSource for PoolBackend {
         let unused = Arc::downgrade(&pool);
         let on_end = move || unused.upgrade().iter().for_each(|pool| pool.end(false));
         let (directory, mount) = Directory::open(pool.clone(), on_end).inspect_err(|_| pool.end(true))?;
+        pool.watch_nodes(mount.as_fd());
         let runtime = PoolRuntime {
             _no_images: self.pools.exclude_images_on(directory.device()),
             pool,

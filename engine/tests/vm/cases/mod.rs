@@ -24,6 +24,7 @@ mod private_driver;
 mod private_figures;
 mod private_hostile;
 mod private_hung;
+mod private_idle;
 mod private_images;
 mod private_isolation;
 mod private_kernel_mounts;
@@ -104,6 +105,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_containers::cases(),
         private_container_mounts::cases(),
         private_hung::cases(),
+        private_idle::cases(),
         private_images::cases(),
         private_isolation::cases(),
         private_lifetime::cases(),

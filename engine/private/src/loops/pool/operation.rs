@@ -105,6 +105,8 @@ impl Pool {
                 })
             }
         };
-        done.map(|()| LoopReply::Done)
+        done?;
+        self.watch_unmounts(caller);
+        Ok(LoopReply::Done)
     }
 }
