@@ -25,14 +25,14 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// A file system of fuse2fs, whose server can be stopped.
-struct Server {
+pub(super) struct Server {
     process: Running,
     pid: Pid,
     dir: String,
 }
 
 impl Server {
-    fn start(ctx: &Ctx) -> Res<Server> {
+    pub(super) fn start(ctx: &Ctx) -> Res<Server> {
         let (below, dir, pid_file) = (ctx.path("below"), ctx.path("hung"), ctx.path("server"));
         tools::sh(format!("truncate -s 32M {below}; mkfs.ext4 -q {below}; mkdir {dir}"))?;
         let mut command = Command::new("bash");
@@ -46,12 +46,12 @@ impl Server {
         Ok(Server { process, pid, dir })
     }
 
-    fn stop_answering(&self) -> Res {
+    pub(super) fn stop_answering(&self) -> Res {
         kill_process(self.pid, Signal::STOP).at("SIGSTOP")
     }
 
     /// Aborts it: all pending requests fail.
-    fn kill(&self) {
+    pub(super) fn kill(&self) {
         let _ = kill_process(self.pid, Signal::KILL);
     }
 }
