@@ -128,7 +128,7 @@ pub struct GetCapacityResponse {
     pub minimum_volume_size: Option<Int64Value>,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Int64Value {
     #[prost(int64, tag = "1")]
     pub value: i64,

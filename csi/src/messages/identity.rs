@@ -27,7 +27,7 @@ pub struct PluginCapability {
     pub volume_expansion: Option<CapabilityType>,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct CapabilityType {
     #[prost(int32, tag = "1")]
     pub kind: i32,
@@ -39,7 +39,7 @@ pub struct ProbeResponse {
     pub ready: Option<BoolValue>,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct BoolValue {
     #[prost(bool, tag = "1")]
     pub value: bool,

@@ -73,13 +73,13 @@ pub struct MountVolume {
     pub volume_mount_group: String,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct AccessMode {
     #[prost(enumeration = "Mode", tag = "1")]
     pub mode: i32,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct CapacityRange {
     #[prost(int64, tag = "1")]
     pub required_bytes: i64,
@@ -101,7 +101,7 @@ pub struct Snapshot {
     pub ready_to_use: bool,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Timestamp {
     #[prost(int64, tag = "1")]
     pub seconds: i64,
@@ -117,7 +117,7 @@ pub struct VolumeCondition {
     pub message: String,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct VolumeUsage {
     #[prost(int64, tag = "1")]
     pub available: i64,
