@@ -59,6 +59,15 @@ impl Driver {
             return Ok(CreateVolumeResponse { volume: Some(self.volume(&record)) });
         }
         let origin = source.as_ref().map(|source| self.origin(source)).transpose()?;
+        let mut parameters = parameters;
+        if let Some(origin) = &origin {
+            let block = origin.record.parameters.block();
+            if parameters.block_size > block {
+                let text = format!("parameters: blockSize is more than the {block} of volume_content_source");
+                return Err(Status::invalid_argument(text));
+            }
+            parameters.block_size = if parameters.block_size == 0 { block } else { parameters.block_size };
+        }
         let content = origin.as_ref().and_then(|origin| origin.record.content.clone());
         let xfs = |kind: &Kind| matches!(kind, Kind::Filesystem { fs_type: Some(name), .. } if name == "xfs");
         let least = if uses.iter().any(|one| xfs(&one.kind)) { MIN_XFS } else { MIN };

@@ -82,7 +82,7 @@ impl Engine {
             instance: instance.name.clone(),
             path: path.display().to_string(),
             read_only,
-            block_size: parameters.block_size,
+            block_size: parameters.block(),
             iops: parameters.iops,
             bytes_per_second: parameters.bandwidth,
             ..AttachSpec::default()
@@ -92,7 +92,14 @@ impl Engine {
                 Err(error) if error.kind() != Kind::Exists => return Err(error),
                 _ => {}
             }
-            client.attach(&spec, false, image.into()).await
+            let copy = image.try_clone().map_err(|error| Error::os(error, "cannot copy a descriptor"))?;
+            match client.attach(&spec, false, copy.into()).await {
+                // Direct I/O may need larger blocks than the volume began with, or may not work at all.
+                Err(error) if matches!(error.kind(), Kind::Invalid | Kind::Unsupported) => {
+                    client.attach(&AttachSpec { buffered: true, ..spec }, false, image.into()).await
+                }
+                attached => attached,
+            }
         })
     }
 

@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use tonic::Status;
@@ -112,8 +112,12 @@ pub fn delete(store: &Store, mut record: Record) -> io::Result<()> {
 /// Removes what a call that did not end has made.
 fn remove_unfinished(store: &Store, record: &Record) -> io::Result<()> {
     let id = id_of(&record.name);
-    let own = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| meta.ino() == record.inode);
-    [store.unfinished(&id), store.image(&id)].iter().filter(|path| own(path)).try_for_each(fs::remove_file)
+    remove_if_there(&store.unfinished(&id))?;
+    let image = store.image(&id);
+    match fs::symlink_metadata(&image) {
+        Ok(meta) if record.inode != 0 && meta.ino() == record.inode => fs::remove_file(&image),
+        _ => Ok(()),
+    }
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {

@@ -4,14 +4,14 @@
 use std::fs;
 use std::path::Path;
 
-use loopengine::instance::spec::DeviceInfo;
+use loopengine::instance::spec::{DeviceInfo, DeviceState};
 use rustix::fs::statvfs;
 use tonic::Status;
 
 use crate::capability::{Kind, Use};
 use crate::messages::*;
 use crate::mounts::{self, Mount};
-use crate::record::{Record, id_of};
+use crate::record::{Found, Record, id_of};
 use crate::{Driver, engine, failed, filesystem, group, path, ready, required};
 
 /// A volume as it is used at a path.
@@ -65,6 +65,10 @@ impl Driver {
         }
         let attached = self.engine.attach(&self.volumes.image(&id), &record.parameters, read_only);
         let device = attached.map_err(|error| engine::status(&error))?;
+        if device.state == DeviceState::Stuck {
+            let reason = device.reason.unwrap_or_default();
+            return Err(Status::failed_precondition(format!("{} is stuck: {reason}", device.path)));
+        }
         if engine::is_file(&device) {
             let _ = self.engine.detach(&self.volumes.image(&id));
             return Err(Status::failed_precondition(
@@ -87,6 +91,7 @@ impl Driver {
             return Err(Status::internal("not a file system"));
         };
         let id = id_of(&record.name);
+        let read_only = read_only || flags.iter().flat_map(|flag| flag.split(',')).any(|flag| flag == "ro");
         let device = self.attach(record, false)?;
         let numbers = mounts::numbers(Path::new(&device.node)).map_err(cannot_read_mounts)?;
         match mounts::at(path).map_err(cannot_read_mounts)? {
@@ -169,7 +174,10 @@ impl Driver {
         let id = required("volume_id", &request.volume_id)?;
         let path = path("staging_target_path", &request.staging_target_path)?;
         let _lock = self.locks.write(format!("volume {id}"))?;
-        ready(&self.volumes, "volume", id)?;
+        // A damaged record does not keep a volume mounted.
+        if let Found::Nothing = self.volumes.load(id) {
+            return Err(Status::not_found(format!("there is no volume {id:?} on this node")));
+        }
         let image = self.volumes.image(id);
         if let Some(device) = self.engine.find(&image).map_err(|error| engine::status(&error))? {
             let staged = mounts::resolved(&path);
@@ -216,7 +224,7 @@ impl Driver {
         let path = path("volume_path", &request.volume_path)?;
         let record = ready(&self.volumes, "volume", id)?;
         let used = self.used_at(id, &path)?;
-        let found = crate::record::Found::Record(Box::new(record));
+        let found = Found::Record(Box::new(record));
         let volume_condition = Some(self.condition(id, &found, &Ok(vec![used.device.clone()])));
         let usage = |unit: Unit, total: u64, free: u64, available: u64| VolumeUsage {
             available: available.cast_signed(),

@@ -11,6 +11,10 @@ const FOREIGN: &str = "csi.storage.k8s.io/";
 /// Of an ephemeral volume: its size.
 pub const SIZE: &str = "size";
 
+/// Logical block size of a volume, unless its class says another. Once the blocks of an image are
+/// shared, XFS needs direct I/O in blocks of this size. A file system must not get another one later.
+pub const BLOCK: u32 = 4096;
+
 /// How a volume is made and attached.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -19,7 +23,7 @@ pub struct Parameters {
     pub fs_type: String,
     /// Allocate the whole image when the volume is made.
     pub preallocate: bool,
-    /// Logical block size; 0: the engine chooses.
+    /// Logical block size; 0: [`BLOCK`].
     pub block_size: u32,
     /// How its disk is made; none: as the engine does.
     pub backend: Option<BackendKind>,
@@ -32,6 +36,11 @@ pub struct Parameters {
 }
 
 impl Parameters {
+    /// The logical block size.
+    pub fn block(&self) -> u32 {
+        if self.block_size == 0 { BLOCK } else { self.block_size }
+    }
+
     /// Parses the parameters of `field`. The error names field and key.
     pub fn parse(field: &str, given: &BTreeMap<String, String>) -> Result<Parameters, String> {
         let mut parsed = Parameters::default();

@@ -14,7 +14,7 @@ use crate::mounts::{self, Mount};
 use crate::node::cannot_read_mounts;
 use crate::parameters::{self, Parameters};
 use crate::record::{Found, Record, State, id_of};
-use crate::{Driver, damaged, failed, filesystem, path, ready, required};
+use crate::{Driver, failed, filesystem, path, ready, required};
 
 /// Of an inline volume, Kubernetes says so with this key.
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
@@ -62,7 +62,8 @@ impl Driver {
                 return Err(Status::failed_precondition(text));
             }
         };
-        let read_only = readonly || wanted.reader;
+        let staged_read_only = staged.mount.is_some_and(|mount| mount.read_only);
+        let read_only = readonly || wanted.reader || staged_read_only;
         let mounts = mounts::of_device(&staged.device.node).map_err(cannot_read_mounts)?;
         let (own, from) = (mounts::resolved(target), mounts::resolved(staging));
         match mounts::at(target).map_err(cannot_read_mounts)? {
@@ -171,8 +172,9 @@ impl Driver {
         let _lock = self.locks.write(format!("volume {id}"))?;
         let mounted = mounts::at(&target).map_err(cannot_read_mounts)?.is_some();
         let record = match self.volumes.load(id) {
-            Found::Record(record) if record.state == State::Ready || record.ephemeral => *record,
-            Found::Damaged(why) => return Err(damaged(&why)),
+            Found::Record(record) if record.state == State::Ready || record.ephemeral => Some(*record),
+            // A damaged record does not keep a volume mounted.
+            Found::Damaged(_) => None,
             // An inline volume ends with its pod: this call may be a repetition.
             _ if is_inline(id) && !mounted => return remove_target(&target).map(|()| Empty {}),
             _ => return Err(Status::not_found(format!("there is no volume {id:?} on this node"))),
@@ -186,10 +188,10 @@ impl Driver {
             mounts::remove_all(&target).map_err(cannot)?;
         }
         remove_target(&target)?;
-        if record.ephemeral {
-            self.remove(record)?;
+        match record.filter(|record| record.ephemeral) {
+            Some(record) => self.remove(record).map(|()| Empty {}),
+            None => Ok(Empty {}),
         }
-        Ok(Empty {})
     }
 }
 

@@ -58,6 +58,13 @@ pub fn missing() -> Option<String> {
     lacks.map(|tool| format!("no program {tool}"))
 }
 
+/// True with CAP_SYS_RESOURCE.
+pub fn may_grow_ext4() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & 1 << 24 != 0)
+}
+
 fn loopengine() -> PathBuf {
     let beside = Path::new(env!("CARGO_BIN_EXE_loopengine-csi")).with_file_name("loopengine");
     std::env::var_os("LOOPENGINE").map_or(beside, PathBuf::from)

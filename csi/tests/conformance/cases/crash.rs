@@ -73,3 +73,27 @@ pub fn half_made(node: &mut Node) -> Res {
     node.start_driver()?;
     node.delete(&id)
 }
+
+pub fn damaged(node: &mut Node) -> Res {
+    let id = node.volume("v", 16)?;
+    // A mount option of the class makes it read-only, whatever the mode.
+    node.stage(&id, ext4())?;
+    node.unstage(&id)?;
+    let mut wanted = ext4().unwrap_or_default();
+    if let Some(mount) = &mut wanted.mount {
+        mount.mount_flags = vec!["noatime,ro".into()];
+    }
+    for _ in 0..2 {
+        node.stage(&id, Some(wanted.clone()))?;
+        let path = node.publish(&id, "pod", Some(wanted.clone()))?;
+        ensure!(fs::write(path.join("file"), "x").is_err(), "a read-only volume is written");
+    }
+    let text = fs::read_to_string(node.file("v.json")).map_err(|error| error.to_string())?;
+    fs::write(node.file("v.json"), "{").map_err(|error| error.to_string())?;
+    let again = node.stage_request(&id, ext4());
+    node.refuses(tonic::Code::Internal, "v.json", "Node/NodeStageVolume", &again)?;
+    node.unpublish(&id, "pod")?;
+    node.unstage(&id)?;
+    fs::write(node.file("v.json"), text).map_err(|error| error.to_string())?;
+    node.delete(&id)
+}

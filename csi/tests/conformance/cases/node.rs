@@ -9,8 +9,8 @@ use loopengine_csi::messages::*;
 use tonic::Code::{AlreadyExists, FailedPrecondition, InvalidArgument, NotFound};
 
 use crate::client::{block, call, capability, create, ext4};
-use crate::fixture::{Node, run};
-use crate::{Res, ensure};
+use crate::fixture::{Node, may_grow_ext4, run};
+use crate::{Res, SKIP, ensure};
 
 const PUBLISH: &str = "Node/NodePublishVolume";
 const STAGE: &str = "Node/NodeStageVolume";
@@ -168,43 +168,44 @@ pub fn content(node: &mut Node) -> Res {
     node.delete(&id)
 }
 
-pub fn grows(node: &mut Node) -> Res {
-    for fs_type in ["ext4", "xfs"] {
-        let wanted = || capability(Some(fs_type), Mode::SingleNodeMultiWriter);
-        let made: CreateVolumeResponse =
-            node.ok("Controller/CreateVolume", &create(fs_type, 320, wanted()))?;
-        let id = made.volume.unwrap_or_default().volume_id;
-        node.stage(&id, wanted())?;
-        let path = node.publish(&id, "pod", wanted())?;
-        let total = || text(rustix::fs::statvfs(&path)).map(|vfs| vfs.f_blocks * vfs.f_frsize);
-        let before = total()?;
-        let range = Some(CapacityRange { required_bytes: 448 << 20, limit_bytes: 0 });
-        let expand = ControllerExpandVolumeRequest {
-            volume_id: id.clone(),
-            capacity_range: range,
-            volume_capability: None,
-        };
-        for _ in 0..2 {
-            let grown: ControllerExpandVolumeResponse =
-                node.ok("Controller/ControllerExpandVolume", &expand)?;
-            ensure!(grown.capacity_bytes == 448 << 20 && grown.node_expansion_required, "{grown:?}");
-        }
-        let expand = NodeExpandVolumeRequest {
-            volume_id: id.clone(),
-            volume_path: path.display().to_string(),
-            capacity_range: range,
-            ..Default::default()
-        };
-        for _ in 0..2 {
-            node.ok::<NodeExpandVolumeResponse>("Node/NodeExpandVolume", &expand)?;
-        }
-        let gained = total()? - before;
-        ensure!(gained > 100 << 20, "{fs_type} gained {gained} bytes");
-        node.unpublish(&id, "pod")?;
-        node.unstage(&id)?;
-        node.delete(&id)?;
+pub fn xfs_grows(node: &mut Node) -> Res {
+    grows(node, "xfs")
+}
+
+/// The kernel grows a mounted ext4 only with CAP_SYS_RESOURCE.
+pub fn ext4_grows(node: &mut Node) -> Res {
+    match may_grow_ext4() {
+        true => grows(node, "ext4"),
+        false => Err(format!("{SKIP}no CAP_SYS_RESOURCE")),
     }
-    Ok(())
+}
+
+fn grows(node: &mut Node, fs_type: &str) -> Res {
+    let wanted = || capability(Some(fs_type), Mode::SingleNodeMultiWriter);
+    let made: CreateVolumeResponse = node.ok("Controller/CreateVolume", &create("grows", 320, wanted()))?;
+    let id = made.volume.unwrap_or_default().volume_id;
+    node.stage(&id, wanted())?;
+    let path = node.publish(&id, "pod", wanted())?;
+    let total = || text(rustix::fs::statvfs(&path)).map(|vfs| vfs.f_blocks * vfs.f_frsize);
+    let before = total()?;
+    let capacity_range = Some(CapacityRange { required_bytes: 448 << 20, limit_bytes: 0 });
+    let expand =
+        ControllerExpandVolumeRequest { volume_id: id.clone(), capacity_range, volume_capability: None };
+    for _ in 0..2 {
+        let grown: ControllerExpandVolumeResponse = node.ok("Controller/ControllerExpandVolume", &expand)?;
+        ensure!(grown.capacity_bytes == 448 << 20 && grown.node_expansion_required, "{grown:?}");
+    }
+    let volume_path = path.display().to_string();
+    let expand =
+        NodeExpandVolumeRequest { volume_id: id.clone(), volume_path, capacity_range, ..Default::default() };
+    for _ in 0..2 {
+        node.ok::<NodeExpandVolumeResponse>("Node/NodeExpandVolume", &expand)?;
+    }
+    let gained = total()? - before;
+    ensure!(gained > 100 << 20, "{fs_type} gained {gained} bytes");
+    node.unpublish(&id, "pod")?;
+    node.unstage(&id)?;
+    node.delete(&id)
 }
 
 pub fn group(node: &mut Node) -> Res {
