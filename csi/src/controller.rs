@@ -12,6 +12,7 @@ use crate::capability::{Kind, Use};
 use crate::image::{self, Content};
 use crate::locks::Lock;
 use crate::messages::*;
+use crate::node::cannot_read_mounts;
 use crate::parameters::{self, Parameters};
 use crate::record::{Found, ID_MAX, Record, Source, State, Store, id_of};
 use crate::{Driver, damaged, engine, failed, mounts, ready, required};
@@ -182,8 +183,8 @@ impl Driver {
             }
             let device = self.engine.find(&image).map_err(|error| engine::status(&error))?;
             if let Some(device) = device {
-                let mounts =
-                    mounts::of_device(&device.node).map_err(|error| failed("cannot read mounts", &error))?;
+                let mut mounts = mounts::of_device(&device.node).map_err(cannot_read_mounts)?;
+                mounts.extend(mounts::of_node(&device.node).map_err(cannot_read_mounts)?);
                 if let Some(mount) = mounts.first() {
                     let text = format!("the volume {id} is mounted on {}", mount.path.display());
                     return Err(Status::failed_precondition(text));

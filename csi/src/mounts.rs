@@ -40,6 +40,13 @@ pub fn of_device(node: &str) -> io::Result<Vec<Mount>> {
     Ok(all()?.into_iter().filter(|mount| Some(&mount.device) == device.as_ref()).collect())
 }
 
+/// The mounts of the device's node itself on files, as pods have block volumes.
+pub fn of_node(node: &str) -> io::Result<Vec<Mount>> {
+    let device = numbers(Path::new(node))?;
+    let nodes = all()?.into_iter().filter(|mount| mount.fs_type == "devtmpfs" && mount.root != "/");
+    Ok(nodes.filter(|mount| device.is_some() && numbers(&mount.path).ok() == Some(device.clone())).collect())
+}
+
 /// The numbers of the block device at `path`, as "7:3".
 pub fn numbers(path: &Path) -> io::Result<Option<String>> {
     match fs::metadata(path) {
@@ -49,6 +56,12 @@ pub fn numbers(path: &Path) -> io::Result<Option<String>> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(None),
     }
+}
+
+/// True if the device of the mount is gone, as after `loopengine detach --force`.
+pub fn is_dead(mount: &Mount) -> bool {
+    // File systems without a device of their own have numbers that begin with 0.
+    !mount.device.starts_with("0:") && !Path::new("/sys/dev/block").join(&mount.device).exists()
 }
 
 /// Unmounts all that is on `path`. Fails if a user holds it.
@@ -106,6 +119,8 @@ mod tests {
         assert_eq!((mount.device.as_str(), mount.root.as_str(), mount.read_only), ("7:3", "/", true));
         assert_eq!(mount.fs_type, "ext4");
         assert_eq!(parse(b""), None);
+        assert!(is_dead(&Mount { device: "4095:1048575".into(), ..mount }));
+        assert!(!is_dead(&at(Path::new("/")).unwrap().unwrap()));
         assert!(at(Path::new("/proc")).unwrap().is_some());
         assert!(at(Path::new("/proc/self")).unwrap().is_none());
     }

@@ -182,7 +182,8 @@ impl Driver {
         if let Some(device) = self.engine.find(&image).map_err(|error| engine::status(&error))? {
             let staged = mounts::resolved(&path);
             let others = mounts::of_device(&device.node).map_err(cannot_read_mounts)?;
-            if let Some(other) = others.iter().find(|mount| mount.path != staged) {
+            let nodes = mounts::of_node(&device.node).map_err(cannot_read_mounts)?;
+            if let Some(other) = others.iter().chain(&nodes).find(|mount| mount.path != staged) {
                 let text = format!("the volume {id} is still mounted on {}", other.path.display());
                 return Err(Status::failed_precondition(text));
             }
@@ -191,6 +192,12 @@ impl Driver {
                     .map_err(|error| failed(format_args!("cannot unmount {id}"), &error))?;
             }
             self.engine.detach(&image).map_err(|error| engine::status(&error))?;
+        } else if let Some(mount) = mounts::at(&path).map_err(cannot_read_mounts)? {
+            if !mounts::is_dead(&mount) {
+                let text = format!("something else is mounted on {}", path.display());
+                return Err(Status::failed_precondition(text));
+            }
+            mounts::remove_all(&path).map_err(|error| failed(format_args!("cannot unmount {id}"), &error))?;
         }
         Ok(Empty {})
     }

@@ -104,8 +104,8 @@ impl Driver {
             let there = mounts::numbers(target).map_err(|error| failed(target.display(), &error))?;
             return if there == own { Ok(()) } else { Err(occupied(target)) };
         }
-        let other = self.block_mounts(own.as_deref())?.into_iter().find(|_| wanted.single);
-        if let Some(other) = other {
+        let others = mounts::of_node(&device.node).map_err(cannot_read_mounts)?;
+        if let Some(other) = others.first().filter(|_| wanted.single) {
             return Err(Status::failed_precondition(format!(
                 "the volume {id} is for a single writer, and {} has it",
                 other.path.display()
@@ -121,13 +121,6 @@ impl Driver {
             _ => {}
         }
         filesystem::bind(node, target, false)
-    }
-
-    /// The mounts of the device's node on a file.
-    fn block_mounts(&self, own: Option<&str>) -> Result<Vec<Mount>, Status> {
-        let nodes = mounts::all().map_err(cannot_read_mounts)?.into_iter();
-        let nodes = nodes.filter(|mount| mount.fs_type == "devtmpfs" && mount.root != "/");
-        Ok(nodes.filter(|mount| mounts::numbers(&mount.path).ok().flatten().as_deref() == own).collect())
     }
 
     /// Makes a volume for one pod, and mounts it where the pod gets it.
@@ -170,20 +163,21 @@ impl Driver {
         let id = required("volume_id", &request.volume_id)?;
         let target = path("target_path", &request.target_path)?;
         let _lock = self.locks.write(format!("volume {id}"))?;
-        let mounted = mounts::at(&target).map_err(cannot_read_mounts)?.is_some();
+        let mount = mounts::at(&target).map_err(cannot_read_mounts)?;
         let record = match self.volumes.load(id) {
             Found::Record(record) if record.state == State::Ready || record.ephemeral => Some(*record),
             // A damaged record does not keep a volume mounted.
             Found::Damaged(_) => None,
             // An inline volume ends with its pod: this call may be a repetition.
-            _ if is_inline(id) && !mounted => return remove_target(&target).map(|()| Empty {}),
+            _ if is_inline(id) && mount.is_none() => return remove_target(&target).map(|()| Empty {}),
             _ => return Err(Status::not_found(format!("there is no volume {id:?} on this node"))),
         };
-        if mounted {
-            self.used_at(id, &target).map_err(|status| match status.code() {
-                tonic::Code::NotFound => occupied(&target),
-                _ => status,
-            })?;
+        if let Some(mount) = mount {
+            match self.used_at(id, &target) {
+                Err(status) if status.code() != tonic::Code::NotFound => return Err(status),
+                Err(_) if !mounts::is_dead(&mount) => return Err(occupied(&target)),
+                _ => {}
+            }
             let cannot = |error| failed(format_args!("cannot unmount {}", target.display()), &error);
             mounts::remove_all(&target).map_err(cannot)?;
         }

@@ -104,6 +104,9 @@ pub fn block_volume(node: &mut Node) -> Res {
     ensure!(grown.capacity_bytes == 24 << 20 && !grown.node_expansion_required, "{grown:?}");
     let size = run("blockdev", &["--getsize64", &target.display().to_string()])?;
     ensure!(size == (24 << 20).to_string(), "{size} bytes");
+    let staging_target_path = node.path("kubelet/stage-raw");
+    let unstage = NodeUnstageVolumeRequest { volume_id: id.clone(), staging_target_path };
+    node.refuses(FailedPrecondition, "still mounted", "Node/NodeUnstageVolume", &unstage)?;
     node.unpublish(&id, "disk")?;
     node.unpublish(&id, "disk")?;
     node.unstage(&id)?;
