@@ -202,6 +202,13 @@ pub fn of(command: &str) -> &'static [Example] {
                 "loopengine limit --device build/loop0 --bandwidth 50M",
             ),
         ],
+        "csi" => &[
+            (
+                "Serve the kubelet of this node.",
+                "loopengine csi --node $HOSTNAME --endpoint unix:///run/loopengine-csi.sock",
+            ),
+            ("List the options of the driver.", "loopengine csi -- --help"),
+        ],
         "features" => &[
             ("Show what the kernel supports.", "loopengine features"),
             ("Print the supported I/O modes.", "loopengine features --json | jq -r '.ioModes[]'"),
@@ -309,6 +316,7 @@ pub fn files(command: &str) -> &'static [(&'static str, &'static str)] {
             ),
             ("PREFIX/share/loopengine/varlink", "The varlink interfaces of the daemon."),
         ],
+        "csi" => &[SOCKET, ("/var/lib/loopengine/csi", "Images of volumes, and their records.")],
         "doctor" => &[SOCKET, PRIVATE],
         "list" | "find" | "top" => &[SOCKET, PRIVATE, NAMES],
         _ => &[SOCKET, NAMES],

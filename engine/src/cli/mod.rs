@@ -10,6 +10,7 @@ mod backend_choice;
 mod complete;
 mod configured_devices;
 mod create;
+mod csi;
 mod daemon;
 mod detach;
 mod doctor;
@@ -110,6 +111,7 @@ enum Command {
     MountAttacher(run::mount_processes::MountAttacher),
     ReleaseMounts(release_mounts::ReleaseMountsArgs),
     Limit(limit::LimitArgs),
+    Csi(csi::CsiArgs),
     Features(features::FeaturesArgs),
     Doctor(doctor::DoctorArgs),
     Install(install::InstallArgs),
@@ -274,6 +276,7 @@ impl Command {
             Command::MountAttacher(args) => args.run(),
             Command::ReleaseMounts(args) => args.run(&run_dir),
             Command::Limit(args) => args.run(&run_dir),
+            Command::Csi(args) => args.run(&run_dir),
             Command::Features(args) => args.run(),
             Command::Install(args) => args.run(),
             Command::Oci(command) => command.run(&run_dir),

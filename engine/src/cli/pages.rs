@@ -18,6 +18,7 @@ macro_rules! embedded {
 pub const PAGES: &[(&str, &str)] = embedded![
     "loopengine-attach.1",
     "loopengine-create.1",
+    "loopengine-csi.1",
     "loopengine-detach.1",
     "loopengine-doctor.1",
     "loopengine-features.1",
