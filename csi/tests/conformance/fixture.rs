@@ -114,10 +114,14 @@ impl Node {
     }
 
     pub fn start_engine(&mut self) -> Res {
+        self.start_engine_with("loop")
+    }
+
+    pub fn start_engine_with(&mut self, backend: &str) -> Res {
         let log = File::options().create(true).append(true).open(self.path("engine.log"));
         let log = log.map_err(|error| error.to_string())?;
         let mut command = Command::new(loopengine());
-        command.args(["serve", "--backend", "loop", "--run-dir", &self.path("run")]);
+        command.args(["serve", "--backend", backend, "--run-dir", &self.path("run")]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.engine = Some(command.spawn().map_err(|error| error.to_string())?);
         self.wait(&self.root.join("run/control"))

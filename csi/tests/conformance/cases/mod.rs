@@ -28,6 +28,7 @@ pub const ALL: &[Case] = &[
     ("node::xfs_grows_while_mounted", Disk::Xfs, node::xfs_grows),
     ("node::ext4_grows_while_mounted", Disk::Xfs, node::ext4_grows),
     ("node::a_group_gets_the_files", Disk::Ext4, node::group),
+    ("node::files_of_fuse_are_refused", Disk::Ext4, node::fuse),
     ("node::inline_volumes_end_with_their_pod", Disk::Ext4, node::inline),
     ("node::ten_volumes_at_once", Disk::Ext4, node::ten),
     ("snapshots::restore_the_same_bytes", Disk::Xfs, snapshots::restore),

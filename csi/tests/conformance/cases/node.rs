@@ -230,6 +230,18 @@ pub fn group(node: &mut Node) -> Res {
     node.delete(&id)
 }
 
+pub fn fuse(node: &mut Node) -> Res {
+    if !std::path::Path::new("/dev/fuse").exists() {
+        return Err(format!("{SKIP}no /dev/fuse"));
+    }
+    let id = node.volume("file", 16)?;
+    node.kill_engine();
+    node.start_engine_with("fuse")?;
+    node.refuses(FailedPrecondition, "FUSE", STAGE, &node.stage_request(&id, ext4()))?;
+    node.refuses(FailedPrecondition, "FUSE", STAGE, &node.stage_request(&id, block()))?;
+    node.delete(&id)
+}
+
 pub fn inline(node: &mut Node) -> Res {
     let id = format!("csi-{}", "ab".repeat(32));
     let mut request = node.publish_request(&id, "pod", ext4());
