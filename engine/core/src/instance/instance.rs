@@ -33,7 +33,7 @@ const MAX_DEPTH: u32 = 1024;
 
 impl Tuning {
     pub(super) fn options(self, partscan: bool) -> WorkerOptions {
-        WorkerOptions { linked_commit: self.linked_commit, partscan }
+        WorkerOptions { linked_commit: self.linked_commit, partscan, blocking_sync: true }
     }
 }
 

@@ -17,6 +17,7 @@ pub mod instance;
 mod links;
 mod names;
 mod pool_resources;
+pub mod pool_workers;
 mod recover_device;
 mod recovery;
 pub mod served;

@@ -93,6 +93,20 @@ fn sysfs(rdev: u64) -> PathBuf {
 }
 
 /// Device numbers of what a directory of a disk in sysfs lists.
+/// Whether the disk with this device number, or one that it lies on, has a name that fits. Also if
+/// that is unknown.
+pub fn may_lie_on(rdev: u64, fits: &dyn Fn(&str) -> bool) -> bool {
+    may_lie_within(rdev, fits, DEPTH_MAX)
+}
+
+fn may_lie_within(rdev: u64, fits: &dyn Fn(&str) -> bool, depth: usize) -> bool {
+    // The directory of a partition is in that of its disk.
+    let Ok(target) = fs::read_link(sysfs(rdev)) else { return true };
+    let mut names = target.iter().filter_map(|name| name.to_str());
+    let below = || related(rdev, "slaves").into_iter().any(|below| may_lie_within(below, fits, depth - 1));
+    names.any(fits) || depth == 0 || below()
+}
+
 fn related(rdev: u64, how: &str) -> Vec<u64> {
     let entries = fs::read_dir(sysfs(rdev).join(how)).into_iter().flatten().flatten();
     entries.filter_map(|entry| number(&entry.path())).collect()

@@ -43,6 +43,8 @@ pub struct WorkerOptions {
     pub linked_commit: bool,
     /// Some devices may use partition scanning, which needs CAP_SYS_ADMIN.
     pub partscan: bool,
+    /// A worker that has nothing else to do may run an fdatasync itself, if recent ones were fast.
+    pub blocking_sync: bool,
 }
 
 /// One worker, on its own thread.
@@ -188,7 +190,7 @@ impl<T: Transport> Worker<T> {
             let Some((Some(queue), after)) = rest.split_first_mut() else { continue };
             let is_idle =
                 |queues: &[Option<DeviceQueue<T>>]| queues.iter().flatten().all(|one| one.busy() == 0);
-            let worker_is_idle = || is_idle(before) && is_idle(after);
+            let worker_is_idle = || self.options.blocking_sync && is_idle(before) && is_idle(after);
             if let Err(error) = queue.start_flush(worker_is_idle, &mut self.ring, &self.clock) {
                 handle_queue_error(queue, error)?;
             }

@@ -58,7 +58,7 @@ impl Bed {
             }
             image => Arc::new(image.unwrap()),
         };
-        let options = WorkerOptions { linked_commit: linked, partscan: false };
+        let options = WorkerOptions { linked_commit: linked, partscan: false, blocking_sync: true };
         let worker =
             WorkerHandle::start("test".into(), RingSizes::for_devices(8), options, Vec::new()).unwrap();
         let (transport, user) = device(linked);

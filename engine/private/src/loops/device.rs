@@ -91,7 +91,7 @@ impl PoolDevice {
             rdev: disk.rdev,
             generation: self.generation,
             size: disk.size(),
-            block_size: disk.block_size,
+            block_size: disk.block_size(),
             partitions: bound.iter().flat_map(|_| &self.partitions).map(PartitionDisk::entry).collect(),
             bound,
         })
@@ -186,7 +186,6 @@ impl PoolDevice {
         if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
-        let block_size = binding.block_size;
         let read_only = binding.read_only();
         self.drop_partitions();
         let partitions = match binding.info.flags & flag::PARTSCAN {
@@ -199,7 +198,7 @@ impl PoolDevice {
             ),
         };
         let disk = self.disk()?;
-        let bound = if disk.can_bind(block_size) {
+        let bound = if disk.can_bind(allocator.shape_for(&image)) {
             disk.bind(image, read_only, false).inspect_err(|_| disk.unbind())
         } else {
             // The caller gets another disk under the same name.

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Allocates the disks of one pool, and replaces used ones.
 //!
-//! Knows workers, their queue slots, and the order in which a disk of ublk starts and stops;
-//! `kernel_loop` knows those of the kernel's loop driver. Does not know numbers, files or limits. A
+//! Knows which disks there are, and which are free; `ublk` and `kernel_loop` know how their drivers
+//! start and stop one. Does not know numbers, files or limits. A
 //! disk that somebody may have open is never bound again: another disk replaces it and takes over
 //! its device number. So no cached page, and no name that somebody kept, leads from one file to the
 //! next, or from one tenant to another.
 
 mod kernel_loop;
+mod ublk;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
 
 use super::deletion_queue::DeletionQueue;
 use super::file_closer::FileCloser;
@@ -21,23 +21,14 @@ use super::pool_disk::{DiskServer, PoolDisk};
 use super::{Answer, errno};
 use crate::error::{Error, Kind, Result};
 use crate::frontend::kernel_loop::PrivateLoop;
-use crate::frontend::ublk::StartLock;
-use crate::frontend::{Backend, DeviceParameters, StopMode};
+use crate::frontend::{Backend, StopMode};
 use crate::image::Image;
 use crate::instance::instance::EngineContext;
-use crate::instance::served::{Served, StartMode, Workers};
-use crate::instance::spec::IoLimits;
-use crate::ring::SlotAllocator;
+use crate::instance::pool_workers::PoolWorkers;
+use crate::instance::served::Served;
 
-/// Queue depth of a loop device.
-const DEPTH: u16 = 128;
 /// Logical block size of a disk, unless another is asked for.
 const DEFAULT_BLOCK_SIZE: u32 = 512;
-/// Placeholders that occupy lower minors while a disk starts under its predecessor's number.
-const PLACEHOLDERS_MAX: usize = 256;
-/// How long the kernel may take to free a number, and the interval between two attempts.
-const NUMBER_MAX: Duration = Duration::from_secs(2);
-const NUMBER_INTERVAL: Duration = Duration::from_millis(20);
 /// Its slot on the workers stays taken: requests of it may still be in flight.
 const CANNOT_RELEASE: &str = "cannot release the queues of a disk";
 
@@ -51,8 +42,7 @@ pub struct DiskAllocator {
     backend: Backend,
     /// The user of the pool.
     uid: u32,
-    workers: Workers,
-    slots: Arc<SlotAllocator>,
+    workers: PoolWorkers,
     /// Replaced disks that the driver has not deleted yet.
     pub(super) deletion_queue: DeletionQueue,
     /// A disk that is not started yet. To replace a disk is the only way to learn whether it is in
@@ -84,15 +74,13 @@ pub enum NotReplaced {
 
 impl DiskAllocator {
     /// Creates the allocator of a pool with these workers.
-    pub fn new(shared: EngineContext, backend: Backend, uid: u32, workers: Workers) -> DiskAllocator {
-        let slots = Arc::<SlotAllocator>::default();
+    pub fn new(shared: EngineContext, backend: Backend, uid: u32, workers: PoolWorkers) -> DiskAllocator {
         DiskAllocator {
             shared,
             backend,
             uid,
+            deletion_queue: DeletionQueue::new(Arc::clone(workers.slots())),
             workers,
-            deletion_queue: DeletionQueue::new(Arc::clone(&slots)),
-            slots,
             prepared: Mutex::default(),
             started: Mutex::default(),
             last_devices: Mutex::default(),
@@ -157,7 +145,7 @@ impl DiskAllocator {
     /// Allocates a disk without a size.
     pub fn allocate(&self) -> Result<PoolDisk> {
         if !self.is_kernel_loop() {
-            return self.allocate_ublk(DEFAULT_BLOCK_SIZE);
+            return self.allocate_ublk(self.default_shape());
         }
         let free = self.free_list().pop();
         free.map_or_else(|| self.new_disk(), Ok)
@@ -169,7 +157,7 @@ impl DiskAllocator {
         if self.is_kernel_loop() {
             return self.allocate_loop(image).map_err(|error| errno(&error));
         }
-        let disk = self.allocate_ublk(image.geometry().block_size).map_err(|error| errno(&error))?;
+        let disk = self.allocate_ublk(self.shape_for(&image)).map_err(|error| errno(&error))?;
         if let Err(error) = disk.bind(image, read_only, closed) {
             if let Err(disk) = self.free(disk) {
                 tracing::error!(rdev = disk.rdev, "cannot remove a disk that was not bound");
@@ -179,175 +167,18 @@ impl DiskAllocator {
         Ok(disk)
     }
 
-    fn allocate_ublk(&self, block_size: u32) -> Result<PoolDisk> {
-        let fixed = self.fixed().is_some();
-        let free = if block_size == DEFAULT_BLOCK_SIZE || fixed { self.free_list().pop() } else { None };
-        match free {
-            Some(free) if free.block_size == block_size => Ok(free),
-            Some(free) => self.replace_with(free, block_size).map_err(|failure| match failure {
-                NotReplaced::InUse(free) => {
-                    self.keep(free);
-                    Error::new(Kind::Busy, "the free disk of the pool is in use")
-                }
-                NotReplaced::Lost(error) => error,
-            }),
-            None if fixed => Err(Error::new(Kind::Quota, "the pool has no free disk left")),
-            None => self.new_ublk(block_size),
-        }
-    }
-
     fn new_disk(&self) -> Result<PoolDisk> {
         match self.is_kernel_loop() {
             true => self.allocate_loop(Image::empty(DEFAULT_BLOCK_SIZE)?),
-            false => self.new_ublk(DEFAULT_BLOCK_SIZE),
+            false => self.new_ublk(self.default_shape()),
         }
-    }
-
-    fn new_ublk(&self, block_size: u32) -> Result<PoolDisk> {
-        let served = self.prepare(block_size)?;
-        if let Err(error) = served.start_deferred() {
-            self.discard(&served);
-            return Err(error);
-        }
-        self.register(served, block_size)
-    }
-
-    fn register(&self, served: Served, block_size: u32) -> Result<PoolDisk> {
-        match served.device().device_number() {
-            Ok(rdev) => {
-                lock(&self.started).insert(rdev, None);
-                Ok(PoolDisk { server: DiskServer::Ublk(Box::new(served)), rdev, block_size })
-            }
-            Err(error) => {
-                self.discard(&served);
-                Err(error)
-            }
-        }
-    }
-
-    /// Adds a disk at the driver without starting it.
-    fn prepare(&self, block_size: u32) -> Result<Served> {
-        let prepared = if block_size == DEFAULT_BLOCK_SIZE { self.prepared().take() } else { None };
-        if let Some(served) = prepared {
-            return Ok(served);
-        }
-        let parameters = DeviceParameters {
-            io_mode: self.backend.best_io_mode(),
-            queues: self.workers.len() as u16,
-            depth: DEPTH,
-            owner_cookie: self.shared.new_owner_cookie(),
-            // A pool does not survive the daemon.
-            recoverable: false,
-            partscan: false,
-        };
-        let image = Image::unbound(block_size)?;
-        // All pools and instances share the driver's numbers: free those of deleted disks first.
-        self.deletion_queue.drain();
-        let device = self.backend.add(0, parameters)?;
-        let (slot, limits) = (self.slots.allocate(), IoLimits::default());
-        let (served, begun) = Served::start(device, &self.workers, slot, image, limits, StartMode::Deferred);
-        if let Err(error) = begun {
-            self.discard(&served);
-            return Err(error);
-        }
-        Ok(served)
     }
 
     /// Replaces a disk that nobody has open by a new one without a size.
     pub fn replace(&self, disk: PoolDisk) -> std::result::Result<PoolDisk, NotReplaced> {
         match self.is_kernel_loop() {
             true => self.replace_loop(disk),
-            false => self.replace_with(disk, DEFAULT_BLOCK_SIZE),
-        }
-    }
-
-    fn replace_with(&self, disk: PoolDisk, block_size: u32) -> std::result::Result<PoolDisk, NotReplaced> {
-        let DiskServer::Ublk(served) = &disk.server else { return Err(NotReplaced::InUse(disk)) };
-        let next = match self.prepare(block_size) {
-            Ok(next) => next,
-            Err(error) => {
-                tracing::warn!(%error, "cannot create the replacement of a used disk");
-                return Err(NotReplaced::InUse(disk));
-            }
-        };
-        let start_lock = StartLock::acquire();
-        match served.try_stop(&start_lock) {
-            Ok(()) => drop(lock(&self.started).remove(&disk.rdev)),
-            Err(error) if error.kind() == Kind::Busy => {
-                drop(start_lock);
-                self.keep_prepared(next, block_size);
-                return Err(NotReplaced::InUse(disk));
-            }
-            // It is stopped, and its replacement cannot start: remove both.
-            Err(error) => {
-                drop(start_lock);
-                self.discard(served);
-                self.discard(&next);
-                return Err(NotReplaced::Lost(error));
-            }
-        }
-        let mut minor_placeholders = Vec::new();
-        let next = self.start_in_place(next, disk.rdev, block_size, &mut minor_placeholders, &start_lock);
-        drop(start_lock);
-        minor_placeholders.iter().for_each(|served| self.discard(served));
-        match served.remove_queues() {
-            Ok(()) => {
-                // A file is not kept open longer than it is bound.
-                self.close(served.take_image());
-                self.deletion_queue.push(disk.server);
-            }
-            Err(error) => {
-                tracing::error!(%error, "{CANNOT_RELEASE}");
-                self.close(disk);
-            }
-        }
-        next.map_err(NotReplaced::Lost)
-    }
-
-    fn keep_prepared(&self, next: Served, block_size: u32) {
-        let surplus = match block_size {
-            DEFAULT_BLOCK_SIZE => self.prepared().replace(next),
-            _ => Some(next),
-        };
-        surplus.iter().for_each(|served| self.discard(served));
-    }
-
-    /// Starts a disk in place of one that has stopped. The kernel gives it the lowest free minor.
-    /// Where that must be its predecessor's, `minor_placeholders` occupy the lower ones.
-    fn start_in_place(
-        &self,
-        mut next: Served,
-        old_rdev: u64,
-        block_size: u32,
-        minor_placeholders: &mut Vec<Served>,
-        start_lock: &StartLock,
-    ) -> Result<PoolDisk> {
-        let until = Instant::now() + NUMBER_MAX;
-        loop {
-            if let Err(error) = next.start_exclusively(start_lock) {
-                self.discard(&next);
-                return Err(error.with_kind(Kind::Internal));
-            }
-            let disk = self.register(next, block_size)?;
-            if self.fixed().is_none() || disk.rdev == old_rdev {
-                return Ok(disk);
-            }
-            // The kernel frees a number some time after it removed the disk.
-            let beyond = disk.rdev > old_rdev;
-            lock(&self.started).remove(&disk.rdev);
-            if let DiskServer::Ublk(served) = disk.server {
-                minor_placeholders.push(*served);
-            }
-            if minor_placeholders.len() == PLACEHOLDERS_MAX || Instant::now() >= until {
-                return Err(Error::new(
-                    Kind::Internal,
-                    "another disk has taken the device number of a used one",
-                ));
-            }
-            if beyond {
-                std::thread::sleep(NUMBER_INTERVAL);
-            }
-            next = self.prepare(block_size)?;
+            false => self.replace_with(disk, self.default_shape()),
         }
     }
 
@@ -438,7 +269,7 @@ impl DiskAllocator {
 
     fn release(&self, served: &Served) {
         match served.release() {
-            Ok(()) => self.slots.free(served.slot()),
+            Ok(()) => self.workers.slots().free(served.slot()),
             Err(error) => tracing::error!(%error, "{CANNOT_RELEASE}"),
         }
     }

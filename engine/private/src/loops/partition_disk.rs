@@ -92,9 +92,9 @@ impl PartitionDisk {
         let part = partitions::PartitionRange { size, ..self.range() };
         let info = range_info(binding, &part);
         let image = if closed {
-            binding.reopen_read_only(&info, self.disk.block_size)?
+            binding.reopen_read_only(&info, self.disk.block_size())?
         } else {
-            binding.reopen(&info, self.disk.block_size)?.0
+            binding.reopen(&info, self.disk.block_size())?.0
         };
         self.disk.flush()?;
         self.disk.set_image(image)?;

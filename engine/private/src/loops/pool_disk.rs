@@ -54,17 +54,31 @@ impl DiskServer {
     }
 }
 
+/// What a disk keeps for as long as it exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskShape {
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// It may serve an image on which I/O may hang: no other pool has its workers.
+    pub may_hang: bool,
+}
+
 /// A started disk.
 #[derive(Debug)]
 pub struct PoolDisk {
     pub(super) server: DiskServer,
     /// Its device number.
     pub rdev: u64,
-    /// Logical block size in bytes.
-    pub block_size: u32,
+    /// See the type.
+    pub shape: DiskShape,
 }
 
 impl PoolDisk {
+    /// Logical block size in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.shape.block_size
+    }
+
     /// Bytes.
     pub fn size(&self) -> u64 {
         match &self.server {
@@ -94,9 +108,9 @@ impl PoolDisk {
         set.map_err(|error| errno(&error))
     }
 
-    /// Whether it can be bound while it is open: a disk of ublk, to an image with its block size.
-    pub fn can_bind(&self, block_size: u32) -> bool {
-        self.block_size == block_size && matches!(self.server, DiskServer::Ublk(_))
+    /// Whether it can be bound while it is open: a disk of ublk, to an image that takes this shape.
+    pub fn can_bind(&self, shape: DiskShape) -> bool {
+        self.shape == shape && matches!(self.server, DiskServer::Ublk(_))
     }
 
     /// Binds an unbound disk of ublk to an image. `read_only` and `closed` both refuse writes from
@@ -120,7 +134,7 @@ impl PoolDisk {
     /// all who have it open.
     pub fn unbind(&self) {
         let withdrawn = match &self.server {
-            DiskServer::Ublk(served) => Image::unbound(self.block_size)
+            DiskServer::Ublk(served) => Image::unbound(self.block_size())
                 .map_err(|error| errno(&error))
                 .and_then(|image| self.set_image(image))
                 .and_then(|()| self.set_read_only(false))

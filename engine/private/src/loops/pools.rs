@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::disk_allocator::DiskAllocator;
 use super::name_watcher::Notices;
-use super::{PARTITIONS_MAX, Pool, PoolSpec, PoolWatcher, Quotas};
+use super::{Pool, PoolSpec, PoolWatcher, Quotas};
 use crate::error::{Error, Kind, Result};
 use crate::event_threads::EventThreads;
 use crate::frontend::BackendKind;
@@ -91,10 +91,12 @@ impl Pools {
         if table.len() >= POOLS_MAX {
             return Err(Error::new(Kind::Quota, format!("there are {POOLS_MAX} private pools already")));
         }
-        // More queues than devices: partitions, and disks that were replaced and are still open, count too.
-        let partitions = if spec.fixed { 0 } else { PARTITIONS_MAX as u32 };
+        // A pool for containers is root's, and its tenant is not: it shares no workers.
+        let share = !spec.fixed;
+        // More queues than devices: disks that were replaced and are still open count too.
+        let disks = if share { 3 * spec.max + 32 } else { 3 * spec.max + 128 };
         let (context, backend, workers) =
-            self.resources.start(&spec.name, spec.uid, 3 * spec.max + 128 + partitions, spec.backend)?;
+            self.resources.start(&spec.name, spec.uid, disks, share, spec.backend)?;
         let mut allocator = DiskAllocator::new(context, backend, spec.uid, workers);
         allocator.notices = self.notices.clone();
         let pool = Pool::start(spec.clone(), allocator, self.quotas.clone())?;

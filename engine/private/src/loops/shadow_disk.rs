@@ -46,7 +46,7 @@ impl ShadowDisk {
     /// Takes over the new size of its partition.
     pub fn show(&self, binding: &FileBinding, part: &partitions::PartitionRange) -> Answer<()> {
         self.disk
-            .set_image(binding.reopen(&partition_disk::range_info(binding, part), self.disk.block_size)?.0)
+            .set_image(binding.reopen(&partition_disk::range_info(binding, part), self.disk.block_size())?.0)
     }
 
     /// Whether it shadows this partition.

@@ -42,6 +42,7 @@ mod private_script;
 mod private_socket;
 mod private_sysfs;
 mod private_users;
+mod private_workers;
 mod recovery;
 mod recovery_image;
 mod recovery_state;
@@ -100,6 +101,7 @@ pub(crate) fn all() -> Vec<Case> {
         private_kernel_mounts::cases(),
         private_mount_command::cases(),
         private_users::cases(),
+        private_workers::cases(),
         private_socket::cases(),
         private_containers::cases(),
         private_container_mounts::cases(),

@@ -18,13 +18,13 @@ impl PoolDevice {
         let disk = self.disk.as_ref().ok_or(Errno::IO)?;
         let binding = self.binding.as_mut().ok_or(Errno::NXIO)?;
         disk.flush()?;
-        let (image, direct) = binding.reopen(&info, disk.block_size)?;
+        let (image, direct) = binding.reopen(&info, disk.block_size())?;
         if !caller.is_waiting() {
             return Err(Errno::INTR);
         }
         disk.set_image(image)?;
         disk.flush()?;
-        binding.adopt(info, disk.block_size, direct);
+        binding.adopt(info, disk.block_size(), direct);
         self.reopen_partitions();
         Ok(())
     }
@@ -40,7 +40,7 @@ impl PoolDevice {
         let info = self.bound()?.info;
         let wanted = check_block_size(bytes, allocator.is_kernel_loop())?;
         let old = self.disk()?;
-        if wanted == old.block_size {
+        if wanted == old.block_size() {
             return Ok(());
         }
         let claimed = old.is_claimed() || self.partitions.iter().any(PartitionDisk::is_claimed);
@@ -85,7 +85,9 @@ impl PoolDevice {
         let with = LoopConfig { file, block_size: old.block_size, info };
         let (mut binding, image) = FileBinding::open(with, false, self.number, allocator)?;
         let disk = self.disk()?;
-        if image.geometry().size != disk.size() {
+        // Other pools would wait with it for a file that hangs.
+        let fits = disk.shape.may_hang || !allocator.shape_for(&image).may_hang;
+        if image.geometry().size != disk.size() || !fits {
             return Err(Errno::INVAL);
         }
         if !caller.is_waiting() {

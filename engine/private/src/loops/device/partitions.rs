@@ -111,7 +111,7 @@ impl PoolDevice {
     /// Refuses a range beyond the device, or not in whole blocks.
     fn check_range(&self, part: &partitions::PartitionRange) -> Answer<()> {
         let disk = self.disk()?;
-        let block = u64::from(disk.block_size);
+        let block = u64::from(disk.block_size());
         let is_whole = part.size > 0 && part.start.is_multiple_of(block) && part.size.is_multiple_of(block);
         let end = part.start.checked_add(part.size);
         if is_whole && end.is_some_and(|end| end <= disk.size()) { Ok(()) } else { Err(Errno::INVAL) }

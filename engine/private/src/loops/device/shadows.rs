@@ -78,10 +78,10 @@ impl PoolDevice {
                 disk.flush()?;
                 disk.set_read_only(true)?;
                 disk.flush()?;
-                disk.set_image(binding.reopen_read_only(info, disk.block_size)?)?;
+                disk.set_image(binding.reopen_read_only(info, disk.block_size())?)?;
             } else {
                 disk.flush()?;
-                disk.set_image(binding.reopen(info, disk.block_size)?.0)?;
+                disk.set_image(binding.reopen(info, disk.block_size())?.0)?;
                 disk.set_read_only(false)?;
             }
         }
@@ -98,9 +98,9 @@ impl PoolDevice {
                     old.flush()?;
                     // Somebody has it mapped: EBUSY, as for one that is open with O_EXCL.
                     old.withdraw_file().map_err(|_| Errno::BUSY)?;
-                    binding.reopen_read_only(info, old.block_size)?
+                    binding.reopen_read_only(info, old.block_size())?
                 }
-                false => binding.reopen(info, old.block_size)?.0,
+                false => binding.reopen(info, old.block_size())?.0,
             };
             allocator.allocate_bound(image, close, close)
         };

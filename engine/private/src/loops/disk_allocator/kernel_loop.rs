@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::frontend::StopMode;
 use crate::frontend::kernel_loop::PrivateLoop;
 use crate::image::Image;
-use crate::loops::pool_disk::{DiskServer, PoolDisk};
+use crate::loops::pool_disk::{DiskServer, DiskShape, PoolDisk};
 
 impl DiskAllocator {
     /// Allocates a disk that serves this image.
@@ -106,7 +106,8 @@ impl DiskAllocator {
     fn register_loop(&self, device: PrivateLoop, block_size: u32) -> PoolDisk {
         let (rdev, device) = (device.rdev(), Arc::new(device));
         lock(&self.started).insert(rdev, Some(Arc::clone(&device)));
-        PoolDisk { rdev, block_size, server: DiskServer::Loop(device) }
+        let shape = DiskShape { block_size, may_hang: true };
+        PoolDisk { rdev, shape, server: DiskServer::Loop(device) }
     }
 
     /// Whether each change of a disk is reported, its last close for instance: see
