@@ -87,6 +87,8 @@ pub struct Image {
     geometry: Geometry,
     /// See [`Image::may_block`].
     may_block: bool,
+    /// See [`Image::is_placeholder`].
+    placeholder: bool,
     /// Why direct I/O is not used although requested.
     buffered_reason: Option<String>,
     /// Direct I/O was disabled since the last check.
@@ -152,6 +154,7 @@ impl Image {
             properties,
             spec,
             may_block: false,
+            placeholder: true,
             buffered_reason: None,
             direct_io_disabled: AtomicBool::new(false),
             name: name.to_owned(),
@@ -237,6 +240,7 @@ impl Image {
             geometry,
             // Block device data bypasses the file system of the device's node.
             may_block: !properties.block_device && probe::may_block(file.as_fd(), &name)?,
+            placeholder: false,
             file,
             properties,
             spec: *spec,
@@ -301,6 +305,11 @@ impl Image {
     /// IOSQE_ASYNC.
     pub fn may_block(&self) -> bool {
         self.may_block
+    }
+
+    /// It is [`Image::unbound`] or [`Image::empty`], on no file system that anybody can delay.
+    pub fn is_placeholder(&self) -> bool {
+        self.placeholder
     }
 
     /// Whether data goes through the page cache.

@@ -11,11 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::DeviceSource;
-use super::wire::{Attr, AttrChanges, ROOT};
+use super::wire::{Attr, AttrChanges, CONTROL, ROOT};
 use crate::loops::{DeviceEntry, Errno, PoolSpec};
 
-/// The inode of loop-control.
-pub(super) const CONTROL: u64 = 2;
 /// The name of loop-control.
 pub(super) const CONTROL_NAME: &str = "loop-control";
 

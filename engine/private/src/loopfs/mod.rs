@@ -22,9 +22,10 @@ use std::time::Duration;
 use crate::error::Result;
 use crate::loops::{Answer, DeviceEntry, LoopOp, OwnerCaller, Pool, PoolSpec, PoolWatcher};
 
-use inode_table::{CONTROL, InodeTable};
+use inode_table::InodeTable;
 use request_handler::RequestHandler;
 use session::StopRequest;
+use wire::CONTROL;
 
 /// The interface that a directory needs of a pool.
 pub trait DeviceSource: fmt::Debug + Send + Sync {

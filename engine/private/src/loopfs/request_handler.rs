@@ -19,8 +19,8 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::inode_table::{CONTROL, InodeTable, NodeKey};
-use super::wire::{LoopfsOp, LoopfsReply, LoopfsRequest, ROOT, refuse};
+use super::inode_table::{InodeTable, NodeKey};
+use super::wire::{CONTROL, LoopfsOp, LoopfsReply, LoopfsRequest, ROOT, refuse};
 use crate::loops::{Answer, Errno, LoopOp};
 use crate::sys::ioctl;
 

@@ -9,7 +9,7 @@
 //! The daemon sends replies only, and no notifications. To drop a cached name
 //! (FUSE_NOTIFY_INVAL_ENTRY, _DELETE), the kernel takes the lock of the directory, without a
 //! timeout. A tenant can hold that lock for ever: it lists the directory into memory whose page
-//! fault never completes. No notification is needed: every reply is valid only once.
+//! fault never completes. No notification is needed: every reply on a device is valid only once.
 
 use std::cell::RefCell;
 use std::fs::File;

@@ -14,6 +14,8 @@ use rustix::io::Errno;
 pub(super) const BUFFER_BYTES: usize = 8192;
 /// The inode of the directory itself.
 pub(super) const ROOT: u64 = 1;
+/// The inode of loop-control.
+pub(super) const CONTROL: u64 = 2;
 
 const HEADER_BYTES: usize = 40;
 /// The protocol version; newer kernels support it too.
@@ -193,14 +195,15 @@ impl LoopfsReply {
         reply.u32(rdev).u32(512).u32(0)
     }
 
-    /// The inode of a name, valid once: the kernel may not cache it.
+    /// The inode of a name.
     pub(super) fn entry(attr: &Attr) -> Self {
-        Self::default().u64(attr.ino).zeroes(32).attributes(attr)
+        let valid = valid_ns(attr);
+        Self::default().u64(attr.ino).zeroes(24).u32(valid).u32(valid).attributes(attr)
     }
 
-    /// Attributes, valid once.
+    /// Attributes.
     pub(super) fn attr(attr: &Attr) -> Self {
-        Self::default().zeroes(16).attributes(attr)
+        Self::default().zeroes(8).u32(valid_ns(attr)).u32(0).attributes(attr)
     }
 
     /// An open file without a handle. With `direct`, reads reach the daemon although the file is
@@ -239,6 +242,16 @@ impl LoopfsReply {
     #[cfg(test)]
     pub(super) fn bytes(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// How long the kernel may cache a name and its attributes. Those of a device are valid once. The
+/// directory and loop-control stay until the end of the pool, and change by requests of this kernel
+/// only; a call of losetup(8) asks for them eight times.
+fn valid_ns(attr: &Attr) -> u32 {
+    match attr.ino {
+        ROOT | CONTROL => 100_000_000,
+        _ => 0,
     }
 }
 

@@ -188,7 +188,7 @@ fn partitions(names: &FileList) -> FileList {
 fn update(tree: &Tree, old: &FileList, new: &FileList) {
     let have: HashMap<&str, &TreeNode> = old.iter().map(|(path, node)| (path.as_str(), node)).collect();
     let want: HashMap<&str, &TreeNode> = new.iter().map(|(path, node)| (path.as_str(), node)).collect();
-    let mut failed = None;
+    let (mut failed, mut tree) = (None, tree.update());
     // First the changes, then the removals: a reader that misses the `loop` directory of an unbound
     // device sees the other changes.
     for (path, node) in new.iter().filter(|(path, node)| have.get(path.as_str()) != Some(&node)) {

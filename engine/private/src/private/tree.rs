@@ -89,6 +89,38 @@ impl Tree {
 
     /// Creates `path`, or replaces a file of the same type. Its directory must exist.
     pub fn put(&self, path: &str, node: &TreeNode) -> io::Result<()> {
+        self.update().put(path, node)
+    }
+
+    /// Starts several changes, of which those in one directory look it up once.
+    pub fn update(&self) -> TreeUpdate<'_> {
+        TreeUpdate { tree: self, parent: None }
+    }
+
+    /// Removes a block node with this device number, and nothing else.
+    pub fn remove_node(&self, path: &str, rdev: u64) -> io::Result<()> {
+        self.update().in_parent(path, |parent, name| {
+            let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let is_block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+            match is_block && stat.st_rdev == rdev {
+                true => Ok(rustix::fs::unlinkat(parent, name, AtFlags::empty())?),
+                false => Ok(()),
+            }
+        })
+    }
+}
+
+/// Changes of a tree.
+#[derive(Debug)]
+pub struct TreeUpdate<'a> {
+    tree: &'a Tree,
+    /// The directory of the last change, with its path.
+    parent: Option<(String, OwnedFd)>,
+}
+
+impl TreeUpdate<'_> {
+    /// See [`Tree::put`].
+    pub fn put(&mut self, path: &str, node: &TreeNode) -> io::Result<()> {
         self.in_parent(path, |parent, name| match node {
             TreeNode::Dir => match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
                 // The daemon's umask may be stricter.
@@ -114,7 +146,7 @@ impl Tree {
     }
 
     /// Removes `path`: a link only if it is `node`, a directory only if it is empty.
-    pub fn remove(&self, path: &str, node: &TreeNode) -> io::Result<()> {
+    pub fn remove(&mut self, path: &str, node: &TreeNode) -> io::Result<()> {
         self.in_parent(path, |parent, name| {
             let flags = match node {
                 TreeNode::Dir => AtFlags::REMOVEDIR,
@@ -132,29 +164,23 @@ impl Tree {
         })
     }
 
-    /// Removes a block node with this device number, and nothing else.
-    pub fn remove_node(&self, path: &str, rdev: u64) -> io::Result<()> {
-        self.in_parent(path, |parent, name| {
-            let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            let is_block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
-            match is_block && stat.st_rdev == rdev {
-                true => Ok(rustix::fs::unlinkat(parent, name, AtFlags::empty())?),
-                false => Ok(()),
-            }
-        })
-    }
-
     fn in_parent(
-        &self,
+        &mut self,
         path: &str,
         work: impl FnOnce(BorrowedFd<'_>, &str) -> io::Result<()>,
     ) -> io::Result<()> {
         let Some((parent, name)) = path.rsplit_once('/') else {
-            return work(self.root.as_fd(), path);
+            return work(self.tree.root.as_fd(), path);
         };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let parent = rustix::fs::openat2(&self.root, parent, flags, Mode::empty(), LOOKUP_FLAGS)?;
-        work(parent.as_fd(), name)
+        let directory = match self.parent.take().filter(|(path, _)| path == parent) {
+            Some((_, directory)) => directory,
+            None => {
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                rustix::fs::openat2(&self.tree.root, parent, flags, Mode::empty(), LOOKUP_FLAGS)?
+            }
+        };
+        let (_, directory) = self.parent.insert((parent.to_owned(), directory));
+        work(directory.as_fd(), name)
     }
 }
 
@@ -165,10 +191,16 @@ const LOOKUP_FLAGS: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_XDEV);
 
 /// Creates a file under a temporary name, then renames it over the old one.
-fn replace(parent: BorrowedFd<'_>, name: &str, make: impl FnOnce(&str) -> io::Result<()>) -> io::Result<()> {
+fn replace(parent: BorrowedFd<'_>, name: &str, make: impl Fn(&str) -> io::Result<()>) -> io::Result<()> {
     let temporary = format!(".{name}.new");
-    let _ = rustix::fs::unlinkat(parent, &temporary, AtFlags::empty());
-    make(&temporary)?;
+    make(&temporary).or_else(|error| match error.kind() {
+        // The tenant has made one, or this program failed to rename one.
+        io::ErrorKind::AlreadyExists => {
+            rustix::fs::unlinkat(parent, &temporary, AtFlags::empty())?;
+            make(&temporary)
+        }
+        _ => Err(error),
+    })?;
     rustix::fs::renameat(parent, &temporary, parent, name).map_err(|error| {
         let _ = rustix::fs::unlinkat(parent, &temporary, AtFlags::empty());
         error.into()
@@ -222,11 +254,11 @@ mod tests {
         tree.put("l", &link).unwrap();
         assert_eq!(names(&tree), ["d", "l"], "nothing else is left");
         tree.put("l", &other).unwrap();
-        tree.remove("l", &link).unwrap();
+        tree.update().remove("l", &link).unwrap();
         assert_eq!(names(&tree), ["d", "l"], "another device has the link by now");
-        tree.remove("l", &other).unwrap();
-        tree.remove("d/f", &two).unwrap();
-        tree.remove("d", &TreeNode::Dir).unwrap();
+        tree.update().remove("l", &other).unwrap();
+        tree.update().remove("d/f", &two).unwrap();
+        tree.update().remove("d", &TreeNode::Dir).unwrap();
         assert!(names(&tree).is_empty());
     }
 
@@ -250,7 +282,7 @@ mod tests {
         // A directory in place of a file is an error.
         rustix::fs::mkdirat(&tree.root, "g", Mode::from_raw_mode(0o755)).unwrap();
         assert!(tree.put("g", &file).is_err());
-        assert!(tree.remove("g", &file).is_err());
+        assert!(tree.update().remove("g", &file).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
     }
 

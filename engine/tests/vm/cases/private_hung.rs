@@ -73,6 +73,20 @@ fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
     Running::start(command)
 }
 
+/// The disks of ublk once they have been the same for two seconds. Another pool may get the number of
+/// one that is being replaced.
+fn settled_ids(daemon: &Daemon) -> Vec<u32> {
+    let mut last = Vec::new();
+    loop {
+        let now = daemon.ublk_ids();
+        if now == last {
+            return now;
+        }
+        last = now;
+        std::thread::sleep(Duration::from_secs(2));
+    }
+}
+
 /// Other devices of the pool, other pools and the daemon keep working. The end of the tenant does
 /// not wait for the hung device, which is removed once the server is gone.
 fn others_keep_working(ctx: &Ctx) -> Res {
@@ -84,7 +98,7 @@ fn others_keep_working(ctx: &Ctx) -> Res {
         pause idle; sleep 1000"#,
     )?;
     let idle = idle.wait("idle")?;
-    let of_idle = daemon.ublk_ids();
+    let of_idle = settled_ids(&daemon);
     let script = Inside::new(ctx, &daemon).with(&["--name", "hung"]).start(
         r#"
         t() { timeout -k 1 20 "$@"; }

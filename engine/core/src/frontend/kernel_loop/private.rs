@@ -50,6 +50,8 @@ pub struct PrivateLoop {
 #[derive(Clone, Copy, Debug)]
 struct Binding {
     image: Identity,
+    /// Its file is empty, and no file system can delay a call.
+    is_empty: bool,
     /// The disk sequence number since it was bound.
     sequence: u64,
 }
@@ -122,7 +124,7 @@ impl PrivateLoop {
             block::disk_sequence(file.as_fd())
         })?;
         let mut state = self.state();
-        (state.image, state.sequence) = (identity, sequence);
+        (state.image, state.is_empty, state.sequence) = (identity, false, sequence);
         Ok(())
     }
 
@@ -215,7 +217,8 @@ impl PrivateLoop {
         what: &str,
         call: impl FnOnce(&File) -> rustix::io::Result<T> + Send + 'static,
     ) -> Result<T> {
-        let (number, node, sequence) = (self.number, self.node(), self.state().sequence);
+        let (number, node) = (self.number, self.node());
+        let Binding { sequence, is_empty, .. } = *self.state();
         if Arc::strong_count(&self.call) > 1 {
             // Each call more would hang, too, and keep a thread.
             let context = format!("the file system of the image of {} does not answer", node.display());
@@ -223,14 +226,15 @@ impl PrivateLoop {
         }
         let running = Arc::clone(&self.call);
         let what = format!("{what} {}", node.display());
-        let done = with_timeout(&what, move || {
+        let call = move || {
             let _running = running;
             let file = open_node(number, false)?;
             match block::disk_sequence(file.as_fd())? == sequence {
                 true => call(&file),
                 false => Err(Errno::NXIO),
             }
-        })?;
+        };
+        let done = if is_empty { call() } else { with_timeout(&what, call)? };
         done.map_err(|error| Error::os(error, format!("{what} failed")))
     }
 }
@@ -248,7 +252,7 @@ fn bind(number: u32, owner_cookie: u64, image: Arc<Image>) -> Result<PrivateLoop
         loop_device::configure(&file, image.fd(), geometry.block_size, &info)?;
         let sequence = block::disk_sequence(file.as_fd())?;
         let rdev = rustix::fs::fstat(&file)?.st_rdev;
-        let state = Binding { image: image.identity(), sequence };
+        let state = Binding { image: image.identity(), is_empty: image.is_placeholder(), sequence };
         Ok(PrivateLoop { number, owner_cookie, rdev, state: Mutex::new(state), call: Arc::default() })
     })?;
     bound.map_err(|error| match error {
