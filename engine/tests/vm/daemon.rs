@@ -333,16 +333,6 @@ impl Daemon {
         Ok(Footprint { threads, fds })
     }
 
-    /// Threads whose name begins with this.
-    pub(crate) fn threads_named(&self, name: &str) -> Res<usize> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()?))?.flatten();
-        let named = tasks.filter(|task| {
-            let comm = std::fs::read_to_string(task.path().join("comm"));
-            comm.is_ok_and(|comm| comm.starts_with(name))
-        });
-        Ok(named.count())
-    }
-
     /// The footprint once it has been the same for three seconds: the threads of what has ended are
     /// gone.
     pub(crate) fn settled_footprint(&self) -> Res<Footprint> {
