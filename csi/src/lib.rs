@@ -85,7 +85,7 @@ impl Driver {
         options.create(true).write(true).truncate(false);
         let lock = options.open(volumes.directory().join(".lock")).map_err(cannot)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| format!("another loopengine-csi uses {shown}; give each a directory of its own"))?;
+            .map_err(|_| format!("another loopengine-csi uses {shown}; give each its own directory"))?;
         let snapshots = Store::open(volumes.directory().join("snapshots")).map_err(cannot)?;
         let (locks, space) = (Locks::default(), Mutex::new(()));
         let engine = Engine { run_dir, max_devices: max_volumes };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The services on a Unix socket.
 //!
-//! A call runs on a thread of its own from start to end: it waits for files, programs and the
+//! A call runs on its own thread from start to end: it waits for files, programs and the
 //! engine. If its client goes, it continues, and holds its volume.
 
 use std::convert::Infallible;

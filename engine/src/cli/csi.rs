@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `loopengine csi`: the CSI driver, which is a program and a package of its own.
+//! `loopengine csi`: the CSI driver, a separate program and package.
 
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -14,7 +14,7 @@ const PROGRAM: &str = "loopengine-csi";
 
 /// Provide volumes to Kubernetes with the CSI driver.
 ///
-/// Executes the program loopengine-csi, which is a package of its own, from the directory of this
+/// Executes the program loopengine-csi, which is a separate package, from the directory of this
 /// program or else from $PATH. '--run-dir' is passed on. 'loopengine csi --help' shows this page;
 /// 'loopengine csi -- --help' lists the options of the driver.
 #[derive(Debug, clap::Args)]

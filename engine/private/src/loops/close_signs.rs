@@ -77,7 +77,7 @@ impl CloseSigns {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes signs on for ever.
+    /// Passes signs on, until they cannot be read.
     pub fn run(&self) {
         loop {
             let mut fds = [&self.nodes, &self.unmounts].map(|fd| PollFd::new(fd, PollFlags::IN));

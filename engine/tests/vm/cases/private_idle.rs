@@ -39,7 +39,7 @@ const MOUNTED: &str = r#"
     }
     # The device of image N.
     of() { losetup -n -O NAME -j fs$1; }
-    # hold N CMD...: runs CMD in a mount namespace of its own, and keeps that.
+    # hold N CMD...: runs CMD in its own mount namespace, and keeps that.
     hold() { local n=$1; shift; unshare -m "$@" 7<> hold$n & held[$n]=$!; until [ -e at$n ]; do sleep 0.05; done; }
     release() { echo > hold$1; wait ${held[$1]}; }
     for n in {1..6}; do truncate -s 8M fs$n; mkfs.ext2 -q fs$n; mkdir mnt$n; mkfifo hold$n; done
