@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::private_script::Inside;
 use crate::daemon::Daemon;
-use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure};
+use crate::harness::{At, Case, Ctx, Needs, Res, case, ensure, fail};
 use crate::tools::{self, Running};
 
 /// Five times the documented limit.
@@ -75,16 +75,17 @@ fn reader(ctx: &Ctx, name: &str) -> Res<Running> {
 
 /// The disks of ublk once they have been the same for two seconds. Another pool may get the number of
 /// one that is being replaced.
-fn settled_ids(daemon: &Daemon) -> Vec<u32> {
+fn settled_ids(daemon: &Daemon) -> Res<Vec<u32>> {
     let mut last = Vec::new();
-    loop {
+    for _ in 0..10 {
         let now = daemon.ublk_ids();
         if now == last {
-            return now;
+            return Ok(now);
         }
         last = now;
         std::thread::sleep(Duration::from_secs(2));
     }
+    fail!("the disks change all the time: {last:?}")
 }
 
 /// Other devices of the pool, other pools and the daemon keep working. The end of the tenant does
@@ -98,7 +99,7 @@ fn others_keep_working(ctx: &Ctx) -> Res {
         pause idle; sleep 1000"#,
     )?;
     let idle = idle.wait("idle")?;
-    let of_idle = settled_ids(&daemon);
+    let of_idle = settled_ids(&daemon)?;
     let script = Inside::new(ctx, &daemon).with(&["--name", "hung"]).start(
         r#"
         t() { timeout -k 1 20 "$@"; }

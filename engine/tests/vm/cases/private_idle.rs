@@ -16,9 +16,8 @@ const QUIET: Duration = Duration::from_secs(25);
 /// How long context switches are counted, and how many a second are allowed.
 const COUNTED: Duration = Duration::from_secs(5);
 const SWITCHES_MAX: u64 = 30;
-/// A last close with a sign: the goal is 50 ms; an emulated machine whose host is busy needs more. Five
-/// closes without signs would hardly all be polled in half a second.
-const SIGNED: Duration = Duration::from_millis(500);
+/// A last close with a sign: the goal is 50 ms, and an emulated machine needs more.
+const SIGNED: Duration = Duration::from_millis(250);
 /// One without a sign: a poll per second, and the time of an emulated machine.
 const UNSIGNED: Duration = Duration::from_millis(1800);
 
